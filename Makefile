@@ -1,0 +1,70 @@
+# Everything that is done with this repository, each its own target. Needs Python >= 3.11 with pip, and make.
+# Where packages come from is pip's own configuration.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# Stamps: an environment is made once, and again when what it is made from changes.
+RUNTIME := $(VENV)/.runtime-installed
+DEV     := $(VENV)/.dev-installed
+
+.PHONY: help demo test check lint types layers docs notebooks coverage format env clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(RUNTIME)  ## Run the bundled model on three worker processes
+	$(BIN)/lingualinked demo
+
+test: $(DEV)  ## Run the tests
+	$(BIN)/python -m pytest
+
+check: lint types layers test docs notebooks  ## Everything that has to hold before a commit
+
+lint: $(DEV)  ## Style, docstrings and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)  ## Static types
+	$(BIN)/mypy
+
+layers: $(DEV)  ## Who may import whom
+	$(BIN)/lint-imports --no-logo --no-cache  # cached imports go stale when a module is added
+
+docs: $(DEV)  ## Build the documentation; a warning is an error
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
+
+notebooks: $(DEV)  ## Execute the notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -o timeout=600 -W default notebooks
+
+coverage: $(DEV)  ## Run the tests and report branch coverage, worker processes included
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+format: $(DEV)  ## Write the code the way `lint` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: $(DEV)  ## Make the environment with the development tools
+
+clean:  ## Remove what was built; the environment stays
+	rm -rf build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis docs/notebooks
+
+# torch comes first and in the pinned version, before anything else can ask for another build of it. The project itself
+# is installed editable: with the src layout nothing imports it by accident from the working folder, and what a
+# wheel would add to that (are all data files in it?) is checked by tests/unit/test_package.py.
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python " + sys.version.split()[0] + " is too old: set PYTHON to 3.11 or newer")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): once, about two minutes"
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@

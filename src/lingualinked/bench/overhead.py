@@ -1,0 +1,113 @@
+"""``lingualinked bench overhead``: what sharding costs a single stream, and what its KV cache gains.
+
+Knows the public face and the unsharded model with the same weights; alternates the two in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import lingualinked as ll
+from lingualinked.bench.samples import Samples, ratios
+from lingualinked.display.tables import Rows
+from lingualinked.display.units import bytes_text
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+"""A Llama of about 160 million parameters."""
+
+
+def run_overhead(contexts: tuple[int, ...], new_tokens: int, repeats: int) -> None:
+    """Print decode speed of both sides at each context length, the ratio, and the time of a hop."""
+    torch.set_num_threads(1)
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
+        devices = [ll.Device(name=f"worker-{index}", threads=1) for index in range(2)]
+        with ll.ShardedModel.from_pretrained(folder, devices=devices, load_format="dummy", progress=False) as sharded:
+            unsharded = unsharded_dummy(folder)
+            for context in contexts:
+                console.print(_measure(sharded, unsharded, context, new_tokens, repeats).to_rich())
+
+
+def unsharded_dummy(folder: str) -> PreTrainedModel:
+    """Make the unsharded transformers model with the weights that ``load_format="dummy"`` fills."""
+    from lingualinked.model.stage import Stage
+    from lingualinked.sharded.loading import LoadArguments, prepare
+
+    cluster_free: Any = _NoCluster()
+    spec = prepare(LoadArguments(path=folder, cluster=cluster_free, load_format="dummy")).spec
+    raise NotImplementedError(spec, Stage)
+
+
+class _NoCluster:
+    devices = (ll.Device(name="here"),)
+
+
+def _measure(
+    sharded: PreTrainedModel, unsharded: PreTrainedModel, context: int, new_tokens: int, repeats: int
+) -> Rows:
+    torch.manual_seed(0)
+    ids = torch.randint(3, SHAPE["vocab_size"], (1, context))
+    tokens = [model.generate(ids, max_new_tokens=new_tokens, do_sample=False) for model in (unsharded, sharded)]
+    if not torch.equal(*tokens):
+        raise ll.LingualinkedError("the tokens differ from the unsharded model's: please report this")
+    speeds: dict[str, list[float]] = {"unsharded": [], "sharded": []}
+    hops_us: list[float] = []
+    for _ in range(repeats):
+        speeds["unsharded"].append(_tokens_per_s(unsharded, ids, new_tokens))
+        before = sharded.telemetry
+        speeds["sharded"].append(_tokens_per_s(sharded, ids, new_tokens))
+        hops_us.append(_hop_us(before, sharded.telemetry, speeds["sharded"][-1]))
+    ours, theirs = Samples(speeds["sharded"]), Samples(speeds["unsharded"])
+    return Rows(
+        f"Decode at context {context}, 2 workers x 1 thread against 1 thread, median of {repeats}",
+        ("what", "measured"),
+        [
+            ("unsharded", theirs.text(unit=" tokens/s")),
+            ("sharded", ours.text(unit=" tokens/s")),
+            ("ratio", ratios(ours, theirs).text(3)),
+            ("per hop, of 3 (all that is not compute in a stage)", Samples(hops_us).text(0, " µs")),
+        ],
+    )
+
+
+def _tokens_per_s(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> float:
+    """Decode speed without the prefill: the clock starts when the first token is out."""
+    clock = _Clock()
+    model.generate(ids, max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    return (new_tokens - 1) / (clock.times[-1] - clock.times[1])
+
+
+class _Clock:
+    """A streamer that notes when tokens come: the prompt first, then one by one."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,8 @@
+"""The command line: ``lingualinked demo | generate | doctor | bench``.
+
+Knows how to ask and to print; the work is done by the library that users import.
+"""
+
+from lingualinked.cli.app import app
+
+__all__ = ["app"]

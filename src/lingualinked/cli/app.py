@@ -1,0 +1,91 @@
+"""The commands and their options.
+
+Knows typer; each command's work lies in a module of its own, imported when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from lingualinked.errors import LingualinkedError
+
+app = typer.Typer(
+    name="lingualinked",
+    help="Run a causal LM that fits on none of your machines on all of them together, with exactly its own tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure against the unsharded model in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Devices = Annotated[int, typer.Option("--devices", "-d", min=1, help="Number of local CPU workers.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
+
+
+@app.command()
+def demo(devices: Devices = 3, max_new_tokens: NewTokens = 60) -> None:
+    """Run the bundled sample model in worker processes and compare with the unsharded one."""
+    from lingualinked.cli.demo import run_demo
+
+    _run(lambda: run_demo(devices, max_new_tokens))
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    devices: Devices = 2,
+    max_new_tokens: NewTokens = 64,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+) -> None:
+    """Continue a prompt with any checkpoint, streaming the answer."""
+    from lingualinked.cli.generate import run_generate
+
+    options = {"do_sample": True, "temperature": temperature} if sample else {}
+    _run(lambda: run_generate(path, prompt, devices, dtype, seed, max_new_tokens=max_new_tokens, **options))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers: threads, memory, accelerators, versions."""
+    from lingualinked.cli.doctor import run_doctor
+
+    _run(run_doctor)
+
+
+@bench.command()
+def start(
+    devices: Devices = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
+) -> None:
+    """Time from nothing to the first token, against one plain process."""
+    from lingualinked.bench.start import run_start
+
+    _run(lambda: run_start(devices, repeats))
+
+
+@bench.command()
+def overhead(
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
+    context: Annotated[list[int] | None, typer.Option(help="Prompt lengths to measure at.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode in each run.")] = 32,
+) -> None:
+    """Decode speed of two workers with one thread each, against the unsharded model with one thread."""
+    from lingualinked.bench.overhead import run_overhead
+
+    _run(lambda: run_overhead(tuple(context or (16, 2048)), new_tokens, repeats))
+
+
+def _run(command: Callable[[], None]) -> None:
+    """Run a command; the library's errors are printed as one line, not as a traceback."""
+    try:
+        command()
+    except LingualinkedError as error:
+        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,84 @@
+"""``lingualinked demo``: the bundled model in worker processes, measured and compared.
+
+Knows the public face, and prints.
+"""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+import lingualinked as ll
+from lingualinked.display.plan import plan_rows
+from lingualinked.display.telemetry import telemetry_rows
+from lingualinked.display.units import bytes_text
+
+PROMPTS = {
+    "story": "Once upon a time",
+}
+
+
+def run_demo(num_devices: int, max_new_tokens: int) -> None:
+    """Show plan, loading, streamed tokens, speed, bytes per hop, memory, and equality with the unsharded model."""
+    console = Console()
+    path = ll.sample_model()
+    console.print(f"[bold]Sample model[/] {path}\n")
+    started = time.perf_counter()
+    cluster = ll.Cluster(num_devices)
+    with cluster:
+        from lingualinked.sharded.loading import LoadArguments, prepare
+
+        plan = prepare(LoadArguments(path=path, cluster=cluster)).plan
+        console.print(plan_rows(plan).to_rich())
+        model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan)
+
+        import torch
+        from transformers import AutoTokenizer, TextStreamer
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        inputs = tokenizer(PROMPTS["story"], return_tensors="pt")
+        model.generate(**inputs, max_new_tokens=1)
+        console.print(f"\nfrom nothing to the first token: {time.perf_counter() - started:.1f} s\n")
+
+        before = model.telemetry
+        streamer = TextStreamer(tokenizer)
+        decode_started = time.perf_counter()
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        elapsed_s = time.perf_counter() - decode_started
+        after = model.telemetry
+        num_new = tokens.shape[1] - inputs["input_ids"].shape[1]
+        console.print(f"\n{num_new} tokens, {num_new / elapsed_s:.1f} tokens/s")
+        console.print(_bytes_per_hop(before, after, num_new))
+        console.print()
+        console.print(telemetry_rows(after).to_rich())
+
+        torch.set_num_threads(cluster.devices[0].threads or 1)
+        expected = _unsharded(path).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        equal = torch.equal(tokens, expected)
+        verdict = "[green]equal[/] to" if equal else "[red]NOT equal[/] to"
+        console.print(f"\nTokens are {verdict} the unsharded model's ({torch.get_num_threads()} thread(s) both).")
+    if not equal:
+        raise ll.LingualinkedError("the tokens differ from the unsharded model's: please report this")
+
+
+def _bytes_per_hop(before: ll.Telemetry, after: ll.Telemetry, num_tokens: int) -> str:
+    """Bytes of one decode step between stages: the run's, less those of its prefill, which ``before`` ran alone."""
+    lines = []
+    stages = list(zip(before.stages, after.stages, strict=True))
+    for (old, new), (_, following) in zip(stages, stages[1:], strict=False):
+        decoded = new.sent_bytes - 2 * old.sent_bytes
+        lines.append(f"{new.device} -> {following.device}: {bytes_text(decoded / max(num_tokens - 1, 1))} per token")
+    return "\n".join(lines)
+
+
+def _unsharded(path: str):  # type: ignore[no-untyped-def]
+    """The same model in this process; its weights are copied into aligned memory, as the workers' are."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model

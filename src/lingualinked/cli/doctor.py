@@ -1,0 +1,54 @@
+"""``lingualinked doctor``: what this machine offers.
+
+Knows how to look; it starts nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import psutil
+from rich.console import Console
+
+from lingualinked.cluster.cluster import usable_cores
+from lingualinked.display.tables import Rows
+from lingualinked.display.units import bytes_text
+
+_LIBRARIES = ("torch", "transformers", "pyzmq", "safetensors", "msgspec", "scipy", "psutil")
+
+
+def run_doctor() -> None:
+    """Print threads, memory, accelerators and versions."""
+    import torch
+    import zmq
+
+    memory = psutil.virtual_memory()
+    facts = [
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("Python", platform.python_version()),
+        ("cores that this process may use", str(usable_cores())),
+        ("CPU capability of torch", torch.backends.cpu.get_cpu_capability()),
+        ("memory", f"{bytes_text(memory.available)} available of {bytes_text(memory.total)}"),
+        ("accelerators", ", ".join(_accelerators()) or "none: stages run on the CPU"),
+        ("encryption (CURVE)", "yes" if zmq.has("curve") else "no: workers can't authenticate; install a pyzmq wheel"),
+        ("local sockets (ipc)", "yes" if zmq.has("ipc") else "no: tcp on loopback is used"),
+    ]
+    versions = [("lingualinked", importlib.metadata.version("lingualinked"))]
+    versions += [(name, importlib.metadata.version(name)) for name in _LIBRARIES]
+    console = Console()
+    console.print(Rows("This machine", ("what", "found"), facts).to_rich())
+    console.print(Rows("Versions", ("library", "version"), versions).to_rich())
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(f"cuda:{index} ({properties.name}, {bytes_text(properties.total_memory)})")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found

@@ -1,0 +1,242 @@
+"""A cluster: the workers that one caller owns, with their keys.
+
+Knows devices and processes; models are placed on it by `lingualinked.cluster.pipeline`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from lingualinked.cluster.launch import Launcher
+from lingualinked.device import CALLER, Device
+from lingualinked.errors import ArgumentError
+from lingualinked.telemetry.snapshot import WorkerSnapshot
+from lingualinked.protocol.boot import Boot
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.engine import Engine
+
+DEFAULT_TIMEOUT_S = 600.0
+"""Seconds that any one answer of a worker may take unless the user says otherwise."""
+
+DEFAULT_MAX_FRAME_BYTES = 64 * 1024**2
+"""Largest frame on a socket; larger tensors travel in several."""
+
+
+class Cluster:
+    """Worker processes on devices, ready to hold models.
+
+    The workers start when the cluster is made and live until `close`, until the cluster is no longer referenced, or
+    until this process is gone, however it goes. Models placed on it, one after the other or side by side, use the
+    same processes. Workers of a cluster authenticate each other and the caller with keys made for it alone.
+
+    Parameters
+    ----------
+    devices : int or sequence of Device
+        So many local CPU workers, or the devices to run workers on.
+    timeout_s : float or None
+        Seconds that any one answer of a worker may take; ``None``: 600.
+    max_frame_bytes : int
+        Largest frame on a socket, in bytes; larger tensors travel in several.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no device, a name occurs twice, or a number is not positive.
+
+    Examples
+    --------
+    >>> with Cluster(2) as cluster:  # doctest: +SKIP
+    ...     first = ShardedModel.from_pretrained(path, cluster=cluster)
+    ...     second = ShardedModel.from_pretrained(other, cluster=cluster)
+    """
+
+    def __init__(
+        self,
+        devices: int | Sequence[Device],
+        *,
+        timeout_s: float | None = None,
+        max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        _class_names: tuple[str, ...] = (),
+        _forks: bool | None = None,
+    ) -> None:
+        self.devices = _as_devices(devices)
+        self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else _positive(timeout_s, "timeout_s")
+        max_frame_bytes = int(_positive(max_frame_bytes, "max_frame_bytes"))
+        launcher = Launcher(_class_names, forks=_forks)
+        finalizer = weakref.finalize(self, launcher.stop)
+        # Imported only now: the workers import torch and zmq meanwhile.
+        from lingualinked.cluster.engine import Engine
+        from lingualinked.transport.keys import generate_keypair
+
+        try:
+            keys = {name: generate_keypair() for name in (CALLER, *(device.name for device in self.devices))}
+            public_keys = {device.name: keys[device.name].public for device in self.devices}
+            engine = Engine(keys[CALLER], public_keys, max_frame_bytes)
+            finalizer.detach()
+            self._finalizer = weakref.finalize(self, _shut_down, engine, launcher, os.getpid())
+            launcher.start(
+                [
+                    Boot(
+                        name=device.name,
+                        public_key=keys[device.name].public,
+                        secret_key=keys[device.name].secret,
+                        authorised={keypair.public: name for name, keypair in keys.items()},
+                        caller_address=engine.address,
+                        caller_key=keys[CALLER].public,
+                        caller_pid=os.getpid(),
+                        accelerator=device.accelerator,
+                        threads=device.threads or 1,
+                        cpus=device.cpus,
+                        memory_bytes=device.memory_bytes,
+                        max_frame_bytes=max_frame_bytes,
+                        log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
+                        forks=launcher.forks,
+                    )
+                    for device in self.devices
+                ],
+                engine.worker_ended,
+            )
+        except BaseException:
+            self.close()
+            launcher.stop()
+            raise
+        self._engine = engine
+        self._launcher = launcher
+
+    def close(self) -> None:
+        """End the workers; returns once they are gone. Models on this cluster raise `ClosedError` from then on."""
+        finalizer = getattr(self, "_finalizer", None)
+        if finalizer is not None:
+            finalizer()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the cluster has been closed."""
+        return not self._finalizer.alive
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers, by device name; waits until all have started."""
+        self.wait()
+        return self._launcher.pids()
+
+    def wait(self) -> None:
+        """Wait until every worker is ready.
+
+        Raises
+        ------
+        WorkerDiedError
+            If a worker ended instead; the message has its last words.
+        StepTimeoutError
+            If a worker was not ready within ``timeout_s``.
+        ClosedError
+            If the cluster has been closed.
+        """
+        for device in self.devices:
+            self._engine.wait_for_worker(device.name, self.timeout_s)
+
+    def device(self, name: str) -> Device:
+        """Return the device of that name.
+
+        Raises
+        ------
+        ArgumentError
+            If there is none.
+        """
+        for device in self.devices:
+            if device.name == name:
+                return device
+        raise ArgumentError(f"no device {name!r} in this cluster: it has {[device.name for device in self.devices]}")
+
+    def workers(self) -> tuple[WorkerSnapshot, ...]:
+        """Ask every worker how it is."""
+        from lingualinked.cluster.inspection import inspect_workers
+
+        self.wait()
+        names = [device.name for device in self.devices]
+        return tuple(snapshot for snapshot, _ in inspect_workers(self._engine, names, self.timeout_s))
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self.devices)} workers"
+        return f"<Cluster of {', '.join(device.name for device in self.devices)}: {state}>"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _shut_down(engine: Engine, launcher: Launcher, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:
+        return  # a forked child: the workers are the parent's
+    if threading.current_thread().name.startswith("lingualinked-"):
+        # The last reference went on a thread of ours, which can't wait for its own end.
+        threading.Thread(target=_shut_down, args=(engine, launcher, owner_pid), name="closing-lingualinked").start()
+        return
+    engine.stop()
+    launcher.stop()
+
+
+def _as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
+    if isinstance(devices, bool) or not isinstance(devices, int | Sequence) or isinstance(devices, str):
+        raise ArgumentError(f"devices={devices!r} must be a number of local workers or a sequence of Device")
+    if isinstance(devices, int):
+        if devices < 1:
+            raise ArgumentError(f"devices={devices} must be at least 1")
+        devices = [Device(name=f"worker-{index}") for index in range(devices)]
+    if not devices:
+        raise ArgumentError("devices is empty: a cluster needs at least one")
+    share = max(1, usable_cores() // len(devices))
+    filled = []
+    for device in devices:
+        if not isinstance(device, Device):
+            raise ArgumentError(f"devices holds {device!r}, which is no lingualinked.Device")
+        if any(device.name == other.name for other in filled):
+            raise ArgumentError(f"two devices are named {device.name!r}: names must differ")
+        _check_local(device)
+        threads = device.threads or (share if device.cpus is None else len(device.cpus))
+        filled.append(
+            Device(
+                name=device.name,
+                accelerator=device.accelerator,
+                threads=threads,
+                cpus=device.cpus,
+                memory=device.memory,
+            )
+        )
+    return tuple(filled)
+
+
+def _check_local(device: Device) -> None:
+    if device.cpus is not None:
+        if not hasattr(os, "sched_getaffinity"):
+            raise ArgumentError(f"cpus of device {device.name!r}: this system can't pin a process to cores; leave it out")
+        foreign = sorted(set(device.cpus) - os.sched_getaffinity(0))
+        if foreign:
+            raise ArgumentError(
+                f"cpus={device.cpus} of device {device.name!r}: cores {foreign} are not among those this process "
+                f"may use ({sorted(os.sched_getaffinity(0))})"
+            )
+
+
+def _positive(value: float, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ArgumentError(f"{field}={value!r} must be a positive number")
+    return value

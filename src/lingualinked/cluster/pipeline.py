@@ -1,0 +1,135 @@
+"""One model placed on a cluster: load its stages, open sessions, unload.
+
+Knows the plan and the messages; neither tokens nor what transformers asks of a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import cast
+
+from lingualinked.cluster.cluster import Cluster
+from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.inspection import inspect_model
+from lingualinked.cluster.session import KVBudget, Session
+from lingualinked.device import CALLER
+from lingualinked.errors import CheckpointError
+from lingualinked.model.spec import ModelSpec
+from lingualinked.planning.plan import Plan
+from lingualinked.protocol.messages import LoadStage, StageLoaded, UnloadModel
+from lingualinked.telemetry.snapshot import Telemetry
+
+_models = itertools.count(1)
+
+
+class Pipeline:
+    """The stages of one model on the workers of a cluster.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        Whose workers hold it; the pipeline keeps the cluster alive.
+    spec : ModelSpec
+        What to load.
+    plan : Plan
+        Where.
+    max_kv_tokens : int or None
+        Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
+    timeout_s : float
+        Seconds that any one answer of a worker may take.
+    """
+
+    def __init__(
+        self, cluster: Cluster, spec: ModelSpec, plan: Plan, *, max_kv_tokens: int | None, timeout_s: float
+    ) -> None:
+        self.plan = plan
+        self.cluster = cluster
+        self.timeout_s = timeout_s
+        self._engine: Engine = cluster._engine
+        self._spec = spec
+        self._model = next(_models)
+        self._sessions = itertools.count(1)
+        self._budget = KVBudget(max_kv_tokens)
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _forget, self._engine, self._model, plan.devices)
+        self._finalizer.atexit = False
+
+    def load(self, on_progress: Callable[[str, int], None]) -> None:
+        """Load every stage, all workers at once.
+
+        Parameters
+        ----------
+        on_progress : callable
+            Told a device's name and the bytes that it has loaded so far, on the cluster's I/O thread.
+
+        Raises
+        ------
+        CheckpointError
+            If a tensor that a stage needs is missing or damaged.
+        DeviceMemoryError
+            If a worker's memory does not suffice.
+        WorkerError, WorkerDiedError, StepTimeoutError
+            If a worker raised, ended, or did not answer.
+        """
+        for name in self.plan.devices:
+            self._engine.wait_for_worker(name, self.timeout_s)
+        futures = [self._request_stage(index, on_progress) for index in range(len(self.plan.stages))]
+        errors = []
+        for future in futures:
+            try:
+                cast("StageLoaded", future.result())
+            except Exception as error:  # every stage has answered before anything is undone
+                errors.append(error)
+        if errors:
+            # The checkpoint's fault says more than what followed from it.
+            raise next((error for error in errors if isinstance(error, CheckpointError)), errors[0])
+
+    def open_session(self) -> Session:
+        """Open a session; its KV appears in the stages with its first step."""
+        devices = tuple(stage.device for stage in self.plan.stages)
+        return Session(self._engine, self._model, next(self._sessions), devices, self._budget, self.timeout_s)
+
+    def telemetry(self) -> Telemetry:
+        """Ask the workers what they have done for this model."""
+        return inspect_model(self._engine, self._model, self.plan.devices, self.timeout_s)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model has been unloaded, or its cluster closed."""
+        return not self._finalizer.alive or self.cluster.closed
+
+    def unload(self) -> None:
+        """Free the model's stages and sessions on every worker; later messages for it are refused there."""
+        self._finalizer()
+
+    def _request_stage(self, index: int, on_progress: Callable[[str, int], None]) -> Future[object]:
+        stage = self.plan.stages[index]
+        is_last = index + 1 == len(self.plan.stages)
+        next_name = CALLER if is_last else self.plan.stages[index + 1].device
+        next_address, next_key = self._engine.peer(next_name)
+        return self._engine.request(
+            stage.device,
+            lambda number: LoadStage(
+                request=number,
+                model=self._model,
+                stage=index,
+                spec=self._spec,
+                start=stage.start,
+                end=stage.end,
+                next_name=next_name,
+                next_address=next_address,
+                next_key=next_key,
+            ),
+            f"loading layers [{stage.start}, {stage.end})",
+            self.timeout_s,
+            lambda num_bytes: on_progress(stage.device, num_bytes),
+        )
+
+
+def _forget(engine: Engine, model: int, devices: tuple[str, ...]) -> None:
+    for device in devices:
+        engine.tell(device, UnloadModel(request=-1, model=model))

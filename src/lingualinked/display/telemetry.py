@@ -1,0 +1,89 @@
+"""A telemetry snapshot as a table and as a picture.
+
+Knows snapshots; not how they are taken.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lingualinked.display.tables import Rows
+from lingualinked.display.units import bytes_text, seconds_text
+from lingualinked.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lingualinked.telemetry.snapshot import Telemetry
+
+
+def telemetry_rows(telemetry: Telemetry) -> Rows:
+    """Put a snapshot into rows, one per stage."""
+    workers = {worker.device: worker for worker in telemetry.workers}
+    longest = max((_mean_s(stage.compute_s, stage.num_steps) for stage in telemetry.stages), default=0.0) or 1.0
+    return Rows(
+        title="Stages and their workers",
+        columns=("device", "layers", "weights", "KV", "resident", "steps", "compute/step", "sent/step"),
+        rows=[
+            (
+                stage.device,
+                f"[{stage.start}, {stage.end})",
+                bytes_text(stage.weight_bytes),
+                bytes_text(stage.kv_bytes),
+                bytes_text(workers[stage.device].resident_bytes),
+                str(stage.num_steps),
+                seconds_text(_mean_s(stage.compute_s, stage.num_steps)),
+                bytes_text(stage.sent_bytes / max(stage.num_steps, 1)),
+            )
+            for stage in telemetry.stages
+        ],
+        bars=[_mean_s(stage.compute_s, stage.num_steps) / longest for stage in telemetry.stages],
+    )
+
+
+def telemetry_text(telemetry: Telemetry) -> str:
+    """Return the snapshot as a text table."""
+    return telemetry_rows(telemetry).to_text()
+
+
+def telemetry_html(telemetry: Telemetry) -> str:
+    """Return the snapshot as an HTML table with a bar of each stage's time."""
+    return telemetry_rows(telemetry).to_html()
+
+
+def telemetry_figure(telemetry: Telemetry) -> Figure:
+    """Draw memory and compute time per stage.
+
+    Raises
+    ------
+    ArgumentError
+        If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
+
+    names = [f"{stage.device}\nlayers [{stage.start}, {stage.end})" for stage in telemetry.stages]
+    mebi = 1024**2
+    weights = [stage.weight_bytes / mebi for stage in telemetry.stages]
+    kv = [stage.kv_bytes / mebi for stage in telemetry.stages]
+    times_ms = [_mean_s(stage.compute_s, stage.num_steps) * 1e3 for stage in telemetry.stages]
+    figure = Figure(figsize=(9, 1.2 + 0.6 * len(names)), layout="constrained")
+    memory_axes, time_axes = figure.subplots(1, 2, sharey=True)
+    memory_axes.barh(names, weights, color="#4c78a8", label="weights")
+    memory_axes.barh(names, kv, left=weights, color="#f58518", label="KV cache")
+    memory_axes.set_xlabel("MiB")
+    memory_axes.set_title("memory of each stage")
+    memory_axes.legend(loc="lower right")
+    memory_axes.invert_yaxis()
+    time_axes.barh(names, times_ms, color="#54a24b")
+    time_axes.set_xlabel("ms per step")
+    time_axes.set_title("compute of each stage")
+    for axes in (memory_axes, time_axes):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _mean_s(total_s: float, num_steps: int) -> float:
+    return total_s / num_steps if num_steps else 0.0

@@ -1,0 +1,144 @@
+"""Find the files of a checkpoint, and the dtype that its weights are to have.
+
+Looks at names, indices and headers; reads no weights and knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lingualinked.errors import ArgumentError, CheckpointError
+from lingualinked.model import hf_internals
+from lingualinked.model.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedConfig
+
+_WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+
+
+def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[str, ...]:
+    """Find the safetensors files of a checkpoint: one file, or those that an index names.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A folder, or a model id of the Hugging Face hub, whose files are downloaded into its cache.
+    **hub
+        As in ``from_pretrained``: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+        ``force_download``, ``proxies``.
+
+    Returns
+    -------
+    tuple of str
+        Absolute local paths.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, a shard is missing, or the checkpoint is an adapter or of another format.
+    """
+    path = os.fspath(path)
+    if _find(path, _ADAPTER, hub) is not None:
+        raise CheckpointError(
+            f"{path} holds an adapter (PEFT, {_ADAPTER}), which is not supported yet: merge it into the base model "
+            "with peft's merge_and_unload() and save that"
+        )
+    single = _find(path, _WEIGHTS, hub)
+    if single is not None:
+        return (str(Path(single).absolute()),)
+    index = _find(path, _INDEX, hub)
+    if index is not None:
+        return tuple(_shard(path, name, index, hub) for name in _shard_names(index))
+    for name in _OTHER_FORMATS:
+        if _find(path, name, hub) is not None:
+            raise CheckpointError(
+                f"{path} has its weights in {name}, and only safetensors are read: convert them with "
+                "AutoModelForCausalLM.from_pretrained(path).save_pretrained(folder)"
+            )
+    if Path(path).is_dir() or not _may_be_hub_id(path):
+        raise CheckpointError(
+            f"no checkpoint at {path!r}: there is neither {_WEIGHTS} nor {_INDEX}; give the folder that save_pretrained wrote"
+        )
+    raise CheckpointError(
+        f"{path!r} is neither a local folder nor a model with safetensors weights that the Hugging Face hub, or its "
+        "local cache, gives: check the name, the revision and the connection"
+    )
+
+
+def _may_be_hub_id(path: str) -> bool:
+    return not Path(path).is_absolute() and path.count("/") <= 1 and not path.startswith(".")
+
+
+def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
+    if not Path(path).is_dir() and not _may_be_hub_id(path):
+        return None
+    return hf_internals.find_file(path, name, **hub)
+
+
+def _shard_names(index: str) -> list[str]:
+    """Read the names of the files that an index names, within its own folder."""
+    try:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files ({error!r}): copy or download it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names the file {name!r} outside its own folder: it can't be trusted")
+    return names
+
+
+def _shard(path: str, name: str, index: str, hub: dict[str, Any]) -> str:
+    found = _find(path, name, hub)
+    if found is None:
+        raise CheckpointError(
+            f"{name}, a shard that {index} names, is missing: copy or download the whole checkpoint again"
+        )
+    return str(Path(found).absolute())
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, files: Sequence[str]) -> str:
+    """Settle the dtype of the weights with transformers' meaning.
+
+    Parameters
+    ----------
+    dtype : str, torch.dtype or None
+        ``"auto"`` or None: the configuration's, else that of the checkpoint's first floating tensor, else torch's default.
+    config : PreTrainedConfig
+    files : sequence of str
+        Safetensors files; empty for dummy weights.
+
+    Returns
+    -------
+    str
+        Name of a torch dtype, e.g. ``"bfloat16"``.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no floating dtype of torch.
+    CheckpointError
+        If a file's header is needed and can't be read.
+    """
+    if dtype is None or dtype == "auto":
+        dtype = config.dtype or _dtype_of_files(files) or torch.get_default_dtype()
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ArgumentError(
+            f"dtype={dtype!r} is no floating dtype of torch: use 'auto', 'float32', 'bfloat16' or 'float16'"
+        )
+    return str(resolved).removeprefix("torch.")
+
+
+def _dtype_of_files(files: Sequence[str]) -> torch.dtype | None:
+    """Give the dtype of the first floating tensor of the first file."""
+    entries = SafetensorsFile(files[0]).entries.values() if files else ()
+    return next((entry.dtype for entry in entries if entry.dtype.is_floating_point), None)

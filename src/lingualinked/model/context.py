@@ -1,0 +1,166 @@
+"""How a step's attention mask and position ids are told in a few bytes, whatever the length of the text.
+
+Both ends keep the same state, so that a decode step sends neither; knows no sockets and no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+from torch import Tensor
+
+
+class MaskMode(enum.IntEnum):
+    """How a step's attention mask is told: not at all, as the last one plus ones, or as it is."""
+
+    NONE = 0
+    EXTEND = 1
+    FULL = 2
+
+
+class PositionMode(enum.IntEnum):
+    """How a step's position ids are told: not at all, as consecutive, as counted in the mask, or as they are."""
+
+    NONE = 0
+    RANGE = 1
+    FROM_MASK = 2
+    FULL = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ContextCode:
+    """A step's mask and positions as they travel.
+
+    Parameters
+    ----------
+    mask : MaskMode
+        How the mask is told.
+    positions : PositionMode
+        How the positions are told.
+    position_rows : int
+        Rows of the position ids (1, or the batch).
+    tensors : tuple of Tensor
+        The mask if `MaskMode.FULL`, then the positions if `PositionMode.FULL`.
+    """
+
+    mask: MaskMode
+    positions: PositionMode
+    position_rows: int
+    tensors: tuple[Tensor, ...]
+
+
+class StepContext:
+    """The attention mask of one session, kept alike by the caller and by every stage."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._num_tokens = 0
+
+    def encode(self, mask: Tensor | None, positions: Tensor | None, num_new: int) -> ContextCode:
+        """Tell a step's mask and positions, and take them as seen.
+
+        Parameters
+        ----------
+        mask : Tensor or None
+            What transformers passes to ``forward``: usually int64 ``[rows, past + num_new]``.
+        positions : Tensor or None
+            int64 ``[1 or rows, num_new]``.
+        num_new : int
+            Tokens of this step.
+
+        Returns
+        -------
+        ContextCode
+            What to send; `decode` on the other end gives back equal tensors.
+        """
+        tensors: list[Tensor] = []
+        mask_mode = MaskMode.NONE
+        if mask is not None:
+            extended = self._extended(num_new)
+            if extended is not None and extended.dtype == mask.dtype and torch.equal(extended, mask):
+                mask_mode = MaskMode.EXTEND
+            else:
+                mask_mode = MaskMode.FULL
+                tensors.append(mask)
+        position_mode, position_rows = PositionMode.NONE, 0
+        if positions is not None:
+            position_rows = positions.shape[0]
+            if _same(positions, self._consecutive(position_rows, num_new)):
+                position_mode = PositionMode.RANGE
+            elif mask is not None and _same(positions, _counted(mask, num_new)):
+                position_mode = PositionMode.FROM_MASK
+            else:
+                position_mode = PositionMode.FULL
+                tensors.append(positions)
+        self._take(mask, num_new)
+        return ContextCode(mask=mask_mode, positions=position_mode, position_rows=position_rows, tensors=tuple(tensors))
+
+    def decode(self, code: ContextCode, num_new: int) -> tuple[Tensor | None, Tensor | None]:
+        """Give back the mask and the positions that `encode` told, and take them as seen.
+
+        Raises
+        ------
+        ValueError
+            If the mask is told as an extension and there is none to extend, or a tensor is missing.
+        """
+        tensors = list(code.tensors)
+        if len(tensors) != (code.mask is MaskMode.FULL) + (code.positions is PositionMode.FULL):
+            raise ValueError("the tensors beside a step do not match how its mask and positions are told")
+        mask: Tensor | None = None
+        if code.mask is MaskMode.FULL:
+            mask = tensors.pop(0)
+        elif code.mask is MaskMode.EXTEND:
+            mask = self._extended(num_new)
+            if mask is None:
+                raise ValueError("a step extends a mask that this session does not have")
+        positions: Tensor | None = None
+        if code.positions is PositionMode.RANGE:
+            positions = self._consecutive(code.position_rows, num_new)
+        elif code.positions is PositionMode.FROM_MASK:
+            if mask is None:
+                raise ValueError("a step counts positions in a mask that it does not have")
+            positions = _counted(mask, num_new)
+        elif code.positions is PositionMode.FULL:
+            positions = tensors.pop(0)
+        self._take(mask, num_new)
+        return mask, positions
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the mask rows ``rows`` (int64 ``[new rows]``), as beam search does with the KV cache."""
+        if self._mask is not None:
+            self._mask = self._mask.index_select(0, rows)
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget the last ``num_tokens`` tokens."""
+        self._num_tokens -= num_tokens
+        if self._mask is not None and num_tokens:
+            self._mask = self._mask[..., :-num_tokens]
+
+    def _extended(self, num_new: int) -> Tensor | None:
+        if self._mask is None:
+            return None
+        return torch.cat([self._mask, self._mask.new_ones((*self._mask.shape[:-1], num_new))], dim=-1)
+
+    def _consecutive(self, num_rows: int, num_new: int) -> Tensor:
+        positions = torch.arange(self._num_tokens, self._num_tokens + num_new, dtype=torch.long)
+        return positions.unsqueeze(0).expand(num_rows, -1).contiguous()
+
+    def _take(self, mask: Tensor | None, num_new: int) -> None:
+        self._num_tokens += num_new
+        # Only a padding mask over the whole text can be extended by ones.
+        fits = mask is not None and mask.ndim == 2 and mask.shape[-1] == self._num_tokens
+        self._mask = mask if fits else None
+
+
+def _counted(mask: Tensor, num_new: int) -> Tensor | None:
+    """Positions as transformers counts them in a padding mask, of the last ``num_new`` tokens."""
+    if mask.ndim != 2 or mask.is_floating_point():
+        return None
+    positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    return positions[:, -num_new:].contiguous()
+
+
+def _same(left: Tensor, right: Tensor | None) -> bool:
+    return right is not None and left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)

@@ -1,0 +1,148 @@
+"""Cut a model class to one span: its own forward, with stand-ins for the modules that other stages hold.
+
+Knows modules, not weights: nothing of checkpoints, caches or devices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lingualinked.model import hf_internals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from lingualinked.model.parts import ModelParts
+
+RawOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
+
+
+class SpanLeft(Exception):  # noqa: N818 - it ends a forward pass and is no error
+    """The forward pass has come to the first layer after the span."""
+
+
+class Boundary:
+    """What crosses the ends of a span during one forward pass: raw layer outputs.
+
+    Attributes
+    ----------
+    incoming : Tensor or tuple
+        What the last layer before the span returned on the previous stage.
+    outgoing : Tensor or tuple
+        What the last layer of the span returned.
+    """
+
+    def __init__(self) -> None:
+        self.incoming: RawOutput | None = None
+        self.outgoing: RawOutput | None = None
+
+    def capture(self, _layer: nn.Module, _arguments: Any, output: RawOutput) -> None:
+        """Keep the output of the last layer; a forward hook."""
+        self.outgoing = output
+
+    def clear(self) -> None:
+        """Hold on to no tensor between steps."""
+        self.incoming = self.outgoing = None
+
+
+class ReplayLayer(nn.Module):
+    """Stands in for a layer before the span: returns, whole, what the previous stage's last layer returned."""
+
+    def __init__(self, boundary: Boundary) -> None:
+        super().__init__()
+        self.boundary = boundary
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> RawOutput | None:
+        """Ignore the dummy that came this far."""
+        return self.boundary.incoming
+
+
+class ExitLayer(nn.Module):
+    """Stands in for a layer after the span: ends the forward pass on entry.
+
+    Whatever the model does between two layers has happened by then.
+    """
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> None:
+        """Raise SpanLeft."""
+        raise SpanLeft
+
+
+class PassThrough(nn.Module):
+    """Stands in for a norm, a projection or the head: returns its first argument."""
+
+    def forward(self, first: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        """Return `first`."""
+        return first
+
+
+class ZeroEmbedding(nn.Module):
+    """Stands in for an embedding on a later stage, where its result is discarded: zeros of a shape that broadcasts."""
+
+    def __init__(self, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dim, self.dtype = dim, dtype
+
+    def forward(self, first: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        """Return zeros [1, 1, dim]."""
+        return torch.zeros((1, 1, self.dim), dtype=self.dtype, device=first.device)
+
+
+def cut_class(
+    cls: type[PreTrainedModel], parts: ModelParts, start: int, end: int, boundary: Boundary
+) -> type[PreTrainedModel]:
+    """Derive a class whose instances hold layers ``[start, end)`` alone, and what must run before or after them.
+
+    The full model is built and then pruned, so that layer indices and per-layer types stay right. Name and module are
+    those of `cls`, as transformers looks up much by them.
+
+    Parameters
+    ----------
+    cls : type
+        A causal LM class of transformers.
+    parts : ModelParts
+    start, end : int
+        Half-open layer range.
+    boundary : Boundary
+        Where the stand-ins of every instance take from and give to.
+
+    Returns
+    -------
+    type
+        To be built on the meta device, as ``from_pretrained`` does.
+    """
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        cls.__init__(self, config, *args, **kwargs)
+        prune(self, parts, start, end, boundary)
+
+    namespace = {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    derived: type[PreTrainedModel] = type(cls)(cls.__name__, (cls,), namespace)
+    return derived
+
+
+def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, boundary: Boundary) -> None:
+    """Replace what a stage of layers ``[start, end)`` does not hold by stand-ins, in place."""
+    layers = model.get_submodule(parts.layers)
+    assert isinstance(layers, nn.ModuleList)
+    replay, leave = ReplayLayer(boundary), ExitLayer()
+    for index in range(parts.num_layers):
+        if not start <= index < end:
+            layers[index] = replay if index < start else leave
+    layers[end - 1].register_forward_hook(boundary.capture)
+    elsewhere = (parts.prologue if start > 0 else ()) + (parts.epilogue if end < parts.num_layers else ())
+    for path in elsewhere:
+        module = model.get_submodule(path)
+        stand_in: nn.Module
+        if isinstance(module, nn.Embedding):
+            stand_in = ZeroEmbedding(module.embedding_dim, module.weight.dtype)
+        else:
+            stand_in = PassThrough()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, stand_in)
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = {target: source for target, source in hf_internals.ties(model).items() if {target, source} <= held}
+    hf_internals.set_ties(model, tied)

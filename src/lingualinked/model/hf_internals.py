@@ -1,0 +1,230 @@
+"""The one file that touches names which transformers does not document: each has a test of its own.
+
+Knows how transformers 5 builds, renames and loads; knows nothing of spans or stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from lingualinked.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
+_REPORT_LOGGER = "transformers.modeling_utils"
+
+
+def model_class(name: str) -> type[PreTrainedModel]:
+    """Look up a model class of transformers by its name."""
+    cls: type[PreTrainedModel] = getattr(transformers, name)
+    return cls
+
+
+def build_on_meta(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    """Build a model without memory, with the dtype and the attention that loading would give it."""
+    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
+    return model.eval()
+
+
+def find_file(path: str, name: str, **hub: Any) -> str | None:
+    """Find one file of a folder or of a model on the hub, downloading it if need be; None if there is none."""
+    found: str | None = cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    return found
+
+
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """Give the tied parameters of a model, as ``{target: source}``."""
+    return dict(model.all_tied_weights_keys)
+
+
+def set_ties(model: PreTrainedModel, tied: dict[str, str]) -> None:
+    """Tell the loader which parameters it is to tie."""
+    model.all_tied_weights_keys = tied
+
+
+@dataclass(frozen=True, slots=True)
+class MappedKey:
+    """What transformers' loader makes of one tensor of a checkpoint.
+
+    Parameters
+    ----------
+    names : tuple of str
+        The parameters: several where it splits the tensor, none where the model has no use for it.
+    is_converted : bool
+        Whether they are other than the tensor itself: fused, split or transposed.
+    """
+
+    names: tuple[str, ...]
+    is_converted: bool
+
+
+def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey]:
+    """Tell what transformers' loader makes of the keys of a checkpoint.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The whole model, on any device.
+    keys : iterable of str
+
+    Returns
+    -------
+    dict of str to MappedKey
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    mapped: dict[str, MappedKey] = {}
+    # In the loader's own order, as some renamings wait for the key that triggers them.
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            mapped[key] = MappedKey((), False)
+        elif pattern is None:
+            mapped[key] = MappedKey((name,), False)
+        else:
+            first, *others = converter_of[pattern].target_patterns
+            mapped[key] = MappedKey((name, *(name.replace(first, other) for other in others)), True)
+    return mapped
+
+
+def load(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    weights: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """Build a model and load it as ``from_pretrained`` does, from tensors that are materialised one at a time.
+
+    Parameters
+    ----------
+    cls : type
+    config : PreTrainedConfig
+    weights : mapping of str to object
+        By checkpoint key; ``value[...]`` gives the tensor.
+    dtype : torch.dtype
+    attn_implementation : str or None
+
+    Returns
+    -------
+    PreTrainedModel
+        On the CPU, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        If a parameter was not loaded: transformers would leave random values there.
+    """
+    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _quiet_sequential_loading() as reports:
+        try:
+            model, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(weights),
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **arguments,
+            )
+        except RuntimeError as error:
+            if not reports:
+                raise
+            raise CheckpointError(
+                f"the weights of {cls.__name__} can't be converted: {error}\n{reports[-1]}"
+            ) from error
+    buffers = {name for name, _ in model.named_buffers()}  # those a checkpoint lacks are computed
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        wrong = sorted(str(each) for each in info[what] if each not in buffers)
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint does not fit {cls.__name__}: {what.replace('_', ' ')} {', '.join(wrong)}; "
+                "the weights and config.json are of different models"
+            )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextlib.contextmanager
+def _quiet_sequential_loading() -> Iterator[list[str]]:
+    """Load without progress bar or report on the screen, one tensor at a time, in the calling thread.
+
+    Reading ahead in a thread pool would hold tensors twice while they are fused, and would call back from other threads.
+
+    Yields
+    ------
+    list of str
+        What the loader would have reported.
+    """
+    reports: list[str] = []
+
+    def withhold(record: logging.LogRecord) -> bool:
+        reports.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger(_REPORT_LOGGER)
+    bars = transformers_logging.is_progress_bar_enabled()
+    setting = os.environ.get(_SEQUENTIAL_LOAD)
+    logger.addFilter(withhold)
+    os.environ[_SEQUENTIAL_LOAD] = "1"
+    transformers_logging.disable_progress_bar()
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(withhold)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if setting is None:
+            del os.environ[_SEQUENTIAL_LOAD]
+        else:
+            os.environ[_SEQUENTIAL_LOAD] = setting
+
+
+class CacheLayer(DynamicLayer):
+    """Base of KV layers that must not register themselves as the kind that every later cache is built from."""
+
+    _layer_type: Any = None
+
+
+class SlidingCacheLayer(DynamicSlidingWindowLayer):
+    """As `CacheLayer`, for layers that attend to a sliding window."""
+
+    _layer_type: Any = None

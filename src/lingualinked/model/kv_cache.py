@@ -1,0 +1,126 @@
+"""The KV cache of one session on one stage: growing layers where the stage owns them, counting ones elsewhere.
+
+Knows one model's layer kinds; nothing of sessions' owners, budgets or the other stages.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lingualinked.errors import ArgumentError, UncuttableModelError
+from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from transformers import Cache, PreTrainedConfig
+
+_Owned = GrowingLayer | GrowingSlidingLayer
+_Elsewhere = CountingLayer | CountingSlidingLayer
+
+
+class StageCache:
+    """Keys and values of one session in the layers of one stage.
+
+    Made by `Stage.new_cache`.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of the model; tells each layer's kind.
+    owned : collection of int
+        The cache slots of the stage's own layers.
+
+    Attributes
+    ----------
+    hf : Cache
+        What the model's forward is given as ``past_key_values``.
+    num_tokens : int
+        Tokens seen by the session, padding included.
+    """
+
+    def __init__(self, config: PreTrainedConfig, owned: Collection[int]) -> None:
+        self.hf: Cache = DynamicCache(config=config)
+        self.num_tokens = 0
+        self._owned: list[_Owned] = []
+        self._elsewhere: list[_Elsewhere] = []
+        for slot, kind in enumerate(self.hf.layers):
+            if type(kind) is DynamicLayer:
+                layer = GrowingLayer() if slot in owned else CountingLayer()
+            elif type(kind) is DynamicSlidingWindowLayer:
+                sliding = GrowingSlidingLayer if slot in owned else CountingSlidingLayer
+                layer = sliding(kind.sliding_window)
+            else:
+                raise UncuttableModelError(
+                    config.model_type, f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's"
+                )
+            self.hf.layers[slot] = layer
+            (self._owned if slot in owned else self._elsewhere).append(layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values of the stage's own layers."""
+        return sum(layer.nbytes for layer in self._owned)
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens of a finished step for the layers held elsewhere; `Stage.step` does it.
+
+        Parameters
+        ----------
+        num_tokens : int
+        """
+        for layer in self._elsewhere:
+            layer.advance(num_tokens)
+        self.num_tokens += num_tokens
+
+    @torch.inference_mode()
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep the rows that the indices name, in their order; beam search does it after every step.
+
+        Parameters
+        ----------
+        rows : Tensor
+            [new rows] int64, on any device; repeats allowed.
+        """
+        self.hf.reorder_cache(rows)
+
+    def crop(self, num_tokens_to_remove: int) -> None:
+        """Drop tokens at the end, as ``Cache.crop`` does.
+
+        Parameters
+        ----------
+        num_tokens_to_remove : int
+            Zero or negative: minus the number of tokens. Zero only drops what was recorded beyond a sliding window.
+
+        Raises
+        ------
+        ArgumentError
+            If positive, or if a sliding window is full and has not recorded what it would have to bring back.
+        """
+        if num_tokens_to_remove > 0:
+            raise ArgumentError(
+                f"can't crop a KV cache by {num_tokens_to_remove}: pass minus the number of tokens to remove"
+            )
+        for layer in (*self._owned, *self._elsewhere):
+            if layer.is_sliding and layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
+                raise ArgumentError(
+                    f"can't crop a KV cache of {self.num_tokens} tokens: the sliding window ({layer.sliding_window} tokens) "
+                    "is full and its past was not recorded; activate past recording before the prefill"
+                )
+        self.hf.crop(num_tokens_to_remove)
+        self.num_tokens = max(0, self.num_tokens + num_tokens_to_remove)
+
+    def record_past(self, on: bool = True) -> None:
+        """Keep what leaves a sliding window until the next crop, so that it can be brought back.
+
+        Parameters
+        ----------
+        on : bool, default=True
+        """
+        for layer in (*self._owned, *self._elsewhere):
+            if layer.is_sliding:
+                layer.record_past = on

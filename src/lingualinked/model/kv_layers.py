@@ -1,0 +1,200 @@
+"""KV layers: owned ones that grow by doubling, and stand-ins that only count for layers held elsewhere.
+
+Each answers as the layer of transformers' DynamicCache that it replaces; knows nothing of stages or sessions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingualinked.model.hf_internals import CacheLayer, SlidingCacheLayer
+
+_GRANULE_TOKENS = 64
+
+
+class GrowingTensor:
+    """Keys or values of one layer, [rows, heads, tokens, dim], with room to append.
+
+    Attention reads views of the filled part: bit-equal to concatenation, without its copy of everything per token.
+    """
+
+    __slots__ = ("_buffer", "_start", "_stop")
+
+    def __init__(self, states: Tensor) -> None:
+        self._buffer = states[:, :, :0]
+        self._start = self._stop = 0
+
+    def __len__(self) -> int:
+        """Give the number of tokens held."""
+        return self._stop - self._start
+
+    @property
+    def view(self) -> Tensor:
+        """The tokens held, [rows, heads, tokens, dim]; valid until the next change."""
+        return self._buffer.narrow(2, self._start, self._stop - self._start)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self._buffer.nbytes
+
+    def append(self, states: Tensor) -> Tensor:
+        """Add [rows, heads, new tokens, dim] at the end; give `view`."""
+        num_new = states.shape[2]
+        if self._stop + num_new > self._buffer.shape[2]:
+            self._make_room(num_new)
+        self._buffer.narrow(2, self._stop, num_new).copy_(states)
+        self._stop += num_new
+        return self.view
+
+    def _make_room(self, num_new: int) -> None:
+        held, source, capacity = len(self), self.view, self._buffer.shape[2]
+        # Where enough was dropped in front, moving there without overlap does.
+        if self._start < held or held + num_new > capacity:
+            self._allocate(self._buffer.shape[0], max(held + num_new, 2 * capacity))
+        self._fill(source)
+
+    def _allocate(self, num_rows: int, num_tokens: int) -> None:
+        capacity = -(-num_tokens // _GRANULE_TOKENS) * _GRANULE_TOKENS
+        _, heads, _, dim = self._buffer.shape
+        self._buffer = self._buffer.new_empty((num_rows, heads, capacity, dim))
+
+    def _fill(self, states: Tensor) -> None:
+        self._start, self._stop = 0, states.shape[2]
+        self._buffer.narrow(2, 0, self._stop).copy_(states)
+
+    def replace(self, states: Tensor) -> None:
+        """Hold a copy of these tokens and nothing else."""
+        self._allocate(states.shape[0], states.shape[2])
+        self._fill(states)
+
+    def keep_last(self, num_tokens: int) -> None:
+        """Drop tokens in front until at most `num_tokens` are left."""
+        self._start = max(self._start, self._stop - num_tokens)
+
+    def drop_last(self, num_tokens: int) -> None:
+        """Drop tokens at the end."""
+        self._stop = max(self._start, self._stop - num_tokens)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the rows that the indices name, in their order."""
+        states = self.view.index_select(0, rows)
+        self._allocate(len(rows), self._buffer.shape[2])
+        self._fill(states)
+
+
+class _Growing:
+    """What the growing layers share: keys and values in growing tensors (the attributes `keys`, `values` stay None)."""
+
+    _grown: tuple[GrowingTensor, ...] = ()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn shapes, dtype and device from the first states."""
+        self._grown = (GrowingTensor(key_states), GrowingTensor(value_states))
+        self.is_initialized = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows that `beam_idx` names, in its order."""
+        for each in self._grown:
+            each.reorder(beam_idx)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(each.nbytes for each in self._grown)
+
+
+class GrowingLayer(_Growing, CacheLayer):
+    """Full attention: keeps every token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [rows, heads, new tokens, dim] to keys and values; give all tokens of both."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._grown
+        return keys.append(key_states), values.append(value_states)
+
+    def get_seq_length(self) -> int:
+        """Give the number of tokens held."""
+        return len(self._grown[0]) if self._grown else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop ``-tokens_to_remove`` tokens at the end."""
+        for each in self._grown:
+            each.drop_last(-tokens_to_remove)
+
+
+class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
+    """Sliding window attention: keeps the last ``window - 1`` tokens, or all of them while the past is recorded."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [rows, heads, new tokens, dim] to keys and values; give those that a new token may attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        keys, values = self._grown
+        return self._append(keys, key_states), self._append(values, value_states)
+
+    def _append(self, grown: GrowingTensor, states: Tensor) -> Tensor:
+        num_kept, num_new = self.sliding_window - 1, states.shape[2]
+        if self.record_past:
+            held = grown.append(states)
+            num_visible = min(held.shape[2], num_kept + num_new)
+            return held.narrow(2, held.shape[2] - num_visible, num_visible)
+        if num_new > num_kept:  # a long prompt: nearly all of it would be dropped again, so no room is made for it
+            visible = torch.cat([grown.view, states], dim=2)
+            grown.replace(states.narrow(2, num_new - num_kept, num_kept))
+            return visible
+        visible = grown.append(states)
+        grown.keep_last(num_kept)
+        return visible
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop ``-tokens_to_remove`` tokens at the end, and what was recorded beyond the window."""
+        is_full = self.cumulative_length >= self.sliding_window
+        for each in self._grown:
+            each.drop_last(-tokens_to_remove)
+            if is_full:
+                each.keep_last(self.sliding_window - 1)
+        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+
+
+class CountingLayer(CacheLayer):
+    """Stands in for full attention held elsewhere: answers for lengths and mask sizes."""
+
+    num_tokens = 0
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens that the real layer has seen."""
+        self.num_tokens += num_tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Give the number of tokens counted."""
+        return self.num_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Count ``-tokens_to_remove`` tokens less."""
+        self.num_tokens = max(0, self.num_tokens + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Do nothing: there are no rows."""
+
+
+class CountingSlidingLayer(SlidingCacheLayer):
+    """Stands in for sliding window attention held elsewhere."""
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens that the real layer has seen."""
+        self.cumulative_length += num_tokens
+        self.is_initialized = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Count ``-tokens_to_remove`` tokens less."""
+        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Do nothing: there are no rows."""

@@ -1,0 +1,173 @@
+"""Load one span: choose its tensors by the loader's own renamings, then let transformers build, rename, fuse and tie.
+
+Knows weight sources and cut classes; nothing of devices or steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lingualinked.errors import CheckpointError
+from lingualinked.model import hf_internals
+from lingualinked.model.architectures import read_config
+from lingualinked.model.cut import Boundary, cut_class, prune
+from lingualinked.model.dummy import DummyWeights
+from lingualinked.model.parts import ModelParts, build_meta, check_span, find_parts
+from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from transformers import PreTrainedModel
+
+    from lingualinked.model.hf_internals import MappedKey
+    from lingualinked.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedSpan:
+    """A cut model with its weights.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        On the CPU, in evaluation mode.
+    boundary : Boundary
+        Of its stand-ins.
+    parts : ModelParts
+        Of the whole model.
+    num_bytes_read : int
+        From files, headers included.
+    """
+
+    model: PreTrainedModel
+    boundary: Boundary
+    parts: ModelParts
+    num_bytes_read: int
+
+
+def check_weights(spec: ModelSpec, meta_model: PreTrainedModel) -> None:
+    """Check from the files' headers alone that a checkpoint is whole and fits a model; read no weights.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    meta_model : PreTrainedModel
+        As `build_meta` gives it.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing or damaged, or tensors are missing or of another shape.
+    """
+    with contextlib.closing(_source(spec, meta_model)) as source:
+        _map_weights(meta_model, source.shapes)
+
+
+def load_span(
+    spec: ModelSpec, start: int, end: int, *, progress: Callable[[int], None] | None = None
+) -> LoadedSpan:
+    """Load layers ``[start, end)`` and what must run before or after them.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    start, end : int
+        Half-open layer range.
+    progress : callable, optional
+        Called in the calling thread with the bytes of weights loaded so far.
+
+    Returns
+    -------
+    LoadedSpan
+
+    Raises
+    ------
+    ArgumentError
+        If the span is not within the model.
+    CheckpointError
+        If a file is missing or damaged, or tensors are missing or of another shape.
+    UncuttableModelError
+        If the architecture can't be cut.
+    """
+    whole = build_meta(spec)
+    parts = find_parts(whole)
+    check_span(start, end, parts.num_layers)
+    num_bytes_loaded = 0
+
+    def loaded(num_bytes: int) -> None:
+        nonlocal num_bytes_loaded
+        num_bytes_loaded += num_bytes
+        if progress is not None:
+            progress(num_bytes_loaded)
+
+    with contextlib.closing(_source(spec, whole)) as source:
+        mapped = _map_weights(whole, source.shapes)
+        tied = hf_internals.ties(whole)
+        prune(whole, parts, start, end, Boundary())
+        chosen = _choose(mapped, tied, set(whole.state_dict()))
+        boundary = Boundary()
+        model = hf_internals.load(
+            cut_class(type(whole), parts, start, end, boundary),
+            read_config(spec),
+            {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attn_implementation,
+        )
+        return LoadedSpan(model=model, boundary=boundary, parts=parts, num_bytes_read=source.num_bytes_read)
+
+
+def _source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:
+    return DummyWeights(meta_model, spec.seed) if spec.load_format == "dummy" else CheckpointWeights(spec.files)
+
+
+def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MappedKey]:
+    """Map a checkpoint's keys to the parameters of a model; refuse what is missing or does not fit."""
+    name = type(meta_model).__name__
+    mapped = hf_internals.map_keys(meta_model, shapes)
+    parameters = dict(meta_model.named_parameters(remove_duplicate=False))
+    made = {parameter for each in mapped.values() for parameter in each.names}
+    for target, source in hf_internals.ties(meta_model).items():
+        if target in made or source in made:
+            made |= {target, source}
+    missing = [parameter for parameter in parameters if parameter not in made]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the tensors that {name} needs ({_listed(missing)}): "
+            "it is incomplete, or of another model, or of a base model without its head"
+        )
+    unfit = [
+        f"{key} {list(shapes[key])} for {parameter} {list(parameters[parameter].shape)}"
+        for key, each in mapped.items()
+        for parameter in each.names
+        if not each.is_converted and parameter in parameters and tuple(parameters[parameter].shape) != shapes[key]
+    ]
+    if unfit:
+        raise CheckpointError(
+            f"{len(unfit)} tensors of the checkpoint have another shape than {name} has with this config "
+            f"({_listed(unfit)}): the weights and config.json are of different models"
+        )
+    return mapped
+
+
+def _choose(mapped: Mapping[str, MappedKey], tied: Mapping[str, str], held: set[str]) -> dict[str, str]:
+    """Choose the keys that a pruned model needs, each by the name that the loader is to be given."""
+    chosen = {key: key for key, each in mapped.items() if not held.isdisjoint(each.names)}
+    made = {parameter for key in chosen for parameter in mapped[key].names}
+    key_of = {parameter: key for key, each in mapped.items() for parameter in each.names}
+    for target, source in tied.items():
+        for parameter, partner in ((target, source), (source, target)):
+            # The loader ties within the stage; a partner that another stage holds has to be read under our own name.
+            if parameter in held and parameter not in made and partner not in held:
+                chosen[parameter] = key_of[partner]
+    return chosen
+
+
+def _listed(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,252 @@
+"""Find the parts of a model that a cut must know: its layers, and what runs before and after them, in bytes.
+
+Works on the meta device, without weights; knows nothing of stages, devices or checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from lingualinked.errors import ArgumentError, UncuttableModelError
+from lingualinked.model import hf_internals
+from lingualinked.model.architectures import read_config
+from lingualinked.planning.even import WeightBytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from lingualinked.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelParts:
+    """Where a model's layers are, and what its parts weigh.
+
+    Parameters
+    ----------
+    layers : str
+        Dotted path of the decoder's module list, e.g. ``"model.layers"``.
+    num_layers : int
+    prologue : tuple of str
+        Dotted paths of the modules with weights that run before the first layer, e.g. ``("model.embed_tokens",)``.
+    epilogue : tuple of str
+        Likewise after the last layer, e.g. ``("model.norm", "lm_head")``.
+    layer_bytes : tuple of int
+        Weight bytes of each layer.
+    prologue_bytes : int
+    epilogue_bytes : int
+        Includes a head whose weight is tied to the embedding.
+    tied_bytes : int
+        Counted in both prologue and epilogue; a stage that has both ends holds them once.
+    """
+
+    layers: str
+    num_layers: int
+    prologue: tuple[str, ...]
+    epilogue: tuple[str, ...]
+    layer_bytes: tuple[int, ...]
+    prologue_bytes: int
+    epilogue_bytes: int
+    tied_bytes: int
+
+    def span_bytes(self, start: int, end: int) -> int:
+        """Give the weight bytes that a stage of layers ``[start, end)`` holds.
+
+        Parameters
+        ----------
+        start, end : int
+            Half-open layer range.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        ArgumentError
+            If the span is empty or not within the model.
+        """
+        check_span(start, end, self.num_layers)
+        return self.weights.of_span(start, end)
+
+    @property
+    def weights(self) -> WeightBytes:
+        """The same bytes, as the planner takes them."""
+        return WeightBytes(
+            layers=self.layer_bytes, prologue=self.prologue_bytes, epilogue=self.epilogue_bytes, tied=self.tied_bytes
+        )
+
+
+def check_span(start: int, end: int, num_layers: int) -> None:
+    """Raise ArgumentError unless ``[start, end)`` is a span of a model of `num_layers` layers."""
+    if not 0 <= start < end <= num_layers:
+        raise ArgumentError(
+            f"[{start}, {end}) is no span of a model of {num_layers} layers: 0 <= start < end <= {num_layers} must hold"
+        )
+
+
+def build_meta(spec: ModelSpec) -> PreTrainedModel:
+    """Build the full model on the meta device: every module and shape, no memory.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+
+    Returns
+    -------
+    PreTrainedModel
+        In evaluation mode, at the spec's dtype.
+    """
+    return hf_internals.build_on_meta(
+        hf_internals.model_class(spec.class_name),
+        read_config(spec),
+        getattr(torch, spec.dtype),
+        spec.attn_implementation,
+    )
+
+
+def find_parts(meta_model: PreTrainedModel) -> ModelParts:
+    """Find the layers of a causal LM and what runs before and after them.
+
+    One forward pass on the meta device, stopped on entry to the first layer, tells the modules that ran until then.
+
+    Parameters
+    ----------
+    meta_model : PreTrainedModel
+        As `build_meta` gives it; left as it was.
+
+    Returns
+    -------
+    ModelParts
+
+    Raises
+    ------
+    UncuttableModelError
+        If no module list holds the layers, if weights lie outside modules that can be cut off, or if a forward pass does
+        not come to the first layer.
+    """
+    name = type(meta_model).__name__
+    path, layers = _find_layers(meta_model)
+    outside = [
+        (module_path, module)
+        for module_path, module in meta_model.named_modules()
+        if not f"{module_path}.".startswith(f"{path}.") and _holds_parameters(module)
+    ]
+    for module_path, module in outside:
+        if isinstance(module, PreTrainedModel):
+            owned = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+            raise UncuttableModelError(name, f"{module_path or 'the model'} itself holds parameters ({owned})")
+    called = _called_before_layers(meta_model, layers, [module for _, module in outside])
+    prologue = {module_path: module for module_path, module in outside if module in called}
+    epilogue = {module_path: module for module_path, module in outside if module not in called}
+    in_prologue, in_epilogue = _own_parameters(prologue), _own_parameters(epilogue)
+    tied = hf_internals.ties(meta_model)
+    in_both = {target for target, source in tied.items() if target in in_epilogue and source in in_prologue}
+    return ModelParts(
+        layers=path,
+        num_layers=len(layers),
+        prologue=tuple(prologue),
+        epilogue=tuple(epilogue),
+        layer_bytes=tuple(_num_bytes(layer.parameters()) for layer in layers),
+        prologue_bytes=_num_bytes(in_prologue.values()),
+        epilogue_bytes=_num_bytes(in_epilogue.values()),
+        tied_bytes=_num_bytes(in_epilogue[target] for target in in_both),
+    )
+
+
+def learned_positions(meta_model: PreTrainedModel) -> int | None:
+    """Give the number of positions that a model has learned embeddings for.
+
+    Parameters
+    ----------
+    meta_model : PreTrainedModel
+        As `build_meta` gives it.
+
+    Returns
+    -------
+    int or None
+        The longest text that the model can take, in tokens; None where positions are computed (rotary, ALiBi).
+    """
+    words = meta_model.get_input_embeddings()
+    if any(isinstance(module, nn.Embedding) and module is not words for module in meta_model.modules()):
+        return int(meta_model.config.get_text_config(decoder=True).max_position_embeddings)
+    return None
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the largest module list that is as long as the decoder is deep."""
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    candidates = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if not candidates:
+        raise UncuttableModelError(type(model).__name__, f"no module list holds its {num_layers} decoder layers")
+    return max(candidates, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
+
+
+class _LayersReached(Exception):  # noqa: N818 - it ends a forward pass and is no error
+    """The forward pass has come to the first layer."""
+
+
+class _ProbeLayer(nn.Module):
+    """Stands in for the first layer during the probe."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise _LayersReached
+
+
+class _NoData(TorchFunctionMode):
+    """Answers "no" where a forward pass on the meta device asks for the values of a tensor."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.Tensor.__bool__, torch.Tensor.__contains__):
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def _called_before_layers(model: PreTrainedModel, layers: nn.ModuleList, watched: list[nn.Module]) -> set[nn.Module]:
+    """Run the model up to its first layer; give the watched modules that were called."""
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in watched]
+    first, layers[0] = layers[0], _ProbeLayer()
+    try:
+        with torch.no_grad(), _NoData():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device="meta"), use_cache=False)
+    except _LayersReached:
+        return called
+    except Exception as error:
+        raise UncuttableModelError(
+            type(model).__name__, f"a forward pass without weights failed before the first layer ({error!r})"
+        ) from error
+    finally:
+        layers[0] = first
+        for hook in hooks:
+            hook.remove()
+    raise UncuttableModelError(type(model).__name__, "a forward pass does not come to the first layer")
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _own_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Give the parameters that modules hold directly, by full name, tied ones under each of their names."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+
+
+def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum({id(each): each.numel() * each.element_size() for each in parameters}.values())

@@ -1,0 +1,145 @@
+"""One safetensors file: its header, checked against its size, and single tensors read into aligned memory.
+
+Knows the file format; nothing of models, or of which file of a checkpoint holds what.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lingualinked.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from io import FileIO
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies in its file: bytes ``[start, stop)``."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """A safetensors file, its header read and checked, its tensors not.
+
+    Parameters
+    ----------
+    path : str
+        Of a local file.
+
+    Attributes
+    ----------
+    entries : dict of str to TensorEntry
+        By tensor name, in the order of the header.
+    header_bytes : int
+        Read so far, to know the entries.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated or no safetensors file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: FileIO | None = None
+        try:
+            with Path(path).open("rb", buffering=0) as file:
+                file_bytes = file.seek(0, 2)
+                file.seek(0)
+                header_length = int.from_bytes(file.read(8), "little")
+                if file_bytes < 8 or header_length > min(file_bytes - 8, _MAX_HEADER_BYTES):
+                    raise self._damaged(f"its header is said to take {header_length:,} of its {file_bytes:,} bytes")
+                header = file.read(header_length)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} is missing: copy or download the whole checkpoint again, every shard of it"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read ({error}): check the path and its permissions") from error
+        self.header_bytes = 8 + header_length
+        self.entries = self._parse(header)
+        expected_bytes = max((entry.stop for entry in self.entries.values()), default=self.header_bytes)
+        if expected_bytes != file_bytes:
+            raise self._damaged(f"it has {file_bytes:,} bytes where its header announces {expected_bytes:,}")
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor straight into new, aligned memory: nothing is held twice, and no page of the file is mapped.
+
+        Raises
+        ------
+        CheckpointError
+            If the file ends early.
+        """
+        if self._file is None:
+            self._file = Path(self.path).open("rb", buffering=0)
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.nbytes else memoryview(b"")
+        self._file.seek(entry.start)
+        while target:
+            num_read = self._file.readinto(target)
+            if not num_read:
+                raise self._damaged(f"it ends within the tensor {name!r}")
+            target = target[num_read:]
+        return tensor
+
+    def close(self) -> None:
+        """Close the file; reading opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _parse(self, header: bytes) -> dict[str, TensorEntry]:
+        try:
+            fields: dict[str, Any] = json.loads(header)
+            fields.pop("__metadata__", None)
+            return {name: self._entry(name, each) for name, each in fields.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damaged(f"its header is malformed ({error!r})") from error
+
+    def _entry(self, name: str, fields: dict[str, Any]) -> TensorEntry:
+        if fields["dtype"] not in _DTYPES:
+            raise CheckpointError(
+                f"{name} in {self.path} has the dtype {fields['dtype']}, which is not supported: "
+                f"convert the checkpoint to one of {', '.join(sorted(_DTYPES))}"
+            )
+        begin, end = fields["data_offsets"]
+        entry = TensorEntry(
+            dtype=_DTYPES[fields["dtype"]],
+            shape=tuple(fields["shape"]),
+            start=self.header_bytes + begin,
+            stop=self.header_bytes + end,
+        )
+        if begin < 0 or end - begin != math.prod(entry.shape) * entry.dtype.itemsize:
+            raise ValueError(f"{name} of shape {entry.shape} can't take bytes {begin} to {end}")
+        return entry
+
+    def _damaged(self, cause: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is truncated or no safetensors file: {cause}; copy or download it again")

@@ -1,0 +1,38 @@
+"""What a worker must be told to build any stage of a model: plain data that travels.
+
+Knows neither torch nor transformers, and nothing of spans or devices.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A model and where its weights come from, the same for every stage.
+
+    Parameters
+    ----------
+    class_name : str
+        The transformers class, e.g. ``"LlamaForCausalLM"``.
+    config_json : str
+        The full configuration as JSON (``use_diff=False``), ``model_type`` included.
+    dtype : str
+        Name of the floating torch dtype of the weights, already resolved: ``"bfloat16"``, never ``"auto"``.
+    attn_implementation : str or None
+        As the user asked for; None is transformers' default.
+    load_format : {"safetensors", "dummy"}
+        Read the weights from `files`, or fill in seeded random ones.
+    files : tuple of str
+        Absolute local paths of the safetensors files; empty for ``"dummy"``.
+    seed : int, default=0
+        Of the dummy weights.
+    """
+
+    class_name: str
+    config_json: str
+    dtype: str
+    attn_implementation: str | None
+    load_format: Literal["safetensors", "dummy"]
+    files: tuple[str, ...]
+    seed: int = 0

@@ -1,0 +1,229 @@
+"""One stage: a model's own forward pass over its span of layers.
+
+Knows what comes in and goes out of a span; nothing of sockets, sessions' owners or the other stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lingualinked.errors import ArgumentError
+from lingualinked.model.cut import SpanLeft
+from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.loading import LoadedSpan, load_span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lingualinked.model.cut import RawOutput
+    from lingualinked.model.spec import ModelSpec
+
+
+@dataclass(slots=True, kw_only=True)
+class StageInputs:
+    """What one step gives a stage.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        First stage: token ids [rows, tokens] int64, or embeddings [rows, tokens, hidden]. Later: the tensors of the
+        previous stage's output.
+    layout : tuple of bool or None
+        Of a later stage's input: None for a bare tensor, else which items of a tuple are tensors (the others are None).
+    attention_mask : Tensor or None
+        [rows, past + tokens] int64.
+    position_ids : Tensor or None
+        [rows or 1, tokens] int64.
+    logits_to_keep : int or Tensor, default=0
+        Of the last stage, with transformers' meaning: the last so many positions, 0 for all, or their indices.
+    """
+
+    tensors: tuple[Tensor, ...]
+    layout: tuple[bool, ...] | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    logits_to_keep: int | Tensor = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class StageOutput:
+    """What one step gives back, on the CPU.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        ``(logits,)`` from the last stage, [rows, kept tokens, vocabulary]; else the tensors of the last layer's output.
+    layout : tuple of bool or None
+        As in `StageInputs`.
+    """
+
+    tensors: tuple[Tensor, ...]
+    layout: tuple[bool, ...] | None
+
+
+class Stage:
+    """Layers ``[start, end)`` of a model, with what must run before or after them.
+
+    Made by `Stage.load`; used by one thread at a time.
+
+    Attributes
+    ----------
+    start, end : int
+        Half-open layer range.
+    num_layers : int
+        Of the whole model.
+    is_first, is_last : bool
+        Whether it takes token ids; whether it gives logits.
+    weight_bytes : int
+        Held.
+    num_bytes_read : int
+        From files to load it, their headers included.
+    """
+
+    def __init__(self, span: LoadedSpan, start: int, end: int, device: torch.device) -> None:
+        self.start, self.end, self.num_layers = start, end, span.parts.num_layers
+        self.is_first, self.is_last = start == 0, end == self.num_layers
+        self._model = span.model.to(device)
+        self._boundary, self._device = span.boundary, device
+        self.num_bytes_read = span.num_bytes_read
+        self.weight_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
+        layers = self._model.get_submodule(span.parts.layers)
+        assert isinstance(layers, nn.ModuleList)
+        owned = (module for layer in layers[start:end] for module in layer.modules())
+        self._slots = frozenset(module.layer_idx for module in owned if hasattr(module, "layer_idx"))
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        start: int,
+        end: int,
+        *,
+        accelerator: str = "cpu",
+        progress: Callable[[int], None] | None = None,
+    ) -> Stage:
+        """Load layers ``[start, end)`` of a model; no other weights are read.
+
+        Parameters
+        ----------
+        spec : ModelSpec
+        start, end : int
+            Half-open layer range.
+        accelerator : str, default="cpu"
+            ``"cpu"``, ``"cuda:N"`` or ``"mps"``.
+        progress : callable, optional
+            Called in the calling thread with the bytes of weights loaded so far.
+
+        Returns
+        -------
+        Stage
+
+        Raises
+        ------
+        ArgumentError
+            If the span is not within the model, or torch can't compute on the accelerator.
+        CheckpointError
+            If a file is missing or damaged, or tensors are missing or of another shape.
+        UncuttableModelError
+            If the architecture can't be cut.
+        """
+        device = _device(accelerator)
+        return cls(load_span(spec, start, end, progress=progress), start, end, device)
+
+    def new_cache(self) -> StageCache:
+        """Make the KV cache of a new session.
+
+        Returns
+        -------
+        StageCache
+        """
+        return StageCache(self._model.config, self._slots)
+
+    @torch.inference_mode()
+    def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
+        """Run the model's forward pass over the span, and count its tokens in the KV cache.
+
+        Parameters
+        ----------
+        inputs : StageInputs
+        cache : StageCache or None
+            Of the step's session; None to keep no keys and values. Not usable any more if the step raises.
+
+        Returns
+        -------
+        StageOutput
+
+        Raises
+        ------
+        ArgumentError
+            If the layout does not match the tensors.
+        """
+        tensors = tuple(tensor.to(self._device) for tensor in inputs.tensors)
+        states = tensors[0]
+        arguments: dict[str, Any] = {
+            "attention_mask": self._placed(inputs.attention_mask),
+            "past_key_values": None if cache is None else cache.hf,
+            "use_cache": cache is not None,
+        }
+        if inputs.position_ids is not None:
+            arguments["position_ids"] = self._placed(inputs.position_ids)
+        if self.is_first and not states.is_floating_point():
+            arguments["input_ids"] = states
+        else:  # of a later stage it gives the shape alone: what the prologue makes of it is discarded
+            arguments["inputs_embeds"] = states
+        if not self.is_first:
+            self._boundary.incoming = _unflatten(tensors, inputs.layout)
+        if self.is_last:
+            arguments["logits_to_keep"] = self._placed(inputs.logits_to_keep)
+        try:
+            raw, layout = (self._model(**arguments).logits,), None
+        except SpanLeft:
+            raw, layout = _flatten(self._boundary.outgoing)
+        finally:
+            self._boundary.clear()
+        if cache is not None:
+            cache.advance(states.shape[1])
+        return StageOutput(tensors=tuple(tensor.cpu() for tensor in raw), layout=layout)
+
+    def _placed(self, value: Any) -> Any:
+        return value.to(self._device) if isinstance(value, Tensor) else value
+
+
+def _device(accelerator: str) -> torch.device:
+    """Check that torch can compute there."""
+    try:
+        device = torch.device(accelerator)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(
+            f"torch can't compute on accelerator {accelerator!r} ({error}): use 'cpu', 'cuda:N' or 'mps', as this "
+            "machine and this build of torch have it"
+        ) from error
+    return device
+
+
+def _flatten(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None]:
+    """Take the tensors that cross the boundary out of a layer's raw output.
+
+    Of a tuple only the hidden states do: in every supported architecture the rest is attention weights, which the next
+    layer does not see, and which are as large as the square of the text.
+    """
+    assert output is not None
+    if isinstance(output, Tensor):
+        return (output,), None
+    assert isinstance(output[0], Tensor)
+    return (output[0],), (True,) + (False,) * (len(output) - 1)
+
+
+def _unflatten(tensors: tuple[Tensor, ...], layout: tuple[bool, ...] | None) -> RawOutput:
+    """Rebuild the raw output of the previous stage's last layer."""
+    if len(tensors) != (1 if layout is None else sum(layout)):
+        raise ArgumentError(f"{len(tensors)} tensors came to a stage where the layout {layout} announces others")
+    if layout is None:
+        return tensors[0]
+    remaining = iter(tensors)
+    return tuple(next(remaining) if is_tensor else None for is_tensor in layout)

@@ -1,0 +1,91 @@
+"""Weights that are known by name and shape, and materialised one at a time when the loader asks.
+
+Knows where they come from; not which stage needs which.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from lingualinked.model.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+    Shape = tuple[int, ...]
+
+
+class WeightSource(Protocol):
+    """A checkpoint, of files or imagined."""
+
+    shapes: Mapping[str, Shape]
+    num_bytes_read: int
+
+    def read(self, name: str) -> torch.Tensor:
+        """Materialise one tensor in new, aligned CPU memory."""
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class LazyTensor:
+    """A tensor that transformers' loader materialises by ``tensor[...]``.
+
+    Parameters
+    ----------
+    source : WeightSource
+    name : str
+        In the source.
+    on_read : callable
+        Called with the tensor's bytes once it is materialised.
+    """
+
+    def __init__(self, source: WeightSource, name: str, on_read: Callable[[int], None]) -> None:
+        self._source, self._name, self._on_read = source, name, on_read
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        assert index is Ellipsis, "only whole tensors are read"
+        tensor = self._source.read(self._name)
+        self._on_read(tensor.nbytes)
+        return tensor
+
+
+class CheckpointWeights:
+    """The tensors of a checkpoint's safetensors files.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Local paths.
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        By tensor name.
+    num_bytes_read : int
+        So far, headers included.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, truncated or no safetensors file.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._files = [SafetensorsFile(path) for path in files]
+        self._file_of = {name: file for file in self._files for name in file.entries}
+        self.shapes = {name: file.entries[name].shape for name, file in self._file_of.items()}
+        self.num_bytes_read = sum(file.header_bytes for file in self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor; only its own bytes are read."""
+        tensor = self._file_of[name].read(name)
+        self.num_bytes_read += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()

@@ -1,0 +1,162 @@
+"""The even split: every device gets a contiguous span, and the largest is as small as it can be.
+
+Knows bytes only; which device is faster is not asked here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import accumulate
+
+from lingualinked.device import Device
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.plan import Plan, PlannedStage
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBytes:
+    """Bytes of a model's weights, by where they are needed.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Bytes of each decoder layer.
+    prologue, epilogue : int
+        Bytes that only the first and only the last stage needs; a tied embedding counts in both.
+    tied : int
+        Bytes counted in both, held once by a stage that has both ends.
+    """
+
+    layers: tuple[int, ...]
+    prologue: int
+    epilogue: int
+    tied: int = 0
+
+    def of_span(self, start: int, end: int) -> int:
+        """Bytes of the stage that holds layers ``[start, end)``."""
+        is_first, is_last = start == 0, end == len(self.layers)
+        return (
+            sum(self.layers[start:end])
+            + self.prologue * is_first
+            + self.epilogue * is_last
+            - self.tied * (is_first and is_last)
+        )
+
+
+def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
+    """Split a model over all devices, in their order, as evenly by bytes as its layers allow.
+
+    Minimises the largest stage over all contiguous splits in which every device holds at least one layer and no
+    device passes its memory limit, by dynamic programming over (devices used, layers placed).
+
+    Parameters
+    ----------
+    weights : WeightBytes
+        What each part of the model weighs.
+    devices : sequence of Device
+        Where to place it, in pipeline order.
+
+    Returns
+    -------
+    Plan
+        One stage per device.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If there are more devices than layers, or the weights don't fit; the message says how many bytes are missing.
+    """
+    num_layers, num_devices = len(weights.layers), len(devices)
+    if num_devices > num_layers:
+        raise InfeasiblePlanError(
+            f"{num_devices} stages for {num_layers} layers: a stage holds at least one layer, "
+            f"so use at most {num_layers} devices"
+        )
+    limits = [device.memory_bytes for device in devices]
+    before = [0, *accumulate(weights.layers)]
+
+    def stage_bytes(start: int, end: int) -> int:
+        middle = before[end] - before[start]
+        ends = weights.of_span(start, end) - sum(weights.layers[start:end]) if start == 0 or end == num_layers else 0
+        return middle + ends
+
+    def search(respect_limits: bool) -> list[int] | None:
+        infinity = float("inf")
+        best: list[list[float]] = [[infinity] * (num_layers + 1) for _ in range(num_devices + 1)]
+        cut: list[list[int]] = [[0] * (num_layers + 1) for _ in range(num_devices + 1)]
+        best[0][0] = 0
+        for used in range(1, num_devices + 1):
+            limit = limits[used - 1] if respect_limits else None
+            last_end = num_layers - (num_devices - used)
+            ends = [num_layers] if used == num_devices else range(used, last_end + 1)
+            for end in ends:
+                for start in range(used - 1, end):
+                    size = stage_bytes(start, end)
+                    if limit is not None and size > limit:
+                        continue
+                    largest = max(best[used - 1][start], size)
+                    if largest < best[used][end]:
+                        best[used][end], cut[used][end] = largest, start
+        if best[num_devices][num_layers] == infinity:
+            return None
+        boundaries = [num_layers]
+        for used in range(num_devices, 0, -1):
+            boundaries.append(cut[used][boundaries[-1]])
+        return boundaries[::-1]
+
+    boundaries = search(respect_limits=True)
+    if boundaries is None:
+        raise _does_not_fit(weights, devices, search(respect_limits=False) or [])
+    return Plan(
+        stages=tuple(
+            PlannedStage(device=device.name, start=start, end=end, weight_bytes=stage_bytes(start, end))
+            for device, start, end in zip(devices, boundaries[:-1], boundaries[1:], strict=True)
+        ),
+        inexact_because=inexact_because(devices),
+    )
+
+
+def inexact_because(devices: Sequence[Device]) -> str:
+    """Say why stages on these devices can't give the unsharded model's bits; empty if they can."""
+    kinds = sorted({device.accelerator.split(":")[0] for device in devices})
+    if len(kinds) > 1:
+        return f"mixed accelerators ({', '.join(kinds)}) round differently"
+    threads = sorted({device.threads for device in devices if device.threads is not None})
+    if kinds == ["cpu"] and len(threads) > 1:
+        return f"mixed thread counts ({', '.join(map(str, threads))}) sum in different orders"
+    return ""
+
+
+def _does_not_fit(
+    weights: WeightBytes, devices: Sequence[Device], unlimited: Sequence[int]
+) -> InfeasiblePlanError:
+    total = weights.of_span(0, len(weights.layers)) + weights.tied * (len(devices) > 1)
+    limits = [device.memory_bytes for device in devices]
+    smallest_layer = min(weights.layers)
+    for device, limit in zip(devices, limits, strict=True):
+        if limit is not None and limit < smallest_layer:
+            return InfeasiblePlanError(
+                f"device {device.name!r} has {limit:,} bytes of memory and the smallest layer weighs "
+                f"{smallest_layer:,}: {smallest_layer - limit:,} bytes are missing; raise its memory or leave it out",
+                missing_bytes=smallest_layer - limit,
+            )
+    if all(limit is not None for limit in limits):
+        available = sum(limit for limit in limits if limit is not None)
+        if available < total:
+            return InfeasiblePlanError(
+                f"the weights are {total:,} bytes and the {len(devices)} devices have {available:,}: "
+                f"{total - available:,} bytes are missing; add a device, or raise memory",
+                missing_bytes=total - available,
+            )
+    excess = [
+        (weights.of_span(start, end) - limit, device.name)
+        for device, limit, start, end in zip(devices, limits, unlimited[:-1], unlimited[1:], strict=True)
+        if limit is not None
+    ]
+    missing, name = max(excess)
+    return InfeasiblePlanError(
+        f"no contiguous split fits: in the most even one device {name!r} misses {missing:,} bytes; "
+        "raise its memory, reorder the devices, or add one",
+        missing_bytes=max(missing, 0),
+    )

@@ -1,0 +1,76 @@
+"""What a worker is told when it starts, over its standard input: never in arguments or the environment.
+
+Knows the words only, not how they are used.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Preload(msgspec.Struct, frozen=True, kw_only=True):
+    """First line to a fork server: what to import before the first worker is asked for."""
+
+    caller_pid: int
+    class_names: tuple[str, ...] = ()
+
+
+class Boot(msgspec.Struct, frozen=True, kw_only=True):
+    """A request for one worker: who it is, whom it may talk to, and what it may use.
+
+    Parameters
+    ----------
+    name : str
+        The device's name.
+    public_key, secret_key : str
+        The worker's own CURVE keys (Z85 text).
+    authorised : dict of str to str
+        Public keys that may connect to it, and whose they are.
+    caller_address, caller_key : str
+        Where the caller's inbox listens, and its public key.
+    caller_pid : int
+        The process whose end ends this worker.
+    accelerator : str
+        Where its stages compute.
+    threads : int
+        Threads that it computes with.
+    cpus : tuple of int or None
+        Cores that it is pinned to.
+    memory_bytes : int or None
+        Limit on what it holds beyond an idle worker.
+    max_frame_bytes : int
+        Largest frame that it sends or takes.
+    log_level : int
+        Lowest level of the log records that it sends to the caller.
+    forks : bool
+        Whether the fork server stays and forks this worker, or becomes it.
+    """
+
+    name: str
+    public_key: str
+    secret_key: str
+    authorised: dict[str, str]
+    caller_address: str
+    caller_key: str
+    caller_pid: int
+    accelerator: str
+    threads: int
+    cpus: tuple[int, ...] | None
+    memory_bytes: int | None
+    max_frame_bytes: int
+    log_level: int
+    forks: bool
+
+
+class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A worker has been forked; on Linux a pidfd of it travels beside this line."""
+
+    name: str
+    pid: int
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A forked worker has ended, with the status that ``waitpid`` gave."""
+
+    pid: int
+    status: int

@@ -1,0 +1,232 @@
+"""The messages that cross a socket, as msgspec structs, and the one codec for them.
+
+Knows neither who sends them nor over what; tensors travel beside a message, never in it.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from lingualinked.errors import ProtocolError
+from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.model.spec import ModelSpec
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all messages: an array on the wire, its first element names the type."""
+
+
+# --- from the caller: about the worker and its stages
+
+
+class LoadStage(Message, tag=1):
+    """Load layers ``[start, end)`` of a model as stage ``stage`` and pass its outputs to ``next_name``."""
+
+    request: int
+    model: int
+    stage: int
+    spec: ModelSpec
+    start: int
+    end: int
+    next_name: str
+    next_address: str
+    next_key: str
+
+
+class UnloadModel(Message, tag=2):
+    """Free every stage of a model, its sessions included."""
+
+    request: int
+    model: int
+
+
+class Inspect(Message, tag=3):
+    """Ask for a `WorkerReport`."""
+
+    request: int
+
+
+class Shutdown(Message, tag=4):
+    """End the worker."""
+
+
+# --- along the pipeline
+
+
+class KVEditKind(enum.IntEnum):
+    """What is done to a session's KV cache before the next step runs."""
+
+    REORDER = 1
+    CROP = 2
+    RECORD = 3
+
+
+class KVEdit(Message):
+    """One edit of a session's KV: row indices to keep, tokens to drop, or whether dropped tokens must stay recoverable."""
+
+    kind: KVEditKind
+    values: tuple[int, ...]
+
+
+class Step(Message, tag=5):
+    """Run one step of a session on stage ``stage``.
+
+    The tensors beside it are, in order: the stage's inputs (token ids or embeddings, later the raw output of the
+    previous stage's last layer), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, and the indices
+    of the logits to keep if ``logits_to_keep`` is ``None``.
+
+    ``timings_us`` grows by one number per stage passed: microseconds of compute there.
+    """
+
+    model: int
+    stage: int
+    session: int
+    number: int
+    keeps_kv: bool
+    layout: tuple[bool, ...] | None
+    mask: MaskMode
+    positions: PositionMode
+    position_rows: int
+    logits_to_keep: int | None
+    edits: tuple[KVEdit, ...]
+    timings_us: tuple[int, ...]
+
+
+class EndSession(Message, tag=6):
+    """Free a session's KV on stage ``stage`` and pass it on; it follows the session's steps, so none can come after it."""
+
+    model: int
+    stage: int
+    session: int
+
+
+# --- to the caller
+
+
+class Hello(Message, tag=16):
+    """A worker is ready; this is where its inbox listens."""
+
+    pid: int
+    address: str
+
+
+class LoadProgress(Message, tag=17):
+    """Bytes of a stage loaded so far."""
+
+    request: int
+    num_bytes: int
+
+
+class StageLoaded(Message, tag=18):
+    """A stage is ready to serve."""
+
+    request: int
+    weight_bytes: int
+    num_bytes_read: int
+
+
+class ModelUnloaded(Message, tag=19):
+    """Nothing of the model is held any more."""
+
+    request: int
+
+
+class StageReport(Message):
+    """One hosted stage, in the words of `lingualinked.telemetry.snapshot.StageSnapshot`."""
+
+    model: int
+    stage: int
+    start: int
+    end: int
+    weight_bytes: int
+    kv_bytes: int
+    num_sessions: int
+    num_steps: int
+    compute_us: int
+    sent_bytes: int
+
+
+class WorkerReport(Message, tag=20):
+    """Answer to `Inspect`."""
+
+    request: int
+    pid: int
+    threads: int
+    resident_bytes: int
+    idle_resident_bytes: int
+    num_refused: int
+    stages: tuple[StageReport, ...]
+
+
+class StepDone(Message, tag=21):
+    """The last stage's answer to a step; its logits travel beside it."""
+
+    session: int
+    number: int
+    timings_us: tuple[int, ...]
+
+
+class FailureKind(enum.IntEnum):
+    """What kind of error a worker's failure becomes in the caller."""
+
+    ERROR = 0
+    MEMORY = 1
+    CHECKPOINT = 2
+
+
+class RequestFailed(Message, tag=22):
+    """A `LoadStage`, `UnloadModel` or `Inspect` could not be served."""
+
+    request: int
+    kind: FailureKind
+    cause: str
+    traceback: str
+
+
+class StepFailed(Message, tag=23):
+    """A stage raised while it ran a step; the session can't go on."""
+
+    session: int
+    number: int
+    kind: FailureKind
+    cause: str
+    traceback: str
+
+
+class LogRecord(Message, tag=24):
+    """A log record of the worker."""
+
+    level: int
+    logger: str
+    text: str
+
+
+CallerMessage = LoadStage | UnloadModel | Inspect | Shutdown | Step | EndSession
+WorkerMessage = (
+    Hello | LoadProgress | StageLoaded | ModelUnloaded | WorkerReport | StepDone | RequestFailed | StepFailed | LogRecord
+)
+AnyMessage = CallerMessage | WorkerMessage
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Return the message's bytes."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes) -> AnyMessage:
+    """Read a message.
+
+    Raises
+    ------
+    ProtocolError
+        If the bytes are no known message, or a field has the wrong type.
+    """
+    try:
+        return _decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from error

@@ -1,0 +1,211 @@
+"""`ShardedModel`: what users make, and what every sharded model is an instance of.
+
+Knows arguments and who to ask; it imports torch and transformers only when a model is made, after the workers start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from lingualinked.cluster.cluster import Cluster, _positive
+from lingualinked.device import Device
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+    from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.planning.plan import Plan
+    from lingualinked.telemetry.snapshot import Telemetry
+
+
+class ShardedModel:
+    """A Hugging Face causal LM whose layers run in worker processes.
+
+    Made by `from_pretrained`; what that returns is also an instance of the model's own transformers class, so that
+    ``generate``, ``transformers.pipeline`` and evaluation harnesses take it as theirs. It gives the tokens and the
+    logits that the unsharded model gives under the same settings.
+    """
+
+    if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
+        _pipeline: Pipeline
+        _owns_cluster: bool
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        devices: Literal["auto"] | int | Sequence[Device] = "auto",
+        cluster: Cluster | None = None,
+        plan: Plan | None = None,
+        max_kv_tokens: int | None = None,
+        seed: int | None = None,
+        load_format: Literal["auto", "dummy"] = "auto",
+        progress: bool = True,
+        timeout_s: float | None = None,
+        dtype: torch.dtype | str | None = "auto",
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        revision: str = "main",
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> ShardedModel:
+        """Cut a checkpoint into layer ranges and load each in a worker process.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path : str or PathLike
+            A folder with ``config.json`` and safetensors files, or a model id of the Hugging Face hub.
+        devices : "auto", int or sequence of Device
+            Where to run: every accelerator found, else two CPU workers; so many local CPU workers; or these
+            devices. A cluster is made for the model and ends with it.
+        cluster : Cluster or None
+            A cluster to run on instead; its workers are reused, and several models may share them.
+        plan : Plan or None
+            Which device holds which layers; ``None``: as even by bytes as the layers allow.
+        max_kv_tokens : int or None
+            Rows x tokens of KV that all sessions together may hold; ``None``: what memory allows.
+        seed : int or None
+            Of the random weights of ``load_format="dummy"``; ``None``: 0.
+        load_format : {"auto", "dummy"}
+            ``"dummy"`` fills seeded random weights from a config alone, the same however the model is cut.
+        progress : bool
+            Whether to show a progress bar per worker while it loads.
+        timeout_s : float or None
+            Seconds that any one answer of a worker may take; ``None``: the cluster's (600).
+        dtype : torch.dtype, str or None
+            Of the weights; ``"auto"`` or ``None``: the config's, else the checkpoint's.
+        config, revision, subfolder, token, cache_dir, local_files_only, attn_implementation, trust_remote_code
+            As in ``AutoModelForCausalLM.from_pretrained``.
+        **kwargs
+            Further attributes of the model's config, as there. What transformers takes and a sharded model does not
+            support is refused by name.
+
+        Returns
+        -------
+        ShardedModel
+            Also an instance of the model's transformers class.
+
+        Raises
+        ------
+        ArgumentError
+            If an argument is unknown or can't be used.
+        UnsupportedOperationError
+            If an argument of transformers has no sharded counterpart.
+        UncuttableModelError
+            If the architecture can't be cut.
+        CheckpointError
+            If the checkpoint is missing, incomplete or damaged.
+        InfeasiblePlanError
+            If the layers don't fit the devices.
+        WorkerError, WorkerDiedError, StepTimeoutError
+            If a worker raised, ended, or did not answer while loading.
+        """
+        if load_format not in ("auto", "dummy"):
+            raise ArgumentError(f"load_format={load_format!r} must be 'auto' or 'dummy'")
+        if max_kv_tokens is not None and (not isinstance(max_kv_tokens, int) or max_kv_tokens < 1):
+            raise ArgumentError(f"max_kv_tokens={max_kv_tokens!r} must be a positive integer")
+        if timeout_s is not None:
+            _positive(timeout_s, "timeout_s")
+        if cluster is not None and devices != "auto":
+            raise ArgumentError("give devices= or cluster=, not both: a cluster brings its own devices")
+        path = os.fspath(pretrained_model_name_or_path)
+        owned = None if cluster is not None else _start_cluster(devices, _class_names(path, subfolder), timeout_s)
+        try:
+            from lingualinked.sharded.loading import LoadArguments, load  # torch and transformers, in parallel with the workers
+
+            return load(
+                LoadArguments(
+                    path=path,
+                    cluster=cluster or owned,
+                    owns_cluster=owned is not None,
+                    plan=plan,
+                    max_kv_tokens=max_kv_tokens,
+                    seed=0 if seed is None else seed,
+                    load_format=load_format,
+                    progress=progress,
+                    timeout_s=timeout_s,
+                    dtype=dtype,
+                    config=config,
+                    hub={
+                        "revision": revision,
+                        "subfolder": subfolder,
+                        "token": token,
+                        "cache_dir": cache_dir,
+                        "local_files_only": local_files_only,
+                    },
+                    attn_implementation=attn_implementation,
+                    trust_remote_code=trust_remote_code,
+                    extra=kwargs,
+                )
+            )
+        except BaseException:
+            if owned is not None:
+                owned.close()
+            raise
+
+    @property
+    def plan(self) -> Plan:
+        """Which device holds which layers."""
+        return self._pipeline.plan
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster whose workers hold the model."""
+        return self._pipeline.cluster
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """What the stages and their workers have done so far, asked of them now."""
+        return self._pipeline.telemetry()
+
+    def close(self) -> None:
+        """Free the model's stages; its private cluster, if it has one, ends too. Calls under way raise `ClosedError`."""
+        self._pipeline.unload()
+        if self._owns_cluster:
+            self._pipeline.cluster.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedOperationError(
+            "a sharded model can't be pickled or copied: its layers are in worker processes; make it where it is needed"
+        )
+
+
+def _start_cluster(
+    devices: Literal["auto"] | int | Sequence[Device], class_names: tuple[str, ...], timeout_s: float | None
+) -> Cluster:
+    if isinstance(devices, str):
+        if devices != "auto":
+            raise ArgumentError(f"devices={devices!r} must be 'auto', a number of local workers or a sequence of Device")
+        from lingualinked.cluster.discovery import local_devices
+
+        devices = local_devices()
+    return Cluster(devices, timeout_s=timeout_s, _class_names=class_names)
+
+
+def _class_names(path: str, subfolder: str) -> tuple[str, ...]:
+    """The classes that a local checkpoint names, so that workers import them at once; none is no error."""
+    try:
+        architectures = json.loads((Path(path) / subfolder / "config.json").read_text()).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return ()
+    return tuple(name for name in architectures or () if isinstance(name, str))

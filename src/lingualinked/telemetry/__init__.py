@@ -1,0 +1,4 @@
+"""What running workers report about themselves, as plain data.
+
+Knows no sockets and no tensors.
+"""

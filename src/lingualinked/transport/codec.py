@@ -1,0 +1,294 @@
+"""The wire format of a message: frame 0 says what the frames behind it are, these are the bytes of tensors.
+
+Knows no sockets and not what a payload means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+import msgspec
+import torch
+from torch import Tensor
+
+from lingualinked.errors import ArgumentError, ProtocolError
+
+WIRE_VERSION = 1
+"""First byte of every message. Frame 0 goes on with the msgpack array ``[payload, [[dtype code, *shape], ...]]``."""
+
+DEFAULT_MAX_FRAME_BYTES = 1 << 20
+DEFAULT_MAX_MESSAGE_BYTES = 4 << 30
+MAX_NUM_FRAMES = 1 << 16
+MAX_NUM_TENSORS = 1 << 10
+MAX_NUM_DIMS = 16
+
+Frame: TypeAlias = bytes | memoryview
+
+# The code of a dtype is its position: append only. Bytes are in the order of the machine; all that run torch are
+# little-endian.
+_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
+_Descriptor = Annotated[list[_Natural], msgspec.Meta(min_length=1, max_length=1 + MAX_NUM_DIMS)]
+_Envelope = tuple[bytes, Annotated[list[_Descriptor], msgspec.Meta(max_length=MAX_NUM_TENSORS)]]
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Envelope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a message may be at most; the same for a sender as for its receivers.
+
+    Parameters
+    ----------
+    max_frame_bytes : int
+        Bytes of one frame. Larger tensors are split; a payload, which is not, must fit into one frame.
+    max_message_bytes : int
+        Bytes of all frames of a message together.
+
+    Raises
+    ------
+    ArgumentError
+        If a limit is not positive, or a frame may be larger than its message.
+    """
+
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_frame_bytes <= self.max_message_bytes:
+            raise ArgumentError(
+                f"max_frame_bytes={self.max_frame_bytes} must be positive "
+                f"and no larger than max_message_bytes={self.max_message_bytes}"
+            )
+
+
+class MalformedError(ProtocolError):
+    """Received frames that are no message. Stays within this room: mailboxes count it, log it and go on.
+
+    Parameters
+    ----------
+    kind : str
+        Which rule they break; one of a handful of words.
+    detail : str
+        How, with the values.
+    """
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
+
+
+def encode_message(payload: bytes, tensors: Sequence[Tensor], limits: Limits) -> list[Frame]:
+    """Turn a payload and tensors into the frames of one message.
+
+    Parameters
+    ----------
+    payload : bytes
+        Anything.
+    tensors : sequence of torch.Tensor
+        Dense tensors of any shape, strides and device, of the dtypes that have a code.
+    limits : Limits
+        What the message may be at most.
+
+    Returns
+    -------
+    list of bytes or memoryview
+        Frame 0 and the frames of the tensors. They may share memory with the tensors: copy them before anyone
+        changes those.
+
+    Raises
+    ------
+    ProtocolError
+        If a tensor is of a kind that is not sent, or a limit is passed.
+    """
+    descriptors = [_describe(tensor) for tensor in tensors]
+    head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors)))
+    _check_limits(len(head), tensors, limits)
+    frames: list[Frame] = [head]
+    for tensor in tensors:
+        if tensor.numel():
+            frames.extend(_split(_bytes_of(tensor), limits.max_frame_bytes))
+    return frames
+
+
+def decode_message(frames: Sequence[Frame], limits: Limits) -> tuple[bytes, tuple[Tensor, ...]]:
+    """Turn the frames of one message back into its payload and tensors.
+
+    Nothing is believed: memory is allocated only once the descriptors are found to agree with the bytes at hand.
+
+    Parameters
+    ----------
+    frames : sequence of bytes or memoryview
+        All frames of the message; the memoryviews of unsigned bytes.
+    limits : Limits
+        What the message may be at most. Its sender may have split tensors at another `max_frame_bytes`.
+
+    Returns
+    -------
+    payload : bytes
+        What the sender passed.
+    tensors : tuple of torch.Tensor
+        Aligned, contiguous copies on the CPU.
+
+    Raises
+    ------
+    MalformedError
+        If the frames are no message, or one beyond the limits.
+    """
+    num_tensor_bytes = _check_sizes(frames, limits)
+    head = frames[0]
+    if not head or head[0] != WIRE_VERSION:
+        found = head[0] if head else "none"
+        raise MalformedError("version", f"wire version {found}, this side speaks {WIRE_VERSION}")
+    try:
+        payload, descriptors = _decoder.decode(memoryview(head)[1:])
+    except msgspec.MsgspecError as error:
+        raise MalformedError("envelope", str(error)) from None
+    sizes = [_num_bytes_described(descriptor, limits) for descriptor in descriptors]
+    if sum(sizes) != num_tensor_bytes:
+        raise MalformedError("tensor bytes", f"the tensors described take {sum(sizes)} bytes, {num_tensor_bytes} came")
+    rest = iter(frames[1:])
+    tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
+    if next(rest, None) is not None:
+        raise MalformedError("tensor bytes", "an empty frame follows the last tensor")
+    return payload, tensors
+
+
+def _describe(tensor: Tensor) -> list[int]:
+    """Return dtype code and shape of a tensor that can be sent."""
+    code = _CODES.get(tensor.dtype)
+    if code is None:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ProtocolError(f"a tensor of dtype {tensor.dtype} can't be sent: convert it to one of {known}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "without data (on the meta device)" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise ProtocolError(f"a tensor {kind} can't be sent: pass a dense one that holds data")
+    if tensor.dim() > MAX_NUM_DIMS:
+        raise ProtocolError(f"a tensor of {tensor.dim()} dimensions can't be sent: the limit is {MAX_NUM_DIMS}")
+    return [code, *tensor.shape]
+
+
+def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits) -> None:
+    """Refuse to send what a receiver would drop."""
+    if len(tensors) > MAX_NUM_TENSORS:
+        raise ProtocolError(f"a message of {len(tensors)} tensors passes the limit of {MAX_NUM_TENSORS}: send several")
+    if num_head_bytes > limits.max_frame_bytes:
+        raise ProtocolError(
+            f"payload and tensor shapes take {num_head_bytes} bytes, which passes max_frame_bytes="
+            f"{limits.max_frame_bytes}: send less at once, data as a tensor, or raise the limit on all sides"
+        )
+    num_bytes, num_frames = num_head_bytes, 1
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        num_bytes += size
+        num_frames += -(-size // limits.max_frame_bytes)
+        if not size and _num_bytes_at_least(tensor.shape, tensor.element_size()) > limits.max_message_bytes:
+            raise ProtocolError(
+                f"an empty tensor of shape {tuple(tensor.shape)} can't be sent: its dimensions are too large"
+            )
+    if num_bytes > limits.max_message_bytes:
+        raise ProtocolError(
+            f"a message of {num_bytes} bytes passes max_message_bytes={limits.max_message_bytes}: "
+            "send it in several messages, or raise the limit on all sides"
+        )
+    if num_frames > MAX_NUM_FRAMES:
+        raise ProtocolError(
+            f"a message of {num_frames} frames of at most {limits.max_frame_bytes} bytes passes the limit of "
+            f"{MAX_NUM_FRAMES} frames: send it in several messages, or raise max_frame_bytes on all sides"
+        )
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor of at least one element, without a copy where there need be none."""
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return _memory_of(tensor)
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor of at least one element on the CPU, as bytes."""
+    with_dims = tensor if tensor.dim() else tensor.view(1)  # a 0-d tensor can't be viewed as bytes
+    return with_dims.view(torch.uint8).numpy().data.cast("B")
+
+
+def _split(data: memoryview, max_frame_bytes: int) -> Iterator[memoryview]:
+    if len(data) <= max_frame_bytes:
+        yield data
+        return
+    for start in range(0, len(data), max_frame_bytes):
+        yield data[start : start + max_frame_bytes]
+
+
+def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:
+    """Return the bytes of the frames behind frame 0."""
+    sizes = [len(frame) for frame in frames]
+    if not 1 <= len(sizes) <= MAX_NUM_FRAMES:
+        raise MalformedError("frames", f"a message of {len(sizes)} frames, allowed are 1 to {MAX_NUM_FRAMES}")
+    total = sum(sizes)
+    if max(sizes) > limits.max_frame_bytes or total > limits.max_message_bytes:
+        raise MalformedError(
+            "size",
+            f"a message of {total} bytes with a frame of {max(sizes)}, "
+            f"allowed are {limits.max_message_bytes} and {limits.max_frame_bytes}",
+        )
+    return total - sizes[0]
+
+
+def _num_bytes_at_least(shape: Sequence[int], itemsize: int) -> int:
+    """Return the bytes that a shape would take if no dimension were 0: bounds every dimension of an empty tensor too."""
+    num_bytes = itemsize
+    for dim in shape:
+        num_bytes *= max(dim, 1)
+    return num_bytes
+
+
+def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
+    """Return the bytes of the tensor that a descriptor promises."""
+    code, *shape = descriptor
+    if code >= len(_DTYPES):
+        raise MalformedError("dtype", f"code {code} stands for no dtype, known are 0 to {len(_DTYPES) - 1}")
+    num_bytes = _num_bytes_at_least(shape, _DTYPES[code].itemsize)
+    if num_bytes > limits.max_message_bytes:
+        raise MalformedError("size", f"a tensor of shape {shape} passes {limits.max_message_bytes} bytes")
+    return 0 if 0 in shape else num_bytes
+
+
+def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Tensor:
+    """Take the frames of one tensor, and copy them into its memory."""
+    code, *shape = descriptor
+    tensor = torch.empty(shape, dtype=_DTYPES[code])
+    if not num_bytes:
+        return tensor
+    memory = _memory_of(tensor)
+    end = 0
+    while end < num_bytes:
+        frame = next(frames)  # there is one: the sum of all sizes has been compared
+        start, end = end, end + len(frame)
+        if start == end or end > num_bytes:
+            left = num_bytes - start
+            raise MalformedError("tensor bytes", f"a frame of {len(frame)} bytes, {left} are left of a tensor")
+        memory[start:end] = frame
+    # A bool whose byte is neither 0 nor 1 is undefined behaviour later on.
+    return tensor.view(torch.uint8).ne(0) if tensor.dtype is torch.bool else tensor

@@ -1,0 +1,189 @@
+"""Mailboxes within one process: the double to test with what talks through mailboxes.
+
+Knows no sockets and no encryption; messages go through the same codec, keys and limits as everywhere.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lingualinked.errors import ArgumentError
+from lingualinked.transport.codec import (
+    DEFAULT_MAX_FRAME_BYTES,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    Limits,
+    MalformedError,
+    decode_message,
+    encode_message,
+)
+from lingualinked.transport.keys import KeyPair, check_authorised, generate_keypair, raw_key
+from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.refusals import Refusals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_SCHEME = "inprocess://"
+
+
+class InProcessHub:
+    """The place where mailboxes of one process find each other. Keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._mailboxes: weakref.WeakValueDictionary[str, InProcessMailbox] = weakref.WeakValueDictionary()
+        self._names: dict[str, str] = {}  # public key -> the name that its mailbox gave itself
+
+    def add(self, mailbox: InProcessMailbox) -> None:
+        """Make a mailbox reachable; it does so itself."""
+        self._names[mailbox.public_key] = mailbox.name
+        self._mailboxes[mailbox.address] = mailbox
+
+    def remove(self, mailbox: InProcessMailbox) -> None:
+        """Make a mailbox unreachable; it does so itself."""
+        self._mailboxes.pop(mailbox.address, None)
+
+    def find(self, address: str, public_key: str) -> InProcessMailbox | None:
+        """Return the mailbox at an address, unless it is gone or has another key."""
+        mailbox = self._mailboxes.get(address)
+        return mailbox if mailbox is not None and mailbox.public_key == public_key else None
+
+    def name_of(self, public_key: str) -> str | None:
+        """Return the name of the party with this key, if there ever was one here."""
+        return self._names.get(public_key)
+
+
+class InProcessMailbox(Mailbox):
+    """A mailbox that other mailboxes of the same hub reach, from any thread of this process.
+
+    Parameters
+    ----------
+    hub : InProcessHub
+        Where to be found.
+    name : str
+        The party's own name.
+    keys : KeyPair, optional
+        Its keys; by default new ones. Nothing is encrypted, but they tell who sends.
+    authorised : mapping of str to str, optional
+        Public key and name of each party that may connect; by default all of the hub, by the names they gave themselves.
+    max_frame_bytes, max_message_bytes : int
+        Limits of a message that is sent or received.
+
+    Attributes
+    ----------
+    public_key : str
+        What others pass to `connect`.
+
+    Raises
+    ------
+    ArgumentError
+        If a key or a limit can't be used, or two keys are authorised under one name.
+    """
+
+    def __init__(
+        self,
+        hub: InProcessHub,
+        name: str,
+        keys: KeyPair | None = None,
+        authorised: Mapping[str, str] | None = None,
+        *,
+        max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        super().__init__(name, Refusals(name))
+        self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
+        self._authorised = None if authorised is None else check_authorised(authorised)
+        self._refused_peers: set[str] = set()
+        # Its put() may be called by a signal handler or finalizer, even in the middle of a get(). None: look at _is_woken.
+        self._queue: queue.SimpleQueue[tuple[str, Sequence[bytes]] | None] = queue.SimpleQueue()
+        self._is_woken = False
+        self._hub = hub
+        self.public_key = (keys or generate_keypair()).public
+        self.address = f"{_SCHEME}{secrets.token_hex(16)}"
+        hub.add(self)
+
+    def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
+        self._check_peer(name)
+        frames = [bytes(frame) for frame in encode_message(payload, tensors, self._limits)]
+        if name in self._refused_peers:
+            raise self._refused_by(name)
+        peer = self._hub.find(*self._peers[name])
+        if peer is not None:
+            peer.accept(self.public_key, frames)
+        return sum(map(len, frames))
+
+    def receive(self, timeout_s: float | None) -> Delivery | None:  # noqa: D102
+        self._check_open()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            if self._is_woken:
+                self._is_woken = False
+                return None
+            left_s = None if deadline is None else min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+            try:
+                item = self._queue.get(timeout=left_s)
+            except queue.Empty:
+                return None
+            delivery = None if item is None else self._open(*item)
+            if delivery is not None:
+                return delivery
+
+    def wake(self) -> None:  # noqa: D102
+        self._is_woken = True
+        self._queue.put(None)
+
+    def close(self) -> None:  # noqa: D102
+        self._closed = True
+        self._peers.clear()
+        self._hub.remove(self)
+
+    def admit(self, sender_key: str) -> bool:
+        """Say whether the holder of a key may connect; count and log it if not."""
+        if self._name_of(sender_key) is not None:
+            return True
+        self._refusals.add("unknown peers", "key", f"a connection with the key {sender_key!r}, which is not authorised")
+        return False
+
+    def accept(self, sender_key: str, frames: Sequence[bytes]) -> None:
+        """Take in frames as they are; also a test's way to send what is no message.
+
+        Parameters
+        ----------
+        sender_key : str
+            Public key of the sender; nothing is taken from one that is not authorised.
+        frames : sequence of bytes
+            Frame 0 and those behind it.
+        """
+        sender = self._name_of(sender_key)
+        if sender is not None and not self._closed:
+            self._queue.put((sender, frames))
+
+    def _name_of(self, public_key: str) -> str | None:
+        return self._hub.name_of(public_key) if self._authorised is None else self._authorised.get(public_key)
+
+    def _open(self, sender: str, frames: Sequence[bytes]) -> Delivery | None:
+        try:
+            payload, tensors = decode_message(frames, self._limits)
+        except MalformedError as error:
+            self._refusals.add(sender, error.kind, error.detail)
+            return None
+        return Delivery(sender, payload, tensors, sum(map(len, frames)))
+
+    def _connect(self, name: str, address: str, public_key: str) -> None:
+        raw_key(public_key)
+        if not address.startswith(_SCHEME):
+            raise ArgumentError(
+                f"mailbox {self.name!r} can't connect to {name!r} at {address!r}: pass its mailbox's address"
+            )
+        peer = self._hub.find(address, public_key)
+        if peer is not None and not peer.admit(self.public_key):
+            self._refused_peers.add(name)
+
+    def _disconnect(self, name: str) -> None:
+        self._refused_peers.discard(name)

@@ -1,0 +1,120 @@
+"""CURVE key pairs: who a party is, and what it encrypts with.
+
+Knows no sockets and no messages.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils import z85
+
+from lingualinked.errors import ArgumentError, ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """The two halves of one party's CURVE key.
+
+    Parameters
+    ----------
+    public : str
+        The public key, 40 characters of Z85 text. Peers are told it, and tell senders by it.
+    secret : str
+        The secret key, 40 characters of Z85 text. It is left out of the representation.
+
+    Raises
+    ------
+    ArgumentError
+        If the two are not one key pair.
+
+    References
+    ----------
+    `RFC 26/CURVEZMQ <https://rfc.zeromq.org/spec/26/>`_, `RFC 32/Z85 <https://rfc.zeromq.org/spec/32/>`_.
+    """
+
+    public: str
+    secret: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        raw_key(self.public)
+        try:
+            fits = zmq.curve_public(self.secret.encode()).decode() == self.public
+        except (ValueError, zmq.ZMQError):  # the message must not show a secret key
+            fits = False
+        if not fits:
+            raise ArgumentError(
+                f"the secret key does not belong to the public key {self.public!r}: use a pair from generate_keypair()"
+            )
+
+
+def generate_keypair() -> KeyPair:
+    """Make a new random key pair.
+
+    Returns
+    -------
+    KeyPair
+        The pair, in Z85 text.
+
+    Raises
+    ------
+    ProtocolError
+        If the installed libzmq was built without CURVE.
+    """
+    if not zmq.has("curve"):
+        raise ProtocolError(
+            f"libzmq {zmq.zmq_version()} was built without CURVE, and nothing here talks unencrypted: "
+            "install pyzmq from a wheel, or libzmq with libsodium"
+        )
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public.decode(), secret.decode())
+
+
+def raw_key(public_key: str) -> bytes:
+    """Return the 32 bytes of a public key.
+
+    Parameters
+    ----------
+    public_key : str
+        40 characters of Z85 text.
+
+    Raises
+    ------
+    ArgumentError
+        If the text is no key.
+    """
+    try:
+        raw = z85.decode(public_key)
+    except (KeyError, ValueError, struct.error):
+        raw = b""
+    if len(raw) != 32:
+        raise ArgumentError(
+            f"{public_key!r} is no public key: a key is 40 characters of Z85 text, as generate_keypair() makes them"
+        )
+    return raw
+
+
+def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
+    """Copy the public keys and names of those who may connect.
+
+    Parameters
+    ----------
+    authorised : mapping of str to str
+        Public key and name of each party.
+
+    Raises
+    ------
+    ArgumentError
+        If a key is none, or a name stands for two of them, so that senders could not be told apart.
+    """
+    owners: dict[str, str] = {}
+    for key, name in authorised.items():
+        raw_key(key)
+        if owners.setdefault(name, key) != key:
+            raise ArgumentError(
+                f"two keys are authorised as {name!r} ({owners[name]!r} and {key!r}): give each party its own name"
+            )
+    return dict(authorised)

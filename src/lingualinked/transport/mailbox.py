@@ -1,0 +1,226 @@
+"""The mailbox: what every party sends from and receives into, whatever carries the messages.
+
+Knows no sockets and no wire format; `zmq_mailbox` and `inprocess` are the two that exist, under one contract.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lingualinked.transport.refusals import Refusals
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One message as it was received.
+
+    Parameters
+    ----------
+    sender : str
+        Name under which the receiver authorised the key that the message came with; never taken from the message.
+    payload : bytes
+        What the sender passed as payload.
+    tensors : tuple of torch.Tensor
+        The tensors in the sender's order: contiguous, on the CPU, in memory that nobody else refers to.
+    num_bytes : int
+        Bytes of all frames before encryption.
+    """
+
+    sender: str
+    payload: bytes
+    tensors: tuple[Tensor, ...]
+    num_bytes: int
+
+
+class Mailbox(abc.ABC):
+    """One party's address: an inbox that others send to, and the peers that it sends to itself.
+
+    A mailbox belongs to the thread that made it: that thread alone calls `connect`, `disconnect`, `send`, `receive`
+    and `close`. `wake` may be called from any thread, a signal handler or a finalizer. Once the owning thread has
+    ended, another one (a finalizer too) may call `close`. A mailbox that is dropped unclosed closes itself.
+
+    Messages of one sender arrive in the order in which they were sent, and no sender can starve another. What
+    is not yet on its way when either side closes or disconnects is dropped, without a word. How much is in flight
+    is bounded by the application alone.
+
+    Attributes
+    ----------
+    name : str
+        The party's own name, for messages; what others call it is theirs to say.
+    address : str
+        Where others connect to. Never used again once the mailbox is closed.
+    """
+
+    name: str
+    address: str
+    _refusals: Refusals
+    _peers: dict[str, tuple[str, str]]  # name -> address, public key
+
+    def __init__(self, name: str, refusals: Refusals) -> None:
+        self.name = name
+        self._refusals = refusals
+        self._peers = {}
+        self._closed = False
+
+    @property
+    def num_refused(self) -> int:
+        """Number of malformed messages and unauthorised connections that were dropped so far."""
+        return self._refusals.num
+
+    def connect(self, name: str, address: str, public_key: str) -> None:
+        """Make a peer known, so that messages can be sent to it. Does nothing if it is known as the same.
+
+        Returns at once; messages that are sent before the connection stands wait for it. The peer must have
+        authorised this mailbox's key *before*: a refusal is final.
+
+        Parameters
+        ----------
+        name : str
+            What to call the peer in `send`.
+        address : str
+            Its mailbox's `address`.
+        public_key : str
+            Its public key; only the holder of the secret half can read what is sent.
+
+        Raises
+        ------
+        ArgumentError
+            If the name is connected to another address or key, or address or key are none.
+        ClosedError
+            If the mailbox is closed.
+        """
+        self._check_open()
+        known = self._peers.get(name)
+        if known == (address, public_key):
+            return
+        if known is not None:
+            raise ArgumentError(
+                f"mailbox {self.name!r} is connected to {name!r} at {known[0]} already, "
+                f"and {address} is another address or comes with another key: disconnect({name!r}) first"
+            )
+        self._connect(name, address, public_key)
+        self._peers[name] = (address, public_key)
+
+    def disconnect(self, name: str) -> None:
+        """Forget a peer, and drop what still waits to be sent to it. Does nothing if it is not known.
+
+        Raises
+        ------
+        ClosedError
+            If the mailbox is closed.
+        """
+        self._check_open()
+        if self._peers.pop(name, None) is not None:
+            self._disconnect(name)
+
+    @abc.abstractmethod
+    def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:
+        """Send a message to a peer; never block.
+
+        The tensors may be changed as soon as the call returns.
+
+        Parameters
+        ----------
+        name : str
+            The peer, as it was connected.
+        payload : bytes
+            Anything, of at most about `max_frame_bytes`.
+        tensors : sequence of torch.Tensor
+            Dense tensors of any shape, strides and device; of the dtypes that `codec` lists.
+
+        Returns
+        -------
+        int
+            Bytes of all frames before encryption.
+
+        Raises
+        ------
+        PeerUnknownError
+            If no peer of that name is connected.
+        ProtocolError
+            If the message is too large or holds what can't be sent (nothing has been sent then), or if the peer refused
+            the connection because it did not authorise this mailbox's key.
+        ClosedError
+            If the mailbox is closed.
+        """
+
+    @abc.abstractmethod
+    def receive(self, timeout_s: float | None) -> Delivery | None:
+        """Wait for the next message, and take it. Malformed ones are dropped, counted and logged on the way.
+
+        A signal handler's exception (``KeyboardInterrupt``) passes through; a message that was being taken at that
+        moment may be lost, the ones behind it are not harmed.
+
+        Parameters
+        ----------
+        timeout_s : float or None
+            How long to wait at most, in seconds; 0 takes only what is there, None waits until a message or a `wake`.
+
+        Returns
+        -------
+        Delivery or None
+            The message; None after the time-out or a `wake`.
+
+        Raises
+        ------
+        ClosedError
+            If the mailbox is closed.
+        """
+
+    @abc.abstractmethod
+    def wake(self) -> None:
+        """Make the `receive` under way, or else the next one, return None before any message.
+
+        Several calls before that one None count as one. Does nothing once the mailbox is closed.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give up the address and drop what still waits, within bounded time. Does nothing the second time."""
+
+    @abc.abstractmethod
+    def _connect(self, name: str, address: str, public_key: str) -> None:
+        """Open the way to a peer that is not connected."""
+
+    @abc.abstractmethod
+    def _disconnect(self, name: str) -> None:
+        """Close the way to a peer that was connected."""
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"mailbox {self.name!r} is closed: make a new one, with a new address and new keys")
+
+    def _check_peer(self, name: str) -> None:
+        self._check_open()
+        if name not in self._peers:
+            known = ", ".join(map(repr, self._peers)) or "none"
+            raise PeerUnknownError(
+                f"mailbox {self.name!r} is not connected to {name!r} (connected peers: {known}): connect() it first"
+            )
+
+    def _refused_by(self, name: str) -> ProtocolError:
+        return ProtocolError(
+            f"{name!r} refused the connection of mailbox {self.name!r}, whose key it has not authorised: "
+            "a peer has to know a key before its holder connects"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"at {self.address}"
+        return f"<{type(self).__name__} {self.name!r} {state}>"

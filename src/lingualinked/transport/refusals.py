@@ -1,0 +1,52 @@
+"""What a mailbox refused: a count, and one log record for each sender and kind.
+
+Knows no sockets and no wire format.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+logger = logging.getLogger("lingualinked.transport")
+
+
+class Refusals:
+    """Counter of refused input; for use from any thread.
+
+    Parameters
+    ----------
+    owner : str
+        Name of the mailbox that refuses, for the log.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._lock = threading.Lock()
+        self._seen: set[tuple[str, str]] = set()
+        self.num = 0
+
+    def add(self, sender: str, kind: str, detail: str) -> None:
+        """Count a refusal, and log it if it is the first of its kind from this sender.
+
+        Parameters
+        ----------
+        sender : str
+            Who sent it: an authorised name, or one word for all that are unknown, so that nobody can fill the memory.
+        kind : str
+            One of a fixed set of words.
+        detail : str
+            What was wrong, with the values.
+        """
+        with self._lock:
+            self.num += 1
+            first = (sender, kind) not in self._seen
+            self._seen.add((sender, kind))
+        if first:
+            logger.warning(
+                "mailbox %r refused input from %s (%s): %s; more of this kind from there is counted, not logged",
+                self._owner,
+                sender,
+                kind,
+                detail,
+            )

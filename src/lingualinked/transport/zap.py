@@ -1,0 +1,95 @@
+"""Who may connect: a thread that answers the authentication requests of one ZeroMQ context (ZAP).
+
+Knows public keys only, neither names nor messages.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import zmq
+
+from lingualinked.transport.refusals import Refusals
+from lingualinked.transport.waker import Waker
+
+ENDPOINT = "inproc://zeromq.zap.01"
+DOMAIN = b"lingualinked"
+
+
+class ZapHandler:
+    """Lets holders of known keys in, and keeps a context for as long as that is needed.
+
+    The thread ends the context as well: termination waits for the thread's own socket, so that it can be bounded
+    only from outside. It holds no reference to a mailbox.
+
+    Parameters
+    ----------
+    context : zmq.Context
+        The context to answer for, and to terminate in the end. No socket of it may be bound before this.
+    authorised : mapping of bytes to str
+        Raw public keys, and the user id that frames from their holders will carry.
+    refusals : Refusals
+        Where to count the connections that are refused.
+
+    References
+    ----------
+    `RFC 27/ZAP <https://rfc.zeromq.org/spec/27/>`_.
+    """
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], authorised: Mapping[bytes, str], refusals: Refusals
+    ) -> None:
+        self._stop = Waker()
+        requests: zmq.Socket[bytes] = context.socket(zmq.REP)
+        requests.linger = 0
+        requests.bind(ENDPOINT)
+        self._thread = threading.Thread(
+            target=_serve,
+            args=(context, requests, self._stop, dict(authorised), refusals),
+            name="lingualinked-zap",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread and the context, whose other sockets must be closed; say whether that was done in time.
+
+        A finalizer may find itself running in the very thread: it returns at once then.
+        """
+        self._stop.set()
+        if self._thread is threading.current_thread():
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+
+def _serve(
+    context: zmq.Context[zmq.Socket[bytes]],
+    requests: zmq.Socket[bytes],
+    stop: Waker,
+    authorised: Mapping[bytes, str],
+    refusals: Refusals,
+) -> None:
+    items: list[tuple[zmq.Socket[bytes] | int, int]] = [(requests, zmq.POLLIN), (stop.fileno(), zmq.POLLIN)]
+    try:
+        while not stop.clear():
+            if zmq.zmq_poll(items) and requests.poll(0):
+                requests.send_multipart(_answer(requests.recv_multipart(), authorised, refusals))
+    finally:
+        requests.close()
+        context.term()
+        stop.close()
+
+
+def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Refusals) -> list[bytes]:
+    """Return the reply to one request; whatever is not known to be good is refused."""
+    version, request_id, domain, address, _, mechanism, *credentials = [*request, *[b""] * 6][: max(len(request), 6)]
+    user_id = authorised.get(credentials[0]) if len(credentials) == 1 else None
+    if user_id is None or (version, domain, mechanism) != (b"1.0", DOMAIN, b"CURVE"):
+        where = address.decode(errors="replace") or "this machine"
+        refusals.add(
+            "unknown peers", "key", f"a connection from {where} with a key that is not authorised ({mechanism!r})"
+        )
+        return [b"1.0", request_id, b"400", b"not authorised", b"", b""]
+    return [b"1.0", request_id, b"200", b"", user_id.encode(), b""]

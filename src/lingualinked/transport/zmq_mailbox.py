@@ -1,0 +1,256 @@
+"""The mailbox over ZeroMQ: one bound PULL socket, a PUSH socket for each peer, CURVE on all of them.
+
+Knows no model and not what a payload means; what a message looks like is `codec`'s, who may connect `zap`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import zmq
+
+from lingualinked.errors import ArgumentError
+from lingualinked.transport.codec import (
+    DEFAULT_MAX_FRAME_BYTES,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    MAX_NUM_FRAMES,
+    Limits,
+    MalformedError,
+    decode_message,
+    encode_message,
+)
+from lingualinked.transport.keys import KeyPair, check_authorised, raw_key
+from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.refusals import Refusals
+from lingualinked.transport.waker import Waker
+from lingualinked.transport.zap import DOMAIN, ZapHandler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("lingualinked.transport")
+
+_CURVE_OVERHEAD_BYTES = 33  # of a frame that MAXMSGSIZE is compared with
+_HANDSHAKE_TIMEOUT_MS = 2_000
+_CLOSE_TIMEOUT_S = 5.0
+_LONGEST_POLL_MS = 2**31 - 1
+
+
+class ZmqMailbox(Mailbox):
+    """A mailbox that processes of one machine reach over ipc or loopback.
+
+    Everything is encrypted. Only holders of authorised keys can connect: others, and peers without encryption, fail
+    in the handshake, before anything that they send is read. On Linux the address is an abstract name of a unix socket,
+    so that there is no file that could stay behind.
+
+    Parameters
+    ----------
+    name : str
+        The party's own name, for messages.
+    keys : KeyPair
+        Its keys; others connect with the public half.
+    authorised : mapping of str to str
+        Public key and name of each party that may connect. Complete from the start: a refusal is final.
+    address : {"ipc", "tcp"}, optional
+        What to listen on: an abstract unix name, or a free port of 127.0.0.1. By default the first where there is one.
+    max_frame_bytes, max_message_bytes : int
+        Limits of a message that is sent or received, before encryption; the same for all parties that talk.
+
+    Raises
+    ------
+    ArgumentError
+        If a key, a limit or the kind of address can't be used, or two keys are authorised under one name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        keys: KeyPair,
+        authorised: Mapping[str, str],
+        address: Literal["ipc", "tcp"] | None = None,
+        *,
+        max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        super().__init__(name, Refusals(name))
+        self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
+        self._keys = keys
+        self._authorised = check_authorised(authorised)
+        endpoint = _endpoint(address)
+        self._sockets = _Sockets(self._authorised, self._refusals)
+        # What the finalizer holds must not lead back here. At exit the thread that owns the sockets may still run.
+        self._finalizer = weakref.finalize(self, self._sockets.close)
+        self._finalizer.atexit = False
+        try:
+            self.address = self._sockets.bind(endpoint, keys, max_frame_bytes + _CURVE_OVERHEAD_BYTES)
+        except BaseException:
+            self.close()
+            raise
+        self._inbox = self._sockets.inbox
+        self._waker = self._sockets.waker
+        self._poll_items: list[tuple[zmq.Socket[bytes] | int, int]] = [
+            (self._inbox, zmq.POLLIN),
+            (self._waker.fileno(), zmq.POLLIN),
+        ]
+
+    def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
+        self._check_peer(name)
+        frames = encode_message(payload, tensors, self._limits)
+        outbox = self._sockets.outboxes[name]
+        try:
+            # Copied: measured, not copying gains nothing under CURVE, and the tensors stay the caller's to change.
+            for frame in frames[:-1]:
+                outbox.send(frame, zmq.DONTWAIT | zmq.SNDMORE)
+            outbox.send(frames[-1], zmq.DONTWAIT)
+        except zmq.Again:  # without a high-water mark only a socket that a refusal left without a peer is not ready
+            raise self._refused_by(name) from None
+        except BaseException:
+            # Interrupted, perhaps within a message: its first half must not become the beginning of the next one.
+            self._disconnect(name)
+            self._connect(name, *self._peers[name])
+            raise
+        return sum(map(len, frames))
+
+    def receive(self, timeout_s: float | None) -> Delivery | None:  # noqa: D102
+        self._check_open()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+            ready = zmq.zmq_poll(self._poll_items, math.ceil(min(left_s * 1000, _LONGEST_POLL_MS)))
+            if self._waker.clear():
+                return None
+            delivery = self._take() if ready else None
+            if delivery is not None or (not ready and left_s * 1000 <= _LONGEST_POLL_MS):
+                return delivery
+
+    def wake(self) -> None:  # noqa: D102
+        self._waker.set()
+
+    def close(self) -> None:  # noqa: D102
+        self._closed = True
+        self._peers.clear()
+        self._finalizer()
+
+    def _connect(self, name: str, address: str, public_key: str) -> None:
+        raw_key(public_key)
+        try:
+            self._sockets.connect(name, address, public_key, self._keys)
+        except zmq.ZMQError as error:
+            raise ArgumentError(
+                f"mailbox {self.name!r} can't connect to {name!r} at {address!r} ({error}): pass its mailbox's address"
+            ) from error
+
+    def _disconnect(self, name: str) -> None:
+        self._sockets.disconnect(name)
+
+    def _take(self) -> Delivery | None:
+        """Take one message; None if there is none after all, or it was refused."""
+        try:
+            frames, num_bytes, num_frames = self._read()
+        except zmq.Again:
+            return None
+        except BaseException:  # interrupted: what is left of this message must not become the beginning of the next one
+            while self._inbox.get(zmq.RCVMORE):
+                self._inbox.recv(zmq.DONTWAIT)
+            raise
+        sender = self._authorised[str(frames[0].get("User-Id"))]
+        try:
+            if num_frames > len(frames):
+                raise MalformedError("size", f"a message of {num_bytes} bytes in {num_frames} frames")
+            payload, tensors = decode_message([frame.buffer for frame in frames], self._limits)
+        except MalformedError as error:
+            self._refusals.add(sender, error.kind, error.detail)
+            return None
+        return Delivery(sender, payload, tensors, num_bytes)
+
+    def _read(self) -> tuple[list[zmq.Frame], int, int]:
+        """Read all frames of a message, and keep as many as may belong to one; return them, and what was read."""
+        frames: list[zmq.Frame] = []
+        num_bytes = num_frames = 0
+        more = True
+        while more:
+            frame = self._inbox.recv(zmq.DONTWAIT, copy=False)
+            more = frame.more
+            num_bytes += len(frame)
+            num_frames += 1
+            if not frames or (num_frames <= MAX_NUM_FRAMES and num_bytes <= self._limits.max_message_bytes):
+                frames.append(frame)
+        return frames, num_bytes, num_frames
+
+
+class _Sockets:
+    """What has to be closed: apart from the mailbox, so that a finalizer of the mailbox can do it."""
+
+    def __init__(self, authorised: Mapping[str, str], refusals: Refusals) -> None:
+        self._pid = os.getpid()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # Frames carry the key as user id, not the name: libzmq ends a user id at the first zero byte.
+        self._zap = ZapHandler(self._context, {raw_key(key): key for key in authorised}, refusals)
+        self.waker = Waker()
+        self.inbox = self._socket(zmq.PULL)
+        self.outboxes: dict[str, zmq.Socket[bytes]] = {}
+
+    def bind(self, endpoint: str, keys: KeyPair, max_frame_bytes: int) -> str:
+        self.inbox.curve_server = True
+        self.inbox.curve_publickey = keys.public.encode()
+        self.inbox.curve_secretkey = keys.secret.encode()
+        self.inbox.zap_domain = DOMAIN
+        self.inbox.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        self.inbox.maxmsgsize = max_frame_bytes
+        self.inbox.bind(endpoint)
+        bound = self.inbox.get(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        return bound.decode().rstrip("\0")
+
+    def connect(self, name: str, address: str, public_key: str, keys: KeyPair) -> None:
+        outbox = self._socket(zmq.PUSH)
+        try:
+            outbox.curve_serverkey = public_key.encode()
+            outbox.curve_publickey = keys.public.encode()
+            outbox.curve_secretkey = keys.secret.encode()
+            outbox.connect(address)
+        except BaseException:
+            outbox.close()
+            raise
+        self.outboxes[name] = outbox
+
+    def disconnect(self, name: str) -> None:
+        self.outboxes.pop(name).close()
+
+    def close(self) -> None:
+        if os.getpid() != self._pid:  # a forked child holds copies: they must not end what is the parent's
+            return
+        self.waker.close()
+        self.inbox.close()
+        while self.outboxes:
+            self.outboxes.popitem()[1].close()
+        if not self._zap.stop(_CLOSE_TIMEOUT_S):
+            logger.warning("a ZeroMQ context did not end within %s s; its threads stay", _CLOSE_TIMEOUT_S)
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = 0  # a mark is no credit: what is in flight is the application's to count
+        socket.handshake_ivl = _HANDSHAKE_TIMEOUT_MS
+        return socket
+
+
+def _endpoint(address: str | None) -> str:
+    has_abstract_names = sys.platform == "linux" and zmq.has("ipc")
+    if address is None:
+        address = "ipc" if has_abstract_names else "tcp"
+    if address == "tcp":
+        return "tcp://127.0.0.1:*"
+    if address != "ipc" or not has_abstract_names:
+        raise ArgumentError(
+            f'address={address!r} can\'t be used on {sys.platform}: pass "tcp", or "ipc" on Linux, or None'
+        )
+    return f"ipc://@lingualinked-{secrets.token_hex(16)}"

@@ -1,0 +1,49 @@
+"""What a worker may use of its machine: cores, threads, memory.
+
+Knows the operating system's calls for it, not what is computed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import psutil
+import torch
+
+# What a stage needs beyond its weights, KV and activations: thread stacks, message buffers, arenas of the allocator.
+OVERHEAD_BYTES = 192 * 1024**2
+
+
+def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int | None) -> None:
+    """Set threads and cores, and have the kernel refuse memory beyond the limit where it can (Linux)."""
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
+    torch.set_num_threads(threads)
+    if memory_bytes is not None and sys.platform == "linux":
+        import resource
+
+        limit = _data_bytes() + memory_bytes + OVERHEAD_BYTES
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _data_bytes() -> int:
+    """Private writable memory of this process, as ``RLIMIT_DATA`` counts it."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmData")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "bad_alloc" in text)

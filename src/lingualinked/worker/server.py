@@ -1,0 +1,244 @@
+"""The worker's loop: take a message, do what it says, pass the result on.
+
+Knows messages, stages and one mailbox; all of it in one thread, so that nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypedDict
+
+import msgspec
+import torch
+
+from lingualinked.device import CALLER
+from lingualinked.errors import CheckpointError, ProtocolError
+from lingualinked.model.stage import Stage
+from lingualinked.protocol.messages import (
+    CallerMessage,
+    EndSession,
+    FailureKind,
+    Hello,
+    Inspect,
+    LoadProgress,
+    LoadStage,
+    LogRecord,
+    ModelUnloaded,
+    RequestFailed,
+    Shutdown,
+    StageLoaded,
+    Step,
+    StepDone,
+    StepFailed,
+    UnloadModel,
+    WorkerMessage,
+    WorkerReport,
+    decode,
+    encode,
+)
+from lingualinked.transport.keys import KeyPair
+from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.protocol.boot import Boot
+from lingualinked.worker.hosted import HostedStage, split_tensors
+from lingualinked.worker.lifeline import watch_caller
+from lingualinked.worker.limits import apply_limits, is_out_of_memory, resident_bytes
+from lingualinked.worker.logs import ForwardingHandler, forward_logs
+
+logger = logging.getLogger("lingualinked.worker")
+
+
+def serve(boot: Boot, channel: int) -> None:
+    """Be the worker that ``boot`` describes until the caller says `Shutdown` or is gone.
+
+    Parameters
+    ----------
+    boot : Boot
+        Who this worker is, and what it may use.
+    channel : int
+        Descriptor of the socket whose other end the caller holds.
+    """
+    watch_caller(channel, boot.caller_pid)
+    handler = forward_logs(boot.log_level)
+    apply_limits(boot.threads, boot.cpus, boot.memory_bytes)
+    mailbox = ZmqMailbox(
+        boot.name,
+        KeyPair(boot.public_key, boot.secret_key),
+        boot.authorised,
+        max_frame_bytes=boot.max_frame_bytes,
+    )
+    try:
+        mailbox.connect(CALLER, boot.caller_address, boot.caller_key)
+        Worker(boot, mailbox, handler).run()
+    finally:
+        mailbox.close()
+
+
+class Worker:
+    """Serves the messages of one mailbox.
+
+    Parameters
+    ----------
+    boot : Boot
+        Who this worker is, and what it may use.
+    mailbox : Mailbox
+        Connected to the caller.
+    handler : ForwardingHandler
+        Holds the log records that go to the caller.
+    """
+
+    def __init__(self, boot: Boot, mailbox: Mailbox, handler: ForwardingHandler) -> None:
+        self._boot = boot
+        self._mailbox = mailbox
+        self._log_handler = handler
+        self._stages: dict[tuple[int, int], HostedStage] = {}
+        self._idle_resident_bytes = resident_bytes()
+        self._num_refused = 0
+
+    def run(self) -> None:
+        """Say hello, then serve until `Shutdown`."""
+        self._tell(Hello(pid=os.getpid(), address=self._mailbox.address))
+        while True:
+            delivery = self._mailbox.receive(None)
+            if delivery is not None:
+                try:
+                    message = self._read(delivery)
+                    if isinstance(message, Shutdown):
+                        return
+                    self._handle(message, delivery)
+                except ProtocolError as error:
+                    self._num_refused += 1
+                    logger.warning("refused a message from %r: %s", delivery.sender, error)
+            for level, name, text in self._log_handler.drain():
+                self._tell(LogRecord(level=level, logger=name, text=text))
+
+    def _read(self, delivery: Delivery) -> CallerMessage:
+        message = decode(delivery.payload)
+        if not isinstance(message, CallerMessage):
+            raise ProtocolError(f"{type(message).__name__} is not for a worker")
+        if delivery.sender != CALLER and not isinstance(message, Step | EndSession):
+            raise ProtocolError(f"{type(message).__name__} is for the caller to say")
+        return message
+
+    def _handle(self, message: CallerMessage, delivery: Delivery) -> None:
+        match message:
+            case Step():
+                self._step(message, delivery)
+            case EndSession():
+                self._end_session(message)
+            case LoadStage():
+                self._answer(message.request, lambda: self._load(message))
+            case UnloadModel():
+                self._answer(message.request, lambda: self._unload(message))
+            case Inspect():
+                self._answer(message.request, lambda: self._report(message))
+
+    def _answer(self, request: int, serve_request: Callable[[], WorkerMessage]) -> None:
+        try:
+            answer = serve_request()
+        except Exception as error:
+            answer = RequestFailed(request=request, **_failure(error))
+        self._tell(answer)
+
+    def _load(self, message: LoadStage) -> StageLoaded:
+        stage = Stage.load(
+            message.spec,
+            message.start,
+            message.end,
+            accelerator=self._boot.accelerator,
+            progress=lambda num_bytes: self._tell(LoadProgress(request=message.request, num_bytes=num_bytes)),
+        )
+        if message.next_name != CALLER:
+            self._mailbox.connect(message.next_name, message.next_address, message.next_key)
+        self._stages[message.model, message.stage] = HostedStage(message, stage)
+        return StageLoaded(
+            request=message.request, weight_bytes=stage.weight_bytes, num_bytes_read=stage.num_bytes_read
+        )
+
+    def _unload(self, message: UnloadModel) -> ModelUnloaded:
+        for key in [key for key in self._stages if key[0] == message.model]:
+            del self._stages[key]
+        _release_memory(self._boot.accelerator)
+        return ModelUnloaded(request=message.request)
+
+    def _report(self, message: Inspect) -> WorkerReport:
+        return WorkerReport(
+            request=message.request,
+            pid=os.getpid(),
+            threads=torch.get_num_threads(),
+            resident_bytes=resident_bytes(),
+            idle_resident_bytes=self._idle_resident_bytes,
+            num_refused=self._num_refused + self._mailbox.num_refused,
+            stages=tuple(hosted.report() for hosted in self._stages.values()),
+        )
+
+    def _step(self, step: Step, delivery: Delivery) -> None:
+        hosted = self._hosted(step)
+        try:
+            output, elapsed_s = hosted.run(step, delivery.tensors)
+            timings_us = (*step.timings_us, round(elapsed_s * 1e6))
+            if hosted.stage.is_last:
+                done = StepDone(session=step.session, number=step.number, timings_us=timings_us)
+                hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
+                return
+            onward = msgspec.structs.replace(
+                step, stage=step.stage + 1, layout=output.layout, timings_us=timings_us
+            )
+            parts = split_tensors(step, delivery.tensors)
+            tensors = (*output.tensors, *parts.told, *parts.keep)
+            hosted.sent_bytes += self._mailbox.send(hosted.next_name, encode(onward), tensors)
+        except Exception as error:
+            self._tell(StepFailed(session=step.session, number=step.number, **_failure(error)))
+
+    def _end_session(self, message: EndSession) -> None:
+        hosted = self._hosted(message)
+        hosted.end(message.session)
+        if not hosted.stage.is_last:
+            onward = EndSession(model=message.model, stage=message.stage + 1, session=message.session)
+            self._mailbox.send(hosted.next_name, encode(onward))
+
+    def _hosted(self, message: Step | EndSession) -> HostedStage:
+        hosted = self._stages.get((message.model, message.stage))
+        if hosted is None:
+            raise ProtocolError(f"stage {message.stage} of model {message.model} is not hosted here")
+        return hosted
+
+    def _tell(self, message: WorkerMessage) -> None:
+        self._mailbox.send(CALLER, encode(message))
+
+
+class _Failure(TypedDict):
+    kind: FailureKind
+    cause: str
+    traceback: str
+
+
+def _failure(error: Exception) -> _Failure:
+    """Put an exception into the words of `RequestFailed` and `StepFailed`."""
+    kind = FailureKind.ERROR
+    if is_out_of_memory(error):
+        kind = FailureKind.MEMORY
+    elif isinstance(error, CheckpointError):
+        kind = FailureKind.CHECKPOINT
+    return {
+        "kind": kind,
+        "cause": f"{type(error).__name__}: {error}",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def _release_memory(accelerator: str) -> None:
+    """Give memory of dropped stages back to the system."""
+    gc.collect()
+    if accelerator.startswith("cuda"):
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)

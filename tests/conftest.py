@@ -1,0 +1,69 @@
+"""For every test: one compute thread, a private temporary folder, and the check that nothing is left behind.
+
+Knows no lingualinked. What a session or module fixture holds when a test begins is that fixture's, not the test's.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+from leftovers import RUN_VARIABLE, Belongings, left_since
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when huggingface_hub is imported
+os.environ["MPLBACKEND"] = "agg"
+
+hypothesis.settings.register_profile("default", deadline=None)  # no test asserts a time
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Compute with one thread, as the workers that are compared with do: another number shifts the last bits."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the run a temporary folder that nobody else writes to; subprocesses inherit it."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("run"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))  # torch makes and keeps it
+    tempfile.tempdir = None
+    yield
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+    tempfile.tempdir = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_session(one_thread: None, temporary_folder: None) -> Iterator[None]:
+    """Fail if the shared fixtures leave a process, thread or file; descriptors of loaded libraries may stay."""
+    os.environ[RUN_VARIABLE] = uuid.uuid4().hex
+    before = Belongings.now()
+    yield
+    left = [item for item in left_since(before) if " more of " not in item]
+    assert not left, "left behind by the session: " + "; ".join(left)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(nothing_outlives_the_session: None) -> Iterator[None]:
+    """Fail a test that leaves a process, a thread, a descriptor or a temporary file.
+
+    Set up before the test's other fixtures and after those of wider scope, so torn down after the one and
+    before the other. A test that gets a wider fixture by ``request.getfixturevalue`` counts it as its own.
+    """
+    before = Belongings.now()
+    yield
+    left = left_since(before)
+    assert not left, "left behind: " + "; ".join(left)

@@ -1,0 +1,127 @@
+"""What this process holds that could outlive a test: processes, threads, descriptors, temporary files.
+
+Knows no lingualinked: it compares what is held now with what was held before.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+RUN_VARIABLE = "LINGUALINKED_TEST_RUN"
+"""Environment variable that a test run's processes inherit, so that orphans are found too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Belongings:
+    """What is held at one moment.
+
+    Parameters
+    ----------
+    processes : frozenset of psutil.Process
+        Descendants and orphans, zombies that nobody waited for included; a process is told by its pid and start time.
+    threads : frozenset of threading.Thread
+        Python threads that are alive.
+    descriptors : Counter of str
+        How many open descriptors there are of each kind (``socket:``) or on each file; empty where ``/proc`` is not.
+    files : frozenset of Path
+        Entries of the temporary folder, socket files among them.
+    """
+
+    processes: frozenset[psutil.Process]
+    threads: frozenset[threading.Thread]
+    descriptors: Counter[str]
+    files: frozenset[Path]
+
+    @classmethod
+    def now(cls) -> Belongings:
+        return cls(
+            processes=frozenset([*psutil.Process().children(recursive=True), *_orphans()]),
+            threads=frozenset(filter(_counts, threading.enumerate())),
+            descriptors=_descriptors(),
+            files=frozenset(Path(tempfile.gettempdir()).iterdir()),
+        )
+
+    def since(self, before: Belongings) -> list[str]:
+        """Say in words what is held now that was not held before."""
+        return [
+            *(f"process {_describe(process)}" for process in self.processes - before.processes),
+            *(f"thread {thread!r}" for thread in self.threads - before.threads),
+            *(f"{number} more of {kind}" for kind, number in (self.descriptors - before.descriptors).items()),
+            *(f"{_kind(path)} {path}" for path in self.files - before.files),
+        ]
+
+
+def left_since(before: Belongings, timeout_s: float = 5.0) -> list[str]:
+    """Say what is still held `timeout_s` after the first look; return as soon as nothing is.
+
+    Endings that are already under way (a process that is exiting, a thread pool that was told to stop) are waited
+    for, and objects in reference cycles are collected.
+    """
+    left = Belongings.now().since(before)
+    deadline = time.monotonic() + timeout_s
+    while left and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.02)  # a descriptor that closes tells nobody: look again
+        left = Belongings.now().since(before)
+    return left
+
+
+def _orphans() -> list[psutil.Process]:
+    """Return living processes of this run that are not descendants any more (or that are, then twice)."""
+    run = os.environ.get(RUN_VARIABLE)
+    if run is None or not sys.platform.startswith("linux"):
+        return []
+    needle = f"{RUN_VARIABLE}={run}".encode()
+    found = []
+    for pid in psutil.pids():
+        try:
+            if pid != os.getpid() and needle in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(psutil.Process(pid))
+        except (OSError, psutil.NoSuchProcess):  # gone meanwhile, or another user's
+            continue
+    return found
+
+
+def _counts(thread: threading.Thread) -> bool:
+    if isinstance(
+        thread, threading._DummyThread
+    ):  # a foreign thread that once called into Python: never listed as ended
+        return False
+    return type(thread).__name__ != "TMonitor"  # tqdm's own, one per process for good
+
+
+def _descriptors() -> Counter[str]:
+    kinds: Counter[str] = Counter()
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        return kinds
+    for entry in folder.iterdir():
+        try:
+            target = str(entry.readlink())
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+        kinds[target.split("[", maxsplit=1)[0] if target.startswith(("socket:", "pipe:")) else target] += 1
+    return kinds
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid}: {' '.join(process.cmdline())}"
+    except psutil.ZombieProcess:
+        return f"{process.pid}: ended, but nobody waited for it"
+    except psutil.NoSuchProcess:
+        return f"{process.pid}: just gone"
+
+
+def _kind(path: Path) -> str:
+    return "socket file" if path.is_socket() else "folder" if path.is_dir() else "file"

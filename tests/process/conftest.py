@@ -1,0 +1,90 @@
+"""Real workers for the tests: one shared cluster, and tiny random checkpoints on disk.
+
+Knows how to make a checkpoint and its unsharded reference; nothing of what is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+import lingualinked as ll
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
+    """Four workers with one thread each, for every test that does not harm them."""
+    with ll.Cluster([ll.Device(name=name, threads=1) for name in "abcd"]) as cluster:
+        cluster.wait()
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of 4 layers, float32, with an end-of-text token that greedy decoding may meet."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return save_random(config, tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def sharded(shared_cluster: ll.Cluster, tiny_llama: str) -> Iterator[ll.ShardedModel]:
+    """The tiny Llama over three of the shared workers; for tests that leave it as it was."""
+    plan = ll.Plan.from_spans([("a", 0, 1), ("b", 1, 3), ("c", 3, 4)])
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan=plan, progress=False) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def unsharded(tiny_llama: str) -> PreTrainedModel:
+    return load_unsharded(tiny_llama)
+
+
+@pytest.fixture
+def place(shared_cluster: ll.Cluster) -> Iterator[Callable[..., ll.ShardedModel]]:
+    """Load a checkpoint on the shared workers in so many stages; it is unloaded after the test."""
+    models: list[ll.ShardedModel] = []
+
+    def place_model(path: str, spans: list[tuple[str, int, int]], **arguments: object) -> ll.ShardedModel:
+        plan = ll.Plan.from_spans(spans)
+        model = ll.ShardedModel.from_pretrained(path, cluster=shared_cluster, plan=plan, progress=False, **arguments)
+        models.append(model)
+        return model
+
+    yield place_model
+    for model in models:
+        model.close()
+
+
+def save_random(config: PreTrainedConfig, folder: Path, *, dtype: torch.dtype = torch.float32) -> str:
+    """Write a checkpoint with random weights, large enough for outputs to differ from token to token."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    model.to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def load_unsharded(path: str, **arguments: object) -> PreTrainedModel:
+    """Load the reference, its weights copied: mapped ones are not aligned, and that alone can change the last bits."""
+    model = AutoModelForCausalLM.from_pretrained(path, **arguments).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
