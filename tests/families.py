@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 97
 
@@ -45,7 +45,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {**_GATED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "llama": ("llama", _GATED),
     "llama-tied": ("llama", {**_GATED, "tie_word_embeddings": True, "attention_bias": True}),
-    "llama-dynamic": ("llama", {**_GATED, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama-dynamic": (
+        "llama",
+        {**_GATED, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
     "mistral": ("mistral", {**_GATED, "sliding_window": 6}),
     "mixtral": ("mixtral", {**_GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "mpt": ("mpt", {"expansion_ratio": 2, "max_seq_len": 64}),

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import lingualinked as ll
 from lingualinked.bench.samples import Samples, ratios
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import bytes_text
+from lingualinked.model.loading import load_span
+from lingualinked.model.spec import ModelSpec
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,16 +54,18 @@ def run_overhead(contexts: tuple[int, ...], new_tokens: int, repeats: int) -> No
 
 def unsharded_dummy(folder: str) -> PreTrainedModel:
     """Make the unsharded transformers model with the weights that ``load_format="dummy"`` fills."""
-    from lingualinked.model.stage import Stage
-    from lingualinked.sharded.loading import LoadArguments, prepare
-
-    cluster_free: Any = _NoCluster()
-    spec = prepare(LoadArguments(path=folder, cluster=cluster_free, load_format="dummy")).spec
-    raise NotImplementedError(spec, Stage)
-
-
-class _NoCluster:
-    devices = (ll.Device(name="here"),)
+    config = AutoConfig.from_pretrained(folder)
+    spec = ModelSpec(
+        class_name=config.architectures[0],
+        config_json=config.to_json_string(use_diff=False),
+        dtype="bfloat16",
+        attn_implementation=None,
+        load_format="dummy",
+        files=(),
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(load_span(spec, 0, config.num_hidden_layers).model.state_dict())
+    return model.eval()
 
 
 def _measure(
@@ -77,9 +80,8 @@ def _measure(
     hops_us: list[float] = []
     for _ in range(repeats):
         speeds["unsharded"].append(_tokens_per_s(unsharded, ids, new_tokens))
-        before = sharded.telemetry
         speeds["sharded"].append(_tokens_per_s(sharded, ids, new_tokens))
-        hops_us.append(_hop_us(before, sharded.telemetry, speeds["sharded"][-1]))
+        hops_us.append(_hop_us(sharded, ids))
     ours, theirs = Samples(speeds["sharded"]), Samples(speeds["unsharded"])
     return Rows(
         f"Decode at context {context}, 2 workers x 1 thread against 1 thread, median of {repeats}",
@@ -100,13 +102,25 @@ def _tokens_per_s(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) ->
     return (new_tokens - 1) / (clock.times[-1] - clock.times[1])
 
 
+def _hop_us(sharded: Any, ids: torch.Tensor) -> float:
+    """Microseconds of a hop: a decode step's time that is compute in no stage, over caller -> 0 -> 1 -> caller."""
+    past = sharded(ids, logits_to_keep=1).past_key_values
+    hops = []
+    for _ in range(20):
+        started = time.perf_counter()
+        sharded(ids[:, -1:], past_key_values=past)
+        elapsed_us = (time.perf_counter() - started) * 1e6
+        hops.append((elapsed_us - sum(past.session.timings_us)) / (len(past.session.timings_us) + 1))
+    return Samples(hops).median
+
+
 class _Clock:
     """A streamer that notes when tokens come: the prompt first, then one by one."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: torch.Tensor) -> None:  # noqa: ARG002 - the time is all that counts
         self.times.append(time.perf_counter())
 
     def end(self) -> None:

@@ -82,7 +82,8 @@ def check_architecture(config: PreTrainedConfig) -> str:
         raise UncuttableModelError(name, _refusal(config))
     if getattr(config, "add_cross_attention", False):
         raise UncuttableModelError(
-            name, "its layers attend to an encoder (add_cross_attention=True); load a checkpoint without cross-attention"
+            name,
+            "its layers attend to an encoder (add_cross_attention=True); load a checkpoint without cross-attention",
         )
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:

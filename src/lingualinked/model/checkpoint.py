@@ -81,7 +81,10 @@ def _may_be_hub_id(path: str) -> bool:
 def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
     if not Path(path).is_dir() and not _may_be_hub_id(path):
         return None
-    return hf_internals.find_file(path, name, **hub)
+    try:
+        return hf_internals.find_file(path, name, **hub)
+    except OSError as error:
+        raise CheckpointError(f"{name} of {path!r} can't be had from the Hugging Face hub: {error}") from error
 
 
 def _shard_names(index: str) -> list[str]:
@@ -89,7 +92,9 @@ def _shard_names(index: str) -> list[str]:
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files ({error!r}): copy or download it again") from error
+        raise CheckpointError(
+            f"{index} is no index of safetensors files ({error!r}): copy or download it again"
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names the file {name!r} outside its own folder: it can't be trusted")

@@ -120,7 +120,7 @@ def cut_class(
         prune(self, parts, start, end, boundary)
 
     namespace = {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    derived: type[PreTrainedModel] = type(cls)(cls.__name__, (cls,), namespace)
+    derived: type[PreTrainedModel] = type(cls.__name__, (cls,), namespace)
     return derived
 
 

@@ -13,6 +13,8 @@ import torch
 from lingualinked.model import hf_internals
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
 _STD = 0.02
@@ -46,7 +48,9 @@ class DummyWeights:
             if name not in tied
         }
         self._seed = seed
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._like.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(parameter.shape) for name, parameter in self._like.items()
+        }
         self.num_bytes_read = 0
 
     def read(self, name: str) -> torch.Tensor:

@@ -48,7 +48,8 @@ def build_on_meta(
     arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def find_file(path: str, name: str, **hub: Any) -> str | None:
@@ -153,10 +154,11 @@ def load(
     CheckpointError
         If a parameter was not loaded: transformers would leave random values there.
     """
-    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    arguments: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    loader: Any = cls
     with _quiet_sequential_loading() as reports:
         try:
-            model, info = cls.from_pretrained(
+            model, info = loader.from_pretrained(
                 None,
                 config=config,
                 state_dict=dict(weights),
@@ -223,8 +225,14 @@ class CacheLayer(DynamicLayer):
 
     _layer_type: Any = None
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
 
 class SlidingCacheLayer(DynamicSlidingWindowLayer):
     """As `CacheLayer`, for layers that attend to a sliding window."""
 
     _layer_type: Any = None
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window)

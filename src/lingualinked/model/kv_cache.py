@@ -5,7 +5,7 @@ Knows one model's layer kinds; nothing of sessions' owners, budgets or the other
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import DynamicCache
@@ -17,10 +17,8 @@ from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, Gr
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from torch import Tensor
     from transformers import Cache, PreTrainedConfig
-
-_Owned = GrowingLayer | GrowingSlidingLayer
-_Elsewhere = CountingLayer | CountingSlidingLayer
 
 
 class StageCache:
@@ -46,20 +44,24 @@ class StageCache:
     def __init__(self, config: PreTrainedConfig, owned: Collection[int]) -> None:
         self.hf: Cache = DynamicCache(config=config)
         self.num_tokens = 0
-        self._owned: list[_Owned] = []
-        self._elsewhere: list[_Elsewhere] = []
+        self._owned: list[GrowingLayer | GrowingSlidingLayer] = []
+        self._elsewhere: list[CountingLayer | CountingSlidingLayer] = []
         for slot, kind in enumerate(self.hf.layers):
             if type(kind) is DynamicLayer:
-                layer = GrowingLayer() if slot in owned else CountingLayer()
+                window = None
             elif type(kind) is DynamicSlidingWindowLayer:
-                sliding = GrowingSlidingLayer if slot in owned else CountingSlidingLayer
-                layer = sliding(kind.sliding_window)
+                window = kind.sliding_window
             else:
                 raise UncuttableModelError(
-                    config.model_type, f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's"
+                    config.model_type,
+                    f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's",
                 )
-            self.hf.layers[slot] = layer
-            (self._owned if slot in owned else self._elsewhere).append(layer)
+            if slot in owned:
+                self._owned.append(GrowingLayer() if window is None else GrowingSlidingLayer(window))
+                self.hf.layers[slot] = self._owned[-1]
+            else:
+                self._elsewhere.append(CountingLayer() if window is None else CountingSlidingLayer(window))
+                self.hf.layers[slot] = self._elsewhere[-1]
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +80,7 @@ class StageCache:
         self.num_tokens += num_tokens
 
     @torch.inference_mode()
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Keep the rows that the indices name, in their order; beam search does it after every step.
 
         Parameters
@@ -86,7 +88,7 @@ class StageCache:
         rows : Tensor
             [new rows] int64, on any device; repeats allowed.
         """
-        self.hf.reorder_cache(rows)
+        self.hf.reorder_cache(cast("torch.LongTensor", rows))
 
     def crop(self, num_tokens_to_remove: int) -> None:
         """Drop tokens at the end, as ``Cache.crop`` does.
@@ -105,8 +107,8 @@ class StageCache:
             raise ArgumentError(
                 f"can't crop a KV cache by {num_tokens_to_remove}: pass minus the number of tokens to remove"
             )
-        for layer in (*self._owned, *self._elsewhere):
-            if layer.is_sliding and layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
+        for layer in self._sliding():
+            if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
                 raise ArgumentError(
                     f"can't crop a KV cache of {self.num_tokens} tokens: the sliding window ({layer.sliding_window} tokens) "
                     "is full and its past was not recorded; activate past recording before the prefill"
@@ -121,6 +123,12 @@ class StageCache:
         ----------
         on : bool, default=True
         """
-        for layer in (*self._owned, *self._elsewhere):
-            if layer.is_sliding:
-                layer.record_past = on
+        for layer in self._sliding():
+            layer.record_past = on
+
+    def _sliding(self) -> list[GrowingSlidingLayer | CountingSlidingLayer]:
+        return [
+            layer
+            for layer in (*self._owned, *self._elsewhere)
+            if isinstance(layer, (GrowingSlidingLayer, CountingSlidingLayer))
+        ]

@@ -81,7 +81,7 @@ class GrowingTensor:
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows that the indices name, in their order."""
-        states = self.view.index_select(0, rows)
+        states = self.view.index_select(0, rows.to(self._buffer.device))
         self._allocate(len(rows), self._buffer.shape[2])
         self._fill(states)
 

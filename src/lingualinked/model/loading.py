@@ -68,9 +68,7 @@ def check_weights(spec: ModelSpec, meta_model: PreTrainedModel) -> None:
         _map_weights(meta_model, source.shapes)
 
 
-def load_span(
-    spec: ModelSpec, start: int, end: int, *, progress: Callable[[int], None] | None = None
-) -> LoadedSpan:
+def load_span(spec: ModelSpec, start: int, end: int, *, progress: Callable[[int], None] | None = None) -> LoadedSpan:
     """Load layers ``[start, end)`` and what must run before or after them.
 
     Parameters
@@ -97,13 +95,14 @@ def load_span(
     whole = build_meta(spec)
     parts = find_parts(whole)
     check_span(start, end, parts.num_layers)
-    num_bytes_loaded = 0
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    num_loaded = 0
 
-    def loaded(num_bytes: int) -> None:
-        nonlocal num_bytes_loaded
-        num_bytes_loaded += num_bytes
+    def loaded(num_elements: int) -> None:
+        nonlocal num_loaded
+        num_loaded += num_elements
         if progress is not None:
-            progress(num_bytes_loaded)
+            progress(num_loaded * dtype.itemsize)
 
     with contextlib.closing(_source(spec, whole)) as source:
         mapped = _map_weights(whole, source.shapes)
@@ -115,7 +114,7 @@ def load_span(
             cut_class(type(whole), parts, start, end, boundary),
             read_config(spec),
             {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
-            dtype=getattr(torch, spec.dtype),
+            dtype=dtype,
             attn_implementation=spec.attn_implementation,
         )
         return LoadedSpan(model=model, boundary=boundary, parts=parts, num_bytes_read=source.num_bytes_read)

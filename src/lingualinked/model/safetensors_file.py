@@ -98,10 +98,11 @@ class SafetensorsFile:
             If the file ends early.
         """
         if self._file is None:
-            self._file = Path(self.path).open("rb", buffering=0)
+            self._file = Path(self.path).open("rb", buffering=0)  # noqa: SIM115 - closed by close()
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.nbytes else memoryview(b"")
+        values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        target = memoryview(values)
         self._file.seek(entry.start)
         while target:
             num_read = self._file.readinto(target)

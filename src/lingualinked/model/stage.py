@@ -87,14 +87,15 @@ class Stage:
     def __init__(self, span: LoadedSpan, start: int, end: int, device: torch.device) -> None:
         self.start, self.end, self.num_layers = start, end, span.parts.num_layers
         self.is_first, self.is_last = start == 0, end == self.num_layers
-        self._model = span.model.to(device)
+        model: nn.Module = span.model
+        self._model, self._config = model.to(device), span.model.config
         self._boundary, self._device = span.boundary, device
         self.num_bytes_read = span.num_bytes_read
         self.weight_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
-        owned = (module for layer in layers[start:end] for module in layer.modules())
-        self._slots = frozenset(module.layer_idx for module in owned if hasattr(module, "layer_idx"))
+        indices = (getattr(module, "layer_idx", None) for layer in layers[start:end] for module in layer.modules())
+        self._slots = frozenset(index for index in indices if isinstance(index, int))
 
     @classmethod
     def load(
@@ -141,7 +142,7 @@ class Stage:
         -------
         StageCache
         """
-        return StageCache(self._model.config, self._slots)
+        return StageCache(self._config, self._slots)
 
     @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
@@ -179,15 +180,16 @@ class Stage:
             self._boundary.incoming = _unflatten(tensors, inputs.layout)
         if self.is_last:
             arguments["logits_to_keep"] = self._placed(inputs.logits_to_keep)
+        layout: tuple[bool, ...] | None = None
         try:
-            raw, layout = (self._model(**arguments).logits,), None
+            outputs: tuple[Tensor, ...] = (self._model(**arguments).logits,)
         except SpanLeft:
-            raw, layout = _flatten(self._boundary.outgoing)
+            outputs, layout = _flatten(self._boundary.outgoing)
         finally:
             self._boundary.clear()
         if cache is not None:
             cache.advance(states.shape[1])
-        return StageOutput(tensors=tuple(tensor.cpu() for tensor in raw), layout=layout)
+        return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout)
 
     def _placed(self, value: Any) -> Any:
         return value.to(self._device) if isinstance(value, Tensor) else value

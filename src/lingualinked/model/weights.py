@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 class WeightSource(Protocol):
     """A checkpoint, of files or imagined."""
 
-    shapes: Mapping[str, Shape]
-    num_bytes_read: int
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Of every tensor, by name."""
+
+    @property
+    def num_bytes_read(self) -> int:
+        """From files, so far."""
 
     def read(self, name: str) -> torch.Tensor:
         """Materialise one tensor in new, aligned CPU memory."""
@@ -39,7 +44,7 @@ class LazyTensor:
     name : str
         In the source.
     on_read : callable
-        Called with the tensor's bytes once it is materialised.
+        Called with the number of elements once it is materialised.
     """
 
     def __init__(self, source: WeightSource, name: str, on_read: Callable[[int], None]) -> None:
@@ -48,7 +53,7 @@ class LazyTensor:
     def __getitem__(self, index: object) -> torch.Tensor:
         assert index is Ellipsis, "only whole tensors are read"
         tensor = self._source.read(self._name)
-        self._on_read(tensor.nbytes)
+        self._on_read(tensor.numel())
         return tensor
 
 
@@ -76,7 +81,7 @@ class CheckpointWeights:
     def __init__(self, files: Sequence[str]) -> None:
         self._files = [SafetensorsFile(path) for path in files]
         self._file_of = {name: file for file in self._files for name in file.entries}
-        self.shapes = {name: file.entries[name].shape for name, file in self._file_of.items()}
+        self.shapes: Mapping[str, Shape] = {name: file.entries[name].shape for name, file in self._file_of.items()}
         self.num_bytes_read = sum(file.header_bytes for file in self._files)
 
     def read(self, name: str) -> torch.Tensor:

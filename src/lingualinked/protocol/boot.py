@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import msgspec
 
+GRACE_S = 2.0
+"""How long workers get to end by themselves before they are killed."""
+
 
 class Preload(msgspec.Struct, frozen=True, kw_only=True):
-    """First line to a fork server: what to import before the first worker is asked for."""
+    """First line to a started process: what to import before it forks workers, or becomes one.
+
+    Parameters
+    ----------
+    caller_pid : int
+        The process whose end ends the fork server.
+    forks : bool
+        Whether it stays and forks a worker for each `Boot` that follows, or becomes the worker of the only one.
+    class_names : tuple of str
+        transformers classes whose code the workers will need.
+    """
 
     caller_pid: int
+    forks: bool
     class_names: tuple[str, ...] = ()
 
 
@@ -42,8 +56,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         Largest frame that it sends or takes.
     log_level : int
         Lowest level of the log records that it sends to the caller.
-    forks : bool
-        Whether the fork server stays and forks this worker, or becomes it.
     """
 
     name: str
@@ -59,7 +71,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None
     max_frame_bytes: int
     log_level: int
-    forks: bool
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):

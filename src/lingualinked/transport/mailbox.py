@@ -46,7 +46,8 @@ class Mailbox(abc.ABC):
 
     A mailbox belongs to the thread that made it: that thread alone calls `connect`, `disconnect`, `send`, `receive`
     and `close`. `wake` may be called from any thread, a signal handler or a finalizer. Once the owning thread has
-    ended, another one (a finalizer too) may call `close`. A mailbox that is dropped unclosed closes itself.
+    ended, another one (a finalizer too) may call `close`. A mailbox that is dropped unclosed closes itself. In a
+    forked child only `close` may be called, and harms nobody.
 
     Messages of one sender arrive in the order in which they were sent, and no sender can starve another. What
     is not yet on its way when either side closes or disconnects is dropped, without a word. How much is in flight

@@ -18,10 +18,10 @@ DOMAIN = b"lingualinked"
 
 
 class ZapHandler:
-    """Lets holders of known keys in, and keeps a context for as long as that is needed.
+    """Lets holders of known keys in, until it is stopped; then it terminates the context.
 
-    The thread ends the context as well: termination waits for the thread's own socket, so that it can be bounded
-    only from outside. It holds no reference to a mailbox.
+    Termination has no bound of its own and waits for the thread's socket: done by the thread, it can be waited for
+    with a bound. The thread holds no reference to a mailbox.
 
     Parameters
     ----------
@@ -40,17 +40,21 @@ class ZapHandler:
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], authorised: Mapping[bytes, str], refusals: Refusals
     ) -> None:
-        self._stop = Waker()
         requests: zmq.Socket[bytes] = context.socket(zmq.REP)
         requests.linger = 0
-        requests.bind(ENDPOINT)
+        self._stop = Waker()
         self._thread = threading.Thread(
             target=_serve,
             args=(context, requests, self._stop, dict(authorised), refusals),
             name="lingualinked-zap",
             daemon=True,
         )
-        self._thread.start()
+        try:
+            requests.bind(ENDPOINT)
+            self._thread.start()
+        except BaseException:
+            _end(context, requests, self._stop)
+            raise
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread and the context, whose other sockets must be closed; say whether that was done in time.
@@ -77,9 +81,13 @@ def _serve(
             if zmq.zmq_poll(items) and requests.poll(0):
                 requests.send_multipart(_answer(requests.recv_multipart(), authorised, refusals))
     finally:
-        requests.close()
-        context.term()
-        stop.close()
+        _end(context, requests, stop)
+
+
+def _end(context: zmq.Context[zmq.Socket[bytes]], requests: zmq.Socket[bytes], stop: Waker) -> None:
+    requests.close()
+    context.term()
+    stop.close()
 
 
 def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Refusals) -> list[bytes]:

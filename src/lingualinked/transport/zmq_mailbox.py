@@ -5,6 +5,7 @@ Knows no model and not what a payload means; what a message looks like is `codec
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -62,7 +63,9 @@ class ZmqMailbox(Mailbox):
     address : {"ipc", "tcp"}, optional
         What to listen on: an abstract unix name, or a free port of 127.0.0.1. By default the first where there is one.
     max_frame_bytes, max_message_bytes : int
-        Limits of a message that is sent or received, before encryption; the same for all parties that talk.
+        Limits of a message that is sent or received, before encryption; the same for all parties that talk. A frame
+        beyond its limit costs the sender the connection before it is read. A message is compared with its limit when it
+        is taken: until then it lies in memory, as everything does that authorised peers send.
 
     Raises
     ------
@@ -106,7 +109,7 @@ class ZmqMailbox(Mailbox):
         frames = encode_message(payload, tensors, self._limits)
         outbox = self._sockets.outboxes[name]
         try:
-            # Copied: measured, not copying gains nothing under CURVE, and the tensors stay the caller's to change.
+            # Copied: measured, not copying gains nothing under CURVE. And the tensors stay the caller's to change.
             for frame in frames[:-1]:
                 outbox.send(frame, zmq.DONTWAIT | zmq.SNDMORE)
             outbox.send(frames[-1], zmq.DONTWAIT)
@@ -191,12 +194,16 @@ class _Sockets:
 
     def __init__(self, authorised: Mapping[str, str], refusals: Refusals) -> None:
         self._pid = os.getpid()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        # Frames carry the key as user id, not the name: libzmq ends a user id at the first zero byte.
-        self._zap = ZapHandler(self._context, {raw_key(key): key for key in authorised}, refusals)
-        self.waker = Waker()
-        self.inbox = self._socket(zmq.PULL)
         self.outboxes: dict[str, zmq.Socket[bytes]] = {}
+        with contextlib.ExitStack() as undo:
+            self.waker = Waker()
+            undo.callback(self.waker.close)
+            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            # Frames carry the key as user id, not the name: libzmq ends a user id at the first zero byte.
+            self._zap = ZapHandler(self._context, {raw_key(key): key for key in authorised}, refusals)
+            undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
+            self.inbox = self._socket(zmq.PULL)
+            undo.pop_all()
 
     def bind(self, endpoint: str, keys: KeyPair, max_frame_bytes: int) -> str:
         self.inbox.curve_server = True

@@ -13,24 +13,43 @@ import select
 import signal
 import socket
 import sys
+import time
+from typing import NoReturn
 
 import msgspec
 
-from lingualinked.protocol.boot import Boot, Ended, Forked, Preload
+from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Forked, Preload
 
 
 def main() -> None:
     """Serve fork requests from standard input until it closes."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = socket.socket(fileno=os.dup(0))
+    channel = _take_standard_input()
     lines = _Lines(channel)
     first = lines.read()
     if first is None:
         return
     preload = msgspec.json.decode(first, type=Preload)
     _import_once(preload.class_names)
-    _ForkServer(channel, lines).run()
+    if preload.forks:
+        _ForkServer(channel, lines, preload.caller_pid).run()
+    elif (line := lines.read()) is not None:
+        _become(msgspec.json.decode(line, type=Boot), channel)
+
+
+def _become(boot: Boot, channel: socket.socket) -> None:
+    from lingualinked.worker.server import serve
+
+    serve(boot, channel.fileno())
+
+
+def _take_standard_input() -> socket.socket:
+    """Move the caller's socket away from descriptor 0, where anything that reads standard input would eat from it."""
+    channel = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    return channel
 
 
 def _import_once(class_names: tuple[str, ...]) -> None:
@@ -54,7 +73,10 @@ class _Lines:
 
     def fill(self) -> bool:
         """Take in what has arrived; ``False`` once the other end is closed."""
-        data = self._channel.recv(65536)
+        try:
+            data = self._channel.recv(65536)
+        except ConnectionResetError:  # closed with something of ours unread
+            data = b""
         self._pending += data
         return bool(data)
 
@@ -73,40 +95,49 @@ class _Lines:
 
 
 class _ForkServer:
-    def __init__(self, channel: socket.socket, lines: _Lines) -> None:
+    def __init__(self, channel: socket.socket, lines: _Lines, caller_pid: int) -> None:
         self._channel = channel
         self._lines = lines
+        self._caller_pid = caller_pid
         self._children: set[int] = set()
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
         self._wake.setblocking(False)
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
+        """Fork a worker per boot record, and tell of its end, until the caller is gone."""
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        with contextlib.suppress(ProcessLookupError):
+            # Its end is a sign of its own: a child that it forked may hold the other end of the channel.
+            caller = os.pidfd_open(self._caller_pid)
+            self._serve(caller)
+        self._see_off()
+        os._exit(0)  # an interpreter that has torch in it takes longer to end than its workers do
+
+    def _serve(self, caller: int) -> None:
         poller = select.poll()
-        poller.register(self._channel, select.POLLIN)
-        poller.register(self._woken, select.POLLIN)
+        for descriptor in (self._channel.fileno(), self._woken.fileno(), caller):
+            poller.register(descriptor, select.POLLIN)
         while True:
             while self._lines.has_line:
-                boot = msgspec.json.decode(self._lines.read() or b"", type=Boot)
-                if not boot.forks:
-                    self._become(boot)
-                    return
-                self._fork(boot)
+                self._fork(msgspec.json.decode(self._lines.read() or b"", type=Boot), caller)
             ready = {descriptor for descriptor, _ in poller.poll()}
-            if self._woken.fileno() in ready:
-                self._woken.recv(4096)
-                self._reap()
-            if self._channel.fileno() in ready and not self._lines.fill():
-                return  # the caller is gone; workers watch the same socket and end by themselves
+            self._reap()
+            if caller in ready or (self._channel.fileno() in ready and not self._lines.fill()):
+                return
 
-    def _fork(self, boot: Boot) -> None:
+    def _fork(self, boot: Boot, caller: int) -> None:
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                self._become(boot)
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                self._woken.close()
+                self._wake.close()
+                os.close(caller)
+                _become(boot, self._channel)
                 status = 0
             except BaseException:
                 sys.excepthook(*sys.exc_info())
@@ -116,20 +147,15 @@ class _ForkServer:
         handle = os.pidfd_open(pid)
         try:
             line = msgspec.json.encode(Forked(name=boot.name, pid=pid)) + b"\n"
-            socket.send_fds(self._channel, [line], [handle])
+            with contextlib.suppress(OSError):  # the caller is gone, as the next poll will say
+                socket.send_fds(self._channel, [line], [handle])
         finally:
             os.close(handle)
 
-    def _become(self, boot: Boot) -> None:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._woken.close()
-        self._wake.close()
-        from lingualinked.worker.server import serve
-
-        serve(boot, self._channel.fileno())
-
     def _reap(self) -> None:
+        """Tell the caller which workers have ended, and how."""
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
         while self._children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -137,3 +163,13 @@ class _ForkServer:
             self._children.discard(pid)
             with contextlib.suppress(OSError):
                 self._channel.sendall(msgspec.json.encode(Ended(pid=pid, status=status)) + b"\n")
+
+    def _see_off(self) -> None:
+        """Wait for the workers, which see by themselves that the caller is gone; force those that are stopped."""
+        deadline = time.monotonic() + GRACE_S
+        while self._children and (left_s := deadline - time.monotonic()) > 0:
+            select.select([self._woken], [], [], left_s)
+            self._reap()
+        for pid in self._children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)

@@ -197,13 +197,15 @@ class Worker:
             self._tell(StepFailed(session=step.session, number=step.number, **_failure(error)))
 
     def _end_session(self, message: EndSession) -> None:
-        hosted = self._hosted(message)
+        hosted = self._stages.get((message.model, message.stage))
+        if hosted is None:
+            return  # the model went before its session, and took the KV along
         hosted.end(message.session)
         if not hosted.stage.is_last:
             onward = EndSession(model=message.model, stage=message.stage + 1, session=message.session)
             self._mailbox.send(hosted.next_name, encode(onward))
 
-    def _hosted(self, message: Step | EndSession) -> HostedStage:
+    def _hosted(self, message: Step) -> HostedStage:
         hosted = self._stages.get((message.model, message.stage))
         if hosted is None:
             raise ProtocolError(f"stage {message.stage} of model {message.model} is not hosted here")

@@ -1,0 +1,228 @@
+"""What holds only where there are sockets: encryption, authentication, and what is left in the system."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from contract.network import WAIT_S, Network
+from contract.test_mailbox import VALID, take
+from lingualinked.errors import ArgumentError
+from lingualinked.transport import ZmqMailbox, generate_keypair
+
+
+class Interrupted:
+    """A socket that is interrupted right after its first frame."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def send(self, *args: Any, **kwargs: Any) -> None:
+        self._inner.send(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    def recv(self, *args: Any, **kwargs: Any) -> None:
+        frame = self._inner.recv(*args, **kwargs)
+        if kwargs:  # reading a message, not what is left of one
+            raise KeyboardInterrupt
+        return frame
+
+
+def test_a_peer_without_encryption_never_gets_in(zmq_network: Network) -> None:
+    a, b = zmq_network.open_all("a", "b")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    plain, events = context.socket(zmq.PUSH), None
+    try:
+        events = plain.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+        plain.connect(b.address)
+        plain.send_multipart(VALID, zmq.DONTWAIT)
+        assert events.poll(WAIT_S * 1000), "the handshake neither failed nor succeeded"
+        a.send("b", b"goes on")
+        assert take(b).payload == b"goes on"
+        assert b.receive(0) is None
+    finally:
+        plain.disable_monitor()
+        context.destroy(linger=0)
+
+
+def test_a_peer_that_speaks_no_zeromq_does_no_harm(zmq_network: Network) -> None:
+    a, b = zmq_network.open_all("a", "b")
+    if zmq_network.kind == "ipc":
+        raw = socket.socket(socket.AF_UNIX)
+        raw.connect("\0" + b.address.removeprefix("ipc://@"))
+    else:
+        host, port = b.address.removeprefix("tcp://").split(":")
+        raw = socket.create_connection((host, int(port)))
+    with raw:
+        raw.settimeout(WAIT_S)
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
+        try:
+            while raw.recv(1024):  # until libzmq hangs up
+                pass
+        except ConnectionError:
+            pass
+    a.send("b", b"goes on")
+    assert take(b).payload == b"goes on"
+
+
+def test_a_frame_beyond_the_limit_costs_only_its_sender_the_connection(zmq_network: Network) -> None:
+    a, b = zmq_network.open_all("a", "b", max_frame_bytes=1_000)
+    zmq_network.send_raw("a", b, [bytes(1_001)])
+    a.send("b", b"goes on")
+    assert take(b).payload == b"goes on"
+    delivery = None
+    while delivery is None:  # libzmq connects again; what leaves before it knows is lost. Bounded by the time limit
+        zmq_network.send_raw("a", b, VALID)
+        delivery = b.receive(0.02)
+    assert delivery.payload == b"valid"
+
+
+@pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)  # a relay can't stand in for an abstract name
+def test_the_wire_shows_no_plain_text(zmq_network: Network) -> None:
+    a, b = zmq_network.open("a", ["b"]), zmq_network.open("b", ["a"])
+    seen = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(WAIT_S)
+
+        def relay() -> None:
+            host, port = b.address.removeprefix("tcp://").split(":")
+            near, _ = server.accept()
+            with near, socket.create_connection((host, int(port))) as far:
+                backward = threading.Thread(target=pump, args=(far, near))
+                backward.start()
+                pump(near, far)
+                backward.join(WAIT_S)
+
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            try:
+                while data := source.recv(65_536):
+                    seen.extend(data)
+                    sink.sendall(data)
+            except OSError:
+                pass
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        a.connect("b", f"tcp://127.0.0.1:{server.getsockname()[1]}", zmq_network.keys["b"].public)
+        a.send("b", b"a very secret payload", [torch.full((100,), 0x5A, dtype=torch.uint8)])
+        assert take(b).payload == b"a very secret payload"
+        a.close()
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert b"CURVE" in seen
+    assert b"secret" not in seen
+    assert b"ZZZZZZZZ" not in seen
+
+
+def test_an_interrupted_send_does_not_spoil_the_next_message(zmq_network: Network) -> None:
+    a, b = zmq_network.open_all("a", "b")
+    a.send("b", b"before")
+    take(b)
+    a._sockets.outboxes["b"] = Interrupted(a._sockets.outboxes["b"])
+    with pytest.raises(KeyboardInterrupt):
+        a.send("b", b"interrupted", [torch.ones(3)])
+    a.send("b", b"after", [torch.zeros(3)])
+    assert take(b).payload == b"after"
+    assert b.num_refused == 0
+
+
+def test_an_interrupted_receive_does_not_spoil_the_next_message(zmq_network: Network) -> None:
+    a, b = zmq_network.open_all("a", "b")
+    inbox = b._inbox
+    b._inbox = Interrupted(inbox)
+    a.send("b", b"interrupted", [torch.ones(3), torch.ones(3)])
+    with pytest.raises(KeyboardInterrupt):
+        b.receive(WAIT_S)
+    b._inbox = inbox
+    a.send("b", b"after", [torch.zeros(3)])
+    assert take(b).payload == b"after"
+    assert b.num_refused == 0
+
+
+def test_the_handlers_own_thread_may_close(zmq_network: Network) -> None:
+    """As it happens when the garbage collector runs a finalizer in there."""
+    b = zmq_network.open("b", [])
+    outsider = zmq_network.open("outsider", [])
+    done = threading.Event()
+
+    def close_in_there(*_: str) -> None:
+        assert threading.current_thread().name == "lingualinked-zap"
+        b.close()
+        done.set()
+
+    b._refusals.add = close_in_there
+    outsider.connect("b", b.address, zmq_network.keys["b"].public)
+    assert done.wait(WAIT_S)  # that the thread ends too is what every test is checked for
+
+
+def test_ipc_addresses_are_abstract_and_tcp_ones_local(zmq_network: Network) -> None:
+    a = zmq_network.open("a", [])
+    prefix = {"ipc": "ipc://@lingualinked-", "tcp": "tcp://127.0.0.1:"}[zmq_network.kind]
+    assert a.address.startswith(prefix)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract names exist on Linux only")
+def test_ipc_is_the_first_choice_on_linux() -> None:
+    with ZmqMailbox("a", generate_keypair(), {}) as a:
+        assert a.address.startswith("ipc://@")
+
+
+def test_another_kind_of_address_is_an_error() -> None:
+    with pytest.raises(ArgumentError, match="address='udp' can't be used"):
+        ZmqMailbox("a", generate_keypair(), {}, "udp")  # type: ignore[arg-type]
+
+
+def test_what_fails_in_the_making_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingualinked.transport.zmq_mailbox._endpoint", lambda _: "tcp://256.0.0.1:*")
+    with pytest.raises(zmq.ZMQError):
+        ZmqMailbox("a", generate_keypair(), {})
+    monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no more threads")))
+    with pytest.raises(RuntimeError, match="no more threads"):
+        ZmqMailbox("a", generate_keypair(), {})
+
+
+def test_a_process_ends_without_closing_and_a_forked_child_harms_nobody() -> None:
+    script = """
+        import os, threading
+        from lingualinked.transport import ZmqMailbox, generate_keypair
+
+        keys = generate_keypair()
+        box = ZmqMailbox("a", keys, {keys.public: "a"})
+        box.connect("a", box.address, keys.public)
+        child = os.fork()
+        if child == 0:
+            box.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        box.send("a", b"payload")
+        assert box.receive(30).payload == b"payload"
+        assert any(thread.name == "lingualinked-zap" for thread in threading.enumerate())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_ending_that_takes_too_long_is_logged(zmq_network: Network, caplog: pytest.LogCaptureFixture) -> None:
+    a = zmq_network.open("a", [])
+    handler = a._sockets._zap
+    ends = handler.stop
+    handler.stop = lambda timeout_s: ends(timeout_s) and False
+    a.close()
+    assert "did not end within" in caplog.text

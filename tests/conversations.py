@@ -1,0 +1,157 @@
+"""One conversation with a model, whole or cut into stages in this process, and what tests let it say.
+
+Both sides are called as transformers' ``generate`` would call a model; knows no workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+
+from families import VOCABULARY
+from lingualinked.model.architectures import check_architecture
+from lingualinked.model.checkpoint import resolve_dtype, resolve_files
+from lingualinked.model.spec import ModelSpec
+from lingualinked.model.stage import Stage, StageInputs
+
+
+def spec_of(folder: Path, *, dtype: str = "auto", attn_implementation: str | None = None) -> ModelSpec:
+    """Describe a checkpoint as the caller's side does."""
+    config = AutoConfig.from_pretrained(folder)
+    files = resolve_files(folder)
+    return ModelSpec(
+        class_name=check_architecture(config),
+        config_json=config.to_json_string(use_diff=False),
+        dtype=resolve_dtype(dtype, config, files),
+        attn_implementation=attn_implementation,
+        load_format="safetensors",
+        files=files,
+    )
+
+
+def load_stages(spec: ModelSpec, num_stages: int, num_layers: int) -> list[Stage]:
+    """Load a model in so many stages of about the same depth."""
+    ends = [round(index * num_layers / num_stages) for index in range(num_stages + 1)]
+    return [Stage.load(spec, start, end) for start, end in itertools.pairwise(ends)]
+
+
+class Whole:
+    """A conversation with the unsharded model."""
+
+    def __init__(self, model: PreTrainedModel, *, keeps_kv: bool = True, records_past: bool = False) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config) if keeps_kv else None
+        if records_past:
+            self.cache.activate_past_recording()
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor = 0) -> Tensor:
+        """Give the logits of new tokens."""
+        which = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+        return self.model(
+            **{which: tokens},
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+            logits_to_keep=keep,
+            **({} if positions is None else {"position_ids": positions}),
+        ).logits
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorder the KV cache."""
+        self.cache.reorder_cache(rows)
+
+    def crop(self, num_tokens_to_remove: int) -> None:
+        """Crop the KV cache."""
+        self.cache.crop(num_tokens_to_remove)
+
+
+class Cut:
+    """A conversation with stages, chained."""
+
+    def __init__(self, stages: Sequence[Stage], *, keeps_kv: bool = True, records_past: bool = False) -> None:
+        self.stages = stages
+        self.caches = [stage.new_cache() if keeps_kv else None for stage in stages]
+        if records_past:
+            for cache in self.caches:
+                cache.record_past(True)
+
+    def step(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor = 0) -> Tensor:
+        """Give the logits of new tokens; only what a stage gives back travels to the next."""
+        tensors: tuple[Tensor, ...] = (tokens,)
+        layout = None
+        for stage, cache in zip(self.stages, self.caches, strict=True):
+            inputs = StageInputs(
+                tensors=tensors, layout=layout, attention_mask=mask, position_ids=positions, logits_to_keep=keep
+            )
+            output = stage.step(inputs, cache)
+            tensors, layout = tuple(tensor.clone() for tensor in output.tensors), output.layout
+        (logits,) = tensors
+        return logits
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorder every stage's KV cache."""
+        for cache in self.caches:
+            cache.reorder(rows)
+
+    def crop(self, num_tokens_to_remove: int) -> None:
+        """Crop every stage's KV cache."""
+        for cache in self.caches:
+            cache.crop(num_tokens_to_remove)
+
+
+def prompt(num_rows: int, num_tokens: int) -> Tensor:
+    """Make token ids [rows, tokens], always the same."""
+    generator = torch.Generator().manual_seed(num_rows * 1000 + num_tokens)
+    return torch.randint(3, VOCABULARY, (num_rows, num_tokens), generator=generator)
+
+
+def positions_of(mask: Tensor, num_new: int) -> Tensor:
+    """Count positions in a padding mask [rows, tokens], as ``generate`` does."""
+    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -num_new:]
+
+
+def extend(mask: Tensor, num_new: int) -> Tensor:
+    """Add new tokens to a padding mask."""
+    return torch.cat([mask, mask.new_ones(len(mask), num_new)], dim=1)
+
+
+def greedy(conversation: Whole | Cut, num_new: int = 16) -> list[Tensor]:
+    """Prefill one row and decode greedily; give all logits."""
+    tokens = prompt(1, 9)
+    mask = torch.ones_like(tokens)
+    logits = [conversation.step(tokens, mask, positions_of(mask, 9))]
+    for _ in range(num_new):
+        mask = extend(mask, 1)
+        logits.append(conversation.step(logits[-1][:, -1:].argmax(-1), mask, positions_of(mask, 1), 1))
+    return logits
+
+
+def beam_and_back(conversation: Whole | Cut) -> list[Tensor]:
+    """Prefill a left-padded batch, decode, reorder, crop, continue with several tokens; give all logits.
+
+    The conversation has to record the past.
+    """
+    tokens = prompt(3, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = mask[2, :7] = 0
+    logits = [conversation.step(tokens, mask, positions_of(mask, 9))]
+    for rows in ([0, 0, 2], [1, 2, 2], [0, 1, 2]):
+        mask = extend(mask, 1)
+        logits.append(conversation.step(logits[-1][:, -1:].argmax(-1), mask, positions_of(mask, 1)))
+        conversation.reorder(torch.tensor(rows))
+        mask = mask[rows]
+        conversation.crop(0)
+    for num_removed in (2, 1):
+        mask = extend(mask, 3)
+        logits.append(conversation.step(prompt(3, 3), mask, positions_of(mask, 3)))
+        conversation.crop(-num_removed)
+        mask = mask[:, :-num_removed]
+    mask = extend(mask, 1)
+    logits.append(conversation.step(prompt(3, 1), mask, positions_of(mask, 1), torch.tensor([0])))
+    return logits

@@ -1,0 +1,120 @@
+"""Stages, chained in this process, give the unsharded model's logits bit for bit: every family, dtype and cut.
+
+No family needs a tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conversations import Cut, Whole, beam_and_back, extend, greedy, load_stages, positions_of, prompt, spec_of
+from families import FAMILIES, reference
+from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
+from lingualinked.model.stage import Stage, StageInputs
+
+NUM_LAYERS = 4
+NUM_STAGES = (1, 2, 3, NUM_LAYERS)
+DTYPES = (torch.float32, torch.bfloat16)
+
+Checkpoint = Callable[..., Path]
+
+
+def assert_equal(cut: list[Tensor], whole: list[Tensor]) -> None:
+    for step, (ours, theirs) in enumerate(zip(cut, whole, strict=True)):
+        assert torch.equal(ours, theirs), f"step {step} differs by up to {(ours.float() - theirs.float()).abs().max()}"
+
+
+def test_every_supported_architecture_is_tested() -> None:
+    assert {model_type for model_type, _ in FAMILIES.values()} == set(SUPPORTED_ARCHITECTURES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_anywhere_is_exact(family: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family, dtype)
+    model, spec = reference(folder), spec_of(folder)
+    said, beamed = greedy(Whole(model)), beam_and_back(Whole(model, records_past=True))
+    for num_stages in NUM_STAGES:
+        stages = load_stages(spec, num_stages, NUM_LAYERS)
+        assert_equal(greedy(Cut(stages)), said)
+        assert_equal(beam_and_back(Cut(stages, records_past=True)), beamed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_without_kv_mask_and_positions_is_exact(family: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family)
+    model, tokens = reference(folder), prompt(2, 11)
+    cut = Cut(load_stages(spec_of(folder), 2, NUM_LAYERS), keeps_kv=False)
+    assert_equal([cut.step(tokens, None, None)], [Whole(model, keeps_kv=False).step(tokens, None, None)])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt-350m", "gemma2", "bloom"])
+def test_embeddings_instead_of_token_ids_are_exact(family: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family)
+    model = reference(folder)
+    states = model.get_input_embeddings()(prompt(2, 5)).detach()
+    mask = torch.ones(2, 5, dtype=torch.long)
+    arguments = states, mask, positions_of(mask, 5)
+    assert_equal([Cut(load_stages(spec_of(folder), 3, NUM_LAYERS)).step(*arguments)], [Whole(model).step(*arguments)])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "falcon-7b", "gpt2"])
+def test_eager_attention_is_exact(family: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family)
+    model = reference(folder, attn_implementation="eager")
+    stages = load_stages(spec_of(folder, attn_implementation="eager"), 3, NUM_LAYERS)
+    assert_equal(greedy(Cut(stages), 4), greedy(Whole(model), 4))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_another_dtype_than_the_checkpoints_is_exact(dtype: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen3", torch.bfloat16)
+    stages = load_stages(spec_of(folder, dtype=dtype), 2, NUM_LAYERS)
+    assert_equal(greedy(Cut(stages), 4), greedy(Whole(reference(folder, dtype=dtype)), 4))
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama-dynamic"])
+def test_a_long_text_is_exact(family: str, checkpoint: Checkpoint) -> None:
+    # 9 + 100 tokens: KV buffers double, a sliding window's tokens move to the front, dynamic rotary tables grow.
+    folder = checkpoint(family)
+    stages = load_stages(spec_of(folder), 2, NUM_LAYERS)
+    assert_equal(greedy(Cut(stages), 100), greedy(Whole(reference(folder)), 100))
+
+
+def test_a_prompt_longer_than_the_sliding_window_is_exact_in_chunks(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("gemma3")
+    cut, whole = Cut(load_stages(spec_of(folder), 2, NUM_LAYERS)), Whole(reference(folder))
+    mask = torch.ones(2, 0, dtype=torch.long)
+    for num_new in (4, 9, 3, 20, 1, 2):
+        mask = extend(mask, num_new)
+        arguments = prompt(2, num_new), mask, positions_of(mask, num_new)
+        assert_equal([cut.step(*arguments)], [whole.step(*arguments)])
+
+
+def test_sessions_do_not_touch_each_other(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("mistral")
+    model, stages = reference(folder), load_stages(spec_of(folder), 2, NUM_LAYERS)
+    alone = [greedy(Whole(model), 3), beam_and_back(Whole(model, records_past=True))]
+    first, second = Cut(stages), Cut(stages, records_past=True)
+    tokens = prompt(1, 9)
+    mask = torch.ones_like(tokens)
+    logits = [first.step(tokens, mask, positions_of(mask, 9))]
+    assert_equal(beam_and_back(second), alone[1])
+    for _ in range(3):
+        mask = extend(mask, 1)
+        logits.append(first.step(logits[-1][:, -1:].argmax(-1), mask, positions_of(mask, 1), 1))
+    assert_equal(logits, alone[0])
+
+
+def test_only_hidden_states_cross_a_boundary(checkpoint: Checkpoint) -> None:
+    # bloom's layers return their attention weights too, [rows, heads, tokens, tokens].
+    stage = Stage.load(spec_of(checkpoint("bloom")), 0, 2)
+    inputs = StageInputs(tensors=(prompt(1, 9),), layout=None, attention_mask=None, position_ids=None)
+    output = stage.step(inputs, None)
+    assert [tensor.shape for tensor in output.tensors] == [(1, 9, 32)]
+    assert output.layout == (True, False)

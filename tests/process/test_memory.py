@@ -1,0 +1,114 @@
+"""Each worker reads and holds its own share, and the caller no layer; measured on a checkpoint of over 500 MB."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 12,
+    "hidden_size": 1024,
+    "intermediate_size": 2560,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 8000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+}
+
+WRITE = """
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.manual_seed(0)
+config = AutoConfig.from_pretrained(sys.argv[1])
+AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(sys.argv[1], max_shard_size="200MB")
+"""
+
+MEASURE = """
+import json, os, sys, torch
+import lingualinked as ll
+
+def status(pid, field):
+    with open(f"/proc/{pid}/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+def read_bytes(pid):
+    with open(f"/proc/{pid}/io") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("rchar:"))
+
+def forget_peak(pid):
+    with open(f"/proc/{pid}/clear_refs", "w") as file:
+        file.write("5")  # VmHWM starts anew
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    import lingualinked.sharded.loading
+    import transformers.models.llama.modeling_llama
+    with ll.Cluster([ll.Device(name=name, threads=1) for name in "abc"]) as cluster:
+        # An idle worker has served before: pages of torch's code count as resident once they have run, and are shared.
+        with ll.ShardedModel.from_pretrained(sys.argv[2], cluster=cluster, progress=False) as model:
+            model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+        pids = cluster.pids | {"caller": os.getpid()}
+        before = {}
+        for name, pid in pids.items():
+            forget_peak(pid)
+            before[name] = (status(pid, "VmRSS"), read_bytes(pid))
+        model = ll.ShardedModel.from_pretrained(sys.argv[1], cluster=cluster, progress=False)
+        ids = torch.randint(0, 8000, (1, 64))
+        past = model(ids, logits_to_keep=1).past_key_values
+        for _ in range(8):
+            model(ids[:, :1], past_key_values=past)
+        stages = {stage.device: stage for stage in model.telemetry.stages}
+        measured = {}
+        for name, pid in pids.items():
+            resident, read = before[name]
+            measured[name] = {"peak_bytes": status(pid, "VmHWM") - resident, "read_bytes": read_bytes(pid) - read}
+            if name in stages:
+                measured[name] |= {"own_bytes": stages[name].weight_bytes, "kv_bytes": stages[name].kv_bytes}
+        print(json.dumps(measured))
+        model.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> dict[str, dict[str, int]]:
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    run(WRITE, folder)
+    return json.loads(run(MEASURE, folder, tiny_llama).splitlines()[-1])
+
+
+def run(script: str, *paths: Path | str) -> str:
+    arguments: list[Any] = [sys.executable, "-c", script, *paths]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_checkpoint_is_large(measured: dict[str, dict[str, int]]) -> None:
+    assert sum(measured[name]["own_bytes"] for name in "abc") > 500e6
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_worker_holds_its_own_share(measured: dict[str, dict[str, int]], name: str) -> None:
+    worker = measured[name]
+    assert worker["peak_bytes"] <= 1.15 * (worker["own_bytes"] + worker["kv_bytes"])
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_worker_reads_its_own_share(measured: dict[str, dict[str, int]], name: str) -> None:
+    assert measured[name]["read_bytes"] <= 1.1 * measured[name]["own_bytes"]
+
+
+def test_the_caller_holds_no_layer(measured: dict[str, dict[str, int]]) -> None:
+    assert measured["caller"]["peak_bytes"] < 50e6

@@ -1,0 +1,133 @@
+"""Each name that transformers does not document, as this version has it: what fails here is what an upgrade broke."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, LlamaForCausalLM, cache_utils, core_model_loading
+from transformers.utils import logging as transformers_logging
+
+from families import tiny_config, tiny_model
+from lingualinked.errors import CheckpointError
+from lingualinked.model import hf_internals
+from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+
+
+def meta(family: str) -> transformers.PreTrainedModel:
+    cls = type(tiny_model(family, torch.float32))
+    return hf_internals.build_on_meta(cls, tiny_config(family), torch.bfloat16, "eager")
+
+
+def test_from_config_builds_on_meta_with_dtype_and_attention() -> None:
+    model = meta("llama")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    assert not model.training
+
+
+def test_all_tied_weights_keys_maps_target_to_source() -> None:
+    model = meta("llama-tied")
+    assert hf_internals.ties(model) == {"lm_head.weight": "model.embed_tokens.weight"}
+    hf_internals.set_ties(model, {})
+    assert hf_internals.ties(model) == {}
+
+
+def test_rename_source_key_and_get_model_conversion_mapping_give_the_loaders_names() -> None:
+    keys = [
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+        "model.layers.0.block_sparse_moe.experts.0.w3.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "layers.0.input_layernorm.weight",
+        "model.norm.weight",
+        "nothing.of.the.kind",
+    ]
+    mapped = hf_internals.map_keys(meta("mixtral"), keys)
+    fused = hf_internals.MappedKey(("model.layers.0.mlp.experts.gate_up_proj",), True)
+    assert mapped == {
+        keys[0]: fused,
+        keys[1]: fused,
+        keys[2]: hf_internals.MappedKey(("model.layers.0.mlp.gate.weight",), False),
+        keys[3]: hf_internals.MappedKey(("model.layers.0.input_layernorm.weight",), False),
+        keys[4]: hf_internals.MappedKey(("model.norm.weight",), False),
+        keys[5]: hf_internals.MappedKey((), False),
+    }
+
+
+def test_dot_natural_key_sorts_layers_by_number() -> None:
+    assert sorted(["a.10.w", "a.9.w"], key=core_model_loading.dot_natural_key) == ["a.9.w", "a.10.w"]
+
+
+def test_layer_type_registers_no_layer_of_ours() -> None:
+    for layer in (GrowingLayer, GrowingSlidingLayer, CountingLayer, CountingSlidingLayer):
+        assert layer._layer_type is None
+    kinds = {type(layer) for layer in DynamicCache(config=tiny_config("gemma2")).layers}
+    assert kinds == {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}
+
+
+def test_hf_deactivate_async_load_makes_the_loader_sequential(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_threads(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("the loader started threads")
+
+    monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", no_threads)
+    model = tiny_model("llama", torch.float32)
+    loaded = hf_internals.load(
+        LlamaForCausalLM, model.config, model.state_dict(), dtype=torch.float32, attn_implementation=None
+    )
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_what_is_set_while_loading_is_set_back(setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    monkeypatch.delenv(name, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(name, setting)
+    bars = transformers_logging.is_progress_bar_enabled()
+
+    def load_and_fail() -> None:
+        with hf_internals._quiet_sequential_loading():
+            assert os.environ[name] == "1"
+            assert not transformers_logging.is_progress_bar_enabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        load_and_fail()
+    assert os.environ.get(name) == setting
+    assert transformers_logging.is_progress_bar_enabled() == bars
+
+
+def test_the_load_report_comes_from_the_logger_that_is_listened_to() -> None:
+    model = tiny_model("llama", torch.float32)
+    state = model.state_dict()
+    del state["lm_head.weight"]
+    with hf_internals._quiet_sequential_loading() as reports:
+        LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=state)
+    assert any("LOAD REPORT" in report and "lm_head.weight" in report for report in reports)
+    assert not logging.getLogger("transformers.modeling_utils").filters
+
+
+@pytest.mark.parametrize("change", ["missing", "mismatched", "unexpected"])
+def test_output_loading_info_names_what_is_wrong(change: str) -> None:
+    model = tiny_model("llama", torch.float32)
+    state = model.state_dict()
+    if change == "missing":
+        del state["model.norm.weight"]
+    elif change == "mismatched":
+        state["model.norm.weight"] = torch.zeros(5)
+    else:
+        state["model.norm.weight.of.another"] = torch.zeros(5)
+    with pytest.raises(CheckpointError, match=f"{change} keys .*model.norm.weight"):
+        hf_internals.load(LlamaForCausalLM, model.config, state, dtype=torch.float32, attn_implementation=None)
+
+
+def test_cached_file_gives_none_for_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "there.json").touch()
+    assert hf_internals.find_file(str(tmp_path), "there.json") == str(tmp_path / "there.json")
+    assert hf_internals.find_file(str(tmp_path), "missing.json") is None
+    assert hf_internals.find_file("not/there", "any.json", cache_dir=tmp_path, local_files_only=True) is None

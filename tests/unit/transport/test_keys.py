@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import pytest
+import zmq
+
+from lingualinked.errors import ArgumentError, ProtocolError
+from lingualinked.transport import KeyPair, generate_keypair
+from lingualinked.transport.keys import check_authorised, raw_key
+
+
+def test_pairs_are_new_each_time_and_hide_the_secret() -> None:
+    one, other = generate_keypair(), generate_keypair()
+    assert len({one.public, one.secret, other.public, other.secret}) == 4
+    assert one.secret not in repr(one)
+    assert one.public in repr(one)
+    assert len(raw_key(one.public)) == 32
+
+
+def test_pairs_travel_as_messages_and_do_not_change() -> None:
+    keys = generate_keypair()
+    assert msgspec.json.decode(msgspec.json.encode(keys), type=KeyPair) == keys
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        keys.public = ""  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("secret", ["", "short", "\N{SNOWMAN}" * 40, "~" * 40, generate_keypair().secret])
+def test_halves_that_do_not_fit_are_an_error_that_keeps_the_secret(secret: str) -> None:
+    public = generate_keypair().public
+    with pytest.raises(ArgumentError, match="does not belong to the public key") as caught:
+        KeyPair(public, secret)
+    assert not secret or secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "short", "a" * 35, "a" * 45, "a" * 39 + "\N{SNOWMAN}", "~" * 40, "#" * 40])
+def test_what_is_no_public_key_is_an_error(text: str) -> None:
+    with pytest.raises(ArgumentError, match="is no public key"):
+        raw_key(text)
+
+
+def test_without_curve_there_are_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq, "has", lambda _: False)
+    with pytest.raises(ProtocolError, match="built without CURVE"):
+        generate_keypair()
+
+
+def test_authorised_keys_are_checked_and_copied() -> None:
+    a, b = generate_keypair().public, generate_keypair().public
+    given = {a: "a", b: "b"}
+    assert check_authorised(given) == given
+    assert check_authorised(given) is not given
+    with pytest.raises(ArgumentError, match="two keys are authorised as 'a'"):
+        check_authorised({a: "a", b: "a"})
+    with pytest.raises(ArgumentError, match="'c' is no public key"):
+        check_authorised({"c": "c"})

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from lingualinked.transport.refusals import Refusals
+from lingualinked.transport.zap import _answer
+
+KEY = bytes(range(32))
+GOOD = [b"1.0", b"7", b"lingualinked", b"127.0.0.1", b"", b"CURVE", KEY]
+
+
+def test_a_known_key_is_let_in_under_its_user_id() -> None:
+    refusals = Refusals("me")
+    assert _answer(GOOD, {KEY: "user"}, refusals) == [b"1.0", b"7", b"200", b"", b"user", b""]
+    assert refusals.num == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        [*GOOD[:-1], KEY[::-1]],
+        [*GOOD[:5], b"NULL"],
+        [*GOOD[:5], b"PLAIN", b"user", b"password"],
+        [*GOOD[:5], b"NULL", KEY],
+        [b"2.0", *GOOD[1:]],
+        [*GOOD[:2], b"global", *GOOD[3:]],
+        [*GOOD, KEY],
+        GOOD[:2],
+        [],
+    ],
+)
+def test_everything_else_is_refused(request_: list[bytes]) -> None:
+    refusals = Refusals("me")
+    version, request_id, status, *_, user_id, _ = _answer(request_, {KEY: "user"}, refusals)
+    assert (version, request_id, status, user_id) == (b"1.0", b"7" if request_ else b"", b"400", b"")
+    assert refusals.num == 1
