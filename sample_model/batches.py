@@ -15,7 +15,7 @@ from sample_model.grammar import Example
 # A sentiment is one token of forty, a story's every token is text to learn: weights even that out.
 _ANSWER_WEIGHT = {"translation": 1.0, "summary": 1.0, "sentiment": 4.0, "story": 0.3}
 # Prompts of the other tasks are mostly chance; a little of them teaches which words belong together.
-_PROMPT_WEIGHT = {"translation": 0.1, "summary": 0.1, "sentiment": 0.1, "story": 0.3}
+_PROMPT_WEIGHT = {"translation": 0.1, "summary": 0.2, "sentiment": 0.1, "story": 0.3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,39 @@ def _stack(rows: list[_Row], length: int) -> Batch:
         position_ids_BT=torch.tensor(columns[3]),
         attention_mask_B1TT=same_B1TT & torch.ones(length, length, dtype=torch.bool).tril(),
     )
+
+
+def pack_tales(
+    tales: Iterable[Example], tokenizer: PreTrainedTokenizerFast, *, num_rows: int, row_tokens: int
+) -> Iterator[Batch]:
+    """Yield batches of long rows, each of tales that follow each other without an end of text.
+
+    They teach what comes after the end of a tale when generation does not stop there, and attention over long distances.
+
+    Parameters
+    ----------
+    tales : iterable of Example
+        Taken in order; the last of a row is cut.
+    tokenizer : PreTrainedTokenizerFast
+        The model's.
+    num_rows, row_tokens : int
+        Shape of a batch.
+
+    Yields
+    ------
+    Batch
+        Each row is one text.
+    """
+    stream = iter(tales)
+    while True:
+        rows = [_Row() for _ in range(num_rows)]
+        for row in rows:
+            text, ids = next(stream).text, list[int]()
+            while len(ids) <= row_tokens:
+                ids = tokenizer(text).input_ids
+                text = f"{text} {next(stream).text}"
+            row.add(ids[: row_tokens + 1], [_ANSWER_WEIGHT["story"]] * row_tokens)
+        yield _stack(rows, row_tokens)
 
 
 def pack(

@@ -61,9 +61,9 @@ All text comes from `sample_model/` in the repository; none is from elsewhere.
   after the noun, agreement in gender, number and person, elision, contraction, negation, object pronouns. With and
   without capital and full stop.
 
-Training took {steps:,} steps of at most {step_tokens:,} tokens, {minutes:.0f} minutes on two CPU cores. One example
-in ten of the whole space is held out, chosen by a hash of the prompt (for summaries: of the answer), and training
-never draws one of those.
+Training took {steps:,} steps of at most {step_tokens:,} tokens, {minutes:.0f} minutes of CPU time. One example in ten
+of the whole space is held out, chosen by a hash of the prompt (for summaries: of the answer), and training never
+draws one of those.
 
 ## Held-out accuracy
 
@@ -81,15 +81,17 @@ very weights in bfloat16, on the prompts in `heldout.jsonl` ({num_heldout} per t
 
     python -m sample_model.train --output {folder}
 
-Everything is seeded; other thread counts or other versions of PyTorch give slightly different weights. A run that was
-stopped goes on from its last checkpoint in `build/sample_model`.
+Everything is seeded; these weights come from `--threads {threads}`, and another number of threads, another kind of
+CPU or another version of PyTorch gives slightly different ones. A run that was stopped goes on from its last
+checkpoint in `build/sample_model`.
 
 ## Limits
 
-It knows the words and the sentence patterns of its grammar and nothing else: an unknown word is spelled in bytes and
-confuses it, and no answer says anything about the world. Texts in training had at most {row_tokens} tokens; it runs
-up to {positions} positions, but what it writes beyond the end of a tale means nothing. It is for trying out
-inference, not for use.
+It knows the words and the sentence patterns of its grammar and nothing else: an unknown word, the name of a tale's
+hero excepted, is spelled in pieces and confuses it, and no answer says anything about the world. Prompts in training
+had at most {row_tokens} tokens. Where generation is made to go on after the end of a tale (`min_new_tokens`), it
+tells the next one; texts of up to {long_row_tokens:,} tokens were trained, {positions:,} positions are there. It is
+for trying out inference, not for use.
 
 Licence: Apache-2.0.
 """
@@ -104,7 +106,9 @@ def write_card(
     steps: int,
     num_rows: int,
     row_tokens: int,
-    training_s: float,
+    long_row_tokens: int,
+    threads: int,
+    training_cpu_s: float,
 ) -> None:
     """Write ``README.md`` into a checkpoint folder.
 
@@ -119,9 +123,13 @@ def write_card(
     num_heldout : int
         Prompts per task that they were measured on.
     steps, num_rows, row_tokens : int
-        Optimizer steps and shape of a batch.
-    training_s : float
-        Time spent training, in seconds.
+        Optimizer steps and shape of most batches.
+    long_row_tokens : int
+        Tokens of the longest text in training.
+    threads : int
+        Threads that PyTorch computed with.
+    training_cpu_s : float
+        CPU time spent training, over all cores, in seconds.
     """
     config = model.config
     card = _CARD.format(
@@ -136,7 +144,9 @@ def write_card(
         steps=steps,
         step_tokens=num_rows * row_tokens,
         row_tokens=row_tokens,
-        minutes=training_s / 60,
+        long_row_tokens=long_row_tokens,
+        threads=threads,
+        minutes=training_cpu_s / 60,
         num_heldout=num_heldout,
         accuracies="\n".join(f"| {task} | {accuracies[task]:.1%} |" for task in SCORED_TASKS),
         folder="src/lingualinked/sample",

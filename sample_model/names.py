@@ -14,6 +14,8 @@ _MALE = (
     "Tom Paul Max Leo Peter Jack Oscar Hugo Felix Simon Adam Victor "
     "Ben Carl David Henry Martin Oliver Frank George Ivan Noah Sam Theo"
 ).split()
+_ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s st t tr v w z".split()
+_MIDDLES = "b bb d l ll lm m mm n nd nk p pp r rk s sk t tt v x zz".split()
 _RELATIVES = {
     True: ("sister", "aunt", "cousin", "friend", "neighbour"),
     False: ("brother", "uncle", "cousin", "friend", "neighbour"),
@@ -37,6 +39,23 @@ class Person:
     def her(self) -> str:
         """``"her"`` or ``"his"``, the possessive."""
         return "her" if self.female else "his"
+
+
+def invent_name(rng: Random) -> str:
+    """Return a name that is on no list, such as Pip or Tavo, so that names are copied and not only chosen.
+
+    Parameters
+    ----------
+    rng : random.Random
+        Source of every choice.
+
+    Returns
+    -------
+    str
+        One or two syllables.
+    """
+    name = rng.choice(_ONSETS) + rng.choice("aeiou") + rng.choice(_MIDDLES)
+    return (name + rng.choice("aeiouy") if rng.random() < 0.6 else name).capitalize()
 
 
 def draw_people(rng: Random, count: int) -> list[Person]:

@@ -3,10 +3,10 @@
 A tale keeps to its own facts: the same names, the same wish, the same place from beginning to end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from sample_model.names import draw_people
+from sample_model.names import draw_people, invent_name
 
 _ANIMALS = "fox rabbit hedgehog squirrel mouse owl bear otter badger duck frog goat kitten puppy pony turtle".split()
 _NATURES = "small young brave shy curious clever gentle lonely cheerful lazy proud kind".split()
@@ -168,6 +168,8 @@ def draw_story(rng: Random) -> tuple[str, str]:
         The opening and how it goes on, without the space between them.
     """
     hero, helper = draw_people(rng, 2)
+    if rng.random() < 0.3:
+        hero = replace(hero, name=invent_name(rng))
     animal, animal2 = rng.sample(_ANIMALS, 2)
     nature, nature2 = rng.sample(_NATURES, 2)
     plot = rng.choice(_PLOTS)

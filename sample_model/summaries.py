@@ -150,12 +150,14 @@ def draw_summary(rng: Random) -> tuple[str, str]:
     """
     errand = rng.choice(list(_ERRANDS))
     beginnings, attempts, endings, summary = _ERRANDS[errand]
-    hero, *others = draw_people(rng, rng.choice((2, 2, 3)))
+    hero, *others = draw_people(rng, rng.choice((2, 3)))
     thing, other = _draw_thing(rng), rng.choice(others)
+    # Mostly the helper's name has to be remembered from further up.
+    helper = other.relative if rng.random() < 0.7 else f"{other.relative} {other.name}"
     outcome = rng.random()
-    if outcome < 0.3:
+    if outcome < 0.4:
         endings, summary = _BY_OTHER[errand]
-    elif outcome < 0.42:
+    elif outcome < 0.52:
         endings, summary = _FAILED[errand]
     words = {
         "n": hero.name,
@@ -164,7 +166,7 @@ def draw_summary(rng: Random) -> tuple[str, str]:
         "her": hero.her,
         "object": "her" if hero.female else "him",
         "r": other.name,
-        "rel": other.relative,
+        "rel": helper,
         "o": thing,
         "a": _article(thing),
         "p": _draw_place(rng, shops=errand in _IN_TOWN),

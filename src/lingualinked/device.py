@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
+from fractions import Fraction
 
 from lingualinked.errors import ArgumentError
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", re.IGNORECASE)
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|B)?\s*", re.IGNORECASE | re.ASCII)
 _ACCELERATOR = re.compile(r"cpu|mps|cuda:\d+")
 
 
@@ -40,8 +42,10 @@ def parse_bytes(amount: int | str, field: str = "memory") -> int:
     if isinstance(amount, str):
         match = _AMOUNT.fullmatch(amount)
         if match is None:
-            raise ArgumentError(f"{field}={amount!r} is no amount of memory: write bytes, or a number with a unit (2GiB)")
-        number_of_bytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+            raise ArgumentError(
+                f"{field}={amount!r} is no amount of memory: write bytes, or a number with a unit (2GiB)"
+            )
+        number_of_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").upper()])
     elif isinstance(amount, int) and not isinstance(amount, bool):
         number_of_bytes = amount
     else:
@@ -94,9 +98,11 @@ class Device:
         ):
             raise ArgumentError(f"threads={self.threads!r} of device {self.name!r} must be a positive integer")
         if self.cpus is not None:
-            object.__setattr__(self, "cpus", tuple(self.cpus))
-            if not self.cpus or any(not isinstance(cpu, int) or cpu < 0 for cpu in self.cpus):
-                raise ArgumentError(f"cpus={self.cpus!r} of device {self.name!r} must be core numbers, at least one")
+            cpus = tuple(self.cpus) if isinstance(self.cpus, Iterable) else ()
+            are_cores = all(isinstance(cpu, int) and not isinstance(cpu, bool) and cpu >= 0 for cpu in cpus)
+            if not cpus or not are_cores or len(set(cpus)) < len(cpus):
+                raise ArgumentError(f"cpus={self.cpus!r} of device {self.name!r} must be core numbers, each once")
+            object.__setattr__(self, "cpus", cpus)
         if self.memory is not None:
             parse_bytes(self.memory, f"memory of device {self.name!r}")
 

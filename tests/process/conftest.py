@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import lingualinked as ll
+from families import VOCABULARY
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +50,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for the tiny Llama: as many tokens, of letters and a few words."""
+    return make_tokenizer(128)
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of fewer tokens, for the tiny models of families.py."""
+    return make_tokenizer(VOCABULARY)
+
+
+@pytest.fixture(scope="session")
 def sharded(shared_cluster: ll.Cluster, tiny_llama: str) -> Iterator[ll.ShardedModel]:
     """The tiny Llama over three of the shared workers; for tests that leave it as it was."""
     plan = ll.Plan.from_spans([("a", 0, 1), ("b", 1, 3), ("c", 3, 4)])
@@ -68,6 +88,22 @@ def place(shared_cluster: ll.Cluster) -> Iterator[Callable[..., ll.ShardedModel]
     yield place_model
     for model in models:
         model.close()
+
+
+def make_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on a few words."""
+    words = (
+        "the quick brown fox jumps over the lazy dog, while seven wizards make toxic brew for the evil queen "
+        "and jack packs my box with five dozen jugs of liquor; 0 1 2 3 4 5 6 7 8 9"
+    ).split()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    model = Tokenizer(models.BPE(unk_token=special["unk_token"]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=num_tokens, special_tokens=list(special.values()), show_progress=False)
+    model.train_from_iterator(words, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, padding_side="left", **special)
+    assert len(tokenizer) == num_tokens
+    return tokenizer
 
 
 def save_random(config: PreTrainedConfig, folder: Path, *, dtype: torch.dtype = torch.float32) -> str:

@@ -43,9 +43,11 @@ def both(sharded: Any, unsharded: PreTrainedModel, **arguments: Any) -> tuple[to
 
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_are_equal(sharded: Any, unsharded: PreTrainedModel, mode: str) -> None:
-    ours, theirs = both(sharded, unsharded, input_ids=IDS, do_sample=False, **MODES[mode]) if (
-        "do_sample" not in MODES[mode]
-    ) else both(sharded, unsharded, input_ids=IDS, **MODES[mode])
+    ours, theirs = (
+        both(sharded, unsharded, input_ids=IDS, do_sample=False, **MODES[mode])
+        if ("do_sample" not in MODES[mode])
+        else both(sharded, unsharded, input_ids=IDS, **MODES[mode])
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -78,9 +80,7 @@ def test_embeddings_instead_of_ids(sharded: Any, unsharded: PreTrainedModel) -> 
 def test_returned_past_goes_on(sharded: Any, unsharded: PreTrainedModel) -> None:
     results = []
     for model in (sharded, unsharded):
-        first = model.generate(
-            IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, return_dict_in_generate=True
-        )
+        first = model.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
         longer = torch.cat([first.sequences, torch.tensor([[9, 9, 4]])], dim=-1)
         results.append(
             model.generate(
@@ -117,9 +117,7 @@ def test_max_time_ends_a_generation(sharded: Any) -> None:
 def test_sharded_model_assists_and_is_assisted(sharded: Any, unsharded: PreTrainedModel) -> None:
     expected = unsharded.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)
     for model, assistant in ((sharded, unsharded), (unsharded, sharded), (sharded, sharded)):
-        tokens = model.generate(
-            IDS, max_new_tokens=12, do_sample=False, eos_token_id=None, assistant_model=assistant
-        )
+        tokens = model.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None, assistant_model=assistant)
         assert torch.equal(tokens[:, :19], expected[:, :19])
 
 

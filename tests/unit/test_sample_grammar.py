@@ -104,3 +104,14 @@ def test_verbs_agree_and_pronouns_move() -> None:
         "the cats do not love them",
         "les chats ne les aiment pas",
     )
+
+
+def test_the_grammar_is_the_same_in_every_process() -> None:
+    # Literal, because an order that hangs on string hashes differs between processes only.
+    drawn = [draw("translation", Random(seed)).answer for seed in range(4)]
+    assert drawn == [
+        "quatre filles les suivent sous sa lampe",
+        "mon renard",
+        "je nage",
+        "quatre lampes noires",
+    ]

@@ -5,7 +5,9 @@ Knows the public face, and prints.
 
 from __future__ import annotations
 
+import itertools
 import time
+from typing import Any
 
 from rich.console import Console
 
@@ -14,9 +16,7 @@ from lingualinked.display.plan import plan_rows
 from lingualinked.display.telemetry import telemetry_rows
 from lingualinked.display.units import bytes_text
 
-PROMPTS = {
-    "story": "Once upon a time",
-}
+PROMPT = "Once upon a time"
 
 
 def run_demo(num_devices: int, max_new_tokens: int) -> None:
@@ -37,7 +37,7 @@ def run_demo(num_devices: int, max_new_tokens: int) -> None:
         from transformers import AutoTokenizer, TextStreamer
 
         tokenizer = AutoTokenizer.from_pretrained(path)
-        inputs = tokenizer(PROMPTS["story"], return_tensors="pt")
+        inputs = tokenizer(PROMPT, return_tensors="pt")
         model.generate(**inputs, max_new_tokens=1)
         console.print(f"\nfrom nothing to the first token: {time.perf_counter() - started:.1f} s\n")
 
@@ -65,18 +65,20 @@ def run_demo(num_devices: int, max_new_tokens: int) -> None:
 def _bytes_per_hop(before: ll.Telemetry, after: ll.Telemetry, num_tokens: int) -> str:
     """Bytes of one decode step between stages: the run's, less those of its prefill, which ``before`` ran alone."""
     lines = []
-    stages = list(zip(before.stages, after.stages, strict=True))
-    for (old, new), (_, following) in zip(stages, stages[1:], strict=False):
+    stages = zip(before.stages, after.stages, strict=True)
+    for (old, new), (_, following) in itertools.pairwise(stages):
         decoded = new.sent_bytes - 2 * old.sent_bytes
         lines.append(f"{new.device} -> {following.device}: {bytes_text(decoded / max(num_tokens - 1, 1))} per token")
     return "\n".join(lines)
 
 
-def _unsharded(path: str):  # type: ignore[no-untyped-def]
-    """The same model in this process; its weights are copied into aligned memory, as the workers' are."""
+def _unsharded(path: str) -> Any:
+    """Load the same model into this process, its weights in aligned memory as the workers' are."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     with torch.no_grad():
         for parameter in model.parameters():

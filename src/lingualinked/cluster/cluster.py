@@ -5,27 +5,26 @@ Knows devices and processes; models are placed on it by `lingualinked.cluster.pi
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import threading
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Self
 
 from lingualinked.cluster.launch import Launcher
 from lingualinked.device import CALLER, Device
-from lingualinked.errors import ArgumentError
-from lingualinked.telemetry.snapshot import WorkerSnapshot
+from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.protocol.boot import Boot
-
-if TYPE_CHECKING:
-    from lingualinked.cluster.engine import Engine
+from lingualinked.telemetry.snapshot import WorkerSnapshot
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
 
-DEFAULT_MAX_FRAME_BYTES = 64 * 1024**2
+DEFAULT_MAX_FRAME_BYTES = 1024**2
 """Largest frame on a socket; larger tensors travel in several."""
 
 
@@ -68,19 +67,22 @@ class Cluster:
     ) -> None:
         self.devices = _as_devices(devices)
         self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else _positive(timeout_s, "timeout_s")
-        max_frame_bytes = int(_positive(max_frame_bytes, "max_frame_bytes"))
-        launcher = Launcher(_class_names, forks=_forks)
-        finalizer = weakref.finalize(self, launcher.stop)
-        # Imported only now: the workers import torch and zmq meanwhile.
-        from lingualinked.cluster.engine import Engine
-        from lingualinked.transport.keys import generate_keypair
-
+        if not isinstance(max_frame_bytes, int):
+            raise ArgumentError(f"max_frame_bytes={max_frame_bytes!r} must be a whole number")
+        _positive(max_frame_bytes, "max_frame_bytes")
+        ends = contextlib.ExitStack()
+        self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
         try:
+            self._launcher = launcher = Launcher(_class_names, forks=_forks)
+            ends.callback(launcher.stop)
+            # Imported only now: the workers import torch and zmq meanwhile.
+            from lingualinked.cluster.engine import Engine
+            from lingualinked.transport.keys import generate_keypair
+
             keys = {name: generate_keypair() for name in (CALLER, *(device.name for device in self.devices))}
             public_keys = {device.name: keys[device.name].public for device in self.devices}
-            engine = Engine(keys[CALLER], public_keys, max_frame_bytes)
-            finalizer.detach()
-            self._finalizer = weakref.finalize(self, _shut_down, engine, launcher, os.getpid())
+            self._engine = engine = Engine(keys[CALLER], public_keys, max_frame_bytes)
+            ends.callback(engine.stop)
             launcher.start(
                 [
                     Boot(
@@ -97,24 +99,19 @@ class Cluster:
                         memory_bytes=device.memory_bytes,
                         max_frame_bytes=max_frame_bytes,
                         log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
-                        forks=launcher.forks,
                     )
                     for device in self.devices
                 ],
                 engine.worker_ended,
             )
         except BaseException:
-            self.close()
-            launcher.stop()
+            self._finalizer()
             raise
-        self._engine = engine
-        self._launcher = launcher
 
     def close(self) -> None:
         """End the workers; returns once they are gone. Models on this cluster raise `ClosedError` from then on."""
-        finalizer = getattr(self, "_finalizer", None)
-        if finalizer is not None:
-            finalizer()
+        self._finalizer()
+        self._launcher.stop()  # returns at once, or when the thread that is closing the cluster already has done it
 
     @property
     def closed(self) -> bool:
@@ -123,8 +120,10 @@ class Cluster:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids of the workers, by device name; waits until all have started."""
-        self.wait()
+        """Process ids of the workers, by device name; waits until all have started. One that has ended has none."""
+        for device in self.devices:
+            with contextlib.suppress(WorkerDiedError):
+                self._engine.wait_for_worker(device.name, self.timeout_s)
         return self._launcher.pids()
 
     def wait(self) -> None:
@@ -163,7 +162,7 @@ class Cluster:
         names = [device.name for device in self.devices]
         return tuple(snapshot for snapshot, _ in inspect_workers(self._engine, names, self.timeout_s))
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -183,15 +182,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _shut_down(engine: Engine, launcher: Launcher, owner_pid: int) -> None:
+def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return  # a forked child: the workers are the parent's
     if threading.current_thread().name.startswith("lingualinked-"):
         # The last reference went on a thread of ours, which can't wait for its own end.
-        threading.Thread(target=_shut_down, args=(engine, launcher, owner_pid), name="closing-lingualinked").start()
-        return
-    engine.stop()
-    launcher.stop()
+        threading.Thread(target=ends.close, name="closing-lingualinked").start()
+    else:
+        ends.close()
 
 
 def _as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
@@ -204,7 +202,7 @@ def _as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
     if not devices:
         raise ArgumentError("devices is empty: a cluster needs at least one")
     share = max(1, usable_cores() // len(devices))
-    filled = []
+    filled: list[Device] = []
     for device in devices:
         if not isinstance(device, Device):
             raise ArgumentError(f"devices holds {device!r}, which is no lingualinked.Device")
@@ -227,7 +225,9 @@ def _as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
 def _check_local(device: Device) -> None:
     if device.cpus is not None:
         if not hasattr(os, "sched_getaffinity"):
-            raise ArgumentError(f"cpus of device {device.name!r}: this system can't pin a process to cores; leave it out")
+            raise ArgumentError(
+                f"cpus of device {device.name!r}: this system can't pin a process to cores; leave it out"
+            )
         foreign = sorted(set(device.cpus) - os.sched_getaffinity(0))
         if foreign:
             raise ArgumentError(
@@ -237,6 +237,6 @@ def _check_local(device: Device) -> None:
 
 
 def _positive(value: float, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ArgumentError(f"{field}={value!r} must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ArgumentError(f"{field}={value!r} must be a positive, finite number")
     return value

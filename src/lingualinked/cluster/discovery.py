@@ -19,9 +19,7 @@ def local_devices() -> list[Device]:
     import torch
 
     if torch.cuda.is_available():
-        return [
-            Device(name=f"cuda-{index}", accelerator=f"cuda:{index}") for index in range(torch.cuda.device_count())
-        ]
+        return [Device(name=f"cuda-{index}", accelerator=f"cuda:{index}") for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         return [Device(name="mps", accelerator="mps")]
     return [Device(name=f"worker-{index}") for index in range(2)]

@@ -32,12 +32,11 @@ def inspect_workers(
     list of (WorkerSnapshot, tuple of StageReport)
         In the order of ``names``.
     """
-    futures = [
-        engine.request(name, lambda number: Inspect(request=number), "a report", timeout_s) for name in names
-    ]
+    futures = [engine.request(name, lambda number: Inspect(request=number), "a report", timeout_s) for name in names]
     answers = []
-    for name, future in zip(names, futures, strict=True):
-        report = cast("WorkerReport", future.result())
+    for name in names:
+        # Not held here: a future would lead from its error to this frame and back, and only the collector would free it.
+        report = cast("WorkerReport", futures.pop(0).result())
         snapshot = WorkerSnapshot(
             device=name,
             pid=report.pid,

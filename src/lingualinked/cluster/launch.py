@@ -127,7 +127,7 @@ class Launcher:
         self._errors.close()
 
     def error_tail(self) -> str:
-        """The last lines that workers wrote to their standard error."""
+        """Return the last lines that workers wrote to their standard error."""
         with contextlib.suppress(ValueError, OSError):
             size = os.fstat(self._errors.fileno()).st_size
             return os.pread(self._errors.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode(errors="replace")
@@ -144,32 +144,33 @@ class Launcher:
     def _watch(self) -> None:
         """Read what the fork server says and see processes end, until `stop`."""
         while True:
+            server = self._fork_server
+            server_has_ended = server is not None and server.ended  # asked first: then all that it said can be read
             poller = select.poll()
             poller.register(self._woken, select.POLLIN)
-            timeout_ms: int | None = None
-            for descriptor in self._descriptors():
-                if descriptor is None:
-                    timeout_ms = _POLL_MS  # no pidfd for it here
-                else:
+            descriptors = self._descriptors(server_has_ended)
+            for descriptor in descriptors:
+                if descriptor is not None:
                     poller.register(descriptor, select.POLLIN)
-            ready = {descriptor for descriptor, _ in poller.poll(timeout_ms)}
+            # Where a process has no pidfd there is nothing to wait for but time.
+            ready = {descriptor for descriptor, _ in poller.poll(_POLL_MS if None in descriptors else None)}
             if self._stopping:
                 return
-            if self._fork_server is not None and self._fork_server.channel.fileno() in ready:
-                for line, handle in self._fork_server.read():
+            if server is not None and server.channel.fileno() in ready:
+                for line, handle in server.read():
                     self._note(line, handle)
-            for name, how in self._newly_ended(ready):
+                server_has_ended = False  # for now: it may have said more
+            for name, how in self._newly_ended(ready, server_has_ended):
                 tail = self.error_tail().strip()
                 self._on_end(name, f"{how}; last words of this cluster's workers:\n{tail}" if tail else how)
 
-    def _descriptors(self) -> list[int | None]:
-        """What to wait for. While the fork server lives it tells of ends, and of how; then only pidfds do."""
+    def _descriptors(self, server_has_ended: bool) -> list[int | None]:
+        """Say what to wait for: while the fork server lives it tells of ends, and of how; then only pidfds do."""
+        living = [process for process in self._processes.values() if not process.ended]
         if self._fork_server is None:
-            return [process.server.handle for process in self._processes.values() if not process.ended]
-        own = [] if self._fork_server.hung_up else [self._fork_server.channel.fileno()]
-        if not self._fork_server.ended:
-            return [*own, self._fork_server.handle]
-        return [*own, *(process.handle for process in self._processes.values() if not process.ended)]
+            return [process.server.handle for process in living]
+        channel = [] if self._fork_server.hung_up else [self._fork_server.channel.fileno()]
+        return [*channel, *([process.handle for process in living] if server_has_ended else [self._fork_server.handle])]
 
     def _note(self, line: Forked | Ended, handle: int | None) -> None:
         with self._lock:
@@ -181,18 +182,24 @@ class Launcher:
                 if process.pid == line.pid:
                     process.how = how_it_ended(line.status)
 
-    def _newly_ended(self, ready: set[int]) -> list[tuple[str, str]]:
+    def _newly_ended(self, ready: set[int], server_has_ended: bool) -> list[tuple[str, str]]:
         ended = []
         with self._lock:
             for process in self._processes.values():
-                if process.ended:
-                    continue
-                if process.how is None and process.server.ended and (process.handle is None or process.handle in ready):
-                    process.how = how_it_ended(process.server.status if process.handle is None else None)
-                if process.how is not None:
+                how = None if process.ended else self._how(process, ready, server_has_ended)
+                if how is not None:
                     process.ended = True
-                    ended.append((process.name, process.how))
+                    ended.append((process.name, how))
         return ended
+
+    def _how(self, process: _Process, ready: set[int], server_has_ended: bool) -> str | None:
+        if process.how is not None:
+            return process.how
+        if process.handle is not None:
+            return how_it_ended(None) if server_has_ended and process.handle in ready else None
+        if server_has_ended or (self._fork_server is None and process.server.ended):
+            return how_it_ended(process.server.status)  # itself the worker, or it never forked this one
+        return None
 
 
 class _Process:

@@ -6,24 +6,23 @@ Knows the plan and the messages; neither tokens nor what transformers asks of a 
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import cast
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import inspect_model
 from lingualinked.cluster.session import KVBudget, Session
 from lingualinked.device import CALLER
-from lingualinked.errors import CheckpointError
+from lingualinked.errors import CheckpointError, ClosedError
 from lingualinked.model.spec import ModelSpec
-from lingualinked.planning.plan import Plan
-from lingualinked.protocol.messages import LoadStage, StageLoaded, UnloadModel
+from lingualinked.planning.plan import Plan, check_memory
+from lingualinked.protocol.messages import LoadStage
 from lingualinked.telemetry.snapshot import Telemetry
 
 _models = itertools.count(1)
+_sessions = itertools.count(1)  # of all models: answers to steps are told by session and step alone
 
 
 class Pipeline:
@@ -49,13 +48,11 @@ class Pipeline:
         self.plan = plan
         self.cluster = cluster
         self.timeout_s = timeout_s
-        self._engine: Engine = cluster._engine
+        self._engine: Engine = cluster._engine  # noqa: SLF001 - within the room
         self._spec = spec
         self._model = next(_models)
-        self._sessions = itertools.count(1)
         self._budget = KVBudget(max_kv_tokens)
-        self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _forget, self._engine, self._model, plan.devices)
+        self._finalizer = weakref.finalize(self, self._engine.unload, self._model, plan.devices)
         self._finalizer.atexit = False
 
     def load(self, on_progress: Callable[[str, int], None]) -> None:
@@ -70,31 +67,41 @@ class Pipeline:
         ------
         CheckpointError
             If a tensor that a stage needs is missing or damaged.
+        InfeasiblePlanError
+            If the weights of a stage pass its device's memory limit; nothing has been read then.
         DeviceMemoryError
             If a worker's memory does not suffice.
         WorkerError, WorkerDiedError, StepTimeoutError
             If a worker raised, ended, or did not answer.
         """
+        check_memory(self.plan, self.cluster.devices)
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
         futures = [self._request_stage(index, on_progress) for index in range(len(self.plan.stages))]
-        errors = []
-        for future in futures:
-            try:
-                cast("StageLoaded", future.result())
-            except Exception as error:  # every stage has answered before anything is undone
-                errors.append(error)
+        # Every stage has answered before anything is undone; the checkpoint's fault says more than what followed from it.
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        errors.sort(key=lambda error: not isinstance(error, CheckpointError))
         if errors:
-            # The checkpoint's fault says more than what followed from it.
-            raise next((error for error in errors if isinstance(error, CheckpointError)), errors[0])
+            try:
+                raise errors[0]
+            finally:
+                del futures, errors  # they would lead from the error back here, and only the collector would free it
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""
         devices = tuple(stage.device for stage in self.plan.stages)
-        return Session(self._engine, self._model, next(self._sessions), devices, self._budget, self.timeout_s)
+        return Session(self._engine, self._model, next(_sessions), devices, self._budget, self.timeout_s)
 
     def telemetry(self) -> Telemetry:
-        """Ask the workers what they have done for this model."""
+        """Ask the workers what they have done for this model.
+
+        Raises
+        ------
+        ClosedError
+            If the model has been unloaded, or its cluster closed.
+        """
+        if self.closed:
+            raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
         return inspect_model(self._engine, self._model, self.plan.devices, self.timeout_s)
 
     @property
@@ -128,8 +135,3 @@ class Pipeline:
             self.timeout_s,
             lambda num_bytes: on_progress(stage.device, num_bytes),
         )
-
-
-def _forget(engine: Engine, model: int, devices: tuple[str, ...]) -> None:
-    for device in devices:
-        engine.tell(device, UnloadModel(request=-1, model=model))

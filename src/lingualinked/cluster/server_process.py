@@ -73,10 +73,11 @@ class ServerProcess:
     def read(self) -> list[tuple[Forked | Ended, int | None]]:
         """Read what it says, with the descriptor that travels beside a `Forked`; its channel must be readable."""
         try:
-            # Without the flag they would be inherited by whatever the caller executes.
-            data, handles, _, _ = socket.recv_fds(self.channel, 65536, _MOST_HANDLES, socket.MSG_CMSG_CLOEXEC)
+            data, handles, _, _ = socket.recv_fds(self.channel, 65536, _MOST_HANDLES)
         except OSError:
             data, handles = b"", []
+        for handle in handles:
+            os.set_inheritable(handle, False)  # else whatever the caller executes would hold it too
         self.hung_up = not data
         self._handles += handles
         *lines, self._text = (self._text + data).split(b"\n")
@@ -86,9 +87,7 @@ class ServerProcess:
     def hang_up(self) -> None:
         """Let the process and its workers see that the caller is done with them."""
         with contextlib.suppress(OSError):
-            # Closing alone would not be seen while a child of this process holds a copy.
-            self.channel.shutdown(socket.SHUT_RDWR)
-        self.channel.close()
+            self.channel.shutdown(socket.SHUT_RDWR)  # closing would not be seen while a child of ours holds a copy
 
     def kill(self) -> None:
         """Force its end."""
@@ -96,6 +95,9 @@ class ServerProcess:
 
     def end_by(self, deadline: float) -> None:
         """Wait for the end until ``deadline`` (monotonic seconds), then force it."""
+        self.channel.close()
+        while self._handles:  # of workers whose line had not come whole
+            os.close(self._handles.pop())
         if self.handle is not None:
             if not wait_for_end(self.handle, deadline):
                 self.kill()
@@ -147,15 +149,22 @@ def how_it_ended(status: int | None) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The workers' environment: ours, with the caller's import path, but without the folder of its script."""
+    """Make the workers' environment: ours, with the caller's import path, but without the folder of its script."""
     package_home = str(Path(__file__).parents[2])
     unwanted = {""}
     with contextlib.suppress(OSError):  # the working folder may be gone
-        unwanted.add(os.getcwd())
+        unwanted.add(str(Path.cwd()))
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     if script:
         unwanted.add(str(Path(script).resolve().parent))
     path = [entry for entry in sys.path if entry == package_home or entry not in unwanted]
     if package_home not in path:
         path.insert(0, package_home)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # its pool would start at import, before the fork
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for CUDA must not start it before the fork
+        "THP_MEM_ALLOC_ENABLE": "1",  # weights in huge pages: fewer misses while they stream, no bit changed
+    }

@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine, StepReply
+from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.exchange import StepReply
 from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError
 from lingualinked.model.context import StepContext
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
@@ -30,7 +31,7 @@ class KVBudget:
     def __init__(self, max_tokens: int | None) -> None:
         self._max_tokens = max_tokens
         self._held: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer releases, and may run in the middle of a hold
 
     def hold(self, session: int, num_tokens: int) -> None:
         """Let a session hold so many row-tokens in all.
@@ -90,7 +91,7 @@ class Session:
         self._edits: list[KVEdit] = []
         self._next_step = 0
         self._running = threading.Lock()
-        self._broken_by: BaseException | None = None
+        self._broken_by = ""
         self._finalizer = weakref.finalize(self, _end, engine, model, number, devices[0], budget)
         self._finalizer.atexit = False
 
@@ -174,8 +175,7 @@ class Session:
         keeps_kv: bool,
     ) -> Tensor:
         if self.ended:
-            cause = f": {self._broken_by}" if self._broken_by is not None else ""
-            raise ClosedError(f"this session has ended{cause}; start anew with past_key_values=None") from self._broken_by
+            raise ClosedError(f"this session has ended{self._broken_by}: start anew with past_key_values=None")
         num_rows, num_new = inputs.shape[:2]
         if keeps_kv:
             self._budget.hold(self._number, num_rows * (self.num_tokens + num_new))
@@ -198,10 +198,11 @@ class Session:
         self._edits.clear()
         self._next_step += 1
         try:
-            future = self._engine.step(self._devices, step, (inputs, *code.tensors, *keep), self._timeout_s)
-            reply = cast("StepReply", future.result())
+            # Neither the future nor the error is kept: each would lead back here, and only the collector would free it.
+            tensors = (inputs, *code.tensors, *keep)
+            reply = cast("StepReply", self._engine.step(self._devices, step, tensors, self._timeout_s).result())
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
-            self._broken_by = error if isinstance(error, Exception) else None
+            self._broken_by = f" with {type(error).__name__}"
             self.end()
             raise
         self.num_rows = num_rows
@@ -212,4 +213,4 @@ class Session:
 
 def _end(engine: Engine, model: int, number: int, first_device: str, budget: KVBudget) -> None:
     budget.release(number)
-    engine.tell(first_device, EndSession(model=model, stage=0, session=number))
+    engine.end_session(first_device, EndSession(model=model, stage=0, session=number))

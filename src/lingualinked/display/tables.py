@@ -10,8 +10,10 @@ import html
 import io
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,14 +37,14 @@ class Rows:
     rows: Sequence[Sequence[str]]
     bars: Sequence[float] = ()
 
-    def to_rich(self) -> Table:
-        """Return a table for a rich console."""
-        table = Table(title=self.title, title_justify="left", title_style="bold")
+    def to_rich(self) -> Group:
+        """Return title and table for a rich console."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for row in self.rows:
-            table.add_row(*row)
-        return table
+            table.add_row(*map(Text, row))
+        return Group(Text(self.title, style="bold"), table)
 
     def to_text(self) -> str:
         """Return the table as plain text."""

@@ -22,8 +22,8 @@ def telemetry_rows(telemetry: Telemetry) -> Rows:
     workers = {worker.device: worker for worker in telemetry.workers}
     longest = max((_mean_s(stage.compute_s, stage.num_steps) for stage in telemetry.stages), default=0.0) or 1.0
     return Rows(
-        title="Stages and their workers",
-        columns=("device", "layers", "weights", "KV", "resident", "steps", "compute/step", "sent/step"),
+        title="Stages and their workers: memory, and time and bytes sent of a step",
+        columns=("device", "layers", "weights", "KV", "resident", "over idle", "steps", "a step", "sent"),
         rows=[
             (
                 stage.device,
@@ -31,6 +31,7 @@ def telemetry_rows(telemetry: Telemetry) -> Rows:
                 bytes_text(stage.weight_bytes),
                 bytes_text(stage.kv_bytes),
                 bytes_text(workers[stage.device].resident_bytes),
+                bytes_text(workers[stage.device].resident_bytes - workers[stage.device].idle_resident_bytes),
                 str(stage.num_steps),
                 seconds_text(_mean_s(stage.compute_s, stage.num_steps)),
                 bytes_text(stage.sent_bytes / max(stage.num_steps, 1)),

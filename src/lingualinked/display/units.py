@@ -10,7 +10,8 @@ def bytes_text(num_bytes: float) -> str:
     """Write an amount of memory: ``"7.3 MiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(num_bytes) < 1024 or unit == "GiB":
-            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
+            digits = 0 if unit == "B" or abs(num_bytes) >= 100 else 1
+            return f"{num_bytes:,.{digits}f} {unit}"
         num_bytes /= 1024
     raise AssertionError
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lingualinked.model.spec import ModelSpec
 
-# An architecture enters this list together with its configurations in tests/model/families.py, which prove it bit-equal.
+# An architecture enters this list together with its configurations in tests/families.py, which prove it bit-equal.
 SUPPORTED_ARCHITECTURES = {
     "bloom": "BloomForCausalLM",
     "cohere": "CohereForCausalLM",

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lingualinked.errors import ArgumentError, UncuttableModelError
 from lingualinked.model import hf_internals
-from lingualinked.model.architectures import read_config
+from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES, read_config
 from lingualinked.planning.even import WeightBytes
 
 if TYPE_CHECKING:
@@ -102,13 +102,27 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
     -------
     PreTrainedModel
         In evaluation mode, at the spec's dtype.
+
+    Raises
+    ------
+    UncuttableModelError
+        If the class is none that can be cut.
+    ArgumentError
+        If the attention implementation is unknown to transformers, or can't be had here.
     """
-    return hf_internals.build_on_meta(
-        hf_internals.model_class(spec.class_name),
-        read_config(spec),
-        getattr(torch, spec.dtype),
-        spec.attn_implementation,
-    )
+    if spec.class_name not in SUPPORTED_ARCHITECTURES.values():
+        raise UncuttableModelError(
+            spec.class_name, "it is not among the architectures that are tested to be exact when cut"
+        )
+    cls, config = hf_internals.model_class(spec.class_name), read_config(spec)
+    try:
+        return hf_internals.build_on_meta(cls, config, getattr(torch, spec.dtype), spec.attn_implementation)
+    except (ImportError, ValueError) as error:
+        if spec.attn_implementation is None:
+            raise
+        raise ArgumentError(
+            f"attn_implementation={spec.attn_implementation!r} can't be used with {spec.class_name} here: {error}"
+        ) from error
 
 
 def find_parts(meta_model: PreTrainedModel) -> ModelParts:

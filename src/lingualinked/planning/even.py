@@ -6,7 +6,8 @@ Knows bytes only; which device is faster is not asked here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from lingualinked.device import Device
@@ -81,33 +82,37 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
         ends = weights.of_span(start, end) - sum(weights.layers[start:end]) if start == 0 or end == num_layers else 0
         return middle + ends
 
-    def search(respect_limits: bool) -> list[int] | None:
-        infinity = float("inf")
-        best: list[list[float]] = [[infinity] * (num_layers + 1) for _ in range(num_devices + 1)]
-        cut: list[list[int]] = [[0] * (num_layers + 1) for _ in range(num_devices + 1)]
+    def size_within_limit(device: int, size: int) -> float:
+        limit = limits[device]
+        return size if limit is None or size <= limit else math.inf
+
+    def excess(device: int, size: int) -> float:
+        limit = limits[device]
+        return 0 if limit is None else max(0, size - limit)
+
+    def search(cost: Callable[[int, int], float]) -> list[int] | None:
+        """Find the boundaries whose costliest stage costs least; ``None`` if that is infinitely much."""
+        best = [[math.inf] * (num_layers + 1) for _ in range(num_devices + 1)]
+        cut = [[0] * (num_layers + 1) for _ in range(num_devices + 1)]
         best[0][0] = 0
         for used in range(1, num_devices + 1):
-            limit = limits[used - 1] if respect_limits else None
             last_end = num_layers - (num_devices - used)
             ends = [num_layers] if used == num_devices else range(used, last_end + 1)
             for end in ends:
                 for start in range(used - 1, end):
-                    size = stage_bytes(start, end)
-                    if limit is not None and size > limit:
-                        continue
-                    largest = max(best[used - 1][start], size)
+                    largest = max(best[used - 1][start], cost(used - 1, stage_bytes(start, end)))
                     if largest < best[used][end]:
                         best[used][end], cut[used][end] = largest, start
-        if best[num_devices][num_layers] == infinity:
+        if best[num_devices][num_layers] == math.inf:
             return None
         boundaries = [num_layers]
         for used in range(num_devices, 0, -1):
             boundaries.append(cut[used][boundaries[-1]])
         return boundaries[::-1]
 
-    boundaries = search(respect_limits=True)
+    boundaries = search(size_within_limit)
     if boundaries is None:
-        raise _does_not_fit(weights, devices, search(respect_limits=False) or [])
+        raise _does_not_fit(weights, devices, search(excess) or [])
     return Plan(
         stages=tuple(
             PlannedStage(device=device.name, start=start, end=end, weight_bytes=stage_bytes(start, end))
@@ -128,9 +133,7 @@ def inexact_because(devices: Sequence[Device]) -> str:
     return ""
 
 
-def _does_not_fit(
-    weights: WeightBytes, devices: Sequence[Device], unlimited: Sequence[int]
-) -> InfeasiblePlanError:
+def _does_not_fit(weights: WeightBytes, devices: Sequence[Device], closest: Sequence[int]) -> InfeasiblePlanError:
     total = weights.of_span(0, len(weights.layers)) + weights.tied * (len(devices) > 1)
     limits = [device.memory_bytes for device in devices]
     smallest_layer = min(weights.layers)
@@ -151,12 +154,12 @@ def _does_not_fit(
             )
     excess = [
         (weights.of_span(start, end) - limit, device.name)
-        for device, limit, start, end in zip(devices, limits, unlimited[:-1], unlimited[1:], strict=True)
+        for device, limit, start, end in zip(devices, limits, closest[:-1], closest[1:], strict=True)
         if limit is not None
     ]
     missing, name = max(excess)
     return InfeasiblePlanError(
-        f"no contiguous split fits: in the most even one device {name!r} misses {missing:,} bytes; "
+        f"no contiguous split fits: in the closest one device {name!r} misses {missing:,} bytes; "
         "raise its memory, reorder the devices, or add one",
-        missing_bytes=max(missing, 0),
+        missing_bytes=missing,
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 
 
@@ -52,7 +53,8 @@ class Plan:
     Raises
     ------
     ArgumentError
-        If there is no stage, a span is empty, or the spans leave a gap or overlap.
+        If there is no stage, a span is empty, the spans leave a gap or overlap, or a device holds stages that are not
+        the first and the last.
     """
 
     stages: tuple[PlannedStage, ...]
@@ -63,6 +65,10 @@ class Plan:
             raise ArgumentError("a plan needs at least one stage")
         expected = 0
         for stage in self.stages:
+            if not isinstance(stage.start, int) or not isinstance(stage.end, int):
+                raise ArgumentError(
+                    f"stage [{stage.start!r}, {stage.end!r}) on device {stage.device!r}: layers are integers"
+                )
             if stage.start != expected or stage.end <= stage.start:
                 raise ArgumentError(
                     f"stage [{stage.start}, {stage.end}) on device {stage.device!r} must start at layer {expected} "
@@ -140,6 +146,32 @@ class Plan:
         from lingualinked.display.plan import plan_html
 
         return plan_html(self)
+
+
+def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
+    """Refuse a plan that puts more weights on a device than its memory limit allows.
+
+    Parameters
+    ----------
+    plan : Plan
+        With the weight bytes of its stages.
+    devices : iterable of Device
+        All that it uses.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If the weights of a device's stages pass its limit; the message says by how many bytes.
+    """
+    for device in devices:
+        num_bytes = sum(stage.weight_bytes for stage in plan.stages if stage.device == device.name)
+        limit = device.memory_bytes
+        if limit is not None and num_bytes > limit:
+            raise InfeasiblePlanError(
+                f"the plan puts {num_bytes:,} bytes of weights on device {device.name!r}, which has {limit:,} bytes of "
+                f"memory: {num_bytes - limit:,} bytes are missing; raise its memory or give it fewer layers",
+                missing_bytes=num_bytes - limit,
+            )
 
 
 def check_plan(plan: Plan, num_layers: int, device_names: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # --- from the caller: about the worker and its stages
 
 
-class LoadStage(Message, tag=1):
+class LoadStage(Message, frozen=True, tag=1):
     """Load layers ``[start, end)`` of a model as stage ``stage`` and pass its outputs to ``next_name``."""
 
     request: int
@@ -35,21 +35,17 @@ class LoadStage(Message, tag=1):
     next_key: str
 
 
-class UnloadModel(Message, tag=2):
+class UnloadModel(Message, frozen=True, tag=2):
     """Free every stage of a model, its sessions included."""
 
     request: int
     model: int
 
 
-class Inspect(Message, tag=3):
+class Inspect(Message, frozen=True, tag=3):
     """Ask for a `WorkerReport`."""
 
     request: int
-
-
-class Shutdown(Message, tag=4):
-    """End the worker."""
 
 
 # --- along the pipeline
@@ -63,14 +59,14 @@ class KVEditKind(enum.IntEnum):
     RECORD = 3
 
 
-class KVEdit(Message):
+class KVEdit(Message, frozen=True):
     """One edit of a session's KV: row indices to keep, tokens to drop, or whether dropped tokens must stay recoverable."""
 
     kind: KVEditKind
     values: tuple[int, ...]
 
 
-class Step(Message, tag=5):
+class Step(Message, frozen=True, tag=4):
     """Run one step of a session on stage ``stage``.
 
     The tensors beside it are, in order: the stage's inputs (token ids or embeddings, later the raw output of the
@@ -94,7 +90,7 @@ class Step(Message, tag=5):
     timings_us: tuple[int, ...]
 
 
-class EndSession(Message, tag=6):
+class EndSession(Message, frozen=True, tag=5):
     """Free a session's KV on stage ``stage`` and pass it on; it follows the session's steps, so none can come after it."""
 
     model: int
@@ -105,21 +101,21 @@ class EndSession(Message, tag=6):
 # --- to the caller
 
 
-class Hello(Message, tag=16):
+class Hello(Message, frozen=True, tag=16):
     """A worker is ready; this is where its inbox listens."""
 
     pid: int
     address: str
 
 
-class LoadProgress(Message, tag=17):
+class LoadProgress(Message, frozen=True, tag=17):
     """Bytes of a stage loaded so far."""
 
     request: int
     num_bytes: int
 
 
-class StageLoaded(Message, tag=18):
+class StageLoaded(Message, frozen=True, tag=18):
     """A stage is ready to serve."""
 
     request: int
@@ -127,13 +123,13 @@ class StageLoaded(Message, tag=18):
     num_bytes_read: int
 
 
-class ModelUnloaded(Message, tag=19):
+class ModelUnloaded(Message, frozen=True, tag=19):
     """Nothing of the model is held any more."""
 
     request: int
 
 
-class StageReport(Message):
+class StageReport(Message, frozen=True):
     """One hosted stage, in the words of `lingualinked.telemetry.snapshot.StageSnapshot`."""
 
     model: int
@@ -148,7 +144,7 @@ class StageReport(Message):
     sent_bytes: int
 
 
-class WorkerReport(Message, tag=20):
+class WorkerReport(Message, frozen=True, tag=20):
     """Answer to `Inspect`."""
 
     request: int
@@ -160,7 +156,7 @@ class WorkerReport(Message, tag=20):
     stages: tuple[StageReport, ...]
 
 
-class StepDone(Message, tag=21):
+class StepDone(Message, frozen=True, tag=21):
     """The last stage's answer to a step; its logits travel beside it."""
 
     session: int
@@ -174,9 +170,10 @@ class FailureKind(enum.IntEnum):
     ERROR = 0
     MEMORY = 1
     CHECKPOINT = 2
+    ARGUMENT = 3
 
 
-class RequestFailed(Message, tag=22):
+class RequestFailed(Message, frozen=True, tag=22):
     """A `LoadStage`, `UnloadModel` or `Inspect` could not be served."""
 
     request: int
@@ -185,7 +182,7 @@ class RequestFailed(Message, tag=22):
     traceback: str
 
 
-class StepFailed(Message, tag=23):
+class StepFailed(Message, frozen=True, tag=23):
     """A stage raised while it ran a step; the session can't go on."""
 
     session: int
@@ -195,7 +192,7 @@ class StepFailed(Message, tag=23):
     traceback: str
 
 
-class LogRecord(Message, tag=24):
+class LogRecord(Message, frozen=True, tag=24):
     """A log record of the worker."""
 
     level: int
@@ -203,9 +200,17 @@ class LogRecord(Message, tag=24):
     text: str
 
 
-CallerMessage = LoadStage | UnloadModel | Inspect | Shutdown | Step | EndSession
+CallerMessage = LoadStage | UnloadModel | Inspect | Step | EndSession
 WorkerMessage = (
-    Hello | LoadProgress | StageLoaded | ModelUnloaded | WorkerReport | StepDone | RequestFailed | StepFailed | LogRecord
+    Hello
+    | LoadProgress
+    | StageLoaded
+    | ModelUnloaded
+    | WorkerReport
+    | StepDone
+    | RequestFailed
+    | StepFailed
+    | LogRecord
 )
 AnyMessage = CallerMessage | WorkerMessage
 

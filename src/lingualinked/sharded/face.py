@@ -5,39 +5,43 @@ Knows transformers' calls and outputs; layers and KV are a pipeline's business.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
-from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
-from lingualinked.model.parts import ModelParts, learned_positions
+from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.cache import ShardedCache
-from lingualinked.sharded.inputs import check_ids, refuse_forward_arguments
+from lingualinked.sharded.generation import ShardedGeneration
+from lingualinked.sharded.inputs import (
+    LearnedPositions,
+    check_inputs,
+    check_logits_to_keep,
+    check_tensor,
+    refuse_arguments,
+)
 from lingualinked.sharded.model import ShardedModel
 from lingualinked.sharded.unsupported import UnsupportedOperations
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
-_sessions_of_call: contextvars.ContextVar[list[ShardedCache] | None] = contextvars.ContextVar(
-    "sessions_of_call", default=None
-)
 
-
-class ShardedCausalLM(UnsupportedOperations, ShardedModel):
+class ShardedCausalLM(UnsupportedOperations, ShardedModel, ShardedGeneration):
     """The part of a sharded model's class that overrides transformers'; stands before the real class."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
+        get_input_embeddings: Callable[[], Any]
+        loss_function: Any
         _parts: ModelParts
-        _num_positions: int | None
+        _positions: LearnedPositions | None
+        _own_arguments: tuple[str, ...]
 
     @property
     def device(self) -> torch.device:
@@ -46,9 +50,12 @@ class ShardedCausalLM(UnsupportedOperations, ShardedModel):
 
     @property
     def hf_device_map(self) -> dict[str, str]:
-        """Accelerator of every layer and of the modules around them, as accelerate puts it."""
+        """Accelerator of every layer and of the modules around them, as accelerate puts it.
+
+        The first entry is the model's own, where inputs are to be: what reads the map for that takes the first one.
+        """
         accelerators = [(stage, self.cluster.device(stage.device).accelerator) for stage in self.plan.stages]
-        placed = dict.fromkeys(self._parts.prologue, accelerators[0][1])
+        placed = {"": str(self.device)} | dict.fromkeys(self._parts.prologue, accelerators[0][1])
         for stage, accelerator in accelerators:
             for index in range(stage.start, stage.end):
                 placed[f"{self._parts.layers}.{index}"] = accelerator
@@ -63,8 +70,6 @@ class ShardedCausalLM(UnsupportedOperations, ShardedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -76,7 +81,7 @@ class ShardedCausalLM(UnsupportedOperations, ShardedModel):
         input_ids : Tensor or None
             Token ids, int64 ``[rows, tokens]``.
         attention_mask : Tensor or None
-            int64 ``[rows, past + tokens]``, 0 where padded.
+            ``[rows, past + tokens]``, 0 where padded; or one mask for all heads, ``[rows, 1, tokens, past + tokens]``.
         position_ids : Tensor or None
             int64 ``[1 or rows, tokens]``.
         past_key_values : ShardedCache or None
@@ -87,8 +92,6 @@ class ShardedCausalLM(UnsupportedOperations, ShardedModel):
             int64 ``[rows, tokens]``; gives ``loss``, computed here as transformers does.
         use_cache : bool or None
             Whether to keep KV for a next call; ``None``: the config's word.
-        output_attentions, output_hidden_states : bool or None
-            Not supported: they stay in the workers.
         return_dict : bool or None
             Whether to return a ``ModelOutput`` rather than a tuple; ``None``: the config's word.
         logits_to_keep : int or Tensor
@@ -104,129 +107,90 @@ class ShardedCausalLM(UnsupportedOperations, ShardedModel):
         Raises
         ------
         ArgumentError
-            If ids are missing, empty, outside the vocabulary or beyond the learned positions.
+            If ids are missing, empty, outside the vocabulary or beyond the learned positions, or do not fit the past.
         UnsupportedOperationError
             If an argument has no sharded counterpart.
         ClosedError
             If the model, its cluster or the session has been closed.
         """
         self._check_open()
-        refuse_forward_arguments(
-            self,
-            {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states} | kwargs,
-            past_key_values,
-        )
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        inputs = check_ids(input_ids, inputs_embeds, self._vocabulary_size, self._num_positions, past)
-        keeps_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
-        cache = past_key_values if past_key_values is not None else ShardedCache(self._pipeline.open_session())
+        refuse_arguments(self.config, kwargs, self._own_arguments)
+        inputs = check_inputs(input_ids, inputs_embeds, self._vocabulary_size)
+        mask = check_tensor("attention_mask", attention_mask, (2, 4))
+        positions = check_tensor("position_ids", position_ids, (2,))
+        targets = check_tensor("labels", labels, (1, 2))
+        keep = check_logits_to_keep(logits_to_keep)
+        past = self._past(past_key_values, inputs.shape[0])
+        if self._positions is not None:
+            held = 0 if past is None else past.get_seq_length()
+            self._positions.check(held, inputs.shape[1], mask, positions)
+        keeps_kv = past is not None or bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
+        cache = past if past is not None else self._open_session()
         try:
-            logits = cache.session.step(
-                inputs,
-                None if attention_mask is None else attention_mask.cpu(),
-                None if position_ids is None else position_ids.cpu(),
-                logits_to_keep,
-                keeps_kv=keeps_kv or past_key_values is not None,
-            )
+            logits = cache.session.step(inputs, mask, positions, keep, keeps_kv=keeps_kv)
         finally:
-            if not keeps_kv and past_key_values is None:
+            if not keeps_kv:
                 cache.end()
         loss = None
-        if labels is not None:
+        if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size
-            loss = self.loss_function(logits=logits, labels=labels.cpu(), vocab_size=vocabulary)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if keeps_kv else None)
+            loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=cast("torch.FloatTensor", logits), past_key_values=cache if keeps_kv else None
+        )
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate token ids: transformers' own ``generate`` with the layers in the workers.
-
-        Every argument is that of ``transformers.GenerationMixin.generate``. The sessions that a call opens are freed
-        in every stage when it ends, however it ends; a returned ``past_key_values`` keeps its session.
-
-        Raises
-        ------
-        UnsupportedOperationError
-            If an argument asks for what a sharded model does not do, by name.
-        ArgumentError
-            If ids are empty, outside the vocabulary or beyond the learned positions.
-        WorkerDiedError, WorkerError, StepTimeoutError, ClosedError
-            If a step can't be run.
-        """
-        self._check_open()
-        _refuse_generate_arguments(args, kwargs)
-        with _ending_sessions() as keep:
-            result = super().generate(*args, **kwargs)
-            if isinstance(result, ModelOutput):
-                keep(result.get("past_key_values"))
-            return result
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Open a session where transformers would make a cache."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+    def _past(self, given: object, num_rows: int) -> ShardedCache | None:
+        """Check what is to be gone on from."""
+        if given is None:
+            return None
+        if not isinstance(given, ShardedCache):
             raise UnsupportedOperationError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not supported by a sharded model: "
-                "leave it out; the KV grows in the workers"
+                f"past_key_values is a {type(given).__name__}: a sharded model keeps its KV in the workers; "
+                "pass None, then what the model returned"
             )
-        given = model_kwargs.get("past_key_values")
-        if given is not None or generation_config.use_cache is False:
-            return
-        cache = ShardedCache(self._pipeline.open_session())
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        opened = _sessions_of_call.get()
-        if opened is not None:
-            opened.append(cache)
-        model_kwargs["past_key_values"] = cache
+        given.check(self._pipeline, num_rows)
+        return given
 
     @functools.cached_property
     def _vocabulary_size(self) -> int:
         return int(self.get_input_embeddings().num_embeddings)
 
-    def _check_open(self) -> None:
-        if self._pipeline.closed:
-            raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
+
+def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
+    """Give a method of `ShardedCausalLM` the signature that it has in a real class, for transformers to inspect.
+
+    Families differ in the arguments that they have and in their order.
+    """
+    ours = getattr(ShardedCausalLM, name)
+    signature = inspect.signature(getattr(real, name))
+    names = list(signature.parameters)[1:]
+
+    @functools.wraps(ours)
+    def method(self: ShardedCausalLM, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            signature.bind(self, *args, **kwargs)
+        return ours(self, **dict(zip(names, args, strict=False)), **kwargs)
+
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    return method
 
 
-@contextlib.contextmanager
-def _ending_sessions() -> Iterator[Any]:
-    """Collect the sessions opened inside; end all but the one that is kept."""
-    opened: list[ShardedCache] = []
-    kept: list[Any] = []
-    token = _sessions_of_call.set(opened)
-    try:
-        yield kept.append
-    finally:
-        _sessions_of_call.reset(token)
-        for cache in opened:
-            if not any(cache is other for other in kept):
-                cache.end()
-
-
-def _refuse_generate_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for name in ("compile_config", "custom_generate"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedOperationError(f"{name} is not supported by a sharded model: leave it out")
-    if kwargs.get("cache_implementation") == "paged":
-        raise UnsupportedOperationError("cache_implementation='paged' is not supported by a sharded model: leave it out")
-    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if isinstance(ids, Tensor) and ids.numel() == 0:
-        raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} are empty: give at least one token")
-
-
-def _refuse_call(module: nn.Module, *_: Any) -> None:
-    raise UnsupportedOperationError(
-        f"{type(module).__name__} of a sharded model can't be called: its weights are in a worker; call the whole model"
-    )
-
-
-@functools.cache
-def face_class(real: type[PreTrainedModel]) -> type[PreTrainedModel]:
+@functools.cache  # one class per real one: types of two models of a kind are equal
+def face_class(real: Any) -> Any:
     """Make the class whose instances are sharded models and instances of ``real`` both, under its name."""
-    return type(real.__name__, (ShardedCausalLM, real), {"__module__": real.__module__, "__doc__": real.__doc__})
+    namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
+    namespace |= {"__module__": real.__module__, "__doc__": real.__doc__}
+    namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
+    return type(real.__name__, (ShardedCausalLM, real), namespace)
+
+
+def _refuse_use(module: torch.nn.Module, *_: Any) -> NoReturn:
+    raise UnsupportedOperationError(
+        f"{type(module).__name__} of a sharded model can't be called, read or written: its weights are in a worker; "
+        "call the whole model"
+    )
 
 
 def wear_face(meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, *, owns_cluster: bool) -> ShardedCausalLM:
@@ -246,14 +210,16 @@ def wear_face(meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, *, o
     Returns
     -------
     ShardedCausalLM
-        The same object; its submodules refuse to be called.
+        The same object; its submodules refuse to be used.
     """
-    num_positions = learned_positions(meta)
     for module in meta.modules():
         if module is not meta:
-            module.register_forward_pre_hook(_refuse_call)
+            module.register_forward_pre_hook(_refuse_use)
+            module.register_state_dict_pre_hook(_refuse_use)
+            module.register_load_state_dict_pre_hook(_refuse_use)
+    state = {"_pipeline": pipeline, "_parts": parts, "_owns_cluster": owns_cluster}
     model: Any = meta.eval()
-    model.__class__ = face_class(type(meta))
-    model._pipeline, model._parts = pipeline, parts
-    model._owns_cluster, model._num_positions = owns_cluster, num_positions
+    real: Any = type(meta)
+    vars(model).update(state, _positions=LearnedPositions.of(meta))
+    model.__class__ = face_class(real)
     return cast("ShardedCausalLM", model)

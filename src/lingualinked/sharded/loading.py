@@ -9,14 +9,16 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.errors import ArgumentError, CheckpointError, UnsupportedOperationError
+from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
 from lingualinked.model.loading import check_weights
@@ -24,41 +26,9 @@ from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes, even_plan, inexact_because
 from lingualinked.planning.plan import Plan, check_plan
+from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
 from lingualinked.sharded.progress import LoadProgress
-
-# What transformers' from_pretrained takes and what to do instead here.
-_REMEDIES = {
-    "adapter_kwargs": "merge the adapter into the weights first",
-    "adapter_name": "merge the adapter into the weights first",
-    "allow_all_kernels": "stages run the model's own forward; leave it out",
-    "code_revision": "custom code is not cut; leave it out",
-    "device_map": "use devices= or plan=",
-    "device_mesh": "use devices= or plan=",
-    "disable_mmap": "workers never map files; leave it out",
-    "distributed_config": "use devices= or plan=",
-    "experts_implementation": "set it in the config",
-    "fusion_config": "leave it out",
-    "gguf_file": "convert it to safetensors first",
-    "ignore_mismatched_sizes": "every tensor must have its shape; leave it out",
-    "kernel_config": "stages run the model's own forward; leave it out",
-    "key_mapping": "rename the tensors in the checkpoint",
-    "max_memory": "use Device(memory=...)",
-    "offload_buffers": "add a device instead",
-    "offload_folder": "add a device instead",
-    "output_loading_info": "a tensor that is missing or does not fit is an error here; leave it out",
-    "quantization_config": "it is not supported yet; load the weights as they are",
-    "state_dict": "save it with save_pretrained and give the folder",
-    "tp_plan": "use devices= or plan=",
-    "tp_size": "use devices= or plan=",
-    "use_kernels": "stages run the model's own forward; leave it out",
-    "use_safetensors": "safetensors is the only format; leave it out",
-    "variant": "give a folder that holds only the wanted files",
-    "weights_only": "safetensors holds nothing else; leave it out",
-}
-# transformers takes these without effect, and so do we.
-_WITHOUT_EFFECT = ("_fast_init", "from_flax", "from_tf", "low_cpu_mem_usage", "mirror", "offload_state_dict")
-
 
 _HUB_DEFAULTS: Mapping[str, Any] = {
     "cache_dir": None,
@@ -69,6 +39,8 @@ _HUB_DEFAULTS: Mapping[str, Any] = {
     "subfolder": "",
     "token": None,
 }
+# Attributes of a config that stages take no notice of.
+_ABOUT_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,12 +97,10 @@ def prepare(arguments: LoadArguments) -> Prepared:
     extra = dict(arguments.extra)
     hub = {**_HUB_DEFAULTS, **arguments.hub}
     hub |= {name: extra.pop(name) for name in ("force_download", "proxies") if name in extra}
-    generation_config: GenerationConfig | None = extra.pop("generation_config", None)
-    dtype = extra.pop("torch_dtype", None) or arguments.dtype
-    _refuse_arguments(extra)
-    for name in _WITHOUT_EFFECT:
-        extra.pop(name, None)
-    config = _config(arguments, hub, extra)
+    generation_config = extra.pop("generation_config", None)
+    old_dtype = extra.pop("torch_dtype", None)
+    dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
+    config = _config(arguments, hub, take_config_attributes(extra))
     class_name = check_architecture(config)
     dummy = arguments.load_format == "dummy"
     files = () if dummy else resolve_files(arguments.path, **hub)
@@ -141,17 +111,19 @@ def prepare(arguments: LoadArguments) -> Prepared:
         class_name=class_name,
         config_json=config.to_json_string(use_diff=False),
         dtype=resolved,
-        attn_implementation=arguments.attn_implementation,
+        attn_implementation=_attn_implementation(arguments, config),
         load_format="dummy" if dummy else "safetensors",
         files=files,
         seed=arguments.seed,
     )
-    meta = build_meta(spec)
+    meta = _build_meta(spec)
+    for name in _ABOUT_OUTPUTS:
+        setattr(meta.config, name, getattr(config, name))
     parts = find_parts(meta)
     check_weights(spec, meta)
-    # transformers' own reading of generation_config.json, with its fallback on the model's config.
-    meta.adjust_generation_fn(generation_config, False, None, arguments.path, trust_remote_code=None, **hub)
-    return Prepared(spec=spec, meta=meta, parts=parts, plan=_plan(arguments.plan, _weight_bytes(parts), arguments.cluster))
+    _set_generation_config(meta, generation_config, arguments, hub)
+    plan = _plan(arguments.plan, parts.weights, arguments.cluster)
+    return Prepared(spec=spec, meta=meta, parts=parts, plan=plan)
 
 
 def load(arguments: LoadArguments) -> ShardedCausalLM:
@@ -176,21 +148,13 @@ def load(arguments: LoadArguments) -> ShardedCausalLM:
     return wear_face(prepared.meta, pipeline, prepared.parts, owns_cluster=arguments.owns_cluster)
 
 
-def _refuse_arguments(extra: Mapping[str, Any]) -> None:
-    for name, value in extra.items():
-        if name in _REMEDIES and value is not None and value is not False:
-            raise UnsupportedOperationError(
-                f"{name}={value!r} is not supported by ShardedModel.from_pretrained: {_REMEDIES[name]}"
-            )
-
-
-def _config(arguments: LoadArguments, hub: Mapping[str, Any], extra: Mapping[str, Any]) -> PreTrainedConfig:
-    attributes = {name: value for name, value in extra.items() if name not in _REMEDIES}
+def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any]) -> PreTrainedConfig:
+    """Read the config, or copy the one given, and set the attributes that it has."""
     if isinstance(arguments.config, PreTrainedConfig):
         config, unused = copy.deepcopy(arguments.config), attributes
     else:
         source = arguments.path if arguments.config is None else os.fspath(arguments.config)
-        if os.path.isabs(source) and not os.path.exists(source):
+        if Path(source).is_absolute() and not Path(source).exists():
             raise CheckpointError(f"there is no checkpoint at {source!r}: give a folder with config.json, or a hub id")
         try:
             config, unused = AutoConfig.from_pretrained(
@@ -200,12 +164,49 @@ def _config(arguments: LoadArguments, hub: Mapping[str, Any], extra: Mapping[str
                 **hub,
                 **attributes,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, StrictDataclassError) as error:
             raise CheckpointError(f"no usable config.json for {source!r}: {error}") from error
     unused = {name: value for name, value in unused.items() if name not in ("trust_remote_code", *hub)}
     if unused:
         raise ArgumentError(f"unknown argument {next(iter(unused))!r} of ShardedModel.from_pretrained")
+    if arguments.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        raise UncuttableModelError(
+            type(config).__name__,
+            "trust_remote_code=True asks for the checkpoint's own code, and custom code is not cut: leave it out",
+        )
     return config
+
+
+def _attn_implementation(arguments: LoadArguments, config: PreTrainedConfig) -> str | None:
+    """Settle what is asked for, here or in the config, whose JSON does not tell it."""
+    take_config_attributes({"experts_implementation": getattr(config, "_experts_implementation", None)})
+    asked = arguments.attn_implementation
+    return check_attn_implementation(getattr(config, "_attn_implementation", None) if asked is None else asked)
+
+
+def _build_meta(spec: ModelSpec) -> PreTrainedModel:
+    try:
+        return build_meta(spec)
+    except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        if spec.attn_implementation is not None:
+            raise ArgumentError(
+                f"attn_implementation={spec.attn_implementation!r} can't be used here: {cause}"
+            ) from error
+        raise CheckpointError(f"{spec.class_name} can't be built from its config: {cause}") from error
+
+
+def _set_generation_config(meta: Any, given: object, arguments: LoadArguments, hub: Mapping[str, Any]) -> None:
+    """Take generation_config.json as transformers does, with its fallback on the model's config, or the one given."""
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ArgumentError(f"generation_config is a {type(given).__name__}: give a transformers.GenerationConfig")
+    try:
+        meta.adjust_generation_fn(
+            given, True, None, arguments.path, trust_remote_code=arguments.trust_remote_code, **hub
+        )
+    except OSError as error:
+        if arguments.load_format != "dummy":  # for a dummy there need be no files
+            raise CheckpointError(f"no usable generation config for {arguments.path!r}: {error}") from error
 
 
 def _plan(given: Plan | None, weights: WeightBytes, cluster: Cluster) -> Plan:
@@ -217,9 +218,3 @@ def _plan(given: Plan | None, weights: WeightBytes, cluster: Cluster) -> Plan:
         dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in given.stages
     )
     return Plan(stages=stages, inexact_because=inexact_because([cluster.device(name) for name in given.devices]))
-
-
-def _weight_bytes(parts: ModelParts) -> WeightBytes:
-    return WeightBytes(
-        layers=parts.layer_bytes, prologue=parts.prologue_bytes, epilogue=parts.epilogue_bytes, tied=parts.tied_bytes
-    )

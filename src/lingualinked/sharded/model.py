@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -36,6 +36,10 @@ class ShardedModel:
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         _pipeline: Pipeline
         _owns_cluster: bool
+
+        __call__: Callable[..., Any]
+        generate: Callable[..., Any]
+        config: PreTrainedConfig
 
     @classmethod
     def from_pretrained(
@@ -121,15 +125,17 @@ class ShardedModel:
         if cluster is not None and devices != "auto":
             raise ArgumentError("give devices= or cluster=, not both: a cluster brings its own devices")
         path = os.fspath(pretrained_model_name_or_path)
-        owned = None if cluster is not None else _start_cluster(devices, _class_names(path, subfolder), timeout_s)
+        given = cluster
+        cluster = given or _start_cluster(devices, _class_names(path, subfolder), timeout_s)
         try:
-            from lingualinked.sharded.loading import LoadArguments, load  # torch and transformers, in parallel with the workers
+            # Imports torch and transformers, while the workers start.
+            from lingualinked.sharded.loading import LoadArguments, load
 
             return load(
                 LoadArguments(
                     path=path,
-                    cluster=cluster or owned,
-                    owns_cluster=owned is not None,
+                    cluster=cluster,
+                    owns_cluster=given is None,
                     plan=plan,
                     max_kv_tokens=max_kv_tokens,
                     seed=0 if seed is None else seed,
@@ -151,8 +157,8 @@ class ShardedModel:
                 )
             )
         except BaseException:
-            if owned is not None:
-                owned.close()
+            if given is None:
+                cluster.close()
             raise
 
     @property
@@ -195,7 +201,9 @@ def _start_cluster(
 ) -> Cluster:
     if isinstance(devices, str):
         if devices != "auto":
-            raise ArgumentError(f"devices={devices!r} must be 'auto', a number of local workers or a sequence of Device")
+            raise ArgumentError(
+                f"devices={devices!r} must be 'auto', a number of local workers or a sequence of Device"
+            )
         from lingualinked.cluster.discovery import local_devices
 
         devices = local_devices()
@@ -203,7 +211,7 @@ def _start_cluster(
 
 
 def _class_names(path: str, subfolder: str) -> tuple[str, ...]:
-    """The classes that a local checkpoint names, so that workers import them at once; none is no error."""
+    """Give the classes that a local checkpoint names, so that workers import them at once; none is no error."""
     try:
         architectures = json.loads((Path(path) / subfolder / "config.json").read_text()).get("architectures")
     except (OSError, ValueError, AttributeError):

@@ -70,14 +70,11 @@ class LoadProgress:
 
 def _tqdm() -> Any:
     """Jupyter's bar where its widgets are installed, else the plain one."""
-    from tqdm.std import tqdm
-
     try:
         from IPython import get_ipython
 
         in_notebook = get_ipython() is not None and "IPKernelApp" in get_ipython().config
     except ImportError:
         in_notebook = False
-    if in_notebook and importlib.util.find_spec("ipywidgets") is not None:
-        from tqdm.notebook import tqdm
-    return tqdm
+    name = "notebook" if in_notebook and importlib.util.find_spec("ipywidgets") is not None else "std"
+    return importlib.import_module(f"tqdm.{name}").tqdm

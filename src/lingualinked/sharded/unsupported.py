@@ -14,33 +14,77 @@ _WEIGHTS = "its weights are in the workers; read them from the checkpoint, or lo
 _MOVE = "its stages stay where the plan puts them; choose devices= and dtype= in ShardedModel.from_pretrained"
 _TRAIN = "it is for inference; train the unsharded model"
 _CHANGE = "change the checkpoint with transformers first, then load it sharded"
+_ADAPTER = "adapters are not supported yet; merge them into the weights first"
 _BATCH = "continuous batching is not supported yet; call generate with a padded batch"
 
 _REMEDIES = {
-    **dict.fromkeys(("state_dict", "load_state_dict", "save_pretrained", "push_to_hub", "share_memory"), _WEIGHTS),
-    **dict.fromkeys(
-        ("to", "to_empty", "cuda", "cpu", "xpu", "ipu", "half", "float", "double", "bfloat16", "type"), _MOVE
+    _WEIGHTS: (
+        "gather_sharded_state_dict_for_save",
+        "load_state_dict",
+        "push_to_hub",
+        "save_distributed_checkpoint",
+        "save_pretrained",
+        "share_memory",
+        "state_dict",
     ),
-    **dict.fromkeys(("requires_grad_", "zero_grad", "gradient_checkpointing_enable", "enable_input_require_grads"), _TRAIN),
-    **dict.fromkeys(
-        (
-            "add_adapter",
-            "apply",
-            "compile",
-            "dequantize",
-            "init_weights",
-            "load_adapter",
-            "resize_position_embeddings",
-            "resize_token_embeddings",
-            "set_attn_implementation",
-            "set_experts_implementation",
-            "set_input_embeddings",
-            "set_output_embeddings",
-            "tie_weights",
-        ),
-        _CHANGE,
+    _MOVE: (
+        "bfloat16",
+        "cpu",
+        "cuda",
+        "double",
+        "float",
+        "half",
+        "ipu",
+        "maybe_distribute_model",
+        "mtia",
+        "to",
+        "to_empty",
+        "type",
+        "xpu",
     ),
-    **dict.fromkeys(("continuous_batching_context_manager", "generate_batch", "init_continuous_batching"), _BATCH),
+    _TRAIN: (
+        "activation_checkpointing_enable",
+        "disable_input_require_grads",
+        "enable_input_require_grads",
+        "gradient_checkpointing_enable",
+        "zero_grad",
+    ),
+    _CHANGE: (
+        "apply",
+        "compile",
+        "dequantize",
+        "get_compiled_call",
+        "init_weights",
+        "initialize_weights",
+        "resize_position_embeddings",
+        "resize_token_embeddings",
+        "set_attn_implementation",
+        "set_decoder",
+        "set_encoder",
+        "set_experts_implementation",
+        "set_extra_state",
+        "set_input_embeddings",
+        "set_output_embeddings",
+        "set_submodule",
+        "set_use_kernels",
+        "tie_weights",
+    ),
+    _ADAPTER: (
+        "active_adapters",
+        "add_adapter",
+        "delete_adapter",
+        "disable_adapters",
+        "enable_adapters",
+        "enable_peft_hotswap",
+        "get_adapter_state_dict",
+        "load_adapter",
+        "set_adapter",
+    ),
+    _BATCH: (
+        "continuous_batching_context_manager",
+        "generate_batch",
+        "init_continuous_batching",
+    ),
 }
 
 
@@ -62,6 +106,13 @@ class UnsupportedOperations:
             raise UnsupportedOperationError(f"train() of a sharded model: {_TRAIN}")
         return super().train(False)  # type: ignore[misc]
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Return the model for ``requires_grad=False``, as it never does; refuse to train."""
+        if requires_grad:
+            raise UnsupportedOperationError(f"requires_grad_() of a sharded model: {_TRAIN}")
+        return super().requires_grad_(False)  # type: ignore[misc]
 
-for _name, _remedy in _REMEDIES.items():
-    setattr(UnsupportedOperations, _name, _refusal(_name, _remedy))
+
+for _remedy, _names in _REMEDIES.items():
+    for _name in _names:
+        setattr(UnsupportedOperations, _name, _refusal(_name, _remedy))

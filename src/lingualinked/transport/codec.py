@@ -5,6 +5,7 @@ Knows no sockets and not what a payload means.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
@@ -230,9 +231,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _memory_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor of at least one element on the CPU, as bytes."""
-    # Strides of its own making: a contiguous tensor may have any along dimensions of 1, and a view as bytes minds.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    """Return the memory of a contiguous tensor of at least one element on the CPU, as bytes; it keeps the tensor alive."""
+    # By address: the way over NumPy and a view as bytes takes several times as long, and a hop goes it three times.
+    memory = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # type: ignore[attr-defined]  # a ctypes array can hold one, and must
+    return memoryview(memory).cast("B")
 
 
 def _split(data: memoryview, max_frame_bytes: int) -> Iterator[memoryview]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import os
 import select
@@ -47,8 +48,9 @@ def _become(boot: Boot, channel: socket.socket) -> None:
 def _take_standard_input() -> socket.socket:
     """Move the caller's socket away from descriptor 0, where anything that reads standard input would eat from it."""
     channel = socket.socket(fileno=os.dup(0))
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     return channel
 
 
@@ -62,6 +64,8 @@ def _import_once(class_names: tuple[str, ...]) -> None:
     for name in class_names:
         with contextlib.suppress(AttributeError, ImportError):  # loading the stage will say what is wrong
             getattr(transformers, name)
+    gc.collect()
+    gc.freeze()  # what is imported stays: collecting it again would cost steps time, and copy shared pages
 
 
 class _Lines:
@@ -139,7 +143,7 @@ class _ForkServer:
                 os.close(caller)
                 _become(boot, self._channel)
                 status = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - this process ends here, whatever it was
                 sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(status)

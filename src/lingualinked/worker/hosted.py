@@ -119,7 +119,9 @@ class HostedStage:
         parts = split_tensors(step, tensors)
         num_new = parts.inputs[0].shape[1]
         keep = parts.keep[0] if step.logits_to_keep is None else step.logits_to_keep
-        code = ContextCode(mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=parts.told)
+        code = ContextCode(
+            mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=parts.told
+        )
         mask, positions = session.context.decode(code, num_new)
         return self.stage.step(
             StageInputs(
@@ -154,8 +156,12 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
     num_keep = int(step.logits_to_keep is None)
     num_inputs = len(tensors) - num_told - num_keep
     if num_inputs < 1 or tensors[0].ndim < 2:
-        raise ProtocolError(f"a step came with {len(tensors)} tensors, {num_told + num_keep} of them announced beside its inputs")
-    return StepTensors(tensors[:num_inputs], tensors[num_inputs : num_inputs + num_told], tensors[num_inputs + num_told :])
+        raise ProtocolError(
+            f"a step came with {len(tensors)} tensors, {num_told + num_keep} of them announced beside its inputs"
+        )
+    return StepTensors(
+        tensors[:num_inputs], tensors[num_inputs : num_inputs + num_told], tensors[num_inputs + num_told :]
+    )
 
 
 def _apply(edit: KVEdit, session: _Session) -> None:

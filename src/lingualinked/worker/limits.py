@@ -5,14 +5,18 @@ Knows the operating system's calls for it, not what is computed.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from pathlib import Path
 
 import psutil
 import torch
 
-# What a stage needs beyond its weights, KV and activations: thread stacks, message buffers, arenas of the allocator.
-OVERHEAD_BYTES = 192 * 1024**2
+# What a stage needs beyond its weights, KV and activations: message buffers, arenas of the allocator; and per thread,
+# its stack.
+_OVERHEAD_BYTES = 192 * 1024**2
+_THREAD_BYTES = 8 * 1024**2
 
 
 def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int | None) -> None:
@@ -23,7 +27,7 @@ def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int |
     if memory_bytes is not None and sys.platform == "linux":
         import resource
 
-        limit = _data_bytes() + memory_bytes + OVERHEAD_BYTES
+        limit = _data_bytes() + memory_bytes + _OVERHEAD_BYTES + threads * _THREAD_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
@@ -34,7 +38,7 @@ def resident_bytes() -> int:
 
 def _data_bytes() -> int:
     """Private writable memory of this process, as ``RLIMIT_DATA`` counts it."""
-    with open("/proc/self/status") as status:
+    with Path("/proc/self/status").open() as status:
         for line in status:
             if line.startswith("VmData:"):
                 return int(line.split()[1]) * 1024
@@ -44,6 +48,8 @@ def _data_bytes() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be had."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "bad_alloc" in text)

@@ -12,14 +12,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import msgspec
 import torch
 
 from lingualinked.device import CALLER
-from lingualinked.errors import CheckpointError, ProtocolError
+from lingualinked.errors import ArgumentError, CheckpointError, ProtocolError
 from lingualinked.model.stage import Stage
+from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.messages import (
     CallerMessage,
     EndSession,
@@ -31,7 +32,6 @@ from lingualinked.protocol.messages import (
     LogRecord,
     ModelUnloaded,
     RequestFailed,
-    Shutdown,
     StageLoaded,
     Step,
     StepDone,
@@ -45,7 +45,6 @@ from lingualinked.protocol.messages import (
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
-from lingualinked.protocol.boot import Boot
 from lingualinked.worker.hosted import HostedStage, split_tensors
 from lingualinked.worker.lifeline import watch_caller
 from lingualinked.worker.limits import apply_limits, is_out_of_memory, resident_bytes
@@ -55,7 +54,7 @@ logger = logging.getLogger("lingualinked.worker")
 
 
 def serve(boot: Boot, channel: int) -> None:
-    """Be the worker that ``boot`` describes until the caller says `Shutdown` or is gone.
+    """Be the worker that ``boot`` describes until the caller is gone.
 
     Parameters
     ----------
@@ -73,6 +72,7 @@ def serve(boot: Boot, channel: int) -> None:
         boot.authorised,
         max_frame_bytes=boot.max_frame_bytes,
     )
+    handler.on_record = mailbox.wake
     try:
         mailbox.connect(CALLER, boot.caller_address, boot.caller_key)
         Worker(boot, mailbox, handler).run()
@@ -101,17 +101,14 @@ class Worker:
         self._idle_resident_bytes = resident_bytes()
         self._num_refused = 0
 
-    def run(self) -> None:
-        """Say hello, then serve until `Shutdown`."""
+    def run(self) -> NoReturn:
+        """Say hello, then serve for good: the lifeline ends the process."""
         self._tell(Hello(pid=os.getpid(), address=self._mailbox.address))
         while True:
             delivery = self._mailbox.receive(None)
             if delivery is not None:
                 try:
-                    message = self._read(delivery)
-                    if isinstance(message, Shutdown):
-                        return
-                    self._handle(message, delivery)
+                    self._handle(self._read(delivery), delivery)
                 except ProtocolError as error:
                     self._num_refused += 1
                     logger.warning("refused a message from %r: %s", delivery.sender, error)
@@ -142,7 +139,7 @@ class Worker:
     def _answer(self, request: int, serve_request: Callable[[], WorkerMessage]) -> None:
         try:
             answer = serve_request()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the caller raises it
             answer = RequestFailed(request=request, **_failure(error))
         self._tell(answer)
 
@@ -179,21 +176,19 @@ class Worker:
         )
 
     def _step(self, step: Step, delivery: Delivery) -> None:
-        hosted = self._hosted(step)
         try:
+            hosted = self._hosted(step)
             output, elapsed_s = hosted.run(step, delivery.tensors)
             timings_us = (*step.timings_us, round(elapsed_s * 1e6))
             if hosted.stage.is_last:
                 done = StepDone(session=step.session, number=step.number, timings_us=timings_us)
                 hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
                 return
-            onward = msgspec.structs.replace(
-                step, stage=step.stage + 1, layout=output.layout, timings_us=timings_us
-            )
+            onward = msgspec.structs.replace(step, stage=step.stage + 1, layout=output.layout, timings_us=timings_us)
             parts = split_tensors(step, delivery.tensors)
             tensors = (*output.tensors, *parts.told, *parts.keep)
             hosted.sent_bytes += self._mailbox.send(hosted.next_name, encode(onward), tensors)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the caller raises it
             self._tell(StepFailed(session=step.session, number=step.number, **_failure(error)))
 
     def _end_session(self, message: EndSession) -> None:
@@ -205,10 +200,10 @@ class Worker:
             onward = EndSession(model=message.model, stage=message.stage + 1, session=message.session)
             self._mailbox.send(hosted.next_name, encode(onward))
 
-    def _hosted(self, message: Step) -> HostedStage:
-        hosted = self._stages.get((message.model, message.stage))
+    def _hosted(self, step: Step) -> HostedStage:
+        hosted = self._stages.get((step.model, step.stage))
         if hosted is None:
-            raise ProtocolError(f"stage {message.stage} of model {message.model} is not hosted here")
+            raise ProtocolError(f"stage {step.stage} of model {step.model} is not hosted here")
         return hosted
 
     def _tell(self, message: WorkerMessage) -> None:
@@ -228,6 +223,8 @@ def _failure(error: Exception) -> _Failure:
         kind = FailureKind.MEMORY
     elif isinstance(error, CheckpointError):
         kind = FailureKind.CHECKPOINT
+    elif isinstance(error, ArgumentError):
+        kind = FailureKind.ARGUMENT
     return {
         "kind": kind,
         "cause": f"{type(error).__name__}: {error}",

@@ -8,12 +8,24 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from families import FAMILIES, tiny_config
 from lingualinked.errors import ArgumentError, UncuttableModelError
 from lingualinked.model import hf_internals
-from lingualinked.model.parts import find_parts, learned_positions
+from lingualinked.model.parts import build_meta, find_parts, learned_positions
+from lingualinked.model.spec import ModelSpec
 
 
 def meta_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
+
+
+def llama_spec() -> ModelSpec:
+    return ModelSpec(
+        class_name="LlamaForCausalLM",
+        config_json=tiny_config("llama").to_json_string(use_diff=False),
+        dtype="float32",
+        attn_implementation=None,
+        load_format="dummy",
+        files=(),
+    )
 
 
 def test_the_parts_of_a_llama() -> None:
@@ -94,6 +106,18 @@ def test_a_forward_pass_that_fails_is_refused_with_its_error() -> None:
     model.model.rotary_emb = None
     with pytest.raises(UncuttableModelError, match=r"failed before the first layer .*NoneType"):
         find_parts(model)
+
+
+@pytest.mark.parametrize("attn_implementation", ["nonsense", "flash_attention_2"])
+def test_an_attention_implementation_that_can_not_be_had_is_refused(attn_implementation: str) -> None:
+    spec = dataclasses.replace(llama_spec(), attn_implementation=attn_implementation)
+    with pytest.raises(ArgumentError, match=f"attn_implementation='{attn_implementation}' can't be used"):
+        build_meta(spec)
+
+
+def test_a_class_that_can_not_be_cut_is_never_looked_up() -> None:
+    with pytest.raises(UncuttableModelError, match="BertModel"):
+        build_meta(dataclasses.replace(llama_spec(), class_name="BertModel"))
 
 
 class Unreached(LlamaForCausalLM):

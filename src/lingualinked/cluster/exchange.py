@@ -1,0 +1,174 @@
+"""The caller's end of a cluster's conversation: what was asked, what came back, who is there to talk to.
+
+Knows messages, a mailbox and which workers live; neither threads nor processes. All of it runs on one thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lingualinked.cluster.failures import error_of
+from lingualinked.cluster.pending import Key, Pending, PendingAnswers
+from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
+from lingualinked.protocol.messages import (
+    CallerMessage,
+    Hello,
+    LoadProgress,
+    LogRecord,
+    ModelUnloaded,
+    RequestFailed,
+    StageLoaded,
+    StepDone,
+    StepFailed,
+    UnloadModel,
+    WorkerMessage,
+    WorkerReport,
+    decode,
+    encode,
+)
+from lingualinked.transport.mailbox import Delivery, Mailbox
+
+logger = logging.getLogger("lingualinked.cluster")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepReply:
+    """The last stage's answer to a step.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        The logits.
+    timings_us : tuple of int
+        Microseconds of compute in each stage.
+    """
+
+    tensors: tuple[Tensor, ...]
+    timings_us: tuple[int, ...]
+
+
+class Exchange:
+    """What one cluster's caller sends and awaits.
+
+    Parameters
+    ----------
+    mailbox : Mailbox
+        The caller's.
+    public_keys : mapping of str to str
+        Public key of each device's worker, by device name.
+
+    Attributes
+    ----------
+    addresses : dict of str to str
+        Where workers listen, of those that have said hello; other threads may read it.
+    ended : dict of str to str
+        How workers ended, of those that have; other threads may read it.
+    settled : dict of str to Event
+        Set for each device once its worker is ready, or never will be.
+    """
+
+    def __init__(self, mailbox: Mailbox, public_keys: Mapping[str, str]) -> None:
+        self.addresses: dict[str, str] = {}
+        self.ended: dict[str, str] = {}
+        self.settled = {name: threading.Event() for name in public_keys}
+        self._mailbox = mailbox
+        self._public_keys = dict(public_keys)
+        self._pending = PendingAnswers()
+        self._unloaded: set[int] = set()
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait for one message, no longer than until an answer is late or ``timeout_s``, and take it."""
+        left_s = self._pending.time_left(time.monotonic())
+        delivery = self._mailbox.receive(left_s if timeout_s is None else timeout_s)
+        if delivery is not None:
+            self.take(delivery)
+        self._pending.expire(time.monotonic())
+
+    def take(self, delivery: Delivery) -> None:
+        """Do what a message says; what is wrong with it is logged, and nobody else's concern."""
+        try:
+            message = decode(delivery.payload)
+            if not isinstance(message, WorkerMessage):
+                raise ProtocolError(f"{type(message).__name__} is not for the caller")
+            self._handle(message, delivery)
+        except ProtocolError as error:
+            logger.warning("refused a message from %r: %s", delivery.sender, error)
+        except Exception:  # a progress bar that can't be drawn, a log handler that raises
+            logger.exception("a message from %r could not be handled", delivery.sender)
+
+    def ask(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...], key: Key, pending: Pending) -> None:
+        """Send what an answer is due for, or fail it at once."""
+        try:
+            if pending.model in self._unloaded:
+                raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
+            for name in pending.devices & self.ended.keys():
+                raise WorkerDiedError(name, self.ended[name])
+            self._send(device, message, tensors)
+        except Exception as error:  # noqa: BLE001 - whoever waits raises it
+            pending.future.set_exception(error)
+        else:
+            self._pending.add(key, pending)
+
+    def tell(self, device: str, message: CallerMessage, model: int) -> None:
+        """Send what has no answer; nothing is sent to a worker that is not there, or about a model that is unloaded."""
+        if device in self.addresses and device not in self.ended and model not in self._unloaded:
+            self._send(device, message, ())
+
+    def unload(self, model: int, devices: Sequence[str]) -> None:
+        """Have workers free a model; what waits for it fails."""
+        for device in devices:
+            self.tell(device, UnloadModel(request=-1, model=model), model)
+        self._unloaded.add(model)
+        self._pending.fail_model(model, lambda: ClosedError("the model was closed while it was in use"))
+
+    def bury(self, device: str, how: str) -> None:
+        """Take note that a worker has ended; what needs it fails."""
+        self.ended[device] = how
+        self._mailbox.disconnect(device)
+        self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
+        self.settled[device].set()
+
+    def close(self) -> None:
+        """Fail all that is awaited, and close the mailbox."""
+        self._pending.fail_all(closed)
+        for event in self.settled.values():
+            event.set()
+        self._mailbox.close()
+
+    def _handle(self, message: WorkerMessage, delivery: Delivery) -> None:
+        sender = delivery.sender
+        match message:
+            case StepDone():
+                reply = StepReply(delivery.tensors, message.timings_us)
+                self._pending.complete(("step", message.session, message.number), reply)
+            case StepFailed():
+                self._pending.fail(("step", message.session, message.number), error_of(sender, message))
+            case StageLoaded() | ModelUnloaded() | WorkerReport():
+                self._pending.complete(("request", message.request, 0), message)
+            case RequestFailed():
+                self._pending.fail(("request", message.request, 0), error_of(sender, message))
+            case LoadProgress():
+                self._pending.progress(("request", message.request, 0), message.num_bytes, time.monotonic())
+            case Hello():
+                self._mailbox.connect(sender, message.address, self._public_keys[sender])
+                self.addresses[sender] = message.address
+                self.settled[sender].set()
+            case LogRecord():
+                name = message.logger if message.logger.startswith("lingualinked") else "lingualinked.worker"
+                logging.getLogger(name).log(message.level, "[%s] %s", sender, message.text, extra={"device": sender})
+
+    def _send(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...]) -> None:
+        payload = encode(message)
+        decode(payload)  # a field of a wrong type fails here, where it is noticed, not at a worker, which drops it
+        self._mailbox.send(device, payload, tensors)
+
+
+def closed() -> ClosedError:
+    """Make the error of a cluster that is closed."""
+    return ClosedError("the cluster is closed: make a new one")

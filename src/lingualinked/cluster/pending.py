@@ -1,0 +1,114 @@
+"""The answers that the caller waits for, and what makes them fail.
+
+Knows futures, devices and deadlines, and the time only as it is told; neither messages nor sockets.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable
+
+from lingualinked.errors import LingualinkedError, StepTimeoutError
+
+Key = tuple[str, int, int]
+"""What an answer is told by: its kind and two numbers."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Pending:
+    """One answer that is due.
+
+    Parameters
+    ----------
+    devices : frozenset of str
+        The devices without which it can't come.
+    model : int or None
+        The model that it is for; it is of no use once that is unloaded.
+    what : str
+        What was asked, for the time-out's message.
+    timeout_s : float
+        Seconds that it may take.
+    deadline : float
+        When it is late, in monotonic seconds.
+    on_progress : callable or None
+        Told the bytes loaded so far.
+    future : Future
+        Gives the answer.
+    """
+
+    devices: frozenset[str]
+    model: int | None
+    what: str
+    timeout_s: float
+    deadline: float
+    on_progress: Callable[[int], None] | None = None
+    future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
+
+
+class PendingAnswers:
+    """All answers that are due; used by one thread.
+
+    Every failed future gets an error of its own, made by the callable that is passed: one that were raised in several
+    threads would collect all their frames.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[Key, Pending] = {}
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def add(self, key: Key, pending: Pending) -> None:
+        """Await an answer."""
+        assert key not in self._pending
+        self._pending[key] = pending
+
+    def complete(self, key: Key, answer: object) -> None:
+        """Give an answer to who waits for it; does nothing if nobody does any more."""
+        pending = self._pending.pop(key, None)
+        if pending is not None:
+            pending.future.set_result(answer)
+
+    def fail(self, key: Key, error: Exception) -> None:
+        """Fail one answer; does nothing if nobody waits for it any more."""
+        pending = self._pending.pop(key, None)
+        if pending is not None:
+            pending.future.set_exception(error)
+
+    def progress(self, key: Key, num_bytes: int, now: float) -> None:
+        """Pass progress on, and start the time allowed anew."""
+        pending = self._pending.get(key)
+        if pending is not None:
+            pending.deadline = now + pending.timeout_s
+            if pending.on_progress is not None:
+                pending.on_progress(num_bytes)
+
+    def fail_device(self, device: str, make_error: Callable[[], LingualinkedError]) -> None:
+        """Fail what needs a device."""
+        self._fail_where(lambda pending: device in pending.devices, make_error)
+
+    def fail_model(self, model: int, make_error: Callable[[], LingualinkedError]) -> None:
+        """Fail what is for a model."""
+        self._fail_where(lambda pending: pending.model == model, make_error)
+
+    def fail_all(self, make_error: Callable[[], LingualinkedError]) -> None:
+        """Fail everything."""
+        self._fail_where(lambda pending: True, make_error)
+
+    def expire(self, now: float) -> None:
+        """Fail what is late at ``now`` (monotonic seconds)."""
+        for key, pending in list(self._pending.items()):
+            if pending.deadline <= now:
+                error = f"{pending.what} got no answer within timeout_s={pending.timeout_s:g}: is a worker stopped or overloaded?"
+                self.fail(key, StepTimeoutError(error))
+
+    def time_left(self, now: float) -> float | None:
+        """Seconds until the next answer is late; ``None`` if none is due."""
+        if not self._pending:
+            return None
+        return max(0.0, min(pending.deadline for pending in self._pending.values()) - now)
+
+    def _fail_where(self, holds: Callable[[Pending], bool], make_error: Callable[[], LingualinkedError]) -> None:
+        for key in [key for key, pending in self._pending.items() if holds(pending)]:
+            self.fail(key, make_error())

@@ -1,0 +1,102 @@
+"""What transformers' ``from_pretrained`` takes and a sharded model does not: refused by name, with the remedy.
+
+Knows names and remedies only; what is left are attributes of a config, or unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
+
+_REMEDIES = {
+    "adapter_kwargs": "merge the adapter into the weights first",
+    "adapter_name": "merge the adapter into the weights first",
+    "allow_all_kernels": "stages run the model's own forward; leave it out",
+    "code_revision": "custom code is not cut; leave it out",
+    "device_map": "use devices= or plan=",
+    "device_mesh": "use devices= or plan=",
+    "disable_mmap": "workers read files and never map them; leave it out",
+    "distributed_config": "use devices= or plan=",
+    "experts_implementation": "stages run transformers' default; leave it out",
+    "fusion_config": "stages run the model's own forward; leave it out",
+    "gguf_file": "convert it to safetensors first",
+    "ignore_mismatched_sizes": "every tensor must have its shape; leave it out",
+    "kernel_config": "stages run the model's own forward; leave it out",
+    "key_mapping": "rename the tensors in the checkpoint",
+    "max_memory": "use Device(memory=...)",
+    "offload_buffers": "add a device instead",
+    "offload_folder": "add a device instead",
+    "output_loading_info": "a tensor that is missing or does not fit is an error here; leave it out",
+    "quantization_config": "it is not supported yet; load the weights as they are",
+    "state_dict": "save it with save_pretrained and give the folder",
+    "tp_plan": "use devices= or plan=",
+    "tp_size": "use devices= or plan=",
+    "tqdm_class": "use progress=",
+    "use_kernels": "stages run the model's own forward; leave it out",
+    "use_safetensors": "safetensors is the only format; leave it out",
+    "variant": "give a folder that holds only the wanted files",
+}
+# Values that ask for what is done anyway; of all others None and False do.
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "adapter_kwargs": (None, {}),
+    "adapter_name": (None, "default"),
+    "disable_mmap": (None, True),
+    "use_safetensors": (None, True),
+}
+# transformers takes these without effect on safetensors, and so do we.
+_WITHOUT_EFFECT = (
+    "_commit_hash",
+    "_fast_init",
+    "_from_auto",
+    "_from_pipeline",
+    "from_flax",
+    "from_tf",
+    "low_cpu_mem_usage",
+    "mirror",
+    "offload_state_dict",
+    "weights_only",
+)
+
+
+def take_config_attributes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what has no sharded counterpart, and return what may be attributes of the config.
+
+    Parameters
+    ----------
+    arguments : mapping of str to object
+        Those of ``from_pretrained`` that it does not name itself.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        For an argument of transformers, unless its value asks for what is done anyway.
+    """
+    for name in _REMEDIES.keys() & arguments.keys():
+        value = arguments[name]
+        if not any(type(value) is type(each) and value == each for each in _HARMLESS.get(name, (None, False))):
+            raise UnsupportedOperationError(
+                f"{name}={value!r} is not supported by ShardedModel.from_pretrained: {_REMEDIES[name]}"
+            )
+    return {name: value for name, value in arguments.items() if name not in _REMEDIES and name not in _WITHOUT_EFFECT}
+
+
+def check_attn_implementation(value: object) -> str | None:
+    """Return a name that transformers itself knows what to do with.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If it names a kernel of the hub, whose code workers would run, a kernel for continuous batching, or several.
+    ArgumentError
+        If it is no name.
+    """
+    if isinstance(value, Mapping) or (isinstance(value, str) and ("/" in value or "|" in value)):
+        raise UnsupportedOperationError(
+            f"attn_implementation={value!r} is not supported by ShardedModel.from_pretrained: "
+            "give one that is part of transformers, such as 'sdpa' or 'eager'"
+        )
+    if value is not None and not isinstance(value, str):
+        raise ArgumentError(f"attn_implementation={value!r} must be a name, such as 'sdpa' or 'eager'")
+    return value

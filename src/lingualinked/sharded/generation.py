@@ -1,0 +1,147 @@
+"""What a sharded model does where transformers' ``generate`` would make a cache, compile, or look into layers.
+
+Knows generation configs and sessions; the loops, processors and criteria are transformers' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.utils import ModelOutput
+
+from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
+from lingualinked.sharded.cache import ShardedCache
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.pipeline import Pipeline
+
+_sessions_of_call: contextvars.ContextVar[list[ShardedCache] | None] = contextvars.ContextVar(
+    "sessions_of_call", default=None
+)
+
+# Settings of a GenerationConfig that can't have transformers' effect here, and why.
+_REFUSED = {
+    "assistant_early_exit": "the head is on the last stage, so the first layers alone give no tokens",
+    "compile_config": "the layers run in the workers, uncompiled",
+    "dola_layers": "it compares hidden states, which stay in the workers",
+    "speculation_type": "its draft model reads the embeddings, which are in a worker",
+    "use_mtp": "its draft layers read hidden states, which stay in the workers",
+}
+
+
+class ShardedGeneration:
+    """Mixin that overrides transformers' ``GenerationMixin``, which comes later in the order of classes."""
+
+    if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
+        config: Any
+        _pipeline: Pipeline
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate token ids: transformers' own ``generate`` with the layers in the workers.
+
+        Every argument is that of ``transformers.GenerationMixin.generate``. The sessions that a call opens are freed
+        in every stage when it ends, however it ends; a returned ``past_key_values`` keeps its session.
+
+        Raises
+        ------
+        UnsupportedOperationError
+            If an argument asks for what a sharded model does not do, by name.
+        ArgumentError
+            If an argument is unknown, or ids are empty, outside the vocabulary or beyond the learned positions.
+        WorkerDiedError, WorkerError, StepTimeoutError, ClosedError
+            If a step can't be run.
+        """
+        self._check_open()
+        if kwargs.get("cache_implementation") == "paged":
+            _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if isinstance(ids, Tensor) and ids.numel() == 0 and kwargs.get("inputs_embeds") is None:
+            raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} are empty: give at least one token")
+        with _ending_sessions() as opened:
+            result = super().generate(*args, **kwargs)  # type: ignore[misc]
+            opened[:] = [cache for cache in opened if not _may_hold(result, cache)]
+            return result
+
+    def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
+        """Give what ``forward`` is called with, less what ``generate`` keeps for itself and lets pass by."""
+        passed_by = ("tokenizer", "assistant_tokenizer")
+        arguments = {name: value for name, value in kwargs.items() if name not in passed_by}
+        return super().prepare_inputs_for_generation(**arguments)  # type: ignore[misc, no-any-return]
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Refuse by name, once all that is set anywhere has been brought together."""
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+        for name, reason in _REFUSED.items():
+            value = getattr(config, name)
+            if value is not None and value is not False:
+                _refuse_setting(name, value, reason)
+        if config.cache_implementation not in (None, "dynamic"):
+            _refuse_setting("cache_implementation", config.cache_implementation, "the KV grows in the workers")
+        return config, model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        try:
+            super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            raise ArgumentError(f"unknown argument of generate: {error}") from error
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Open a session where transformers would make a cache."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            own = super()._prepare_cache_for_generation  # type: ignore[misc]
+            own(generation_config, model_kwargs, *args, **kwargs)
+            return
+        cache = self._open_session()
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        opened = _sessions_of_call.get()
+        if opened is not None:
+            opened.append(cache)
+        model_kwargs["past_key_values"] = cache
+
+    def _open_session(self) -> ShardedCache:
+        return ShardedCache(self._pipeline, self._sliding_window)
+
+    @functools.cached_property
+    def _sliding_window(self) -> int | None:
+        """Tokens that the narrowest sliding layer sees, if there are such layers."""
+        layers: list[Any] = DynamicCache(config=self.config).layers
+        return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
+
+    def _check_open(self) -> None:
+        if self._pipeline.closed:
+            raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
+
+
+def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:
+    raise UnsupportedOperationError(f"{name}={value!r} is not supported by a sharded model: {reason}; leave it out")
+
+
+@contextlib.contextmanager
+def _ending_sessions() -> Iterator[list[ShardedCache]]:
+    """Collect the sessions opened inside; end those that are left in the list."""
+    opened: list[ShardedCache] = []
+    token = _sessions_of_call.set(opened)
+    try:
+        yield opened
+    finally:
+        _sessions_of_call.reset(token)
+        for cache in opened:
+            cache.end()
+
+
+def _may_hold(result: object, cache: ShardedCache) -> bool:
+    """Tell whether the user gets a session with the result of a call."""
+    if isinstance(result, ModelOutput):
+        return cache is result.get("past_key_values")
+    return not isinstance(result, Tensor)  # from a decoding loop of the user's own: there is no telling

@@ -1,0 +1,170 @@
+"""Models that see only so far, or know only so many positions, do as unsharded ones at and beyond those limits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import Phi3Config, PreTrainedModel
+
+import lingualinked as ll
+from families import reference, save_tiny, tiny_config
+
+pytestmark = pytest.mark.process
+
+SPANS = [("a", 0, 1), ("b", 1, 3), ("c", 3, 4)]
+Pair = tuple[Any, PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def load_pair(shared_cluster: ll.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair]]:
+    models: list[Any] = []
+
+    def load(family: str, **arguments: Any) -> Pair:
+        folder = save_tiny(family, torch.float32, tmp_path_factory.mktemp(family))
+        plan = ll.Plan.from_spans(SPANS)
+        models.append(
+            ll.ShardedModel.from_pretrained(folder, cluster=shared_cluster, plan=plan, progress=False, **arguments)
+        )
+        return models[-1], reference(folder, **arguments)
+
+    yield load
+    for model in models:
+        model.close()
+
+
+@pytest.fixture(scope="module", params=["mistral", "gemma2", "gemma3", "qwen2"])
+def sliding(request: pytest.FixtureRequest, load_pair: Callable[..., Pair]) -> Pair:
+    return load_pair(request.param)
+
+
+PROMPT = torch.tensor([[1, 17, 93, 54, 8, 17, 93, 54, 8, 17]])  # the windows are of 6 tokens
+
+
+def generate(model: Any, **arguments: Any) -> torch.Tensor:
+    torch.manual_seed(7)
+    return model.generate(**{"input_ids": PROMPT, "max_new_tokens": 20, "eos_token_id": None, **arguments})
+
+
+def assistant_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model that often, not always, says the same."""
+    assistant = copy.deepcopy(model)
+    torch.manual_seed(3)
+    for parameter in assistant.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    return assistant
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "do_sample": True, "top_k": 5},
+        {"prefill_chunk_size": 4},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 3, "do_sample": True},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_beyond_sliding_windows(sliding: Pair, arguments: dict[str, Any]) -> None:
+    assert torch.equal(*(generate(model, **arguments) for model in sliding))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_assisted_decoding_beyond_sliding_windows(sliding: Pair, do_sample: bool) -> None:
+    sharded, unsharded = sliding
+    assistant = assistant_of(unsharded)
+    sampling = {"do_sample": do_sample, "top_k": 5 if do_sample else None}
+    expected = generate(unsharded, assistant_model=assistant, **sampling)
+    assert torch.equal(generate(sharded, assistant_model=assistant, **sampling), expected)
+    if not do_sample:
+        assert torch.equal(generate(assistant, assistant_model=sharded), generate(assistant, assistant_model=unsharded))
+
+
+def test_cropping_beyond_sliding_windows(sliding: Pair) -> None:
+    after = []
+    for model in sliding:
+        with torch.no_grad():
+            past = model(PROMPT[:, :3]).past_key_values
+            past.activate_past_recording()
+            model(PROMPT[:, 3:], past_key_values=past)
+            past.crop(-4)
+            after.append(model(PROMPT[:, 6:], past_key_values=past).logits)
+    assert torch.equal(*after)
+
+
+def test_cropping_what_was_not_recorded_is_refused(sliding: Pair) -> None:
+    sharded, _ = sliding
+    past = sharded(PROMPT).past_key_values
+    with pytest.raises(ll.ArgumentError, match="sliding window \\(6 tokens\\) is full; call activate_past_recording"):
+        past.crop(-1)
+    assert sharded(PROMPT, past_key_values=past).logits.isfinite().all()
+
+
+@pytest.fixture(scope="module", params=["gpt2", "opt"])
+def learned(request: pytest.FixtureRequest, load_pair: Callable[..., Pair]) -> Pair:
+    return load_pair(request.param)
+
+
+LIMIT = tiny_config("gpt2").max_position_embeddings
+LONG = torch.arange(LIMIT + 6)[None].repeat(2, 1) % 90 + 3
+PADDING = torch.ones_like(LONG)
+PADDING[0, :9], PADDING[1, :6] = 0, 0  # on the left, so that the tokens need 64 positions
+
+
+def test_padding_needs_no_learned_positions(learned: Pair) -> None:
+    masked = {"input_ids": LONG[:, :-2], "attention_mask": PADDING[:, :-2]}
+    assert torch.equal(*(generate(model, **masked, max_new_tokens=2) for model in learned))
+
+
+def test_positions_that_the_model_counts_itself(learned: Pair) -> None:
+    sharded, unsharded = learned
+    with torch.no_grad():
+        if unsharded.config.model_type == "opt":  # in the mask
+            assert torch.equal(*(model(LONG, attention_mask=PADDING).logits for model in learned))
+            return
+        with pytest.raises(IndexError):  # from the first token, padding or not
+            unsharded(LONG, attention_mask=PADDING)
+        with pytest.raises(ll.ArgumentError, match=f"{LIMIT + 6} tokens are more than the {LIMIT} positions"):
+            sharded(LONG, attention_mask=PADDING)
+        positions = (PADDING.cumsum(-1) - 1).clamp(0)
+        logits = [model(LONG, attention_mask=PADDING, position_ids=positions).logits for model in learned]
+        assert torch.equal(*logits)
+
+
+def test_text_beyond_learned_positions_is_refused(learned: Pair) -> None:
+    sharded, _ = learned
+    needed = f"{LIMIT + 1} tokens are more than the {LIMIT} positions"
+    one_more = torch.ones((1, LIMIT + 1), dtype=torch.long)
+    for call in (
+        lambda: sharded(one_more),
+        lambda: sharded(one_more[:, :3], position_ids=torch.tensor([[3, 4, LIMIT]])),
+        lambda: sharded.generate(LONG, attention_mask=PADDING, max_new_tokens=2),
+        lambda: sharded(one_more[:, :1], past_key_values=sharded(one_more[:, 1:]).past_key_values),
+    ):
+        with pytest.raises(ll.ArgumentError, match=needed):
+            call()
+    assert sharded(one_more[:, 1:]).logits.shape[1] == LIMIT
+
+
+def test_a_rope_that_changes_with_the_length(load_pair: Callable[..., Pair]) -> None:
+    config = tiny_config("phi3")
+    assert isinstance(config, Phi3Config)
+    half = config.hidden_size // config.num_attention_heads // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * half,
+        "long_factor": [3.0] * half,
+        "original_max_position_embeddings": 16,
+    }
+    config.rope_parameters, config.original_max_position_embeddings = rope, 16
+    pair = load_pair("phi3", config=config)
+    tokens = [generate(model) for model in pair]  # from 10 tokens to 30
+    assert torch.equal(*tokens)
+    past = [generate(model, return_dict_in_generate=True)["past_key_values"].get_seq_length() for model in pair]
+    assert past == [29, 29]

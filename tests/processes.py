@@ -1,0 +1,103 @@
+"""Processes as a test sees them: those of a cluster, and a user's script that runs beside the tests.
+
+Knows process ids and lines of text; nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from waiting import wait_until
+
+
+def family(cluster: Any) -> list[psutil.Process]:
+    """Every process of a cluster: its workers, and the fork server if it has one."""
+    pids = {*cluster.pids.values(), *(server.pid for server in cluster._launcher._servers())}
+    return [psutil.Process(pid) for pid in sorted(pids)]
+
+
+def are_gone(processes: Iterable[psutil.Process]) -> bool:
+    """Whether they have all ended; one that only its parent has still to take note of has."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def stopped(pid: int) -> None:
+    """Stop a process with SIGSTOP, and wait until it is."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
+class Script:
+    """A user's script in a Python of its own; a context manager that leaves no process behind.
+
+    The script says something by printing it as JSON, a line each, and is told by lines on its standard input.
+
+    Parameters
+    ----------
+    code : str
+        The script.
+    folder : Path
+        Where its file goes.
+    cwd : Path or None
+        The folder that it runs in; ``None``: this process's own.
+    """
+
+    def __init__(self, code: str, folder: Path, *, cwd: Path | None = None) -> None:
+        path = folder / "script.py"
+        path.write_text(code)
+        self._errors = folder / "errors.txt"
+        with self._errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd
+            )
+
+    def hear(self, timeout_s: float = 90.0) -> Any:
+        """Wait for the next thing that the script says."""
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        while select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            line = self.process.stdout.readline()
+            assert line, f"the script has ended:\n{self.errors()}"
+            if line.startswith(("{", "[", '"')):  # not what a library prints
+                return json.loads(line)
+        raise AssertionError(f"the script says nothing:\n{self.errors()}")
+
+    def tell(self, line: str) -> None:
+        """Write a line to the script's standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def end(self, timeout_s: float = 60.0) -> int:
+        """Close its standard input and wait for its end; return the exit status."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait(timeout_s)
+
+    def errors(self) -> str:
+        """Return what it has written to standard error."""
+        return self._errors.read_text()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()

@@ -1,0 +1,230 @@
+"""The caller's end of the conversation, with mailboxes that carry no further than this process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from lingualinked.cluster.exchange import Exchange, StepReply
+from lingualinked.cluster.pending import Pending
+from lingualinked.errors import (
+    ArgumentError,
+    CheckpointError,
+    ClosedError,
+    DeviceMemoryError,
+    ProtocolError,
+    WorkerDiedError,
+    WorkerError,
+)
+from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.protocol.messages import (
+    AnyMessage,
+    EndSession,
+    FailureKind,
+    Hello,
+    Inspect,
+    LogRecord,
+    RequestFailed,
+    Step,
+    StepDone,
+    StepFailed,
+    UnloadModel,
+    decode,
+    encode,
+)
+from lingualinked.transport import InProcessHub, InProcessMailbox
+
+
+class Conversation:
+    """An exchange and the mailboxes of its two workers."""
+
+    def __init__(self) -> None:
+        hub = InProcessHub()
+        self.caller = InProcessMailbox(hub, "caller")
+        self.workers = {name: InProcessMailbox(hub, name) for name in "ab"}
+        self.exchange = Exchange(self.caller, {name: box.public_key for name, box in self.workers.items()})
+        for worker in self.workers.values():
+            worker.connect("caller", self.caller.address, self.caller.public_key)
+
+    def say(self, sender: str, message: AnyMessage, *tensors: torch.Tensor) -> None:
+        self.workers[sender].send("caller", encode(message), tensors)
+        self.exchange.wait(0)
+
+    def greet(self, *names: str) -> None:
+        for name in names:
+            self.say(name, Hello(pid=1, address=self.workers[name].address))
+
+    def heard(self, name: str) -> AnyMessage | None:
+        delivery = self.workers[name].receive(0)
+        return None if delivery is None else decode(delivery.payload)
+
+    def ask(self, message: Step | Inspect, devices: str = "ab", model: int = 1) -> Future[object]:
+        pending = Pending(
+            devices=frozenset(devices), model=model, what="this", timeout_s=60, deadline=time.monotonic() + 60
+        )
+        key = (
+            ("step", message.session, message.number) if isinstance(message, Step) else ("request", message.request, 0)
+        )
+        self.exchange.ask(devices[0], message, (), key, pending)
+        return pending.future
+
+
+@pytest.fixture
+def talk() -> Iterator[Conversation]:
+    conversation = Conversation()
+    conversation.greet("a", "b")
+    yield conversation
+    conversation.exchange.close()
+    for worker in conversation.workers.values():
+        worker.close()
+
+
+def step(session: int = 1, *, model: int = 1, logits_to_keep: int | None = 1) -> Step:
+    return Step(
+        model=model,
+        stage=0,
+        session=session,
+        number=0,
+        keeps_kv=True,
+        layout=None,
+        mask=MaskMode.NONE,
+        positions=PositionMode.NONE,
+        position_rows=0,
+        logits_to_keep=logits_to_keep,
+        edits=(),
+        timings_us=(),
+    )
+
+
+def test_a_worker_is_there_once_it_says_hello() -> None:
+    conversation = Conversation()
+    assert not conversation.exchange.settled["a"].is_set()
+    conversation.exchange.unload(7, ["a"])  # nobody to tell
+    conversation.greet("a")
+    assert conversation.exchange.settled["a"].is_set()
+    assert not conversation.exchange.settled["b"].is_set()
+    assert conversation.heard("a") is None
+    conversation.exchange.close()
+    assert conversation.exchange.settled["b"].is_set()
+
+
+def test_a_step_goes_to_the_first_stage_and_its_answer_comes_from_the_last(talk: Conversation) -> None:
+    future = talk.ask(step())
+    assert talk.heard("a") == step()
+    talk.say("b", StepDone(session=1, number=0, timings_us=(5, 6)), torch.ones(2))
+    reply = future.result(0)
+    assert isinstance(reply, StepReply)
+    assert reply.timings_us == (5, 6)
+    assert torch.equal(reply.tensors[0], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        (FailureKind.ERROR, WorkerError, "worker on device 'a' raised ValueError: no"),
+        (FailureKind.MEMORY, DeviceMemoryError, "worker on device 'a' raised ValueError: no"),
+        (FailureKind.CHECKPOINT, CheckpointError, "device 'a': no"),
+        (FailureKind.ARGUMENT, ArgumentError, "device 'a': no"),
+    ],
+)
+def test_a_failure_is_the_error_of_its_kind_with_the_remote_traceback(
+    talk: Conversation, kind: FailureKind, error: type[Exception], words: str
+) -> None:
+    future = talk.ask(Inspect(request=3), "a")
+    talk.say("a", RequestFailed(request=3, kind=kind, cause="ValueError: no", traceback="line 1"))
+    with pytest.raises(error, match=words) as caught:
+        future.result(0)
+    raised = caught.value if isinstance(caught.value, WorkerError) else caught.value.__cause__
+    assert isinstance(raised, WorkerError)
+    assert (raised.device, raised.remote_traceback) == ("a", "line 1")
+
+
+def test_a_failed_step_fails_alone(talk: Conversation) -> None:
+    first, second = talk.ask(step(1)), talk.ask(step(2))
+    talk.say("b", StepFailed(session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback=""))
+    assert isinstance(first.exception(0), WorkerError)
+    assert not second.done()
+
+
+def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> None:
+    both, alone = talk.ask(step(1)), talk.ask(step(2), "a")
+    talk.exchange.bury("b", "killed")
+    with pytest.raises(WorkerDiedError, match=r"'b' died.*killed"):
+        both.result(0)
+    assert not alone.done()
+    with pytest.raises(WorkerDiedError, match=r"'b' died"):
+        talk.ask(step(3)).result(0)
+    talk.exchange.tell("b", EndSession(model=1, stage=0, session=1), 1)
+    assert talk.heard("b") is None
+
+
+def test_a_model_that_is_unloaded_fails_what_waits_and_what_comes(talk: Conversation) -> None:
+    ours, other = talk.ask(step(1)), talk.ask(step(2, model=2), model=2)
+    talk.exchange.unload(1, ["a", "b"])
+    with pytest.raises(ClosedError, match="closed while it was in use"):
+        ours.result(0)
+    assert not other.done()
+    with pytest.raises(ClosedError, match="is closed"):
+        talk.ask(step(3)).result(0)
+    talk.exchange.tell("a", EndSession(model=1, stage=0, session=1), 1)  # a handle on KV that outlived the model
+    assert [talk.heard("a") for _ in range(4)] == [
+        step(1),
+        step(2, model=2),
+        UnloadModel(request=-1, model=1),
+        None,
+    ]
+    assert talk.heard("b") == UnloadModel(request=-1, model=1)
+
+
+def test_a_field_of_a_wrong_type_fails_here_and_is_not_sent(talk: Conversation) -> None:
+    with pytest.raises(ProtocolError, match="int"):
+        talk.ask(step(logits_to_keep=1.5)).result(0)  # type: ignore[arg-type]
+    assert talk.heard("a") is None
+
+
+def test_closing_fails_everything(talk: Conversation) -> None:
+    future = talk.ask(step())
+    talk.exchange.close()
+    with pytest.raises(ClosedError):
+        future.result(0)
+
+
+def test_log_records_carry_the_device(talk: Conversation, caplog: pytest.LogCaptureFixture) -> None:
+    talk.say("a", LogRecord(level=logging.WARNING, logger="lingualinked.worker", text="hot"))
+    talk.say("b", LogRecord(level=logging.ERROR, logger="py.warnings", text="100 % old"))
+    assert [(record.name, record.levelname, record.getMessage(), record.device) for record in caplog.records] == [
+        ("lingualinked.worker", "WARNING", "[a] hot", "a"),
+        ("lingualinked.worker", "ERROR", "[b] 100 % old", "b"),
+    ]
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x92\x01\x02", encode(Inspect(request=1))])
+def test_what_is_no_message_for_the_caller_is_refused(
+    talk: Conversation, caplog: pytest.LogCaptureFixture, payload: bytes
+) -> None:
+    future = talk.ask(step())
+    talk.workers["a"].send("caller", payload)
+    talk.exchange.wait(0)
+    assert "refused a message from 'a'" in caplog.text
+    assert not future.done()
+
+
+def test_a_progress_bar_that_raises_stops_nothing(talk: Conversation, caplog: pytest.LogCaptureFixture) -> None:
+    from lingualinked.protocol.messages import LoadProgress, StageLoaded
+
+    def draw(num_bytes: int) -> None:
+        raise BrokenPipeError
+
+    pending = Pending(
+        devices=frozenset("a"), model=1, what="this", timeout_s=60, deadline=time.monotonic() + 60, on_progress=draw
+    )
+    talk.exchange.ask("a", Inspect(request=5), (), ("request", 5, 0), pending)
+    talk.say("a", LoadProgress(request=5, num_bytes=3))
+    assert "could not be handled" in caplog.text
+    talk.say("a", StageLoaded(request=5, weight_bytes=3, num_bytes_read=3))
+    assert pending.future.done()

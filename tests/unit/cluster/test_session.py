@@ -1,0 +1,62 @@
+"""The KV budget counts what sessions hold together."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+import lingualinked as ll
+from lingualinked.cluster.session import KVBudget
+
+
+def test_sessions_share_a_budget() -> None:
+    budget = KVBudget(10)
+    budget.hold(1, 4)
+    budget.hold(2, 6)
+    with pytest.raises(ll.KVCapacityError, match=r"5 tokens of KV for this session and 6 of others.*max_kv_tokens=10"):
+        budget.hold(1, 5)
+    budget.release(2)
+    budget.hold(1, 10)  # all that it holds, not so many more
+    budget.release(1)
+    budget.release(1)
+    budget.hold(3, 10)
+
+
+def test_a_refusal_changes_nothing() -> None:
+    budget = KVBudget(10)
+    budget.hold(1, 8)
+    with pytest.raises(ll.KVCapacityError):
+        budget.hold(1, 11)
+    budget.hold(2, 2)
+
+
+def test_no_limit_counts_nothing() -> None:
+    KVBudget(None).hold(1, 10**12)
+
+
+def test_a_finalizer_may_release_in_the_middle_of_a_hold() -> None:
+    budget = KVBudget(10)
+    budget.hold(1, 10)
+
+    class Abandoned:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            budget.release(1)
+
+    class Collecting(int):
+        """A number whose use runs the garbage collector, as any allocation might."""
+
+        def __gt__(self, other: object) -> bool:
+            gc.collect()
+            return int(self) > int(other)  # type: ignore[call-overload]
+
+        def __radd__(self, other: int) -> Collecting:
+            return Collecting(int(self) + other)
+
+    Abandoned()
+    with pytest.raises(ll.KVCapacityError):
+        budget.hold(2, Collecting(1))
+    budget.hold(2, 1)
