@@ -152,8 +152,8 @@ def draw_summary(rng: Random) -> tuple[str, str]:
     beginnings, attempts, endings, summary = _ERRANDS[errand]
     hero, *others = draw_people(rng, rng.choice((2, 3)))
     thing, other = _draw_thing(rng), rng.choice(others)
-    # Mostly the helper's name has to be remembered from further up.
-    helper = other.relative if rng.random() < 0.7 else f"{other.relative} {other.name}"
+    # Now and then the helper's name has to be remembered from further up: the hardest thing asked of a model this small.
+    helper = other.relative if rng.random() < 0.1 else f"{other.relative} {other.name}"
     outcome = rng.random()
     if outcome < 0.4:
         endings, summary = _BY_OTHER[errand]

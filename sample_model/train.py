@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, default=Path("src/lingualinked/sample"))
     parser.add_argument("--work", type=Path, default=Path("build/sample_model"), help="where unfinished work is kept")
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--threads", type=int, default=2, help="1 is faster than 2 where cores are shared")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     run = Run(**vars(parser.parse_args()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -15,6 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
+from lingualinked.cluster.pipeline import Pipeline
+from lingualinked.sharded.loading import LoadArguments, prepare
 from processes import are_gone, family, stopped
 from waiting import num_sessions, wait_until
 
@@ -119,6 +122,19 @@ def test_a_worker_killed_while_it_loads(
     wait_until(lambda: num_pending(mortal) == 1)
     os.kill(mortal.pids["loading-1"], signal.SIGKILL)
     dies(loading, "loading-1")
+
+
+def test_an_error_while_loading_does_not_wait_for_the_other_stages(mortal: ll.Cluster, tiny_llama: str) -> None:
+    plan = ll.Plan.from_spans([("loading-2", 0, 2), ("well-1", 2, 4)])
+    prepared = prepare(LoadArguments(path=tiny_llama, cluster=mortal, plan=plan))
+    gone = dataclasses.replace(prepared.spec, files=("/no/such/model.safetensors",))
+    pipeline = Pipeline(mortal, gone, plan, max_kv_tokens=None, timeout_s=60)
+    stopped(mortal.pids["loading-2"])  # does not answer, for now
+    with pytest.raises(ll.CheckpointError, match=r"device 'well-1': .*/no/such/model\.safetensors"):
+        pipeline.load(lambda device, num_bytes: None)
+    pipeline.unload()
+    wait_until(lambda: num_pending(mortal) == 0)
+    os.kill(mortal.pids["loading-2"], signal.SIGCONT)
 
 
 def test_the_last_words_of_a_crash_come_along(

@@ -5,17 +5,17 @@ Knows the plan and the messages; neither tokens nor what transformers asks of a 
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import inspect_model
 from lingualinked.cluster.session import KVBudget, Session
 from lingualinked.device import CALLER
-from lingualinked.errors import CheckpointError, ClosedError
+from lingualinked.errors import ClosedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan, check_memory
 from lingualinked.protocol.messages import LoadStage
@@ -56,7 +56,7 @@ class Pipeline:
         self._finalizer.atexit = False
 
     def load(self, on_progress: Callable[[str, int], None]) -> None:
-        """Load every stage, all workers at once.
+        """Load every stage, all workers at once; the first that fails ends the wait for the others.
 
         Parameters
         ----------
@@ -78,14 +78,17 @@ class Pipeline:
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
         futures = [self._request_stage(index, on_progress) for index in range(len(self.plan.stages))]
-        # Every stage has answered before anything is undone; the checkpoint's fault says more than what followed from it.
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        errors.sort(key=lambda error: not isinstance(error, CheckpointError))
-        if errors:
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        error = next((error for future in done if (error := future.exception()) is not None), None)
+        if error is not None:
             try:
-                raise errors[0]
+                raise error
             finally:
-                del futures, errors  # they would lead from the error back here, and only the collector would free it
+                del (
+                    futures,
+                    done,
+                    error,
+                )  # they would lead from the error back here, and only the collector would free it
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""
@@ -113,7 +116,7 @@ class Pipeline:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
         self._finalizer()
 
-    def _request_stage(self, index: int, on_progress: Callable[[str, int], None]) -> Future[object]:
+    def _request_stage(self, index: int, on_progress: Callable[[str, int], None]) -> concurrent.futures.Future[object]:
         stage = self.plan.stages[index]
         is_last = index + 1 == len(self.plan.stages)
         next_name = CALLER if is_last else self.plan.stages[index + 1].device

@@ -63,9 +63,9 @@ def serve(boot: Boot, channel: int) -> None:
     channel : int
         Descriptor of the socket whose other end the caller holds.
     """
+    apply_limits(boot.threads, boot.cpus, boot.memory_bytes)  # first, since threads inherit their cores
     watch_caller(channel, boot.caller_pid)
     handler = forward_logs(boot.log_level)
-    apply_limits(boot.threads, boot.cpus, boot.memory_bytes)
     mailbox = ZmqMailbox(
         boot.name,
         KeyPair(boot.public_key, boot.secret_key),
