@@ -26,6 +26,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # `make notebooks` executes them
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the numpydoc sections give types, with shapes and units; links to torch would need a network
+autodoc_typehints = (
+    "none"  # the numpydoc sections give types, with shapes and units; links to torch would need a network
+)
 numpydoc_show_class_members = False  # autodoc lists them
 default_role = "code"  # `name` in a docstring is code, as ``name`` is

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jupyter_core.utils import ensure_event_loop
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -104,6 +105,12 @@ def make_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, padding_side="left", **special)
     assert len(tokenizer) == num_tokens
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def jupyter_event_loop() -> None:
+    """The event loop that Jupyter's client makes for itself stays; so it is there before a test begins."""
+    ensure_event_loop()
 
 
 def save_random(config: PreTrainedConfig, folder: Path, *, dtype: torch.dtype = torch.float32) -> str:

@@ -139,7 +139,7 @@ class Failing:
 
     num_calls = 0
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, _value: torch.Tensor) -> None:
         self.num_calls += 1
         if self.num_calls == 3:
             raise ZeroDivisionError

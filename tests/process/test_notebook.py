@@ -8,7 +8,6 @@ from typing import Any
 import psutil
 import pytest
 from jupyter_client.manager import KernelManager
-from jupyter_core.utils import ensure_event_loop
 
 from waiting import wait_until
 
@@ -71,14 +70,8 @@ class Kernel:
         self.manager.cleanup_resources()
 
 
-@pytest.fixture(scope="module")
-def event_loop() -> None:
-    """The event loop that Jupyter's client makes for itself stays; so it is there before a test begins."""
-    ensure_event_loop()
-
-
 @pytest.fixture
-def kernel(event_loop: None) -> Iterator[Kernel]:
+def kernel(jupyter_event_loop: None) -> Iterator[Kernel]:
     kernel = Kernel()
     yield kernel
     kernel.close()

@@ -46,7 +46,7 @@ def test_from_standard_input(session: str, tmp_path: Path) -> None:
     assert "Once upon a time" in run("-", folder=tmp_path, text=session)
 
 
-def test_in_a_notebook(session: str, tmp_path: Path) -> None:
+def test_in_a_notebook(session: str, tmp_path: Path, jupyter_event_loop: None) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(session)])
     nbclient.NotebookClient(
         notebook, timeout=100, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}

@@ -130,7 +130,12 @@ class Launcher:
         """Return the last lines that workers wrote to their standard error."""
         with contextlib.suppress(ValueError, OSError):
             size = os.fstat(self._errors.fileno()).st_size
-            return os.pread(self._errors.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode(errors="replace")
+            tail = os.pread(self._errors.fileno(), 4 * _TAIL_BYTES, max(0, size - 4 * _TAIL_BYTES)).decode(
+                errors="replace"
+            )
+            # Of faulthandler's report of a crash this one line is most, and it says nothing.
+            lines = [line for line in tail.splitlines() if not line.startswith("Extension modules:")]
+            return "\n".join(lines)[-_TAIL_BYTES:]
         return ""
 
     def _new_server(self) -> ServerProcess:

@@ -61,7 +61,7 @@ def telemetry_figure(telemetry: Telemetry) -> Figure:
         If matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from lingualinked.display.figure import NotebookFigure
     except ImportError as error:
         raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
 
@@ -70,13 +70,13 @@ def telemetry_figure(telemetry: Telemetry) -> Figure:
     weights = [stage.weight_bytes / mebi for stage in telemetry.stages]
     kv = [stage.kv_bytes / mebi for stage in telemetry.stages]
     times_ms = [_mean_s(stage.compute_s, stage.num_steps) * 1e3 for stage in telemetry.stages]
-    figure = Figure(figsize=(9, 1.2 + 0.6 * len(names)), layout="constrained")
+    figure = NotebookFigure(figsize=(9, 1.2 + 0.6 * len(names)), layout="constrained")
     memory_axes, time_axes = figure.subplots(1, 2, sharey=True)
     memory_axes.barh(names, weights, color="#4c78a8", label="weights")
     memory_axes.barh(names, kv, left=weights, color="#f58518", label="KV cache")
     memory_axes.set_xlabel("MiB")
     memory_axes.set_title("memory of each stage")
-    memory_axes.legend(loc="lower right")
+    memory_axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     memory_axes.invert_yaxis()
     time_axes.barh(names, times_ms, color="#54a24b")
     time_axes.set_xlabel("ms per step")

@@ -29,9 +29,7 @@ TELEMETRY = ll.Telemetry(
         for stage, num_steps in zip(PLAN.stages, (10, 0), strict=True)
     ),
     workers=tuple(
-        ll.WorkerSnapshot(
-            device=name, pid=1, threads=1, resident_bytes=2**28, idle_resident_bytes=2**27, num_refused=0
-        )
+        ll.WorkerSnapshot(device=name, pid=1, threads=1, resident_bytes=2**28, idle_resident_bytes=2**27, num_refused=0)
         for name in ("a", "<b>")
     ),
 )

@@ -21,7 +21,9 @@ def conversations(draw: st.DrawFn) -> list[tuple[torch.Tensor | None, torch.Tens
     padding = torch.tensor(draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows)))
     num_tokens, steps = 0, []
     for number in range(draw(st.integers(1, 5))):
-        kept = draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4)) if number and draw(st.booleans()) else []
+        kept = (
+            draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4)) if number and draw(st.booleans()) else []
+        )
         if kept:
             padding, rows = padding[kept], len(kept)
         cropped = draw(st.integers(0, num_tokens - 1)) if num_tokens > 3 else 0
@@ -40,7 +42,9 @@ def conversations(draw: st.DrawFn) -> list[tuple[torch.Tensor | None, torch.Tens
 
 
 @given(conversations())
-def test_what_goes_in_comes_out(steps: list[tuple[torch.Tensor | None, torch.Tensor | None, int, list[int], int]]) -> None:
+def test_what_goes_in_comes_out(
+    steps: list[tuple[torch.Tensor | None, torch.Tensor | None, int, list[int], int]],
+) -> None:
     sender, receiver = StepContext(), StepContext()
     for mask, positions, num_new, kept, cropped in steps:
         for end in (sender, receiver):
