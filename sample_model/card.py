@@ -52,7 +52,7 @@ All text comes from `sample_model/` in the repository; none is from elsewhere.
 
 - **Stories**: a hero with a wish, an obstacle, a helper and an end; names, pronouns and wish stay the same
   throughout.
-- **Summaries**: an errand with failed attempts and other people's doings in between. Who and what are said only at
+- **Summaries**: an errand with failed attempts and other people's doings in between. What it was about is said only at
   the beginning, where only near the end; it may be someone else who brings it to its end, or it may fail.
 - **Reviews**: opinions stated or denied ("not bad at all", "anything but good"), conceded ("although ...") or
   overruled by the verdict at the end, mistaken expectations, other things, and sentences that are beside the point.
@@ -87,8 +87,9 @@ checkpoint in `build/sample_model`.
 
 ## Limits
 
-It knows the words and the sentence patterns of its grammar and nothing else: an unknown word, the name of a tale's
-hero excepted, is spelled in pieces and confuses it, and no answer says anything about the world. Prompts in training
+It knows the words and the sentence patterns of its grammar and nothing else: an unknown word
+is spelled in pieces and confuses it, and no answer says anything about the world. Where a summary's helper is not named
+again at the end and two people could be meant, it takes the wrong one about half of the time. Prompts in training
 had at most {row_tokens} tokens. Where generation is made to go on after the end of a tale (`min_new_tokens`), it
 tells the next one; texts of up to {long_row_tokens:,} tokens were trained, {positions:,} positions are there. It is
 for trying out inference, not for use.

@@ -177,19 +177,27 @@ class Worker:
 
     def _step(self, step: Step, delivery: Delivery) -> None:
         try:
-            hosted = self._hosted(step)
-            output, elapsed_s = hosted.run(step, delivery.tensors)
-            timings_us = (*step.timings_us, round(elapsed_s * 1e6))
-            if hosted.stage.is_last:
-                done = StepDone(session=step.session, number=step.number, timings_us=timings_us)
-                hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
-                return
-            onward = msgspec.structs.replace(step, stage=step.stage + 1, layout=output.layout, timings_us=timings_us)
-            parts = split_tensors(step, delivery.tensors)
-            tensors = (*output.tensors, *parts.told, *parts.keep)
-            hosted.sent_bytes += self._mailbox.send(hosted.next_name, encode(onward), tensors)
+            self._run_step(step, delivery)
         except Exception as error:  # noqa: BLE001 - the caller raises it
-            self._tell(StepFailed(session=step.session, number=step.number, **_failure(error)))
+            failure = _failure(error)
+        else:
+            return
+        self._tell(StepFailed(session=step.session, number=step.number, **failure))
+        if failure["kind"] is FailureKind.MEMORY:
+            _release_memory(self._boot.accelerator)  # what the step had got; until here its error held it
+
+    def _run_step(self, step: Step, delivery: Delivery) -> None:
+        hosted = self._hosted(step)
+        output, elapsed_s = hosted.run(step, delivery.tensors)
+        timings_us = (*step.timings_us, round(elapsed_s * 1e6))
+        if hosted.stage.is_last:
+            done = StepDone(session=step.session, number=step.number, timings_us=timings_us)
+            hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
+            return
+        onward = msgspec.structs.replace(step, stage=step.stage + 1, layout=output.layout, timings_us=timings_us)
+        parts = split_tensors(step, delivery.tensors)
+        tensors = (*output.tensors, *parts.told, *parts.keep)
+        hosted.sent_bytes += self._mailbox.send(hosted.next_name, encode(onward), tensors)
 
     def _end_session(self, message: EndSession) -> None:
         hosted = self._stages.get((message.model, message.stage))
