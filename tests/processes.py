@@ -5,6 +5,7 @@ Knows process ids and lines of text; nothing of models.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -42,7 +43,7 @@ def stopped(pid: int) -> None:
 class Script:
     """A user's script in a Python of its own; a context manager that leaves no process behind.
 
-    The script says something by printing it as JSON, a line each, and is told by lines on its standard input.
+    The script says something by printing it as JSON, a line each; at the end its standard input is closed.
 
     Parameters
     ----------
@@ -58,27 +59,34 @@ class Script:
         path = folder / "script.py"
         path.write_text(code)
         self._errors = folder / "errors.txt"
-        with self._errors.open("w") as errors:
+        self._heard = b""
+        with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd
+                [sys.executable, path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                bufsize=0,  # what is read ahead, no select sees
+                cwd=cwd,
+                start_new_session=True,  # so that what it forks is found when a test fails
             )
 
     def hear(self, timeout_s: float = 90.0) -> Any:
         """Wait for the next thing that the script says."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + timeout_s
-        while select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            line = self.process.stdout.readline()
-            assert line, f"the script has ended:\n{self.errors()}"
-            if line.startswith(("{", "[", '"')):  # not what a library prints
-                return json.loads(line)
-        raise AssertionError(f"the script says nothing:\n{self.errors()}")
-
-    def tell(self, line: str) -> None:
-        """Write a line to the script's standard input."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        while True:
+            line, newline, rest = self._heard.partition(b"\n")
+            if newline:
+                self._heard = rest
+                if line.startswith((b"{", b"[", b'"')):  # not what a library prints
+                    return json.loads(line)
+                continue
+            left_s = max(0.0, deadline - time.monotonic())
+            assert select.select([self.process.stdout], [], [], left_s)[0], f"the script is silent:\n{self.errors()}"
+            data = self.process.stdout.read(4096)
+            assert data, f"the script has ended:\n{self.errors()}"
+            self._heard += data
 
     def end(self, timeout_s: float = 60.0) -> int:
         """Close its standard input and wait for its end; return the exit status."""
@@ -96,7 +104,8 @@ class Script:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -298,8 +299,9 @@ def test_workers_end_when_their_caller_is_killed_though_its_children_live(tmp_pa
             wait_until(lambda: are_gone(workers))
             assert not any(are_gone([child]) for child in children)
         finally:
-            for child in children:
-                child.kill()
+            for process in (*children, *workers):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         wait_until(lambda: are_gone(children))
 
 

@@ -16,7 +16,7 @@ from lingualinked.display.plan import plan_rows
 from lingualinked.display.telemetry import telemetry_rows
 from lingualinked.display.units import bytes_text
 
-PROMPT = "Once upon a time"
+PROMPT = "Once upon a time there lived"
 
 
 def run_demo(num_devices: int, max_new_tokens: int) -> None:

@@ -200,6 +200,9 @@ def _set_generation_config(meta: Any, given: object, arguments: LoadArguments, h
     """Take generation_config.json as transformers does, with its fallback on the model's config, or the one given."""
     if given is not None and not isinstance(given, GenerationConfig):
         raise ArgumentError(f"generation_config is a {type(given).__name__}: give a transformers.GenerationConfig")
+    described = arguments.load_format == "dummy" and isinstance(arguments.config, PreTrainedConfig)
+    if given is None and described and not Path(arguments.path).is_dir():
+        return  # the config says all there is: a hub need not be asked
     try:
         meta.adjust_generation_fn(
             given, True, None, arguments.path, trust_remote_code=arguments.trust_remote_code, **hub
