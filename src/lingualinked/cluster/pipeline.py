@@ -84,11 +84,8 @@ class Pipeline:
             try:
                 raise error
             finally:
-                del (
-                    futures,
-                    done,
-                    error,
-                )  # they would lead from the error back here, and only the collector would free it
+                # They would lead from the error back here, and only the collector would free it.
+                del futures, done, error
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""
