@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "num_hidden_layers": 12,
     "hidden_size": 1024,
     "intermediate_size": 2560,
     "num_attention_heads": 16,
@@ -23,7 +22,6 @@ SHAPE = {
     "vocab_size": 8000,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
-    "dtype": "float32",
 }
 
 WRITE = """
@@ -31,7 +29,7 @@ import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 torch.manual_seed(0)
 config = AutoConfig.from_pretrained(sys.argv[1])
-AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(sys.argv[1], max_shard_size="200MB")
+AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(sys.argv[1], max_shard_size="200MB")
 """
 
 MEASURE = """
@@ -56,7 +54,7 @@ if __name__ == "__main__":
     import transformers.models.llama.modeling_llama
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abc"]) as cluster:
         # An idle worker has served before: pages of torch's code count as resident once they have run, and are shared.
-        with ll.ShardedModel.from_pretrained(sys.argv[2], cluster=cluster, progress=False) as model:
+        with ll.ShardedModel.from_pretrained(sys.argv[2], cluster=cluster, dtype=sys.argv[3], progress=False) as model:
             model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
         pids = cluster.pids | {"caller": os.getpid()}
         before = {}
@@ -80,12 +78,19 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> dict[str, dict[str, int]]:
+NUM_LAYERS = {"float32": 12, "bfloat16": 24}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])  # in bfloat16, weights are packed once they are read
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_llama: str
+) -> dict[str, dict[str, int]]:
     folder = tmp_path_factory.mktemp("large")
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "config.json").write_text(
+        json.dumps(SHAPE | {"dtype": request.param, "num_hidden_layers": NUM_LAYERS[request.param]})
+    )
     run(WRITE, folder)
-    return json.loads(run(MEASURE, folder, tiny_llama).splitlines()[-1])
+    return json.loads(run(MEASURE, folder, tiny_llama, request.param).splitlines()[-1])
 
 
 def run(script: str, *paths: Path | str) -> str:

@@ -86,10 +86,10 @@ def _measure(sharded: Any, unsharded: Any, context: int, new_tokens: int, repeat
         f"Decode at context {context}, 2 workers x 1 thread against 1 thread, median of {repeats}",
         ("what", "measured"),
         [
-            ("unsharded", theirs.text(unit=" tokens/s")),
-            ("sharded", ours.text(unit=" tokens/s")),
+            ("unsharded, tokens/s", theirs.text()),
+            ("sharded, tokens/s", ours.text()),
             ("ratio", ratios(ours, theirs).text(3)),
-            ("per hop, of 3 (all that is not compute in a stage)", Samples(hops_us).text(0, " µs")),
+            ("one of 3 hops", Samples(hops_us).text(0, " µs")),
         ],
     )
 

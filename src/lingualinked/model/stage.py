@@ -15,6 +15,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.model.cut import SpanLeft
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.loading import LoadedSpan, load_span
+from lingualinked.model.packed_linear import pack_linears
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,6 +93,8 @@ class Stage:
         self._boundary, self._device = span.boundary, device
         self.num_bytes_read = span.num_bytes_read
         self.weight_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
+        if device.type == "cpu":
+            pack_linears(self._model)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
         indices = (getattr(module, "layer_idx", None) for layer in layers[start:end] for module in layer.modules())

@@ -5,11 +5,8 @@ Knows messages, stages and one mailbox; all of it in one thread, so that nothing
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypedDict
@@ -19,6 +16,7 @@ import torch
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ArgumentError, CheckpointError, ProtocolError
+from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.messages import (
@@ -161,7 +159,7 @@ class Worker:
     def _unload(self, message: UnloadModel) -> ModelUnloaded:
         for key in [key for key in self._stages if key[0] == message.model]:
             del self._stages[key]
-        _release_memory(self._boot.accelerator)
+        release_memory(self._boot.accelerator)
         return ModelUnloaded(request=message.request)
 
     def _report(self, message: Inspect) -> WorkerReport:
@@ -184,7 +182,7 @@ class Worker:
             return
         self._tell(StepFailed(session=step.session, number=step.number, **failure))
         if failure["kind"] is FailureKind.MEMORY:
-            _release_memory(self._boot.accelerator)  # what the step had got; until here its error held it
+            release_memory(self._boot.accelerator)  # what the step had got; until here its error held it
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
         hosted = self._hosted(step)
@@ -238,14 +236,3 @@ def _failure(error: Exception) -> _Failure:
         "cause": f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),
     }
-
-
-def _release_memory(accelerator: str) -> None:
-    """Give memory of dropped stages back to the system."""
-    gc.collect()
-    if accelerator.startswith("cuda"):
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
