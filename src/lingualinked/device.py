@@ -1,4 +1,4 @@
-"""Where a worker runs: the plain description of one device.
+"""Where a worker runs, and what lies between two: the plain description of a device and of a link.
 
 Knows no processes and no tensors; a running worker is told what to do by the cluster, never by changing a device.
 """
@@ -6,8 +6,9 @@ Knows no processes and no tensors; a running worker is told what to do by the cl
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 from lingualinked.errors import ArgumentError
@@ -16,6 +17,9 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|B)?\s*", re.IGNORECASE | re.ASCII)
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(bit|b|B)(?:/s|ps)\s*", re.ASCII)
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|ms|us|µs)\s*")
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _ACCELERATOR = re.compile(r"cpu|mps|cuda:\d+")
 
 
@@ -55,6 +59,76 @@ def parse_bytes(amount: int | str, field: str = "memory") -> int:
     return number_of_bytes
 
 
+def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
+    """Read a bandwidth.
+
+    Parameters
+    ----------
+    rate : float or str
+        Bytes per second, or a number with a unit: ``"100Mbit/s"``, ``"12.5MB/s"`` (decimal prefixes).
+    field : str
+        Name to use in the error.
+
+    Returns
+    -------
+    float
+        Bytes per second.
+
+    Raises
+    ------
+    ArgumentError
+        If the text does not parse, or the rate is not positive and finite.
+    """
+    if isinstance(rate, str):
+        match = _RATE.fullmatch(rate)
+        if match is None:
+            raise ArgumentError(f"{field}={rate!r} is no bandwidth: write bytes per second, or 100Mbit/s, or 12.5MB/s")
+        bytes_per_s = float(match[1]) * 1000.0 ** " KMGT".index(match[2] or " ") / (1 if match[3] == "B" else 8)
+    else:
+        bytes_per_s = _number(rate, f"{field}={rate!r} is no bandwidth: write bytes per second, or 100Mbit/s")
+    if not 0 < bytes_per_s < math.inf:
+        raise ArgumentError(f"{field}={rate!r} must be positive and finite")
+    return bytes_per_s
+
+
+def parse_seconds(duration: float | str, field: str = "latency") -> float:
+    """Read a duration that may be zero.
+
+    Parameters
+    ----------
+    duration : float or str
+        Seconds, or a number with a unit: ``"3ms"``, ``"250us"``, ``"0.1s"``.
+    field : str
+        Name to use in the error.
+
+    Returns
+    -------
+    float
+        Seconds.
+
+    Raises
+    ------
+    ArgumentError
+        If the text does not parse, or the duration is negative or infinite.
+    """
+    if isinstance(duration, str):
+        match = _DURATION.fullmatch(duration)
+        if match is None:
+            raise ArgumentError(f"{field}={duration!r} is no duration: write seconds, or 3ms, or 250us")
+        seconds = float(match[1]) * _SECONDS[match[2]]
+    else:
+        seconds = _number(duration, f"{field}={duration!r} is no duration: write seconds, or 3ms")
+    if not 0 <= seconds < math.inf:
+        raise ArgumentError(f"{field}={duration!r} must not be negative, and finite")
+    return seconds
+
+
+def _number(value: object, refusal: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentError(refusal)
+    return float(value)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """A place where one worker process runs.
@@ -73,6 +147,18 @@ class Device:
         Limit on what the worker holds for its stages (weights, KV cache, working memory) beyond an idle worker, in
         bytes or with a unit (``"2GiB"``); ``None``: no limit. It is checked before weights are read and, on
         Linux, enforced by the kernel (``RLIMIT_DATA``).
+    slowdown : float
+        Makes the worker behave as a device that computes so many times slower: it rests after every step, in proportion
+        to the CPU time that the step took. At least 1; imitation is for local CPU workers.
+    bandwidth : float, str or None
+        Of the device's own connection, in bytes per second or with a unit (``"100Mbit/s"``); messages to and from a local
+        worker are held back as they would be on it. ``None``: as fast as it goes.
+    latency : float, str or None
+        Of the device's own connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is imitated.
+    watts : float or None
+        Power while it computes, for ``objective="energy"``.
+    trusted : bool
+        Whether it may see token ids and logits. As soon as one device is marked, only marked ones may.
 
     Raises
     ------
@@ -85,6 +171,11 @@ class Device:
     threads: int | None = None
     cpus: tuple[int, ...] | None = None
     memory: int | str | None = None
+    slowdown: float = 1.0
+    bandwidth: float | str | None = None
+    latency: float | str | None = None
+    watts: float | None = None
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or self.name != self.name.strip():
@@ -105,11 +196,126 @@ class Device:
             object.__setattr__(self, "cpus", cpus)
         if self.memory is not None:
             parse_bytes(self.memory, f"memory of device {self.name!r}")
+        check_slowdown(self.slowdown, self.name)
+        if self.slowdown != 1 and self.accelerator != "cpu":
+            raise ArgumentError(
+                f"slowdown={self.slowdown!r} of device {self.name!r}: only a CPU worker can imitate a slower device"
+            )
+        if self.bandwidth is not None:
+            parse_rate(self.bandwidth, f"bandwidth of device {self.name!r}")
+        if self.latency is not None:
+            parse_seconds(self.latency, f"latency of device {self.name!r}")
+        if (
+            self.watts is not None
+            and not 0 < _number(self.watts, f"watts={self.watts!r} of device {self.name!r} must be a number") < math.inf
+        ):
+            raise ArgumentError(f"watts={self.watts!r} of device {self.name!r} must be positive and finite")
+        if not isinstance(self.trusted, bool):
+            raise ArgumentError(f"trusted={self.trusted!r} of device {self.name!r} must be True or False")
 
     @property
     def memory_bytes(self) -> int | None:
         """The memory limit in bytes, or ``None``."""
         return None if self.memory is None else parse_bytes(self.memory)
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Bandwidth of its own connection, in bytes per second; infinite where none is given."""
+        return math.inf if self.bandwidth is None else parse_rate(self.bandwidth)
+
+    @property
+    def latency_s(self) -> float:
+        """Latency of its own connection, in seconds; 0 where none is given."""
+        return 0.0 if self.latency is None else parse_seconds(self.latency)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What messages from one device to another go through.
+
+    Parameters
+    ----------
+    bandwidth : float, str or None
+        Bytes per second, or with a unit (``"1Gbit/s"``); ``None``: as fast as it goes.
+    latency : float or str
+        One way, in seconds or with a unit (``"2ms"``).
+
+    Raises
+    ------
+    ArgumentError
+        For a value that can't be used; the message names the field.
+    """
+
+    bandwidth: float | str | None = None
+    latency: float | str = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bandwidth is not None:
+            parse_rate(self.bandwidth, "bandwidth of a link")
+        parse_seconds(self.latency, "latency of a link")
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Bandwidth in bytes per second; infinite where none is given."""
+        return math.inf if self.bandwidth is None else parse_rate(self.bandwidth)
+
+    @property
+    def latency_s(self) -> float:
+        """Latency in seconds."""
+        return parse_seconds(self.latency)
+
+
+Links = Mapping[tuple[str, str], Link]
+"""Links that are known, by the names of source and target; either may be the caller."""
+
+
+def link_between(source: Device | None, target: Device | None, links: Links) -> Link:
+    """Give the link from one device to another, or from or to the caller (``None``).
+
+    Where `links` does not have it, it has the smaller bandwidth of its two ends and the sum of their latencies.
+    """
+    given = links.get((CALLER if source is None else source.name, CALLER if target is None else target.name))
+    if given is not None:
+        return given
+    ends = [end for end in (source, target) if end is not None]
+    bandwidth = min((end.bandwidth_bytes_per_s for end in ends), default=math.inf)
+    return Link(bandwidth=None if bandwidth == math.inf else bandwidth, latency=sum(end.latency_s for end in ends))
+
+
+def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
+    """Return a copy of links, once each is known to lead from one known party to another.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no mapping of pairs of names to `Link`, or a name is of no device.
+    """
+    known = {CALLER, *names}
+    if not isinstance(links, Mapping):
+        raise ArgumentError(f"links is a {type(links).__name__}: give a dict of (source, target) to Link")
+    for ends, link in links.items():
+        if not isinstance(ends, tuple) or len(ends) != 2 or not isinstance(link, Link):
+            raise ArgumentError(f"links has {ends!r}: {link!r}: give (source, target) names and a lingualinked.Link")
+        for name in ends:
+            if name not in known:
+                raise ArgumentError(f"links has {ends!r}, and there is no device {name!r}: there are {sorted(known)}")
+        if ends[0] == ends[1]:
+            raise ArgumentError(f"links has {ends!r}: a link leads from one device to another")
+    return dict(links)
+
+
+def check_slowdown(slowdown: float, name: str) -> float:
+    """Return a slowdown that can be imitated.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no number, below 1, or not finite.
+    """
+    field = f"slowdown={slowdown!r} of device {name!r}"
+    if not 1 <= _number(slowdown, f"{field} must be a number") < math.inf:
+        raise ArgumentError(f"{field} must be at least 1: a worker can't be made faster than its machine")
+    return float(slowdown)
 
 
 CALLER = "caller"

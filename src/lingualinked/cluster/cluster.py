@@ -6,20 +6,24 @@ Knows devices and processes; models are placed on it by `lingualinked.cluster.pi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from lingualinked.cluster.launch import Launcher
-from lingualinked.device import CALLER, Device
+from lingualinked.device import CALLER, Device, Links, check_links, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
-from lingualinked.protocol.boot import Boot
+from lingualinked.protocol.boot import Boot, Imitation, LinkFigures
 from lingualinked.telemetry.snapshot import WorkerSnapshot
+
+if TYPE_CHECKING:
+    from lingualinked.protocol.messages import Imitate
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
@@ -39,6 +43,9 @@ class Cluster:
     ----------
     devices : int or sequence of Device
         So many local CPU workers, or the devices to run workers on.
+    links : mapping of (str, str) to Link, optional
+        Links between devices, by the names of source and target (``"caller"`` is this process), where they are other than
+        what their two ends give: the smaller bandwidth and the sum of the latencies.
     timeout_s : float or None
         Seconds that any one answer of a worker may take; ``None``: 600.
     max_frame_bytes : int
@@ -47,7 +54,7 @@ class Cluster:
     Raises
     ------
     ArgumentError
-        If there is no device, a name occurs twice, or a number is not positive.
+        If there is no device, a name occurs twice, a link leads to no device, or a number is not positive.
 
     Examples
     --------
@@ -60,12 +67,15 @@ class Cluster:
         self,
         devices: int | Sequence[Device],
         *,
+        links: Links | None = None,
         timeout_s: float | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         _class_names: tuple[str, ...] = (),
         _forks: bool | None = None,
     ) -> None:
         self.devices = _as_devices(devices)
+        self.links = check_links(links or {}, [device.name for device in self.devices])
+        self._behaving = {device.name: device for device in self.devices}  # as the workers do now
         self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else _positive(timeout_s, "timeout_s")
         if not isinstance(max_frame_bytes, int):
             raise ArgumentError(f"max_frame_bytes={max_frame_bytes!r} must be a whole number")
@@ -83,6 +93,8 @@ class Cluster:
             public_keys = {device.name: keys[device.name].public for device in self.devices}
             self._engine = engine = Engine(keys[CALLER], public_keys, max_frame_bytes)
             ends.callback(engine.stop)
+            for device in self.devices:
+                engine.shape(device.name, link_between(None, device, self.links))
             launcher.start(
                 [
                     Boot(
@@ -99,6 +111,7 @@ class Cluster:
                         memory_bytes=device.memory_bytes,
                         max_frame_bytes=max_frame_bytes,
                         log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
+                        imitation=self._imitation(device),
                     )
                     for device in self.devices
                 ],
@@ -153,6 +166,70 @@ class Cluster:
             if device.name == name:
                 return device
         raise ArgumentError(f"no device {name!r} in this cluster: it has {[device.name for device in self.devices]}")
+
+    def throttle(
+        self,
+        name: str,
+        *,
+        slowdown: float | None = None,
+        bandwidth: float | str | None = None,
+        latency: float | str | None = None,
+    ) -> None:
+        """Have a worker behave as a slower or faster device from now on; what is not given stays as it is.
+
+        `devices` stays as it was made: what has changed is for telemetry to find out, as it is with a real device.
+
+        Parameters
+        ----------
+        name : str
+            Of the device.
+        slowdown, bandwidth, latency
+            As in `Device`.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such device, or a value can't be used.
+        ClosedError, WorkerDiedError, StepTimeoutError
+            If a worker can't be told.
+        """
+        self.device(name)
+        before = self._behaving[name]
+        self._behaving[name] = changed = dataclasses.replace(
+            before,
+            slowdown=before.slowdown if slowdown is None else slowdown,
+            bandwidth=before.bandwidth if bandwidth is None else bandwidth,
+            latency=before.latency if latency is None else latency,
+        )
+        self.wait()
+        self._engine.shape(name, link_between(None, changed, self.links))
+        told = [
+            self._engine.request(device.name, self._imitate(device), "a change of pace", self.timeout_s)
+            for device in self._behaving.values()
+        ]
+        while told:
+            told.pop().result()  # not held while it may raise: it would lead back here
+
+    def _imitate(self, device: Device) -> Callable[[int], Imitate]:
+        from lingualinked.protocol.messages import Imitate
+
+        imitation = self._imitation(device)
+        return lambda number: Imitate(request=number, imitation=imitation)
+
+    def _imitation(self, device: Device) -> Imitation:
+        links = []
+        for other in (None, *self._behaving.values()):
+            if other is None or other.name != device.name:
+                link = link_between(device, other, self.links)
+                bandwidth = link.bandwidth_bytes_per_s
+                links.append(
+                    LinkFigures(
+                        target=CALLER if other is None else other.name,
+                        bandwidth_bytes_per_s=None if bandwidth == math.inf else bandwidth,
+                        latency_s=link.latency_s,
+                    )
+                )
+        return Imitation(slowdown=device.slowdown, links=tuple(links))
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""
@@ -210,15 +287,7 @@ def _as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
             raise ArgumentError(f"two devices are named {device.name!r}: names must differ")
         _check_local(device)
         threads = device.threads or (share if device.cpus is None else len(device.cpus))
-        filled.append(
-            Device(
-                name=device.name,
-                accelerator=device.accelerator,
-                threads=threads,
-                cpus=device.cpus,
-                memory=device.memory,
-            )
-        )
+        filled.append(dataclasses.replace(device, threads=threads))
     return tuple(filled)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lingualinked.cluster.exchange import Exchange, closed
 from lingualinked.cluster.pending import Pending
-from lingualinked.device import CALLER
+from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
 from lingualinked.transport.keys import KeyPair
@@ -177,6 +177,10 @@ class Engine:
         """Free a model on its devices; what waits for it fails with `ClosedError`. Does nothing as `end_session` does."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.unload(model, devices))
+
+    def shape(self, device: str, link: Link) -> None:
+        """Have messages to a worker go through a link, from now on."""
+        self._post(lambda: self._exchange.shape(device, link.bandwidth_bytes_per_s, link.latency_s))
 
     def worker_ended(self, device: str, how: str) -> None:
         """Take note that a worker process has ended: whatever needs it fails."""

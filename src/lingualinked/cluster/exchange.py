@@ -19,6 +19,7 @@ from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
 from lingualinked.protocol.messages import (
     CallerMessage,
     Hello,
+    Imitated,
     LoadProgress,
     LogRecord,
     ModelUnloaded,
@@ -127,6 +128,10 @@ class Exchange:
         self._unloaded.add(model)
         self._pending.fail_model(model, lambda: ClosedError("the model was closed while it was in use"))
 
+    def shape(self, device: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
+        """Imitate a slower link to a worker."""
+        self._mailbox.shape(device, bandwidth_bytes_per_s, latency_s)
+
     def bury(self, device: str, how: str) -> None:
         """Take note that a worker has ended; what needs it fails."""
         self.ended[device] = how
@@ -149,7 +154,7 @@ class Exchange:
                 self._pending.complete(("step", message.session, message.number), reply)
             case StepFailed():
                 self._pending.fail(("step", message.session, message.number), error_of(sender, message))
-            case StageLoaded() | ModelUnloaded() | WorkerReport():
+            case StageLoaded() | ModelUnloaded() | Imitated() | WorkerReport():
                 self._pending.complete(("request", message.request, 0), message)
             case RequestFailed():
                 self._pending.fail(("request", message.request, 0), error_of(sender, message))

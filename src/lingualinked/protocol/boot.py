@@ -29,6 +29,39 @@ class Preload(msgspec.Struct, frozen=True, kw_only=True):
     class_names: tuple[str, ...] = ()
 
 
+class LinkFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What messages to another party are to go through.
+
+    Parameters
+    ----------
+    target : str
+        The party's name.
+    bandwidth_bytes_per_s : float or None
+        ``None``: as fast as it goes (JSON has no infinity).
+    latency_s : float
+        One way.
+    """
+
+    target: str
+    bandwidth_bytes_per_s: float | None
+    latency_s: float
+
+
+class Imitation(msgspec.Struct, frozen=True, kw_only=True):
+    """The slower device that a worker behaves as.
+
+    Parameters
+    ----------
+    slowdown : float
+        How many times slower it computes.
+    links : tuple of LinkFigures
+        Its outgoing links.
+    """
+
+    slowdown: float
+    links: tuple[LinkFigures, ...]
+
+
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """A request for one worker: who it is, whom it may talk to, and what it may use.
 
@@ -56,6 +89,8 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         Largest frame that it sends or takes.
     log_level : int
         Lowest level of the log records that it sends to the caller.
+    imitation : Imitation
+        The device that it behaves as, to begin with.
     """
 
     name: str
@@ -71,6 +106,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None
     max_frame_bytes: int
     log_level: int
+    imitation: Imitation
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -12,6 +12,7 @@ import msgspec
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
+from lingualinked.protocol.boot import Imitation
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -46,6 +47,13 @@ class Inspect(Message, frozen=True, tag=3):
     """Ask for a `WorkerReport`."""
 
     request: int
+
+
+class Imitate(Message, frozen=True, tag=6):
+    """Behave as another device from now on."""
+
+    request: int
+    imitation: Imitation
 
 
 # --- along the pipeline
@@ -129,6 +137,12 @@ class ModelUnloaded(Message, frozen=True, tag=19):
     request: int
 
 
+class Imitated(Message, frozen=True, tag=25):
+    """The worker behaves as it was told."""
+
+    request: int
+
+
 class StageReport(Message, frozen=True):
     """One hosted stage, in the words of `lingualinked.telemetry.snapshot.StageSnapshot`."""
 
@@ -200,12 +214,13 @@ class LogRecord(Message, frozen=True, tag=24):
     text: str
 
 
-CallerMessage = LoadStage | UnloadModel | Inspect | Step | EndSession
+CallerMessage = LoadStage | UnloadModel | Inspect | Imitate | Step | EndSession
 WorkerMessage = (
     Hello
     | LoadProgress
     | StageLoaded
     | ModelUnloaded
+    | Imitated
     | WorkerReport
     | StepDone
     | RequestFailed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
 
 import msgspec
 import torch
@@ -16,8 +16,12 @@ from torch import Tensor
 
 from lingualinked.errors import ArgumentError, ProtocolError
 
+if TYPE_CHECKING:
+    from lingualinked.transport.shaping import ShapedLink
+
 WIRE_VERSION = 1
-"""First byte of every message. Frame 0 goes on with the msgpack array ``[payload, [[dtype code, *shape], ...]]``."""
+"""First byte of every message. Frame 0 goes on with the msgpack array ``[payload, [[dtype code, *shape], ...]]``; on an
+imitated link a third element says when the message is due, in microseconds of the machine's monotonic clock."""
 
 # A frame is encrypted, sent and decrypted as a whole: frames of 1 MiB let these overlap, and 32 MiB arrive in half the
 # time that one frame takes. Smaller ones gain nothing more.
@@ -53,7 +57,14 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
 _Descriptor = Annotated[list[_Natural], msgspec.Meta(min_length=1, max_length=1 + MAX_NUM_DIMS)]
-_Envelope = tuple[bytes, Annotated[list[_Descriptor], msgspec.Meta(max_length=MAX_NUM_TENSORS)]]
+
+
+class _Envelope(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    payload: bytes
+    descriptors: Annotated[list[_Descriptor], msgspec.Meta(max_length=MAX_NUM_TENSORS)]
+    due_us: _Natural = 0
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Envelope)
 
@@ -103,7 +114,27 @@ class MalformedError(ProtocolError):
         self.detail = detail
 
 
-def encode_message(payload: bytes, tensors: Sequence[Tensor], limits: Limits) -> list[Frame]:
+class Message(NamedTuple):
+    """A message as its receiver reads it.
+
+    Parameters
+    ----------
+    payload : bytes
+        What the sender passed.
+    tensors : tuple of torch.Tensor
+        Aligned, contiguous copies on the CPU.
+    due_us : int
+        When it would have arrived on the link that the sender imitates, in monotonic microseconds; 0: now.
+    """
+
+    payload: bytes
+    tensors: tuple[Tensor, ...]
+    due_us: int
+
+
+def encode_message(
+    payload: bytes, tensors: Sequence[Tensor], limits: Limits, link: ShapedLink | None = None
+) -> list[Frame]:
     """Turn a payload and tensors into the frames of one message.
 
     Parameters
@@ -114,6 +145,8 @@ def encode_message(payload: bytes, tensors: Sequence[Tensor], limits: Limits) ->
         Dense tensors of any shape, strides and device, of the dtypes that have a code.
     limits : Limits
         What the message may be at most.
+    link : ShapedLink or None
+        The link to imitate.
 
     Returns
     -------
@@ -128,7 +161,9 @@ def encode_message(payload: bytes, tensors: Sequence[Tensor], limits: Limits) ->
     """
     descriptors = [_describe(tensor) for tensor in tensors]
     head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors)))
-    _check_limits(len(head), tensors, limits)
+    num_bytes = _check_limits(len(head), tensors, limits)
+    if link is not None:
+        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, link.due_us(num_bytes))))
     frames: list[Frame] = [head]
     for tensor in tensors:
         if tensor.numel():
@@ -136,7 +171,7 @@ def encode_message(payload: bytes, tensors: Sequence[Tensor], limits: Limits) ->
     return frames
 
 
-def decode_message(frames: Sequence[Frame], limits: Limits) -> tuple[bytes, tuple[Tensor, ...]]:
+def decode_message(frames: Sequence[Frame], limits: Limits) -> Message:
     """Turn the frames of one message back into its payload and tensors.
 
     Nothing is believed: memory is allocated only once the descriptors are found to agree with the bytes at hand.
@@ -150,10 +185,8 @@ def decode_message(frames: Sequence[Frame], limits: Limits) -> tuple[bytes, tupl
 
     Returns
     -------
-    payload : bytes
-        What the sender passed.
-    tensors : tuple of torch.Tensor
-        Aligned, contiguous copies on the CPU.
+    Message
+        Payload, tensors, and when it is due.
 
     Raises
     ------
@@ -166,9 +199,10 @@ def decode_message(frames: Sequence[Frame], limits: Limits) -> tuple[bytes, tupl
         found = head[0] if head else "none"
         raise MalformedError("version", f"wire version {found}, this side speaks {WIRE_VERSION}")
     try:
-        payload, descriptors = _decoder.decode(memoryview(head)[1:])
+        envelope = _decoder.decode(memoryview(head)[1:])
     except msgspec.MsgspecError as error:
         raise MalformedError("envelope", str(error)) from None
+    descriptors = envelope.descriptors
     sizes = [_num_bytes_described(descriptor, limits) for descriptor in descriptors]
     if sum(sizes) != num_tensor_bytes:
         raise MalformedError("tensor bytes", f"the tensors described take {sum(sizes)} bytes, {num_tensor_bytes} came")
@@ -176,7 +210,7 @@ def decode_message(frames: Sequence[Frame], limits: Limits) -> tuple[bytes, tupl
     tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
     if next(rest, None) is not None:
         raise MalformedError("tensor bytes", "an empty frame follows the last tensor")
-    return payload, tensors
+    return Message(envelope.payload, tensors, envelope.due_us)
 
 
 def _describe(tensor: Tensor) -> list[int]:
@@ -193,8 +227,8 @@ def _describe(tensor: Tensor) -> list[int]:
     return [code, *tensor.shape]
 
 
-def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits) -> None:
-    """Refuse to send what a receiver would drop."""
+def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits) -> int:
+    """Refuse to send what a receiver would drop; return the bytes of all frames."""
     if len(tensors) > MAX_NUM_TENSORS:
         raise ProtocolError(f"a message of {len(tensors)} tensors passes the limit of {MAX_NUM_TENSORS}: send several")
     if num_head_bytes > limits.max_frame_bytes:
@@ -221,6 +255,7 @@ def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits
             f"a message of {num_frames} frames of at most {limits.max_frame_bytes} bytes passes the limit of "
             f"{MAX_NUM_FRAMES} frames: send it in several messages, or raise max_frame_bytes on all sides"
         )
+    return num_bytes
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -5,6 +5,7 @@ Knows no sockets and no encryption; messages go through the same codec, keys and
 
 from __future__ import annotations
 
+import math
 import queue
 import secrets
 import threading
@@ -110,7 +111,7 @@ class InProcessMailbox(Mailbox):
 
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
         self._check_peer(name)
-        frames = [bytes(frame) for frame in encode_message(payload, tensors, self._limits)]
+        frames = [bytes(frame) for frame in encode_message(payload, tensors, self._limits, self._links.get(name))]
         if name in self._refused_peers:
             raise self._refused_by(name)
         peer = self._hub.find(*self._peers[name])
@@ -125,11 +126,14 @@ class InProcessMailbox(Mailbox):
             if self._is_woken:
                 self._is_woken = False
                 return None
-            left_s = None if deadline is None else min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+            left_s = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+            wait_s = min(left_s, max(self._held.left_s, 0.0), threading.TIMEOUT_MAX)
             try:
-                item = self._queue.get(timeout=left_s)
+                item = self._queue.get(timeout=wait_s)
             except queue.Empty:
-                return None
+                if (held := self._held.take()) is not None or left_s <= wait_s:
+                    return held
+                continue
             delivery = None if item is None else self._open(*item)
             if delivery is not None:
                 return delivery
@@ -169,11 +173,15 @@ class InProcessMailbox(Mailbox):
 
     def _open(self, sender: str, frames: Sequence[bytes]) -> Delivery | None:
         try:
-            payload, tensors = decode_message(frames, self._limits)
+            message = decode_message(frames, self._limits)
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None
-        return Delivery(sender, payload, tensors, sum(map(len, frames)))
+        delivery = Delivery(sender, message.payload, message.tensors, sum(map(len, frames)))
+        if not message.due_us:
+            return delivery
+        self._held.add(message.due_us, delivery)
+        return None
 
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)

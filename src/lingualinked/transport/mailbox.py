@@ -6,12 +6,14 @@ Knows no sockets and no wire format; `zmq_mailbox` and `inprocess` are the two t
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
+from lingualinked.transport.shaping import Held, ShapedLink
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +72,8 @@ class Mailbox(abc.ABC):
         self.name = name
         self._refusals = refusals
         self._peers = {}
+        self._links: dict[str, ShapedLink] = {}
+        self._held = Held()
         self._closed = False
 
     @property
@@ -122,6 +126,24 @@ class Mailbox(abc.ABC):
         self._check_open()
         if self._peers.pop(name, None) is not None:
             self._disconnect(name)
+
+    def shape(self, name: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
+        """Imitate a slower link to a peer, from the next message on; whether it is connected yet does not matter.
+
+        Parameters
+        ----------
+        name : str
+            The peer, as it is called in `send`; on the same machine, since what is due is told by its clock.
+        bandwidth_bytes_per_s : float
+            Rate at which the link takes messages, one at a time; may be infinite.
+        latency_s : float
+            Seconds that each is on its way, then.
+        """
+        link = self._links.get(name)
+        if link is not None:
+            link.change(bandwidth_bytes_per_s, latency_s)
+        elif bandwidth_bytes_per_s != math.inf or latency_s:
+            self._links[name] = ShapedLink(bandwidth_bytes_per_s, latency_s)
 
     @abc.abstractmethod
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:

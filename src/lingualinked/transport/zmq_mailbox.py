@@ -106,7 +106,7 @@ class ZmqMailbox(Mailbox):
 
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
         self._check_peer(name)
-        frames = encode_message(payload, tensors, self._limits)
+        frames = encode_message(payload, tensors, self._limits, self._links.get(name))
         outbox = self._sockets.outboxes[name]
         try:
             # Copied: measured, not copying gains nothing under CURVE. And the tensors stay the caller's to change.
@@ -127,11 +127,14 @@ class ZmqMailbox(Mailbox):
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left_s = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
-            ready = zmq.zmq_poll(self._poll_items, math.ceil(min(left_s * 1000, _LONGEST_POLL_MS)))
+            wait_ms = min(left_s * 1000, _LONGEST_POLL_MS)
+            held_ms = self._held.left_s * 1000
+            # Rounded down for what is held, which is slept for at the end.
+            ready = zmq.zmq_poll(self._poll_items, max(int(held_ms), 0) if held_ms < wait_ms else math.ceil(wait_ms))
             if self._waker.clear():
                 return None
-            delivery = self._take() if ready else None
-            if delivery is not None or (not ready and left_s * 1000 <= _LONGEST_POLL_MS):
+            delivery = self._take() if ready and self._held.left_s > 0 else self._held.take()
+            if delivery is not None or (not ready and left_s * 1000 <= min(_LONGEST_POLL_MS, held_ms)):
                 return delivery
 
     def wake(self) -> None:  # noqa: D102
@@ -168,11 +171,15 @@ class ZmqMailbox(Mailbox):
         try:
             if num_frames > len(frames):
                 raise MalformedError("size", f"a message of {num_bytes} bytes in {num_frames} frames")
-            payload, tensors = decode_message([frame.buffer for frame in frames], self._limits)
+            message = decode_message([frame.buffer for frame in frames], self._limits)
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None
-        return Delivery(sender, payload, tensors, num_bytes)
+        delivery = Delivery(sender, message.payload, message.tensors, num_bytes)
+        if not message.due_us:
+            return delivery
+        self._held.add(message.due_us, delivery)
+        return None
 
     def _read(self) -> tuple[list[zmq.Frame], int, int]:
         """Read all frames of a message, and keep as many as may belong to one; return them, and what was read."""

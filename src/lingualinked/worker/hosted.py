@@ -6,7 +6,6 @@ Knows the stage and its sessions' state; neither sockets nor other stages.
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from lingualinked.model.context import ContextCode, MaskMode, PositionMode, Step
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
 from lingualinked.protocol.messages import KVEdit, KVEditKind, LoadStage, StageReport, Step
+from lingualinked.worker.pace import Pace
 
 
 @dataclasses.dataclass(slots=True)
@@ -45,7 +45,7 @@ class HostedStage:
         self._num_steps = 0
         self._compute_s = 0.0
 
-    def run(self, step: Step, tensors: tuple[Tensor, ...]) -> tuple[StageOutput, float]:
+    def run(self, step: Step, tensors: tuple[Tensor, ...], pace: Pace) -> tuple[StageOutput, float]:
         """Run one step; the session is freed if it raises.
 
         Parameters
@@ -54,20 +54,22 @@ class HostedStage:
             The step.
         tensors : tuple of Tensor
             What travelled beside it.
+        pace : Pace
+            How fast the worker is to be.
 
         Returns
         -------
         StageOutput
             What goes to the next stage, or the logits.
         float
-            Seconds of compute.
+            Seconds of compute, on the device that the worker may imitate.
 
         Raises
         ------
         ProtocolError
             If the step is not the session's next, or its tensors are not those it announces.
         """
-        started = time.perf_counter()
+        started = pace.start()
         session = self._session(step)
         try:
             output = self._compute(session, step, tensors)
@@ -76,7 +78,7 @@ class HostedStage:
             raise
         if not step.keeps_kv:
             self.end(step.session)
-        elapsed_s = time.perf_counter() - started
+        elapsed_s = pace.finish(started)
         self._num_steps += 1
         self._compute_s += elapsed_s
         return output, elapsed_s

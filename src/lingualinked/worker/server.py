@@ -6,6 +6,7 @@ Knows messages, stages and one mailbox; all of it in one thread, so that nothing
 from __future__ import annotations
 
 import logging
+import math
 import os
 import traceback
 from collections.abc import Callable
@@ -18,12 +19,14 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ArgumentError, CheckpointError, ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.boot import Boot
+from lingualinked.protocol.boot import Boot, Imitation
 from lingualinked.protocol.messages import (
     CallerMessage,
     EndSession,
     FailureKind,
     Hello,
+    Imitate,
+    Imitated,
     Inspect,
     LoadProgress,
     LoadStage,
@@ -47,6 +50,7 @@ from lingualinked.worker.hosted import HostedStage, split_tensors
 from lingualinked.worker.lifeline import watch_caller
 from lingualinked.worker.limits import apply_limits, is_out_of_memory, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
+from lingualinked.worker.pace import Pace
 
 logger = logging.getLogger("lingualinked.worker")
 
@@ -98,6 +102,8 @@ class Worker:
         self._stages: dict[tuple[int, int], HostedStage] = {}
         self._idle_resident_bytes = resident_bytes()
         self._num_refused = 0
+        self._pace = Pace(boot.threads, 1.0)
+        self._imitate(boot.imitation)
 
     def run(self) -> NoReturn:
         """Say hello, then serve for good: the lifeline ends the process."""
@@ -133,6 +139,8 @@ class Worker:
                 self._answer(message.request, lambda: self._unload(message))
             case Inspect():
                 self._answer(message.request, lambda: self._report(message))
+            case Imitate():
+                self._answer(message.request, lambda: self._throttle(message))
 
     def _answer(self, request: int, serve_request: Callable[[], WorkerMessage]) -> None:
         try:
@@ -173,6 +181,16 @@ class Worker:
             stages=tuple(hosted.report() for hosted in self._stages.values()),
         )
 
+    def _throttle(self, message: Imitate) -> Imitated:
+        self._imitate(message.imitation)
+        return Imitated(request=message.request)
+
+    def _imitate(self, imitation: Imitation) -> None:
+        self._pace.slowdown = imitation.slowdown
+        for link in imitation.links:
+            bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
+            self._mailbox.shape(link.target, bandwidth, link.latency_s)
+
     def _step(self, step: Step, delivery: Delivery) -> None:
         try:
             self._run_step(step, delivery)
@@ -186,7 +204,7 @@ class Worker:
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
         hosted = self._hosted(step)
-        output, elapsed_s = hosted.run(step, delivery.tensors)
+        output, elapsed_s = hosted.run(step, delivery.tensors, self._pace)
         timings_us = (*step.timings_us, round(elapsed_s * 1e6))
         if hosted.stage.is_last:
             done = StepDone(session=step.session, number=step.number, timings_us=timings_us)

@@ -1,0 +1,373 @@
+"""What is measured before a plan is made: what layers cost on each device, and what each link carries.
+
+Plain data that is saved as JSON; knows neither how it is measured nor what is planned with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from lingualinked.device import CALLER, Device
+from lingualinked.errors import ArgumentError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """How long one step takes.
+
+    Parameters
+    ----------
+    rows, tokens : int
+        Shape of the step: rows of the batch, and new tokens of each.
+    context : int
+        Tokens of each row that are in the KV cache already.
+    seconds : float
+        Median of the repeats.
+    spread_s : float
+        Distance between their quartiles.
+    """
+
+    rows: int
+    tokens: int
+    context: int
+    seconds: float
+    spread_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.seconds) and self.seconds >= 0):
+            raise ArgumentError(f"seconds={self.seconds!r} of a step time must be finite and not negative")
+        if self.rows < 1 or self.tokens < 1 or self.context < 0:
+            raise ArgumentError(
+                f"rows={self.rows}, tokens={self.tokens}, context={self.context} of a step time can't be a step's shape"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModuleTimes:
+    """How long one part of a model takes in steps of several shapes.
+
+    Parameters
+    ----------
+    steps : tuple of StepTime
+        Measured, at least one; decode steps have one token, prefill steps more.
+    """
+
+    steps: tuple[StepTime, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ArgumentError("steps of module times are empty: at least one step must be measured")
+
+    def seconds(self, rows: int, tokens: int, context: float) -> float:
+        """Estimate a step's time from those that were measured.
+
+        Linear in the context for decode steps and in the tokens for prefill steps, then in the rows, between the
+        nearest shapes measured and with their slope beyond.
+
+        Parameters
+        ----------
+        rows, tokens : int
+            Shape of the step.
+        context : float
+            Tokens in the KV cache before it.
+        """
+        decode = tokens == 1
+        steps = [step for step in self.steps if (step.tokens == 1) == decode] or list(self.steps)
+        by_rows = []
+        for measured in sorted({step.rows for step in steps}):
+            points = [(step.context if decode else step.tokens, step.seconds) for step in steps if step.rows == measured]
+            by_rows.append((measured, _linear(points, context if decode else tokens, through_zero=not decode)))
+        return _linear(by_rows, rows, through_zero=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProfile:
+    """A model in bytes, layer by layer.
+
+    Parameters
+    ----------
+    name : str
+        Path or hub id that it was made from.
+    fingerprint : str
+        Of configuration and dtype: profiles of the same fingerprint are of the same model.
+    dtype : str
+        Of the weights.
+    kinds : tuple of str
+        The distinct kinds of layers, described.
+    kind_of_layer : tuple of int
+        Index into `kinds`, for each layer.
+    layer_weight_bytes, layer_kv_bytes : tuple of int
+        Weight bytes of each layer, and bytes of its KV per token of one row.
+    layer_windows : tuple of int or None
+        Tokens that each layer's KV holds at most; ``None``: all.
+    prologue_bytes, epilogue_bytes, tied_bytes : int
+        Weights that only the first and only the last stage needs, and what of both is the same.
+    hidden_bytes, logits_bytes : int
+        Bytes of one row and token that cross a hop, and that go back to the caller.
+    working_bytes : int
+        Bytes of intermediate results per row and token of a step.
+    """
+
+    name: str
+    fingerprint: str
+    dtype: str
+    kinds: tuple[str, ...]
+    kind_of_layer: tuple[int, ...]
+    layer_weight_bytes: tuple[int, ...]
+    layer_kv_bytes: tuple[int, ...]
+    layer_windows: tuple[int | None, ...]
+    prologue_bytes: int
+    epilogue_bytes: int
+    tied_bytes: int
+    hidden_bytes: int
+    logits_bytes: int
+    working_bytes: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.kind_of_layer)
+
+    def span_bytes(self, start: int, end: int) -> int:
+        """Weight bytes of a stage of layers ``[start, end)``."""
+        is_first, is_last = start == 0, end == self.num_layers
+        num_bytes = sum(self.layer_weight_bytes[start:end])
+        num_bytes += self.prologue_bytes * is_first + self.epilogue_bytes * is_last
+        return num_bytes - self.tied_bytes * (is_first and is_last)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """What a model's parts cost on one device.
+
+    Parameters
+    ----------
+    device : Device
+        The device, as the cluster has it.
+    hardware : str
+        What it computes with, described.
+    layers : tuple of ModuleTimes
+        Of one layer of each of the model's kinds.
+    stage : ModuleTimes
+        Of what a stage does besides its modules.
+    prologue, epilogue : ModuleTimes
+        Of what runs before the first and after the last layer.
+    free_bytes : int or None
+        Memory that there was for it; its limit, if it has one, is in `device`.
+    """
+
+    device: Device
+    hardware: str
+    layers: tuple[ModuleTimes, ...]
+    stage: ModuleTimes
+    prologue: ModuleTimes
+    epilogue: ModuleTimes
+    free_bytes: int | None = None
+
+    @property
+    def capacity_bytes(self) -> float:
+        """Memory that may be planned with: the limit or what was free, whichever is less; infinite if neither is known."""
+        known = [each for each in (self.device.memory_bytes, self.free_bytes) if each is not None]
+        return min(known, default=math.inf)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LinkProfile:
+    """What one link carries.
+
+    Parameters
+    ----------
+    source, target : str
+        Names of devices, or of the caller.
+    latency_s : float
+        From one party's hands to the other's, of a small message.
+    bandwidth_bytes_per_s : float or None
+        Rate of large ones; ``None``: no limit.
+    """
+
+    source: str
+    target: str
+    latency_s: float
+    bandwidth_bytes_per_s: float | None
+
+    def __post_init__(self) -> None:
+        link = f"of the link from {self.source!r} to {self.target!r}"
+        if not (math.isfinite(self.latency_s) and self.latency_s >= 0):
+            raise ArgumentError(f"latency_s={self.latency_s!r} {link} must be finite and not negative")
+        if self.bandwidth_bytes_per_s is not None and not 0 < self.bandwidth_bytes_per_s < math.inf:
+            raise ArgumentError(f"bandwidth_bytes_per_s={self.bandwidth_bytes_per_s!r} {link} must be positive")
+
+    def transfer_s(self, num_bytes: float) -> float:
+        """Seconds in which so many bytes keep the link busy."""
+        return 0.0 if self.bandwidth_bytes_per_s is None else num_bytes / self.bandwidth_bytes_per_s
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A model measured on the devices and links of a cluster.
+
+    Parameters
+    ----------
+    model : ModelProfile
+        The model.
+    devices : tuple of DeviceProfile
+        Every device, each once.
+    links : tuple of LinkProfile
+        Every link between two of them, and between each and the caller, both ways.
+    versions : dict of str to str
+        Of the libraries that it was measured with; empty where figures are stated rather than measured.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no device, a name occurs twice, times are missing for a kind of layer, or a link is missing or leads
+        to a device that is not there.
+    """
+
+    model: ModelProfile
+    devices: tuple[DeviceProfile, ...]
+    links: tuple[LinkProfile, ...]
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = self.names
+        if not names:
+            raise ArgumentError("devices of a profile are empty: a plan needs at least one")
+        for name in names:
+            if names.count(name) > 1:
+                raise ArgumentError(f"devices of a profile hold {name!r} twice: names must differ")
+        for each in self.devices:
+            if len(each.layers) != len(self.model.kinds):
+                raise ArgumentError(
+                    f"layers of device {each.device.name!r} are of {len(each.layers)} kinds, "
+                    f"and the model has {len(self.model.kinds)}"
+                )
+        known = {(link.source, link.target) for link in self.links}
+        for source, target in sorted(known):
+            for name in (source, target):
+                if name not in (CALLER, *names):
+                    raise ArgumentError(f"a link leads from {source!r} to {target!r}, and there is no device {name!r}")
+        for source in (CALLER, *names):
+            for target in (CALLER, *names):
+                if source != target and (source, target) not in known:
+                    raise ArgumentError(f"links of a profile have none from {source!r} to {target!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the devices."""
+        return tuple(each.device.name for each in self.devices)
+
+    def device(self, name: str) -> DeviceProfile:
+        """Return the profile of one device.
+
+        Raises
+        ------
+        ArgumentError
+            If there is none of that name.
+        """
+        for each in self.devices:
+            if each.device.name == name:
+                return each
+        raise ArgumentError(f"no device {name!r} in this profile: it has {list(self.names)}")
+
+    def link(self, source: str, target: str) -> LinkProfile:
+        """Return the profile of one link.
+
+        Raises
+        ------
+        ArgumentError
+            If there is none.
+        """
+        for each in self.links:
+            if (each.source, each.target) == (source, target):
+                return each
+        raise ArgumentError(f"no link from {source!r} to {target!r} in this profile")
+
+    def without(self, *names: str) -> Profile:
+        """Return the profile without some devices: what if they were not there?"""
+        for name in names:
+            self.device(name)
+        return dataclasses.replace(
+            self,
+            devices=tuple(each for each in self.devices if each.device.name not in names),
+            links=tuple(each for each in self.links if each.source not in names and each.target not in names),
+        )
+
+    def with_copy(self, name: str, new_name: str) -> Profile:
+        """Return the profile with another device just like one that it has: what if there were two?"""
+        like = self.device(name)
+        copy = dataclasses.replace(like, device=dataclasses.replace(like.device, name=new_name))
+        links = [
+            dataclasses.replace(
+                each,
+                source=new_name if each.source == name else each.source,
+                target=new_name if each.target == name else each.target,
+            )
+            for each in self.links
+            if name in (each.source, each.target)
+        ]
+        # Between the two: as between the one and its fastest neighbour.
+        between = [self.link(name, other) for other in self.names if other != name] or [self.link(name, CALLER)]
+        best = min(between, key=lambda link: (link.latency_s, -(link.bandwidth_bytes_per_s or math.inf)))
+        links += [
+            dataclasses.replace(best, source=source, target=target)
+            for source, target in ((name, new_name), (new_name, name))
+        ]
+        return dataclasses.replace(self, devices=(*self.devices, copy), links=(*self.links, *links))
+
+    def to_json(self) -> str:
+        """Return the profile as JSON text."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Profile:
+        """Read a profile that `to_json` wrote.
+
+        Raises
+        ------
+        ArgumentError
+            If the text is no profile.
+        """
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ArgumentError(f"not the JSON of a profile: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile to a file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile from a file.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such file, or it holds no profile.
+        """
+        try:
+            return cls.from_json(Path(path).read_bytes())
+        except OSError as error:
+            raise ArgumentError(f"no profile at {os.fspath(path)!r}: {error}") from error
+
+
+def _linear(points: Sequence[tuple[float, float]], x: float, *, through_zero: bool) -> float:
+    """Interpolate between points; beyond them go on with the slope of the nearest two, or of the origin and the one."""
+    points = sorted(points)
+    if len(points) == 1:
+        (x0, y0) = points[0]
+        return y0 * x / x0 if through_zero and x0 else y0
+    index = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[index - 1 : index + 1]
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0)) if x1 != x0 else y0
