@@ -81,7 +81,9 @@ class ModuleTimes:
         steps = [step for step in self.steps if (step.tokens == 1) == decode] or list(self.steps)
         by_rows = []
         for measured in sorted({step.rows for step in steps}):
-            points = [(step.context if decode else step.tokens, step.seconds) for step in steps if step.rows == measured]
+            points = [
+                (step.context if decode else step.tokens, step.seconds) for step in steps if step.rows == measured
+            ]
             by_rows.append((measured, _linear(points, context if decode else tokens, through_zero=not decode)))
         return _linear(by_rows, rows, through_zero=False)
 
@@ -290,7 +292,7 @@ class Profile:
         raise ArgumentError(f"no link from {source!r} to {target!r} in this profile")
 
     def without(self, *names: str) -> Profile:
-        """Return the profile without some devices: what if they were not there?"""
+        """Return the profile without some devices, to ask what would be if they were not there."""
         for name in names:
             self.device(name)
         return dataclasses.replace(
@@ -300,7 +302,7 @@ class Profile:
         )
 
     def with_copy(self, name: str, new_name: str) -> Profile:
-        """Return the profile with another device just like one that it has: what if there were two?"""
+        """Return the profile with another device just like one that it has, to ask what a second one would bring."""
         like = self.device(name)
         copy = dataclasses.replace(like, device=dataclasses.replace(like.device, name=new_name))
         links = [

@@ -20,9 +20,13 @@ from lingualinked.protocol.messages import (
     CallerMessage,
     Hello,
     Imitated,
+    LinkProbed,
     LoadProgress,
     LogRecord,
+    ModelMeasured,
     ModelUnloaded,
+    Ping,
+    Pong,
     RequestFailed,
     StageLoaded,
     StepDone,
@@ -154,7 +158,7 @@ class Exchange:
                 self._pending.complete(("step", message.session, message.number), reply)
             case StepFailed():
                 self._pending.fail(("step", message.session, message.number), error_of(sender, message))
-            case StageLoaded() | ModelUnloaded() | Imitated() | WorkerReport():
+            case StageLoaded() | ModelUnloaded() | Imitated() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(("request", message.request, 0), message)
             case RequestFailed():
                 self._pending.fail(("request", message.request, 0), error_of(sender, message))
@@ -164,6 +168,8 @@ class Exchange:
                 self._mailbox.connect(sender, message.address, self._public_keys[sender])
                 self.addresses[sender] = message.address
                 self.settled[sender].set()
+            case Ping():
+                self._mailbox.send(sender, encode(Pong(number=message.number)))
             case LogRecord():
                 name = message.logger if message.logger.startswith("lingualinked") else "lingualinked.worker"
                 logging.getLogger(name).log(message.level, "[%s] %s", sender, message.text, extra={"device": sender})

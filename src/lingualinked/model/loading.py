@@ -15,7 +15,7 @@ from lingualinked.errors import CheckpointError
 from lingualinked.model import hf_internals
 from lingualinked.model.architectures import read_config
 from lingualinked.model.cut import Boundary, cut_class, prune
-from lingualinked.model.dummy import DummyWeights
+from lingualinked.model.dummy import BlankWeights, DummyWeights
 from lingualinked.model.parts import ModelParts, build_meta, check_span, find_parts
 from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSource
 
@@ -121,7 +121,9 @@ def load_span(spec: ModelSpec, start: int, end: int, *, progress: Callable[[int]
 
 
 def _source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:
-    return DummyWeights(meta_model, spec.seed) if spec.load_format == "dummy" else CheckpointWeights(spec.files)
+    if spec.load_format == "safetensors":
+        return CheckpointWeights(spec.files)
+    return (DummyWeights if spec.load_format == "dummy" else BlankWeights)(meta_model, spec.seed)
 
 
 def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MappedKey]:

@@ -217,7 +217,7 @@ class _ProbeLayer(nn.Module):
         raise _LayersReached
 
 
-class _NoData(TorchFunctionMode):
+class NoData(TorchFunctionMode):
     """Answers "no" where a forward pass on the meta device asks for the values of a tensor."""
 
     def __torch_function__(
@@ -234,7 +234,7 @@ def _called_before_layers(model: PreTrainedModel, layers: nn.ModuleList, watched
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in watched]
     first, layers[0] = layers[0], _ProbeLayer()
     try:
-        with torch.no_grad(), _NoData():
+        with torch.no_grad(), NoData():
             model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device="meta"), use_cache=False)
     except _LayersReached:
         return called

@@ -21,10 +21,10 @@ class ModelSpec:
         Name of the floating torch dtype of the weights, already resolved: ``"bfloat16"``, never ``"auto"``.
     attn_implementation : str or None
         As the user asked for; None is transformers' default.
-    load_format : {"safetensors", "dummy"}
-        Read the weights from `files`, or fill in seeded random ones.
+    load_format : {"safetensors", "dummy", "blank"}
+        Read the weights from `files`, fill in seeded random ones, or any that serve to measure times with.
     files : tuple of str
-        Absolute local paths of the safetensors files; empty for ``"dummy"``.
+        Absolute local paths of the safetensors files; empty but for ``"safetensors"``.
     seed : int, default=0
         Of the dummy weights.
     """
@@ -33,6 +33,6 @@ class ModelSpec:
     config_json: str
     dtype: str
     attn_implementation: str | None
-    load_format: Literal["safetensors", "dummy"]
+    load_format: Literal["safetensors", "dummy", "blank"]
     files: tuple[str, ...]
     seed: int = 0

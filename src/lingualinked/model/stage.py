@@ -135,7 +135,7 @@ class Stage:
         UncuttableModelError
             If the architecture can't be cut.
         """
-        device = _device(accelerator)
+        device = accelerator_device(accelerator)
         return cls(load_span(spec, start, end, progress=progress), start, end, device)
 
     def new_cache(self) -> StageCache:
@@ -187,7 +187,7 @@ class Stage:
         try:
             outputs: tuple[Tensor, ...] = (self._model(**arguments).logits,)
         except SpanLeft:
-            outputs, layout = _flatten(self._boundary.outgoing)
+            outputs, layout = flatten(self._boundary.outgoing)
         finally:
             self._boundary.clear()
         if cache is not None:
@@ -198,8 +198,14 @@ class Stage:
         return value.to(self._device) if isinstance(value, Tensor) else value
 
 
-def _device(accelerator: str) -> torch.device:
-    """Check that torch can compute there."""
+def accelerator_device(accelerator: str) -> torch.device:
+    """Return torch's device for an accelerator's name.
+
+    Raises
+    ------
+    ArgumentError
+        If torch can't compute there.
+    """
     try:
         device = torch.device(accelerator)
         torch.empty(0, device=device)
@@ -211,7 +217,7 @@ def _device(accelerator: str) -> torch.device:
     return device
 
 
-def _flatten(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None]:
+def flatten(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None]:
     """Take the tensors that cross the boundary out of a layer's raw output.
 
     Of a tuple only the hidden states do: in every supported architecture the rest is attention weights, which the next

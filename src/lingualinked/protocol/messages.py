@@ -56,6 +56,55 @@ class Imitate(Message, frozen=True, tag=6):
     imitation: Imitation
 
 
+class StepShape(Message, frozen=True):
+    """Rows of the batch, new tokens of each, and tokens of each that are in the KV cache already."""
+
+    rows: int
+    tokens: int
+    context: int
+
+
+class MeasureModel(Message, frozen=True, tag=7):
+    """Measure what the parts of a model cost: run spans of one or two layers with weights that are filled in.
+
+    ``layout`` and ``hidden_size`` describe what crosses a boundary; ``flush_bytes`` is written before each step, so that no
+    weight is found in a processor's cache.
+    """
+
+    request: int
+    spec: ModelSpec
+    spans: tuple[tuple[int, int], ...]
+    kind_of_layer: tuple[int, ...]
+    shapes: tuple[StepShape, ...]
+    layout: tuple[bool, ...] | None
+    hidden_size: int
+    flush_bytes: int
+
+
+class ProbeLink(Message, frozen=True, tag=8):
+    """Measure the link to another party: send it ``Ping`` messages with so many bytes beside them, one after the other."""
+
+    request: int
+    target: str
+    address: str
+    key: str
+    sizes: tuple[int, ...]
+
+
+class Ping(Message, frozen=True, tag=9):
+    """Answer with a ``Pong`` at once; where to is in it, for a party that has not sent to the sender before."""
+
+    number: int
+    address: str
+    key: str
+
+
+class Pong(Message, frozen=True, tag=10):
+    """Answer to a ``Ping``."""
+
+    number: int
+
+
 # --- along the pipeline
 
 
@@ -143,6 +192,33 @@ class Imitated(Message, frozen=True, tag=25):
     request: int
 
 
+class MeasuredStep(Message, frozen=True):
+    """Seconds that one part of a model took in steps of one shape: median, and distance between the quartiles."""
+
+    shape: StepShape
+    seconds: float
+    spread_s: float
+
+
+class ModelMeasured(Message, frozen=True, tag=26):
+    """Answer to `MeasureModel`: times of each kind of layer that was among the spans, and of the rest."""
+
+    request: int
+    hardware: str
+    free_bytes: int
+    layers: dict[int, tuple[MeasuredStep, ...]]
+    stage: tuple[MeasuredStep, ...]
+    prologue: tuple[MeasuredStep, ...]
+    epilogue: tuple[MeasuredStep, ...]
+
+
+class LinkProbed(Message, frozen=True, tag=27):
+    """Answer to `ProbeLink`: seconds from each ``Ping`` to its ``Pong``, in the order of the sizes."""
+
+    request: int
+    seconds: tuple[float, ...]
+
+
 class StageReport(Message, frozen=True):
     """One hosted stage, in the words of `lingualinked.telemetry.snapshot.StageSnapshot`."""
 
@@ -214,13 +290,17 @@ class LogRecord(Message, frozen=True, tag=24):
     text: str
 
 
-CallerMessage = LoadStage | UnloadModel | Inspect | Imitate | Step | EndSession
+CallerMessage = LoadStage | UnloadModel | Inspect | Imitate | MeasureModel | ProbeLink | Ping | Pong | Step | EndSession
 WorkerMessage = (
     Hello
     | LoadProgress
     | StageLoaded
     | ModelUnloaded
     | Imitated
+    | ModelMeasured
+    | LinkProbed
+    | Ping
+    | Pong
     | WorkerReport
     | StepDone
     | RequestFailed

@@ -5,8 +5,10 @@ Knows the operating system's calls for it, not what is computed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -34,6 +36,23 @@ def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int |
 def resident_bytes() -> int:
     """Resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(accelerator: str) -> int:
+    """Memory that stages could still take here, in bytes; of a CPU, all that the machine has available."""
+    if accelerator.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(accelerator)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def describe_hardware(accelerator: str) -> str:
+    """Say in a few words what computes here."""
+    if accelerator.startswith("cuda"):
+        return torch.cuda.get_device_name(accelerator)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
 
 
 def _data_bytes() -> int:

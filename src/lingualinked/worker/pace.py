@@ -45,6 +45,10 @@ class Pace:
             time.sleep(rest_s)
         return time.perf_counter() - start.wall_s
 
+    def clock(self) -> float:
+        """Give the seconds of a clock that runs as the imitated device computes; only differences mean something."""
+        return self.slowdown * self._cpu_s() if self.slowdown > 1 else time.perf_counter()
+
     def _cpu_s(self) -> float:
         # With one thread, that of this thread alone: those that carry messages are not slowed.
         return time.thread_time() if self._threads == 1 else time.process_time() / self._threads

@@ -31,7 +31,12 @@ from lingualinked.protocol.messages import (
     LoadProgress,
     LoadStage,
     LogRecord,
+    MeasureModel,
+    ModelMeasured,
     ModelUnloaded,
+    Ping,
+    Pong,
+    ProbeLink,
     RequestFailed,
     StageLoaded,
     Step,
@@ -48,9 +53,11 @@ from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from lingualinked.worker.hosted import HostedStage, split_tensors
 from lingualinked.worker.lifeline import watch_caller
-from lingualinked.worker.limits import apply_limits, is_out_of_memory, resident_bytes
+from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, is_out_of_memory, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
+from lingualinked.worker.measure import Measurer
 from lingualinked.worker.pace import Pace
+from lingualinked.worker.probe import LinkProbe
 
 logger = logging.getLogger("lingualinked.worker")
 
@@ -102,6 +109,7 @@ class Worker:
         self._stages: dict[tuple[int, int], HostedStage] = {}
         self._idle_resident_bytes = resident_bytes()
         self._num_refused = 0
+        self._probes: dict[str, LinkProbe] = {}
         self._pace = Pace(boot.threads, 1.0)
         self._imitate(boot.imitation)
 
@@ -123,7 +131,7 @@ class Worker:
         message = decode(delivery.payload)
         if not isinstance(message, CallerMessage):
             raise ProtocolError(f"{type(message).__name__} is not for a worker")
-        if delivery.sender != CALLER and not isinstance(message, Step | EndSession):
+        if delivery.sender != CALLER and not isinstance(message, Step | EndSession | Ping | Pong):
             raise ProtocolError(f"{type(message).__name__} is for the caller to say")
         return message
 
@@ -141,6 +149,14 @@ class Worker:
                 self._answer(message.request, lambda: self._report(message))
             case Imitate():
                 self._answer(message.request, lambda: self._throttle(message))
+            case MeasureModel():
+                self._answer(message.request, lambda: self._measure(message))
+            case ProbeLink():
+                self._probe(message)
+            case Ping():
+                self._pong(message, delivery.sender)
+            case Pong():
+                self._go_on_probing(message, delivery.sender)
 
     def _answer(self, request: int, serve_request: Callable[[], WorkerMessage]) -> None:
         try:
@@ -190,6 +206,39 @@ class Worker:
         for link in imitation.links:
             bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
             self._mailbox.shape(link.target, bandwidth, link.latency_s)
+
+    def _measure(self, message: MeasureModel) -> ModelMeasured:
+        times = Measurer(message, self._boot.accelerator, self._pace).run()
+        return ModelMeasured(
+            request=message.request,
+            hardware=describe_hardware(self._boot.accelerator),
+            free_bytes=free_bytes(self._boot.accelerator),
+            layers={part: steps for part, steps in times.items() if isinstance(part, int)},
+            stage=times.get("stage", ()),
+            prologue=times.get("prologue", ()),
+            epilogue=times.get("epilogue", ()),
+        )
+
+    def _probe(self, message: ProbeLink) -> None:
+        try:
+            self._mailbox.connect(message.target, message.address, message.key)
+            probe = self._probes[message.target] = LinkProbe(message, self._mailbox, self._boot.public_key)
+            probe.send()
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            self._tell(RequestFailed(request=message.request, **_failure(error)))
+
+    def _pong(self, message: Ping, sender: str) -> None:
+        self._mailbox.connect(sender, message.address, message.key)
+        self._mailbox.send(sender, encode(Pong(number=message.number)))
+
+    def _go_on_probing(self, message: Pong, sender: str) -> None:
+        probe = self._probes.get(sender)
+        if probe is None:
+            raise ProtocolError(f"a Pong of {sender!r}, which was sent no Ping")
+        answer = probe.take(message)
+        if answer is not None:
+            del self._probes[sender]
+            self._tell(answer)
 
     def _step(self, step: Step, delivery: Delivery) -> None:
         try:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
-from lingualinked.protocol.boot import Imitation
 from lingualinked.protocol import messages
+from lingualinked.protocol.boot import Imitation
 from lingualinked.protocol.messages import KVEdit, KVEditKind, Step, decode, encode
 
 TYPES = [
@@ -41,7 +41,15 @@ SPEC = ModelSpec(
     load_format="safetensors",
     files=("/a",),
 )
-VALUES = {"spec": SPEC, "imitation": Imitation(slowdown=2.0, links=()), "stages": (), "edits": (), "timings_us": (5,), "layout": None, "logits_to_keep": 1}
+VALUES = {
+    "spec": SPEC,
+    "imitation": Imitation(slowdown=2.0, links=()),
+    "stages": (),
+    "edits": (),
+    "timings_us": (5,),
+    "layout": None,
+    "logits_to_keep": 1,
+}
 BY_TYPE = {"int": 7, "str": "text", "bool": True}
 
 

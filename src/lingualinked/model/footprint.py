@@ -1,0 +1,122 @@
+"""What a model's parts take in bytes beside their weights, and which of its layers are of the same kind.
+
+Works on the meta device, without weights; knows nothing of stages or devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lingualinked.errors import UncuttableModelError
+from lingualinked.model.parts import ModelParts, NoData
+from lingualinked.model.stage import flatten
+from lingualinked.profile import ModelProfile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lingualinked.model.cut import RawOutput
+    from lingualinked.model.spec import ModelSpec
+
+_TOKENS = 2  # of the forward pass: fewer than any sliding window holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a model takes, and what crosses a boundary between two of its layers.
+
+    Parameters
+    ----------
+    profile : ModelProfile
+        The model in bytes.
+    layout : tuple of bool or None
+        As in `StageInputs`.
+    hidden_size : int
+        Last dimension of the hidden states.
+    """
+
+    profile: ModelProfile
+    layout: tuple[bool, ...] | None
+    hidden_size: int
+
+
+def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: ModelSpec) -> Footprint:
+    """Describe a model in bytes, from one forward pass without data.
+
+    Parameters
+    ----------
+    meta_model : PreTrainedModel
+        As `build_meta` gives it; left as it was.
+    parts : ModelParts
+        As `find_parts` gives them.
+    spec : ModelSpec
+        What it was built from.
+
+    Returns
+    -------
+    Footprint
+
+    Raises
+    ------
+    UncuttableModelError
+        If the forward pass fails.
+    """
+    layers = meta_model.get_submodule(parts.layers)
+    assert isinstance(layers, nn.ModuleList)
+    cache, output, logits = _pass_without_data(meta_model, layers)
+    kv_bytes, windows, kinds = [], [], []
+    for layer in layers:
+        slots = {index for module in layer.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
+        kept = [cache.layers[slot] for slot in sorted(slots) if slot < len(cache.layers)]
+        kv_bytes.append(sum((each.keys.nbytes + each.values.nbytes) // _TOKENS for each in kept))
+        windows.append(min((each.sliding_window for each in kept if each.is_sliding), default=None))
+        shapes = [f"{name} {list(each.shape)} {each.dtype}" for name, each in layer.named_parameters()]
+        kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], tuple(shapes)))
+    distinct = list(dict.fromkeys(kinds))
+    widest = max(max(parameter.shape) for layer in layers for parameter in layer.parameters())
+    (hidden,), layout = flatten(output)
+    hidden_bytes = hidden.nbytes // _TOKENS
+    profile = ModelProfile(
+        name=str(meta_model.config.name_or_path or spec.class_name),
+        fingerprint=hashlib.blake2b(
+            f"{spec.class_name} {spec.config_json} {spec.attn_implementation}".encode(), digest_size=16
+        ).hexdigest(),
+        dtype=spec.dtype,
+        kinds=tuple(f"{name}, window {window}" if window else name for name, window, *_ in distinct),
+        kind_of_layer=tuple(distinct.index(kind) for kind in kinds),
+        layer_weight_bytes=parts.layer_bytes,
+        layer_kv_bytes=tuple(kv_bytes),
+        layer_windows=tuple(windows),
+        prologue_bytes=parts.prologue_bytes,
+        epilogue_bytes=parts.epilogue_bytes,
+        tied_bytes=parts.tied_bytes,
+        hidden_bytes=hidden_bytes,
+        logits_bytes=logits.nbytes // _TOKENS,
+        # An estimate: a few copies of the hidden states, in part in float32, and a gated block's three widest results.
+        working_bytes=12 * hidden_bytes + 3 * widest * hidden.element_size(),
+    )
+    return Footprint(profile=profile, layout=layout, hidden_size=hidden.shape[-1])
+
+
+def _pass_without_data(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Any, RawOutput, Tensor]:
+    """Run the whole model on the meta device; give its KV cache, the last layer's raw output, and the logits."""
+    outputs: list[Any] = []
+    hook = layers[-1].register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad(), NoData():
+            ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    except Exception as error:
+        raise UncuttableModelError(
+            type(model).__name__, f"a forward pass without weights failed ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        hook.remove()
+    return cache, outputs[-1], logits

@@ -1,0 +1,188 @@
+"""Measures what the parts of a model cost here, with its real modules in their real shapes.
+
+Knows stages, clocks and hooks; nothing of devices beyond its own, and nothing of plans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from lingualinked.model.loading import load_span
+from lingualinked.model.memory import release_memory
+from lingualinked.model.stage import Stage, StageInputs, accelerator_device
+from lingualinked.protocol.messages import MeasuredStep, MeasureModel, StepShape
+
+if TYPE_CHECKING:
+    from lingualinked.model.kv_cache import StageCache
+    from lingualinked.model.loading import LoadedSpan
+    from lingualinked.worker.pace import Pace
+
+_FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
+_REPEATS = {True: 7, False: 3}  # of decode steps, of prefill steps
+
+Part = str | int
+"""What time is spent on: a kind of layer, or ``"prologue"``, ``"epilogue"``, ``"stage"`` (all the rest)."""
+
+
+class Measurer:
+    """Runs spans of a model and notes where their time goes.
+
+    Weights are filled in, not read. Two layers run in a row and the second one counts: in a stage all but the first
+    find their code at hand and their weights in memory, not in a cache.
+
+    Parameters
+    ----------
+    request : MeasureModel
+        What to measure.
+    accelerator : str
+        Where to compute.
+    pace : Pace
+        Whose clock to read.
+    """
+
+    def __init__(self, request: MeasureModel, accelerator: str, pace: Pace) -> None:
+        self._request = request
+        self._accelerator = accelerator
+        self._device = accelerator_device(accelerator)
+        self._pace = pace
+        self._dtype: torch.dtype = getattr(torch, request.spec.dtype)
+        self._samples: defaultdict[tuple[Part, StepShape], list[float]] = defaultdict(list)
+        self._flushed = torch.zeros(min(_FLUSH_BYTES, request.flush_bytes) // 4) if accelerator == "cpu" else None
+
+    def run(self) -> dict[Part, tuple[MeasuredStep, ...]]:
+        """Measure every span that the request names; give each part's times by shape."""
+        with torch.inference_mode():
+            for start, end in self._request.spans:
+                self._measure_span(start, end)
+                release_memory(self._accelerator)
+        parts: defaultdict[Part, list[MeasuredStep]] = defaultdict(list)
+        for (part, shape), seconds in self._samples.items():
+            low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+            parts[part].append(MeasuredStep(shape=shape, seconds=max(middle, 0.0), spread_s=max(high - low, 0.0)))
+        return {part: tuple(steps) for part, steps in parts.items()}
+
+    def _measure_span(self, start: int, end: int) -> None:
+        span = load_span(self._request.spec, start, end)
+        stage = Stage(span, start, end, self._device)
+        with _Stopwatch(span, start, end, self._clock) as watch:
+            for rows in sorted({shape.rows for shape in self._request.shapes}):
+                shapes = [shape for shape in self._request.shapes if shape.rows == rows]
+                for shape in shapes:
+                    if shape.tokens > 1:
+                        for _ in range(_REPEATS[False] + 1):  # the first shows what a new shape costs, once
+                            self._step(stage, watch, shape, stage.new_cache(), start)
+                        self._drop_first(shape)
+                self._decode(stage, watch, [shape for shape in shapes if shape.tokens == 1], start)
+
+    def _decode(self, stage: Stage, watch: _Stopwatch, shapes: list[StepShape], start: int) -> None:
+        cache = stage.new_cache()
+        for shape in sorted(shapes, key=lambda shape: shape.context):
+            missing = shape.context - cache.num_tokens
+            if missing > 0:
+                stage.step(self._inputs(stage, shape.rows, missing, cache.num_tokens), cache)
+            for _ in range(_REPEATS[True] + 1):
+                self._step(stage, watch, shape, cache, start)
+            self._drop_first(shape)
+
+    def _step(self, stage: Stage, watch: _Stopwatch, shape: StepShape, cache: StageCache, start: int) -> None:
+        inputs = self._inputs(stage, shape.rows, shape.tokens, cache.num_tokens)
+        if self._flushed is not None:
+            self._flushed.add_(1)
+        watch.clear()
+        began = self._clock()
+        stage.step(inputs, cache)
+        rest = self._clock() - began - watch.total
+        kinds = [self._request.kind_of_layer[index] for index in range(start, start + len(watch.layers))]
+        *_, last = watch.layers
+        self._samples[kinds[-1], shape].append(last)
+        if len(set(kinds)) == 1:  # what the first takes longer is the stage's cost, whatever its layers
+            rest += watch.layers[0] - last
+        self._samples["stage", shape].append(rest)
+        if stage.is_first:
+            self._samples["prologue", shape].append(watch.prologue)
+        if stage.is_last:
+            self._samples["epilogue", shape].append(watch.epilogue)
+
+    def _inputs(self, stage: Stage, rows: int, tokens: int, past: int) -> StageInputs:
+        """Make a step's inputs: token ids, or hidden states as the previous stage would give them."""
+        generator = torch.Generator().manual_seed(past)
+        if stage.is_first:
+            states = torch.randint(0, 64, (rows, tokens), generator=generator)
+        else:
+            states = torch.randn((rows, tokens, self._request.hidden_size), generator=generator).to(self._dtype)
+        return StageInputs(
+            tensors=(states,),
+            layout=None if stage.is_first else self._request.layout,
+            attention_mask=torch.ones((rows, past + tokens), dtype=torch.long),
+            position_ids=None,
+            logits_to_keep=1,
+        )
+
+    def _drop_first(self, shape: StepShape) -> None:
+        for (_, measured), seconds in self._samples.items():
+            if measured == shape and len(seconds) > 1:
+                seconds.pop(0)
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._pace.clock()
+
+
+class _Stopwatch:
+    """Notes the time spent in a span's layers, in its prologue and in its epilogue."""
+
+    def __init__(self, span: LoadedSpan, start: int, end: int, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._hooks = contextlib.ExitStack()
+        self.layers: list[float] = []
+        self.prologue = self.epilogue = 0.0
+        layers = span.model.get_submodule(span.parts.layers)
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers[start:end]:
+            self._watch(layer, self.layers.append)
+        for path in span.parts.prologue:
+            self._watch(span.model.get_submodule(path), self._add_prologue)
+        for path in span.parts.epilogue:
+            self._watch(span.model.get_submodule(path), self._add_epilogue)
+
+    @property
+    def total(self) -> float:
+        """All that was noted since `clear`."""
+        return sum(self.layers) + self.prologue + self.epilogue
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.layers.clear()
+        self.prologue = self.epilogue = 0.0
+
+    def _add_prologue(self, seconds: float) -> None:
+        self.prologue += seconds
+
+    def _add_epilogue(self, seconds: float) -> None:
+        self.epilogue += seconds
+
+    def _watch(self, module: nn.Module, note: Callable[[float], None]) -> None:
+        began: list[float] = []
+
+        def begin(_module: nn.Module, _arguments: Any) -> None:
+            began.append(self._clock())
+
+        def finish(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+            note(self._clock() - began.pop())
+
+        self._hooks.callback(module.register_forward_pre_hook(begin).remove)
+        self._hooks.callback(module.register_forward_hook(finish).remove)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
