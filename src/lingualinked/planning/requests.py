@@ -25,6 +25,8 @@ class Requests:
 
     Attributes
     ----------
+    arrive : bool
+        Whether requests arrive; else they always wait.
     kinds : list of int
         Of each session: `PREFILL` or `DECODE`, what its step is.
     running : list of int
@@ -34,6 +36,7 @@ class Requests:
     """
 
     def __init__(self, num_requests: int, num_tokens: int, num_sessions: int, arrivals_s: Floats | None) -> None:
+        self.arrive = arrivals_s is not None
         self.num_sessions = min(num_sessions, num_requests)
         self.kinds = [PREFILL] * self.num_sessions
         self.running = list(range(self.num_sessions))
@@ -69,7 +72,7 @@ class Requests:
         self._next_token[session] = request * self._num_tokens
         self._end[session] = self._next_token[session] + self._num_tokens
         arrived_s = self._arrivals_s[request]
-        if arrived_s == -math.inf:
+        if not self.arrive:
             self._started_s[request] = now_s
         return arrived_s
 

@@ -24,7 +24,8 @@ from lingualinked.planning.stretch import DECODE, PREFILL
 from lingualinked.workload import Workload
 
 ARRIVAL = -1  # in place of a station: the session's next step is to be issued
-AFTER_ALL_STEPS = 1 << 62  # of what happens at one instant, arrivals come last
+AFTER_ALL_STEPS = 1 << 62  # of what happens at one instant, arrivals come last,
+BEFORE_ALL_STEPS = -AFTER_ALL_STEPS  # and requests that waited from the start come first
 
 
 def simulate_times(
@@ -133,7 +134,8 @@ def run_requests(
     kinds, services = requests.kinds, [visit_s[PREFILL]] * requests.num_sessions
     total_s = np.zeros(len(times.visits))
     # What happens next: when, its rank among what happens at that instant, the station that is reached, the session.
-    heap = [(first_s, AFTER_ALL_STEPS + session, ARRIVAL, session) for session, first_s in enumerate(requests.first_s)]
+    first_rank = AFTER_ALL_STEPS if requests.arrive else BEFORE_ALL_STEPS
+    heap = [(first_s, first_rank + session, ARRIVAL, session) for session, first_s in enumerate(requests.first_s)]
     heapq.heapify(heap)
     while heap:
         now_s, rank, at, session = heap[0]

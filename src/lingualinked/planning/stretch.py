@@ -48,6 +48,7 @@ class Stretch:
         "_last_offsets",
         "_last_s",
         "_offsets",
+        "_out_s",
         "_through_s",
         "_waits",
     )
@@ -62,6 +63,7 @@ class Stretch:
         self._gap_s = [[float((ends - offsets).max()) for offsets in self._offsets] for ends in self._ends]
         self._alone = True  # the step before met nobody: its entry and kind say all
         self._last_s, self._kind = -math.inf, DECODE
+        self._out_s = -math.inf
         self._free = np.full(delay_s.shape, -math.inf)
         self._last_offsets, self._waits = self._offsets[DECODE], np.empty_like(delay_s)
 
@@ -78,21 +80,26 @@ class Stretch:
         if self._alone:
             if now_s >= self._last_s + self._gap_s[self._kind][kind]:
                 self._last_s, self._kind = now_s, kind
-                return now_s + self._through_s[kind]
+                return self._leave(now_s + self._through_s[kind])
             np.add(self._ends[self._kind], self._last_s, out=self._free)
         self._kind = kind
-        return self._pass(now_s, self._offsets[kind], self._ends[kind]) + self._through_s[kind]
+        return self._leave(self._pass(now_s, self._offsets[kind], self._ends[kind]) + self._through_s[kind])
 
     def enter_with(self, now_s: float, busy_s: Floats) -> float:
         """Send a step in that has service times of its own, float64 ``[V]``; give when it comes out."""
         offsets, ends, through_s = self._unhindered(busy_s)
-        out_s = self._pass(now_s, offsets, ends) + through_s
+        out_s = self._leave(self._pass(now_s, offsets, ends) + through_s)
         self._alone = False
         return out_s
 
     def last_starts(self) -> Floats:
         """Give float64 ``[V]``, the seconds at which the step that entered last starts at each server."""
         return self._offsets[self._kind] + self._last_s if self._alone else self._last_offsets + self._waits
+
+    def _leave(self, out_s: float) -> float:
+        """Let rounding not make a step overtake the one before."""
+        self._out_s = out_s = max(out_s, self._out_s)
+        return out_s
 
     def _pass(self, now_s: float, offsets: Floats, ends: Floats) -> float:
         free, waits = self._free, self._waits
