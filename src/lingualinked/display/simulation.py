@@ -129,9 +129,8 @@ def _draw_intervals(axes: Axes, simulation: Simulation, shown: list[str]) -> Non
             span = (interval.start_s, interval.end_s - interval.start_s)
             seen.setdefault((interval.server, interval.kind, shade), []).append(span)
     for (server, kind, shade), spans in seen.items():
-        axes.broken_barh(
-            spans, (rows[server] - 0.36, 0.72), color=SHADES[kind][shade], edgecolor="white", linewidth=0.3
-        )
+        # Edges of the same colour keep the shortest visits visible.
+        axes.broken_barh(spans, (rows[server] - 0.36, 0.72), color=SHADES[kind][shade], linewidth=0.5)
     for interval in simulation.intervals:
         middle_s = (interval.start_s + interval.end_s) / 2
         is_wide = interval.end_s - interval.start_s > 0.022 * (end_s - start_s)
