@@ -1,0 +1,193 @@
+"""A simulated pipeline as tables and as a picture: who is busy when, and how busy.
+
+Knows the result of a simulation; not how it came about.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lingualinked.display.tables import Rows
+from lingualinked.display.units import seconds_text
+from lingualinked.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lingualinked.planning.simulation import Simulation
+
+MAX_TABLE_ROWS = 20
+MAX_CHART_ROWS = 24
+SHADES = {
+    "prefill": ("#d9660a", "#f58518", "#f9a655", "#fcc78f"),
+    "decode": ("#2f5a8c", "#4c78a8", "#7fa3cb", "#b3cae4"),
+}
+GREY, RED = "#b8b8b8", "#c44e52"
+
+
+def latency_rows(simulation: Simulation) -> Rows:
+    """Put rates and latencies into rows."""
+    durations = {
+        "first token": simulation.first_token_s,
+        "between tokens": simulation.inter_token_s,
+        "whole request": simulation.request_s,
+    }
+    return Rows(
+        title=f"{_rates(simulation)}\n{simulation.num_requests:,} requests, {simulation.num_tokens:,} tokens "
+        f"in {seconds_text(simulation.makespan_s)}",
+        columns=("latency", "mean", "p50", "p90", "p99"),
+        rows=[
+            (name, *(seconds_text(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99)))
+            for name, spread in durations.items()
+            if spread is not None
+        ],
+    )
+
+
+def server_rows(simulation: Simulation) -> Rows:
+    """Put utilisation into rows, one per server; of very many servers the busiest."""
+    shown, title = _busiest(simulation, MAX_TABLE_ROWS)
+    return Rows(
+        title=title,
+        columns=("server", "busy", "busy for", ""),
+        rows=[
+            (
+                name,
+                f"{simulation.utilisation[name]:.1%}",
+                seconds_text(simulation.utilisation[name] * simulation.makespan_s),
+                "bottleneck" if name == simulation.bottleneck else "",
+            )
+            for name in shown
+        ],
+        bars=[simulation.utilisation[name] for name in shown],
+    )
+
+
+def simulation_text(simulation: Simulation) -> str:
+    """Return the result as two text tables."""
+    return f"{latency_rows(simulation).to_text()}\n\n{server_rows(simulation).to_text()}"
+
+
+def simulation_html(simulation: Simulation) -> str:
+    """Return the result as two HTML tables, with a bar of each server's utilisation."""
+    return f"<div>{latency_rows(simulation).to_html()}{server_rows(simulation).to_html()}</div>"
+
+
+def simulation_figure(simulation: Simulation) -> Figure:
+    """Draw a Gantt chart of the first visits, and beside it the utilisation over the whole run.
+
+    Raises
+    ------
+    ArgumentError
+        If matplotlib is not installed.
+    """
+    try:
+        from lingualinked.display.figure import NotebookFigure
+    except ImportError as error:
+        raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
+
+    shown, title = _busiest(simulation, MAX_CHART_ROWS)
+    figure = NotebookFigure(figsize=(11, 2.3 + 0.32 * len(shown)), layout="constrained")
+    figure.suptitle(_rates(simulation), fontsize=11)
+    chart, bars = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
+    _draw_intervals(chart, simulation, shown)
+    busy = [simulation.utilisation[name] for name in shown]
+    bars.barh(range(len(shown)), busy, 0.72, color=[RED if name == simulation.bottleneck else GREY for name in shown])
+    for row, fraction in enumerate(busy):
+        inside = fraction > 0.7
+        bars.annotate(
+            f"{fraction:.0%}",
+            (fraction, row),
+            xytext=(-3 if inside else 3, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=8,
+            color="white" if inside and shown[row] == simulation.bottleneck else "black",
+        )
+    bars.set(xlim=(0, 1), xlabel="fraction of the whole run")
+    bars.set_title(title, fontsize=10)
+    for axes in (chart, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    return figure
+
+
+def _draw_intervals(axes: Axes, simulation: Simulation, shown: list[str]) -> None:
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
+
+    rows = {name: row for row, name in enumerate(shown)}
+    start_s, end_s = _window(simulation)
+    seen: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for interval in simulation.intervals:
+        if interval.server in rows:
+            shade = interval.session % len(SHADES[interval.kind])
+            span = (interval.start_s, interval.end_s - interval.start_s)
+            seen.setdefault((interval.server, interval.kind, shade), []).append(span)
+    for (server, kind, shade), spans in seen.items():
+        # Edges of the same colour keep the shortest visits visible.
+        axes.broken_barh(spans, (rows[server] - 0.36, 0.72), color=SHADES[kind][shade], linewidth=0.5)
+    for interval in simulation.intervals:
+        middle_s = (interval.start_s + interval.end_s) / 2
+        is_wide = interval.end_s - interval.start_s > 0.022 * (end_s - start_s)
+        if is_wide and interval.server in rows and middle_s < end_s:
+            dark = interval.session % 4 < 2
+            axes.text(
+                middle_s,
+                rows[interval.server],
+                str(interval.session),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+                clip_on=True,
+            )
+    kinds = [kind for kind in SHADES if any(interval.kind == kind for interval in simulation.intervals)]
+    num_shades = min(4, 1 + max((interval.session for interval in simulation.intervals), default=0))
+    axes.legend(
+        [tuple(Patch(color=colour) for colour in SHADES[kind][:num_shades]) for kind in kinds],
+        [f"{kind} (shade and number: session)" if num_shades > 1 else kind for kind in kinds],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        handlelength=3,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
+    axes.set_yticks(range(len(shown)), shown)
+    axes.set(xlim=(start_s, end_s), ylim=(len(shown) - 0.5, -0.5), xlabel="seconds")
+    axes.set_title("busy when", loc="left", fontsize=10)
+
+
+def _window(simulation: Simulation) -> tuple[float, float]:
+    """Give the seconds that the intervals cover without a gap."""
+    intervals = simulation.intervals
+    if not intervals:
+        return 0.0, simulation.makespan_s
+    start_s, end_s = intervals[0].start_s, max(interval.end_s for interval in intervals)
+    kept_s = sum(interval.end_s - interval.start_s for interval in intervals)
+    all_s = sum(simulation.utilisation.values()) * simulation.makespan_s
+    if kept_s < all_s * (1 - 1e-9) and intervals[-1].start_s > start_s:
+        end_s = intervals[-1].start_s  # what starts later is not known
+    return start_s, end_s if end_s > start_s else start_s + simulation.makespan_s
+
+
+def _busiest(simulation: Simulation, num_rows: int) -> tuple[list[str], str]:
+    names = list(simulation.utilisation)
+    if len(names) <= num_rows:
+        return names, "Utilisation"
+    busiest = set(sorted(names, key=simulation.utilisation.__getitem__, reverse=True)[:num_rows])
+    return [name for name in names if name in busiest], f"The {num_rows} busiest of {len(names):,}"
+
+
+def _rates(simulation: Simulation) -> str:
+    return (
+        f"{simulation.tokens_per_s:,.4g} tokens/s, {simulation.requests_per_s:,.3g} requests/s; "
+        f"the bottleneck is {simulation.bottleneck}, busy {simulation.utilisation[simulation.bottleneck]:.0%}"
+    )
