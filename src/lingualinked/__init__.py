@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
-    from lingualinked.device import Device
+    from lingualinked.device import Device, Link
     from lingualinked.errors import (
         ArgumentError,
         CheckpointError,
@@ -27,10 +27,20 @@ if TYPE_CHECKING:
         WorkerDiedError,
         WorkerError,
     )
-    from lingualinked.planning.plan import Plan, PlannedStage
+    from lingualinked.planning.comparison import Comparison
+    from lingualinked.planning.estimate import Figures
+    from lingualinked.planning.explanation import Explanation
+    from lingualinked.planning.plan import Plan, PlannedStage, Solved
+    from lingualinked.planning.planner import baseline, solve
+    from lingualinked.planning.prediction import Prediction
+    from lingualinked.planning.simulate import simulate
+    from lingualinked.planning.simulation import Simulation
+    from lingualinked.profile import Profile
     from lingualinked.sample import sample_model
     from lingualinked.sharded.model import ShardedModel
+    from lingualinked.sharded.profiling import estimate_profile, profile_model
     from lingualinked.telemetry.snapshot import StageSnapshot, Telemetry, WorkerSnapshot
+    from lingualinked.workload import Workload
 
 __version__ = "0.1.0"
 
@@ -39,16 +49,24 @@ _HOMES = {
     "CheckpointError": "errors",
     "ClosedError": "errors",
     "Cluster": "cluster.cluster",
+    "Comparison": "planning.comparison",
     "Device": "device",
     "DeviceMemoryError": "errors",
+    "Explanation": "planning.explanation",
+    "Figures": "planning.estimate",
     "InfeasiblePlanError": "errors",
     "KVCapacityError": "errors",
     "LingualinkedError": "errors",
+    "Link": "device",
     "PeerUnknownError": "errors",
     "Plan": "planning.plan",
     "PlannedStage": "planning.plan",
+    "Prediction": "planning.prediction",
+    "Profile": "profile",
     "ProtocolError": "errors",
     "ShardedModel": "sharded.model",
+    "Simulation": "planning.simulation",
+    "Solved": "planning.plan",
     "StageSnapshot": "telemetry.snapshot",
     "StepTimeoutError": "errors",
     "Telemetry": "telemetry.snapshot",
@@ -57,7 +75,13 @@ _HOMES = {
     "WorkerDiedError": "errors",
     "WorkerError": "errors",
     "WorkerSnapshot": "telemetry.snapshot",
+    "Workload": "workload",
+    "baseline": "planning.planner",
+    "estimate_profile": "sharded.profiling",
+    "profile_model": "sharded.profiling",
     "sample_model": "sample",
+    "simulate": "planning.simulate",
+    "solve": "planning.planner",
 }
 
 __all__ = [
@@ -65,16 +89,24 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "Cluster",
+    "Comparison",
     "Device",
     "DeviceMemoryError",
+    "Explanation",
+    "Figures",
     "InfeasiblePlanError",
     "KVCapacityError",
     "LingualinkedError",
+    "Link",
     "PeerUnknownError",
     "Plan",
     "PlannedStage",
+    "Prediction",
+    "Profile",
     "ProtocolError",
     "ShardedModel",
+    "Simulation",
+    "Solved",
     "StageSnapshot",
     "StepTimeoutError",
     "Telemetry",
@@ -83,7 +115,13 @@ __all__ = [
     "WorkerDiedError",
     "WorkerError",
     "WorkerSnapshot",
+    "Workload",
+    "baseline",
+    "estimate_profile",
+    "profile_model",
     "sample_model",
+    "simulate",
+    "solve",
 ]
 
 

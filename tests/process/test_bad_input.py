@@ -113,12 +113,13 @@ def test_a_damaged_safetensors_file(load: Load, checkpoint: Path, damage: Callab
 def test_a_safetensors_file_cut_short_after_it_was_looked_at(load: Load, checkpoint: Path, sharded: Any) -> None:
     """What only a worker notices comes back as the same error, with the worker's own as its cause."""
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.sharded.loading import LoadArguments, prepare
+    from lingualinked.sharded.loading import LoadArguments, describe, place
 
-    prepared = prepare(LoadArguments(path=str(checkpoint), cluster=sharded.cluster, progress=False))
+    arguments = LoadArguments(path=str(checkpoint), cluster=sharded.cluster, plan="even", progress=False)
+    described = describe(arguments)
     file = checkpoint / "model.safetensors"
     file.write_bytes(truncated(file.read_bytes()))
-    pipeline = Pipeline(sharded.cluster, prepared.spec, prepared.plan, max_kv_tokens=None, timeout_s=60)
+    pipeline = Pipeline(sharded.cluster, described.spec, place(described, arguments), max_kv_tokens=None, timeout_s=60)
     with pytest.raises(ll.CheckpointError, match=r"device '[abcd]': .*model\.safetensors") as caught:
         pipeline.load(lambda device, num_bytes: None)
     assert isinstance(caught.value.__cause__, ll.WorkerError)

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, PreTrainedModel
 import lingualinked as ll
 from lingualinked.cluster.inspection import inspect_workers
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.sharded.loading import LoadArguments, prepare
+from lingualinked.sharded.loading import LoadArguments, describe
 from lingualinked.transport import ZmqMailbox, generate_keypair
 from processes import are_gone, family
 from waiting import num_sessions, wait_until
@@ -170,9 +170,9 @@ def test_no_layer_fits_a_device(nothing_left_behind: None) -> None:
 @linux_only
 def test_the_kernel_refuses_what_the_plan_did_not_know_of(limited: ll.Cluster) -> None:
     config, elsewhere = wide(4, hidden_size=4096), ll.Plan.from_spans([("pinned", 0, 4)])
-    prepared = prepare(LoadArguments(path="dummy", config=config, load_format="dummy", cluster=limited, plan=elsewhere))
+    described = describe(LoadArguments(path="dummy", config=config, load_format="dummy"))
     spans = ll.Plan.from_spans([("small", 0, 4)])  # of unknown size
-    pipeline = Pipeline(limited, prepared.spec, spans, max_kv_tokens=None, timeout_s=60)
+    pipeline = Pipeline(limited, described.spec, spans, max_kv_tokens=None, timeout_s=60)
     with pytest.raises(ll.DeviceMemoryError, match="worker on device 'small'") as caught:
         pipeline.load(lambda device, num_bytes: None)
     assert caught.value.device == "small"

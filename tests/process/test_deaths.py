@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import lingualinked as ll
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.sharded.loading import LoadArguments, prepare
+from lingualinked.sharded.loading import LoadArguments, describe
 from processes import are_gone, family, stopped
 from waiting import num_sessions, wait_until
 
@@ -126,8 +126,8 @@ def test_a_worker_killed_while_it_loads(
 
 def test_an_error_while_loading_does_not_wait_for_the_other_stages(mortal: ll.Cluster, tiny_llama: str) -> None:
     plan = ll.Plan.from_spans([("loading-2", 0, 2), ("well-1", 2, 4)])
-    prepared = prepare(LoadArguments(path=tiny_llama, cluster=mortal, plan=plan))
-    gone = dataclasses.replace(prepared.spec, files=("/no/such/model.safetensors",))
+    described = describe(LoadArguments(path=tiny_llama))
+    gone = dataclasses.replace(described.spec, files=("/no/such/model.safetensors",))
     pipeline = Pipeline(mortal, gone, plan, max_kv_tokens=None, timeout_s=60)
     stopped(mortal.pids["loading-2"])  # does not answer, for now
     with pytest.raises(ll.CheckpointError, match=r"device 'well-1': .*/no/such/model\.safetensors"):

@@ -54,14 +54,15 @@ if __name__ == "__main__":
     import transformers.models.llama.modeling_llama
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abc"]) as cluster:
         # An idle worker has served before: pages of torch's code count as resident once they have run, and are shared.
-        with ll.ShardedModel.from_pretrained(sys.argv[2], cluster=cluster, dtype=sys.argv[3], progress=False) as model:
+        idle = ll.ShardedModel.from_pretrained(sys.argv[2], cluster=cluster, plan="even", dtype=sys.argv[3], progress=False)
+        with idle as model:
             model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
         pids = cluster.pids | {"caller": os.getpid()}
         before = {}
         for name, pid in pids.items():
             forget_peak(pid)
             before[name] = (status(pid, "VmRSS"), read_bytes(pid))
-        model = ll.ShardedModel.from_pretrained(sys.argv[1], cluster=cluster, progress=False)
+        model = ll.ShardedModel.from_pretrained(sys.argv[1], cluster=cluster, plan="even", progress=False)
         ids = torch.randint(0, 8000, (1, 64))
         past = model(ids, logits_to_keep=1).past_key_values
         for _ in range(8):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lingualinked as ll
-from lingualinked.device import parse_bytes
+from lingualinked.device import check_links, link_between, parse_bytes, parse_rate, parse_seconds
 
 UNITS = {
     "": 1,
@@ -85,3 +85,80 @@ def test_a_device_keeps_what_it_is_given() -> None:
 def test_what_a_device_can_not_be(field: str, value: Any) -> None:
     with pytest.raises(ll.ArgumentError, match=field):
         ll.Device(**{"name": "a", field: value})
+
+
+@pytest.mark.parametrize(
+    ("rate", "bytes_per_s"),
+    [(5, 5.0), (2.5, 2.5), ("100Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("12.5MB/s", 12.5e6), ("8bps", 1.0), ("3B/s", 3.0)],
+)
+def test_bandwidths(rate: float | str, bytes_per_s: float) -> None:
+    assert parse_rate(rate) == pytest.approx(bytes_per_s)
+
+
+@pytest.mark.parametrize(
+    ("duration", "seconds"), [(0, 0.0), (0.5, 0.5), ("3ms", 3e-3), ("250us", 250e-6), ("250 µs", 250e-6), ("2s", 2.0)]
+)
+def test_durations(duration: float | str, seconds: float) -> None:
+    assert parse_seconds(duration) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("slowdown", 0.5),
+        ("slowdown", float("nan")),
+        ("slowdown", "2"),
+        ("bandwidth", 0),
+        ("bandwidth", -1.0),
+        ("bandwidth", "fast"),
+        ("bandwidth", float("nan")),
+        ("latency", -1),
+        ("latency", "3"),
+        ("latency", float("inf")),
+        ("watts", 0),
+        ("watts", float("nan")),
+        ("trusted", 1),
+    ],
+)
+def test_what_can_not_be_imitated_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=f"{field}.*of device 'a'"):
+        ll.Device(name="a", **{field: value})
+
+
+def test_an_accelerator_is_not_slowed() -> None:
+    with pytest.raises(ll.ArgumentError, match="only a CPU worker can imitate"):
+        ll.Device(name="a", accelerator="cuda:0", slowdown=2.0)
+
+
+def test_a_link_has_the_smaller_bandwidth_and_the_sum_of_latencies_unless_given() -> None:
+    fast = ll.Device(name="fast", bandwidth="1Gbit/s", latency="1ms")
+    slow = ll.Device(name="slow", bandwidth="10Mbit/s", latency="5ms")
+    link = link_between(fast, slow, {})
+    assert link.bandwidth_bytes_per_s == pytest.approx(1.25e6)
+    assert link.latency_s == pytest.approx(6e-3)
+    to_caller = link_between(slow, None, {})
+    assert (to_caller.bandwidth_bytes_per_s, to_caller.latency_s) == (slow.bandwidth_bytes_per_s, slow.latency_s)
+    given = ll.Link(bandwidth="2Gbit/s", latency=0)
+    assert link_between(fast, slow, {("fast", "slow"): given}) is given
+    assert link_between(slow, fast, {("fast", "slow"): given}) != given
+
+
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        ([], "links is a list"),
+        ({("a", "b"): 3}, "give .source, target. names and a lingualinked.Link"),
+        ({"ab": ll.Link()}, "give .source, target. names"),
+        ({("a", "moon"): ll.Link()}, "there is no device 'moon'"),
+        ({("a", "a"): ll.Link()}, "leads from one device to another"),
+    ],
+)
+def test_links_that_lead_nowhere_are_refused(links: Any, message: str) -> None:
+    with pytest.raises(ll.ArgumentError, match=message):
+        check_links(links, ["a", "b"])
+
+
+@pytest.mark.parametrize("arguments", [{"bandwidth": 0}, {"bandwidth": "x"}, {"latency": -1}, {"latency": "x"}])
+def test_a_link_refuses_by_name(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ll.ArgumentError, match=f"{next(iter(arguments))} of a link"):
+        ll.Link(**arguments)

@@ -6,6 +6,7 @@ Knows typer; each command's work lies in a module of its own, imported when it r
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,6 +53,42 @@ def generate(
 
 
 @app.command()
+def plan(
+    path: Annotated[str, typer.Argument(help="Folder of a checkpoint or of a config.json alone, or a hub id.")],
+    devices: Annotated[
+        str, typer.Option("--devices", "-d", help="A cluster file (TOML), or a number of workers.")
+    ] = "2",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a session.")] = 1,
+    num_sessions: Annotated[int, typer.Option(min=1, help="Sessions in flight.")] = 1,
+    objective: Annotated[str, typer.Option(help="throughput, latency or energy.")] = "throughput",
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the plan into this file.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what limits it, and what would help.")] = False,
+) -> None:
+    """Say which device should hold which layers, and how fast that would be; loads nothing."""
+    from lingualinked.cli.plan import run_plan
+    from lingualinked.workload import Workload
+
+    _run(
+        lambda: run_plan(
+            path,
+            devices,
+            Workload(
+                prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions
+            ),
+            objective,  # type: ignore[arg-type]  # solve() refuses others
+            as_json=json,
+            plot=plot,
+            dtype=dtype,
+            explain=explain,
+        )
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine offers: threads, memory, accelerators, versions."""
     from lingualinked.cli.doctor import run_doctor
@@ -80,6 +117,18 @@ def overhead(
     from lingualinked.bench.overhead import run_overhead
 
     _run(lambda: run_overhead(tuple(context or (16, 2048)), new_tokens, repeats))
+
+
+@bench.command()
+def predict(
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each plan.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 24,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 64,
+) -> None:
+    """Predicted against measured and simulated speed on imitated clusters, and the solved plan against others."""
+    from lingualinked.bench.predict import run_predict
+
+    _run(lambda: run_predict(repeats, new_tokens, prompt_tokens))
 
 
 def _run(command: Callable[[], None]) -> None:

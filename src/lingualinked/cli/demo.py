@@ -27,9 +27,10 @@ def run_demo(num_devices: int, max_new_tokens: int) -> None:
     started = time.perf_counter()
     cluster = ll.Cluster(num_devices)
     with cluster:
-        from lingualinked.sharded.loading import LoadArguments, prepare
+        from lingualinked.sharded.loading import LoadArguments, describe, place
 
-        plan = prepare(LoadArguments(path=path, cluster=cluster)).plan
+        arguments = LoadArguments.of(path, cluster)
+        plan = place(describe(arguments), arguments)
         console.print(plan_rows(plan).to_rich())
         model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan)
 

@@ -73,7 +73,7 @@ class Cluster:
         _class_names: tuple[str, ...] = (),
         _forks: bool | None = None,
     ) -> None:
-        self.devices = _as_devices(devices)
+        self.devices = as_devices(devices)
         self.links = check_links(links or {}, [device.name for device in self.devices])
         self._behaving = {device.name: device for device in self.devices}  # as the workers do now
         self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else _positive(timeout_s, "timeout_s")
@@ -269,7 +269,14 @@ def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
         ends.close()
 
 
-def _as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
+def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
+    """Return the devices that a cluster would have: so many local ones, or these, each with its number of threads.
+
+    Raises
+    ------
+    ArgumentError
+        If there is none, a name occurs twice, or a core is not this process's to use.
+    """
     if isinstance(devices, bool) or not isinstance(devices, int | Sequence) or isinstance(devices, str):
         raise ArgumentError(f"devices={devices!r} must be a number of local workers or a sequence of Device")
     if isinstance(devices, int):

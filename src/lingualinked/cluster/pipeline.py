@@ -49,7 +49,7 @@ class Pipeline:
         self.cluster = cluster
         self.timeout_s = timeout_s
         self._engine: Engine = cluster._engine  # noqa: SLF001 - within the room
-        self._spec = spec
+        self.spec = spec
         self._model = next(_models)
         self._budget = KVBudget(max_kv_tokens)
         self._finalizer = weakref.finalize(self, self._engine.unload, self._model, plan.devices)
@@ -124,7 +124,7 @@ class Pipeline:
                 request=number,
                 model=self._model,
                 stage=index,
-                spec=self._spec,
+                spec=self.spec,
                 start=stage.start,
                 end=stage.end,
                 next_name=next_name,

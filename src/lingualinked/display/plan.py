@@ -1,37 +1,60 @@
-"""A plan as a table.
+"""A plan, its prediction and comparisons as tables, and a plan as a picture.
 
 Knows plans; not how they are made.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import bytes_text
+from lingualinked.display.units import bytes_text, seconds_text
+from lingualinked.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lingualinked.planning.comparison import Comparison
     from lingualinked.planning.plan import Plan
+    from lingualinked.planning.prediction import Prediction
+
+_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
 
 
 def plan_rows(plan: Plan) -> Rows:
-    """Put a plan into rows: stage, device, layers, bytes."""
-    largest = max(stage.weight_bytes for stage in plan.stages) or 1
+    """Put a plan into rows: stage, device, layers, bytes, and what is predicted of it."""
     exact = "exact" if plan.exact else f"not exact: {plan.inexact_because}"
+    title = f"Plan: {plan.num_layers} layers in {len(plan.stages)} stages ({exact})"
+    if plan.profile is None:
+        largest = max(stage.weight_bytes for stage in plan.stages) or 1
+        return Rows(
+            title=title,
+            columns=("device", "stage", "layers", "number", "weights"),
+            rows=[
+                (*_place(index, stage), bytes_text(stage.weight_bytes) if stage.weight_bytes else "?")
+                for index, stage in enumerate(plan.stages)
+            ],
+            bars=[stage.weight_bytes / largest for stage in plan.stages],
+        )
+    predicted = plan.predicted
+    left = {device.device: device.left_bytes for device in predicted.devices}
+    slowest = max(stage.decode_s for stage in predicted.stages)
     return Rows(
-        title=f"Plan: {plan.num_layers} layers in {len(plan.stages)} stages ({exact})",
-        columns=("device", "stage", "layers", "number", "weights"),
+        title=title,
+        columns=("device", "stage", "layers", "number", "weights", "KV", "left", "prefill", "decode"),
         rows=[
             (
-                stage.device,
-                str(index),
-                f"[{stage.start}, {stage.end})",
-                str(stage.num_layers),
-                bytes_text(stage.weight_bytes) if stage.weight_bytes else "?",
+                *_place(index, stage),
+                bytes_text(stage.weight_bytes),
+                bytes_text(stage.kv_bytes),
+                "no limit" if (bytes_left := left[stage.device]) is None else bytes_text(bytes_left),
+                seconds_text(stage.prefill_s),
+                seconds_text(stage.decode_s),
             )
-            for index, stage in enumerate(plan.stages)
+            for index, stage in enumerate(predicted.stages)
         ],
-        bars=[stage.weight_bytes / largest for stage in plan.stages],
+        bars=[stage.decode_s / slowest if slowest else 0.0 for stage in predicted.stages],
+        notes=[*_prediction_notes(predicted), *_solver_notes(plan)],
     )
 
 
@@ -41,5 +64,132 @@ def plan_text(plan: Plan) -> str:
 
 
 def plan_html(plan: Plan) -> str:
-    """Return the plan as an HTML table with a bar of each stage's bytes."""
+    """Return the plan as an HTML table with a bar of each stage's time, or of its bytes."""
     return plan_rows(plan).to_html()
+
+
+def prediction_text(prediction: Prediction) -> str:
+    """Return a prediction as lines of text."""
+    return "\n".join(_prediction_notes(prediction))
+
+
+def comparison_rows(comparison: Comparison) -> Rows:
+    """Put plans side by side, each figure with its ratio to the first plan's."""
+    figures = (
+        ("full pipeline, tokens/s", "pipeline_tokens_per_s"),
+        ("one stream, tokens/s", "stream_tokens_per_s"),
+        ("decode step, ms", "step_s"),
+        ("first token, ms", "first_token_s"),
+    )
+    rows = []
+    for title, figure in figures:
+        scale = 1e3 if figure.endswith("_s") and not figure.endswith("per_s") else 1.0
+        values = [scale * getattr(prediction, figure) for prediction in comparison.predictions]
+        ratios = comparison.ratios(figure)
+        rows.append((title, *(f"{value:.1f} ({ratio:.2f})" for value, ratio in zip(values, ratios, strict=True))))
+    rows.append(("limited by", *(prediction.bottleneck for prediction in comparison.predictions)))
+    return Rows(
+        title=f"Plans compared; in parentheses, as a share of {comparison.names[0]}",
+        columns=("predicted", *comparison.names),
+        rows=rows,
+    )
+
+
+def plan_figure(plan: Plan) -> Figure:
+    """Draw a plan: layers on devices; with a profile, each device's memory and time besides.
+
+    Raises
+    ------
+    ArgumentError
+        If matplotlib is not installed.
+    """
+    try:
+        from lingualinked.display.figure import NotebookFigure
+    except ImportError as error:
+        raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
+
+    names = list(plan.devices) + list(plan.solved.unused if plan.solved else ())
+    colour = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+    num_axes = 1 if plan.profile is None else 3
+    figure = NotebookFigure(figsize=(4.2 * num_axes, 1.6 + 0.45 * len(names)), layout="constrained")
+    axes = figure.subplots(1, num_axes, sharey=True, squeeze=False)[0]
+    for stage in plan.stages:
+        axes[0].barh(stage.device, stage.num_layers, left=stage.start, color=colour[stage.device], edgecolor="white")
+        axes[0].text(
+            (stage.start + stage.end) / 2, stage.device, f"{stage.num_layers}", ha="center", va="center", color="white"
+        )
+    for name in names[len(plan.devices) :]:
+        axes[0].barh(name, 0)
+        axes[0].text(plan.num_layers / 2, name, "not used", ha="center", va="center", color="grey")
+    axes[0].set(xlim=(0, plan.num_layers), xlabel="layer", title="layers")
+    axes[0].invert_yaxis()
+    if plan.profile is not None:
+        _draw_memory(axes[1], plan.predicted)
+        _draw_time(axes[2], plan.predicted, colour)
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_memory(axes: Any, predicted: Prediction) -> None:
+    gibi = 1024**3
+    scale, unit = (gibi, "GiB") if max(each.used_bytes for each in predicted.devices) > gibi else (1024**2, "MiB")
+    left = dict.fromkeys((each.device for each in predicted.devices), 0.0)
+    parts = (
+        ("weights", "weight_bytes", "#4c78a8"),
+        ("KV", "kv_bytes", "#f58518"),
+        ("working", "working_bytes", "#bab0ac"),
+    )
+    for label, field, colour in parts:
+        names = [stage.device for stage in predicted.stages]
+        for index, stage in enumerate(predicted.stages):
+            width = getattr(stage, field) / scale
+            axes.barh(names[index], width, left=left[stage.device], color=colour, label=None if index else label)
+            left[stage.device] += width
+    longest = max(left.values())
+    for each in predicted.devices:
+        if each.capacity_bytes is not None and each.capacity_bytes / scale <= 3 * longest:
+            axes.plot([each.capacity_bytes / scale], [each.device], marker="|", markersize=22, color="black")
+    axes.set(xlabel=unit, title="memory (black: its limit)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False)
+
+
+def _draw_time(axes: Any, predicted: Prediction, colour: dict[str, str]) -> None:
+    for each in predicted.devices:
+        axes.barh(each.device, each.busy_s * 1e3, color=colour[each.device])
+    axes.axvline(predicted.bottleneck_s * 1e3, color="black", linewidth=1, linestyle="--")
+    axes.set(xlabel="ms of compute in a mean step", title=f"time; {predicted.bottleneck} limits")
+
+
+def _place(index: int, stage: Any) -> tuple[str, str, str, str]:
+    return stage.device, str(index), f"[{stage.start}, {stage.end})", str(stage.end - stage.start)
+
+
+def _prediction_notes(predicted: Prediction) -> list[str]:
+    workload = predicted.workload
+    hops = sum(hop.latency_s + hop.decode_transfer_s for hop in predicted.hops)
+    asked = f"{workload.num_sessions} x {workload.batch_size} rows of {workload.prompt_tokens} + {workload.new_tokens} tokens"
+    first, step, between = map(seconds_text, (predicted.first_token_s, predicted.step_s, hops))
+    stream, full = predicted.stream_tokens_per_s, predicted.pipeline_tokens_per_s
+    notes = [
+        f"for {asked}, predicted: first token after {first}, then {step} a step, {between} of it between stages",
+        f"{stream:.1f} tokens/s of one session, {full:.1f} with the pipeline full, limited by {predicted.bottleneck}",
+    ]
+    if predicted.joules_per_token is not None:
+        notes.append(f"{predicted.joules_per_token:.3g} J per token")
+    return notes
+
+
+def _solver_notes(plan: Plan) -> list[str]:
+    solved = plan.solved
+    if solved is None:
+        return []
+    figures = (solved.value, solved.lower_bound, solved.relaxation)
+    value, bound, relaxation = (
+        f"{each:.3g} J" if solved.objective == "energy" else seconds_text(each) for each in figures
+    )
+    gap = f"gap {100 * solved.gap:.1f} %; linear relaxation {relaxation}"
+    notes = [f"{solved.objective}: {value} a step; none is better than {bound} ({gap})"]
+    if solved.unused:
+        notes.append(f"not used: {', '.join(solved.unused)}")
+    return notes

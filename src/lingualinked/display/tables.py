@@ -30,12 +30,15 @@ class Rows:
         Cells.
     bars : sequence of float
         One number between 0 and 1 per row, drawn as a bar in HTML; may be empty.
+    notes : sequence of str
+        Lines below the table.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     bars: Sequence[float] = ()
+    notes: Sequence[str] = ()
 
     def to_rich(self) -> Group:
         """Return title and table for a rich console."""
@@ -44,7 +47,7 @@ class Rows:
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*map(Text, row))
-        return Group(Text(self.title, style="bold"), table)
+        return Group(Text(self.title, style="bold"), table, *map(Text, self.notes))
 
     def to_text(self) -> str:
         """Return the table as plain text."""
@@ -70,6 +73,7 @@ class Rows:
         return (
             f"<table><caption style='text-align:left;font-weight:bold'>{html.escape(self.title)}</caption>"
             f"<thead><tr>{head}{spare}</tr></thead><tbody>{body}</tbody></table>"
+            + "".join(f"<div style='text-align:left'>{html.escape(note)}</div>" for note in self.notes)
         )
 
 

@@ -6,6 +6,7 @@ Works on the meta device, without weights; knows nothing of stages or devices.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     hidden_bytes = hidden.nbytes // _TOKENS
     profile = ModelProfile(
         name=str(meta_model.config.name_or_path or spec.class_name),
-        fingerprint=hashlib.blake2b(
-            f"{spec.class_name} {spec.config_json} {spec.attn_implementation}".encode(), digest_size=16
-        ).hexdigest(),
+        fingerprint=_fingerprint(spec),
         dtype=spec.dtype,
         kinds=tuple(f"{name}, window {window}" if window else name for name, window, *_ in distinct),
         kind_of_layer=tuple(distinct.index(kind) for kind in kinds),
@@ -102,6 +101,15 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         working_bytes=12 * hidden_bytes + 3 * widest * hidden.element_size(),
     )
     return Footprint(profile=profile, layout=layout, hidden_size=hidden.shape[-1])
+
+
+def _fingerprint(spec: ModelSpec) -> str:
+    """Digest what a model's shapes and times depend on; where its files are is not among it."""
+    config = json.loads(spec.config_json)
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    facts = [spec.class_name, spec.dtype, spec.attn_implementation, config]
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _pass_without_data(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Any, RawOutput, Tensor]:

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.plan import Plan, PlannedStage
+from lingualinked.planning.plan import Plan, PlannedStage, inexact_because
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +120,6 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
         ),
         inexact_because=inexact_because(devices),
     )
-
-
-def inexact_because(devices: Sequence[Device]) -> str:
-    """Say why stages on these devices can't give the unsharded model's bits; empty if they can."""
-    kinds = sorted({device.accelerator.split(":")[0] for device in devices})
-    if len(kinds) > 1:
-        return f"mixed accelerators ({', '.join(kinds)}) round differently"
-    threads = sorted({device.threads for device in devices if device.threads is not None})
-    if kinds == ["cpu"] and len(threads) > 1:
-        return f"mixed thread counts ({', '.join(map(str, threads))}) sum in different orders"
-    return ""
 
 
 def _does_not_fit(weights: WeightBytes, devices: Sequence[Device], closest: Sequence[int]) -> InfeasiblePlanError:

@@ -1,17 +1,32 @@
-"""The plan: an immutable assignment of contiguous layer spans to devices.
+"""The plan: an immutable assignment of contiguous layer spans to devices, with what it was made from.
 
-Knows no model and no process; it is what the cluster is asked to place.
+Knows no process and no solver; it is what the cluster is asked to place.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
+from lingualinked.profile import Profile
+from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lingualinked.planning.comparison import Comparison
+    from lingualinked.planning.explanation import Explanation
+    from lingualinked.planning.prediction import Prediction
+
+Objective = Literal["throughput", "latency", "energy"]
+
+DEFAULT_RESERVE = 0.05
+"""Share of every device's memory that plans leave free."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +55,39 @@ class PlannedStage:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    """What the solver says of a plan.
+
+    Parameters
+    ----------
+    objective : {"throughput", "latency", "energy"}
+        What was minimised: the bottleneck, the sum over stages and hops, or the energy; each of a mean step.
+    value : float
+        Of the objective: seconds, or joules for energy.
+    lower_bound : float
+        No placement has a smaller value; proven.
+    relaxation : float
+        Value of the linear relaxation, in which layers may be split.
+    unused : tuple of str
+        Devices that the plan does without.
+    min_tokens_per_s : float or None
+        Floor that was set for ``"energy"``.
+    """
+
+    objective: Objective
+    value: float
+    lower_bound: float
+    relaxation: float
+    unused: tuple[str, ...] = ()
+    min_tokens_per_s: float | None = None
+
+    @property
+    def gap(self) -> float:
+        """How far the value may be from the optimum, at most, as a share of the proven bound."""
+        return self.value / self.lower_bound - 1 if self.lower_bound > 0 else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Which device runs which layers, in pipeline order.
 
@@ -49,6 +97,14 @@ class Plan:
         Contiguous spans from layer 0 on. A device may hold the first and the last stage both.
     inexact_because : str
         Why the placement can't give the unsharded model's bits; empty if it can.
+    profile : Profile or None
+        What it is predicted from; ``None`` for a plan that was written by hand or split by bytes.
+    workload : Workload or None
+        What it was made for.
+    reserve : float
+        Share of every device's memory that it leaves free.
+    solved : Solved or None
+        What the solver says of it; ``None`` if no solver made it.
 
     Raises
     ------
@@ -59,6 +115,10 @@ class Plan:
 
     stages: tuple[PlannedStage, ...]
     inexact_because: str = ""
+    profile: Profile | None = None
+    workload: Workload | None = None
+    reserve: float = DEFAULT_RESERVE
+    solved: Solved | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -84,25 +144,48 @@ class Plan:
                 )
 
     @classmethod
-    def from_spans(cls, spans: Iterable[tuple[str, int, int]]) -> Plan:
+    def from_spans(
+        cls,
+        spans: Iterable[tuple[str, int, int]],
+        *,
+        profile: Profile | None = None,
+        workload: Workload | None = None,
+    ) -> Plan:
         """Write a plan by hand.
 
         Parameters
         ----------
         spans : iterable of (str, int, int)
             Device name, start and end of each stage in pipeline order.
+        profile : Profile or None
+            What to predict it from.
+        workload : Workload or None
+            What it is for.
 
         Returns
         -------
         Plan
-            The plan, with weight bytes not known.
+            The plan; its weight bytes are known with a profile only.
 
         Examples
         --------
         >>> Plan.from_spans([("a", 0, 4), ("b", 4, 12)]).num_layers
         12
         """
-        return cls(stages=tuple(PlannedStage(device=device, start=start, end=end) for device, start, end in spans))
+        plan = cls(stages=tuple(PlannedStage(device=device, start=start, end=end) for device, start, end in spans))
+        if profile is None:
+            return dataclasses.replace(plan, workload=workload)
+        check_plan(plan, profile.model.num_layers, profile.names)
+        return dataclasses.replace(
+            plan,
+            stages=tuple(
+                dataclasses.replace(stage, weight_bytes=profile.model.span_bytes(stage.start, stage.end))
+                for stage in plan.stages
+            ),
+            inexact_because=inexact_because([profile.device(name).device for name in plan.devices]),
+            profile=profile,
+            workload=workload or Workload(),
+        )
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +201,88 @@ class Plan:
     def exact(self) -> bool:
         """Whether the placement gives the bits of the unsharded model under the same settings."""
         return not self.inexact_because
+
+    @property
+    def predicted(self) -> Prediction:
+        """What it is predicted to do under the workload that it was made for.
+
+        Raises
+        ------
+        ArgumentError
+            If the plan has no profile.
+        """
+        return self.predict(self.workload or Workload())
+
+    def predict(self, workload: Workload) -> Prediction:
+        """Predict what it does under a workload.
+
+        Raises
+        ------
+        ArgumentError
+            If the plan has no profile.
+        """
+        from lingualinked.planning.prediction import predict
+        from lingualinked.planning.workload_costs import WorkloadCosts  # both stand on the plan, and on NumPy
+
+        return predict(self.stages, WorkloadCosts(self.measured, workload, self.reserve))
+
+    @property
+    def measured(self) -> Profile:
+        """The profile that it is predicted from.
+
+        Raises
+        ------
+        ArgumentError
+            If it has none.
+        """
+        if self.profile is None:
+            raise ArgumentError(
+                "the plan has no profile to predict from: make it with lingualinked.solve(profile), or give "
+                "Plan.from_spans the profile"
+            )
+        return self.profile
+
+    def compare(self, *others: Plan, names: Sequence[str] = ()) -> Comparison:
+        """Hold this plan's predictions against those of others, under this plan's workload.
+
+        Parameters
+        ----------
+        *others : Plan
+            Of the same model, each with a profile of its own or else predicted from this plan's.
+        names : sequence of str
+            What to call this plan and the others; by default they are numbered.
+
+        Returns
+        -------
+        Comparison
+            Shows itself as a table.
+        """
+        from lingualinked.planning.comparison import compare_plans
+
+        return compare_plans((self, *others), names)
+
+    def explain(self) -> Explanation:
+        """Say what limits the plan, what would help most, and whether another device would.
+
+        Returns
+        -------
+        Explanation
+            Shows itself as text; the figures are its attributes.
+
+        Raises
+        ------
+        ArgumentError
+            If the plan has no profile.
+        """
+        from lingualinked.planning.explanation import explain_plan
+
+        return explain_plan(self)
+
+    def plot(self) -> Figure:
+        """Draw layers on devices, with memory and time (needs matplotlib: ``pip install lingualinked[plot]``)."""
+        from lingualinked.display.plan import plan_figure
+
+        return plan_figure(self)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -146,6 +311,17 @@ class Plan:
         from lingualinked.display.plan import plan_html
 
         return plan_html(self)
+
+
+def inexact_because(devices: Sequence[Device]) -> str:
+    """Say why stages on these devices can't give the unsharded model's bits; empty if they can."""
+    kinds = sorted({device.accelerator.split(":")[0] for device in devices})
+    if len(kinds) > 1:
+        return f"mixed accelerators ({', '.join(kinds)}) round differently"
+    threads = sorted({device.threads for device in devices if device.threads is not None})
+    if kinds == ["cpu"] and len(threads) > 1:
+        return f"mixed thread counts ({', '.join(map(str, threads))}) sum in different orders"
+    return ""
 
 
 def check_memory(plan: Plan, devices: Iterable[Device]) -> None:

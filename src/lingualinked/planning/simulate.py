@@ -6,15 +6,17 @@ Knows seconds and servers; not where the seconds come from, and nothing runs.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.line import PipelineTimes
+from lingualinked.planning.line import PipelineTimes, Visit
 from lingualinked.planning.problem import Floats
 from lingualinked.planning.recorder import Recorder
 from lingualinked.planning.requests import Requests
@@ -23,9 +25,89 @@ from lingualinked.planning.stations import stations_of
 from lingualinked.planning.stretch import DECODE, PREFILL
 from lingualinked.workload import Workload
 
+if TYPE_CHECKING:
+    from lingualinked.planning.plan import Plan
+    from lingualinked.planning.prediction import Prediction
+
 ARRIVAL = -1  # in place of a station: the session's next step is to be issued
 AFTER_ALL_STEPS = 1 << 62  # of what happens at one instant, arrivals come last,
 BEFORE_ALL_STEPS = -AFTER_ALL_STEPS  # and requests that waited from the start come first
+
+
+def simulate(
+    plan: Plan,
+    workload: Workload | None = None,
+    *,
+    num_requests: int | None = None,
+    arrivals: Sequence[float] | float | None = None,
+    seed: int = 0,
+    jitter: float = 0.0,
+    keep_events: int = 2000,
+) -> Simulation:
+    """Run a workload through a plan's pipeline, on paper: devices compute, links carry, steps wait for each other.
+
+    Decode steps all take what they are predicted to take at the workload's mean context. Devices and links are the
+    servers; `simulate_times` says what is exact about the rest.
+
+    Parameters
+    ----------
+    plan : Plan
+        With the profile that it was made from.
+    workload : Workload or None
+        What to run; ``None``: what the plan was made for.
+    num_requests : int, optional
+        How many to run; by default enough for steady figures.
+    arrivals : float or sequence of float, optional
+        Requests per second that arrive at random (Poisson), or the seconds at which they arrive. By default there is
+        always a request that waits.
+    seed : int
+        Of the random arrivals and of the jitter.
+    jitter : float
+        Relative standard deviation of all times, which are then log-normal.
+    keep_events : int
+        Visits whose intervals are kept for the Gantt chart.
+
+    Returns
+    -------
+    Simulation
+        Utilisation, throughput, latency percentiles; shows itself as a table, and ``plot()`` as a Gantt chart.
+
+    Raises
+    ------
+    ArgumentError
+        If the plan has no profile, or a number is out of range.
+    """
+    workload = workload or plan.workload or Workload()
+    times = pipeline_times(plan.predict(workload))
+    return simulate_times(
+        times,
+        workload,
+        num_requests=num_requests,
+        arrivals=arrivals,
+        seed=seed,
+        jitter=jitter,
+        keep_events=keep_events,
+    )
+
+
+def pipeline_times(predicted: Prediction) -> PipelineTimes:
+    """Give the line of servers that a plan is predicted to be: links and devices by turns."""
+    servers: dict[str, int] = {}
+    visits = []
+    for hop, stage in itertools.zip_longest(predicted.hops, predicted.stages):
+        link = servers.setdefault(f"{hop.source} -> {hop.target}", len(servers))
+        visits.append(
+            Visit(
+                server=link,
+                prefill_s=hop.prefill_transfer_s,
+                decode_s=hop.decode_transfer_s,
+                delay_s=hop.latency_s,
+            )
+        )
+        if stage is not None:
+            device = servers.setdefault(stage.device, len(servers))
+            visits.append(Visit(server=device, prefill_s=stage.prefill_s, decode_s=stage.decode_s))
+    return PipelineTimes(servers=tuple(servers), visits=tuple(visits))
 
 
 def simulate_times(

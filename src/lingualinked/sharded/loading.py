@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,17 +18,20 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
+from lingualinked.errors import ArgumentError, CheckpointError, InfeasiblePlanError, UncuttableModelError
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
+from lingualinked.model.footprint import Footprint, measure_footprint
 from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
-from lingualinked.planning.even import WeightBytes, even_plan, inexact_because
-from lingualinked.planning.plan import Plan, check_plan
+from lingualinked.planning.even import even_plan
+from lingualinked.planning.plan import Objective, Plan, check_plan, inexact_because
 from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
+from lingualinked.sharded.profiling import find_plan
 from lingualinked.sharded.progress import LoadProgress
+from lingualinked.workload import Workload
 
 _HUB_DEFAULTS: Mapping[str, Any] = {
     "cache_dir": None,
@@ -39,6 +42,7 @@ _HUB_DEFAULTS: Mapping[str, Any] = {
     "subfolder": "",
     "token": None,
 }
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 # Attributes of a config that stages take no notice of.
 _ABOUT_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 
@@ -48,9 +52,11 @@ class LoadArguments:
     """The arguments of `ShardedModel.from_pretrained`, as far as they are checked without torch."""
 
     path: str
-    cluster: Cluster
+    cluster: Cluster | None = None
     owns_cluster: bool = False
-    plan: Plan | None = None
+    plan: Plan | Literal["even"] | None = None
+    objective: Objective = "throughput"
+    workload: Workload | None = None
     max_kv_tokens: int | None = None
     seed: int = 0
     load_format: str = "auto"
@@ -63,9 +69,18 @@ class LoadArguments:
     trust_remote_code: bool = False
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, path: str, cluster: Cluster | None, **arguments: Any) -> LoadArguments:
+        """Sort arguments: those that are fields, those for the hub, and the rest."""
+        fields = {field.name for field in dataclasses.fields(cls)} - {"hub", "extra"}
+        own = {name: value for name, value in arguments.items() if name in fields}
+        hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
+        extra = {name: value for name, value in arguments.items() if name not in fields and name not in hub}
+        return cls(path=path, cluster=cluster, hub=hub, extra=extra, **own)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Described:
     """A model that is known in every detail but its weights.
 
     Parameters
@@ -76,18 +91,25 @@ class Prepared:
         The whole model on the meta device, with its generation config.
     parts : ModelParts
         Its layers and what lies around them.
-    plan : Plan
-        Where they go.
     """
 
     spec: ModelSpec
     meta: PreTrainedModel
     parts: ModelParts
-    plan: Plan
+
+    def footprint(self) -> Footprint:
+        """Run the model without data to see what it takes."""
+        return measure_footprint(self.meta, self.parts, self.spec)
 
 
-def prepare(arguments: LoadArguments) -> Prepared:
-    """Read config and headers, and plan: everything that comes before weights.
+def describe_spec(spec: ModelSpec) -> Described:
+    """Describe a model by its specification."""
+    meta = _build_meta(spec)
+    return Described(spec=spec, meta=meta, parts=find_parts(meta))
+
+
+def describe(arguments: LoadArguments) -> Described:
+    """Read config and headers: everything that comes before plans and weights.
 
     Raises
     ------
@@ -116,14 +138,12 @@ def prepare(arguments: LoadArguments) -> Prepared:
         files=files,
         seed=arguments.seed,
     )
-    meta = _build_meta(spec)
+    described = describe_spec(spec)
     for name in _ABOUT_OUTPUTS:
-        setattr(meta.config, name, getattr(config, name))
-    parts = find_parts(meta)
-    check_weights(spec, meta)
-    _set_generation_config(meta, generation_config, arguments, hub)
-    plan = _plan(arguments.plan, parts.weights, arguments.cluster)
-    return Prepared(spec=spec, meta=meta, parts=parts, plan=plan)
+        setattr(described.meta.config, name, getattr(config, name))
+    check_weights(spec, described.meta)
+    _set_generation_config(described.meta, generation_config, arguments, hub)
+    return described
 
 
 def load(arguments: LoadArguments) -> ShardedCausalLM:
@@ -134,18 +154,19 @@ def load(arguments: LoadArguments) -> ShardedCausalLM:
     LingualinkedError
         As `ShardedModel.from_pretrained` says.
     """
-    prepared = prepare(arguments)
-    timeout_s = arguments.cluster.timeout_s if arguments.timeout_s is None else arguments.timeout_s
-    pipeline = Pipeline(
-        arguments.cluster, prepared.spec, prepared.plan, max_kv_tokens=arguments.max_kv_tokens, timeout_s=timeout_s
-    )
+    cluster = arguments.cluster
+    assert cluster is not None
+    described = describe(arguments)
+    plan = place(described, arguments)
+    timeout_s = cluster.timeout_s if arguments.timeout_s is None else arguments.timeout_s
+    pipeline = Pipeline(cluster, described.spec, plan, max_kv_tokens=arguments.max_kv_tokens, timeout_s=timeout_s)
     try:
-        with LoadProgress(prepared.plan, shown=arguments.progress) as bars:
+        with LoadProgress(plan, shown=arguments.progress) as bars:
             pipeline.load(bars.update)
     except BaseException:
         pipeline.unload()
         raise
-    return wear_face(prepared.meta, pipeline, prepared.parts, owns_cluster=arguments.owns_cluster)
+    return wear_face(described.meta, pipeline, described.parts, owns_cluster=arguments.owns_cluster)
 
 
 def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any]) -> PreTrainedConfig:
@@ -212,12 +233,31 @@ def _set_generation_config(meta: Any, given: object, arguments: LoadArguments, h
             raise CheckpointError(f"no usable generation config for {arguments.path!r}: {error}") from error
 
 
-def _plan(given: Plan | None, weights: WeightBytes, cluster: Cluster) -> Plan:
-    """Return the plan to place: the even one, or the given one with what is known of the weights."""
+def place(described: Described, arguments: LoadArguments) -> Plan:
+    """Give the plan to load by: the one given, the even one, or the solver's from what is measured.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If the layers don't fit, or the plan given is not one for this model and cluster.
+    LingualinkedError
+        If a worker can't measure.
+    """
+    cluster, given, weights = arguments.cluster, arguments.plan, described.parts.weights
+    assert cluster is not None
     if given is None:
+        workload = arguments.workload or Workload()
+        return find_plan(cluster, described.spec, described.footprint(), workload, arguments.objective)
+    if isinstance(given, str):
         return even_plan(weights, cluster.devices)
     check_plan(given, len(weights.layers), [device.name for device in cluster.devices])
+    if given.profile is not None and given.profile.model.fingerprint != described.footprint().profile.fingerprint:
+        raise InfeasiblePlanError(
+            f"the plan was made from a profile of another model ({given.profile.model.name}, "
+            f"{given.profile.model.dtype}): profile and solve for this one"
+        )
     stages = tuple(
         dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in given.stages
     )
-    return Plan(stages=stages, inexact_because=inexact_because([cluster.device(name) for name in given.devices]))
+    reason = inexact_because([cluster.device(name) for name in given.devices])
+    return dataclasses.replace(given, stages=stages, inexact_because=reason)

@@ -10,18 +10,20 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from lingualinked.cluster.cluster import Cluster, _positive
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.planning.plan import Objective, Plan
+from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.planning.plan import Plan
+    from lingualinked.profile import Profile
     from lingualinked.telemetry.snapshot import Telemetry
 
 
@@ -48,7 +50,9 @@ class ShardedModel:
         *,
         devices: Literal["auto"] | int | Sequence[Device] = "auto",
         cluster: Cluster | None = None,
-        plan: Plan | None = None,
+        plan: Plan | Literal["even"] | None = None,
+        objective: Objective = "throughput",
+        workload: Workload | None = None,
         max_kv_tokens: int | None = None,
         seed: int | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
@@ -76,8 +80,14 @@ class ShardedModel:
             devices. A cluster is made for the model and ends with it.
         cluster : Cluster or None
             A cluster to run on instead; its workers are reused, and several models may share them.
-        plan : Plan or None
-            Which device holds which layers; ``None``: as even by bytes as the layers allow.
+        plan : Plan, "even" or None
+            Which device holds which layers. ``None``: model and links are measured, and the best plan is solved for; both
+            are kept on disk, so that only the first start costs that second. ``"even"``: every device gets layers, as
+            even by bytes as they allow, and nothing is measured.
+        objective : {"throughput", "latency", "energy"}
+            What the solver minimises; see `solve`.
+        workload : Workload or None
+            What it plans for; ``None``: one session of 128 + 128 tokens.
         max_kv_tokens : int or None
             Rows x tokens of KV that all sessions together may hold; ``None``: what memory allows.
         seed : int or None
@@ -118,6 +128,12 @@ class ShardedModel:
         """
         if load_format not in ("auto", "dummy"):
             raise ArgumentError(f"load_format={load_format!r} must be 'auto' or 'dummy'")
+        if not isinstance(plan, Plan | None) and plan != "even":
+            raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan, 'even' or None")
+        if objective not in get_args(Objective):
+            raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
+        if not isinstance(workload, Workload | None):
+            raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
         if max_kv_tokens is not None and (not isinstance(max_kv_tokens, int) or max_kv_tokens < 1):
             raise ArgumentError(f"max_kv_tokens={max_kv_tokens!r} must be a positive integer")
         if timeout_s is not None:
@@ -132,11 +148,13 @@ class ShardedModel:
             from lingualinked.sharded.loading import LoadArguments, load
 
             return load(
-                LoadArguments(
-                    path=path,
-                    cluster=cluster,
+                LoadArguments.of(
+                    path,
+                    cluster,
                     owns_cluster=given is None,
                     plan=plan,
+                    objective=objective,
+                    workload=workload,
                     max_kv_tokens=max_kv_tokens,
                     seed=0 if seed is None else seed,
                     load_format=load_format,
@@ -144,16 +162,14 @@ class ShardedModel:
                     timeout_s=timeout_s,
                     dtype=dtype,
                     config=config,
-                    hub={
-                        "revision": revision,
-                        "subfolder": subfolder,
-                        "token": token,
-                        "cache_dir": cache_dir,
-                        "local_files_only": local_files_only,
-                    },
+                    revision=revision,
+                    subfolder=subfolder,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
                     attn_implementation=attn_implementation,
                     trust_remote_code=trust_remote_code,
-                    extra=kwargs,
+                    **kwargs,
                 )
             )
         except BaseException:
@@ -165,6 +181,11 @@ class ShardedModel:
     def plan(self) -> Plan:
         """Which device holds which layers."""
         return self._pipeline.plan
+
+    @property
+    def profile(self) -> Profile | None:
+        """What the plan was made from; ``None`` if nothing was measured for it."""
+        return self.plan.profile
 
     @property
     def cluster(self) -> Cluster:

@@ -12,20 +12,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.loading import load_span
 from lingualinked.model.memory import release_memory
-from lingualinked.model.stage import Stage, StageInputs, accelerator_device
-from lingualinked.protocol.messages import MeasuredStep, MeasureModel, StepShape
+from lingualinked.model.stage import Stage, accelerator_device
+from lingualinked.protocol.messages import LoadStage, MeasuredStep, MeasureModel, Step, StepShape
+from lingualinked.worker.hosted import HostedStage
+from lingualinked.worker.pace import Pace
 
 if TYPE_CHECKING:
-    from lingualinked.model.kv_cache import StageCache
     from lingualinked.model.loading import LoadedSpan
-    from lingualinked.worker.pace import Pace
 
 _FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
-_REPEATS = {True: 7, False: 3}  # of decode steps, of prefill steps
+_REPEATS = {True: 6, False: 2}  # of decode steps, of prefill steps
 
 Part = str | int
 """What time is spent on: a kind of layer, or ``"prologue"``, ``"epilogue"``, ``"stage"`` (all the rest)."""
@@ -52,7 +53,6 @@ class Measurer:
         self._accelerator = accelerator
         self._device = accelerator_device(accelerator)
         self._pace = pace
-        self._dtype: torch.dtype = getattr(torch, request.spec.dtype)
         self._samples: defaultdict[tuple[Part, StepShape], list[float]] = defaultdict(list)
         self._flushed = torch.zeros(min(_FLUSH_BYTES, request.flush_bytes) // 4) if accelerator == "cpu" else None
 
@@ -71,35 +71,35 @@ class Measurer:
     def _measure_span(self, start: int, end: int) -> None:
         span = load_span(self._request.spec, start, end)
         stage = Stage(span, start, end, self._device)
+        hosted = HostedStage(_as_load_request(self._request, start, end), stage)
         with _Stopwatch(span, start, end, self._clock) as watch:
             for rows in sorted({shape.rows for shape in self._request.shapes}):
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]
                 for shape in shapes:
                     if shape.tokens > 1:
                         for _ in range(_REPEATS[False] + 1):  # the first shows what a new shape costs, once
-                            self._step(stage, watch, shape, stage.new_cache(), start)
+                            self._step(_Session(hosted, self._request, shape.rows), watch, shape)
                         self._drop_first(shape)
-                self._decode(stage, watch, [shape for shape in shapes if shape.tokens == 1], start)
+                session = _Session(hosted, self._request, rows)
+                decode = [shape for shape in shapes if shape.tokens == 1]
+                for shape in sorted(decode, key=lambda shape: shape.context):
+                    if shape.context > session.num_tokens:
+                        session.step(shape.context - session.num_tokens)
+                    for _ in range(_REPEATS[True] + 1):
+                        self._step(session, watch, shape)
+                    self._drop_first(shape)
+                session.end()
 
-    def _decode(self, stage: Stage, watch: _Stopwatch, shapes: list[StepShape], start: int) -> None:
-        cache = stage.new_cache()
-        for shape in sorted(shapes, key=lambda shape: shape.context):
-            missing = shape.context - cache.num_tokens
-            if missing > 0:
-                stage.step(self._inputs(stage, shape.rows, missing, cache.num_tokens), cache)
-            for _ in range(_REPEATS[True] + 1):
-                self._step(stage, watch, shape, cache, start)
-            self._drop_first(shape)
-
-    def _step(self, stage: Stage, watch: _Stopwatch, shape: StepShape, cache: StageCache, start: int) -> None:
-        inputs = self._inputs(stage, shape.rows, shape.tokens, cache.num_tokens)
+    def _step(self, session: _Session, watch: _Stopwatch, shape: StepShape) -> None:
+        session.prepare(shape.tokens)
         if self._flushed is not None:
-            self._flushed.add_(1)
+            self._flushed.sum()
         watch.clear()
         began = self._clock()
-        stage.step(inputs, cache)
+        session.run()
         rest = self._clock() - began - watch.total
-        kinds = [self._request.kind_of_layer[index] for index in range(start, start + len(watch.layers))]
+        stage = session.hosted.stage
+        kinds = self._request.kind_of_layer[stage.start : stage.end]
         *_, last = watch.layers
         self._samples[kinds[-1], shape].append(last)
         if len(set(kinds)) == 1:  # what the first takes longer is the stage's cost, whatever its layers
@@ -110,21 +110,6 @@ class Measurer:
         if stage.is_last:
             self._samples["epilogue", shape].append(watch.epilogue)
 
-    def _inputs(self, stage: Stage, rows: int, tokens: int, past: int) -> StageInputs:
-        """Make a step's inputs: token ids, or hidden states as the previous stage would give them."""
-        generator = torch.Generator().manual_seed(past)
-        if stage.is_first:
-            states = torch.randint(0, 64, (rows, tokens), generator=generator)
-        else:
-            states = torch.randn((rows, tokens, self._request.hidden_size), generator=generator).to(self._dtype)
-        return StageInputs(
-            tensors=(states,),
-            layout=None if stage.is_first else self._request.layout,
-            attention_mask=torch.ones((rows, past + tokens), dtype=torch.long),
-            position_ids=None,
-            logits_to_keep=1,
-        )
-
     def _drop_first(self, shape: StepShape) -> None:
         for (_, measured), seconds in self._samples.items():
             if measured == shape and len(seconds) > 1:
@@ -134,6 +119,78 @@ class Measurer:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return self._pace.clock()
+
+
+class _Session:
+    """A session on one stage, whose steps are those of service: prompt with its mask, then tokens that extend it."""
+
+    def __init__(self, hosted: HostedStage, request: MeasureModel, rows: int) -> None:
+        self.hosted = hosted
+        self.num_tokens = 0
+        self._request = request
+        self._rows = rows
+        self._number = 0
+        self._pace = Pace(1, 1.0)  # nothing rests while it is measured
+        self._dtype: torch.dtype = getattr(torch, request.spec.dtype)
+        self._next: tuple[Step, tuple[Tensor, ...]] | None = None
+        hosted.end(0)
+
+    def prepare(self, num_new: int) -> None:
+        """Make the next step: token ids, or hidden states as the previous stage would give them."""
+        generator = torch.Generator().manual_seed(self.num_tokens)
+        stage, is_prompt = self.hosted.stage, self._number == 0
+        if stage.is_first:
+            states = torch.randint(0, 64, (self._rows, num_new), generator=generator)
+        else:
+            shape = (self._rows, num_new, self._request.hidden_size)
+            states = torch.randn(shape, generator=generator).to(self._dtype)
+        step = Step(
+            model=0,
+            stage=0,
+            session=0,
+            number=self._number,
+            keeps_kv=True,
+            layout=None if stage.is_first else self._request.layout,
+            mask=MaskMode.FULL if is_prompt else MaskMode.EXTEND,
+            positions=PositionMode.NONE,
+            position_rows=0,
+            logits_to_keep=1,
+            edits=(),
+            timings_us=(),
+        )
+        mask = (torch.ones((self._rows, num_new), dtype=torch.long),) if is_prompt else ()
+        self._next = step, (states, *mask)
+        self._number += 1
+        self.num_tokens += num_new
+
+    def run(self) -> None:
+        """Run the step that was prepared."""
+        assert self._next is not None
+        self.hosted.run(*self._next, self._pace)
+
+    def step(self, num_new: int) -> None:
+        """Prepare a step and run it."""
+        self.prepare(num_new)
+        self.run()
+
+    def end(self) -> None:
+        """Free the KV."""
+        self.hosted.end(0)
+
+
+def _as_load_request(request: MeasureModel, start: int, end: int) -> LoadStage:
+    """Give what a stage that nobody asked for would have been asked for with."""
+    return LoadStage(
+        request=-1,
+        model=0,
+        stage=0,
+        spec=request.spec,
+        start=start,
+        end=end,
+        next_name="",
+        next_address="",
+        next_key="",
+    )
 
 
 class _Stopwatch:

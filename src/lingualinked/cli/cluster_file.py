@@ -1,0 +1,91 @@
+"""A cluster described in a TOML file: devices, links, and what the devices are said to do.
+
+Knows the file's form; what a device or a link may be is theirs to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lingualinked.device import Device, Link, check_links
+from lingualinked.errors import ArgumentError
+from lingualinked.planning.estimate import Figures
+
+_FIGURES = tuple(field.name for field in dataclasses.fields(Figures))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterFile:
+    """What a cluster file says.
+
+    Parameters
+    ----------
+    devices : tuple of Device
+        Every ``[[devices]]`` table, with the fields of `Device`.
+    links : dict of (str, str) to Link
+        Every ``[[links]]`` table: ``source``, ``target``, ``bandwidth``, ``latency``.
+    figures : dict of str to Figures
+        Of the devices that state ``flops`` and ``memory_bandwidth``.
+    """
+
+    devices: tuple[Device, ...]
+    links: dict[tuple[str, str], Link]
+    figures: dict[str, Figures]
+
+
+def read_cluster_file(path: Path) -> ClusterFile:
+    """Read a cluster file.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such file, it is no TOML, or something in it can't be used; the message names it.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ArgumentError(f"no cluster file at {str(path)!r}: {error}") from error
+    _refuse_unknown(content, ("devices", "links"), str(path))
+    tables = content.get("devices")
+    if not isinstance(tables, list) or not tables:
+        raise ArgumentError(f"{path} has no [[devices]]: a cluster needs at least one")
+    devices: list[Device] = []
+    figures: dict[str, Figures] = {}
+    known = tuple(field.name for field in dataclasses.fields(Device))
+    for table in tables:
+        _refuse_unknown(table, (*known, *_FIGURES), f"a [[devices]] table of {path}")
+        if "name" not in table:
+            raise ArgumentError(f"a [[devices]] table of {path} has no name")
+        device = Device(**{name: _frozen(value) for name, value in table.items() if name not in _FIGURES})
+        if any(device.name == other.name for other in devices):
+            raise ArgumentError(f"{path} has two devices named {device.name!r}: names must differ")
+        devices.append(device)
+        stated = {name: table[name] for name in _FIGURES if name in table}
+        if stated:
+            missing = [name for name in _FIGURES if name not in stated]
+            if missing:
+                raise ArgumentError(f"device {device.name!r} of {path} states {list(stated)} and not {missing}")
+            figures[device.name] = Figures(**stated)
+    links = {}
+    for table in content.get("links", []):
+        _refuse_unknown(table, ("source", "target", "bandwidth", "latency"), f"a [[links]] table of {path}")
+        ends = (table.get("source", ""), table.get("target", ""))
+        links[ends] = Link(**{name: value for name, value in table.items() if name not in ("source", "target")})
+    return ClusterFile(
+        devices=tuple(devices), links=check_links(links, [device.name for device in devices]), figures=figures
+    )
+
+
+def _refuse_unknown(table: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(table, dict):
+        raise ArgumentError(f"{where} is no table")
+    for name in table:
+        if name not in known:
+            raise ArgumentError(f"{where} has {name!r}, which is none of {', '.join(known)}")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

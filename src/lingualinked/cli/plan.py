@@ -1,0 +1,69 @@
+"""``lingualinked plan``: where the layers of a model should go, without loading it.
+
+Knows the public face, saved profiles and cluster files, and prints.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+import lingualinked as ll
+from lingualinked.cli.cluster_file import ClusterFile, read_cluster_file
+from lingualinked.cluster.cluster import as_devices
+from lingualinked.planning.estimate import roofline_profile
+
+if TYPE_CHECKING:
+    from lingualinked.planning.plan import Objective
+
+
+def run_plan(
+    path: str,
+    devices: str,
+    workload: ll.Workload,
+    objective: Objective,
+    *,
+    as_json: bool,
+    plot: Path | None,
+    dtype: str,
+    explain: bool,
+) -> None:
+    """Print the plan, from a saved profile, from stated figures, or from a measurement made now."""
+    asked = _asked(devices)
+    profile = _profile(path, asked, workload, dtype)
+    plan = ll.solve(profile, objective=objective, workload=workload)
+    if plot is not None:
+        plan.plot().savefig(plot, dpi=120)
+    if as_json:
+        print(plan.to_json())  # noqa: T201 - not the console's to wrap
+        return
+    console = Console()
+    console.print(str(plan), highlight=False, soft_wrap=True)
+    if explain:
+        console.print(f"\n{plan.explain()}", highlight=False, soft_wrap=True)
+
+
+def _asked(devices: str) -> ClusterFile:
+    if devices.isdecimal():
+        return ClusterFile(devices=as_devices(int(devices)), links={}, figures={})
+    return read_cluster_file(Path(devices))
+
+
+def _profile(path: str, asked: ClusterFile, workload: ll.Workload, dtype: str) -> ll.Profile:
+    from lingualinked.sharded.loading import LoadArguments, describe
+    from lingualinked.sharded.profiling import saved_profile
+
+    has_weights = any(Path(path).glob("*.safetensors")) or not Path(path).is_dir()
+    described = describe(LoadArguments.of(path, None, dtype=dtype, load_format="auto" if has_weights else "dummy"))
+    footprint = described.footprint()
+    if all(device.name in asked.figures for device in asked.devices):
+        return roofline_profile(footprint.profile, asked.devices, asked.figures, links=asked.links, workload=workload)
+    found = saved_profile(as_devices(asked.devices), asked.links, footprint, workload)
+    if found is not None:
+        return found
+    with ll.Cluster(asked.devices, links=asked.links) as cluster:
+        from lingualinked.sharded.profiling import find_profile
+
+        return find_profile(cluster, described.spec, footprint, workload)

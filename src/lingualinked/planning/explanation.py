@@ -1,0 +1,211 @@
+"""What limits a plan, what would help most, and whether another device would: by solving changed problems again.
+
+Knows profiles, plans and the solver; nothing of how a text is shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lingualinked.device import CALLER
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.planner import solve
+from lingualinked.profile import DeviceProfile, ModuleTimes, Profile
+from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from lingualinked.planning.plan import Plan
+
+_FULL = 0.97  # of a device's memory used: less than a layer more is likely to fit
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WhatIf:
+    """A change, and what the best plan would do then.
+
+    Parameters
+    ----------
+    change : str
+        What is changed.
+    gain : float
+        Value of the plan's objective divided by that of the best plan after the change: above 1, it helps.
+    tokens_per_s : float
+        Predicted after the change: of one stream for ``"latency"``, else of a full pipeline.
+    """
+
+    change: str
+    gain: float
+    tokens_per_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why a plan is as fast as it is; shows itself as text.
+
+    Parameters
+    ----------
+    limit : str
+        What limits it.
+    another_device : WhatIf
+        What a copy of its most useful device would bring.
+    what_ifs : tuple of WhatIf
+        Other changes, the most helpful first.
+    objective : str
+        What the gains are of.
+    tokens_per_s : float
+        Predicted now, as in `WhatIf`.
+    """
+
+    limit: str
+    another_device: WhatIf
+    what_ifs: tuple[WhatIf, ...]
+    objective: str
+    tokens_per_s: float
+
+    def __str__(self) -> str:
+        lines = [self.limit, f"Predicted: {self.tokens_per_s:.1f} tokens/s ({_unit(self.objective)})."]
+        another = self.another_device
+        if another.gain > 1.01:
+            lines.append(
+                f"Another device will help: {another.change} gives {another.tokens_per_s:.1f} tokens/s "
+                f"({another.gain:.2f} times as good)."
+            )
+        else:
+            lines.append(f"Another device will not help: {another.change} gives {another.tokens_per_s:.1f} tokens/s.")
+        helpful = [each for each in self.what_ifs if each.gain > 1.01]
+        if helpful:
+            lines.append("What would help most:")
+            lines += [f"  {each.change}: {each.tokens_per_s:.1f} tokens/s ({each.gain:.2f} x)" for each in helpful[:4]]
+        else:
+            lines.append("None of twice the speed, memory or bandwidth of one device would help.")
+        return "\n".join(lines)
+
+
+def explain_plan(plan: Plan) -> Explanation:
+    """Explain a plan.
+
+    Raises
+    ------
+    ArgumentError
+        If it has no profile.
+    """
+    profile = plan.measured
+    objective = plan.solved.objective if plan.solved else "throughput"
+    now = _value(plan, objective)
+    what_ifs = []
+    for change, changed in _changes(plan, profile):
+        what_ifs.append(_what_if(change, changed, plan, objective, now))
+    copies = []
+    for name in plan.devices:
+        new_name = _unused_name(f"{name}-2", profile)
+        copies.append(_what_if(f"a second {name!r}", profile.with_copy(name, new_name), plan, objective, now))
+    return Explanation(
+        limit=_limit(plan, objective),
+        another_device=max(copies, key=lambda each: each.gain),
+        what_ifs=tuple(sorted(what_ifs, key=lambda each: -each.gain)),
+        objective=objective,
+        tokens_per_s=_rate(plan, objective),
+    )
+
+
+def _limit(plan: Plan, objective: str) -> str:
+    predicted = plan.predicted
+    full = [
+        device.device
+        for device in predicted.devices
+        if device.capacity_bytes is not None and device.used_bytes > _FULL * (1 - plan.reserve) * device.capacity_bytes
+    ]
+    memory = f" The memory of {', '.join(map(repr, full))} is full, which keeps layers elsewhere." if full else ""
+    if objective == "throughput":
+        if predicted.bottleneck.startswith("link"):
+            return f"The {predicted.bottleneck} limits it: {predicted.bottleneck_s * 1e3:.1f} ms of every step.{memory}"
+        return f"The speed of {predicted.bottleneck} limits it: {predicted.bottleneck_s * 1e3:.1f} ms of every step.{memory}"
+    compute = sum(predicted.mean(stage.prefill_s, stage.decode_s) for stage in predicted.stages)
+    hops = predicted.request_s / predicted.workload.new_tokens - compute
+    slowest = max(predicted.stages, key=lambda stage: predicted.mean(stage.prefill_s, stage.decode_s))
+    return (
+        f"A step computes for {compute * 1e3:.1f} ms, most of it on {slowest.device!r}, and is on its way for "
+        f"{hops * 1e3:.1f} ms.{memory}"
+    )
+
+
+def _changes(plan: Plan, profile: Profile) -> Iterator[tuple[str, Profile]]:
+    predicted = plan.predicted
+    for name in plan.devices:
+        yield f"{name!r} twice as fast", _replaced(profile, name, _twice_as_fast(profile.device(name)))
+    for use in predicted.devices:
+        if use.capacity_bytes is not None:
+            device = profile.device(use.device)
+            more = dataclasses.replace(device.device, memory=2 * use.capacity_bytes)
+            freer = dataclasses.replace(device, device=more, free_bytes=None)
+            yield f"{use.device!r} with twice the memory", _replaced(profile, use.device, freer)
+    for name in (*plan.devices,):
+        links = tuple(
+            dataclasses.replace(
+                link,
+                latency_s=link.latency_s / 2,
+                bandwidth_bytes_per_s=link.bandwidth_bytes_per_s and 2 * link.bandwidth_bytes_per_s,
+            )
+            if name in (link.source, link.target)
+            else link
+            for link in profile.links
+        )
+        yield f"links of {name!r} twice as fast", dataclasses.replace(profile, links=links)
+
+
+def _what_if(change: str, changed: Profile, plan: Plan, objective: str, now: float) -> WhatIf:
+    try:
+        best = solve(
+            changed,
+            objective=objective,  # type: ignore[arg-type]
+            workload=plan.workload,
+            reserve=plan.reserve,
+            min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
+        )
+    except InfeasiblePlanError:  # what was placed by hand need not respect every limit
+        return WhatIf(change=change, gain=1.0, tokens_per_s=_rate(plan, objective))
+    return WhatIf(change=change, gain=now / _value(best, objective), tokens_per_s=_rate(best, objective))
+
+
+def _value(plan: Plan, objective: str) -> float:
+    if plan.solved is not None and plan.solved.objective == objective:
+        return plan.solved.value
+    predicted = plan.predicted
+    if objective == "latency":
+        return predicted.request_s / predicted.workload.new_tokens
+    return predicted.bottleneck_s if objective == "throughput" else predicted.joules_per_token or 1.0
+
+
+def _rate(plan: Plan, objective: str) -> float:
+    predicted = plan.predict(plan.workload or Workload())
+    return predicted.stream_tokens_per_s if objective == "latency" else predicted.pipeline_tokens_per_s
+
+
+def _unit(objective: str) -> str:
+    return "one stream" if objective == "latency" else "with the pipeline full"
+
+
+def _unused_name(name: str, profile: Profile) -> str:
+    while name in (CALLER, *profile.names):
+        name += "'"
+    return name
+
+
+def _replaced(profile: Profile, name: str, changed: DeviceProfile) -> Profile:
+    devices = tuple(changed if each.device.name == name else each for each in profile.devices)
+    return dataclasses.replace(profile, devices=devices)
+
+
+def _twice_as_fast(device: DeviceProfile) -> DeviceProfile:
+    def faster(times: ModuleTimes) -> ModuleTimes:
+        return ModuleTimes(tuple(dataclasses.replace(step, seconds=step.seconds / 2) for step in times.steps))
+
+    return dataclasses.replace(
+        device,
+        layers=tuple(map(faster, device.layers)),
+        stage=faster(device.stage),
+        prologue=faster(device.prologue),
+        epilogue=faster(device.epilogue),
+    )

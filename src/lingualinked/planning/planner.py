@@ -1,0 +1,287 @@
+"""From a profile to the best plan that can be found, with a proof of how good it is.
+
+Knows profiles, workloads and the solver of placement problems; no process and no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+from lingualinked.errors import ArgumentError, InfeasiblePlanError
+from lingualinked.planning.baselines import by_memory, even, sum_objective
+from lingualinked.planning.plan import (
+    DEFAULT_RESERVE,
+    Objective,
+    Plan,
+    PlannedStage,
+    Solved,
+    inexact_because,
+)
+from lingualinked.planning.problem import Placement, Problem
+from lingualinked.planning.solver import solve_problem
+from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.profile import Profile
+from lingualinked.workload import Workload
+
+_BASELINES = {"even": even, "by_memory": by_memory, "sum_objective": sum_objective}
+_GIB = 1024**3
+
+
+def solve(
+    profile: Profile,
+    *,
+    objective: Objective = "throughput",
+    workload: Workload | None = None,
+    order: Sequence[str] | None = None,
+    min_tokens_per_s: float | None = None,
+    reserve: float = DEFAULT_RESERVE,
+) -> Plan:
+    r"""Place layers on devices by solving a linear programme over what was measured.
+
+    A request of the workload is one prefill and ``new_tokens - 1`` decode steps. Its mean step costs layer :math:`i`
+    on device :math:`d` :math:`c_{di}` seconds, a stage :math:`c_d` besides, and a hop :math:`h_{de}` seconds. Spans
+    :math:`[s_k, s_{k+1})` on distinct devices :math:`d_1, \dots, d_K` (one that is trusted may be both the first and the
+    last) are chosen to minimise
+
+    - ``"throughput"``: :math:`\max` over the devices of their stages' :math:`c_{d} + \sum_i c_{di}`, and over the links
+      of their transfer time: the bottleneck, whose inverse is a full pipeline's rate; among equals, the latency;
+    - ``"latency"``: :math:`\sum_k (c_{d_k} + \sum_{i=s_k}^{s_{k+1}-1} c_{d_k i}) + \sum_k h_{d_k d_{k+1}}`, from the
+      caller and back to it;
+    - ``"energy"``: :math:`\sum_k w_{d_k} (c_{d_k} + \sum_i c_{d_k i})` with each device's power :math:`w_d`, where the
+      bottleneck leaves at least ``min_tokens_per_s``;
+
+    subject to weights, KV of all sessions and working memory of each device staying within its memory less the reserve,
+    to links that exist, and, once any device is ``trusted``, to the first and the last span lying on such.
+    `lingualinked.planning.solver.solve_problem` says how.
+
+    Parameters
+    ----------
+    profile : Profile
+        The model on the devices; see `profile_model`.
+    objective : {"throughput", "latency", "energy"}
+        What to minimise.
+    workload : Workload or None
+        What is planned for; ``None``: the default one.
+    order : sequence of str or None
+        Devices in pipeline order, if it is fixed; it may leave some out. ``None``: any order.
+    min_tokens_per_s : float or None
+        Floor on a full pipeline's tokens per second, over all rows; for ``"energy"``.
+    reserve : float
+        Share of every device's memory to leave free, from 0 to below 1.
+
+    Returns
+    -------
+    Plan
+        With `Plan.predicted`, and in `Plan.solved` a proven bound on how much better any placement could be.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument can't be used, or ``"energy"`` is asked for and a device's ``watts`` are not known.
+    InfeasiblePlanError
+        If nothing fits; the message says how many bytes are missing, where, and what would fit.
+
+    References
+    ----------
+    J. Zhao et al., "LinguaLinked: A Distributed Large Language Model Inference System for Mobile Devices",
+    arXiv:2312.00388, whose objective is the sum; it never rewards a pipeline's overlap.
+    """
+    workload = workload or Workload()
+    _check_arguments(profile, objective, workload, min_tokens_per_s, reserve)
+    problem = WorkloadCosts(profile, workload, reserve).problem()
+    floor_s = None if min_tokens_per_s is None else workload.batch_size / min_tokens_per_s
+    try:
+        solution = solve_problem(problem, objective, order=_indices(order, profile), max_bottleneck_s=floor_s)
+    except InfeasiblePlanError as error:
+        raise _with_remedy(error, profile, workload, reserve) from error
+    used = {span.device for span in solution.placement}
+    solved = Solved(
+        objective=objective,
+        value=solution.value,
+        lower_bound=solution.lower_bound,
+        relaxation=solution.relaxation,
+        unused=tuple(name for index, name in enumerate(problem.names) if index not in used),
+        min_tokens_per_s=min_tokens_per_s,
+    )
+    return dataclasses.replace(_plan(problem, solution.placement, profile, workload, reserve), solved=solved)
+
+
+def baseline(
+    profile: Profile, kind: str, *, workload: Workload | None = None, reserve: float = DEFAULT_RESERVE
+) -> Plan:
+    """Place layers as others do, on the devices in their order: to compare with.
+
+    Parameters
+    ----------
+    profile : Profile
+        The model on the devices.
+    kind : {"even", "by_memory", "sum_objective"}
+        As many layers on each; in proportion to memory; or with the smallest sum of compute and communication, which is
+        the objective of LinguaLinked (arXiv:2312.00388).
+    workload : Workload or None
+        What is planned for.
+    reserve : float
+        Share of every device's memory to leave free.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ArgumentError
+        If an argument can't be used.
+    InfeasiblePlanError
+        If it does not fit.
+    """
+    if kind not in _BASELINES:
+        raise ArgumentError(f"kind={kind!r} must be one of {sorted(_BASELINES)}")
+    workload = workload or Workload()
+    _check_arguments(profile, "throughput", workload, None, reserve)
+    problem = WorkloadCosts(profile, workload, reserve).problem()
+    return _plan(problem, _BASELINES[kind](problem), profile, workload, reserve)
+
+
+def _plan(problem: Problem, placement: Placement, profile: Profile, workload: Workload, reserve: float) -> Plan:
+    stages = tuple(
+        PlannedStage(
+            device=problem.names[span.device],
+            start=span.start,
+            end=span.end,
+            weight_bytes=profile.model.span_bytes(span.start, span.end),
+        )
+        for span in placement
+    )
+    devices = [profile.device(stage.device).device for stage in stages]
+    return Plan(
+        stages=stages,
+        inexact_because=inexact_because(devices),
+        profile=profile,
+        workload=workload,
+        reserve=reserve,
+    )
+
+
+def _check_arguments(
+    profile: object, objective: object, workload: object, min_tokens_per_s: object, reserve: object
+) -> None:
+    if not isinstance(profile, Profile):
+        raise ArgumentError(
+            f"profile is a {type(profile).__name__}: give a lingualinked.Profile (profile_model makes one)"
+        )
+    if objective not in get_args(Objective):
+        raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
+    if not isinstance(workload, Workload):
+        raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
+    if not isinstance(reserve, int | float) or isinstance(reserve, bool) or not 0 <= reserve < 1:
+        raise ArgumentError(f"reserve={reserve!r} must be a share of memory, from 0 to below 1")
+    if min_tokens_per_s is not None and (
+        not isinstance(min_tokens_per_s, int | float)
+        or isinstance(min_tokens_per_s, bool)
+        or not 0 < min_tokens_per_s < math.inf
+    ):
+        raise ArgumentError(f"min_tokens_per_s={min_tokens_per_s!r} must be a positive, finite number")
+    if objective == "energy":
+        for each in profile.devices:
+            if each.device.watts is None:
+                raise ArgumentError(f'objective="energy" needs watts= of device {each.device.name!r}')
+
+
+def _indices(order: Sequence[str] | None, profile: Profile) -> tuple[int, ...] | None:
+    if order is None:
+        return None
+    for name in order:
+        profile.device(name)
+        if list(order).count(name) > 1:
+            raise ArgumentError(f"order={list(order)} has {name!r} twice")
+    if not order:
+        raise ArgumentError("order is empty: a plan needs at least one device")
+    return tuple(profile.names.index(name) for name in order)
+
+
+def _with_remedy(
+    error: InfeasiblePlanError, profile: Profile, workload: Workload, reserve: float
+) -> InfeasiblePlanError:
+    """Add to the refusal what would fit: a shorter text, a smaller batch, or one more device of some size."""
+    remedies = []
+    tokens = _largest(workload.num_tokens - 1, lambda num: _fits(profile, _of_tokens(workload, num), reserve))
+    if tokens >= 2:
+        remedies.append(f"texts of {tokens} tokens instead of {workload.num_tokens}")
+    rows = _largest(workload.batch_size - 1, lambda num: _fits(profile, _of_rows(workload, num), reserve))
+    if rows:
+        remedies.append(f"batch_size={rows} instead of {workload.batch_size}")
+    sessions = _largest(workload.num_sessions - 1, lambda num: _fits(profile, _of_sessions(workload, num), reserve))
+    if sessions:
+        remedies.append(f"num_sessions={sessions} instead of {workload.num_sessions}")
+    added = _extra_memory(profile, workload, reserve)
+    if added is not None:
+        remedies.append(f"one more device of at least {added / _GIB:.2f} GiB")
+    text = f"{error}; what would fit: {', or '.join(remedies)}" if remedies else str(error)
+    return InfeasiblePlanError(text, missing_bytes=error.missing_bytes)
+
+
+def _of_tokens(workload: Workload, num_tokens: int) -> Workload:
+    prompt = max(1, min(workload.prompt_tokens, num_tokens - 1))
+    return dataclasses.replace(workload, prompt_tokens=prompt, new_tokens=max(1, num_tokens - prompt))
+
+
+def _of_rows(workload: Workload, batch_size: int) -> Workload:
+    return dataclasses.replace(workload, batch_size=batch_size)
+
+
+def _of_sessions(workload: Workload, num_sessions: int) -> Workload:
+    return dataclasses.replace(workload, num_sessions=num_sessions)
+
+
+def _fits(profile: Profile, workload: Workload, reserve: float) -> bool:
+    try:
+        solve_problem(WorkloadCosts(profile, workload, reserve).problem(), "throughput")
+    except InfeasiblePlanError:
+        return False
+    return True
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Find the largest number from 1 to ``most`` that fits, given that all smaller ones do too; 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _extra_memory(profile: Profile, workload: Workload, reserve: float) -> int | None:
+    """Give the bytes of the smallest further device, trusted and like the first one, with which the model fits."""
+    name = "one more"
+    if name in profile.names:
+        return None
+    wider = profile.with_copy(profile.names[0], name)
+
+    def fits(num_bytes: int) -> bool:
+        devices = tuple(
+            dataclasses.replace(
+                each,
+                device=dataclasses.replace(each.device, memory=num_bytes, trusted=each.device.trusted or trusted),
+                free_bytes=None,
+            )
+            if each.device.name == name
+            else each
+            for each in wider.devices
+        )
+        return _fits(dataclasses.replace(wider, devices=devices), workload, reserve)
+
+    trusted = any(each.device.trusted for each in profile.devices)
+    costs = WorkloadCosts(profile, workload, reserve)
+    model = profile.model
+    total = model.span_bytes(0, model.num_layers) + costs.kv_bytes(0, model.num_layers) + costs.working_bytes()
+    high = math.ceil(total / (1 - reserve)) + 1
+    if not fits(high):
+        return None
+    low = 0
+    while high - low > max(1, high // 200):
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -1,0 +1,278 @@
+"""What a plan is predicted to do: seconds and bytes of its stages, hops and devices under one workload.
+
+Plain results, and how they follow from costs; knows no solver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lingualinked.device import CALLER
+from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from lingualinked.planning.plan import PlannedStage
+    from lingualinked.planning.workload_costs import WorkloadCosts
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StagePrediction:
+    """One stage.
+
+    Parameters
+    ----------
+    device : str
+        Name of its device.
+    start, end : int
+        Its half-open layer range.
+    prefill_s, decode_s : float
+        Seconds of compute of a prefill, and of a decode step at the workload's mean context.
+    weight_bytes, kv_bytes, working_bytes : int
+        What it holds: weights, KV of all sessions in flight, intermediate results.
+    """
+
+    device: str
+    start: int
+    end: int
+    prefill_s: float
+    decode_s: float
+    weight_bytes: int
+    kv_bytes: int
+    working_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HopPrediction:
+    """One hop: from the caller to the first stage, between stages, or back to the caller.
+
+    Parameters
+    ----------
+    source, target : str
+        Names of devices, or of the caller.
+    latency_s : float
+        Seconds on the way, whatever the size.
+    prefill_transfer_s, decode_transfer_s : float
+        Seconds in which the link is busy with a prefill's message, and with a decode step's.
+    """
+
+    source: str
+    target: str
+    latency_s: float
+    prefill_transfer_s: float
+    decode_transfer_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePrediction:
+    """One device.
+
+    Parameters
+    ----------
+    device : str
+        Its name.
+    used_bytes : int
+        What its stages hold.
+    capacity_bytes : int or None
+        Its memory; ``None``: not known to be limited.
+    busy_s : float
+        Seconds of compute of a mean step.
+    watts : float or None
+        Power while it computes.
+    """
+
+    device: str
+    used_bytes: int
+    capacity_bytes: int | None
+    busy_s: float
+    watts: float | None
+
+    @property
+    def left_bytes(self) -> int | None:
+        """Memory that is left; ``None`` if it is not known to be limited."""
+        return None if self.capacity_bytes is None else self.capacity_bytes - self.used_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A plan under a workload.
+
+    Parameters
+    ----------
+    workload : Workload
+        What it is predicted for.
+    stages : tuple of StagePrediction
+        In pipeline order.
+    hops : tuple of HopPrediction
+        From the caller through the stages and back.
+    devices : tuple of DevicePrediction
+        Devices in use, each once.
+    """
+
+    workload: Workload
+    stages: tuple[StagePrediction, ...]
+    hops: tuple[HopPrediction, ...]
+    devices: tuple[DevicePrediction, ...]
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a decode step of one session, from the caller through all stages and back."""
+        compute = sum(stage.decode_s for stage in self.stages)
+        return compute + sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from a prompt to its first token, with nothing else in flight."""
+        compute = sum(stage.prefill_s for stage in self.stages)
+        return compute + sum(hop.latency_s + hop.prefill_transfer_s for hop in self.hops)
+
+    @property
+    def request_s(self) -> float:
+        """Seconds of a whole request, with nothing else in flight."""
+        return self.first_token_s + (self.workload.new_tokens - 1) * self.step_s
+
+    @property
+    def bottleneck_s(self) -> float:
+        """Seconds of a mean step that the busiest device or link needs; a full pipeline gives one step per so long."""
+        return self._bottleneck[0]
+
+    @property
+    def bottleneck(self) -> str:
+        """The busiest device or link."""
+        return self._bottleneck[1]
+
+    @property
+    def stream_tokens_per_s(self) -> float:
+        """Tokens per second of one session's rows, with nothing else in flight; prefill included."""
+        return self.workload.batch_size * self.workload.new_tokens / self.request_s
+
+    @property
+    def pipeline_tokens_per_s(self) -> float:
+        """Tokens per second of all rows with the pipeline full: as many sessions in flight as it takes."""
+        return self.workload.batch_size / self.bottleneck_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of all rows with the workload's sessions in flight, at most.
+
+        Sessions wait for each other where their steps meet, which `simulate` shows and this does not.
+        """
+        return min(self.workload.num_sessions * self.stream_tokens_per_s, self.pipeline_tokens_per_s)
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Energy of computing one token, if every device's power is known."""
+        joules = 0.0
+        for device in self.devices:
+            if device.watts is None:
+                return None
+            joules += device.watts * device.busy_s
+        return joules / self.workload.batch_size
+
+    def mean(self, prefill: float, decode: float) -> float:
+        """Mean over the steps of a request."""
+        return (prefill + (self.workload.new_tokens - 1) * decode) / self.workload.new_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as nested plain Python data, derived figures included."""
+        figures = (
+            "step_s",
+            "first_token_s",
+            "request_s",
+            "bottleneck_s",
+            "bottleneck",
+            "stream_tokens_per_s",
+            "pipeline_tokens_per_s",
+            "tokens_per_s",
+            "joules_per_token",
+        )
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in figures}
+
+    def __str__(self) -> str:
+        from lingualinked.display.plan import prediction_text  # plain data that can be drawn
+
+        return prediction_text(self)
+
+    @property
+    def _bottleneck(self) -> tuple[float, str]:
+        busy = [(device.busy_s, f"device {device.device!r}") for device in self.devices]
+        busy += [
+            (self.mean(hop.prefill_transfer_s, hop.decode_transfer_s), f"link {hop.source!r} -> {hop.target!r}")
+            for hop in self.hops
+        ]
+        return max(busy)
+
+
+def predict(stages: Sequence[PlannedStage], costs: WorkloadCosts) -> Prediction:
+    """Predict what stages do.
+
+    Parameters
+    ----------
+    stages : sequence of PlannedStage
+        In pipeline order.
+    costs : WorkloadCosts
+        What their parts cost.
+
+    Returns
+    -------
+    Prediction
+
+    Raises
+    ------
+    ArgumentError
+        If a stage's device is not in the profile.
+    """
+    profile, model = costs.profile, costs.profile.model
+    predicted = []
+    for stage in stages:
+        device = profile.device(stage.device)
+        predicted.append(
+            StagePrediction(
+                device=stage.device,
+                start=stage.start,
+                end=stage.end,
+                prefill_s=costs.prefill_s(device, stage.start, stage.end),
+                decode_s=costs.decode_s(device, stage.start, stage.end),
+                weight_bytes=model.span_bytes(stage.start, stage.end),
+                kv_bytes=costs.kv_bytes(stage.start, stage.end),
+                working_bytes=costs.working_bytes(),
+            )
+        )
+    parties = [CALLER, *(stage.device for stage in stages), CALLER]
+    hops = tuple(
+        HopPrediction(
+            source=source,
+            target=target,
+            latency_s=profile.link(source, target).latency_s,
+            prefill_transfer_s=costs.transfer_s(source, target, costs.workload.prompt_tokens),
+            decode_transfer_s=costs.transfer_s(source, target, 1),
+        )
+        for source, target in itertools.pairwise(parties)
+    )
+    return Prediction(
+        workload=costs.workload,
+        stages=tuple(predicted),
+        hops=hops,
+        devices=tuple(
+            _device(name, [each for each in predicted if each.device == name], costs)
+            for name in dict.fromkeys(stage.device for stage in stages)
+        ),
+    )
+
+
+def _device(name: str, stages: Sequence[StagePrediction], costs: WorkloadCosts) -> DevicePrediction:
+    profile = costs.profile.device(name)
+    used = sum(stage.weight_bytes + stage.kv_bytes + stage.working_bytes for stage in stages)
+    if len(stages) > 1:  # the first and the last: what is tied is held once
+        used -= costs.profile.model.tied_bytes
+    capacity = profile.capacity_bytes
+    return DevicePrediction(
+        device=name,
+        used_bytes=used,
+        capacity_bytes=None if capacity == math.inf else int(capacity),
+        busy_s=sum(costs.mean(stage.prefill_s, stage.decode_s) for stage in stages),
+        watts=profile.device.watts,
+    )

@@ -1,0 +1,175 @@
+"""From a profile and a workload to the numbers of a placement problem, and to seconds and bytes of single stages.
+
+Knows profiles and workloads; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lingualinked.device import CALLER
+from lingualinked.planning.problem import Floats, Problem
+from lingualinked.profile import DeviceProfile, Profile
+from lingualinked.workload import Workload
+
+HEADER_BYTES = 160
+"""Bytes of a step's message besides its tensors, about."""
+
+_ID_BYTES = 8
+_KV_GRANULE_TOKENS = 64
+
+
+class WorkloadCosts:
+    """What a profile says a workload costs.
+
+    Parameters
+    ----------
+    profile : Profile
+        Of a model on devices.
+    workload : Workload
+        Shapes of the steps, and how much KV is held.
+    reserve : float
+        Share of every device's memory that is left free.
+    """
+
+    def __init__(self, profile: Profile, workload: Workload, reserve: float) -> None:
+        self.profile = profile
+        self.workload = workload
+        self.reserve = reserve
+
+    def decode_s(self, device: DeviceProfile, start: int, end: int) -> float:
+        """Seconds of a decode step at the workload's mean context in the stage of layers ``[start, end)``."""
+        return self._stage_s(device, start, end, 1, self.workload.mean_context)
+
+    def prefill_s(self, device: DeviceProfile, start: int, end: int) -> float:
+        """Seconds of the prefill of a batch in the stage of layers ``[start, end)``."""
+        return self._stage_s(device, start, end, self.workload.prompt_tokens, 0)
+
+    def mean(self, prefill: float, decode: float) -> float:
+        """Mean over the steps of a request: one prefill, which gives the first token, and a decode step per further one."""
+        return (prefill + (self.workload.new_tokens - 1) * decode) / self.workload.new_tokens
+
+    def hop_bytes(self, source: str, target: str, tokens: int) -> float:
+        """Bytes that a step of so many new tokens sends from one party to another."""
+        model, rows = self.profile.model, self.workload.batch_size
+        if source == CALLER:
+            return HEADER_BYTES + rows * tokens * _ID_BYTES
+        if target == CALLER:
+            return HEADER_BYTES + rows * model.logits_bytes  # of the last position alone
+        return HEADER_BYTES + rows * tokens * model.hidden_bytes
+
+    def transfer_s(self, source: str, target: str, tokens: int) -> float:
+        """Seconds in which a step keeps a link busy."""
+        return self.profile.link(source, target).transfer_s(self.hop_bytes(source, target, tokens))
+
+    def hop_s(self, source: str, target: str, tokens: int) -> float:
+        """Seconds from one party to another."""
+        return self.profile.link(source, target).latency_s + self.transfer_s(source, target, tokens)
+
+    def layer_kv_bytes(self, layer: int) -> int:
+        """Bytes of a layer's KV of all sessions in flight, as buffers that double will have grown by the end."""
+        model = self.profile.model
+        capacity = kv_capacity(self.workload, model.layer_windows[layer])
+        return model.layer_kv_bytes[layer] * capacity * self.workload.num_rows
+
+    def kv_bytes(self, start: int, end: int) -> int:
+        """Bytes of the KV of layers ``[start, end)``."""
+        return sum(map(self.layer_kv_bytes, range(start, end)))
+
+    def working_bytes(self) -> int:
+        """Bytes of intermediate results of the largest step."""
+        model, rows = self.profile.model, self.workload.batch_size
+        return rows * (self.workload.prompt_tokens * model.working_bytes + model.logits_bytes)
+
+    def capacity_bytes(self, device: DeviceProfile) -> float:
+        """Bytes that may be planned with on a device."""
+        return (1 - self.reserve) * device.capacity_bytes
+
+    def problem(self) -> Problem:
+        """Put everything into the numbers of a placement problem."""
+        model, devices = self.profile.model, self.profile.devices
+        names = self.profile.names
+        any_trusted = any(each.device.trusted for each in devices)
+        trusted = np.array([each.device.trusted or not any_trusted for each in devices])
+        closing = np.array([each.device.trusted for each in devices])
+
+        def per_device(part: str) -> Floats:
+            return np.array([self._part_s(each, part) for each in devices])
+
+        def hops(busy: bool) -> Floats:
+            between = self._mean_busy_s if busy else self._mean_hop_s
+            return np.array([[0.0 if a == b else between(a, b) for b in names] for a in names])
+
+        kinds = np.array([[self._layer_s(each, kind) for kind in range(len(model.kinds))] for each in devices])
+        layer_bytes = [weight + self.layer_kv_bytes(i) for i, weight in enumerate(model.layer_weight_bytes)]
+        return Problem(
+            names=names,
+            layer_s=kinds[:, list(model.kind_of_layer)],
+            stage_s=per_device("stage"),
+            first_s=per_device("prologue"),
+            last_s=per_device("epilogue"),
+            hop_s=hops(False),
+            busy_s=hops(True),
+            enter_s=np.array([self._mean_hop_s(CALLER, name) for name in names]),
+            enter_busy_s=np.array([self._mean_busy_s(CALLER, name) for name in names]),
+            leave_s=np.array([self._mean_hop_s(name, CALLER) for name in names]),
+            leave_busy_s=np.array([self._mean_busy_s(name, CALLER) for name in names]),
+            layer_bytes=np.array(layer_bytes, dtype=float),
+            stage_bytes=np.full(len(names), float(self.working_bytes())),
+            first_bytes=float(model.prologue_bytes),
+            last_bytes=float(model.epilogue_bytes),
+            tied_bytes=float(model.tied_bytes),
+            capacity_bytes=np.array([self.capacity_bytes(each) for each in devices]),
+            may_be_first=trusted,
+            may_be_last=trusted,
+            may_close=closing,
+            watts=np.array([math.nan if each.device.watts is None else each.device.watts for each in devices]),
+        )
+
+    def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:
+        model, rows = self.profile.model, self.workload.batch_size
+        kinds = model.kind_of_layer[start:end]
+        seconds = sum(kinds.count(k) * device.layers[k].seconds(rows, tokens, context) for k in set(kinds))
+        seconds += device.stage.seconds(rows, tokens, context)
+        if start == 0:
+            seconds += device.prologue.seconds(rows, tokens, context)
+        if end == model.num_layers:
+            seconds += device.epilogue.seconds(rows, tokens, context)
+        return seconds
+
+    def _layer_s(self, device: DeviceProfile, kind: int) -> float:
+        rows, prompt = self.workload.batch_size, self.workload.prompt_tokens
+        times = device.layers[kind]
+        return self.mean(times.seconds(rows, prompt, 0), times.seconds(rows, 1, self.workload.mean_context))
+
+    def _part_s(self, device: DeviceProfile, part: str) -> float:
+        rows, prompt = self.workload.batch_size, self.workload.prompt_tokens
+        times = getattr(device, part)
+        return self.mean(times.seconds(rows, prompt, 0), times.seconds(rows, 1, self.workload.mean_context))
+
+    def _mean_hop_s(self, source: str, target: str) -> float:
+        return self.mean(self.hop_s(source, target, self.workload.prompt_tokens), self.hop_s(source, target, 1))
+
+    def _mean_busy_s(self, source: str, target: str) -> float:
+        prompt = self.workload.prompt_tokens
+        return self.mean(self.transfer_s(source, target, prompt), self.transfer_s(source, target, 1))
+
+
+def kv_capacity(workload: Workload, window: int | None) -> int:
+    """Give the tokens per row that a layer's KV has room for at the end of an answer.
+
+    A buffer is made for the prompt and doubles whenever it is full (`model/kv_layers.py`); a sliding window's is cut
+    to what the window sees, and has at most twice that.
+    """
+    held = workload.prompt_tokens if window is None else min(workload.prompt_tokens, window)
+    needed = workload.num_tokens if window is None else min(workload.num_tokens, 2 * window)
+    capacity = _granules(held)
+    while capacity < needed:
+        capacity = _granules(2 * capacity)
+    return capacity
+
+
+def _granules(num_tokens: int) -> int:
+    return -(-num_tokens // _KV_GRANULE_TOKENS) * _KV_GRANULE_TOKENS

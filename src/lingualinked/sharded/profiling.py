@@ -1,0 +1,181 @@
+"""Profiles and plans of models on clusters, kept on disk so that only the first start measures and solves.
+
+Knows checkpoints, clusters and files; what is measured, and how it is solved, is others' business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from lingualinked.errors import ArgumentError
+from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
+from lingualinked.profile import Profile
+from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.cluster import Cluster
+    from lingualinked.device import Device, Links
+    from lingualinked.model.footprint import Footprint
+    from lingualinked.model.spec import ModelSpec
+    from lingualinked.planning.estimate import Figures
+    from lingualinked.sharded.model import ShardedModel
+
+
+def profile_model(
+    model_or_path: ShardedModel | str | os.PathLike[str],
+    cluster: Cluster,
+    *,
+    workload: Workload | None = None,
+    refresh: bool = False,
+    **kwargs: Any,
+) -> Profile:
+    """Measure what a model's layers cost on every device of a cluster, and what its links carry.
+
+    Each device runs the model's real modules in the workload's shapes, one or two layers at a time with weights that are
+    filled in; no weights are read. The profile is kept on disk (``$XDG_CACHE_HOME/lingualinked``), so that a second call
+    for the same model, dtype, devices, links, workload, machine and versions of the libraries measures nothing.
+
+    Parameters
+    ----------
+    model_or_path : ShardedModel, str or PathLike
+        A sharded model, or what `ShardedModel.from_pretrained` takes.
+    cluster : Cluster
+        Where to measure.
+    workload : Workload or None
+        Tells the shapes; ``None``: the default one.
+    refresh : bool
+        Whether to measure again what is on disk already.
+    **kwargs
+        As in `ShardedModel.from_pretrained`: ``dtype``, ``config``, ``load_format``, ...
+
+    Returns
+    -------
+    Profile
+
+    Raises
+    ------
+    LingualinkedError
+        As `ShardedModel.from_pretrained` says of the path and its arguments, and of workers that fail.
+    """
+    from lingualinked.sharded.loading import LoadArguments, describe, describe_spec
+    from lingualinked.sharded.model import ShardedModel
+
+    if workload is not None and not isinstance(workload, Workload):
+        raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
+    if isinstance(model_or_path, ShardedModel):
+        described = describe_spec(model_or_path._pipeline.spec)  # noqa: SLF001 - within the room
+    else:
+        described = describe(LoadArguments.of(os.fspath(model_or_path), cluster, **kwargs))
+    return find_profile(cluster, described.spec, described.footprint(), workload or Workload(), refresh=refresh)
+
+
+def estimate_profile(
+    path: str | os.PathLike[str],
+    devices: Sequence[Device],
+    figures: Mapping[str, Figures],
+    *,
+    links: Links | None = None,
+    workload: Workload | None = None,
+    **kwargs: Any,
+) -> Profile:
+    """Estimate a profile from what devices are said to do, to plan for a cluster that is not there yet.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        As in `ShardedModel.from_pretrained`; with ``load_format="dummy"`` a ``config.json`` suffices.
+    devices : sequence of Device
+        With memory, bandwidth and latency as they are said to be.
+    figures : mapping of str to Figures
+        Operations and bytes per second of each device, by name.
+    links : mapping of (str, str) to Link, optional
+        Links that are other than what their two ends give.
+    workload : Workload or None
+        Tells the shapes; ``None``: the default one.
+    **kwargs
+        As in `ShardedModel.from_pretrained`: ``dtype``, ``config``, ``load_format``, ...
+
+    Returns
+    -------
+    Profile
+
+    Raises
+    ------
+    ArgumentError
+        If there is no device, a name occurs twice, figures are missing, or a link leads to no device.
+    LingualinkedError
+        As `ShardedModel.from_pretrained` says of the path and its arguments.
+    """
+    from lingualinked.planning.estimate import roofline_profile
+    from lingualinked.sharded.loading import LoadArguments, describe
+
+    model = describe(LoadArguments.of(os.fspath(path), None, **kwargs)).footprint().profile
+    return roofline_profile(model, devices, figures, links=links, workload=workload)
+
+
+def find_profile(
+    cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload, *, refresh: bool = False
+) -> Profile:
+    """Load the profile from disk, or measure it and keep it."""
+    found = None if refresh else saved_profile(cluster.devices, cluster.links, footprint, workload)
+    if found is not None:
+        return found
+    from lingualinked.cluster.profiling import profile_cluster
+
+    profile = profile_cluster(cluster, spec, footprint, workload)
+    with contextlib.suppress(OSError):  # a disk that is full or read-only costs the next start time, and no more
+        profile.save(_path("profile", _key(cluster.devices, cluster.links, footprint, workload)))
+    return profile
+
+
+def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> Profile | None:
+    """Load the profile of a model on these devices from disk; ``None`` if there is none that can be read."""
+    with contextlib.suppress(ArgumentError):
+        return Profile.load(_path("profile", _key(devices, links, footprint, workload)))
+    return None
+
+
+def find_plan(
+    cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload, objective: Objective
+) -> Plan:
+    """Load the plan from disk, or profile, solve and keep it: loading a solver takes as long as loading a small model."""
+    path = _path("plan", [*_key(cluster.devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE])
+    with contextlib.suppress(OSError, ArgumentError):
+        return Plan.from_json(path.read_bytes())
+    profile = find_profile(cluster, spec, footprint, workload)
+    from lingualinked.planning.planner import solve
+
+    plan = solve(profile, objective=objective, workload=workload)
+    with contextlib.suppress(OSError):
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(plan.to_json(), encoding="utf-8")
+        partial.replace(path)
+    return plan
+
+
+def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> list[object]:
+    """Everything that a profile depends on."""
+    from lingualinked.cluster.profiling import library_versions
+
+    known = [(*ends, links[ends]) for ends in sorted(links)]
+    return [footprint.profile, tuple(devices), known, workload, library_versions(), platform.node(), _processor()]
+
+
+def _path(kind: str, key: list[object]) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    digest = hashlib.blake2b(msgspec.json.encode(key, order="sorted"), digest_size=16).hexdigest()
+    return Path(home) / "lingualinked" / f"{kind}-{digest}.json"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        return next((line.strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()

@@ -1,0 +1,114 @@
+"""A profile is plain data that interpolates, survives JSON and refuses what can't be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lingualinked as ll
+from lingualinked.profile import LinkProfile, ModuleTimes, Profile, StepTime
+from profiles import profile, times
+
+
+def test_json_gives_the_profile_back(tmp_path: Path) -> None:
+    made = profile(ll.Device(name="a", memory="2GiB"), ll.Device(name="b", slowdown=3.0, bandwidth="1Gbit/s"))
+    assert Profile.from_json(made.to_json()) == made
+    made.save(tmp_path / "folder" / "profile.json")
+    assert Profile.load(tmp_path / "folder" / "profile.json") == made
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}'])
+def test_what_is_no_profile_is_refused(text: str) -> None:
+    with pytest.raises(ll.ArgumentError, match="not the JSON of a profile"):
+        Profile.from_json(text)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ll.ArgumentError, match="no profile at"):
+        Profile.load(tmp_path / "none.json")
+
+
+@given(
+    rows=st.sampled_from([1, 2, 3, 4]),
+    context=st.floats(0, 2000),
+    seconds=st.floats(1e-6, 10),
+)
+def test_decode_steps_are_linear_in_the_context(rows: int, context: float, seconds: float) -> None:
+    assert times(seconds).seconds(rows, 1, context) == pytest.approx(seconds * (1 + context / 1000))
+
+
+@given(rows=st.sampled_from([1, 2, 4, 8]), tokens=st.integers(2, 500), per_token=st.floats(1e-6, 1))
+def test_prefill_steps_are_linear_in_the_tokens_and_the_rows(rows: int, tokens: int, per_token: float) -> None:
+    assert times(1.0, per_token=per_token).seconds(rows, tokens, 0) == pytest.approx(per_token * tokens * rows)
+
+
+def test_one_measured_shape_serves_all() -> None:
+    one = ModuleTimes((StepTime(rows=1, tokens=1, context=10, seconds=2.0),))
+    assert one.seconds(1, 1, 500) == 2.0
+    assert one.seconds(3, 1, 500) == 2.0
+    assert one.seconds(1, 64, 0) == 128.0
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
+def test_times_that_can_not_be_are_refused(seconds: float) -> None:
+    with pytest.raises(ll.ArgumentError, match="seconds="):
+        StepTime(rows=1, tokens=1, context=0, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latency_s", -1.0),
+        ("latency_s", math.nan),
+        ("bandwidth_bytes_per_s", 0.0),
+        ("bandwidth_bytes_per_s", -5.0),
+        ("bandwidth_bytes_per_s", math.nan),
+    ],
+)
+def test_links_that_can_not_be_are_refused_by_name(field: str, value: float) -> None:
+    fields: dict[str, Any] = {"latency_s": 0.0, "bandwidth_bytes_per_s": None} | {field: value}
+    with pytest.raises(ll.ArgumentError, match=f"{field}=.* of the link from 'a' to 'b'"):
+        LinkProfile(source="a", target="b", **fields)
+
+
+def test_a_profile_must_be_whole() -> None:
+    made = profile()
+    with pytest.raises(ll.ArgumentError, match="devices of a profile are empty"):
+        dataclasses.replace(made, devices=())
+    with pytest.raises(ll.ArgumentError, match="hold 'a' twice"):
+        dataclasses.replace(made, devices=(made.devices[0], made.devices[0]))
+    with pytest.raises(ll.ArgumentError, match="none from 'caller' to 'a'"):
+        dataclasses.replace(made, links=made.links[1:])
+    foreign = LinkProfile(source="a", target="moon", latency_s=1.3, bandwidth_bytes_per_s=None)
+    with pytest.raises(ll.ArgumentError, match="no device 'moon'"):
+        dataclasses.replace(made, links=(*made.links, foreign))
+    with pytest.raises(ll.ArgumentError, match="layers of device 'a' are of 0 kinds"):
+        dataclasses.replace(made, devices=(dataclasses.replace(made.devices[0], layers=()), made.devices[1]))
+    with pytest.raises(ll.ArgumentError, match="no device 'c' in this profile"):
+        made.device("c")
+    with pytest.raises(ll.ArgumentError, match="steps of module times are empty"):
+        ModuleTimes(())
+
+
+def test_devices_can_be_left_out_and_copied() -> None:
+    made = profile(ll.Device(name="a"), ll.Device(name="b"), ll.Device(name="c"))
+    assert made.without("b").names == ("a", "c")
+    wider = made.with_copy("b", "b2")
+    assert wider.names == ("a", "b", "c", "b2")
+    assert wider.device("b2").layers == made.device("b").layers
+    assert len(wider.links) == 5 * 4
+    assert wider.without("b2") == made
+
+
+def test_capacity_is_what_is_known() -> None:
+    unlimited, limited = profile(ll.Device(name="a"), ll.Device(name="b", memory=1000)).devices
+    assert unlimited.capacity_bytes == math.inf
+    assert limited.capacity_bytes == 1000
+    assert dataclasses.replace(limited, free_bytes=400).capacity_bytes == 400

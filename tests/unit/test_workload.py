@@ -1,0 +1,24 @@
+"""A workload is four positive numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import lingualinked as ll
+
+
+def test_what_follows_from_it() -> None:
+    workload = ll.Workload(prompt_tokens=100, new_tokens=12, batch_size=3, num_sessions=4)
+    assert workload.num_tokens == 112
+    assert workload.num_rows == 12
+    # Decode steps 2 to 12 of the answer find 100, 101, ..., 110 tokens.
+    assert workload.mean_context == pytest.approx(sum(range(100, 111)) / 11)
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "new_tokens", "batch_size", "num_sessions"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None])
+def test_what_is_no_number_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=f"{field}={value!r} of a workload"):
+        ll.Workload(**{field: value})
