@@ -166,14 +166,14 @@ def _sum_costs(
     problem: Problem,
     tables: SpanTables,
     max_bottleneck_s: float,
-    weight_D: Floats,
+    weights: Floats,
     hop: Floats,
     enter: Floats,
     leave: Floats,
 ) -> Costs:
     limit = max_bottleneck_s * (1 + TOLERANCE)
     busy = bottleneck_costs(problem, tables)
-    weight = weight_D[:, None, None]
+    weight = weights[:, None, None]
     allowed = _within(busy.span, limit)
     span = np.where(allowed, weight * np.where(allowed, tables.seconds, 0.0), np.inf)
     leave = np.where(_within(busy.leave, limit), leave, np.inf)
@@ -187,7 +187,7 @@ def _sum_costs(
         hop=np.where(_within(busy.hop, limit), hop, np.inf),
         enter=enter,
         leave=leave,
-        front=weight_D[:, None] * first + enter[:, None],
+        front=weights[:, None] * first + enter[:, None],
         close=np.where(_within(busy.close, limit), close, np.inf),
     )
 

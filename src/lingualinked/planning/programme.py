@@ -90,7 +90,7 @@ def solve_programme(networks: Sequence[Network]) -> Placement:
     return _placement(chosen, networks)
 
 
-def tight_networks(networks: Sequence[Network], second: Sequence[Network]) -> list[Network]:
+def tight_networks(networks: Sequence[Network], second: Sequence[Network], best: float) -> list[Network]:
     """Keep of the second networks the arcs that lie on a cheapest path of the first.
 
     A path of such arcs is a cheapest path, and every cheapest path consists of them, so that minimising the second cost
@@ -100,13 +100,14 @@ def tight_networks(networks: Sequence[Network], second: Sequence[Network]) -> li
     ----------
     networks, second : sequence of Network
         The same networks with two additive costs.
+    best : float
+        Least first cost.
 
     Returns
     -------
     list of Network
         With the second costs.
     """
-    best = min(network.best() for network in networks)
     limit = best + TIGHT * abs(best)
     kept = []
     for network, other in zip(networks, second, strict=True):

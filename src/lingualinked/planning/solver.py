@@ -11,7 +11,7 @@ from typing import TypeAlias, get_args
 
 import numpy as np
 
-from lingualinked.errors import ArgumentError, InfeasiblePlanError
+from lingualinked.errors import ArgumentError
 from lingualinked.planning.costs import Costs, bottleneck_costs, energy_costs, latency_costs
 from lingualinked.planning.infeasible import explain_infeasible
 from lingualinked.planning.network import Network
@@ -210,9 +210,9 @@ def _decide(
         route = (exact(priced) if exact is not None else None) or route
         networks = _networks(energy_costs(problem, tables, limit), along or route.order)
         quickest = latency_costs(problem, tables, limit)
-        solve_programme(networks)
+        least_j = energy_j(problem, solve_programme(networks))
         second = [Network.of(quickest, network.devices, network.ring) for network in networks]
-        return solve_programme(tight_networks(networks, second))
+        return solve_programme(tight_networks(networks, second, least_j))
     if objective == "throughput":
         limit = route.value
         costs = latency_costs(problem, tables, limit)

@@ -91,15 +91,15 @@ class SpanTables:
         return self.seconds[device, 0, :, None] + self.seconds[device, None, :, -1]
 
 
-def _windows(values_DL: Floats) -> Floats:
-    """Sum of each half-open window ``[i, j)``; nonsense where ``i > j``."""
-    before = np.zeros((values_DL.shape[0], values_DL.shape[1] + 1))
-    np.cumsum(values_DL, axis=1, out=before[:, 1:])
+def _windows(values: Floats) -> Floats:
+    """Sum of each half-open window, ``[D, L]`` to ``[D, L+1, L+1]``; nonsense where ``i > j``."""
+    before = np.zeros((values.shape[0], values.shape[1] + 1))
+    np.cumsum(values, axis=1, out=before[:, 1:])
     return before[:, None, :] - before[:, :, None]
 
 
-def _beyond(num_bytes_Dij: Floats, capacity_bytes: Floats) -> Floats:
+def _beyond(num_bytes: Floats, capacity_bytes: Floats) -> Floats:
     limit = capacity_bytes[:, None, None]
     allowed = np.where(np.isinf(limit), np.inf, limit * (1 + TOLERANCE))
     finite = np.where(np.isinf(limit), 0.0, limit)
-    return np.where(num_bytes_Dij <= allowed, 0.0, num_bytes_Dij - finite)
+    return np.where(num_bytes <= allowed, 0.0, num_bytes - finite)

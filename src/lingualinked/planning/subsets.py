@@ -109,20 +109,20 @@ def _search(
     return value, tuple(reversed(spans))
 
 
-def _into(costs: Costs, out_SAnL: Floats, hop_n: Floats, source_AL: Floats, *, alone: bool) -> Floats:
-    """Cost of being about to start on a device, after each of some subsets."""
+def _into(costs: Costs, out: Floats, hop: Floats, source: Floats, *, alone: bool) -> Floats:
+    """Cost ``[S, A, L+1]`` of being about to start on a device after each subset, from ``out`` ``[S, A, n, L+1]``."""
     if alone:
-        return np.broadcast_to(source_AL, (len(out_SAnL), *source_AL.shape))
-    into = np.full(out_SAnL[:, :, 0].shape, np.inf)
-    for before in np.flatnonzero(np.isfinite(hop_n)):
-        np.minimum(into, costs.combine(out_SAnL[:, :, before], hop_n[before]), out=into)
+        return np.broadcast_to(source, (len(out), *source.shape))
+    into = np.full(out[:, :, 0].shape, np.inf)
+    for before in np.flatnonzero(np.isfinite(hop)):
+        np.minimum(into, costs.combine(out[:, :, before], hop[before]), out=into)
     return into
 
 
-def _through_span(costs: Costs, into_SAL: Floats, span_ij: Floats) -> Floats:
-    out = np.full(into_SAL.shape, np.inf)
-    for end in np.flatnonzero(np.isfinite(span_ij).any(axis=0)):
-        starts = np.flatnonzero(np.isfinite(span_ij[:, end]))
+def _through_span(costs: Costs, into: Floats, span: Floats) -> Floats:
+    out = np.full(into.shape, np.inf)
+    for end in np.flatnonzero(np.isfinite(span).any(axis=0)):
+        starts = np.flatnonzero(np.isfinite(span[:, end]))
         lowest, highest = starts[0], starts[-1] + 1
-        out[:, :, end] = costs.combine(into_SAL[:, :, lowest:highest], span_ij[lowest:highest, end]).min(axis=2)
+        out[:, :, end] = costs.combine(into[:, :, lowest:highest], span[lowest:highest, end]).min(axis=2)
     return out
