@@ -43,7 +43,9 @@ def draw_problem(
 
     layer_bytes = rng.integers(1, 20, num_layers).astype(float)
     ends = rng.integers(0, 30, 2).astype(float)
-    capacity = layer_bytes.sum() * rng.uniform(0.15, 0.8 if tight else 3, num_devices) + rng.integers(0, 40, num_devices)
+    capacity = layer_bytes.sum() * rng.uniform(0.15, 0.8 if tight else 3, num_devices) + rng.integers(
+        0, 40, num_devices
+    )
     capacity = np.where(rng.random(num_devices) < (0.1 if tight else 0.4), np.inf, capacity.round())
     hop_s, busy_s = draw(num_devices, num_devices), draw(num_devices, num_devices, high=15)
     enter_s, leave_s = draw(num_devices, high=5), draw(num_devices, high=5)
@@ -98,7 +100,9 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
         hops = sum(problem.hop_s[a, b] for a, b in links) + problem.enter_s[first] + problem.leave_s[last]
         if not (problem.may_be_first[first] and problem.may_be_last[last] and hops < math.inf):
             continue
-        busy_link = max([problem.enter_busy_s[first], problem.leave_busy_s[last], *(problem.busy_s[a, b] for a, b in links)])
+        busy_link = max(
+            [problem.enter_busy_s[first], problem.leave_busy_s[last], *(problem.busy_s[a, b] for a, b in links)]
+        )
         for cuts in itertools.combinations(range(1, num_layers), len(chosen) - 1):
             bounds = list(itertools.pairwise([0, *cuts, num_layers]))
             seconds = dict.fromkeys(chosen, 0.0)
@@ -127,7 +131,11 @@ def best_along(problem: Problem, order: tuple[int, ...], objective: str) -> floa
     """Give the least value along an order without rings, span by span; ``inf`` if there is no placement."""
     num_layers, merge = problem.num_layers, max if objective == "throughput" else sum
     links = problem.busy_s if objective == "throughput" else problem.hop_s
-    ways = (problem.enter_busy_s, problem.leave_busy_s) if objective == "throughput" else (problem.enter_s, problem.leave_s)
+    ways = (
+        (problem.enter_busy_s, problem.leave_busy_s)
+        if objective == "throughput"
+        else (problem.enter_s, problem.leave_s)
+    )
     done: dict[tuple[int, int], float] = {}
     answer = math.inf
     for place, device in enumerate(order):
@@ -153,7 +161,7 @@ def best_along(problem: Problem, order: tuple[int, ...], objective: str) -> floa
                     done[device, end] = min(done.get((device, end), math.inf), value)
                     continue
                 held += problem.last_bytes - (problem.tied_bytes if start == 0 else 0)
-                if held <= problem.capacity_bytes[device] and problem.may_be_last[device]:
-                    if problem.leave_s[device] < math.inf:
-                        answer = min(answer, merge((arrived, seconds + problem.last_s[device], ways[1][device])))
+                fits = held <= problem.capacity_bytes[device]
+                if fits and problem.may_be_last[device] and problem.leave_s[device] < math.inf:
+                    answer = min(answer, merge((arrived, seconds + problem.last_s[device], ways[1][device])))
     return float(answer)

@@ -13,15 +13,19 @@ from numpy.typing import NDArray
 from lingualinked.planning.problem import Floats
 from lingualinked.planning.windows import Windows
 
+ROOM = 4
+"""Layers before the end at which a device may stop although it could go on: later devices need one each."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _States:
-    """Partial placements: ring number or -1, devices used as bits, the last of them, layers placed, and parent."""
+    """Partial placements: ring number or -1, devices used as bits, the last, layers placed, room left, and parent."""
 
     ring: NDArray[np.int64]
     used: NDArray[np.uint64]
     last: NDArray[np.int64]
     end: NDArray[np.int64]
+    room: NDArray[np.int64]
     parent: NDArray[np.int64]
 
     def at(self, rows: NDArray[np.int64]) -> _States:
@@ -73,13 +77,14 @@ def find_order(windows: Windows, progress: Floats, width: int) -> tuple[int, ...
 
 
 def _starts(windows: Windows) -> _States:
-    """The caller's side of the first hop: no device yet, or the first half of a ring."""
+    """Give the states before the first hop: no device yet, or the first half of a ring."""
     num_rings = len(windows.ring_start)
     return _States(
         ring=np.arange(-1, num_rings),
         used=np.append(np.uint64(0), np.uint64(1) << windows.ring_device.astype(np.uint64)),
         last=np.append(-1, windows.ring_device),
         end=np.append(0, windows.ring_start),
+        room=np.zeros(num_rings + 1, dtype=int),
         parent=np.full(num_rings + 1, -1),
     )
 
@@ -108,19 +113,23 @@ def _closing(windows: Windows, states: _States) -> tuple[int, int] | None:
 
 
 def _successors(windows: Windows, states: _States) -> _States:
-    ends = windows.reach[:, states.end].T
-    row, device = np.nonzero(_joined(windows, states) & (ends > states.end[:, None]))
-    used = states.used[row] | np.uint64(1) << device.astype(np.uint64)
-    return _States(states.ring[row], used, device, ends[row, device], row)
+    """Extend each state as far as each device goes; near the end also less far, to leave room for those after it."""
+    joined, reach = _joined(windows, states), windows.reach[:, states.end].T
+    parts = []
+    for room in range(ROOM):
+        ends = np.minimum(reach, windows.num_layers - 1 - room)
+        row, device = np.nonzero(joined & (ends > states.end[:, None]) & ((ends < reach) | (room == 0)))
+        used = states.used[row] | np.uint64(1) << device.astype(np.uint64)
+        parts.append((states.ring[row], used, device, ends[row, device], np.full_like(row, room), row))
+    return _States(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _distinct(states: _States, promise: Floats, width: int) -> NDArray[np.int64]:
     """Give the rows of the most promising states, one for the same ring, devices and last device."""
+    rows = np.arange(len(promise))
     if len(promise) > 8 * width:
         rows = np.argpartition(-promise, 8 * width)[: 8 * width]
-    else:
-        rows = np.arange(len(promise))
-    label = (states.ring[rows] + 1) * 65 + states.last[rows]
+    label = ((states.ring[rows] + 1) * 65 + states.last[rows]) * ROOM + states.room[rows]
     order = np.lexsort((-states.end[rows], label, states.used[rows]))
     used, label = states.used[rows][order], label[order]
     is_new = np.ones(len(order), dtype=bool)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, sparse
+from scipy import sparse
 
 from lingualinked.planning.costs import Costs
+from lingualinked.planning.linear import minimise
 from lingualinked.planning.problem import Floats
 from lingualinked.planning.windows import Windows, thresholds
 
@@ -173,20 +174,19 @@ def _covers(windows: Windows, *, integral: bool) -> bool:
         (np.ones(num_windows), (device, np.arange(num_windows))), (len(windows.devices), num_windows)
     )
     gaps = sparse.identity(num_layers)
-    result = optimize.linprog(
+    answer = minimise(
         np.concatenate([np.zeros(num_windows), np.ones(num_layers)]),
-        A_ub=sparse.bmat([[picks, None], [sparse.csr_matrix(-covered), -gaps]], format="csr"),
-        b_ub=np.concatenate([np.ones(len(windows.devices)), -np.ones(num_layers)]),
-        bounds=(0, None),
-        integrality=np.concatenate([np.ones(num_windows), np.zeros(num_layers)]) if integral else None,
-        options={"time_limit": MAX_SECONDS} if integral else {},
+        at_most=[
+            (
+                sparse.hstack([picks, sparse.csr_matrix((len(windows.devices), num_layers))]),
+                np.ones(len(windows.devices)),
+            ),
+            (sparse.hstack([sparse.csr_matrix(-covered), -gaps]), -np.ones(num_layers)),
+        ],
+        integral=np.concatenate([np.ones(num_windows), np.zeros(num_layers)]) if integral else None,
+        max_s=MAX_SECONDS,
     )
-    if result.status not in (0, 1):
-        return True  # not decided: the bound stays valid, only less tight
-    if integral:
-        proven = result.get("mip_dual_bound")
-        return proven is None or not proven > 1e-6
-    return bool(result.fun is None or result.fun <= 1e-6)
+    return not answer.bound > 1e-6  # undecided counts as possible: the bound stays valid, only less tight
 
 
 def _maximal(windows: Windows) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -219,8 +219,9 @@ def progress_of(costs: Costs, devices: Sequence[int]) -> Floats:
     ndarray
         float64 ``[L+1]``, from 0 to 1, not decreasing.
     """
-    single = costs.span[list(devices)][:, np.arange(costs.num_layers), np.arange(costs.num_layers) + 1]
-    single = np.where(np.isfinite(single), single, np.nan)
-    weights = np.nan_to_num(np.nanmedian(single, axis=0)) if np.isfinite(single).any() else np.zeros(costs.num_layers)
+    layers = np.arange(costs.num_layers)
+    single = costs.span[list(devices)][:, layers, layers + 1]
+    possible = np.isfinite(single)
+    weights = np.where(possible, single, 0.0).sum(axis=0) / np.maximum(possible.sum(axis=0), 1)
     before = np.concatenate([[0.0], np.cumsum(np.maximum(weights, weights.mean() * 0.1 + 1e-300))])
     return np.asarray(before / before[-1])

@@ -6,6 +6,7 @@ Knows the tables of one problem; not which placements there are, nor how the che
 from __future__ import annotations
 
 import dataclasses
+
 import numpy as np
 
 from lingualinked.planning.problem import Flags, Floats, Problem

@@ -6,6 +6,7 @@ Knows arrays of seconds and bytes; not where they come from, and no devices beyo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -131,14 +132,14 @@ def bottleneck_s(problem: Problem, placement: Placement) -> float:
     links = [
         problem.enter_busy_s[placement[0].device],
         problem.leave_busy_s[placement[-1].device],
-        *(problem.busy_s[a.device, b.device] for a, b in zip(placement, placement[1:], strict=False)),
+        *(problem.busy_s[a.device, b.device] for a, b in itertools.pairwise(placement)),
     ]
     return float(max(busy.max(), *links))
 
 
 def latency_s(problem: Problem, placement: Placement) -> float:
     """Give the seconds of a mean step from the caller through all stages and back."""
-    hops = sum(problem.hop_s[a.device, b.device] for a, b in zip(placement, placement[1:], strict=False))
+    hops = sum(problem.hop_s[a.device, b.device] for a, b in itertools.pairwise(placement))
     ends = problem.enter_s[placement[0].device] + problem.leave_s[placement[-1].device]
     return float(sum(span_s(problem, span) for span in placement) + hops + ends)
 

@@ -1,6 +1,6 @@
 """The linear programme that reads the spans off a network: one unit of flow on its cheapest path.
 
-Knows networks and `scipy.optimize.linprog`; not where the networks come from, nor what their costs mean.
+Knows networks and how to minimise over their flows; not where the networks come from, nor what their costs mean.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, sparse
+from scipy import sparse
 
 from lingualinked.errors import InfeasiblePlanError, LingualinkedError
+from lingualinked.planning.linear import INFEASIBLE, OPTIMAL, minimise
 from lingualinked.planning.network import Network
 from lingualinked.planning.problem import Floats, Placement, Span
 
@@ -191,22 +192,15 @@ def _unit_flow(arcs: _Arcs, scale: float) -> NDArray[np.int64]:
     )
     supply = np.zeros(len(nodes))
     supply[0], supply[1] = 1.0, -1.0  # nodes 0 and 1 are source and sink
-    result = optimize.linprog(
-        arcs.cost / scale,
-        A_eq=incidence,
-        b_eq=supply,
-        bounds=(0, None),
-        method="highs-ds",
-        options={"dual_feasibility_tolerance": FEASIBILITY, "primal_feasibility_tolerance": FEASIBILITY},
-    )
-    if result.status == 2:
-        raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({result.message})")
-    if result.status != 0:
+    answer = minimise(arcs.cost / scale, equal=[(incidence, supply)], tolerance=FEASIBILITY)
+    if answer.status == INFEASIBLE:
+        raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({answer.message})")
+    if answer.status != OPTIMAL:
         raise LingualinkedError(
-            f"linprog stopped with status {result.status} ({result.message}) on a shortest path of {num_arcs} arcs; "
+            f"linprog stopped with status {answer.status} ({answer.message}) on a shortest path of {num_arcs} arcs; "
             "check the profile for costs that differ by more than ten orders of magnitude"
         )
-    flow = np.asarray(result.x)
+    flow = answer.x
     carried = np.round(flow)
     if np.abs(flow - carried).max() > 1e-6:
         raise LingualinkedError(

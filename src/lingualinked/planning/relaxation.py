@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, sparse
+from scipy import sparse
 
 from lingualinked.errors import LingualinkedError
+from lingualinked.planning.linear import INFEASIBLE, OPTIMAL, Matrix, minimise
 from lingualinked.planning.problem import Floats, Objective, Problem
 
 MAX_SECONDS = 4.0
@@ -60,30 +60,23 @@ def relaxation_value(
     Raises
     ------
     LingualinkedError
-        If linprog stops with a status other than optimal (0), infeasible (2) or, on the integral programme, its time
-        limit (1).
+        If linprog stops on the linear programme with a status other than optimal (0) or infeasible (2).
     """
     model = _Model.of(problem, np.array(devices, dtype=int), max_bottleneck_s)
     cost, scale = model.objective(problem, objective)
-    result = optimize.linprog(
+    answer = minimise(
         cost / scale,
-        A_ub=sparse.vstack(model.upper),
-        b_ub=np.concatenate(model.upper_limits),
-        A_eq=sparse.vstack(model.equal),
-        b_eq=np.concatenate(model.equal_values),
-        bounds=np.stack([np.zeros(model.size), model.highest], axis=1),
-        method="highs",
-        integrality=model.integrality if integral else None,
-        options={"time_limit": MAX_SECONDS, "mip_rel_gap": 1e-4} if integral else {},
+        equal=model.equal,
+        at_most=model.upper,
+        highest=model.highest,
+        integral=model.integrality if integral else None,
+        max_s=MAX_SECONDS,
     )
-    if result.status == 2:
+    if answer.status == INFEASIBLE:
         return math.inf
-    if integral and result.status in (0, 1):
-        bound = result.get("mip_dual_bound")
-        return 0.0 if bound is None or not math.isfinite(bound) else max(0.0, float(bound)) * scale
-    if result.status != 0:
-        raise LingualinkedError(f"linprog stopped with status {result.status} on the relaxation: {result.message}")
-    return max(0.0, float(result.fun)) * scale
+    if answer.status != OPTIMAL and not integral:
+        raise LingualinkedError(f"linprog stopped with status {answer.status} on the relaxation: {answer.message}")
+    return max(0.0, answer.bound) * scale
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -92,14 +85,12 @@ class _Model:
 
     devices: NDArray[np.int64]
     counts: Floats
-    seconds: sparse.csr_matrix
+    seconds: Matrix
     highest: Floats
     integrality: Floats
     time_scale: float
-    upper: list[sparse.csr_matrix] = dataclasses.field(default_factory=list)
-    upper_limits: list[Floats] = dataclasses.field(default_factory=list)
-    equal: list[sparse.csr_matrix] = dataclasses.field(default_factory=list)
-    equal_values: list[Floats] = dataclasses.field(default_factory=list)
+    upper: list[tuple[Matrix, Floats]] = dataclasses.field(default_factory=list)
+    equal: list[tuple[Matrix, Floats]] = dataclasses.field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -125,7 +116,7 @@ class _Model:
         seconds = sparse.hstack([layers_s, *extras_s, none, blank]).tocsr()
         model = cls(devices, counts, seconds, highest, np.r_[np.ones(len(highest) - 1), 0.0], time_scale)
 
-        def shares_row(u: float, f: float, last: float, t: float) -> sparse.csr_matrix:
+        def shares_row(u: float, f: float, last: float, t: float) -> Matrix:
             loose = sparse.csr_matrix((n, n * num_kinds))
             return sparse.hstack([loose, u * eye, f * eye, last * eye, t * eye, blank]).tocsr()
 
@@ -192,10 +183,8 @@ class _Model:
             cost[last] += np.where(self.highest[last] > 0, problem.leave_s[self.devices], 0.0)
         return cost, float(weight.max() * self.time_scale) or 1.0
 
-    def _at_most(self, rows: sparse.spmatrix, limits: Floats) -> None:
-        self.upper.append(sparse.csr_matrix(rows))
-        self.upper_limits.append(limits)
+    def _at_most(self, rows: Matrix, limits: Floats) -> None:
+        self.upper.append((rows, limits))
 
-    def _exactly(self, rows: sparse.spmatrix, values: Floats) -> None:
-        self.equal.append(sparse.csr_matrix(rows))
-        self.equal_values.append(values)
+    def _exactly(self, rows: Matrix, values: Floats) -> None:
+        self.equal.append((rows, values))
