@@ -145,7 +145,7 @@ def _arcs_of(network: Network, number: int, path: Placement | None) -> _Arcs:
     base = 2 + number * 2 * 10**6  # a network has far fewer than a million nodes of a kind
 
     def node(position: NDArray[np.int64], layer: NDArray[np.int64], kind: int) -> NDArray[np.int64]:
-        return base + 2 * (position * num_nodes + layer) + kind
+        return np.asarray(base + 2 * (position * num_nodes + layer) + kind)
 
     assert num_positions * num_nodes < 10**6
     p, i = np.nonzero(np.isfinite(source))

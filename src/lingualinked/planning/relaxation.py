@@ -102,6 +102,7 @@ class _Model:
         kinds, counts = np.unique(columns, axis=1, return_counts=True)
         kind_s, kind_bytes = kinds[:-1], kinds[-1]
         n, num_kinds = len(devices), len(counts)
+        eye: Matrix
         eye, none = sparse.identity(n, format="csr"), sparse.csr_matrix((n, n))
         time_scale = float(problem.layer_s[devices].sum(axis=1).max()) or 1.0
         blank = sparse.csr_matrix((n, 1))
@@ -111,18 +112,18 @@ class _Model:
         shares = np.concatenate([np.ones(n), first_ok[devices], last_ok[devices], first_ok[devices] & last_ok[devices]])
         highest = np.concatenate([np.tile(counts, n), shares, [max_s / time_scale]]).astype(float)
 
-        layers_s = sparse.block_diag([row[None] for row in kind_s / time_scale])
-        extras_s = [sparse.diags(v[devices] / time_scale) for v in (problem.stage_s, problem.first_s, problem.last_s)]
+        layers_s: Matrix = sparse.block_diag([row[None] for row in kind_s / time_scale])
+        extras_s: list[Matrix] = [
+            sparse.diags(v[devices] / time_scale) for v in (problem.stage_s, problem.first_s, problem.last_s)
+        ]
         seconds = sparse.hstack([layers_s, *extras_s, none, blank]).tocsr()
-        model = cls(devices, counts, seconds, highest, np.r_[np.ones(len(highest) - 1), 0.0], time_scale)
+        model = cls(devices, counts.astype(float), seconds, highest, np.r_[np.ones(len(highest) - 1), 0.0], time_scale)
 
         def shares_row(u: float, f: float, last: float, t: float) -> Matrix:
             loose = sparse.csr_matrix((n, n * num_kinds))
             return sparse.hstack([loose, u * eye, f * eye, last * eye, t * eye, blank]).tocsr()
 
-        model._at_most(
-            seconds - sparse.hstack([sparse.csr_matrix((n, len(highest) - 1)), np.ones((n, 1))]), np.zeros(n)
-        )
+        model._at_most(seconds - sparse.csr_matrix(np.eye(len(highest))[-1:].repeat(n, axis=0)), np.zeros(n))
         model._at_most(shares_row(-1, 1, 0, 0), np.zeros(n))
         model._at_most(shares_row(-1, 0, 1, 0), np.zeros(n))
         model._at_most(shares_row(0, -1, 0, 1), np.zeros(n))

@@ -47,12 +47,12 @@ def search_bottleneck(costs: Costs, devices: Sequence[int]) -> tuple[Route | Non
     progress = progress_of(costs, devices)
     bound = bottleneck_bound(costs, devices, _value(found))
 
-    def attempt(threshold: float) -> Route | None:
+    def attempt(threshold: float, *, thorough: bool = False) -> Route | None:
         windows = Windows.within(costs, devices, threshold)
         if len(devices) > MAX_DEVICES:
             strongest = np.argsort(-windows.gains(progress), kind="stable")[:MAX_DEVICES]
             windows = Windows.within(costs, [devices[index] for index in sorted(strongest)], threshold)
-        order = find_order(windows, progress, WIDTH)
+        order = find_order(windows, progress, WIDTH, thorough=thorough)
         return None if order is None else best_along(costs, order)
 
     values = thresholds(costs, devices, bound * (1 - 1e-12), _value(found) * (1 - 1e-12))
@@ -68,6 +68,8 @@ def search_bottleneck(costs: Costs, devices: Sequence[int]) -> tuple[Route | Non
         else:
             high = probe
         probe = min(low + step, high - 1) if high == len(values) and step < high - low else (low + high) // 2
+    if found is None and len(values):
+        found = attempt(float(values[-1]), thorough=True)
     return found, bound
 
 

@@ -113,7 +113,7 @@ class Windows:
         """
         inner = (progress[self.reach] - progress).max(axis=1)
         last = np.where(self.closes, progress[-1] - progress, 0.0).max(axis=1)
-        return np.maximum(inner, last)
+        return np.asarray(np.maximum(inner, last))
 
 
 def thresholds(costs: Costs, devices: Sequence[int], low: float, high: float) -> Floats:
