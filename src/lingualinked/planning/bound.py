@@ -15,11 +15,14 @@ from scipy import sparse
 
 from lingualinked.planning.costs import Costs
 from lingualinked.planning.linear import minimise
-from lingualinked.planning.problem import Floats
+from lingualinked.planning.problem import Flags, Floats
 from lingualinked.planning.windows import Windows, thresholds
 
 MAX_SUBSET_DEVICES = 16
 """For more, subsets are too many and a covering programme takes their place."""
+
+MAX_CHAINED_CLOSERS = 4
+"""For more closing devices, the links of rings are not looked at."""
 
 MAX_SECONDS = 1.0
 """For one integral covering programme; undecided counts as possible."""
@@ -98,7 +101,8 @@ def _counts_suffice(windows: Windows) -> bool:
 def _subsets_suffice(windows: Windows) -> bool:
     if windows.alone >= 0:
         return True
-    if windows.follows.sum() == len(windows.devices) * (len(windows.devices) - 1):
+    all_linked = windows.follows.sum() == len(windows.devices) * (len(windows.devices) - 1)
+    if all_linked:
         plain = _any_closes(windows, _furthest(windows, np.zeros(1, dtype=int))[:, 0])
     else:
         plain = _chain_closes(windows)
@@ -107,7 +111,11 @@ def _subsets_suffice(windows: Windows) -> bool:
     starts, row = np.unique(windows.ring_start, return_inverse=True)
     furthest = _furthest(windows, starts)
     others = len(furthest) - 1 ^ 1 << windows.ring_device
-    return bool((furthest[others, row] >= windows.ring_close).any())
+    possible = furthest[others, row] >= windows.ring_close
+    closers = np.unique(windows.ring_device[possible])
+    if all_linked or len(closers) > MAX_CHAINED_CLOSERS:
+        return bool(possible.any())
+    return any(_ring_closes(windows, int(device), possible & (windows.ring_device == device)) for device in closers)
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,23 +147,36 @@ def _any_closes(windows: Windows, furthest: NDArray[np.int64]) -> bool:
 
 def _chain_closes(windows: Windows) -> bool:
     """Whether a chain of devices joined by links closes; a device on the way may hold nothing."""
+    furthest = _chains(windows, np.where(windows.reach[:, 0] > 0, windows.reach[:, 0], -1))
+    subsets = np.arange(len(furthest))
+    for device in np.flatnonzero(windows.closes.any(axis=1)):
+        without = furthest[subsets >> device & 1 == 0][:, windows.follows[:, device]]
+        if without.max(initial=-1) >= windows.closes[device].argmax():
+            return True
+    return False
+
+
+def _ring_closes(windows: Windows, device: int, rings: Flags) -> bool:
+    """Whether a chain leads from a device back to it, from the longest first half to the earliest second half."""
+    starts = np.full(len(windows.devices), -1)
+    starts[device] = windows.ring_start[rings].max()
+    furthest = _chains(windows, starts)[:, windows.follows[:, device]]
+    return bool(furthest.max(initial=-1) >= windows.ring_close[rings].min())
+
+
+def _chains(windows: Windows, starts: NDArray[np.int64]) -> NDArray[np.int16]:
+    """Furthest layer ``[2**n, n]`` of chains by their devices and the last one, from starts by device (-1: no start)."""
     num_devices = len(windows.devices)
     furthest = np.full((2**num_devices, num_devices), -1, dtype=np.int16)
     reach = np.concatenate([windows.reach, np.full((num_devices, 1), -1)], axis=1).astype(np.int16)  # -1 stays -1
-    closes = np.concatenate([windows.closes, np.zeros((num_devices, 1), dtype=bool)], axis=1)
-    for size, level in enumerate(_levels(num_devices)):
+    furthest[1 << np.arange(num_devices), np.arange(num_devices)] = starts
+    for level in _levels(num_devices)[1:]:
         for device, subsets in enumerate(level):
-            if size == 0:
-                furthest[subsets, device] = windows.reach[device, 0] or -1
-                continue
             before = np.flatnonzero(windows.follows[:, device])
-            if not len(before):
-                continue
-            start = furthest[(subsets ^ 1 << device)[:, None], before].max(axis=1)
-            if closes[device][start].any():
-                return True
-            furthest[subsets, device] = reach[device][start]
-    return False
+            if len(before):
+                start = furthest[(subsets ^ 1 << device)[:, None], before].max(axis=1)
+                furthest[subsets, device] = reach[device][start]
+    return furthest
 
 
 def _covers(windows: Windows, *, integral: bool) -> bool:

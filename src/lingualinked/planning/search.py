@@ -14,10 +14,14 @@ from lingualinked.planning.beam import find_order
 from lingualinked.planning.bound import bottleneck_bound, progress_of
 from lingualinked.planning.costs import Costs
 from lingualinked.planning.orders import Route, best_along
+from lingualinked.planning.problem import Floats
 from lingualinked.planning.windows import Windows, thresholds
 
 WIDTH = 2000
 """States that the beam keeps after each device."""
+
+CLOSE = 1e-3
+"""Relative distance from the bound at which the beam is not widened."""
 
 MAX_DEVICES = 64
 """That the beam searches over: a state's devices are the bits of one word."""
@@ -47,30 +51,40 @@ def search_bottleneck(costs: Costs, devices: Sequence[int]) -> tuple[Route | Non
     progress = progress_of(costs, devices)
     bound = bottleneck_bound(costs, devices, _value(found))
 
+    for width in (WIDTH, 8 * WIDTH):
+        if _value(found) > bound * (1 + CLOSE):
+            found = _bisect(costs, devices, progress, bound, found, width)
+    return found, bound
+
+
+def _bisect(
+    costs: Costs, devices: Sequence[int], progress: Floats, bound: float, found: Route | None, width: int
+) -> Route | None:
+    """Search the least threshold at which the beam finds an order, near the bound first."""
+
     def attempt(threshold: float, *, thorough: bool = False) -> Route | None:
         windows = Windows.within(costs, devices, threshold)
         if len(devices) > MAX_DEVICES:
             strongest = np.argsort(-windows.gains(progress), kind="stable")[:MAX_DEVICES]
             windows = Windows.within(costs, [devices[index] for index in sorted(strongest)], threshold)
-        order = find_order(windows, progress, WIDTH, thorough=thorough)
+        order = find_order(windows, progress, width, thorough=thorough)
         return None if order is None else best_along(costs, order)
 
     values = thresholds(costs, devices, bound * (1 - 1e-12), _value(found) * (1 - 1e-12))
     low, high, step = 0, len(values), 1
-    probe = 0
     while low < high:
+        probe = min(low + step - 1, (low + high) // 2) if high < len(values) else min(low + step - 1, high - 1)
         route = attempt(float(values[probe]))
-        if route is not None and (found is None or route.value < found.value):
+        if route is None:
+            low, step = probe + 1, step * 4
+            continue
+        high = probe
+        if found is None or route.value < found.value:
             found = route
             high = min(probe, int(np.searchsorted(values, route.value * (1 - 1e-12))))
-        elif route is None:
-            low, step = probe + 1, step * 4
-        else:
-            high = probe
-        probe = min(low + step, high - 1) if high == len(values) and step < high - low else (low + high) // 2
     if found is None and len(values):
         found = attempt(float(values[-1]), thorough=True)
-    return found, bound
+    return found
 
 
 def search_sum(costs: Costs, devices: Sequence[int], start: Route | None = None) -> Route | None:
