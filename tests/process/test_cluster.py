@@ -169,7 +169,7 @@ def test_no_layer_fits_a_device(nothing_left_behind: None) -> None:
 
 @linux_only
 def test_the_kernel_refuses_what_the_plan_did_not_know_of(limited: ll.Cluster) -> None:
-    config, elsewhere = wide(4, hidden_size=4096), ll.Plan.from_spans([("pinned", 0, 4)])
+    config = wide(4, hidden_size=4096)
     described = describe(LoadArguments(path="dummy", config=config, load_format="dummy"))
     spans = ll.Plan.from_spans([("small", 0, 4)])  # of unknown size
     pipeline = Pipeline(limited, described.spec, spans, max_kv_tokens=None, timeout_s=60)

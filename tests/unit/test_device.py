@@ -89,7 +89,15 @@ def test_what_a_device_can_not_be(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "bytes_per_s"),
-    [(5, 5.0), (2.5, 2.5), ("100Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("12.5MB/s", 12.5e6), ("8bps", 1.0), ("3B/s", 3.0)],
+    [
+        (5, 5.0),
+        (2.5, 2.5),
+        ("100Mbit/s", 12.5e6),
+        ("1 Gbit/s", 125e6),
+        ("12.5MB/s", 12.5e6),
+        ("8bps", 1.0),
+        ("3B/s", 3.0),
+    ],
 )
 def test_bandwidths(rate: float | str, bytes_per_s: float) -> None:
     assert parse_rate(rate) == pytest.approx(bytes_per_s)

@@ -131,6 +131,14 @@ def predict(
     _run(lambda: run_predict(repeats, new_tokens, prompt_tokens))
 
 
+@bench.command()
+def planner(repeats: Annotated[int, typer.Option(min=1, help="Random problems of each size.")] = 5) -> None:
+    """Time the planner, and compare its plans with the proven bound."""
+    from lingualinked.bench.planner import run_planner
+
+    _run(lambda: run_planner(repeats))
+
+
 def _run(command: Callable[[], None]) -> None:
     """Run a command; the library's errors are printed as one line, not as a traceback."""
     try:

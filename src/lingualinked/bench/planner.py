@@ -1,0 +1,76 @@
+"""``lingualinked bench planner``: how long the planner takes, and how far from the best its plans can be.
+
+Knows random problems in numbers; loads no model and starts no process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from rich.console import Console
+
+from lingualinked.bench.placements import random_problem
+from lingualinked.bench.samples import Samples
+from lingualinked.display.tables import Rows
+from lingualinked.planning.plan import Objective
+from lingualinked.planning.solver import solve_problem
+
+SIZES: tuple[tuple[int, int, bool, Objective], ...] = (
+    (32, 8, False, "throughput"),
+    (128, 32, True, "throughput"),
+    (128, 32, False, "throughput"),
+    (32, 8, False, "latency"),
+    (80, 16, False, "latency"),
+    (80, 16, False, "energy"),
+)
+"""Layers, devices, whether the order is fixed, and the objective."""
+
+NUM_INSTANCES = 100
+"""Random problems of 80 layers and 16 devices whose gaps are listed."""
+
+
+def run_planner(repeats: int) -> None:
+    """Print seconds by size, and gaps between value and proven bound by number of kinds of layer."""
+    console = Console()
+    console.print(_times(repeats).to_rich())
+    console.print(_gaps().to_rich())
+
+
+def _times(repeats: int) -> Rows:
+    rows = []
+    for num_layers, num_devices, fixed, objective in SIZES:
+        seconds, gaps = [], []
+        for seed in range(repeats):
+            problem = random_problem(seed, num_layers=num_layers, num_devices=num_devices, num_kinds=1 + seed % 3)
+            started = time.perf_counter()
+            solution = solve_problem(problem, objective, order=tuple(range(num_devices)) if fixed else None)
+            seconds.append(time.perf_counter() - started)
+            gaps.append(100 * (solution.value / solution.lower_bound - 1))
+        what = f"{num_layers} x {num_devices}, {'fixed' if fixed else 'free'} order, {objective}"
+        rows.append((what, Samples(seconds).text(2, " s"), Samples(gaps).text(2, " %")))
+    return Rows(f"Time to solve, median of {repeats} (fastest to slowest)", ("layers x devices", "time", "gap"), rows)
+
+
+def _gaps() -> Rows:
+    gaps: dict[int, list[float]] = {1: [], 2: [], 3: []}
+    above: dict[int, list[float]] = {1: [], 2: [], 3: []}
+    for seed in range(NUM_INSTANCES):
+        num_kinds = 1 + seed % 3
+        solution = solve_problem(random_problem(seed, num_kinds=num_kinds))
+        gaps[num_kinds].append(100 * (solution.value / solution.lower_bound - 1))
+        above[num_kinds].append(100 * (solution.value / solution.relaxation - 1))
+    gaps[0], above[0] = (list(itertools.chain(*by_kind.values())) for by_kind in (gaps, above))
+    return Rows(
+        f"Gap to the proven bound, {NUM_INSTANCES} problems of 80 x 16, free order, throughput",
+        ("kinds of layer", "problems", "gap", "above the LP relaxation"),
+        [
+            (
+                str(num_kinds or "all"),
+                str(len(gaps[num_kinds])),
+                Samples(gaps[num_kinds]).text(2, " %"),
+                Samples(above[num_kinds]).text(1, " %"),
+            )
+            for num_kinds in (1, 2, 3, 0)
+        ],
+    )

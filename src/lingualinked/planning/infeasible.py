@@ -1,0 +1,100 @@
+"""Why nothing can be placed: a permission, a link, memory, or a limit on the bottleneck.
+
+Knows a problem that has no placement; how the placements were searched is told by the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.costs import Costs, excess_costs
+from lingualinked.planning.orders import Route
+from lingualinked.planning.problem import Problem, device_bytes
+from lingualinked.planning.spans import SpanTables
+
+
+def explain_infeasible(
+    problem: Problem,
+    tables: SpanTables,
+    devices: Sequence[int],
+    max_bottleneck_s: float,
+    best: Callable[[Costs], Route | None],
+) -> InfeasiblePlanError:
+    """Find what prevents every placement.
+
+    Parameters
+    ----------
+    problem : Problem
+        A problem without a placement.
+    tables : SpanTables
+        Of it.
+    devices : sequence of int
+        Those that may be used.
+    max_bottleneck_s : float
+        The limit on the bottleneck; ``inf`` if there is none.
+    best : callable
+        The search that failed; with bytes that are missing as costs it finds the placement that is closest to fitting.
+
+    Returns
+    -------
+    InfeasiblePlanError
+        To be raised.
+    """
+    for allowed, link_s, what, verb in (
+        (problem.may_be_first, problem.enter_s, "first", "see token ids"),
+        (problem.may_be_last, problem.leave_s, "last", "see logits"),
+    ):
+        permitted = [device for device in devices if allowed[device]]
+        if not permitted:
+            return InfeasiblePlanError(
+                f"no device may hold the {what} stage: none of {_names(problem, devices)} may {verb}; mark one as trusted"
+            )
+        if not np.isfinite(link_s[permitted]).any():
+            return InfeasiblePlanError(
+                f"there is no link between the caller and any device that may hold the {what} stage "
+                f"({_names(problem, permitted)}); add one"
+            )
+    closest = best(excess_costs(problem, tables))
+    if closest is None:
+        return InfeasiblePlanError(
+            f"the links and the permissions of {_names(problem, devices)} join no first stage to a last stage over "
+            f"{problem.num_layers} layers; add a link, or permit another device to hold an end"
+        )
+    if closest.value > 0:
+        return _memory(problem, devices, closest)
+    limit = "" if math.isinf(max_bottleneck_s) else f" within max_bottleneck_s={max_bottleneck_s:.6g}"
+    return InfeasiblePlanError(
+        f"the weights fit on {_names(problem, devices)}, but no placement keeps each device and link{limit}; raise the limit"
+    )
+
+
+def _memory(problem: Problem, devices: Sequence[int], closest: Route) -> InfeasiblePlanError:
+    missing_of = {
+        device: device_bytes(problem, closest.placement, device) - problem.capacity_bytes[device]
+        for device in closest.order
+    }
+    tightest = max(missing_of, key=lambda device: missing_of[device])
+    missing = math.ceil(missing_of[tightest])
+    total = problem.layer_bytes.sum() + problem.first_bytes + problem.last_bytes
+    usable = np.maximum(problem.capacity_bytes[list(devices)] - problem.stage_bytes[list(devices)], 0).sum()
+    if usable < total - problem.tied_bytes:
+        lacking = math.ceil(total - problem.tied_bytes - usable)
+        return InfeasiblePlanError(
+            f"weights and KV need {math.ceil(total - problem.tied_bytes):,} bytes and {_names(problem, devices)} offer "
+            f"{math.floor(usable):,}: {lacking:,} bytes are missing; tightest is {problem.names[tightest]!r}, which "
+            f"misses {missing:,} bytes in the placement closest to fitting; add a device, or raise memory",
+            missing_bytes=lacking,
+        )
+    return InfeasiblePlanError(
+        f"no contiguous placement fits: in the closest one device {problem.names[tightest]!r} misses {missing:,} bytes; "
+        "raise its memory, plan for fewer tokens, or add a device",
+        missing_bytes=missing,
+    )
+
+
+def _names(problem: Problem, devices: Sequence[int]) -> str:
+    return ", ".join(repr(problem.names[device]) for device in devices)

@@ -1,0 +1,167 @@
+"""An oracle for placements: every one of a small problem, and the best along an order, by means of their own.
+
+Knows the problem's definition alone; shares no table and no recursion with the solver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from lingualinked.planning.problem import Placement, Problem, Span
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A placement that fits, and its three values."""
+
+    placement: Placement
+    bottleneck_s: float
+    latency_s: float
+    energy_j: float
+
+
+def draw_problem(
+    seed: int,
+    num_layers: int,
+    num_devices: int,
+    *,
+    whole: bool = False,
+    tight: bool = False,
+    gaps: bool = False,
+    rings: bool = True,
+) -> Problem:
+    """Draw numbers: whole ones (many ties), tight memory, missing links and permissions, rings."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int, high: float = 10.0) -> np.ndarray:
+        return rng.integers(0, int(high) + 1, shape).astype(float) if whole else rng.uniform(0, high, shape)
+
+    layer_bytes = rng.integers(1, 20, num_layers).astype(float)
+    ends = rng.integers(0, 30, 2).astype(float)
+    capacity = layer_bytes.sum() * rng.uniform(0.15, 0.8 if tight else 3, num_devices) + rng.integers(
+        0, 40, num_devices
+    )
+    capacity = np.where(rng.random(num_devices) < (0.1 if tight else 0.4), np.inf, capacity.round())
+    hop_s, busy_s = draw(num_devices, num_devices), draw(num_devices, num_devices, high=15)
+    enter_s, leave_s = draw(num_devices, high=5), draw(num_devices, high=5)
+    missing = 0.3 if gaps else 0.0
+    hop_s[rng.random(hop_s.shape) < missing] = np.inf
+    enter_s[rng.random(num_devices) < missing / 2] = np.inf
+    leave_s[rng.random(num_devices) < missing / 2] = np.inf
+    return Problem(
+        names=tuple(f"d{index}" for index in range(num_devices)),
+        layer_s=draw(num_devices, num_layers) + (1 if whole else 0.01),
+        stage_s=draw(num_devices, high=3),
+        first_s=draw(num_devices, high=4),
+        last_s=draw(num_devices, high=8),
+        hop_s=hop_s,
+        busy_s=busy_s,
+        enter_s=enter_s,
+        enter_busy_s=draw(num_devices, high=8),
+        leave_s=leave_s,
+        leave_busy_s=draw(num_devices, high=8),
+        layer_bytes=layer_bytes,
+        stage_bytes=rng.integers(0, 4, num_devices).astype(float),
+        first_bytes=float(ends[0]),
+        last_bytes=float(ends[1]),
+        tied_bytes=float(rng.integers(0, int(ends.min()) + 1)),
+        capacity_bytes=capacity,
+        may_be_first=rng.random(num_devices) >= missing,
+        may_be_last=rng.random(num_devices) >= missing,
+        may_close=(rng.random(num_devices) < 0.6) & rings,
+        watts=draw(num_devices, high=20),
+    )
+
+
+def sequences(problem: Problem, order: tuple[int, ...] | None = None) -> Iterator[tuple[int, ...]]:
+    """Give the devices of every pipeline: any subset in any order, or in a given one; closed to a ring or not."""
+    devices = range(problem.num_devices) if order is None else order
+    for size in range(1, len(devices) + 1):
+        for chosen in itertools.permutations(devices, size) if order is None else itertools.combinations(devices, size):
+            yield chosen
+            if size > 1 and problem.may_close[chosen[0]]:
+                yield (*chosen, chosen[0])
+
+
+def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> list[Judged]:
+    """Judge every placement that memory, links and permissions allow."""
+    num_layers = problem.num_layers
+    before_bytes = [0.0, *itertools.accumulate(problem.layer_bytes.tolist())]
+    before_s = [[0.0, *itertools.accumulate(row)] for row in problem.layer_s.tolist()]
+    judged = []
+    for chosen in sequences(problem, order):
+        first, last = chosen[0], chosen[-1]
+        links = list(itertools.pairwise(chosen))
+        hops = sum(problem.hop_s[a, b] for a, b in links) + problem.enter_s[first] + problem.leave_s[last]
+        if not (problem.may_be_first[first] and problem.may_be_last[last] and hops < math.inf):
+            continue
+        busy_link = max(
+            [problem.enter_busy_s[first], problem.leave_busy_s[last], *(problem.busy_s[a, b] for a, b in links)]
+        )
+        for cuts in itertools.combinations(range(1, num_layers), len(chosen) - 1):
+            bounds = list(itertools.pairwise([0, *cuts, num_layers]))
+            seconds = dict.fromkeys(chosen, 0.0)
+            held = dict.fromkeys(chosen, 0.0)
+            for device, (start, end) in zip(chosen, bounds, strict=True):
+                seconds[device] += before_s[device][end] - before_s[device][start] + problem.stage_s[device]
+                held[device] += before_bytes[end] - before_bytes[start] + problem.stage_bytes[device]
+            seconds[first] += problem.first_s[first]
+            seconds[last] += problem.last_s[last]
+            held[first] += problem.first_bytes
+            held[last] += problem.last_bytes - (problem.tied_bytes if first == last else 0)
+            if any(held[device] > problem.capacity_bytes[device] for device in seconds):
+                continue
+            judged.append(
+                Judged(
+                    tuple(Span(device, *bound) for device, bound in zip(chosen, bounds, strict=True)),
+                    float(max(busy_link, *seconds.values())),
+                    float(sum(seconds.values()) + hops),
+                    float(sum(problem.watts[device] * spent for device, spent in seconds.items())),
+                )
+            )
+    return judged
+
+
+def best_along(problem: Problem, order: tuple[int, ...], objective: str) -> float:
+    """Give the least value along an order without rings, span by span; ``inf`` if there is no placement."""
+    num_layers, merge = problem.num_layers, max if objective == "throughput" else sum
+    links = problem.busy_s if objective == "throughput" else problem.hop_s
+    ways = (
+        (problem.enter_busy_s, problem.leave_busy_s)
+        if objective == "throughput"
+        else (problem.enter_s, problem.leave_s)
+    )
+    done: dict[tuple[int, int], float] = {}
+    answer = math.inf
+    for place, device in enumerate(order):
+        started = [math.inf] * (num_layers + 1)
+        if problem.may_be_first[device] and problem.enter_s[device] < math.inf:
+            started[0] = ways[0][device]
+        for layer in range(1, num_layers):
+            for other in order[:place]:
+                if problem.hop_s[other, device] < math.inf and (other, layer) in done:
+                    started[layer] = min(started[layer], merge((done[other, layer], links[other, device])))
+        for start, arrived in enumerate(started):
+            if arrived == math.inf:
+                continue
+            seconds = problem.stage_s[device] + (problem.first_s[device] if start == 0 else 0)
+            held = problem.stage_bytes[device] + (problem.first_bytes if start == 0 else 0)
+            for end in range(start + 1, num_layers + 1):
+                seconds += problem.layer_s[device, end - 1]
+                held += problem.layer_bytes[end - 1]
+                if held > problem.capacity_bytes[device]:
+                    break
+                if end < num_layers:
+                    value = merge((arrived, seconds))
+                    done[device, end] = min(done.get((device, end), math.inf), value)
+                    continue
+                held += problem.last_bytes - (problem.tied_bytes if start == 0 else 0)
+                fits = held <= problem.capacity_bytes[device]
+                if fits and problem.may_be_last[device] and problem.leave_s[device] < math.inf:
+                    answer = min(answer, merge((arrived, seconds + problem.last_s[device], ways[1][device])))
+    return float(answer)

@@ -1,0 +1,332 @@
+"""The solver finds the optimum wherever every placement can be tried, and proves how close it is elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+
+from lingualinked.bench.placements import random_problem
+from lingualinked.errors import ArgumentError, InfeasiblePlanError, LingualinkedError
+from lingualinked.planning import bound, solver
+from lingualinked.planning.plan import Objective
+from lingualinked.planning.problem import (
+    Placement,
+    Problem,
+    Solution,
+    bottleneck_s,
+    device_bytes,
+    energy_j,
+    latency_s,
+)
+from lingualinked.planning.solver import solve_problem
+from placements import Judged, best_along, draw_problem, every_placement
+
+VALUES: dict[Objective, Callable[[Problem, Placement], float]] = {
+    "throughput": bottleneck_s,
+    "latency": latency_s,
+    "energy": energy_j,
+}
+OBJECTIVES = st.sampled_from(list(VALUES))
+SUMMED_DIFFERENTLY = (
+    1e-9  # relative: oracle and solver add the same numbers in different orders, and HiGHS stops at 1e-10
+)
+
+
+@st.composite
+def problems(draw: st.DrawFn, max_layers: int = 12) -> Problem:
+    return draw_problem(
+        draw(st.integers(0, 2**32)),
+        draw(st.integers(1, max_layers)),
+        draw(st.integers(1, 4)),
+        whole=draw(st.booleans()),
+        tight=draw(st.booleans()),
+        gaps=draw(st.booleans()),
+        rings=draw(st.booleans()),
+    )
+
+
+def value_of(judged: Judged, objective: Objective) -> float:
+    return {"throughput": judged.bottleneck_s, "latency": judged.latency_s, "energy": judged.energy_j}[objective]
+
+
+def solved(problem: Problem, objective: Objective, **kwargs: Any) -> Solution | None:
+    try:
+        return solve_problem(problem, objective, **kwargs)
+    except InfeasiblePlanError:
+        return None
+
+
+def assert_best(solution: Solution | None, choices: list[Judged], objective: Objective) -> None:
+    assert (solution is None) == (not choices)
+    if solution is None:
+        return
+    best = min(value_of(judged, objective) for judged in choices)
+    assert solution.value == pytest.approx(best, rel=SUMMED_DIFFERENTLY, abs=1e-9)
+    assert solution.lower_bound == solution.value
+    chosen = next(judged for judged in choices if judged.placement == solution.placement)  # allowed, so in the list
+    ties = [judged.latency_s for judged in choices if value_of(judged, objective) <= best * (1 + SUMMED_DIFFERENTLY)]
+    assert chosen.latency_s == pytest.approx(min(ties), rel=SUMMED_DIFFERENTLY)
+
+
+@given(problem=problems(), objective=OBJECTIVES)
+def test_no_placement_in_any_order_is_better(problem: Problem, objective: Objective) -> None:
+    assert_best(solved(problem, objective), every_placement(problem), objective)
+
+
+@given(problem=problems(), objective=OBJECTIVES, data=st.data())
+def test_no_placement_in_a_given_order_is_better(problem: Problem, objective: Objective, data: st.DataObject) -> None:
+    devices = range(problem.num_devices)
+    order = tuple(data.draw(st.lists(st.sampled_from(devices), min_size=1, unique=True)))
+    assert_best(solved(problem, objective, order=order), every_placement(problem, order), objective)
+
+
+@given(problem=problems(8), objective=OBJECTIVES, share=st.floats(0, 1))
+def test_no_placement_within_a_bottleneck_is_better(problem: Problem, objective: Objective, share: float) -> None:
+    choices = every_placement(problem)
+    limit = float(np.quantile([judged.bottleneck_s for judged in choices] or [1.0], share))
+    limit = max(limit * (1 + SUMMED_DIFFERENTLY), 1e-3)
+    within = [judged for judged in choices if judged.bottleneck_s <= limit]
+    assert_best(solved(problem, objective, max_bottleneck_s=limit), within, objective)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    num_layers=st.integers(1, 128),
+    num_devices=st.integers(1, 32),
+    flags=st.tuples(*[st.booleans()] * 3),
+    objective=st.sampled_from(["throughput", "latency"]),
+)
+@settings(max_examples=15)
+def test_a_large_fixed_order_is_solved_exactly(
+    seed: int, num_layers: int, num_devices: int, flags: tuple[bool, ...], objective: Objective
+) -> None:
+    whole, tight, gaps = flags
+    problem = draw_problem(seed, num_layers, num_devices, whole=whole, tight=tight, gaps=gaps, rings=False)
+    order = tuple(range(num_devices))
+    solution, best = solved(problem, objective, order=order), best_along(problem, order, objective)
+    assert (solution is None) == math.isinf(best)
+    if solution is not None:
+        assert solution.value == pytest.approx(best, rel=SUMMED_DIFFERENTLY)
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_the_largest_fixed_order_is_solved_exactly(objective: Objective) -> None:
+    problem = random_problem(3, num_layers=128, num_devices=32, num_kinds=3)
+    order = tuple(range(32))
+    solution = solve_problem(problem, objective, order=order)
+    assert solution.value == pytest.approx(best_along(problem, order, objective), rel=SUMMED_DIFFERENTLY)
+
+
+@pytest.mark.parametrize("covering", [False, True], ids=["subsets", "covering"])
+@given(problem=problems(8), objective=OBJECTIVES)
+@settings(max_examples=60)
+def test_where_orders_are_searched_the_bound_holds(covering: bool, problem: Problem, objective: Objective) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "MAX_WORK", 0)  # as if there were too many devices
+        patch.setattr(bound, "MAX_SUBSET_DEVICES", 0 if covering else 16)
+        solution = solved(problem, objective)
+    choices = every_placement(problem)
+    if solution is None:
+        return
+    best = min(value_of(judged, objective) for judged in choices)
+    assert solution.relaxation <= solution.lower_bound <= best * (1 + SUMMED_DIFFERENTLY)
+    assert solution.value >= best * (1 - SUMMED_DIFFERENTLY)
+    assert any(judged.placement == solution.placement for judged in choices)
+
+
+@given(problem=problems(), objective=OBJECTIVES)
+@settings(max_examples=50)
+def test_the_relaxation_bounds_the_optimum(problem: Problem, objective: Objective) -> None:
+    solution = solved(problem, objective)
+    if solution is not None:
+        assert 0 <= solution.relaxation <= solution.lower_bound <= solution.value
+
+
+def test_on_language_models_the_gap_is_small() -> None:
+    gaps, above_relaxation = [], []
+    for seed in range(21):
+        problem = random_problem(seed, num_kinds=1 + seed % 3)
+        solution = solve_problem(problem)
+        assert solution.value == bottleneck_s(problem, solution.placement)
+        assert all(
+            device_bytes(problem, solution.placement, span.device) <= problem.capacity_bytes[span.device]
+            for span in solution.placement
+        )
+        gaps.append(solution.value / solution.lower_bound - 1)
+        above_relaxation.append(solution.value / solution.relaxation - 1)
+    assert np.median(gaps) <= 0.02
+    assert max(gaps) <= 0.05
+    assert np.median(above_relaxation) > 0.05  # which is why the bound has to be integral
+
+
+@pytest.mark.parametrize("objective", VALUES)
+@pytest.mark.parametrize("order", [None, (1, 0, 2)], ids=["free", "fixed"])
+def test_without_linprog_nothing_is_solved(
+    monkeypatch: pytest.MonkeyPatch, objective: Objective, order: tuple[int, ...] | None
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no linprog")
+
+    monkeypatch.setattr(optimize, "linprog", refuse)
+    with pytest.raises(RuntimeError, match="no linprog"):
+        solve_problem(draw_problem(1, 6, 3, rings=False), objective, order=order)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(1, LingualinkedError), (2, InfeasiblePlanError), (4, LingualinkedError)]
+)
+def test_the_status_of_linprog_is_heeded(
+    monkeypatch: pytest.MonkeyPatch, status: int, error: type[LingualinkedError]
+) -> None:
+    answer = optimize.OptimizeResult(status=status, message="as the test says", x=None, fun=None)
+    monkeypatch.setattr(optimize, "linprog", lambda *args, **kwargs: answer)
+    with pytest.raises(error, match="as the test says"):
+        solve_problem(draw_problem(1, 6, 3, rings=False), order=(0, 1, 2))
+
+
+def test_a_fractional_vertex_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    linprog = optimize.linprog
+
+    def half(*args: Any, **kwargs: Any) -> Any:
+        result = linprog(*args, **kwargs)
+        result.x = result.x / 2
+        return result
+
+    monkeypatch.setattr(optimize, "linprog", half)
+    with pytest.raises(LingualinkedError, match="not integral"):
+        solve_problem(draw_problem(1, 6, 3, rings=False), order=(0, 1, 2))
+
+
+@given(seed=st.integers(0, 2**32), num_layers=st.integers(1, 10), factor=st.floats(1.5, 20))
+@settings(max_examples=40)
+def test_another_slow_device_makes_nothing_worse(seed: int, num_layers: int, factor: float) -> None:
+    more = draw_problem(seed, num_layers, 4, whole=True)
+    slow = more.layer_s.copy()
+    slow[3] = more.layer_s[:3].max(axis=0) * factor
+    more = dataclasses.replace(more, layer_s=slow)
+    before, after = solved(fewer_devices(more, 3), "throughput"), solved(more, "throughput")
+    if before is not None:
+        assert after is not None
+        assert after.value <= before.value * (1 + SUMMED_DIFFERENTLY)
+
+
+def fewer_devices(problem: Problem, count: int) -> Problem:
+    """Leave out the devices from `count` on."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(Problem):
+        value = getattr(problem, field.name)
+        if field.name in ("hop_s", "busy_s"):
+            changes[field.name] = value[:count, :count]
+        elif field.name != "layer_bytes" and not isinstance(value, float):
+            changes[field.name] = value[:count]
+    return dataclasses.replace(problem, **changes)
+
+
+def simple(num_devices: int, num_layers: int, **changes: Any) -> Problem:
+    """Devices that take a second per layer, have no limits, and lie a tenth of a second apart."""
+    ones, zeros = np.ones(num_devices), np.zeros(num_devices)
+    fields: dict[str, Any] = {
+        "names": tuple("abcdefgh"[:num_devices]),
+        "layer_s": np.ones((num_devices, num_layers)),
+        "hop_s": np.full((num_devices, num_devices), 0.1),
+        "busy_s": np.full((num_devices, num_devices), 0.05),
+        "layer_bytes": np.full(num_layers, 10.0),
+        "capacity_bytes": ones * np.inf,
+        "may_be_first": ones > 0,
+        "may_be_last": ones > 0,
+        "may_close": ones < 0,
+        "watts": ones,
+        **dict.fromkeys(("first_bytes", "last_bytes", "tied_bytes"), 0.0),
+        **dict.fromkeys(("stage_s", "first_s", "last_s", "stage_bytes"), zeros),
+        **dict.fromkeys(("enter_s", "enter_busy_s", "leave_s", "leave_busy_s"), zeros),
+    }
+    return Problem(**(fields | changes))
+
+
+def test_ties_in_throughput_go_to_the_lower_latency() -> None:
+    speeds = np.array([2.0, 1.0, 1.0])  # a's one layer of two seconds is the bottleneck, whatever b and c do
+    problem = simple(3, 4, layer_s=speeds[:, None] * np.ones(4), may_be_first=np.array([True, False, False]))
+    solution = solve_problem(problem)
+    assert solution.value == 2
+    assert len(solution.placement) == 3
+    assert latency_s(problem, solution.placement) == pytest.approx(2 + 3 + 0.2)  # two layers on a would take longer
+
+
+def test_a_tie_goes_to_the_nearer_device() -> None:
+    hop_s = np.array([[0.0, 0.3, 0.1], [0.3, 0.0, 0.3], [0.1, 0.3, 0.0]])
+    solution = solve_problem(simple(3, 2, hop_s=hop_s))
+    assert solution.value == 1
+    assert {span.device for span in solution.placement} == {0, 2}
+
+
+def test_a_device_that_would_slow_the_others_down_is_left_out() -> None:
+    speeds = np.array([1.0, 1.0, 50.0])
+    solution = solve_problem(simple(3, 8, layer_s=speeds[:, None] * np.ones(8)))
+    assert {span.device for span in solution.placement} == {0, 1}
+    assert solution.value == 4
+
+
+def test_a_ring_returns_to_the_one_trusted_device() -> None:
+    only_a = np.array([True, False, False])
+    problem = simple(3, 9, may_be_first=only_a, may_be_last=only_a, may_close=only_a)
+    solution = solve_problem(problem)
+    assert [span.device for span in solution.placement][::3] == [0, 0]
+    assert solution.value == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing", "reason"),
+    [
+        ({"may_be_first": np.zeros(2, dtype=bool)}, 0, "may see token ids"),
+        ({"may_be_last": np.zeros(2, dtype=bool)}, 0, "may see logits"),
+        ({"enter_s": np.full(2, np.inf)}, 0, "no link between the caller"),
+        ({"capacity_bytes": np.array([30.0, 25.0])}, 25, "25 bytes are missing; tightest is"),
+        ({"capacity_bytes": np.array([45.0, 39.0])}, 1, "'b' misses 1 bytes|'a' misses"),
+        (
+            {
+                "may_be_first": np.array([True, False]),
+                "may_be_last": np.array([False, True]),
+                "hop_s": np.full((2, 2), np.inf),
+            },
+            0,
+            "links and the permissions",
+        ),
+    ],
+)
+def test_what_makes_it_infeasible_is_said(changes: dict[str, Any], missing: int, reason: str) -> None:
+    with pytest.raises(InfeasiblePlanError, match=reason) as caught:
+        solve_problem(simple(2, 8, **changes))
+    assert caught.value.missing_bytes == missing
+
+
+def test_a_limit_that_nothing_keeps_is_named() -> None:
+    with pytest.raises(InfeasiblePlanError, match=r"max_bottleneck_s=0\.5"):
+        solve_problem(simple(2, 8), "latency", max_bottleneck_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"objective": "speed"}, "none of 'throughput'"),
+        ({"order": ()}, "must name devices"),
+        ({"order": (0, 0)}, "each at most once"),
+        ({"order": (0, 2)}, "devices 0 to 1"),
+        ({"max_bottleneck_s": 0.0}, "positive"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ArgumentError, match=reason):
+        solve_problem(simple(2, 8), **arguments)
+
+
+def test_energy_needs_every_power() -> None:
+    with pytest.raises(ArgumentError, match="watts of 'b'"):
+        solve_problem(simple(2, 8, watts=np.array([1.0, np.nan])), "energy")
