@@ -217,7 +217,7 @@ def test_a_model_that_is_no_decoder(load: Load, config: PreTrainedConfig) -> Non
 
 def test_more_stages_than_layers(load: Load) -> None:
     with pytest.raises(ll.InfeasiblePlanError, match=r"4 stages for 2 layers.*at most 2 devices"):
-        load("dummy", config=LlamaConfig(**SMALL), load_format="dummy")
+        load("dummy", config=LlamaConfig(**SMALL), load_format="dummy", plan="even")
 
 
 @pytest.mark.parametrize(

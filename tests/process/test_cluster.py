@@ -164,7 +164,9 @@ def test_a_plan_that_passes_a_memory_limit_is_refused_before_anything_is_read(li
 def test_no_layer_fits_a_device(nothing_left_behind: None) -> None:
     devices = [ll.Device(name="tiny", memory="1KiB"), ll.Device(name="b")]
     with pytest.raises(ll.InfeasiblePlanError, match=r"device 'tiny' has 1,024 bytes.*bytes are missing"):
-        ll.ShardedModel.from_pretrained("dummy", config=wide(2), load_format="dummy", devices=devices, progress=False)
+        ll.ShardedModel.from_pretrained(
+            "dummy", config=wide(2), load_format="dummy", devices=devices, plan="even", progress=False
+        )
 
 
 @linux_only

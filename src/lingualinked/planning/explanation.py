@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 from lingualinked.device import CALLER
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.planner import solve
+from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import DeviceProfile, ModuleTimes, Profile
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
     from lingualinked.planning.plan import Plan
-
-_FULL = 0.97  # of a device's memory used: less than a layer more is likely to fit
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +111,13 @@ def explain_plan(plan: Plan) -> Explanation:
 
 def _limit(plan: Plan, objective: str) -> str:
     predicted = plan.predicted
+    costs = WorkloadCosts(plan.measured, predicted.workload, plan.reserve)
+    layers = enumerate(plan.measured.model.layer_weight_bytes)
+    smallest = min(weight_bytes + costs.layer_kv_bytes(index) for index, weight_bytes in layers)
     full = [
-        device.device
-        for device in predicted.devices
-        if device.capacity_bytes is not None and device.used_bytes > _FULL * (1 - plan.reserve) * device.capacity_bytes
+        use.device
+        for use in predicted.devices
+        if costs.capacity_bytes(plan.measured.device(use.device)) - use.used_bytes < smallest
     ]
     memory = f" The memory of {', '.join(map(repr, full))} is full, which keeps layers elsewhere." if full else ""
     if objective == "throughput":

@@ -1,0 +1,281 @@
+"""From a profile to a plan: what is solved, what is predicted, what is refused and with which remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from scipy import optimize
+
+import lingualinked as ll
+from lingualinked.planning.planner import solve
+from lingualinked.planning.workload_costs import kv_capacity
+from lingualinked.profile import LinkProfile
+from profiles import MIB, profile
+
+WORKLOAD = ll.Workload(prompt_tokens=64, new_tokens=64)
+
+
+def devices(*slowdowns: float, **fields: Any) -> list[ll.Device]:
+    return [ll.Device(name=f"d{index}", slowdown=each, **fields) for index, each in enumerate(slowdowns)]
+
+
+def test_faster_devices_get_more_layers() -> None:
+    plan = solve(profile(*devices(1.0, 3.0), num_layers=12), workload=WORKLOAD)
+    layers = {stage.device: stage.num_layers for stage in plan.stages}
+    assert layers["d0"] > 2 * layers["d1"]
+    assert plan.solved is not None
+    assert plan.solved.lower_bound <= plan.solved.value * (1 + 1e-9)
+    assert plan.predicted.bottleneck_s == pytest.approx(plan.solved.value)
+
+
+def test_throughput_uses_all_and_latency_only_the_fastest() -> None:
+    made = profile(*devices(1.0, 1.5, 2.0), num_layers=12, latency_s=5e-3)
+    throughput, latency = solve(made, workload=WORKLOAD), solve(made, workload=WORKLOAD, objective="latency")
+    assert len(throughput.stages) == 3
+    assert latency.devices == ("d0",)
+    assert latency.solved is not None
+    assert latency.solved.unused == ("d1", "d2")
+    assert latency.predicted.request_s / WORKLOAD.new_tokens == pytest.approx(latency.solved.value)
+
+
+def test_energy_keeps_to_the_floor() -> None:
+    hungry = ll.Device(name="hungry", watts=100.0)
+    frugal = ll.Device(name="frugal", slowdown=4.0, watts=5.0)
+    made = profile(hungry, frugal)
+    free = solve(made, workload=WORKLOAD, objective="energy")
+    assert free.devices == ("frugal",)
+    assert free.solved is not None
+    assert free.predicted.joules_per_token == pytest.approx(free.solved.value)
+    floor = 2 * free.predicted.pipeline_tokens_per_s
+    bound = solve(made, workload=WORKLOAD, objective="energy", min_tokens_per_s=floor)
+    assert bound.predicted.pipeline_tokens_per_s >= floor * (1 - 1e-9)
+    assert bound.solved is not None
+    assert bound.solved.value > free.solved.value
+
+
+def test_memory_holds_weights_kv_and_working_memory_under_the_reserve() -> None:
+    made = profile(*devices(1.0, 2.0, memory="80MiB"), num_layers=8)
+    plan = solve(made, workload=WORKLOAD, reserve=0.1)
+    for use in plan.predicted.devices:
+        assert use.used_bytes <= 0.9 * 80 * MIB
+        assert use.left_bytes is not None
+        assert use.left_bytes >= 0.1 * 80 * MIB
+    stage = plan.predicted.stages[0]
+    assert stage.weight_bytes == made.model.span_bytes(stage.start, stage.end)
+    assert stage.kv_bytes == stage_layers(plan, 0) * 1024 * kv_capacity(WORKLOAD, None)
+
+
+def stage_layers(plan: ll.Plan, index: int) -> int:
+    return plan.stages[index].num_layers
+
+
+@pytest.mark.parametrize(
+    ("workload", "window", "capacity"),
+    [
+        (ll.Workload(prompt_tokens=64, new_tokens=1), None, 128),
+        (ll.Workload(prompt_tokens=100, new_tokens=28), None, 128),
+        (ll.Workload(prompt_tokens=100, new_tokens=29), None, 256),
+        (ll.Workload(prompt_tokens=1000, new_tokens=1000), None, 2048),
+        (ll.Workload(prompt_tokens=1000, new_tokens=1000), 64, 128),
+    ],
+)
+def test_kv_is_planned_as_its_buffers_grow(workload: ll.Workload, window: int | None, capacity: int) -> None:
+    assert kv_capacity(workload, window) == capacity
+
+
+def test_only_trusted_devices_hold_the_ends() -> None:
+    trusted = ll.Device(name="mine", slowdown=2.0, trusted=True)
+    made = profile(*devices(1.0, 1.0), trusted, num_layers=12)
+    plan = solve(made, workload=WORKLOAD)
+    assert plan.stages[0].device == plan.stages[-1].device == "mine"
+    assert set(plan.devices) == {"mine", "d0", "d1"}
+    use = next(each for each in plan.predicted.devices if each.device == "mine")
+    spans = [made.model.span_bytes(stage.start, stage.end) for stage in plan.stages if stage.device == "mine"]
+    working = sum(stage.working_bytes + stage.kv_bytes for stage in plan.predicted.stages if stage.device == "mine")
+    assert use.used_bytes == sum(spans) + working - made.model.tied_bytes
+
+
+def test_the_order_may_be_fixed() -> None:
+    made = profile(*devices(1.0, 1.0, 1.0), num_layers=12)
+    assert solve(made, workload=WORKLOAD, order=["d2", "d0", "d1"]).devices == ("d2", "d0", "d1")
+    with pytest.raises(ll.ArgumentError, match="no device 'moon'"):
+        solve(made, order=["moon"])
+    with pytest.raises(ll.ArgumentError, match="'d0' twice"):
+        solve(made, order=["d0", "d0"])
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    made = profile(*devices(1.0, 1.0, memory="30MiB"), num_layers=8)
+    with pytest.raises(ll.InfeasiblePlanError, match="what would fit: .*one more device of at least 0.0") as caught:
+        solve(made, workload=WORKLOAD)
+    assert caught.value.missing_bytes > 0
+    long = ll.Workload(prompt_tokens=64, new_tokens=960, batch_size=8, num_sessions=2)
+    roomy = profile(*devices(1.0, 1.0, memory="70MiB"), num_layers=8)
+    with pytest.raises(ll.InfeasiblePlanError, match=r"texts of \d+ tokens instead of 1024.*batch_size=\d instead of 8"):
+        solve(roomy, workload=long)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"objective": "speed"}, "objective='speed' must be one of 'throughput'"),
+        ({"objective": "energy"}, 'objective="energy" needs watts= of device'),
+        ({"workload": 3}, "workload is a int"),
+        ({"reserve": 1.0}, "reserve=1.0"),
+        ({"reserve": -0.1}, "reserve=-0.1"),
+        ({"reserve": math.nan}, "reserve=nan"),
+        ({"min_tokens_per_s": 0}, "min_tokens_per_s=0"),
+        ({"min_tokens_per_s": math.nan}, "min_tokens_per_s=nan"),
+        ({"order": []}, "order is empty"),
+    ],
+)
+def test_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ll.ArgumentError, match=message):
+        solve(profile(), **arguments)
+    with pytest.raises(ll.ArgumentError, match="profile is a str"):
+        solve("profile")  # type: ignore[arg-type]
+
+
+def test_without_linprog_nothing_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no linprog")
+
+    monkeypatch.setattr(optimize, "linprog", refuse)
+    with pytest.raises(RuntimeError, match="no linprog"):
+        solve(profile())
+
+
+def test_a_plan_survives_json_with_its_profile() -> None:
+    plan = solve(profile(), workload=WORKLOAD)
+    assert ll.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_by_hand_is_predicted_from_a_profile_that_is_given() -> None:
+    made = profile()
+    plan = ll.Plan.from_spans([("b", 0, 4), ("a", 4, 8)], profile=made, workload=WORKLOAD)
+    assert [stage.weight_bytes for stage in plan.stages] == [made.model.span_bytes(0, 4), made.model.span_bytes(4, 8)]
+    assert plan.predicted.step_s > solve(made, workload=WORKLOAD, objective="latency").predicted.step_s
+    bare = ll.Plan.from_spans([("b", 0, 4), ("a", 4, 8)])
+    with pytest.raises(ll.ArgumentError, match="the plan has no profile to predict from"):
+        _ = bare.predicted
+    with pytest.raises(ll.InfeasiblePlanError, match="the model has 8"):
+        ll.Plan.from_spans([("a", 0, 4)], profile=made)
+
+
+@pytest.mark.parametrize("kind", ["even", "by_memory", "sum_objective"])
+def test_baselines_are_never_better(kind: str) -> None:
+    made = profile(*devices(1.0, 2.0, 5.0, memory="200MiB"), num_layers=12)
+    other = ll.baseline(made, kind, workload=WORKLOAD)
+    assert other.predicted.bottleneck_s >= solve(made, workload=WORKLOAD).predicted.bottleneck_s * (1 - 1e-9)
+    with pytest.raises(ll.ArgumentError, match="kind='odd' must be one of"):
+        ll.baseline(made, "odd")
+
+
+def test_the_prediction_adds_up() -> None:
+    workload = ll.Workload(prompt_tokens=64, new_tokens=3, batch_size=4, num_sessions=2)
+    slow = ll.Device(name="slow", slowdown=2.0, bandwidth=1e6, latency=0.25)
+    plan = ll.Plan.from_spans([("a", 0, 5), ("slow", 5, 8)], profile=profile(ll.Device(name="a"), slow), workload=workload)
+    predicted = plan.predicted
+    assert [(hop.source, hop.target) for hop in predicted.hops] == [("caller", "a"), ("a", "slow"), ("slow", "caller")]
+    between = predicted.hops[1]
+    assert between.latency_s == pytest.approx(0.25 + 1e-4)
+    assert between.decode_transfer_s == pytest.approx((4 * 2048 + 160) / 1e6)
+    assert between.prefill_transfer_s == pytest.approx((4 * 64 * 2048 + 160) / 1e6)
+    assert predicted.request_s == pytest.approx(predicted.first_token_s + 2 * predicted.step_s)
+    assert predicted.stream_tokens_per_s == pytest.approx(12 / predicted.request_s)
+    assert predicted.tokens_per_s == pytest.approx(
+        min(2 * predicted.stream_tokens_per_s, 4 / predicted.bottleneck_s)
+    )
+    assert predicted.bottleneck == "link 'a' -> 'slow'"
+    assert predicted.joules_per_token is None
+    figures = predicted.to_dict()
+    assert figures["bottleneck"] == predicted.bottleneck
+    assert figures["stages"][0]["device"] == "a"
+
+
+def test_a_simulation_of_a_plan_agrees_with_its_prediction() -> None:
+    plan = solve(profile(*devices(1.0, 2.0, 3.0), num_layers=12), workload=WORKLOAD)
+    alone = ll.simulate(plan, num_requests=1)
+    assert alone.makespan_s == pytest.approx(plan.predicted.request_s)
+    full = ll.simulate(plan, dataclasses.replace(WORKLOAD, num_sessions=12))
+    assert full.tokens_per_s == pytest.approx(plan.predicted.pipeline_tokens_per_s, rel=0.05)  # filling and draining
+    assert full.bottleneck in plan.predicted.bottleneck
+
+
+def test_plans_are_compared_under_one_workload() -> None:
+    made = profile(*devices(1.0, 2.0), num_layers=8)
+    solved, even = solve(made, workload=WORKLOAD), ll.Plan.from_spans([("d0", 0, 4), ("d1", 4, 8)])
+    comparison = solved.compare(even, names=["solved", "even"])
+    assert comparison.ratios("pipeline_tokens_per_s")[1] < 1
+    assert "even" in str(comparison)
+    assert "<table>" in comparison._repr_html_()
+    assert set(comparison.to_dict()) == {"solved", "even"}
+    with pytest.raises(ll.ArgumentError, match="for 2 plans"):
+        solved.compare(even, names=["one"])
+    with pytest.raises(ll.ArgumentError, match="4 layers can't be compared with one of 8"):
+        solved.compare(ll.Plan.from_spans([("d0", 0, 4)]))
+
+
+def test_an_explanation_names_the_bottleneck_and_what_helps() -> None:
+    plan = solve(profile(*devices(1.0, 1.0), num_layers=12), workload=WORKLOAD)
+    explanation = plan.explain()
+    assert "The speed of device" in explanation.limit
+    assert explanation.another_device.gain > 1.2
+    assert explanation.what_ifs[0].gain >= explanation.what_ifs[-1].gain
+    assert "Another device will help" in str(explanation)
+    slow_link = profile(*devices(1.0, 1.0, bandwidth=1e9), num_layers=12)
+    narrow = LinkProfile(source="d0", target="d1", latency_s=0.0, bandwidth_bytes_per_s=1e4)
+    links = tuple(narrow if (each.source, each.target) == ("d0", "d1") else each for each in slow_link.links)
+    slow_link = dataclasses.replace(slow_link, links=links)
+    text = str(ll.Plan.from_spans([("d0", 0, 6), ("d1", 6, 12)], profile=slow_link, workload=WORKLOAD).explain())
+    assert "The link 'd0' -> 'd1' limits it" in text
+
+
+def test_an_explanation_says_when_another_device_does_not_help() -> None:
+    made = profile(*devices(1.0), num_layers=4, latency_s=1.0)
+    text = str(solve(made, workload=WORKLOAD, objective="latency").explain())
+    assert "Another device will not help" in text
+    assert "A step computes for" in text
+
+
+def test_full_memory_is_named() -> None:
+    tight = ll.Device(name="tight", memory="42MiB")
+    made = profile(tight, ll.Device(name="slow", slowdown=8.0), num_layers=8)
+    plan = solve(made, workload=WORKLOAD)
+    explanation = plan.explain()
+    assert "The memory of 'tight' is full" in explanation.limit
+    assert any(each.change == "'tight' with twice the memory" and each.gain > 1.2 for each in explanation.what_ifs)
+
+
+def test_a_plan_shows_itself() -> None:
+    plan = solve(profile(*devices(1.0, 2.0, memory="400MiB"), num_layers=8), workload=WORKLOAD)
+    for text in (str(plan), plan._repr_html_()):
+        assert "gap" in text
+        assert "tokens/s" in text
+        assert "d0" in text
+    figure = plan.plot()
+    assert [axes.get_title() for axes in figure.axes] == [
+        "layers",
+        "memory (black: its limit)",
+        f"time; {plan.predicted.bottleneck} limits",
+    ]
+    assert len(ll.Plan.from_spans([("a", 0, 2)]).plot().axes) == 1
+
+
+def test_planning_loads_neither_torch_nor_zmq() -> None:
+    code = """
+import sys
+sys.path.insert(0, "tests")
+import lingualinked as ll
+from profiles import profile
+plan = ll.solve(profile())
+plan.explain(), str(plan), plan.plot(), ll.simulate(plan), ll.Plan.from_json(plan.to_json())
+print(*({"torch", "transformers", "zmq"} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
