@@ -103,9 +103,10 @@ def solve_problem(
     proven by then is used.
 
     **Orders.** Where the order is free and devices are few, a programme over subsets of devices covers all orders, and
-    the solution is optimal: ``lower_bound == value``. For more, orders come from a beam search (throughput) or local
-    improvement (latency, energy), and `Solution.lower_bound` tells how much could be left. LinguaLinked [4]_ minimises
-    the sum of costs; that is the latency here, which never rewards that stages work at the same time.
+    the solution is optimal: ``lower_bound == value``. For more, orders come from a beam search, and
+    `Solution.lower_bound` tells how much could be left; ties are then broken along the order found. LinguaLinked [4]_
+    minimises the sum of costs; that is the latency here, which never rewards that
+    stages work at the same time.
 
     References
     ----------
@@ -140,7 +141,7 @@ def solve_problem(
     relaxation = min(value, relaxation_value(problem, objective, devices, limit))
     if exact is not None:
         bound = value
-    elif objective != "throughput":
+    elif not bound:
         bound = relaxation_value(problem, objective, devices, limit, integral=True)
     return Solution(
         placement=placement, value=value, lower_bound=min(value, max(bound, relaxation)), relaxation=relaxation
@@ -185,13 +186,13 @@ def _exact_search(devices: Sequence[int], *, fixed: bool) -> Search:
 def _search(
     problem: Problem, tables: SpanTables, costs: Costs, devices: Sequence[int], limit: float
 ) -> tuple[Route | None, float]:
-    """Search the orders of many devices; a bound comes along only for the bottleneck."""
+    """Search the orders of many devices; a proven lower bound comes along, 0 if there is none."""
     if costs.combine is np.maximum:
         return search_bottleneck(costs, devices)
     start = search_bottleneck(bottleneck_costs(problem, tables), devices)[0]
     if start is not None and start.value > limit * (1 + TOLERANCE):
         start = None
-    return search_sum(costs, devices, start), 0.0
+    return search_sum(costs, devices, start)
 
 
 def _decide(
