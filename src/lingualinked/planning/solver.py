@@ -123,13 +123,10 @@ def solve_problem(
     limit = math.inf if max_bottleneck_s is None else max_bottleneck_s
     tables = SpanTables.of(problem)
     costs = _costs(problem, tables, objective, limit)
-    bound = 0.0
-    if order is not None or _is_small(problem, devices):
-        exact: Search | None = _exact_search(devices, fixed=order is not None)
-        assert exact is not None
+    exact, bound = _exact_search(problem, devices, fixed=order is not None), 0.0
+    if exact is not None:
         route = exact(costs)
     else:
-        exact = None
         route, bound = _search(problem, tables, costs, devices, limit)
     if route is None or (objective == "throughput" and route.value > limit * (1 + TOLERANCE)):
         raise explain_infeasible(
@@ -173,14 +170,15 @@ def _costs(problem: Problem, tables: SpanTables, objective: Objective, limit: fl
     return (latency_costs if objective == "latency" else energy_costs)(problem, tables, limit)
 
 
-def _is_small(problem: Problem, devices: Sequence[int]) -> bool:
+def _exact_search(problem: Problem, devices: Sequence[int], *, fixed: bool) -> Search | None:
+    """Give the search that finds the optimum: always along a fixed order, for few devices in any."""
+    if fixed:
+        return lambda costs: best_along(costs, devices)
     closers = int((problem.may_close & problem.may_be_first & problem.may_be_last)[list(devices)].sum())
     halves = 1 + closers * (problem.num_layers - 1) / 2  # half the subsets leave a device out
-    return work_of(len(devices), problem.num_layers) * halves <= MAX_WORK
-
-
-def _exact_search(devices: Sequence[int], *, fixed: bool) -> Search:
-    return (lambda costs: best_along(costs, devices)) if fixed else (lambda costs: best_of_subsets(costs, devices))
+    if work_of(len(devices), problem.num_layers) * halves > MAX_WORK:
+        return None
+    return lambda costs: best_of_subsets(costs, devices)
 
 
 def _search(
