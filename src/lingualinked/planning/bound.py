@@ -21,7 +21,7 @@ from lingualinked.planning.windows import Windows, thresholds
 MAX_SUBSET_DEVICES = 16
 """For more, subsets are too many and a covering programme takes their place."""
 
-MAX_CHAINED_CLOSERS = 4
+MAX_CHAINED_CLOSERS = 16
 """For more closing devices, the links of rings are not looked at."""
 
 MAX_SECONDS = 1.0

@@ -14,6 +14,7 @@ from lingualinked.planning.beam import find_order
 from lingualinked.planning.bound import bottleneck_bound, progress_of
 from lingualinked.planning.costs import Costs
 from lingualinked.planning.orders import Route, best_along
+from lingualinked.planning.prices import priced_order, prices_of
 from lingualinked.planning.problem import Floats
 from lingualinked.planning.windows import Windows, thresholds
 
@@ -23,8 +24,14 @@ WIDTH = 2000
 CLOSE = 1e-3
 """Relative distance from the bound at which the beam is not widened."""
 
+MAX_WIDENED = 20
+"""Devices up to which a wider beam takes no more than a few seconds."""
+
 MAX_DEVICES = 64
 """That the beam searches over: a state's devices are the bits of one word."""
+
+PRICED_WIDTH = 2000
+"""States that the beam guided by prices keeps."""
 
 MAX_MOVES = 600
 """Orders that local improvement tries."""
@@ -51,7 +58,7 @@ def search_bottleneck(costs: Costs, devices: Sequence[int]) -> tuple[Route | Non
     progress = progress_of(costs, devices)
     bound = bottleneck_bound(costs, devices, _value(found))
 
-    for width in (WIDTH, 8 * WIDTH):
+    for width in (WIDTH, 8 * WIDTH) if len(devices) <= MAX_WIDENED else (WIDTH,):
         if _value(found) > bound * (1 + CLOSE):
             found = _bisect(costs, devices, progress, bound, found, width)
     return found, bound
@@ -87,11 +94,11 @@ def _bisect(
     return found
 
 
-def search_sum(costs: Costs, devices: Sequence[int], start: Route | None = None) -> Route | None:
+def search_sum(costs: Costs, devices: Sequence[int], start: Route | None = None) -> tuple[Route | None, float]:
     """Search the order whose parts cost least together.
 
-    Starts from a few sorted orders and a given one; then devices are inserted, moved and swapped while that helps. Any
-    device of an order may be skipped, so that an insertion replaces others as well.
+    Starts from a few sorted orders, a given one, and a beam search guided by prices; then devices are inserted, moved
+    and swapped while that helps. Any device of an order may be skipped, so that an insertion replaces others as well.
 
     Parameters
     ----------
@@ -104,13 +111,21 @@ def search_sum(costs: Costs, devices: Sequence[int], start: Route | None = None)
 
     Returns
     -------
-    Route or None
-        The best that was found.
+    tuple of Route or None, and float
+        The best that was found, and a proven lower bound on all there are; 0 if there are too many windows for one.
     """
     routes = [best_along(costs, order) for order in _sorted_orders(costs, devices)]
     if start is not None:
         routes.append(best_along(costs, start.order))
     found = min(filter(None, routes), key=_value, default=None)
+    prices = prices_of(costs, devices)
+    if prices is not None and len(devices) <= MAX_DEVICES and prices.bound < _value(found):
+        order = priced_order(costs, devices, prices, _value(found), PRICED_WIDTH)
+        found = found if order is None else best_along(costs, order)
+    return _improved(costs, devices, found), 0.0 if prices is None else prices.bound
+
+
+def _improved(costs: Costs, devices: Sequence[int], found: Route | None) -> Route | None:
     moves_left, improved = MAX_MOVES, found is not None
     while improved and found is not None:
         improved = False

@@ -103,9 +103,10 @@ def solve_problem(
     proven by then is used.
 
     **Orders.** Where the order is free and devices are few, a programme over subsets of devices covers all orders, and
-    the solution is optimal: ``lower_bound == value``. For more, orders come from a beam search (throughput) or local
-    improvement (latency, energy), and `Solution.lower_bound` tells how much could be left. LinguaLinked [4]_ minimises
-    the sum of costs; that is the latency here, which never rewards that stages work at the same time.
+    the solution is optimal: ``lower_bound == value``. For more, orders come from a beam search, and
+    `Solution.lower_bound` tells how much could be left; ties are then broken along the order found. LinguaLinked [4]_
+    minimises the sum of costs; that is the latency here, which never rewards that
+    stages work at the same time.
 
     References
     ----------
@@ -122,13 +123,10 @@ def solve_problem(
     limit = math.inf if max_bottleneck_s is None else max_bottleneck_s
     tables = SpanTables.of(problem)
     costs = _costs(problem, tables, objective, limit)
-    bound = 0.0
-    if order is not None or _is_small(problem, devices):
-        exact: Search | None = _exact_search(devices, fixed=order is not None)
-        assert exact is not None
+    exact, bound = _exact_search(problem, devices, fixed=order is not None), 0.0
+    if exact is not None:
         route = exact(costs)
     else:
-        exact = None
         route, bound = _search(problem, tables, costs, devices, limit)
     if route is None or (objective == "throughput" and route.value > limit * (1 + TOLERANCE)):
         raise explain_infeasible(
@@ -140,7 +138,7 @@ def solve_problem(
     relaxation = min(value, relaxation_value(problem, objective, devices, limit))
     if exact is not None:
         bound = value
-    elif objective != "throughput":
+    elif not bound:
         bound = relaxation_value(problem, objective, devices, limit, integral=True)
     return Solution(
         placement=placement, value=value, lower_bound=min(value, max(bound, relaxation)), relaxation=relaxation
@@ -172,26 +170,27 @@ def _costs(problem: Problem, tables: SpanTables, objective: Objective, limit: fl
     return (latency_costs if objective == "latency" else energy_costs)(problem, tables, limit)
 
 
-def _is_small(problem: Problem, devices: Sequence[int]) -> bool:
+def _exact_search(problem: Problem, devices: Sequence[int], *, fixed: bool) -> Search | None:
+    """Give the search that finds the optimum: always along a fixed order, for few devices in any."""
+    if fixed:
+        return lambda costs: best_along(costs, devices)
     closers = int((problem.may_close & problem.may_be_first & problem.may_be_last)[list(devices)].sum())
     halves = 1 + closers * (problem.num_layers - 1) / 2  # half the subsets leave a device out
-    return work_of(len(devices), problem.num_layers) * halves <= MAX_WORK
-
-
-def _exact_search(devices: Sequence[int], *, fixed: bool) -> Search:
-    return (lambda costs: best_along(costs, devices)) if fixed else (lambda costs: best_of_subsets(costs, devices))
+    if work_of(len(devices), problem.num_layers) * halves > MAX_WORK:
+        return None
+    return lambda costs: best_of_subsets(costs, devices)
 
 
 def _search(
     problem: Problem, tables: SpanTables, costs: Costs, devices: Sequence[int], limit: float
 ) -> tuple[Route | None, float]:
-    """Search the orders of many devices; a bound comes along only for the bottleneck."""
+    """Search the orders of many devices; a proven lower bound comes along, 0 if there is none."""
     if costs.combine is np.maximum:
         return search_bottleneck(costs, devices)
     start = search_bottleneck(bottleneck_costs(problem, tables), devices)[0]
     if start is not None and start.value > limit * (1 + TOLERANCE):
         start = None
-    return search_sum(costs, devices, start), 0.0
+    return search_sum(costs, devices, start)
 
 
 def _decide(

@@ -142,6 +142,17 @@ def test_where_orders_are_searched_the_bound_holds(covering: bool, problem: Prob
     assert any(judged.placement == solution.placement for judged in choices)
 
 
+@pytest.mark.parametrize("objective", VALUES)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_over_orders_finds_what_trying_all_finds(
+    monkeypatch: pytest.MonkeyPatch, objective: Objective, seed: int
+) -> None:
+    problem = random_problem(seed, num_layers=30, num_devices=8, num_kinds=1 + seed % 3)
+    best = solve_problem(problem, objective).value
+    monkeypatch.setattr(solver, "MAX_WORK", 0)
+    assert solve_problem(problem, objective).value == pytest.approx(best, rel=SUMMED_DIFFERENTLY)
+
+
 @given(problem=problems(), objective=OBJECTIVES)
 @settings(max_examples=50)
 def test_the_relaxation_bounds_the_optimum(problem: Problem, objective: Objective) -> None:
