@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lingualinked.planning.problem import Placement, Problem, Span
+from lingualinked.planning.placement.problem import Placement, Problem, Span
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from lingualinked.planning.plan import Plan, PlannedStage, Solved
     from lingualinked.planning.planner import baseline, solve
     from lingualinked.planning.prediction import Prediction
-    from lingualinked.planning.simulate import simulate
-    from lingualinked.planning.simulation import Simulation
+    from lingualinked.planning.simulation.result import Simulation
+    from lingualinked.planning.simulation.simulate import simulate
     from lingualinked.profile import Profile
     from lingualinked.sample import sample_model
     from lingualinked.sharded.model import ShardedModel
@@ -65,7 +65,7 @@ _HOMES = {
     "Profile": "profile",
     "ProtocolError": "errors",
     "ShardedModel": "sharded.model",
-    "Simulation": "planning.simulation",
+    "Simulation": "planning.simulation.result",
     "Solved": "planning.plan",
     "StageSnapshot": "telemetry.snapshot",
     "StepTimeoutError": "errors",
@@ -80,7 +80,7 @@ _HOMES = {
     "estimate_profile": "sharded.profiling",
     "profile_model": "sharded.profiling",
     "sample_model": "sample",
-    "simulate": "planning.simulate",
+    "simulate": "planning.simulation.simulate",
     "solve": "planning.planner",
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lingualinked.planning.problem import Problem
+from lingualinked.planning.placement.problem import Problem
 
 
 def random_problem(

@@ -13,8 +13,8 @@ from rich.console import Console
 from lingualinked.bench.placements import random_problem
 from lingualinked.bench.samples import Samples
 from lingualinked.display.tables import Rows
+from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.plan import Objective
-from lingualinked.planning.solver import solve_problem
 
 SIZES: tuple[tuple[int, int, bool, Objective], ...] = (
     (32, 8, False, "throughput"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lingualinked.planning.simulation import Simulation
+    from lingualinked.planning.simulation.result import Simulation
 
 MAX_TABLE_ROWS = 20
 MAX_CHART_ROWS = 24

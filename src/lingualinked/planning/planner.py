@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
-from lingualinked.planning.baselines import by_memory, even, sum_objective
+from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
+from lingualinked.planning.placement.problem import Placement, Problem
+from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.plan import (
     DEFAULT_RESERVE,
     Objective,
@@ -20,8 +22,6 @@ from lingualinked.planning.plan import (
     Solved,
     inexact_because,
 )
-from lingualinked.planning.problem import Placement, Problem
-from lingualinked.planning.solver import solve_problem
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.workload import Workload
@@ -55,7 +55,7 @@ def solve(
 
     subject to weights, KV of all sessions and working memory of each device staying within its memory less the reserve,
     to links that exist, and, once any device is ``trusted``, to the first and the last span lying on such.
-    `lingualinked.planning.solver.solve_problem` says how.
+    `lingualinked.planning.placement.solver.solve_problem` says how.
 
     Parameters
     ----------

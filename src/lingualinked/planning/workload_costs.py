@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from lingualinked.device import CALLER
-from lingualinked.planning.problem import Floats, Problem
+from lingualinked.planning.placement.problem import Floats, Problem
 from lingualinked.profile import DeviceProfile, Profile
 from lingualinked.workload import Workload
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from lingualinked.planning.line import PipelineTimes, Visit
-from lingualinked.planning.simulate import simulate_times
-from lingualinked.planning.simulation import Simulation
+from lingualinked.planning.simulation.line import PipelineTimes, Visit
+from lingualinked.planning.simulation.result import Simulation
+from lingualinked.planning.simulation.simulate import simulate_times
 from lingualinked.workload import Workload
 
 

@@ -111,12 +111,14 @@ def test_the_order_may_be_fixed() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     made = profile(*devices(1.0, 1.0, memory="30MiB"), num_layers=8)
-    with pytest.raises(ll.InfeasiblePlanError, match="what would fit: .*one more device of at least 0.0") as caught:
+    with pytest.raises(ll.InfeasiblePlanError, match=r"what would fit: .*one more device of at least 0\.0") as caught:
         solve(made, workload=WORKLOAD)
     assert caught.value.missing_bytes > 0
     long = ll.Workload(prompt_tokens=64, new_tokens=960, batch_size=8, num_sessions=2)
     roomy = profile(*devices(1.0, 1.0, memory="70MiB"), num_layers=8)
-    with pytest.raises(ll.InfeasiblePlanError, match=r"texts of \d+ tokens instead of 1024.*batch_size=\d instead of 8"):
+    with pytest.raises(
+        ll.InfeasiblePlanError, match=r"texts of \d+ tokens instead of 1024.*batch_size=\d instead of 8"
+    ):
         solve(roomy, workload=long)
 
 
@@ -179,7 +181,9 @@ def test_baselines_are_never_better(kind: str) -> None:
 def test_the_prediction_adds_up() -> None:
     workload = ll.Workload(prompt_tokens=64, new_tokens=3, batch_size=4, num_sessions=2)
     slow = ll.Device(name="slow", slowdown=2.0, bandwidth=1e6, latency=0.25)
-    plan = ll.Plan.from_spans([("a", 0, 5), ("slow", 5, 8)], profile=profile(ll.Device(name="a"), slow), workload=workload)
+    plan = ll.Plan.from_spans(
+        [("a", 0, 5), ("slow", 5, 8)], profile=profile(ll.Device(name="a"), slow), workload=workload
+    )
     predicted = plan.predicted
     assert [(hop.source, hop.target) for hop in predicted.hops] == [("caller", "a"), ("a", "slow"), ("slow", "caller")]
     between = predicted.hops[1]
@@ -188,9 +192,7 @@ def test_the_prediction_adds_up() -> None:
     assert between.prefill_transfer_s == pytest.approx((4 * 64 * 2048 + 160) / 1e6)
     assert predicted.request_s == pytest.approx(predicted.first_token_s + 2 * predicted.step_s)
     assert predicted.stream_tokens_per_s == pytest.approx(12 / predicted.request_s)
-    assert predicted.tokens_per_s == pytest.approx(
-        min(2 * predicted.stream_tokens_per_s, 4 / predicted.bottleneck_s)
-    )
+    assert predicted.tokens_per_s == pytest.approx(min(2 * predicted.stream_tokens_per_s, 4 / predicted.bottleneck_s))
     assert predicted.bottleneck == "link 'a' -> 'slow'"
     assert predicted.joules_per_token is None
     figures = predicted.to_dict()

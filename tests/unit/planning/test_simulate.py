@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.line import PipelineTimes, Visit
-from lingualinked.planning.problem import Floats
-from lingualinked.planning.recorder import Recorder
-from lingualinked.planning.requests import Requests
-from lingualinked.planning.simulate import run_requests, simulate_times
-from lingualinked.planning.stations import stations_of
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.simulation.line import PipelineTimes, Visit
+from lingualinked.planning.simulation.recorder import Recorder
+from lingualinked.planning.simulation.requests import Requests
+from lingualinked.planning.simulation.simulate import run_requests, simulate_times
+from lingualinked.planning.simulation.stations import stations_of
 from lingualinked.workload import Workload
 
 # Multiples of 1/64 are added without rounding: what is simultaneous in one simulation is so in the other.

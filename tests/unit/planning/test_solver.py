@@ -16,8 +16,7 @@ from scipy import optimize
 from lingualinked.bench.placements import random_problem
 from lingualinked.errors import ArgumentError, InfeasiblePlanError, LingualinkedError
 from lingualinked.planning import bound, solver
-from lingualinked.planning.plan import Objective
-from lingualinked.planning.problem import (
+from lingualinked.planning.placement.problem import (
     Placement,
     Problem,
     Solution,
@@ -26,7 +25,8 @@ from lingualinked.planning.problem import (
     energy_j,
     latency_s,
 )
-from lingualinked.planning.solver import solve_problem
+from lingualinked.planning.placement.solver import solve_problem
+from lingualinked.planning.plan import Objective
 from placements import Judged, best_along, draw_problem, every_placement
 
 VALUES: dict[Objective, Callable[[Problem, Placement], float]] = {

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lingualinked.planning.costs import Costs
-from lingualinked.planning.problem import Floats, Placement, Span
+from lingualinked.planning.placement.costs import Costs
+from lingualinked.planning.placement.problem import Floats, Placement, Span
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from lingualinked.planning.problem import Floats
+from lingualinked.planning.placement.problem import Floats
 
 PREFILL, DECODE = 0, 1
 

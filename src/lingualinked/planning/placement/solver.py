@@ -12,12 +12,11 @@ from typing import TypeAlias, get_args
 import numpy as np
 
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.costs import Costs, bottleneck_costs, energy_costs, latency_costs
-from lingualinked.planning.infeasible import explain_infeasible
-from lingualinked.planning.network import Network
-from lingualinked.planning.orders import Route, best_along, rings_within
-from lingualinked.planning.plan import Objective
-from lingualinked.planning.problem import (
+from lingualinked.planning.placement.costs import Costs, bottleneck_costs, energy_costs, latency_costs
+from lingualinked.planning.placement.infeasible import explain_infeasible
+from lingualinked.planning.placement.network import Network
+from lingualinked.planning.placement.orders import Route, best_along, rings_within
+from lingualinked.planning.placement.problem import (
     Placement,
     Problem,
     Solution,
@@ -25,11 +24,12 @@ from lingualinked.planning.problem import (
     energy_j,
     latency_s,
 )
-from lingualinked.planning.programme import solve_programme, tight_networks
-from lingualinked.planning.relaxation import relaxation_value
-from lingualinked.planning.search import search_bottleneck, search_sum
-from lingualinked.planning.spans import TOLERANCE, SpanTables
-from lingualinked.planning.subsets import best_of_subsets, work_of
+from lingualinked.planning.placement.programme import solve_programme, tight_networks
+from lingualinked.planning.placement.relaxation import relaxation_value
+from lingualinked.planning.placement.search import search_bottleneck, search_sum
+from lingualinked.planning.placement.spans import TOLERANCE, SpanTables
+from lingualinked.planning.placement.subsets import best_of_subsets, work_of
+from lingualinked.planning.plan import Objective
 
 Search: TypeAlias = Callable[[Costs], Route | None]
 

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from lingualinked.planning.problem import Floats, Problem
+from lingualinked.planning.placement.problem import Floats, Problem
 
 TOLERANCE = 1e-12
 """Relative. The same sum formed in another order differs by a few times 1e-16 per term; 1e-12 forgives thousands."""

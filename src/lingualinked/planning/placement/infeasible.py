@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.costs import Costs, excess_costs
-from lingualinked.planning.orders import Route
-from lingualinked.planning.problem import Problem, device_bytes
-from lingualinked.planning.spans import SpanTables
+from lingualinked.planning.placement.costs import Costs, excess_costs
+from lingualinked.planning.placement.orders import Route
+from lingualinked.planning.placement.problem import Problem, device_bytes
+from lingualinked.planning.placement.spans import SpanTables
 
 
 def explain_infeasible(

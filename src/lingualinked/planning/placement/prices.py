@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from lingualinked.planning.costs import Costs
-from lingualinked.planning.linear import OPTIMAL, Matrix, minimise
-from lingualinked.planning.problem import Floats
+from lingualinked.planning.placement.costs import Costs
+from lingualinked.planning.placement.linear import OPTIMAL, Matrix, minimise
+from lingualinked.planning.placement.problem import Floats
 
 MAX_WINDOWS = 60_000
 """Windows that a programme may have: HiGHS takes a second or two for as many."""

@@ -9,8 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from lingualinked.planning.problem import Flags, Floats, Problem
-from lingualinked.planning.spans import TOLERANCE, SpanTables
+from lingualinked.planning.placement.problem import Flags, Floats, Problem
+from lingualinked.planning.placement.spans import TOLERANCE, SpanTables
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

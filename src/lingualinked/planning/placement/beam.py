@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from lingualinked.planning.problem import Floats
-from lingualinked.planning.windows import Windows
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.placement.windows import Windows
 
 ROOM = 4
 """Layers before the end at which a device may stop although it could go on: later devices need one each."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lingualinked.planning.line import StepKind
-from lingualinked.planning.problem import Floats
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.simulation.line import StepKind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from lingualinked.errors import LingualinkedError
-from lingualinked.planning.linear import INFEASIBLE, OPTIMAL, Matrix, minimise
+from lingualinked.planning.placement.linear import INFEASIBLE, OPTIMAL, Matrix, minimise
+from lingualinked.planning.placement.problem import Floats, Problem
 from lingualinked.planning.plan import Objective
-from lingualinked.planning.problem import Floats, Problem
 
 MAX_SECONDS = 4.0
 """For the integral programme; what it has proven by then is a bound as well."""

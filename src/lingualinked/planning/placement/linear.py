@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy import optimize, sparse
 
-from lingualinked.planning.problem import Floats
+from lingualinked.planning.placement.problem import Floats
 
 Matrix: TypeAlias = Any
 """A scipy.sparse matrix or a dense array: the stubs give each format a type of its own."""

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from lingualinked.planning.problem import Floats
-from lingualinked.planning.stretch import DECODE, PREFILL
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.simulation.stretch import DECODE, PREFILL
 
 
 class Requests:

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from lingualinked.planning.line import PipelineTimes
-from lingualinked.planning.problem import Floats
-from lingualinked.planning.stretch import Stretch
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.simulation.line import PipelineTimes
+from lingualinked.planning.simulation.stretch import Stretch
 
 
 class Station:

@@ -11,9 +11,9 @@ import math
 import numpy as np
 
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.problem import Floats, Placement, Problem, Span, device_bytes
-from lingualinked.planning.solver import solve_problem
-from lingualinked.planning.spans import TOLERANCE
+from lingualinked.planning.placement.problem import Floats, Placement, Problem, Span, device_bytes
+from lingualinked.planning.placement.solver import solve_problem
+from lingualinked.planning.placement.spans import TOLERANCE
 
 
 def even(problem: Problem) -> Placement:

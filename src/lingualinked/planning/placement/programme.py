@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from lingualinked.errors import InfeasiblePlanError, LingualinkedError
-from lingualinked.planning.linear import INFEASIBLE, OPTIMAL, minimise
-from lingualinked.planning.network import Network
-from lingualinked.planning.problem import Floats, Placement, Span
+from lingualinked.planning.placement.linear import INFEASIBLE, OPTIMAL, minimise
+from lingualinked.planning.placement.network import Network
+from lingualinked.planning.placement.problem import Floats, Placement, Span
 
 MAX_ARCS = 4000
 """Arcs that a programme may have; HiGHS takes some 0.1 s for as many."""

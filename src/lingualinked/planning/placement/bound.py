@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from lingualinked.planning.costs import Costs
-from lingualinked.planning.linear import minimise
-from lingualinked.planning.problem import Flags, Floats
-from lingualinked.planning.windows import Windows, thresholds
+from lingualinked.planning.placement.costs import Costs
+from lingualinked.planning.placement.linear import minimise
+from lingualinked.planning.placement.problem import Flags, Floats
+from lingualinked.planning.placement.windows import Windows, thresholds
 
 MAX_SUBSET_DEVICES = 16
 """For more, subsets are too many and a covering programme takes their place."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lingualinked.planning.costs import Costs
-from lingualinked.planning.orders import Route
-from lingualinked.planning.problem import Floats, Placement, Span
+from lingualinked.planning.placement.costs import Costs
+from lingualinked.planning.placement.orders import Route
+from lingualinked.planning.placement.problem import Floats, Placement, Span
 
 
 def work_of(num_devices: int, num_layers: int) -> float:

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lingualinked.planning.beam import find_order
-from lingualinked.planning.bound import bottleneck_bound, progress_of
-from lingualinked.planning.costs import Costs
-from lingualinked.planning.orders import Route, best_along
-from lingualinked.planning.prices import priced_order, prices_of
-from lingualinked.planning.problem import Floats
-from lingualinked.planning.windows import Windows, thresholds
+from lingualinked.planning.placement.beam import find_order
+from lingualinked.planning.placement.bound import bottleneck_bound, progress_of
+from lingualinked.planning.placement.costs import Costs
+from lingualinked.planning.placement.orders import Route, best_along
+from lingualinked.planning.placement.prices import priced_order, prices_of
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.placement.windows import Windows, thresholds
 
 WIDTH = 2000
 """States that the beam keeps after each device."""

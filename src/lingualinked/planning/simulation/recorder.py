@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 
-from lingualinked.planning.line import PipelineTimes
-from lingualinked.planning.problem import Floats
-from lingualinked.planning.simulation import BusyInterval
-from lingualinked.planning.stretch import PREFILL
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.simulation.line import PipelineTimes
+from lingualinked.planning.simulation.result import BusyInterval
+from lingualinked.planning.simulation.stretch import PREFILL
 
 
 class Recorder:

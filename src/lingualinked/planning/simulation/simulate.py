@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.line import PipelineTimes, Visit
-from lingualinked.planning.problem import Floats
-from lingualinked.planning.recorder import Recorder
-from lingualinked.planning.requests import Requests
-from lingualinked.planning.simulation import Percentiles, Simulation
-from lingualinked.planning.stations import stations_of
-from lingualinked.planning.stretch import DECODE, PREFILL
+from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.simulation.line import PipelineTimes, Visit
+from lingualinked.planning.simulation.recorder import Recorder
+from lingualinked.planning.simulation.requests import Requests
+from lingualinked.planning.simulation.result import Percentiles, Simulation
+from lingualinked.planning.simulation.stations import stations_of
+from lingualinked.planning.simulation.stretch import DECODE, PREFILL
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def simulate_times(
 
     Examples
     --------
-    >>> from lingualinked.planning.line import Visit
+    >>> from lingualinked.planning.simulation.line import Visit
     >>> line = PipelineTimes(servers=("a",), visits=(Visit(server=0, prefill_s=0.5, decode_s=0.25),))
     >>> simulate_times(line, Workload(new_tokens=3), num_requests=2).makespan_s
     2.0

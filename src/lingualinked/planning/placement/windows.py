@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lingualinked.planning.costs import Costs
-from lingualinked.planning.problem import Flags, Floats
-from lingualinked.planning.spans import TOLERANCE
+from lingualinked.planning.placement.costs import Costs
+from lingualinked.planning.placement.problem import Flags, Floats
+from lingualinked.planning.placement.spans import TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

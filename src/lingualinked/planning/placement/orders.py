@@ -9,9 +9,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from lingualinked.planning.costs import Costs
-from lingualinked.planning.network import Network, Ring
-from lingualinked.planning.problem import Placement
+from lingualinked.planning.placement.costs import Costs
+from lingualinked.planning.placement.network import Network, Ring
+from lingualinked.planning.placement.problem import Placement
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
