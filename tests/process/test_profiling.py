@@ -1,0 +1,149 @@
+"""Models are measured on workers, profiles and plans are kept on disk, and a model is placed by them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lingualinked as ll
+from families import save_tiny
+from lingualinked.cluster import profiling
+from lingualinked.cluster.profiling import measured_spans
+from profiles import MIB, model_profile
+
+pytestmark = pytest.mark.process
+
+WORKLOAD = ll.Workload(prompt_tokens=8, new_tokens=8)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "lingualinked"
+
+
+@pytest.fixture
+def pair() -> Iterator[ll.Cluster]:
+    devices = [ll.Device(name="here", threads=1), ll.Device(name="there", threads=1, slowdown=4.0, latency="2ms")]
+    with ll.Cluster(devices) as cluster:
+        yield cluster
+
+
+def test_every_device_and_link_is_measured(cache: Path, pair: ll.Cluster, tiny_llama: str) -> None:
+    profile = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    assert profile.names == ("here", "there")
+    assert profile.model.num_layers == 4
+    assert set(profile.versions) == {"lingualinked", "torch", "transformers"}
+    shapes = {(1, 4, 0), (1, 8, 0), (1, 1, 8), (1, 1, 16)}
+    for device in profile.devices:
+        for times in (*device.layers, device.stage, device.prologue, device.epilogue):
+            assert {(step.rows, step.tokens, step.context) for step in times.steps} == shapes
+        assert all(step.seconds > 0 for step in device.layers[0].steps)
+        assert device.free_bytes is not None
+    assert len(profile.links) == 6
+    for link in profile.links:
+        imitated = 2e-3 if "there" in (link.source, link.target) else 0.0
+        assert link.latency_s >= imitated
+
+
+def test_bytes_are_those_that_a_running_model_holds(shared_cluster: ll.Cluster, tiny_llama: str) -> None:
+    plan = ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)])
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan=plan, progress=False) as model:
+        past = model(torch.tensor([[5] * 64])).past_key_values
+        stages = model.telemetry.stages
+        described = ll.profile_model(model, shared_cluster, workload=WORKLOAD).model
+        for stage in stages:
+            assert stage.weight_bytes == described.span_bytes(stage.start, stage.end)
+            assert stage.kv_bytes == 64 * sum(described.layer_kv_bytes[stage.start : stage.end])
+        del past
+
+
+def test_a_second_start_measures_nothing(cache: Path, pair: ll.Cluster, tiny_llama: str, monkeypatch: Any) -> None:
+    first = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
+        plan = model.plan
+        assert model.profile == first
+    assert sorted(path.name.split("-")[0] for path in cache.iterdir()) == ["plan", "profile"]
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(profiling, "profile_cluster", refuse)
+    assert ll.profile_model(tiny_llama, pair, workload=WORKLOAD) == first
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
+        assert model.plan == plan
+    with pytest.raises(AssertionError, match="measured again"):
+        ll.profile_model(tiny_llama, pair, workload=WORKLOAD, refresh=True)
+    with pytest.raises(AssertionError, match="measured again"):
+        ll.profile_model(tiny_llama, pair, workload=WORKLOAD, dtype="bfloat16")
+
+
+def test_a_damaged_file_is_measured_anew(cache: Path, pair: ll.Cluster, tiny_llama: str) -> None:
+    ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    (path,) = cache.iterdir()
+    path.write_text("{")
+    again = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    assert ll.Profile.load(path) == again
+
+
+def test_a_folder_that_can_not_be_written_is_no_error(
+    pair: ll.Cluster, tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
+        assert model.profile is not None
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom", "mixtral", "gpt2", "opt", "qwen2"])
+def test_every_kind_of_layer_is_measured(
+    family: str, cache: Path, shared_cluster: ll.Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = save_tiny(family, torch.bfloat16, tmp_path_factory.mktemp(family))
+    profile = ll.profile_model(path, shared_cluster, workload=ll.Workload(prompt_tokens=4, new_tokens=4, batch_size=2))
+    for device in profile.devices:
+        assert len(device.layers) == len(profile.model.kinds)
+        assert all(step.seconds > 0 for times in device.layers for step in times.steps)
+        assert {step.rows for step in device.layers[0].steps} == {1, 2}
+
+
+def test_a_plan_of_another_model_is_refused(pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
+    profile = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    other = dataclasses.replace(profile, model=dataclasses.replace(profile.model, fingerprint="other"))
+    with pytest.raises(ll.InfeasiblePlanError, match="from a profile of another model"):
+        ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, plan=ll.solve(other), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"plan": "odd"}, "plan='odd' must be"),
+        ({"plan": 3}, "plan=3 must be"),
+        ({"objective": "speed"}, "objective='speed' must be one of"),
+        ({"workload": 3}, "workload is a int"),
+    ],
+)
+def test_arguments_are_refused_before_anything_starts(tiny_llama: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ll.ArgumentError, match=message):
+        ll.ShardedModel.from_pretrained(tiny_llama, devices=2, **arguments)
+
+
+def test_what_fits_nowhere_is_refused_with_a_remedy(tiny_llama: str, cache: Path) -> None:
+    devices = [ll.Device(name=name, threads=1, memory="20KiB") for name in "ab"]
+    with pytest.raises(ll.InfeasiblePlanError, match="one more device of at least"):
+        ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, progress=False)
+
+
+def test_spans_show_every_kind_and_both_ends_within_memory() -> None:
+    alike = model_profile(8)
+    assert measured_spans(alike, None) == ((0, 2), (6, 8))
+    assert measured_spans(model_profile(1), None) == ((0, 1),)
+    assert measured_spans(alike, 20 * MIB) == ((4, 5),)
+    mixed = dataclasses.replace(alike, kinds=("A", "B", "C"), kind_of_layer=(0, 1, 2, 1, 0, 1, 0, 1))
+    spans = measured_spans(mixed, None)
+    assert {mixed.kind_of_layer[end - 1] for _, end in spans} == {0, 1, 2}
