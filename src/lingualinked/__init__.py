@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lingualinked.planning.prediction import Prediction
     from lingualinked.planning.simulation.result import Simulation
     from lingualinked.planning.simulation.simulate import simulate
-    from lingualinked.profile import Profile
+    from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, ModuleTimes, Profile, StepTime
     from lingualinked.sample import sample_model
     from lingualinked.sharded.model import ShardedModel
     from lingualinked.sharded.profiling import estimate_profile, profile_model
@@ -52,12 +52,16 @@ _HOMES = {
     "Comparison": "planning.comparison",
     "Device": "device",
     "DeviceMemoryError": "errors",
+    "DeviceProfile": "profile",
     "Explanation": "planning.explanation",
     "Figures": "planning.estimate",
     "InfeasiblePlanError": "errors",
     "KVCapacityError": "errors",
     "LingualinkedError": "errors",
     "Link": "device",
+    "LinkProfile": "profile",
+    "ModelProfile": "profile",
+    "ModuleTimes": "profile",
     "PeerUnknownError": "errors",
     "Plan": "planning.plan",
     "PlannedStage": "planning.plan",
@@ -68,6 +72,7 @@ _HOMES = {
     "Simulation": "planning.simulation.result",
     "Solved": "planning.plan",
     "StageSnapshot": "telemetry.snapshot",
+    "StepTime": "profile",
     "StepTimeoutError": "errors",
     "Telemetry": "telemetry.snapshot",
     "UncuttableModelError": "errors",
@@ -92,12 +97,16 @@ __all__ = [
     "Comparison",
     "Device",
     "DeviceMemoryError",
+    "DeviceProfile",
     "Explanation",
     "Figures",
     "InfeasiblePlanError",
     "KVCapacityError",
     "LingualinkedError",
     "Link",
+    "LinkProfile",
+    "ModelProfile",
+    "ModuleTimes",
     "PeerUnknownError",
     "Plan",
     "PlannedStage",
@@ -108,6 +117,7 @@ __all__ = [
     "Simulation",
     "Solved",
     "StageSnapshot",
+    "StepTime",
     "StepTimeoutError",
     "Telemetry",
     "UncuttableModelError",

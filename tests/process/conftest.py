@@ -5,6 +5,7 @@ Knows how to make a checkpoint and its unsharded reference; nothing of what is c
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def make_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, padding_side="left", **special)
     assert len(tokenizer) == num_tokens
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def matplotlib_fonts() -> None:
+    """The fonts that matplotlib has drawn with stay open; so they are before a test begins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().set_title("text")
+    figure.savefig(io.BytesIO())
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,18 @@
-"""``lingualinked bench start``: from nothing to the first token.
+"""``lingualinked bench start``: from nothing to the first token, and what planning adds to that.
 
-Knows two scripts and a clock: fresh Python processes, in turn.
+Knows scripts and a clock: fresh Python processes, in turn.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console
 
@@ -42,6 +47,71 @@ model.close()
 """
 
 
+# About 500 MB in bfloat16.
+_LARGE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 16,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 16000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+_WRITE = """
+import json, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.from_pretrained({path!r})
+AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained({path!r})
+print(json.dumps({{}}))
+"""
+
+_PLANNED = """
+import json, time
+import lingualinked as ll
+started = time.perf_counter()
+model = ll.ShardedModel.from_pretrained({path!r}, devices={devices}, plan={plan!r}, progress=False)
+import torch
+model.generate(torch.tensor([[1, 5, 7, 9]]), max_new_tokens=1, do_sample=False)
+print(json.dumps({{"first": time.perf_counter() - started}}))
+model.close()
+"""
+
+
+def run_planned_start(num_devices: int, repeats: int) -> None:
+    """Print seconds to the first token of a model of 500 MB: split evenly, planned for the first time, and again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, kept = str(Path(folder) / "model"), Path(folder) / "kept"
+        Path(path).mkdir()
+        (Path(path) / "config.json").write_text(json.dumps(_LARGE))
+        _timed(_WRITE.format(path=path))
+        even_script = _PLANNED.format(path=path, devices=num_devices, plan="even")
+        planned_script = _PLANNED.format(path=path, devices=num_devices, plan=None)
+        _timed(even_script)  # warms the file cache for all
+        even: list[float] = []
+        first: list[float] = []
+        again: list[float] = []
+        for _ in range(repeats):
+            shutil.rmtree(kept, ignore_errors=True)
+            for times, script in ((even, even_script), (first, planned_script), (again, planned_script)):
+                times.append(_timed(script, {"XDG_CACHE_HOME": str(kept)})["first"])
+    rows = [
+        ("split evenly, nothing measured", Samples(even).text(unit=" s")),
+        ("measured and solved, added", _differences(first, even).text(unit=" s")),
+        ("read from disk, added", _differences(again, even).text(unit=" s")),
+    ]
+    title = f"Start of a 500 MB model on {num_devices} workers, median of {repeats}"
+    Console().print(Rows(title, ("what", "measured"), rows).to_rich())
+
+
+def _differences(left: list[float], right: list[float]) -> Samples:
+    return Samples([a - b for a, b in zip(left, right, strict=True)])
+
+
 def run_start(num_devices: int, repeats: int) -> None:
     """Print seconds to the first token of both sides, and the ratio pair by pair."""
     path = sample_model()
@@ -63,7 +133,13 @@ def run_start(num_devices: int, repeats: int) -> None:
     Console().print(Rows(f"Time to the first token, median of {repeats}", ("what", "measured"), rows).to_rich())
 
 
-def _timed(script: str) -> dict[str, float]:
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+def _timed(script: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **(environment or {})},
+    )
     times: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return times

@@ -101,10 +101,11 @@ def start(
     devices: Devices = 3,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
 ) -> None:
-    """Time from nothing to the first token, against one plain process."""
-    from lingualinked.bench.start import run_start
+    """Time from nothing to the first token, against one plain process; and what planning adds."""
+    from lingualinked.bench.start import run_planned_start, run_start
 
     _run(lambda: run_start(devices, repeats))
+    _run(lambda: run_planned_start(devices, repeats))
 
 
 @bench.command()

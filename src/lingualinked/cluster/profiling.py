@@ -85,27 +85,26 @@ def profile_cluster(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
 
 def step_shapes(workload: Workload) -> tuple[StepShape, ...]:
     """Give the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer."""
-    rows = sorted({1, workload.batch_size})
-    prompts = sorted({max(2, workload.prompt_tokens // 2), max(2, workload.prompt_tokens)})
-    contexts = sorted({workload.prompt_tokens, workload.num_tokens})
+    steps = [(max(2, workload.prompt_tokens), 0), (1, workload.prompt_tokens), (1, workload.num_tokens)]
     return tuple(
-        StepShape(rows=each, tokens=tokens, context=context)
-        for each in rows
-        for tokens, context in [*((prompt, 0) for prompt in prompts), *((1, context) for context in contexts)]
+        StepShape(rows=rows, tokens=tokens, context=context)
+        for rows in sorted({1, workload.batch_size})
+        for tokens, context in steps
     )
 
 
 def measured_spans(model: ModelProfile, memory_bytes: int | None) -> tuple[tuple[int, int], ...]:
-    """Choose spans that show every kind of layer and both ends, of two layers where there are, within a memory limit."""
+    """Choose spans that show every kind of layer and both ends, within a memory limit.
+
+    Two layers in a row show the kind of the second one; the last layer alone shows what comes after it.
+    """
     num_layers = model.num_layers
-    ends = [(0, min(2, num_layers)), (max(0, num_layers - 2), num_layers)]
-    spans = list(ends)
+    pairs = [(0, min(2, num_layers))]
     for kind in range(len(model.kinds)):
-        shown = {model.kind_of_layer[end - 1] for _, end in spans}
-        if kind not in shown:
-            index = max((i for i, each in enumerate(model.kind_of_layer) if each == kind), default=0)
-            spans.append((max(0, index - 1), index + 1))
-    spans = sorted(set(spans))
+        if kind not in {model.kind_of_layer[end - 1] for _, end in pairs}:
+            index = max(i for i, each in enumerate(model.kind_of_layer) if each == kind)
+            pairs.append((max(0, index - 1), index + 1))
+    spans = pairs if pairs[-1][1] == num_layers else [*pairs, (num_layers - 1, num_layers)]
     if memory_bytes is None:
         return tuple(spans)
     fitting = [span for span in spans if model.span_bytes(*span) + _MEASURING_BYTES <= memory_bytes]

@@ -53,6 +53,9 @@ class Measurer:
         self._accelerator = accelerator
         self._device = accelerator_device(accelerator)
         self._pace = pace
+        self._most_layers = max(end - start for start, end in request.spans)
+        pairs = [end for start, end in request.spans if end - start == self._most_layers]
+        self._paired = {request.kind_of_layer[end - 1] for end in pairs}
         self._samples: defaultdict[tuple[Part, StepShape], list[float]] = defaultdict(list)
         self._flushed = torch.zeros(min(_FLUSH_BYTES, request.flush_bytes) // 4) if accelerator == "cpu" else None
 
@@ -100,11 +103,16 @@ class Measurer:
         rest = self._clock() - began - watch.total
         stage = session.hosted.stage
         kinds = self._request.kind_of_layer[stage.start : stage.end]
+        is_pair = len(kinds) == self._most_layers
         *_, last = watch.layers
-        self._samples[kinds[-1], shape].append(last)
-        if len(set(kinds)) == 1:  # what the first takes longer is the stage's cost, whatever its layers
-            rest += watch.layers[0] - last
-        self._samples["stage", shape].append(rest)
+        if (
+            is_pair or kinds[-1] not in self._paired
+        ):  # a lone layer is the first one, and counts where there is no other
+            self._samples[kinds[-1], shape].append(last)
+        if is_pair:
+            if len(set(kinds)) == 1:  # what the first takes longer is the stage's cost, whatever its layers
+                rest += watch.layers[0] - last
+            self._samples["stage", shape].append(rest)
         if stage.is_first:
             self._samples["prologue", shape].append(watch.prologue)
         if stage.is_last:

@@ -15,7 +15,7 @@ from scipy import optimize
 
 from lingualinked.bench.placements import random_problem
 from lingualinked.errors import ArgumentError, InfeasiblePlanError, LingualinkedError
-from lingualinked.planning import bound, solver
+from lingualinked.planning.placement import bound, solver
 from lingualinked.planning.placement.problem import (
     Placement,
     Problem,

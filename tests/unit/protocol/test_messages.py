@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_origin
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -50,7 +52,7 @@ VALUES = {
     "layout": None,
     "logits_to_keep": 1,
 }
-BY_TYPE = {"int": 7, "str": "text", "bool": True}
+BY_TYPE = {"int": 7, "str": "text", "bool": True, "float": 0.5}
 
 
 def example(kind: type[messages.Message]) -> messages.Message:
@@ -58,6 +60,8 @@ def example(kind: type[messages.Message]) -> messages.Message:
     for field in msgspec.structs.fields(kind):
         if field.name in VALUES:
             fields[field.name] = VALUES[field.name]
+        elif (origin := get_origin(field.type)) in (tuple, dict):
+            fields[field.name] = origin()
         elif isinstance(field.type, type) and hasattr(field.type, "__members__"):
             fields[field.name] = next(iter(field.type))
         else:
@@ -72,7 +76,7 @@ def test_messages_survive(kind: type[messages.Message]) -> None:
 
 def test_tags_are_unique() -> None:
     tags = [kind.__struct_config__.tag for kind in TYPES]
-    assert len(set(tags)) == len(tags) == 14
+    assert len(set(tags)) == len(tags) == 22
 
 
 @given(st.binary(max_size=200))

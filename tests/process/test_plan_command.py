@@ -1,0 +1,107 @@
+"""``lingualinked plan`` prints plans: from measurement, from what is on disk, from stated figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lingualinked as ll
+from lingualinked.cli.app import app
+from lingualinked.cluster.cluster import Cluster
+
+pytestmark = pytest.mark.process
+
+STATED = """
+[[devices]]
+name = "desktop"
+memory = "1GiB"
+flops = "2TFLOP/s"
+memory_bandwidth = "50GB/s"
+
+[[devices]]
+name = "phone"
+memory = "1GiB"
+bandwidth = "100Mbit/s"
+flops = "100GFLOP/s"
+memory_bandwidth = "10GB/s"
+"""
+SHAPE = ["--prompt-tokens", "8", "--new-tokens", "8"]
+
+
+@pytest.fixture
+def cluster_file(tmp_path: Path) -> Path:
+    path = tmp_path / "cluster.toml"
+    path.write_text(STATED)
+    return path
+
+
+@pytest.fixture
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(Cluster, "__init__", refuse)
+
+
+def plan(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def test_a_table_from_stated_figures(tiny_llama: str, cluster_file: Path, no_workers: None) -> None:
+    result = plan(tiny_llama, "--devices", cluster_file, *SHAPE, "--explain")
+    assert result.exit_code == 0, result.output
+    assert "desktop" in result.output
+    assert "Predicted:" in result.output
+
+
+def test_a_config_alone_suffices(tiny_llama: str, cluster_file: Path, no_workers: None, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((Path(tiny_llama) / "config.json").read_bytes())
+    result = plan(folder, "-d", cluster_file, *SHAPE, "--json")
+    assert result.exit_code == 0, result.output
+    assert ll.Plan.from_json(result.stdout).num_layers == 4
+    assert json.loads(result.stdout)["profile"]["devices"][0]["hardware"] == "stated figures"
+
+
+def test_a_picture(
+    matplotlib_fonts: None, tiny_llama: str, cluster_file: Path, no_workers: None, tmp_path: Path
+) -> None:
+    result = plan(tiny_llama, "-d", cluster_file, *SHAPE, "--plot", tmp_path / "plan.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = plan(tiny_llama, "-d", 2, *SHAPE, "--json")
+    assert first.exit_code == 0, first.output
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(Cluster, "__init__", refuse)
+    again = plan(tiny_llama, "-d", 2, *SHAPE, "--json")
+    assert again.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices", "none.toml"], "no cluster file at"),
+        (["--objective", "speed"], "objective='speed'"),
+        (["--objective", "energy"], "needs watts="),
+        (["--dtype", "int8"], "dtype='int8'"),
+        (["--num-sessions", "1000000"], "what would fit"),
+    ],
+)
+def test_what_can_not_be_planned(
+    tiny_llama: str, cluster_file: Path, no_workers: None, arguments: list[str], message: str
+) -> None:
+    result = plan(tiny_llama, "-d", cluster_file, *SHAPE, *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
