@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _SMALL_BYTES, _LARGE_BYTES = 64, 256 << 10
 _NUM_SMALL, _NUM_LARGE = 7, 3
 _LONGEST_PROBE_S = 0.05  # that one large message may be on an imitated link
-_FLUSH_BYTES = 64 << 20
 _MEASURING_BYTES = 64 << 20  # that measuring takes beside weights: buffers, results
 _LIBRARIES = ("lingualinked", "torch", "transformers")
 
@@ -127,7 +126,6 @@ def _measure_models(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
                 shapes=step_shapes(workload),
                 layout=footprint.layout,
                 hidden_size=footprint.hidden_size,
-                flush_bytes=min(_FLUSH_BYTES, model.span_bytes(0, model.num_layers)),
             ),
             "measuring a model's parts",
             cluster.timeout_s,

@@ -115,7 +115,7 @@ class Plan:
 
     stages: tuple[PlannedStage, ...]
     inexact_because: str = ""
-    profile: Profile | None = None
+    profile: Profile | None = dataclasses.field(default=None, repr=False)
     workload: Workload | None = None
     reserve: float = DEFAULT_RESERVE
     solved: Solved | None = None

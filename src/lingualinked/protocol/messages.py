@@ -67,8 +67,7 @@ class StepShape(Message, frozen=True):
 class MeasureModel(Message, frozen=True, tag=7):
     """Measure what the parts of a model cost: run spans of one or two layers with weights that are filled in.
 
-    ``layout`` and ``hidden_size`` describe what crosses a boundary; ``flush_bytes`` is written before each step, so that no
-    weight is found in a processor's cache.
+    ``layout`` and ``hidden_size`` describe what crosses a boundary.
     """
 
     request: int
@@ -78,7 +77,6 @@ class MeasureModel(Message, frozen=True, tag=7):
     shapes: tuple[StepShape, ...]
     layout: tuple[bool, ...] | None
     hidden_size: int
-    flush_bytes: int
 
 
 class ProbeLink(Message, frozen=True, tag=8):
