@@ -24,7 +24,6 @@ from lingualinked.protocol.messages import (
     LoadProgress,
     LogRecord,
     ModelMeasured,
-    ModelUnloaded,
     Ping,
     Pong,
     RequestFailed,
@@ -128,7 +127,7 @@ class Exchange:
     def unload(self, model: int, devices: Sequence[str]) -> None:
         """Have workers free a model; what waits for it fails."""
         for device in devices:
-            self.tell(device, UnloadModel(request=-1, model=model), model)
+            self.tell(device, UnloadModel(model=model), model)
         self._unloaded.add(model)
         self._pending.fail_model(model, lambda: ClosedError("the model was closed while it was in use"))
 
@@ -158,7 +157,7 @@ class Exchange:
                 self._pending.complete(("step", message.session, message.number), reply)
             case StepFailed():
                 self._pending.fail(("step", message.session, message.number), error_of(sender, message))
-            case StageLoaded() | ModelUnloaded() | Imitated() | ModelMeasured() | LinkProbed() | WorkerReport():
+            case StageLoaded() | Imitated() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(("request", message.request, 0), message)
             case RequestFailed():
                 self._pending.fail(("request", message.request, 0), error_of(sender, message))

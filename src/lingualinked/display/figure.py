@@ -1,19 +1,49 @@
 """A figure that a notebook shows without pyplot, whose registry would keep every figure ever drawn.
 
-Knows matplotlib, an extra: imported only by what draws pictures.
+Knows matplotlib, an extra: imported only when a picture is drawn.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+from lingualinked.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-class NotebookFigure(Figure):
-    """A matplotlib figure that draws itself where it is the last value of a cell."""
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """Make an empty figure that draws itself where it is the last value of a cell.
 
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=100)
-        return buffer.getvalue()
+    Parameters
+    ----------
+    width_in, height_in : float
+        Inches.
+
+    Raises
+    ------
+    ArgumentError
+        If matplotlib is not installed.
+    """
+    return _figure_class()(figsize=(width_in, height_in), layout="constrained")
+
+
+@functools.cache
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
+
+    class NotebookFigure(Figure):
+        """Draws itself as PNG."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=100)
+            return buffer.getvalue()
+
+    return NotebookFigure

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lingualinked.display.figure import new_figure
 from lingualinked.display.tables import Rows
 from lingualinked.display.units import bytes_text, seconds_text
-from lingualinked.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,15 +103,10 @@ def plan_figure(plan: Plan) -> Figure:
     ArgumentError
         If matplotlib is not installed.
     """
-    try:
-        from lingualinked.display.figure import NotebookFigure
-    except ImportError as error:
-        raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
-
     names = list(plan.devices) + list(plan.solved.unused if plan.solved else ())
     colour = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
     num_axes = 1 if plan.profile is None else 3
-    figure = NotebookFigure(figsize=(4.2 * num_axes, 1.6 + 0.45 * len(names)), layout="constrained")
+    figure = new_figure(4.2 * num_axes, 1.6 + 0.45 * len(names))
     axes = figure.subplots(1, num_axes, sharey=True, squeeze=False)[0]
     for stage in plan.stages:
         axes[0].barh(stage.device, stage.num_layers, left=stage.start, color=colour[stage.device], edgecolor="white")

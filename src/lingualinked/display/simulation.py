@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lingualinked.display.figure import new_figure
 from lingualinked.display.tables import Rows
 from lingualinked.display.units import seconds_text
-from lingualinked.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,13 +82,8 @@ def simulation_figure(simulation: Simulation) -> Figure:
     ArgumentError
         If matplotlib is not installed.
     """
-    try:
-        from lingualinked.display.figure import NotebookFigure
-    except ImportError as error:
-        raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
-
     shown, title = _busiest(simulation, MAX_CHART_ROWS)
-    figure = NotebookFigure(figsize=(11, 2.3 + 0.32 * len(shown)), layout="constrained")
+    figure = new_figure(11, 2.3 + 0.32 * len(shown))
     figure.suptitle(_rates(simulation), fontsize=11)
     chart, bars = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
     _draw_intervals(chart, simulation, shown)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lingualinked.display.figure import new_figure
 from lingualinked.display.tables import Rows
 from lingualinked.display.units import bytes_text, seconds_text
-from lingualinked.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,17 +60,12 @@ def telemetry_figure(telemetry: Telemetry) -> Figure:
     ArgumentError
         If matplotlib is not installed.
     """
-    try:
-        from lingualinked.display.figure import NotebookFigure
-    except ImportError as error:
-        raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
-
     names = [f"{stage.device}\nlayers [{stage.start}, {stage.end})" for stage in telemetry.stages]
     mebi = 1024**2
     weights = [stage.weight_bytes / mebi for stage in telemetry.stages]
     kv = [stage.kv_bytes / mebi for stage in telemetry.stages]
     times_ms = [_mean_s(stage.compute_s, stage.num_steps) * 1e3 for stage in telemetry.stages]
-    figure = NotebookFigure(figsize=(9, 1.2 + 0.6 * len(names)), layout="constrained")
+    figure = new_figure(9, 1.2 + 0.6 * len(names))
     memory_axes, time_axes = figure.subplots(1, 2, sharey=True)
     memory_axes.barh(names, weights, color="#4c78a8", label="weights")
     memory_axes.barh(names, kv, left=weights, color="#f58518", label="KV cache")

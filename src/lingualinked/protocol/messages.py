@@ -37,9 +37,8 @@ class LoadStage(Message, frozen=True, tag=1):
 
 
 class UnloadModel(Message, frozen=True, tag=2):
-    """Free every stage of a model, its sessions included."""
+    """Free every stage of a model, its sessions included; nothing is answered."""
 
-    request: int
     model: int
 
 
@@ -178,12 +177,6 @@ class StageLoaded(Message, frozen=True, tag=18):
     num_bytes_read: int
 
 
-class ModelUnloaded(Message, frozen=True, tag=19):
-    """Nothing of the model is held any more."""
-
-    request: int
-
-
 class Imitated(Message, frozen=True, tag=25):
     """The worker behaves as it was told."""
 
@@ -262,7 +255,7 @@ class FailureKind(enum.IntEnum):
 
 
 class RequestFailed(Message, frozen=True, tag=22):
-    """A `LoadStage`, `UnloadModel` or `Inspect` could not be served."""
+    """A request could not be served."""
 
     request: int
     kind: FailureKind
@@ -293,7 +286,6 @@ WorkerMessage = (
     Hello
     | LoadProgress
     | StageLoaded
-    | ModelUnloaded
     | Imitated
     | ModelMeasured
     | LinkProbed

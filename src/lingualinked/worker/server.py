@@ -33,7 +33,6 @@ from lingualinked.protocol.messages import (
     LogRecord,
     MeasureModel,
     ModelMeasured,
-    ModelUnloaded,
     Ping,
     Pong,
     ProbeLink,
@@ -144,7 +143,7 @@ class Worker:
             case LoadStage():
                 self._answer(message.request, lambda: self._load(message))
             case UnloadModel():
-                self._answer(message.request, lambda: self._unload(message))
+                self._unload(message.model)
             case Inspect():
                 self._answer(message.request, lambda: self._report(message))
             case Imitate():
@@ -180,11 +179,10 @@ class Worker:
             request=message.request, weight_bytes=stage.weight_bytes, num_bytes_read=stage.num_bytes_read
         )
 
-    def _unload(self, message: UnloadModel) -> ModelUnloaded:
-        for key in [key for key in self._stages if key[0] == message.model]:
+    def _unload(self, model: int) -> None:
+        for key in [key for key in self._stages if key[0] == model]:
             del self._stages[key]
         release_memory(self._boot.accelerator)
-        return ModelUnloaded(request=message.request)
 
     def _report(self, message: Inspect) -> WorkerReport:
         return WorkerReport(

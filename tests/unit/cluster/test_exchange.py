@@ -175,10 +175,10 @@ def test_a_model_that_is_unloaded_fails_what_waits_and_what_comes(talk: Conversa
     assert [talk.heard("a") for _ in range(4)] == [
         step(1),
         step(2, model=2),
-        UnloadModel(request=-1, model=1),
+        UnloadModel(model=1),
         None,
     ]
-    assert talk.heard("b") == UnloadModel(request=-1, model=1)
+    assert talk.heard("b") == UnloadModel(model=1)
 
 
 def test_a_field_of_a_wrong_type_fails_here_and_is_not_sent(talk: Conversation) -> None:
