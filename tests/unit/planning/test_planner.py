@@ -281,3 +281,21 @@ print(*({"torch", "transformers", "zmq"} & set(sys.modules)))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+def test_like_devices_are_used_in_the_order_in_which_they_are_listed() -> None:
+    made = profile(*devices(1.0, 1.0, 1.0, 1.0), num_layers=9)
+    assert solve(made, workload=WORKLOAD).devices == ("d0", "d1", "d2", "d3")
+    alone = solve(profile(*devices(1.0, 1.0, 1.0), latency_s=1.0), workload=WORKLOAD, objective="latency")
+    assert alone.devices == ("d0",)
+    mixed = solve(profile(*devices(3.0, 1.0, 3.0), num_layers=12), workload=WORKLOAD).devices
+    assert mixed.index("d0") < mixed.index("d2")
+
+
+def test_like_devices_behind_unlike_links_stay_where_they_are() -> None:
+    made = profile(*devices(1.0, 1.0, 1.0), num_layers=9)
+    far = LinkProfile(source="d0", target="d1", latency_s=5.0, bandwidth_bytes_per_s=None)
+    links = tuple(far if (each.source, each.target) == ("d0", "d1") else each for each in made.links)
+    plan = solve(dataclasses.replace(made, links=links), workload=WORKLOAD)
+    assert len(plan.stages) == 3
+    assert plan.predicted.step_s < 1

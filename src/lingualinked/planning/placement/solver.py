@@ -29,6 +29,7 @@ from lingualinked.planning.placement.relaxation import relaxation_value
 from lingualinked.planning.placement.search import search_bottleneck, search_sum
 from lingualinked.planning.placement.spans import TOLERANCE, SpanTables
 from lingualinked.planning.placement.subsets import best_of_subsets, work_of
+from lingualinked.planning.placement.symmetry import in_listed_order
 from lingualinked.planning.plan import Objective
 
 Search: TypeAlias = Callable[[Costs], Route | None]
@@ -134,6 +135,8 @@ def solve_problem(
         )
     along = tuple(order) if order is not None else None
     placement = _decide(problem, tables, objective, limit, route, exact, along)
+    if along is None:
+        placement = in_listed_order(problem, placement)
     value = {"throughput": bottleneck_s, "latency": latency_s, "energy": energy_j}[objective](problem, placement)
     relaxation = min(value, relaxation_value(problem, objective, devices, limit))
     if exact is not None:
