@@ -51,6 +51,19 @@ def test_every_device_and_link_is_measured(cache: Path, pair: ll.Cluster, tiny_l
         assert link.latency_s >= imitated
 
 
+def test_a_link_may_be_slower_one_way(cache: Path, tiny_llama: str) -> None:
+    devices = [ll.Device(name=name, threads=1) for name in "ab"]
+    slow = ll.Link(latency="40ms", bandwidth="1MB/s")
+    with ll.Cluster(devices, links={("a", "b"): slow}) as cluster:
+        profile = ll.profile_model(tiny_llama, cluster, workload=WORKLOAD)
+    there, back = profile.link("a", "b"), profile.link("b", "a")
+    assert there.latency_s >= 0.04
+    assert back.latency_s < 0.04
+    assert there.bandwidth_bytes_per_s is not None
+    assert there.bandwidth_bytes_per_s <= 1e6 * 1.01  # never faster than it is made; the clock counts microseconds
+    assert back.bandwidth_bytes_per_s is None or back.bandwidth_bytes_per_s > there.bandwidth_bytes_per_s
+
+
 def test_bytes_are_those_that_a_running_model_holds(shared_cluster: ll.Cluster, tiny_llama: str) -> None:
     plan = ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)])
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan=plan, progress=False) as model:

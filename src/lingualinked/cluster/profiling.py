@@ -9,12 +9,13 @@ import concurrent.futures
 import dataclasses
 import importlib.metadata
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from lingualinked.device import CALLER, Device, link_between
+from lingualinked.device import CALLER, Device, Link, link_between
 from lingualinked.profile import DeviceProfile, LinkProfile, ModuleTimes, Profile, StepTime
 from lingualinked.protocol.messages import LinkProbed, MeasuredStep, MeasureModel, ModelMeasured, ProbeLink, StepShape
 
@@ -191,13 +192,17 @@ def _times(answers: Iterable[Sequence[MeasuredStep]]) -> ModuleTimes | None:
 
 
 def _measure_links(cluster: Cluster) -> Iterator[LinkProfile]:
-    """Probe every pair of parties, each party in one pair at a time; a link is taken to be as slow back as there."""
+    """Probe every pair of parties, each party in one pair at a time.
+
+    A link is taken to be as slow back as there, but for what is known to be imitated.
+    """
     by_name: dict[str, Device | None] = {CALLER: None} | {device.name: device for device in cluster.devices}
     likeness = {
         (source, target): link_between(by_name[source], by_name[target], cluster.links)
         for source, target in itertools.permutations(by_name, 2)
     }
-    found: defaultdict[object, list[tuple[float, float | None]]] = defaultdict(list)
+    latencies: defaultdict[Link, list[float]] = defaultdict(list)
+    rates: defaultdict[Link, list[float]] = defaultdict(list)
     for pairs in _rounds(list(by_name)):
         probes = []
         for source, target in pairs:
@@ -212,17 +217,20 @@ def _measure_links(cluster: Cluster) -> Iterator[LinkProfile]:
             del future
             small_s = statistics.median(seconds[1:_NUM_SMALL])  # the first one makes the connection
             large_s = statistics.median(seconds[_NUM_SMALL:])
-            rate = (large - _SMALL_BYTES) / (large_s - small_s) if large_s > small_s else None
-            for ends in ((prober, other), (other, prober)):
-                found[likeness[ends]].append((small_s / 2, rate))
-    for (source, target), alike in likeness.items():
-        measured = found[alike]
-        rates = [rate for _, rate in measured if rate is not None]
+            there, back = likeness[prober, other], likeness[other, prober]
+            own_s = max(0.0, small_s - there.latency_s - back.latency_s) / 2
+            for link in (there, back):
+                latencies[link].append(own_s + link.latency_s)
+            if large_s > small_s:
+                rates[there].append((large - _SMALL_BYTES) / (large_s - small_s))
+    for (source, target), link in likeness.items():
+        stated = [] if link.bandwidth_bytes_per_s == math.inf else [link.bandwidth_bytes_per_s]
+        measured = rates[link] or stated
         yield LinkProfile(
             source=source,
             target=target,
-            latency_s=statistics.median(latency_s for latency_s, _ in measured),
-            bandwidth_bytes_per_s=statistics.median(rates) if rates else None,
+            latency_s=statistics.median(latencies[link]),
+            bandwidth_bytes_per_s=statistics.median(measured) if measured else None,
         )
 
 
