@@ -15,6 +15,7 @@ import msgspec
 
 from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
+from lingualinked.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,8 @@ class ModelProfile:
         Bytes of one row and token that cross a hop, and that go back to the caller.
     working_bytes : int
         Bytes of intermediate results per row and token of a step.
+    max_positions : int or None
+        Tokens that a text may have where positions are learned; ``None`` where they are computed.
     """
 
     name: str
@@ -130,6 +133,30 @@ class ModelProfile:
     hidden_bytes: int
     logits_bytes: int
     working_bytes: int
+    max_positions: int | None = None
+
+    def fit_workload(self, workload: Workload | None) -> Workload:
+        """Return the workload, once the model is known to be able to run it; or else the default one, made to fit.
+
+        Raises
+        ------
+        ArgumentError
+            If its texts are longer than the learned positions.
+        """
+        default, limit = Workload(), self.max_positions
+        if workload is None:
+            if limit is None or default.num_tokens <= limit:
+                return default
+            prompt_tokens = max(1, limit // 2)
+            return dataclasses.replace(default, prompt_tokens=prompt_tokens, new_tokens=max(1, limit - prompt_tokens))
+        if not isinstance(workload, Workload):
+            raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
+        if limit is not None and workload.num_tokens > limit:
+            raise ArgumentError(
+                f"prompt_tokens={workload.prompt_tokens} and new_tokens={workload.new_tokens} of the workload are more "
+                f"than the {limit} positions that the model has learned: plan for shorter texts"
+            )
+        return workload
 
     @property
     def num_layers(self) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 import lingualinked as ll
-from families import save_tiny
+from families import reference, save_tiny
 from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
 from profiles import MIB, model_profile
@@ -162,3 +165,43 @@ def test_spans_show_every_kind_and_both_ends_within_memory() -> None:
     spans = measured_spans(mixed, None)
     assert {mixed.kind_of_layer[end - 1] for start, end in spans if end - start == 2} == {0, 1, 2}
     assert (7, 8) in spans
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "opt"])
+def test_models_of_few_positions_and_of_experts_are_planned_by_default(
+    family: str,
+    dtype: torch.dtype,
+    cache: Path,
+    shared_cluster: ll.Cluster,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = save_tiny(family, dtype, tmp_path_factory.mktemp(family))
+    ids = torch.tensor([[5, 9, 11]])
+    with ll.ShardedModel.from_pretrained(path, cluster=shared_cluster, progress=False) as model:
+        tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+        limit = model.profile.model.max_positions
+        assert limit is None or model.plan.workload.num_tokens <= limit
+    assert torch.equal(tokens, reference(path).generate(ids, max_new_tokens=6, do_sample=False))
+    if limit is not None:
+        for exact in (
+            ll.Workload(prompt_tokens=limit - 1, new_tokens=1),
+            ll.Workload(prompt_tokens=1, new_tokens=limit - 1),
+        ):
+            ll.profile_model(path, shared_cluster, workload=exact)
+        with pytest.raises(ll.ArgumentError, match=f"more than the {limit} positions"):
+            ll.profile_model(path, shared_cluster, workload=ll.Workload(prompt_tokens=limit, new_tokens=1))
+
+
+def test_profiles_may_be_made_by_several_threads_at_once(cache: Path, pair: ll.Cluster, tiny_llama: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(ll.profile_model, tiny_llama, pair, workload=WORKLOAD, refresh=True) for _ in range(4)]
+        assert {future.result(60).model.num_layers for future in futures} == {4}
+
+
+def test_a_worker_that_dies_ends_the_measuring(cache: Path, tiny_llama: str) -> None:
+    with ll.Cluster([ll.Device(name="a", threads=1), ll.Device(name="b", threads=1)]) as cluster:
+        cluster.wait()
+        os.kill(cluster.pids["b"], signal.SIGKILL)
+        with pytest.raises(ll.WorkerDiedError, match="'b'"):
+            ll.profile_model(tiny_llama, cluster, workload=WORKLOAD)

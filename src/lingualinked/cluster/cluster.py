@@ -193,6 +193,8 @@ class Cluster:
         ClosedError, WorkerDiedError, StepTimeoutError
             If a worker can't be told.
         """
+        from lingualinked.cluster.pending import results_of
+
         self.device(name)
         before = self._behaving[name]
         self._behaving[name] = changed = dataclasses.replace(
@@ -207,8 +209,7 @@ class Cluster:
             self._engine.request(device.name, self._imitate(device), "a change of pace", self.timeout_s)
             for device in self._behaving.values()
         ]
-        while told:
-            told.pop().result()  # not held while it may raise: it would lead back here
+        results_of(told)
 
     def _imitate(self, device: Device) -> Callable[[int], Imitate]:
         from lingualinked.protocol.messages import Imitate

@@ -46,6 +46,30 @@ class Pending:
     future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
+def results_of(futures: list[concurrent.futures.Future[object]]) -> list[object]:
+    """Wait for futures and give their results; the first that fails ends the wait for the others.
+
+    Parameters
+    ----------
+    futures : list of Future
+        Emptied: a future would lead from its error to this frame and back, and only the collector would free it.
+
+    Returns
+    -------
+    list of object
+        In the order of the futures.
+    """
+    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+    error = next((error for future in done if (error := future.exception()) is not None), None)
+    try:
+        if error is not None:
+            raise error
+        return [future.result() for future in futures]
+    finally:
+        futures.clear()
+        del done, _, error
+
+
 class PendingAnswers:
     """All answers that are due; used by one thread.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import inspect_model
+from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.session import KVBudget, Session
 from lingualinked.device import CALLER
 from lingualinked.errors import ClosedError
@@ -77,15 +78,7 @@ class Pipeline:
         check_memory(self.plan, self.cluster.devices)
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
-        futures = [self._request_stage(index, on_progress) for index in range(len(self.plan.stages))]
-        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        error = next((error for future in done if (error := future.exception()) is not None), None)
-        if error is not None:
-            try:
-                raise error
-            finally:
-                # They would lead from the error back here, and only the collector would free it.
-                del futures, done, error
+        results_of([self._request_stage(index, on_progress) for index in range(len(self.plan.stages))])
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
+from lingualinked.cluster.pending import results_of
 from lingualinked.device import CALLER, Device, Link, link_between
 from lingualinked.profile import DeviceProfile, LinkProfile, ModuleTimes, Profile, StepTime
 from lingualinked.protocol.messages import LinkProbed, MeasuredStep, MeasureModel, ModelMeasured, ProbeLink, StepShape
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lingualinked.profile import ModelProfile
     from lingualinked.workload import Workload
 
+_NUM_PREFILLS, _NUM_DECODES = 2, 6  # repeats that count; one more goes before them
 _SMALL_BYTES, _LARGE_BYTES = 64, 256 << 10
 _NUM_SMALL, _NUM_LARGE = 7, 3
 _LONGEST_PROBE_S = 0.05  # that one large message may be on an imitated link
@@ -83,9 +85,16 @@ def profile_cluster(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
     )
 
 
-def step_shapes(workload: Workload) -> tuple[StepShape, ...]:
-    """Give the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer."""
-    steps = [(max(2, workload.prompt_tokens), 0), (1, workload.prompt_tokens), (1, workload.num_tokens)]
+def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[StepShape, ...]:
+    """Give the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer.
+
+    Each decode step is repeated, and every repeat lengthens the text: learned positions must suffice for all.
+    """
+    early, late = workload.prompt_tokens, workload.num_tokens
+    if max_positions is not None:
+        early = max(1, min(early, max_positions - 2 * (_NUM_DECODES + 1)))
+        late = max(1, min(late, max_positions - (_NUM_DECODES + 1)))
+    steps = [(max(2, workload.prompt_tokens), 0), *((1, context) for context in sorted({early, late}))]
     return tuple(
         StepShape(rows=rows, tokens=tokens, context=context)
         for rows in sorted({1, workload.batch_size})
@@ -124,7 +133,9 @@ def _measure_models(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
                 spec=blank,
                 spans=measured_spans(model, device.memory_bytes),
                 kind_of_layer=model.kind_of_layer,
-                shapes=step_shapes(workload),
+                shapes=step_shapes(workload, model.max_positions),
+                num_prefills=_NUM_PREFILLS,
+                num_decodes=_NUM_DECODES,
                 layout=footprint.layout,
                 hidden_size=footprint.hidden_size,
             ),
@@ -132,8 +143,7 @@ def _measure_models(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
             cluster.timeout_s,
         )
 
-    futures = [request(device) for device in cluster.devices]
-    return [cast("ModelMeasured", futures.pop(0).result()) for _ in cluster.devices]
+    return cast("list[ModelMeasured]", results_of([request(device) for device in cluster.devices]))
 
 
 def _likeness(device: Device, hardware: str) -> object:
@@ -204,17 +214,17 @@ def _measure_links(cluster: Cluster) -> Iterator[LinkProfile]:
     latencies: defaultdict[Link, list[float]] = defaultdict(list)
     rates: defaultdict[Link, list[float]] = defaultdict(list)
     for pairs in _rounds(list(by_name)):
-        probes = []
+        probes, futures = [], []
         for source, target in pairs:
             prober, other = (target, source) if source == CALLER else (source, target)
             bandwidth = likeness[prober, other].bandwidth_bytes_per_s
             large = int(max(4 * _SMALL_BYTES, min(_LARGE_BYTES, bandwidth * _LONGEST_PROBE_S)))
             sizes = (_SMALL_BYTES,) * _NUM_SMALL + (large,) * _NUM_LARGE
-            probes.append((prober, other, large, _probe(cluster, prober, other, sizes)))
-        while probes:
-            prober, other, large, future = probes.pop()
-            seconds = cast("LinkProbed", future.result()).seconds
-            del future
+            probes.append((prober, other, large))
+            futures.append(_probe(cluster, prober, other, sizes))
+        answers = cast("list[LinkProbed]", results_of(futures))
+        for (prober, other, large), answer in zip(probes, answers, strict=True):
+            seconds = answer.seconds
             small_s = statistics.median(seconds[1:_NUM_SMALL])  # the first one makes the connection
             large_s = statistics.median(seconds[_NUM_SMALL:])
             there, back = likeness[prober, other], likeness[other, prober]

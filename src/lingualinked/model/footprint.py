@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lingualinked.errors import UncuttableModelError
-from lingualinked.model.parts import ModelParts, NoData
+from lingualinked.model.parts import ModelParts, NoData, build_meta, learned_positions
 from lingualinked.model.stage import flatten
 from lingualinked.profile import ModelProfile
 
@@ -70,19 +70,28 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     """
     layers = meta_model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
-    cache, output, logits = _pass_without_data(meta_model, layers)
+    itemsize: int = getattr(torch, spec.dtype).itemsize
+    try:
+        cache, output, logits = _pass_without_data(meta_model, layers)
+    except UncuttableModelError:  # some kernels know no float32 without data; the shapes are those of bfloat16
+        if spec.dtype == "bfloat16":
+            raise
+        other = build_meta(replace(spec, dtype="bfloat16"))
+        other_layers = other.get_submodule(parts.layers)
+        assert isinstance(other_layers, nn.ModuleList)
+        cache, output, logits = _pass_without_data(other, other_layers)
     kv_bytes, windows, kinds = [], [], []
     for layer in layers:
         slots = {index for module in layer.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
         kept = [cache.layers[slot] for slot in sorted(slots) if slot < len(cache.layers)]
-        kv_bytes.append(sum((each.keys.nbytes + each.values.nbytes) // _TOKENS for each in kept))
+        kv_bytes.append(sum(itemsize * (each.keys.numel() + each.values.numel()) // _TOKENS for each in kept))
         windows.append(min((each.sliding_window for each in kept if each.is_sliding), default=None))
         shapes = [f"{name} {list(each.shape)} {each.dtype}" for name, each in layer.named_parameters()]
         kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], tuple(shapes)))
     distinct = list(dict.fromkeys(kinds))
     widest = max(max(parameter.shape) for layer in layers for parameter in layer.parameters())
     (hidden,), layout = flatten(output)
-    hidden_bytes = hidden.nbytes // _TOKENS
+    hidden_bytes = hidden.numel() * itemsize // _TOKENS
     profile = ModelProfile(
         name=str(meta_model.config.name_or_path or spec.class_name),
         fingerprint=_fingerprint(spec),
@@ -96,9 +105,10 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         epilogue_bytes=parts.epilogue_bytes,
         tied_bytes=parts.tied_bytes,
         hidden_bytes=hidden_bytes,
-        logits_bytes=logits.nbytes // _TOKENS,
+        logits_bytes=logits.numel() * itemsize // _TOKENS,
         # An estimate: a few copies of the hidden states, in part in float32, and a gated block's three widest results.
-        working_bytes=12 * hidden_bytes + 3 * widest * hidden.element_size(),
+        working_bytes=12 * hidden_bytes + 3 * widest * itemsize,
+        max_positions=learned_positions(meta_model),
     )
     return Footprint(profile=profile, layout=layout, hidden_size=hidden.shape[-1])
 

@@ -89,8 +89,8 @@ def solve(
     J. Zhao et al., "LinguaLinked: A Distributed Large Language Model Inference System for Mobile Devices",
     arXiv:2312.00388, whose objective is the sum; it never rewards a pipeline's overlap.
     """
-    workload = workload or Workload()
-    _check_arguments(profile, objective, workload, min_tokens_per_s, reserve)
+    _check_arguments(profile, objective, min_tokens_per_s, reserve)
+    workload = profile.model.fit_workload(workload)
     problem = WorkloadCosts(profile, workload, reserve).problem()
     floor_s = None if min_tokens_per_s is None else workload.batch_size / min_tokens_per_s
     try:
@@ -139,8 +139,8 @@ def baseline(
     """
     if kind not in _BASELINES:
         raise ArgumentError(f"kind={kind!r} must be one of {sorted(_BASELINES)}")
-    workload = workload or Workload()
-    _check_arguments(profile, "throughput", workload, None, reserve)
+    _check_arguments(profile, "throughput", None, reserve)
+    workload = profile.model.fit_workload(workload)
     problem = WorkloadCosts(profile, workload, reserve).problem()
     return _plan(problem, _BASELINES[kind](problem), profile, workload, reserve)
 
@@ -165,17 +165,13 @@ def _plan(problem: Problem, placement: Placement, profile: Profile, workload: Wo
     )
 
 
-def _check_arguments(
-    profile: object, objective: object, workload: object, min_tokens_per_s: object, reserve: object
-) -> None:
+def _check_arguments(profile: object, objective: object, min_tokens_per_s: object, reserve: object) -> None:
     if not isinstance(profile, Profile):
         raise ArgumentError(
             f"profile is a {type(profile).__name__}: give a lingualinked.Profile (profile_model makes one)"
         )
     if objective not in get_args(Objective):
         raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
-    if not isinstance(workload, Workload):
-        raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
     if not isinstance(reserve, int | float) or isinstance(reserve, bool) or not 0 <= reserve < 1:
         raise ArgumentError(f"reserve={reserve!r} must be a share of memory, from 0 to below 1")
     if min_tokens_per_s is not None and (

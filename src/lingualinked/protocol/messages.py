@@ -66,7 +66,8 @@ class StepShape(Message, frozen=True):
 class MeasureModel(Message, frozen=True, tag=7):
     """Measure what the parts of a model cost: run spans of one or two layers with weights that are filled in.
 
-    ``layout`` and ``hidden_size`` describe what crosses a boundary.
+    ``layout`` and ``hidden_size`` describe what crosses a boundary. Steps are repeated so many times, after one that shows
+    what a new shape costs once.
     """
 
     request: int
@@ -76,6 +77,8 @@ class MeasureModel(Message, frozen=True, tag=7):
     shapes: tuple[StepShape, ...]
     layout: tuple[bool, ...] | None
     hidden_size: int
+    num_prefills: int
+    num_decodes: int
 
 
 class ProbeLink(Message, frozen=True, tag=8):

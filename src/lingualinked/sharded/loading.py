@@ -246,8 +246,9 @@ def place(described: Described, arguments: LoadArguments) -> Plan:
     cluster, given, weights = arguments.cluster, arguments.plan, described.parts.weights
     assert cluster is not None
     if given is None:
-        workload = arguments.workload or Workload()
-        return find_plan(cluster, described.spec, described.footprint(), workload, arguments.objective)
+        footprint = described.footprint()
+        workload = footprint.profile.fit_workload(arguments.workload)
+        return find_plan(cluster, described.spec, footprint, workload, arguments.objective)
     if isinstance(given, str):
         return even_plan(weights, cluster.devices)
     check_plan(given, len(weights.layers), [device.name for device in cluster.devices])

@@ -74,7 +74,9 @@ def profile_model(
         described = describe_spec(model_or_path._pipeline.spec)  # noqa: SLF001 - within the room
     else:
         described = describe(LoadArguments.of(os.fspath(model_or_path), cluster, **kwargs))
-    return find_profile(cluster, described.spec, described.footprint(), workload or Workload(), refresh=refresh)
+    footprint = described.footprint()
+    fitting = footprint.profile.fit_workload(workload)
+    return find_profile(cluster, described.spec, footprint, fitting, refresh=refresh)
 
 
 def estimate_profile(
@@ -118,7 +120,7 @@ def estimate_profile(
     from lingualinked.sharded.loading import LoadArguments, describe
 
     model = describe(LoadArguments.of(os.fspath(path), None, **kwargs)).footprint().profile
-    return roofline_profile(model, devices, figures, links=links, workload=workload)
+    return roofline_profile(model, devices, figures, links=links, workload=model.fit_workload(workload))
 
 
 def find_profile(

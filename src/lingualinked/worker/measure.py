@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lingualinked.model.loading import LoadedSpan
 
 _FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
-_REPEATS = {True: 6, False: 2}  # of decode steps, of prefill steps
 
 Part = str | int
 """What time is spent on: a kind of layer, or ``"prologue"``, ``"epilogue"``, ``"stage"`` (all the rest)."""
@@ -81,7 +80,7 @@ class Measurer:
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]
                 for shape in shapes:
                     if shape.tokens > 1:
-                        for _ in range(_REPEATS[False] + 1):  # the first shows what a new shape costs, once
+                        for _ in range(self._request.num_prefills + 1):
                             self._step(_Session(hosted, self._request, shape.rows), watch, shape)
                         self._drop_first(shape)
                 session = _Session(hosted, self._request, rows)
@@ -89,7 +88,7 @@ class Measurer:
                 for shape in sorted(decode, key=lambda shape: shape.context):
                     if shape.context > session.num_tokens:
                         session.step(shape.context - session.num_tokens)
-                    for _ in range(_REPEATS[True] + 1):
+                    for _ in range(self._request.num_decodes + 1):
                         self._step(session, watch, shape)
                     self._drop_first(shape)
                 session.end()

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import traceback
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import NoReturn, TypedDict
 
@@ -108,7 +109,7 @@ class Worker:
         self._stages: dict[tuple[int, int], HostedStage] = {}
         self._idle_resident_bytes = resident_bytes()
         self._num_refused = 0
-        self._probes: dict[str, LinkProbe] = {}
+        self._probes: defaultdict[str, deque[LinkProbe]] = defaultdict(deque)  # by target
         self._pace = Pace(boot.threads, 1.0)
         self._imitate(boot.imitation)
 
@@ -220,8 +221,10 @@ class Worker:
     def _probe(self, message: ProbeLink) -> None:
         try:
             self._mailbox.connect(message.target, message.address, message.key)
-            probe = self._probes[message.target] = LinkProbe(message, self._mailbox, self._boot.public_key)
-            probe.send()
+            waiting = self._probes[message.target]
+            waiting.append(LinkProbe(message, self._mailbox, self._boot.public_key))
+            if len(waiting) == 1:  # one at a time: two would measure each other
+                waiting[0].send()
         except Exception as error:  # noqa: BLE001 - the caller raises it
             self._tell(RequestFailed(request=message.request, **_failure(error)))
 
@@ -230,13 +233,15 @@ class Worker:
         self._mailbox.send(sender, encode(Pong(number=message.number)))
 
     def _go_on_probing(self, message: Pong, sender: str) -> None:
-        probe = self._probes.get(sender)
-        if probe is None:
+        waiting = self._probes[sender]
+        if not waiting:
             raise ProtocolError(f"a Pong of {sender!r}, which was sent no Ping")
-        answer = probe.take(message)
+        answer = waiting[0].take(message)
         if answer is not None:
-            del self._probes[sender]
+            waiting.popleft()
             self._tell(answer)
+            if waiting:
+                waiting[0].send()
 
     def _step(self, step: Step, delivery: Delivery) -> None:
         try:
