@@ -18,7 +18,7 @@ _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", star
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|B)?\s*", re.IGNORECASE | re.ASCII)
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(bit|b|B)(?:/s|ps)\s*", re.ASCII)
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|ms|us|µs)\s*")
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|ms|us|µs)\s*", re.ASCII)
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _ACCELERATOR = re.compile(r"cpu|mps|cuda:\d+")
 
@@ -126,7 +126,10 @@ def parse_seconds(duration: float | str, field: str = "latency") -> float:
 def _number(value: object, refusal: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentError(refusal)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +183,8 @@ class Device:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or self.name != self.name.strip():
             raise ArgumentError(f"name={self.name!r} must be a non-empty text without surrounding blanks")
+        if not self.name.isprintable():
+            raise ArgumentError(f"name={self.name!r} must be printable: it stands in plans, errors and logs")
         if self.name == CALLER:
             raise ArgumentError(f"name={self.name!r} is the name of the calling process: choose another")
         if not isinstance(self.accelerator, str) or _ACCELERATOR.fullmatch(self.accelerator) is None:

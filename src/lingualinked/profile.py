@@ -135,6 +135,28 @@ class ModelProfile:
     working_bytes: int
     max_positions: int | None = None
 
+    def __post_init__(self) -> None:
+        num_layers = len(self.kind_of_layer)
+        for name in ("layer_weight_bytes", "layer_kv_bytes", "layer_windows"):
+            if len(getattr(self, name)) != num_layers or not num_layers:
+                raise ArgumentError(
+                    f"{name} of a model profile are {len(getattr(self, name))}, for {num_layers} layers"
+                )
+        if not all(0 <= kind < len(self.kinds) for kind in self.kind_of_layer):
+            raise ArgumentError(f"kind_of_layer of a model profile names kinds beyond its {len(self.kinds)}")
+        sizes = (
+            *self.layer_weight_bytes,
+            *self.layer_kv_bytes,
+            self.prologue_bytes,
+            self.epilogue_bytes,
+            self.tied_bytes,
+            self.hidden_bytes,
+            self.logits_bytes,
+            self.working_bytes,
+        )
+        if min(sizes) < 0:
+            raise ArgumentError(f"a size of a model profile is {min(sizes)} bytes: sizes are not negative")
+
     def fit_workload(self, workload: Workload | None) -> Workload:
         """Return the workload, once the model is known to be able to run it; or else the default one, made to fit.
 

@@ -97,10 +97,12 @@ def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: p
         (["--objective", "energy"], "needs watts="),
         (["--dtype", "int8"], "dtype='int8'"),
         (["--num-sessions", "1000000"], "what would fit"),
+        (["--plot", "/no/such/folder/plan.png"], "no picture can be written to --plot"),
+        (["--plot", "plan.odd"], "no picture can be written to --plot"),
     ],
 )
 def test_what_can_not_be_planned(
-    tiny_llama: str, cluster_file: Path, no_workers: None, arguments: list[str], message: str
+    matplotlib_fonts: None, tiny_llama: str, cluster_file: Path, no_workers: None, arguments: list[str], message: str
 ) -> None:
     result = plan(tiny_llama, "-d", cluster_file, *SHAPE, *arguments)
     assert result.exit_code == 1

@@ -69,10 +69,17 @@ def read_cluster_file(path: Path) -> ClusterFile:
             if missing:
                 raise ArgumentError(f"device {device.name!r} of {path} states {list(stated)} and not {missing}")
             figures[device.name] = Figures(**stated)
-    links = {}
-    for table in content.get("links", []):
+    links: dict[tuple[str, str], Link] = {}
+    link_tables = content.get("links", [])
+    if not isinstance(link_tables, list):
+        raise ArgumentError(f"links of {path} are no [[links]] tables")
+    for table in link_tables:
         _refuse_unknown(table, ("source", "target", "bandwidth", "latency"), f"a [[links]] table of {path}")
-        ends = (table.get("source", ""), table.get("target", ""))
+        ends = (table.get("source"), table.get("target"))
+        if not all(isinstance(end, str) for end in ends):
+            raise ArgumentError(f"a [[links]] table of {path} needs source and target, names of devices: it has {ends}")
+        if ends in links:
+            raise ArgumentError(f"{path} has two links from {ends[0]!r} to {ends[1]!r}")
         links[ends] = Link(**{name: value for name, value in table.items() if name not in ("source", "target")})
     return ClusterFile(
         devices=tuple(devices), links=check_links(links, [device.name for device in devices]), figures=figures

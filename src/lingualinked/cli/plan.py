@@ -35,7 +35,10 @@ def run_plan(
     profile = _profile(path, asked, workload, dtype)
     plan = ll.solve(profile, objective=objective, workload=workload)
     if plot is not None:
-        plan.plot().savefig(plot, dpi=120)
+        try:
+            plan.plot().savefig(plot, dpi=120)
+        except (OSError, ValueError) as error:
+            raise ll.ArgumentError(f"no picture can be written to --plot {str(plot)!r}: {error}") from error
     if as_json:
         print(plan.to_json())  # noqa: T201 - not the console's to wrap
         return

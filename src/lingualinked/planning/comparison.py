@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lingualinked.errors import ArgumentError
+from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction, predict
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.workload import Workload
-
-if TYPE_CHECKING:
-    from lingualinked.planning.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,9 @@ class Comparison:
         figure : str
             An attribute of `Prediction` that is a number, e.g. ``"pipeline_tokens_per_s"``.
         """
-        values = [getattr(prediction, figure) for prediction in self.predictions]
+        values: list[Any] = [getattr(prediction, figure, None) for prediction in self.predictions]
+        if not all(isinstance(value, int | float) for value in values):
+            raise ArgumentError(f"figure={figure!r} is no number of a Prediction")
         return tuple(value / values[0] for value in values)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -67,6 +67,11 @@ def compare_plans(plans: Sequence[Plan], names: Sequence[str]) -> Comparison:
     ArgumentError
         If a plan is of another number of layers, the names are not as many as the plans, or the first has no profile.
     """
+    for plan in plans:
+        if not isinstance(plan, Plan):
+            raise ArgumentError(
+                f"a {type(plan).__name__} can't be compared with a plan: give lingualinked.Plan objects"
+            )
     names = tuple(names) or tuple(f"plan {index}" for index in range(len(plans)))
     if len(names) != len(plans):
         raise ArgumentError(f"names={names} for {len(plans)} plans: give one for each, this plan's first")

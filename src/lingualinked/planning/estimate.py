@@ -57,7 +57,10 @@ class Figures:
             return float(match[1]) * 1000.0 ** " KMGTP".index(match[2] or " ")
         if isinstance(self.flops, bool) or not isinstance(self.flops, int | float):
             raise ArgumentError(f"flops={self.flops!r} is no rate: write a number, or 2TFLOP/s")
-        return float(self.flops)
+        try:
+            return float(self.flops)
+        except OverflowError:
+            return math.inf
 
     @property
     def memory_bytes_per_s(self) -> float:

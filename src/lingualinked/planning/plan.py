@@ -123,6 +123,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ArgumentError("a plan needs at least one stage")
+        if not 0 <= self.reserve < 1:
+            raise ArgumentError(f"reserve={self.reserve!r} of a plan must be a share of memory, from 0 to below 1")
         expected = 0
         for stage in self.stages:
             if not isinstance(stage.start, int) or not isinstance(stage.end, int):
@@ -222,6 +224,9 @@ class Plan:
             If the plan has no profile.
         """
         from lingualinked.planning.prediction import predict
+
+        if not isinstance(workload, Workload):
+            raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
         from lingualinked.planning.workload_costs import WorkloadCosts  # both stand on the plan, and on NumPy
 
         return predict(self.stages, WorkloadCosts(self.measured, workload, self.reserve))

@@ -27,7 +27,7 @@ from lingualinked.profile import Profile
 from lingualinked.workload import Workload
 
 _BASELINES = {"even": even, "by_memory": by_memory, "sum_objective": sum_objective}
-_GIB = 1024**3
+_FASTEST = 1e12  # tokens per second that nobody asks for: beyond, the seconds of a step are no numbers any more
 
 
 def solve(
@@ -92,10 +92,16 @@ def solve(
     _check_arguments(profile, objective, min_tokens_per_s, reserve)
     workload = profile.model.fit_workload(workload)
     problem = WorkloadCosts(profile, workload, reserve).problem()
-    floor_s = None if min_tokens_per_s is None else workload.batch_size / min_tokens_per_s
+    floor_s = None if min_tokens_per_s is None else workload.batch_size / float(min_tokens_per_s)
     try:
         solution = solve_problem(problem, objective, order=_indices(order, profile), max_bottleneck_s=floor_s)
     except InfeasiblePlanError as error:
+        if floor_s is not None and _fits(profile, workload, reserve):
+            fastest = solve(profile, workload=workload, order=order, reserve=reserve).predicted.pipeline_tokens_per_s
+            raise InfeasiblePlanError(
+                f"no plan gives min_tokens_per_s={min_tokens_per_s:g}: the fastest gives {fastest:.1f} tokens/s; "
+                "ask for less, or add a device"
+            ) from error
         raise _with_remedy(error, profile, workload, reserve) from error
     used = {span.device for span in solution.placement}
     solved = Solved(
@@ -137,7 +143,7 @@ def baseline(
     InfeasiblePlanError
         If it does not fit.
     """
-    if kind not in _BASELINES:
+    if not isinstance(kind, str) or kind not in _BASELINES:
         raise ArgumentError(f"kind={kind!r} must be one of {sorted(_BASELINES)}")
     _check_arguments(profile, "throughput", None, reserve)
     workload = profile.model.fit_workload(workload)
@@ -177,7 +183,7 @@ def _check_arguments(profile: object, objective: object, min_tokens_per_s: objec
     if min_tokens_per_s is not None and (
         not isinstance(min_tokens_per_s, int | float)
         or isinstance(min_tokens_per_s, bool)
-        or not 0 < min_tokens_per_s < math.inf
+        or not 0 < min_tokens_per_s < _FASTEST
     ):
         raise ArgumentError(f"min_tokens_per_s={min_tokens_per_s!r} must be a positive, finite number")
     if objective == "energy":
@@ -189,6 +195,8 @@ def _check_arguments(profile: object, objective: object, min_tokens_per_s: objec
 def _indices(order: Sequence[str] | None, profile: Profile) -> tuple[int, ...] | None:
     if order is None:
         return None
+    if not isinstance(order, Sequence) or isinstance(order, str):
+        raise ArgumentError(f"order={order!r} must be a list of device names")
     for name in order:
         profile.device(name)
         if list(order).count(name) > 1:
@@ -214,9 +222,14 @@ def _with_remedy(
         remedies.append(f"num_sessions={sessions} instead of {workload.num_sessions}")
     added = _extra_memory(profile, workload, reserve)
     if added is not None:
-        remedies.append(f"one more device of at least {added / _GIB:.2f} GiB")
+        remedies.append(f"one more device of at least {_memory_text(added)}")
     text = f"{error}; what would fit: {', or '.join(remedies)}" if remedies else str(error)
     return InfeasiblePlanError(text, missing_bytes=error.missing_bytes)
+
+
+def _memory_text(num_bytes: int) -> str:
+    unit, size = ("GiB", 1024**3) if num_bytes >= 1024**3 / 10 else ("MiB", 1024**2)
+    return f"{math.ceil(100 * num_bytes / size) / 100:.2f} {unit}"
 
 
 def _of_tokens(workload: Workload, num_tokens: int) -> Workload:

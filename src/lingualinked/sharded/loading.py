@@ -69,6 +69,10 @@ class LoadArguments:
     trust_remote_code: bool = False
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.load_format not in ("auto", "dummy"):
+            raise ArgumentError(f"load_format={self.load_format!r} must be 'auto' or 'dummy'")
+
     @classmethod
     def of(cls, path: str, cluster: Cluster | None, **arguments: Any) -> LoadArguments:
         """Sort arguments: those that are fields, those for the hub, and the rest."""

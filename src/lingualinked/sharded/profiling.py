@@ -65,11 +65,12 @@ def profile_model(
     LingualinkedError
         As `ShardedModel.from_pretrained` says of the path and its arguments, and of workers that fail.
     """
+    from lingualinked.cluster.cluster import Cluster
     from lingualinked.sharded.loading import LoadArguments, describe, describe_spec
     from lingualinked.sharded.model import ShardedModel
 
-    if workload is not None and not isinstance(workload, Workload):
-        raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
+    if not isinstance(cluster, Cluster):
+        raise ArgumentError(f"cluster is a {type(cluster).__name__}: give a lingualinked.Cluster")
     if isinstance(model_or_path, ShardedModel):
         described = describe_spec(model_or_path._pipeline.spec)  # noqa: SLF001 - within the room
     else:

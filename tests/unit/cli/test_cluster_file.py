@@ -66,6 +66,9 @@ def test_devices_links_and_figures_are_read(path: Path) -> None:
         ("[[devices]]\nname = 'a'\nflops = 'fast'\nmemory_bandwidth = 1", "flops='fast'"),
         ("[[devices]]\nname = 'a'\n[[links]]\nsource = 'a'\ntarget = 'b'", "no device 'b'"),
         ("[[devices]]\nname = 'a'\n[[links]]\nsource = 'a'\ntarget = 'caller'\nbandwidth = 0", "bandwidth of a link"),
+        ("links = 3\n[[devices]]\nname = 'a'", r"are no \[\[links\]\] tables"),
+        ("[[devices]]\nname = 'a'\n[[links]]\nsource = ['a']\ntarget = 'caller'", "needs source and target"),
+        ("[[devices]]\nname = 'a'" + "\n[[links]]\nsource = 'a'\ntarget = 'caller'" * 2, "two links from 'a'"),
     ],
 )
 def test_what_can_not_be_used_is_named(path: Path, content: str, message: str) -> None:

@@ -111,7 +111,9 @@ def test_the_order_may_be_fixed() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     made = profile(*devices(1.0, 1.0, memory="30MiB"), num_layers=8)
-    with pytest.raises(ll.InfeasiblePlanError, match=r"what would fit: .*one more device of at least 0\.0") as caught:
+    with pytest.raises(
+        ll.InfeasiblePlanError, match=r"what would fit: .*one more device of at least \d+\.\d+ MiB"
+    ) as caught:
         solve(made, workload=WORKLOAD)
     assert caught.value.missing_bytes > 0
     long = ll.Workload(prompt_tokens=64, new_tokens=960, batch_size=8, num_sessions=2)
@@ -134,6 +136,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         ({"min_tokens_per_s": 0}, "min_tokens_per_s=0"),
         ({"min_tokens_per_s": math.nan}, "min_tokens_per_s=nan"),
         ({"order": []}, "order is empty"),
+        ({"order": 3}, "order=3 must be a list"),
+        ({"min_tokens_per_s": 10**400}, "min_tokens_per_s=1000"),
     ],
 )
 def test_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
@@ -141,6 +145,31 @@ def test_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) 
         solve(profile(), **arguments)
     with pytest.raises(ll.ArgumentError, match="profile is a str"):
         solve("profile")  # type: ignore[arg-type]
+
+
+def test_a_floor_that_can_not_be_had_is_refused_with_what_can() -> None:
+    with pytest.raises(ll.InfeasiblePlanError, match=r"no plan gives min_tokens_per_s=1e\+06: the fastest gives \d"):
+        solve(profile(), workload=WORKLOAD, min_tokens_per_s=1e6)
+
+
+def test_wrong_types_are_refused_by_name() -> None:
+    plan = solve(profile(), workload=WORKLOAD)
+    with pytest.raises(ll.ArgumentError, match="plan is a NoneType"):
+        ll.simulate(None)  # type: ignore[arg-type]
+    with pytest.raises(ll.ArgumentError, match="workload is a int"):
+        ll.simulate(plan, 3)  # type: ignore[arg-type]
+    with pytest.raises(ll.ArgumentError, match="workload is a int"):
+        plan.predict(3)  # type: ignore[arg-type]
+    with pytest.raises(ll.ArgumentError, match="a int can't be compared"):
+        plan.compare(3)  # type: ignore[arg-type]
+    with pytest.raises(ll.ArgumentError, match="figure='stages' is no number"):
+        plan.compare(plan).ratios("stages")
+    with pytest.raises(ll.ArgumentError, match="reserve=7"):
+        dataclasses.replace(plan, reserve=7)
+    with pytest.raises(ll.ArgumentError, match="sizes are not negative"):
+        dataclasses.replace(profile().model, prologue_bytes=-1)
+    with pytest.raises(ll.ArgumentError, match="layer_kv_bytes of a model profile are 1, for 8 layers"):
+        dataclasses.replace(profile().model, layer_kv_bytes=(1,))
 
 
 def test_without_linprog_nothing_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:

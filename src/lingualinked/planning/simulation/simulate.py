@@ -77,7 +77,11 @@ def simulate(
     ArgumentError
         If the plan has no profile, or a number is out of range.
     """
-    workload = workload or plan.workload or Workload()
+    from lingualinked.planning.plan import Plan
+
+    if not isinstance(plan, Plan):
+        raise ArgumentError(f"plan is a {type(plan).__name__}: give a lingualinked.Plan")
+    workload = plan.workload or Workload() if workload is None else workload
     times = pipeline_times(plan.predict(workload))
     return simulate_times(
         times,
