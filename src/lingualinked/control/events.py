@@ -1,0 +1,125 @@
+"""What the balancer is told, and what it asks for.
+
+Plain data; the time is part of every event, since the balancer has no other clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lingualinked.planning.plan import Plan
+from lingualinked.profile import Profile
+from lingualinked.telemetry.decisions import Decision
+from lingualinked.telemetry.samples import DeviceSample, StepSample
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepObserved:
+    """A step has come back."""
+
+    sample: StepSample
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceObserved:
+    """A device has been looked at."""
+
+    sample: DeviceSample
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceJoined:
+    """A device may be used from now on; the profile has it, and all that it had before."""
+
+    time_s: float
+    device: str
+    profile: Profile
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReleased:
+    """The user wants a device emptied, and nothing placed on it again."""
+
+    time_s: float
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLost:
+    """A device is gone; nothing is placed on it again."""
+
+    time_s: float
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceAsked:
+    """The user asks whether there is a better plan, or asks for one of his own.
+
+    Parameters
+    ----------
+    time_s : float
+        When.
+    plan : Plan or None
+        What to move to; ``None``: what the solver finds, if it is worth it.
+    dry_run : bool
+        Whether only to say what would be done.
+    """
+
+    time_s: float
+    plan: Plan | None = None
+    dry_run: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationDone:
+    """The plan that was asked for is in force."""
+
+    time_s: float
+    plan: Plan
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationFailed:
+    """The plan that was asked for could not be put in force; the old one goes on."""
+
+    time_s: float
+    error: str
+
+
+Event = (
+    StepObserved
+    | DeviceObserved
+    | DeviceJoined
+    | DeviceReleased
+    | DeviceLost
+    | RebalanceAsked
+    | MigrationDone
+    | MigrationFailed
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Keep a decision; nothing is to be done."""
+
+    decision: Decision
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Migrate:
+    """Put a plan in force, and then say `MigrationDone` or `MigrationFailed`; until then nothing else is asked for.
+
+    Parameters
+    ----------
+    plan : Plan
+        With the live profile that it was solved for.
+    decision : Decision
+        To be kept.
+    """
+
+    plan: Plan
+    decision: Decision
+
+
+Instruction = Record | Migrate
