@@ -109,7 +109,8 @@ def _hop_us(sharded: Any, ids: torch.Tensor) -> float:
         started = time.perf_counter()
         sharded(ids[:, -1:], past_key_values=past)
         elapsed_us = (time.perf_counter() - started) * 1e6
-        hops.append((elapsed_us - sum(past.session.timings_us)) / (len(past.session.timings_us) + 1))
+        computed_us = [stage.compute_s * 1e6 for stage in past.session.last_step.stages]
+        hops.append((elapsed_us - sum(computed_us)) / (len(computed_us) + 1))
     return Samples(hops).median
 
 

@@ -22,6 +22,7 @@ from lingualinked.cluster.pending import Pending
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
+from lingualinked.protocol.moving import CopyKV, KeepPlan, MoveSession
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
@@ -108,6 +109,7 @@ class Engine:
         what: str,
         timeout_s: float,
         on_progress: Callable[[int], None] | None = None,
+        helper: str | None = None,
     ) -> concurrent.futures.Future[object]:
         """Ask one worker for something.
 
@@ -123,6 +125,8 @@ class Engine:
             Seconds until the future fails; each progress report starts them anew.
         on_progress : callable or None
             Told the bytes loaded so far, on the I/O thread.
+        helper : str or None
+            Device of another worker, without which the answer can't come.
 
         Returns
         -------
@@ -132,8 +136,8 @@ class Engine:
         number = next(self._requests)
         message = build(number)
         pending = Pending(
-            devices=frozenset([device]),
-            model=message.model if isinstance(message, LoadStage) else None,
+            devices=frozenset([device] if helper is None else [device, helper]),
+            model=message.model if isinstance(message, LoadStage | CopyKV) else None,
             what=f"{what} on device {device!r}",
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
@@ -168,15 +172,15 @@ class Engine:
         self._post(lambda: self._exchange.ask(devices[0], step, tensors, ("step", step.session, step.number), pending))
         return pending.future
 
-    def end_session(self, device: str, message: EndSession) -> None:
-        """Free a session, beginning at the first stage; does nothing once the engine is stopped, or in a forked child."""
+    def tell(self, device: str, message: EndSession | MoveSession | KeepPlan) -> None:
+        """Say something about a model that has no answer; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.tell(device, message, message.model))
 
-    def unload(self, model: int, devices: Sequence[str]) -> None:
-        """Free a model on its devices; what waits for it fails with `ClosedError`. Does nothing as `end_session` does."""
+    def unload(self, model: int) -> None:
+        """Free a model on all devices; what waits for it fails with `ClosedError`. Does nothing as `tell` does."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
-            self._post(lambda: self._exchange.unload(model, devices))
+            self._post(lambda: self._exchange.unload(model))
 
     def shape(self, device: str, link: Link) -> None:
         """Have messages to a worker go through a link, from now on."""

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from lingualinked.protocol.messages import (
     Pong,
     RequestFailed,
     StageLoaded,
+    StageTimes,
     StepDone,
     StepFailed,
     UnloadModel,
@@ -36,6 +37,7 @@ from lingualinked.protocol.messages import (
     decode,
     encode,
 )
+from lingualinked.protocol.moving import KVCopied
 from lingualinked.transport.mailbox import Delivery, Mailbox
 
 logger = logging.getLogger("lingualinked.cluster")
@@ -49,12 +51,15 @@ class StepReply:
     ----------
     tensors : tuple of Tensor
         The logits.
-    timings_us : tuple of int
-        Microseconds of compute in each stage.
+    timings : tuple of StageTimes
+        What each stage tells of the step.
+    num_bytes : int
+        Bytes of the answer.
     """
 
     tensors: tuple[Tensor, ...]
-    timings_us: tuple[int, ...]
+    timings: tuple[StageTimes, ...]
+    num_bytes: int
 
 
 class Exchange:
@@ -124,9 +129,9 @@ class Exchange:
         if device in self.addresses and device not in self.ended and model not in self._unloaded:
             self._send(device, message, ())
 
-    def unload(self, model: int, devices: Sequence[str]) -> None:
+    def unload(self, model: int) -> None:
         """Have workers free a model; what waits for it fails."""
-        for device in devices:
+        for device in self.addresses:
             self.tell(device, UnloadModel(model=model), model)
         self._unloaded.add(model)
         self._pending.fail_model(model, lambda: ClosedError("the model was closed while it was in use"))
@@ -153,11 +158,11 @@ class Exchange:
         sender = delivery.sender
         match message:
             case StepDone():
-                reply = StepReply(delivery.tensors, message.timings_us)
+                reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes)
                 self._pending.complete(("step", message.session, message.number), reply)
             case StepFailed():
                 self._pending.fail(("step", message.session, message.number), error_of(sender, message))
-            case StageLoaded() | Imitated() | ModelMeasured() | LinkProbed() | WorkerReport():
+            case StageLoaded() | KVCopied() | Imitated() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(("request", message.request, 0), message)
             case RequestFailed():
                 self._pending.fail(("request", message.request, 0), error_of(sender, message))

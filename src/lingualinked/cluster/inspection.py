@@ -49,10 +49,15 @@ def inspect_workers(
     return answers
 
 
-def inspect_model(engine: Engine, model: int, names: Sequence[str], timeout_s: float) -> Telemetry:
-    """Ask the workers of one model what they have done for it."""
+def inspect_model(engine: Engine, model: int, plan_version: int, names: Sequence[str], timeout_s: float) -> Telemetry:
+    """Ask the workers of one model what they have done for it, under one version of its plan."""
     answers = inspect_workers(engine, names, timeout_s)
-    reports = [(worker.device, stage) for worker, stages in answers for stage in stages if stage.model == model]
+    reports = [
+        (worker.device, stage)
+        for worker, stages in answers
+        for stage in stages
+        if (stage.model, stage.plan_version) == (model, plan_version)
+    ]
     reports.sort(key=lambda pair: pair[1].stage)
     return Telemetry(
         stages=tuple(

@@ -5,7 +5,6 @@ Knows the plan and the messages; neither tokens nor what transformers asks of a 
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 import weakref
 from collections.abc import Callable
@@ -13,13 +12,14 @@ from collections.abc import Callable
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import inspect_model
+from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.route import Route, Routes, request_stages
 from lingualinked.cluster.session import KVBudget, Session
-from lingualinked.device import CALLER
 from lingualinked.errors import ClosedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan, check_memory
-from lingualinked.protocol.messages import LoadStage
+from lingualinked.telemetry.decisions import Migration
 from lingualinked.telemetry.snapshot import Telemetry
 
 _models = itertools.count(1)
@@ -46,15 +46,21 @@ class Pipeline:
     def __init__(
         self, cluster: Cluster, spec: ModelSpec, plan: Plan, *, max_kv_tokens: int | None, timeout_s: float
     ) -> None:
-        self.plan = plan
         self.cluster = cluster
         self.timeout_s = timeout_s
         self._engine: Engine = cluster._engine  # noqa: SLF001 - within the room
         self.spec = spec
         self._model = next(_models)
         self._budget = KVBudget(max_kv_tokens)
-        self._finalizer = weakref.finalize(self, self._engine.unload, self._model, plan.devices)
+        self._routes = Routes(Route(1, plan))
+        self._versions = itertools.count(2)
+        self._finalizer = weakref.finalize(self, self._engine.unload, self._model)
         self._finalizer.atexit = False
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._routes.current.plan
 
     def load(self, on_progress: Callable[[str, int], None]) -> None:
         """Load every stage, all workers at once; the first that fails ends the wait for the others.
@@ -78,12 +84,21 @@ class Pipeline:
         check_memory(self.plan, self.cluster.devices)
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
-        results_of([self._request_stage(index, on_progress) for index in range(len(self.plan.stages))])
+        route = self._routes.current
+        results_of(request_stages(self._engine, self._model, self.spec, route, self.timeout_s, on_progress))
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""
-        devices = tuple(stage.device for stage in self.plan.stages)
-        return Session(self._engine, self._model, next(_sessions), devices, self._budget, self.timeout_s)
+        number = next(_sessions)
+        return Session(self._engine, self._model, number, self._routes, self._budget, _ignore, self.timeout_s)
+
+    def migrate(self, plan: Plan) -> Migration:
+        """Move to another plan."""
+        migrator = Migrator(self._engine, self._model, self.spec, self._routes, self.timeout_s)
+        migration, error = migrator.run(Route(next(self._versions), plan))
+        if error is not None:
+            raise error
+        return migration
 
     def telemetry(self) -> Telemetry:
         """Ask the workers what they have done for this model.
@@ -95,7 +110,8 @@ class Pipeline:
         """
         if self.closed:
             raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
-        return inspect_model(self._engine, self._model, self.plan.devices, self.timeout_s)
+        route = self._routes.current
+        return inspect_model(self._engine, self._model, route.version, route.plan.devices, self.timeout_s)
 
     @property
     def closed(self) -> bool:
@@ -106,25 +122,6 @@ class Pipeline:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
         self._finalizer()
 
-    def _request_stage(self, index: int, on_progress: Callable[[str, int], None]) -> concurrent.futures.Future[object]:
-        stage = self.plan.stages[index]
-        is_last = index + 1 == len(self.plan.stages)
-        next_name = CALLER if is_last else self.plan.stages[index + 1].device
-        next_address, next_key = self._engine.peer(next_name)
-        return self._engine.request(
-            stage.device,
-            lambda number: LoadStage(
-                request=number,
-                model=self._model,
-                stage=index,
-                spec=self.spec,
-                start=stage.start,
-                end=stage.end,
-                next_name=next_name,
-                next_address=next_address,
-                next_key=next_key,
-            ),
-            f"loading layers [{stage.start}, {stage.end})",
-            self.timeout_s,
-            lambda num_bytes: on_progress(stage.device, num_bytes),
-        )
+
+def _ignore(sample: object) -> None:
+    pass

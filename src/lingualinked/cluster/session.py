@@ -5,8 +5,12 @@ Knows steps and edits of KV; neither generation modes nor what made the tokens.
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,9 +18,14 @@ from torch import Tensor
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.exchange import StepReply
-from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError
+from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.route import Route, Routes
+from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError, LingualinkedError
 from lingualinked.model.context import StepContext
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
+from lingualinked.protocol.moving import CopyKV, KVCopied, MoveSession
+from lingualinked.telemetry.samples import StageTiming, StepSample
+from lingualinked.transport.hop_clock import clock_us
 
 
 class KVBudget:
@@ -58,6 +67,13 @@ class KVBudget:
             self._held.pop(session, None)
 
 
+@dataclasses.dataclass(slots=True)
+class _Place:
+    """Where a session is: apart from it, so that its finalizer can end it there."""
+
+    route: Route
+
+
 class Session:
     """One conversation through all stages; used by one thread at a time.
 
@@ -67,33 +83,47 @@ class Session:
         Sends its steps.
     model, number : int
         Who it is.
-    devices : tuple of str
-        Devices of all stages, in pipeline order.
+    routes : Routes
+        Tells which stages it is to run in.
     budget : KVBudget
         What its KV counts against.
+    watch : callable
+        Told a `StepSample` of every step.
     timeout_s : float
         Seconds that a step may take.
     """
 
     def __init__(
-        self, engine: Engine, model: int, number: int, devices: tuple[str, ...], budget: KVBudget, timeout_s: float
+        self,
+        engine: Engine,
+        model: int,
+        number: int,
+        routes: Routes,
+        budget: KVBudget,
+        watch: Callable[[StepSample], None],
+        timeout_s: float,
     ) -> None:
         self.num_rows = 0
         self.num_tokens = 0
-        self.timings_us: tuple[int, ...] = ()
+        self.last_step: StepSample | None = None
         self._engine = engine
         self._model = model
         self._number = number
-        self._devices = devices
+        self._routes = routes
+        self._place = _Place(routes.target)
         self._budget = budget
+        self._watch = watch
         self._timeout_s = timeout_s
         self._context = StepContext()
         self._edits: list[KVEdit] = []
         self._next_step = 0
+        self._holds_kv = False
         self._running = threading.Lock()
+        self._changing = threading.Lock()  # held during a step, and while it changes to another route
         self._broken_by = ""
-        self._finalizer = weakref.finalize(self, _end, engine, model, number, devices[0], budget)
+        self._finalizer = weakref.finalize(self, _end, engine, model, number, self._place, budget)
         self._finalizer.atexit = False
+        routes.enter(self)
 
     @property
     def ended(self) -> bool:
@@ -141,7 +171,9 @@ class Session:
         if not self._running.acquire(blocking=False):
             raise ArgumentError("past_key_values is in use by another thread: a session runs one step at a time")
         try:
-            return self._step(inputs, attention_mask, position_ids, logits_to_keep, keeps_kv)
+            with self._changing:
+                self._follow()
+                return self._step(inputs, attention_mask, position_ids, logits_to_keep, keeps_kv)
         finally:
             self._running.release()
 
@@ -166,6 +198,76 @@ class Session:
         """Free the session's KV in every stage."""
         self._finalizer()
 
+    def is_on(self, route: Route) -> bool:
+        """Whether it runs on a route, or not at all any more."""
+        return self.ended or self._place.route is route
+
+    def copy_ahead(self, target: Route) -> list[concurrent.futures.Future[object]]:
+        """Have its KV copied to the stages of another route, while it goes on; give the futures of the answers."""
+        return [] if self.ended or not self._holds_kv else self._copy_kv(target, is_final=False)
+
+    def follow(self) -> None:
+        """Change to the route that sessions are to run on, after the step that runs now; stay if that fails."""
+        with self._changing:
+            self._follow()
+
+    def _follow(self) -> None:
+        source, target = self._place.route, self._routes.target
+        if source is target or self.ended:
+            return
+        if self._holds_kv:
+            began_s = time.monotonic()
+            try:
+                answers = results_of(self._copy_kv(target, is_final=True))
+            except LingualinkedError as error:
+                if not self._routes.reject(target, error):
+                    self._broken_by = f" with {type(error).__name__}, on its way back from a migration that failed"
+                    self.end()
+                return
+            for device in dict.fromkeys((*source.devices, *target.devices)):
+                message = MoveSession(model=self._model, session=self._number, plan_version=target.version)
+                self._engine.tell(device, message)
+            num_bytes = sum(cast("KVCopied", answer).num_bytes for answer in answers)
+            self._routes.note(time.monotonic() - began_s, num_bytes)
+        self._place.route = target
+
+    def _copy_kv(self, target: Route, *, is_final: bool) -> list[concurrent.futures.Future[object]]:
+        source = self._place.route
+        return [
+            self._request_copy(source, target, old, new, is_final=is_final)
+            for old, held in enumerate(source.plan.stages)
+            for new, wanted in enumerate(target.plan.stages)
+            if held.device != wanted.device and max(held.start, wanted.start) < min(held.end, wanted.end)
+        ]
+
+    def _request_copy(
+        self, source: Route, target: Route, old: int, new: int, *, is_final: bool
+    ) -> concurrent.futures.Future[object]:
+        held, wanted = source.plan.stages[old], target.plan.stages[new]
+        address, key = self._engine.peer(wanted.device)
+        return self._engine.request(
+            held.device,
+            lambda request: CopyKV(
+                request=request,
+                model=self._model,
+                plan_version=source.version,
+                stage=old,
+                session=self._number,
+                number=self._next_step,
+                start=max(held.start, wanted.start),
+                end=min(held.end, wanted.end),
+                target_version=target.version,
+                target_stage=new,
+                target_name=wanted.device,
+                target_address=address,
+                target_key=key,
+                is_final=is_final,
+            ),
+            f"copying KV from device {held.device!r}",
+            self._timeout_s,
+            helper=wanted.device,
+        )
+
     def _step(
         self,
         inputs: Tensor,
@@ -181,8 +283,10 @@ class Session:
             self._budget.hold(self._number, num_rows * (self.num_tokens + num_new))
         code = self._context.encode(attention_mask, position_ids, num_new)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
+        route = self._place.route
         step = Step(
             model=self._model,
+            plan_version=route.version,
             stage=0,
             session=self._number,
             number=self._next_step,
@@ -193,24 +297,59 @@ class Session:
             position_rows=code.position_rows,
             logits_to_keep=None if isinstance(logits_to_keep, Tensor) else logits_to_keep,
             edits=tuple(self._edits),
-            timings_us=(),
+            sent_us=clock_us(),
+            timings=(),
         )
         self._edits.clear()
         self._next_step += 1
+        began_s = time.monotonic()
         try:
             # Neither the future nor the error is kept: each would lead back here, and only the collector would free it.
             tensors = (inputs, *code.tensors, *keep)
-            reply = cast("StepReply", self._engine.step(self._devices, step, tensors, self._timeout_s).result())
+            reply = cast("StepReply", self._engine.step(route.devices, step, tensors, self._timeout_s).result())
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             self._broken_by = f" with {type(error).__name__}"
             self.end()
             raise
+        self.last_step = _sample(step, route, reply, began_s, num_rows, num_new, self.num_tokens)
+        self._watch(self.last_step)
+        self._holds_kv = keeps_kv
         self.num_rows = num_rows
         self.num_tokens += num_new
-        self.timings_us = reply.timings_us
         return reply.tensors[0]
 
 
-def _end(engine: Engine, model: int, number: int, first_device: str, budget: KVBudget) -> None:
+def _sample(
+    step: Step, route: Route, reply: StepReply, began_s: float, rows: int, tokens: int, context: int
+) -> StepSample:
+    sent_bytes = [*(each.received_bytes for each in reply.timings[1:]), reply.num_bytes]
+    return StepSample(
+        time_s=began_s,
+        session=step.session,
+        number=step.number,
+        plan_version=step.plan_version,
+        rows=rows,
+        tokens=tokens,
+        context=context,
+        total_s=time.monotonic() - began_s,
+        stages=tuple(
+            StageTiming(
+                device=stage.device,
+                start=stage.start,
+                end=stage.end,
+                hop_s=times.hop_us / 1e6,
+                wait_s=times.wait_us / 1e6,
+                compute_s=times.compute_us / 1e6,
+                codec_s=times.codec_us / 1e6,
+                sent_bytes=num_bytes,
+            )
+            for stage, times, num_bytes in zip(route.plan.stages, reply.timings, sent_bytes, strict=True)
+        ),
+    )
+
+
+def _end(engine: Engine, model: int, number: int, place: _Place, budget: KVBudget) -> None:
     budget.release(number)
-    engine.end_session(first_device, EndSession(model=model, stage=0, session=number))
+    route = place.route
+    message = EndSession(model=model, plan_version=route.version, stage=0, session=number)
+    engine.tell(route.devices[0], message)

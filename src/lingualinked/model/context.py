@@ -127,6 +127,23 @@ class StepContext:
         self._take(mask, num_new)
         return mask, positions
 
+    @classmethod
+    def of(cls, mask: Tensor | None, num_tokens: int) -> StepContext:
+        """Make the context of a session that has seen so many tokens, under such a mask."""
+        context = cls()
+        context._mask, context._num_tokens = mask, num_tokens
+        return context
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask over the whole text, if there is one that can be extended."""
+        return self._mask
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen."""
+        return self._num_tokens
+
     def reorder(self, rows: Tensor) -> None:
         """Keep the mask rows ``rows`` (int64 ``[new rows]``), as beam search does with the KV cache."""
         if self._mask is not None:

@@ -48,7 +48,11 @@ class Boundary:
         self.incoming = self.outgoing = None
 
 
-class ReplayLayer(nn.Module):
+class StandIn(nn.Module):
+    """Takes the place of a module that another stage holds."""
+
+
+class ReplayLayer(StandIn):
     """Stands in for a layer before the span: returns, whole, what the previous stage's last layer returned."""
 
     def __init__(self, boundary: Boundary) -> None:
@@ -60,7 +64,7 @@ class ReplayLayer(nn.Module):
         return self.boundary.incoming
 
 
-class ExitLayer(nn.Module):
+class ExitLayer(StandIn):
     """Stands in for a layer after the span: ends the forward pass on entry.
 
     Whatever the model does between two layers has happened by then.
@@ -71,7 +75,7 @@ class ExitLayer(nn.Module):
         raise SpanLeft
 
 
-class PassThrough(nn.Module):
+class PassThrough(StandIn):
     """Stands in for a norm, a projection or the head: returns its first argument."""
 
     def forward(self, first: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
@@ -79,7 +83,7 @@ class PassThrough(nn.Module):
         return first
 
 
-class ZeroEmbedding(nn.Module):
+class ZeroEmbedding(StandIn):
     """Stands in for an embedding on a later stage, where its result is discarded: zeros of a shape that broadcasts."""
 
     def __init__(self, dim: int, dtype: torch.dtype) -> None:
@@ -119,7 +123,12 @@ def cut_class(
         cls.__init__(self, config, *args, **kwargs)
         prune(self, parts, start, end, boundary)
 
-    namespace = {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    namespace = {
+        "__init__": __init__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "get_init_context": hf_internals.exclusive_init_context(cls),
+    }
     derived: type[PreTrainedModel] = type(cls.__name__, (cls,), namespace)
     return derived
 
@@ -132,17 +141,17 @@ def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, bound
     for index in range(parts.num_layers):
         if not start <= index < end:
             layers[index] = replay if index < start else leave
-    layers[end - 1].register_forward_hook(boundary.capture)
     elsewhere = (parts.prologue if start > 0 else ()) + (parts.epilogue if end < parts.num_layers else ())
     for path in elsewhere:
         module = model.get_submodule(path)
         stand_in: nn.Module
         if isinstance(module, nn.Embedding):
             stand_in = ZeroEmbedding(module.embedding_dim, module.weight.dtype)
+        elif isinstance(module, StandIn):
+            continue
         else:
             stand_in = PassThrough()
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, stand_in)
+        model.set_submodule(path, stand_in)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = {target: source for target, source in hf_internals.ties(model).items() if {target, source} <= held}
     hf_internals.set_ties(model, tied)

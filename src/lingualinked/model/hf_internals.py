@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
+GLOBAL_STATE = threading.RLock()
+"""Held while transformers constructs a model, and while a stage computes.
+
+Constructing sets torch's default dtype and replaces functions of torch for the whole process, other threads included.
+"""
+
 _SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 _REPORT_LOGGER = "transformers.modeling_utils"
 
@@ -46,10 +53,19 @@ def build_on_meta(
 ) -> PreTrainedModel:
     """Build a model without memory, with the dtype and the attention that loading would give it."""
     arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device("meta"):
+    with GLOBAL_STATE, torch.device("meta"):
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
     model.eval()
     return model
+
+
+def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
+    """Give a ``get_init_context`` for a class derived from `cls`: what it sets for the whole process is set alone."""
+
+    def get_init_context(_derived: type, *args: Any, **kwargs: Any) -> list[Any]:
+        return [GLOBAL_STATE, *cls.get_init_context(*args, **kwargs)]
+
+    return classmethod(get_init_context)
 
 
 def find_file(path: str, name: str, **hub: Any) -> str | None:

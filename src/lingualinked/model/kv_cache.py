@@ -11,14 +11,17 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lingualinked.errors import ArgumentError, UncuttableModelError
+from lingualinked.errors import ArgumentError, ProtocolError, UncuttableModelError
 from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from torch import Tensor
     from transformers import Cache, PreTrainedConfig
+
+
+OwnedLayer = GrowingLayer | GrowingSlidingLayer
 
 
 class StageCache:
@@ -39,12 +42,14 @@ class StageCache:
         What the model's forward is given as ``past_key_values``.
     num_tokens : int
         Tokens seen by the session, padding included.
+    owned : dict of int to GrowingLayer or GrowingSlidingLayer
+        The stage's own layers, by slot.
     """
 
     def __init__(self, config: PreTrainedConfig, owned: Collection[int]) -> None:
         self.hf: Cache = DynamicCache(config=config)
         self.num_tokens = 0
-        self._owned: list[GrowingLayer | GrowingSlidingLayer] = []
+        self.owned: dict[int, OwnedLayer] = {}
         self._elsewhere: list[CountingLayer | CountingSlidingLayer] = []
         for slot, kind in enumerate(self.hf.layers):
             if type(kind) is DynamicLayer:
@@ -57,8 +62,8 @@ class StageCache:
                     f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's",
                 )
             if slot in owned:
-                self._owned.append(GrowingLayer() if window is None else GrowingSlidingLayer(window))
-                self.hf.layers[slot] = self._owned[-1]
+                self.owned[slot] = GrowingLayer() if window is None else GrowingSlidingLayer(window)
+                self.hf.layers[slot] = self.owned[slot]
             else:
                 self._elsewhere.append(CountingLayer() if window is None else CountingSlidingLayer(window))
                 self.hf.layers[slot] = self._elsewhere[-1]
@@ -66,7 +71,7 @@ class StageCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values of the stage's own layers."""
-        return sum(layer.nbytes for layer in self._owned)
+        return sum(layer.nbytes for layer in self.owned.values())
 
     def advance(self, num_tokens: int) -> None:
         """Count the tokens of a finished step for the layers held elsewhere; `Stage.step` does it.
@@ -78,6 +83,46 @@ class StageCache:
         for layer in self._elsewhere:
             layer.advance(num_tokens)
         self.num_tokens += num_tokens
+
+    def adopt(self, others: Iterable[StageCache]) -> None:
+        """Take over the layers that are owned here from caches of the same session in other stages.
+
+        Parameters
+        ----------
+        others : iterable of StageCache
+            Their layers change hands; not usable any more.
+        """
+        for other in others:
+            for slot in self.owned.keys() & other.owned.keys():
+                self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
+
+    def settle(self, num_tokens: int, *, records_past: bool) -> None:
+        """Count the tokens of a session whose own layers have come from other stages.
+
+        Parameters
+        ----------
+        num_tokens : int
+            Tokens seen by the session.
+        records_past : bool
+            Whether sliding layers keep what leaves their window.
+
+        Raises
+        ------
+        ProtocolError
+            If an own layer has seen another number of tokens.
+        """
+        for slot, layer in self.owned.items():
+            if layer.stop != num_tokens:
+                raise ProtocolError(
+                    f"KV of layer slot {slot} ends at token {layer.stop}, and the session at {num_tokens}"
+                )
+        self.advance(num_tokens - self.num_tokens)
+        self.record_past(records_past)
+
+    @property
+    def records_past(self) -> bool:
+        """Whether sliding layers keep what leaves their window."""
+        return any(layer.record_past for layer in self._sliding())
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
@@ -129,6 +174,6 @@ class StageCache:
     def _sliding(self) -> list[GrowingSlidingLayer | CountingSlidingLayer]:
         return [
             layer
-            for layer in (*self._owned, *self._elsewhere)
+            for layer in (*self.owned.values(), *self._elsewhere)
             if isinstance(layer, (GrowingSlidingLayer, CountingSlidingLayer))
         ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lingualinked.errors import ProtocolError
 from lingualinked.model.hf_internals import CacheLayer, SlidingCacheLayer
 
 _GRANULE_TOKENS = 64
@@ -40,6 +41,15 @@ class GrowingTensor:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self._buffer.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that there is room for."""
+        return self._buffer.shape[2]
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many tokens while none is held."""
+        self._allocate(self._buffer.shape[0], num_tokens)
 
     def append(self, states: Tensor) -> Tensor:
         """Add [rows, heads, new tokens, dim] at the end; give `view`."""
@@ -79,6 +89,12 @@ class GrowingTensor:
         """Drop tokens at the end."""
         self._stop = max(self._start, self._stop - num_tokens)
 
+    def splice(self, num_kept: int, num_dropped: int, states: Tensor) -> None:
+        """Keep so many tokens before the last so many, which are dropped, and add others at the end."""
+        self.drop_last(num_dropped)
+        self.keep_last(num_kept)
+        self.append(states)
+
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows that the indices name, in their order."""
         states = self.view.index_select(0, rows.to(self._buffer.device))
@@ -106,6 +122,51 @@ class _Growing:
         """Bytes allocated for keys and values."""
         return sum(each.nbytes for each in self._grown)
 
+    @property
+    def first(self) -> int:
+        """Position in the text of the first token held."""
+        return self.stop - len(self._grown[0]) if self._grown else 0
+
+    @property
+    def stop(self) -> int:
+        """Position in the text behind the last token held."""
+        raise NotImplementedError
+
+    def _seen(self, num_tokens: int) -> None:
+        """Take note that the layer has seen so many tokens in all."""
+
+    def read(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Give keys and values of tokens from a position on, [rows, heads, tokens, dim]; valid until the next change."""
+        offset = position - self.first
+        keys, values = (each.view.narrow(2, offset, num_tokens) for each in self._grown)
+        return keys, values
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that there is room for."""
+        return self._grown[0].capacity if self._grown else 0
+
+    def write(self, first: int, position: int, keys: Tensor, values: Tensor, capacity: int) -> None:
+        """Hold the tokens from `first` to `position` that are held already, and these from there on; nothing else.
+
+        Where none is held already, room is made for `capacity` tokens.
+
+        Raises
+        ------
+        ProtocolError
+            If tokens between them are not held.
+        """
+        num_kept, stop = position - first, self.stop
+        if num_kept and not (self._grown and self.first <= first and position <= stop):
+            raise ProtocolError(f"KV from token {position} on came to a layer that holds [{self.first}, {stop})")
+        if not num_kept:
+            self.lazy_initialization(keys, values)
+            for grown in self._grown:
+                grown.reserve(capacity)
+        for grown, states in zip(self._grown, (keys, values), strict=True):
+            grown.splice(num_kept, max(0, stop - position) if num_kept else 0, states)
+        self._seen(position + keys.shape[2])
+
 
 class GrowingLayer(_Growing, CacheLayer):
     """Full attention: keeps every token."""
@@ -120,6 +181,11 @@ class GrowingLayer(_Growing, CacheLayer):
     def get_seq_length(self) -> int:
         """Give the number of tokens held."""
         return len(self._grown[0]) if self._grown else 0
+
+    @property
+    def stop(self) -> int:
+        """Position in the text behind the last token held."""
+        return self.get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop ``-tokens_to_remove`` tokens at the end."""
@@ -137,6 +203,14 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
         self.cumulative_length += key_states.shape[2]
         keys, values = self._grown
         return self._append(keys, key_states), self._append(values, value_states)
+
+    @property
+    def stop(self) -> int:
+        """Position in the text behind the last token held."""
+        return self.cumulative_length
+
+    def _seen(self, num_tokens: int) -> None:
+        self.cumulative_length = num_tokens
 
     def _append(self, grown: GrowingTensor, states: Tensor) -> Tensor:
         num_kept, num_new = self.sliding_window - 1, states.shape[2]

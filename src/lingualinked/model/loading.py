@@ -40,6 +40,8 @@ class LoadedSpan:
         Of its stand-ins.
     parts : ModelParts
         Of the whole model.
+    tied : mapping of str to str
+        Tied parameters of the whole model, as ``{target: source}``.
     num_bytes_read : int
         From files, headers included.
     """
@@ -47,6 +49,7 @@ class LoadedSpan:
     model: PreTrainedModel
     boundary: Boundary
     parts: ModelParts
+    tied: Mapping[str, str]
     num_bytes_read: int
 
 
@@ -117,7 +120,7 @@ def load_span(spec: ModelSpec, start: int, end: int, *, progress: Callable[[int]
             dtype=dtype,
             attn_implementation=spec.attn_implementation,
         )
-        return LoadedSpan(model=model, boundary=boundary, parts=parts, num_bytes_read=source.num_bytes_read)
+        return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=tied, num_bytes_read=source.num_bytes_read)
 
 
 def _source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:

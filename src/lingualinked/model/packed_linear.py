@@ -49,6 +49,12 @@ class PackedLinear(nn.Module):
                 return _multiply(rows, self._packed, self.bias).view(*states.shape[:-1], self.out_features)
         return functional.linear(states, self._packed.to_dense(), self.bias)
 
+    def plain(self) -> nn.Linear:
+        """Give a linear layer with this one's bias, whose weight is still to be set."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.bias = self.bias
+        return linear.eval()
+
 
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers of a model by packed ones, in place, where that changes no bit and holds nothing twice.

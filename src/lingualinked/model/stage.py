@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError
+from lingualinked.model import hf_internals
 from lingualinked.model.cut import SpanLeft
+from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.loading import LoadedSpan, load_span
 from lingualinked.model.packed_linear import pack_linears
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from lingualinked.model.cut import RawOutput
     from lingualinked.model.spec import ModelSpec
@@ -83,22 +85,26 @@ class Stage:
         Held.
     num_bytes_read : int
         From files to load it, their headers included.
+    span : LoadedSpan
+        Its cut model, for stages that share layers with it.
+    device : torch.device
+        Where it computes.
     """
 
     def __init__(self, span: LoadedSpan, start: int, end: int, device: torch.device) -> None:
         self.start, self.end, self.num_layers = start, end, span.parts.num_layers
         self.is_first, self.is_last = start == 0, end == self.num_layers
         model: nn.Module = span.model
-        self._model, self._config = model.to(device), span.model.config
-        self._boundary, self._device = span.boundary, device
+        self.span, self._model, self._config = span, model.to(device), span.model.config
+        self._boundary, self.device = span.boundary, device
         self.num_bytes_read = span.num_bytes_read
-        self.weight_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
+        self.weight_bytes = span.parts.span_bytes(start, end)
         if device.type == "cpu":
             pack_linears(self._model)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
-        indices = (getattr(module, "layer_idx", None) for layer in layers[start:end] for module in layer.modules())
-        self._slots = frozenset(index for index in indices if isinstance(index, int))
+        self._layers = layers
+        self._slots = self.slots(start, end)
 
     @classmethod
     def load(
@@ -109,8 +115,11 @@ class Stage:
         *,
         accelerator: str = "cpu",
         progress: Callable[[int], None] | None = None,
+        held: Sequence[Stage] = (),
     ) -> Stage:
         """Load layers ``[start, end)`` of a model; no other weights are read.
+
+        What stages in `held` have of it is shared with them instead; they stay usable.
 
         Parameters
         ----------
@@ -121,6 +130,8 @@ class Stage:
             ``"cpu"``, ``"cuda:N"`` or ``"mps"``.
         progress : callable, optional
             Called in the calling thread with the bytes of weights loaded so far.
+        held : sequence of Stage, optional
+            Other stages of the model on the same accelerator.
 
         Returns
         -------
@@ -136,7 +147,23 @@ class Stage:
             If the architecture can't be cut.
         """
         device = accelerator_device(accelerator)
-        return cls(load_span(spec, start, end, progress=progress), start, end, device)
+        loaded: list[Stage] = []
+        for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in held]):
+            before = sum(stage.weight_bytes for stage in loaded)
+            told = None if progress is None else lambda num_bytes: progress(before + num_bytes)  # noqa: B023
+            loaded.append(cls(load_span(spec, *missing, progress=told), *missing, device))
+        if len(loaded) == 1 and (loaded[0].start, loaded[0].end) == (start, end):
+            return loaded[0]
+        stage = cls(join_spans([each.span for each in (*held, *loaded)], start, end), start, end, device)
+        stage.num_bytes_read = sum(each.num_bytes_read for each in loaded)
+        return stage
+
+    def slots(self, start: int, end: int) -> frozenset[int]:
+        """Give the slots in the KV cache of layers ``[start, end)``, which the stage holds."""
+        indices = (
+            getattr(module, "layer_idx", None) for layer in self._layers[start:end] for module in layer.modules()
+        )
+        return frozenset(index for index in indices if isinstance(index, int))
 
     def new_cache(self) -> StageCache:
         """Make the KV cache of a new session.
@@ -166,7 +193,7 @@ class Stage:
         ArgumentError
             If the layout does not match the tensors.
         """
-        tensors = tuple(tensor.to(self._device) for tensor in inputs.tensors)
+        tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {
             "attention_mask": self._placed(inputs.attention_mask),
@@ -184,18 +211,34 @@ class Stage:
         if self.is_last:
             arguments["logits_to_keep"] = self._placed(inputs.logits_to_keep)
         layout: tuple[bool, ...] | None = None
+        # The hook is for this pass alone: stages that share the layer have hooks of their own.
+        hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture)
         try:
-            outputs: tuple[Tensor, ...] = (self._model(**arguments).logits,)
+            with hf_internals.GLOBAL_STATE:
+                outputs: tuple[Tensor, ...] = (self._model(**arguments).logits,)
         except SpanLeft:
             outputs, layout = flatten(self._boundary.outgoing)
         finally:
+            hook.remove()
             self._boundary.clear()
         if cache is not None:
             cache.advance(states.shape[1])
         return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout)
 
     def _placed(self, value: Any) -> Any:
-        return value.to(self._device) if isinstance(value, Tensor) else value
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def missing_spans(start: int, end: int, held: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Give the spans of ``[start, end)`` that none of those held covers, in order."""
+    missing, position = [], start
+    for first, stop in sorted(held):
+        if position < min(first, end):
+            missing.append((position, min(first, end)))
+        position = max(position, stop)
+    if position < end:
+        missing.append((position, end))
+    return missing
 
 
 def accelerator_device(accelerator: str) -> torch.device:

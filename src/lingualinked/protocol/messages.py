@@ -13,20 +13,21 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.boot import Imitation
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base of all messages: an array on the wire, its first element names the type."""
-
+from lingualinked.protocol.message import Message
+from lingualinked.protocol.moving import CopyKV, KeepPlan, KVChunk, KVCopied, KVTaken, MoveSession
 
 # --- from the caller: about the worker and its stages
 
 
 class LoadStage(Message, frozen=True, tag=1):
-    """Load layers ``[start, end)`` of a model as stage ``stage`` and pass its outputs to ``next_name``."""
+    """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan and pass its outputs to ``next_name``.
+
+    Layers that stages of other versions hold here are shared with them.
+    """
 
     request: int
     model: int
+    plan_version: int
     stage: int
     spec: ModelSpec
     start: int
@@ -123,6 +124,16 @@ class KVEdit(Message, frozen=True):
     values: tuple[int, ...]
 
 
+class StageTimes(Message, frozen=True):
+    """What one stage tells of a step: bytes of the message that came, and microseconds (see `lingualinked.telemetry.samples`)."""
+
+    received_bytes: int
+    hop_us: int
+    wait_us: int
+    compute_us: int
+    codec_us: int
+
+
 class Step(Message, frozen=True, tag=4):
     """Run one step of a session on stage ``stage``.
 
@@ -130,10 +141,12 @@ class Step(Message, frozen=True, tag=4):
     previous stage's last layer), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, and the indices
     of the logits to keep if ``logits_to_keep`` is ``None``.
 
-    ``timings_us`` grows by one number per stage passed: microseconds of compute there.
+    ``timings`` grows by one element per stage passed. ``sent_us`` is the sender's clock, of which nothing but differences
+    counts; it starts anew every 2^32 microseconds.
     """
 
     model: int
+    plan_version: int
     stage: int
     session: int
     number: int
@@ -144,13 +157,15 @@ class Step(Message, frozen=True, tag=4):
     position_rows: int
     logits_to_keep: int | None
     edits: tuple[KVEdit, ...]
-    timings_us: tuple[int, ...]
+    sent_us: int
+    timings: tuple[StageTimes, ...]
 
 
 class EndSession(Message, frozen=True, tag=5):
     """Free a session's KV on stage ``stage`` and pass it on; it follows the session's steps, so none can come after it."""
 
     model: int
+    plan_version: int
     stage: int
     session: int
 
@@ -217,6 +232,7 @@ class StageReport(Message, frozen=True):
     """One hosted stage, in the words of `lingualinked.telemetry.snapshot.StageSnapshot`."""
 
     model: int
+    plan_version: int
     stage: int
     start: int
     end: int
@@ -245,7 +261,7 @@ class StepDone(Message, frozen=True, tag=21):
 
     session: int
     number: int
-    timings_us: tuple[int, ...]
+    timings: tuple[StageTimes, ...]
 
 
 class FailureKind(enum.IntEnum):
@@ -284,11 +300,29 @@ class LogRecord(Message, frozen=True, tag=24):
     text: str
 
 
-CallerMessage = LoadStage | UnloadModel | Inspect | Imitate | MeasureModel | ProbeLink | Ping | Pong | Step | EndSession
+PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVTaken
+"""What workers say to each other."""
+
+CallerMessage = (
+    LoadStage
+    | UnloadModel
+    | Inspect
+    | Imitate
+    | MeasureModel
+    | ProbeLink
+    | KeepPlan
+    | CopyKV
+    | MoveSession
+    | Ping
+    | Pong
+    | Step
+    | EndSession
+)
 WorkerMessage = (
     Hello
     | LoadProgress
     | StageLoaded
+    | KVCopied
     | Imitated
     | ModelMeasured
     | LinkProbed
@@ -300,7 +334,7 @@ WorkerMessage = (
     | StepFailed
     | LogRecord
 )
-AnyMessage = CallerMessage | WorkerMessage
+AnyMessage = CallerMessage | PeerMessage | WorkerMessage
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

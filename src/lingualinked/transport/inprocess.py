@@ -177,7 +177,8 @@ class InProcessMailbox(Mailbox):
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None
-        delivery = Delivery(sender, message.payload, message.tensors, sum(map(len, frames)))
+        num_bytes = sum(map(len, frames))
+        delivery = Delivery(sender, message.payload, message.tensors, num_bytes, due_s=message.due_us / 1e6)
         if not message.due_us:
             return delivery
         self._held.add(message.due_us, delivery)

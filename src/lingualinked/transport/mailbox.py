@@ -35,12 +35,18 @@ class Delivery:
         The tensors in the sender's order: contiguous, on the CPU, in memory that nobody else refers to.
     num_bytes : int
         Bytes of all frames before encryption.
+    decode_s : float
+        Seconds spent reading it.
+    due_s : float
+        When it was due on a link that is imitated (monotonic seconds); 0 on others.
     """
 
     sender: str
     payload: bytes
     tensors: tuple[Tensor, ...]
     num_bytes: int
+    decode_s: float = 0.0
+    due_s: float = 0.0
 
 
 class Mailbox(abc.ABC):
@@ -61,6 +67,8 @@ class Mailbox(abc.ABC):
         The party's own name, for messages; what others call it is theirs to say.
     address : str
         Where others connect to. Never used again once the mailbox is closed.
+    encode_s : float
+        Seconds that the last `send` took.
     """
 
     name: str
@@ -75,6 +83,7 @@ class Mailbox(abc.ABC):
         self._links: dict[str, ShapedLink] = {}
         self._held = Held()
         self._closed = False
+        self.encode_s = 0.0
 
     @property
     def num_refused(self) -> int:

@@ -106,6 +106,7 @@ class ZmqMailbox(Mailbox):
 
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
         self._check_peer(name)
+        began_s = time.perf_counter()
         frames = encode_message(payload, tensors, self._limits, self._links.get(name))
         outbox = self._sockets.outboxes[name]
         try:
@@ -120,6 +121,7 @@ class ZmqMailbox(Mailbox):
             self._disconnect(name)
             self._connect(name, *self._peers[name])
             raise
+        self.encode_s = time.perf_counter() - began_s
         return sum(map(len, frames))
 
     def receive(self, timeout_s: float | None) -> Delivery | None:  # noqa: D102
@@ -159,6 +161,7 @@ class ZmqMailbox(Mailbox):
 
     def _take(self) -> Delivery | None:
         """Take one message; None if there is none after all, or it was refused."""
+        began_s = time.perf_counter()
         try:
             frames, num_bytes, num_frames = self._read()
         except zmq.Again:
@@ -175,7 +178,8 @@ class ZmqMailbox(Mailbox):
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None
-        delivery = Delivery(sender, message.payload, message.tensors, num_bytes)
+        decode_s = time.perf_counter() - began_s
+        delivery = Delivery(sender, message.payload, message.tensors, num_bytes, decode_s, message.due_us / 1e6)
         if not message.due_us:
             return delivery
         self._held.add(message.due_us, delivery)

@@ -6,6 +6,7 @@ Knows the stage and its sessions' state; neither sockets nor other stages.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,15 +15,31 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
-from lingualinked.protocol.messages import KVEdit, KVEditKind, LoadStage, StageReport, Step
+from lingualinked.protocol.messages import KVEdit, KVEditKind, StageReport, Step
+from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.pace import Pace
 
 
 @dataclasses.dataclass(slots=True)
-class _Session:
+class HostedSession:
+    """What a stage knows of one session.
+
+    Parameters
+    ----------
+    cache : StageCache or None
+        Its KV; ``None``: it keeps none.
+    context : StepContext
+        Its mask.
+    number : int
+        Number of its next step.
+    copies : dict of (int, int) to KVCopy
+        Copies of its KV that are being made, by plan version and stage that they are for.
+    """
+
     cache: StageCache | None
     context: StepContext
-    next_number: int = 0
+    number: int = 0
+    copies: dict[tuple[int, int], KVCopy] = dataclasses.field(default_factory=dict)
 
 
 class HostedStage:
@@ -30,18 +47,18 @@ class HostedStage:
 
     Parameters
     ----------
-    request : LoadStage
-        The message that asked for it.
     stage : Stage
         The loaded stage.
+    next_name : str
+        To whom its outputs go.
     """
 
-    def __init__(self, request: LoadStage, stage: Stage) -> None:
-        self.next_name = request.next_name
+    def __init__(self, stage: Stage, next_name: str) -> None:
+        self.next_name = next_name
         self.stage = stage
         self.sent_bytes = 0
-        self._request = request
-        self._sessions: dict[int, _Session] = {}
+        self.sessions: dict[int, HostedSession] = {}
+        self._arriving: dict[int, HostedSession] = {}
         self._num_steps = 0
         self._compute_s = 0.0
 
@@ -84,38 +101,94 @@ class HostedStage:
         return output, elapsed_s
 
     def end(self, session: int) -> None:
-        """Free a session's KV; does nothing if it has none."""
-        self._sessions.pop(session, None)
+        """Free a session's KV, also what is arriving of it; does nothing if it has none."""
+        self.sessions.pop(session, None)
+        self._arriving.pop(session, None)
 
-    def report(self) -> StageReport:
-        """Describe the stage and what it has done."""
-        caches = [session.cache for session in self._sessions.values()]
+    def write(self, session: int, pieces: Sequence[Piece]) -> None:
+        """Take in KV of a session that runs elsewhere as yet.
+
+        Raises
+        ------
+        ProtocolError
+            If the pieces don't fit what has come before, or are of layers that the stage does not hold.
+        """
+        if session not in self._arriving:
+            self._arriving[session] = HostedSession(self.stage.new_cache(), StepContext())
+        cache = self._arriving[session].cache
+        assert cache is not None
+        for piece in pieces:
+            if piece.slot not in cache.owned:
+                raise ProtocolError(f"KV of layer slot {piece.slot}, which this stage does not hold")
+        write_pieces(pieces, cache)
+
+    def arrived(self, session: int, context: StepContext, number: int, *, records_past: bool) -> None:
+        """Take note of what else is known of a session that arrives."""
+        arriving = self._arriving[session]
+        arriving.context, arriving.number = context, number
+        assert arriving.cache is not None
+        arriving.cache.record_past(records_past)
+
+    def awaits(self, session: int) -> bool:
+        """Whether KV of a session has come that runs elsewhere as yet."""
+        return session in self._arriving
+
+    def take_over(self, session: int, others: Iterable[HostedSession]) -> None:
+        """Have a session run here from now on, with what has arrived of it, and what other stages here had of it.
+
+        Raises
+        ------
+        ProtocolError
+            If not all of its KV is there.
+        """
+        others = list(others)
+        arrived = self._arriving.pop(session, None)
+        state = HostedSession(self.stage.new_cache(), StepContext()) if arrived is None else arrived
+        assert state.cache is not None
+        known = others[0] if others else state
+        state.cache.adopt(other.cache for other in others if other.cache is not None)
+        state.number = known.number
+        state.context = StepContext.of(known.context.mask, known.context.num_tokens)
+        records_past = known.cache is not None and known.cache.records_past
+        state.cache.settle(known.context.num_tokens, records_past=records_past)
+        self.sessions[session] = state
+
+    def forget_moves(self) -> None:
+        """Give up whatever KV is on its way to or from here."""
+        self._arriving.clear()
+        for session in self.sessions.values():
+            session.copies.clear()
+
+    def report(self, model: int, plan_version: int, index: int) -> StageReport:
+        """Describe the stage, which is one of a model's in a plan, and what it has done."""
+        held = (*self.sessions.values(), *self._arriving.values())
         return StageReport(
-            model=self._request.model,
-            stage=self._request.stage,
+            model=model,
+            plan_version=plan_version,
+            stage=index,
             start=self.stage.start,
             end=self.stage.end,
             weight_bytes=self.stage.weight_bytes,
-            kv_bytes=sum(cache.nbytes for cache in caches if cache is not None),
-            num_sessions=len(self._sessions),
+            kv_bytes=sum(session.cache.nbytes for session in held if session.cache is not None),
+            num_sessions=len(self.sessions),
             num_steps=self._num_steps,
             compute_us=round(self._compute_s * 1e6),
             sent_bytes=self.sent_bytes,
         )
 
-    def _session(self, step: Step) -> _Session:
-        session = self._sessions.get(step.session)
+    def _session(self, step: Step) -> HostedSession:
+        session = self.sessions.get(step.session)
         if session is None:
             if step.number != 0:
                 raise ProtocolError(f"step {step.number} of session {step.session}, which has no state here")
             cache = self.stage.new_cache() if step.keeps_kv else None
-            session = self._sessions[step.session] = _Session(cache, StepContext())
-        elif step.number != session.next_number:
-            raise ProtocolError(f"step {step.number} of session {step.session} where {session.next_number} is due")
-        session.next_number += 1
+            session = self.sessions[step.session] = HostedSession(cache, StepContext())
+        elif step.number != session.number:
+            raise ProtocolError(f"step {step.number} of session {step.session} where {session.number} is due")
+        session.number += 1
         return session
 
-    def _compute(self, session: _Session, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:
+    def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:
         for edit in step.edits:
             _apply(edit, session)
         parts = split_tensors(step, tensors)
@@ -166,7 +239,7 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
     )
 
 
-def _apply(edit: KVEdit, session: _Session) -> None:
+def _apply(edit: KVEdit, session: HostedSession) -> None:
     cache = session.cache
     if cache is None:
         raise ProtocolError("a step edits the KV of a session that keeps none")
@@ -174,10 +247,14 @@ def _apply(edit: KVEdit, session: _Session) -> None:
         rows = torch.tensor(edit.values, dtype=torch.long)
         cache.reorder(rows)
         session.context.reorder(rows)
+        for copy in session.copies.values():
+            copy.reorder(rows)
     elif edit.kind is KVEditKind.CROP:
         (num_tokens,) = edit.values
         cache.crop(-num_tokens)
         session.context.crop(num_tokens)
+        for copy in session.copies.values():
+            copy.crop()
     else:
         (on,) = edit.values
         cache.record_past(bool(on))

@@ -18,7 +18,7 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.loading import load_span
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage, accelerator_device
-from lingualinked.protocol.messages import LoadStage, MeasuredStep, MeasureModel, Step, StepShape
+from lingualinked.protocol.messages import MeasuredStep, MeasureModel, Step, StepShape
 from lingualinked.worker.hosted import HostedStage
 from lingualinked.worker.pace import Pace
 
@@ -74,7 +74,7 @@ class Measurer:
     def _measure_span(self, start: int, end: int) -> None:
         span = load_span(self._request.spec, start, end)
         stage = Stage(span, start, end, self._device)
-        hosted = HostedStage(_as_load_request(self._request, start, end), stage)
+        hosted = HostedStage(stage, next_name="")
         with _Stopwatch(span, start, end, self._clock) as watch:
             for rows in sorted({shape.rows for shape in self._request.shapes}):
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]
@@ -154,6 +154,7 @@ class _Session:
             states = torch.randn(shape, generator=generator).to(self._dtype)
         step = Step(
             model=0,
+            plan_version=0,
             stage=0,
             session=0,
             number=self._number,
@@ -164,7 +165,8 @@ class _Session:
             position_rows=0,
             logits_to_keep=1,
             edits=(),
-            timings_us=(),
+            sent_us=0,
+            timings=(),
         )
         mask = (torch.ones((self._rows, num_new), dtype=torch.long),) if is_prompt else ()
         self._next = step, (states, *mask)
@@ -184,21 +186,6 @@ class _Session:
     def end(self) -> None:
         """Free the KV."""
         self.hosted.end(0)
-
-
-def _as_load_request(request: MeasureModel, start: int, end: int) -> LoadStage:
-    """Give what a stage that nobody asked for would have been asked for with."""
-    return LoadStage(
-        request=-1,
-        model=0,
-        stage=0,
-        spec=request.spec,
-        start=start,
-        end=end,
-        next_name="",
-        next_address="",
-        next_key="",
-    )
 
 
 class _Stopwatch:

@@ -34,11 +34,13 @@ from lingualinked.protocol.messages import (
     LogRecord,
     MeasureModel,
     ModelMeasured,
+    PeerMessage,
     Ping,
     Pong,
     ProbeLink,
     RequestFailed,
     StageLoaded,
+    StageTimes,
     Step,
     StepDone,
     StepFailed,
@@ -48,16 +50,21 @@ from lingualinked.protocol.messages import (
     decode,
     encode,
 )
+from lingualinked.protocol.moving import CopyKV, KeepPlan, KVChunk, KVTaken, MoveSession
+from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
-from lingualinked.worker.hosted import HostedStage, split_tensors
+from lingualinked.worker.background import Background
+from lingualinked.worker.hosted import split_tensors
 from lingualinked.worker.lifeline import watch_caller
 from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, is_out_of_memory, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
+from lingualinked.worker.mover import Mover
 from lingualinked.worker.pace import Pace
 from lingualinked.worker.probe import LinkProbe
+from lingualinked.worker.stages import HostedStages, StageKey
 
 logger = logging.getLogger("lingualinked.worker")
 
@@ -106,7 +113,10 @@ class Worker:
         self._boot = boot
         self._mailbox = mailbox
         self._log_handler = handler
-        self._stages: dict[tuple[int, int], HostedStage] = {}
+        self._background = Background(mailbox.wake)
+        self._stages = HostedStages(boot.accelerator, self._background)
+        self._mover = Mover(self._stages, mailbox, boot.public_key)
+        self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
         self._num_refused = 0
         self._probes: defaultdict[str, deque[LinkProbe]] = defaultdict(deque)  # by target
@@ -124,27 +134,31 @@ class Worker:
                 except ProtocolError as error:
                     self._num_refused += 1
                     logger.warning("refused a message from %r: %s", delivery.sender, error)
+            self._background.run_callbacks()
             for level, name, text in self._log_handler.drain():
                 self._tell(LogRecord(level=level, logger=name, text=text))
 
-    def _read(self, delivery: Delivery) -> CallerMessage:
+    def _read(self, delivery: Delivery) -> CallerMessage | PeerMessage:
         message = decode(delivery.payload)
-        if not isinstance(message, CallerMessage):
+        if not isinstance(message, CallerMessage | PeerMessage):
             raise ProtocolError(f"{type(message).__name__} is not for a worker")
-        if delivery.sender != CALLER and not isinstance(message, Step | EndSession | Ping | Pong):
+        if delivery.sender != CALLER and not isinstance(message, PeerMessage):
             raise ProtocolError(f"{type(message).__name__} is for the caller to say")
         return message
 
-    def _handle(self, message: CallerMessage, delivery: Delivery) -> None:
+    def _handle(self, message: CallerMessage | PeerMessage, delivery: Delivery) -> None:
         match message:
             case Step():
                 self._step(message, delivery)
             case EndSession():
                 self._end_session(message)
             case LoadStage():
-                self._answer(message.request, lambda: self._load(message))
+                self._load(message)
             case UnloadModel():
-                self._unload(message.model)
+                self._mover.forget(message.model)
+                self._stages.unload(message.model)
+            case CopyKV() | KVChunk() | KVTaken() | MoveSession() | KeepPlan():
+                self._handle_moving(message, delivery)
             case Inspect():
                 self._answer(message.request, lambda: self._report(message))
             case Imitate():
@@ -158,32 +172,55 @@ class Worker:
             case Pong():
                 self._go_on_probing(message, delivery.sender)
 
-    def _answer(self, request: int, serve_request: Callable[[], WorkerMessage]) -> None:
+    def _handle_moving(self, message: CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan, delivery: Delivery) -> None:
+        match message:
+            case CopyKV():
+                self._answer(message.request, lambda: self._mover.copy(message))
+            case KVChunk():
+                self._take_kv(message, delivery)
+            case KVTaken():
+                self._mover.go_on(message)
+            case MoveSession():
+                try:
+                    self._stages.move_session(message.model, message.session, message.plan_version)
+                except ProtocolError as error:  # it has ended on its way; if not, its next step fails
+                    logger.debug("session %d is not moved: %s", message.session, error)
+            case KeepPlan():
+                self._mover.forget(message.model)
+                self._stages.keep_plan(message.model, message.plan_version)
+
+    def _answer(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> bool:
+        """Tell the caller what a request comes to, unless another party will; say whether it could be served."""
         try:
             answer = serve_request()
         except Exception as error:  # noqa: BLE001 - the caller raises it
-            answer = RequestFailed(request=request, **_failure(error))
-        self._tell(answer)
+            self._fail(request, error)
+            return False
+        if answer is not None:
+            self._tell(answer)
+        return True
 
-    def _load(self, message: LoadStage) -> StageLoaded:
-        stage = Stage.load(
-            message.spec,
-            message.start,
-            message.end,
-            accelerator=self._boot.accelerator,
-            progress=lambda num_bytes: self._tell(LoadProgress(request=message.request, num_bytes=num_bytes)),
-        )
-        if message.next_name != CALLER:
-            self._mailbox.connect(message.next_name, message.next_address, message.next_key)
-        self._stages[message.model, message.stage] = HostedStage(message, stage)
-        return StageLoaded(
-            request=message.request, weight_bytes=stage.weight_bytes, num_bytes_read=stage.num_bytes_read
-        )
+    def _fail(self, request: int, error: Exception) -> None:
+        self._tell(RequestFailed(request=request, **_failure(error)))
 
-    def _unload(self, model: int) -> None:
-        for key in [key for key in self._stages if key[0] == model]:
-            del self._stages[key]
-        release_memory(self._boot.accelerator)
+    def _load(self, message: LoadStage) -> None:
+        def progress(num_bytes: int) -> None:
+            self._tell(LoadProgress(request=message.request, num_bytes=num_bytes))
+
+        def loaded(stage: Stage) -> None:
+            if message.next_name != CALLER:
+                self._mailbox.connect(message.next_name, message.next_address, message.next_key)
+            weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
+            self._tell(StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read))
+
+        self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error))
+
+    def _take_kv(self, message: KVChunk, delivery: Delivery) -> None:
+        accepted = self._answer(message.request, lambda: self._mover.take(message, delivery.tensors))
+        if not message.is_last:
+            answer = KVTaken(request=message.request, accepted=accepted)
+            self._mailbox.connect(delivery.sender, message.sender_address, message.sender_key)
+            self._mailbox.send(delivery.sender, encode(answer))
 
     def _report(self, message: Inspect) -> WorkerReport:
         return WorkerReport(
@@ -193,7 +230,7 @@ class Worker:
             resident_bytes=resident_bytes(),
             idle_resident_bytes=self._idle_resident_bytes,
             num_refused=self._num_refused + self._mailbox.num_refused,
-            stages=tuple(hosted.report() for hosted in self._stages.values()),
+            stages=self._stages.reports(),
         )
 
     def _throttle(self, message: Imitate) -> Imitated:
@@ -255,32 +292,41 @@ class Worker:
             release_memory(self._boot.accelerator)  # what the step had got; until here its error held it
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
-        hosted = self._hosted(step)
+        hop_us, wait_us = self._hops.part(delivery.sender, step.sent_us, delivery.due_s)
+        if step.number and not self._stages.has_session(step.model, step.plan_version, step.session):
+            # It has been told to move, and this step has come faster than the word of it.
+            self._stages.move_session(step.model, step.session, step.plan_version)
+        hosted = self._stages.get(StageKey(step.model, step.plan_version, step.stage))
         output, elapsed_s = hosted.run(step, delivery.tensors, self._pace)
-        timings_us = (*step.timings_us, round(elapsed_s * 1e6))
+        encode_us = round(self._mailbox.encode_s * 1e6)  # of the message before this one
+        times = StageTimes(
+            received_bytes=delivery.num_bytes,
+            hop_us=hop_us,
+            wait_us=wait_us,
+            compute_us=round(elapsed_s * 1e6),
+            codec_us=round(delivery.decode_s * 1e6) + encode_us,
+        )
+        timings = (*step.timings, times)
         if hosted.stage.is_last:
-            done = StepDone(session=step.session, number=step.number, timings_us=timings_us)
+            done = StepDone(session=step.session, number=step.number, timings=timings)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
             return
-        onward = msgspec.structs.replace(step, stage=step.stage + 1, layout=output.layout, timings_us=timings_us)
+        onward = msgspec.structs.replace(
+            step, stage=step.stage + 1, layout=output.layout, timings=timings, sent_us=clock_us() + encode_us
+        )
         parts = split_tensors(step, delivery.tensors)
         tensors = (*output.tensors, *parts.told, *parts.keep)
         hosted.sent_bytes += self._mailbox.send(hosted.next_name, encode(onward), tensors)
 
     def _end_session(self, message: EndSession) -> None:
-        hosted = self._stages.get((message.model, message.stage))
-        if hosted is None:
+        try:
+            hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
+        except ProtocolError:
             return  # the model went before its session, and took the KV along
         hosted.end(message.session)
         if not hosted.stage.is_last:
-            onward = EndSession(model=message.model, stage=message.stage + 1, session=message.session)
+            onward = msgspec.structs.replace(message, stage=message.stage + 1)
             self._mailbox.send(hosted.next_name, encode(onward))
-
-    def _hosted(self, step: Step) -> HostedStage:
-        hosted = self._stages.get((step.model, step.stage))
-        if hosted is None:
-            raise ProtocolError(f"stage {step.stage} of model {step.model} is not hosted here")
-        return hosted
 
     def _tell(self, message: WorkerMessage) -> None:
         self._mailbox.send(CALLER, encode(message))

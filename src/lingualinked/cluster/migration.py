@@ -1,0 +1,123 @@
+"""Moves a model from one plan to another while its sessions go on.
+
+Knows routes, sessions and messages; neither why layers are moved nor what tokens are.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.route import Route, Routes, request_stages
+from lingualinked.errors import LingualinkedError
+from lingualinked.model.spec import ModelSpec
+from lingualinked.protocol.messages import StageLoaded
+from lingualinked.protocol.moving import KeepPlan
+from lingualinked.telemetry.decisions import Migration
+
+
+class Migrator:
+    """One migration.
+
+    The workers load what they lack for the new plan beside their steps, sharing what they hold, and KV is copied ahead.
+    Then every session changes between two of its steps, for itself: what has changed of its KV is sent, and its next step
+    runs in the stages of the new plan. Stages of the old one are freed when no session is left there. Until then
+    whatever fails leads back: sessions that have changed change again, and the new stages are freed.
+
+    Parameters
+    ----------
+    engine : Engine
+        Sends the messages.
+    model : int
+        Number of the model.
+    spec : ModelSpec
+        What to load.
+    routes : Routes
+        Where the sessions are.
+    timeout_s : float
+        Seconds that any one answer of a worker may take.
+    """
+
+    def __init__(self, engine: Engine, model: int, spec: ModelSpec, routes: Routes, timeout_s: float) -> None:
+        self._engine = engine
+        self._model = model
+        self._spec = spec
+        self._routes = routes
+        self._timeout_s = timeout_s
+
+    def run(self, target: Route) -> tuple[Migration, LingualinkedError | None]:
+        """Move to a route; on a thread that nothing interrupts.
+
+        Returns
+        -------
+        Migration
+            What was moved, and how long it took.
+        LingualinkedError or None
+            Why the old plan goes on, if it does.
+        """
+        source, times = self._routes.current, _Stopwatch()
+        weight_bytes = kv_bytes = 0
+        error: LingualinkedError | None = None
+        kept = source
+        try:
+            loaded = results_of(request_stages(self._engine, self._model, self._spec, target, self._timeout_s))
+            weight_bytes = sum(cast("StageLoaded", each).num_bytes_read for each in loaded)
+            times.lap()
+            kv_bytes = self._copy_ahead(target)
+            times.lap()
+            self._routes.begin(target)
+            error = self._change_sessions()
+            times.lap()
+            kept = self._routes.target
+            self._routes.settle()
+        except LingualinkedError as failure:
+            error = failure
+        finally:
+            for device in dict.fromkeys((*source.devices, *target.devices)):
+                self._engine.tell(device, KeepPlan(model=self._model, plan_version=kept.version))
+        return (
+            Migration(
+                time_s=times.began_s,
+                plan_version=target.version,
+                spans_before=source.spans,
+                spans_after=target.spans,
+                weight_bytes=weight_bytes,
+                kv_bytes=kv_bytes + self._routes.moved_bytes,
+                load_s=times[0],
+                copy_s=times[1],
+                switch_s=times[2],
+                longest_stall_s=self._routes.longest_stall_s,
+                num_sessions=self._routes.num_moved,
+                error="" if error is None else str(error),
+            ),
+            error,
+        )
+
+    def _copy_ahead(self, target: Route) -> int:
+        """Copy the KV of all sessions while they go on; give its bytes."""
+        futures = [future for session in self._routes.sessions() for future in session.copy_ahead(target)]
+        return sum(answer.num_bytes for answer in results_of(futures))  # type: ignore[attr-defined]
+
+    def _change_sessions(self) -> LingualinkedError | None:
+        """See every session through its change; those that run do it themselves. Give the error if one could not."""
+        while waiting := [each for each in self._routes.sessions() if not each.is_on(self._routes.target)]:
+            for session in waiting:
+                session.follow()
+        return self._routes.error
+
+
+class _Stopwatch:
+    """Times of what is done one after the other; 0 for what was not done."""
+
+    def __init__(self) -> None:
+        self.began_s = time.monotonic()
+        self._laps = [self.began_s]
+
+    def lap(self) -> None:
+        """Take note that something is done."""
+        self._laps.append(time.monotonic())
+
+    def __getitem__(self, index: int) -> float:
+        return self._laps[index + 1] - self._laps[index] if index + 1 < len(self._laps) else 0.0

@@ -1,0 +1,168 @@
+"""Which plan a model's sessions run under, and the one that they are to change to.
+
+Knows plans and their versions; neither messages nor what a session holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from lingualinked.device import CALLER
+from lingualinked.errors import LingualinkedError
+from lingualinked.model.spec import ModelSpec
+from lingualinked.planning.plan import Plan
+from lingualinked.protocol.messages import LoadStage
+from lingualinked.telemetry.decisions import Span
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable
+
+    from lingualinked.cluster.engine import Engine
+    from lingualinked.cluster.session import Session
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """A plan whose stages workers host, and the version under which they know it.
+
+    Parameters
+    ----------
+    version : int
+        Its epoch: no two plans of a model have the same.
+    plan : Plan
+        Which device hosts which layers.
+    """
+
+    version: int
+    plan: Plan
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Devices of all stages, in pipeline order."""
+        return tuple(stage.device for stage in self.plan.stages)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Device, start and end of each stage."""
+        return tuple((stage.device, stage.start, stage.end) for stage in self.plan.stages)
+
+
+class Routes:
+    """The route in force, the one that sessions are to change to, and the sessions; used by many threads.
+
+    Parameters
+    ----------
+    first : Route
+        In force to begin with.
+    """
+
+    def __init__(self, first: Route) -> None:
+        self.current = first
+        self.target = first
+        self.error: LingualinkedError | None = None
+        self.longest_stall_s = 0.0
+        self.num_moved = self.moved_bytes = 0
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._lock = threading.RLock()  # a session may be collected, and leave, in the middle of anything
+
+    def enter(self, session: Session) -> None:
+        """Count a session among those that change along."""
+        with self._lock:
+            self._sessions.add(session)
+
+    def sessions(self) -> list[Session]:
+        """Give all sessions that there are."""
+        with self._lock:
+            return list(self._sessions)
+
+    def begin(self, target: Route) -> None:
+        """Have sessions change to another route, each between two of its steps."""
+        with self._lock:
+            self.error = None
+            self.longest_stall_s = 0.0
+            self.num_moved = self.moved_bytes = 0
+            self.target = target
+
+    def reject(self, target: Route, error: LingualinkedError) -> bool:
+        """Have sessions change back, since one of them could not change; say whether there is a way back."""
+        with self._lock:
+            if self.target is target and target is not self.current:
+                self.target, self.error = self.current, error
+            return target is not self.current
+
+    def note(self, stall_s: float, num_bytes: int) -> None:
+        """Take note that a session has changed, how long it waited for that, and how much KV was sent at last."""
+        with self._lock:
+            self.longest_stall_s = max(self.longest_stall_s, stall_s)
+            self.num_moved += 1
+            self.moved_bytes += num_bytes
+
+    def settle(self) -> None:
+        """Take the route that all sessions have changed to as the one in force."""
+        with self._lock:
+            self.current = self.target
+
+
+def request_stages(
+    engine: Engine,
+    model: int,
+    spec: ModelSpec,
+    route: Route,
+    timeout_s: float,
+    on_progress: Callable[[str, int], None] | None = None,
+) -> list[concurrent.futures.Future[object]]:
+    """Ask workers to load the stages of a route.
+
+    Parameters
+    ----------
+    engine : Engine
+        Sends the requests.
+    model : int
+        Number of the model.
+    spec : ModelSpec
+        What to load.
+    route : Route
+        Where.
+    timeout_s : float
+        Seconds that a worker may be silent.
+    on_progress : callable or None
+        Told a device's name and the bytes that it has loaded so far, on the I/O thread.
+
+    Returns
+    -------
+    list of Future
+        Of each stage's `StageLoaded`.
+    """
+    futures = []
+    for index, stage in enumerate(route.plan.stages):
+        next_name = CALLER if index + 1 == len(route.plan.stages) else route.plan.stages[index + 1].device
+        next_address, next_key = engine.peer(next_name)
+
+        def build(
+            number: int, index: int = index, to: tuple[str, str, str] = (next_name, next_address, next_key)
+        ) -> LoadStage:
+            planned = route.plan.stages[index]
+            return LoadStage(
+                request=number,
+                model=model,
+                plan_version=route.version,
+                stage=index,
+                spec=spec,
+                start=planned.start,
+                end=planned.end,
+                next_name=to[0],
+                next_address=to[1],
+                next_key=to[2],
+            )
+
+        def progress(num_bytes: int, device: str = stage.device) -> None:
+            if on_progress is not None:
+                on_progress(device, num_bytes)
+
+        what = f"loading layers [{stage.start}, {stage.end})"
+        futures.append(engine.request(stage.device, build, what, timeout_s, progress))
+    return futures

@@ -1,0 +1,98 @@
+"""The messages with which layers and their KV change devices while a model runs, as msgspec structs.
+
+Knows neither who decides nor how it is done; tensors travel beside a message, never in it.
+"""
+
+from __future__ import annotations
+
+from lingualinked.protocol.message import Message
+
+
+class KeepPlan(Message, frozen=True, tag=11):
+    """Free every stage of the model that is of another plan version, what is on its way to such, and its sessions there."""
+
+    model: int
+    plan_version: int
+
+
+class CopyKV(Message, frozen=True, tag=12):
+    """Copy a session's KV of layers ``[start, end)`` from stage ``stage`` to a stage of another plan version elsewhere.
+
+    The first copy is made while the session goes on. A final one sends what has changed since, and what else the stage
+    knows of the session, which must be before its step ``number`` and wait there. The target answers with `KVCopied`.
+    """
+
+    request: int
+    model: int
+    plan_version: int
+    stage: int
+    session: int
+    number: int
+    start: int
+    end: int
+    target_version: int
+    target_stage: int
+    target_name: str
+    target_address: str
+    target_key: str
+    is_final: bool
+
+
+class KVSlice(Message, frozen=True):
+    """Tokens of one layer's KV, in the words of `lingualinked.worker.kv_copy.Piece`; keys and values are beside the message."""
+
+    slot: int
+    first: int
+    position: int
+    capacity: int
+    rows: tuple[int, ...] | None
+
+
+class SessionState(Message, frozen=True):
+    """What a stage knows of a session besides KV; the mask is beside the message, behind the KV, if it has one."""
+
+    number: int
+    num_tokens: int
+    records_past: bool
+    has_mask: bool
+
+
+class KVChunk(Message, frozen=True, tag=13):
+    """A part of a session's KV, from worker to worker; the next one is sent when `KVTaken` has come to this address.
+
+    ``num_bytes`` counts the keys and values of the whole copy so far.
+    """
+
+    request: int
+    model: int
+    plan_version: int
+    stage: int
+    session: int
+    slices: tuple[KVSlice, ...]
+    num_bytes: int
+    is_last: bool
+    state: SessionState | None
+    sender_address: str
+    sender_key: str
+
+
+class KVTaken(Message, frozen=True, tag=14):
+    """Answer to a `KVChunk`: whether it could be used."""
+
+    request: int
+    accepted: bool
+
+
+class MoveSession(Message, frozen=True, tag=15):
+    """A session runs under this plan version from now on: take its KV over into the stages of it, and free the rest."""
+
+    model: int
+    session: int
+    plan_version: int
+
+
+class KVCopied(Message, frozen=True, tag=28):
+    """Answer to `CopyKV`, from the target: all has come, so many bytes of keys and values."""
+
+    request: int
+    num_bytes: int

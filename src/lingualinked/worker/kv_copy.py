@@ -1,0 +1,138 @@
+"""Copying the KV of one session's layers to another worker while the session goes on: what is still to be sent, in pieces.
+
+Knows KV layers; neither messages nor sockets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lingualinked.model.kv_cache import OwnedLayer, StageCache
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A row of tokens of one layer's KV.
+
+    Parameters
+    ----------
+    slot : int
+        The layer's slot in the KV cache.
+    first : int
+        Position of the first token that the layer holds: what lies before is to be forgotten.
+    position : int
+        Position of the piece's first token: what was sent from there on before is not valid any more.
+    capacity : int
+        Tokens that the layer has room for.
+    rows : tuple of int or None
+        Which rows to keep of what was sent before, in their order, before the piece is added; ``None``: all as they are.
+    keys, values : Tensor
+        [rows, heads, tokens, dim]; of what is to be sent views, valid until the KV cache changes.
+    """
+
+    slot: int
+    first: int
+    position: int
+    capacity: int
+    rows: tuple[int, ...] | None
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclasses.dataclass(slots=True)
+class _Sent:
+    """How far a layer's KV has been sent: the position behind the last token, and how rows were reordered since."""
+
+    stop: int = 0
+    rows: Tensor | None = None
+
+
+class KVCopy:
+    """One session's KV in some layers, on its way to another worker.
+
+    What has been sent stays of use whatever happens to the session meanwhile: new tokens are sent later, tokens that were
+    taken back are sent anew, and of rows that are reordered only their order is told.
+
+    Parameters
+    ----------
+    cache : StageCache
+        The session's.
+    slots : iterable of int
+        Slots of the layers, which the stage owns.
+    """
+
+    def __init__(self, cache: StageCache, slots: Iterable[int]) -> None:
+        self._layers: Mapping[int, OwnedLayer] = {slot: cache.owned[slot] for slot in sorted(slots)}
+        self._sent = {slot: _Sent() for slot in self._layers}
+        self.num_bytes = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take note that the session keeps the rows ``rows`` (int64 ``[new rows]``)."""
+        for sent in self._sent.values():
+            sent.rows = rows if sent.rows is None else sent.rows.index_select(0, rows)
+
+    def crop(self) -> None:
+        """Take note that the session has taken tokens back."""
+        for slot, layer in self._layers.items():
+            self._sent[slot].stop = min(self._sent[slot].stop, layer.stop)
+
+    def next_pieces(self, max_bytes: int) -> tuple[list[Piece], bool]:
+        """Give what is to be sent next, of about so many bytes, and whether that is all.
+
+        The last call gives a piece of every layer, with tokens or without: what the layer forgets is told with it.
+        """
+        pieces: list[Piece] = []
+        for slot, layer in self._layers.items():
+            if max_bytes <= 0:
+                return pieces, False
+            if layer.is_initialized:
+                pieces.append(self._next_piece(slot, layer, max_bytes))
+                max_bytes -= pieces[-1].nbytes
+                if self._sent[slot].stop < layer.stop:
+                    return pieces, False
+        return pieces, True
+
+    def _next_piece(self, slot: int, layer: OwnedLayer, max_bytes: int) -> Piece:
+        sent, first = self._sent[slot], layer.first
+        position = max(sent.stop, first)
+        num_left = layer.stop - position
+        keys, values = layer.read(position, num_left)
+        num_tokens = min(num_left, max(1, max_bytes * num_left // max(1, keys.nbytes + values.nbytes)))
+        is_fresh = position == first  # nothing of what was sent before is kept, in whatever order
+        piece = Piece(
+            slot=slot,
+            first=first,
+            position=position,
+            capacity=layer.capacity,
+            rows=None if sent.rows is None or is_fresh else tuple(sent.rows.tolist()),
+            keys=keys.narrow(2, 0, num_tokens),
+            values=values.narrow(2, 0, num_tokens),
+        )
+        sent.stop, sent.rows = position + num_tokens, None
+        self.num_bytes += piece.nbytes
+        return piece
+
+
+@torch.inference_mode()
+def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
+    """Add pieces to the KV cache of the session on the receiving side, in the order in which they were given.
+
+    Raises
+    ------
+    ProtocolError
+        If tokens between what is held and a piece are missing.
+    """
+    for piece in pieces:
+        layer = cache.owned[piece.slot]
+        if piece.rows is not None:
+            layer.reorder_cache(torch.tensor(piece.rows, dtype=torch.long))
+        layer.write(piece.first, piece.position, piece.keys, piece.values, piece.capacity)

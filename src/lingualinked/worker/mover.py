@@ -1,0 +1,161 @@
+"""Carries the KV of sessions from worker to worker: what is sent next, and what is done with what comes.
+
+Knows messages, stages and a mailbox; neither plans nor why anything is moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lingualinked.errors import ProtocolError
+from lingualinked.model.context import StepContext
+from lingualinked.protocol.messages import encode
+from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVSlice, KVTaken, SessionState
+from lingualinked.transport.mailbox import Mailbox
+from lingualinked.worker.hosted import HostedSession
+from lingualinked.worker.kv_copy import KVCopy, Piece
+from lingualinked.worker.stages import HostedStages, StageKey
+
+_CHUNK_BYTES = 128 << 10
+"""Of KV in one message: one is on its way at a time, so that a step waits for no more than this on the link."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Transfer:
+    """A copy that is being sent, and of what."""
+
+    request: CopyKV
+    session: HostedSession
+    copy: KVCopy
+
+
+class Mover:
+    """The moving of KV from and to one worker.
+
+    Parameters
+    ----------
+    stages : HostedStages
+        What the worker hosts.
+    mailbox : Mailbox
+        Its mailbox.
+    public_key : str
+        Of the mailbox, for the answers.
+    """
+
+    def __init__(self, stages: HostedStages, mailbox: Mailbox, public_key: str) -> None:
+        self._stages = stages
+        self._mailbox = mailbox
+        self._public_key = public_key
+        self._transfers: dict[int, _Transfer] = {}
+
+    def copy(self, request: CopyKV) -> KVCopied | None:
+        """Begin to copy a session's KV to another worker; give the answer if there is nothing to copy.
+
+        Raises
+        ------
+        ProtocolError
+            If the stage is not hosted, or the session is not where the request has it.
+        """
+        hosted = self._stages.get(StageKey(request.model, request.plan_version, request.stage))
+        session = hosted.sessions.get(request.session)
+        if session is None or session.cache is None:
+            if request.is_final:
+                raise ProtocolError(f"session {request.session} has no KV on stage {request.stage}")
+            return KVCopied(request=request.request, num_bytes=0)  # it has ended, or not begun
+        if request.is_final and session.number != request.number:
+            raise ProtocolError(f"session {request.session} is at step {session.number}, not at {request.number}")
+        self._mailbox.connect(request.target_name, request.target_address, request.target_key)
+        key = (request.target_version, request.target_stage)
+        if key not in session.copies:
+            session.copies[key] = KVCopy(session.cache, hosted.stage.slots(request.start, request.end))
+        self._transfers[request.request] = _Transfer(request, session, session.copies[key])
+        self._send(request.request)
+        return None
+
+    def go_on(self, answer: KVTaken) -> None:
+        """Send the next chunk, if the last one was of use and anything is left."""
+        if not answer.accepted:
+            self._transfers.pop(answer.request, None)
+        elif answer.request in self._transfers:
+            self._send(answer.request)
+
+    def take(self, chunk: KVChunk, tensors: Sequence[Tensor]) -> KVCopied | None:
+        """Take in a chunk of another worker's; give the answer for the caller if it was the last one.
+
+        Raises
+        ------
+        ProtocolError
+            If it does not fit what has come before, or is for a stage that is not hosted.
+        """
+        num_kv = 2 * len(chunk.slices)
+        has_mask = chunk.state is not None and chunk.state.has_mask
+        if len(tensors) != num_kv + has_mask or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
+            raise ProtocolError(f"{len(tensors)} tensors came with KV of {len(chunk.slices)} layers")
+        hosted = self._stages.get(StageKey(chunk.model, chunk.plan_version, chunk.stage))
+        device = hosted.stage.device
+        pieces = [
+            Piece(
+                slot=each.slot,
+                first=each.first,
+                position=each.position,
+                capacity=each.capacity,
+                rows=each.rows,
+                keys=tensors[2 * index].to(device),
+                values=tensors[2 * index + 1].to(device),
+            )
+            for index, each in enumerate(chunk.slices)
+        ]
+        hosted.write(chunk.session, pieces)
+        if chunk.state is not None:
+            context = StepContext.of(tensors[-1] if has_mask else None, chunk.state.num_tokens)
+            hosted.arrived(chunk.session, context, chunk.state.number, records_past=chunk.state.records_past)
+        return KVCopied(request=chunk.request, num_bytes=chunk.num_bytes) if chunk.is_last else None
+
+    def forget(self, model: int) -> None:
+        """Send nothing more of a model's sessions."""
+        for number in [number for number, each in self._transfers.items() if each.request.model == model]:
+            del self._transfers[number]
+
+    def _send(self, number: int) -> None:
+        transfer = self._transfers[number]
+        request, session = transfer.request, transfer.session
+        pieces, is_last = transfer.copy.next_pieces(_CHUNK_BYTES)
+        state, mask = None, None
+        if is_last:
+            del self._transfers[number]
+            if request.is_final:
+                assert session.cache is not None
+                mask = session.context.mask
+                state = SessionState(
+                    number=session.number,
+                    num_tokens=session.context.num_tokens,
+                    records_past=session.cache.records_past,
+                    has_mask=mask is not None,
+                )
+        chunk = KVChunk(
+            request=request.request,
+            model=request.model,
+            plan_version=request.target_version,
+            stage=request.target_stage,
+            session=request.session,
+            slices=tuple(
+                KVSlice(
+                    slot=piece.slot,
+                    first=piece.first,
+                    position=piece.position,
+                    capacity=piece.capacity,
+                    rows=piece.rows,
+                )
+                for piece in pieces
+            ),
+            num_bytes=transfer.copy.num_bytes,
+            is_last=is_last,
+            state=state,
+            sender_address=self._mailbox.address,
+            sender_key=self._public_key,
+        )
+        tensors = [tensor for piece in pieces for tensor in (piece.keys, piece.values)]
+        self._mailbox.send(request.target_name, encode(chunk), [*tensors, *([] if mask is None else [mask])])

@@ -1,0 +1,161 @@
+"""All stages that a worker hosts, of every model and plan version; loading them, and moving sessions from one to another.
+
+Knows stages and a thread to load them in; no sockets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from lingualinked.errors import ProtocolError
+from lingualinked.model.memory import release_memory
+from lingualinked.model.stage import Stage
+from lingualinked.protocol.messages import LoadStage, StageReport
+from lingualinked.worker.background import Background
+from lingualinked.worker.hosted import HostedStage
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class StageKey:
+    """Which stage: of a model, in a plan, at a position."""
+
+    model: int
+    plan_version: int
+    index: int
+
+
+class NotWantedError(Exception):
+    """What is being loaded has been unloaded before it was there."""
+
+
+class HostedStages:
+    """The stages of one worker.
+
+    Parameters
+    ----------
+    accelerator : str
+        Where they compute.
+    background : Background
+        Where they are loaded.
+    """
+
+    def __init__(self, accelerator: str, background: Background) -> None:
+        self._accelerator = accelerator
+        self._background = background
+        self._stages: dict[StageKey, HostedStage] = {}
+        self._wanted: set[StageKey] = set()
+
+    def load(
+        self,
+        request: LoadStage,
+        on_progress: Callable[[int], None],
+        on_loaded: Callable[[Stage], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        """Load a stage beside whatever else is done; the callbacks are called on the worker's loop."""
+        key = StageKey(request.model, request.plan_version, request.stage)
+        self._wanted.add(key)
+
+        def progress(num_bytes: int) -> None:
+            if key not in self._wanted:
+                raise NotWantedError
+            self._background.call(lambda: on_progress(num_bytes))
+
+        def work() -> None:
+            held = [hosted.stage for other, hosted in list(self._stages.items()) if other.model == request.model]
+            try:
+                stage = Stage.load(
+                    request.spec,
+                    request.start,
+                    request.end,
+                    accelerator=self._accelerator,
+                    progress=progress,
+                    held=[each for each in held if each.start < request.end and request.start < each.end],
+                )
+            except NotWantedError:
+                self._background.call(lambda: release_memory(self._accelerator))
+            except Exception as error:  # noqa: BLE001 - the caller raises it
+                self._background.call(functools.partial(on_error, error))
+            else:
+                hosted = HostedStage(stage, request.next_name)
+                self._background.call(functools.partial(self._enter, key, hosted, on_loaded))
+
+        self._background.submit(work)
+
+    def get(self, key: StageKey) -> HostedStage:
+        """Return a stage.
+
+        Raises
+        ------
+        ProtocolError
+            If it is not hosted.
+        """
+        hosted = self._stages.get(key)
+        if hosted is None:
+            raise ProtocolError(
+                f"stage {key.index} of version {key.plan_version} of the plan of model {key.model} is not hosted here"
+            )
+        return hosted
+
+    def has_session(self, model: int, plan_version: int, session: int) -> bool:
+        """Whether a session runs in the stages of a plan version."""
+        return any(
+            session in hosted.sessions
+            for key, hosted in self._stages.items()
+            if (key.model, key.plan_version) == (model, plan_version)
+        )
+
+    def move_session(self, model: int, session: int, plan_version: int) -> None:
+        """Have a session run in the stages of a plan version from now on; does nothing if it does so already.
+
+        Raises
+        ------
+        ProtocolError
+            If not all of its KV is there.
+        """
+        own = [(key, hosted) for key, hosted in self._stages.items() if key.model == model]
+        others = [hosted for key, hosted in own if key.plan_version != plan_version]
+        leaving = [hosted.sessions[session] for hosted in others if session in hosted.sessions]
+        for key, hosted in own:
+            if (
+                key.plan_version == plan_version
+                and session not in hosted.sessions
+                and (leaving or hosted.awaits(session))
+            ):
+                hosted.take_over(session, leaving)
+        for hosted in others:
+            hosted.end(session)
+
+    def keep_plan(self, model: int, plan_version: int) -> None:
+        """Free every stage of a model that is of another plan version, and what was under way between the two."""
+        for key, hosted in self._stages.items():
+            if key.model == model:
+                hosted.forget_moves()
+        self._drop({key for key in self._known() if key.model == model and key.plan_version != plan_version})
+
+    def unload(self, model: int) -> None:
+        """Free every stage of a model, with all its sessions."""
+        self._drop({key for key in self._known() if key.model == model})
+
+    def reports(self) -> tuple[StageReport, ...]:
+        """Describe all stages."""
+        return tuple(
+            hosted.report(key.model, key.plan_version, key.index) for key, hosted in sorted(self._stages.items())
+        )
+
+    def _known(self) -> set[StageKey]:
+        return self._wanted | self._stages.keys()
+
+    def _enter(self, key: StageKey, hosted: HostedStage, on_loaded: Callable[[Stage], None]) -> None:
+        if key in self._wanted:
+            self._stages[key] = hosted
+            on_loaded(hosted.stage)
+
+    def _drop(self, keys: set[StageKey]) -> None:
+        self._wanted -= keys
+        for key in keys:
+            self._stages.pop(key, None)
+        if keys:
+            release_memory(self._accelerator)

@@ -1,0 +1,165 @@
+"""Layers that change stages in the middle of a conversation, KV and all, change no bit: every family."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conversations import Cut, Whole, beam_and_back, greedy, spec_of
+from families import FAMILIES, reference
+from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.spec import ModelSpec
+from lingualinked.model.stage import Stage, missing_spans
+from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
+
+NUM_LAYERS = 4
+DEVICES = ("a", "b", "c")
+
+Checkpoint = Callable[..., Path]
+Spans = list[tuple[str, int, int]]
+
+
+def random_spans(rng: random.Random) -> Spans:
+    """Cut into one to three spans on different devices, in any order."""
+    ends = [0, *sorted(rng.sample(range(1, NUM_LAYERS), rng.randint(0, 2))), NUM_LAYERS]
+    devices = rng.sample(DEVICES, len(ends) - 1)
+    return [(device, ends[i], ends[i + 1]) for i, device in enumerate(devices)]
+
+
+def as_received(piece: Piece) -> Piece:
+    return Piece(
+        piece.slot, piece.first, piece.position, piece.capacity, piece.rows, piece.keys.clone(), piece.values.clone()
+    )
+
+
+class Moving(Cut):
+    """A conversation whose stages change before some of its steps; KV is copied ahead in between, in small pieces."""
+
+    def __init__(self, spec: ModelSpec, rng: random.Random, *, records_past: bool = False) -> None:
+        self._spec, self._rng = spec, rng
+        self._spans = random_spans(rng)
+        super().__init__(
+            [Stage.load(spec, start, end) for _, start, end in self._spans], keeps_kv=True, records_past=records_past
+        )
+        self._next_spans: Spans = []
+        self._copies: list[tuple[int, KVCopy, StageCache]] = []
+        self._num_tokens = 0
+
+    def step(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor = 0) -> Tensor:
+        if self._num_tokens:
+            if not self._next_spans:
+                self._prepare()
+            if self._rng.random() < 0.6:
+                self._send(finally_all=False)
+            if self._rng.random() < 0.6:
+                self._switch()
+        self._num_tokens += tokens.shape[1]
+        return super().step(tokens, mask, positions, keep)
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        for _, copy, _ in self._copies:
+            copy.reorder(rows)
+
+    def crop(self, num_tokens_to_remove: int) -> None:
+        super().crop(num_tokens_to_remove)
+        self._num_tokens += num_tokens_to_remove
+        for _, copy, _ in self._copies:
+            copy.crop()
+
+    def _prepare(self) -> None:
+        """Load the next stages, sharing what their devices hold, and begin to copy KV of layers that change devices."""
+        self._next_spans = random_spans(self._rng)
+        held = {
+            device: [stage for (other, _, _), stage in zip(self._spans, self.stages, strict=True) if other == device]
+            for device in DEVICES
+        }
+        self._next_stages = [
+            Stage.load(
+                self._spec, start, end, held=[each for each in held[device] if each.start < end and start < each.end]
+            )
+            for device, start, end in self._next_spans
+        ]
+        self._next_caches = [stage.new_cache() for stage in self._next_stages]
+        self._copies = []
+        for index, (source, first, stop) in enumerate(self._spans):
+            for (target, start, end), cache in zip(self._next_spans, self._next_caches, strict=True):
+                if source != target and max(first, start) < min(stop, end):
+                    slots = self.stages[index].slots(max(first, start), min(stop, end))
+                    self._copies.append((index, KVCopy(self.caches[index], slots), cache))
+
+    def _send(self, *, finally_all: bool) -> None:
+        for _, copy, cache in self._copies:
+            is_last = False
+            while not is_last:
+                pieces, is_last = copy.next_pieces(self._rng.choice([1, 2000, 10**6]))
+                write_pieces(map(as_received, pieces), cache)
+                if not finally_all and self._rng.random() < 0.5:
+                    break
+
+    def _switch(self) -> None:
+        self._send(finally_all=True)
+        for (device, _, _), cache in zip(self._next_spans, self._next_caches, strict=True):
+            stayed = [
+                old for (other, _, _), old in zip(self._spans, self.caches, strict=True) if other == device and old
+            ]
+            cache.adopt(stayed)
+            cache.settle(self._num_tokens, records_past=self.caches[0].records_past)
+        self._spans, self.stages, self.caches = self._next_spans, self._next_stages, self._next_caches
+        self._next_spans, self._copies = [], []
+
+
+def assert_equal(moved: list[Tensor], whole: list[Tensor]) -> None:
+    for step, (ours, theirs) in enumerate(zip(moved, whole, strict=True)):
+        assert torch.equal(ours, theirs), f"step {step} differs by up to {(ours.float() - theirs.float()).abs().max()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moving_layers_is_exact(family: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family, dtype)
+    model, spec = reference(folder), spec_of(folder)
+    said, beamed = greedy(Whole(model)), beam_and_back(Whole(model, records_past=True))
+    seed = f"{family}, {dtype}"  # another schedule of moves for each
+    assert_equal(greedy(Moving(spec, random.Random(seed))), said)
+    assert_equal(beam_and_back(Moving(spec, random.Random(seed), records_past=True)), beamed)
+
+
+def test_stages_share_the_weights_of_layers_that_stay(checkpoint: Checkpoint) -> None:
+    spec = spec_of(checkpoint("llama"))
+    before = Stage.load(spec, 0, 3)
+    after = Stage.load(spec, 1, 4, held=[before])
+    for index in (1, 2):
+        assert after.span.model.model.layers[index] is before.span.model.model.layers[index]
+    assert before.weight_bytes > 0
+    assert 0 < after.num_bytes_read < before.num_bytes_read
+    assert Stage.load(spec, 1, 3, held=[before, after]).num_bytes_read == 0
+
+
+def test_tied_ends_are_held_once(checkpoint: Checkpoint) -> None:
+    spec = spec_of(checkpoint("gpt2"))
+    whole = Stage.load(spec, 0, 4, held=[Stage.load(spec, 0, 2), Stage.load(spec, 2, 4)])
+    model = whole.span.model
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert whole.weight_bytes == Stage.load(spec, 0, 4).weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("held", "missing"),
+    [
+        ([], [(2, 6)]),
+        ([(0, 2), (6, 9)], [(2, 6)]),
+        ([(0, 3)], [(3, 6)]),
+        ([(3, 4)], [(2, 3), (4, 6)]),
+        ([(4, 9), (0, 3)], [(3, 4)]),
+        ([(0, 9)], []),
+        ([(5, 6), (2, 5), (2, 3)], []),
+    ],
+)
+def test_what_is_missing(held: list[tuple[int, int]], missing: list[tuple[int, int]]) -> None:
+    assert missing_spans(2, 6, held) == missing
