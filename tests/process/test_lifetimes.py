@@ -69,7 +69,7 @@ def test_dropping_a_model_frees_its_stages(shared_cluster: ll.Cluster, tiny_llam
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, progress=False) as next_model:
         from lingualinked.cluster.inspection import inspect_model
 
-        assert inspect_model(next_model._pipeline._engine, number, "abcd", 30).stages == ()
+        assert inspect_model(next_model._pipeline._engine, number, 1, "abcd", 30).stages == ()
 
 
 def test_dropping_a_session_frees_its_kv(sharded: Any, no_collector: None) -> None:

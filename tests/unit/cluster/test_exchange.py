@@ -30,6 +30,7 @@ from lingualinked.protocol.messages import (
     Inspect,
     LogRecord,
     RequestFailed,
+    StageTimes,
     Step,
     StepDone,
     StepFailed,
@@ -87,6 +88,7 @@ def talk() -> Iterator[Conversation]:
 def step(session: int = 1, *, model: int = 1, logits_to_keep: int | None = 1) -> Step:
     return Step(
         model=model,
+        plan_version=1,
         stage=0,
         session=session,
         number=0,
@@ -97,14 +99,15 @@ def step(session: int = 1, *, model: int = 1, logits_to_keep: int | None = 1) ->
         position_rows=0,
         logits_to_keep=logits_to_keep,
         edits=(),
-        timings_us=(),
+        sent_us=0,
+        timings=(),
     )
 
 
 def test_a_worker_is_there_once_it_says_hello() -> None:
     conversation = Conversation()
     assert not conversation.exchange.settled["a"].is_set()
-    conversation.exchange.unload(7, ["a"])  # nobody to tell
+    conversation.exchange.unload(7)  # nobody to tell
     conversation.greet("a")
     assert conversation.exchange.settled["a"].is_set()
     assert not conversation.exchange.settled["b"].is_set()
@@ -116,10 +119,12 @@ def test_a_worker_is_there_once_it_says_hello() -> None:
 def test_a_step_goes_to_the_first_stage_and_its_answer_comes_from_the_last(talk: Conversation) -> None:
     future = talk.ask(step())
     assert talk.heard("a") == step()
-    talk.say("b", StepDone(session=1, number=0, timings_us=(5, 6)), torch.ones(2))
+    times = StageTimes(received_bytes=1, hop_us=2, wait_us=3, compute_us=4, codec_us=5)
+    talk.say("b", StepDone(session=1, number=0, timings=(times, times)), torch.ones(2))
     reply = future.result(0)
     assert isinstance(reply, StepReply)
-    assert reply.timings_us == (5, 6)
+    assert reply.timings == (times, times)
+    assert reply.num_bytes > 8
     assert torch.equal(reply.tensors[0], torch.ones(2))
 
 
@@ -159,19 +164,21 @@ def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> 
     assert not alone.done()
     with pytest.raises(WorkerDiedError, match=r"'b' died"):
         talk.ask(step(3)).result(0)
-    talk.exchange.tell("b", EndSession(model=1, stage=0, session=1), 1)
+    talk.exchange.tell("b", EndSession(model=1, plan_version=1, stage=0, session=1), 1)
     assert talk.heard("b") is None
 
 
 def test_a_model_that_is_unloaded_fails_what_waits_and_what_comes(talk: Conversation) -> None:
     ours, other = talk.ask(step(1)), talk.ask(step(2, model=2), model=2)
-    talk.exchange.unload(1, ["a", "b"])
+    talk.exchange.unload(1)
     with pytest.raises(ClosedError, match="closed while it was in use"):
         ours.result(0)
     assert not other.done()
     with pytest.raises(ClosedError, match="is closed"):
         talk.ask(step(3)).result(0)
-    talk.exchange.tell("a", EndSession(model=1, stage=0, session=1), 1)  # a handle on KV that outlived the model
+    talk.exchange.tell(
+        "a", EndSession(model=1, plan_version=1, stage=0, session=1), 1
+    )  # a handle on KV that outlived the model
     assert [talk.heard("a") for _ in range(4)] == [
         step(1),
         step(2, model=2),

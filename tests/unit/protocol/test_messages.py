@@ -14,15 +14,18 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol import messages
 from lingualinked.protocol.boot import Imitation
-from lingualinked.protocol.messages import KVEdit, KVEditKind, Step, decode, encode
+from lingualinked.protocol.messages import KVEdit, KVEditKind, StageTimes, Step, decode, encode
+from lingualinked.protocol.moving import KVSlice, SessionState
 
 TYPES = [
     kind
     for kind in vars(messages).values()
     if isinstance(kind, type) and issubclass(kind, messages.Message) and kind.__struct_config__.tag is not None
 ]
+TIMES = StageTimes(received_bytes=2000, hop_us=400, wait_us=60_000, compute_us=30_000_000, codec_us=150)
 STEP = Step(
     model=3,
+    plan_version=1000,
     stage=1,
     session=1_000_000,
     number=100_000,
@@ -33,7 +36,8 @@ STEP = Step(
     position_rows=8,
     logits_to_keep=1,
     edits=(),
-    timings_us=(30_000_000, 30_000_000, 30_000_000),
+    sent_us=2**32 - 1,
+    timings=(TIMES, TIMES, TIMES),
 )
 SPEC = ModelSpec(
     class_name="LlamaForCausalLM",
@@ -48,7 +52,9 @@ VALUES = {
     "imitation": Imitation(slowdown=2.0, links=()),
     "stages": (),
     "edits": (),
-    "timings_us": (5,),
+    "timings": (TIMES,),
+    "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
+    "state": SessionState(number=3, num_tokens=9, records_past=True, has_mask=False),
     "layout": None,
     "logits_to_keep": 1,
 }
@@ -76,7 +82,7 @@ def test_messages_survive(kind: type[messages.Message]) -> None:
 
 def test_tags_are_unique() -> None:
     tags = [kind.__struct_config__.tag for kind in TYPES]
-    assert len(set(tags)) == len(tags) == 21
+    assert len(set(tags)) == len(tags) == 27
 
 
 @given(st.binary(max_size=200))
@@ -97,6 +103,6 @@ def test_wrong_types_are_refused() -> None:
 
 
 def test_a_decode_steps_header_is_small() -> None:
-    assert len(encode(STEP)) <= 64
+    assert len(encode(STEP)) <= 96
     beams = KVEdit(kind=KVEditKind.REORDER, values=tuple(range(8)))
-    assert len(encode(msgspec.structs.replace(STEP, edits=(beams,)))) <= 80
+    assert len(encode(msgspec.structs.replace(STEP, edits=(beams,)))) <= 112
