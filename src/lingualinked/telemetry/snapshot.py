@@ -172,11 +172,24 @@ class Telemetry:
         """Return totals and the present state in Prometheus' text format, to be served to its scraper."""
         return prometheus_text(self)
 
-    def plot(self) -> Figure:
-        """Draw memory and compute time per worker (needs matplotlib: ``pip install lingualinked[plot]``)."""
+    def plot(self, last_s: float | None = None) -> Figure:
+        """Draw stage times, utilisation and tokens per second over time, with the migrations marked.
+
+        Before the first step, memory and compute time per stage. Needs matplotlib: ``pip install lingualinked[plot]``.
+
+        Parameters
+        ----------
+        last_s : float, optional
+            Seconds before the last step came back to draw; ``None``: all that is remembered.
+
+        Raises
+        ------
+        ArgumentError
+            If matplotlib is not installed, or `last_s` is not above 0.
+        """
         from lingualinked.display.telemetry import telemetry_figure  # plain data that can be drawn
 
-        return telemetry_figure(self)
+        return telemetry_figure(self, last_s)
 
     def __str__(self) -> str:
         from lingualinked.display.telemetry import telemetry_text
