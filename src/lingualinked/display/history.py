@@ -28,6 +28,7 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#e
 GREY, RED = "#8c8c8c", "#c44e52"
 MAX_POINTS = 200
 """Up to as many steps are drawn one by one; of more, the median of each window."""
+LEGEND_COLUMNS = 6
 MAX_LABELS = 6
 """Up to as many migrations are labelled with what they moved."""
 
@@ -93,11 +94,14 @@ def _draw_compute(
         finite = sorted(each for each in values_ms if math.isfinite(each))
         if finite:
             highest_ms = max(highest_ms, min(finite[-1], 3 * finite[int(0.95 * (len(finite) - 1))]))
-    axes.set_ylim(0, 1.15 * highest_ms or 1.0)
+    legend_rows = math.ceil(len(colours) / LEGEND_COLUMNS)
+    axes.set_ylim(0, (1.05 + 0.12 * legend_rows) * highest_ms or 1.0)  # the lines stay below the legend
     axes.set_ylabel("ms")
     axes.set_title(f"compute of a {kind} step", loc="left", fontsize=10)
     if colours:
-        axes.legend(loc="upper left", ncols=min(len(colours), 6), frameon=False, fontsize=8, borderaxespad=0.2)
+        axes.legend(
+            loc="upper left", ncols=min(len(colours), LEGEND_COLUMNS), frameon=False, fontsize=8, borderaxespad=0.2
+        )
 
 
 def _end_of(step: StepSample) -> float:
