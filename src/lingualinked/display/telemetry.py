@@ -1,24 +1,30 @@
 """A telemetry snapshot as a table and as a picture.
 
-Knows snapshots; not how they are taken.
+Knows snapshots; not how they are taken, nor how a history is drawn.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.display.figure import new_figure
+from lingualinked.display.history import history_figure
 from lingualinked.display.tables import Rows
 from lingualinked.display.units import bytes_text, seconds_text
+from lingualinked.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lingualinked.telemetry.snapshot import Telemetry
 
+NUM_LATEST = 3
+"""So many of the last decisions and migrations are told below the table."""
+
 
 def telemetry_rows(telemetry: Telemetry) -> Rows:
-    """Put a snapshot into rows, one per stage."""
+    """Put a snapshot into rows, one per stage; below, how fast it was lately, and what was decided and moved last."""
     workers = {worker.device: worker for worker in telemetry.workers}
     longest = max((_mean_s(stage.compute_s, stage.num_steps) for stage in telemetry.stages), default=0.0) or 1.0
     return Rows(
@@ -39,6 +45,7 @@ def telemetry_rows(telemetry: Telemetry) -> Rows:
             for stage in telemetry.stages
         ],
         bars=[_mean_s(stage.compute_s, stage.num_steps) / longest for stage in telemetry.stages],
+        notes=_history_notes(telemetry),
     )
 
 
@@ -52,14 +59,27 @@ def telemetry_html(telemetry: Telemetry) -> str:
     return telemetry_rows(telemetry).to_html()
 
 
-def telemetry_figure(telemetry: Telemetry) -> Figure:
-    """Draw memory and compute time per stage.
+def telemetry_figure(telemetry: Telemetry, last_s: float | None = None) -> Figure:
+    """Draw what went on over time; before the first step, memory and compute time per stage.
+
+    Parameters
+    ----------
+    telemetry : Telemetry
+        What to draw.
+    last_s : float, optional
+        Seconds before the last step came back to draw; ``None``: all that is remembered.
 
     Raises
     ------
     ArgumentError
-        If matplotlib is not installed.
+        If matplotlib is not installed, or `last_s` is not above 0.
     """
+    if last_s is not None and not last_s > 0:
+        raise ArgumentError(f"last_s={last_s} leaves nothing to draw; give seconds above 0, or None for all")
+    return history_figure(telemetry.history, last_s) if telemetry.steps else _stages_figure(telemetry)
+
+
+def _stages_figure(telemetry: Telemetry) -> Figure:
     names = [f"{stage.device}\nlayers [{stage.start}, {stage.end})" for stage in telemetry.stages]
     mebi = 1024**2
     weights = [stage.weight_bytes / mebi for stage in telemetry.stages]
@@ -79,6 +99,17 @@ def telemetry_figure(telemetry: Telemetry) -> Figure:
     for axes in (memory_axes, time_axes):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _history_notes(telemetry: Telemetry) -> list[str]:
+    notes = []
+    if telemetry.steps:
+        busy = ", ".join(f"{device} {share:.0%}" for device, share in telemetry.utilisation().items())
+        notes.append(f"in the last 10 s of steps: {telemetry.tokens_per_s():.1f} tokens/s; busy: {busy}")
+    start_s = telemetry.history.start_s
+    notes += [f"decided {decision_line(each, start_s)}" for each in telemetry.decisions[-NUM_LATEST:]]
+    notes += [f"migration {migration_line(each, start_s)}" for each in telemetry.migrations[-NUM_LATEST:]]
+    return notes
 
 
 def _mean_s(total_s: float, num_steps: int) -> float:

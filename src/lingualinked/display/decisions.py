@@ -1,0 +1,97 @@
+"""Decisions and migrations as tables, and in a few words.
+
+Knows the records; not who decides, nor how layers are moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lingualinked.display.tables import Rows
+from lingualinked.display.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from lingualinked.telemetry.decisions import Decision, Migration, Move
+
+
+def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
+    """Put decisions into rows, with the reason of each below.
+
+    Parameters
+    ----------
+    decisions : sequence of Decision
+        What to show.
+    start_s : float
+        From when times are counted: `History.start_s`.
+    """
+    return Rows(
+        title="Decisions",
+        columns=("at", "action", "step", "would be", "gain", "cost", "horizon", "to move"),
+        rows=[
+            (
+                seconds_text(each.time_s - start_s),
+                each.action,
+                seconds_text(each.before_s),
+                seconds_text(each.after_s),
+                seconds_text(each.gain_s),
+                seconds_text(each.cost_s),
+                seconds_text(each.horizon_s),
+                bytes_text(each.moved_bytes),
+            )
+            for each in decisions
+        ],
+        notes=[decision_line(each, start_s) for each in decisions],
+    )
+
+
+def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Rows:
+    """Put migrations into rows, with what was moved, or why it was not, below.
+
+    Parameters
+    ----------
+    migrations : sequence of Migration
+        What to show.
+    start_s : float
+        From when times are counted: `History.start_s`.
+    """
+    return Rows(
+        title="Migrations",
+        columns=("at", "plan", "layers", "weights", "KV", "load", "copy", "switch", "longest stall", "sessions"),
+        rows=[
+            (
+                seconds_text(each.time_s - start_s),
+                str(each.plan_version) if each.succeeded else "failed",
+                str(sum(move.end - move.start for move in each.moves)),
+                bytes_text(each.weight_bytes),
+                bytes_text(each.kv_bytes),
+                seconds_text(each.load_s),
+                seconds_text(each.copy_s),
+                seconds_text(each.switch_s),
+                seconds_text(each.longest_stall_s),
+                str(each.num_sessions),
+            )
+            for each in migrations
+        ],
+        notes=[migration_line(each, start_s) for each in migrations],
+    )
+
+
+def decision_line(decision: Decision, start_s: float = 0.0) -> str:
+    """Say in a line what was decided, and why."""
+    action = f"move {moves_text(decision.moves)}" if decision.action == "move" else decision.action
+    return f"at {seconds_text(decision.time_s - start_s)}: {action}: {decision.reason} ({decision.trigger})"
+
+
+def migration_line(migration: Migration, start_s: float = 0.0) -> str:
+    """Say in a line what was moved and what it cost."""
+    when, moves = seconds_text(migration.time_s - start_s), moves_text(migration.moves)
+    if not migration.succeeded:
+        return f"at {when}: could not move {moves}: {migration.error}"
+    took = seconds_text(migration.load_s + migration.copy_s + migration.switch_s)
+    return f"at {when}: moved {moves} in {took}; longest stall {seconds_text(migration.longest_stall_s)}"
+
+
+def moves_text(moves: Iterable[Move]) -> str:
+    """Write what changes its device: ``"[3, 6) phone → laptop"``."""
+    return ", ".join(f"[{move.start}, {move.end}) {move.source} → {move.target}" for move in moves) or "nothing"

@@ -1,0 +1,182 @@
+"""The history of a pipeline as a picture: stage times, utilisation and tokens per second over time.
+
+Knows histories; not how they are recorded.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Literal
+
+from lingualinked.display.decisions import moves_text
+from lingualinked.display.figure import new_figure
+from lingualinked.telemetry.timeline import compute_of, counted_steps, windows_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lingualinked.telemetry.decisions import Migration
+    from lingualinked.telemetry.history import History
+    from lingualinked.telemetry.samples import StepSample
+    from lingualinked.telemetry.timeline import Windows
+
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
+GREY, RED = "#8c8c8c", "#c44e52"
+MAX_POINTS = 200
+"""Up to as many steps are drawn one by one; of more, the median of each window."""
+LEGEND_COLUMNS = 6
+MAX_LABELS = 6
+"""Up to as many migrations are labelled with what they moved."""
+
+
+def history_figure(history: History, last_s: float | None = None) -> Figure:
+    """Draw a history that has steps.
+
+    Parameters
+    ----------
+    history : History
+        What is remembered.
+    last_s : float, optional
+        Seconds before the last step came back to draw, above 0; ``None``: all.
+
+    Raises
+    ------
+    ArgumentError
+        If matplotlib is not installed.
+    """
+    last_step_s = history.end_s
+    begin_s = min(step.time_s for step in history.steps)
+    if last_s is not None:
+        begin_s = max(begin_s, last_step_s - last_s)
+    end_s = max(
+        [last_step_s, begin_s + 1e-6, *(_end_s(each) for each in history.migrations if each.time_s <= last_step_s)]
+    )
+    steps = [step for step in history.steps if _end_of(step) >= begin_s]
+    windows = windows_of(steps, begin_s, end_s, min(120, max(12, len(steps) // 8)))
+    migrations = [each for each in history.migrations if _end_s(each) >= begin_s and each.time_s <= end_s]
+    colours = {device: COLOURS[index % len(COLOURS)] for index, device in enumerate(windows.utilisation)}
+
+    busy_in = 0.5 + 0.42 * len(colours)
+    figure = new_figure(10, 4.6 + busy_in)
+    axes: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=(2.4, busy_in, 1.5))
+    _draw_compute(axes[0], steps, windows, colours, history.start_s)
+    _draw_utilisation(axes[1], windows, colours, history.start_s)
+    _draw_rate(axes[2], windows, history.start_s, "new" if counted_steps(steps)[-1].is_decode else "prompt")
+    axes[0].set_xlim(begin_s - history.start_s, end_s - history.start_s)
+    _mark_migrations(axes, migrations, history.start_s)
+    axes[-1].set_xlabel("seconds since the pipeline was started")
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.set_axisbelow(True)
+        each.grid(axis="x", color="#ececec", linewidth=0.8)
+    return figure
+
+
+def _draw_compute(
+    axes: Axes, steps: Sequence[StepSample], windows: Windows, colours: dict[str, str], start_s: float
+) -> None:
+    """Draw a line per device: single steps, or the medians of many."""
+    counted = counted_steps(steps)
+    kind = "decode" if counted[-1].is_decode else "prefill"
+    highest_ms = 0.0
+    for device, colour in colours.items():
+        if len(counted) <= MAX_POINTS:
+            points = [(_end_of(step) - start_s, compute_of(step).get(device, math.nan)) for step in counted]
+        else:
+            points = _medians(windows, device, start_s)
+        times_s, values_ms = [time_s for time_s, _ in points], [1e3 * seconds for _, seconds in points]
+        marker = "o" if len(points) <= 30 else None
+        axes.plot(times_s, values_ms, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=device)
+        finite = sorted(each for each in values_ms if math.isfinite(each))
+        if finite:
+            highest_ms = max(highest_ms, min(finite[-1], 3 * finite[int(0.95 * (len(finite) - 1))]))
+    legend_rows = math.ceil(len(colours) / LEGEND_COLUMNS)
+    axes.set_ylim(0, (1.05 + 0.12 * legend_rows) * highest_ms or 1.0)  # the lines stay below the legend
+    axes.set_ylabel("ms")
+    axes.set_title(f"compute of a {kind} step", loc="left", fontsize=10)
+    if colours:
+        axes.legend(
+            loc="upper left", ncols=min(len(colours), LEGEND_COLUMNS), frameon=False, fontsize=8, borderaxespad=0.2
+        )
+
+
+def _end_of(step: StepSample) -> float:
+    return step.time_s + step.total_s
+
+
+def _medians(windows: Windows, device: str, start_s: float) -> list[tuple[float, float]]:
+    """Give the middle of each window in which some step came back, with this device's median or NaN."""
+    points = []
+    for index, seconds in enumerate(windows.compute_s[device]):
+        if all(math.isnan(row[index]) for row in windows.compute_s.values()):
+            continue  # nothing ran: the line leads on
+        points.append(((windows.edges_s[index] + windows.edges_s[index + 1]) / 2 - start_s, seconds))
+    return points
+
+
+def _draw_utilisation(axes: Axes, windows: Windows, colours: dict[str, str], start_s: float) -> None:
+    """Draw a row per device whose filled height is how busy it was."""
+    edges_s = [edge_s - start_s for edge_s in windows.edges_s]
+    for row, (device, busy) in enumerate(windows.utilisation.items()):
+        base, height = row + 0.4, 0.8
+        axes.axhspan(base - height, base, color="#f4f4f4", linewidth=0)
+        axes.stairs([base - height * each for each in busy], edges_s, baseline=base, fill=True, color=colours[device])
+        axes.annotate(
+            f"{statistics.fmean(busy):.0%}",
+            (1.0, row),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(colours)), list(colours))
+    axes.set_ylim(max(len(colours), 1) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title("busy: full height is all of the time; at the right, on average", loc="left", fontsize=10)
+
+
+def _draw_rate(axes: Axes, windows: Windows, start_s: float, kind: str) -> None:
+    edges_s = [edge_s - start_s for edge_s in windows.edges_s]
+    axes.stairs(windows.tokens_per_s, edges_s, fill=True, color="#c9c9c9")
+    axes.stairs(windows.tokens_per_s, edges_s, baseline=None, color="#4a4a4a", linewidth=1.2)
+    axes.set_ylim(0, 1.15 * max(windows.tokens_per_s) or 1.0)
+    axes.set_ylabel("tokens/s")
+    axes.set_title(f"{kind} tokens of all sessions", loc="left", fontsize=10)
+
+
+def _mark_migrations(axes: Sequence[Axes], migrations: Sequence[Migration], start_s: float) -> None:
+    """Draw a band for the time that each took and a line where the new plan was in force, with what was moved above."""
+    left_s, right_s = axes[0].get_xlim()
+    for number, each in enumerate(migrations):
+        colour = GREY if each.succeeded else RED
+        begin_s, end_s = each.time_s - start_s, _end_s(each) - start_s
+        for part in axes:
+            part.axvspan(begin_s, end_s, color=colour, alpha=0.25, linewidth=0, zorder=0.5)
+            part.axvline(end_s, color="black" if each.succeeded else RED, linewidth=1, linestyle="--", zorder=3)
+        if len(migrations) > MAX_LABELS:
+            continue
+        text = moves_text(each.moves) if each.succeeded else f"failed: {moves_text(each.moves)}"
+        axes[0].annotate(
+            text,
+            (end_s, 1.0),
+            xycoords=axes[0].get_xaxis_transform(),
+            xytext=(0, 20 + 12 * number),
+            textcoords="offset points",
+            ha=_side((end_s - left_s) / (right_s - left_s)),
+            fontsize=8,
+            color="black" if each.succeeded else RED,
+        )
+
+
+def _side(place: float) -> Literal["left", "center", "right"]:
+    """Say how a label is aligned so that it stays within a picture."""
+    return "left" if place < 0.3 else "right" if place > 0.7 else "center"
+
+
+def _end_s(migration: Migration) -> float:
+    return migration.time_s + migration.load_s + migration.copy_s + migration.switch_s

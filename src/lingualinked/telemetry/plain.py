@@ -1,0 +1,23 @@
+"""Records as nested plain data, ready for JSON.
+
+Knows nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """Turn a dataclass into dictionaries, tuples, numbers and strings, all the way down."""
+    data: dict[str, Any] = msgspec.to_builtins(record, enc_hook=_as_dict)
+    return data
+
+
+def _as_dict(value: Any) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no plain data")

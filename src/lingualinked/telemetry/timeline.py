@@ -1,0 +1,148 @@
+"""When each stage was busy, on the caller's clock, and how busy over time.
+
+Knows steps; a stage's times follow from when its step was issued and how long everything before it took.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lingualinked.telemetry.samples import StepSample
+
+
+class StageInterval(NamedTuple):
+    """A stage's part in a step: its message arrives, its work starts and ends; seconds of the caller's clock."""
+
+    device: str
+    arrival_s: float
+    start_s: float
+    end_s: float
+
+
+def stage_intervals(step: StepSample) -> list[StageInterval]:
+    """Say when each stage of a step was busy.
+
+    The durations are laid end to end from the moment of issue: no two clocks are compared. Where they add up to more than
+    the caller measured, by errors of their own, all of them are shortened alike.
+
+    Parameters
+    ----------
+    step : StepSample
+        What was measured.
+
+    Returns
+    -------
+    list of StageInterval
+        In pipeline order; each ends before the next one's message arrives, and the last before the answer.
+    """
+    accounted_s = sum(stage.total_s for stage in step.stages)
+    scale = min(1.0, step.total_s / accounted_s) if accounted_s > 0 else 1.0
+    now_s = step.time_s
+    intervals = []
+    for stage in step.stages:
+        arrival_s = now_s + scale * stage.hop_s
+        start_s = arrival_s + scale * stage.wait_s
+        now_s = start_s + scale * (stage.compute_s + stage.codec_s)
+        intervals.append(StageInterval(stage.device, arrival_s, start_s, now_s))
+    return intervals
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """Equal windows of time, and what went on in each.
+
+    Parameters
+    ----------
+    edges_s : tuple of float
+        Where they begin, and where the last one ends.
+    tokens_per_s : tuple of float
+        Tokens per second of `counted_steps`.
+    utilisation : dict of str to tuple of float
+        Share of each window, between 0 and 1, that a device was busy.
+    compute_s : dict of str to tuple of float
+        Median seconds that one of `counted_steps` computed on a device; NaN where none came back.
+    """
+
+    edges_s: tuple[float, ...]
+    tokens_per_s: tuple[float, ...]
+    utilisation: dict[str, tuple[float, ...]]
+    compute_s: dict[str, tuple[float, ...]]
+
+
+def windows_of(steps: Sequence[StepSample], begin_s: float, end_s: float, num_windows: int) -> Windows:
+    """Divide time into windows and say what went on in each.
+
+    Parameters
+    ----------
+    steps : sequence of StepSample
+        Steps; a part of one that lies outside is not counted.
+    begin_s, end_s : float
+        The time to divide.
+    num_windows : int
+        Into how many windows.
+
+    Returns
+    -------
+    Windows
+        Devices in the order in which steps pass them.
+    """
+    width_s = (end_s - begin_s) / num_windows
+    edges_s = (*(begin_s + width_s * index for index in range(num_windows)), end_s)
+    tokens = [0.0] * num_windows
+    busy_s = {device: [0.0] * num_windows for device in devices_of(steps)}
+    computed: dict[str, list[list[float]]] = {device: [[] for _ in tokens] for device in busy_s}
+    for step in steps:
+        for interval in stage_intervals(step):
+            _spread(
+                busy_s[interval.device], edges_s, interval.start_s, interval.end_s, interval.end_s - interval.start_s
+            )
+    for step in counted_steps(steps):
+        stop_s = step.time_s + step.total_s
+        _spread(tokens, edges_s, step.time_s, stop_s, step.rows * step.tokens)
+        if begin_s <= stop_s <= end_s:
+            index = min(bisect.bisect_right(edges_s, stop_s) - 1, num_windows - 1)
+            for device, seconds in compute_of(step).items():
+                computed[device][index].append(seconds)
+    return Windows(
+        edges_s=edges_s,
+        tokens_per_s=tuple(each / width_s for each in tokens),
+        utilisation={device: tuple(min(1.0, each / width_s) for each in row) for device, row in busy_s.items()},
+        compute_s={
+            device: tuple(statistics.median(each) if each else math.nan for each in row)
+            for device, row in computed.items()
+        },
+    )
+
+
+def counted_steps(steps: Sequence[StepSample]) -> Sequence[StepSample]:
+    """Give the steps whose tokens are counted as speed: decode steps; where there are none, all."""
+    return [step for step in steps if step.is_decode] or steps
+
+
+def devices_of(steps: Iterable[StepSample]) -> list[str]:
+    """List the devices that steps pass: first those of the first plan, in its order, then those that came later."""
+    return list(dict.fromkeys(stage.device for step in steps for stage in step.stages))
+
+
+def compute_of(step: StepSample) -> dict[str, float]:
+    """Give the seconds that a step computed on each device, over all of its stages there."""
+    seconds: dict[str, float] = {}
+    for stage in step.stages:
+        seconds[stage.device] = seconds.get(stage.device, 0.0) + stage.compute_s
+    return seconds
+
+
+def _spread(into: list[float], edges_s: tuple[float, ...], start_s: float, stop_s: float, amount: float) -> None:
+    """Add an amount to the windows that an interval covers, to each its share."""
+    if stop_s <= edges_s[0] or start_s >= edges_s[-1] or stop_s <= start_s:
+        return
+    index = max(bisect.bisect_right(edges_s, start_s) - 1, 0)
+    while index < len(into) and edges_s[index] < stop_s:
+        inside_s = min(stop_s, edges_s[index + 1]) - max(start_s, edges_s[index])
+        into[index] += amount * inside_s / (stop_s - start_s)
+        index += 1
