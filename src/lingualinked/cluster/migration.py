@@ -5,6 +5,7 @@ Knows routes, sessions and messages; neither why layers are moved nor what token
 
 from __future__ import annotations
 
+import concurrent.futures
 import time
 from typing import cast
 
@@ -16,6 +17,7 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.messages import StageLoaded
 from lingualinked.protocol.moving import KeepPlan
 from lingualinked.telemetry.decisions import Migration
+from lingualinked.telemetry.recorder import Recorder
 
 
 class Migrator:
@@ -36,27 +38,32 @@ class Migrator:
         What to load.
     routes : Routes
         Where the sessions are.
+    recorder : Recorder
+        Keeps what was done.
     timeout_s : float
         Seconds that any one answer of a worker may take.
     """
 
-    def __init__(self, engine: Engine, model: int, spec: ModelSpec, routes: Routes, timeout_s: float) -> None:
+    def __init__(
+        self, engine: Engine, model: int, spec: ModelSpec, routes: Routes, recorder: Recorder, timeout_s: float
+    ) -> None:
         self._engine = engine
         self._model = model
         self._spec = spec
         self._routes = routes
+        self._recorder = recorder
         self._timeout_s = timeout_s
 
-    def run(self, target: Route) -> tuple[Migration, LingualinkedError | None]:
-        """Move to a route; on a thread that nothing interrupts.
+    def run(self, target: Route, done: concurrent.futures.Future[LingualinkedError | Migration]) -> None:
+        """Move to a route, on a thread of its own, and give what was moved, or why the old plan goes on."""
+        try:
+            migration, error = self._run(target)
+            self._recorder.add_migration(migration)
+            done.set_result(migration if error is None else error)
+        except BaseException as failure:  # noqa: BLE001 - whoever asked raises it
+            done.set_exception(failure)
 
-        Returns
-        -------
-        Migration
-            What was moved, and how long it took.
-        LingualinkedError or None
-            Why the old plan goes on, if it does.
-        """
+    def _run(self, target: Route) -> tuple[Migration, LingualinkedError | None]:
         source, times = self._routes.current, _Stopwatch()
         weight_bytes = kv_bytes = 0
         error: LingualinkedError | None = None

@@ -5,7 +5,10 @@ Knows the plan and the messages; neither tokens nor what transformers asks of a 
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -16,10 +19,11 @@ from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes, request_stages
 from lingualinked.cluster.session import KVBudget, Session
-from lingualinked.errors import ClosedError
+from lingualinked.errors import ClosedError, LingualinkedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan, check_memory
 from lingualinked.telemetry.decisions import Migration
+from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
 
 _models = itertools.count(1)
@@ -54,6 +58,8 @@ class Pipeline:
         self._budget = KVBudget(max_kv_tokens)
         self._routes = Routes(Route(1, plan))
         self._versions = itertools.count(2)
+        self._migrating = threading.Lock()
+        self._recorder = Recorder()
         self._finalizer = weakref.finalize(self, self._engine.unload, self._model)
         self._finalizer.atexit = False
 
@@ -90,18 +96,47 @@ class Pipeline:
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""
         number = next(_sessions)
-        return Session(self._engine, self._model, number, self._routes, self._budget, _ignore, self.timeout_s)
+        watch = self._recorder.add_step
+        return Session(self._engine, self._model, number, self._routes, self._budget, watch, self.timeout_s)
 
     def migrate(self, plan: Plan) -> Migration:
-        """Move to another plan."""
-        migrator = Migrator(self._engine, self._model, self.spec, self._routes, self.timeout_s)
-        migration, error = migrator.run(Route(next(self._versions), plan))
-        if error is not None:
-            raise error
-        return migration
+        """Move to another plan while sessions go on; their tokens stay the same.
+
+        Parameters
+        ----------
+        plan : Plan
+            Of the same model, on devices of the cluster.
+
+        Returns
+        -------
+        Migration
+            What was moved, and how long it took.
+
+        Raises
+        ------
+        ClosedError
+            If the model has been unloaded, or its cluster closed.
+        LingualinkedError
+            If it could not be done; the old plan goes on.
+        """
+        if self.closed:
+            raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
+        check_memory(plan, self.cluster.devices)
+        for name in plan.devices:
+            self._engine.wait_for_worker(name, self.timeout_s)
+        migrator = Migrator(self._engine, self._model, self.spec, self._routes, self._recorder, self.timeout_s)
+        # Not on the calling thread: an interrupt there must not end a migration half way.
+        done: concurrent.futures.Future[LingualinkedError | Migration] = concurrent.futures.Future()
+        with self._migrating:
+            target = Route(next(self._versions), plan)
+            threading.Thread(target=migrator.run, args=(target, done), name="lingualinked-migration").start()
+            outcome = done.result()
+        if isinstance(outcome, LingualinkedError):
+            raise outcome
+        return outcome
 
     def telemetry(self) -> Telemetry:
-        """Ask the workers what they have done for this model.
+        """Ask the workers what they have done for this model, and add what is remembered of its steps.
 
         Raises
         ------
@@ -111,7 +146,8 @@ class Pipeline:
         if self.closed:
             raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
         route = self._routes.current
-        return inspect_model(self._engine, self._model, route.version, route.plan.devices, self.timeout_s)
+        now = inspect_model(self._engine, self._model, route.version, route.plan.devices, self.timeout_s)
+        return dataclasses.replace(now, history=self._recorder.history())
 
     @property
     def closed(self) -> bool:
@@ -121,7 +157,3 @@ class Pipeline:
     def unload(self) -> None:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
         self._finalizer()
-
-
-def _ignore(sample: object) -> None:
-    pass

@@ -25,8 +25,9 @@ from lingualinked.model.footprint import Footprint, measure_footprint
 from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
-from lingualinked.planning.even import even_plan
+from lingualinked.planning.even import WeightBytes, even_plan
 from lingualinked.planning.plan import Objective, Plan, check_plan, inexact_because
+from lingualinked.profile import ModelProfile
 from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
 from lingualinked.sharded.profiling import find_plan
@@ -255,14 +256,44 @@ def place(described: Described, arguments: LoadArguments) -> Plan:
         return find_plan(cluster, described.spec, footprint, workload, arguments.objective)
     if isinstance(given, str):
         return even_plan(weights, cluster.devices)
-    check_plan(given, len(weights.layers), [device.name for device in cluster.devices])
-    if given.profile is not None and given.profile.model.fingerprint != described.footprint().profile.fingerprint:
+    profile = None if given.profile is None else described.footprint().profile
+    return fit_plan(given, weights, cluster, profile)
+
+
+def fit_plan(plan: Plan, weights: WeightBytes, cluster: Cluster, model: ModelProfile | None) -> Plan:
+    """Give a plan with what this model and cluster make of it.
+
+    Parameters
+    ----------
+    plan : Plan
+        Any.
+    weights : WeightBytes
+        Of the model.
+    cluster : Cluster
+        Where it is to be placed.
+    model : ModelProfile or None
+        Of the model, to compare a plan's profile with; ``None``: not known.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If it is not a plan for them.
+    """
+    check_plan(plan, len(weights.layers), [device.name for device in cluster.devices])
+    if plan.profile is not None and model is not None and plan.profile.model.fingerprint != model.fingerprint:
         raise InfeasiblePlanError(
-            f"the plan was made from a profile of another model ({given.profile.model.name}, "
-            f"{given.profile.model.dtype}): profile and solve for this one"
+            f"the plan was made from a profile of another model ({plan.profile.model.name}, "
+            f"{plan.profile.model.dtype}): profile and solve for this one"
         )
     stages = tuple(
-        dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in given.stages
+        dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
     )
-    reason = inexact_because([cluster.device(name) for name in given.devices])
-    return dataclasses.replace(given, stages=stages, inexact_because=reason)
+    devices = [cluster.device(name) for name in plan.devices]
+    if any(device.trusted for device in cluster.devices):
+        for stage in (plan.stages[0], plan.stages[-1]):
+            if not cluster.device(stage.device).trusted:
+                raise InfeasiblePlanError(
+                    f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: "
+                    "the first and the last stage see token ids and logits; put them on trusted devices"
+                )
+    return dataclasses.replace(plan, stages=stages, inexact_because=inexact_because(devices))

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.model.parts import ModelParts
     from lingualinked.profile import Profile
+    from lingualinked.telemetry.decisions import Migration
     from lingualinked.telemetry.snapshot import Telemetry
 
 
@@ -37,6 +39,7 @@ class ShardedModel:
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         _pipeline: Pipeline
+        _parts: ModelParts
         _owns_cluster: bool
 
         __call__: Callable[..., Any]
@@ -194,8 +197,41 @@ class ShardedModel:
 
     @property
     def telemetry(self) -> Telemetry:
-        """What the stages and their workers have done so far, asked of them now."""
+        """What the stages and their workers have done so far, asked of them now, with the history of late."""
         return self._pipeline.telemetry()
+
+    def rebalance(self, plan: Plan) -> Migration:
+        """Move layers to another plan while sessions go on, KV and all; no token changes.
+
+        Devices load what they lack beside their steps and share what they hold already. Each session changes between two
+        of its steps. Should anything fail before all have changed, the old plan goes on.
+
+        Parameters
+        ----------
+        plan : Plan
+            Of this model on devices of its cluster: solved for, or written by hand.
+
+        Returns
+        -------
+        Migration
+            What was moved, and how long it took; also kept in `telemetry`.
+
+        Raises
+        ------
+        ArgumentError
+            If it is no plan.
+        InfeasiblePlanError
+            If the plan is not one for this model and cluster, or its weights pass a device's memory limit.
+        ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
+            If it could not be done.
+        """
+        from lingualinked.sharded.loading import fit_plan
+
+        if not isinstance(plan, Plan):
+            raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan")
+        return self._pipeline.migrate(
+            fit_plan(plan, self._parts.weights, self.cluster, None if self.profile is None else self.profile.model)
+        )
 
     def close(self) -> None:
         """Free the model's stages; its private cluster, if it has one, ends too. Calls under way raise `ClosedError`."""

@@ -1,0 +1,203 @@
+"""Layers move between workers while sessions go on: no token changes, nothing is lost, and what fails leads back."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import lingualinked as ll
+from families import reference, save_tiny
+from processes import stopped
+from waiting import num_sessions, wait_until
+
+pytestmark = pytest.mark.process
+
+NUM_LAYERS = 4
+IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])
+PADDED = torch.tensor([[0, 0, 1, 17, 93, 54], [1, 5, 6, 7, 8, 9], [0, 1, 11, 45, 45, 3]])
+CALLS: dict[str, dict[str, Any]] = {
+    "one row": {"input_ids": IDS},
+    "a padded batch": {"input_ids": PADDED, "attention_mask": (PADDED != 0).long()},
+    "beams": {"input_ids": IDS, "num_beams": 3},
+    "prompt lookup": {"input_ids": IDS, "prompt_lookup_num_tokens": 3},
+}
+FAMILIES = ("llama", "gemma2", "gpt2", "mixtral")  # full attention, sliding windows, tied ends, experts
+
+
+def random_plan(rng: random.Random) -> ll.Plan:
+    """Place the layers on one to four devices in any order; a device may hold both ends."""
+    if rng.random() < 0.15:
+        first, other = rng.sample("abcd", 2)
+        return ll.Plan.from_spans([(first, 0, 1), (other, 1, 3), (first, 3, 4)])
+    ends = [0, *sorted(rng.sample(range(1, NUM_LAYERS), rng.randint(0, 3))), NUM_LAYERS]
+    devices = rng.sample("abcd", len(ends) - 1)
+    return ll.Plan.from_spans((device, ends[i], ends[i + 1]) for i, device in enumerate(devices))
+
+
+def generate(model: Any, call: str, num_new: int) -> torch.Tensor:
+    tokens: torch.Tensor = model.generate(
+        **CALLS[call], max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False
+    )
+    return tokens
+
+
+@pytest.fixture
+def moving(shared_cluster: ll.Cluster, tiny_llama: str) -> Iterator[Any]:
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan=plan, progress=False) as model:
+        yield model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_moves_under_load_change_no_token(family: str, shared_cluster: ll.Cluster, tmp_path: Path) -> None:
+    folder = save_tiny(family, torch.float32, tmp_path)
+    whole, rng = reference(folder), random.Random(family)
+    expected = {call: generate(whole, call, 40) for call in CALLS}
+    enough = threading.Event()
+    wrong: list[str] = []
+
+    def keep_generating(call: str) -> None:
+        while not wrong:
+            try:
+                if not torch.equal(generate(model, call, 40), expected[call]):
+                    wrong.append(call)
+            except Exception as error:  # noqa: BLE001 - the test says which
+                wrong.append(f"{call}: {error!r}")
+            if enough.is_set():
+                return
+
+    with ll.ShardedModel.from_pretrained(
+        str(folder), cluster=shared_cluster, plan=random_plan(rng), progress=False
+    ) as model:
+        threads = [threading.Thread(target=keep_generating, args=(call,)) for call in CALLS]
+        for thread in threads:
+            thread.start()
+        for _ in range(12):
+            plan = random_plan(rng)
+            model.rebalance(plan)
+            assert [(each.device, each.start, each.end) for each in model.plan.stages] == [
+                (each.device, each.start, each.end) for each in plan.stages
+            ]
+        enough.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        wait_until(lambda: sum(num_sessions(model)) == 0)
+        assert all(stage.kv_bytes == 0 for stage in model.telemetry.stages)
+
+
+def test_a_session_that_rests_is_moved_along(moving: Any, unsharded: PreTrainedModel) -> None:
+    past, expected = moving(IDS).past_key_values, unsharded(IDS).past_key_values
+    for spans in ([("c", 0, 4)], [("d", 0, 1), ("c", 1, 4)], [("a", 0, 2), ("b", 2, 4)]):
+        migration = moving.rebalance(ll.Plan.from_spans(spans))
+        assert migration.succeeded
+        assert migration.num_sessions == 1
+        assert migration.kv_bytes > 0
+        logits = moving(IDS[:, :2], past_key_values=past).logits
+        assert torch.equal(logits, unsharded(IDS[:, :2], past_key_values=expected).logits)
+    assert len(moving.telemetry.migrations) == 3
+
+
+def test_layers_that_stay_are_not_read_again(moving: Any) -> None:
+    migration = moving.rebalance(ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)]))
+    (move,) = migration.moves
+    assert (move.start, move.end, move.source, move.target) == (1, 2, "a", "b")
+    assert 0 < migration.weight_bytes < moving.plan.stages[1].weight_bytes / 2
+
+
+def test_telemetry_tells_where_each_step_spent_its_time(moving: Any) -> None:
+    moving.generate(IDS, max_new_tokens=4, min_new_tokens=4)
+    moving.rebalance(ll.Plan.from_spans([("c", 0, 4)]))
+    moving.generate(IDS, max_new_tokens=3, min_new_tokens=3)
+    steps = moving.telemetry.steps
+    assert [step.plan_version for step in steps] == [1] * 4 + [2] * 3
+    assert [(step.tokens, step.context) for step in steps[:3]] == [(7, 0), (1, 7), (1, 8)]
+    for step in steps:
+        assert [stage.device for stage in step.stages] == (["a", "b"] if step.plan_version == 1 else ["c"])
+        assert all(stage.compute_s > 0 and stage.sent_bytes > 0 for stage in step.stages)
+        assert sum(stage.compute_s for stage in step.stages) < step.total_s
+
+
+def test_what_fails_to_load_leads_back(
+    shared_cluster: ll.Cluster, tiny_llama: str, unsharded: PreTrainedModel, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "checkpoint")
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
+        past, expected = model(IDS).past_key_values, unsharded(IDS).past_key_values
+        shutil.rmtree(folder)
+        with pytest.raises(ll.CheckpointError):
+            model.rebalance(ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)]))
+        assert model.plan.stages[0].end == 2
+        assert "model.safetensors" in model.telemetry.migrations[-1].error
+        logits = model(IDS[:, :1], past_key_values=past).logits
+        assert torch.equal(logits, unsharded(IDS[:, :1], past_key_values=expected).logits)
+
+
+def test_a_device_that_dies_while_it_is_moved_to_leads_back(tiny_llama: str, unsharded: PreTrainedModel) -> None:
+    devices = [ll.Device(name=name, threads=1) for name in ("one", "two", "doomed")]
+    plan = ll.Plan.from_spans([("one", 0, 2), ("two", 2, 4)])
+    with ll.Cluster(devices) as cluster:
+        pid = cluster.pids["doomed"]
+        with ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False) as model:
+            past, expected = model(IDS).past_key_values, unsharded(IDS).past_key_values
+            errors: list[Exception] = []
+
+            def move() -> None:
+                try:
+                    model.rebalance(ll.Plan.from_spans([("one", 0, 2), ("doomed", 2, 4)]))
+                except ll.WorkerDiedError as error:
+                    errors.append(error)
+
+            stopped(pid)  # it answers nothing: the migration waits for it
+            thread = threading.Thread(target=move)
+            thread.start()
+            for _ in range(3):
+                logits = model(IDS[:, :1], past_key_values=past).logits
+                assert torch.equal(logits, unsharded(IDS[:, :1], past_key_values=expected).logits)
+            os.kill(pid, signal.SIGKILL)
+            thread.join(30)
+            assert [type(error) for error in errors] == [ll.WorkerDiedError]
+            assert model.plan.devices == ("one", "two")
+            logits = model(IDS[:, :2], past_key_values=past).logits
+            assert torch.equal(logits, unsharded(IDS[:, :2], past_key_values=expected).logits)
+
+
+def test_a_closed_model_is_not_moved(moving: Any) -> None:
+    moving.close()
+    with pytest.raises(ll.ClosedError):
+        moving.rebalance(ll.Plan.from_spans([("a", 0, 4)]))
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "words"),
+    [
+        (None, ll.ArgumentError, "must be a lingualinked.Plan"),
+        ("even", ll.ArgumentError, "must be a lingualinked.Plan"),
+        (ll.Plan.from_spans([("a", 0, 3)]), ll.InfeasiblePlanError, "places 3 layers, the model has 4"),
+        (ll.Plan.from_spans([("nobody", 0, 4)]), ll.InfeasiblePlanError, "uses device 'nobody'"),
+    ],
+)
+def test_what_is_no_plan_for_it_is_refused(moving: Any, plan: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        moving.rebalance(plan)
+    assert moving.plan.devices == ("a", "b")
+
+
+def test_token_ids_stay_on_trusted_devices(tiny_llama: str) -> None:
+    devices = [ll.Device(name="home", threads=1, trusted=True), ll.Device(name="foreign", threads=1)]
+    plan = ll.Plan.from_spans([("home", 0, 1), ("foreign", 1, 3), ("home", 3, 4)])
+    with ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, plan=plan, progress=False) as model:
+        with pytest.raises(ll.InfeasiblePlanError, match="'foreign', which is not trusted"):
+            model.rebalance(ll.Plan.from_spans([("home", 0, 2), ("foreign", 2, 4)]))
+        model.rebalance(ll.Plan.from_spans([("home", 0, 2), ("foreign", 2, 3), ("home", 3, 4)]))
