@@ -140,6 +140,17 @@ def planner(repeats: Annotated[int, typer.Option(min=1, help="Random problems of
     _run(lambda: run_planner(repeats))
 
 
+@bench.command()
+def soak(
+    migrations: Annotated[int, typer.Option(min=1, help="Random migrations.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the schedule.")] = 0,
+) -> None:
+    """Move layers at random while the bundled model answers: no token may change, nothing may be lost."""
+    from lingualinked.bench.soak import run_soak
+
+    _run(lambda: run_soak(migrations, seed))
+
+
 def _run(command: Callable[[], None]) -> None:
     """Run a command; the library's errors are printed as one line, not as a traceback."""
     try:

@@ -1,0 +1,32 @@
+"""Jobs run beside the loop, in order; what they have to say is said on it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+from lingualinked.worker.background import Background
+
+
+def test_jobs_run_in_order_and_speak_on_the_loop() -> None:
+    woken = threading.Semaphore(0)
+    background = Background(woken.release)
+    said: list[tuple[int, bool]] = []
+    threads: set[int] = set()
+
+    def job(number: int) -> None:
+        threads.add(threading.get_ident())
+        background.call(lambda: said.append((number, threading.current_thread() is threading.main_thread())))
+
+    for number in range(3):
+        background.submit(lambda number=number: job(number))
+    for _ in range(3):
+        assert woken.acquire(timeout=10)
+    assert said == []
+    background.run_callbacks()
+    assert said == [(0, True), (1, True), (2, True)]
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    background.submit(sys.exit)  # ends the thread, which a worker's end does otherwise
+    assert background._thread is not None
+    background._thread.join(10)
