@@ -22,7 +22,7 @@ class Background:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callbacks: collections.deque[Callable[[], None]] = collections.deque()
         self._thread: threading.Thread | None = None
 
@@ -32,6 +32,13 @@ class Background:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="lingualinked-background", daemon=True)
             self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread once the jobs that were submitted are done."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
 
     def call(self, callback: Callable[[], None]) -> None:
         """Have something done on the worker's loop; called by jobs."""
@@ -44,5 +51,5 @@ class Background:
             self._callbacks.popleft()()
 
     def _work(self) -> None:
-        while True:
-            self._jobs.get()()
+        while (job := self._jobs.get()) is not None:
+            job()

@@ -89,10 +89,12 @@ def serve(boot: Boot, channel: int) -> None:
         max_frame_bytes=boot.max_frame_bytes,
     )
     handler.on_record = mailbox.wake
+    background = Background(mailbox.wake)
     try:
         mailbox.connect(CALLER, boot.caller_address, boot.caller_key)
-        Worker(boot, mailbox, handler).run()
+        Worker(boot, mailbox, handler, background).run()
     finally:
+        background.stop()
         mailbox.close()
 
 
@@ -107,13 +109,15 @@ class Worker:
         Connected to the caller.
     handler : ForwardingHandler
         Holds the log records that go to the caller.
+    background : Background
+        Where stages are loaded.
     """
 
-    def __init__(self, boot: Boot, mailbox: Mailbox, handler: ForwardingHandler) -> None:
+    def __init__(self, boot: Boot, mailbox: Mailbox, handler: ForwardingHandler, background: Background) -> None:
         self._boot = boot
         self._mailbox = mailbox
         self._log_handler = handler
-        self._background = Background(mailbox.wake)
+        self._background = background
         self._stages = HostedStages(boot.accelerator, self._background)
         self._mover = Mover(self._stages, mailbox, boot.public_key)
         self._hops = HopClock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 from lingualinked.worker.background import Background
@@ -27,6 +26,6 @@ def test_jobs_run_in_order_and_speak_on_the_loop() -> None:
     assert said == [(0, True), (1, True), (2, True)]
     assert len(threads) == 1
     assert threading.get_ident() not in threads
-    background.submit(sys.exit)  # ends the thread, which a worker's end does otherwise
-    assert background._thread is not None
-    background._thread.join(10)
+    background.submit(lambda: said.append((3, False)))
+    background.stop()
+    assert said[-1] == (3, False)
