@@ -173,6 +173,20 @@ def test_a_device_that_dies_while_it_is_moved_to_leads_back(tiny_llama: str, uns
             assert torch.equal(logits, unsharded(IDS[:, :2], past_key_values=expected).logits)
 
 
+def test_several_threads_may_move_it(moving: Any, unsharded: PreTrainedModel) -> None:
+    plans = [ll.Plan.from_spans([(first, 0, 1), (second, 1, 4)]) for first, second in ("cd", "da", "bc", "ab")]
+    threads = [threading.Thread(target=moving.rebalance, args=(plan,)) for plan in plans]
+    for thread in threads:
+        thread.start()
+    tokens = generate(moving, "one row", 20)
+    for thread in threads:
+        thread.join()
+    assert torch.equal(tokens, generate(unsharded, "one row", 20))
+    migrations = moving.telemetry.migrations
+    assert len(migrations) == len(plans)
+    assert migrations[-1].spans_after == tuple((each.device, each.start, each.end) for each in moving.plan.stages)
+
+
 def test_a_closed_model_is_not_moved(moving: Any) -> None:
     moving.close()
     with pytest.raises(ll.ClosedError):

@@ -57,7 +57,8 @@ class Migrator:
     def run(self, target: Route, done: concurrent.futures.Future[LingualinkedError | Migration]) -> None:
         """Move to a route, on a thread of its own, and give what was moved, or why the old plan goes on."""
         try:
-            migration, error = self._run(target)
+            with self._routes.migrating:
+                migration, error = self._run(target)
             self._recorder.add_migration(migration)
             done.set_result(migration if error is None else error)
         except BaseException as failure:  # noqa: BLE001 - whoever asked raises it

@@ -58,7 +58,6 @@ class Pipeline:
         self._budget = KVBudget(max_kv_tokens)
         self._routes = Routes(Route(1, plan))
         self._versions = itertools.count(2)
-        self._migrating = threading.Lock()
         self._recorder = Recorder()
         self._finalizer = weakref.finalize(self, self._engine.unload, self._model)
         self._finalizer.atexit = False
@@ -127,10 +126,9 @@ class Pipeline:
         migrator = Migrator(self._engine, self._model, self.spec, self._routes, self._recorder, self.timeout_s)
         # Not on the calling thread: an interrupt there must not end a migration half way.
         done: concurrent.futures.Future[LingualinkedError | Migration] = concurrent.futures.Future()
-        with self._migrating:
-            target = Route(next(self._versions), plan)
-            threading.Thread(target=migrator.run, args=(target, done), name="lingualinked-migration").start()
-            outcome = done.result()
+        arguments = (Route(next(self._versions), plan), done)
+        threading.Thread(target=migrator.run, args=arguments, name="lingualinked-migration", daemon=True).start()
+        outcome = done.result()
         if isinstance(outcome, LingualinkedError):
             raise outcome
         return outcome

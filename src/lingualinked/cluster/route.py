@@ -54,6 +54,8 @@ class Route:
 class Routes:
     """The route in force, the one that sessions are to change to, and the sessions; used by many threads.
 
+    Whoever moves them holds ``migrating`` meanwhile.
+
     Parameters
     ----------
     first : Route
@@ -64,6 +66,7 @@ class Routes:
         self.current = first
         self.target = first
         self.error: LingualinkedError | None = None
+        self.migrating = threading.Lock()
         self.longest_stall_s = 0.0
         self.num_moved = self.moved_bytes = 0
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -1,0 +1,119 @@
+"""How much slower than it was measured a device is now, told from noisy step times: a level, and when it shifted.
+
+Knows numbers and times that it is told; nothing of devices, plans or what is done about it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+_WINDOWS = (5, 8, 16, 32, 64)
+_MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean, of normal noise
+_MAD_SCALE = 1.4826  # standard deviation over median absolute deviation, likewise
+_LEAST_NOISE = 0.03  # of step times: fewer samples than it takes to know better show less by chance
+_FEWEST = 8  # samples from which noise is estimated
+_FIRST_NOISE = 0.2  # taken for granted before that, and counted as so many samples later
+_FIRST_WEIGHT = 2
+_MOST_REGIMES = 8
+
+
+class SpeedLevel:
+    """The slowdown of one device, as a level that holds until it has plainly shifted.
+
+    Samples are logarithms of observed over predicted seconds. They are compared with the level through medians of the last
+    few and of the last many: few show a large shift at once, many a small one, and a single outlier moves no median. A
+    shift counts when a median differs by more than ``confidence`` standard errors. Between shifts the level follows the
+    median of all samples since the last one.
+
+    Parameters
+    ----------
+    confidence : float
+        Standard errors beyond which a shift counts.
+
+    References
+    ----------
+    E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954, whose question this is; P. J. Rousseeuw and
+    C. Croux, "Alternatives to the median absolute deviation", JASA 88, 1993, for the noise.
+    """
+
+    def __init__(self, confidence: float) -> None:
+        self._confidence = confidence
+        self._samples: deque[float] = deque(maxlen=_WINDOWS[-1])
+        self._level = 0.0
+        self._noise = _FIRST_NOISE
+        self._is_settled = False
+        self._regime_began_s: float | None = None
+        self._regimes_s: deque[float] = deque(maxlen=_MOST_REGIMES)
+
+    @property
+    def slowdown(self) -> float:
+        """Observed over predicted seconds."""
+        return math.exp(self._level)
+
+    def persistence_s(self, time_s: float, horizon_s: float) -> float:
+        """Give the seconds for which the present speed is expected to last.
+
+        Parameters
+        ----------
+        time_s : float
+            Now.
+        horizon_s : float
+            What is expected of a device that has not changed of late; it is also how long a change counts as of late.
+        """
+        if self._regime_began_s is None or not self._regimes_s or time_s - self._regime_began_s > horizon_s:
+            return horizon_s
+        return min(horizon_s, *self._regimes_s)
+
+    def add(self, time_s: float, observed_s: float, predicted_s: float) -> bool:
+        """Take in one step's time; say whether the level has shifted.
+
+        Parameters
+        ----------
+        time_s : float
+            When the step was.
+        observed_s, predicted_s : float
+            Its seconds, and what they would be at the speed that was measured; both positive, or it tells nothing.
+        """
+        if not (observed_s > 0 and predicted_s > 0):
+            return False
+        self._samples.append(math.log(observed_s / predicted_s))
+        if self._regime_began_s is None:
+            self._regime_began_s = time_s
+        samples = list(self._samples)
+        shift = self._shift(samples)
+        if shift is None:
+            if len(samples) >= _FEWEST:
+                self._level = statistics.median(samples)
+                self._noise = _noise_of(samples, self._level)
+                self._is_settled = True
+            elif not self._is_settled:
+                self._level = statistics.median(samples)
+            return False
+        window, level = shift
+        self._level = level
+        self._samples = deque(samples[-window:], maxlen=_WINDOWS[-1])
+        self._regimes_s.append(time_s - self._regime_began_s)
+        self._regime_began_s = time_s
+        return True
+
+    def _shift(self, samples: list[float]) -> tuple[int, float] | None:
+        """Give the shortest window that shows a shift, and the level that it shows; None if none does."""
+        if not self._is_settled:
+            return None
+        for window in _WINDOWS:
+            if window > len(samples):
+                return None
+            level = statistics.median(samples[-window:])
+            # Logarithms of times are skewed, and few of them are further from normal than many.
+            error = (1 + 2 / window) * _MEDIAN_ERROR * self._noise / math.sqrt(window)
+            if abs(level - self._level) > self._confidence * error:
+                return window, level
+        return None
+
+
+def _noise_of(samples: list[float], level: float) -> float:
+    seen = max(_LEAST_NOISE, _MAD_SCALE * statistics.median(abs(sample - level) for sample in samples))
+    weighted = _FIRST_WEIGHT * _FIRST_NOISE**2 + len(samples) * seen**2
+    return math.sqrt(weighted / (_FIRST_WEIGHT + len(samples)))
