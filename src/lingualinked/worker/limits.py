@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from lingualinked.model.memory import use_one_heap
+
 # What a stage needs beyond its weights, KV and activations: message buffers, arenas of the allocator; and per thread,
 # its stack.
 _OVERHEAD_BYTES = 192 * 1024**2
@@ -26,6 +28,7 @@ def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int |
     if cpus is not None:
         os.sched_setaffinity(0, cpus)
     torch.set_num_threads(threads)
+    use_one_heap()  # weights are loaded in a thread of their own
     if memory_bytes is not None and sys.platform == "linux":
         import resource
 
