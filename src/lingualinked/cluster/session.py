@@ -220,6 +220,8 @@ class Session:
             try:
                 answers = results_of(self._copy_kv(target, is_final=True))
             except LingualinkedError as error:
+                if self.ended:  # while its KV was being copied: that is no failure of the migration
+                    return
                 if not self._routes.reject(target, error):
                     self._broken_by = f" with {type(error).__name__}, on its way back from a migration that failed"
                     self.end()
