@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
+    from lingualinked.control.policy import RebalancePolicy
     from lingualinked.device import Device, Link
     from lingualinked.errors import (
         ArgumentError,
@@ -78,6 +79,7 @@ _HOMES = {
     "Prediction": "planning.prediction",
     "Profile": "profile",
     "ProtocolError": "errors",
+    "RebalancePolicy": "control.policy",
     "ShardedModel": "sharded.model",
     "Simulation": "planning.simulation.result",
     "Solved": "planning.plan",
@@ -133,6 +135,7 @@ __all__ = [
     "Prediction",
     "Profile",
     "ProtocolError",
+    "RebalancePolicy",
     "ShardedModel",
     "Simulation",
     "Solved",

@@ -51,6 +51,7 @@ PUBLIC_NAMES = [
     "Prediction",
     "Profile",
     "ProtocolError",
+    "RebalancePolicy",
     "ShardedModel",
     "Simulation",
     "Solved",

@@ -9,7 +9,7 @@ import dataclasses
 
 from lingualinked.planning.plan import Plan
 from lingualinked.profile import Profile
-from lingualinked.telemetry.decisions import Decision
+from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.samples import DeviceSample, StepSample
 
 
@@ -77,13 +77,15 @@ class MigrationDone:
 
     time_s: float
     plan: Plan
+    migration: Migration
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationFailed:
-    """The plan that was asked for could not be put in force; the old one goes on."""
+    """The plan that was asked for could not be put in force; another one goes on: the old one, or one on the way."""
 
     time_s: float
+    plan: Plan
     error: str
 
 
@@ -99,7 +101,7 @@ Event = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """Keep a decision; nothing is to be done."""
 

@@ -39,7 +39,7 @@ class RebalancePolicy:
         For a value that can't be used; the message names the field.
     """
 
-    min_gain: float = 0.1
+    min_gain: float = 0.05
     horizon_s: float = 60.0
     margin: float = 2.0
     cooldown_s: float = 2.0

@@ -5,11 +5,15 @@ Knows numbers and times that it is told; nothing of devices, plans or what is do
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import statistics
 from collections import deque
 
 _WINDOWS = (5, 8, 16, 32, 64)
+_MOST_SAMPLES = 256  # since the last shift, that the level stands on
+_NOISE_EVERY = 16  # samples after which noise is estimated anew, once there are twice as many
 _MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean, of normal noise
 _MAD_SCALE = 1.4826  # standard deviation over median absolute deviation, likewise
 _LEAST_NOISE = 0.03  # of step times: fewer samples than it takes to know better show less by chance
@@ -40,11 +44,14 @@ class SpeedLevel:
 
     def __init__(self, confidence: float) -> None:
         self._confidence = confidence
-        self._samples: deque[float] = deque(maxlen=_WINDOWS[-1])
+        self._samples: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._count = 0
         self._level = 0.0
         self._noise = _FIRST_NOISE
         self._is_settled = False
         self._regime_began_s: float | None = None
+        self._has_shifted = False
         self._regimes_s: deque[float] = deque(maxlen=_MOST_REGIMES)
 
     @property
@@ -52,8 +59,18 @@ class SpeedLevel:
         """Observed over predicted seconds."""
         return math.exp(self._level)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples since the last shift that the level stands on; 256 at most."""
+        return len(self._samples)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether there have been enough samples to know the level."""
+        return self._is_settled
+
     def persistence_s(self, time_s: float, horizon_s: float) -> float:
-        """Give the seconds for which the present speed is expected to last.
+        """Give the seconds for which the present speed is expected to last: as long as speeds did, or it has, of late.
 
         Parameters
         ----------
@@ -64,7 +81,7 @@ class SpeedLevel:
         """
         if self._regime_began_s is None or not self._regimes_s or time_s - self._regime_began_s > horizon_s:
             return horizon_s
-        return min(horizon_s, *self._regimes_s)
+        return min(horizon_s, max(min(self._regimes_s), time_s - self._regime_began_s))
 
     def add(self, time_s: float, observed_s: float, predicted_s: float) -> bool:
         """Take in one step's time; say whether the level has shifted.
@@ -78,39 +95,57 @@ class SpeedLevel:
         """
         if not (observed_s > 0 and predicted_s > 0):
             return False
-        self._samples.append(math.log(observed_s / predicted_s))
         if self._regime_began_s is None:
             self._regime_began_s = time_s
-        samples = list(self._samples)
-        shift = self._shift(samples)
+        self._take(math.log(observed_s / predicted_s))
+        shift = self._shift()
         if shift is None:
-            if len(samples) >= _FEWEST:
-                self._level = statistics.median(samples)
-                self._noise = _noise_of(samples, self._level)
+            if len(self._sorted) >= _FEWEST:
+                self._level = _middle(self._sorted)
+                if not self._is_settled or len(self._sorted) < 2 * _NOISE_EVERY or self._count % _NOISE_EVERY == 0:
+                    self._noise = _noise_of(self._sorted, self._level)
                 self._is_settled = True
             elif not self._is_settled:
-                self._level = statistics.median(samples)
+                self._level = _middle(self._sorted)
             return False
-        window, level = shift
-        self._level = level
-        self._samples = deque(samples[-window:], maxlen=_WINDOWS[-1])
-        self._regimes_s.append(time_s - self._regime_began_s)
+        window, self._level = shift
+        self._samples = deque(_last(self._samples, window))
+        self._sorted = sorted(self._samples)
+        if self._has_shifted:  # when the first regime began, nobody saw
+            self._regimes_s.append(time_s - self._regime_began_s)
+        self._has_shifted = True
         self._regime_began_s = time_s
         return True
 
-    def _shift(self, samples: list[float]) -> tuple[int, float] | None:
+    def _take(self, sample: float) -> None:
+        self._count += 1
+        self._samples.append(sample)
+        bisect.insort(self._sorted, sample)
+        if len(self._samples) > _MOST_SAMPLES:
+            del self._sorted[bisect.bisect_left(self._sorted, self._samples.popleft())]
+
+    def _shift(self) -> tuple[int, float] | None:
         """Give the shortest window that shows a shift, and the level that it shows; None if none does."""
         if not self._is_settled:
             return None
         for window in _WINDOWS:
-            if window > len(samples):
+            if window > len(self._samples):
                 return None
-            level = statistics.median(samples[-window:])
+            level = _middle(sorted(_last(self._samples, window)))
             # Logarithms of times are skewed, and few of them are further from normal than many.
             error = (1 + 2 / window) * _MEDIAN_ERROR * self._noise / math.sqrt(window)
             if abs(level - self._level) > self._confidence * error:
                 return window, level
         return None
+
+
+def _last(samples: deque[float], num: int) -> list[float]:
+    return list(itertools.islice(reversed(samples), num))[::-1]
+
+
+def _middle(ordered: list[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def _noise_of(samples: list[float], level: float) -> float:

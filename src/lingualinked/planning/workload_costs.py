@@ -11,7 +11,7 @@ import numpy as np
 
 from lingualinked.device import CALLER
 from lingualinked.planning.placement.problem import Floats, Problem
-from lingualinked.profile import DeviceProfile, Profile
+from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.workload import Workload
 
 HEADER_BYTES = 160
@@ -129,15 +129,7 @@ class WorkloadCosts:
         )
 
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:
-        model, rows = self.profile.model, self.workload.batch_size
-        kinds = model.kind_of_layer[start:end]
-        seconds = sum(kinds.count(k) * device.layers[k].seconds(rows, tokens, context) for k in set(kinds))
-        seconds += device.stage.seconds(rows, tokens, context)
-        if start == 0:
-            seconds += device.prologue.seconds(rows, tokens, context)
-        if end == model.num_layers:
-            seconds += device.epilogue.seconds(rows, tokens, context)
-        return seconds
+        return stage_s(self.profile.model, device, start, end, self.workload.batch_size, tokens, context)
 
     def _layer_s(self, device: DeviceProfile, kind: int) -> float:
         rows, prompt = self.workload.batch_size, self.workload.prompt_tokens
@@ -155,6 +147,20 @@ class WorkloadCosts:
     def _mean_busy_s(self, source: str, target: str) -> float:
         prompt = self.workload.prompt_tokens
         return self.mean(self.transfer_s(source, target, prompt), self.transfer_s(source, target, 1))
+
+
+def stage_s(
+    model: ModelProfile, device: DeviceProfile, start: int, end: int, rows: int, tokens: int, context: float
+) -> float:
+    """Seconds of compute of a step of some shape in the stage of layers ``[start, end)``."""
+    kinds = model.kind_of_layer[start:end]
+    seconds = sum(kinds.count(kind) * device.layers[kind].seconds(rows, tokens, context) for kind in set(kinds))
+    seconds += device.stage.seconds(rows, tokens, context)
+    if start == 0:
+        seconds += device.prologue.seconds(rows, tokens, context)
+    if end == model.num_layers:
+        seconds += device.epilogue.seconds(rows, tokens, context)
+    return seconds
 
 
 def kv_capacity(workload: Workload, window: int | None) -> int:

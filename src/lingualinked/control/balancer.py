@@ -1,0 +1,304 @@
+"""Decides when layers move: events in, an instruction out.
+
+Knows what it is told and the time that each event carries; neither threads, nor processes, nor how layers are moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lingualinked.control.beliefs import Beliefs
+from lingualinked.control.events import (
+    DeviceJoined,
+    DeviceLost,
+    DeviceObserved,
+    DeviceReleased,
+    Event,
+    Instruction,
+    Migrate,
+    MigrationDone,
+    MigrationFailed,
+    RebalanceAsked,
+    Record,
+    StepObserved,
+)
+from lingualinked.control.policy import RebalancePolicy
+from lingualinked.control.proposal import Proposal, Rates, propose, spans_of, weigh
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.plan import Objective, Plan
+from lingualinked.profile import Profile
+from lingualinked.telemetry.decisions import Decision
+from lingualinked.telemetry.samples import DeviceSample, StepSample
+
+_MANY_STEPS = 128  # after which speeds are known well
+_MOST_DOUBLINGS = 10
+
+
+class Balancer:
+    """One pipeline's balancer.
+
+    It follows devices' speeds (`SpeedLevel`). When one has plainly changed, it solves again for the speeds of now, and moves
+    layers if a mean step takes at least ``min_gain`` less time and if what is saved, for as long as speeds are expected to
+    last, is ``margin`` times the cost of moving; not within ``cooldown_s`` of the last move, and ever later after moves
+    that failed. A device whose memory runs out, or that is to be emptied, is relieved whatever it costs. Every decision
+    comes out with its numbers, those to stay as well.
+
+    Parameters
+    ----------
+    plan : Plan
+        In force.
+    profile : Profile
+        Of the devices as they were measured.
+    policy : RebalancePolicy
+        Its knobs.
+    objective : {"throughput", "latency", "energy"}
+        What is minimised.
+    is_automatic : bool
+        Whether steps and looks at devices may make it move; else only what the user asks.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        profile: Profile,
+        policy: RebalancePolicy,
+        objective: Objective,
+        *,
+        is_automatic: bool = True,
+    ) -> None:
+        self._plan = plan
+        self._policy = policy
+        self._objective = objective
+        self._is_automatic = is_automatic
+        self._beliefs = Beliefs(profile, policy.confidence)
+        self._rates = Rates()
+        self._target: Plan | None = None
+        self._trigger = ""  # what waits to be decided
+        self._is_urgent = False
+        self._not_before_s = 0.0  # nothing is decided of its own accord until then
+        self._settled_s = 0.0  # steps from before tell of a migration, not of speeds
+        self._num_failures = self._num_vain = 0
+        self._decided: dict[str, float] = {}  # slowdowns when it was last decided
+        self._is_sure = False  # whether that was when they were known well
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._plan
+
+    @property
+    def profile(self) -> Profile:
+        """The profile as measured."""
+        return self._beliefs.measured
+
+    def handle(self, event: Event) -> Instruction | None:
+        """Take in an event; say what is to be done, if anything.
+
+        Parameters
+        ----------
+        event : Event
+            Later than those before.
+
+        Raises
+        ------
+        InfeasiblePlanError
+            If the user asks for what no plan can give.
+        """
+        match event:
+            case StepObserved():
+                return self._on_step(event.sample)
+            case DeviceObserved():
+                return self._on_device(event.sample)
+            case DeviceJoined():
+                self._beliefs.extend(event.profile)
+                self._beliefs[event.device].is_usable = True
+                return self._decide(event.time_s, f"device {event.device!r} has joined")
+            case DeviceReleased():
+                self._beliefs[event.device].is_usable = False
+                if event.device not in self._plan.devices:
+                    return Record(self._stay(event.time_s, f"device {event.device!r} is released", "it holds no layer"))
+                try:
+                    return self._decide(event.time_s, f"device {event.device!r} is released", must=True, raises=True)
+                except InfeasiblePlanError:
+                    self._beliefs[event.device].is_usable = True
+                    raise
+            case DeviceLost():
+                self._beliefs[event.device].is_usable = False
+                lost = event.device in self._plan.devices
+                reason = "its layers and their KV are gone" if lost else "it held no layer"
+                return Record(self._stay(event.time_s, f"device {event.device!r} is lost", reason))
+            case RebalanceAsked():
+                return self._on_asked(event)
+            case MigrationDone():
+                self._on_done(event)
+            case MigrationFailed():
+                self._on_failed(event)
+        return None
+
+    def _on_step(self, sample: StepSample) -> Instruction | None:
+        if self._target is not None or sample.time_s < self._settled_s:
+            return None
+        shifted = self._beliefs.observe(sample)
+        if not self._is_automatic:
+            return None
+        if shifted:
+            self._trigger, self._num_vain, self._is_sure = shifted[0], 0, False
+        elif not self._trigger:
+            self._trigger = self._drift()
+        return self._decide_in_time(sample.time_s)
+
+    def _on_device(self, sample: DeviceSample) -> Instruction | None:
+        if sample.device not in self._beliefs or self._target is not None:
+            return None
+        belief = self._beliefs[sample.device]
+        if belief.cap_bytes is not None and sample.time_s >= belief.cap_until_s:
+            belief.cap_bytes = None
+        total = sample.held_bytes + sample.available_bytes
+        allowed = self._policy.max_memory * total
+        if sample.held_bytes > allowed and self._is_automatic and sample.device in self._plan.devices:
+            predicted = dataclasses.replace(self._plan, profile=self._beliefs.measured).predicted.devices
+            used = next(each.used_bytes for each in predicted if each.device == sample.device)
+            belief.cap_bytes = used * allowed / sample.held_bytes / (1 - self._plan.reserve)
+            belief.cap_until_s = sample.time_s + self._policy.horizon_s
+            share = 100 * sample.held_bytes / total
+            self._trigger = f"device {sample.device!r} has {share:.0f} % of its memory in use"
+            self._is_urgent = True
+        return self._decide_in_time(sample.time_s)
+
+    def _on_asked(self, event: RebalanceAsked) -> Instruction:
+        if event.plan is None:
+            decided = self._decide(event.time_s, "rebalance was called", dry_run=event.dry_run)
+            assert decided is not None
+            return decided
+        live = self._beliefs.profile()
+        proposal = weigh(self._now(live), event.plan, live, self._objective, self._rates)
+        reason = "the plan is the one in force" if self._is_current(event.plan) else "the plan was given"
+        action = self._decision(event.time_s, "rebalance was called with a plan", reason, proposal)
+        return self._conclude(action, event.plan, moves=not self._is_current(event.plan), dry_run=event.dry_run)
+
+    def _on_done(self, event: MigrationDone) -> None:
+        self._plan, self._target = event.plan, None
+        self._rates.learn(event.migration)
+        self._settled_s = event.time_s
+        self._not_before_s = event.time_s + self._policy.cooldown_s
+        self._num_failures = self._num_vain = 0
+        self._trigger = ""
+
+    def _on_failed(self, event: MigrationFailed) -> None:
+        self._target = None
+        self._plan = event.plan
+        self._settled_s = event.time_s
+        self._num_failures += 1
+        self._wait(event.time_s, self._num_failures)
+
+    def _wait(self, time_s: float, times: int) -> None:
+        """Let longer and longer pass, up to the horizon, before it is tried again."""
+        wait_s = self._policy.cooldown_s * 2 ** min(times, _MOST_DOUBLINGS)
+        self._not_before_s = time_s + min(wait_s, max(self._policy.horizon_s, self._policy.cooldown_s))
+
+    def _drift(self) -> str:
+        """Say why to look again at speeds that are known well by now; empty if there is no need."""
+        levels = {name: self._beliefs[name].level for name in self._plan.devices}
+        if any(level.num_samples < _MANY_STEPS for level in levels.values()):
+            return ""
+        if not self._is_sure:
+            self._is_sure = True
+            return f"speeds are known from {_MANY_STEPS} steps"
+        for name, level in levels.items():
+            ratio = level.slowdown / self._decided.get(name, 1.0)
+            if max(ratio, 1 / ratio) > 1 / (1 - self._policy.min_gain):
+                return f"device {name!r} takes {ratio:.2f} times as long as at the last decision"
+        return ""
+
+    def _decide_in_time(self, time_s: float) -> Instruction | None:
+        if not self._trigger or time_s < self._not_before_s:
+            return None
+        return self._decide(time_s, self._trigger, must=self._is_urgent)
+
+    def _decide(
+        self, time_s: float, trigger: str, *, must: bool = False, dry_run: bool = False, raises: bool = False
+    ) -> Instruction | None:
+        if not dry_run:
+            self._trigger, self._is_urgent = "", False
+            self._decided = self._beliefs.slowdowns()
+        live = self._beliefs.profile()
+        try:
+            proposal = propose(self._now(live), live, self._beliefs.unusable(), self._objective, self._rates, must=must)
+        except InfeasiblePlanError as error:
+            if raises:
+                raise
+            self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
+            return Record(self._stay(time_s, trigger, f"nothing fits: {error}"))
+        is_worth, reason, is_late = self._judge(time_s, proposal, must=must)
+        if is_late:
+            self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
+        decision = self._decision(time_s, trigger, reason, proposal)
+        return self._conclude(decision, proposal.plan, moves=is_worth, dry_run=dry_run)
+
+    def _try_again(self, time_s: float, trigger: str, *, is_urgent: bool, dry_run: bool) -> None:
+        """Decide once more later on, since waiting may change the answer."""
+        if dry_run or not self._is_automatic:
+            return
+        self._trigger, self._is_urgent = trigger, is_urgent
+        self._num_vain += 1
+        self._wait(time_s, self._num_vain)
+
+    def _judge(self, time_s: float, proposal: Proposal, *, must: bool) -> tuple[bool, str, bool]:
+        """Say whether to move, why, and whether waiting may change that."""
+        policy = self._policy
+        if self._is_current(proposal.plan):
+            return False, "the plan in force is the best one", False
+        times = f"{1e3 * proposal.after_s:.1f} ms instead of {1e3 * proposal.before_s:.1f} ms"
+        lost = (
+            ""
+            if proposal.plan.exact or not self._plan.exact
+            else f"; exactness is lost: {proposal.plan.inexact_because}"
+        )
+        if must:
+            return True, f"it must be: a mean step would take {times}{lost}", False
+        if proposal.saved < policy.min_gain:
+            share = f"{100 * proposal.saved:.1f} %, less than min_gain={100 * policy.min_gain:g} %"
+            return False, f"a mean step would take {times}: {share}", False
+        lasts_s = self._beliefs.persistence_s(time_s, policy.horizon_s)
+        gain_s = lasts_s * proposal.saved
+        figures = f"{gain_s:.2g} s saved in {lasts_s:.2g} s, for {proposal.cost_s:.2g} s that it costs"
+        if gain_s <= policy.margin * proposal.cost_s:
+            return False, f"a mean step would take {times}: {figures}, times margin={policy.margin:g}", True
+        return True, f"a mean step would take {times}: {figures}{lost}", False
+
+    def _conclude(self, decision: Decision, plan: Plan, *, moves: bool, dry_run: bool) -> Instruction:
+        decision = dataclasses.replace(decision, action="move" if moves else "stay")
+        if dry_run or not moves:
+            return Record(decision)
+        self._target = plan
+        return Migrate(plan=plan, decision=decision)
+
+    def _decision(self, time_s: float, trigger: str, reason: str, proposal: Proposal) -> Decision:
+        horizon_s = self._beliefs.persistence_s(time_s, self._policy.horizon_s)
+        return Decision(
+            time_s=time_s,
+            action="stay",
+            trigger=trigger,
+            reason=reason,
+            spans_before=spans_of(self._plan),
+            spans_after=spans_of(proposal.plan),
+            before_s=proposal.before_s,
+            after_s=proposal.after_s,
+            gain_s=horizon_s * proposal.saved,
+            cost_s=proposal.cost_s,
+            horizon_s=horizon_s,
+            moved_bytes=proposal.moved_bytes,
+            slowdowns=self._beliefs.slowdowns(),
+        )
+
+    def _stay(self, time_s: float, trigger: str, reason: str) -> Decision:
+        live = self._beliefs.profile()
+        return self._decision(
+            time_s, trigger, reason, weigh(self._now(live), self._plan, live, self._objective, self._rates)
+        )
+
+    def _now(self, live: Profile) -> Plan:
+        return dataclasses.replace(self._plan, profile=live)
+
+    def _is_current(self, plan: Plan) -> bool:
+        return spans_of(plan) == spans_of(self._plan)

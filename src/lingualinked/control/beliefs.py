@@ -1,0 +1,175 @@
+"""What is believed of devices and links now, from what steps and looks have told: a live profile.
+
+Knows profiles and samples; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lingualinked.control.speed import SpeedLevel
+from lingualinked.device import CALLER
+from lingualinked.planning.workload_costs import HEADER_BYTES, stage_s
+from lingualinked.profile import DeviceProfile, LinkProfile, ModuleTimes, Profile
+from lingualinked.telemetry.samples import StageTiming, StepSample
+
+_CONTEXT_STEP = 32  # tokens of context within which a step is taken to cost the same
+_MOST_SHAPES = 4096  # of steps, whose predicted times are remembered
+
+
+class DeviceBelief:
+    """One device: its speed in either phase, its memory, and whether it may be used.
+
+    Parameters
+    ----------
+    confidence : float
+        Of its `SpeedLevel`.
+    """
+
+    def __init__(self, confidence: float) -> None:
+        self.decode = SpeedLevel(confidence)
+        self.prefill = SpeedLevel(confidence)
+        self.seen_s: float | None = None
+        self.cap_bytes: float | None = None
+        self.cap_until_s = 0.0
+        self.is_usable = True
+
+    @property
+    def level(self) -> SpeedLevel:
+        """The phase that tells more: decode, unless only prefill was seen."""
+        return self.prefill if self.prefill.is_settled and not self.decode.is_settled else self.decode
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its speed is known."""
+        return self.level.is_settled
+
+    def slowdowns(self, unseen: float) -> tuple[float, float]:
+        """Give the slowdown of prefill and of decode; ``unseen`` where nothing was seen."""
+        known = self.level.slowdown if self.level.num_samples else unseen
+        return tuple(each.slowdown if each.is_settled else known for each in (self.prefill, self.decode))  # type: ignore[return-value]
+
+
+class Beliefs:
+    """All devices and links of a profile, as they are believed to be.
+
+    Parameters
+    ----------
+    profile : Profile
+        As measured.
+    confidence : float
+        Of each `SpeedLevel`.
+    """
+
+    def __init__(self, profile: Profile, confidence: float) -> None:
+        self._confidence = confidence
+        self._devices: dict[str, DeviceBelief] = {}
+        self._links: dict[tuple[str, str], SpeedLevel] = {}
+        self._predicted_s: dict[tuple[object, ...], float] = {}
+        self.extend(profile)
+
+    def __getitem__(self, device: str) -> DeviceBelief:
+        return self._devices[device]
+
+    def __contains__(self, device: str) -> bool:
+        return device in self._devices
+
+    def extend(self, profile: Profile) -> None:
+        """Take a profile that has more devices; those that are there already keep what is believed of them."""
+        self.measured = profile
+        self._measured_links = {(link.source, link.target): link for link in profile.links}
+        self._predicted_s.clear()
+        for name in profile.names:
+            self._devices.setdefault(name, DeviceBelief(self._confidence))
+        for ends in self._measured_links:
+            self._links.setdefault(ends, SpeedLevel(self._confidence))
+
+    def observe(self, sample: StepSample) -> list[str]:
+        """Take in a step; give what has shifted, in words."""
+        shifted: list[str] = []
+        source, num_bytes = CALLER, HEADER_BYTES
+        for stage in sample.stages:
+            belief = self._devices.get(stage.device)
+            if belief is None:
+                return shifted
+            belief.seen_s = sample.time_s
+            level = belief.decode if sample.is_decode else belief.prefill
+            before, was_settled = level.slowdown, level.is_settled
+            if level.add(sample.time_s, stage.compute_s, self._stage_s(stage, sample)) and was_settled:
+                shifted.append(f"device {stage.device!r} takes {level.slowdown / before:.2f} times as long as before")
+            if source != stage.device:
+                link = self._measured_links[source, stage.device]
+                predicted_s = link.latency_s + link.transfer_s(num_bytes)
+                self._links[source, stage.device].add(sample.time_s, stage.hop_s, predicted_s)
+            source, num_bytes = stage.device, stage.sent_bytes
+        return shifted
+
+    def persistence_s(self, time_s: float, horizon_s: float) -> float:
+        """Give the seconds for which all speeds are expected to last."""
+        return min(belief.level.persistence_s(time_s, horizon_s) for belief in self._devices.values())
+
+    def slowdowns(self) -> dict[str, float]:
+        """Give how many times slower than measured each device decodes; one that was never seen as the best of the others."""
+        return {name: decode for name, (_, decode) in self._all_slowdowns().items()}
+
+    def profile(self) -> Profile:
+        """Give the profile of now."""
+        slowdowns = self._all_slowdowns()
+        return dataclasses.replace(
+            self.measured,
+            devices=tuple(self._device(each, *slowdowns[each.device.name]) for each in self.measured.devices),
+            links=tuple(map(self._link, self.measured.links)),
+        )
+
+    def unusable(self) -> tuple[str, ...]:
+        """Give the devices on which nothing may be placed."""
+        return tuple(name for name, belief in self._devices.items() if not belief.is_usable)
+
+    def _all_slowdowns(self) -> dict[str, tuple[float, float]]:
+        # Steps cost more in a pipeline than where layers are measured alone, on every device alike.
+        unseen = min((each.level.slowdown for each in self._devices.values() if each.is_settled), default=1.0)
+        return {name: belief.slowdowns(unseen) for name, belief in self._devices.items()}
+
+    def _device(self, device: DeviceProfile, prefill: float, decode: float) -> DeviceProfile:
+        cap = self._devices[device.device.name].cap_bytes
+        free = device.capacity_bytes if cap is None else min(cap, device.capacity_bytes)
+        return dataclasses.replace(
+            device,
+            layers=tuple(_scaled(each, prefill, decode) for each in device.layers),
+            stage=_scaled(device.stage, prefill, decode),
+            prologue=_scaled(device.prologue, prefill, decode),
+            epilogue=_scaled(device.epilogue, prefill, decode),
+            free_bytes=device.free_bytes if cap is None else int(free),
+        )
+
+    def _link(self, link: LinkProfile) -> LinkProfile:
+        level = self._links[link.source, link.target]
+        if not level.is_settled:
+            return link
+        rate = link.bandwidth_bytes_per_s
+        return dataclasses.replace(
+            link,
+            latency_s=link.latency_s * level.slowdown,
+            bandwidth_bytes_per_s=None if rate is None else rate / level.slowdown,
+        )
+
+    def _stage_s(self, stage: StageTiming, sample: StepSample) -> float:
+        shape = (stage.device, stage.start, stage.end, sample.rows, sample.tokens, sample.context // _CONTEXT_STEP)
+        seconds = self._predicted_s.get(shape)
+        if seconds is None:
+            if len(self._predicted_s) >= _MOST_SHAPES:
+                self._predicted_s.clear()
+            device = self.measured.device(stage.device)
+            rows, tokens = sample.rows, sample.tokens
+            seconds = stage_s(self.measured.model, device, stage.start, stage.end, rows, tokens, sample.context)
+            self._predicted_s[shape] = seconds
+        return seconds
+
+
+def _scaled(times: ModuleTimes, prefill: float, decode: float) -> ModuleTimes:
+    return ModuleTimes(
+        tuple(
+            dataclasses.replace(step, seconds=step.seconds * (decode if step.tokens == 1 else prefill))
+            for step in times.steps
+        )
+    )

@@ -1,0 +1,189 @@
+"""The best plan for what is believed now, and what moving to it would save and cost.
+
+Knows plans and profiles; whether it is worth it, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from lingualinked.device import Device
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.plan import Objective, Plan
+from lingualinked.planning.planner import solve
+from lingualinked.planning.prediction import Prediction
+from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.profile import Profile
+from lingualinked.telemetry.decisions import Migration, Span, moves_between
+from lingualinked.workload import Workload
+
+_SAME_ORDER = 1.02  # what a plan that leaves the devices in their order may cost more than one that does not
+_STALL_STEPS = 2.0  # that sessions wait at the switch, about
+_LOAD_BYTES_PER_S = 5e8  # until a migration has told
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A plan to move to, with figures of a mean step under the objective.
+
+    Parameters
+    ----------
+    plan : Plan
+        The best one that is known; the one in force if there is none better.
+    before_s, after_s : float
+        Seconds of a mean step: its bottleneck, or its sum for the objective ``"latency"``.
+    saved : float
+        Share of the objective's value that it saves.
+    cost_s : float
+        Seconds of the pipeline's time that moving costs.
+    moved_bytes : int
+        Weights and KV that have to be moved.
+    """
+
+    plan: Plan
+    before_s: float
+    after_s: float
+    saved: float
+    cost_s: float
+    moved_bytes: int
+
+
+class Rates:
+    """How fast layers have been loaded, learned from migrations."""
+
+    def __init__(self) -> None:
+        self._load_bytes_per_s = _LOAD_BYTES_PER_S
+
+    def learn(self, migration: Migration) -> None:
+        """Take in what a migration took."""
+        if migration.weight_bytes > 0 and migration.load_s > 0:
+            self._load_bytes_per_s = migration.weight_bytes / migration.load_s
+
+    def load_s(self, num_bytes: float) -> float:
+        """Seconds in which so many bytes of weights are loaded."""
+        return num_bytes / self._load_bytes_per_s
+
+
+def spans_of(plan: Plan) -> tuple[Span, ...]:
+    """Give device, start and end of each stage."""
+    return tuple((stage.device, stage.start, stage.end) for stage in plan.stages)
+
+
+def propose(
+    current: Plan, live: Profile, unusable: Sequence[str], objective: Objective, rates: Rates, *, must: bool = False
+) -> Proposal:
+    """Solve for the speeds of now, and hold the plan in force against it.
+
+    A plan that is exact is left only for one that is, on devices that round alike: those in use.
+
+    Parameters
+    ----------
+    current : Plan
+        In force, with its workload.
+    live : Profile
+        As devices and links are now.
+    unusable : sequence of str
+        Devices on which nothing may be placed.
+    objective : {"throughput", "latency", "energy"}
+        What is minimised.
+    rates : Rates
+        What moving costs.
+    must : bool
+        Whether exactness is given up where nothing else fits.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If nothing fits.
+    """
+    now = dataclasses.replace(current, profile=live)
+    usable = [name for name in live.names if name not in unusable]
+    if not usable:
+        raise InfeasiblePlanError("there is no device left that may be used: admit one")
+    pool = usable
+    if current.exact:
+        kinds = {_rounding(live.device(name).device) for name in current.devices}
+        pool = [name for name in usable if _rounding(live.device(name).device) in kinds]
+    try:
+        best = _best(now, live, pool, objective)
+    except InfeasiblePlanError:
+        if not must or len(pool) == len(usable):
+            raise
+        best = _best(now, live, usable, objective)
+    return weigh(now, best, live, objective, rates)
+
+
+def weigh(current: Plan, other: Plan, live: Profile, objective: Objective, rates: Rates) -> Proposal:
+    """Tell what moving from one plan to another would save and cost."""
+    before, after = (dataclasses.replace(plan, profile=live).predict(_workload(current)) for plan in (current, other))
+    old, new = value(before, objective), value(after, objective)
+    cost_s, moved_bytes = _cost(current, other, live, before, rates)
+    return Proposal(
+        plan=other,
+        before_s=_step_s(before, objective),
+        after_s=_step_s(after, objective),
+        saved=1 - new / old if old > 0 else 0.0,
+        cost_s=cost_s,
+        moved_bytes=moved_bytes,
+    )
+
+
+def value(predicted: Prediction, objective: Objective) -> float:
+    """Give what the objective minimises."""
+    joules = predicted.joules_per_token
+    return joules if objective == "energy" and joules is not None else _step_s(predicted, objective)
+
+
+def _step_s(predicted: Prediction, objective: Objective) -> float:
+    if objective == "latency":
+        return predicted.request_s / predicted.workload.new_tokens
+    return predicted.bottleneck_s
+
+
+def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective) -> Plan:
+    """Solve in any order; prefer the order that there is, in which fewer layers move."""
+    profile = live.without(*(name for name in live.names if name not in pool))
+    workload, reserve = _workload(now), now.reserve
+    floor = None if now.solved is None else now.solved.min_tokens_per_s
+    kept = [name for name in now.devices if name in pool]
+    order = [*kept, *(name for name in pool if name not in kept)]
+    best = solve(profile, objective=objective, workload=workload, reserve=reserve, min_tokens_per_s=floor)
+    if best.devices == tuple(name for name in order if name in best.devices):
+        return best
+    with contextlib.suppress(InfeasiblePlanError):
+        ordered = solve(
+            profile, objective=objective, workload=workload, reserve=reserve, min_tokens_per_s=floor, order=order
+        )
+        if value(ordered.predicted, objective) <= _SAME_ORDER * value(best.predicted, objective):
+            return ordered
+    return best
+
+
+def _workload(plan: Plan) -> Workload:
+    return plan.workload or Workload()
+
+
+def _rounding(device: Device) -> tuple[str, int | None]:
+    """Give what the last bits of a device's results depend on, as far as it is known."""
+    kind = device.accelerator.split(":")[0]
+    return kind, device.threads if kind == "cpu" else None
+
+
+def _cost(current: Plan, other: Plan, live: Profile, before: Prediction, rates: Rates) -> tuple[float, int]:
+    moves = moves_between(spans_of(current), spans_of(other))
+    if not moves:
+        return 0.0, 0
+    costs, model = WorkloadCosts(live, _workload(current), current.reserve), live.model
+    loaded: dict[str, int] = {}
+    kv_bytes, copy_s = 0, 0.0
+    for move in moves:
+        loaded[move.target] = loaded.get(move.target, 0) + model.span_bytes(move.start, move.end)
+        num_bytes = costs.kv_bytes(move.start, move.end)
+        link = live.link(move.source, move.target)
+        kv_bytes += num_bytes
+        copy_s += link.latency_s + link.transfer_s(num_bytes)
+    cost_s = max(map(rates.load_s, loaded.values()), default=0.0) + copy_s + _STALL_STEPS * before.step_s
+    return cost_s if math.isfinite(cost_s) else math.inf, sum(loaded.values()) + kv_bytes
