@@ -99,7 +99,7 @@ def test_random_moves_under_load_change_no_token(family: str, shared_cluster: ll
 def test_a_session_that_rests_is_moved_along(moving: Any, unsharded: PreTrainedModel) -> None:
     past, expected = moving(IDS).past_key_values, unsharded(IDS).past_key_values
     for spans in ([("c", 0, 4)], [("d", 0, 1), ("c", 1, 4)], [("a", 0, 2), ("b", 2, 4)]):
-        migration = moving.rebalance(ll.Plan.from_spans(spans))
+        migration = moving.rebalance(ll.Plan.from_spans(spans)).migration
         assert migration.succeeded
         assert migration.num_sessions == 1
         assert migration.kv_bytes > 0
@@ -109,7 +109,7 @@ def test_a_session_that_rests_is_moved_along(moving: Any, unsharded: PreTrainedM
 
 
 def test_layers_that_stay_are_not_read_again(moving: Any) -> None:
-    migration = moving.rebalance(ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)]))
+    migration = moving.rebalance(ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)])).migration
     (move,) = migration.moves
     assert (move.start, move.end, move.source, move.target) == (1, 2, "a", "b")
     assert 0 < migration.weight_bytes < moving.plan.stages[1].weight_bytes / 2
@@ -196,7 +196,7 @@ def test_a_closed_model_is_not_moved(moving: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "error", "words"),
     [
-        (None, ll.ArgumentError, "must be a lingualinked.Plan"),
+        (1, ll.ArgumentError, "must be a lingualinked.Plan"),
         ("even", ll.ArgumentError, "must be a lingualinked.Plan"),
         (ll.Plan.from_spans([("a", 0, 3)]), ll.InfeasiblePlanError, "places 3 layers, the model has 4"),
         (ll.Plan.from_spans([("nobody", 0, 4)]), ll.InfeasiblePlanError, "uses device 'nobody'"),

@@ -238,7 +238,7 @@ class Cluster:
 
         self.wait()
         names = [device.name for device in self.devices]
-        return tuple(snapshot for snapshot, _ in inspect_workers(self._engine, names, self.timeout_s))
+        return tuple(each.worker for each in inspect_workers(self._engine, names, self.timeout_s))
 
     def __enter__(self) -> Self:
         return self

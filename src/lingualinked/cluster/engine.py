@@ -96,6 +96,10 @@ class Engine:
                 f"the worker on device {name!r} was not ready within timeout_s={timeout_s:g}: raise it on a busy machine"
             )
 
+    def ended_devices(self) -> frozenset[str]:
+        """Devices whose workers have ended."""
+        return frozenset(self._exchange.ended)
+
     def peer(self, name: str) -> tuple[str, str]:
         """Address and public key of a worker that is ready, or of the caller."""
         if name == CALLER:

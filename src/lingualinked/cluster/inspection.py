@@ -1,21 +1,42 @@
 """Asks workers how they are.
 
-Knows the report messages and turns them into plain snapshots.
+Knows the report messages and turns them into plain snapshots and samples.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Sequence
 from typing import cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.protocol.messages import Inspect, StageReport, WorkerReport
+from lingualinked.telemetry.history import History
+from lingualinked.telemetry.samples import DeviceSample
 from lingualinked.telemetry.snapshot import StageSnapshot, Telemetry, WorkerSnapshot
 
 
-def inspect_workers(
-    engine: Engine, names: Sequence[str], timeout_s: float
-) -> list[tuple[WorkerSnapshot, tuple[StageReport, ...]]]:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What one worker says of itself.
+
+    Parameters
+    ----------
+    worker : WorkerSnapshot
+        Its process.
+    device : DeviceSample
+        Its machine.
+    stages : tuple of StageReport
+        Its stages, of all models.
+    """
+
+    worker: WorkerSnapshot
+    device: DeviceSample
+    stages: tuple[StageReport, ...]
+
+
+def inspect_workers(engine: Engine, names: Sequence[str], timeout_s: float) -> list[Inspection]:
     """Ask workers for a report, all at once.
 
     Parameters
@@ -29,15 +50,16 @@ def inspect_workers(
 
     Returns
     -------
-    list of (WorkerSnapshot, tuple of StageReport)
+    list of Inspection
         In the order of ``names``.
     """
+    time_s = time.monotonic()
     futures = [engine.request(name, lambda number: Inspect(request=number), "a report", timeout_s) for name in names]
-    answers = []
+    inspections = []
     for name in names:
         # Not held here: a future would lead from its error to this frame and back, and only the collector would free it.
         report = cast("WorkerReport", futures.pop(0).result())
-        snapshot = WorkerSnapshot(
+        worker = WorkerSnapshot(
             device=name,
             pid=report.pid,
             threads=report.threads,
@@ -45,17 +67,26 @@ def inspect_workers(
             idle_resident_bytes=report.idle_resident_bytes,
             num_refused=report.num_refused,
         )
-        answers.append((snapshot, report.stages))
-    return answers
+        device = DeviceSample(
+            time_s=time_s,
+            device=name,
+            held_bytes=report.held_bytes,
+            available_bytes=report.available_bytes,
+            cpu_percent=report.cpu_percent,
+            temperature_c=report.temperature_c,
+            battery_percent=report.battery_percent,
+            on_battery=report.on_battery,
+        )
+        inspections.append(Inspection(worker=worker, device=device, stages=report.stages))
+    return inspections
 
 
-def inspect_model(engine: Engine, model: int, plan_version: int, names: Sequence[str], timeout_s: float) -> Telemetry:
-    """Ask the workers of one model what they have done for it, under one version of its plan."""
-    answers = inspect_workers(engine, names, timeout_s)
+def telemetry_of(inspections: Sequence[Inspection], model: int, plan_version: int, history: History) -> Telemetry:
+    """Put together what workers say of one model under one version of its plan, and what is remembered of it."""
     reports = [
-        (worker.device, stage)
-        for worker, stages in answers
-        for stage in stages
+        (each.worker.device, stage)
+        for each in inspections
+        for stage in each.stages
         if (stage.model, stage.plan_version) == (model, plan_version)
     ]
     reports.sort(key=lambda pair: pair[1].stage)
@@ -74,5 +105,6 @@ def inspect_model(engine: Engine, model: int, plan_version: int, names: Sequence
             )
             for device, stage in reports
         ),
-        workers=tuple(worker for worker, _ in answers),
+        workers=tuple(each.worker for each in inspections),
+        history=history,
     )

@@ -5,7 +5,7 @@ Knows routes, sessions and messages; neither why layers are moved nor what token
 
 from __future__ import annotations
 
-import concurrent.futures
+import itertools
 import time
 from typing import cast
 
@@ -14,6 +14,7 @@ from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes, request_stages
 from lingualinked.errors import LingualinkedError
 from lingualinked.model.spec import ModelSpec
+from lingualinked.planning.plan import Plan
 from lingualinked.protocol.messages import StageLoaded
 from lingualinked.protocol.moving import KeepPlan
 from lingualinked.telemetry.decisions import Migration
@@ -21,7 +22,7 @@ from lingualinked.telemetry.recorder import Recorder
 
 
 class Migrator:
-    """One migration.
+    """Moves one model, one migration after the other.
 
     The workers load what they lack for the new plan beside their steps, sharing what they hold, and KV is copied ahead.
     Then every session changes between two of its steps, for itself: what has changed of its KV is sent, and its next step
@@ -53,23 +54,24 @@ class Migrator:
         self._routes = routes
         self._recorder = recorder
         self._timeout_s = timeout_s
+        self._versions = itertools.count(routes.current.version + 1)
 
-    def run(self, target: Route, done: concurrent.futures.Future[LingualinkedError | Migration]) -> None:
-        """Move to a route, on a thread of its own, and give what was moved, or why the old plan goes on."""
-        try:
-            with self._routes.migrating:
-                migration, error = self._run(target)
-            self._recorder.add_migration(migration)
-            done.set_result(migration if error is None else error)
-        except BaseException as failure:  # noqa: BLE001 - whoever asked raises it
-            done.set_exception(failure)
+    def run(self, plan: Plan) -> tuple[Migration, LingualinkedError | None]:
+        """Move to a plan; give what was moved, and why the old plan goes on if it does."""
+        with self._routes.migrating:
+            migration, error = self._run(Route(next(self._versions), plan))
+        self._recorder.add_migration(migration)
+        return migration, error
 
     def _run(self, target: Route) -> tuple[Migration, LingualinkedError | None]:
         source, times = self._routes.current, _Stopwatch()
         weight_bytes = kv_bytes = 0
         error: LingualinkedError | None = None
         kept = source
+        self._routes.prepare()
         try:
+            for device in target.devices:
+                self._engine.wait_for_worker(device, self._timeout_s)
             loaded = results_of(request_stages(self._engine, self._model, self._spec, target, self._timeout_s))
             weight_bytes = sum(cast("StageLoaded", each).num_bytes_read for each in loaded)
             times.lap()

@@ -5,26 +5,30 @@ Knows the plan and the messages; neither tokens nor what transformers asks of a 
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import itertools
-import threading
+import time
 import weakref
 from collections.abc import Callable
 
 from lingualinked.cluster.cluster import Cluster
+from lingualinked.cluster.controller import Controller
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.inspection import inspect_model
+from lingualinked.cluster.inspection import inspect_workers, telemetry_of
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes, request_stages
 from lingualinked.cluster.session import KVBudget, Session
-from lingualinked.errors import ClosedError, LingualinkedError
+from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
+from lingualinked.control.policy import RebalancePolicy
+from lingualinked.errors import ClosedError
 from lingualinked.model.spec import ModelSpec
-from lingualinked.planning.plan import Plan, check_memory
-from lingualinked.telemetry.decisions import Migration
+from lingualinked.planning.plan import Objective, Plan, check_memory
+from lingualinked.profile import Profile
+from lingualinked.telemetry.decisions import Decision, unmeasured
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
+from lingualinked.workload import Workload
 
 _models = itertools.count(1)
 _sessions = itertools.count(1)  # of all models: answers to steps are told by session and step alone
@@ -41,6 +45,8 @@ class Pipeline:
         What to load.
     plan : Plan
         Where.
+    objective : {"throughput", "latency", "energy"}
+        What is minimised when layers are moved.
     max_kv_tokens : int or None
         Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
     timeout_s : float
@@ -48,18 +54,27 @@ class Pipeline:
     """
 
     def __init__(
-        self, cluster: Cluster, spec: ModelSpec, plan: Plan, *, max_kv_tokens: int | None, timeout_s: float
+        self,
+        cluster: Cluster,
+        spec: ModelSpec,
+        plan: Plan,
+        *,
+        objective: Objective = "throughput",
+        max_kv_tokens: int | None,
+        timeout_s: float,
     ) -> None:
         self.cluster = cluster
         self.timeout_s = timeout_s
         self._engine: Engine = cluster._engine  # noqa: SLF001 - within the room
         self.spec = spec
+        self._objective = objective
         self._model = next(_models)
         self._budget = KVBudget(max_kv_tokens)
         self._routes = Routes(Route(1, plan))
-        self._versions = itertools.count(2)
         self._recorder = Recorder()
-        self._finalizer = weakref.finalize(self, self._engine.unload, self._model)
+        migrator = Migrator(self._engine, self._model, spec, self._routes, self._recorder, timeout_s)
+        self._controller = Controller(self._engine, migrator.run, self._recorder)
+        self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller)
         self._finalizer.atexit = False
 
     @property
@@ -95,21 +110,59 @@ class Pipeline:
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""
         number = next(_sessions)
-        watch = self._recorder.add_step
+        watch = self._controller.watch
         return Session(self._engine, self._model, number, self._routes, self._budget, watch, self.timeout_s)
 
-    def migrate(self, plan: Plan) -> Migration:
+    @property
+    def measured(self) -> Profile | None:
+        """The profile that decisions are made from; ``None`` if nothing is measured yet."""
+        balancer = self._controller.balancer
+        return self.plan.profile if balancer is None else balancer.profile
+
+    @property
+    def decides(self) -> bool:
+        """Whether it can decide where layers are best (`decide_from`)."""
+        return self._controller.balancer is not None
+
+    def decide_from(self, profile: Profile, workload: Workload, policy: RebalancePolicy, *, is_automatic: bool) -> None:
+        """Have what is decided about layers decided from a profile; does nothing if it is already.
+
+        Parameters
+        ----------
+        profile : Profile
+            Of the model on the cluster's devices.
+        workload : Workload
+            What is planned for, unless the plan in force says so.
+        policy : RebalancePolicy
+            When layers are moved.
+        is_automatic : bool
+            Whether the pipeline decides of its own accord, in a thread, from now on.
+        """
+        from lingualinked.control.balancer import Balancer  # stands on the solver, which a start may do without
+
+        def balancer() -> Balancer:
+            plan = dataclasses.replace(self.plan, profile=profile, workload=self.plan.workload or workload)
+            return Balancer(plan, profile, policy, self._objective, is_automatic=is_automatic)
+
+        self._controller.decide_with(balancer)
+        if is_automatic:
+            self._controller.start(policy.sample_interval_s)
+
+    def rebalance(self, plan: Plan | None, *, dry_run: bool = False) -> Decision:
         """Move to another plan while sessions go on; their tokens stay the same.
 
         Parameters
         ----------
-        plan : Plan
-            Of the same model, on devices of the cluster.
+        plan : Plan or None
+            Of the same model, on devices of the cluster; ``None``: the best one, if it is worth it, which needs a
+            profile (`decide_from`).
+        dry_run : bool
+            Whether only to say what would be done.
 
         Returns
         -------
-        Migration
-            What was moved, and how long it took.
+        Decision
+            With the migration that followed.
 
         Raises
         ------
@@ -118,20 +171,56 @@ class Pipeline:
         LingualinkedError
             If it could not be done; the old plan goes on.
         """
+        self.check_open()
+        if plan is not None:
+            check_memory(plan, self.cluster.devices)
+        if self._controller.balancer is not None:
+            return self._controller.tell(lambda now: RebalanceAsked(time_s=now, plan=plan, dry_run=dry_run))
+        assert plan is not None, "without a profile there is nothing to decide from"
+        decision = unmeasured(time.monotonic(), self._routes.current.spans, Route(0, plan).spans)
+        return decision if dry_run else self._controller.move_to(plan, decision)
+
+    def release(self, device: str) -> Decision:
+        """Move all layers off a device, and place none there again.
+
+        Raises
+        ------
+        InfeasiblePlanError
+            If the others can't hold the model.
+        LingualinkedError
+            As `rebalance`.
+        """
+        self.check_open()
+        return self._controller.tell(lambda now: DeviceReleased(time_s=now, device=device))
+
+    def admit(self, device: str, profile: Profile) -> Decision:
+        """Use a device from now on, if that pays.
+
+        Parameters
+        ----------
+        device : str
+            Its name; the cluster has it.
+        profile : Profile
+            That has it too.
+
+        Raises
+        ------
+        LingualinkedError
+            As `rebalance`.
+        """
+        self.check_open()
+        return self._controller.tell(lambda now: DeviceJoined(time_s=now, device=device, profile=profile))
+
+    def check_open(self) -> None:
+        """Refuse to go on with what is closed.
+
+        Raises
+        ------
+        ClosedError
+            If the model has been unloaded, or its cluster closed.
+        """
         if self.closed:
             raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
-        check_memory(plan, self.cluster.devices)
-        for name in plan.devices:
-            self._engine.wait_for_worker(name, self.timeout_s)
-        migrator = Migrator(self._engine, self._model, self.spec, self._routes, self._recorder, self.timeout_s)
-        # Not on the calling thread: an interrupt there must not end a migration half way.
-        done: concurrent.futures.Future[LingualinkedError | Migration] = concurrent.futures.Future()
-        arguments = (Route(next(self._versions), plan), done)
-        threading.Thread(target=migrator.run, args=arguments, name="lingualinked-migration", daemon=True).start()
-        outcome = done.result()
-        if isinstance(outcome, LingualinkedError):
-            raise outcome
-        return outcome
 
     def telemetry(self) -> Telemetry:
         """Ask the workers what they have done for this model, and add what is remembered of its steps.
@@ -141,11 +230,12 @@ class Pipeline:
         ClosedError
             If the model has been unloaded, or its cluster closed.
         """
-        if self.closed:
-            raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
+        self.check_open()
         route = self._routes.current
-        now = inspect_model(self._engine, self._model, route.version, route.plan.devices, self.timeout_s)
-        return dataclasses.replace(now, history=self._recorder.history())
+        inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), self.timeout_s)
+        for inspection in inspections:
+            self._recorder.add_device(inspection.device)
+        return telemetry_of(inspections, self._model, route.version, self._recorder.history())
 
     @property
     def closed(self) -> bool:
@@ -155,3 +245,9 @@ class Pipeline:
     def unload(self) -> None:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
         self._finalizer()
+        self._controller.join()
+
+
+def _free(engine: Engine, model: int, controller: Controller) -> None:
+    controller.stop()
+    engine.unload(model)

@@ -82,12 +82,16 @@ class Routes:
         with self._lock:
             return list(self._sessions)
 
-    def begin(self, target: Route) -> None:
-        """Have sessions change to another route, each between two of its steps."""
+    def prepare(self) -> None:
+        """Take note that a migration begins: nothing of the one before counts any more."""
         with self._lock:
             self.error = None
             self.longest_stall_s = 0.0
             self.num_moved = self.moved_bytes = 0
+
+    def begin(self, target: Route) -> None:
+        """Have sessions change to another route, each between two of its steps."""
+        with self._lock:
             self.target = target
 
     def reject(self, target: Route, error: LingualinkedError) -> bool:

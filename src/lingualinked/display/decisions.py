@@ -78,9 +78,14 @@ def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Row
 
 
 def decision_line(decision: Decision, start_s: float = 0.0) -> str:
+    """Say in a line when it was decided, what, and why."""
+    return f"at {seconds_text(decision.time_s - start_s)}: {decision_text(decision)}"
+
+
+def decision_text(decision: Decision) -> str:
     """Say in a line what was decided, and why."""
     action = f"move {moves_text(decision.moves)}" if decision.action == "move" else decision.action
-    return f"at {seconds_text(decision.time_s - start_s)}: {action}: {decision.reason} ({decision.trigger})"
+    return f"{action}: {decision.reason} ({decision.trigger})"
 
 
 def migration_line(migration: Migration, start_s: float = 0.0) -> str:

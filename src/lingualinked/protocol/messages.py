@@ -253,6 +253,12 @@ class WorkerReport(Message, frozen=True, tag=20):
     resident_bytes: int
     idle_resident_bytes: int
     num_refused: int
+    held_bytes: int
+    available_bytes: int
+    cpu_percent: float
+    temperature_c: float | None
+    battery_percent: float | None
+    on_battery: bool
     stages: tuple[StageReport, ...]
 
 

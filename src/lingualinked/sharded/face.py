@@ -113,7 +113,7 @@ class ShardedCausalLM(UnsupportedOperations, ShardedModel, ShardedGeneration):
         ClosedError
             If the model, its cluster or the session has been closed.
         """
-        self._check_open()
+        self._pipeline.check_open()
         refuse_arguments(self.config, kwargs, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, self._vocabulary_size)
         mask = check_tensor("attention_mask", attention_mask, (2, 4))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.utils import ModelOutput
 
-from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.sharded.cache import ShardedCache
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ShardedGeneration:
         WorkerDiedError, WorkerError, StepTimeoutError, ClosedError
             If a step can't be run.
         """
-        self._check_open()
+        self._pipeline.check_open()
         if kwargs.get("cache_implementation") == "paged":
             _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -117,10 +117,6 @@ class ShardedGeneration:
         """Tokens that the narrowest sliding layer sees, if there are such layers."""
         layers: list[Any] = DynamicCache(config=self.config).layers
         return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
-
-    def _check_open(self) -> None:
-        if self._pipeline.closed:
-            raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
 
 
 def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.pipeline import Pipeline
+from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ArgumentError, CheckpointError, InfeasiblePlanError, UncuttableModelError
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
@@ -32,6 +33,7 @@ from lingualinked.sharded.arguments import check_attn_implementation, take_confi
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
 from lingualinked.sharded.profiling import find_plan
 from lingualinked.sharded.progress import LoadProgress
+from lingualinked.sharded.rebalancing import decide_from_profile
 from lingualinked.workload import Workload
 
 _HUB_DEFAULTS: Mapping[str, Any] = {
@@ -59,6 +61,7 @@ class LoadArguments:
     objective: Objective = "throughput"
     workload: Workload | None = None
     max_kv_tokens: int | None = None
+    policy: RebalancePolicy | None = None
     seed: int = 0
     load_format: str = "auto"
     progress: bool = True
@@ -164,10 +167,19 @@ def load(arguments: LoadArguments) -> ShardedCausalLM:
     described = describe(arguments)
     plan = place(described, arguments)
     timeout_s = cluster.timeout_s if arguments.timeout_s is None else arguments.timeout_s
-    pipeline = Pipeline(cluster, described.spec, plan, max_kv_tokens=arguments.max_kv_tokens, timeout_s=timeout_s)
+    pipeline = Pipeline(
+        cluster,
+        described.spec,
+        plan,
+        objective=arguments.objective,
+        max_kv_tokens=arguments.max_kv_tokens,
+        timeout_s=timeout_s,
+    )
     try:
         with LoadProgress(plan, shown=arguments.progress) as bars:
             pipeline.load(bars.update)
+        if arguments.policy is not None:
+            decide_from_profile(pipeline, described, arguments.workload, arguments.policy, is_automatic=True)
     except BaseException:
         pipeline.unload()
         raise

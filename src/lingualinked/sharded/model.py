@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from lingualinked.cluster.cluster import Cluster, _positive
+from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.planning.plan import Objective, Plan
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.model.parts import ModelParts
     from lingualinked.profile import Profile
-    from lingualinked.telemetry.decisions import Migration
+    from lingualinked.telemetry.decisions import Decision
     from lingualinked.telemetry.snapshot import Telemetry
 
 
@@ -57,6 +58,7 @@ class ShardedModel:
         objective: Objective = "throughput",
         workload: Workload | None = None,
         max_kv_tokens: int | None = None,
+        rebalance: Literal["auto"] | RebalancePolicy | None = None,
         seed: int | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
         progress: bool = True,
@@ -93,6 +95,9 @@ class ShardedModel:
             What it plans for; ``None``: one session of 128 + 128 tokens.
         max_kv_tokens : int or None
             Rows x tokens of KV that all sessions together may hold; ``None``: what memory allows.
+        rebalance : "auto", RebalancePolicy or None
+            Whether layers move by themselves, while sessions go on, when a device has become slower or faster or its memory
+            runs out: with the default knobs, with these, or not (`rebalance` does it by hand). No token changes by it.
         seed : int or None
             Of the random weights of ``load_format="dummy"``; ``None``: 0.
         load_format : {"auto", "dummy"}
@@ -141,6 +146,8 @@ class ShardedModel:
             raise ArgumentError(f"max_kv_tokens={max_kv_tokens!r} must be a positive integer")
         if timeout_s is not None:
             _positive(timeout_s, "timeout_s")
+        if not isinstance(rebalance, RebalancePolicy | None) and rebalance != "auto":
+            raise ArgumentError(f"rebalance={rebalance!r} must be 'auto', a lingualinked.RebalancePolicy or None")
         if cluster is not None and devices != "auto":
             raise ArgumentError("give devices= or cluster=, not both: a cluster brings its own devices")
         path = os.fspath(pretrained_model_name_or_path)
@@ -159,6 +166,7 @@ class ShardedModel:
                     objective=objective,
                     workload=workload,
                     max_kv_tokens=max_kv_tokens,
+                    policy=RebalancePolicy() if isinstance(rebalance, str) else rebalance,
                     seed=0 if seed is None else seed,
                     load_format=load_format,
                     progress=progress,
@@ -200,21 +208,25 @@ class ShardedModel:
         """What the stages and their workers have done so far, asked of them now, with the history of late."""
         return self._pipeline.telemetry()
 
-    def rebalance(self, plan: Plan) -> Migration:
-        """Move layers to another plan while sessions go on, KV and all; no token changes.
+    def rebalance(self, plan: Plan | None = None, *, dry_run: bool = False) -> Decision:
+        """Move layers while sessions go on, KV and all; no token changes.
 
         Devices load what they lack beside their steps and share what they hold already. Each session changes between two
         of its steps. Should anything fail before all have changed, the old plan goes on.
 
         Parameters
         ----------
-        plan : Plan
-            Of this model on devices of its cluster: solved for, or written by hand.
+        plan : Plan or None
+            Of this model on devices of its cluster: solved for, or written by hand. ``None``: the best plan for devices as
+            they are now, if moving to it is worth it; the model is measured for that where it has not been.
+        dry_run : bool
+            Whether only to say what would be done, and why.
 
         Returns
         -------
-        Migration
-            What was moved, and how long it took; also kept in `telemetry`.
+        Decision
+            What was decided, with its numbers, and in ``migrations`` what was moved. Printed, it says why. `telemetry`
+            keeps it too.
 
         Raises
         ------
@@ -225,13 +237,52 @@ class ShardedModel:
         ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
             If it could not be done.
         """
+        if plan is None:
+            self._measure()
+            return self._pipeline.rebalance(None, dry_run=dry_run)
+        if not isinstance(plan, Plan):
+            raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan or None")
         from lingualinked.sharded.loading import fit_plan
 
-        if not isinstance(plan, Plan):
-            raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan")
-        return self._pipeline.migrate(
-            fit_plan(plan, self._parts.weights, self.cluster, None if self.profile is None else self.profile.model)
-        )
+        model = None if self.profile is None else self.profile.model
+        fitting = fit_plan(plan, self._parts.weights, self.cluster, model)
+        return self._pipeline.rebalance(fitting, dry_run=dry_run)
+
+    def release(self, device: str) -> Decision:
+        """Move all layers off a device while sessions go on, and place none there again; its worker stays.
+
+        Parameters
+        ----------
+        device : str
+            Its name.
+
+        Returns
+        -------
+        Decision
+            As `rebalance`.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such device.
+        InfeasiblePlanError
+            If the others can't hold the model; the message says how many bytes are missing.
+        ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
+            If it could not be done; the device may be used as before then.
+        """
+        self.cluster.device(device)
+        self._measure()
+        return self._pipeline.release(device)
+
+    def _measure(self) -> None:
+        """Have the pipeline decide from a profile, if it does not do so already."""
+        from lingualinked.sharded.loading import describe_spec
+        from lingualinked.sharded.rebalancing import decide_from_profile
+
+        pipeline = self._pipeline
+        pipeline.check_open()
+        if not pipeline.decides:
+            decide_from_profile(pipeline, describe_spec(pipeline.spec), None, RebalancePolicy(), is_automatic=False)
 
     def close(self) -> None:
         """Free the model's stages; its private cluster, if it has one, ends too. Calls under way raise `ClosedError`."""

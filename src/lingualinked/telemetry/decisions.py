@@ -59,6 +59,8 @@ class Decision:
         Weights and KV that would have to be moved.
     slowdowns : mapping of str to float
         How many times slower than in the profile each device is now.
+    migrations : tuple of Migration
+        What was done about it, a migration per plan on the way; empty until it is done, and where nothing is.
     """
 
     time_s: float
@@ -74,11 +76,22 @@ class Decision:
     horizon_s: float
     moved_bytes: int
     slowdowns: Mapping[str, float]
+    migrations: tuple[Migration, ...] = ()
+
+    @property
+    def migration(self) -> Migration | None:
+        """The last of its migrations; ``None`` if there is none."""
+        return self.migrations[-1] if self.migrations else None
 
     @property
     def moves(self) -> tuple[Move, ...]:
         """Layers that would change their device."""
         return moves_between(self.spans_before, self.spans_after)
+
+    def __str__(self) -> str:
+        from lingualinked.display.decisions import decision_text  # plain data that can be drawn
+
+        return decision_text(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +140,25 @@ class Migration:
     def moves(self) -> tuple[Move, ...]:
         """Layers that changed their device, or were to."""
         return moves_between(self.spans_before, self.spans_after)
+
+
+def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...]) -> Decision:
+    """Give the decision for a plan that was given where nothing is measured: all its figures are 0."""
+    return Decision(
+        time_s=time_s,
+        action="stay" if before == after else "move",
+        trigger="rebalance was called with a plan",
+        reason="the plan was given",
+        spans_before=before,
+        spans_after=after,
+        before_s=0.0,
+        after_s=0.0,
+        gain_s=0.0,
+        cost_s=0.0,
+        horizon_s=0.0,
+        moved_bytes=0,
+        slowdowns={},
+    )
 
 
 def moves_between(before: Iterable[Span], after: Iterable[Span]) -> tuple[Move, ...]:

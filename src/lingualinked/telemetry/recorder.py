@@ -5,6 +5,7 @@ Knows neither who tells it nor who asks.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -78,6 +79,14 @@ class Recorder:
                 totals.compute_s += stage.compute_s
                 totals.codec_s += stage.codec_s
                 totals.sent_bytes += stage.sent_bytes
+
+    def steps_since(self, number: int) -> tuple[int, list[StepSample]]:
+        """Give the number of steps so far, and those beyond a number of them, oldest first, as far as they are remembered."""
+        with self._lock:
+            count = self._decode.num_steps + self._prefill.num_steps
+            num_new = min(count - number, len(self._steps))
+            newest = list(itertools.islice(reversed(self._steps), num_new))
+        return count, newest[::-1]
 
     def add_device(self, sample: DeviceSample) -> None:
         """Remember a look at a device."""

@@ -97,9 +97,10 @@ class DeviceSample:
     device : str
         Its name.
     held_bytes : int
-        Memory that the worker holds for its stages: resident beyond an idle worker.
+        Weights and KV of the stages that its worker hosts, of all models.
     available_bytes : int
-        Memory that the worker could still get: what its limit leaves, or what the machine has free, whichever is less.
+        Memory that its stages could still take: what the device's limit leaves, or what the machine has free, whichever is
+        less.
     cpu_percent : float
         Of one core, by the worker, since the look before.
     temperature_c : float or None

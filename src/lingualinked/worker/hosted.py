@@ -159,9 +159,13 @@ class HostedStage:
         for session in self.sessions.values():
             session.copies.clear()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its weights and of the KV that it holds or takes in."""
+        return self.stage.weight_bytes + self._kv_bytes()
+
     def report(self, model: int, plan_version: int, index: int) -> StageReport:
         """Describe the stage, which is one of a model's in a plan, and what it has done."""
-        held = (*self.sessions.values(), *self._arriving.values())
         return StageReport(
             model=model,
             plan_version=plan_version,
@@ -169,12 +173,16 @@ class HostedStage:
             start=self.stage.start,
             end=self.stage.end,
             weight_bytes=self.stage.weight_bytes,
-            kv_bytes=sum(session.cache.nbytes for session in held if session.cache is not None),
+            kv_bytes=self._kv_bytes(),
             num_sessions=len(self.sessions),
             num_steps=self._num_steps,
             compute_us=round(self._compute_s * 1e6),
             sent_bytes=self.sent_bytes,
         )
+
+    def _kv_bytes(self) -> int:
+        held = (*self.sessions.values(), *self._arriving.values())
+        return sum(session.cache.nbytes for session in held if session.cache is not None)
 
     def _session(self, step: Step) -> HostedSession:
         session = self.sessions.get(step.session)

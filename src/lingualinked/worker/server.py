@@ -65,6 +65,7 @@ from lingualinked.worker.mover import Mover
 from lingualinked.worker.pace import Pace
 from lingualinked.worker.probe import LinkProbe
 from lingualinked.worker.stages import HostedStages, StageKey
+from lingualinked.worker.vitals import Vitals
 
 logger = logging.getLogger("lingualinked.worker")
 
@@ -122,6 +123,7 @@ class Worker:
         self._mover = Mover(self._stages, mailbox, boot.public_key)
         self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
+        self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._num_refused = 0
         self._probes: defaultdict[str, deque[LinkProbe]] = defaultdict(deque)  # by target
         self._pace = Pace(boot.threads, 1.0)
@@ -227,6 +229,8 @@ class Worker:
             self._mailbox.send(delivery.sender, encode(answer))
 
     def _report(self, message: Inspect) -> WorkerReport:
+        held_bytes = self._stages.held_bytes()
+        vitals = self._vitals.look(held_bytes)
         return WorkerReport(
             request=message.request,
             pid=os.getpid(),
@@ -234,6 +238,12 @@ class Worker:
             resident_bytes=resident_bytes(),
             idle_resident_bytes=self._idle_resident_bytes,
             num_refused=self._num_refused + self._mailbox.num_refused,
+            held_bytes=held_bytes,
+            available_bytes=vitals.available_bytes,
+            cpu_percent=vitals.cpu_percent,
+            temperature_c=vitals.temperature_c,
+            battery_percent=vitals.battery_percent,
+            on_battery=vitals.on_battery,
             stages=self._stages.reports(),
         )
 

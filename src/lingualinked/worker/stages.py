@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 
 from lingualinked.errors import ProtocolError
@@ -144,6 +145,16 @@ class HostedStages:
         return tuple(
             hosted.report(key.model, key.plan_version, key.index) for key, hosted in sorted(self._stages.items())
         )
+
+    def held_bytes(self) -> int:
+        """Weights and KV of all models; of one that is being moved, under the plan version that holds more of it.
+
+        The two versions share most layers, so that both together would be counted twice.
+        """
+        held: defaultdict[int, defaultdict[int, int]] = defaultdict(lambda: defaultdict(int))
+        for key, hosted in self._stages.items():
+            held[key.model][key.plan_version] += hosted.held_bytes
+        return sum(max(versions.values()) for versions in held.values())
 
     def _known(self) -> set[StageKey]:
         return self._wanted | self._stages.keys()

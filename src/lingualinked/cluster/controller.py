@@ -1,0 +1,251 @@
+"""Steers one pipeline: tells its balancer what happens, and does what that decides.
+
+Knows events, instructions and migrations; neither what a plan is worth nor what tokens are.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.inspection import inspect_workers
+from lingualinked.control.events import (
+    DeviceLost,
+    DeviceObserved,
+    Event,
+    Instruction,
+    Migrate,
+    MigrationDone,
+    MigrationFailed,
+    StepObserved,
+)
+from lingualinked.errors import ClosedError, LingualinkedError
+from lingualinked.planning.plan import Plan
+from lingualinked.telemetry.decisions import Decision, Migration
+from lingualinked.telemetry.recorder import Recorder
+from lingualinked.telemetry.samples import StepSample
+
+if TYPE_CHECKING:
+    from lingualinked.control.balancer import Balancer
+
+logger = logging.getLogger("lingualinked.cluster")
+
+_WAKE_EVERY = 4  # steps: the fewer, the sooner a change is seen, and the more it costs
+_MOST_STEPS = 512  # that are looked back to where nobody looked before
+_LONGEST_LOOK_S = 5.0  # that a worker may take to say how it is
+_STOP_S = 5.0
+
+
+class Controller:
+    """One pipeline's controller.
+
+    It holds neither the pipeline nor the model, so that its thread keeps none of them alive.
+
+    Parameters
+    ----------
+    engine : Engine
+        Asks workers how they are.
+    migrate : callable
+        Moves to a plan; gives what was moved, and why the old plan goes on if it does.
+    recorder : Recorder
+        Where steps come from, and where decisions and looks go.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        migrate: Callable[[Plan], tuple[Migration, LingualinkedError | None]],
+        recorder: Recorder,
+    ) -> None:
+        self._engine = engine
+        self._migrate = migrate
+        self._recorder = recorder
+        self._balancer: Balancer | None = None
+        self._deciding = threading.Lock()  # held from an event until what it led to is done
+        self._num_told = 0  # steps that the balancer has been told
+        self._lost: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._interval_s = 0.0
+        self._woken = threading.Event()
+        self._is_stopped = False
+        self._num_steps = 0
+
+    @property
+    def balancer(self) -> Balancer | None:
+        """What decides; ``None`` until something had to be decided."""
+        return self._balancer
+
+    def decide_with(self, make_balancer: Callable[[], Balancer]) -> None:
+        """Take a balancer, unless there is one; it is made while no plan changes."""
+        with self._deciding:
+            if self._balancer is None:
+                self._balancer = make_balancer()
+                count, _ = self._recorder.steps_since(0)
+                self._num_told = max(0, count - _MOST_STEPS)
+
+    def start(self, interval_s: float) -> None:
+        """Decide of its own accord from now on, in a thread.
+
+        Parameters
+        ----------
+        interval_s : float
+            Seconds between two looks at the devices while steps run.
+        """
+        self._interval_s = interval_s
+        self._thread = threading.Thread(target=self._run, name="lingualinked-control", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Have the thread end once what it does is done; does not wait for it."""
+        self._is_stopped = True
+        self._woken.set()
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_STOP_S)
+
+    def watch(self, sample: StepSample) -> None:
+        """Take in a step; called by every session."""
+        self._recorder.add_step(sample)
+        self._num_steps += 1  # may miss one of another thread: it says only when to look
+        if self._thread is not None and self._num_steps % _WAKE_EVERY == 0:
+            self._woken.set()
+
+    def tell(self, make_event: Callable[[float], Event]) -> Decision:
+        """Tell the balancer something at the user's wish, and do what it decides.
+
+        Parameters
+        ----------
+        make_event : callable
+            Makes the event from the time in seconds.
+
+        Returns
+        -------
+        Decision
+            With what was done about it.
+
+        Raises
+        ------
+        LingualinkedError
+            If it can't be done, or could not.
+        """
+        assert self._balancer is not None
+        return self._apart(lambda: self._tell(make_event))
+
+    def move_to(self, plan: Plan, decision: Decision) -> Decision:
+        """Move to a plan with no balancer to ask.
+
+        Raises
+        ------
+        LingualinkedError
+            If it could not be done; the old plan goes on.
+        """
+
+        def move() -> Decision:
+            with self._deciding:
+                done, error = self._follow(Migrate(plan=plan, decision=decision))
+            if error is not None:
+                raise error
+            return done
+
+        return self._apart(move)
+
+    def _apart(self, work: Callable[[], Decision]) -> Decision:
+        """Do something on a thread of its own: an interrupt of the caller's must not end a migration half way."""
+        done: concurrent.futures.Future[Decision] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="lingualinked-migration", daemon=True).start()
+        return done.result()
+
+    def _tell(self, make_event: Callable[[float], Event]) -> Decision:
+        assert self._balancer is not None
+        with self._deciding:
+            self._catch_up()
+            instruction = self._balancer.handle(make_event(time.monotonic()))
+            assert instruction is not None
+            decision, error = self._follow(instruction)
+        if error is not None:
+            raise error
+        return decision
+
+    def _run(self) -> None:
+        try:
+            look_s = time.monotonic()
+            while not self._is_stopped:
+                self._woken.wait()
+                self._woken.clear()
+                if self._is_stopped:
+                    return
+                if time.monotonic() >= look_s:
+                    self._look()
+                    look_s = time.monotonic() + self._interval_s
+                with self._deciding:
+                    self._catch_up()
+        except LingualinkedError as error:  # closed, or no worker left
+            logger.debug("nothing is rebalanced any more: %s", error)
+        except Exception:
+            logger.exception("nothing is rebalanced any more")
+
+    def _catch_up(self) -> None:
+        """Tell the balancer of steps and devices since the last time, and do what it says."""
+        assert self._balancer is not None
+        for device in self._engine.ended_devices() - self._lost:
+            self._lost.add(device)
+            if device in self._balancer.profile.names:
+                self._obey(self._balancer.handle(DeviceLost(time_s=time.monotonic(), device=device)))
+        self._num_told, samples = self._recorder.steps_since(self._num_told)
+        for sample in samples:
+            self._obey(self._balancer.handle(StepObserved(sample=sample)))
+
+    def _look(self) -> None:
+        """Look at the devices, and tell the balancer."""
+        assert self._balancer is not None
+        names = [name for name in self._balancer.profile.names if name not in self._engine.ended_devices()]
+        with contextlib.suppress(LingualinkedError):  # a worker that just ended, or that is too busy to answer
+            for inspection in inspect_workers(self._engine, names, _LONGEST_LOOK_S):
+                self._recorder.add_device(inspection.device)
+                with self._deciding:
+                    self._obey(self._balancer.handle(DeviceObserved(sample=inspection.device)))
+
+    def _obey(self, instruction: Instruction | None) -> None:
+        """Do what was decided with nobody to tell but the log."""
+        if instruction is None:
+            return
+        _, error = self._follow(instruction)
+        if isinstance(error, ClosedError):
+            raise error
+        if error is not None:
+            logger.warning("layers could not be moved, and the plan goes on as it is: %s", error)
+
+    def _follow(self, instruction: Instruction) -> tuple[Decision, LingualinkedError | None]:
+        """Do what an instruction says; give the decision with what was done, and the error if it failed."""
+        decision = instruction.decision
+        self._recorder.add_decision(decision)
+        log = logger.info if decision.action == "move" else logger.debug
+        log("%s", decision)
+        if not isinstance(instruction, Migrate):
+            return decision, None
+        migration, error = self._migrate(instruction.plan)
+        decision = dataclasses.replace(decision, migrations=(migration,))
+        if self._balancer is not None:
+            now = time.monotonic()
+            if error is None:
+                event: Event = MigrationDone(time_s=now, plan=instruction.plan, migration=migration)
+            else:
+                event = MigrationFailed(time_s=now, plan=self._balancer.plan, error=str(error))
+            self._balancer.handle(event)
+        return decision, error

@@ -1,0 +1,155 @@
+"""A pipeline that decides by itself, or when it is asked, where its layers are best."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, PreTrainedModel
+
+import lingualinked as ll
+from process.conftest import load_unsharded, save_random
+from waiting import wait_until
+
+pytestmark = pytest.mark.process
+
+NUM_LAYERS = 12
+IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])
+PROMPT = ll.Workload(prompt_tokens=8, new_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama whose layers take long enough to be told apart from noise."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        vocab_size=128,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return save_random(config, tmp_path_factory.mktemp("twelve-layers"))
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: str) -> PreTrainedModel:
+    return load_unsharded(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[ll.Cluster]:
+    with ll.Cluster([ll.Device(name=name, threads=1, slowdown=2.0) for name in "abc"]) as cluster:
+        cluster.wait()
+        yield cluster
+
+
+def load(checkpoint: str, cluster: ll.Cluster, **arguments: Any) -> Any:
+    return ll.ShardedModel.from_pretrained(checkpoint, cluster=cluster, workload=PROMPT, progress=False, **arguments)
+
+
+def generate(model: Any, num_new: int = 40) -> torch.Tensor:
+    tokens: torch.Tensor = model.generate(IDS, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False)
+    return tokens
+
+
+def num_layers(model: Any, device: str) -> int:
+    return sum(stage.num_layers for stage in model.plan.stages if stage.device == device)
+
+
+def test_layers_leave_a_device_that_slows_down_and_no_token_changes(
+    checkpoint: str, whole: PreTrainedModel, three: ll.Cluster
+) -> None:
+    expected = generate(whole)
+    policy = ll.RebalancePolicy(cooldown_s=0.5, sample_interval_s=0.2)
+    enough = threading.Event()
+    wrong: list[object] = []
+
+    def keep_generating() -> None:
+        while not enough.is_set() and not wrong:
+            tokens = generate(model)
+            if not torch.equal(tokens, expected):
+                wrong.append(tokens)
+
+    with load(checkpoint, three, plan="even", rebalance=policy) as model:
+        generate(model)
+        threads = [threading.Thread(target=keep_generating) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: model.telemetry.counters.decode.num_steps > 200)
+            before = num_layers(model, "b")
+            three.throttle("b", slowdown=20.0)
+            wait_until(lambda: num_layers(model, "b") < before / 2)
+        finally:
+            enough.set()
+            for thread in threads:
+                thread.join()
+            three.throttle("b", slowdown=2.0)
+        telemetry = model.telemetry
+        assert wrong == []
+        assert any(each.action == "move" and "'b'" in each.trigger for each in telemetry.decisions)
+        assert all(migration.succeeded for migration in telemetry.migrations)
+        assert {sample.device for sample in telemetry.device_samples} == {"a", "b", "c"}
+        assert all(sample.available_bytes > 0 for sample in telemetry.device_samples)
+
+
+def test_asking_tells_what_would_be_done_and_does_it(
+    checkpoint: str, whole: PreTrainedModel, three: ll.Cluster
+) -> None:
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4), ("c", 4, 12)])
+    with load(checkpoint, three, plan=plan) as model:
+        expected = generate(whole)
+        assert torch.equal(generate(model), expected)
+        said = model.rebalance(dry_run=True)
+        assert said.action == "move"
+        assert said.moves
+        assert said.after_s < said.before_s
+        assert model.plan.stages[2].start == 4
+        done = model.rebalance()
+        assert done.migration.succeeded
+        assert num_layers(model, "c") < 8
+        assert torch.equal(generate(model), expected)
+        assert model.rebalance().migrations == () or num_layers(model, "c") > 2
+        assert [each.action for each in model.telemetry.decisions][:2] == ["move", "move"]
+        assert str(done).startswith("move [")
+
+
+def test_a_released_device_holds_nothing_while_sessions_go_on(
+    checkpoint: str, whole: PreTrainedModel, three: ll.Cluster
+) -> None:
+    with load(checkpoint, three, plan="even") as model:
+        past, expected = model(IDS).past_key_values, whole(IDS).past_key_values
+        decision = model.release("b")
+        assert decision.migration.succeeded
+        assert num_layers(model, "b") == 0
+        logits = model(IDS[:, :2], past_key_values=past).logits
+        assert torch.equal(logits, whole(IDS[:, :2], past_key_values=expected).logits)
+        assert "b" not in model.plan.devices
+        assert model.release("b").action == "stay"
+        model.release("c")
+        with pytest.raises(ll.InfeasiblePlanError, match="no device left"):
+            model.release("a")
+        assert torch.equal(generate(model), generate(whole))
+        with pytest.raises(ll.ArgumentError, match="no device 'z'"):
+            model.release("z")
+
+
+def test_a_closed_model_decides_nothing(checkpoint: str, three: ll.Cluster) -> None:
+    model = load(checkpoint, three, plan="even", rebalance="auto")
+    model.close()
+    for call in (model.rebalance, lambda: model.release("a")):
+        with pytest.raises(ll.ClosedError):
+            call()
+
+
+@pytest.mark.parametrize("rebalance", ["yes", True, 1.0, {}])
+def test_what_is_no_policy_is_refused(rebalance: object, three: ll.Cluster) -> None:
+    with pytest.raises(ll.ArgumentError, match="rebalance="):
+        ll.ShardedModel.from_pretrained("anything", cluster=three, rebalance=rebalance)  # type: ignore[arg-type]
