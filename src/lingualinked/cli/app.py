@@ -27,8 +27,20 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="T
 
 
 @app.command()
-def demo(devices: Devices = 3, max_new_tokens: NewTokens = 60) -> None:
+def demo(
+    devices: Devices = 3,
+    max_new_tokens: NewTokens = 60,
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance", help="Slow one of three imitated devices down, and watch layers move.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=4, help="How long to watch, with --rebalance.")] = 30,
+) -> None:
     """Run the bundled sample model in worker processes and compare with the unsharded one."""
+    if rebalance:
+        from lingualinked.cli.rebalancing_demo import run_rebalancing_demo
+
+        _run(lambda: run_rebalancing_demo(seconds))
+        return
     from lingualinked.cli.demo import run_demo
 
     _run(lambda: run_demo(devices, max_new_tokens))
@@ -149,6 +161,18 @@ def soak(
     from lingualinked.bench.soak import run_soak
 
     _run(lambda: run_soak(migrations, seed))
+
+
+@bench.command()
+def rebalance(
+    sessions: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each model once layers have moved.")] = 3,
+) -> None:
+    """One of three devices becomes four times slower: tokens/s with and without rebalancing, and of a fresh plan."""
+    from lingualinked.bench.rebalance import run_rebalance
+
+    _run(lambda: run_rebalance(sessions, new_tokens, repeats))
 
 
 def _run(command: Callable[[], None]) -> None:

@@ -55,7 +55,7 @@ def run_demo(num_devices: int, max_new_tokens: int) -> None:
         console.print(telemetry_rows(after).to_rich())
 
         torch.set_num_threads(cluster.devices[0].threads or 1)
-        expected = _unsharded(path).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        expected = unsharded(path).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         equal = torch.equal(tokens, expected)
         verdict = "[green]equal[/] to" if equal else "[red]NOT equal[/] to"
         console.print(f"\nTokens are {verdict} the unsharded model's ({torch.get_num_threads()} thread(s) both).")
@@ -73,7 +73,7 @@ def _bytes_per_hop(before: ll.Telemetry, after: ll.Telemetry, num_tokens: int) -
     return "\n".join(lines)
 
 
-def _unsharded(path: str) -> Any:
+def unsharded(path: str) -> Any:
     """Load the same model into this process, its weights in aligned memory as the workers' are."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -227,11 +227,15 @@ class Session:
                     self.end()
                 return
             for device in dict.fromkeys((*source.devices, *target.devices)):
-                message = MoveSession(model=self._model, session=self._number, plan_version=target.version)
-                self._engine.tell(device, message)
+                move = MoveSession(model=self._model, session=self._number, plan_version=target.version)
+                self._engine.tell(device, move)
             num_bytes = sum(cast("KVCopied", answer).num_bytes for answer in answers)
             self._routes.note(time.monotonic() - began_s, num_bytes)
         self._place.route = target
+        if self.ended:  # meanwhile: it has been ended where it was, perhaps after it had gone
+            for index, device in enumerate(target.devices):
+                end = EndSession(model=self._model, plan_version=target.version, stage=index, session=self._number)
+                self._engine.tell(device, end)
 
     def _copy_kv(self, target: Route, *, is_final: bool) -> list[concurrent.futures.Future[object]]:
         source = self._place.route

@@ -6,6 +6,7 @@ Knows what it is told and the time that each event carries; neither threads, nor
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from lingualinked.control.beliefs import Beliefs
 from lingualinked.control.events import (
@@ -32,6 +33,7 @@ from lingualinked.telemetry.samples import DeviceSample, StepSample
 
 _MANY_STEPS = 128  # after which speeds are known well
 _MOST_DOUBLINGS = 10
+_MOST_SAVED = 0.99
 
 
 class Balancer:
@@ -141,11 +143,12 @@ class Balancer:
         shifted = self._beliefs.observe(sample)
         if not self._is_automatic:
             return None
+        done_s = sample.time_s + sample.total_s
         if shifted:
             self._trigger, self._num_vain, self._is_sure = shifted[0], 0, False
         elif not self._trigger:
             self._trigger = self._drift()
-        return self._decide_in_time(sample.time_s)
+        return self._decide_in_time(done_s)
 
     def _on_device(self, sample: DeviceSample) -> Instruction | None:
         if sample.device not in self._beliefs or self._target is not None:
@@ -223,7 +226,15 @@ class Balancer:
             self._decided = self._beliefs.slowdowns()
         live = self._beliefs.profile()
         try:
-            proposal = propose(self._now(live), live, self._beliefs.unusable(), self._objective, self._rates, must=must)
+            proposal = propose(
+                self._now(live),
+                live,
+                self._beliefs.unusable(),
+                self._objective,
+                self._rates,
+                self._policy.min_gain,
+                must=must,
+            )
         except InfeasiblePlanError as error:
             if raises:
                 raise
@@ -259,12 +270,18 @@ class Balancer:
         if proposal.saved < policy.min_gain:
             share = f"{100 * proposal.saved:.1f} %, less than min_gain={100 * policy.min_gain:g} %"
             return False, f"a mean step would take {times}: {share}", False
-        lasts_s = self._beliefs.persistence_s(time_s, policy.horizon_s)
+        lasts_s = self._lasts_s(time_s, proposal)
         gain_s = lasts_s * proposal.saved
         figures = f"{gain_s:.2g} s saved in {lasts_s:.2g} s, for {proposal.cost_s:.2g} s that it costs"
         if gain_s <= policy.margin * proposal.cost_s:
             return False, f"a mean step would take {times}: {figures}, times margin={policy.margin:g}", True
         return True, f"a mean step would take {times}: {figures}{lost}", False
+
+    def _lasts_s(self, time_s: float, proposal: Proposal) -> float:
+        """Give the seconds for which what a proposal saves is expected to be saved."""
+        # Half of what is saved is not undone by less than this, on any device.
+        size = -math.log1p(-min(max(proposal.saved, 0.0), _MOST_SAVED)) / 2
+        return self._beliefs.persistence_s(time_s, self._policy.horizon_s, size)
 
     def _conclude(self, decision: Decision, plan: Plan, *, moves: bool, dry_run: bool) -> Instruction:
         decision = dataclasses.replace(decision, action="move" if moves else "stay")
@@ -274,7 +291,7 @@ class Balancer:
         return Migrate(plan=plan, decision=decision)
 
     def _decision(self, time_s: float, trigger: str, reason: str, proposal: Proposal) -> Decision:
-        horizon_s = self._beliefs.persistence_s(time_s, self._policy.horizon_s)
+        horizon_s = self._lasts_s(time_s, proposal)
         return Decision(
             time_s=time_s,
             action="stay",

@@ -87,26 +87,27 @@ class Beliefs:
     def observe(self, sample: StepSample) -> list[str]:
         """Take in a step; give what has shifted, in words."""
         shifted: list[str] = []
+        done_s = sample.time_s + sample.total_s
         source, num_bytes = CALLER, HEADER_BYTES
         for stage in sample.stages:
             belief = self._devices.get(stage.device)
             if belief is None:
                 return shifted
-            belief.seen_s = sample.time_s
+            belief.seen_s = done_s
             level = belief.decode if sample.is_decode else belief.prefill
             before, was_settled = level.slowdown, level.is_settled
-            if level.add(sample.time_s, stage.compute_s, self._stage_s(stage, sample)) and was_settled:
+            if level.add(done_s, stage.compute_s, self._stage_s(stage, sample)) and was_settled:
                 shifted.append(f"device {stage.device!r} takes {level.slowdown / before:.2f} times as long as before")
             if source != stage.device:
                 link = self._measured_links[source, stage.device]
                 predicted_s = link.latency_s + link.transfer_s(num_bytes)
-                self._links[source, stage.device].add(sample.time_s, stage.hop_s, predicted_s)
+                self._links[source, stage.device].add(done_s, stage.hop_s, predicted_s)
             source, num_bytes = stage.device, stage.sent_bytes
         return shifted
 
-    def persistence_s(self, time_s: float, horizon_s: float) -> float:
-        """Give the seconds for which all speeds are expected to last."""
-        return min(belief.level.persistence_s(time_s, horizon_s) for belief in self._devices.values())
+    def persistence_s(self, time_s: float, horizon_s: float, size: float) -> float:
+        """Give the seconds for which no device is expected to shift by ``size`` (`SpeedLevel.persistence_s`)."""
+        return min(belief.level.persistence_s(time_s, horizon_s, size) for belief in self._devices.values())
 
     def slowdowns(self) -> dict[str, float]:
         """Give how many times slower than measured each device decodes; one that was never seen as the best of the others."""

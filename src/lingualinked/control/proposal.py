@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,6 @@ from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Migration, Span, moves_between
 from lingualinked.workload import Workload
 
-_SAME_ORDER = 1.02  # what a plan that leaves the devices in their order may cost more than one that does not
 _STALL_STEPS = 2.0  # that sessions wait at the switch, about
 _LOAD_BYTES_PER_S = 5e8  # until a migration has told
 
@@ -73,11 +73,19 @@ def spans_of(plan: Plan) -> tuple[Span, ...]:
 
 
 def propose(
-    current: Plan, live: Profile, unusable: Sequence[str], objective: Objective, rates: Rates, *, must: bool = False
+    current: Plan,
+    live: Profile,
+    unusable: Sequence[str],
+    objective: Objective,
+    rates: Rates,
+    min_gain: float,
+    *,
+    must: bool = False,
 ) -> Proposal:
     """Solve for the speeds of now, and hold the plan in force against it.
 
-    A plan that is exact is left only for one that is, on devices that round alike: those in use.
+    Devices keep their order, in which fewer layers move, unless another one is plainly better. A plan that is exact is
+    left only for one that is, on devices that round alike: those in use.
 
     Parameters
     ----------
@@ -91,6 +99,8 @@ def propose(
         What is minimised.
     rates : Rates
         What moving costs.
+    min_gain : float
+        Share of the objective's value from which on a plan is plainly better.
     must : bool
         Whether exactness is given up where nothing else fits.
 
@@ -108,11 +118,11 @@ def propose(
         kinds = {_rounding(live.device(name).device) for name in current.devices}
         pool = [name for name in usable if _rounding(live.device(name).device) in kinds]
     try:
-        best = _best(now, live, pool, objective)
+        best = _best(now, live, pool, objective, min_gain)
     except InfeasiblePlanError:
         if not must or len(pool) == len(usable):
             raise
-        best = _best(now, live, usable, objective)
+        best = _best(now, live, usable, objective, min_gain)
     return weigh(now, best, live, objective, rates)
 
 
@@ -143,22 +153,25 @@ def _step_s(predicted: Prediction, objective: Objective) -> float:
     return predicted.bottleneck_s
 
 
-def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective) -> Plan:
-    """Solve in any order; prefer the order that there is, in which fewer layers move."""
+def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective, min_gain: float) -> Plan:
+    """Give the best plan that leaves devices in their order, or one that is plainly better."""
     profile = live.without(*(name for name in live.names if name not in pool))
-    workload, reserve = _workload(now), now.reserve
-    floor = None if now.solved is None else now.solved.min_tokens_per_s
     kept = [name for name in now.devices if name in pool]
     order = [*kept, *(name for name in pool if name not in kept)]
-    best = solve(profile, objective=objective, workload=workload, reserve=reserve, min_tokens_per_s=floor)
-    if best.devices == tuple(name for name in order if name in best.devices):
-        return best
-    with contextlib.suppress(InfeasiblePlanError):
-        ordered = solve(
-            profile, objective=objective, workload=workload, reserve=reserve, min_tokens_per_s=floor, order=order
-        )
-        if value(ordered.predicted, objective) <= _SAME_ORDER * value(best.predicted, objective):
-            return ordered
+    solved = functools.partial(
+        solve,
+        profile,
+        objective=objective,
+        workload=_workload(now),
+        reserve=now.reserve,
+        min_tokens_per_s=None if now.solved is None else now.solved.min_tokens_per_s,
+    )
+    best = solved()
+    if best.devices != tuple(name for name in order if name in best.devices):
+        with contextlib.suppress(InfeasiblePlanError):
+            ordered = solved(order=order)
+            if value(best.predicted, objective) > (1 - min_gain) * value(ordered.predicted, objective):
+                return ordered
     return best
 
 

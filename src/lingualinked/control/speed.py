@@ -20,7 +20,7 @@ _LEAST_NOISE = 0.03  # of step times: fewer samples than it takes to know better
 _FEWEST = 8  # samples from which noise is estimated
 _FIRST_NOISE = 0.2  # taken for granted before that, and counted as so many samples later
 _FIRST_WEIGHT = 2
-_MOST_REGIMES = 8
+_MOST_SHIFTS = 16
 
 
 class SpeedLevel:
@@ -50,9 +50,7 @@ class SpeedLevel:
         self._level = 0.0
         self._noise = _FIRST_NOISE
         self._is_settled = False
-        self._regime_began_s: float | None = None
-        self._has_shifted = False
-        self._regimes_s: deque[float] = deque(maxlen=_MOST_REGIMES)
+        self._shifts: deque[tuple[float, float]] = deque(maxlen=_MOST_SHIFTS)
 
     @property
     def slowdown(self) -> float:
@@ -69,19 +67,23 @@ class SpeedLevel:
         """Whether there have been enough samples to know the level."""
         return self._is_settled
 
-    def persistence_s(self, time_s: float, horizon_s: float) -> float:
-        """Give the seconds for which the present speed is expected to last: as long as speeds did, or it has, of late.
+    def persistence_s(self, time_s: float, horizon_s: float, size: float) -> float:
+        """Give the seconds for which it is expected not to shift much: as long as it did not, before or until now.
 
         Parameters
         ----------
         time_s : float
             Now.
         horizon_s : float
-            What is expected of a device that has not changed of late; it is also how long a change counts as of late.
+            What is expected of a device that has not shifted much of late; it is also how long a shift counts as of late.
+        size : float
+            Logarithm of the factor from which on a shift is much.
         """
-        if self._regime_began_s is None or not self._regimes_s or time_s - self._regime_began_s > horizon_s:
+        times_s = [at_s for at_s, shift in self._shifts if abs(shift) >= size]
+        if len(times_s) < 2 or time_s - times_s[-1] > horizon_s:  # when the first level began, nobody saw
             return horizon_s
-        return min(horizon_s, max(min(self._regimes_s), time_s - self._regime_began_s))
+        shortest_s = min(after - before for before, after in itertools.pairwise(times_s))
+        return min(horizon_s, max(shortest_s, time_s - times_s[-1]))
 
     def add(self, time_s: float, observed_s: float, predicted_s: float) -> bool:
         """Take in one step's time; say whether the level has shifted.
@@ -95,8 +97,6 @@ class SpeedLevel:
         """
         if not (observed_s > 0 and predicted_s > 0):
             return False
-        if self._regime_began_s is None:
-            self._regime_began_s = time_s
         self._take(math.log(observed_s / predicted_s))
         shift = self._shift()
         if shift is None:
@@ -108,13 +108,11 @@ class SpeedLevel:
             elif not self._is_settled:
                 self._level = _middle(self._sorted)
             return False
-        window, self._level = shift
+        window, level = shift
+        self._shifts.append((time_s, level - self._level))
+        self._level = level
         self._samples = deque(_last(self._samples, window))
         self._sorted = sorted(self._samples)
-        if self._has_shifted:  # when the first regime began, nobody saw
-            self._regimes_s.append(time_s - self._regime_began_s)
-        self._has_shifted = True
-        self._regime_began_s = time_s
         return True
 
     def _take(self, sample: float) -> None:

@@ -96,3 +96,7 @@ class KVCopied(Message, frozen=True, tag=28):
 
     request: int
     num_bytes: int
+
+
+MovingMessage = CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan
+"""What moves sessions from one plan version to another."""

@@ -50,7 +50,7 @@ from lingualinked.protocol.messages import (
     decode,
     encode,
 )
-from lingualinked.protocol.moving import CopyKV, KeepPlan, KVChunk, KVTaken, MoveSession
+from lingualinked.protocol.moving import CopyKV, KeepPlan, KVChunk, KVTaken, MoveSession, MovingMessage
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Delivery, Mailbox
@@ -121,6 +121,7 @@ class Worker:
         self._background = background
         self._stages = HostedStages(boot.accelerator, self._background)
         self._mover = Mover(self._stages, mailbox, boot.public_key)
+        self._waiting: deque[tuple[CallerMessage | PeerMessage, Delivery]] = deque()
         self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
@@ -133,16 +134,36 @@ class Worker:
         """Say hello, then serve for good: the lifeline ends the process."""
         self._tell(Hello(pid=os.getpid(), address=self._mailbox.address))
         while True:
-            delivery = self._mailbox.receive(None)
-            if delivery is not None:
+            waiting = self._next()
+            if waiting is not None:
                 try:
-                    self._handle(self._read(delivery), delivery)
+                    self._handle(*waiting)
                 except ProtocolError as error:
-                    self._num_refused += 1
-                    logger.warning("refused a message from %r: %s", delivery.sender, error)
+                    self._refuse(waiting[1], error)
             self._background.run_callbacks()
             for level, name, text in self._log_handler.drain():
                 self._tell(LogRecord(level=level, logger=name, text=text))
+
+    def _next(self) -> tuple[CallerMessage | PeerMessage, Delivery] | None:
+        """Give the next message, what moves a model before all others; None if there is none yet."""
+        delivery = self._mailbox.receive(0 if self._waiting else None)
+        while delivery is not None:
+            try:
+                self._waiting.append((self._read(delivery), delivery))
+            except ProtocolError as error:
+                self._refuse(delivery, error)
+            delivery = self._mailbox.receive(0)
+        # A session that moves would wait for the steps of all others here.
+        for index, (message, _) in enumerate(self._waiting):
+            if isinstance(message, LoadStage | MovingMessage):
+                found = self._waiting[index]
+                del self._waiting[index]
+                return found
+        return self._waiting.popleft() if self._waiting else None
+
+    def _refuse(self, delivery: Delivery, error: ProtocolError) -> None:
+        self._num_refused += 1
+        logger.warning("refused a message from %r: %s", delivery.sender, error)
 
     def _read(self, delivery: Delivery) -> CallerMessage | PeerMessage:
         message = decode(delivery.payload)
@@ -178,7 +199,7 @@ class Worker:
             case Pong():
                 self._go_on_probing(message, delivery.sender)
 
-    def _handle_moving(self, message: CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan, delivery: Delivery) -> None:
+    def _handle_moving(self, message: MovingMessage, delivery: Delivery) -> None:
         match message:
             case CopyKV():
                 self._answer(message.request, lambda: self._mover.copy(message))

@@ -57,6 +57,8 @@ VALUES = {
     "state": SessionState(number=3, num_tokens=9, records_past=True, has_mask=False),
     "layout": None,
     "logits_to_keep": 1,
+    "temperature_c": 40.5,
+    "battery_percent": None,
 }
 BY_TYPE = {"int": 7, "str": "text", "bool": True, "float": 0.5}
 
