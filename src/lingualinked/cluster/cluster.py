@@ -37,7 +37,7 @@ DEFAULT_MAX_FRAME_BYTES = 1024**2
 class Cluster:
     """Worker processes on devices, ready to hold models.
 
-    The workers start when the cluster is made and live until `close`, until the cluster is no longer referenced, or
+    The workers start when the cluster is made, or when `add` takes in one more, and live until `close`, until the cluster is no longer referenced, or
     until this process is gone, however it goes. Models placed on it, one after the other or side by side, use the
     same processes. Workers of a cluster authenticate each other and the caller with keys made for it alone.
 
@@ -257,7 +257,7 @@ class Cluster:
     ) -> None:
         """Have a worker behave as a slower or faster device from now on; what is not given stays as it is.
 
-        `devices` stays as it was made: what has changed is for telemetry to find out, as it is with a real device.
+        `devices` says what each was made as: what has changed is for telemetry to find out, as it is with a real device.
 
         Parameters
         ----------

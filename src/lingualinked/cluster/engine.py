@@ -93,23 +93,12 @@ class Engine:
         ClosedError
             If the cluster is closed.
         """
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-        def admit() -> None:
-            try:
-                self._exchange.admit(device, public_key)
-            except Exception as error:  # noqa: BLE001 - whoever waits raises it
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._post(admit)
-        done.result(_START_S)
+        self._call(lambda: self._exchange.admit(device, public_key))
 
     def forget(self, device: str) -> None:
         """Expect nothing more of a device; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
-            self._post(lambda: self._exchange.forget(device))
+            self._call(lambda: self._exchange.forget(device))
 
     def wait_for_worker(self, name: str, timeout_s: float) -> None:
         """Wait until a worker is ready.
@@ -265,6 +254,21 @@ class Engine:
                 self._commands.popleft()()
             except Exception:  # what waits for an answer has been failed; the others go on
                 logger.exception("a message could not be sent")
+
+    def _call(self, command: Callable[[], None]) -> None:
+        """Have the I/O thread do something, and wait until it has."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def call() -> None:
+            try:
+                command()
+            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._post(call)
+        done.result(_START_S)
 
     def _post(self, command: Callable[[], None]) -> None:
         self.check_owner()
