@@ -37,9 +37,10 @@ DEFAULT_MAX_FRAME_BYTES = 1024**2
 class Cluster:
     """Worker processes on devices, ready to hold models.
 
-    The workers start when the cluster is made, or when `add` takes in one more, and live until `close`, until the cluster is no longer referenced, or
-    until this process is gone, however it goes. Models placed on it, one after the other or side by side, use the
-    same processes. Workers of a cluster authenticate each other and the caller with keys made for it alone.
+    The workers start when the cluster is made, or when `add` takes in one more, and live until `close`, until the cluster
+    is no longer referenced, or until this process is gone, however it goes. Models placed on it, one after the other or
+    side by side, use the same processes. Workers of a cluster authenticate each other and the caller with keys made for it
+    alone.
 
     Parameters
     ----------
