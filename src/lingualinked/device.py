@@ -309,6 +309,21 @@ def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Li
     return dict(links)
 
 
+def check_links_of(name: str, links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
+    """Return a copy of links, once each is known to lead from or to one device, and from or to another known party.
+
+    Raises
+    ------
+    ArgumentError
+        As `check_links` does, or if a link is none of the device's.
+    """
+    checked = check_links(links, names)
+    for ends in checked:
+        if name not in ends:
+            raise ArgumentError(f"links has {ends!r}, which is no link of device {name!r}: it stays as it is")
+    return checked
+
+
 def check_slowdown(slowdown: float, name: str) -> float:
     """Return a slowdown that can be imitated.
 

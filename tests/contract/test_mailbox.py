@@ -375,6 +375,64 @@ def test_an_unauthorised_key_never_gets_in(network: Network, caplog: pytest.LogC
     assert "not authorised" in records[0].getMessage()
 
 
+def test_a_key_may_be_authorised_while_the_mailbox_is_used(network: Network, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = network.open_all("a", "b")
+    late = network.open("late", [])
+    a.send("b", b"before")
+    for _ in range(2):  # the second time changes nothing
+        b.authorise("newcomer", network.keys["late"].public)
+    late.connect("b", b.address, network.keys["b"].public)
+    late.send("b", b"", [torch.arange(3)])
+    assert {take(b).sender for _ in range(2)} == {"a", "newcomer"}
+    a.send("b", b"after")
+    assert (take(b).payload, b.num_refused, caplog.records) == (b"after", 0, [])
+
+
+def test_who_was_refused_gets_in_by_a_new_connection(network: Network) -> None:
+    _, b = network.open_all("a", "b")
+    early = network.open("early", [])
+    early.connect("b", b.address, network.keys["b"].public)
+    with pytest.raises(ProtocolError, match="'b' refused the connection"):  # noqa: PT012 (at some send)
+        while True:
+            early.send("b", b"too early")
+            assert b.receive(0.005) is None
+    b.authorise("early", network.keys["early"].public)
+    early.disconnect("b")
+    early.connect("b", b.address, network.keys["b"].public)
+    early.send("b", b"in time")
+    assert (take(b).payload, b.num_refused) == (b"in time", 1)
+
+
+def test_a_name_that_gets_another_key_is_taken_from_who_had_it(network: Network) -> None:
+    a, b, _ = network.open_all("a", "b", "c")
+    second = network.open("second", [])
+    a.send("b", b"1")
+    assert take(b).payload == b"1"
+    b.authorise("a", network.keys["second"].public)
+    a.send("b", b"2")
+    while b.num_refused == 0:  # bounded by the test's time limit
+        assert b.receive(0.005) is None
+    second.connect("b", b.address, network.keys["b"].public)
+    second.send("b", b"3")
+    delivery = take(b)
+    assert (delivery.sender, delivery.payload) == ("a", b"3")
+    b.authorise("a again", network.keys["a"].public)  # its connection stands
+    a.send("b", b"4")
+    delivery = take(b)
+    assert (delivery.sender, delivery.payload) == ("a again", b"4")
+
+
+def test_what_can_not_be_authorised_is_an_error(network: Network) -> None:
+    _, b = network.open_all("a", "b")
+    with pytest.raises(ArgumentError, match="'nonsense' is no public key"):
+        b.authorise("c", "nonsense")
+    with pytest.raises(ArgumentError, match="is authorised as 'a': 'c' needs a key of its own"):
+        b.authorise("c", network.keys["a"].public)
+    b.close()
+    with pytest.raises(ClosedError):
+        b.authorise("c", network.keys["c"].public)
+
+
 def test_a_peer_with_another_key_gets_nothing(network: Network) -> None:
     a, b = network.open_all("a", "b")
     a.connect("impostor", b.address, network.keys["somebody else"].public)

@@ -55,7 +55,7 @@ def greedy(model: Any, ids: torch.Tensor = IDS, num_tokens: int = 12) -> torch.T
 
 def num_stages(cluster: ll.Cluster) -> dict[str, int]:
     names = [device.name for device in cluster.devices]
-    return {worker.device: len(stages) for worker, stages in inspect_workers(cluster._engine, names, 30)}
+    return {each.worker.device: len(each.stages) for each in inspect_workers(cluster._engine, names, 30)}
 
 
 # --- as asked for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
+from lingualinked.sharded.loading import LoadArguments, describe
 from profiles import MIB, model_profile
 
 pytestmark = pytest.mark.process
 
+SLOW = ll.Link(latency="40ms")
 WORKLOAD = ll.Workload(prompt_tokens=8, new_tokens=8)
 
 
@@ -65,6 +68,70 @@ def test_a_link_may_be_slower_one_way(cache: Path, tiny_llama: str) -> None:
     assert there.bandwidth_bytes_per_s is not None
     assert there.bandwidth_bytes_per_s <= 1e6 * 1.01  # never faster than it is made; the clock counts microseconds
     assert back.bandwidth_bytes_per_s is None or back.bandwidth_bytes_per_s > there.bandwidth_bytes_per_s
+
+
+def footprint_of(path: str) -> tuple[Any, Any]:
+    described = describe(LoadArguments(path=path))
+    return described.spec, described.footprint()
+
+
+def test_a_profile_is_extended_by_a_device_that_is_added(pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
+    profile = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    pair.add(ll.Device(name="late", threads=1, slowdown=2.0, latency="3ms"), links={("late", "here"): SLOW})
+    pair.add(ll.Device(name="later", threads=1))
+    asked: list[tuple[str, str]] = []
+    request = pair._engine.request
+
+    def note(device: str, build: Any, what: str, *rest: Any, **more: Any) -> Any:
+        asked.append((device, what))
+        return request(device, build, what, *rest, **more)
+
+    spec, footprint = footprint_of(tiny_llama)
+    pair._engine.request = note  # type: ignore[method-assign]
+    extended = profiling.extend_profile(pair, spec, footprint, profile, "late", WORKLOAD)
+    assert asked == [
+        ("late", "measuring a model's parts"),
+        ("late", "measuring the link to 'caller'"),
+        ("late", "measuring the link to 'here'"),
+        ("late", "measuring the link to 'there'"),
+    ]
+    assert extended.names == ("here", "there", "late")
+    assert extended.without("late") == profile  # what was there is kept
+    assert extended.device("late").device == pair.device("late")
+    assert [step.seconds > 0 for step in extended.device("late").layers[0].steps] == [True] * 3
+    assert extended.link("late", "here").latency_s >= 0.04
+    assert 0.003 <= extended.link("here", "late").latency_s < 0.04
+    assert extended.link("late", "there").latency_s >= 0.005
+    assert extended.link("caller", "late").latency_s >= 0.003
+    plan = ll.solve(profiling.extend_profile(pair, spec, footprint, extended, "later", WORKLOAD), workload=WORKLOAD)
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, plan=plan, progress=False) as model:
+        assert model(torch.tensor([[5, 9]])).logits.shape == (1, 2, 128)
+
+
+def test_devices_and_links_that_are_alike_are_taken_together(tiny_llama: str, cache: Path) -> None:
+    with ll.Cluster([ll.Device(name=name, threads=1) for name in "abc"]) as cluster:
+        profile = ll.profile_model(tiny_llama, cluster, workload=WORKLOAD)
+        cluster.add(ll.Device(name="d", threads=1))
+        extended = profiling.extend_profile(cluster, *footprint_of(tiny_llama), profile, "d", WORKLOAD)
+    # Three have the same figures, and one measurement more does not outvote them.
+    assert extended.device("d").layers == extended.device("a").layers
+    assert extended.link("d", "a").latency_s == profile.link("a", "b").latency_s
+
+
+def test_what_can_not_be_extended(pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
+    profile = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    spec, footprint = footprint_of(tiny_llama)
+    extend = functools.partial(profiling.extend_profile, pair, spec, footprint)
+    with pytest.raises(ll.ArgumentError, match="'there' is in the profile already"):
+        extend(profile, "there", WORKLOAD)
+    with pytest.raises(ll.ArgumentError, match="no device 'moon'"):
+        extend(profile, "moon", WORKLOAD)
+    other = dataclasses.replace(profile, model=dataclasses.replace(profile.model, fingerprint="other"))
+    with pytest.raises(ll.ArgumentError, match="of another model"):
+        extend(other.without("there"), "there", WORKLOAD)
+    os.kill(pair.pids["here"], signal.SIGKILL)
+    with pytest.raises(ll.WorkerDiedError, match="'here'"):
+        extend(profile.without("there"), "there", WORKLOAD)
 
 
 def test_bytes_are_those_that_a_running_model_holds(shared_cluster: ll.Cluster, tiny_llama: str) -> None:

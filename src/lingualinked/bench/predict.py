@@ -19,7 +19,7 @@ from rich.console import Console
 import lingualinked as ll
 from lingualinked.bench.overhead import SHAPE, VOCABULARY
 from lingualinked.bench.samples import Samples, ratios
-from lingualinked.cluster.cluster import usable_cores
+from lingualinked.cluster.devices import usable_cores
 from lingualinked.display.tables import Rows
 
 _SPARE_CORES = 0.5

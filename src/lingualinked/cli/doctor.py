@@ -11,7 +11,7 @@ import platform
 import psutil
 from rich.console import Console
 
-from lingualinked.cluster.cluster import usable_cores
+from lingualinked.cluster.devices import usable_cores
 from lingualinked.display.tables import Rows
 from lingualinked.display.units import bytes_text
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lingualinked as ll
 from lingualinked.cli.cluster_file import ClusterFile, read_cluster_file
-from lingualinked.cluster.cluster import as_devices
+from lingualinked.cluster.devices import as_devices
 from lingualinked.planning.estimate import roofline_profile
 
 if TYPE_CHECKING:

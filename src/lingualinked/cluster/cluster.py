@@ -12,18 +12,20 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from lingualinked.cluster.devices import as_devices, as_further_device
+from lingualinked.cluster.imitation import imitate, imitation_of
 from lingualinked.cluster.launch import Launcher
-from lingualinked.device import CALLER, Device, Links, check_links, link_between
+from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
-from lingualinked.protocol.boot import Boot, Imitation, LinkFigures
+from lingualinked.protocol.boot import Boot, Imitation
 from lingualinked.telemetry.snapshot import WorkerSnapshot
 
 if TYPE_CHECKING:
-    from lingualinked.protocol.messages import Imitate
+    from lingualinked.transport.keys import KeyPair
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
@@ -35,9 +37,10 @@ DEFAULT_MAX_FRAME_BYTES = 1024**2
 class Cluster:
     """Worker processes on devices, ready to hold models.
 
-    The workers start when the cluster is made and live until `close`, until the cluster is no longer referenced, or
-    until this process is gone, however it goes. Models placed on it, one after the other or side by side, use the
-    same processes. Workers of a cluster authenticate each other and the caller with keys made for it alone.
+    The workers start when the cluster is made, or when `add` takes in one more, and live until `close`, until the cluster
+    is no longer referenced, or until this process is gone, however it goes. Models placed on it, one after the other or
+    side by side, use the same processes. Workers of a cluster authenticate each other and the caller with keys made for it
+    alone.
 
     Parameters
     ----------
@@ -76,10 +79,11 @@ class Cluster:
         self.devices = as_devices(devices)
         self.links = check_links(links or {}, [device.name for device in self.devices])
         self._behaving = {device.name: device for device in self.devices}  # as the workers do now
+        self._changes = threading.Lock()  # one change at a time of what devices there are and how they behave
         self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else _positive(timeout_s, "timeout_s")
         if not isinstance(max_frame_bytes, int):
             raise ArgumentError(f"max_frame_bytes={max_frame_bytes!r} must be a whole number")
-        _positive(max_frame_bytes, "max_frame_bytes")
+        self._max_frame_bytes = int(_positive(max_frame_bytes, "max_frame_bytes"))
         ends = contextlib.ExitStack()
         self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
         try:
@@ -95,31 +99,33 @@ class Cluster:
             ends.callback(engine.stop)
             for device in self.devices:
                 engine.shape(device.name, link_between(None, device, self.links))
-            launcher.start(
-                [
-                    Boot(
-                        name=device.name,
-                        public_key=keys[device.name].public,
-                        secret_key=keys[device.name].secret,
-                        authorised={keypair.public: name for name, keypair in keys.items()},
-                        caller_address=engine.address,
-                        caller_key=keys[CALLER].public,
-                        caller_pid=os.getpid(),
-                        accelerator=device.accelerator,
-                        threads=device.threads or 1,
-                        cpus=device.cpus,
-                        memory_bytes=device.memory_bytes,
-                        max_frame_bytes=max_frame_bytes,
-                        log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
-                        imitation=self._imitation(device),
-                    )
-                    for device in self.devices
-                ],
-                engine.worker_ended,
-            )
+            boots = [
+                self._boot(device, keys[device.name], imitation_of(device.name, self._behaving, self.links))
+                for device in self.devices
+            ]
+            launcher.start(boots, engine.worker_ended)
         except BaseException:
             self._finalizer()
             raise
+
+    def _boot(self, device: Device, keys: KeyPair, imitation: Imitation) -> Boot:
+        address, key = self._engine.peer(CALLER)
+        return Boot(
+            name=device.name,
+            public_key=keys.public,
+            secret_key=keys.secret,
+            authorised={key: name for name, key in self._engine.public_keys.items()},
+            caller_address=address,
+            caller_key=key,
+            caller_pid=os.getpid(),
+            accelerator=device.accelerator,
+            threads=device.threads or 1,
+            cpus=device.cpus,
+            memory_bytes=device.memory_bytes,
+            max_frame_bytes=self._max_frame_bytes,
+            log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
+            imitation=imitation,
+        )
 
     def close(self) -> None:
         """End the workers; returns once they are gone. Models on this cluster raise `ClosedError` from then on."""
@@ -137,7 +143,8 @@ class Cluster:
         for device in self.devices:
             with contextlib.suppress(WorkerDiedError):
                 self._engine.wait_for_worker(device.name, self.timeout_s)
-        return self._launcher.pids()
+        pids = self._launcher.pids()
+        return {device.name: pids[device.name] for device in self.devices if device.name in pids}
 
     def wait(self) -> None:
         """Wait until every worker is ready.
@@ -167,6 +174,80 @@ class Cluster:
                 return device
         raise ArgumentError(f"no device {name!r} in this cluster: it has {[device.name for device in self.devices]}")
 
+    def add(self, device: Device, *, links: Links | None = None) -> None:
+        """Take in one more device while models run on the others; returns once its worker is ready.
+
+        From then on it is the last of `devices`, and is treated as if it had been there from the start. Models that run
+        stay where they are; those that are loaded or rebalanced later may use it.
+
+        Parameters
+        ----------
+        device : Device
+            Where to start a worker.
+        links : mapping of (str, str) to Link, optional
+            Links from and to it, as in `Cluster`, where they are other than what their two ends give.
+
+        Raises
+        ------
+        ArgumentError
+            If it is no device, its name is taken, a core is not this process's to use, or a link is not one of its own.
+        ClosedError
+            If the cluster has been closed, also meanwhile.
+        WorkerDiedError
+            If its worker ended instead of being ready; the message has its last words.
+        StepTimeoutError
+            If its worker was not ready within ``timeout_s``, or another one did not answer.
+
+        Notes
+        -----
+        After an error the cluster is as it was before. A worker that has died does not stand in the way.
+
+        Examples
+        --------
+        >>> cluster.add(Device(name="late", threads=1))  # doctest: +SKIP
+        """
+        from lingualinked.transport.keys import generate_keypair
+
+        self._engine.check_owner()  # before the lock, which a fork may have left taken
+        with self._changes:
+            before = self.devices, self.links, self._behaving
+            device = as_further_device(device, self.devices)
+            behaving = {**self._behaving, device.name: device}
+            known = {**self.links, **check_links_of(device.name, links or {}, behaving)}
+            keys = generate_keypair()
+            try:
+                self._engine.admit(device.name, keys.public)
+                self._engine.shape(device.name, link_between(None, device, known))
+                # Before it starts: a connection that is refused once is not tried again.
+                self._announce(device.name, keys.public, behaving, known)
+                self._launcher.add(self._boot(device, keys, imitation_of(device.name, behaving, known)))
+                self._engine.wait_for_worker(device.name, self.timeout_s)
+                self._behaving, self.links, self.devices = behaving, known, (*self.devices, device)
+            except BaseException:
+                self.devices, self.links, self._behaving = before
+                self._launcher.remove(device.name)
+                self._engine.forget(device.name)
+                raise
+
+    def _announce(self, name: str, public_key: str, behaving: Mapping[str, Device], links: Links) -> None:
+        """Have every worker that lives know a new one: its key, and the link to it."""
+        from lingualinked.protocol.messages import Authorise
+
+        told = []
+        for other in (device.name for device in self.devices):
+            with contextlib.suppress(WorkerDiedError):
+                self._engine.wait_for_worker(other, self.timeout_s)
+            told += [
+                self._engine.request(other, build, "the announcement of a new device", self.timeout_s)
+                for build in (
+                    lambda number: Authorise(request=number, name=name, public_key=public_key),
+                    imitate(other, behaving, links),
+                )
+            ]
+        while told:  # not held here: a future would lead from its error to this frame and back
+            with contextlib.suppress(WorkerDiedError):
+                told.pop(0).result()
+
     def throttle(
         self,
         name: str,
@@ -177,7 +258,7 @@ class Cluster:
     ) -> None:
         """Have a worker behave as a slower or faster device from now on; what is not given stays as it is.
 
-        `devices` stays as it was made: what has changed is for telemetry to find out, as it is with a real device.
+        `devices` says what each was made as: what has changed is for telemetry to find out, as it is with a real device.
 
         Parameters
         ----------
@@ -196,41 +277,24 @@ class Cluster:
         from lingualinked.cluster.pending import results_of
 
         self.device(name)
-        before = self._behaving[name]
-        self._behaving[name] = changed = dataclasses.replace(
-            before,
-            slowdown=before.slowdown if slowdown is None else slowdown,
-            bandwidth=before.bandwidth if bandwidth is None else bandwidth,
-            latency=before.latency if latency is None else latency,
-        )
-        self.wait()
-        self._engine.shape(name, link_between(None, changed, self.links))
-        told = [
-            self._engine.request(device.name, self._imitate(device), "a change of pace", self.timeout_s)
-            for device in self._behaving.values()
-        ]
-        results_of(told)
-
-    def _imitate(self, device: Device) -> Callable[[int], Imitate]:
-        from lingualinked.protocol.messages import Imitate
-
-        imitation = self._imitation(device)
-        return lambda number: Imitate(request=number, imitation=imitation)
-
-    def _imitation(self, device: Device) -> Imitation:
-        links = []
-        for other in (None, *self._behaving.values()):
-            if other is None or other.name != device.name:
-                link = link_between(device, other, self.links)
-                bandwidth = link.bandwidth_bytes_per_s
-                links.append(
-                    LinkFigures(
-                        target=CALLER if other is None else other.name,
-                        bandwidth_bytes_per_s=None if bandwidth == math.inf else bandwidth,
-                        latency_s=link.latency_s,
-                    )
+        self._engine.check_owner()
+        with self._changes:
+            before = self._behaving[name]
+            self._behaving[name] = changed = dataclasses.replace(
+                before,
+                slowdown=before.slowdown if slowdown is None else slowdown,
+                bandwidth=before.bandwidth if bandwidth is None else bandwidth,
+                latency=before.latency if latency is None else latency,
+            )
+            self.wait()
+            self._engine.shape(name, link_between(None, changed, self.links))
+            told = [
+                self._engine.request(
+                    each, imitate(each, self._behaving, self.links), "a change of pace", self.timeout_s
                 )
-        return Imitation(slowdown=device.slowdown, links=tuple(links))
+                for each in self._behaving
+            ]
+            results_of(told)
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""
@@ -253,13 +317,6 @@ class Cluster:
         return f"<Cluster of {', '.join(device.name for device in self.devices)}: {state}>"
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return  # a forked child: the workers are the parent's
@@ -268,49 +325,6 @@ def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
         threading.Thread(target=ends.close, name="closing-lingualinked").start()
     else:
         ends.close()
-
-
-def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
-    """Return the devices that a cluster would have: so many local ones, or these, each with its number of threads.
-
-    Raises
-    ------
-    ArgumentError
-        If there is none, a name occurs twice, or a core is not this process's to use.
-    """
-    if isinstance(devices, bool) or not isinstance(devices, int | Sequence) or isinstance(devices, str):
-        raise ArgumentError(f"devices={devices!r} must be a number of local workers or a sequence of Device")
-    if isinstance(devices, int):
-        if devices < 1:
-            raise ArgumentError(f"devices={devices} must be at least 1")
-        devices = [Device(name=f"worker-{index}") for index in range(devices)]
-    if not devices:
-        raise ArgumentError("devices is empty: a cluster needs at least one")
-    share = max(1, usable_cores() // len(devices))
-    filled: list[Device] = []
-    for device in devices:
-        if not isinstance(device, Device):
-            raise ArgumentError(f"devices holds {device!r}, which is no lingualinked.Device")
-        if any(device.name == other.name for other in filled):
-            raise ArgumentError(f"two devices are named {device.name!r}: names must differ")
-        _check_local(device)
-        threads = device.threads or (share if device.cpus is None else len(device.cpus))
-        filled.append(dataclasses.replace(device, threads=threads))
-    return tuple(filled)
-
-
-def _check_local(device: Device) -> None:
-    if device.cpus is not None:
-        if not hasattr(os, "sched_getaffinity"):
-            raise ArgumentError(
-                f"cpus of device {device.name!r}: this system can't pin a process to cores; leave it out"
-            )
-        foreign = sorted(set(device.cpus) - os.sched_getaffinity(0))
-        if foreign:
-            raise ArgumentError(
-                f"cpus={device.cpus} of device {device.name!r}: cores {foreign} are not among those this process "
-                f"may use ({sorted(os.sched_getaffinity(0))})"
-            )
 
 
 def _positive(value: float, field: str) -> float:

@@ -48,7 +48,6 @@ class Engine:
 
     def __init__(self, keys: KeyPair, public_keys: Mapping[str, str], max_frame_bytes: int) -> None:
         self._keys = keys
-        self._public_keys = dict(public_keys)
         self._max_frame_bytes = max_frame_bytes
         self._owner_pid = os.getpid()
         # Reentrant: a finalizer posts, and the garbage collector may run one in the middle of a post.
@@ -59,7 +58,8 @@ class Engine:
         self._mailbox: Mailbox
         self._exchange: Exchange
         ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="lingualinked-io", daemon=True)
+        arguments = (dict(public_keys), ready)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="lingualinked-io", daemon=True)
         self._thread.start()
         try:
             ready.result(_START_S)
@@ -73,6 +73,33 @@ class Engine:
         """Where the caller's inbox listens."""
         return self._mailbox.address
 
+    def check_owner(self) -> None:
+        """Raise `UnsupportedOperationError` in a forked child of the process that made the cluster."""
+        if os.getpid() != self._owner_pid:
+            raise UnsupportedOperationError(
+                "a cluster can't be used in a forked child of the process that made it: make one there, or use threads"
+            )
+
+    @property
+    def public_keys(self) -> dict[str, str]:
+        """Public keys of the caller and of all workers, by name."""
+        return {CALLER: self._keys.public, **self._exchange.public_keys}
+
+    def admit(self, device: str, public_key: str) -> None:
+        """Expect the worker of one more device; returns once messages are taken from it.
+
+        Raises
+        ------
+        ClosedError
+            If the cluster is closed.
+        """
+        self._call(lambda: self._exchange.admit(device, public_key))
+
+    def forget(self, device: str) -> None:
+        """Expect nothing more of a device; does nothing once the engine is stopped, or in a forked child."""
+        with contextlib.suppress(ClosedError, UnsupportedOperationError):
+            self._call(lambda: self._exchange.forget(device))
+
     def wait_for_worker(self, name: str, timeout_s: float) -> None:
         """Wait until a worker is ready.
 
@@ -85,7 +112,7 @@ class Engine:
         ClosedError
             If the cluster was closed meanwhile.
         """
-        self._check_owner()
+        self.check_owner()
         in_time = self._exchange.settled[name].wait(min(timeout_s, threading.TIMEOUT_MAX))
         if self._stopping:
             raise closed()
@@ -104,7 +131,7 @@ class Engine:
         """Address and public key of a worker that is ready, or of the caller."""
         if name == CALLER:
             return self.address, self._keys.public
-        return self._exchange.addresses[name], self._public_keys[name]
+        return self._exchange.addresses[name], self._exchange.public_keys[name]
 
     def request(
         self,
@@ -203,14 +230,14 @@ class Engine:
         if self._thread is not threading.current_thread():
             self._thread.join(_STOP_S)
 
-    def _run(self, ready: concurrent.futures.Future[None]) -> None:
+    def _run(self, public_keys: Mapping[str, str], ready: concurrent.futures.Future[None]) -> None:
         try:
-            names = {key: name for name, key in self._public_keys.items()}
+            names = {key: name for name, key in public_keys.items()}
             self._mailbox = ZmqMailbox(CALLER, self._keys, names, max_frame_bytes=self._max_frame_bytes)
         except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it
             ready.set_exception(error)
             return
-        exchange = self._exchange = Exchange(self._mailbox, self._public_keys)
+        exchange = self._exchange = Exchange(self._mailbox, public_keys)
         ready.set_result(None)
         try:
             while not self._stopping:
@@ -232,16 +259,25 @@ class Engine:
             except Exception:  # what waits for an answer has been failed; the others go on
                 logger.exception("a message could not be sent")
 
+    def _call(self, command: Callable[[], None]) -> None:
+        """Have the I/O thread do something, and wait until it has."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def call() -> None:
+            try:
+                command()
+            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._post(call)
+        done.result(_START_S)
+
     def _post(self, command: Callable[[], None]) -> None:
-        self._check_owner()
+        self.check_owner()
         with self._lock:
             if self._stopping:
                 raise closed()
             self._commands.append(command)
         self._mailbox.wake()
-
-    def _check_owner(self) -> None:
-        if os.getpid() != self._owner_pid:
-            raise UnsupportedOperationError(
-                "a cluster can't be used in a forked child of the process that made it: make one there, or use threads"
-            )

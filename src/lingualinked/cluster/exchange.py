@@ -17,6 +17,7 @@ from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
 from lingualinked.protocol.messages import (
+    Authorised,
     CallerMessage,
     Hello,
     Imitated,
@@ -74,6 +75,8 @@ class Exchange:
 
     Attributes
     ----------
+    public_keys : dict of str to str
+        Public key of each device's worker; other threads may read it.
     addresses : dict of str to str
         Where workers listen, of those that have said hello; other threads may read it.
     ended : dict of str to str
@@ -86,10 +89,34 @@ class Exchange:
         self.addresses: dict[str, str] = {}
         self.ended: dict[str, str] = {}
         self.settled = {name: threading.Event() for name in public_keys}
+        self.public_keys = dict(public_keys)
         self._mailbox = mailbox
-        self._public_keys = dict(public_keys)
         self._pending = PendingAnswers()
         self._unloaded: set[int] = set()
+
+    def admit(self, device: str, public_key: str) -> None:
+        """Expect the worker of one more device.
+
+        Raises
+        ------
+        ArgumentError
+            If the key can't be used.
+        """
+        self._mailbox.authorise(device, public_key)
+        self.public_keys[device] = public_key
+        self.settled[device] = threading.Event()
+
+    def forget(self, device: str) -> None:
+        """Expect nothing more of a device; what needs it fails. Does nothing if it is not known."""
+        settled = self.settled.pop(device, None)
+        if settled is None:
+            return
+        del self.public_keys[device]
+        self.addresses.pop(device, None)
+        self._mailbox.disconnect(device)
+        how = self.ended.pop(device, "it is not part of the cluster any more")
+        self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
+        settled.set()
 
     def wait(self, timeout_s: float | None) -> None:
         """Wait for one message, no longer than until an answer is late or ``timeout_s``, and take it."""
@@ -101,6 +128,8 @@ class Exchange:
 
     def take(self, delivery: Delivery) -> None:
         """Do what a message says; what is wrong with it is logged, and nobody else's concern."""
+        if delivery.sender not in self.settled:
+            return  # of a device that is forgotten: said before its worker ended
         try:
             message = decode(delivery.payload)
             if not isinstance(message, WorkerMessage):
@@ -142,6 +171,8 @@ class Exchange:
 
     def bury(self, device: str, how: str) -> None:
         """Take note that a worker has ended; what needs it fails."""
+        if device not in self.settled:
+            return
         self.ended[device] = how
         self._mailbox.disconnect(device)
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
@@ -162,14 +193,16 @@ class Exchange:
                 self._pending.complete(("step", message.session, message.number), reply)
             case StepFailed():
                 self._pending.fail(("step", message.session, message.number), error_of(sender, message))
-            case StageLoaded() | KVCopied() | Imitated() | ModelMeasured() | LinkProbed() | WorkerReport():
+            case (
+                StageLoaded() | KVCopied() | Imitated() | Authorised() | ModelMeasured() | LinkProbed() | WorkerReport()
+            ):
                 self._pending.complete(("request", message.request, 0), message)
             case RequestFailed():
                 self._pending.fail(("request", message.request, 0), error_of(sender, message))
             case LoadProgress():
                 self._pending.progress(("request", message.request, 0), message.num_bytes, time.monotonic())
             case Hello():
-                self._mailbox.connect(sender, message.address, self._public_keys[sender])
+                self._mailbox.connect(sender, message.address, self.public_keys[sender])
                 self.addresses[sender] = message.address
                 self.settled[sender].set()
             case Ping():

@@ -55,12 +55,13 @@ class Launcher:
         self._lock = threading.Lock()
         self._stop_lock = threading.RLock()
         self._stopping = False
-        self._processes: dict[str, _Process] = {}
+        self._processes: list[_Process] = []
         self._on_end: Callable[[str, str], None] = lambda name, how: None
         self._thread: threading.Thread | None = None
         self._fork_server: ServerProcess | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the workers that write to it
         self._woken, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
         _launchers.add(self)
         if forks:
             try:
@@ -81,16 +82,37 @@ class Launcher:
         """
         self._on_end = on_end
         for boot in boots:
-            server = self._fork_server or self._new_server()
-            self._processes[boot.name] = _Process(boot.name, server, None if self._fork_server else server.pid)
-            server.boot(boot)
+            self._begin(boot)
         self._thread = threading.Thread(target=self._watch, name="lingualinked-processes", daemon=True)
         self._thread.start()
 
+    def add(self, boot: Boot) -> None:
+        """Start one more worker beside those that run; does nothing once stopped."""
+        with self._stop_lock:
+            if not self._stopping:
+                self._begin(boot)
+                self._wake_watcher()
+
+    def remove(self, name: str) -> None:
+        """Force a worker's end and forget it, without a word to who is told of ends; does nothing once stopped.
+
+        Returns once it is gone; one that is still to be forked is gone as soon as it is there.
+        """
+        with self._stop_lock:
+            process = None if self._stopping else next((each for each in self._kept() if each.name == name), None)
+            if process is None:
+                return
+            with self._lock:
+                process.given_up = True
+                process.kill()
+                has_started = process.pid is not None
+            self._wake_watcher()
+        if has_started:
+            process.gone.wait(GRACE_S)
+
     def pids(self) -> dict[str, int]:
         """Process ids of the workers that have started and not ended, by device name."""
-        with self._lock:
-            living = [process for process in self._processes.values() if not process.ended]
+        living = [process for process in self._kept() if not process.ended]
         return {process.name: process.pid for process in living if process.pid is not None}
 
     def stop(self) -> None:
@@ -104,10 +126,10 @@ class Launcher:
             self._wake.close()
             if self._thread is not None and self._thread is not threading.current_thread():
                 self._thread.join(GRACE_S)
-            if self._fork_server is not None and all(process.pid is None for process in self._processes.values()):
+            if self._fork_server is not None and all(process.pid is None for process in self._processes):
                 self._fork_server.kill()  # it still imports: it would not see the end before that is done
             deadline = time.monotonic() + GRACE_S
-            for process in self._processes.values():
+            for process in self._processes:
                 process.end_by(deadline)
             for server in self._servers():
                 server.end_by(time.monotonic() + GRACE_S)  # a fork server waits for its workers first
@@ -120,7 +142,7 @@ class Launcher:
         self._stop_lock = threading.RLock()  # whoever held it is not in this process
         for server in self._servers():
             server.abandon()
-        for process in self._processes.values():
+        for process in self._processes:
             process.let_go()
         self._wake.close()
         self._woken.close()
@@ -144,7 +166,22 @@ class Launcher:
     def _servers(self) -> list[ServerProcess]:
         if self._fork_server is not None:
             return [self._fork_server]
-        return [process.server for process in self._processes.values()]
+        return [process.server for process in self._processes]
+
+    def _begin(self, boot: Boot) -> None:
+        server = self._fork_server or self._new_server()
+        process = _Process(boot.name, server, None if self._fork_server else server.pid)
+        with self._lock:
+            self._processes.append(process)
+        server.boot(boot)
+
+    def _kept(self) -> list[_Process]:
+        with self._lock:
+            return [process for process in self._processes if not process.given_up]
+
+    def _wake_watcher(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is about to wake
+            self._wake.send(b"\0")
 
     def _watch(self) -> None:
         """Read what the fork server says and see processes end, until `stop`."""
@@ -161,6 +198,8 @@ class Launcher:
             ready = {descriptor for descriptor, _ in poller.poll(_POLL_MS if None in descriptors else None)}
             if self._stopping:
                 return
+            if self._woken.fileno() in ready:
+                self._woken.recv(4096)
             if server is not None and server.channel.fileno() in ready:
                 for line, handle in server.read():
                     self._note(line, handle)
@@ -168,10 +207,12 @@ class Launcher:
             for name, how in self._newly_ended(ready, server_has_ended):
                 tail = self.error_tail().strip()
                 self._on_end(name, f"{how}; last words of this cluster's workers:\n{tail}" if tail else how)
+            self._clear_away()
 
     def _descriptors(self, server_has_ended: bool) -> list[int | None]:
         """Say what to wait for: while the fork server lives it tells of ends, and of how; then only pidfds do."""
-        living = [process for process in self._processes.values() if not process.ended]
+        with self._lock:
+            living = [process for process in self._processes if not process.ended]
         if self._fork_server is None:
             return [process.server.handle for process in living]
         channel = [] if self._fork_server.hung_up else [self._fork_server.channel.fileno()]
@@ -179,23 +220,38 @@ class Launcher:
 
     def _note(self, line: Forked | Ended, handle: int | None) -> None:
         with self._lock:
-            if isinstance(line, Forked):
-                self._processes[line.name].pid = line.pid
-                self._processes[line.name].handle = handle
+            if isinstance(line, Forked):  # in the order in which they were asked for
+                process = next(each for each in self._processes if each.name == line.name and each.pid is None)
+                process.pid, process.handle = line.pid, handle
+                if process.given_up:
+                    process.kill()
                 return
-            for process in self._processes.values():
+            for process in self._processes:
                 if process.pid == line.pid:
                     process.how = how_it_ended(line.status)
 
     def _newly_ended(self, ready: set[int], server_has_ended: bool) -> list[tuple[str, str]]:
         ended = []
         with self._lock:
-            for process in self._processes.values():
+            for process in self._processes:
                 how = None if process.ended else self._how(process, ready, server_has_ended)
                 if how is not None:
                     process.ended = True
-                    ended.append((process.name, how))
+                    if not process.given_up:
+                        ended.append((process.name, how))
         return ended
+
+    def _clear_away(self) -> None:
+        """Forget the workers that were given up and have ended; only here, where no poll holds their descriptors."""
+        with self._lock:
+            done = [process for process in self._processes if process.given_up and process.ended]
+            for process in done:
+                self._processes.remove(process)
+        for process in done:
+            process.end_by(time.monotonic())
+            if process.server is not self._fork_server:
+                process.server.end_by(time.monotonic())
+            process.gone.set()
 
     def _how(self, process: _Process, ready: set[int], server_has_ended: bool) -> str | None:
         if process.how is not None:
@@ -217,14 +273,23 @@ class _Process:
         self.handle: int | None = None  # pidfd of a forked worker: readable once it has ended
         self.how: str | None = None
         self.ended = False
+        self.given_up = False  # nobody is told of its end
+        self.gone = threading.Event()
+
+    def kill(self) -> None:
+        """Force its end, as far as it has begun."""
+        if self.handle is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+        elif self.pid == self.server.pid:
+            self.server.kill()
 
     def end_by(self, deadline: float) -> None:
         """Wait for a forked worker's end until ``deadline`` (monotonic seconds), then force it."""
         if self.handle is None:
             return
         if not wait_for_end(self.handle, deadline):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            self.kill()
             wait_for_end(self.handle, time.monotonic() + GRACE_S)
         self.let_go()
 

@@ -1,4 +1,4 @@
-"""Asks the workers of a cluster to measure a model's parts and their links, and makes a profile of the answers.
+"""Asks the workers of a cluster to measure a model's parts, and makes a profile of the answers and of their links.
 
 Knows messages and plain data; neither transformers nor what a plan is.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import importlib.metadata
-import itertools
-import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
+from lingualinked.cluster.link_probing import measure_links, tournament
 from lingualinked.cluster.pending import results_of
-from lingualinked.device import CALLER, Device, Link, link_between
-from lingualinked.profile import DeviceProfile, LinkProfile, ModuleTimes, Profile, StepTime
-from lingualinked.protocol.messages import LinkProbed, MeasuredStep, MeasureModel, ModelMeasured, ProbeLink, StepShape
+from lingualinked.device import CALLER, Device
+from lingualinked.errors import ArgumentError
+from lingualinked.profile import DeviceProfile, ModuleTimes, Profile, StepTime
+from lingualinked.protocol.messages import MeasuredStep, MeasureModel, ModelMeasured, StepShape
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from lingualinked.workload import Workload
 
 _NUM_PREFILLS, _NUM_DECODES = 2, 6  # repeats that count; one more goes before them
-_SMALL_BYTES, _LARGE_BYTES = 64, 256 << 10
-_NUM_SMALL, _NUM_LARGE = 7, 3
-_LONGEST_PROBE_S = 0.05  # that one large message may be on an imitated link
 _MEASURING_BYTES = 64 << 20  # that measuring takes beside weights: buffers, results
 _LIBRARIES = ("lingualinked", "torch", "transformers")
 
@@ -67,21 +64,80 @@ def profile_cluster(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
         If a worker raised, ended, or did not answer.
     """
     cluster.wait()
-    answers = _measure_models(cluster, spec, footprint, workload)
+    devices = cluster.devices  # another one may be added meanwhile
+    answers = _measure_models(cluster, devices, spec, footprint, workload)
     groups: defaultdict[object, list[ModelMeasured]] = defaultdict(list)
-    for device, answer in zip(cluster.devices, answers, strict=True):
+    for device, answer in zip(devices, answers, strict=True):
         groups[_likeness(device, answer.hardware)].append(answer)
-    num_on_cpu = sum(device.accelerator == "cpu" for device in cluster.devices)
-    devices = []
-    for device, answer in zip(cluster.devices, answers, strict=True):
+    measured = []
+    for device, answer in zip(devices, answers, strict=True):
         alike = groups[_likeness(device, answer.hardware)]
-        share = num_on_cpu if device.accelerator == "cpu" else 1
-        devices.append(_device_profile(device, alike, footprint.profile, answer.free_bytes // share))
+        free_bytes = answer.free_bytes // _num_sharing(device, devices)
+        measured.append(_device_profile(device, alike, footprint.profile, free_bytes))
+    names = [device.name for device in devices]
     return Profile(
         model=footprint.profile,
-        devices=tuple(devices),
-        links=tuple(_measure_links(cluster)),
+        devices=tuple(measured),
+        links=measure_links(cluster, tournament([CALLER, *names])),
         versions=library_versions(),
+    )
+
+
+def extend_profile(
+    cluster: Cluster, spec: ModelSpec, footprint: Footprint, profile: Profile, device_name: str, workload: Workload
+) -> Profile:
+    """Measure a model on one more device, and the links between it and those that a profile has.
+
+    No other device measures anything; what they are doing goes on. As in `profile_cluster`, what devices or links that are
+    alike have measured is taken together, and what the profile has of such counts; that itself stays as it is.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        Where to measure.
+    spec : ModelSpec
+        What to measure; its weights are not read.
+    footprint : Footprint
+        Its layers' kinds and bytes.
+    profile : Profile
+        Of the model on other devices of the cluster, not necessarily all.
+    device_name : str
+        The device that it lacks.
+    workload : Workload
+        Tells the shapes that matter.
+
+    Returns
+    -------
+    Profile
+        With the device behind the others.
+
+    Raises
+    ------
+    ArgumentError
+        If the profile is of another model, has the device already, or has one that is not in the cluster, or if the
+        cluster lacks the device.
+    WorkerError, WorkerDiedError, StepTimeoutError, ClosedError
+        If the worker, or one that it has a link to, raised, ended, or did not answer.
+    """
+    if profile.model != footprint.profile:
+        raise ArgumentError("the profile is of another model than the one to measure: profile that one first")
+    if device_name in profile.names:
+        raise ArgumentError(f"device {device_name!r} is in the profile already: leave it out with without()")
+    device = cluster.device(device_name)
+    others = [cluster.device(name) for name in profile.names]
+    for each in (device, *others):
+        cluster._engine.wait_for_worker(each.name, cluster.timeout_s)  # noqa: SLF001 - within the room
+    (answer,) = _measure_models(cluster, [device], spec, footprint, workload)
+    likeness = _likeness(device, answer.hardware)
+    known = [each for each in profile.devices if _likeness(each.device, each.hardware) == likeness]
+    alike = [answer, *map(_as_measured, known)]
+    free_bytes = answer.free_bytes // _num_sharing(device, [device, *others])
+    measured = _device_profile(device, alike, footprint.profile, free_bytes)
+    rounds = [[(device_name, other)] for other in (CALLER, *profile.names)]
+    return dataclasses.replace(
+        profile,
+        devices=(*profile.devices, measured),
+        links=(*profile.links, *measure_links(cluster, rounds, profile.links)),
     )
 
 
@@ -121,7 +177,9 @@ def measured_spans(model: ModelProfile, memory_bytes: int | None) -> tuple[tuple
     return tuple(fitting) or (inner,)
 
 
-def _measure_models(cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload) -> list[ModelMeasured]:
+def _measure_models(
+    cluster: Cluster, devices: Sequence[Device], spec: ModelSpec, footprint: Footprint, workload: Workload
+) -> list[ModelMeasured]:
     model = footprint.profile
     blank = dataclasses.replace(spec, load_format="blank", files=())
 
@@ -143,11 +201,40 @@ def _measure_models(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
             cluster.timeout_s,
         )
 
-    return cast("list[ModelMeasured]", results_of([request(device) for device in cluster.devices]))
+    return cast("list[ModelMeasured]", results_of([request(device) for device in devices]))
 
 
 def _likeness(device: Device, hardware: str) -> object:
     return device.accelerator.partition(":")[0], hardware, device.threads, device.slowdown, device.cpus is None
+
+
+def _num_sharing(device: Device, devices: Sequence[Device]) -> int:
+    """Count the devices that the memory which one finds free is for."""
+    return sum(each.accelerator == "cpu" for each in devices) if device.accelerator == "cpu" else 1
+
+
+def _as_measured(known: DeviceProfile) -> ModelMeasured:
+    """Put what a profile has of a device into the words in which its worker said it."""
+
+    def steps(times: ModuleTimes) -> tuple[MeasuredStep, ...]:
+        return tuple(
+            MeasuredStep(
+                shape=StepShape(rows=step.rows, tokens=step.tokens, context=step.context),
+                seconds=step.seconds,
+                spread_s=step.spread_s,
+            )
+            for step in times.steps
+        )
+
+    return ModelMeasured(
+        request=0,
+        hardware=known.hardware,
+        free_bytes=known.free_bytes or 0,
+        layers={kind: steps(times) for kind, times in enumerate(known.layers)},
+        stage=steps(known.stage),
+        prologue=steps(known.prologue),
+        epilogue=steps(known.epilogue),
+    )
 
 
 def _device_profile(
@@ -199,66 +286,3 @@ def _times(answers: Iterable[Sequence[MeasuredStep]]) -> ModuleTimes | None:
             for shape, steps in by_shape.items()
         )
     )
-
-
-def _measure_links(cluster: Cluster) -> Iterator[LinkProfile]:
-    """Probe every pair of parties, each party in one pair at a time.
-
-    A link is taken to be as slow back as there, but for what is known to be imitated.
-    """
-    by_name: dict[str, Device | None] = {CALLER: None} | {device.name: device for device in cluster.devices}
-    likeness = {
-        (source, target): link_between(by_name[source], by_name[target], cluster.links)
-        for source, target in itertools.permutations(by_name, 2)
-    }
-    latencies: defaultdict[Link, list[float]] = defaultdict(list)
-    rates: defaultdict[Link, list[float]] = defaultdict(list)
-    for pairs in _rounds(list(by_name)):
-        probes, futures = [], []
-        for source, target in pairs:
-            prober, other = (target, source) if source == CALLER else (source, target)
-            bandwidth = likeness[prober, other].bandwidth_bytes_per_s
-            large = int(max(4 * _SMALL_BYTES, min(_LARGE_BYTES, bandwidth * _LONGEST_PROBE_S)))
-            sizes = (_SMALL_BYTES,) * _NUM_SMALL + (large,) * _NUM_LARGE
-            probes.append((prober, other, large))
-            futures.append(_probe(cluster, prober, other, sizes))
-        answers = cast("list[LinkProbed]", results_of(futures))
-        for (prober, other, large), answer in zip(probes, answers, strict=True):
-            seconds = answer.seconds
-            small_s = statistics.median(seconds[1:_NUM_SMALL])  # the first one makes the connection
-            large_s = statistics.median(seconds[_NUM_SMALL:])
-            there, back = likeness[prober, other], likeness[other, prober]
-            own_s = max(0.0, small_s - there.latency_s - back.latency_s) / 2
-            for link in (there, back):
-                latencies[link].append(own_s + link.latency_s)
-            if large_s > small_s:
-                rates[there].append((large - _SMALL_BYTES) / (large_s - small_s))
-    for (source, target), link in likeness.items():
-        stated = [] if link.bandwidth_bytes_per_s == math.inf else [link.bandwidth_bytes_per_s]
-        measured = rates[link] or stated
-        yield LinkProfile(
-            source=source,
-            target=target,
-            latency_s=statistics.median(latencies[link]),
-            bandwidth_bytes_per_s=statistics.median(measured) if measured else None,
-        )
-
-
-def _probe(cluster: Cluster, source: str, target: str, sizes: tuple[int, ...]) -> concurrent.futures.Future[object]:
-    engine = cluster._engine  # noqa: SLF001 - within the room
-    address, key = engine.peer(target)
-    return engine.request(
-        source,
-        lambda number: ProbeLink(request=number, target=target, address=address, key=key, sizes=sizes),
-        f"measuring the link to {target!r}",
-        cluster.timeout_s,
-    )
-
-
-def _rounds(names: list[str]) -> Iterator[list[tuple[str, str]]]:
-    """Give all pairs in rounds of disjoint ones, as in a tournament."""
-    seats: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
-    for _ in range(len(seats) - 1):
-        pairs = zip(seats[: len(seats) // 2], reversed(seats[len(seats) // 2 :]), strict=True)
-        yield [(left, right) for left, right in pairs if left is not None and right is not None]
-        seats = [seats[0], seats[-1], *seats[1:-1]]

@@ -56,6 +56,14 @@ class Imitate(Message, frozen=True, tag=6):
     imitation: Imitation
 
 
+class Authorise(Message, frozen=True, tag=29):
+    """Take messages from the holder of one more key: a worker that is about to start."""
+
+    request: int
+    name: str
+    public_key: str
+
+
 class StepShape(Message, frozen=True):
     """Rows of the batch, new tokens of each, and tokens of each that are in the KV cache already."""
 
@@ -201,6 +209,12 @@ class Imitated(Message, frozen=True, tag=25):
     request: int
 
 
+class Authorised(Message, frozen=True, tag=30):
+    """Whoever holds the key may connect from now on."""
+
+    request: int
+
+
 class MeasuredStep(Message, frozen=True):
     """Seconds that one part of a model took in steps of one shape: median, and distance between the quartiles."""
 
@@ -314,6 +328,7 @@ CallerMessage = (
     | UnloadModel
     | Inspect
     | Imitate
+    | Authorise
     | MeasureModel
     | ProbeLink
     | KeepPlan
@@ -330,6 +345,7 @@ WorkerMessage = (
     | StageLoaded
     | KVCopied
     | Imitated
+    | Authorised
     | ModelMeasured
     | LinkProbed
     | Ping

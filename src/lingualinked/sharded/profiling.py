@@ -128,14 +128,16 @@ def find_profile(
     cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload, *, refresh: bool = False
 ) -> Profile:
     """Load the profile from disk, or measure it and keep it."""
-    found = None if refresh else saved_profile(cluster.devices, cluster.links, footprint, workload)
+    devices, links = cluster.devices, cluster.links
+    found = None if refresh else saved_profile(devices, links, footprint, workload)
     if found is not None:
         return found
     from lingualinked.cluster.profiling import profile_cluster
 
     profile = profile_cluster(cluster, spec, footprint, workload)
-    with contextlib.suppress(OSError):  # a disk that is full or read-only costs the next start time, and no more
-        profile.save(_path("profile", _key(cluster.devices, cluster.links, footprint, workload)))
+    if cluster.devices == devices:  # none was added meanwhile
+        with contextlib.suppress(OSError):  # a disk that is full or read-only costs the next start time, and no more
+            profile.save(_path("profile", _key(devices, links, footprint, workload)))
     return profile
 
 
@@ -150,17 +152,19 @@ def find_plan(
     cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload, objective: Objective
 ) -> Plan:
     """Load the plan from disk, or profile, solve and keep it: loading a solver takes as long as loading a small model."""
-    path = _path("plan", [*_key(cluster.devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE])
+    devices = cluster.devices
+    path = _path("plan", [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE])
     with contextlib.suppress(OSError, ArgumentError):
         return Plan.from_json(path.read_bytes())
     profile = find_profile(cluster, spec, footprint, workload)
     from lingualinked.planning.planner import solve
 
     plan = solve(profile, objective=objective, workload=workload)
-    with contextlib.suppress(OSError):
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(plan.to_json(), encoding="utf-8")
-        partial.replace(path)
+    if cluster.devices == devices:  # none was added meanwhile
+        with contextlib.suppress(OSError):
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            partial.write_text(plan.to_json(), encoding="utf-8")
+            partial.replace(path)
     return plan
 
 

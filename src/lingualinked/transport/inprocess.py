@@ -23,7 +23,7 @@ from lingualinked.transport.codec import (
     decode_message,
     encode_message,
 )
-from lingualinked.transport.keys import KeyPair, check_authorised, generate_keypair, raw_key
+from lingualinked.transport.keys import KeyPair, authorise, check_authorised, generate_keypair, raw_key
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.refusals import Refusals
 
@@ -99,7 +99,8 @@ class InProcessMailbox(Mailbox):
     ) -> None:
         super().__init__(name, Refusals(name))
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
-        self._authorised = None if authorised is None else check_authorised(authorised)
+        self._admits_all = authorised is None
+        self._authorised = check_authorised(authorised or {})
         self._refused_peers: set[str] = set()
         # Its put() may be called by a signal handler or finalizer, even in the middle of a get(). None: look at _is_woken.
         self._queue: queue.SimpleQueue[tuple[str, Sequence[bytes]] | None] = queue.SimpleQueue()
@@ -151,7 +152,7 @@ class InProcessMailbox(Mailbox):
         """Say whether the holder of a key may connect; count and log it if not."""
         if self._name_of(sender_key) is not None:
             return True
-        self._refusals.add("unknown peers", "key", f"a connection with the key {sender_key!r}, which is not authorised")
+        self._refuse_key("a connection", sender_key)
         return False
 
     def accept(self, sender_key: str, frames: Sequence[bytes]) -> None:
@@ -164,14 +165,20 @@ class InProcessMailbox(Mailbox):
         frames : sequence of bytes
             Frame 0 and those behind it.
         """
-        sender = self._name_of(sender_key)
-        if sender is not None and not self._closed:
-            self._queue.put((sender, frames))
+        if self._name_of(sender_key) is None:
+            self._refuse_key("a message", sender_key)
+        elif not self._closed:
+            self._queue.put((sender_key, frames))
 
     def _name_of(self, public_key: str) -> str | None:
-        return self._hub.name_of(public_key) if self._authorised is None else self._authorised.get(public_key)
+        name = self._authorised.get(public_key)
+        return self._hub.name_of(public_key) if name is None and self._admits_all else name
 
-    def _open(self, sender: str, frames: Sequence[bytes]) -> Delivery | None:
+    def _open(self, sender_key: str, frames: Sequence[bytes]) -> Delivery | None:
+        sender = self._name_of(sender_key)
+        if sender is None:  # it was authorised when it came
+            self._refuse_key("a message", sender_key)
+            return None
         try:
             message = decode_message(frames, self._limits)
         except MalformedError as error:
@@ -183,6 +190,9 @@ class InProcessMailbox(Mailbox):
             return delivery
         self._held.add(message.due_us, delivery)
         return None
+
+    def _authorise(self, name: str, public_key: str) -> None:
+        authorise(self._authorised, name, public_key)
 
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)

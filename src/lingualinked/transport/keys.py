@@ -118,3 +118,31 @@ def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
                 f"two keys are authorised as {name!r} ({owners[name]!r} and {key!r}): give each party its own name"
             )
     return dict(authorised)
+
+
+def authorise(authorised: dict[str, str], name: str, public_key: str) -> str | None:
+    """Add one to the public keys and names of those who may connect; return the key that had the name before.
+
+    Parameters
+    ----------
+    authorised : dict of str to str
+        Public key and name of each party. Other threads may read it meanwhile.
+    name : str
+        The party's name.
+    public_key : str
+        Its key.
+
+    Raises
+    ------
+    ArgumentError
+        If the key is none, or authorised under another name.
+    """
+    raw_key(public_key)
+    owner = authorised.get(public_key)
+    if owner not in (None, name):
+        raise ArgumentError(f"the key {public_key!r} is authorised as {owner!r}: {name!r} needs a key of its own")
+    before = next((key for key, other in authorised.items() if other == name and key != public_key), None)
+    authorised[public_key] = name
+    if before is not None:
+        del authorised[before]
+    return before

@@ -52,8 +52,8 @@ class Delivery:
 class Mailbox(abc.ABC):
     """One party's address: an inbox that others send to, and the peers that it sends to itself.
 
-    A mailbox belongs to the thread that made it: that thread alone calls `connect`, `disconnect`, `send`, `receive`
-    and `close`. `wake` may be called from any thread, a signal handler or a finalizer. Once the owning thread has
+    A mailbox belongs to the thread that made it: that thread alone calls `authorise`, `connect`, `disconnect`, `send`,
+    `receive` and `close`. `wake` may be called from any thread, a signal handler or a finalizer. Once the owning thread has
     ended, another one (a finalizer too) may call `close`. A mailbox that is dropped unclosed closes itself. In a
     forked child only `close` may be called, and harms nobody.
 
@@ -89,6 +89,29 @@ class Mailbox(abc.ABC):
     def num_refused(self) -> int:
         """Number of malformed messages and unauthorised connections that were dropped so far."""
         return self._refusals.num
+
+    def authorise(self, name: str, public_key: str) -> None:
+        """Let the holder of a key connect from now on. Does nothing if it may already, under this name.
+
+        Who had the name before loses it: what comes with that key is dropped. A connection that has been refused stays so;
+        its maker has to `disconnect` and `connect` again.
+
+        Parameters
+        ----------
+        name : str
+            The sender of what comes with the key.
+        public_key : str
+            The key; nobody else's.
+
+        Raises
+        ------
+        ArgumentError
+            If the key is none, or authorised under another name.
+        ClosedError
+            If the mailbox is closed.
+        """
+        self._check_open()
+        self._authorise(name, public_key)
 
     def connect(self, name: str, address: str, public_key: str) -> None:
         """Make a peer known, so that messages can be sent to it. Does nothing if it is known as the same.
@@ -220,6 +243,10 @@ class Mailbox(abc.ABC):
         """Give up the address and drop what still waits, within bounded time. Does nothing the second time."""
 
     @abc.abstractmethod
+    def _authorise(self, name: str, public_key: str) -> None:
+        """Let the holder of a key in."""
+
+    @abc.abstractmethod
     def _connect(self, name: str, address: str, public_key: str) -> None:
         """Open the way to a peer that is not connected."""
 
@@ -238,6 +265,9 @@ class Mailbox(abc.ABC):
             raise PeerUnknownError(
                 f"mailbox {self.name!r} is not connected to {name!r} (connected peers: {known}): connect() it first"
             )
+
+    def _refuse_key(self, where: str, key: str) -> None:
+        self._refusals.add("unknown peers", "key", f"{where} with the key {key!r}, which is not authorised")
 
     def _refused_by(self, name: str) -> ProtocolError:
         return ProtocolError(

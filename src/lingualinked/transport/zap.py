@@ -43,9 +43,10 @@ class ZapHandler:
         requests: zmq.Socket[bytes] = context.socket(zmq.REP)
         requests.linger = 0
         self._stop = Waker()
+        self._authorised = dict(authorised)  # the thread reads it; no more than one entry is changed at a time
         self._thread = threading.Thread(
             target=_serve,
-            args=(context, requests, self._stop, dict(authorised), refusals),
+            args=(context, requests, self._stop, self._authorised, refusals),
             name="lingualinked-zap",
             daemon=True,
         )
@@ -55,6 +56,14 @@ class ZapHandler:
         except BaseException:
             _end(context, requests, self._stop)
             raise
+
+    def authorise(self, key: bytes, user_id: str) -> None:
+        """Let the holder of one more key in."""
+        self._authorised[key] = user_id
+
+    def withdraw(self, key: bytes) -> None:
+        """Let the holder of a key in no more; connections that stand are not ended."""
+        self._authorised.pop(key, None)
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread and the context, whose other sockets must be closed; say whether that was done in time.

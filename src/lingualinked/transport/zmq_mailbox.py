@@ -28,7 +28,7 @@ from lingualinked.transport.codec import (
     decode_message,
     encode_message,
 )
-from lingualinked.transport.keys import KeyPair, check_authorised, raw_key
+from lingualinked.transport.keys import KeyPair, authorise, check_authorised, raw_key
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.waker import Waker
@@ -59,7 +59,8 @@ class ZmqMailbox(Mailbox):
     keys : KeyPair
         Its keys; others connect with the public half.
     authorised : mapping of str to str
-        Public key and name of each party that may connect. Complete from the start: a refusal is final.
+        Public key and name of each party that may connect, to begin with. A refusal is final: whoever connects must have
+        been authorised, here or by `authorise`, before.
     address : {"ipc", "tcp"}, optional
         What to listen on: an abstract unix name, or a free port of 127.0.0.1. By default the first where there is one.
     max_frame_bytes, max_message_bytes : int
@@ -147,6 +148,12 @@ class ZmqMailbox(Mailbox):
         self._peers.clear()
         self._finalizer()
 
+    def _authorise(self, name: str, public_key: str) -> None:
+        before = authorise(self._authorised, name, public_key)
+        self._sockets.authorise(public_key)
+        if before is not None:
+            self._sockets.withdraw(before)
+
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)
         try:
@@ -170,7 +177,11 @@ class ZmqMailbox(Mailbox):
             while self._inbox.get(zmq.RCVMORE):
                 self._inbox.recv(zmq.DONTWAIT)
             raise
-        sender = self._authorised[str(frames[0].get("User-Id"))]
+        key = str(frames[0].get("User-Id"))
+        sender = self._authorised.get(key)
+        if sender is None:  # connected while it was
+            self._refuse_key("a message", key)
+            return None
         try:
             if num_frames > len(frames):
                 raise MalformedError("size", f"a message of {num_bytes} bytes in {num_frames} frames")
@@ -227,6 +238,12 @@ class _Sockets:
         bound = self.inbox.get(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
         return bound.decode().rstrip("\0")
+
+    def authorise(self, public_key: str) -> None:
+        self._zap.authorise(raw_key(public_key), public_key)
+
+    def withdraw(self, public_key: str) -> None:
+        self._zap.withdraw(raw_key(public_key))
 
     def connect(self, name: str, address: str, public_key: str, keys: KeyPair) -> None:
         outbox = self._socket(zmq.PUSH)

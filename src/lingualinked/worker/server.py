@@ -22,6 +22,8 @@ from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Imitation
 from lingualinked.protocol.messages import (
+    Authorise,
+    Authorised,
     CallerMessage,
     EndSession,
     FailureKind,
@@ -190,6 +192,8 @@ class Worker:
                 self._answer(message.request, lambda: self._report(message))
             case Imitate():
                 self._answer(message.request, lambda: self._throttle(message))
+            case Authorise():
+                self._answer(message.request, lambda: self._authorise(message))
             case MeasureModel():
                 self._answer(message.request, lambda: self._measure(message))
             case ProbeLink():
@@ -277,6 +281,10 @@ class Worker:
         for link in imitation.links:
             bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
             self._mailbox.shape(link.target, bandwidth, link.latency_s)
+
+    def _authorise(self, message: Authorise) -> Authorised:
+        self._mailbox.authorise(message.name, message.public_key)
+        return Authorised(request=message.request)
 
     def _measure(self, message: MeasureModel) -> ModelMeasured:
         times = Measurer(message, self._boot.accelerator, self._pace).run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import pytest
@@ -38,14 +38,15 @@ from lingualinked.protocol.messages import (
     decode,
     encode,
 )
-from lingualinked.transport import InProcessHub, InProcessMailbox
+from lingualinked.transport import InProcessHub, InProcessMailbox, generate_keypair
 
 
 class Conversation:
     """An exchange and the mailboxes of its two workers."""
 
     def __init__(self) -> None:
-        hub = InProcessHub()
+        self.hub = hub = InProcessHub()
+        self.keys = {name: generate_keypair() for name in ("first", "second")}
         self.caller = InProcessMailbox(hub, "caller")
         self.workers = {name: InProcessMailbox(hub, name) for name in "ab"}
         self.exchange = Exchange(self.caller, {name: box.public_key for name, box in self.workers.items()})
@@ -64,7 +65,7 @@ class Conversation:
         delivery = self.workers[name].receive(0)
         return None if delivery is None else decode(delivery.payload)
 
-    def ask(self, message: Step | Inspect, devices: str = "ab", model: int = 1) -> Future[object]:
+    def ask(self, message: Step | Inspect, devices: Sequence[str] = "ab", model: int = 1) -> Future[object]:
         pending = Pending(
             devices=frozenset(devices), model=model, what="this", timeout_s=60, deadline=time.monotonic() + 60
         )
@@ -166,6 +167,39 @@ def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> 
         talk.ask(step(3)).result(0)
     talk.exchange.tell("b", EndSession(model=1, plan_version=1, stage=0, session=1), 1)
     assert talk.heard("b") is None
+
+
+def test_a_device_may_come_later_and_go_again(talk: Conversation, caplog: pytest.LogCaptureFixture) -> None:
+    late = talk.workers["late"] = InProcessMailbox(talk.hub, "late")
+    late.connect("caller", talk.caller.address, talk.caller.public_key)
+    talk.greet("late")  # nobody expects it
+    assert "late" not in talk.exchange.addresses
+    talk.exchange.admit("late", late.public_key)
+    settled = talk.exchange.settled["late"]
+    assert not settled.is_set()
+    talk.greet("late")
+    assert settled.is_set()
+    future = talk.ask(Inspect(request=1), devices=["late"])
+    assert talk.heard("late") == Inspect(request=1)
+    for _ in range(2):
+        talk.exchange.forget("late")
+    with pytest.raises(WorkerDiedError, match="'late' died"):
+        future.result(0)
+    talk.greet("late")
+    talk.exchange.bury("late", "killed")
+    assert not {"late"} & {*talk.exchange.addresses, *talk.exchange.ended, *talk.exchange.settled}
+    assert caplog.records == []
+
+
+def test_a_device_that_failed_may_come_again_with_another_key(talk: Conversation) -> None:
+    talk.exchange.admit("late", talk.keys["first"].public)
+    talk.exchange.bury("late", "killed")
+    assert "late" in talk.exchange.ended
+    talk.exchange.forget("late")
+    talk.exchange.admit("late", talk.keys["second"].public)
+    assert "late" not in talk.exchange.ended
+    assert not talk.exchange.settled["late"].is_set()
+    assert talk.exchange.public_keys["late"] == talk.keys["second"].public
 
 
 def test_a_model_that_is_unloaded_fails_what_waits_and_what_comes(talk: Conversation) -> None:

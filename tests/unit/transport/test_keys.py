@@ -8,7 +8,7 @@ import zmq
 
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.transport import KeyPair, generate_keypair
-from lingualinked.transport.keys import check_authorised, raw_key
+from lingualinked.transport.keys import authorise, check_authorised, raw_key
 
 
 def test_pairs_are_new_each_time_and_hide_the_secret() -> None:
@@ -55,3 +55,16 @@ def test_authorised_keys_are_checked_and_copied() -> None:
         check_authorised({a: "a", b: "a"})
     with pytest.raises(ArgumentError, match="'c' is no public key"):
         check_authorised({"c": "c"})
+
+
+def test_a_key_is_added_and_takes_its_name_from_another() -> None:
+    a, b, c = (generate_keypair().public for _ in range(3))
+    authorised = {a: "a"}
+    assert authorise(authorised, "b", b) is None
+    assert authorise(authorised, "b", b) is None
+    assert authorise(authorised, "a", c) == a
+    assert authorised == {b: "b", c: "a"}
+    with pytest.raises(ArgumentError, match="is authorised as 'b': 'c' needs a key of its own"):
+        authorise(authorised, "c", b)
+    with pytest.raises(ArgumentError, match="is no public key"):
+        authorise(authorised, "c", "c")

@@ -1,0 +1,84 @@
+"""The devices that a cluster is asked to run workers on, checked and filled in.
+
+Knows this machine's cores; starts nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from lingualinked.device import Device
+from lingualinked.errors import ArgumentError
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
+    """Return the devices that a cluster would have: so many local ones, or these, each with its number of threads.
+
+    Raises
+    ------
+    ArgumentError
+        If there is none, a name occurs twice, or a core is not this process's to use.
+    """
+    if isinstance(devices, bool) or not isinstance(devices, int | Sequence) or isinstance(devices, str):
+        raise ArgumentError(f"devices={devices!r} must be a number of local workers or a sequence of Device")
+    if isinstance(devices, int):
+        if devices < 1:
+            raise ArgumentError(f"devices={devices} must be at least 1")
+        devices = [Device(name=f"worker-{index}") for index in range(devices)]
+    if not devices:
+        raise ArgumentError("devices is empty: a cluster needs at least one")
+    filled: list[Device] = []
+    for device in devices:
+        if not isinstance(device, Device):
+            raise ArgumentError(f"devices holds {device!r}, which is no lingualinked.Device")
+        if any(device.name == other.name for other in filled):
+            raise ArgumentError(f"two devices are named {device.name!r}: names must differ")
+        filled.append(_filled(device, len(devices)))
+    return tuple(filled)
+
+
+def as_further_device(device: Device, others: Sequence[Device]) -> Device:
+    """Return the device that a cluster of others would have in addition, with its number of threads.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no device, its name is taken, or a core is not this process's to use.
+    """
+    if not isinstance(device, Device):
+        raise ArgumentError(f"device={device!r} is no lingualinked.Device")
+    names = [other.name for other in others]
+    if device.name in names:
+        raise ArgumentError(f"a device named {device.name!r} is in this cluster already ({names}): choose another name")
+    return _filled(device, len(others) + 1)
+
+
+def _filled(device: Device, num_devices: int) -> Device:
+    """Give a device its share of the cores if it does not say how many threads it has."""
+    _check_local(device)
+    share = max(1, usable_cores() // num_devices)
+    threads = device.threads or (share if device.cpus is None else len(device.cpus))
+    return dataclasses.replace(device, threads=threads)
+
+
+def _check_local(device: Device) -> None:
+    if device.cpus is not None:
+        if not hasattr(os, "sched_getaffinity"):
+            raise ArgumentError(
+                f"cpus of device {device.name!r}: this system can't pin a process to cores; leave it out"
+            )
+        foreign = sorted(set(device.cpus) - os.sched_getaffinity(0))
+        if foreign:
+            raise ArgumentError(
+                f"cpus={device.cpus} of device {device.name!r}: cores {foreign} are not among those this process "
+                f"may use ({sorted(os.sched_getaffinity(0))})"
+            )
