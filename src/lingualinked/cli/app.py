@@ -101,6 +101,31 @@ def plan(
 
 
 @app.command()
+def trace(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, each in a session.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint, or a hub id; without it, the bundled model.")
+    ] = None,
+    devices: Annotated[
+        str, typer.Option("--devices", "-d", help="A cluster file (TOML), or a number of workers.")
+    ] = "3",
+    max_new_tokens: NewTokens = 32,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            "--requests", "-r", min=1, help="Sessions at once; else one per prompt, or per device if that is more."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("trace.json"),
+) -> None:
+    """Write a timeline of a running pipeline, to be opened in the Perfetto UI."""
+    from lingualinked.cli.trace import run_trace
+
+    _run(lambda: run_trace(model, prompts or [], devices, dtype, max_new_tokens, requests, output))
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine offers: threads, memory, accelerators, versions."""
     from lingualinked.cli.doctor import run_doctor

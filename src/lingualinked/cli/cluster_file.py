@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from lingualinked.cluster.devices import as_devices
 from lingualinked.device import Device, Link, check_links
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.estimate import Figures
@@ -34,6 +35,19 @@ class ClusterFile:
     devices: tuple[Device, ...]
     links: dict[tuple[str, str], Link]
     figures: dict[str, Figures]
+
+
+def read_devices(asked: str) -> ClusterFile:
+    """Take what ``--devices`` says: a number of local CPU workers, or the path of a cluster file.
+
+    Raises
+    ------
+    ArgumentError
+        If it is neither.
+    """
+    if asked.isdecimal():
+        return ClusterFile(devices=as_devices(int(asked)), links={}, figures={})
+    return read_cluster_file(Path(asked))
 
 
 def read_cluster_file(path: Path) -> ClusterFile:

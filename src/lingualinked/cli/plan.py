@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import ClusterFile, read_cluster_file
+from lingualinked.cli.cluster_file import ClusterFile, read_devices
 from lingualinked.cluster.devices import as_devices
 from lingualinked.planning.estimate import roofline_profile
 
@@ -31,7 +31,7 @@ def run_plan(
     explain: bool,
 ) -> None:
     """Print the plan, from a saved profile, from stated figures, or from a measurement made now."""
-    asked = _asked(devices)
+    asked = read_devices(devices)
     profile = _profile(path, asked, workload, dtype)
     plan = ll.solve(profile, objective=objective, workload=workload)
     if plot is not None:
@@ -46,12 +46,6 @@ def run_plan(
     console.print(str(plan), highlight=False, soft_wrap=True)
     if explain:
         console.print(f"\n{plan.explain()}", highlight=False, soft_wrap=True)
-
-
-def _asked(devices: str) -> ClusterFile:
-    if devices.isdecimal():
-        return ClusterFile(devices=as_devices(int(devices)), links={}, figures={})
-    return read_cluster_file(Path(devices))
 
 
 def _profile(path: str, asked: ClusterFile, workload: ll.Workload, dtype: str) -> ll.Profile:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import read_cluster_file
+from lingualinked.cli.cluster_file import read_cluster_file, read_devices
 
 GOOD = """
 [[devices]]
@@ -80,3 +80,9 @@ def test_what_can_not_be_used_is_named(path: Path, content: str, message: str) -
 def test_a_file_that_is_not_there(path: Path) -> None:
     with pytest.raises(ll.ArgumentError, match="no cluster file at"):
         read_cluster_file(path)
+
+
+def test_a_number_of_workers_or_a_file(path: Path) -> None:
+    assert [device.name for device in read_devices("2").devices] == ["worker-0", "worker-1"]
+    path.write_text(GOOD)
+    assert read_devices(str(path)) == read_cluster_file(path)

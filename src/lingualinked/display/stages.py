@@ -1,0 +1,55 @@
+"""What a step took in each stage, as a table.
+
+Knows a pipeline's history; not how it is recorded.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from lingualinked.display.tables import Rows
+from lingualinked.display.units import bytes_text, seconds_text
+from lingualinked.telemetry.history import History
+from lingualinked.telemetry.samples import StageTiming
+from lingualinked.telemetry.timeline import counted_steps
+
+
+def stage_rows(history: History) -> Rows:
+    """Put medians over the remembered decode steps into rows, one per stage; below, how the stages overlapped."""
+    steps = counted_steps(history.steps)
+    visits: dict[tuple[str, int, int], list[StageTiming]] = {}
+    for step in steps:
+        for timing in step.stages:
+            visits.setdefault((timing.device, timing.start, timing.end), []).append(timing)
+    busy = history.utilisation()
+    notes = []
+    if steps:
+        notes = [
+            f"from the caller and back: {seconds_text(statistics.median(step.total_s for step in steps))}",
+            f"{history.tokens_per_s():.1f} tokens/s; of {len(busy)} devices, {sum(busy.values()):.1f} busy on average",
+        ]
+    computed = {place: statistics.median(each.compute_s for each in timings) for place, timings in visits.items()}
+    longest = max(computed.values(), default=0.0) or 1.0
+    return Rows(
+        title=f"What a {_kind(history)} took in each stage, median of {len(steps)}",
+        columns=("device", "layers", "way there", "waits", "computes", "codec", "sent", "busy"),
+        rows=[
+            (
+                device,
+                f"[{start}, {end})",
+                seconds_text(statistics.median(each.hop_s for each in timings)),
+                seconds_text(statistics.median(each.wait_s for each in timings)),
+                seconds_text(computed[device, start, end]),
+                seconds_text(statistics.median(each.codec_s for each in timings)),
+                bytes_text(statistics.median(each.sent_bytes for each in timings)),
+                f"{busy[device]:.0%}",
+            )
+            for (device, start, end), timings in visits.items()
+        ],
+        bars=[computed[place] / longest for place in visits],
+        notes=notes,
+    )
+
+
+def _kind(history: History) -> str:
+    return "decode step" if any(step.is_decode for step in history.steps) else "step"

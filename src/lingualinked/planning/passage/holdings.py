@@ -1,0 +1,168 @@
+"""What plans make devices hold, alone and two at a time, and how much each device can hold.
+
+Knows bytes; not which plan is better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TypeAlias
+
+from lingualinked.device import Device
+from lingualinked.errors import ArgumentError
+from lingualinked.planning.even import WeightBytes
+from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.profile import Profile
+from lingualinked.workload import Workload
+
+Spans: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Device, start and end of each stage of a plan, in pipeline order."""
+
+MAX_LAYERS_LOOKED_AT = 20_000
+"""Searches look at plans with so many layers in sum, which takes some tens of milliseconds."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """What layers take of memory, and what devices have.
+
+    Parameters
+    ----------
+    weights : WeightBytes
+        Of the model.
+    devices : tuple of Device
+        All that may be used.
+    capacity_bytes : tuple of float
+        Memory of each of them; infinite if it is not known.
+    layer_kv : tuple of int
+        Bytes of each layer's KV of all sessions; empty if not known.
+    working : int
+        Bytes of a stage's intermediate results.
+
+    Raises
+    ------
+    ArgumentError
+        If numbers of devices or layers don't agree.
+    """
+
+    weights: WeightBytes
+    devices: tuple[Device, ...]
+    capacity_bytes: tuple[float, ...]
+    layer_kv: tuple[int, ...] = ()
+    working: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.devices) != len(self.capacity_bytes):
+            raise ArgumentError(f"capacity_bytes are {len(self.capacity_bytes)}, for {len(self.devices)} devices")
+        if self.layer_kv and len(self.layer_kv) != len(self.weights.layers):
+            raise ArgumentError(f"layer_kv are {len(self.layer_kv)}, for {len(self.weights.layers)} layers")
+
+    @classmethod
+    def of_profile(cls, profile: Profile, workload: Workload, reserve: float = 0.0) -> Holdings:
+        """Take everything from a profile, with the KV and the steps of a workload.
+
+        Parameters
+        ----------
+        profile : Profile
+            Of the model on the cluster's devices.
+        workload : Workload
+            Sessions whose KV is held.
+        reserve : float
+            Share of every device's memory that is left free. What plans leave free may be used while layers move.
+        """
+        model, costs = profile.model, WorkloadCosts(profile, workload, reserve)
+        return cls(
+            weights=WeightBytes(
+                layers=model.layer_weight_bytes,
+                prologue=model.prologue_bytes,
+                epilogue=model.epilogue_bytes,
+                tied=model.tied_bytes,
+            ),
+            devices=tuple(each.device for each in profile.devices),
+            capacity_bytes=tuple(costs.capacity_bytes(each) for each in profile.devices),
+            layer_kv=tuple(map(costs.layer_kv_bytes, range(model.num_layers))),
+            working=costs.working_bytes(),
+        )
+
+    @classmethod
+    def of_devices(cls, weights: WeightBytes, devices: Sequence[Device]) -> Holdings:
+        """Take the devices' own limits and count weights alone, where nothing was measured."""
+        limits = (device.memory_bytes for device in devices)
+        return cls(
+            weights=weights,
+            devices=tuple(devices),
+            capacity_bytes=tuple(math.inf if limit is None else limit for limit in limits),
+        )
+
+
+class Ledger:
+    """Bytes that devices hold under plans, their limits while layers move, and how many plans may still be looked at.
+
+    A device that passes its memory before anything has moved may hold so much, and no more.
+
+    Parameters
+    ----------
+    holdings : Holdings
+        What layers take, and what devices have.
+    origin : tuple of (str, int, int)
+        Spans of the plan to begin with.
+    """
+
+    def __init__(self, holdings: Holdings, origin: Spans) -> None:
+        weights = holdings.weights
+        self.weights, self.working = weights, holdings.working
+        self.num_layers = len(weights.layers)
+        kv = holdings.layer_kv or (0,) * self.num_layers
+        self.before = [0, *accumulate(weight + each for weight, each in zip(weights.layers, kv, strict=True))]
+        self.capacity_bytes = dict(
+            zip((device.name for device in holdings.devices), holdings.capacity_bytes, strict=True)
+        )
+        self.limits = {
+            name: max(capacity, self.held_bytes(name, origin)) for name, capacity in self.capacity_bytes.items()
+        }
+        trusted = frozenset(device.name for device in holdings.devices if device.trusted)
+        self.may_hold_ends = trusted or frozenset(self.limits)
+        self.looks_left = MAX_LAYERS_LOOKED_AT // self.num_layers
+        self._furthest: dict[tuple[str, int], int] = {}
+
+    def held_bytes(self, device: str, *plans: Spans) -> int:
+        """Give the bytes that a device holds that is part of all these plans at once; what they share counts once."""
+        spans = sorted((start, end) for plan in plans for name, start, end in plan if name == device)
+        if not spans:
+            return 0
+        num_bytes = reached = 0
+        for start, end in spans:
+            if end > reached:
+                num_bytes += self.before[end] - self.before[max(start, reached)]
+                reached = end
+        num_stages = max(sum(name == device for name, _, _ in plan) for plan in plans)
+        return num_bytes + self.ends_bytes(spans[0][0] == 0, reached == self.num_layers) + self.working * num_stages
+
+    def ends_bytes(self, has_first: bool, has_last: bool) -> int:
+        """Give the bytes of the weights around the layers, what is tied once."""
+        both = self.weights.tied * (has_first and has_last)
+        return self.weights.prologue * has_first + self.weights.epilogue * has_last - both
+
+    def fit(self, *plans: Spans) -> bool:
+        """Whether all devices can hold their parts of these plans at once."""
+        devices = {name for plan in plans for name, _, _ in plan}
+        return all(self.held_bytes(name, *plans) <= self.limits[name] for name in devices)
+
+    def furthest(self, device: str, start: int) -> int:
+        """Give the end of the largest stage that a device can hold from a layer on; `start` if it can hold none."""
+        key = (device, start)
+        if key not in self._furthest:
+            self._furthest[key] = self._find_furthest(device, start)
+        return self._furthest[key]
+
+    def _find_furthest(self, device: str, start: int) -> int:
+        may_hold_ends = device in self.may_hold_ends
+        if start == 0 and not may_hold_ends:
+            return 0
+        for end in range(self.num_layers if may_hold_ends else self.num_layers - 1, start, -1):
+            if self.held_bytes(device, ((device, start, end),)) <= self.limits[device]:
+                return end
+        return start

@@ -1,0 +1,206 @@
+"""From one plan to another along one order of devices: in every step all layers move that their new devices have room for.
+
+Knows slots, places in that order; not which plans to go through when this leads nowhere.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+
+from lingualinked.planning.passage.holdings import Ledger, Spans
+
+Places = tuple[int, ...]
+
+
+class Track:
+    """An order of slots that two plans share, and where each layer lies on it.
+
+    A device has one slot, or two where the plans hold it in different places; both at once only as the first and the last.
+
+    Parameters
+    ----------
+    origin, target : tuple of (str, int, int)
+        The plans.
+    ledger : Ledger
+        What devices can hold.
+    """
+
+    def __init__(self, origin: Spans, target: Spans, ledger: Ledger) -> None:
+        self.ledger = ledger
+        first, second = slots_of(origin), slots_of(target)
+        self.slots, first_slots, second_slots = merged(first, second)
+        self.begin = _places(origin, first_slots)
+        self.goal = _places(target, second_slots)
+        self._slots_of: dict[str, list[int]] = {}
+        for index, device in enumerate(self.slots):
+            self._slots_of.setdefault(device, []).append(index)
+        self._twins = [slots for slots in self._slots_of.values() if len(slots) > 1]
+
+    def spans(self, places: Sequence[int]) -> Spans:
+        """Give the plan in which the layers lie there."""
+        spans: list[tuple[str, int, int]] = []
+        for slot, run in itertools.groupby(range(len(places)), key=places.__getitem__):
+            layers, device = list(run), self.slots[slot]
+            start = spans.pop()[1] if spans and spans[-1][0] == device else layers[0]
+            spans.append((device, start, layers[-1] + 1))
+        return tuple(spans)
+
+    def may_enter(self, held: Spans, places: Sequence[int], slot: int) -> bool:
+        """Whether a plan is valid, and its part in one slot's device fits beside what is held there."""
+        for twins in self._twins:
+            taken = [each for each in twins if self._span(places, each)]
+            if len(taken) > 1 and (len(taken) > 2 or places[0] != taken[0] or places[-1] != taken[1]):
+                return False
+        device = self.slots[slot]
+        gained = tuple(filter(None, (self._span(places, each) for each in self._slots_of[device])))
+        kept = tuple(span for span in held if span[0] == device)
+        return self.ledger.held_bytes(device, kept, gained) <= self.ledger.limits[device]
+
+    def _span(self, places: Sequence[int], slot: int) -> tuple[str, int, int] | None:
+        start = bisect.bisect_left(places, slot)
+        end = bisect.bisect_right(places, slot, start)
+        return (self.slots[slot], start, end) if end > start else None
+
+
+def waves(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
+    """Move every layer straight to its new device, in each step as many as there is room for.
+
+    Where each device has one slot this never gets stuck if both plans fit: of the layers that still have to move on to a
+    later slot, take the last one. Whatever lies in its new slot has come to stay, for a layer there that had to leave
+    could only move on, and is a later one; so the new device can hold it, as it can hold the whole of its new stage.
+    Likewise with those that move back. The number of steps is at most that of the devices in a row that each have to
+    wait for room on the next. A device with two slots shares its memory between them, which can close a circle of
+    devices that all wait.
+
+    Parameters
+    ----------
+    origin, target : tuple of (str, int, int)
+        The plans.
+    ledger : Ledger
+        What devices can hold.
+
+    Returns
+    -------
+    list of Spans or None
+        The plans after each step, `target` last; ``None`` if it got stuck.
+    """
+    track = Track(origin, target, ledger)
+    places, held, steps = track.begin, origin, []
+    while not ledger.fit(held, target):
+        following = _wave(track, held, places)
+        if following == places:
+            return None
+        places, held = following, track.spans(following)
+        steps.append(held)
+    return [*steps, target]
+
+
+def wander(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
+    """Move layer by layer, away from the goal too, where waves get stuck: best first, and only so many looks.
+
+    Whatever can be reached along the order of slots can be reached by single layers, since of two plans that fit at once
+    so does every one between them. So with few layers the search is complete.
+
+    Parameters
+    ----------
+    origin, target : tuple of (str, int, int)
+        The plans.
+    ledger : Ledger
+        What devices can hold.
+
+    Returns
+    -------
+    list of Spans or None
+        As `waves` gives them, one layer a step; ``None`` if none was found.
+    """
+    track = Track(origin, target, ledger)
+
+    def distance(places: Places) -> int:
+        return sum(abs(place - goal) for place, goal in zip(places, track.goal, strict=True))
+
+    came_from: dict[Places, Places | None] = {track.begin: None}
+    heap = [(distance(track.begin), track.begin)]
+    spared = ledger.looks_left // 2  # for other ways
+    while heap and ledger.looks_left > spared:
+        _, places = heapq.heappop(heap)
+        held = track.spans(places)
+        if ledger.fit(held, target):
+            steps = [target]
+            while (earlier := came_from[places]) is not None:
+                steps.append(track.spans(places))
+                places = earlier
+            return steps[::-1]
+        for following in _single_moves(track, held, places):
+            if following not in came_from:
+                ledger.looks_left -= 1
+                came_from[following] = places
+                heapq.heappush(heap, (distance(following), following))
+    return None
+
+
+def merged(first: Sequence[str], second: Sequence[str]) -> tuple[list[str], list[int], list[int]]:
+    """Merge two orders along their longest common subsequence; give the slots, and which ones each order has."""
+    longest = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, j in itertools.product(reversed(range(len(first))), reversed(range(len(second)))):
+        common = longest[i + 1][j + 1] + 1 if first[i] == second[j] else 0
+        longest[i][j] = max(common, longest[i + 1][j], longest[i][j + 1])
+    slots: list[str] = []
+    first_slots: list[int] = []
+    second_slots: list[int] = []
+    i = j = 0
+    while i < len(first) or j < len(second):
+        both = i < len(first) and j < len(second) and first[i] == second[j]
+        from_first = both or (j == len(second) or (i < len(first) and longest[i + 1][j] >= longest[i][j + 1]))
+        if from_first:
+            first_slots.append(len(slots))
+        if both or not from_first:
+            second_slots.append(len(slots))
+        slots.append(first[i] if from_first else second[j])
+        i, j = i + from_first, j + (both or not from_first)
+    return slots, first_slots, second_slots
+
+
+def slots_of(plan: Spans) -> tuple[str, ...]:
+    """Give the devices of a plan's stages, in pipeline order."""
+    return tuple(device for device, _, _ in plan)
+
+
+def _places(plan: Spans, slots: Sequence[int]) -> Places:
+    return tuple(slot for slot, (_, start, end) in zip(slots, plan, strict=True) for _ in range(start, end))
+
+
+def _wave(track: Track, held: Spans, places: Places) -> Places:
+    """Move every layer whose new device has room for it beside all that it holds."""
+    moved, goal = list(places), track.goal
+    last = len(places) - 1
+    onwards = (layer for layer in range(last, -1, -1) if goal[layer] > places[layer])
+    back = (layer for layer in range(last + 1) if goal[layer] < places[layer])
+    for layer in (*onwards, *back):
+        is_free = (
+            layer == last or moved[layer + 1] >= goal[layer]
+            if goal[layer] > places[layer]
+            else layer == 0 or moved[layer - 1] <= goal[layer]
+        )
+        if is_free:
+            moved[layer] = goal[layer]
+            if not track.may_enter(held, moved, goal[layer]):
+                moved[layer] = places[layer]
+    return tuple(moved)
+
+
+def _single_moves(track: Track, held: Spans, places: Places) -> Iterator[Places]:
+    """Give every plan that is one layer away and fits beside the present one."""
+    last = len(places) - 1
+    for layer, place in enumerate(places):
+        lowest = places[layer - 1] if layer else 0
+        highest = places[layer + 1] if layer < last else len(track.slots) - 1
+        for slot in range(lowest, highest + 1):
+            at_end = layer in (0, last)
+            if slot == place or (at_end and track.slots[slot] not in track.ledger.may_hold_ends):
+                continue
+            following = (*places[:layer], slot, *places[layer + 1 :])
+            if track.may_enter(held, following, slot):
+                yield following
