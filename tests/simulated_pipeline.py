@@ -77,7 +77,7 @@ class SimulatedPipeline:
         self.decisions.append(instruction.decision)
         if isinstance(instruction, Migrate):
             self.moved_at.append(self.num_steps)
-            self._ends = (self.time_s + self._migration_s, instruction.plan)
+            self._ends = (self.time_s + self._migration_s, instruction.plans[-1])
             if self._migration_s == 0:
                 self._end()
         return instruction.decision

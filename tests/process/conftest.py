@@ -29,7 +29,7 @@ from families import VOCABULARY
 def shared_cluster(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
     """Four workers with one thread each, for every test that does not harm them."""
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abcd"]) as cluster:
-        cluster.wait()
+        cluster.workers()  # an answer of each: connections stand both ways, and no test is taken to leave them
         yield cluster
 
 

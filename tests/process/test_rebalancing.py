@@ -46,7 +46,7 @@ def whole(checkpoint: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def three() -> Iterator[ll.Cluster]:
     with ll.Cluster([ll.Device(name=name, threads=1, slowdown=2.0) for name in "abc"]) as cluster:
-        cluster.wait()
+        cluster.workers()  # an answer of each: connections stand both ways
         yield cluster
 
 
@@ -139,6 +139,41 @@ def test_a_released_device_holds_nothing_while_sessions_go_on(
         assert torch.equal(generate(model), generate(whole))
         with pytest.raises(ll.ArgumentError, match="no device 'z'"):
             model.release("z")
+
+
+def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: PreTrainedModel) -> None:
+    devices = [ll.Device(name=name, threads=1, slowdown=4.0) for name in "ab"]
+    with ll.Cluster(devices) as cluster, load(checkpoint, cluster) as model:
+        past, expected = model(IDS).past_key_values, whole(IDS).past_key_values
+        decision = model.admit(ll.Device(name="new", threads=1, slowdown=4.0))
+        assert decision.migration.succeeded
+        assert num_layers(model, "new") > 0
+        logits = model(IDS[:, :2], past_key_values=past).logits
+        assert torch.equal(logits, whole(IDS[:, :2], past_key_values=expected).logits)
+        assert torch.equal(generate(model), generate(whole))
+        model.release("new")
+        assert num_layers(model, "new") == 0
+        assert model.admit("new").action == "move"
+        slow = model.admit(ll.Device(name="slow", threads=1, slowdown=400.0))
+        assert slow.action == "stay"
+        assert "slow" not in model.plan.devices
+        assert torch.equal(generate(model), generate(whole))
+        for device, words in (("nobody", "no device 'nobody'"), (3, "device=3"), (ll.Device(name="a"), "by its name")):
+            with pytest.raises(ll.ArgumentError, match=words):
+                model.admit(device)
+
+
+def test_layers_pass_each_other_within_memory_limits(checkpoint: str, whole: PreTrainedModel) -> None:
+    """Each device has room for hardly more than its own layers: they can't be exchanged in one move."""
+    devices = [ll.Device(name=name, threads=1, memory="34MiB" if name != "c" else "16MiB") for name in "abc"]
+    plan = ll.Plan.from_spans([("a", 0, 6), ("b", 6, 12)])
+    with ll.Cluster(devices) as cluster, load(checkpoint, cluster, plan=plan) as model:
+        past, expected = model(IDS).past_key_values, whole(IDS).past_key_values
+        decision = model.rebalance(ll.Plan.from_spans([("b", 0, 6), ("a", 6, 12)]))
+        assert len(decision.migrations) > 1
+        assert model.plan.devices == ("b", "a")
+        logits = model(IDS[:, :2], past_key_values=past).logits
+        assert torch.equal(logits, whole(IDS[:, :2], past_key_values=expected).logits)
 
 
 def test_a_closed_model_decides_nothing(checkpoint: str, three: ll.Cluster) -> None:

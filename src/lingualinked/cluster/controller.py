@@ -140,18 +140,25 @@ class Controller:
         assert self._balancer is not None
         return self._apart(lambda: self._tell(make_event))
 
-    def move_to(self, plan: Plan, decision: Decision) -> Decision:
-        """Move to a plan with no balancer to ask.
+    def move_through(
+        self, make_plans: Callable[[], tuple[Plan, ...]], make_decision: Callable[[], Decision]
+    ) -> Decision:
+        """Move through plans to the last of them with no balancer to ask.
+
+        Parameters
+        ----------
+        make_plans, make_decision : callable
+            Make the plans and the decision, while no plan changes.
 
         Raises
         ------
         LingualinkedError
-            If it could not be done; the old plan goes on.
+            If it could not be done; the old plan goes on, or one on the way.
         """
 
         def move() -> Decision:
             with self._deciding:
-                done, error = self._follow(Migrate(plan=plan, decision=decision))
+                done, error = self._follow(Migrate(plans=make_plans(), decision=make_decision()))
             if error is not None:
                 raise error
             return done
@@ -239,13 +246,19 @@ class Controller:
         log("%s", decision)
         if not isinstance(instruction, Migrate):
             return decision, None
-        migration, error = self._migrate(instruction.plan)
-        decision = dataclasses.replace(decision, migrations=(migration,))
+        migrations: list[Migration] = []
+        error, reached = None, None
+        for plan in instruction.plans:
+            migration, error = self._migrate(plan)
+            migrations.append(migration)
+            if error is not None:
+                break
+            reached = plan
         if self._balancer is not None:
             now = time.monotonic()
             if error is None:
-                event: Event = MigrationDone(time_s=now, plan=instruction.plan, migration=migration)
+                event: Event = MigrationDone(time_s=now, plan=instruction.plans[-1], migration=migrations[-1])
             else:
-                event = MigrationFailed(time_s=now, plan=self._balancer.plan, error=str(error))
+                event = MigrationFailed(time_s=now, plan=reached or self._balancer.plan, error=str(error))
             self._balancer.handle(event)
-        return decision, error
+        return dataclasses.replace(decision, migrations=tuple(migrations)), error

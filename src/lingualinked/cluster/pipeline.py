@@ -23,7 +23,10 @@ from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceA
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError
 from lingualinked.model.spec import ModelSpec
+from lingualinked.planning.even import WeightBytes
+from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Objective, Plan, check_memory
+from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision, unmeasured
 from lingualinked.telemetry.recorder import Recorder
@@ -148,7 +151,7 @@ class Pipeline:
         if is_automatic:
             self._controller.start(policy.sample_interval_s)
 
-    def rebalance(self, plan: Plan | None, *, dry_run: bool = False) -> Decision:
+    def rebalance(self, plan: Plan | None, weights: WeightBytes, *, dry_run: bool = False) -> Decision:
         """Move to another plan while sessions go on; their tokens stay the same.
 
         Parameters
@@ -156,6 +159,8 @@ class Pipeline:
         plan : Plan or None
             Of the same model, on devices of the cluster; ``None``: the best one, if it is worth it, which needs a
             profile (`decide_from`).
+        weights : WeightBytes
+            Of the model.
         dry_run : bool
             Whether only to say what would be done.
 
@@ -177,8 +182,14 @@ class Pipeline:
         if self._controller.balancer is not None:
             return self._controller.tell(lambda now: RebalanceAsked(time_s=now, plan=plan, dry_run=dry_run))
         assert plan is not None, "without a profile there is nothing to decide from"
-        decision = unmeasured(time.monotonic(), self._routes.current.spans, Route(0, plan).spans)
-        return decision if dry_run else self._controller.move_to(plan, decision)
+
+        def decision() -> Decision:
+            return unmeasured(time.monotonic(), self._routes.current.spans, Route(0, plan).spans)
+
+        def plans() -> tuple[Plan, ...]:
+            return transition(self.plan, plan, Holdings.of_devices(weights, self.cluster.devices))
+
+        return decision() if dry_run else self._controller.move_through(plans, decision)
 
     def release(self, device: str) -> Decision:
         """Move all layers off a device, and place none there again.
@@ -210,6 +221,11 @@ class Pipeline:
         """
         self.check_open()
         return self._controller.tell(lambda now: DeviceJoined(time_s=now, device=device, profile=profile))
+
+    @property
+    def ended_devices(self) -> frozenset[str]:
+        """Devices of the cluster whose workers have ended."""
+        return self._engine.ended_devices()
 
     def check_open(self) -> None:
         """Refuse to go on with what is closed.

@@ -26,10 +26,13 @@ from lingualinked.control.events import (
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.control.proposal import Proposal, Rates, propose, spans_of, weigh
 from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Objective, Plan
+from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision
 from lingualinked.telemetry.samples import DeviceSample, StepSample
+from lingualinked.workload import Workload
 
 _MANY_STEPS = 128  # after which speeds are known well
 _MOST_DOUBLINGS = 10
@@ -176,8 +179,9 @@ class Balancer:
         live = self._beliefs.profile()
         proposal = weigh(self._now(live), event.plan, live, self._objective, self._rates)
         reason = "the plan is the one in force" if self._is_current(event.plan) else "the plan was given"
-        action = self._decision(event.time_s, "rebalance was called with a plan", reason, proposal)
-        return self._conclude(action, event.plan, moves=not self._is_current(event.plan), dry_run=event.dry_run)
+        plans = () if self._is_current(event.plan) else self._way(event.plan, live)
+        decision = self._decision(event.time_s, "rebalance was called with a plan", reason, proposal)
+        return self._conclude(decision, plans, dry_run=event.dry_run)
 
     def _on_done(self, event: MigrationDone) -> None:
         self._plan, self._target = event.plan, None
@@ -241,10 +245,23 @@ class Balancer:
             self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
             return Record(self._stay(time_s, trigger, f"nothing fits: {error}"))
         is_worth, reason, is_late = self._judge(time_s, proposal, must=must)
+        plans: tuple[Plan, ...] = ()
+        if is_worth:
+            try:
+                plans = self._way(proposal.plan, live)
+            except InfeasiblePlanError as error:
+                if raises:
+                    raise
+                reason, is_late = f"{reason}; but {error}", True
         if is_late:
             self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
         decision = self._decision(time_s, trigger, reason, proposal)
-        return self._conclude(decision, proposal.plan, moves=is_worth, dry_run=dry_run)
+        return self._conclude(decision, plans, dry_run=dry_run)
+
+    def _way(self, plan: Plan, live: Profile) -> tuple[Plan, ...]:
+        """Give the plans to go through, so that no device holds more than its memory on the way."""
+        workload = self._plan.workload or plan.workload or Workload()
+        return transition(self._plan, plan, Holdings.of_profile(live, workload))
 
     def _try_again(self, time_s: float, trigger: str, *, is_urgent: bool, dry_run: bool) -> None:
         """Decide once more later on, since waiting may change the answer."""
@@ -283,12 +300,14 @@ class Balancer:
         size = -math.log1p(-min(max(proposal.saved, 0.0), _MOST_SAVED)) / 2
         return self._beliefs.persistence_s(time_s, self._policy.horizon_s, size)
 
-    def _conclude(self, decision: Decision, plan: Plan, *, moves: bool, dry_run: bool) -> Instruction:
-        decision = dataclasses.replace(decision, action="move" if moves else "stay")
-        if dry_run or not moves:
+    def _conclude(self, decision: Decision, plans: tuple[Plan, ...], *, dry_run: bool) -> Instruction:
+        if len(plans) > 1:
+            decision = dataclasses.replace(decision, reason=f"{decision.reason}; in {len(plans)} moves, for memory")
+        decision = dataclasses.replace(decision, action="move" if plans else "stay")
+        if dry_run or not plans:
             return Record(decision)
-        self._target = plan
-        return Migrate(plan=plan, decision=decision)
+        self._target = plans[-1]
+        return Migrate(plans=plans, decision=decision)
 
     def _decision(self, time_s: float, trigger: str, reason: str, proposal: Proposal) -> Decision:
         horizon_s = self._lasts_s(time_s, proposal)

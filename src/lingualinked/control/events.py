@@ -110,17 +110,17 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Migrate:
-    """Put a plan in force, and then say `MigrationDone` or `MigrationFailed`; until then nothing else is asked for.
+    """Put plans in force, and then say `MigrationDone` or `MigrationFailed`; until then nothing else is asked for.
 
     Parameters
     ----------
-    plan : Plan
-        With the live profile that it was solved for.
+    plans : tuple of Plan
+        One after the other: the last is what is wanted, those before it are on the way, so that memory suffices.
     decision : Decision
         To be kept.
     """
 
-    plan: Plan
+    plans: tuple[Plan, ...]
     decision: Decision
 
 

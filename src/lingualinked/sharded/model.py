@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from lingualinked.cluster.cluster import Cluster, _positive
 from lingualinked.control.policy import RebalancePolicy
-from lingualinked.device import Device
+from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.planning.plan import Objective, Plan
 from lingualinked.workload import Workload
@@ -239,14 +239,14 @@ class ShardedModel:
         """
         if plan is None:
             self._measure()
-            return self._pipeline.rebalance(None, dry_run=dry_run)
+            return self._pipeline.rebalance(None, self._parts.weights, dry_run=dry_run)
         if not isinstance(plan, Plan):
             raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan or None")
         from lingualinked.sharded.loading import fit_plan
 
         model = None if self.profile is None else self.profile.model
         fitting = fit_plan(plan, self._parts.weights, self.cluster, model)
-        return self._pipeline.rebalance(fitting, dry_run=dry_run)
+        return self._pipeline.rebalance(fitting, self._parts.weights, dry_run=dry_run)
 
     def release(self, device: str) -> Decision:
         """Move all layers off a device while sessions go on, and place none there again; its worker stays.
@@ -273,6 +273,47 @@ class ShardedModel:
         self.cluster.device(device)
         self._measure()
         return self._pipeline.release(device)
+
+    def admit(self, device: Device | str, *, links: Links | None = None) -> Decision:
+        """Bring a device in while sessions go on: start its worker, measure the model on it, use it if that pays.
+
+        Parameters
+        ----------
+        device : Device or str
+            A new one, which the model's cluster takes in (`Cluster.add`), or the name of one that the cluster has already:
+            released before, or added by another model.
+        links : mapping of (str, str) to Link, optional
+            Links from and to a new device, as in `Cluster`, where they are other than what their two ends give.
+
+        Returns
+        -------
+        Decision
+            As `rebalance`: whether layers have moved, and why.
+
+        Raises
+        ------
+        ArgumentError
+            If it is no device, or there is none of that name, or links are given for one that the cluster has already.
+        ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
+            If its worker does not start, or layers could not be moved; the old plan goes on.
+        """
+        from lingualinked.sharded.loading import describe_spec
+        from lingualinked.sharded.rebalancing import profile_with
+
+        self._pipeline.check_open()
+        if isinstance(device, str):
+            self.cluster.device(device)
+            if links is not None:
+                raise ArgumentError(f"device {device!r} is in the cluster: links= is for a device that comes new")
+        self._measure()
+        if isinstance(device, Device) and all(device.name != each.name for each in self.cluster.devices):
+            self.cluster.add(device, links=links)
+        elif isinstance(device, Device):
+            raise ArgumentError(f"device {device.name!r} is in the cluster already: admit it by its name")
+        elif not isinstance(device, str):
+            raise ArgumentError(f"device={device!r} must be a lingualinked.Device or the name of one in the cluster")
+        name = device if isinstance(device, str) else device.name
+        return self._pipeline.admit(name, profile_with(self._pipeline, describe_spec(self._pipeline.spec), name))
 
     def _measure(self) -> None:
         """Have the pipeline decide from a profile, if it does not do so already."""

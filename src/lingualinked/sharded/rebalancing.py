@@ -12,6 +12,7 @@ from lingualinked.sharded.profiling import find_profile
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.control.policy import RebalancePolicy
+    from lingualinked.profile import Profile
     from lingualinked.sharded.loading import Described
     from lingualinked.workload import Workload
 
@@ -27,3 +28,23 @@ def decide_from_profile(
         fitting = footprint.profile.fit_workload(given)
         profile = find_profile(pipeline.cluster, described.spec, footprint, fitting)
     pipeline.decide_from(profile, profile.model.fit_workload(given), policy, is_automatic=is_automatic)
+
+
+def profile_with(pipeline: Pipeline, described: Described, device: str) -> Profile:
+    """Give the profile that a pipeline decides from, with a device of its cluster, which is measured if it is not in it.
+
+    Raises
+    ------
+    LingualinkedError
+        If a worker can't measure.
+    """
+    profile = pipeline.measured
+    assert profile is not None, "a pipeline that decides has a profile"
+    if device in profile.names:
+        return profile
+    from lingualinked.cluster.profiling import extend_profile
+
+    footprint = described.footprint()
+    workload = footprint.profile.fit_workload(pipeline.plan.workload)
+    living = profile.without(*(name for name in profile.names if name in pipeline.ended_devices))
+    return extend_profile(pipeline.cluster, described.spec, footprint, living, device, workload)
