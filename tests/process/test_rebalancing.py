@@ -67,7 +67,8 @@ def test_layers_leave_a_device_that_slows_down_and_no_token_changes(
     checkpoint: str, whole: PreTrainedModel, three: ll.Cluster
 ) -> None:
     expected = generate(whole)
-    policy = ll.RebalancePolicy(cooldown_s=0.5, sample_interval_s=0.2)
+    # On a busy machine all speeds change all the time: that must not keep it from acting here.
+    policy = ll.RebalancePolicy(cooldown_s=0.5, sample_interval_s=0.2, margin=0.0)
     enough = threading.Event()
     wrong: list[object] = []
 
