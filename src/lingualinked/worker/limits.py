@@ -44,6 +44,8 @@ def resident_bytes() -> int:
 def free_bytes(accelerator: str) -> int:
     """Memory that stages could still take here, in bytes; of a CPU, all that the machine has available."""
     if accelerator.startswith("cuda"):
+        if not torch.cuda.is_available():  # loading a stage says so
+            return 0
         return int(torch.cuda.mem_get_info(accelerator)[0])
     return int(psutil.virtual_memory().available)
 
