@@ -135,7 +135,7 @@ def test_what_fails_to_load_leads_back(
     plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
     with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
         past, expected = model(IDS).past_key_values, unsharded(IDS).past_key_values
-        shutil.rmtree(folder)
+        os.truncate(folder / "model.safetensors", 1000)
         with pytest.raises(ll.CheckpointError):
             model.rebalance(ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)]))
         assert model.plan.stages[0].end == 2

@@ -140,7 +140,7 @@ class Engine:
         what: str,
         timeout_s: float,
         on_progress: Callable[[int], None] | None = None,
-        helper: str | None = None,
+        helpers: Sequence[str] = (),
     ) -> concurrent.futures.Future[object]:
         """Ask one worker for something.
 
@@ -156,8 +156,8 @@ class Engine:
             Seconds until the future fails; each progress report starts them anew.
         on_progress : callable or None
             Told the bytes loaded so far, on the I/O thread.
-        helper : str or None
-            Device of another worker, without which the answer can't come.
+        helpers : sequence of str
+            Devices of other workers, without which the answer can't come.
 
         Returns
         -------
@@ -167,7 +167,7 @@ class Engine:
         number = next(self._requests)
         message = build(number)
         pending = Pending(
-            devices=frozenset([device] if helper is None else [device, helper]),
+            devices=frozenset([device, *helpers]),
             model=message.model if isinstance(message, LoadStage | CopyKV) else None,
             what=f"{what} on device {device!r}",
             timeout_s=timeout_s,

@@ -120,5 +120,5 @@ def _probe(cluster: Cluster, source: str, target: str, sizes: tuple[int, ...]) -
         lambda number: ProbeLink(request=number, target=target, address=address, key=key, sizes=sizes),
         f"measuring the link to {target!r}",
         cluster.timeout_s,
-        helper=None if target == CALLER else target,
+        helpers=() if target == CALLER else [target],
     )

@@ -72,7 +72,9 @@ class Migrator:
         try:
             for device in target.devices:
                 self._engine.wait_for_worker(device, self._timeout_s)
-            loaded = results_of(request_stages(self._engine, self._model, self._spec, target, self._timeout_s))
+            loaded = results_of(
+                request_stages(self._engine, self._model, self._spec, target, self._timeout_s, held=source)
+            )
             weight_bytes = sum(cast("StageLoaded", each).num_bytes_read for each in loaded)
             times.lap()
             kv_bytes = self._copy_ahead(target)

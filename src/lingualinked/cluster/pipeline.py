@@ -108,7 +108,7 @@ class Pipeline:
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
         route = self._routes.current
-        results_of(request_stages(self._engine, self._model, self.spec, route, self.timeout_s, on_progress))
+        results_of(request_stages(self._engine, self._model, self.spec, route, self.timeout_s, on_progress=on_progress))
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""

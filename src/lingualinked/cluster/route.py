@@ -14,12 +14,12 @@ from lingualinked.device import CALLER
 from lingualinked.errors import LingualinkedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan
-from lingualinked.protocol.messages import LoadStage
+from lingualinked.protocol.messages import Holder, LoadStage
 from lingualinked.telemetry.decisions import Span
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lingualinked.cluster.engine import Engine
     from lingualinked.cluster.session import Session
@@ -120,7 +120,9 @@ def request_stages(
     spec: ModelSpec,
     route: Route,
     timeout_s: float,
+    *,
     on_progress: Callable[[str, int], None] | None = None,
+    held: Route | None = None,
 ) -> list[concurrent.futures.Future[object]]:
     """Ask workers to load the stages of a route.
 
@@ -138,12 +140,16 @@ def request_stages(
         Seconds that a worker may be silent.
     on_progress : callable or None
         Told a device's name and the bytes that it has loaded so far, on the I/O thread.
+    held : Route or None
+        Whose stages hold the weights already, for workers that can't read them from files.
 
     Returns
     -------
     list of Future
         Of each stage's `StageLoaded`.
     """
+    helpers = () if held is None else held.devices
+    holders = () if held is None else tuple(_holders(engine, model, held))
     futures = []
     for index, stage in enumerate(route.plan.stages):
         next_name = CALLER if index + 1 == len(route.plan.stages) else route.plan.stages[index + 1].device
@@ -164,6 +170,7 @@ def request_stages(
                 next_name=to[0],
                 next_address=to[1],
                 next_key=to[2],
+                holders=holders,
             )
 
         def progress(num_bytes: int, device: str = stage.device) -> None:
@@ -171,5 +178,20 @@ def request_stages(
                 on_progress(device, num_bytes)
 
         what = f"loading layers [{stage.start}, {stage.end})"
-        futures.append(engine.request(stage.device, build, what, timeout_s, progress))
+        futures.append(engine.request(stage.device, build, what, timeout_s, progress, helpers))
     return futures
+
+
+def _holders(engine: Engine, model: int, route: Route) -> Iterator[Holder]:
+    for index, stage in enumerate(route.plan.stages):
+        address, key = engine.peer(stage.device)
+        yield Holder(
+            name=stage.device,
+            address=address,
+            key=key,
+            model=model,
+            plan_version=route.version,
+            stage=index,
+            start=stage.start,
+            end=stage.end,
+        )

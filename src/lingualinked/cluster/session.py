@@ -271,7 +271,7 @@ class Session:
             ),
             f"copying KV from device {held.device!r}",
             self._timeout_s,
-            helper=wanted.device,
+            helpers=[wanted.device],
         )
 
     def _step(

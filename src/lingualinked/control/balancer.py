@@ -45,8 +45,8 @@ class Balancer:
     It follows devices' speeds (`SpeedLevel`). When one has plainly changed, it solves again for the speeds of now, and moves
     layers if a mean step takes at least ``min_gain`` less time and if what is saved, for as long as speeds are expected to
     last, is ``margin`` times the cost of moving; not within ``cooldown_s`` of the last move, and ever later after moves
-    that failed. A device whose memory runs out, or that is to be emptied, is relieved whatever it costs. Every decision
-    comes out with its numbers, those to stay as well.
+    that failed. A device whose memory runs out, or that is to be emptied, is relieved whatever it costs; where the user asks,
+    ``min_gain`` alone counts. Every decision comes out with its numbers, those to stay as well.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ class Balancer:
             case DeviceJoined():
                 self._beliefs.extend(event.profile)
                 self._beliefs[event.device].is_usable = True
-                return self._decide(event.time_s, f"device {event.device!r} has joined")
+                return self._decide(event.time_s, f"device {event.device!r} has joined", asked=True)
             case DeviceReleased():
                 self._beliefs[event.device].is_usable = False
                 if event.device not in self._plan.devices:
@@ -173,7 +173,7 @@ class Balancer:
 
     def _on_asked(self, event: RebalanceAsked) -> Instruction:
         if event.plan is None:
-            decided = self._decide(event.time_s, "rebalance was called", dry_run=event.dry_run)
+            decided = self._decide(event.time_s, "rebalance was called", asked=True, dry_run=event.dry_run)
             assert decided is not None
             return decided
         live = self._beliefs.profile()
@@ -223,7 +223,14 @@ class Balancer:
         return self._decide(time_s, self._trigger, must=self._is_urgent)
 
     def _decide(
-        self, time_s: float, trigger: str, *, must: bool = False, dry_run: bool = False, raises: bool = False
+        self,
+        time_s: float,
+        trigger: str,
+        *,
+        must: bool = False,
+        asked: bool = False,
+        dry_run: bool = False,
+        raises: bool = False,
     ) -> Instruction | None:
         if not dry_run:
             self._trigger, self._is_urgent = "", False
@@ -244,7 +251,7 @@ class Balancer:
                 raise
             self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
             return Record(self._stay(time_s, trigger, f"nothing fits: {error}"))
-        is_worth, reason, is_late = self._judge(time_s, proposal, must=must)
+        is_worth, reason, is_late = self._judge(time_s, proposal, must=must, asked=asked)
         plans: tuple[Plan, ...] = ()
         if is_worth:
             try:
@@ -271,8 +278,8 @@ class Balancer:
         self._num_vain += 1
         self._wait(time_s, self._num_vain)
 
-    def _judge(self, time_s: float, proposal: Proposal, *, must: bool) -> tuple[bool, str, bool]:
-        """Say whether to move, why, and whether waiting may change that."""
+    def _judge(self, time_s: float, proposal: Proposal, *, must: bool, asked: bool) -> tuple[bool, str, bool]:
+        """Say whether to move, why, and whether waiting may change that; who asks for a move bears its cost."""
         policy = self._policy
         if self._is_current(proposal.plan):
             return False, "the plan in force is the best one", False
@@ -290,7 +297,7 @@ class Balancer:
         lasts_s = self._lasts_s(time_s, proposal)
         gain_s = lasts_s * proposal.saved
         figures = f"{gain_s:.2g} s saved in {lasts_s:.2g} s, for {proposal.cost_s:.2g} s that it costs"
-        if gain_s <= policy.margin * proposal.cost_s:
+        if gain_s <= policy.margin * proposal.cost_s and not asked:
             return False, f"a mean step would take {times}: {figures}, times margin={policy.margin:g}", True
         return True, f"a mean step would take {times}: {figures}{lost}", False
 

@@ -61,7 +61,7 @@ class RebalanceAsked:
     time_s : float
         When.
     plan : Plan or None
-        What to move to; ``None``: what the solver finds, if it is worth it.
+        What to move to; ``None``: what the solver finds, if it is plainly better.
     dry_run : bool
         Whether only to say what would be done.
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lingualinked.model import hf_internals
+from lingualinked.model.weights import untied_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,12 +42,7 @@ class DummyWeights:
     """
 
     def __init__(self, meta_model: PreTrainedModel, seed: int) -> None:
-        tied = hf_internals.ties(meta_model)
-        self._like = {
-            name: parameter
-            for name, parameter in meta_model.named_parameters(remove_duplicate=False)
-            if name not in tied
-        }
+        self._like = untied_parameters(meta_model)
         self._seed = seed
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(parameter.shape) for name, parameter in self._like.items()

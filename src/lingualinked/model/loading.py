@@ -6,6 +6,7 @@ Knows weight sources and cut classes; nothing of devices or steps.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,14 @@ def check_weights(spec: ModelSpec, meta_model: PreTrainedModel) -> None:
         _map_weights(meta_model, source.shapes)
 
 
-def load_span(spec: ModelSpec, start: int, end: int, *, progress: Callable[[int], None] | None = None) -> LoadedSpan:
+def load_span(
+    spec: ModelSpec,
+    start: int,
+    end: int,
+    *,
+    progress: Callable[[int], None] | None = None,
+    instead: Callable[[PreTrainedModel], WeightSource] | None = None,
+) -> LoadedSpan:
     """Load layers ``[start, end)`` and what must run before or after them.
 
     Parameters
@@ -81,6 +89,8 @@ def load_span(spec: ModelSpec, start: int, end: int, *, progress: Callable[[int]
         Half-open layer range.
     progress : callable, optional
         Called in the calling thread with the bytes of weights loaded so far.
+    instead : callable, optional
+        Makes the source to take weights from, given the whole model on the meta device, where files can't be read here.
 
     Returns
     -------
@@ -107,7 +117,8 @@ def load_span(spec: ModelSpec, start: int, end: int, *, progress: Callable[[int]
         if progress is not None:
             progress(num_loaded * dtype.itemsize)
 
-    with contextlib.closing(_source(spec, whole)) as source:
+    lacks_files = spec.load_format == "safetensors" and not all(os.access(path, os.R_OK) for path in spec.files)
+    with contextlib.closing(instead(whole) if instead and lacks_files else _source(spec, whole)) as source:
         mapped = _map_weights(whole, source.shapes)
         tied = hf_internals.ties(whole)
         prune(whole, parts, start, end, Boundary())

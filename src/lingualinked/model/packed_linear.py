@@ -47,7 +47,12 @@ class PackedLinear(nn.Module):
             rows = states.reshape(-1, self.in_features)
             if _is_exact(*_shape(self, len(rows))):
                 return _multiply(rows, self._packed, self.bias).view(*states.shape[:-1], self.out_features)
-        return functional.linear(states, self._packed.to_dense(), self.bias)
+        return functional.linear(states, self.weight(), self.bias)
+
+    def weight(self) -> Tensor:
+        """Unpack the weight, ``[out features, in features]``."""
+        weight: Tensor = self._packed.to_dense()
+        return weight
 
     def plain(self) -> nn.Linear:
         """Give a linear layer with this one's bias, whose weight is still to be set."""

@@ -17,13 +17,16 @@ from lingualinked.model.cut import SpanLeft
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.loading import LoadedSpan, load_span
-from lingualinked.model.packed_linear import pack_linears
+from lingualinked.model.packed_linear import PackedLinear, pack_linears
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from transformers import PreTrainedModel
+
     from lingualinked.model.cut import RawOutput
     from lingualinked.model.spec import ModelSpec
+    from lingualinked.model.weights import WeightSource
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,6 +119,7 @@ class Stage:
         accelerator: str = "cpu",
         progress: Callable[[int], None] | None = None,
         held: Sequence[Stage] = (),
+        instead: Callable[[PreTrainedModel], WeightSource] | None = None,
     ) -> Stage:
         """Load layers ``[start, end)`` of a model; no other weights are read.
 
@@ -132,6 +136,8 @@ class Stage:
             Called in the calling thread with the bytes of weights loaded so far.
         held : sequence of Stage, optional
             Other stages of the model on the same accelerator.
+        instead : callable, optional
+            Makes the source to take weights from where files can't be read here; see `load_span`.
 
         Returns
         -------
@@ -151,12 +157,33 @@ class Stage:
         for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in held]):
             before = sum(stage.weight_bytes for stage in loaded)
             told = None if progress is None else lambda num_bytes: progress(before + num_bytes)  # noqa: B023
-            loaded.append(cls(load_span(spec, *missing, progress=told), *missing, device))
+            loaded.append(cls(load_span(spec, *missing, progress=told, instead=instead), *missing, device))
         if len(loaded) == 1 and (loaded[0].start, loaded[0].end) == (start, end):
             return loaded[0]
         stage = cls(join_spans([each.span for each in (*held, *loaded)], start, end), start, end, device)
         stage.num_bytes_read = sum(each.num_bytes_read for each in loaded)
         return stage
+
+    def weight(self, name: str) -> Tensor | None:
+        """Give a parameter of the whole model as it is held here, on whatever device, or None if it is not.
+
+        Parameters
+        ----------
+        name : str
+            In the whole model; of tied parameters, that of the source.
+        """
+        for known in (name, *(target for target, source in self.span.tied.items() if source == name)):
+            path, _, attribute = known.rpartition(".")
+            try:
+                module = self._model.get_submodule(path)
+            except AttributeError:
+                continue
+            if isinstance(module, PackedLinear) and attribute == "weight":
+                return module.weight()
+            held = module._parameters.get(attribute)  # noqa: SLF001 - whatever else is called so is no weight
+            if held is not None:
+                return held.detach()
+        return None
 
     def slots(self, start: int, end: int) -> frozenset[int]:
         """Give the slots in the KV cache of layers ``[start, end)``, which the stage holds."""

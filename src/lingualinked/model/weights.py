@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from lingualinked.model import hf_internals
 from lingualinked.model.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
+    from transformers import PreTrainedModel
 
     Shape = tuple[int, ...]
 
@@ -33,6 +35,14 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Close what is open."""
+
+
+def untied_parameters(meta_model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Give the parameters of a model by name; tied ones under their source's name alone, as in a checkpoint."""
+    tied = hf_internals.ties(meta_model)
+    return {
+        name: parameter for name, parameter in meta_model.named_parameters(remove_duplicate=False) if name not in tied
+    }
 
 
 class LazyTensor:

@@ -14,15 +14,38 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.boot import Imitation
 from lingualinked.protocol.message import Message
-from lingualinked.protocol.moving import CopyKV, KeepPlan, KVChunk, KVCopied, KVTaken, MoveSession
+from lingualinked.protocol.moving import (
+    CopyKV,
+    FetchWeight,
+    KeepPlan,
+    KVChunk,
+    KVCopied,
+    KVTaken,
+    MoveSession,
+    WeightChunk,
+)
 
 # --- from the caller: about the worker and its stages
+
+
+class Holder(Message, frozen=True):
+    """A worker that holds layers ``[start, end)`` of a model, as a stage of the plan in force."""
+
+    name: str
+    address: str
+    key: str
+    model: int
+    plan_version: int
+    stage: int
+    start: int
+    end: int
 
 
 class LoadStage(Message, frozen=True, tag=1):
     """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan and pass its outputs to ``next_name``.
 
-    Layers that stages of other versions hold here are shared with them.
+    Layers that stages of other versions hold here are shared with them. Where the checkpoint's files can't be read here, the
+    weights of the rest are fetched from their holders; without such, that fails.
     """
 
     request: int
@@ -35,6 +58,7 @@ class LoadStage(Message, frozen=True, tag=1):
     next_name: str
     next_address: str
     next_key: str
+    holders: tuple[Holder, ...]
 
 
 class UnloadModel(Message, frozen=True, tag=2):
@@ -320,7 +344,7 @@ class LogRecord(Message, frozen=True, tag=24):
     text: str
 
 
-PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVTaken
+PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVTaken | FetchWeight | WeightChunk
 """What workers say to each other."""
 
 CallerMessage = (

@@ -98,5 +98,27 @@ class KVCopied(Message, frozen=True, tag=28):
     num_bytes: int
 
 
-MovingMessage = CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan
-"""What moves sessions from one plan version to another."""
+class FetchWeight(Message, frozen=True, tag=31):
+    """Send a part of a parameter that stage ``stage`` holds, from element ``first`` on, to this address."""
+
+    request: int
+    model: int
+    plan_version: int
+    stage: int
+    parameter: str
+    first: int
+    sender_address: str
+    sender_key: str
+
+
+class WeightChunk(Message, frozen=True, tag=32):
+    """Answer to `FetchWeight`: so many elements as are in one message, flat, beside it; or why there are none."""
+
+    request: int
+    parameter: str
+    first: int
+    error: str
+
+
+MovingMessage = CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan | FetchWeight | WeightChunk
+"""What moves layers and sessions from one plan version to another."""

@@ -218,7 +218,8 @@ class ShardedModel:
         ----------
         plan : Plan or None
             Of this model on devices of its cluster: solved for, or written by hand. ``None``: the best plan for devices as
-            they are now, if moving to it is worth it; the model is measured for that where it has not been.
+            they are now, if a mean step takes less time by `RebalancePolicy.min_gain`; the model is measured for that where
+            it has not been.
         dry_run : bool
             Whether only to say what would be done, and why.
 

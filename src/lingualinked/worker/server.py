@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from lingualinked.device import CALLER
-from lingualinked.errors import ArgumentError, CheckpointError, ProtocolError
+from lingualinked.errors import ArgumentError, CheckpointError, LingualinkedError, ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Imitation
@@ -28,6 +28,7 @@ from lingualinked.protocol.messages import (
     EndSession,
     FailureKind,
     Hello,
+    Holder,
     Imitate,
     Imitated,
     Inspect,
@@ -52,13 +53,23 @@ from lingualinked.protocol.messages import (
     decode,
     encode,
 )
-from lingualinked.protocol.moving import CopyKV, KeepPlan, KVChunk, KVTaken, MoveSession, MovingMessage
+from lingualinked.protocol.moving import (
+    CopyKV,
+    FetchWeight,
+    KeepPlan,
+    KVChunk,
+    KVTaken,
+    MoveSession,
+    MovingMessage,
+    WeightChunk,
+)
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from lingualinked.worker.background import Background
 from lingualinked.worker.hosted import split_tensors
+from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import watch_caller
 from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, is_out_of_memory, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
@@ -123,6 +134,7 @@ class Worker:
         self._background = background
         self._stages = HostedStages(boot.accelerator, self._background)
         self._mover = Mover(self._stages, mailbox, boot.public_key)
+        self._lender = Lender(self._stages)
         self._waiting: deque[tuple[CallerMessage | PeerMessage, Delivery]] = deque()
         self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
@@ -185,7 +197,12 @@ class Worker:
                 self._load(message)
             case UnloadModel():
                 self._mover.forget(message.model)
+                self._lender.forget()
                 self._stages.unload(message.model)
+            case FetchWeight():
+                self._lend(message, delivery.sender)
+            case WeightChunk():
+                self._stages.take_weight(message, tuple(delivery.tensors))
             case CopyKV() | KVChunk() | KVTaken() | MoveSession() | KeepPlan():
                 self._handle_moving(message, delivery)
             case Inspect():
@@ -203,7 +220,7 @@ class Worker:
             case Pong():
                 self._go_on_probing(message, delivery.sender)
 
-    def _handle_moving(self, message: MovingMessage, delivery: Delivery) -> None:
+    def _handle_moving(self, message: CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan, delivery: Delivery) -> None:
         match message:
             case CopyKV():
                 self._answer(message.request, lambda: self._mover.copy(message))
@@ -218,6 +235,7 @@ class Worker:
                     logger.debug("session %d is not moved: %s", message.session, error)
             case KeepPlan():
                 self._mover.forget(message.model)
+                self._lender.forget()
                 self._stages.keep_plan(message.model, message.plan_version)
 
     def _answer(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> bool:
@@ -244,7 +262,36 @@ class Worker:
             weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
             self._tell(StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read))
 
-        self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error))
+        def fetch(holder: Holder, parameter: str, first: int) -> None:
+            self._fetch(message.request, holder, parameter, first)
+
+        self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error), fetch)
+
+    def _fetch(self, request: int, holder: Holder, parameter: str, first: int) -> None:
+        message = FetchWeight(
+            request=request,
+            model=holder.model,
+            plan_version=holder.plan_version,
+            stage=holder.stage,
+            parameter=parameter,
+            first=first,
+            sender_address=self._mailbox.address,
+            sender_key=self._boot.public_key,
+        )
+        if holder.name == self._boot.name:
+            self._stages.take_weight(*self._lender.lend(message))
+            return
+        try:
+            self._mailbox.connect(holder.name, holder.address, holder.key)
+            self._mailbox.send(holder.name, encode(message))
+        except LingualinkedError as error:
+            refused = WeightChunk(request=request, parameter=parameter, first=first, error=str(error))
+            self._stages.take_weight(refused, ())
+
+    def _lend(self, message: FetchWeight, sender: str) -> None:
+        answer, tensors = self._lender.lend(message)
+        self._mailbox.connect(sender, message.sender_address, message.sender_key)
+        self._mailbox.send(sender, encode(answer), tensors)
 
     def _take_kv(self, message: KVChunk, delivery: Delivery) -> None:
         accepted = self._answer(message.request, lambda: self._mover.take(message, delivery.tensors))

@@ -9,13 +9,21 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.messages import LoadStage, StageReport
+from lingualinked.protocol.moving import WeightChunk
 from lingualinked.worker.background import Background
+from lingualinked.worker.borrowed_weights import Ask, BorrowedWeights
 from lingualinked.worker.hosted import HostedStage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -47,6 +55,7 @@ class HostedStages:
         self._background = background
         self._stages: dict[StageKey, HostedStage] = {}
         self._wanted: set[StageKey] = set()
+        self._borrowed: dict[int, tuple[StageKey, BorrowedWeights]] = {}  # by number of the request
 
     def load(
         self,
@@ -54,14 +63,25 @@ class HostedStages:
         on_progress: Callable[[int], None],
         on_loaded: Callable[[Stage], None],
         on_error: Callable[[Exception], None],
+        fetch: Ask,
     ) -> None:
         """Load a stage beside whatever else is done; the callbacks are called on the worker's loop."""
         key = StageKey(request.model, request.plan_version, request.stage)
         self._wanted.add(key)
 
-        def progress(num_bytes: int) -> None:
+        def check_wanted() -> None:
             if key not in self._wanted:
                 raise NotWantedError
+
+        def borrow(meta_model: PreTrainedModel) -> BorrowedWeights:
+            borrowed = BorrowedWeights(
+                meta_model, request, lambda *asked: self._background.call(lambda: fetch(*asked)), check_wanted
+            )
+            self._borrowed[request.request] = key, borrowed
+            return borrowed
+
+        def progress(num_bytes: int) -> None:
+            check_wanted()
             self._background.call(lambda: on_progress(num_bytes))
 
         def work() -> None:
@@ -74,6 +94,7 @@ class HostedStages:
                     accelerator=self._accelerator,
                     progress=progress,
                     held=[each for each in held if each.start < request.end and request.start < each.end],
+                    instead=borrow if request.holders else None,
                 )
             except NotWantedError:
                 self._background.call(lambda: release_memory(self._accelerator))
@@ -82,8 +103,16 @@ class HostedStages:
             else:
                 hosted = HostedStage(stage, request.next_name)
                 self._background.call(functools.partial(self._enter, key, hosted, on_loaded))
+            finally:
+                self._borrowed.pop(request.request, None)
 
         self._background.submit(work)
+
+    def take_weight(self, chunk: WeightChunk, tensors: tuple[Tensor, ...]) -> None:
+        """Hand a part of a weight to whoever waits for it; nobody may any more."""
+        borrowed = self._borrowed.get(chunk.request)
+        if borrowed is not None:
+            borrowed[1].take(chunk, tensors)
 
     def get(self, key: StageKey) -> HostedStage:
         """Return a stage.
@@ -166,6 +195,9 @@ class HostedStages:
 
     def _drop(self, keys: set[StageKey]) -> None:
         self._wanted -= keys
+        for key, borrowed in list(self._borrowed.values()):
+            if key in keys:
+                borrowed.cancel()
         for key in keys:
             self._stages.pop(key, None)
         if keys:

@@ -1,0 +1,121 @@
+"""Layers move to workers that can't read the checkpoint: those that hold the weights send them, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lingualinked as ll
+from families import reference, save_tiny
+from processes import stopped
+from waiting import num_sessions, wait_until
+
+pytestmark = pytest.mark.process
+
+IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])
+FAMILIES = ("llama", "llama-tied", "gpt2", "gemma3", "mixtral", "opt-350m")
+SPANS = (
+    [("c", 0, 4)],  # on one device: what is tied is held once
+    [("a", 0, 1), ("b", 1, 3), ("a", 3, 4)],
+    [("d", 0, 2), ("c", 2, 4)],
+    [("c", 0, 2), ("d", 2, 4)],  # the two ends change places
+)
+
+
+def generate(model: Any) -> torch.Tensor:
+    tokens: torch.Tensor = model.generate(IDS, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    return tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_come_from_who_has_them(
+    family: str, dtype: torch.dtype, shared_cluster: ll.Cluster, tmp_path: Path
+) -> None:
+    folder = save_tiny(family, dtype, tmp_path / "checkpoint")
+    whole = reference(folder)
+    expected = generate(whole)
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
+        past, past_expected = model(IDS).past_key_values, whole(IDS).past_key_values
+        shutil.rmtree(folder)
+        for spans in SPANS:
+            migration = model.rebalance(ll.Plan.from_spans(spans)).migration
+            assert migration is not None
+            assert migration.weight_bytes > 0
+            logits = model(IDS[:, :1], past_key_values=past).logits
+            assert torch.equal(logits, whole(IDS[:, :1], past_key_values=past_expected).logits)
+        assert torch.equal(generate(model), expected)
+        del past
+        wait_until(lambda: sum(num_sessions(model)) == 0)
+
+
+def test_steps_go_on_meanwhile(shared_cluster: ll.Cluster, tmp_path: Path) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    expected = generate(reference(folder))
+    enough, wrong = threading.Event(), []
+    with ll.ShardedModel.from_pretrained(
+        str(folder), cluster=shared_cluster, plan=ll.Plan.from_spans(SPANS[1]), progress=False
+    ) as model:
+        shutil.rmtree(folder)
+
+        def keep_generating() -> None:
+            while not enough.is_set():
+                if not torch.equal(generate(model), expected):
+                    wrong.append(1)
+
+        threads = [threading.Thread(target=keep_generating) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for spans in SPANS * 2:
+            model.rebalance(ll.Plan.from_spans(spans))
+        enough.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+def test_who_has_them_dies_meanwhile(tmp_path: Path) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    devices = [ll.Device(name=name, threads=1) for name in ("doomed", "other", "idle")]
+    with ll.Cluster(devices) as cluster:
+        pid = cluster.pids["doomed"]
+        plan = ll.Plan.from_spans([("doomed", 0, 2), ("other", 2, 4)])
+        with ll.ShardedModel.from_pretrained(str(folder), cluster=cluster, plan=plan, progress=False) as model:
+            shutil.rmtree(folder)
+            errors: list[Exception] = []
+
+            def move() -> None:
+                try:
+                    model.rebalance(ll.Plan.from_spans([("idle", 0, 2), ("other", 2, 4)]))
+                except ll.LingualinkedError as error:
+                    errors.append(error)
+
+            stopped(pid)  # it lends nothing: the migration waits for it
+            thread = threading.Thread(target=move)
+            thread.start()
+            os.kill(pid, signal.SIGKILL)
+            thread.join(30)
+            assert [type(error) for error in errors] == [ll.WorkerDiedError]
+            assert model.plan.devices == ("doomed", "other")
+            with pytest.raises(ll.WorkerDiedError):
+                generate(model)
+        # What waited for it waits no longer: the worker that lacked the weights serves other models.
+        folder = save_tiny("gpt2", torch.float32, tmp_path / "other")
+        plan = ll.Plan.from_spans([("idle", 0, 2), ("other", 2, 4)])
+        with ll.ShardedModel.from_pretrained(str(folder), cluster=cluster, plan=plan, progress=False) as model:
+            assert torch.equal(generate(model), generate(reference(folder)))
+
+
+def test_a_first_load_needs_the_files(shared_cluster: ll.Cluster, tmp_path: Path) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ll.CheckpointError):
+        ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan="even", progress=False)
