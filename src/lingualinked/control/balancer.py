@@ -37,13 +37,14 @@ from lingualinked.workload import Workload
 _MANY_STEPS = 128  # after which speeds are known well
 _MOST_DOUBLINGS = 10
 _MOST_SAVED = 0.99
+_SURE = 2.0  # standard errors of a speed that a gain must exceed besides
 
 
 class Balancer:
     """One pipeline's balancer.
 
     It follows devices' speeds (`SpeedLevel`). When one has plainly changed, it solves again for the speeds of now, and moves
-    layers if a mean step takes at least ``min_gain`` less time and if what is saved, for as long as speeds are expected to
+    layers if a mean step takes less time by ``min_gain``, and by what may be chance, and if what is saved, for as long as speeds are expected to
     last, is ``margin`` times the cost of moving; not within ``cooldown_s`` of the last move, and ever later after moves
     that failed. A device whose memory runs out, or that is to be emptied, is relieved whatever it costs; where the user asks,
     ``min_gain`` alone counts. Every decision comes out with its numbers, those to stay as well.
@@ -291,9 +292,12 @@ class Balancer:
         )
         if must:
             return True, f"it must be: a mean step would take {times}{lost}", False
+        share = f"a mean step would take {times}: {100 * proposal.saved:.1f} % saved"
         if proposal.saved < policy.min_gain:
-            share = f"{100 * proposal.saved:.1f} %, less than min_gain={100 * policy.min_gain:g} %"
-            return False, f"a mean step would take {times}: {share}", False
+            return False, f"{share}, less than min_gain={100 * policy.min_gain:g} %", False
+        needed = policy.min_gain + _SURE * self._beliefs.error(self._plan.devices)
+        if proposal.saved < needed and not asked:
+            return False, f"{share}, less than the {100 * needed:.1f} % that speeds known no better call for", True
         lasts_s = self._lasts_s(time_s, proposal)
         gain_s = lasts_s * proposal.saved
         figures = f"{gain_s:.2g} s saved in {lasts_s:.2g} s, for {proposal.cost_s:.2g} s that it costs"

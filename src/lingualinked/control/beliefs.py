@@ -6,6 +6,7 @@ Knows profiles and samples; nothing is decided here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from lingualinked.control.speed import SpeedLevel
 from lingualinked.device import CALLER
@@ -108,6 +109,10 @@ class Beliefs:
     def persistence_s(self, time_s: float, horizon_s: float, size: float) -> float:
         """Give the seconds for which no device is expected to shift by ``size`` (`SpeedLevel.persistence_s`)."""
         return min(belief.level.persistence_s(time_s, horizon_s, size) for belief in self._devices.values())
+
+    def error(self, devices: Iterable[str]) -> float:
+        """Give the largest standard error of the devices' speeds, as a share."""
+        return max(self._devices[name].level.error for name in devices)
 
     def slowdowns(self) -> dict[str, float]:
         """Give how many times slower than measured each device decodes; one that was never seen as the best of the others."""

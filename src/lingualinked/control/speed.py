@@ -63,6 +63,11 @@ class SpeedLevel:
         return len(self._samples)
 
     @property
+    def error(self) -> float:
+        """Standard error of the level's logarithm."""
+        return _MEDIAN_ERROR * self._noise / math.sqrt(max(1, len(self._samples)))
+
+    @property
     def is_settled(self) -> bool:
         """Whether there have been enough samples to know the level."""
         return self._is_settled
