@@ -146,13 +146,14 @@ def _move(telemetry: ll.Telemetry, slowed_s: float) -> Rows:
     if not moves or not migrations:
         return Rows("The move", ("what", "seen"), [("layers moved", "never")])
     ends = sorted((step.time_s + step.total_s, step) for step in telemetry.steps if step.is_decode)
+    all_ends = sorted(step.time_s + step.total_s for step in telemetry.steps)
     num_steps = sum(slowed_s <= end <= moves[0].time_s for end, _ in ends)
     normal_s = Samples([step.total_s for end, step in ends if end < slowed_s]).median
     stalls, waits = [], []
     for migration in migrations:
         took_s = migration.load_s + migration.copy_s + migration.switch_s
         last_s = migration.time_s + took_s + normal_s
-        tokens = [end for end, _ in ends if migration.time_s - normal_s <= end <= last_s]
+        tokens = [end for end in all_ends if migration.time_s - normal_s <= end <= last_s]
         gaps = [after - before for before, after in itertools.pairwise(tokens)]
         stalls.append(sum(max(0.0, gap - normal_s) for gap in gaps))
         waits.append(migration.longest_stall_s)
