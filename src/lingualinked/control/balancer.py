@@ -43,10 +43,11 @@ _SURE = 2.0  # standard errors of a speed that a gain must exceed besides
 class Balancer:
     """One pipeline's balancer.
 
-    It follows devices' speeds (`SpeedLevel`). When one has plainly changed, it solves again for the speeds of now, and moves
-    layers if a mean step takes less time by ``min_gain``, and by what may be chance, and if what is saved, for as long as speeds are expected to
-    last, is ``margin`` times the cost of moving; not within ``cooldown_s`` of the last move, and ever later after moves
-    that failed. A device whose memory runs out, or that is to be emptied, is relieved whatever it costs; where the user asks,
+    It follows devices' speeds (`SpeedLevel`). When one has plainly changed, it solves again for the speeds of now, and
+    moves layers if a mean step takes less time by ``min_gain`` and by what may be chance, and if what is saved, for as long
+    as speeds are expected to last, is ``margin`` times the cost of moving; not within ``cooldown_s`` of the last move, and
+    ever later after moves that failed. A device whose memory runs out, or that is to be emptied, is relieved whatever it
+    costs; one that has not been used for ``horizon_s`` may be faster by now, and is tried again; where the user asks,
     ``min_gain`` alone counts. Every decision comes out with its numbers, those to stay as well.
 
     Parameters
@@ -76,7 +77,7 @@ class Balancer:
         self._policy = policy
         self._objective = objective
         self._is_automatic = is_automatic
-        self._beliefs = Beliefs(profile, policy.confidence)
+        self._beliefs = Beliefs(profile, policy.confidence, policy.horizon_s)
         self._rates = Rates()
         self._target: Plan | None = None
         self._trigger = ""  # what waits to be decided
@@ -148,8 +149,11 @@ class Balancer:
         if not self._is_automatic:
             return None
         done_s = sample.time_s + sample.total_s
+        forgotten = self._beliefs.forget(done_s, self._plan.devices)
         if shifted:
             self._trigger, self._num_vain, self._is_sure = shifted[0], 0, False
+        elif forgotten:
+            self._trigger = f"device {forgotten[0]!r} has not been used for long, and may be faster by now"
         elif not self._trigger:
             self._trigger = self._drift()
         return self._decide_in_time(done_s)
@@ -233,6 +237,7 @@ class Balancer:
         dry_run: bool = False,
         raises: bool = False,
     ) -> Instruction | None:
+        self._beliefs.forget(time_s, self._plan.devices)
         if not dry_run:
             self._trigger, self._is_urgent = "", False
             self._decided = self._beliefs.slowdowns()

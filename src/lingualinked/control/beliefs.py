@@ -25,12 +25,16 @@ class DeviceBelief:
     ----------
     confidence : float
         Of its `SpeedLevel`.
+    horizon_s : float
+        Seconds for which its speed counts once it is not used any more; twice as many each time that it is tried again.
     """
 
-    def __init__(self, confidence: float) -> None:
+    def __init__(self, confidence: float, horizon_s: float) -> None:
         self.decode = SpeedLevel(confidence)
         self.prefill = SpeedLevel(confidence)
         self.seen_s: float | None = None
+        self.is_forgotten = False
+        self.remembered_s = horizon_s
         self.cap_bytes: float | None = None
         self.cap_until_s = 0.0
         self.is_usable = True
@@ -43,10 +47,26 @@ class DeviceBelief:
     @property
     def is_settled(self) -> bool:
         """Whether its speed is known."""
-        return self.level.is_settled
+        return self.level.is_settled and not self.is_forgotten
+
+    def see(self, time_s: float) -> None:
+        """Take note that it has run a step."""
+        self.seen_s = time_s
+        if self.is_forgotten:
+            self.is_forgotten = False
+            self.remembered_s *= 2
+
+    def forget(self, time_s: float) -> bool:
+        """Forget its speed if it was seen long ago; say whether that is so now and was not before."""
+        if self.is_forgotten or self.seen_s is None or time_s - self.seen_s <= self.remembered_s:
+            return False
+        self.is_forgotten = True
+        return True
 
     def slowdowns(self, unseen: float) -> tuple[float, float]:
         """Give the slowdown of prefill and of decode; ``unseen`` where nothing was seen."""
+        if self.is_forgotten:
+            return unseen, unseen
         known = self.level.slowdown if self.level.num_samples else unseen
         return tuple(each.slowdown if each.is_settled else known for each in (self.prefill, self.decode))  # type: ignore[return-value]
 
@@ -60,10 +80,13 @@ class Beliefs:
         As measured.
     confidence : float
         Of each `SpeedLevel`.
+    horizon_s : float
+        Of each `DeviceBelief`.
     """
 
-    def __init__(self, profile: Profile, confidence: float) -> None:
+    def __init__(self, profile: Profile, confidence: float, horizon_s: float) -> None:
         self._confidence = confidence
+        self._horizon_s = horizon_s
         self._devices: dict[str, DeviceBelief] = {}
         self._links: dict[tuple[str, str], SpeedLevel] = {}
         self._predicted_s: dict[tuple[object, ...], float] = {}
@@ -81,7 +104,7 @@ class Beliefs:
         self._measured_links = {(link.source, link.target): link for link in profile.links}
         self._predicted_s.clear()
         for name in profile.names:
-            self._devices.setdefault(name, DeviceBelief(self._confidence))
+            self._devices.setdefault(name, DeviceBelief(self._confidence, self._horizon_s))
         for ends in self._measured_links:
             self._links.setdefault(ends, SpeedLevel(self._confidence))
 
@@ -94,7 +117,7 @@ class Beliefs:
             belief = self._devices.get(stage.device)
             if belief is None:
                 return shifted
-            belief.seen_s = done_s
+            belief.see(done_s)
             level = belief.decode if sample.is_decode else belief.prefill
             before, was_settled = level.slowdown, level.is_settled
             if level.add(done_s, stage.compute_s, self._stage_s(stage, sample)) and was_settled:
@@ -105,6 +128,11 @@ class Beliefs:
                 self._links[source, stage.device].add(done_s, stage.hop_s, predicted_s)
             source, num_bytes = stage.device, stage.sent_bytes
         return shifted
+
+    def forget(self, time_s: float, used: Iterable[str]) -> list[str]:
+        """Forget the speeds of devices that are not used and were seen long ago: they may be faster by now; say which."""
+        idle = self._devices.keys() - set(used)
+        return sorted(name for name in idle if self._devices[name].forget(time_s))
 
     def persistence_s(self, time_s: float, horizon_s: float, size: float) -> float:
         """Give the seconds for which no device is expected to shift by ``size`` (`SpeedLevel.persistence_s`)."""

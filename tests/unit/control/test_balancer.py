@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -86,6 +87,27 @@ def test_what_changes_seldom_is_followed_each_time() -> None:
     assert period <= at[0] < period + 20
     assert any(2 * period <= step < 2 * period + 20 for step in at)
     assert len(at) <= 4  # each time at once by what is known, and once more when it is known well
+
+
+def test_a_device_that_was_emptied_is_tried_again_ever_less_often() -> None:
+    line = pipeline(noise=uniform, policy=ll.RebalancePolicy(horizon_s=20.0))
+    line.run(200)
+    line.run(12_000, slow_from("b", 200, 30.0))
+    assert line.num_layers("b") == 0
+    emptied, tried = line.moved_at[::2], line.moved_at[1::2]
+    pauses = [later - earlier for earlier, later in zip(emptied, tried, strict=False)]
+    assert len(pauses) >= 2
+    assert all(after > 1.5 * before for before, after in itertools.pairwise(pauses))
+
+
+def test_a_device_that_was_emptied_is_used_again_once_it_is_fast() -> None:
+    line = pipeline(noise=uniform, policy=ll.RebalancePolicy(horizon_s=20.0))
+    layers = line.num_layers("b")
+    line.run(200)
+    line.run(1000, slow_from("b", 200, 30.0))
+    assert line.num_layers("b") == 0
+    line.run(6000)
+    assert line.num_layers("b") == layers
 
 
 def test_a_device_that_slows_down_bit_by_bit_is_relieved() -> None:
