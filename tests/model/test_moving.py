@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from conversations import Cut, Whole, beam_and_back, greedy, spec_of
@@ -32,9 +34,7 @@ def random_spans(rng: random.Random) -> Spans:
 
 
 def as_received(piece: Piece) -> Piece:
-    return Piece(
-        piece.slot, piece.first, piece.position, piece.capacity, piece.rows, piece.keys.clone(), piece.values.clone()
-    )
+    return Piece(piece.place, piece.keys.clone(), piece.values.clone())
 
 
 class Moving(Cut):
@@ -128,6 +128,21 @@ def test_moving_layers_is_exact(family: str, dtype: torch.dtype, checkpoint: Che
     seed = f"{family}, {dtype}"  # another schedule of moves for each
     assert_equal(greedy(Moving(spec, random.Random(seed))), said)
     assert_equal(beam_and_back(Moving(spec, random.Random(seed), records_past=True)), beamed)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])  # full attention, sliding windows, experts
+def test_whatever_the_schedule_of_moves(family: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family)
+    model, spec = reference(folder), spec_of(folder)
+    said, beamed = greedy(Whole(model)), beam_and_back(Whole(model, records_past=True))
+
+    @settings(max_examples=8)
+    @given(schedule=st.randoms(use_true_random=False))
+    def check(schedule: random.Random) -> None:
+        assert_equal(greedy(Moving(spec, schedule)), said)
+        assert_equal(beam_and_back(Moving(spec, schedule, records_past=True)), beamed)
+
+    check()
 
 
 def test_stages_share_the_weights_of_layers_that_stay(checkpoint: Checkpoint) -> None:

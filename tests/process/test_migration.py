@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import random
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from transformers import PreTrainedModel
 
 import lingualinked as ll
 from families import reference, save_tiny
+from lingualinked.cluster.inspection import inspect_workers
 from processes import stopped
 from waiting import num_sessions, wait_until
 
@@ -34,14 +38,15 @@ CALLS: dict[str, dict[str, Any]] = {
 FAMILIES = ("llama", "gemma2", "gpt2", "mixtral")  # full attention, sliding windows, tied ends, experts
 
 
-def random_plan(rng: random.Random) -> ll.Plan:
+@st.composite
+def plans(draw: st.DrawFn) -> ll.Plan:
     """Place the layers on one to four devices in any order; a device may hold both ends."""
-    if rng.random() < 0.15:
-        first, other = rng.sample("abcd", 2)
-        return ll.Plan.from_spans([(first, 0, 1), (other, 1, 3), (first, 3, 4)])
-    ends = [0, *sorted(rng.sample(range(1, NUM_LAYERS), rng.randint(0, 3))), NUM_LAYERS]
-    devices = rng.sample("abcd", len(ends) - 1)
-    return ll.Plan.from_spans((device, ends[i], ends[i + 1]) for i, device in enumerate(devices))
+    devices = draw(st.permutations("abcd"))
+    inner = draw(st.sets(st.integers(1, NUM_LAYERS - 1)))
+    ends = [0, *sorted(inner), NUM_LAYERS]
+    if len(inner) > 1 and draw(st.booleans()):
+        devices[len(inner)] = devices[0]
+    return ll.Plan.from_spans((devices[i], start, end) for i, (start, end) in enumerate(itertools.pairwise(ends)))
 
 
 def generate(model: Any, call: str, num_new: int) -> torch.Tensor:
@@ -61,7 +66,7 @@ def moving(shared_cluster: ll.Cluster, tiny_llama: str) -> Iterator[Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_moves_under_load_change_no_token(family: str, shared_cluster: ll.Cluster, tmp_path: Path) -> None:
     folder = save_tiny(family, torch.float32, tmp_path)
-    whole, rng = reference(folder), random.Random(family)
+    whole = reference(folder)
     expected = {call: generate(whole, call, 40) for call in CALLS}
     enough = threading.Event()
     wrong: list[str] = []
@@ -76,21 +81,27 @@ def test_random_moves_under_load_change_no_token(family: str, shared_cluster: ll
             if enough.is_set():
                 return
 
-    with ll.ShardedModel.from_pretrained(
-        str(folder), cluster=shared_cluster, plan=random_plan(rng), progress=False
-    ) as model:
-        threads = [threading.Thread(target=keep_generating, args=(call,)) for call in CALLS]
-        for thread in threads:
-            thread.start()
-        for _ in range(12):
-            plan = random_plan(rng)
+    @settings(max_examples=4)
+    @given(schedule=st.lists(plans(), min_size=3, max_size=6))
+    def move(schedule: list[ll.Plan]) -> None:
+        for plan in schedule:
             model.rebalance(plan)
             assert [(each.device, each.start, each.end) for each in model.plan.stages] == [
                 (each.device, each.start, each.end) for each in plan.stages
             ]
-        enough.set()
+        assert wrong == []
+
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
+        threads = [threading.Thread(target=keep_generating, args=(call,)) for call in CALLS]
         for thread in threads:
-            thread.join()
+            thread.start()
+        try:
+            move()
+        finally:
+            enough.set()
+            for thread in threads:
+                thread.join()
         assert wrong == []
         wait_until(lambda: sum(num_sessions(model)) == 0)
         assert all(stage.kv_bytes == 0 for stage in model.telemetry.stages)
@@ -171,6 +182,72 @@ def test_a_device_that_dies_while_it_is_moved_to_leads_back(tiny_llama: str, uns
             assert model.plan.devices == ("one", "two")
             logits = model(IDS[:, :2], past_key_values=past).logits
             assert torch.equal(logits, unsharded(IDS[:, :2], past_key_values=expected).logits)
+
+
+def kv_bytes_on(cluster: ll.Cluster, device: str) -> int:
+    (found,) = inspect_workers(cluster._engine, [device], 30.0)
+    return sum(stage.kv_bytes for stage in found.stages)
+
+
+@pytest.mark.parametrize("victim", ["source", "target"])
+def test_a_kill_while_kv_is_copied(victim: str, tiny_llama: str, unsharded: PreTrainedModel) -> None:
+    devices = [ll.Device(name=name, threads=1) for name in ("first", "source", "target")]
+    links = {("source", "target"): ll.Link(bandwidth="100KB/s")}
+    before = ll.Plan.from_spans([("first", 0, 2), ("source", 2, 4)])
+    long = torch.arange(1500).remainder(90).add(3)[None]
+    tokens = generate(unsharded, "one row", 40)
+    with (
+        ll.Cluster(devices, links=links) as cluster,
+        ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=before, progress=False) as model,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        past, expected = model(long).past_key_values, unsharded(long).past_key_values
+        model(IDS)  # another session, whose KV comes later
+        moving = pool.submit(model.rebalance, ll.Plan.from_spans([("first", 0, 2), ("target", 2, 4)]))
+        wait_until(lambda: kv_bytes_on(cluster, "target") > 0)
+        assert not moving.done()
+        talking = pool.submit(generate, model, "one row", 40)
+        os.kill(cluster.pids[victim], signal.SIGKILL)
+        with pytest.raises(ll.WorkerDiedError, match=f"worker on device '{victim}' died"):
+            moving.result(30)
+        if victim == "source":
+            with pytest.raises(ll.WorkerDiedError, match="worker on device 'source' died"):
+                talking.result(30)
+            with pytest.raises(ll.WorkerDiedError, match="worker on device 'source' died"):
+                model(IDS)
+        else:
+            assert torch.equal(talking.result(30), tokens)
+            assert not model.telemetry.migrations[-1].succeeded
+            assert model.plan.devices == ("first", "source")
+            logits = model(IDS[:, :2], past_key_values=past).logits
+            assert torch.equal(logits, unsharded(IDS[:, :2], past_key_values=expected).logits)
+
+
+def test_a_session_that_is_ended_while_it_changes_leaves_nothing(tiny_llama: str, unsharded: PreTrainedModel) -> None:
+    devices = [ll.Device(name=name, threads=1) for name in ("first", "source", "target")]
+    links = {("source", "target"): ll.Link(bandwidth="200KB/s")}
+    plan = ll.Plan.from_spans([("first", 0, 2), ("source", 2, 4)])
+    long = torch.arange(1500).remainder(90).add(3)[None]
+    with (
+        ll.Cluster(devices, links=links) as cluster,
+        ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False) as model,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        past, expected = model(long).past_key_values, unsharded(long).past_key_values
+        moving = pool.submit(model.rebalance, ll.Plan.from_spans([("first", 0, 2), ("target", 2, 4)]))
+        wait_until(lambda: kv_bytes_on(cluster, "target") > 0)
+        late = model(long).past_key_values  # not copied ahead: all of its KV is sent when it changes
+        routes = model._pipeline._routes
+        wait_until(lambda: routes.target is not routes.current)
+        kv_bytes = kv_bytes_on(cluster, "first")
+        late.end()
+        assert not moving.done()
+        assert moving.result(60).migration.succeeded
+        wait_until(lambda: num_sessions(model) == [1, 1])
+        assert kv_bytes_on(cluster, "first") == kv_bytes / 2
+        assert kv_bytes_on(cluster, "source") == 0
+        logits = model(IDS[:, :2], past_key_values=past).logits
+        assert torch.equal(logits, unsharded(IDS[:, :2], past_key_values=expected).logits)
 
 
 def test_several_threads_may_move_it(moving: Any, unsharded: PreTrainedModel) -> None:

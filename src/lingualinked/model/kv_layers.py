@@ -5,6 +5,7 @@ Each answers as the layer of transformers' DynamicCache that it replaces; knows 
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class GrowingTensor:
         self._fill(states)
 
 
-class _Growing:
+class _Growing(abc.ABC):
     """What the growing layers share: keys and values in growing tensors (the attributes `keys`, `values` stay None)."""
 
     _grown: tuple[GrowingTensor, ...] = ()
@@ -128,11 +129,11 @@ class _Growing:
         return self.stop - len(self._grown[0]) if self._grown else 0
 
     @property
+    @abc.abstractmethod
     def stop(self) -> int:
         """Position in the text behind the last token held."""
-        raise NotImplementedError
 
-    def _seen(self, num_tokens: int) -> None:
+    def _seen(self, num_tokens: int) -> None:  # noqa: B027 - not every layer counts
         """Take note that the layer has seen so many tokens in all."""
 
     def read(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,21 @@ class CopyKV(Message, frozen=True, tag=12):
 
 
 class KVSlice(Message, frozen=True):
-    """Tokens of one layer's KV, in the words of `lingualinked.worker.kv_copy.Piece`; keys and values are beside the message."""
+    """Tokens of one layer's KV; keys and values are beside the message.
+
+    Parameters
+    ----------
+    slot : int
+        The layer's slot in the KV cache.
+    first : int
+        Position of the first token that the layer holds: what lies before is to be forgotten.
+    position : int
+        Position of the first token here: what was sent from there on before is not valid any more.
+    capacity : int
+        Tokens that the layer has room for.
+    rows : tuple of int or None
+        Which rows to keep of what was sent before, in their order, before these tokens are added; ``None``: all as they are.
+    """
 
     slot: int
     first: int

@@ -118,8 +118,8 @@ class HostedStage:
         cache = self._arriving[session].cache
         assert cache is not None
         for piece in pieces:
-            if piece.slot not in cache.owned:
-                raise ProtocolError(f"KV of layer slot {piece.slot}, which this stage does not hold")
+            if piece.place.slot not in cache.owned:
+                raise ProtocolError(f"KV of layer slot {piece.place.slot}, which this stage does not hold")
         write_pieces(pieces, cache)
 
     def arrived(self, session: int, context: StepContext, number: int, *, records_past: bool) -> None:

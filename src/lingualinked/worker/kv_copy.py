@@ -1,6 +1,6 @@
 """Copying the KV of one session's layers to another worker while the session goes on: what is still to be sent, in pieces.
 
-Knows KV layers; neither messages nor sockets.
+Knows KV layers and the message that tells where tokens belong; no sockets.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.model.kv_cache import OwnedLayer, StageCache
+from lingualinked.protocol.moving import KVSlice
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,25 +21,13 @@ class Piece:
 
     Parameters
     ----------
-    slot : int
-        The layer's slot in the KV cache.
-    first : int
-        Position of the first token that the layer holds: what lies before is to be forgotten.
-    position : int
-        Position of the piece's first token: what was sent from there on before is not valid any more.
-    capacity : int
-        Tokens that the layer has room for.
-    rows : tuple of int or None
-        Which rows to keep of what was sent before, in their order, before the piece is added; ``None``: all as they are.
+    place : KVSlice
+        Which tokens of which layer.
     keys, values : Tensor
         [rows, heads, tokens, dim]; of what is to be sent views, valid until the KV cache changes.
     """
 
-    slot: int
-    first: int
-    position: int
-    capacity: int
-    rows: tuple[int, ...] | None
+    place: KVSlice
     keys: Tensor
     values: Tensor
 
@@ -108,12 +97,9 @@ class KVCopy:
         keys, values = layer.read(position, num_left)
         num_tokens = min(num_left, max(1, max_bytes * num_left // max(1, keys.nbytes + values.nbytes)))
         is_fresh = position == first  # nothing of what was sent before is kept, in whatever order
+        rows = None if sent.rows is None or is_fresh else tuple(sent.rows.tolist())
         piece = Piece(
-            slot=slot,
-            first=first,
-            position=position,
-            capacity=layer.capacity,
-            rows=None if sent.rows is None or is_fresh else tuple(sent.rows.tolist()),
+            place=KVSlice(slot=slot, first=first, position=position, capacity=layer.capacity, rows=rows),
             keys=keys.narrow(2, 0, num_tokens),
             values=values.narrow(2, 0, num_tokens),
         )
@@ -132,7 +118,8 @@ def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
         If tokens between what is held and a piece are missing.
     """
     for piece in pieces:
-        layer = cache.owned[piece.slot]
-        if piece.rows is not None:
-            layer.reorder_cache(torch.tensor(piece.rows, dtype=torch.long))
-        layer.write(piece.first, piece.position, piece.keys, piece.values, piece.capacity)
+        place = piece.place
+        layer = cache.owned[place.slot]
+        if place.rows is not None:
+            layer.reorder_cache(torch.tensor(place.rows, dtype=torch.long))
+        layer.write(place.first, place.position, piece.keys, piece.values, place.capacity)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import StepContext
 from lingualinked.protocol.messages import encode
-from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVSlice, KVTaken, SessionState
+from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVTaken, SessionState
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.hosted import HostedSession
 from lingualinked.worker.kv_copy import KVCopy, Piece
@@ -97,16 +97,8 @@ class Mover:
         hosted = self._stages.get(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
         pieces = [
-            Piece(
-                slot=each.slot,
-                first=each.first,
-                position=each.position,
-                capacity=each.capacity,
-                rows=each.rows,
-                keys=tensors[2 * index].to(device),
-                values=tensors[2 * index + 1].to(device),
-            )
-            for index, each in enumerate(chunk.slices)
+            Piece(place=place, keys=tensors[2 * index].to(device), values=tensors[2 * index + 1].to(device))
+            for index, place in enumerate(chunk.slices)
         ]
         hosted.write(chunk.session, pieces)
         if chunk.state is not None:
@@ -141,16 +133,7 @@ class Mover:
             plan_version=request.target_version,
             stage=request.target_stage,
             session=request.session,
-            slices=tuple(
-                KVSlice(
-                    slot=piece.slot,
-                    first=piece.first,
-                    position=piece.position,
-                    capacity=piece.capacity,
-                    rows=piece.rows,
-                )
-                for piece in pieces
-            ),
+            slices=tuple(piece.place for piece in pieces),
             num_bytes=transfer.copy.num_bytes,
             is_last=is_last,
             state=state,

@@ -8,16 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-import traceback
-from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import NoReturn, TypedDict
+from typing import NoReturn
 
 import msgspec
 import torch
 
 from lingualinked.device import CALLER
-from lingualinked.errors import ArgumentError, CheckpointError, LingualinkedError, ProtocolError
+from lingualinked.errors import LingualinkedError, ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Imitation
@@ -50,7 +48,6 @@ from lingualinked.protocol.messages import (
     UnloadModel,
     WorkerMessage,
     WorkerReport,
-    decode,
     encode,
 )
 from lingualinked.protocol.moving import (
@@ -60,7 +57,6 @@ from lingualinked.protocol.moving import (
     KVChunk,
     KVTaken,
     MoveSession,
-    MovingMessage,
     WeightChunk,
 )
 from lingualinked.transport.hop_clock import HopClock, clock_us
@@ -68,15 +64,17 @@ from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from lingualinked.worker.background import Background
+from lingualinked.worker.failure import failure_of
 from lingualinked.worker.hosted import split_tensors
+from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import watch_caller
-from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, is_out_of_memory, resident_bytes
+from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
 from lingualinked.worker.mover import Mover
 from lingualinked.worker.pace import Pace
-from lingualinked.worker.probe import LinkProbe
+from lingualinked.worker.probe import LinkProbes
 from lingualinked.worker.stages import HostedStages, StageKey
 from lingualinked.worker.vitals import Vitals
 
@@ -130,17 +128,16 @@ class Worker:
     def __init__(self, boot: Boot, mailbox: Mailbox, handler: ForwardingHandler, background: Background) -> None:
         self._boot = boot
         self._mailbox = mailbox
+        self._inbox = Inbox(mailbox)
         self._log_handler = handler
         self._background = background
         self._stages = HostedStages(boot.accelerator, self._background)
         self._mover = Mover(self._stages, mailbox, boot.public_key)
         self._lender = Lender(self._stages)
-        self._waiting: deque[tuple[CallerMessage | PeerMessage, Delivery]] = deque()
         self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
-        self._num_refused = 0
-        self._probes: defaultdict[str, deque[LinkProbe]] = defaultdict(deque)  # by target
+        self._probes = LinkProbes(mailbox, boot.public_key)
         self._pace = Pace(boot.threads, 1.0)
         self._imitate(boot.imitation)
 
@@ -148,44 +145,15 @@ class Worker:
         """Say hello, then serve for good: the lifeline ends the process."""
         self._tell(Hello(pid=os.getpid(), address=self._mailbox.address))
         while True:
-            waiting = self._next()
+            waiting = self._inbox.next()
             if waiting is not None:
                 try:
                     self._handle(*waiting)
                 except ProtocolError as error:
-                    self._refuse(waiting[1], error)
+                    self._inbox.refuse(waiting[1], error)
             self._background.run_callbacks()
             for level, name, text in self._log_handler.drain():
                 self._tell(LogRecord(level=level, logger=name, text=text))
-
-    def _next(self) -> tuple[CallerMessage | PeerMessage, Delivery] | None:
-        """Give the next message, what moves a model before all others; None if there is none yet."""
-        delivery = self._mailbox.receive(0 if self._waiting else None)
-        while delivery is not None:
-            try:
-                self._waiting.append((self._read(delivery), delivery))
-            except ProtocolError as error:
-                self._refuse(delivery, error)
-            delivery = self._mailbox.receive(0)
-        # A session that moves would wait for the steps of all others here.
-        for index, (message, _) in enumerate(self._waiting):
-            if isinstance(message, LoadStage | MovingMessage):
-                found = self._waiting[index]
-                del self._waiting[index]
-                return found
-        return self._waiting.popleft() if self._waiting else None
-
-    def _refuse(self, delivery: Delivery, error: ProtocolError) -> None:
-        self._num_refused += 1
-        logger.warning("refused a message from %r: %s", delivery.sender, error)
-
-    def _read(self, delivery: Delivery) -> CallerMessage | PeerMessage:
-        message = decode(delivery.payload)
-        if not isinstance(message, CallerMessage | PeerMessage):
-            raise ProtocolError(f"{type(message).__name__} is not for a worker")
-        if delivery.sender != CALLER and not isinstance(message, PeerMessage):
-            raise ProtocolError(f"{type(message).__name__} is for the caller to say")
-        return message
 
     def _handle(self, message: CallerMessage | PeerMessage, delivery: Delivery) -> None:
         match message:
@@ -214,11 +182,11 @@ class Worker:
             case MeasureModel():
                 self._answer(message.request, lambda: self._measure(message))
             case ProbeLink():
-                self._probe(message)
+                self._answer(message.request, lambda: self._probes.begin(message))
             case Ping():
-                self._pong(message, delivery.sender)
+                self._probes.answer(message, delivery.sender)
             case Pong():
-                self._go_on_probing(message, delivery.sender)
+                self._probed(message, delivery.sender)
 
     def _handle_moving(self, message: CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan, delivery: Delivery) -> None:
         match message:
@@ -250,7 +218,7 @@ class Worker:
         return True
 
     def _fail(self, request: int, error: Exception) -> None:
-        self._tell(RequestFailed(request=request, **_failure(error)))
+        self._tell(RequestFailed(request=request, **failure_of(error)))
 
     def _load(self, message: LoadStage) -> None:
         def progress(num_bytes: int) -> None:
@@ -309,7 +277,7 @@ class Worker:
             threads=torch.get_num_threads(),
             resident_bytes=resident_bytes(),
             idle_resident_bytes=self._idle_resident_bytes,
-            num_refused=self._num_refused + self._mailbox.num_refused,
+            num_refused=self._inbox.num_refused,
             held_bytes=held_bytes,
             available_bytes=vitals.available_bytes,
             cpu_percent=vitals.cpu_percent,
@@ -345,36 +313,16 @@ class Worker:
             epilogue=times.get("epilogue", ()),
         )
 
-    def _probe(self, message: ProbeLink) -> None:
-        try:
-            self._mailbox.connect(message.target, message.address, message.key)
-            waiting = self._probes[message.target]
-            waiting.append(LinkProbe(message, self._mailbox, self._boot.public_key))
-            if len(waiting) == 1:  # one at a time: two would measure each other
-                waiting[0].send()
-        except Exception as error:  # noqa: BLE001 - the caller raises it
-            self._tell(RequestFailed(request=message.request, **_failure(error)))
-
-    def _pong(self, message: Ping, sender: str) -> None:
-        self._mailbox.connect(sender, message.address, message.key)
-        self._mailbox.send(sender, encode(Pong(number=message.number)))
-
-    def _go_on_probing(self, message: Pong, sender: str) -> None:
-        waiting = self._probes[sender]
-        if not waiting:
-            raise ProtocolError(f"a Pong of {sender!r}, which was sent no Ping")
-        answer = waiting[0].take(message)
+    def _probed(self, message: Pong, sender: str) -> None:
+        answer = self._probes.take(message, sender)
         if answer is not None:
-            waiting.popleft()
             self._tell(answer)
-            if waiting:
-                waiting[0].send()
 
     def _step(self, step: Step, delivery: Delivery) -> None:
         try:
             self._run_step(step, delivery)
         except Exception as error:  # noqa: BLE001 - the caller raises it
-            failure = _failure(error)
+            failure = failure_of(error)
         else:
             return
         self._tell(StepFailed(session=step.session, number=step.number, **failure))
@@ -420,25 +368,3 @@ class Worker:
 
     def _tell(self, message: WorkerMessage) -> None:
         self._mailbox.send(CALLER, encode(message))
-
-
-class _Failure(TypedDict):
-    kind: FailureKind
-    cause: str
-    traceback: str
-
-
-def _failure(error: Exception) -> _Failure:
-    """Put an exception into the words of `RequestFailed` and `StepFailed`."""
-    kind = FailureKind.ERROR
-    if is_out_of_memory(error):
-        kind = FailureKind.MEMORY
-    elif isinstance(error, CheckpointError):
-        kind = FailureKind.CHECKPOINT
-    elif isinstance(error, ArgumentError):
-        kind = FailureKind.ARGUMENT
-    return {
-        "kind": kind,
-        "cause": f"{type(error).__name__}: {error}",
-        "traceback": "".join(traceback.format_exception(error)),
-    }
