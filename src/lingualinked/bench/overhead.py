@@ -1,16 +1,19 @@
-"""``lingualinked bench overhead``: what sharding costs a single stream, and what its KV cache gains.
+"""``lingualinked bench overhead``: what sharding costs a single stream, and what watching it for rebalancing adds.
 
 Knows the public face and the unsharded model with the same weights; alternates the two in one process.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,18 +42,32 @@ SHAPE = {
 }
 """A Llama of about 160 million parameters."""
 
+_WATCH_ONLY = ll.RebalancePolicy(margin=1e9)
+_WATCHED_TOKENS = 256
+
 
 def run_overhead(contexts: tuple[int, ...], new_tokens: int, repeats: int) -> None:
-    """Print decode speed of both sides at each context length, the ratio, and the time of a hop."""
+    """Print decode speed of both sides at each context length, the ratio, the time of a hop, and what watching costs."""
     torch.set_num_threads(1)
     console = Console()
+    plan = ll.Plan.from_spans([("worker-0", 0, 6), ("worker-1", 6, 12)])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
-        devices = [ll.Device(name=f"worker-{index}", threads=1) for index in range(2)]
-        with ll.ShardedModel.from_pretrained(folder, devices=devices, load_format="dummy", progress=False) as sharded:
-            unsharded = unsharded_dummy(folder)
-            for context in contexts:
-                console.print(_measure(sharded, unsharded, context, new_tokens, repeats).to_rich())
+        with ll.Cluster([ll.Device(name=name, threads=1) for name in plan.devices]) as cluster:
+            load = functools.partial(
+                ll.ShardedModel.from_pretrained,
+                folder,
+                cluster=cluster,
+                plan=plan,
+                load_format="dummy",
+                progress=False,
+            )
+            with load() as sharded:
+                unsharded = unsharded_dummy(folder)
+                for context in contexts:
+                    console.print(_measure(sharded, unsharded, context, new_tokens, repeats).to_rich())
+                with load(rebalance=_WATCH_ONLY) as watched:
+                    console.print(_measure_watching(sharded, watched, contexts[0], repeats).to_rich())
 
 
 def unsharded_dummy(folder: str) -> Any:
@@ -92,6 +109,39 @@ def _measure(sharded: Any, unsharded: Any, context: int, new_tokens: int, repeat
             ("one of 3 hops", Samples(hops_us).text(0, " µs")),
         ],
     )
+
+
+def _measure_watching(plain: Any, watched: Any, context: int, repeats: int) -> Rows:
+    """Compare decode speed with a balancer that is told of every step, looks at the devices and moves nothing."""
+    ids = torch.randint(3, VOCABULARY, (1, context))
+    speeds: dict[str, list[float]] = {"plain": [], "watched": []}
+    shares = []
+    for model in (plain, watched):
+        _tokens_per_s(model, ids, 8)
+    for repeat in range(2 * repeats):
+        sides = [("plain", plain), ("watched", watched)]
+        for name, model in sides if repeat % 2 else reversed(sides):
+            used_s, began_s = _control_s(), time.perf_counter()
+            speeds[name].append(_tokens_per_s(model, ids, _WATCHED_TOKENS))
+            if model is watched:
+                shares.append(100 * (_control_s() - used_s) / (time.perf_counter() - began_s))
+    with_it, without = Samples(speeds["watched"]), Samples(speeds["plain"])
+    return Rows(
+        f"Decode watched for rebalancing against not, {_WATCHED_TOKENS} tokens, median of {2 * repeats}",
+        ("what", "measured"),
+        [
+            ("not watched, tokens/s", without.text()),
+            ("watched, tokens/s", with_it.text()),
+            ("ratio", ratios(with_it, without).text(3)),
+            ("processor time of the thread that decides", Samples(shares).text(2, " %")),
+        ],
+    )
+
+
+def _control_s() -> float:
+    """Seconds of processor time that threads which decide on rebalancing have used so far."""
+    deciding = {thread.native_id for thread in threading.enumerate() if thread.name == "lingualinked-control"}
+    return sum(each.user_time + each.system_time for each in psutil.Process().threads() if each.id in deciding)
 
 
 def _tokens_per_s(model: Any, ids: torch.Tensor, new_tokens: int) -> float:

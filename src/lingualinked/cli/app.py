@@ -151,7 +151,7 @@ def overhead(
     context: Annotated[list[int] | None, typer.Option(help="Prompt lengths to measure at.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode in each run.")] = 32,
 ) -> None:
-    """Decode speed of two workers with one thread each, against the unsharded model with one thread."""
+    """Decode speed of two workers with one thread each, against the unsharded model, and watched for rebalancing or not."""
     from lingualinked.bench.overhead import run_overhead
 
     _run(lambda: run_overhead(tuple(context or (16, 2048)), new_tokens, repeats))

@@ -37,6 +37,8 @@ from lingualinked.workload import Workload
 _MANY_STEPS = 128  # after which speeds are known well
 _MOST_DOUBLINGS = 10
 _MOST_SAVED = 0.99
+_PLAIN = 1.25  # times as long, or as short, from which on a change is looked into at once
+_PAUSE_S = 5.0  # between decisions because of lesser ones: each takes the caller some 15 ms of processor time
 _SURE = 2.0  # standard errors of a speed that a gain must exceed besides
 
 
@@ -81,11 +83,12 @@ class Balancer:
         self._rates = Rates()
         self._target: Plan | None = None
         self._trigger = ""  # what waits to be decided
-        self._is_urgent = False
+        self._is_urgent = self._is_slight = False
         self._not_before_s = 0.0  # nothing is decided of its own accord until then
         self._settled_s = 0.0  # steps from before tell of a migration, not of speeds
         self._num_failures = self._num_vain = 0
         self._decided: dict[str, float] = {}  # slowdowns when it was last decided
+        self._decided_s = -math.inf
         self._is_sure = False  # whether that was when they were known well
 
     @property
@@ -151,11 +154,14 @@ class Balancer:
         done_s = sample.time_s + sample.total_s
         forgotten = self._beliefs.forget(done_s, self._plan.devices)
         if shifted:
-            self._trigger, self._num_vain, self._is_sure = shifted[0], 0, False
+            device, ratio = max(shifted.items(), key=lambda each: abs(math.log(each[1])))
+            self._is_slight = max(ratio, 1 / ratio) < _PLAIN and (self._is_slight or not self._trigger)
+            self._trigger = f"device {device!r} takes {ratio:.2f} times as long as before"
+            self._num_vain, self._is_sure = 0, False
         elif forgotten:
             self._trigger = f"device {forgotten[0]!r} has not been used for long, and may be faster by now"
         elif not self._trigger:
-            self._trigger = self._drift()
+            self._trigger, self._is_slight = self._drift(), True
         return self._decide_in_time(done_s)
 
     def _on_device(self, sample: DeviceSample) -> Instruction | None:
@@ -223,7 +229,8 @@ class Balancer:
         return ""
 
     def _decide_in_time(self, time_s: float) -> Instruction | None:
-        if not self._trigger or time_s < self._not_before_s:
+        slight_s = self._decided_s + _PAUSE_S if self._is_slight and not self._is_urgent else 0.0
+        if not self._trigger or time_s < max(self._not_before_s, slight_s):
             return None
         return self._decide(time_s, self._trigger, must=self._is_urgent)
 
@@ -240,7 +247,7 @@ class Balancer:
         self._beliefs.forget(time_s, self._plan.devices)
         if not dry_run:
             self._trigger, self._is_urgent = "", False
-            self._decided = self._beliefs.slowdowns()
+            self._decided, self._decided_s, self._is_slight = self._beliefs.slowdowns(), time_s, False
         live = self._beliefs.profile()
         try:
             proposal = propose(

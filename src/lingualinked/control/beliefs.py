@@ -108,9 +108,9 @@ class Beliefs:
         for ends in self._measured_links:
             self._links.setdefault(ends, SpeedLevel(self._confidence))
 
-    def observe(self, sample: StepSample) -> list[str]:
-        """Take in a step; give what has shifted, in words."""
-        shifted: list[str] = []
+    def observe(self, sample: StepSample) -> dict[str, float]:
+        """Take in a step; give the devices whose speed has shifted, and how many times as long they take now."""
+        shifted: dict[str, float] = {}
         done_s = sample.time_s + sample.total_s
         source, num_bytes = CALLER, HEADER_BYTES
         for stage in sample.stages:
@@ -121,7 +121,7 @@ class Beliefs:
             level = belief.decode if sample.is_decode else belief.prefill
             before, was_settled = level.slowdown, level.is_settled
             if level.add(done_s, stage.compute_s, self._stage_s(stage, sample)) and was_settled:
-                shifted.append(f"device {stage.device!r} takes {level.slowdown / before:.2f} times as long as before")
+                shifted[stage.device] = level.slowdown / before
             if source != stage.device:
                 link = self._measured_links[source, stage.device]
                 predicted_s = link.latency_s + link.transfer_s(num_bytes)

@@ -134,6 +134,8 @@ class SpeedLevel:
         for window in _WINDOWS:
             if window > len(self._samples):
                 return None
+            if self._count % (window // _WINDOWS[0]):
+                continue  # long ones change slowly
             level = _middle(sorted(_last(self._samples, window)))
             # Logarithms of times are skewed, and few of them are further from normal than many.
             error = (1 + 2 / window) * _MEDIAN_ERROR * self._noise / math.sqrt(window)
