@@ -264,6 +264,52 @@ def test_several_threads_may_move_it(moving: Any, unsharded: PreTrainedModel) ->
     assert migrations[-1].spans_after == tuple((each.device, each.start, each.end) for each in moving.plan.stages)
 
 
+def test_word_of_its_end_may_come_before_word_of_its_move(tiny_llama: str) -> None:
+    """The caller tells a slow device that a session moves, and the device before it in the pipeline that it ends."""
+    links = {("caller", "b"): ll.Link(latency="300ms")}
+    before, after = (ll.Plan.from_spans([("a", 0, end), ("b", end, 4)]) for end in (1, 2))
+    with (
+        ll.Cluster([ll.Device(name=name, threads=1) for name in "ab"], links=links) as cluster,
+        ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=before, progress=False) as model,
+    ):
+        past = model(IDS).past_key_values
+        model.rebalance(after)
+        past.end()
+        assert kv_bytes_on(cluster, "b") == 0  # asked behind both
+        assert num_sessions(model) == [0, 0]
+
+
+def test_telemetry_is_whole_while_layers_move(moving: Any) -> None:
+    done = threading.Event()
+    partial: list[Any] = []
+
+    def look() -> None:
+        while not done.is_set():
+            stages = model_spans(moving.telemetry)
+            if stages[0][0] != 0 or stages[-1][1] != NUM_LAYERS:
+                partial.append(stages)
+
+    def model_spans(telemetry: ll.Telemetry) -> list[tuple[int, int]]:
+        return [(stage.start, stage.end) for stage in telemetry.stages] or [(-1, -1)]
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(8):
+        moving.rebalance(ll.Plan.from_spans([("c", 0, 4)]))
+        moving.rebalance(ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)]))
+    done.set()
+    thread.join()
+    assert partial == []
+
+
+def test_what_was_decided_is_told_with_what_was_done(moving: Any) -> None:
+    same = moving.rebalance(ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)]))
+    assert (same.action, same.migrations) == ("stay", ())
+    moved = moving.rebalance(ll.Plan.from_spans([("c", 0, 4)]))
+    assert len(moved.migrations) == 1
+    assert moving.telemetry.decisions == (same, moved)
+
+
 def test_a_closed_model_is_not_moved(moving: Any) -> None:
     moving.close()
     with pytest.raises(ll.ClosedError):

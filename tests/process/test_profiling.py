@@ -156,7 +156,7 @@ def test_a_second_start_measures_nothing(cache: Path, pair: ll.Cluster, tiny_lla
     def refuse(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(profiling, "profile_cluster", refuse)
+    monkeypatch.setattr(profiling, "profile_devices", refuse)
     assert ll.profile_model(tiny_llama, pair, workload=WORKLOAD) == first
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
         assert model.plan == plan

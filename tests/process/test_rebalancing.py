@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +168,85 @@ def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: 
         for device, words in (("nobody", "no device 'nobody'"), (3, "device=3"), (ll.Device(name="a"), "by its name")):
             with pytest.raises(ll.ArgumentError, match=words):
                 model.admit(device)
+
+
+def test_a_device_that_is_gone_is_no_obstacle(
+    checkpoint: str, whole: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is measured yet
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 12)])
+    devices = [ll.Device(name=name, threads=1, slowdown=4.0) for name in "abc"]
+    with ll.Cluster(devices) as cluster, load(checkpoint, cluster, plan=plan) as model:
+        os.kill(cluster.pids["c"], signal.SIGKILL)
+        wait_until(lambda: "c" in cluster._engine.ended_devices())
+        assert model.rebalance().action == "move"
+        with pytest.raises(ll.WorkerDiedError, match="'c' died"):
+            model.admit("c")
+        assert model.rebalance().action == "stay"
+        assert set(model.plan.devices) == {"a", "b"}
+        assert torch.equal(generate(model), generate(whole))
+        assert list(tmp_path.rglob("profile-*")) == []  # which would say that there are two devices
+
+
+def test_devices_may_be_admitted_at_once(checkpoint: str, whole: PreTrainedModel) -> None:
+    devices = [ll.Device(name=name, threads=1, slowdown=4.0) for name in "ab"]
+    with (
+        ll.Cluster(devices) as cluster,
+        load(checkpoint, cluster) as model,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        new = [ll.Device(name=name, threads=1, slowdown=4.0) for name in ("new", "newer")]
+        assert all(decision.moves for decision in pool.map(model.admit, new))
+        assert set(model.plan.devices) == {"a", "b", "new", "newer"}
+        for device in new:
+            model.release(device.name)
+        assert set(model.plan.devices) == {"a", "b"}
+        assert torch.equal(generate(model), generate(whole))
+
+
+def test_a_profile_of_throttled_devices_is_not_kept(
+    checkpoint: str, three: ll.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    three.throttle("b", slowdown=8.0)
+    try:
+        with load(checkpoint, three) as model:
+            assert num_layers(model, "b") < num_layers(model, "a")
+    finally:
+        three.throttle("b", slowdown=2.0)
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_a_rebalancing_that_fails_keeps_nothing_alive(checkpoint: str) -> None:
+    devices = [ll.Device(name=name, threads=1) for name in "ab"]
+    with ll.Cluster(devices) as cluster:
+        model = load(checkpoint, cluster, plan=ll.Plan.from_spans([("a", 0, 12)]))
+        os.kill(cluster.pids["b"], signal.SIGKILL)
+        pipeline = weakref.ref(model._pipeline)
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(ll.WorkerDiedError):
+                model.rebalance(ll.Plan.from_spans([("b", 0, 12)]))
+            del model
+            wait_until(lambda: pipeline() is None)
+        finally:
+            gc.enable()
+
+
+def test_a_forked_child_can_not_rebalance(three: ll.Cluster, checkpoint: str) -> None:
+    with load(checkpoint, three, plan="even") as model:
+        pid = os.fork()
+        if pid == 0:
+            calls = (lambda: model.rebalance(dry_run=True), lambda: model.release("a"), lambda: model.admit("a"))
+            refused = 0
+            for call in calls:
+                try:
+                    call()
+                except ll.UnsupportedOperationError:
+                    refused += 1
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
 
 
 def test_layers_pass_each_other_within_memory_limits(checkpoint: str, whole: PreTrainedModel) -> None:

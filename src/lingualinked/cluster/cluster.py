@@ -248,6 +248,15 @@ class Cluster:
             with contextlib.suppress(WorkerDiedError):
                 told.pop(0).result()
 
+    @property
+    def is_throttled(self) -> bool:
+        """Whether a worker behaves as another device than it was made as (`throttle`)."""
+        return self._behaving != {device.name: device for device in self.devices}
+
+    def as_it_behaves(self, device: Device) -> Device:
+        """Give a device as its worker behaves (`throttle`)."""
+        return self._behaving[device.name]
+
     def throttle(
         self,
         name: str,

@@ -6,16 +6,16 @@ Knows events, instructions and migrations; neither what a plan is worth nor what
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.inspection import inspect_workers
+from lingualinked.cluster.inspection import inspection_of, request_report
 from lingualinked.control.events import (
     DeviceLost,
     DeviceObserved,
@@ -34,6 +34,7 @@ from lingualinked.telemetry.samples import StepSample
 
 if TYPE_CHECKING:
     from lingualinked.control.balancer import Balancer
+    from lingualinked.protocol.messages import WorkerReport
 
 logger = logging.getLogger("lingualinked.cluster")
 
@@ -73,7 +74,10 @@ class Controller:
         self._lost: set[str] = set()
         self._thread: threading.Thread | None = None
         self._interval_s = 0.0
-        self._woken = threading.Event()
+        self._wakes: queue.SimpleQueue[None] = (
+            queue.SimpleQueue()
+        )  # may be put to in the middle of a put, by a finalizer
+        self._asked: dict[str, tuple[float, concurrent.futures.Future[object]]] = {}  # when, and what is to come
         self._is_stopped = False
         self._num_steps = 0
 
@@ -105,7 +109,7 @@ class Controller:
     def stop(self) -> None:
         """Have the thread end once what it does is done; does not wait for it."""
         self._is_stopped = True
-        self._woken.set()
+        self._wakes.put(None)
 
     def join(self) -> None:
         """Wait until the thread has ended."""
@@ -117,7 +121,7 @@ class Controller:
         self._recorder.add_step(sample)
         self._num_steps += 1  # may miss one of another thread: it says only when to look
         if self._thread is not None and self._num_steps % _WAKE_EVERY == 0:
-            self._woken.set()
+            self._wakes.put(None)
 
     def tell(self, make_event: Callable[[float], Event]) -> Decision:
         """Tell the balancer something at the user's wish, and do what it decides.
@@ -158,25 +162,18 @@ class Controller:
 
         def move() -> Decision:
             with self._deciding:
-                done, error = self._follow(Migrate(plans=make_plans(), decision=make_decision()))
-            if error is not None:
-                raise error
-            return done
+                return self._follow(Migrate(plans=make_plans(), decision=make_decision()))
 
         return self._apart(move)
 
     def _apart(self, work: Callable[[], Decision]) -> Decision:
         """Do something on a thread of its own: an interrupt of the caller's must not end a migration half way."""
-        done: concurrent.futures.Future[Decision] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - the caller raises it
-                done.set_exception(error)
-
-        threading.Thread(target=run, name="lingualinked-migration", daemon=True).start()
-        return done.result()
+        outcome: concurrent.futures.Future[Decision] = concurrent.futures.Future()
+        threading.Thread(target=_settle, args=(outcome, work), name="lingualinked-migration", daemon=True).start()
+        try:
+            return outcome.result()
+        finally:
+            del outcome  # it would lead from its error to this frame and back, and only the collector would free it
 
     def _tell(self, make_event: Callable[[float], Event]) -> Decision:
         assert self._balancer is not None
@@ -184,25 +181,24 @@ class Controller:
             self._catch_up()
             instruction = self._balancer.handle(make_event(time.monotonic()))
             assert instruction is not None
-            decision, error = self._follow(instruction)
-        if error is not None:
-            raise error
-        return decision
+            return self._follow(instruction)
 
     def _run(self) -> None:
         try:
             look_s = time.monotonic()
             while not self._is_stopped:
-                self._woken.wait()
-                self._woken.clear()
+                self._wakes.get()
+                while not self._wakes.empty():
+                    self._wakes.get()
                 if self._is_stopped:
                     return
                 if time.monotonic() >= look_s:
                     self._look()
                     look_s = time.monotonic() + self._interval_s
                 with self._deciding:
+                    self._take_looks()
                     self._catch_up()
-        except LingualinkedError as error:  # closed, or no worker left
+        except ClosedError as error:
             logger.debug("nothing is rebalanced any more: %s", error)
         except Exception:
             logger.exception("nothing is rebalanced any more")
@@ -219,33 +215,51 @@ class Controller:
             self._obey(self._balancer.handle(StepObserved(sample=sample)))
 
     def _look(self) -> None:
-        """Look at the devices, and tell the balancer."""
+        """Ask the devices how they are; one that is busy may answer later."""
         assert self._balancer is not None
-        names = [name for name in self._balancer.profile.names if name not in self._engine.ended_devices()]
-        with contextlib.suppress(LingualinkedError):  # a worker that just ended, or that is too busy to answer
-            for inspection in inspect_workers(self._engine, names, _LONGEST_LOOK_S):
-                self._recorder.add_device(inspection.device)
-                with self._deciding:
-                    self._obey(self._balancer.handle(DeviceObserved(sample=inspection.device)))
+        names = set(self._balancer.profile.names) - self._engine.ended_devices() - self._asked.keys()
+        for name in sorted(names):
+            report = request_report(self._engine, name, _LONGEST_LOOK_S)
+            self._asked[name] = time.monotonic(), report
+            report.add_done_callback(lambda _: self._wakes.put(None))
+
+    def _take_looks(self) -> None:
+        """Tell the balancer what devices have answered."""
+        assert self._balancer is not None
+        for name, (time_s, report) in list(self._asked.items()):
+            if not report.done():
+                continue
+            del self._asked[name]
+            if report.exception() is None:  # else it has just ended, or was too busy
+                device = inspection_of(name, cast("WorkerReport", report.result()), time_s).device
+                self._recorder.add_device(device)
+                self._obey(self._balancer.handle(DeviceObserved(sample=device)))
 
     def _obey(self, instruction: Instruction | None) -> None:
         """Do what was decided with nobody to tell but the log."""
         if instruction is None:
             return
-        _, error = self._follow(instruction)
-        if isinstance(error, ClosedError):
-            raise error
-        if error is not None:
+        try:
+            self._follow(instruction)
+        except ClosedError:
+            raise
+        except LingualinkedError as error:
             logger.warning("layers could not be moved, and the plan goes on as it is: %s", error)
 
-    def _follow(self, instruction: Instruction) -> tuple[Decision, LingualinkedError | None]:
-        """Do what an instruction says; give the decision with what was done, and the error if it failed."""
+    def _follow(self, instruction: Instruction) -> Decision:
+        """Do what an instruction says; give the decision with what was done.
+
+        Raises
+        ------
+        LingualinkedError
+            If it could not be done; the balancer has been told.
+        """
         decision = instruction.decision
         self._recorder.add_decision(decision)
         log = logger.info if decision.action == "move" else logger.debug
         log("%s", decision)
         if not isinstance(instruction, Migrate):
-            return decision, None
+            return decision
         migrations: list[Migration] = []
         error, reached = None, None
         for plan in instruction.plans:
@@ -261,4 +275,20 @@ class Controller:
             else:
                 event = MigrationFailed(time_s=now, plan=reached or self._balancer.plan, error=str(error))
             self._balancer.handle(event)
-        return dataclasses.replace(decision, migrations=tuple(migrations)), error
+        done = dataclasses.replace(decision, migrations=tuple(migrations))
+        self._recorder.complete_decision(decision, done)
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it would lead to this frame and back, and only the collector would free it
+        return done
+
+
+def _settle(outcome: concurrent.futures.Future[Decision], work: Callable[[], Decision]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - who waits raises it
+        outcome.set_exception(error)
+    finally:
+        del outcome

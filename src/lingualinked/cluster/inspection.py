@@ -5,12 +5,14 @@ Knows the report messages and turns them into plain snapshots and samples.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Sequence
 from typing import cast
 
 from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.pending import results_of
 from lingualinked.protocol.messages import Inspect, StageReport, WorkerReport
 from lingualinked.telemetry.history import History
 from lingualinked.telemetry.samples import DeviceSample
@@ -54,20 +56,28 @@ def inspect_workers(engine: Engine, names: Sequence[str], timeout_s: float) -> l
         In the order of ``names``.
     """
     time_s = time.monotonic()
-    futures = [engine.request(name, lambda number: Inspect(request=number), "a report", timeout_s) for name in names]
-    inspections = []
-    for name in names:
-        # Not held here: a future would lead from its error to this frame and back, and only the collector would free it.
-        report = cast("WorkerReport", futures.pop(0).result())
-        worker = WorkerSnapshot(
+    futures = [request_report(engine, name, timeout_s) for name in names]
+    reports = cast("list[WorkerReport]", results_of(futures))
+    return [inspection_of(name, report, time_s) for name, report in zip(names, reports, strict=True)]
+
+
+def request_report(engine: Engine, name: str, timeout_s: float) -> concurrent.futures.Future[object]:
+    """Ask one worker; give the future of its `WorkerReport`."""
+    return engine.request(name, lambda number: Inspect(request=number), "a report", timeout_s)
+
+
+def inspection_of(name: str, report: WorkerReport, time_s: float) -> Inspection:
+    """Sort what the worker of a device has answered to a request of that time."""
+    return Inspection(
+        worker=WorkerSnapshot(
             device=name,
             pid=report.pid,
             threads=report.threads,
             resident_bytes=report.resident_bytes,
             idle_resident_bytes=report.idle_resident_bytes,
             num_refused=report.num_refused,
-        )
-        device = DeviceSample(
+        ),
+        device=DeviceSample(
             time_s=time_s,
             device=name,
             held_bytes=report.held_bytes,
@@ -76,9 +86,9 @@ def inspect_workers(engine: Engine, names: Sequence[str], timeout_s: float) -> l
             temperature_c=report.temperature_c,
             battery_percent=report.battery_percent,
             on_battery=report.on_battery,
-        )
-        inspections.append(Inspection(worker=worker, device=device, stages=report.stages))
-    return inspections
+        ),
+        stages=report.stages,
+    )
 
 
 def telemetry_of(inspections: Sequence[Inspection], model: int, plan_version: int, history: History) -> Telemetry:

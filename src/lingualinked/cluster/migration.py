@@ -85,7 +85,7 @@ class Migrator:
             kept = self._routes.target
             self._routes.settle()
         except LingualinkedError as failure:
-            error = failure
+            error = failure.with_traceback(None)  # which would lead to this frame and back
         finally:
             for device in dict.fromkeys((*source.devices, *target.devices)):
                 self._engine.tell(device, KeepPlan(model=self._model, plan_version=kept.version))

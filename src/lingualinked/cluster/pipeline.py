@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -75,6 +76,7 @@ class Pipeline:
         self._budget = KVBudget(max_kv_tokens)
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
+        self._admitting = threading.Lock()  # from measuring a device until it is in the profile
         migrator = Migrator(self._engine, self._model, spec, self._routes, self._recorder, timeout_s)
         self._controller = Controller(self._engine, migrator.run, self._recorder)
         self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller)
@@ -187,9 +189,16 @@ class Pipeline:
             return unmeasured(time.monotonic(), self._routes.current.spans, Route(0, plan).spans)
 
         def plans() -> tuple[Plan, ...]:
-            return transition(self.plan, plan, Holdings.of_devices(weights, self.cluster.devices))
+            if self._routes.current.spans == Route(0, plan).spans:
+                return ()
+            named, ended = {*self.plan.devices, *plan.devices}, self.ended_devices
+            living = [each for each in self.cluster.devices if each.name in named or each.name not in ended]
+            return transition(self.plan, plan, Holdings.of_devices(weights, living))
 
-        return decision() if dry_run else self._controller.move_through(plans, decision)
+        if dry_run:
+            plans()  # says so if there is no way
+            return dataclasses.replace(decision(), dry_run=True)
+        return self._controller.move_through(plans, decision)
 
     def release(self, device: str) -> Decision:
         """Move all layers off a device, and place none there again.
@@ -204,15 +213,15 @@ class Pipeline:
         self.check_open()
         return self._controller.tell(lambda now: DeviceReleased(time_s=now, device=device))
 
-    def admit(self, device: str, profile: Profile) -> Decision:
+    def admit(self, device: str, measure: Callable[[], Profile]) -> Decision:
         """Use a device from now on, if that pays.
 
         Parameters
         ----------
         device : str
             Its name; the cluster has it.
-        profile : Profile
-            That has it too.
+        measure : callable
+            Gives a profile that has it too.
 
         Raises
         ------
@@ -220,7 +229,10 @@ class Pipeline:
             As `rebalance`.
         """
         self.check_open()
-        return self._controller.tell(lambda now: DeviceJoined(time_s=now, device=device, profile=profile))
+        self._engine.wait_for_worker(device, self.timeout_s)
+        with self._admitting:
+            profile = measure()
+            return self._controller.tell(lambda now: DeviceJoined(time_s=now, device=device, profile=profile))
 
     @property
     def ended_devices(self) -> frozenset[str]:
@@ -234,7 +246,10 @@ class Pipeline:
         ------
         ClosedError
             If the model has been unloaded, or its cluster closed.
+        UnsupportedOperationError
+            In a forked child of the process that made the cluster.
         """
+        self._engine.check_owner()
         if self.closed:
             raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
 
@@ -247,8 +262,10 @@ class Pipeline:
             If the model has been unloaded, or its cluster closed.
         """
         self.check_open()
-        route = self._routes.current
-        inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), self.timeout_s)
+        inspections, route = [], None
+        while route is not self._routes.current:  # its stages may go while they are looked at
+            route = self._routes.current
+            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), self.timeout_s)
         for inspection in inspections:
             self._recorder.add_device(inspection.device)
         return telemetry_of(inspections, self._model, route.version, self._recorder.history())

@@ -37,8 +37,10 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
-def profile_cluster(cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload) -> Profile:
-    """Measure a model on every device of a cluster, all at the same time, and then every link.
+def profile_devices(
+    cluster: Cluster, devices: Sequence[Device], spec: ModelSpec, footprint: Footprint, workload: Workload
+) -> Profile:
+    """Measure a model on devices of a cluster, all at the same time, and then every link between them and the caller.
 
     What devices that are alike have measured is taken together, and so with links: with equal devices it is the
     machine's noise that differs.
@@ -46,6 +48,8 @@ def profile_cluster(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
     Parameters
     ----------
     cluster : Cluster
+        That has them.
+    devices : sequence of Device
         Where to measure.
     spec : ModelSpec
         What to measure; its weights are not read.
@@ -63,15 +67,15 @@ def profile_cluster(cluster: Cluster, spec: ModelSpec, footprint: Footprint, wor
     WorkerError, WorkerDiedError, StepTimeoutError, ClosedError
         If a worker raised, ended, or did not answer.
     """
-    cluster.wait()
-    devices = cluster.devices  # another one may be added meanwhile
+    for device in devices:
+        cluster._engine.wait_for_worker(device.name, cluster.timeout_s)  # noqa: SLF001 - within the room
     answers = _measure_models(cluster, devices, spec, footprint, workload)
     groups: defaultdict[object, list[ModelMeasured]] = defaultdict(list)
     for device, answer in zip(devices, answers, strict=True):
-        groups[_likeness(device, answer.hardware)].append(answer)
+        groups[_likeness(cluster.as_it_behaves(device), answer.hardware)].append(answer)
     measured = []
     for device, answer in zip(devices, answers, strict=True):
-        alike = groups[_likeness(device, answer.hardware)]
+        alike = groups[_likeness(cluster.as_it_behaves(device), answer.hardware)]
         free_bytes = answer.free_bytes // _num_sharing(device, devices)
         measured.append(_device_profile(device, alike, footprint.profile, free_bytes))
     names = [device.name for device in devices]
@@ -88,7 +92,7 @@ def extend_profile(
 ) -> Profile:
     """Measure a model on one more device, and the links between it and those that a profile has.
 
-    No other device measures anything; what they are doing goes on. As in `profile_cluster`, what devices or links that are
+    No other device measures anything; what they are doing goes on. As in `profile_devices`, what devices or links that are
     alike have measured is taken together, and what the profile has of such counts; that itself stays as it is.
 
     Parameters
@@ -128,7 +132,7 @@ def extend_profile(
     for each in (device, *others):
         cluster._engine.wait_for_worker(each.name, cluster.timeout_s)  # noqa: SLF001 - within the room
     (answer,) = _measure_models(cluster, [device], spec, footprint, workload)
-    likeness = _likeness(device, answer.hardware)
+    likeness = _likeness(cluster.as_it_behaves(device), answer.hardware)
     known = [each for each in profile.devices if _likeness(each.device, each.hardware) == likeness]
     alike = [answer, *map(_as_measured, known)]
     free_bytes = answer.free_bytes // _num_sharing(device, [device, *others])

@@ -121,6 +121,7 @@ class Session:
         self._running = threading.Lock()
         self._changing = threading.Lock()  # held during a step, and while it changes to another route
         self._broken_by = ""
+        self._unsaid: LingualinkedError | None = None  # what broke it between two steps, until a step says so
         self._finalizer = weakref.finalize(self, _end, engine, model, number, self._place, budget)
         self._finalizer.atexit = False
         routes.enter(self)
@@ -162,7 +163,7 @@ class Session:
         Raises
         ------
         ClosedError
-            If the session has ended or broken off.
+            If the session has ended or broken off; what broke it between two steps is raised itself, once.
         KVCapacityError
             If the KV budget would be passed; the session goes on as it was.
         WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
@@ -222,10 +223,12 @@ class Session:
             except LingualinkedError as error:
                 if self.ended:  # while its KV was being copied: that is no failure of the migration
                     return
-                if not self._routes.reject(target, error):
+                if not self._routes.reject(target, error.with_traceback(None)):
+                    self._unsaid = error
                     self._broken_by = f" with {type(error).__name__}, on its way back from a migration that failed"
                     self.end()
                 return
+            self._place.route = target  # first, since an interrupt may come now: a step says by itself where it runs
             for device in dict.fromkeys((*source.devices, *target.devices)):
                 move = MoveSession(model=self._model, session=self._number, plan_version=target.version)
                 self._engine.tell(device, move)
@@ -283,7 +286,10 @@ class Session:
         keeps_kv: bool,
     ) -> Tensor:
         if self.ended:
-            raise ClosedError(f"this session has ended{self._broken_by}: start anew with past_key_values=None")
+            unsaid, self._unsaid = self._unsaid, None
+            raise unsaid or ClosedError(
+                f"this session has ended{self._broken_by}: start anew with past_key_values=None"
+            )
         num_rows, num_new = inputs.shape[:2]
         if keeps_kv:
             self._budget.hold(self._number, num_rows * (self.num_tokens + num_new))

@@ -82,6 +82,7 @@ class Balancer:
         self._beliefs = Beliefs(profile, policy.confidence, policy.horizon_s)
         self._rates = Rates()
         self._target: Plan | None = None
+        self._releasing = ""  # the device that is being emptied at the user's wish
         self._trigger = ""  # what waits to be decided
         self._is_urgent = self._is_slight = False
         self._not_before_s = 0.0  # nothing is decided of its own accord until then
@@ -124,14 +125,7 @@ class Balancer:
                 self._beliefs[event.device].is_usable = True
                 return self._decide(event.time_s, f"device {event.device!r} has joined", asked=True)
             case DeviceReleased():
-                self._beliefs[event.device].is_usable = False
-                if event.device not in self._plan.devices:
-                    return Record(self._stay(event.time_s, f"device {event.device!r} is released", "it holds no layer"))
-                try:
-                    return self._decide(event.time_s, f"device {event.device!r} is released", must=True, raises=True)
-                except InfeasiblePlanError:
-                    self._beliefs[event.device].is_usable = True
-                    raise
+                return self._on_released(event)
             case DeviceLost():
                 self._beliefs[event.device].is_usable = False
                 lost = event.device in self._plan.devices
@@ -188,14 +182,36 @@ class Balancer:
             assert decided is not None
             return decided
         live = self._beliefs.profile()
+        for name in event.plan.devices:
+            if name not in live.names:
+                raise InfeasiblePlanError(f"device {name!r} has not been measured for this model: admit it first")
         proposal = weigh(self._now(live), event.plan, live, self._objective, self._rates)
         reason = "the plan is the one in force" if self._is_current(event.plan) else "the plan was given"
         plans = () if self._is_current(event.plan) else self._way(event.plan, live)
         decision = self._decision(event.time_s, "rebalance was called with a plan", reason, proposal)
         return self._conclude(decision, plans, dry_run=event.dry_run)
 
+    def _on_released(self, event: DeviceReleased) -> Instruction | None:
+        trigger = f"device {event.device!r} is released"
+        if event.device in self._beliefs:
+            self._beliefs[event.device].is_usable = False
+        if event.device not in self._plan.devices:
+            return Record(self._stay(event.time_s, trigger, "it holds no layer"))
+        self._releasing = event.device
+        try:
+            return self._decide(event.time_s, trigger, must=True, is_release=True)
+        except InfeasiblePlanError:
+            self._keep_released()
+            raise
+
+    def _keep_released(self) -> None:
+        """Use a device further that was to be emptied, since that has failed."""
+        if self._releasing:
+            self._beliefs[self._releasing].is_usable = True
+        self._releasing = ""
+
     def _on_done(self, event: MigrationDone) -> None:
-        self._plan, self._target = event.plan, None
+        self._plan, self._target, self._releasing = event.plan, None, ""
         self._rates.learn(event.migration)
         self._settled_s = event.time_s
         self._not_before_s = event.time_s + self._policy.cooldown_s
@@ -206,6 +222,7 @@ class Balancer:
         self._target = None
         self._plan = event.plan
         self._settled_s = event.time_s
+        self._keep_released()
         self._num_failures += 1
         self._wait(event.time_s, self._num_failures)
 
@@ -242,7 +259,7 @@ class Balancer:
         must: bool = False,
         asked: bool = False,
         dry_run: bool = False,
-        raises: bool = False,
+        is_release: bool = False,
     ) -> Instruction | None:
         self._beliefs.forget(time_s, self._plan.devices)
         if not dry_run:
@@ -257,10 +274,10 @@ class Balancer:
                 self._objective,
                 self._rates,
                 self._policy.min_gain,
-                must=must,
+                may_lose_exactness=is_release,
             )
         except InfeasiblePlanError as error:
-            if raises:
+            if is_release:
                 raise
             self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
             return Record(self._stay(time_s, trigger, f"nothing fits: {error}"))
@@ -270,7 +287,7 @@ class Balancer:
             try:
                 plans = self._way(proposal.plan, live)
             except InfeasiblePlanError as error:
-                if raises:
+                if is_release:
                     raise
                 reason, is_late = f"{reason}; but {error}", True
         if is_late:
@@ -281,7 +298,9 @@ class Balancer:
     def _way(self, plan: Plan, live: Profile) -> tuple[Plan, ...]:
         """Give the plans to go through, so that no device holds more than its memory on the way."""
         workload = self._plan.workload or plan.workload or Workload()
-        return transition(self._plan, plan, Holdings.of_profile(live, workload))
+        named = (*self._plan.devices, *plan.devices)
+        spared = [name for name in self._beliefs.unusable() if name in live.names and name not in named]
+        return transition(self._plan, plan, Holdings.of_profile(live.without(*spared), workload))
 
     def _try_again(self, time_s: float, trigger: str, *, is_urgent: bool, dry_run: bool) -> None:
         """Decide once more later on, since waiting may change the answer."""
@@ -326,7 +345,7 @@ class Balancer:
     def _conclude(self, decision: Decision, plans: tuple[Plan, ...], *, dry_run: bool) -> Instruction:
         if len(plans) > 1:
             decision = dataclasses.replace(decision, reason=f"{decision.reason}; in {len(plans)} moves, for memory")
-        decision = dataclasses.replace(decision, action="move" if plans else "stay")
+        decision = dataclasses.replace(decision, action="move" if plans else "stay", dry_run=dry_run)
         if dry_run or not plans:
             return Record(decision)
         self._target = plans[-1]

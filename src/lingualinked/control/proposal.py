@@ -80,7 +80,7 @@ def propose(
     rates: Rates,
     min_gain: float,
     *,
-    must: bool = False,
+    may_lose_exactness: bool = False,
 ) -> Proposal:
     """Solve for the speeds of now, and hold the plan in force against it.
 
@@ -101,7 +101,7 @@ def propose(
         What moving costs.
     min_gain : float
         Share of the objective's value from which on a plan is plainly better.
-    must : bool
+    may_lose_exactness : bool
         Whether exactness is given up where nothing else fits.
 
     Raises
@@ -120,7 +120,7 @@ def propose(
     try:
         best = _best(now, live, pool, objective, min_gain)
     except InfeasiblePlanError:
-        if not must or len(pool) == len(usable):
+        if not may_lose_exactness or len(pool) == len(usable):
             raise
         best = _best(now, live, usable, objective, min_gain)
     return weigh(now, best, live, objective, rates)

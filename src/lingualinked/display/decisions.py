@@ -31,7 +31,7 @@ def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
         rows=[
             (
                 seconds_text(each.time_s - start_s),
-                each.action,
+                f"{'would ' * each.dry_run}{each.action}",
                 seconds_text(each.before_s),
                 seconds_text(each.after_s),
                 seconds_text(each.gain_s),
@@ -85,7 +85,7 @@ def decision_line(decision: Decision, start_s: float = 0.0) -> str:
 def decision_text(decision: Decision) -> str:
     """Say in a line what was decided, and why."""
     action = f"move {moves_text(decision.moves)}" if decision.action == "move" else decision.action
-    return f"{action}: {decision.reason} ({decision.trigger})"
+    return f"{'would ' * decision.dry_run}{action}: {decision.reason} ({decision.trigger})"
 
 
 def migration_line(migration: Migration, start_s: float = 0.0) -> str:

@@ -5,6 +5,7 @@ Knows plans and bytes; neither what a migration does nor how long it takes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 
 from lingualinked.errors import InfeasiblePlanError
@@ -41,7 +42,8 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
     -------
     tuple of Plan
         The plans to move to, one after the other, `after` last; only `after` if nothing is in the way. Token ids and
-        logits stay on trusted devices under all of them, if any device is trusted.
+        logits stay on trusted devices under all of them, if any device is trusted; and if the devices of both plans
+        round alike, layers are on such alone.
 
     Raises
     ------
@@ -51,17 +53,35 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
     names = [device.name for device in holdings.devices]
     for plan in (before, after):
         check_plan(plan, len(holdings.weights.layers), names)
+    allowed = _rounding_alike(holdings, {*before.devices, *after.devices})
     origin, target = _spans(before), _spans(after)
-    ledger = Ledger(holdings, origin)
+    ledger = Ledger(allowed, origin)
     for device in after.devices:
         _refuse_overfull(device, ledger, target)
     if ledger.fit(origin, target):
         return (after,)
     path = _find(origin, target, ledger)
     if path is None:
-        raise _no_way(origin, target, ledger)
+        raise _no_way(origin, target, ledger, [name for name in names if name not in ledger.limits])
     between = _shortened([origin, *path], ledger)[1:-1]
     return (*(_plan(spans, after, holdings) for spans in between), after)
+
+
+def _rounding_alike(holdings: Holdings, used: Collection[str]) -> Holdings:
+    """Leave out devices that are not used anyway and on which results would be others."""
+    in_use = [device for device in holdings.devices if device.name in used]
+    if inexact_because(in_use):
+        return holdings
+    kept = [
+        index
+        for index, device in enumerate(holdings.devices)
+        if device.name in used or not inexact_because([*in_use, device])
+    ]
+    return dataclasses.replace(
+        holdings,
+        devices=tuple(holdings.devices[index] for index in kept),
+        capacity_bytes=tuple(holdings.capacity_bytes[index] for index in kept),
+    )
 
 
 def _find(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
@@ -196,14 +216,16 @@ def _refuse_overfull(device: str, ledger: Ledger, target: Spans) -> None:
         )
 
 
-def _no_way(origin: Spans, target: Spans, ledger: Ledger) -> InfeasiblePlanError:
+def _no_way(origin: Spans, target: Spans, ledger: Ledger, left_out: Sequence[str]) -> InfeasiblePlanError:
     held = {name: ledger.held_bytes(name, origin, target) for name in slots_of((*origin, *target))}
     device = max(held, key=lambda name: held[name] - ledger.limits[name])
     limit = ledger.limits[device]
     missing = int(held[device] - limit)
+    rounding = f" (without {', '.join(map(repr, left_out))}, on which results would be others)" if left_out else ""
     return InfeasiblePlanError(
         f"no way was found from the one plan to the other: at once, device {device!r} would hold {held[device]:,} bytes of "
         f"both and has {int(limit):,}: {missing:,} bytes are missing, and no plans in between were found with which every "
-        "device has room; raise its memory, add a device, keep the order of the devices, or wait for sessions to end",
+        f"device has room{rounding}; raise its memory, add a device, keep the order of the devices, or wait for sessions "
+        "to end",
         missing_bytes=missing,
     )

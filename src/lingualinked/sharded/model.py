@@ -301,20 +301,21 @@ class ShardedModel:
         from lingualinked.sharded.loading import describe_spec
         from lingualinked.sharded.rebalancing import profile_with
 
-        self._pipeline.check_open()
-        if isinstance(device, str):
-            self.cluster.device(device)
-            if links is not None:
-                raise ArgumentError(f"device {device!r} is in the cluster: links= is for a device that comes new")
-        self._measure()
-        if isinstance(device, Device) and all(device.name != each.name for each in self.cluster.devices):
-            self.cluster.add(device, links=links)
-        elif isinstance(device, Device):
-            raise ArgumentError(f"device {device.name!r} is in the cluster already: admit it by its name")
-        elif not isinstance(device, str):
+        pipeline, is_new = self._pipeline, isinstance(device, Device)
+        pipeline.check_open()
+        if not isinstance(device, Device | str):
             raise ArgumentError(f"device={device!r} must be a lingualinked.Device or the name of one in the cluster")
-        name = device if isinstance(device, str) else device.name
-        return self._pipeline.admit(name, profile_with(self._pipeline, describe_spec(self._pipeline.spec), name))
+        name = device.name if isinstance(device, Device) else device
+        if is_new and any(name == each.name for each in self.cluster.devices):
+            raise ArgumentError(f"device {name!r} is in the cluster already: admit it by its name")
+        if not is_new:
+            self.cluster.device(name)
+            if links is not None:
+                raise ArgumentError(f"device {name!r} is in the cluster: links= is for a device that comes new")
+        self._measure()
+        if isinstance(device, Device):
+            self.cluster.add(device, links=links)
+        return pipeline.admit(name, lambda: profile_with(pipeline, describe_spec(pipeline.spec), name))
 
     def _measure(self) -> None:
         """Have the pipeline decide from a profile, if it does not do so already."""

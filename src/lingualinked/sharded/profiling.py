@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,17 +125,25 @@ def estimate_profile(
 
 
 def find_profile(
-    cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload, *, refresh: bool = False
+    cluster: Cluster,
+    spec: ModelSpec,
+    footprint: Footprint,
+    workload: Workload,
+    *,
+    refresh: bool = False,
+    without: Collection[str] = (),
+    is_idle: bool = True,
 ) -> Profile:
-    """Load the profile from disk, or measure it and keep it."""
+    """Load the profile from disk, or measure it and keep it if the devices are ``is_idle``; some may be left out."""
     devices, links = cluster.devices, cluster.links
     found = None if refresh else saved_profile(devices, links, footprint, workload)
     if found is not None:
-        return found
-    from lingualinked.cluster.profiling import profile_cluster
+        return found.without(*without)
+    from lingualinked.cluster.profiling import profile_devices
 
-    profile = profile_cluster(cluster, spec, footprint, workload)
-    if cluster.devices == devices:  # none was added meanwhile
+    measured = [device for device in devices if device.name not in without]
+    profile = profile_devices(cluster, measured, spec, footprint, workload)
+    if is_idle and cluster.devices == devices and not without and not cluster.is_throttled:  # else it is of others
         with contextlib.suppress(OSError):  # a disk that is full or read-only costs the next start time, and no more
             profile.save(_path("profile", _key(devices, links, footprint, workload)))
     return profile
@@ -160,7 +168,7 @@ def find_plan(
     from lingualinked.planning.planner import solve
 
     plan = solve(profile, objective=objective, workload=workload)
-    if cluster.devices == devices:  # none was added meanwhile
+    if cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
         with contextlib.suppress(OSError):
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_text(plan.to_json(), encoding="utf-8")

@@ -26,7 +26,14 @@ def decide_from_profile(
     if profile is None:
         footprint = described.footprint()
         fitting = footprint.profile.fit_workload(given)
-        profile = find_profile(pipeline.cluster, described.spec, footprint, fitting)
+        profile = find_profile(
+            pipeline.cluster,
+            described.spec,
+            footprint,
+            fitting,
+            without=pipeline.ended_devices,
+            is_idle=is_automatic,  # then it is measured before the first session; else in the middle of whatever runs
+        )
     pipeline.decide_from(profile, profile.model.fit_workload(given), policy, is_automatic=is_automatic)
 
 

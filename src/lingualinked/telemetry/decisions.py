@@ -59,6 +59,8 @@ class Decision:
         Weights and KV that would have to be moved.
     slowdowns : mapping of str to float
         How many times slower than in the profile each device is now.
+    dry_run : bool
+        Whether it was only asked what would be done.
     migrations : tuple of Migration
         What was done about it, a migration per plan on the way; empty until it is done, and where nothing is.
     """
@@ -76,6 +78,7 @@ class Decision:
     horizon_s: float
     moved_bytes: int
     slowdowns: Mapping[str, float]
+    dry_run: bool = False
     migrations: tuple[Migration, ...] = ()
 
     @property

@@ -199,7 +199,7 @@ class _Trace:
             for decision in decided:
                 self._events.append(
                     {
-                        "name": decision.action,
+                        "name": f"{'would ' * decision.dry_run}{decision.action}",
                         "cat": "decision",
                         "ph": "i",
                         "s": "t",

@@ -97,10 +97,20 @@ class Recorder:
         """Remember a decision."""
         with self._lock:
             self._decisions.append(decision)
+            if decision.dry_run:
+                return
             if decision.action == "move":
                 self._num_moves += 1
             else:
                 self._num_stays += 1
+
+    def complete_decision(self, decision: Decision, done: Decision) -> None:
+        """Remember a decision, which is remembered already, with what was done about it."""
+        with self._lock:
+            for index in reversed(range(len(self._decisions))):
+                if self._decisions[index] is decision:
+                    self._decisions[index] = done
+                    return
 
     def add_migration(self, migration: Migration) -> None:
         """Remember a migration, or an attempt at one, that has ended."""

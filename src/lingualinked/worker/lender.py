@@ -26,7 +26,7 @@ class Lender:
 
     def __init__(self, stages: HostedStages) -> None:
         self._stages = stages
-        self._lent: tuple[tuple[StageKey, str], Tensor] | None = None
+        self._lent: dict[int, tuple[str, Tensor]] = {}  # by request: one parameter of each at a time
 
     def lend(self, request: FetchWeight) -> tuple[WeightChunk, tuple[Tensor, ...]]:
         """Give the answer, and the part of the weight beside it."""
@@ -38,21 +38,22 @@ class Lender:
 
     def forget(self) -> None:
         """Hold on to nothing that was lent: what holds it may go."""
-        self._lent = None
+        self._lent.clear()
 
     def _part(self, request: FetchWeight) -> Tensor:
-        key = (StageKey(request.model, request.plan_version, request.stage), request.parameter)
-        if self._lent is None or self._lent[0] != key:  # what is packed is unpacked once for all its parts
-            weight = self._stages.get(key[0]).stage.weight(request.parameter)
+        parameter, flat = self._lent.get(request.request, ("", None))
+        if flat is None or parameter != request.parameter:  # what is packed is unpacked once for all its parts
+            key = StageKey(request.model, request.plan_version, request.stage)
+            weight = self._stages.get(key).stage.weight(request.parameter)
             if weight is None:
                 raise ProtocolError(f"stage {request.stage} holds no {request.parameter!r}")
-            self._lent = key, weight.reshape(-1)
-        flat = self._lent[1]
+            flat = weight.reshape(-1)
+            self._lent[request.request] = request.parameter, flat
         if not 0 <= request.first < max(flat.numel(), 1):
             raise ProtocolError(f"{request.parameter!r} has {flat.numel()} elements, and none at {request.first}")
         part = flat[request.first : request.first + max(1, _CHUNK_BYTES // flat.element_size())]
         if request.first + part.numel() == flat.numel():
-            self._lent = None
+            del self._lent[request.request]
         return part.cpu()
 
     @staticmethod

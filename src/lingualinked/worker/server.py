@@ -195,7 +195,7 @@ class Worker:
             case KVChunk():
                 self._take_kv(message, delivery)
             case KVTaken():
-                self._mover.go_on(message)
+                self._answer(message.request, lambda: self._mover.go_on(message))
             case MoveSession():
                 try:
                     self._stages.move_session(message.model, message.session, message.plan_version)
@@ -225,15 +225,18 @@ class Worker:
             self._tell(LoadProgress(request=message.request, num_bytes=num_bytes))
 
         def loaded(stage: Stage) -> None:
-            if message.next_name != CALLER:
-                self._mailbox.connect(message.next_name, message.next_address, message.next_key)
-            weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
-            self._tell(StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read))
+            self._answer(message.request, lambda: self._put_in_service(message, stage))
 
         def fetch(holder: Holder, parameter: str, first: int) -> None:
             self._fetch(message.request, holder, parameter, first)
 
         self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error), fetch)
+
+    def _put_in_service(self, message: LoadStage, stage: Stage) -> StageLoaded:
+        if message.next_name != CALLER:
+            self._mailbox.connect(message.next_name, message.next_address, message.next_key)
+        weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
+        return StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read)
 
     def _fetch(self, request: int, holder: Holder, parameter: str, first: int) -> None:
         message = FetchWeight(
@@ -357,11 +360,11 @@ class Worker:
         hosted.sent_bytes += self._mailbox.send(hosted.next_name, encode(onward), tensors)
 
     def _end_session(self, message: EndSession) -> None:
+        self._stages.end_session(message.model, message.session)
         try:
             hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
         except ProtocolError:
             return  # the model went before its session, and took the KV along
-        hosted.end(message.session)
         if not hosted.stage.is_last:
             onward = msgspec.structs.replace(message, stage=message.stage + 1)
             self._mailbox.send(hosted.next_name, encode(onward))

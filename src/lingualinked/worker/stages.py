@@ -158,6 +158,12 @@ class HostedStages:
         for hosted in others:
             hosted.end(session)
 
+    def end_session(self, model: int, session: int) -> None:
+        """Free a session's KV under every plan version: word that it has moved may come only after word of its end."""
+        for key, hosted in self._stages.items():
+            if key.model == model:
+                hosted.end(session)
+
     def keep_plan(self, model: int, plan_version: int) -> None:
         """Free every stage of a model that is of another plan version, and what was under way between the two."""
         for key, hosted in self._stages.items():

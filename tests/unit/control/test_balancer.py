@@ -298,3 +298,56 @@ def test_while_layers_move_nothing_else_is_asked_for() -> None:
     for _ in range(10):
         instruction = line.balancer.handle(RebalanceAsked(time_s=line.time_s, dry_run=True))
         assert not isinstance(instruction, Migrate)
+
+
+def test_memory_that_runs_out_costs_no_exactness() -> None:
+    mixed = profile(
+        ll.Device(name="a", threads=1), ll.Device(name="b", threads=1), ll.Device(name="c", threads=4), num_layers=24
+    )
+    tight = with_memory(mixed, a=136 * MIB, b=136 * MIB)
+    line = SimulatedPipeline(tight, ll.Plan.from_spans([("a", 0, 12), ("b", 12, 24)], profile=tight))
+    line.run(50)
+    line.look("b", held=135 * MIB, available=1 * MIB)
+    assert not line.moved_at
+    assert "nothing fits" in line.decisions[-1].reason
+    said = line.tell(DeviceReleased(time_s=line.time_s, device="b"))
+    assert said is not None
+    assert "exactness is lost" in said.reason
+    assert line.num_layers("b") == 12  # until it is done
+    assert line.moved_at
+
+
+def test_a_release_that_fails_leaves_the_device_in_use() -> None:
+    line = pipeline(is_automatic=False, migration_s=0.0, fails=lambda number: number == 1)
+    line.run(50)
+    said = line.tell(DeviceReleased(time_s=line.time_s, device="b"))
+    assert said is not None
+    assert said.action == "move"
+    assert line.num_layers("b") == 8
+    again = line.tell(RebalanceAsked(time_s=line.time_s))
+    assert again is not None
+    assert again.action == "stay"
+    assert line.num_layers("b") == 8
+
+
+def test_layers_pass_no_released_device() -> None:
+    tight = with_memory(THREE, a=136 * MIB, b=136 * MIB)
+    swapped = ll.Plan.from_spans([("b", 0, 12), ("a", 12, 24)])
+    plan = ll.Plan.from_spans([("a", 0, 12), ("b", 12, 24)], profile=tight)
+    balancer = SimulatedPipeline(tight, plan, is_automatic=False).balancer
+    instruction = balancer.handle(RebalanceAsked(time_s=1.0, plan=swapped))
+    assert isinstance(instruction, Migrate)
+    assert any("c" in way.devices for way in instruction.plans)
+    balancer = SimulatedPipeline(tight, plan, is_automatic=False).balancer
+    balancer.handle(DeviceReleased(time_s=1.0, device="c"))
+    with pytest.raises(InfeasiblePlanError, match="no way was found"):
+        balancer.handle(RebalanceAsked(time_s=2.0, plan=swapped))
+
+
+def test_what_is_not_measured_can_not_be_planned_on() -> None:
+    line = pipeline(is_automatic=False)
+    with pytest.raises(InfeasiblePlanError, match="device 'd' has not been measured for this model: admit it first"):
+        line.tell(RebalanceAsked(time_s=1.0, plan=ll.Plan.from_spans([("d", 0, 24)])))
+    said = line.tell(DeviceReleased(time_s=1.0, device="d"))
+    assert said is not None
+    assert said.action == "stay"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lingualinked as ll
@@ -60,6 +60,17 @@ def excess(room: Holdings, *plans: Spans) -> float:
 
 def spans_of(plan: ll.Plan) -> Spans:
     return tuple((stage.device, stage.start, stage.end) for stage in plan.stages)
+
+
+def test_layers_pass_only_devices_that_round_alike() -> None:
+    room = holdings([100] * 12, {"a": 600, "b": 600, "c": 700})
+    before, after = (("a", 0, 6), ("b", 6, 12)), (("b", 0, 6), ("a", 6, 12))
+    assert any(device == "c" for spans in passed(before, after, room) for device, _, _ in spans)
+    other = dataclasses.replace(room, devices=(*room.devices[:2], ll.Device(name="c", accelerator="cuda:0")))
+    with pytest.raises(ll.InfeasiblePlanError, match="without 'c', on which results would be others"):
+        passed(before, after, other)
+    wider = dataclasses.replace(other, capacity_bytes=(700, 700, 700))
+    assert not any(device == "c" for spans in passed(before, after, wider) for device, _, _ in spans)
 
 
 def passed(before: Spans, after: Spans, room: Holdings) -> list[Spans]:
@@ -137,6 +148,7 @@ def moves(draw: st.DrawFn, names: str, num_layers: int, **options: bool) -> tupl
     return room, plans, before, after
 
 
+@settings(suppress_health_check=[HealthCheck.filter_too_much])  # most rooms hold no plan
 @given(moves("abcd", 6, orders=False, rings=False, trust=True))
 def test_along_one_order_there_is_always_a_way(move: tuple[Holdings, list[Spans], Spans, Spans]) -> None:
     room, plans, before, after = move
