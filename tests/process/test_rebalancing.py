@@ -161,7 +161,7 @@ def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: 
         model.release("new")
         assert num_layers(model, "new") == 0
         assert model.admit("new").action == "move"
-        slow = model.admit(ll.Device(name="slow", threads=1, slowdown=400.0))
+        slow = model.admit(ll.Device(name="slow", threads=1, slowdown=60.0))
         assert slow.action == "stay"
         assert "slow" not in model.plan.devices
         assert torch.equal(generate(model), generate(whole))
@@ -175,7 +175,7 @@ def test_a_device_that_is_gone_is_no_obstacle(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is measured yet
     plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 12)])
-    devices = [ll.Device(name=name, threads=1, slowdown=4.0) for name in "abc"]
+    devices = [ll.Device(name=name, threads=1, slowdown=2.0) for name in "abc"]
     with ll.Cluster(devices) as cluster, load(checkpoint, cluster, plan=plan) as model:
         os.kill(cluster.pids["c"], signal.SIGKILL)
         wait_until(lambda: "c" in cluster._engine.ended_devices())
@@ -189,13 +189,13 @@ def test_a_device_that_is_gone_is_no_obstacle(
 
 
 def test_devices_may_be_admitted_at_once(checkpoint: str, whole: PreTrainedModel) -> None:
-    devices = [ll.Device(name=name, threads=1, slowdown=4.0) for name in "ab"]
+    devices = [ll.Device(name=name, threads=1, slowdown=2.0) for name in "ab"]
     with (
         ll.Cluster(devices) as cluster,
         load(checkpoint, cluster) as model,
         ThreadPoolExecutor(2) as pool,
     ):
-        new = [ll.Device(name=name, threads=1, slowdown=4.0) for name in ("new", "newer")]
+        new = [ll.Device(name=name, threads=1, slowdown=2.0) for name in ("new", "newer")]
         assert all(decision.moves for decision in pool.map(model.admit, new))
         assert set(model.plan.devices) == {"a", "b", "new", "newer"}
         for device in new:
