@@ -88,13 +88,25 @@ def decision_text(decision: Decision) -> str:
     return f"{'would ' * decision.dry_run}{action}: {decision.reason} ({decision.trigger})"
 
 
+def decision_html(decision: Decision) -> str:
+    """Draw a decision as tables for a notebook, with its migrations; times are counted from it."""
+    start_s = decision.time_s
+    done = migration_rows(decision.migrations, start_s).to_html() if decision.migrations else ""
+    return f"<div>{decision_rows([decision], start_s).to_html()}{done}</div>"
+
+
 def migration_line(migration: Migration, start_s: float = 0.0) -> str:
+    """Say in a line when something was moved, what, and what it cost."""
+    return f"at {seconds_text(migration.time_s - start_s)}: {migration_text(migration)}"
+
+
+def migration_text(migration: Migration) -> str:
     """Say in a line what was moved and what it cost."""
-    when, moves = seconds_text(migration.time_s - start_s), moves_text(migration.moves)
+    moves = moves_text(migration.moves)
     if not migration.succeeded:
-        return f"at {when}: could not move {moves}: {migration.error}"
+        return f"could not move {moves}: {migration.error}"
     took = seconds_text(migration.load_s + migration.copy_s + migration.switch_s)
-    return f"at {when}: moved {moves} in {took}; longest stall {seconds_text(migration.longest_stall_s)}"
+    return f"moved {moves} in {took}; longest stall {seconds_text(migration.longest_stall_s)}"
 
 
 def moves_text(moves: Iterable[Move]) -> str:

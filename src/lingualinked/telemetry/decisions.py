@@ -96,6 +96,11 @@ class Decision:
 
         return decision_text(self)
 
+    def _repr_html_(self) -> str:
+        from lingualinked.display.decisions import decision_html
+
+        return decision_html(self)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Migration:
@@ -143,6 +148,16 @@ class Migration:
     def moves(self) -> tuple[Move, ...]:
         """Layers that changed their device, or were to."""
         return moves_between(self.spans_before, self.spans_after)
+
+    def __str__(self) -> str:
+        from lingualinked.display.decisions import migration_text
+
+        return migration_text(self)
+
+    def _repr_html_(self) -> str:
+        from lingualinked.display.decisions import migration_rows
+
+        return migration_rows([self], self.time_s).to_html()
 
 
 def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...]) -> Decision:

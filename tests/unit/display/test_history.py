@@ -151,6 +151,18 @@ def test_migrations_are_told_in_a_table() -> None:
     assert rows.notes[1].endswith("phone → nas: no memory")
 
 
+def test_a_decision_shows_itself_with_what_was_done() -> None:
+    moved, failed = migration(START_S + 2), migration(START_S + 2, error="no <memory>")
+    assert str(moved).startswith("moved [")
+    assert "no <memory>" in str(failed)
+    html = dataclasses.replace(decision(START_S + 1, "move"), migrations=(moved, failed))._repr_html_()
+    assert html.count("<table>") == 2
+    assert "no &lt;memory&gt;" in html
+    assert decision(START_S)._repr_html_().count("<table>") == 1
+    asked = dataclasses.replace(decision(START_S, "move"), dry_run=True)
+    assert str(asked).startswith("would move [")
+
+
 def test_no_decisions_and_no_migrations_are_empty_tables() -> None:
     assert decision_rows([]).rows == migration_rows([]).rows == []
     assert moves_text(()) == "nothing"
