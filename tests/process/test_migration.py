@@ -234,8 +234,10 @@ def test_a_session_that_is_ended_while_it_changes_leaves_nothing(tiny_llama: str
         ThreadPoolExecutor(1) as pool,
     ):
         past, expected = model(long).past_key_values, unsharded(long).past_key_values
+        early = model(long).past_key_values
         moving = pool.submit(model.rebalance, ll.Plan.from_spans([("first", 0, 2), ("target", 2, 4)]))
         wait_until(lambda: kv_bytes_on(cluster, "target") > 0)
+        early.end()  # while its KV is copied ahead
         late = model(long).past_key_values  # not copied ahead: all of its KV is sent when it changes
         routes = model._pipeline._routes
         wait_until(lambda: routes.target is not routes.current)

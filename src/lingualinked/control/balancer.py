@@ -84,12 +84,12 @@ class Balancer:
         self._target: Plan | None = None
         self._releasing = ""  # the device that is being emptied at the user's wish
         self._trigger = ""  # what waits to be decided
-        self._is_urgent = self._is_slight = False
+        self._is_urgent = self._is_plain = False
         self._not_before_s = 0.0  # nothing is decided of its own accord until then
+        self._patient_s = 0.0  # and until then only what is plain
         self._settled_s = 0.0  # steps from before tell of a migration, not of speeds
         self._num_failures = self._num_vain = 0
         self._decided: dict[str, float] = {}  # slowdowns when it was last decided
-        self._decided_s = -math.inf
         self._is_sure = False  # whether that was when they were known well
 
     @property
@@ -149,13 +149,13 @@ class Balancer:
         forgotten = self._beliefs.forget(done_s, self._plan.devices)
         if shifted:
             device, ratio = max(shifted.items(), key=lambda each: abs(math.log(each[1])))
-            self._is_slight = max(ratio, 1 / ratio) < _PLAIN and (self._is_slight or not self._trigger)
+            self._is_plain = self._is_plain or max(ratio, 1 / ratio) >= _PLAIN
             self._trigger = f"device {device!r} takes {ratio:.2f} times as long as before"
             self._num_vain, self._is_sure = 0, False
         elif forgotten:
             self._trigger = f"device {forgotten[0]!r} has not been used for long, and may be faster by now"
         elif not self._trigger:
-            self._trigger, self._is_slight = self._drift(), True
+            self._trigger = self._drift()
         return self._decide_in_time(done_s)
 
     def _on_device(self, sample: DeviceSample) -> Instruction | None:
@@ -173,7 +173,7 @@ class Balancer:
             belief.cap_until_s = sample.time_s + self._policy.horizon_s
             share = 100 * sample.held_bytes / total
             self._trigger = f"device {sample.device!r} has {share:.0f} % of its memory in use"
-            self._is_urgent = True
+            self._is_urgent, self._is_plain = True, self._is_plain or not self._is_urgent
         return self._decide_in_time(sample.time_s)
 
     def _on_asked(self, event: RebalanceAsked) -> Instruction:
@@ -224,12 +224,12 @@ class Balancer:
         self._settled_s = event.time_s
         self._keep_released()
         self._num_failures += 1
-        self._wait(event.time_s, self._num_failures)
+        self._not_before_s = event.time_s + self._wait_s(self._num_failures)
 
-    def _wait(self, time_s: float, times: int) -> None:
-        """Let longer and longer pass, up to the horizon, before it is tried again."""
-        wait_s = self._policy.cooldown_s * 2 ** min(times, _MOST_DOUBLINGS)
-        self._not_before_s = time_s + min(wait_s, max(self._policy.horizon_s, self._policy.cooldown_s))
+    def _wait_s(self, times: int) -> float:
+        """Give the seconds before it is tried again: longer and longer, up to the horizon."""
+        wait_s = self._policy.cooldown_s * 2.0 ** min(times, _MOST_DOUBLINGS)
+        return min(wait_s, max(self._policy.horizon_s, self._policy.cooldown_s))
 
     def _drift(self) -> str:
         """Say why to look again at speeds that are known well by now; empty if there is no need."""
@@ -246,8 +246,7 @@ class Balancer:
         return ""
 
     def _decide_in_time(self, time_s: float) -> Instruction | None:
-        slight_s = self._decided_s + _PAUSE_S if self._is_slight and not self._is_urgent else 0.0
-        if not self._trigger or time_s < max(self._not_before_s, slight_s):
+        if not self._trigger or time_s < self._not_before_s or not (self._is_plain or time_s >= self._patient_s):
             return None
         return self._decide(time_s, self._trigger, must=self._is_urgent)
 
@@ -264,7 +263,7 @@ class Balancer:
         self._beliefs.forget(time_s, self._plan.devices)
         if not dry_run:
             self._trigger, self._is_urgent = "", False
-            self._decided, self._decided_s, self._is_slight = self._beliefs.slowdowns(), time_s, False
+            self._decided, self._is_plain, self._patient_s = self._beliefs.slowdowns(), False, time_s + _PAUSE_S
         live = self._beliefs.profile()
         try:
             proposal = propose(
@@ -308,7 +307,7 @@ class Balancer:
             return
         self._trigger, self._is_urgent = trigger, is_urgent
         self._num_vain += 1
-        self._wait(time_s, self._num_vain)
+        self._patient_s = time_s + self._wait_s(self._num_vain)
 
     def _judge(self, time_s: float, proposal: Proposal, *, must: bool, asked: bool) -> tuple[bool, str, bool]:
         """Say whether to move, why, and whether waiting may change that; who asks for a move bears its cost."""

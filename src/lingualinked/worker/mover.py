@@ -100,10 +100,11 @@ class Mover:
             Piece(place=place, keys=tensors[2 * index].to(device), values=tensors[2 * index + 1].to(device))
             for index, place in enumerate(chunk.slices)
         ]
-        hosted.write(chunk.session, pieces)
-        if chunk.state is not None:
-            context = StepContext.of(tensors[-1] if has_mask else None, chunk.state.num_tokens)
-            hosted.arrived(chunk.session, context, chunk.state.number, records_past=chunk.state.records_past)
+        if not self._stages.has_ended(chunk.model, chunk.session):
+            hosted.write(chunk.session, pieces)
+            if chunk.state is not None:
+                context = StepContext.of(tensors[-1] if has_mask else None, chunk.state.num_tokens)
+                hosted.arrived(chunk.session, context, chunk.state.number, records_past=chunk.state.records_past)
         return KVCopied(request=chunk.request, num_bytes=chunk.num_bytes) if chunk.is_last else None
 
     def forget(self, model: int) -> None:

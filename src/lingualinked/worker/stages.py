@@ -55,6 +55,7 @@ class HostedStages:
         self._background = background
         self._stages: dict[StageKey, HostedStage] = {}
         self._wanted: set[StageKey] = set()
+        self._ended: dict[int, set[int]] = {}  # sessions, by number of the model
         self._borrowed: dict[int, tuple[StageKey, BorrowedWeights]] = {}  # by number of the request
 
     def load(
@@ -145,6 +146,8 @@ class HostedStages:
         ProtocolError
             If not all of its KV is there.
         """
+        if self.has_ended(model, session):
+            return
         own = [(key, hosted) for key, hosted in self._stages.items() if key.model == model]
         others = [hosted for key, hosted in own if key.plan_version != plan_version]
         leaving = [hosted.sessions[session] for hosted in others if session in hosted.sessions]
@@ -159,20 +162,30 @@ class HostedStages:
             hosted.end(session)
 
     def end_session(self, model: int, session: int) -> None:
-        """Free a session's KV under every plan version: word that it has moved may come only after word of its end."""
+        """Free a session's KV under every plan version; while it may be moving, nothing more of it is taken in."""
+        versions = set()
         for key, hosted in self._stages.items():
             if key.model == model:
                 hosted.end(session)
+                versions.add(key.plan_version)
+        if len(versions) > 1:  # the rest of its KV, and word of its move, may come only after word of its end
+            self._ended.setdefault(model, set()).add(session)
+
+    def has_ended(self, model: int, session: int) -> bool:
+        """Whether a session has ended while it may have been moving."""
+        return session in self._ended.get(model, ())
 
     def keep_plan(self, model: int, plan_version: int) -> None:
         """Free every stage of a model that is of another plan version, and what was under way between the two."""
         for key, hosted in self._stages.items():
             if key.model == model:
                 hosted.forget_moves()
+        self._ended.pop(model, None)
         self._drop({key for key in self._known() if key.model == model and key.plan_version != plan_version})
 
     def unload(self, model: int) -> None:
         """Free every stage of a model, with all its sessions."""
+        self._ended.pop(model, None)
         self._drop({key for key in self._known() if key.model == model})
 
     def reports(self) -> tuple[StageReport, ...]:

@@ -53,6 +53,18 @@ def test_a_device_that_slows_down_is_relieved_within_twenty_steps(noise: object,
     assert reached <= best.predicted.bottleneck_s / 0.9
 
 
+@pytest.mark.parametrize("pause", [20, 30, 40])
+def test_a_decision_to_stay_delays_no_other(pause: int) -> None:
+    """The first change is not worth a move, and is thought over again later on; the second one is plain."""
+    line = pipeline(noise=uniform, policy=ll.RebalancePolicy(horizon_s=1.5, margin=4.0))
+    line.run(200)
+    line.run(pause, slow_from("b", 200, 1.4))
+    assert "that it costs" in line.decisions[-1].reason
+    assert not line.moved_at
+    line.run(100, slow_from("b", 200, 5.0))
+    assert line.moved_at[0] < 220 + pause
+
+
 def test_it_goes_back_when_the_device_is_fast_again() -> None:
     line = pipeline(noise=normal)
     before = line.spans()
