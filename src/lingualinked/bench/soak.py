@@ -56,7 +56,8 @@ def run_soak(num_migrations: int, seed: int) -> None:
         began_s = time.monotonic()
         try:
             for number in range(1, num_migrations + 1):
-                model.rebalance(_random_plan(rng, num_layers))
+                while not model.rebalance(_random_plan(rng, num_layers)).moves:
+                    pass  # by chance the plan in force
                 if number % max(1, num_migrations // _LOOKS) == 0:
                     resident.append(_resident_bytes(cluster))
                     console.print(
