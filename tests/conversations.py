@@ -20,9 +20,11 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage, StageInputs
 
 
-def spec_of(folder: Path, *, dtype: str = "auto", attn_implementation: str | None = None) -> ModelSpec:
+def spec_of(
+    folder: Path, *, dtype: str = "auto", attn_implementation: str | None = None, **config_attributes: object
+) -> ModelSpec:
     """Describe a checkpoint as the caller's side does."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **config_attributes)
     files = resolve_files(folder)
     return ModelSpec(
         class_name=check_architecture(config),

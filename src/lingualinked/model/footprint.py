@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lingualinked.model.cut import RawOutput
     from lingualinked.model.spec import ModelSpec
 
-_TOKENS = 2  # of the forward pass: fewer than any sliding window holds
+_TOKENS = 2  # of the forward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +84,12 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     for layer in layers:
         slots = {index for module in layer.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
         kept = [cache.layers[slot] for slot in sorted(slots) if slot < len(cache.layers)]
-        kv_bytes.append(sum(itemsize * (each.keys.numel() + each.values.numel()) // _TOKENS for each in kept))
-        windows.append(min((each.sliding_window for each in kept if each.is_sliding), default=None))
+        kv_bytes.append(
+            sum(itemsize * (each.keys.numel() + each.values.numel()) // each.keys.shape[2] for each in kept)
+        )
+        # A window of one token keeps the whole text, in transformers as here.
+        widths = [each.sliding_window for each in kept if each.is_sliding and each.sliding_window > 1]
+        windows.append(min(widths, default=None))
         shapes = [f"{name} {list(each.shape)} {each.dtype}" for name, each in layer.named_parameters()]
         kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], tuple(shapes)))
     distinct = list(dict.fromkeys(kinds))

@@ -195,7 +195,10 @@ class GrowingLayer(_Growing, CacheLayer):
 
 
 class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
-    """Sliding window attention: keeps the last ``window - 1`` tokens, or all of them while the past is recorded."""
+    """Sliding window attention: keeps the last ``window - 1`` tokens, or all of them while the past is recorded.
+
+    A window of one token keeps all as well, since transformers cuts with ``[-window + 1:]``.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [rows, heads, new tokens, dim] to keys and values; give those that a new token may attend to."""
@@ -219,12 +222,13 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
             held = grown.append(states)
             num_visible = min(held.shape[2], num_kept + num_new)
             return held.narrow(2, held.shape[2] - num_visible, num_visible)
-        if num_new > num_kept:  # a long prompt: nearly all of it would be dropped again, so no room is made for it
+        if num_new > num_kept > 0:  # a long prompt: nearly all of it would be dropped again, so no room is made for it
             visible = torch.cat([grown.view, states], dim=2)
             grown.replace(states.narrow(2, num_new - num_kept, num_kept))
             return visible
         visible = grown.append(states)
-        grown.keep_last(num_kept)
+        if num_kept:
+            grown.keep_last(num_kept)
         return visible
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -232,7 +236,7 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
         is_full = self.cumulative_length >= self.sliding_window
         for each in self._grown:
             each.drop_last(-tokens_to_remove)
-            if is_full:
+            if is_full and (self.sliding_window > 1 or tokens_to_remove):
                 each.keep_last(self.sliding_window - 1)
         self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
 

@@ -17,7 +17,7 @@ from lingualinked.model.kv_layers import (
     GrowingTensor,
 )
 
-WINDOW = 7
+WINDOWS = (1, 2, 7)
 
 appends = st.tuples(st.just("append"), st.integers(1, 30))
 reorders = st.tuples(st.just("reorder"), st.lists(st.integers(0, 1), min_size=2, max_size=2))
@@ -56,15 +56,15 @@ def test_full_attention(edits: list[tuple[str, Any]]) -> None:
     check(GrowingLayer(), DynamicLayer(), CountingLayer(), edits, crops=True)
 
 
-@given(edits)
-def test_sliding_attention(edits: list[tuple[str, Any]]) -> None:
-    layers = GrowingSlidingLayer(WINDOW), DynamicSlidingWindowLayer(WINDOW), CountingSlidingLayer(WINDOW)
+@given(edits, st.sampled_from(WINDOWS))
+def test_sliding_attention(edits: list[tuple[str, Any]], window: int) -> None:
+    layers = GrowingSlidingLayer(window), DynamicSlidingWindowLayer(window), CountingSlidingLayer(window)
     check(*layers, edits, crops=False)
 
 
-@given(edits)
-def test_sliding_attention_that_records_the_past(edits: list[tuple[str, Any]]) -> None:
-    layers = GrowingSlidingLayer(WINDOW), DynamicSlidingWindowLayer(WINDOW), CountingSlidingLayer(WINDOW)
+@given(edits, st.sampled_from(WINDOWS))
+def test_sliding_attention_that_records_the_past(edits: list[tuple[str, Any]], window: int) -> None:
+    layers = GrowingSlidingLayer(window), DynamicSlidingWindowLayer(window), CountingSlidingLayer(window)
     for layer in layers:
         layer.activate_past_recording()
     check(*layers, edits, crops=True)
