@@ -24,7 +24,7 @@ from lingualinked.bench.overhead import SHAPE, VOCABULARY, unsharded_dummy
 from lingualinked.bench.samples import Samples, ratios
 from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import seconds_text
+from lingualinked.quantities import seconds_text
 
 _SLOWDOWN, _FACTOR = 4.0, 4.0
 _SLOW = "b"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import lingualinked as ll
 from lingualinked.bench.samples import Samples
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, seconds_text
 
 _DEVICES = ("a", "b", "c")
 _NEW_TOKENS = 60

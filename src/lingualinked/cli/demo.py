@@ -14,7 +14,7 @@ from rich.console import Console
 import lingualinked as ll
 from lingualinked.display.plan import plan_rows
 from lingualinked.display.telemetry import telemetry_rows
-from lingualinked.display.units import bytes_text
+from lingualinked.quantities import bytes_text
 
 PROMPT = "Once upon a time there lived"
 

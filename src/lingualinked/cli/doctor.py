@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lingualinked.cluster.devices import usable_cores
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import bytes_text
+from lingualinked.quantities import bytes_text
 
 _LIBRARIES = ("torch", "transformers", "pyzmq", "safetensors", "msgspec", "scipy", "psutil")
 

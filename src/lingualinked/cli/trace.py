@@ -17,7 +17,7 @@ import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.generate import read_tokenizer
 from lingualinked.display.stages import stage_rows
-from lingualinked.display.units import bytes_text
+from lingualinked.quantities import bytes_text
 
 PROMPTS = ("Once upon a time there lived", "The little dog ran", "One day a girl went to", "Deep in the forest")
 

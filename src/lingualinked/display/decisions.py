@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from lingualinked.telemetry.decisions import Decision, Migration, Move

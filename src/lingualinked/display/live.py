@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lingualinked.display.decisions import decision_line, migration_line
-from lingualinked.display.units import seconds_text
+from lingualinked.quantities import seconds_text
 from lingualinked.telemetry.timeline import windows_of
 
 if TYPE_CHECKING:

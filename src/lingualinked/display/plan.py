@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.display.figure import new_figure
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

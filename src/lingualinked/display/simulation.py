@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lingualinked.display.figure import new_figure
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import seconds_text
+from lingualinked.quantities import seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.display.figure import new_figure
 from lingualinked.display.history import history_figure
 from lingualinked.display.tables import Rows
-from lingualinked.display.units import bytes_text, seconds_text
 from lingualinked.errors import ArgumentError
+from lingualinked.quantities import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,6 +13,7 @@ from itertools import accumulate
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.plan import Plan, PlannedStage, inexact_because
+from lingualinked.quantities import bytes_text, count_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +72,8 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
     num_layers, num_devices = len(weights.layers), len(devices)
     if num_devices > num_layers:
         raise InfeasiblePlanError(
-            f"{num_devices} stages for {num_layers} layers: a stage holds at least one layer, "
-            f"so use at most {num_layers} devices"
+            f"{count_text(num_devices, 'stage')} for {count_text(num_layers, 'layer')}: a stage holds at least one layer, "
+            f"so use at most {count_text(num_layers, 'device')}"
         )
     limits = [device.memory_bytes for device in devices]
     before = [0, *accumulate(weights.layers)]
@@ -129,16 +130,18 @@ def _does_not_fit(weights: WeightBytes, devices: Sequence[Device], closest: Sequ
     for device, limit in zip(devices, limits, strict=True):
         if limit is not None and limit < smallest_layer:
             return InfeasiblePlanError(
-                f"device {device.name!r} has {limit:,} bytes of memory and the smallest layer weighs "
-                f"{smallest_layer:,}: {smallest_layer - limit:,} bytes are missing; raise its memory or leave it out",
+                f"device {device.name!r} has {bytes_text(limit)} of memory and the smallest layer takes "
+                f"{bytes_text(smallest_layer)}: {bytes_text(smallest_layer - limit, round_up=True)} short; "
+                "raise its memory or leave it out",
                 missing_bytes=smallest_layer - limit,
             )
     if all(limit is not None for limit in limits):
         available = sum(limit for limit in limits if limit is not None)
         if available < total:
             return InfeasiblePlanError(
-                f"the weights are {total:,} bytes and the {len(devices)} devices have {available:,}: "
-                f"{total - available:,} bytes are missing; add a device, or raise memory",
+                f"the weights take {bytes_text(total)} and {count_text(len(devices), 'device')} offer "
+                f"{bytes_text(available)}: {bytes_text(total - available, round_up=True)} short; "
+                "add a device, or raise memory",
                 missing_bytes=total - available,
             )
     excess = [
@@ -148,7 +151,7 @@ def _does_not_fit(weights: WeightBytes, devices: Sequence[Device], closest: Sequ
     ]
     missing, name = max(excess)
     return InfeasiblePlanError(
-        f"no contiguous split fits: in the closest one device {name!r} misses {missing:,} bytes; "
-        "raise its memory, reorder the devices, or add one",
+        f"no contiguous split fits: in the closest one device {name!r} is {bytes_text(missing, round_up=True)} "
+        "short; raise its memory, reorder the devices, or add one",
         missing_bytes=missing,
     )

@@ -14,6 +14,7 @@ import msgspec
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.profile import Profile
+from lingualinked.quantities import bytes_text, count_text
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -349,8 +350,9 @@ def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
         limit = device.memory_bytes
         if limit is not None and num_bytes > limit:
             raise InfeasiblePlanError(
-                f"the plan puts {num_bytes:,} bytes of weights on device {device.name!r}, which has {limit:,} bytes of "
-                f"memory: {num_bytes - limit:,} bytes are missing; raise its memory or give it fewer layers",
+                f"the plan puts {bytes_text(num_bytes)} of weights on device {device.name!r}, which has "
+                f"{bytes_text(limit)} of memory: {bytes_text(num_bytes - limit, round_up=True)} short; "
+                "raise its memory or give it fewer layers",
                 missing_bytes=num_bytes - limit,
             )
 
@@ -364,7 +366,7 @@ def check_plan(plan: Plan, num_layers: int, device_names: Iterable[str]) -> None
         If the number of layers differs, or a device is not in the cluster.
     """
     if plan.num_layers != num_layers:
-        raise InfeasiblePlanError(f"the plan places {plan.num_layers} layers, the model has {num_layers}")
+        raise InfeasiblePlanError(f"the plan places {count_text(plan.num_layers, 'layer')}, the model has {num_layers}")
     known = set(device_names)
     for stage in plan.stages:
         if stage.device not in known:

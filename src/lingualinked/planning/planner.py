@@ -24,6 +24,7 @@ from lingualinked.planning.plan import (
 )
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
+from lingualinked.quantities import bytes_text, count_text
 from lingualinked.workload import Workload
 
 _BASELINES = {"even": even, "by_memory": by_memory, "sum_objective": sum_objective}
@@ -213,7 +214,7 @@ def _with_remedy(
     remedies = []
     tokens = _largest(workload.num_tokens - 1, lambda num: _fits(profile, _of_tokens(workload, num), reserve))
     if tokens >= 2:
-        remedies.append(f"texts of {tokens} tokens instead of {workload.num_tokens}")
+        remedies.append(f"texts of {count_text(tokens, 'token')} instead of {workload.num_tokens}")
     rows = _largest(workload.batch_size - 1, lambda num: _fits(profile, _of_rows(workload, num), reserve))
     if rows:
         remedies.append(f"batch_size={rows} instead of {workload.batch_size}")
@@ -222,14 +223,9 @@ def _with_remedy(
         remedies.append(f"num_sessions={sessions} instead of {workload.num_sessions}")
     added = _extra_memory(profile, workload, reserve)
     if added is not None:
-        remedies.append(f"one more device of at least {_memory_text(added)}")
+        remedies.append(f"one more device of at least {bytes_text(added, round_up=True)}")
     text = f"{error}; what would fit: {', or '.join(remedies)}" if remedies else str(error)
     return InfeasiblePlanError(text, missing_bytes=error.missing_bytes)
-
-
-def _memory_text(num_bytes: int) -> str:
-    unit, size = ("GiB", 1024**3) if num_bytes >= 1024**3 / 10 else ("MiB", 1024**2)
-    return f"{math.ceil(100 * num_bytes / size) / 100:.2f} {unit}"
 
 
 def _of_tokens(workload: Workload, num_tokens: int) -> Workload:

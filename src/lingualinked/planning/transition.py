@@ -14,6 +14,7 @@ from lingualinked.planning.passage.holdings import Holdings, Ledger, Spans
 from lingualinked.planning.passage.orders import Orders, Relocation
 from lingualinked.planning.passage.waves import merged, slots_of, wander, waves
 from lingualinked.planning.plan import Plan, PlannedStage, check_plan, inexact_because
+from lingualinked.quantities import bytes_text
 
 
 def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...]:
@@ -210,8 +211,8 @@ def _refuse_overfull(device: str, ledger: Ledger, target: Spans) -> None:
     if held > limit:
         missing = int(held - limit)
         raise InfeasiblePlanError(
-            f"the plan puts {held:,} bytes of weights, KV and intermediate results on device {device!r}, which has "
-            f"{int(limit):,}: {missing:,} bytes are missing; raise its memory or give it fewer layers",
+            f"the plan puts {bytes_text(held)} of weights, KV and intermediate results on device {device!r}, which has "
+            f"{bytes_text(limit)}: {bytes_text(missing, round_up=True)} short; raise its memory or give it fewer layers",
             missing_bytes=missing,
         )
 
@@ -223,9 +224,9 @@ def _no_way(origin: Spans, target: Spans, ledger: Ledger, left_out: Sequence[str
     missing = int(held[device] - limit)
     rounding = f" (without {', '.join(map(repr, left_out))}, on which results would be others)" if left_out else ""
     return InfeasiblePlanError(
-        f"no way was found from the one plan to the other: at once, device {device!r} would hold {held[device]:,} bytes of "
-        f"both and has {int(limit):,}: {missing:,} bytes are missing, and no plans in between were found with which every "
-        f"device has room{rounding}; raise its memory, add a device, keep the order of the devices, or wait for sessions "
-        "to end",
+        f"no way was found from the one plan to the other: at once, device {device!r} would hold "
+        f"{bytes_text(held[device])} of both and has {bytes_text(limit)}: {bytes_text(missing, round_up=True)} short, and no "
+        f"plans in between were found with which every device has room{rounding}; raise its memory, add a device, keep the order "
+        "of the devices, or wait for sessions to end",
         missing_bytes=missing,
     )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 import lingualinked as ll
-from lingualinked.display.units import bytes_text, seconds_text
 
 PLAN = ll.Plan(
     stages=(
@@ -66,15 +63,3 @@ def test_telemetry_is_plotted() -> None:
     memory, compute = TELEMETRY.plot().axes
     assert [round(bar.get_width(), 3) for bar in compute.patches] == [50.0, 0.0]
     assert [round(bar.get_width()) for bar in memory.patches[:2]] == [3, 6]
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**42, "4,096 GiB")]
-)
-def test_bytes_are_readable(number: int, text: str) -> None:
-    assert bytes_text(number) == text
-
-
-@pytest.mark.parametrize(("number", "text"), [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (5e-6, "5 µs")])
-def test_seconds_are_readable(number: float, text: str) -> None:
-    assert seconds_text(number) == text

@@ -50,7 +50,7 @@ def test_the_solver_is_never_worse(seed: int) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     problem = roomy(1, 12, 3)
     cases = [
-        ({"capacity_bytes": np.array([1e12, 1.0, 1e12])}, "pass the memory of device 'd1'"),
+        ({"capacity_bytes": np.array([1e12, 1.0, 1e12])}, "exceed the memory of device 'd1'"),
         ({"may_be_first": np.array([False, True, True])}, "'d0' may not hold the first"),
         ({"hop_s": np.full((3, 3), np.inf)}, "no link from d0 to d1"),
     ]

@@ -97,9 +97,9 @@ def test_hundreds_of_layers_are_placed_at_once() -> None:
     ("limits", "missing_bytes", "words"),
     [
         ([None] * 5, 0, "5 stages for 4 layers.*at most 4 devices"),
-        ([None, 7], 3, "device 'd1' has 7 bytes.*smallest layer weighs 10: 3 bytes are missing"),
-        ([30, 30], 20, "the weights are 80 bytes and the 2 devices have 60: 20 bytes are missing"),
-        ([15, None], 15, "device 'd0' misses 15 bytes"),  # its one layer and the prologue: 30
+        ([None, 7], 3, "device 'd1' has 7 B.*smallest layer takes 10 B: 3 B short"),
+        ([30, 30], 20, "the weights take 80 B and 2 devices offer 60 B: 20 B short"),
+        ([15, None], 15, "device 'd0' is 15 B short"),  # its one layer and the prologue: 30
     ],
 )
 def test_what_does_not_fit_is_told_in_bytes(limits: list[int | None], missing_bytes: int, words: str) -> None:

@@ -98,6 +98,6 @@ def test_both_stages_of_a_device_count_against_its_memory() -> None:
         )
     )
     check_memory(plan, [ll.Device(name="a", memory=110), ll.Device(name="b")])
-    with pytest.raises(ll.InfeasiblePlanError, match=r"device 'a'.*10 bytes are missing") as caught:
+    with pytest.raises(ll.InfeasiblePlanError, match=r"device 'a'.*10 B short") as caught:
         check_memory(plan, [ll.Device(name="a", memory=100), ll.Device(name="b")])
     assert caught.value.missing_bytes == 10

@@ -299,8 +299,8 @@ def test_a_ring_returns_to_the_one_trusted_device() -> None:
         ({"may_be_first": np.zeros(2, dtype=bool)}, 0, "may see token ids"),
         ({"may_be_last": np.zeros(2, dtype=bool)}, 0, "may see logits"),
         ({"enter_s": np.full(2, np.inf)}, 0, "no link between the caller"),
-        ({"capacity_bytes": np.array([30.0, 25.0])}, 25, "25 bytes are missing; tightest is"),
-        ({"capacity_bytes": np.array([45.0, 39.0])}, 1, "'b' misses 1 bytes|'a' misses"),
+        ({"capacity_bytes": np.array([30.0, 25.0])}, 25, "25 B short; tightest is"),
+        ({"capacity_bytes": np.array([45.0, 39.0])}, 1, "'b' is 1 B short|'a' is .* short"),
         (
             {
                 "may_be_first": np.array([True, False]),

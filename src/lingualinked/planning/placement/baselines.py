@@ -14,6 +14,7 @@ from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.problem import Floats, Placement, Problem, Span, device_bytes
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.placement.spans import TOLERANCE
+from lingualinked.quantities import bytes_text, count_text
 
 
 def even(problem: Problem) -> Placement:
@@ -93,7 +94,8 @@ def _in_shares(problem: Problem, shares: Floats) -> Placement:
     num_devices, num_layers = problem.num_devices, problem.num_layers
     if num_devices > num_layers:
         raise InfeasiblePlanError(
-            f"{num_devices} stages for {num_layers} layers: a stage holds at least one layer, so use at most {num_layers} devices"
+            f"{count_text(num_devices, 'stage')} for {count_text(num_layers, 'layer')}: a stage holds at least one layer, "
+            f"so use at most {count_text(num_layers, 'device')}"
         )
     spare = num_layers - num_devices
     exact = np.maximum(shares, 0) / max(np.maximum(shares, 0).sum(), 1e-300) * num_layers
@@ -129,7 +131,7 @@ def _check(problem: Problem, placement: Placement) -> None:
         missing = device_bytes(problem, placement, span.device) - problem.capacity_bytes[span.device]
         if missing > TOLERANCE * problem.capacity_bytes[span.device]:
             raise InfeasiblePlanError(
-                f"layers [{span.start}, {span.end}) pass the memory of device {problem.names[span.device]!r} by "
-                f"{math.ceil(missing):,} bytes; give it fewer layers, or raise its memory",
+                f"layers [{span.start}, {span.end}) exceed the memory of device {problem.names[span.device]!r} by "
+                f"{bytes_text(missing, round_up=True)}; give it fewer layers, or raise its memory",
                 missing_bytes=math.ceil(missing),
             )

@@ -15,6 +15,7 @@ from lingualinked.planning.placement.costs import Costs, excess_costs
 from lingualinked.planning.placement.orders import Route
 from lingualinked.planning.placement.problem import Problem, device_bytes
 from lingualinked.planning.placement.spans import SpanTables
+from lingualinked.quantities import bytes_text, count_text
 
 
 def explain_infeasible(
@@ -62,7 +63,7 @@ def explain_infeasible(
     if closest is None:
         return InfeasiblePlanError(
             f"the links and the permissions of {_names(problem, devices)} join no first stage to a last stage over "
-            f"{problem.num_layers} layers; add a link, or permit another device to hold an end"
+            f"{count_text(problem.num_layers, 'layer')}; add a link, or permit another device to hold an end"
         )
     if closest.value > 0:
         return _memory(problem, devices, closest)
@@ -84,14 +85,15 @@ def _memory(problem: Problem, devices: Sequence[int], closest: Route) -> Infeasi
     if usable < total - problem.tied_bytes:
         lacking = math.ceil(total - problem.tied_bytes - usable)
         return InfeasiblePlanError(
-            f"weights and KV need {math.ceil(total - problem.tied_bytes):,} bytes and {_names(problem, devices)} offer "
-            f"{math.floor(usable):,}: {lacking:,} bytes are missing; tightest is {problem.names[tightest]!r}, which "
-            f"misses {missing:,} bytes in the placement closest to fitting; add a device, or raise memory",
+            f"weights and KV need {bytes_text(total - problem.tied_bytes)} and {_names(problem, devices)} offer "
+            f"{bytes_text(usable)}: {bytes_text(lacking, round_up=True)} short; tightest is "
+            f"{problem.names[tightest]!r}, {bytes_text(missing, round_up=True)} short in the placement closest to fitting; "
+            "add a device, or raise memory",
             missing_bytes=lacking,
         )
     return InfeasiblePlanError(
-        f"no contiguous placement fits: in the closest one device {problem.names[tightest]!r} misses {missing:,} bytes; "
-        "raise its memory, plan for fewer tokens, or add a device",
+        f"no contiguous placement fits: in the closest one device {problem.names[tightest]!r} is "
+        f"{bytes_text(missing, round_up=True)} short; raise its memory, plan for fewer tokens, or add a device",
         missing_bytes=missing,
     )
 
