@@ -10,11 +10,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 import lingualinked as ll
+from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.unsupported import UnsupportedOperations
 
 pytestmark = pytest.mark.process
 
 REFUSED = {name for name in vars(UnsupportedOperations) if not name.startswith("_")}
+GRANTED = {name for name in vars(Conversions) if not name.startswith("_")}  # where nothing has to change
 
 # What works, grouped by why. A method that is new in transformers belongs here or among the refused.
 WORKING = {
@@ -34,7 +36,7 @@ WORKING = {
         register_state_dict_pre_hook""",
     "changes what a sharded model does not look at": """activation_checkpointing_disable add_model_tags add_module
         destroy_cached_continuous_batching_manager gradient_checkpointing_disable register_buffer register_module
-        register_parameter""",
+        register_parameter zero_grad""",
     "is a step of building or loading": """barrier_after_gathered_checkpoint_save can_record_outputs
         generation_config_class get_init_context init_parallel_plans is_distributed_loading_by_transformers
         mark_tied_weights_as_initialized post_init prepare_distribute_model should_save_on_this_rank""",
@@ -51,7 +53,7 @@ def test_each_method_is_accounted_for() -> None:
     assert working & REFUSED == set()
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(REFUSED - GRANTED))
 def test_refused_by_name(sharded: Any, name: str) -> None:
     with pytest.raises(ll.UnsupportedOperationError, match=rf"^{name}\(\) of a sharded model: \w"):
         getattr(sharded, name)()
@@ -60,7 +62,7 @@ def test_refused_by_name(sharded: Any, name: str) -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        lambda model: model.to("cpu"),
+        lambda model: model.to("meta"),
         lambda model: model.to(dtype=torch.float16),
         lambda model: model.save_pretrained("folder"),
         lambda model: model.load_state_dict({}, strict=False),
@@ -73,3 +75,67 @@ def test_refused_by_name(sharded: Any, name: str) -> None:
 def test_refused_with_arguments(sharded: Any, use: Callable[[Any], Any]) -> None:
     with pytest.raises(ll.UnsupportedOperationError):
         use(sharded)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: model.to(),
+        lambda model: model.to(model.device),
+        lambda model: model.to(model.dtype),
+        lambda model: model.to("cpu", torch.float32, non_blocking=True),
+        lambda model: model.to(device=torch.device("cpu"), dtype=model.dtype),
+        lambda model: model.to(torch.zeros(1)),
+        lambda model: model.cpu(),
+        lambda model: model.float(),
+        lambda model: model.type(torch.float32),
+        lambda model: model.type("torch.FloatTensor"),
+        lambda model: model.eval(),
+        lambda model: model.train(False),
+        lambda model: model.requires_grad_(False),
+        lambda model: model.tie_weights(),
+        lambda model: model.zero_grad(),
+        lambda model: model.zero_grad(set_to_none=False),
+        lambda model: model.resize_token_embeddings() is model.get_input_embeddings(),
+        lambda model: model.resize_token_embeddings(128, pad_to_multiple_of=64) is model.get_input_embeddings(),
+        lambda model: model.set_attn_implementation("sdpa"),
+    ],
+)
+def test_what_holds_already_is_granted(sharded: Any, unsharded: LlamaForCausalLM, ask: Callable[[Any], Any]) -> None:
+    ours, theirs = ask(sharded), ask(unsharded)
+    assert (ours is sharded) is (theirs is unsharded)
+    assert ours is sharded or ours == theirs
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.to("cuda"),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to("cpu", torch.float64),
+        lambda model: model.to(torch.zeros(1, dtype=torch.float16)),
+        lambda model: model.to("no device"),
+        lambda model: model.bfloat16(),
+        lambda model: model.half(),
+        lambda model: model.double(),
+        lambda model: model.type("torch.DoubleTensor"),
+        lambda model: model.type(None),
+        lambda model: model.resize_token_embeddings(129),
+        lambda model: model.resize_token_embeddings(pad_to_multiple_of=100),
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: model.tie_weights({"lm_head.weight"}),
+    ],
+)
+def test_what_would_change_the_model_is_refused(sharded: Any, use: Callable[[Any], Any]) -> None:
+    with pytest.raises(ll.UnsupportedOperationError, match=r"\(\) of a sharded model: \w"):
+        use(sharded)
+
+
+def test_bfloat16_of_a_bfloat16_model_names_what_transformers_would_round(
+    place: Callable[..., Any], tiny_llama: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = place(tiny_llama, [("a", 0, 4)], dtype=torch.bfloat16)
+    assert model.bfloat16() is model
+    assert "rotary_emb.inv_freq" in caplog.text
+    with pytest.raises(ll.UnsupportedOperationError, match=r"^float\(\)"):
+        model.float()

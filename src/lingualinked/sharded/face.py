@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.cache import ShardedCache
+from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.inputs import (
     LearnedPositions,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
 
-class ShardedCausalLM(UnsupportedOperations, ShardedModel, ShardedGeneration):
+class ShardedCausalLM(Conversions, UnsupportedOperations, ShardedModel, ShardedGeneration):
     """The part of a sharded model's class that overrides transformers'; stands before the real class."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses

@@ -47,7 +47,6 @@ _REMEDIES = {
         "disable_input_require_grads",
         "enable_input_require_grads",
         "gradient_checkpointing_enable",
-        "zero_grad",
     ),
     _CHANGE: (
         "apply",
