@@ -314,8 +314,8 @@ def test_a_workers_log_records_arrive_under_its_device(
     engine._post(lambda: engine._mailbox.send("b", b"no message"))
     wait_until(lambda: bool(caplog.records))
     (record,) = caplog.records
-    assert (record.name, record.levelno, record.device) == ("lingualinked.worker", logging.WARNING, "b")  # type: ignore[attr-defined]
-    assert record.getMessage().startswith("[b] refused a message from 'caller'")
+    assert (record.name, record.levelno, record.device) == ("lingualinked.transport", logging.WARNING, "b")  # type: ignore[attr-defined]
+    assert record.getMessage().startswith("[b] mailbox 'b' refused input from caller (no message)")
     assert {worker.device: worker.num_refused for worker in shared_cluster.workers()}["b"] >= 1
 
 

@@ -5,7 +5,6 @@ Knows messages, a mailbox and which workers live; neither threads nor processes.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
+from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
 from lingualinked.protocol.messages import (
     Authorised,
@@ -29,7 +29,6 @@ from lingualinked.protocol.messages import (
     Pong,
     RequestFailed,
     StageLoaded,
-    StageTimes,
     StepDone,
     StepFailed,
     UnloadModel,
@@ -42,25 +41,6 @@ from lingualinked.protocol.moving import KVCopied
 from lingualinked.transport.mailbox import Delivery, Mailbox
 
 logger = logging.getLogger("lingualinked.cluster")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepReply:
-    """The last stage's answer to a step.
-
-    Parameters
-    ----------
-    tensors : tuple of Tensor
-        The logits.
-    timings : tuple of StageTimes
-        What each stage tells of the step.
-    num_bytes : int
-        Bytes of the answer.
-    """
-
-    tensors: tuple[Tensor, ...]
-    timings: tuple[StageTimes, ...]
-    num_bytes: int
 
 
 class Exchange:
@@ -127,18 +107,21 @@ class Exchange:
         self._pending.expire(time.monotonic())
 
     def take(self, delivery: Delivery) -> None:
-        """Do what a message says; what is wrong with it is logged, and nobody else's concern."""
+        """Do what a message says; what is wrong with it is counted, logged, and nobody else's concern."""
         if delivery.sender not in self.settled:
             return  # of a device that is forgotten: said before its worker ended
+        kind = "no message"
         try:
             message = decode(delivery.payload)
+            kind = type(message).__name__
             if not isinstance(message, WorkerMessage):
                 raise ProtocolError(f"{type(message).__name__} is not for the caller")
             self._handle(message, delivery)
         except ProtocolError as error:
-            logger.warning("refused a message from %r: %s", delivery.sender, error)
-        except Exception:  # a progress bar that can't be drawn, a log handler that raises
-            logger.exception("a message from %r could not be handled", delivery.sender)
+            self._mailbox.refuse(delivery.sender, kind, str(error))
+        except Exception as error:  # a progress bar that can't be drawn, a log handler that raises
+            self._mailbox.refuse(delivery.sender, kind, f"{type(error).__name__}: {error}")
+            logger.debug("a message from %r could not be handled", delivery.sender, exc_info=True)
 
     def ask(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...], key: Key, pending: Pending) -> None:
         """Send what an answer is due for, or fail it at once."""

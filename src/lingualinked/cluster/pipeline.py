@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import threading
 import time
 import weakref
@@ -74,6 +75,7 @@ class Pipeline:
         self._objective = objective
         self._model = next(_models)
         self._budget = KVBudget(max_kv_tokens)
+        self._vocabulary = _vocabulary(spec)
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
@@ -116,7 +118,9 @@ class Pipeline:
         """Open a session; its KV appears in the stages with its first step."""
         number = next(_sessions)
         watch = self._controller.watch
-        return Session(self._engine, self._model, number, self._routes, self._budget, watch, self.timeout_s)
+        return Session(
+            self._engine, self._model, number, self._routes, self._budget, watch, self.timeout_s, self._vocabulary
+        )
 
     @property
     def measured(self) -> Profile | None:
@@ -279,6 +283,12 @@ class Pipeline:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
         self._finalizer()
         self._controller.join()
+
+
+def _vocabulary(spec: ModelSpec) -> int | None:
+    config = json.loads(spec.config_json)
+    size = {**config, **config.get("text_config", {})}.get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _free(engine: Engine, model: int, controller: Controller) -> None:

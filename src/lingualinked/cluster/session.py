@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.exchange import StepReply
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.step_reply import StepReply, check_reply
 from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError, LingualinkedError
 from lingualinked.model.context import StepContext
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
@@ -91,6 +91,8 @@ class Session:
         Told a `StepSample` of every step.
     timeout_s : float
         Seconds that a step may take.
+    vocabulary : int or None
+        Logits that the model gives for each token; ``None``: not known.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Session:
         budget: KVBudget,
         watch: Callable[[StepSample], None],
         timeout_s: float,
+        vocabulary: int | None,
     ) -> None:
         self.num_rows = 0
         self.num_tokens = 0
@@ -114,6 +117,7 @@ class Session:
         self._budget = budget
         self._watch = watch
         self._timeout_s = timeout_s
+        self._vocabulary = vocabulary
         self._context = StepContext()
         self._edits: list[KVEdit] = []
         self._next_step = 0
@@ -319,6 +323,7 @@ class Session:
             # Neither the future nor the error is kept: each would lead back here, and only the collector would free it.
             tensors = (inputs, *code.tensors, *keep)
             reply = cast("StepReply", self._engine.step(route.devices, step, tensors, self._timeout_s).result())
+            logits = check_reply(reply, route.devices, inputs, logits_to_keep, self._vocabulary)
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             self._broken_by = f" with {type(error).__name__}"
             self.end()
@@ -328,7 +333,7 @@ class Session:
         self._holds_kv = keeps_kv
         self.num_rows = num_rows
         self.num_tokens += num_new
-        return reply.tensors[0]
+        return logits
 
 
 def _sample(
@@ -361,7 +366,7 @@ def _sample(
 
 
 def _end(engine: Engine, model: int, number: int, place: _Place, budget: KVBudget) -> None:
-    budget.release(number)
     route = place.route
     message = EndSession(model=model, plan_version=route.version, stage=0, session=number)
     engine.tell(route.devices[0], message)
+    budget.release(number)  # not before: what then takes its room goes behind it, and workers count too

@@ -401,5 +401,5 @@ def decode(payload: bytes) -> AnyMessage:
     """
     try:
         return _decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    except Exception as error:  # msgspec has errors of its own, and passes on those of text and of deep nesting
         raise ProtocolError(f"not a message of this protocol: {error}") from error

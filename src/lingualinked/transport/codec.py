@@ -200,7 +200,7 @@ def decode_message(frames: Sequence[Frame], limits: Limits) -> Message:
         raise MalformedError("version", f"wire version {found}, this side speaks {WIRE_VERSION}")
     try:
         envelope = _decoder.decode(memoryview(head)[1:])
-    except msgspec.MsgspecError as error:
+    except Exception as error:  # noqa: BLE001 - msgspec passes on errors that are not its own
         raise MalformedError("envelope", str(error)) from None
     descriptors = envelope.descriptors
     sizes = [_num_bytes_described(descriptor, limits) for descriptor in descriptors]

@@ -87,8 +87,22 @@ class Mailbox(abc.ABC):
 
     @property
     def num_refused(self) -> int:
-        """Number of malformed messages and unauthorised connections that were dropped so far."""
+        """Number of messages and connections that were refused so far."""
         return self._refusals.num
+
+    def refuse(self, sender: str, kind: str, detail: str) -> None:
+        """Count a message that was delivered and can't be used, and log it if it is the first of its kind from its sender.
+
+        Parameters
+        ----------
+        sender : str
+            Who sent it.
+        kind : str
+            One of a fixed set of words.
+        detail : str
+            What was wrong, with the values.
+        """
+        self._refusals.add(sender, kind, detail)
 
     def authorise(self, name: str, public_key: str) -> None:
         """Let the holder of a key connect from now on. Does nothing if it may already, under this name.
@@ -271,8 +285,8 @@ class Mailbox(abc.ABC):
 
     def _refused_by(self, name: str) -> ProtocolError:
         return ProtocolError(
-            f"{name!r} refused the connection of mailbox {self.name!r}, whose key it has not authorised: "
-            "a peer has to know a key before its holder connects"
+            f"{name!r} refused the connection of mailbox {self.name!r}, whose key it has not authorised, or takes nothing: "
+            "a peer has to know a key before its holder connects, and to receive"
         )
 
     def __enter__(self) -> Self:

@@ -42,6 +42,8 @@ logger = logging.getLogger("lingualinked.transport")
 _CURVE_OVERHEAD_BYTES = 33  # of a frame that MAXMSGSIZE is compared with
 _HANDSHAKE_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_S = 5.0
+_MAX_UNTAKEN = 1_000  # messages of one peer that lie here; what is more stays with the peer
+_MAX_UNSENT = 100_000  # messages to one peer; far more than are ever on their way to one that takes them
 _LONGEST_POLL_MS = 2**31 - 1
 
 
@@ -115,7 +117,7 @@ class ZmqMailbox(Mailbox):
             for frame in frames[:-1]:
                 outbox.send(frame, zmq.DONTWAIT | zmq.SNDMORE)
             outbox.send(frames[-1], zmq.DONTWAIT)
-        except zmq.Again:  # without a high-water mark only a socket that a refusal left without a peer is not ready
+        except zmq.Again:  # a refusal has left the socket without a peer, or nothing has been taken for very long
             raise self._refused_by(name) from None
         except BaseException:
             # Interrupted, perhaps within a message: its first half must not become the beginning of the next one.
@@ -189,6 +191,9 @@ class ZmqMailbox(Mailbox):
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None
+        except Exception as error:  # noqa: BLE001 - memory for its tensors, say: it costs that message alone
+            self._refusals.add(sender, "unreadable", f"{type(error).__name__}: {error}")
+            return None
         decode_s = time.perf_counter() - began_s
         delivery = Delivery(sender, message.payload, message.tensors, num_bytes, decode_s, message.due_us / 1e6)
         if not message.due_us:
@@ -234,6 +239,7 @@ class _Sockets:
         self.inbox.zap_domain = DOMAIN
         self.inbox.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self.inbox.maxmsgsize = max_frame_bytes
+        self.inbox.rcvhwm = _MAX_UNTAKEN
         self.inbox.bind(endpoint)
         bound = self.inbox.get(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
@@ -247,6 +253,7 @@ class _Sockets:
 
     def connect(self, name: str, address: str, public_key: str, keys: KeyPair) -> None:
         outbox = self._socket(zmq.PUSH)
+        outbox.sndhwm = _MAX_UNSENT
         try:
             outbox.curve_serverkey = public_key.encode()
             outbox.curve_publickey = keys.public.encode()
@@ -273,7 +280,7 @@ class _Sockets:
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = 0  # a mark is no credit: what is in flight is the application's to count
+        socket.sndhwm = socket.rcvhwm = 0
         socket.handshake_ivl = _HANDSHAKE_TIMEOUT_MS
         return socket
 

@@ -6,9 +6,12 @@ Knows callables only; what a job has to say is said on the loop, which alone may
 from __future__ import annotations
 
 import collections
+import logging
 import queue
 import threading
 from collections.abc import Callable
+
+logger = logging.getLogger("lingualinked.worker")
 
 
 class Background:
@@ -48,7 +51,10 @@ class Background:
     def run_callbacks(self) -> None:
         """Do what jobs have asked for; called by the loop."""
         while self._callbacks:
-            self._callbacks.popleft()()
+            try:
+                self._callbacks.popleft()()
+            except Exception:  # the loop serves others
+                logger.exception("what a job asked for could not be done")
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

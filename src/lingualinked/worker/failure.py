@@ -12,6 +12,8 @@ from lingualinked.errors import ArgumentError, CheckpointError
 from lingualinked.protocol.messages import FailureKind
 from lingualinked.worker.limits import is_out_of_memory
 
+_MAX_CHARACTERS = 20_000
+
 
 class Failure(TypedDict):
     """The fields that `RequestFailed` and `StepFailed` share."""
@@ -32,6 +34,12 @@ def failure_of(error: Exception) -> Failure:
         kind = FailureKind.ARGUMENT
     return {
         "kind": kind,
-        "cause": f"{type(error).__name__}: {error}",
-        "traceback": "".join(traceback.format_exception(error)),
+        "cause": _clip(f"{type(error).__name__}: {error}"),
+        "traceback": _clip("".join(traceback.format_exception(error))),
     }
+
+
+def _clip(text: str) -> str:
+    """Leave out the middle of a text that would not fit into a message."""
+    half = _MAX_CHARACTERS // 2
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]}\n[...]\n{text[-half:]}"

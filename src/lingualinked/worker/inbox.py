@@ -5,7 +5,7 @@ Knows messages and one mailbox; not what is done with them.
 
 from __future__ import annotations
 
-import logging
+import traceback
 from collections import deque
 
 from lingualinked.device import CALLER
@@ -14,11 +14,15 @@ from lingualinked.protocol.messages import CallerMessage, LoadStage, PeerMessage
 from lingualinked.protocol.moving import MovingMessage
 from lingualinked.transport.mailbox import Delivery, Mailbox
 
-logger = logging.getLogger("lingualinked.worker")
+# Of one sender's; more stay in the mailbox, which stops reading from it in turn.
+_MAX_WAITING = 1000
+_MAX_WAITING_BYTES = 64 << 20
+
+Waiting = tuple[CallerMessage | PeerMessage, Delivery]
 
 
 class Inbox:
-    """A worker's messages; what moves a model comes first, else they keep their order.
+    """A worker's messages; what moves a model comes first, else those of each sender keep their order.
 
     Parameters
     ----------
@@ -28,35 +32,66 @@ class Inbox:
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
-        self._waiting: deque[tuple[CallerMessage | PeerMessage, Delivery]] = deque()
-        self._num_refused = 0
+        self._moves, self._others = _Turns(), _Turns()
+        self._load: dict[str, tuple[int, int]] = {}  # messages that wait, and their bytes, by sender
 
-    @property
-    def num_refused(self) -> int:
-        """Messages and connections that were refused so far."""
-        return self._num_refused + self._mailbox.num_refused
-
-    def next(self) -> tuple[CallerMessage | PeerMessage, Delivery] | None:
+    def next(self) -> Waiting | None:
         """Wait until there is a message, or the mailbox is woken; give the message, ``None`` if there is none."""
-        delivery = self._mailbox.receive(0 if self._waiting else None)
-        while delivery is not None:
-            try:
-                self._waiting.append((_read(delivery), delivery))
-            except ProtocolError as error:
-                self.refuse(delivery, error)
+        delivery = self._mailbox.receive(0 if self._moves or self._others else None)
+        while delivery is not None and self._accept(delivery):
             delivery = self._mailbox.receive(0)
         # A session that moves would wait for the steps of all others here.
-        for index, (message, _) in enumerate(self._waiting):
-            if isinstance(message, LoadStage | MovingMessage):
-                found = self._waiting[index]
-                del self._waiting[index]
-                return found
-        return self._waiting.popleft() if self._waiting else None
+        waiting = (self._moves or self._others).pop()
+        if waiting is not None:
+            self._count(waiting[1], -1)
+        return waiting
 
-    def refuse(self, delivery: Delivery, error: ProtocolError) -> None:
+    def refuse(self, delivery: Delivery, error: Exception, kind: str = "no message") -> None:
         """Say that a message is not served, and why."""
-        self._num_refused += 1
-        logger.warning("refused a message from %r: %s", delivery.sender, error)
+        is_expected = isinstance(error, ProtocolError)
+        detail = str(error) if is_expected else "".join(traceback.format_exception(error))
+        self._mailbox.refuse(delivery.sender, kind, detail)
+
+    def _accept(self, delivery: Delivery) -> bool:
+        """Have a message wait; say whether its sender may have more waiting."""
+        try:
+            message = _read(delivery)
+        except ProtocolError as error:
+            self.refuse(delivery, error)
+            return True
+        (self._moves if isinstance(message, LoadStage | MovingMessage) else self._others).add((message, delivery))
+        return self._count(delivery, 1)
+
+    def _count(self, delivery: Delivery, sign: int) -> bool:
+        num, num_bytes = self._load.get(delivery.sender, (0, 0))
+        num, num_bytes = num + sign, num_bytes + sign * delivery.num_bytes
+        self._load[delivery.sender] = num, num_bytes
+        return num < _MAX_WAITING and num_bytes < _MAX_WAITING_BYTES
+
+
+class _Turns:
+    """Messages of several senders, who take turns: none of them can hold up another's."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[Waiting]] = {}  # whose turn is next stands first
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, waiting: Waiting) -> None:
+        """Have one more wait."""
+        self._waiting.setdefault(waiting[1].sender, deque()).append(waiting)
+
+    def pop(self) -> Waiting | None:
+        """Take the next one, if any waits."""
+        if not self._waiting:
+            return None
+        sender = next(iter(self._waiting))
+        queue = self._waiting.pop(sender)
+        waiting = queue.popleft()
+        if queue:
+            self._waiting[sender] = queue
+        return waiting
 
 
 def _read(delivery: Delivery) -> CallerMessage | PeerMessage:

@@ -147,10 +147,11 @@ class Worker:
         while True:
             waiting = self._inbox.next()
             if waiting is not None:
+                message, delivery = waiting
                 try:
-                    self._handle(*waiting)
-                except ProtocolError as error:
-                    self._inbox.refuse(waiting[1], error)
+                    self._handle(message, delivery)
+                except Exception as error:  # noqa: BLE001 - it costs that message alone, whatever it is
+                    self._inbox.refuse(delivery, error, type(message).__name__)
             self._background.run_callbacks()
             for level, name, text in self._log_handler.drain():
                 self._tell(LogRecord(level=level, logger=name, text=text))
@@ -280,7 +281,7 @@ class Worker:
             threads=torch.get_num_threads(),
             resident_bytes=resident_bytes(),
             idle_resident_bytes=self._idle_resident_bytes,
-            num_refused=self._inbox.num_refused,
+            num_refused=self._mailbox.num_refused,
             held_bytes=held_bytes,
             available_bytes=vitals.available_bytes,
             cpu_percent=vitals.cpu_percent,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from typing import get_origin
 
 import msgspec
@@ -16,6 +18,7 @@ from lingualinked.protocol import messages
 from lingualinked.protocol.boot import Imitation
 from lingualinked.protocol.messages import KVEdit, KVEditKind, StageTimes, Step, decode, encode
 from lingualinked.protocol.moving import KVSlice, SessionState
+from lingualinked.transport.codec import Limits, MalformedError, decode_message
 
 TYPES = [
     kind
@@ -94,6 +97,60 @@ def test_other_bytes_are_refused_or_a_message(payload: bytes) -> None:
     except ProtocolError:
         return
     assert isinstance(message, messages.Message)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\x93\x10\x01\xa2\xff\xfe",  # a text that is not UTF-8
+        b"\xdc\x27\x10\x05\x01\x01\x01\x01" + b"\x91" * 9_995,  # surplus fields, and very deep ones
+        b"\x91" * 100_000,
+        b"\x81" * 100_000,
+        b"\x96\x08\x01\xa1a\xa1a\xa1a\xdd\xff\xff\xff\xff",  # a row of four billion numbers
+        b"\xdb\xff\xff\xff\xff",
+    ],
+    ids=lambda payload: payload[:8].hex(),
+)
+def test_what_ended_a_worker_once(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(payload)
+
+
+def damaged(rng: random.Random, payload: bytes) -> bytes:
+    """Bytes like those of a message: some changed, left out, repeated, exchanged for what nests or promises much."""
+    wrong = bytearray(payload)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(wrong) + 1)
+        match rng.randrange(6):
+            case 0:
+                wrong[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del wrong[at : at + rng.randint(1, 8)]
+            case 2:
+                wrong[at:at] = rng.randbytes(rng.randint(1, 8))
+            case 3:
+                wrong[at:at] = wrong[: rng.randint(1, 40)]
+            case 4:
+                wrong[at : at + 1] = rng.choice([b"\x91", b"\x81\xa0", b"\x91\x81\xa0"]) * rng.choice([1, 10, 3000])
+            case _:
+                wrong[at : at + 1] = rng.choice(PROMISES)
+    return bytes(wrong)
+
+
+PROMISES = [bytes([head]) + b"\xff" * 8 for head in range(0xC4, 0xE0)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_comes_is_refused_or_a_message(seed: int) -> None:
+    rng = random.Random(seed)
+    good = [encode(example(kind)) for kind in TYPES]  # type: ignore[arg-type]
+    for _ in range(1_000):
+        payload = rng.randbytes(rng.randrange(60)) if rng.random() < 0.2 else damaged(rng, rng.choice(good))
+        with contextlib.suppress(ProtocolError):
+            assert isinstance(decode(payload), messages.Message)
+        frame = b"\x01" + msgspec.msgpack.encode((payload, [[8, 1]]))
+        with contextlib.suppress(MalformedError):
+            decode_message([damaged(rng, frame), bytes(4)], Limits())
 
 
 def test_wrong_types_are_refused() -> None:

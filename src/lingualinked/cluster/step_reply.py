@@ -1,0 +1,78 @@
+"""The last stage's answer to a step, and whether it can be one.
+
+Knows shapes and numbers; neither messages' ways nor sessions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lingualinked.errors import ProtocolError, WorkerError
+
+if TYPE_CHECKING:
+    from lingualinked.protocol.messages import StageTimes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepReply:
+    """The last stage's answer to a step.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        The logits.
+    timings : tuple of StageTimes
+        What each stage tells of the step.
+    num_bytes : int
+        Bytes of the answer.
+    """
+
+    tensors: tuple[Tensor, ...]
+    timings: tuple[StageTimes, ...]
+    num_bytes: int
+
+
+def check_reply(
+    reply: StepReply,
+    devices: tuple[str, ...],
+    inputs: Tensor,
+    logits_to_keep: int | Tensor,
+    vocabulary: int | None,
+) -> Tensor:
+    """Return the logits of an answer.
+
+    Parameters
+    ----------
+    reply : StepReply
+        The answer.
+    devices : tuple of str
+        Devices of all stages, in pipeline order.
+    inputs : Tensor
+        Of the step, ``[rows, tokens, ...]``.
+    logits_to_keep : int or Tensor
+        Of the step.
+    vocabulary : int or None
+        Logits of each token; ``None``: not known.
+
+    Raises
+    ------
+    WorkerError
+        Of a `ProtocolError`, if it is not what was asked for.
+    """
+    num_rows, num_new = inputs.shape[:2]
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    shape = (num_rows, *torch.empty(num_new)[kept].shape)
+    logits = reply.tensors[0] if len(reply.tensors) == 1 else torch.empty(0)
+    fits = logits.is_floating_point() and logits.itemsize > 1 and tuple(logits.shape[:-1]) == shape
+    if fits and vocabulary in (None, logits.shape[-1]) and len(reply.timings) == len(devices):
+        return logits
+    came = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in reply.tensors) or "none"
+    error = ProtocolError(
+        f"the answer to a step came with the tensors {came} and the times of {len(reply.timings)} stages, where logits "
+        f"{[*shape, vocabulary or 'vocabulary']} and the times of {len(devices)} were due"
+    )
+    raise WorkerError(devices[-1], f"ProtocolError: {error}") from error

@@ -1,0 +1,64 @@
+"""An answer to a step is believed only if it can be one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lingualinked as ll
+from lingualinked.cluster.step_reply import StepReply, check_reply
+from lingualinked.protocol.messages import StageTimes
+
+TIMES = (StageTimes(received_bytes=1, hop_us=2, wait_us=3, compute_us=4, codec_us=5),) * 2
+INPUTS = torch.zeros(3, 5, dtype=torch.long)
+
+
+def check(tensors: tuple[torch.Tensor, ...], times: tuple[StageTimes, ...], keep: int | torch.Tensor) -> torch.Tensor:
+    return check_reply(StepReply(tensors, times, 1), ("a", "b"), INPUTS, keep, 64)
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_kept"), [(0, 5), (1, 1), (3, 3), (9, 5), (-2, 3), (torch.tensor([4, 0]), 2)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_asked_for_is_taken(keep: int | torch.Tensor, num_kept: int, dtype: torch.dtype) -> None:
+    logits = torch.zeros(3, num_kept, 64, dtype=dtype)
+    assert check((logits,), TIMES, keep) is logits
+
+
+GOOD = torch.zeros(3, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "times"),
+    [
+        ((), TIMES),
+        ((GOOD, GOOD), TIMES),
+        ((GOOD,), ()),
+        ((GOOD,), TIMES[:1]),
+        ((GOOD,), TIMES * 2),
+        ((torch.tensor(1.0),), TIMES),
+        ((torch.zeros(64),), TIMES),
+        ((torch.zeros(2, 1, 64),), TIMES),
+        ((torch.zeros(3, 2, 64),), TIMES),
+        ((torch.zeros(3, 1, 63),), TIMES),
+        ((torch.zeros(3, 1, 64, 1),), TIMES),
+        ((GOOD.long(),), TIMES),
+        ((GOOD.bool(),), TIMES),
+        ((GOOD.to(torch.complex64),), TIMES),
+        ((GOOD.to(torch.float8_e5m2),), TIMES),
+    ],
+)
+def test_what_was_not_is_the_fault_of_who_answered(
+    tensors: tuple[torch.Tensor, ...], times: tuple[StageTimes, ...]
+) -> None:
+    with pytest.raises(
+        ll.WorkerError, match="device 'b' raised ProtocolError: the answer to a step came with"
+    ) as caught:
+        check(tensors, times, 1)
+    assert caught.value.device == "b"
+    assert isinstance(caught.value.__cause__, ll.ProtocolError)
+
+
+def test_an_unknown_vocabulary_is_not_checked() -> None:
+    check_reply(StepReply((GOOD[..., :7],), TIMES, 1), ("a", "b"), INPUTS, 1, None)

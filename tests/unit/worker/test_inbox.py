@@ -1,0 +1,100 @@
+"""A worker's messages wait in order, senders take turns, and none of them fills the memory or holds up the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lingualinked.protocol.messages import EndSession, Inspect, Ping, Pong, UnloadModel, encode
+from lingualinked.protocol.moving import KeepPlan, KVTaken
+from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
+from lingualinked.worker.inbox import Inbox
+
+Message = Inspect | UnloadModel | KeepPlan | EndSession | KVTaken | Pong | Ping
+
+
+class Line:
+    """An inbox, and mailboxes of others that send to it."""
+
+    def __init__(self) -> None:
+        hub = InProcessHub()
+        self.mailbox = InProcessMailbox(hub, "worker")
+        self.others = {name: InProcessMailbox(hub, name) for name in ("caller", "a", "b")}
+        for other in self.others.values():
+            other.connect("worker", self.mailbox.address, self.mailbox.public_key)
+        self.inbox = Inbox(self.mailbox)
+
+    def say(self, sender: str, message: Message, *tensors: torch.Tensor) -> None:
+        self.others[sender].send("worker", encode(message), tensors)
+
+    def next(self) -> tuple[str, Message]:
+        waiting = self.inbox.next()
+        assert waiting is not None
+        return waiting[1].sender, waiting[0]  # type: ignore[return-value]
+
+    @property
+    def num_untaken(self) -> int:
+        return self.mailbox._queue.qsize()
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    line = Line()
+    yield line
+    for mailbox in (line.mailbox, *line.others.values()):
+        mailbox.close()
+
+
+def end(session: int) -> EndSession:
+    return EndSession(model=1, plan_version=1, stage=0, session=session)
+
+
+def test_each_senders_messages_keep_their_order(line: Line) -> None:
+    for session in range(5):
+        line.say("caller", end(session))
+        line.say("a", end(10 + session))
+    heard = [line.next() for _ in range(10)]
+    assert [message for sender, message in heard if sender == "caller"] == [end(session) for session in range(5)]
+    assert [message for sender, message in heard if sender == "a"] == [end(10 + session) for session in range(5)]
+
+
+def test_what_moves_a_model_comes_first(line: Line) -> None:
+    line.say("caller", end(1))
+    line.say("a", KVTaken(request=1, accepted=True))
+    line.say("caller", KeepPlan(model=1, plan_version=2))
+    assert {type(line.next()[1]) for _ in range(2)} == {KVTaken, KeepPlan}
+    assert line.next() == ("caller", end(1))
+
+
+def test_whose_turn_it_is(line: Line) -> None:
+    for number in range(500):
+        line.say("a", Pong(number=number))
+    line.say("caller", Inspect(request=1))
+    line.say("b", end(1))
+    assert {line.next()[0] for _ in range(3)} == {"a", "b", "caller"}
+
+
+def test_no_more_than_so_many_of_one_sender_wait_here_and_none_is_lost(line: Line) -> None:
+    for number in range(3_000):
+        line.say("a", Pong(number=number))
+    assert line.next() == ("a", Pong(number=0))
+    assert line.num_untaken == 2_000
+    assert [line.next()[1] for _ in range(2_999)] == [Pong(number=number) for number in range(1, 3_000)]
+
+
+def test_no_more_than_so_many_bytes_of_one_sender_wait_here(line: Line) -> None:
+    large = torch.zeros(24 << 20, dtype=torch.uint8)
+    for number in range(5):
+        line.say("a", Ping(number=number, address="", key=""), large)
+    line.next()
+    assert line.num_untaken == 2
+
+
+def test_what_is_refused_is_counted(line: Line) -> None:
+    line.others["a"].send("worker", b"no message")
+    line.say("a", Inspect(request=1))
+    line.say("a", Pong(number=1))
+    assert line.next() == ("a", Pong(number=1))
+    assert line.mailbox.num_refused == 2
