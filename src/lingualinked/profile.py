@@ -69,7 +69,8 @@ class ModuleTimes:
         """Estimate a step's time from those that were measured.
 
         Linear in the context for decode steps and in the tokens for prefill steps, then in the rows, between the
-        nearest shapes measured and with their slope beyond.
+        nearest shapes measured and with their slope beyond. Where one prefill was measured, the line leads through the
+        decode step, which is a pass of one token: what does not depend on the tokens is not multiplied by them.
 
         Parameters
         ----------
@@ -85,8 +86,12 @@ class ModuleTimes:
             points = [
                 (step.context if decode else step.tokens, step.seconds) for step in steps if step.rows == measured
             ]
-            by_rows.append((measured, _linear(points, context if decode else tokens, through_zero=not decode)))
-        return _linear(by_rows, rows, through_zero=False)
+            if not decode and len(points) == 1:
+                one_token = [step for step in self.steps if step.rows == measured and step.tokens == 1]
+                shortest = min(one_token, key=lambda step: step.context, default=None)
+                points += [] if shortest is None else [(1, shortest.seconds)]
+            by_rows.append((measured, _linear(points, context if decode else tokens)))
+        return _linear(by_rows, rows)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -413,12 +418,14 @@ class Profile:
             raise ArgumentError(f"no profile at {os.fspath(path)!r}: {error}") from error
 
 
-def _linear(points: Sequence[tuple[float, float]], x: float, *, through_zero: bool) -> float:
-    """Interpolate between points; beyond them go on with the slope of the nearest two, or of the origin and the one."""
+def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Interpolate between points; beyond them go on with the slope of the nearest two, which does not fall at the far end."""
     points = sorted(points)
     if len(points) == 1:
-        (x0, y0) = points[0]
-        return y0 * x / x0 if through_zero and x0 else y0
+        return points[0][1]
     index = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)
     (x0, y0), (x1, y1) = points[index - 1 : index + 1]
-    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0)) if x1 != x0 else y0
+    if x1 == x0:
+        return y0
+    slope = (y1 - y0) / (x1 - x0)
+    return y1 + max(0.0, slope) * (x - x1) if x > x1 else max(0.0, y0 + slope * (x - x0))

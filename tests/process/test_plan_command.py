@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import lingualinked as ll
+from families import save_tiny
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
 
@@ -87,6 +89,24 @@ def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Cluster, "__init__", refuse)
     again = plan(tiny_llama, "-d", 2, *SHAPE, "--json")
     assert again.stdout == first.stdout
+
+
+def test_figures_for_some_devices_only_are_refused(tiny_llama: str, no_workers: None, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text(f"{STATED}\n[[devices]]\nname = 'tablet'\n")
+    result = plan(tiny_llama, "-d", path, *SHAPE)
+    assert result.exit_code == 1
+    assert "memory_bandwidth for desktop, phone and not for tablet: state them for every device" in result.output
+
+
+def test_texts_longer_than_the_learned_positions(
+    cluster_file: Path, no_workers: None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = save_tiny("gpt2", torch.float32, tmp_path_factory.mktemp("gpt2"))
+    for devices in (2, cluster_file):
+        result = plan(path, "-d", devices, "--prompt-tokens", 60, "--new-tokens", 5)
+        assert result.exit_code == 1
+        assert "prompt_tokens=60 and new_tokens=5 of the workload are more than the 64 positions" in result.output
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,22 @@ def test_one_measured_shape_serves_all() -> None:
     one = ModuleTimes((StepTime(rows=1, tokens=1, context=10, seconds=2.0),))
     assert one.seconds(1, 1, 500) == 2.0
     assert one.seconds(3, 1, 500) == 2.0
-    assert one.seconds(1, 64, 0) == 128.0
+    assert one.seconds(1, 64, 0) == 2.0  # nothing says that it depends on the tokens
+
+
+@given(tokens=st.integers(2, 100_000))
+def test_what_a_step_takes_in_any_case_is_not_multiplied_by_its_tokens(tokens: int) -> None:
+    """One prefill and one decode step were measured: the line through both has 3 s that every step takes, and 2 s a token."""
+    prefill, decode = (
+        StepTime(rows=1, tokens=100, context=0, seconds=203.0),
+        StepTime(rows=1, tokens=1, context=100, seconds=5.0),
+    )
+    assert ModuleTimes((prefill, decode)).seconds(1, tokens, 0) == pytest.approx(3.0 + 2.0 * tokens)
+
+
+def test_times_do_not_fall_with_tokens_beyond_those_measured() -> None:
+    steps = (StepTime(rows=1, tokens=100, context=0, seconds=2.0), StepTime(rows=1, tokens=1, context=0, seconds=3.0))
+    assert ModuleTimes(steps).seconds(1, 10_000, 0) == 2.0
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])

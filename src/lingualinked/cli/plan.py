@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import ClusterFile, read_devices
+from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cluster.devices import as_devices
-from lingualinked.planning.estimate import roofline_profile
 
 if TYPE_CHECKING:
     from lingualinked.planning.plan import Objective
@@ -31,8 +30,7 @@ def run_plan(
     explain: bool,
 ) -> None:
     """Print the plan, from a saved profile, from stated figures, or from a measurement made now."""
-    asked = read_devices(devices)
-    profile = _profile(path, asked, workload, dtype)
+    profile = _profile(path, devices, workload, dtype)
     plan = ll.solve(profile, objective=objective, workload=workload)
     if plot is not None:
         try:
@@ -48,15 +46,23 @@ def run_plan(
         console.print(f"\n{plan.explain()}", highlight=False, soft_wrap=True)
 
 
-def _profile(path: str, asked: ClusterFile, workload: ll.Workload, dtype: str) -> ll.Profile:
+def _profile(path: str, devices: str, workload: ll.Workload, dtype: str) -> ll.Profile:
     from lingualinked.sharded.loading import LoadArguments, describe
     from lingualinked.sharded.profiling import saved_profile
 
+    asked = read_devices(devices)
     has_weights = any(Path(path).glob("*.safetensors")) or not Path(path).is_dir()
     described = describe(LoadArguments.of(path, None, dtype=dtype, load_format="auto" if has_weights else "dummy"))
+    if asked.figures:
+        silent = [device.name for device in asked.devices if device.name not in asked.figures]
+        if silent:
+            raise ll.ArgumentError(
+                f"{devices} states flops and memory_bandwidth for {', '.join(asked.figures)} and not for "
+                f"{', '.join(silent)}: state them for every device, or for none to have all of them measured here"
+            )
+        return described.estimate(asked.devices, asked.figures, asked.links, workload)
     footprint = described.footprint()
-    if all(device.name in asked.figures for device in asked.devices):
-        return roofline_profile(footprint.profile, asked.devices, asked.figures, links=asked.links, workload=workload)
+    workload = footprint.profile.fit_workload(workload)
     found = saved_profile(as_devices(asked.devices), asked.links, footprint, workload)
     if found is not None:
         return found

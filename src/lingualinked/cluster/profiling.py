@@ -185,6 +185,7 @@ def _measure_models(
     cluster: Cluster, devices: Sequence[Device], spec: ModelSpec, footprint: Footprint, workload: Workload
 ) -> list[ModelMeasured]:
     model = footprint.profile
+    workload = model.fit_workload(workload)
     blank = dataclasses.replace(spec, load_format="blank", files=())
 
     def request(device: Device) -> concurrent.futures.Future[object]:

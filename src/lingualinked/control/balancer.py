@@ -32,7 +32,6 @@ from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision
 from lingualinked.telemetry.samples import DeviceSample, StepSample
-from lingualinked.workload import Workload
 
 _MANY_STEPS = 128  # after which speeds are known well
 _MOST_DOUBLINGS = 10
@@ -296,7 +295,7 @@ class Balancer:
 
     def _way(self, plan: Plan, live: Profile) -> tuple[Plan, ...]:
         """Give the plans to go through, so that no device holds more than its memory on the way."""
-        workload = self._plan.workload or plan.workload or Workload()
+        workload = live.model.fit_workload(self._plan.workload or plan.workload)
         named = (*self._plan.devices, *plan.devices)
         spared = [name for name in self._beliefs.unusable() if name in live.names and name not in named]
         return transition(self._plan, plan, Holdings.of_profile(live.without(*spared), workload))

@@ -19,7 +19,6 @@ from lingualinked.planning.prediction import Prediction
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Migration, Span, moves_between
-from lingualinked.workload import Workload
 
 _STALL_STEPS = 2.0  # that sessions wait at the switch, about
 _LOAD_BYTES_PER_S = 5e8  # until a migration has told
@@ -128,7 +127,10 @@ def propose(
 
 def weigh(current: Plan, other: Plan, live: Profile, objective: Objective, rates: Rates) -> Proposal:
     """Tell what moving from one plan to another would save and cost."""
-    before, after = (dataclasses.replace(plan, profile=live).predict(_workload(current)) for plan in (current, other))
+    before, after = (
+        dataclasses.replace(plan, profile=live).predict(live.model.fit_workload(current.workload))
+        for plan in (current, other)
+    )
     old, new = value(before, objective), value(after, objective)
     cost_s, moved_bytes = _cost(current, other, live, before, rates)
     return Proposal(
@@ -162,7 +164,7 @@ def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective, m
         solve,
         profile,
         objective=objective,
-        workload=_workload(now),
+        workload=now.workload,
         reserve=now.reserve,
         min_tokens_per_s=None if now.solved is None else now.solved.min_tokens_per_s,
     )
@@ -175,10 +177,6 @@ def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective, m
     return best
 
 
-def _workload(plan: Plan) -> Workload:
-    return plan.workload or Workload()
-
-
 def _rounding(device: Device) -> tuple[str, int | None]:
     """Give what the last bits of a device's results depend on, as far as it is known."""
     kind = device.accelerator.split(":")[0]
@@ -189,7 +187,7 @@ def _cost(current: Plan, other: Plan, live: Profile, before: Prediction, rates: 
     moves = moves_between(spans_of(current), spans_of(other))
     if not moves:
         return 0.0, 0
-    costs, model = WorkloadCosts(live, _workload(current), current.reserve), live.model
+    costs, model = WorkloadCosts(live, live.model.fit_workload(current.workload), current.reserve), live.model
     loaded: dict[str, int] = {}
     kv_bytes, copy_s = 0, 0.0
     for move in moves:

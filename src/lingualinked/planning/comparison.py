@@ -13,7 +13,6 @@ from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction, predict
 from lingualinked.planning.workload_costs import WorkloadCosts
-from lingualinked.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +75,7 @@ def compare_plans(plans: Sequence[Plan], names: Sequence[str]) -> Comparison:
     if len(names) != len(plans):
         raise ArgumentError(f"names={names} for {len(plans)} plans: give one for each, this plan's first")
     first = plans[0]
-    workload = first.workload or Workload()
+    workload = first.measured.model.fit_workload(first.workload)
     predictions = []
     for plan in plans:
         profile = plan.profile or first.measured

@@ -1,6 +1,6 @@
 """A profile from stated figures instead of measurements: to plan for devices that are not there yet.
 
-Knows a model in bytes and what devices are said to do; nothing is run.
+Knows a model in bytes and operations, and what devices are said to do; nothing is run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lingualinked.workload import Workload
 _FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)FLOP(?:/s|S|s)\s*", re.ASCII)
 _ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _HOP_LATENCY_S = 5e-4  # of handling a message at both ends, about
-_STAGE_S = 1e-3  # of what a stage does besides its layers, about
+_STAGE_S = 1e-3  # of what a stage does besides its layers in any step, about
+_LENGTHS = tuple(2**exponent for exponent in range(1, 18))  # for which times are stated, besides the workload's own
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +69,28 @@ class Figures:
         return parse_rate(self.memory_bandwidth, "memory_bandwidth")
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOperations:
+    """What the weights of a layer do not tell of its operations.
+
+    Parameters
+    ----------
+    attention_flops : float
+        Floating-point operations per new token and token that it attends to: those of all query heads.
+    expert_bytes : int
+        Weights of its routed experts, all together; 0 for a dense layer.
+    expert_share : float
+        Share of the routed experts that one token goes through.
+    """
+
+    attention_flops: float
+    expert_bytes: int = 0
+    expert_share: float = 1.0
+
+
 def roofline_profile(
     model: ModelProfile,
+    operations: Sequence[LayerOperations],
     devices: Sequence[Device],
     figures: Mapping[str, Figures],
     *,
@@ -82,6 +103,8 @@ def roofline_profile(
     ----------
     model : ModelProfile
         The model in bytes.
+    operations : sequence of LayerOperations
+        Of one layer of each of its kinds.
     devices : sequence of Device
         With memory, bandwidth and latency as they are said to be.
     figures : mapping of str to Figures
@@ -99,7 +122,8 @@ def roofline_profile(
     Raises
     ------
     ArgumentError
-        If there is no device, a name occurs twice, figures are missing, or a link leads to no device.
+        If there is no device, a name occurs twice, figures are missing, a link leads to no device, or the workload's
+        texts are longer than the learned positions.
 
     References
     ----------
@@ -107,13 +131,14 @@ def roofline_profile(
     architectures", Communications of the ACM 52(4), 2009.
     """
     links = check_links(links or {}, [device.name for device in devices])
+    workload = model.fit_workload(workload)
     by_name: dict[str, Device | None] = {CALLER: None}
     profiles = []
     for device in devices:
         if device.name not in figures:
             raise ArgumentError(f"figures are missing for device {device.name!r}")
         by_name[device.name] = device
-        profiles.append(_device_profile(model, device, figures[device.name], workload or Workload()))
+        profiles.append(_device_profile(model, operations, device, figures[device.name], workload))
     link_profiles = []
     for source, target in itertools.permutations(by_name, 2):
         link = link_between(by_name[source], by_name[target], links)
@@ -129,34 +154,71 @@ def roofline_profile(
     return Profile(model=model, devices=tuple(profiles), links=tuple(link_profiles))
 
 
-def _device_profile(model: ModelProfile, device: Device, figures: Figures, workload: Workload) -> DeviceProfile:
-    item_bytes = _ITEM_BYTES.get(model.dtype, 2)
+def _device_profile(
+    model: ModelProfile, operations: Sequence[LayerOperations], device: Device, figures: Figures, workload: Workload
+) -> DeviceProfile:
+    batches = sorted({1, workload.batch_size})
 
-    def times(weight_bytes: int, kv_bytes: int) -> ModuleTimes:
-        steps = []
-        prompt, batch = max(2, workload.prompt_tokens), workload.batch_size
-        shapes = [(prompt, 0), (1, workload.prompt_tokens), (1, workload.num_tokens)]
-        for rows, (tokens, context) in itertools.product(sorted({1, batch}), shapes):
-            # Attention multiplies every new token with all keys and values that it sees.
-            seen = context + tokens / 2
-            flops = 2 * rows * tokens * (weight_bytes + kv_bytes * seen) / item_bytes
-            moved = weight_bytes + rows * kv_bytes * (context + tokens)
-            seconds = max(flops / figures.flops_per_s, moved / figures.memory_bytes_per_s) * device.slowdown
-            steps.append(StepTime(rows=rows, tokens=tokens, context=context, seconds=seconds))
-        return ModuleTimes(tuple(steps))
+    def step_s(flops: float, num_bytes: float) -> float:
+        return max(flops / figures.flops_per_s, num_bytes / figures.memory_bytes_per_s) * device.slowdown
 
-    first = [model.kind_of_layer.index(kind) for kind in range(len(model.kinds))]
-    zero = ModuleTimes((StepTime(rows=1, tokens=1, context=0, seconds=0.0),))
+    def layer(kind: int) -> ModuleTimes:
+        index = model.kind_of_layer.index(kind)
+        window = model.layer_windows[index]
+        lengths = {*_LENGTHS, workload.prompt_tokens, workload.num_tokens, *([] if window is None else [window])}
+        shapes = [(tokens, 0) for tokens in lengths if tokens > 1] + [(1, context) for context in (0, *lengths)]
+        return ModuleTimes(
+            tuple(
+                StepTime(
+                    rows=rows,
+                    tokens=tokens,
+                    context=context,
+                    seconds=step_s(*_layer_needs(model, operations[kind], index, rows, tokens, context)),
+                )
+                for rows, (tokens, context) in itertools.product(batches, sorted(shapes))
+            )
+        )
+
+    def constant(seconds: Mapping[int, float]) -> ModuleTimes:
+        """State what a step of so many rows takes, however many tokens it has."""
+        return ModuleTimes(
+            tuple(StepTime(rows=rows, tokens=1, context=0, seconds=each) for rows, each in seconds.items())
+        )
+
+    # Only the last position's logits are computed.
+    num_head_flops = 2 * model.epilogue_bytes / _item_bytes(model)
     return DeviceProfile(
         device=device,
         hardware="stated figures",
-        layers=tuple(times(model.layer_weight_bytes[i], model.layer_kv_bytes[i]) for i in first),
-        stage=ModuleTimes((StepTime(rows=1, tokens=1, context=0, seconds=_STAGE_S * device.slowdown),)),
-        prologue=zero,
-        epilogue=_one_token(times(model.epilogue_bytes, 0)),
+        layers=tuple(layer(kind) for kind in range(len(model.kinds))),
+        stage=constant({1: _STAGE_S * device.slowdown}),
+        prologue=constant({1: 0.0}),
+        epilogue=constant({rows: step_s(rows * num_head_flops, model.epilogue_bytes) for rows in batches}),
     )
 
 
-def _one_token(times: ModuleTimes) -> ModuleTimes:
-    """Have every step cost what a decode step does: only the last position's logits are computed."""
-    return ModuleTimes(tuple(step for step in times.steps if step.tokens == 1))
+def _layer_needs(
+    model: ModelProfile, operations: LayerOperations, layer: int, rows: int, tokens: int, context: int
+) -> tuple[float, float]:
+    """Count the operations of a step in a layer, and the bytes that it reads and writes."""
+    window = model.layer_windows[layer]
+    experts, share = operations.expert_bytes, operations.expert_share
+    dense = model.layer_weight_bytes[layer] - experts
+    # Every weight is multiplied once and added once for each token that goes through it.
+    flops = 2 * rows * tokens * (dense + share * experts) / _item_bytes(model)
+    flops += operations.attention_flops * rows * _num_attended(tokens, context, window)
+    # Tokens choose their experts independently of each other: so many of them are chosen by one at least.
+    weights = dense + experts * (1 - (1 - share) ** (rows * tokens))
+    kept = context if window is None else min(context, window)
+    return flops, weights + rows * model.layer_kv_bytes[layer] * (kept + tokens)
+
+
+def _num_attended(tokens: int, context: int, window: int | None) -> int:
+    """Count the tokens that new ones attend to: each to all before it and itself, or to the last of them within a window."""
+    num_growing = tokens if window is None else min(tokens, max(0, window - context))
+    growing = num_growing * context + num_growing * (num_growing + 1) // 2
+    return growing + (tokens - num_growing) * (window or 0)
+
+
+def _item_bytes(model: ModelProfile) -> int:
+    return _ITEM_BYTES.get(model.dtype, 2)

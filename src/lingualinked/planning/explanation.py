@@ -14,7 +14,6 @@ from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.planner import solve
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import DeviceProfile, ModuleTimes, Profile
-from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
     from lingualinked.planning.plan import Plan
@@ -181,7 +180,7 @@ def _value(plan: Plan, objective: str) -> float:
 
 
 def _rate(plan: Plan, objective: str) -> float:
-    predicted = plan.predict(plan.workload or Workload())
+    predicted = plan.predicted
     return predicted.stream_tokens_per_s if objective == "latency" else predicted.pipeline_tokens_per_s
 
 

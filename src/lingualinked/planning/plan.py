@@ -187,7 +187,7 @@ class Plan:
             ),
             inexact_because=inexact_because([profile.device(name).device for name in plan.devices]),
             profile=profile,
-            workload=workload or Workload(),
+            workload=profile.model.fit_workload(workload),
         )
 
     @property
@@ -214,7 +214,7 @@ class Plan:
         ArgumentError
             If the plan has no profile.
         """
-        return self.predict(self.workload or Workload())
+        return self.predict(self.measured.model.fit_workload(self.workload))
 
     def predict(self, workload: Workload) -> Prediction:
         """Predict what it does under a workload.

@@ -32,11 +32,16 @@ class WorkloadCosts:
         Shapes of the steps, and how much KV is held.
     reserve : float
         Share of every device's memory that is left free.
+
+    Raises
+    ------
+    ArgumentError
+        If the workload's texts are longer than the model's learned positions.
     """
 
     def __init__(self, profile: Profile, workload: Workload, reserve: float) -> None:
         self.profile = profile
-        self.workload = workload
+        self.workload = profile.model.fit_workload(workload)
         self.reserve = reserve
 
     def decode_s(self, device: DeviceProfile, start: int, end: int) -> float:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,13 +28,17 @@ from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes, even_plan
 from lingualinked.planning.plan import Objective, Plan, check_plan, inexact_because
-from lingualinked.profile import ModelProfile
+from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
 from lingualinked.sharded.profiling import find_plan
 from lingualinked.sharded.progress import LoadProgress
 from lingualinked.sharded.rebalancing import decide_from_profile
 from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from lingualinked.device import Device, Links
+    from lingualinked.planning.estimate import Figures, LayerOperations
 
 _HUB_DEFAULTS: Mapping[str, Any] = {
     "cache_dir": None,
@@ -108,6 +112,21 @@ class Described:
     def footprint(self) -> Footprint:
         """Run the model without data to see what it takes."""
         return measure_footprint(self.meta, self.parts, self.spec)
+
+    def estimate(
+        self, devices: Sequence[Device], figures: Mapping[str, Figures], links: Links | None, workload: Workload | None
+    ) -> Profile:
+        """Estimate a profile from what devices are said to do."""
+        from lingualinked.planning.estimate import roofline_profile
+
+        model = self.footprint().profile
+        return roofline_profile(model, self.operations(model), devices, figures, links=links, workload=workload)
+
+    def operations(self, model: ModelProfile) -> tuple[LayerOperations, ...]:
+        """Count the operations of one layer of each of the model's kinds."""
+        from lingualinked.model.operations import count_operations
+
+        return count_operations(self.spec, self.parts, model.kind_of_layer)
 
 
 def describe_spec(spec: ModelSpec) -> Described:

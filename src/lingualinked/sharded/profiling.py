@@ -117,11 +117,9 @@ def estimate_profile(
     LingualinkedError
         As `ShardedModel.from_pretrained` says of the path and its arguments.
     """
-    from lingualinked.planning.estimate import roofline_profile
     from lingualinked.sharded.loading import LoadArguments, describe
 
-    model = describe(LoadArguments.of(os.fspath(path), None, **kwargs)).footprint().profile
-    return roofline_profile(model, devices, figures, links=links, workload=model.fit_workload(workload))
+    return describe(LoadArguments.of(os.fspath(path), None, **kwargs)).estimate(devices, figures, links, workload)
 
 
 def find_profile(

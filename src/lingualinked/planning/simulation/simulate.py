@@ -81,11 +81,10 @@ def simulate(
 
     if not isinstance(plan, Plan):
         raise ArgumentError(f"plan is a {type(plan).__name__}: give a lingualinked.Plan")
-    workload = plan.workload or Workload() if workload is None else workload
-    times = pipeline_times(plan.predict(workload))
+    predicted = plan.predicted if workload is None else plan.predict(workload)
     return simulate_times(
-        times,
-        workload,
+        pipeline_times(predicted),
+        predicted.workload,
         num_requests=num_requests,
         arrivals=arrivals,
         seed=seed,
