@@ -47,13 +47,15 @@ def parse_bytes(amount: int | str, field: str = "memory") -> int:
         match = _AMOUNT.fullmatch(amount)
         if match is None:
             raise ArgumentError(
-                f"{field}={amount!r} is no amount of memory: write bytes, or a number with a unit (2GiB)"
+                f"{field}={amount!r} is not a valid memory size: write bytes, or a number with a unit (2GiB)"
             )
         number_of_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").upper()])
     elif isinstance(amount, int) and not isinstance(amount, bool):
         number_of_bytes = amount
     else:
-        raise ArgumentError(f"{field}={amount!r} is no amount of memory: write bytes, or a number with a unit (2GiB)")
+        raise ArgumentError(
+            f"{field}={amount!r} is not a valid memory size: write bytes, or a number with a unit (2GiB)"
+        )
     if number_of_bytes <= 0:
         raise ArgumentError(f"{field}={amount!r} must be positive")
     return number_of_bytes
@@ -82,10 +84,12 @@ def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
     if isinstance(rate, str):
         match = _RATE.fullmatch(rate)
         if match is None:
-            raise ArgumentError(f"{field}={rate!r} is no bandwidth: write bytes per second, or 100Mbit/s, or 12.5MB/s")
+            raise ArgumentError(
+                f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s, or 12.5MB/s"
+            )
         bytes_per_s = float(match[1]) * 1000.0 ** " KMGT".index(match[2] or " ") / (1 if match[3] == "B" else 8)
     else:
-        bytes_per_s = _number(rate, f"{field}={rate!r} is no bandwidth: write bytes per second, or 100Mbit/s")
+        bytes_per_s = _number(rate, f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s")
     if not 0 < bytes_per_s < math.inf:
         raise ArgumentError(f"{field}={rate!r} must be positive and finite")
     return bytes_per_s
@@ -114,10 +118,10 @@ def parse_seconds(duration: float | str, field: str = "latency") -> float:
     if isinstance(duration, str):
         match = _DURATION.fullmatch(duration)
         if match is None:
-            raise ArgumentError(f"{field}={duration!r} is no duration: write seconds, or 3ms, or 250us")
+            raise ArgumentError(f"{field}={duration!r} is not a valid duration: write seconds, or 3ms, or 250us")
         seconds = float(match[1]) * _SECONDS[match[2]]
     else:
-        seconds = _number(duration, f"{field}={duration!r} is no duration: write seconds, or 3ms")
+        seconds = _number(duration, f"{field}={duration!r} is not a valid duration: write seconds, or 3ms")
     if not 0 <= seconds < math.inf:
         raise ArgumentError(f"{field}={duration!r} must not be negative, and finite")
     return seconds
@@ -303,7 +307,7 @@ def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Li
             raise ArgumentError(f"links has {ends!r}: {link!r}: give (source, target) names and a lingualinked.Link")
         for name in ends:
             if name not in known:
-                raise ArgumentError(f"links has {ends!r}, and there is no device {name!r}: there are {sorted(known)}")
+                raise ArgumentError(f"links has {ends!r}, but there is no device {name!r}: there are {sorted(known)}")
         if ends[0] == ends[1]:
             raise ArgumentError(f"links has {ends!r}: a link leads from one device to another")
     return dict(links)
@@ -320,7 +324,7 @@ def check_links_of(name: str, links: object, names: Iterable[str]) -> dict[tuple
     checked = check_links(links, names)
     for ends in checked:
         if name not in ends:
-            raise ArgumentError(f"links has {ends!r}, which is no link of device {name!r}: it stays as it is")
+            raise ArgumentError(f"links has {ends!r}, which is not a link of device {name!r}: it stays as it is")
     return checked
 
 

@@ -89,11 +89,11 @@ class WorkerError(LingualinkedError):
 
 
 class DeviceMemoryError(WorkerError):
-    """A device's memory limit would be passed; the request was refused and everything else goes on."""
+    """A device's memory limit would be exceeded; the request was refused and everything else goes on."""
 
 
 class KVCapacityError(LingualinkedError):
-    """The KV budget of a model (``max_kv_tokens``) would be passed; other sessions go on."""
+    """The KV budget of a model (``max_kv_tokens``) would be exceeded; other sessions go on."""
 
 
 class WorkerDiedError(LingualinkedError):
@@ -104,7 +104,7 @@ class WorkerDiedError(LingualinkedError):
     device : str
         Name of the device whose worker died.
     how : str
-        Exit status or signal, as far as known.
+        Exit status or signal, if known.
     """
 
     def __init__(self, device: str, how: str) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
+from lingualinked.quantities import count_text
 from lingualinked.workload import Workload
 
 
@@ -145,7 +146,7 @@ class ModelProfile:
         for name in ("layer_weight_bytes", "layer_kv_bytes", "layer_windows"):
             if len(getattr(self, name)) != num_layers or not num_layers:
                 raise ArgumentError(
-                    f"{name} of a model profile are {len(getattr(self, name))}, for {num_layers} layers"
+                    f"{name} of a model profile are {len(getattr(self, name))}, for {count_text(num_layers, 'layer')}"
                 )
         if not all(0 <= kind < len(self.kinds) for kind in self.kind_of_layer):
             raise ArgumentError(f"kind_of_layer of a model profile names kinds beyond its {len(self.kinds)}")
@@ -160,7 +161,7 @@ class ModelProfile:
             self.working_bytes,
         )
         if min(sizes) < 0:
-            raise ArgumentError(f"a size of a model profile is {min(sizes)} bytes: sizes are not negative")
+            raise ArgumentError(f"a size of a model profile is {min(sizes)}: sizes are not negative")
 
     def fit_workload(self, workload: Workload | None) -> Workload:
         """Return the workload, once the model is known to be able to run it; or else the default one, made to fit.
@@ -181,7 +182,7 @@ class ModelProfile:
         if limit is not None and workload.num_tokens > limit:
             raise ArgumentError(
                 f"prompt_tokens={workload.prompt_tokens} and new_tokens={workload.new_tokens} of the workload are more "
-                f"than the {limit} positions that the model has learned: plan for shorter texts"
+                f"than the {count_text(limit, 'position')} that the model has learned: plan for shorter texts"
             )
         return workload
 
@@ -301,7 +302,7 @@ class Profile:
         for each in self.devices:
             if len(each.layers) != len(self.model.kinds):
                 raise ArgumentError(
-                    f"layers of device {each.device.name!r} are of {len(each.layers)} kinds, "
+                    f"layers of device {each.device.name!r} are of {count_text(len(each.layers), 'kind')}, "
                     f"and the model has {len(self.model.kinds)}"
                 )
         known = {(link.source, link.target) for link in self.links}

@@ -276,12 +276,12 @@ def test_closing_while_a_device_is_added_ends_both() -> None:
 @pytest.mark.parametrize(
     ("device", "links", "words"),
     [
-        ("late", None, "device='late' is no lingualinked.Device"),
-        (1, None, "device=1 is no lingualinked.Device"),
+        ("late", None, "device='late' is not a lingualinked.Device"),
+        (1, None, "device=1 is not a lingualinked.Device"),
         (ll.Device(name="b"), None, r"named 'b' is in this cluster already \(\['a', 'b', 'c', 'd'\]\): choose another"),
         (ll.Device(name="late", cpus=(10**6,)), None, r"cores \[1000000\] are not among"),
         (LATE, {("late", "moon"): ll.Link()}, "there is no device 'moon'"),
-        (LATE, {("a", "b"): ll.Link()}, r"\('a', 'b'\), which is no link of device 'late'"),
+        (LATE, {("a", "b"): ll.Link()}, r"\('a', 'b'\), which is not a link of device 'late'"),
         (LATE, {("late", "late"): ll.Link()}, "from one device to another"),
         (LATE, {("late", "a"): 3}, "give \\(source, target\\) names"),
         (LATE, 3, "links is a int"),

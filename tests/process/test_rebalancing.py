@@ -141,7 +141,7 @@ def test_a_released_device_holds_nothing_while_sessions_go_on(
         assert "b" not in model.plan.devices
         assert model.release("b").action == "stay"
         model.release("c")
-        with pytest.raises(ll.InfeasiblePlanError, match="no device left"):
+        with pytest.raises(ll.InfeasiblePlanError, match="no usable device is left"):
             model.release("a")
         assert torch.equal(generate(model), generate(whole))
         with pytest.raises(ll.ArgumentError, match="no device 'z'"):

@@ -86,7 +86,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
     links: dict[tuple[str, str], Link] = {}
     link_tables = content.get("links", [])
     if not isinstance(link_tables, list):
-        raise ArgumentError(f"links of {path} are no [[links]] tables")
+        raise ArgumentError(f"links of {path} are not [[links]] tables")
     for table in link_tables:
         _refuse_unknown(table, ("source", "target", "bandwidth", "latency"), f"a [[links]] table of {path}")
         ends = (table.get("source"), table.get("target"))
@@ -102,10 +102,10 @@ def read_cluster_file(path: Path) -> ClusterFile:
 
 def _refuse_unknown(table: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(table, dict):
-        raise ArgumentError(f"{where} is no table")
+        raise ArgumentError(f"{where} is not a table")
     for name in table:
         if name not in known:
-            raise ArgumentError(f"{where} has {name!r}, which is none of {', '.join(known)}")
+            raise ArgumentError(f"{where} has {name!r}, which is not one of {', '.join(known)}")
 
 
 def _frozen(value: Any) -> Any:

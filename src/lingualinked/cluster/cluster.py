@@ -22,6 +22,7 @@ from lingualinked.cluster.launch import Launcher
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.protocol.boot import Boot, Imitation
+from lingualinked.quantities import count_text
 from lingualinked.telemetry.snapshot import WorkerSnapshot
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ class Cluster:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{len(self.devices)} workers"
+        state = "closed" if self.closed else count_text(len(self.devices), "worker")
         return f"<Cluster of {', '.join(device.name for device in self.devices)}: {state}>"
 
 

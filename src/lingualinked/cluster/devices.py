@@ -39,7 +39,7 @@ def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
     filled: list[Device] = []
     for device in devices:
         if not isinstance(device, Device):
-            raise ArgumentError(f"devices holds {device!r}, which is no lingualinked.Device")
+            raise ArgumentError(f"devices holds {device!r}, which is not a lingualinked.Device")
         if any(device.name == other.name for other in filled):
             raise ArgumentError(f"two devices are named {device.name!r}: names must differ")
         filled.append(_filled(device, len(devices)))
@@ -55,7 +55,7 @@ def as_further_device(device: Device, others: Sequence[Device]) -> Device:
         If it is no device, its name is taken, or a core is not this process's to use.
     """
     if not isinstance(device, Device):
-        raise ArgumentError(f"device={device!r} is no lingualinked.Device")
+        raise ArgumentError(f"device={device!r} is not a lingualinked.Device")
     names = [other.name for other in others]
     if device.name in names:
         raise ArgumentError(f"a device named {device.name!r} is in this cluster already ({names}): choose another name")

@@ -24,6 +24,7 @@ from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError, Lin
 from lingualinked.model.context import StepContext
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import CopyKV, KVCopied, MoveSession
+from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StageTiming, StepSample
 from lingualinked.transport.hop_clock import clock_us
 
@@ -56,7 +57,7 @@ class KVBudget:
             others = sum(self._held.values()) - self._held.get(session, 0)
             if others + num_tokens > self._max_tokens:
                 raise KVCapacityError(
-                    f"{num_tokens} tokens of KV for this session and {others} of others pass "
+                    f"{count_text(num_tokens, 'token')} of KV for this session and {others:,} of others exceed "
                     f"max_kv_tokens={self._max_tokens}: end other sessions, shorten the text, or raise it"
                 )
             self._held[session] = num_tokens

@@ -30,6 +30,7 @@ from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Objective, Plan
 from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
+from lingualinked.quantities import count_text
 from lingualinked.telemetry.decisions import Decision
 from lingualinked.telemetry.samples import DeviceSample, StepSample
 
@@ -278,7 +279,7 @@ class Balancer:
             if is_release:
                 raise
             self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
-            return Record(self._stay(time_s, trigger, f"nothing fits: {error}"))
+            return Record(self._stay(time_s, trigger, f"no plan fits: {error}"))
         is_worth, reason, is_late = self._judge(time_s, proposal, must=must, asked=asked)
         plans: tuple[Plan, ...] = ()
         if is_worth:
@@ -320,16 +321,16 @@ class Balancer:
             else f"; exactness is lost: {proposal.plan.inexact_because}"
         )
         if must:
-            return True, f"it must be: a mean step would take {times}{lost}", False
+            return True, f"required: a mean step would take {times}{lost}", False
         share = f"a mean step would take {times}: {100 * proposal.saved:.1f} % saved"
         if proposal.saved < policy.min_gain:
             return False, f"{share}, less than min_gain={100 * policy.min_gain:g} %", False
         needed = policy.min_gain + _SURE * self._beliefs.error(self._plan.devices)
         if proposal.saved < needed and not asked:
-            return False, f"{share}, less than the {100 * needed:.1f} % that speeds known no better call for", True
+            return False, f"{share}, less than the {100 * needed:.1f} % required while speeds are this uncertain", True
         lasts_s = self._lasts_s(time_s, proposal)
         gain_s = lasts_s * proposal.saved
-        figures = f"{gain_s:.2g} s saved in {lasts_s:.2g} s, for {proposal.cost_s:.2g} s that it costs"
+        figures = f"saves {gain_s:.2g} s over the next {lasts_s:.2g} s and costs {proposal.cost_s:.2g} s"
         if gain_s <= policy.margin * proposal.cost_s and not asked:
             return False, f"a mean step would take {times}: {figures}, times margin={policy.margin:g}", True
         return True, f"a mean step would take {times}: {figures}{lost}", False
@@ -342,7 +343,9 @@ class Balancer:
 
     def _conclude(self, decision: Decision, plans: tuple[Plan, ...], *, dry_run: bool) -> Instruction:
         if len(plans) > 1:
-            decision = dataclasses.replace(decision, reason=f"{decision.reason}; in {len(plans)} moves, for memory")
+            decision = dataclasses.replace(
+                decision, reason=f"{decision.reason}; in {count_text(len(plans), 'move')}, for memory"
+            )
         decision = dataclasses.replace(decision, action="move" if plans else "stay", dry_run=dry_run)
         if dry_run or not plans:
             return Record(decision)

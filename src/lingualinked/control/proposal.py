@@ -111,7 +111,7 @@ def propose(
     now = dataclasses.replace(current, profile=live)
     usable = [name for name in live.names if name not in unusable]
     if not usable:
-        raise InfeasiblePlanError("there is no device left that may be used: admit one")
+        raise InfeasiblePlanError("no usable device is left: admit one")
     pool = usable
     if current.exact:
         kinds = {_rounding(live.device(name).device) for name in current.devices}

@@ -84,7 +84,7 @@ def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
     try:
         return hf_internals.find_file(path, name, **hub)
     except OSError as error:
-        raise CheckpointError(f"{name} of {path!r} can't be had from the Hugging Face hub: {error}") from error
+        raise CheckpointError(f"{name} of {path!r} can't be downloaded from the Hugging Face hub: {error}") from error
 
 
 def _shard_names(index: str) -> list[str]:
@@ -93,7 +93,7 @@ def _shard_names(index: str) -> list[str]:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{index} is no index of safetensors files ({error!r}): copy or download it again"
+            f"{index} is not an index of safetensors files ({error!r}): copy or download it again"
         ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -129,7 +129,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, fil
     Raises
     ------
     ArgumentError
-        If it is no floating dtype of torch.
+        If it is not a floating-point dtype of torch.
     CheckpointError
         If a file's header is needed and can't be read.
     """
@@ -138,7 +138,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, fil
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ArgumentError(
-            f"dtype={dtype!r} is no floating dtype of torch: use 'auto', 'float32', 'bfloat16' or 'float16'"
+            f"dtype={dtype!r} is not a floating-point dtype of torch: use 'auto', 'float32', 'bfloat16' or 'float16'"
         )
     return str(resolved).removeprefix("torch.")
 

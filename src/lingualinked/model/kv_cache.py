@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lingualinked.errors import ArgumentError, ProtocolError, UncuttableModelError
 from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -155,7 +156,8 @@ class StageCache:
         for layer in self._sliding():
             if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
                 raise ArgumentError(
-                    f"can't crop a KV cache of {self.num_tokens} tokens: the sliding window ({layer.sliding_window} tokens) "
+                    f"can't crop a KV cache of {count_text(self.num_tokens, 'token')}: the sliding window "
+                    f"({count_text(layer.sliding_window, 'token')}) "
                     "is full and its past was not recorded; activate past recording before the prefill"
                 )
         self.hf.crop(num_tokens_to_remove)

@@ -159,7 +159,7 @@ class _Growing(abc.ABC):
         """
         num_kept, stop = position - first, self.stop
         if num_kept and not (self._grown and self.first <= first and position <= stop):
-            raise ProtocolError(f"KV from token {position} on came to a layer that holds [{self.first}, {stop})")
+            raise ProtocolError(f"KV from token {position} on arrived at a layer that holds [{self.first}, {stop})")
         if not num_kept:
             self.lazy_initialization(keys, values)
             for grown in self._grown:

@@ -19,6 +19,7 @@ from lingualinked.model.cut import Boundary, cut_class, prune
 from lingualinked.model.dummy import BlankWeights, DummyWeights
 from lingualinked.model.parts import ModelParts, build_meta, check_span, find_parts
 from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSource
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -152,7 +153,7 @@ def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ..
     missing = [parameter for parameter in parameters if parameter not in made]
     if missing:
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the tensors that {name} needs ({_listed(missing)}): "
+            f"the checkpoint lacks {count_text(len(missing), 'tensor')} that {name} needs ({_listed(missing)}): "
             "it is incomplete, or of another model, or of a base model without its head"
         )
     unfit = [
@@ -163,7 +164,7 @@ def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ..
     ]
     if unfit:
         raise CheckpointError(
-            f"{len(unfit)} tensors of the checkpoint have another shape than {name} has with this config "
+            f"the shapes of {count_text(len(unfit), 'tensor')} in the checkpoint are not those of {name} with this config "
             f"({_listed(unfit)}): the weights and config.json are of different models"
         )
     return mapped

@@ -17,6 +17,7 @@ from lingualinked.errors import ArgumentError, UncuttableModelError
 from lingualinked.model import hf_internals
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES, read_config
 from lingualinked.planning.even import WeightBytes
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -87,7 +88,7 @@ def check_span(start: int, end: int, num_layers: int) -> None:
     """Raise ArgumentError unless ``[start, end)`` is a span of a model of `num_layers` layers."""
     if not 0 <= start < end <= num_layers:
         raise ArgumentError(
-            f"[{start}, {end}) is no span of a model of {num_layers} layers: 0 <= start < end <= {num_layers} must hold"
+            f"[{start}, {end}) is not a span of a model of {count_text(num_layers, 'layer')}: 0 <= start < end <= {num_layers} must hold"
         )
 
 
@@ -202,7 +203,9 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
     if not candidates:
-        raise UncuttableModelError(type(model).__name__, f"no module list holds its {num_layers} decoder layers")
+        raise UncuttableModelError(
+            type(model).__name__, f"no module list holds its {count_text(num_layers, 'decoder layer')}"
+        )
     return max(candidates, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
 
 
@@ -246,7 +249,7 @@ def _called_before_layers(model: PreTrainedModel, layers: nn.ModuleList, watched
         layers[0] = first
         for hook in hooks:
             hook.remove()
-    raise UncuttableModelError(type(model).__name__, "a forward pass does not come to the first layer")
+    raise UncuttableModelError(type(model).__name__, "a forward pass does not reach the first layer")
 
 
 def _holds_parameters(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lingualinked.errors import CheckpointError
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -63,7 +64,7 @@ class SafetensorsFile:
     Raises
     ------
     CheckpointError
-        If the file is missing, truncated or no safetensors file.
+        If the file is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, path: str) -> None:
@@ -75,7 +76,9 @@ class SafetensorsFile:
                 file.seek(0)
                 header_length = int.from_bytes(file.read(8), "little")
                 if file_bytes < 8 or header_length > min(file_bytes - 8, _MAX_HEADER_BYTES):
-                    raise self._damaged(f"its header is said to take {header_length:,} of its {file_bytes:,} bytes")
+                    raise self._damaged(
+                        f"its header claims {count_text(header_length, 'byte')}, the file has {file_bytes:,}"
+                    )
                 header = file.read(header_length)
         except FileNotFoundError:
             raise CheckpointError(
@@ -87,7 +90,9 @@ class SafetensorsFile:
         self.entries = self._parse(header)
         expected_bytes = max((entry.stop for entry in self.entries.values()), default=self.header_bytes)
         if expected_bytes != file_bytes:
-            raise self._damaged(f"it has {file_bytes:,} bytes where its header announces {expected_bytes:,}")
+            raise self._damaged(
+                f"it has {count_text(file_bytes, 'byte')} where its header announces {expected_bytes:,}"
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor straight into new, aligned memory: nothing is held twice, and no page of the file is mapped.
@@ -139,8 +144,10 @@ class SafetensorsFile:
             stop=self.header_bytes + end,
         )
         if begin < 0 or end - begin != math.prod(entry.shape) * entry.dtype.itemsize:
-            raise ValueError(f"{name} of shape {entry.shape} can't take bytes {begin} to {end}")
+            raise ValueError(f"{name} of shape {entry.shape} can't take up bytes {begin} to {end}")
         return entry
 
     def _damaged(self, cause: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is truncated or no safetensors file: {cause}; copy or download it again")
+        return CheckpointError(
+            f"{self.path} is truncated or not a safetensors file: {cause}; copy or download it again"
+        )

@@ -18,6 +18,7 @@ from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.loading import LoadedSpan, load_span
 from lingualinked.model.packed_linear import PackedLinear, pack_linears
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -303,7 +304,9 @@ def flatten(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, .
 def _unflatten(tensors: tuple[Tensor, ...], layout: tuple[bool, ...] | None) -> RawOutput:
     """Rebuild the raw output of the previous stage's last layer."""
     if len(tensors) != (1 if layout is None else sum(layout)):
-        raise ArgumentError(f"{len(tensors)} tensors came to a stage where the layout {layout} announces others")
+        raise ArgumentError(
+            f"{count_text(len(tensors), 'tensor')} arrived at a stage whose layout {layout} announces others"
+        )
     if layout is None:
         return tensors[0]
     remaining = iter(tensors)

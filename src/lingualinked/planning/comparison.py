@@ -13,6 +13,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction, predict
 from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.quantities import count_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class Comparison:
         """
         values: list[Any] = [getattr(prediction, figure, None) for prediction in self.predictions]
         if not all(isinstance(value, int | float) for value in values):
-            raise ArgumentError(f"figure={figure!r} is no number of a Prediction")
+            raise ArgumentError(f"figure={figure!r} is not a number of a Prediction")
         return tuple(value / values[0] for value in values)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -73,13 +74,15 @@ def compare_plans(plans: Sequence[Plan], names: Sequence[str]) -> Comparison:
             )
     names = tuple(names) or tuple(f"plan {index}" for index in range(len(plans)))
     if len(names) != len(plans):
-        raise ArgumentError(f"names={names} for {len(plans)} plans: give one for each, this plan's first")
+        raise ArgumentError(f"names={names} for {count_text(len(plans), 'plan')}: give one for each, this plan's first")
     first = plans[0]
     workload = first.measured.model.fit_workload(first.workload)
     predictions = []
     for plan in plans:
         profile = plan.profile or first.measured
         if plan.num_layers != first.num_layers:
-            raise ArgumentError(f"a plan of {plan.num_layers} layers can't be compared with one of {first.num_layers}")
+            raise ArgumentError(
+                f"a plan of {count_text(plan.num_layers, 'layer')} can't be compared with one of {first.num_layers}"
+            )
         predictions.append(predict(plan.stages, WorkloadCosts(profile, workload, plan.reserve)))
     return Comparison(names=names, predictions=tuple(predictions))

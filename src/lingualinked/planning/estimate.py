@@ -54,10 +54,10 @@ class Figures:
         if isinstance(self.flops, str):
             match = _FLOPS.fullmatch(self.flops)
             if match is None:
-                raise ArgumentError(f"flops={self.flops!r} is no rate: write a number, or 2TFLOP/s")
+                raise ArgumentError(f"flops={self.flops!r} is not a valid rate: write a number, or 2TFLOP/s")
             return float(match[1]) * 1000.0 ** " KMGTP".index(match[2] or " ")
         if isinstance(self.flops, bool) or not isinstance(self.flops, int | float):
-            raise ArgumentError(f"flops={self.flops!r} is no rate: write a number, or 2TFLOP/s")
+            raise ArgumentError(f"flops={self.flops!r} is not a valid rate: write a number, or 2TFLOP/s")
         try:
             return float(self.flops)
         except OverflowError:

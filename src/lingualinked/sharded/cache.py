@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
@@ -55,7 +56,7 @@ class ShardedCache(Cache):
             raise ArgumentError(f"past_key_values are of another model: {_ANEW}")
         if self.is_initialized and num_rows != self.session.num_rows:
             raise ArgumentError(
-                f"past_key_values hold the KV of {self.session.num_rows} rows, and {num_rows} rows are to go on from them: "
+                f"past_key_values hold the KV of {count_text(self.session.num_rows, 'row')}, and this step has {num_rows:,}: "
                 "give as many, or use batch_repeat_interleave or batch_select_indices of past_key_values"
             )
 
@@ -82,10 +83,13 @@ class ShardedCache(Cache):
         """
         held = self.session.num_tokens
         if not -held <= tokens_to_remove <= 0:
-            raise ArgumentError(f"crop({tokens_to_remove}) of {held} tokens: give minus the number of tokens to remove")
+            raise ArgumentError(
+                f"crop({tokens_to_remove}) of {count_text(held, 'token')}: give minus the number of tokens to remove"
+            )
         if self._sliding_window is not None and held >= self._sliding_window and not self._records_past:
             raise ArgumentError(
-                f"crop({tokens_to_remove}) of {held} tokens: the sliding window ({self._sliding_window} tokens) is full; "
+                f"crop({tokens_to_remove}) of {count_text(held, 'token')}: the sliding window "
+                f"({count_text(self._sliding_window, 'token')}) is full; "
                 "call activate_past_recording() before the first step"
             )
         self.session.crop(-tokens_to_remove)
@@ -132,7 +136,8 @@ class ShardedCache(Cache):
         return self._num_layers
 
     def __repr__(self) -> str:
-        state = "ended" if self.session.ended else f"{self.session.num_rows} rows x {self.session.num_tokens} tokens"
+        rows, tokens = count_text(self.session.num_rows, "row"), count_text(self.session.num_tokens, "token")
+        state = "ended" if self.session.ended else f"{rows} x {tokens}"
         return f"<ShardedCache: {state}>"
 
     @property

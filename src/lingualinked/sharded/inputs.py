@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.model.parts import learned_positions
+from lingualinked.quantities import count_text
 
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -63,7 +64,7 @@ class LearnedPositions:
             needed = past + num_new
         if needed > self.num_positions:
             raise ArgumentError(
-                f"{needed} tokens are more than the {self.num_positions} positions that this model has learned: "
+                f"{needed:,} tokens are more than the {count_text(self.num_positions, 'position')} that this model has learned: "
                 "shorten the text or generate fewer tokens"
             )
 

@@ -117,7 +117,7 @@ def _write_devices(page: _Page, telemetry: Telemetry) -> None:
             continue
         labels = {"device": device}
         page.add("gauge", "device_held_bytes", "Memory held for stages.", sample.held_bytes, labels)
-        page.add("gauge", "device_available_bytes", "Memory still to be had.", sample.available_bytes, labels)
+        page.add("gauge", "device_available_bytes", "Memory still available.", sample.available_bytes, labels)
         page.add("gauge", "device_cpu_ratio", "Cores kept busy by a worker.", sample.cpu_percent / 100, labels)
         if sample.temperature_c is not None:
             page.add("gauge", "device_temperature_celsius", "Of the hottest sensor.", sample.temperature_c, labels)

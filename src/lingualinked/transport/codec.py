@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ArgumentError, ProtocolError
+from lingualinked.quantities import bytes_text, count_text
 
 if TYPE_CHECKING:
     from lingualinked.transport.shaping import ShapedLink
@@ -205,7 +206,9 @@ def decode_message(frames: Sequence[Frame], limits: Limits) -> Message:
     descriptors = envelope.descriptors
     sizes = [_num_bytes_described(descriptor, limits) for descriptor in descriptors]
     if sum(sizes) != num_tensor_bytes:
-        raise MalformedError("tensor bytes", f"the tensors described take {sum(sizes)} bytes, {num_tensor_bytes} came")
+        raise MalformedError(
+            "tensor bytes", f"the tensors described take {count_text(sum(sizes), 'byte')}, {num_tensor_bytes:,} arrived"
+        )
     rest = iter(frames[1:])
     tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
     if next(rest, None) is not None:
@@ -223,18 +226,22 @@ def _describe(tensor: Tensor) -> list[int]:
         kind = "without data (on the meta device)" if tensor.is_meta else f"of layout {tensor.layout}"
         raise ProtocolError(f"a tensor {kind} can't be sent: pass a dense one that holds data")
     if tensor.dim() > MAX_NUM_DIMS:
-        raise ProtocolError(f"a tensor of {tensor.dim()} dimensions can't be sent: the limit is {MAX_NUM_DIMS}")
+        raise ProtocolError(
+            f"a tensor of {count_text(tensor.dim(), 'dimension')} can't be sent: the limit is {MAX_NUM_DIMS}"
+        )
     return [code, *tensor.shape]
 
 
 def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits) -> int:
     """Refuse to send what a receiver would drop; return the bytes of all frames."""
     if len(tensors) > MAX_NUM_TENSORS:
-        raise ProtocolError(f"a message of {len(tensors)} tensors passes the limit of {MAX_NUM_TENSORS}: send several")
+        raise ProtocolError(
+            f"a message of {count_text(len(tensors), 'tensor')} exceeds the limit of {MAX_NUM_TENSORS}: send several"
+        )
     if num_head_bytes > limits.max_frame_bytes:
         raise ProtocolError(
-            f"payload and tensor shapes take {num_head_bytes} bytes, which passes max_frame_bytes="
-            f"{limits.max_frame_bytes}: send less at once, data as a tensor, or raise the limit on all sides"
+            f"payload and tensor shapes take {bytes_text(num_head_bytes, round_up=True)}, which exceeds max_frame_bytes "
+            f"({bytes_text(limits.max_frame_bytes)}): send less at once, data as a tensor, or raise the limit on all sides"
         )
     num_bytes, num_frames = num_head_bytes, 1
     for tensor in tensors:
@@ -247,13 +254,13 @@ def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits
             )
     if num_bytes > limits.max_message_bytes:
         raise ProtocolError(
-            f"a message of {num_bytes} bytes passes max_message_bytes={limits.max_message_bytes}: "
-            "send it in several messages, or raise the limit on all sides"
+            f"a message of {bytes_text(num_bytes, round_up=True)} exceeds max_message_bytes "
+            f"({bytes_text(limits.max_message_bytes)}): send it in several messages, or raise the limit on all sides"
         )
     if num_frames > MAX_NUM_FRAMES:
         raise ProtocolError(
-            f"a message of {num_frames} frames of at most {limits.max_frame_bytes} bytes passes the limit of "
-            f"{MAX_NUM_FRAMES} frames: send it in several messages, or raise max_frame_bytes on all sides"
+            f"a message of {count_text(num_frames, 'frame')} of at most {bytes_text(limits.max_frame_bytes)} exceeds the limit "
+            f"of {MAX_NUM_FRAMES}: send it in several messages, or raise max_frame_bytes on all sides"
         )
     return num_bytes
 
@@ -285,12 +292,14 @@ def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:
     """Return the bytes of the frames behind frame 0."""
     sizes = [len(frame) for frame in frames]
     if not 1 <= len(sizes) <= MAX_NUM_FRAMES:
-        raise MalformedError("frames", f"a message of {len(sizes)} frames, allowed are 1 to {MAX_NUM_FRAMES}")
+        raise MalformedError(
+            "frames", f"a message of {count_text(len(sizes), 'frame')}, allowed are 1 to {MAX_NUM_FRAMES}"
+        )
     total = sum(sizes)
     if max(sizes) > limits.max_frame_bytes or total > limits.max_message_bytes:
         raise MalformedError(
             "size",
-            f"a message of {total} bytes with a frame of {max(sizes)}, "
+            f"a message of {count_text(total, 'byte')} with a frame of {max(sizes)}, "
             f"allowed are {limits.max_message_bytes} and {limits.max_frame_bytes}",
         )
     return total - sizes[0]
@@ -311,7 +320,9 @@ def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
         raise MalformedError("dtype", f"code {code} stands for no dtype, known are 0 to {len(_DTYPES) - 1}")
     num_bytes = _num_bytes_at_least(shape, _DTYPES[code].itemsize)
     if num_bytes > limits.max_message_bytes:
-        raise MalformedError("size", f"a tensor of shape {shape} passes {limits.max_message_bytes} bytes")
+        raise MalformedError(
+            "size", f"a tensor of shape {shape} exceeds max_message_bytes ({bytes_text(limits.max_message_bytes)})"
+        )
     return 0 if 0 in shape else num_bytes
 
 
@@ -328,7 +339,9 @@ def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Ten
         start, end = end, end + len(frame)
         if start == end or end > num_bytes:
             left = num_bytes - start
-            raise MalformedError("tensor bytes", f"a frame of {len(frame)} bytes, {left} are left of a tensor")
+            raise MalformedError(
+                "tensor bytes", f"a frame of {count_text(len(frame), 'byte')}, {left:,} are left of a tensor"
+            )
         memory[start:end] = frame
     # A bool whose byte is neither 0 nor 1 is undefined behaviour later on.
     return tensor.view(torch.uint8).ne(0) if tensor.dtype is torch.bool else tensor

@@ -92,7 +92,7 @@ def raw_key(public_key: str) -> bytes:
         raw = b""
     if len(raw) != 32:
         raise ArgumentError(
-            f"{public_key!r} is no public key: a key is 40 characters of Z85 text, as generate_keypair() makes them"
+            f"{public_key!r} is not a public key: a key is 40 characters of Z85 text, as generate_keypair() makes them"
         )
     return raw
 

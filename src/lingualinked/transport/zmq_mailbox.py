@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import zmq
 
 from lingualinked.errors import ArgumentError
+from lingualinked.quantities import count_text
 from lingualinked.transport.codec import (
     DEFAULT_MAX_FRAME_BYTES,
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -186,7 +187,9 @@ class ZmqMailbox(Mailbox):
             return None
         try:
             if num_frames > len(frames):
-                raise MalformedError("size", f"a message of {num_bytes} bytes in {num_frames} frames")
+                raise MalformedError(
+                    "size", f"a message of {count_text(num_bytes, 'byte')} in {count_text(num_frames, 'frame')}"
+                )
             message = decode_message([frame.buffer for frame in frames], self._limits)
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)

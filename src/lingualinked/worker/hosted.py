@@ -16,6 +16,7 @@ from lingualinked.model.context import ContextCode, MaskMode, PositionMode, Step
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
 from lingualinked.protocol.messages import KVEdit, KVEditKind, StageReport, Step
+from lingualinked.quantities import count_text
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.pace import Pace
 
@@ -240,7 +241,7 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
     num_inputs = len(tensors) - num_told - num_keep
     if num_inputs < 1 or tensors[0].ndim < 2:
         raise ProtocolError(
-            f"a step came with {len(tensors)} tensors, {num_told + num_keep} of them announced beside its inputs"
+            f"a step arrived with {count_text(len(tensors), 'tensor')}, {num_told + num_keep} of them announced beside its inputs"
         )
     return StepTensors(
         tensors[:num_inputs], tensors[num_inputs : num_inputs + num_told], tensors[num_inputs + num_told :]

@@ -99,5 +99,5 @@ def _read(delivery: Delivery) -> CallerMessage | PeerMessage:
     if not isinstance(message, CallerMessage | PeerMessage):
         raise ProtocolError(f"{type(message).__name__} is not for a worker")
     if delivery.sender != CALLER and not isinstance(message, PeerMessage):
-        raise ProtocolError(f"{type(message).__name__} is for the caller to say")
+        raise ProtocolError(f"{type(message).__name__} may only come from the caller")
     return message

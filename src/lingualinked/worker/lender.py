@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.moving import FetchWeight, WeightChunk
+from lingualinked.quantities import count_text
 from lingualinked.worker.stages import HostedStages, StageKey
 
 _CHUNK_BYTES = 1 << 20
@@ -50,7 +51,9 @@ class Lender:
             flat = weight.reshape(-1)
             self._lent[request.request] = request.parameter, flat
         if not 0 <= request.first < max(flat.numel(), 1):
-            raise ProtocolError(f"{request.parameter!r} has {flat.numel()} elements, and none at {request.first}")
+            raise ProtocolError(
+                f"{request.parameter!r} has {count_text(flat.numel(), 'element')}, and none at {request.first}"
+            )
         part = flat[request.first : request.first + max(1, _CHUNK_BYTES // flat.element_size())]
         if request.first + part.numel() == flat.numel():
             del self._lent[request.request]

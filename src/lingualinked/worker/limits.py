@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from lingualinked.model.memory import use_one_heap
+from lingualinked.quantities import count_text
 
 # What a stage needs beyond its weights, KV and activations: message buffers, arenas of the allocator; and per thread,
 # its stack.
@@ -57,7 +58,7 @@ def describe_hardware(accelerator: str) -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {count_text(torch.get_num_threads(), 'thread')}"
 
 
 def _data_bytes() -> int:

@@ -14,6 +14,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import StepContext
 from lingualinked.protocol.messages import encode
 from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVTaken, SessionState
+from lingualinked.quantities import count_text
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.hosted import HostedSession
 from lingualinked.worker.kv_copy import KVCopy, Piece
@@ -93,7 +94,9 @@ class Mover:
         num_kv = 2 * len(chunk.slices)
         has_mask = chunk.state is not None and chunk.state.has_mask
         if len(tensors) != num_kv + has_mask or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
-            raise ProtocolError(f"{len(tensors)} tensors came with KV of {len(chunk.slices)} layers")
+            raise ProtocolError(
+                f"{count_text(len(tensors), 'tensor')} arrived with KV of {count_text(len(chunk.slices), 'layer')}"
+            )
         hosted = self._stages.get(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
         pieces = [

@@ -59,7 +59,7 @@ def test_a_decision_to_stay_delays_no_other(pause: int) -> None:
     line = pipeline(noise=uniform, policy=ll.RebalancePolicy(horizon_s=1.5, margin=4.0))
     line.run(200)
     line.run(pause, slow_from("b", 200, 1.4))
-    assert "that it costs" in line.decisions[-1].reason
+    assert "and costs" in line.decisions[-1].reason
     assert not line.moved_at
     line.run(100, slow_from("b", 200, 5.0))
     assert line.moved_at[0] < 220 + pause
@@ -151,7 +151,7 @@ def test_every_decision_says_why_with_its_numbers() -> None:
     line.run(50, slow_from("b", 50))
     decision = next(each for each in line.decisions if each.action == "move")
     assert "'b'" in decision.trigger
-    assert "saved" in decision.reason
+    assert "saves" in decision.reason
     assert decision.after_s < decision.before_s
     assert decision.gain_s > 2 * decision.cost_s > 0
     assert decision.moved_bytes > 0
@@ -164,7 +164,7 @@ def test_a_move_that_costs_more_than_it_saves_is_not_made() -> None:
     line.run(50)
     line.run(500, slow_from("b", 50))
     assert not line.moved_at
-    assert "that it costs" in line.decisions[-1].reason
+    assert "and costs" in line.decisions[-1].reason
     assert len(line.decisions) < 20  # it is thought over ever less often
 
 
@@ -229,7 +229,7 @@ def test_a_released_device_is_emptied_whatever_it_costs_and_stays_empty() -> Non
 def test_a_device_that_is_needed_can_not_be_released() -> None:
     tight = with_memory(THREE, a=110 * MIB, b=110 * MIB, c=110 * MIB)
     line = SimulatedPipeline(tight, ll.solve(tight))
-    with pytest.raises(InfeasiblePlanError, match="bytes"):
+    with pytest.raises(InfeasiblePlanError, match="short"):
         line.tell(DeviceReleased(time_s=line.time_s, device="b"))
     line.run(100)
     assert line.num_layers("b") > 0
@@ -321,7 +321,7 @@ def test_memory_that_runs_out_costs_no_exactness() -> None:
     line.run(50)
     line.look("b", held=135 * MIB, available=1 * MIB)
     assert not line.moved_at
-    assert "nothing fits" in line.decisions[-1].reason
+    assert "no plan fits" in line.decisions[-1].reason
     said = line.tell(DeviceReleased(time_s=line.time_s, device="b"))
     assert said is not None
     assert "exactness is lost" in said.reason

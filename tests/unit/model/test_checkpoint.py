@@ -82,7 +82,7 @@ def test_an_index_can_not_point_elsewhere(name: object, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_a_malformed_index_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+    with pytest.raises(CheckpointError, match="is not an index of safetensors files"):
         resolve_files(tmp_path)
 
 
@@ -135,5 +135,5 @@ def test_auto_is_the_configs_dtype_then_the_checkpoints_then_torchs(dtype: str |
 
 @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn", 3, {"": "float32"}])
 def test_what_is_no_floating_dtype_is_refused(dtype: object) -> None:
-    with pytest.raises(ArgumentError, match="is no floating dtype of torch"):
+    with pytest.raises(ArgumentError, match="is not a floating-point dtype of torch"):
         resolve_dtype(dtype, LlamaConfig(), ())

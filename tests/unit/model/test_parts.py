@@ -71,7 +71,7 @@ def test_a_tied_embedding_counts_in_both_ends() -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(0, 5), (-1, 2), (2, 2), (3, 1)])
 def test_what_is_no_span_is_refused(start: int, end: int) -> None:
-    with pytest.raises(ArgumentError, match=rf"\[{start}, {end}\) is no span of a model of 4 layers"):
+    with pytest.raises(ArgumentError, match=rf"\[{start}, {end}\) is not a span of a model of 4 layers"):
         find_parts(meta_model("llama")).span_bytes(start, end)
 
 
@@ -127,5 +127,5 @@ class Unreached(LlamaForCausalLM):
 
 def test_a_forward_pass_that_does_not_come_to_the_layers_is_refused() -> None:
     model = hf_internals.build_on_meta(Unreached, tiny_config("llama"), torch.float32, None)
-    with pytest.raises(UncuttableModelError, match="does not come to the first layer"):
+    with pytest.raises(UncuttableModelError, match="does not reach the first layer"):
         find_parts(model)

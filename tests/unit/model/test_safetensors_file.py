@@ -60,15 +60,15 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (b"", "0 bytes"),
-        (b"\x05\0", "2 bytes"),
-        (b"\xff" * 9, "header is said to take"),
+        (b"", "the file has 0"),
+        (b"\x05\0", "the file has 2"),
+        (b"\xff" * 9, "header claims"),
         ((20).to_bytes(8, "little") + b"{" * 20, "malformed"),
         (with_header([]), "malformed"),
         (with_header({"a": 3}), "malformed"),
         (with_header({"a": {"dtype": "F32", "shape": [2]}}, b"\0" * 8), "malformed"),
-        (with_header({"a": ENTRY | {"data_offsets": [0, 9]}}, b"\0" * 9), "can't take bytes 0 to 9"),
-        (with_header({"a": ENTRY | {"shape": [-2]}}, b"\0" * 8), "can't take bytes"),
+        (with_header({"a": ENTRY | {"data_offsets": [0, 9]}}, b"\0" * 9), "can't take up bytes 0 to 9"),
+        (with_header({"a": ENTRY | {"shape": [-2]}}, b"\0" * 8), "can't take up bytes"),
         (with_header({"a": ENTRY}, b"\0" * 7), "announces"),
         (with_header({"a": ENTRY}, b"\0" * 9), "announces"),
     ],
@@ -76,7 +76,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_damaged_files_are_refused_with_the_cause(content: bytes, cause: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"bad.safetensors is truncated or no safetensors file: .*{cause}"):
+    with pytest.raises(CheckpointError, match=rf"bad.safetensors is truncated or not a safetensors file: .*{cause}"):
         SafetensorsFile(str(path))
 
 

@@ -30,7 +30,7 @@ def test_a_stage_knows_its_place(spec: ModelSpec) -> None:
 
 
 def test_what_is_no_span_is_refused(spec: ModelSpec) -> None:
-    with pytest.raises(ArgumentError, match=r"\[2, 9\) is no span"):
+    with pytest.raises(ArgumentError, match=r"\[2, 9\) is not a span"):
         Stage.load(spec, 2, 9)
 
 
@@ -61,7 +61,7 @@ def test_only_the_logits_asked_for_are_given(spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize("layout", [(True, True), (False,), (True, False, True)])
 def test_a_layout_of_other_tensors_is_refused(spec: ModelSpec, layout: tuple[bool, ...]) -> None:
-    with pytest.raises(ArgumentError, match="1 tensors came to a stage where the layout"):
+    with pytest.raises(ArgumentError, match="1 tensor arrived at a stage whose layout"):
         Stage.load(spec, 2, 4).step(inputs(torch.zeros(1, 2, 32), layout=layout), None)
 
 

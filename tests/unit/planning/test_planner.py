@@ -162,7 +162,7 @@ def test_wrong_types_are_refused_by_name() -> None:
         plan.predict(3)  # type: ignore[arg-type]
     with pytest.raises(ll.ArgumentError, match="a int can't be compared"):
         plan.compare(3)  # type: ignore[arg-type]
-    with pytest.raises(ll.ArgumentError, match="figure='stages' is no number"):
+    with pytest.raises(ll.ArgumentError, match="figure='stages' is not a number"):
         plan.compare(plan).ratios("stages")
     with pytest.raises(ll.ArgumentError, match="reserve=7"):
         dataclasses.replace(plan, reserve=7)

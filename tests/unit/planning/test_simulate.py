@@ -312,7 +312,7 @@ def test_lines_that_are_none_are_refused() -> None:
     visit = Visit(server=1, prefill_s=1, decode_s=1)
     with pytest.raises(ArgumentError, match="visits is empty"):
         PipelineTimes(servers=("a",), visits=())
-    with pytest.raises(ArgumentError, match=r"server=1 of visits\[0\] is unknown: there are 1"):
+    with pytest.raises(ArgumentError, match=r"server=1 of visits\[0\] is unknown: the servers are 0 to 0"):
         PipelineTimes(servers=("a",), visits=(visit,))
     with pytest.raises(ArgumentError, match=r"servers has \['a'\] more than once"):
         PipelineTimes(servers=("a", "a"), visits=(visit,))

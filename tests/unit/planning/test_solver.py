@@ -326,7 +326,7 @@ def test_a_limit_that_nothing_keeps_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"objective": "speed"}, "none of 'throughput'"),
+        ({"objective": "speed"}, "must be one of 'throughput'"),
         ({"order": ()}, "must name devices"),
         ({"order": (0, 0)}, "each at most once"),
         ({"order": (0, 2)}, "devices 0 to 1"),

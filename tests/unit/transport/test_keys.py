@@ -36,7 +36,7 @@ def test_halves_that_do_not_fit_are_an_error_that_keeps_the_secret(secret: str) 
 
 @pytest.mark.parametrize("text", ["", "short", "a" * 35, "a" * 45, "a" * 39 + "\N{SNOWMAN}", "~" * 40, "#" * 40])
 def test_what_is_no_public_key_is_an_error(text: str) -> None:
-    with pytest.raises(ArgumentError, match="is no public key"):
+    with pytest.raises(ArgumentError, match="is not a public key"):
         raw_key(text)
 
 
@@ -53,7 +53,7 @@ def test_authorised_keys_are_checked_and_copied() -> None:
     assert check_authorised(given) is not given
     with pytest.raises(ArgumentError, match="two keys are authorised as 'a'"):
         check_authorised({a: "a", b: "a"})
-    with pytest.raises(ArgumentError, match="'c' is no public key"):
+    with pytest.raises(ArgumentError, match="'c' is not a public key"):
         check_authorised({"c": "c"})
 
 
@@ -66,5 +66,5 @@ def test_a_key_is_added_and_takes_its_name_from_another() -> None:
     assert authorised == {b: "b", c: "a"}
     with pytest.raises(ArgumentError, match="is authorised as 'b': 'c' needs a key of its own"):
         authorise(authorised, "c", b)
-    with pytest.raises(ArgumentError, match="is no public key"):
+    with pytest.raises(ArgumentError, match="is not a public key"):
         authorise(authorised, "c", "c")

@@ -16,6 +16,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
+from lingualinked.quantities import count_text
 from lingualinked.workload import Workload
 
 Spans: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -56,9 +57,13 @@ class Holdings:
 
     def __post_init__(self) -> None:
         if len(self.devices) != len(self.capacity_bytes):
-            raise ArgumentError(f"capacity_bytes are {len(self.capacity_bytes)}, for {len(self.devices)} devices")
+            raise ArgumentError(
+                f"capacity_bytes are {len(self.capacity_bytes)}, for {count_text(len(self.devices), 'device')}"
+            )
         if self.layer_kv and len(self.layer_kv) != len(self.weights.layers):
-            raise ArgumentError(f"layer_kv are {len(self.layer_kv)}, for {len(self.weights.layers)} layers")
+            raise ArgumentError(
+                f"layer_kv are {len(self.layer_kv)}, for {count_text(len(self.weights.layers), 'layer')}"
+            )
 
     @classmethod
     def of_profile(cls, profile: Profile, workload: Workload, reserve: float = 0.0) -> Holdings:

@@ -153,7 +153,7 @@ def _checked(
 ) -> tuple[int, ...]:
     """Check the arguments; give the devices that may be used."""
     if objective not in get_args(Objective):
-        raise ArgumentError(f"objective={objective!r} is none of {', '.join(map(repr, get_args(Objective)))}")
+        raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
     if max_bottleneck_s is not None and not max_bottleneck_s > 0:
         raise ArgumentError(f"max_bottleneck_s={max_bottleneck_s!r} must be a positive number of seconds")
     devices = tuple(range(problem.num_devices)) if order is None else tuple(order)

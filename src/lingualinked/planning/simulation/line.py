@@ -97,7 +97,7 @@ class PipelineTimes:
         for position, visit in enumerate(self.visits):
             if visit.server >= len(self.servers):
                 raise ArgumentError(
-                    f"server={visit.server} of visits[{position}] is unknown: there are {len(self.servers)} servers"
+                    f"server={visit.server} of visits[{position}] is unknown: the servers are 0 to {len(self.servers) - 1}"
                 )
 
     def step_s(self, kind: StepKind) -> float:

@@ -23,6 +23,7 @@ from lingualinked.planning.simulation.requests import Requests
 from lingualinked.planning.simulation.result import Percentiles, Simulation
 from lingualinked.planning.simulation.stations import stations_of
 from lingualinked.planning.simulation.stretch import DECODE, PREFILL
+from lingualinked.quantities import count_text
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ def _summary(
     num_requests, num_tokens = tokens_s.shape
     makespan_s = float(tokens_s.max() - started_s.min())
     if makespan_s <= 0:
-        raise ArgumentError("times: no visit takes any time, so that there is no rate to tell")
+        raise ArgumentError("times: no visit takes any time, so no rate can be computed")
     busy_s = np.bincount([visit.server for visit in times.visits], visit_busy_s, len(times.servers))
     return Simulation(
         num_requests=num_requests,
@@ -307,7 +308,7 @@ def _arrivals(
     if (np.diff(arrivals_s) < 0).any():
         raise ArgumentError("arrivals must be in ascending order")
     if num_requests is not None and num_requests > arrivals_s.size:
-        raise ArgumentError(f"num_requests={num_requests} is more than the {arrivals_s.size} arrivals")
+        raise ArgumentError(f"num_requests={num_requests} is more than the {count_text(arrivals_s.size, 'arrival')}")
     return arrivals_s[:num_requests]
 
 
