@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from conversations import Cut, Whole, greedy, load_stages, spec_of
@@ -23,6 +24,7 @@ from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage
+from lingualinked.model.weights import untied_parameters
 
 NUM_LAYERS = 4
 SPANS = [(0, 1), (1, 3), (3, 4), (0, 4)]
@@ -61,7 +63,7 @@ def dummy_spec(family: str, seed: int = 0) -> ModelSpec:
 def test_a_stage_reads_its_own_tensors_alone(family: str, max_shard_size: str, tmp_path: Path) -> None:
     spec = spec_of(save_tiny(family, torch.float32, tmp_path, max_shard_size=max_shard_size))
     assert (len(spec.files) > 1) == (max_shard_size == "20KB")
-    header_bytes = sum(8 + int.from_bytes(Path(file).read_bytes()[:8], "little") for file in spec.files)
+    header_bytes = sum(8 + int.from_bytes(Path(file.path).read_bytes()[:8], "little") for file in spec.files)
     parts = find_parts(build_meta(spec))
     for start, end in SPANS:
         stage = Stage.load(spec, start, end)
@@ -226,9 +228,10 @@ def test_an_expert_that_is_missing_is_named(
 
 
 def test_a_file_cut_short_is_refused_by_name(tmp_path: Path) -> None:
-    spec = spec_of(save_tiny("llama", torch.float32, tmp_path))
-    (file,) = spec.files
-    os.truncate(file, Path(file).stat().st_size - 100)
+    folder = save_tiny("llama", torch.float32, tmp_path)
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    spec = spec_of(folder)
     for use in (lambda: check_weights(spec, build_meta(spec)), lambda: Stage.load(spec, 0, 1)):
         with pytest.raises(CheckpointError, match=r"model.safetensors is truncated"):
             use()
@@ -236,9 +239,46 @@ def test_a_file_cut_short_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_file_that_vanished_is_refused_by_name(tmp_path: Path) -> None:
     spec = spec_of(save_tiny("llama", torch.float32, tmp_path, max_shard_size="20KB"))
-    Path(spec.files[1]).unlink()
+    Path(spec.files[1].path).unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-.* is missing"):
         Stage.load(spec, 0, 1)
+
+
+class Lent:
+    """The weights of a model that is held somewhere."""
+
+    def __init__(self, whole: PreTrainedModel, meta_model: PreTrainedModel) -> None:
+        self._parameters = whole.state_dict()
+        self.shapes = {name: tuple(each.shape) for name, each in untied_parameters(meta_model).items()}
+        self.num_bytes_read = 0
+
+    def read(self, name: str) -> Tensor:
+        return self._parameters[name].clone()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral", "gpt2"])
+def test_a_file_rewritten_while_it_is_read(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, torch.float32, tmp_path)
+    spec, whole = spec_of(folder), reference(folder)
+    expected = greedy(Whole(whole), 3)
+    file = folder / "model.safetensors"
+
+    def rewrite(_num_bytes: int) -> None:
+        with file.open("r+b") as opened:
+            opened.seek(-1, os.SEEK_END)
+            opened.write(b"\x07")
+
+    with pytest.raises(CheckpointError, match=r"model.safetensors has been replaced or written to"):
+        Stage.load(spec, 0, 2, progress=rewrite)
+    spec = spec_of(folder)
+    stages = [
+        Stage.load(spec, start, start + 2, progress=rewrite, instead=lambda meta: Lent(whole, meta)) for start in (0, 2)
+    ]
+    for ours, theirs in zip(greedy(Cut(stages), 3), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import lingualinked as ll
-from families import reference, save_tiny
+from families import reference, save_tiny, tiny_model
+from lingualinked.sharded import loading
 from processes import stopped
 from waiting import num_sessions, wait_until
 
@@ -112,6 +113,90 @@ def test_who_has_them_dies_meanwhile(tmp_path: Path) -> None:
         plan = ll.Plan.from_spans([("idle", 0, 2), ("other", 2, 4)])
         with ll.ShardedModel.from_pretrained(str(folder), cluster=cluster, plan=plan, progress=False) as model:
             assert torch.equal(generate(model), generate(reference(folder)))
+
+
+def save_other(folder: Path, family: str = "llama", **arguments: Any) -> None:
+    """Save other weights where a checkpoint is, as a training run does."""
+    model = tiny_model(family, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(folder, **arguments)
+
+
+def save_in_place(folder: Path) -> None:
+    """Write other weights into the very file, and set its times back."""
+    file = folder / "model.safetensors"
+    status = file.stat()
+    save_other(folder / "other")
+    with file.open("r+b") as opened:
+        opened.write((folder / "other" / "model.safetensors").read_bytes())
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def save_other_shards(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    save_other(folder, max_shard_size="20KB")
+
+
+def turn_link(folder: Path) -> None:
+    """Have the name of the weights, a symbolic link as in the hub's cache, mean another file."""
+    save_other(folder / "other")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "other" / "model.safetensors")
+
+
+CHANGES = {
+    "other weights": save_other,
+    "in place": save_in_place,
+    "other shapes": lambda folder: save_other(folder, "gpt2"),
+    "other shards": save_other_shards,
+    "a link": turn_link,
+    "half a file": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_takes_the_checkpoints_place_is_not_read(change: str, shared_cluster: ll.Cluster, tmp_path: Path) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    expected = generate(reference(folder))
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
+        CHANGES[change](folder)
+        for spans in SPANS[:2]:
+            model.rebalance(ll.Plan.from_spans(spans))
+            assert torch.equal(generate(model), expected)
+
+
+def test_devices_that_come_and_go_after_the_checkpoint_was_replaced(shared_cluster: ll.Cluster, tmp_path: Path) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    expected = generate(reference(folder))
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
+        save_other(folder)
+        model.release("a")
+        assert torch.equal(generate(model), expected)
+        model.admit("a")
+        model.release("b")
+        assert torch.equal(generate(model), expected)
+
+
+def test_a_checkpoint_replaced_before_its_weights_are_loaded(
+    shared_cluster: ll.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    place = loading.place
+
+    def place_late(*arguments: Any) -> ll.Plan:
+        save_other(folder)
+        return place(*arguments)
+
+    monkeypatch.setattr(loading, "place", place_late)
+    with pytest.raises(ll.CheckpointError, match=r"model\.safetensors has been replaced or written to since"):
+        ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan="even", progress=False)
+    monkeypatch.undo()
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan="even", progress=False) as model:
+        assert torch.equal(generate(model), generate(reference(folder)))
 
 
 def test_a_first_load_needs_the_files(shared_cluster: ll.Cluster, tmp_path: Path) -> None:

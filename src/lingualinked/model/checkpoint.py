@@ -14,18 +14,20 @@ import torch
 
 from lingualinked.errors import ArgumentError, CheckpointError
 from lingualinked.model import hf_internals
-from lingualinked.model.safetensors_file import SafetensorsFile
+from lingualinked.model.safetensors_file import SafetensorsFile, identify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedConfig
 
+    from lingualinked.model.spec import CheckpointFile
+
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 
-def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[str, ...]:
+def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[CheckpointFile, ...]:
     """Find the safetensors files of a checkpoint: one file, or those that an index names.
 
     Parameters
@@ -38,8 +40,8 @@ def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[str, ...]:
 
     Returns
     -------
-    tuple of str
-        Absolute local paths.
+    tuple of CheckpointFile
+        As they are now: what is put in their place later is not read.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[str, ...]:
         )
     single = _find(path, _WEIGHTS, hub)
     if single is not None:
-        return (str(Path(single).absolute()),)
+        return (identify(single),)
     index = _find(path, _INDEX, hub)
     if index is not None:
         return tuple(_shard(path, name, index, hub) for name in _shard_names(index))
@@ -101,16 +103,16 @@ def _shard_names(index: str) -> list[str]:
     return names
 
 
-def _shard(path: str, name: str, index: str, hub: dict[str, Any]) -> str:
+def _shard(path: str, name: str, index: str, hub: dict[str, Any]) -> CheckpointFile:
     found = _find(path, name, hub)
     if found is None:
         raise CheckpointError(
             f"{name}, a shard that {index} names, is missing: copy or download the whole checkpoint again"
         )
-    return str(Path(found).absolute())
+    return identify(found)
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, files: Sequence[str]) -> str:
+def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, files: Sequence[CheckpointFile]) -> str:
     """Settle the dtype of the weights with transformers' meaning.
 
     Parameters
@@ -118,7 +120,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, fil
     dtype : str, torch.dtype or None
         ``"auto"`` or None: the configuration's, else that of the checkpoint's first floating tensor, else torch's default.
     config : PreTrainedConfig
-    files : sequence of str
+    files : sequence of CheckpointFile
         Safetensors files; empty for dummy weights.
 
     Returns
@@ -143,7 +145,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, fil
     return str(resolved).removeprefix("torch.")
 
 
-def _dtype_of_files(files: Sequence[str]) -> torch.dtype | None:
+def _dtype_of_files(files: Sequence[CheckpointFile]) -> torch.dtype | None:
     """Give the dtype of the first floating tensor of the first file."""
     entries = SafetensorsFile(files[0]).entries.values() if files else ()
     return next((entry.dtype for entry in entries if entry.dtype.is_floating_point), None)

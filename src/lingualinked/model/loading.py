@@ -6,7 +6,6 @@ Knows weight sources and cut classes; nothing of devices or steps.
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from lingualinked.model.architectures import read_config
 from lingualinked.model.cut import Boundary, cut_class, prune
 from lingualinked.model.dummy import BlankWeights, DummyWeights
 from lingualinked.model.parts import ModelParts, build_meta, check_span, find_parts
+from lingualinked.model.safetensors_file import FileChangedError
 from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSource
 from lingualinked.quantities import count_text
 
@@ -91,7 +91,8 @@ def load_span(
     progress : callable, optional
         Called in the calling thread with the bytes of weights loaded so far.
     instead : callable, optional
-        Makes the source to take weights from, given the whole model on the meta device, where files can't be read here.
+        Makes the source to take weights from, given the whole model on the meta device, where files can't be read here
+        or are not any more what they were when the checkpoint was first read.
 
     Returns
     -------
@@ -102,13 +103,41 @@ def load_span(
     ArgumentError
         If the span is not within the model.
     CheckpointError
-        If a file is missing or damaged, or tensors are missing or of another shape.
+        If a file is missing, damaged or not any more what it was, or tensors are missing or of another shape.
     UncuttableModelError
         If the architecture can't be cut.
     """
     whole = build_meta(spec)
     parts = find_parts(whole)
     check_span(start, end, parts.num_layers)
+    try:
+        with contextlib.closing(_source(spec, whole)) as source:
+            return _load_from(source, whole, parts, spec, start, end, progress)
+    except FileChangedError as error:
+        if instead is None:
+            raise
+        cause = str(error)
+    # The error is gone by now, and what was loaded with it; the model has been pruned.
+    whole = build_meta(spec)
+    try:
+        with contextlib.closing(instead(whole)) as source:
+            return _load_from(source, whole, parts, spec, start, end, progress)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{cause}; nor can the weights be had from the workers that run the model: {error}"
+        ) from error
+
+
+def _load_from(
+    source: WeightSource,
+    whole: PreTrainedModel,
+    parts: ModelParts,
+    spec: ModelSpec,
+    start: int,
+    end: int,
+    progress: Callable[[int], None] | None,
+) -> LoadedSpan:
+    """Load a span from one source; the whole model, on the meta device, is pruned to it."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     num_loaded = 0
 
@@ -118,21 +147,19 @@ def load_span(
         if progress is not None:
             progress(num_loaded * dtype.itemsize)
 
-    lacks_files = spec.load_format == "safetensors" and not all(os.access(path, os.R_OK) for path in spec.files)
-    with contextlib.closing(instead(whole) if instead and lacks_files else _source(spec, whole)) as source:
-        mapped = _map_weights(whole, source.shapes)
-        tied = hf_internals.ties(whole)
-        prune(whole, parts, start, end, Boundary())
-        chosen = _choose(mapped, tied, set(whole.state_dict()))
-        boundary = Boundary()
-        model = hf_internals.load(
-            cut_class(type(whole), parts, start, end, boundary),
-            read_config(spec),
-            {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
-            dtype=dtype,
-            attn_implementation=spec.attn_implementation,
-        )
-        return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=tied, num_bytes_read=source.num_bytes_read)
+    mapped = _map_weights(whole, source.shapes)
+    tied = hf_internals.ties(whole)
+    prune(whole, parts, start, end, Boundary())
+    chosen = _choose(mapped, tied, set(whole.state_dict()))
+    boundary = Boundary()
+    model = hf_internals.load(
+        cut_class(type(whole), parts, start, end, boundary),
+        read_config(spec),
+        {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
+        dtype=dtype,
+        attn_implementation=spec.attn_implementation,
+    )
+    return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=tied, num_bytes_read=source.num_bytes_read)
 
 
 def _source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:

@@ -5,8 +5,10 @@ Knows the file format; nothing of models, or of which file of a checkpoint holds
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lingualinked.errors import CheckpointError
+from lingualinked.model.spec import CheckpointFile
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from io import FileIO
 
 _DTYPES = {
@@ -46,13 +50,31 @@ class TensorEntry:
     stop: int
 
 
+class FileChangedError(CheckpointError):
+    """A file is not any more what it was when the checkpoint was first read."""
+
+
+def identify(path: str) -> CheckpointFile:
+    """Describe a file as it is now.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing or can't be looked at.
+    """
+    try:
+        return _identity(path, Path(path).stat())
+    except OSError as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+
+
 class SafetensorsFile:
     """A safetensors file, its header read and checked, its tensors not.
 
     Parameters
     ----------
-    path : str
-        Of a local file.
+    file : CheckpointFile
+        Nothing is taken from a file that has been put in its place, or that is being written to.
 
     Attributes
     ----------
@@ -63,35 +85,32 @@ class SafetensorsFile:
 
     Raises
     ------
+    FileChangedError
+        If the file is not any more what it was, or can't be read here.
     CheckpointError
-        If the file is missing, truncated or not a safetensors file.
+        If the file is truncated or not a safetensors file.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, file: CheckpointFile) -> None:
+        self.path = file.path
+        self._expected = file
         self._file: FileIO | None = None
         try:
-            with Path(path).open("rb", buffering=0) as file:
-                file_bytes = file.seek(0, 2)
-                file.seek(0)
-                header_length = int.from_bytes(file.read(8), "little")
-                if file_bytes < 8 or header_length > min(file_bytes - 8, _MAX_HEADER_BYTES):
+            with self._unchanged() as opened:
+                header_length = int.from_bytes(opened.read(8), "little")
+                if file.num_bytes < 8 or header_length > min(file.num_bytes - 8, _MAX_HEADER_BYTES):
                     raise self._damaged(
-                        f"its header claims {count_text(header_length, 'byte')}, the file has {file_bytes:,}"
+                        f"its header claims {count_text(header_length, 'byte')}, the file has {file.num_bytes:,}"
                     )
-                header = file.read(header_length)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path} is missing: copy or download the whole checkpoint again, every shard of it"
-            ) from None
-        except OSError as error:
-            raise CheckpointError(f"{path} can't be read ({error}): check the path and its permissions") from error
+                header = opened.read(header_length)
+        finally:
+            self.close()  # a checkpoint may have more files than a process may hold open
         self.header_bytes = 8 + header_length
         self.entries = self._parse(header)
         expected_bytes = max((entry.stop for entry in self.entries.values()), default=self.header_bytes)
-        if expected_bytes != file_bytes:
+        if expected_bytes != file.num_bytes:
             raise self._damaged(
-                f"it has {count_text(file_bytes, 'byte')} where its header announces {expected_bytes:,}"
+                f"it has {count_text(file.num_bytes, 'byte')} where its header announces {expected_bytes:,}"
             )
 
     def read(self, name: str) -> torch.Tensor:
@@ -99,22 +118,46 @@ class SafetensorsFile:
 
         Raises
         ------
+        FileChangedError
+            If the file is not any more what it was, before or after the tensor has been read.
         CheckpointError
             If the file ends early.
         """
-        if self._file is None:
-            self._file = Path(self.path).open("rb", buffering=0)  # noqa: SIM115 - closed by close()
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         target = memoryview(values)
-        self._file.seek(entry.start)
-        while target:
-            num_read = self._file.readinto(target)
-            if not num_read:
-                raise self._damaged(f"it ends within the tensor {name!r}")
-            target = target[num_read:]
+        with self._unchanged() as opened:
+            opened.seek(entry.start)
+            while target:
+                num_read = opened.readinto(target)
+                if not num_read:
+                    raise self._damaged(f"it ends within the tensor {name!r}")
+                target = target[num_read:]
         return tensor
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[FileIO]:
+        """Open the file, if it is not; what has been read inside is of no use if the file is another one by the end."""
+        try:
+            if self._file is None:
+                self._file = Path(self.path).open("rb", buffering=0)  # noqa: SIM115 - closed by close()
+            self._check(self._file)
+            try:
+                yield self._file
+            except CheckpointError:
+                self._check(self._file)  # what has been replaced is not damaged
+                raise
+            self._check(self._file)
+        except OSError as error:
+            raise FileChangedError(_unreadable(self.path, error)) from error
+
+    def _check(self, opened: FileIO) -> None:
+        if _identity(self.path, os.fstat(opened.fileno())) != self._expected:
+            raise FileChangedError(
+                f"{self.path} has been replaced or written to since the checkpoint was first read, so that its weights "
+                "may be of another model: load anew, once nobody writes there"
+            )
 
     def close(self) -> None:
         """Close the file; reading opens it again."""
@@ -151,3 +194,20 @@ class SafetensorsFile:
         return CheckpointError(
             f"{self.path} is truncated or not a safetensors file: {cause}; copy or download it again"
         )
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is missing: copy or download the whole checkpoint again, every shard of it"
+    return f"{path} can't be read ({error}): check the path and its permissions"
+
+
+def _identity(path: str, status: os.stat_result) -> CheckpointFile:
+    return CheckpointFile(
+        path=str(Path(path).absolute()),
+        device=status.st_dev,
+        inode=status.st_ino,
+        num_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+    )

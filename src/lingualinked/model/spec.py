@@ -8,6 +8,31 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFile:
+    """A file of weights, and what tells whether it is still the one that was read first.
+
+    Parameters
+    ----------
+    path : str
+        Absolute and local.
+    device, inode : int
+        Which file it is, symbolic links followed.
+    num_bytes : int
+        Its size.
+    mtime_ns, ctime_ns : int
+        When it was last written to, in nanoseconds, and when that or anything else about it last changed: whoever
+        replaces or rewrites a file may set the one back, not the other.
+    """
+
+    path: str
+    device: int
+    inode: int
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A model and where its weights come from, the same for every stage.
 
@@ -23,8 +48,8 @@ class ModelSpec:
         As the user asked for; None is transformers' default.
     load_format : {"safetensors", "dummy", "blank"}
         Read the weights from `files`, fill in seeded random ones, or any that serve to measure times with.
-    files : tuple of str
-        Absolute local paths of the safetensors files; empty but for ``"safetensors"``.
+    files : tuple of CheckpointFile
+        The safetensors files, as they were when the checkpoint was first read; empty but for ``"safetensors"``.
     seed : int, default=0
         Of the dummy weights.
     """
@@ -34,5 +59,5 @@ class ModelSpec:
     dtype: str
     attn_implementation: str | None
     load_format: Literal["safetensors", "dummy", "blank"]
-    files: tuple[str, ...]
+    files: tuple[CheckpointFile, ...]
     seed: int = 0

@@ -138,7 +138,7 @@ class Stage:
         held : sequence of Stage, optional
             Other stages of the model on the same accelerator.
         instead : callable, optional
-            Makes the source to take weights from where files can't be read here; see `load_span`.
+            Makes the source to take weights from where files can't be read here, or have changed; see `load_span`.
 
         Returns
         -------

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from lingualinked.model.spec import CheckpointFile
+
     Shape = tuple[int, ...]
 
 
@@ -72,8 +74,7 @@ class CheckpointWeights:
 
     Parameters
     ----------
-    files : sequence of str
-        Local paths.
+    files : sequence of CheckpointFile
 
     Attributes
     ----------
@@ -84,12 +85,14 @@ class CheckpointWeights:
 
     Raises
     ------
+    FileChangedError
+        If a file is not any more what it was when the checkpoint was first read, here or while it is read.
     CheckpointError
-        If a file is missing, truncated or no safetensors file.
+        If a file is truncated or no safetensors file.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self._files = [SafetensorsFile(path) for path in files]
+    def __init__(self, files: Sequence[CheckpointFile]) -> None:
+        self._files = [SafetensorsFile(file) for file in files]
         self._file_of = {name: file for file in self._files for name in file.entries}
         self.shapes: Mapping[str, Shape] = {name: file.entries[name].shape for name, file in self._file_of.items()}
         self.num_bytes_read = sum(file.header_bytes for file in self._files)

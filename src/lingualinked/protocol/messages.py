@@ -44,8 +44,8 @@ class Holder(Message, frozen=True):
 class LoadStage(Message, frozen=True, tag=1):
     """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan and pass its outputs to ``next_name``.
 
-    Layers that stages of other versions hold here are shared with them. Where the checkpoint's files can't be read here, the
-    weights of the rest are fetched from their holders; without such, that fails.
+    Layers that stages of other versions hold here are shared with them. Where the checkpoint's files can't be read here, or
+    are not those of the spec any more, the weights of the rest are fetched from their holders; without such, that fails.
     """
 
     request: int

@@ -1,4 +1,4 @@
-"""Weights that other workers hold, fetched one after the other where there is no checkpoint.
+"""Weights that other workers hold, fetched one after the other where the checkpoint can't be read, or is another by now.
 
 Knows names, holders and how to ask; a thread that loads waits here for what the worker's loop receives.
 """
@@ -122,4 +122,4 @@ class BorrowedWeights:
                 holds = holder.start == 0
             if holds:
                 return holder
-        raise CheckpointError(f"no worker holds {name}, and there is no checkpoint to read it from")
+        raise CheckpointError(f"no worker holds {name}")

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from lingualinked.errors import ArgumentError, CheckpointError
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
+from lingualinked.model.spec import CheckpointFile
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -30,28 +31,32 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def paths(files: Iterable[CheckpointFile]) -> list[Path]:
+    return [Path(file.path) for file in files]
+
+
 def test_a_single_file(tmp_path: Path) -> None:
     write_weights(tmp_path, "model.safetensors")
-    assert resolve_files(tmp_path) == (str(tmp_path / "model.safetensors"),)
+    assert paths(resolve_files(tmp_path)) == [tmp_path / "model.safetensors"]
 
 
 def test_the_files_of_an_index(sharded: Path) -> None:
-    assert resolve_files(sharded) == tuple(str(sharded / name) for name in SHARDS)
+    assert paths(resolve_files(sharded)) == [sharded / name for name in SHARDS]
 
 
 def test_paths_are_absolute(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(sharded.parent)
-    assert all(Path(file).is_absolute() for file in resolve_files(sharded.name))
+    assert all(path.is_absolute() for path in paths(resolve_files(sharded.name)))
 
 
 def test_a_single_file_wins_over_an_index_as_in_transformers(sharded: Path) -> None:
     write_weights(sharded, "model.safetensors")
-    assert resolve_files(sharded) == (str(sharded / "model.safetensors"),)
+    assert paths(resolve_files(sharded)) == [sharded / "model.safetensors"]
 
 
 def test_a_subfolder(sharded: Path) -> None:
     files = resolve_files(sharded.parent, subfolder=sharded.name)
-    assert files == tuple(str(sharded / name) for name in SHARDS)
+    assert paths(files) == [sharded / name for name in SHARDS]
 
 
 def test_a_model_in_the_local_cache_of_the_hub(tmp_path: Path) -> None:
@@ -63,7 +68,7 @@ def test_a_model_in_the_local_cache_of_the_hub(tmp_path: Path) -> None:
         write_weights(snapshot, name)
     write_index(snapshot, SHARDS)
     files = resolve_files("some/model", cache_dir=tmp_path, local_files_only=True, revision="main", token=None)
-    assert files == tuple(str(snapshot / name) for name in SHARDS)
+    assert paths(files) == [snapshot / name for name in SHARDS]
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:

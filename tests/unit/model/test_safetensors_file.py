@@ -1,6 +1,8 @@
 import contextlib
+import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import given
 from safetensors.torch import save_file
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model.safetensors_file import SafetensorsFile
+from lingualinked.model.safetensors_file import FileChangedError, SafetensorsFile, identify
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 def test_tensors_are_read_bit_for_bit_into_aligned_memory(path: Path) -> None:
     from safetensors.torch import load_file
 
-    file = SafetensorsFile(str(path))
+    file = SafetensorsFile(identify(str(path)))
     expected = load_file(path)
     assert set(file.entries) == set(expected)
     for name, tensor in expected.items():
@@ -45,7 +47,7 @@ def test_tensors_are_read_bit_for_bit_into_aligned_memory(path: Path) -> None:
 
 
 def test_opening_reads_the_header_alone(path: Path) -> None:
-    file = SafetensorsFile(str(path))
+    file = SafetensorsFile(identify(str(path)))
     assert file.header_bytes == 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
@@ -77,7 +79,7 @@ def test_damaged_files_are_refused_with_the_cause(content: bytes, cause: str, tm
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"bad.safetensors is truncated or not a safetensors file: .*{cause}"):
-        SafetensorsFile(str(path))
+        SafetensorsFile(identify(str(path)))
 
 
 @given(st.binary(max_size=64))
@@ -86,14 +88,14 @@ def test_no_content_is_met_with_another_error(content: bytes) -> None:
         path = Path(folder) / "any.safetensors"
         path.write_bytes(content)
         with contextlib.suppress(CheckpointError):
-            SafetensorsFile(str(path))
+            SafetensorsFile(identify(str(path)))
 
 
 def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     path.write_bytes(with_header({"a": ENTRY | {"dtype": "F4"}}, b"\0" * 8))
     with pytest.raises(CheckpointError, match=r"a in .*odd.safetensors has the dtype F4"):
-        SafetensorsFile(str(path))
+        SafetensorsFile(identify(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -102,12 +104,74 @@ def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
 def test_what_is_no_file_is_refused(break_it: Callable[[Path], object], cause: str, path: Path) -> None:
     break_it(path)
     with pytest.raises(CheckpointError, match=f"some.safetensors {cause}"):
-        SafetensorsFile(str(path))
+        SafetensorsFile(identify(str(path)))
 
 
-def test_a_file_that_shrinks_afterwards_is_refused(path: Path) -> None:
-    file = SafetensorsFile(str(path))
-    os.truncate(path, file.header_bytes + 2)
-    with pytest.raises(CheckpointError, match="ends within the tensor 'matrix'"):
-        file.read("matrix")
-    file.close()
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+
+
+def replace_and_set_back_its_times(path: Path) -> None:
+    status = path.stat()
+    replace(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def rewrite_and_set_back_its_times(path: Path) -> None:
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def point_elsewhere(path: Path) -> None:
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    path.unlink()
+    path.symlink_to(other)
+
+
+CHANGES = [
+    Path.unlink,
+    replace,
+    replace_and_set_back_its_times,
+    rewrite_and_set_back_its_times,
+    point_elsewhere,
+    lambda path: os.truncate(path, 9),
+    lambda path: path.write_bytes(b""),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_takes_a_files_place_is_not_read(change: Callable[[Path], object], path: Path) -> None:
+    known = identify(str(path))
+    with contextlib.closing(SafetensorsFile(known)) as file:
+        change(path)
+        with pytest.raises(FileChangedError, match=r"some.safetensors (is missing|has been replaced or written to)"):
+            file.read("matrix")
+    with pytest.raises(FileChangedError):
+        SafetensorsFile(known)
+
+
+@pytest.mark.parametrize("change", [rewrite_and_set_back_its_times, lambda path: os.truncate(path, 900), replace])
+def test_a_file_that_changes_while_it_is_read(change: Callable[[Path], object], path: Path) -> None:
+    class ChangingMeanwhile(io.FileIO):
+        def readinto(self, target: memoryview) -> int:
+            num_read = super().readinto(target[:4])
+            change(path)
+            return num_read
+
+    with contextlib.closing(SafetensorsFile(identify(str(path)))) as file:
+        file._file = ChangingMeanwhile(path)
+        with pytest.raises(FileChangedError, match="has been replaced or written to"):
+            file.read("matrix")
+
+
+def test_reading_and_backing_up_a_file_is_no_change(path: Path) -> None:
+    with contextlib.closing(SafetensorsFile(identify(str(path)))) as file:
+        shutil.copy2(path, path.with_name("backup"))
+        path.read_bytes()
+        assert file.read("counts").tolist() == list(range(9))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.spec import ModelSpec
+from lingualinked.model.spec import CheckpointFile, ModelSpec
 from lingualinked.protocol import messages
 from lingualinked.protocol.boot import Imitation
 from lingualinked.protocol.messages import KVEdit, KVEditKind, StageTimes, Step, decode, encode
@@ -48,7 +48,7 @@ SPEC = ModelSpec(
     dtype="bfloat16",
     attn_implementation=None,
     load_format="safetensors",
-    files=("/a",),
+    files=(CheckpointFile(path="/a", device=2**63, inode=2**64 - 1, num_bytes=9, mtime_ns=-1, ctime_ns=10**18),),
 )
 VALUES = {
     "spec": SPEC,
