@@ -23,9 +23,16 @@ import psutil
 from waiting import wait_until
 
 
+def fork_server(cluster: Any) -> psutil.Process:
+    """The process that forks a cluster's workers, perhaps those of other clusters too."""
+    return psutil.Process(cluster._launcher._fork_server.process.pid)
+
+
 def family(cluster: Any) -> list[psutil.Process]:
-    """Every process of a cluster: its workers, and the fork server if it has one."""
-    pids = {*cluster.pids.values(), *(server.pid for server in cluster._launcher._servers())}
+    """Every process that is to end with a cluster: its workers, and the fork server if no other cluster uses it."""
+    server = cluster._launcher._fork_server
+    alone = server is not None and server.num_users == 1
+    pids = [*cluster.pids.values(), *([server.process.pid] if alone else [])]
     return [psutil.Process(pid) for pid in sorted(pids)]
 
 

@@ -53,6 +53,10 @@ class InfeasiblePlanError(LingualinkedError):
         self.missing_bytes = missing_bytes
 
 
+class ResourceError(LingualinkedError):
+    """The operating system's limits on this process do not suffice: open files, processes and threads, or folders."""
+
+
 class ClosedError(LingualinkedError):
     """A model, cluster or session was used after it had been closed."""
 

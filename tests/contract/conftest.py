@@ -10,7 +10,7 @@ import pytest
 from contract.network import Network
 
 IPC = pytest.param(
-    "ipc", marks=pytest.mark.skipif(sys.platform != "linux", reason="abstract names exist on Linux only")
+    "ipc", marks=pytest.mark.skipif(sys.platform != "linux", reason="names of sockets are too short elsewhere")
 )
 
 

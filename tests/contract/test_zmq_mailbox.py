@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import stat
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +63,7 @@ def test_a_peer_that_speaks_no_zeromq_does_no_harm(zmq_network: Network) -> None
     a, b = zmq_network.open_all("a", "b")
     if zmq_network.kind == "ipc":
         raw = socket.socket(socket.AF_UNIX)
-        raw.connect("\0" + b.address.removeprefix("ipc://@"))
+        raw.connect(b.address.removeprefix("ipc://"))
     else:
         host, port = b.address.removeprefix("tcp://").split(":")
         raw = socket.create_connection((host, int(port)))
@@ -89,7 +91,7 @@ def test_a_frame_beyond_the_limit_costs_only_its_sender_the_connection(zmq_netwo
     assert delivery.payload == b"valid"
 
 
-@pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)  # a relay can't stand in for an abstract name
+@pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)
 def test_the_wire_shows_no_plain_text(zmq_network: Network) -> None:
     a, b = zmq_network.open("a", ["b"]), zmq_network.open("b", ["a"])
     seen = bytearray()
@@ -170,16 +172,22 @@ def test_the_handlers_own_thread_may_close(zmq_network: Network) -> None:
     assert done.wait(WAIT_S)  # that the thread ends too is what every test is checked for
 
 
-def test_ipc_addresses_are_abstract_and_tcp_ones_local(zmq_network: Network) -> None:
+def test_ipc_addresses_are_in_a_private_folder_and_tcp_ones_local(zmq_network: Network) -> None:
     a = zmq_network.open("a", [])
-    prefix = {"ipc": "ipc://@lingualinked-", "tcp": "tcp://127.0.0.1:"}[zmq_network.kind]
-    assert a.address.startswith(prefix)
+    if zmq_network.kind == "tcp":
+        assert a.address.startswith("tcp://127.0.0.1:")
+        return
+    path = Path(a.address.removeprefix("ipc://"))
+    assert path.is_socket()
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    a.close()
+    assert not path.parent.exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="abstract names exist on Linux only")
-def test_ipc_is_the_first_choice_on_linux() -> None:
-    with ZmqMailbox("a", generate_keypair(), {}) as a:
-        assert a.address.startswith("ipc://@")
+def test_a_socket_lies_in_the_folder_that_is_named(tmp_path: Path) -> None:
+    with ZmqMailbox("a", generate_keypair(), {}, socket_folder=str(tmp_path)) as a:
+        assert [f"ipc://{path}" for path in tmp_path.iterdir()] == [a.address]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_kind_of_address_is_an_error() -> None:
@@ -188,9 +196,9 @@ def test_another_kind_of_address_is_an_error() -> None:
 
 
 def test_what_fails_in_the_making_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lingualinked.transport.zmq_mailbox._endpoint", lambda _: "tcp://256.0.0.1:*")
+    monkeypatch.setattr("lingualinked.transport.zmq_mailbox._LOOPBACK", "tcp://256.0.0.1:*")
     with pytest.raises(zmq.ZMQError):
-        ZmqMailbox("a", generate_keypair(), {})
+        ZmqMailbox("a", generate_keypair(), {}, "tcp")
     monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no more threads")))
     with pytest.raises(RuntimeError, match="no more threads"):
         ZmqMailbox("a", generate_keypair(), {})

@@ -6,6 +6,7 @@ Knows how to make a checkpoint and its unsharded reference; nothing of what is c
 from __future__ import annotations
 
 import io
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def shared_cluster(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abcd"]) as cluster:
         cluster.workers()  # an answer of each: connections stand both ways, and no test is taken to leave them
         yield cluster
+
+
+@pytest.fixture
+def own_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters of this test share no fork server with others: they start workers in another environment."""
+    monkeypatch.setenv("LINGUALINKED_TEST_FORK_SERVER", uuid.uuid4().hex)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
-from lingualinked.cluster.server_process import ServerProcess
+from lingualinked.cluster.fork_server import ForkChannel
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.messages import ProbeLink
-from processes import are_gone, family, stopped
+from processes import are_gone, family, fork_server, stopped
 from waiting import wait_until
 
 pytestmark = pytest.mark.process
@@ -170,15 +170,15 @@ def test_a_worker_that_has_died_is_no_obstacle(
 def test_a_worker_that_can_not_start_leaves_the_cluster_as_it_was(
     cluster: ll.Cluster, tiny_llama: str, unsharded: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, boot = state(cluster), ServerProcess.boot
+    before, fork = state(cluster), ForkChannel.fork
 
-    def spoil(self: ServerProcess, record: Boot) -> None:
-        boot(self, msgspec.structs.replace(record, secret_key="~" * 40))
+    def spoil(self: ForkChannel, record: Boot, class_names: tuple[str, ...]) -> None:
+        fork(self, msgspec.structs.replace(record, secret_key="~" * 40), class_names)
 
     with load(cluster, tiny_llama, OLD) as model:
         for _ in range(2):
             with monkeypatch.context() as patch:
-                patch.setattr(ServerProcess, "boot", spoil)
+                patch.setattr(ForkChannel, "fork", spoil)
                 with pytest.raises(ll.WorkerDiedError, match=r"'late' died \(exit status 1.*last words") as caught:
                     cluster.add(LATE, links={("late", "a"): ll.Link(latency="1ms")})
             assert caught.value.device == "late"
@@ -190,7 +190,9 @@ def test_a_worker_that_can_not_start_leaves_the_cluster_as_it_was(
 
 
 @pytest.mark.parametrize("forks", [True, False])
-def test_a_worker_that_is_not_ready_in_time_is_ended(forks: bool, tiny_llama: str, unsharded: PreTrainedModel) -> None:
+def test_a_worker_that_is_not_ready_in_time_is_ended(
+    forks: bool, own_fork_server: None, tiny_llama: str, unsharded: PreTrainedModel
+) -> None:
     if forks and not hasattr(os, "pidfd_open"):
         pytest.skip("nothing is forked here")
     with ll.Cluster([ll.Device(name="a", threads=1)], _forks=forks) as cluster:
@@ -198,14 +200,14 @@ def test_a_worker_that_is_not_ready_in_time_is_ended(forks: bool, tiny_llama: st
         before, processes = state(cluster), family(cluster)
         cluster.timeout_s = 0.2
         if forks:
-            (server,) = cluster._launcher._servers()
+            server = fork_server(cluster)
             stopped(server.pid)
         for _ in range(2):  # a plain start imports for seconds
             with pytest.raises(ll.StepTimeoutError, match="worker on device 'late' was not ready within"):
                 cluster.add(LATE)
             assert [device.name for device in cluster.devices] == ["a"]
         if forks:
-            os.kill(server.pid, signal.SIGCONT)  # now it forks those that nobody waits for any more
+            server.resume()  # now it forks those that nobody waits for any more
         cluster.timeout_s = 60.0
         wait_until(lambda: len(cluster._launcher._processes) == 1)
         assert state(cluster) == before
@@ -231,16 +233,18 @@ def test_a_plain_worker_that_is_killed_while_it_starts(tiny_llama: str, unsharde
         assert len(cluster._launcher._processes) == 1
 
 
-def test_a_cluster_whose_fork_server_has_died_says_so(cluster: ll.Cluster) -> None:
+def test_a_cluster_whose_fork_server_has_died_says_so(own_fork_server: None, cluster: ll.Cluster) -> None:
     before = state(cluster)
-    (server,) = cluster._launcher._servers()
     if cluster._launcher._fork_server is None:
         pytest.skip("nothing is forked here")
-    os.kill(server.pid, signal.SIGKILL)
+    fork_server(cluster).kill()
     for _ in range(2):
-        with pytest.raises(ll.WorkerDiedError, match=r"'late' died \(killed by signal 9"):
+        words = r"'late' died \(it was not started: the process that forks .* had ended, killed by signal 9"
+        with pytest.raises(ll.WorkerDiedError, match=words):
             cluster.add(LATE)
         assert state(cluster) == before
+    with ll.Cluster(1) as other:  # which has a fork server that lives
+        other.wait()
 
 
 def test_a_worker_that_does_not_answer_stops_the_addition(cluster: ll.Cluster) -> None:
@@ -255,11 +259,11 @@ def test_a_worker_that_does_not_answer_stops_the_addition(cluster: ll.Cluster) -
     cluster.add(LATE)
 
 
-def test_closing_while_a_device_is_added_ends_both() -> None:
+def test_closing_while_a_device_is_added_ends_both(own_fork_server: None) -> None:
     with ll.Cluster([ll.Device(name="a", threads=1)]) as cluster, ThreadPoolExecutor(2) as pool:
         cluster.wait()
-        (server,) = cluster._launcher._servers()
-        processes = [psutil.Process(pid) for pid in {server.pid, cluster.pids["a"]}]
+        server = fork_server(cluster)
+        processes = [server, psutil.Process(cluster.pids["a"])]
         stopped(server.pid)  # so that both additions wait, one for its worker, one for the other
         adding = [pool.submit(cluster.add, ll.Device(name=name, threads=1)) for name in ("late", "later")]
         wait_until(lambda: len(cluster._launcher._processes) == 2)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import lingualinked as ll
 from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.sharded.loading import LoadArguments, describe
-from processes import are_gone, family, stopped
+from processes import are_gone, family, fork_server, stopped
 from waiting import num_sessions, wait_until
 
 pytestmark = pytest.mark.process
@@ -168,15 +168,17 @@ def test_a_worker_that_does_not_answer(
         model(IDS[:, :1], past_key_values=past)
 
 
-def test_a_fork_server_killed_and_workers_after_it(tiny_llama: str, unsharded: PreTrainedModel) -> None:
+def test_a_fork_server_killed_and_workers_after_it(
+    own_fork_server: None, tiny_llama: str, unsharded: PreTrainedModel
+) -> None:
     """Running workers go on, one that dies is noticed all the same, and a stopped one ends with the cluster."""
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abc"]) as cluster:
         processes = family(cluster)
-        (server,) = cluster._launcher._servers()
+        server = fork_server(cluster)
         plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
         model: Any = ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False)
-        os.kill(server.pid, signal.SIGKILL)
-        wait_until(lambda: server.ended)
+        server.kill()
+        wait_until(lambda: are_gone([server]))
         assert torch.equal(greedy(model), greedy(unsharded))
         assert set(cluster.pids) == {"a", "b", "c"}
         os.kill(cluster.pids["b"], signal.SIGKILL)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import lingualinked as ll
-from processes import Script, are_gone, family, stopped
+from processes import Script, are_gone, family, fork_server, stopped
 from waiting import num_sessions, wait_until
 
 pytestmark = pytest.mark.process
@@ -80,9 +80,9 @@ def test_dropping_a_session_frees_its_kv(sharded: Any, no_collector: None) -> No
     wait_until(lambda: num_sessions(sharded) == [0, 0, 0])
 
 
-def test_the_last_reference_may_go_on_a_thread_of_ours() -> None:
+def test_the_last_reference_may_go_on_a_thread_of_ours(own_fork_server: None) -> None:
     cluster = ll.Cluster(1)
-    server = psutil.Process(cluster._launcher._servers()[0].pid)
+    server = fork_server(cluster)
     engine, holder = cluster._engine, [cluster]
     del cluster
     engine._post(holder.clear)
@@ -225,7 +225,7 @@ def make(num_workers):
     )
 
 def pids(model):
-    return [*model.cluster.pids.values(), *(server.pid for server in model.cluster._launcher._servers())]
+    return [*model.cluster.pids.values(), model.cluster._launcher._fork_server.process.pid]
 
 ids = torch.tensor([[1, 2, 3]])
 """

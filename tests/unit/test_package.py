@@ -52,6 +52,7 @@ PUBLIC_NAMES = [
     "Profile",
     "ProtocolError",
     "RebalancePolicy",
+    "ResourceError",
     "ShardedModel",
     "Simulation",
     "Solved",

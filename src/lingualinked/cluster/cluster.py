@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Self
 from lingualinked.cluster.devices import as_devices, as_further_device
 from lingualinked.cluster.imitation import imitate, imitation_of
 from lingualinked.cluster.launch import Launcher
+from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.protocol.boot import Boot, Imitation
@@ -59,6 +60,8 @@ class Cluster:
     ------
     ArgumentError
         If there is no device, a name occurs twice, a link leads to no device, or a number is not positive.
+    ResourceError
+        If this process may not open enough files or start enough threads and processes, or has no folder for sockets.
 
     Examples
     --------
@@ -85,6 +88,7 @@ class Cluster:
         if not isinstance(max_frame_bytes, int):
             raise ArgumentError(f"max_frame_bytes={max_frame_bytes!r} must be a whole number")
         self._max_frame_bytes = int(_positive(max_frame_bytes, "max_frame_bytes"))
+        check_start(self.devices)
         ends = contextlib.ExitStack()
         self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
         try:
@@ -96,7 +100,7 @@ class Cluster:
 
             keys = {name: generate_keypair() for name in (CALLER, *(device.name for device in self.devices))}
             public_keys = {device.name: keys[device.name].public for device in self.devices}
-            self._engine = engine = Engine(keys[CALLER], public_keys, max_frame_bytes)
+            self._engine = engine = Engine(keys[CALLER], public_keys, launcher.socket_folder, max_frame_bytes)
             ends.callback(engine.stop)
             for device in self.devices:
                 engine.shape(device.name, link_between(None, device, self.links))
@@ -116,6 +120,7 @@ class Cluster:
             public_key=keys.public,
             secret_key=keys.secret,
             authorised={key: name for name, key in self._engine.public_keys.items()},
+            socket_folder=self._launcher.socket_folder,
             caller_address=address,
             caller_key=key,
             caller_pid=os.getpid(),
@@ -192,6 +197,8 @@ class Cluster:
         ------
         ArgumentError
             If it is no device, its name is taken, a core is not this process's to use, or a link is not one of its own.
+        ResourceError
+            If this process may not open enough files or start enough threads and processes.
         ClosedError
             If the cluster has been closed, also meanwhile.
         WorkerDiedError
@@ -213,6 +220,7 @@ class Cluster:
         with self._changes:
             before = self.devices, self.links, self._behaving
             device = as_further_device(device, self.devices)
+            check_addition(device)
             behaving = {**self._behaving, device.name: device}
             known = {**self.links, **check_links_of(device.name, links or {}, behaving)}
             keys = generate_keypair()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import inspection_of, request_report
+from lingualinked.cluster.resources import start_thread
 from lingualinked.control.events import (
     DeviceLost,
     DeviceObserved,
@@ -103,8 +104,9 @@ class Controller:
             Seconds between two looks at the devices while steps run.
         """
         self._interval_s = interval_s
-        self._thread = threading.Thread(target=self._run, name="lingualinked-control", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="lingualinked-control", daemon=True)
+        start_thread(thread)
+        self._thread = thread  # only now: what did not start can't be joined
 
     def stop(self) -> None:
         """Have the thread end once what it does is done; does not wait for it."""
@@ -169,7 +171,7 @@ class Controller:
     def _apart(self, work: Callable[[], Decision]) -> Decision:
         """Do something on a thread of its own: an interrupt of the caller's must not end a migration half way."""
         outcome: concurrent.futures.Future[Decision] = concurrent.futures.Future()
-        threading.Thread(target=_settle, args=(outcome, work), name="lingualinked-migration", daemon=True).start()
+        start_thread(threading.Thread(target=_settle, args=(outcome, work), name="lingualinked-migration", daemon=True))
         try:
             return outcome.result()
         finally:

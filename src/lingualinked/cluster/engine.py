@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lingualinked.cluster.exchange import Exchange, closed
 from lingualinked.cluster.pending import Pending
+from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
@@ -42,12 +43,15 @@ class Engine:
         The caller's CURVE keys.
     public_keys : mapping of str to str
         Public key of each device's worker, by device name.
+    socket_folder : str
+        Where its socket lies.
     max_frame_bytes : int
         Largest frame that it sends or takes.
     """
 
-    def __init__(self, keys: KeyPair, public_keys: Mapping[str, str], max_frame_bytes: int) -> None:
+    def __init__(self, keys: KeyPair, public_keys: Mapping[str, str], socket_folder: str, max_frame_bytes: int) -> None:
         self._keys = keys
+        self._socket_folder = socket_folder
         self._max_frame_bytes = max_frame_bytes
         self._owner_pid = os.getpid()
         # Reentrant: a finalizer posts, and the garbage collector may run one in the middle of a post.
@@ -60,7 +64,7 @@ class Engine:
         ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         arguments = (dict(public_keys), ready)
         self._thread = threading.Thread(target=self._run, args=arguments, name="lingualinked-io", daemon=True)
-        self._thread.start()
+        start_thread(self._thread)
         try:
             ready.result(_START_S)
         except BaseException:
@@ -233,7 +237,13 @@ class Engine:
     def _run(self, public_keys: Mapping[str, str], ready: concurrent.futures.Future[None]) -> None:
         try:
             names = {key: name for name, key in public_keys.items()}
-            self._mailbox = ZmqMailbox(CALLER, self._keys, names, max_frame_bytes=self._max_frame_bytes)
+            self._mailbox = ZmqMailbox(
+                CALLER,
+                self._keys,
+                names,
+                socket_folder=self._socket_folder,
+                max_frame_bytes=self._max_frame_bytes,
+            )
         except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it
             ready.set_exception(error)
             return

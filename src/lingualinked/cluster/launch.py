@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -17,10 +18,12 @@ import time
 import weakref
 from collections.abc import Callable
 
-from lingualinked.cluster.server_process import ServerProcess, how_it_ended, open_pidfd, wait_for_end
+from lingualinked.cluster.fork_server import ForkChannel, ForkServer, fork_servers
+from lingualinked.cluster.resources import start_thread
+from lingualinked.cluster.server_process import ErrorFile, ServerProcess, how_it_ended, open_pidfd, wait_for_end
 from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Forked, Preload
+from lingualinked.transport.socket_folder import make_socket_folder
 
-_TAIL_BYTES = 4000
 _POLL_MS = 200
 
 _launchers: weakref.WeakSet[Launcher] = weakref.WeakSet()
@@ -29,6 +32,7 @@ _launchers: weakref.WeakSet[Launcher] = weakref.WeakSet()
 def _abandon_in_forked_child() -> None:
     for launcher in _launchers:
         launcher.abandon()
+    fork_servers.abandon()
 
 
 if hasattr(os, "register_at_fork"):
@@ -38,8 +42,8 @@ if hasattr(os, "register_at_fork"):
 class Launcher:
     """The worker processes of one cluster.
 
-    On Linux one fork server imports torch and transformers once and forks every worker; elsewhere, where forking a
-    process that has loaded such libraries is unsafe, every worker is started plainly.
+    On Linux a fork server imports torch and transformers once and forks every worker, for all clusters of this process;
+    elsewhere, where forking a process that has loaded such libraries is unsafe, every worker is started plainly.
 
     Parameters
     ----------
@@ -47,28 +51,45 @@ class Launcher:
         transformers classes whose code the workers will need.
     forks : bool or None
         Whether to use a fork server; ``None``: on Linux.
+
+    Attributes
+    ----------
+    socket_folder : str
+        Where the sockets of the cluster are to lie; it goes with the launcher.
+
+    Raises
+    ------
+    ResourceError
+        If there is no folder for sockets.
     """
 
     def __init__(self, class_names: tuple[str, ...] = (), *, forks: bool | None = None) -> None:
-        forks = _can_fork() if forks is None else forks
-        self._preload = Preload(caller_pid=os.getpid(), forks=forks, class_names=class_names)
+        self._class_names = class_names
         self._lock = threading.Lock()
         self._stop_lock = threading.RLock()
         self._stopping = False
         self._processes: list[_Process] = []
         self._on_end: Callable[[str, str], None] = lambda name, how: None
         self._thread: threading.Thread | None = None
-        self._fork_server: ServerProcess | None = None
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the workers that write to it
-        self._woken, self._wake = socket.socketpair()
-        self._wake.setblocking(False)
+        self._fork_server: ForkServer | None = None
+        self._channel: ForkChannel | None = None
+        with contextlib.ExitStack() as undo:
+            if _can_fork() if forks is None else forks:
+                self._fork_server = server = fork_servers.acquire(class_names)
+                undo.callback(fork_servers.release, server)
+                self.socket_folder = tempfile.mkdtemp(prefix="", dir=server.socket_folder)
+            else:
+                self.socket_folder = make_socket_folder()
+            undo.callback(shutil.rmtree, self.socket_folder, ignore_errors=True)
+            self._errors = undo.enter_context(contextlib.closing(ErrorFile(self.socket_folder)))
+            self._woken, self._wake = socket.socketpair()
+            undo.callback(self._woken.close)
+            undo.callback(self._wake.close)
+            self._wake.setblocking(False)
+            if self._fork_server is not None:
+                self._channel = ForkChannel(self._fork_server, self._errors)
+            undo.pop_all()
         _launchers.add(self)
-        if forks:
-            try:
-                self._fork_server = self._new_server()
-            except BaseException:
-                self.stop()
-                raise
 
     def start(self, boots: list[Boot], on_end: Callable[[str, str], None]) -> None:
         """Start one worker per boot record.
@@ -83,8 +104,9 @@ class Launcher:
         self._on_end = on_end
         for boot in boots:
             self._begin(boot)
-        self._thread = threading.Thread(target=self._watch, name="lingualinked-processes", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._watch, name="lingualinked-processes", daemon=True)
+        start_thread(thread)
+        self._thread = thread  # only now: what did not start can't be joined
 
     def add(self, boot: Boot) -> None:
         """Start one more worker beside those that run; does nothing once stopped."""
@@ -121,59 +143,54 @@ class Launcher:
             if self._stopping:
                 return
             self._stopping = True
-            for server in self._servers():
-                server.hang_up()
+            if self._channel is not None:
+                self._channel.hang_up()
+            for process in self._processes:
+                process.hang_up()
             self._wake.close()
             if self._thread is not None and self._thread is not threading.current_thread():
                 self._thread.join(GRACE_S)
-            if self._fork_server is not None and all(process.pid is None for process in self._processes):
-                self._fork_server.kill()  # it still imports: it would not see the end before that is done
             deadline = time.monotonic() + GRACE_S
             for process in self._processes:
                 process.end_by(deadline)
-            for server in self._servers():
-                server.end_by(time.monotonic() + GRACE_S)  # a fork server waits for its workers first
+            if self._channel is not None:
+                self._channel.close_by(deadline)
+            if self._fork_server is not None:
+                fork_servers.release(self._fork_server)
             self._woken.close()
             self._errors.close()
+            shutil.rmtree(self.socket_folder, ignore_errors=True)
 
     def abandon(self) -> None:
         """Let go of the workers in a forked child of the caller: they belong to the parent."""
         self._stopping = True
         self._stop_lock = threading.RLock()  # whoever held it is not in this process
-        for server in self._servers():
-            server.abandon()
+        if self._channel is not None:
+            self._channel.abandon()
         for process in self._processes:
-            process.let_go()
+            process.abandon()
         self._wake.close()
         self._woken.close()
         self._errors.close()
 
-    def error_tail(self) -> str:
-        """Return the last lines that workers wrote to their standard error."""
-        with contextlib.suppress(ValueError, OSError):
-            size = os.fstat(self._errors.fileno()).st_size
-            tail = os.pread(self._errors.fileno(), 4 * _TAIL_BYTES, max(0, size - 4 * _TAIL_BYTES)).decode(
-                errors="replace"
-            )
-            # Of faulthandler's report of a crash this one line is most, and it says nothing.
-            lines = [line for line in tail.splitlines() if not line.startswith("Extension modules:")]
-            return "\n".join(lines)[-_TAIL_BYTES:]
-        return ""
-
-    def _new_server(self) -> ServerProcess:
-        return ServerProcess(self._preload, self._errors.fileno())
-
-    def _servers(self) -> list[ServerProcess]:
-        if self._fork_server is not None:
-            return [self._fork_server]
-        return [process.server for process in self._processes]
-
     def _begin(self, boot: Boot) -> None:
-        server = self._fork_server or self._new_server()
-        process = _Process(boot.name, server, None if self._fork_server else server.pid)
-        with self._lock:
-            self._processes.append(process)
-        server.boot(boot)
+        if self._channel is not None:
+            with self._lock:
+                self._processes.append(_Process(boot.name, None))
+            self._channel.fork(boot, self._class_names)
+        else:
+            plain = ServerProcess(
+                Preload(
+                    caller_pid=os.getpid(),
+                    forks=False,
+                    socket_folder=self.socket_folder,
+                    class_names=self._class_names,
+                ),
+                self._errors,
+            )
+            with self._lock:
+                self._processes.append(_Process(boot.name, plain))
+            plain.boot(boot)
 
     def _kept(self) -> list[_Process]:
         with self._lock:
@@ -187,7 +204,7 @@ class Launcher:
         """Read what the fork server says and see processes end, until `stop`."""
         while True:
             server = self._fork_server
-            server_has_ended = server is not None and server.ended  # asked first: then all that it said can be read
+            server_has_ended = server is not None and server.process.ended  # asked first: all that it said can be read
             poller = select.poll()
             poller.register(self._woken, select.POLLIN)
             descriptors = self._descriptors(server_has_ended)
@@ -200,23 +217,23 @@ class Launcher:
                 return
             if self._woken.fileno() in ready:
                 self._woken.recv(4096)
-            if server is not None and server.channel.fileno() in ready:
-                for line, handle in server.read():
+            if self._channel is not None and self._channel.fileno() in ready:
+                for line, handle in self._channel.read():
                     self._note(line, handle)
                 server_has_ended = False  # for now: it may have said more
             for name, how in self._newly_ended(ready, server_has_ended):
-                tail = self.error_tail().strip()
+                tail = self._errors.tail()
                 self._on_end(name, f"{how}; last words of this cluster's workers:\n{tail}" if tail else how)
             self._clear_away()
 
     def _descriptors(self, server_has_ended: bool) -> list[int | None]:
         """Say what to wait for: while the fork server lives it tells of ends, and of how; then only pidfds do."""
         with self._lock:
-            living = [process for process in self._processes if not process.ended]
-        if self._fork_server is None:
-            return [process.server.handle for process in living]
-        channel = [] if self._fork_server.hung_up else [self._fork_server.channel.fileno()]
-        return [*channel, *([process.handle for process in living] if server_has_ended else [self._fork_server.handle])]
+            handles = [process.handle for process in self._processes if not process.ended]
+        if self._fork_server is None or self._channel is None:
+            return handles
+        channel = [] if self._channel.hung_up else [self._channel.fileno()]
+        return [*channel, *(handles if server_has_ended else [self._fork_server.process.handle])]
 
     def _note(self, line: Forked | Ended, handle: int | None) -> None:
         with self._lock:
@@ -249,55 +266,67 @@ class Launcher:
                 self._processes.remove(process)
         for process in done:
             process.end_by(time.monotonic())
-            if process.server is not self._fork_server:
-                process.server.end_by(time.monotonic())
             process.gone.set()
 
     def _how(self, process: _Process, ready: set[int], server_has_ended: bool) -> str | None:
         if process.how is not None:
             return process.how
+        if process.plain is not None:
+            return how_it_ended(process.plain.status) if process.plain.ended else None
         if process.handle is not None:
             return how_it_ended(None) if server_has_ended and process.handle in ready else None
-        if server_has_ended or (self._fork_server is None and process.server.ended):
-            return how_it_ended(process.server.status)  # itself the worker, or it never forked this one
+        if server_has_ended and self._fork_server is not None:
+            tail = self._fork_server.errors.tail()
+            last_words = f"; its last words:\n{tail}" if tail else ""
+            how = how_it_ended(self._fork_server.process.status)
+            return f"it was not started: the process that forks this cluster's workers had ended, {how}{last_words}"
         return None
 
 
 class _Process:
-    """One worker, as far as it is known; in plain starts its server is the worker itself."""
+    """One worker, if known: started plainly, or forked and known once the fork server says so."""
 
-    def __init__(self, name: str, server: ServerProcess, pid: int | None) -> None:
+    def __init__(self, name: str, plain: ServerProcess | None) -> None:
         self.name = name
-        self.server = server
-        self.pid = pid
-        self.handle: int | None = None  # pidfd of a forked worker: readable once it has ended
+        self.plain = plain
+        self.pid = None if plain is None else plain.pid
+        self.handle = None if plain is None else plain.handle  # pidfd: readable once it has ended
         self.how: str | None = None
         self.ended = False
         self.given_up = False  # nobody is told of its end
         self.gone = threading.Event()
 
+    def hang_up(self) -> None:
+        """Let a plain worker see that the caller is done with it; forked ones see it by their cluster's channel."""
+        if self.plain is not None:
+            self.plain.hang_up()
+
     def kill(self) -> None:
-        """Force its end, as far as it has begun."""
-        if self.handle is not None:
+        """Force its end, if it has begun."""
+        if self.plain is not None:
+            self.plain.kill()
+        elif self.handle is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-        elif self.pid == self.server.pid:
-            self.server.kill()
 
     def end_by(self, deadline: float) -> None:
-        """Wait for a forked worker's end until ``deadline`` (monotonic seconds), then force it."""
-        if self.handle is None:
-            return
-        if not wait_for_end(self.handle, deadline):
-            self.kill()
-            wait_for_end(self.handle, time.monotonic() + GRACE_S)
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Close the pidfd of a forked worker."""
-        if self.handle is not None:
+        """Wait for its end until ``deadline`` (monotonic seconds), then force it."""
+        if self.plain is not None:
+            self.plain.end_by(deadline)
+        elif self.handle is not None:
+            if not wait_for_end(self.handle, deadline):
+                self.kill()
+                wait_for_end(self.handle, time.monotonic() + GRACE_S)
             os.close(self.handle)
-            self.handle = None
+        self.handle = None
+
+    def abandon(self) -> None:
+        """Let go of it in a forked child of the caller."""
+        if self.plain is not None:
+            self.plain.abandon()
+        elif self.handle is not None:
+            os.close(self.handle)
+        self.handle = None
 
 
 def _can_fork() -> bool:

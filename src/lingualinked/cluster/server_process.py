@@ -1,63 +1,71 @@
-"""A process started for a cluster, and the socket that is its standard input and its lifeline.
+"""A process started for the caller, and the socket that is its standard input and its lifeline.
 
-Knows `subprocess` and the lines of `lingualinked.protocol.boot`; not what the process does.
+Knows `subprocess` and the messages of `lingualinked.protocol.boot`; not what the process does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import msgspec
 
-from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Forked, Preload
+from lingualinked.protocol.boot import GRACE_S, Boot, Preload
 
-_MOST_HANDLES = 64
+_TAIL_BYTES = 4000
+_ENTRY = str(Path(__file__).parents[1] / "worker" / "__main__.py")
 
 
 class ServerProcess:
-    """A process started by `subprocess`: the fork server, or a worker of its own.
+    """A process started by `subprocess`: a fork server, or a worker of its own.
 
     Parameters
     ----------
     preload : Preload
         What it is told first.
-    errors : int
-        Descriptor of the file for its standard output and error.
+    errors : ErrorFile
+        Where its standard output and error go.
     """
 
-    def __init__(self, preload: Preload, errors: int) -> None:
-        self.hung_up = False
-        self._text = b""
-        self._handles: list[int] = []
+    def __init__(self, preload: Preload, errors: ErrorFile) -> None:
         self.channel, theirs = socket.socketpair()
         try:
             with theirs:
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "lingualinked.worker"],
+                    [sys.executable, "-P", _ENTRY],
                     stdin=theirs.fileno(),
-                    stdout=errors,
-                    stderr=errors,
+                    stdout=errors.fileno(),
+                    stderr=errors.fileno(),
                     start_new_session=True,  # Ctrl-C in the caller's terminal is the caller's business
-                    env=_environment(),
+                    cwd=Path(_ENTRY).anchor,  # the caller's own may be gone
+                    umask=0o077,
+                    env=worker_environment(),
                 )
         except BaseException:
             self.channel.close()
             raise
         self.pid = self._popen.pid
         self.handle = open_pidfd(self.pid)
-        self._tell(preload)
+        self._send(json.dumps(import_path()).encode() + b"\n")
+        self._send(msgspec.json.encode(preload) + b"\n")
 
     def boot(self, boot: Boot) -> None:
-        """Ask for a worker, or make this process one."""
-        self._tell(boot)
+        """Make this process a worker."""
+        self._send(msgspec.json.encode(boot) + b"\n")
+
+    def connect(self, channel: int, errors: int) -> None:
+        """Hand a fork server the socket to one more cluster, and the file for that cluster's errors."""
+        with contextlib.suppress(OSError):
+            socket.send_fds(self.channel, [b"\0"], [channel, errors])
 
     @property
     def ended(self) -> bool:
@@ -70,22 +78,8 @@ class ServerProcess:
         code = self._popen.poll()
         return None if code is None else -code if code < 0 else code << 8
 
-    def read(self) -> list[tuple[Forked | Ended, int | None]]:
-        """Read what it says, with the descriptor that travels beside a `Forked`; its channel must be readable."""
-        try:
-            data, handles, _, _ = socket.recv_fds(self.channel, 65536, _MOST_HANDLES)
-        except OSError:
-            data, handles = b"", []
-        for handle in handles:
-            os.set_inheritable(handle, False)  # else whatever the caller executes would hold it too
-        self.hung_up = not data
-        self._handles += handles
-        *lines, self._text = (self._text + data).split(b"\n")
-        said = [msgspec.json.decode(line, type=Forked | Ended) for line in lines]
-        return [(line, self._handles.pop(0) if isinstance(line, Forked) else None) for line in said]
-
     def hang_up(self) -> None:
-        """Let the process and its workers see that the caller is done with them."""
+        """Let the process see that the caller is done with it."""
         with contextlib.suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)  # closing would not be seen while a child of ours holds a copy
 
@@ -96,8 +90,6 @@ class ServerProcess:
     def end_by(self, deadline: float) -> None:
         """Wait for the end until ``deadline`` (monotonic seconds), then force it."""
         self.channel.close()
-        while self._handles:  # of workers whose line had not come whole
-            os.close(self._handles.pop())
         if self.handle is not None:
             if not wait_for_end(self.handle, deadline):
                 self.kill()
@@ -117,9 +109,40 @@ class ServerProcess:
             self.handle = None
         self._popen.returncode = 0  # not a child of ours: nothing to wait for
 
-    def _tell(self, line: Preload | Boot) -> None:
+    def _send(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # a process that is gone already is seen, and told, by who watches it
-            self.channel.sendall(msgspec.json.encode(line) + b"\n")
+            self.channel.sendall(data)
+
+
+class ErrorFile:
+    """What processes write to their standard error, kept in a file without a name.
+
+    Parameters
+    ----------
+    folder : str
+        A folder that can be written to.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as those that write to it
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._file.fileno()
+
+    def tail(self) -> str:
+        """Return the last lines; none once it is closed."""
+        with contextlib.suppress(ValueError, OSError):
+            size = os.fstat(self.fileno()).st_size
+            tail = os.pread(self.fileno(), 4 * _TAIL_BYTES, max(0, size - 4 * _TAIL_BYTES)).decode(errors="replace")
+            # Of faulthandler's report of a crash this one line is most, and it says nothing.
+            lines = [line for line in tail.splitlines() if not line.startswith("Extension modules:")]
+            return "\n".join(lines)[-_TAIL_BYTES:].strip()
+        return ""
+
+    def close(self) -> None:
+        """Close this process's descriptor of it."""
+        self._file.close()
 
 
 def open_pidfd(pid: int) -> int | None:
@@ -148,21 +171,29 @@ def how_it_ended(status: int | None) -> str:
     return f"exit status {os.WEXITSTATUS(status)}"
 
 
-def _environment() -> dict[str, str]:
-    """Make the workers' environment: ours, with the caller's import path, but without the folder of its script."""
+def import_path() -> list[str]:
+    """Return the caller's import path, in absolute terms, but without the folder of its script and the working folder."""
     package_home = str(Path(__file__).parents[2])
-    unwanted = {""}
-    with contextlib.suppress(OSError):  # the working folder may be gone
-        unwanted.add(str(Path.cwd()))
+    working_folder = None
+    with contextlib.suppress(OSError):  # it may be gone
+        working_folder = str(Path.cwd())
+    unwanted = {"", working_folder}
     script = getattr(sys.modules.get("__main__"), "__file__", None)
-    if script:
+    if script and (working_folder or Path(script).is_absolute()):
         unwanted.add(str(Path(script).resolve().parent))
-    path = [entry for entry in sys.path if entry == package_home or entry not in unwanted]
-    if package_home not in path:
-        path.insert(0, package_home)
+    path = [
+        str(Path(entry).absolute()) if working_folder else entry
+        for entry in sys.path
+        # Python itself ignores entries that are no text, as of pathlib.
+        if isinstance(entry, str) and (entry == package_home or entry not in unwanted)
+    ]
+    return path if package_home in path else [package_home, *path]
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment that workers start with: the caller's, and what torch reads when it is imported."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "OPENBLAS_NUM_THREADS": "1",  # its pool would start at import, before the fork
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for CUDA must not start it before the fork

@@ -1,6 +1,6 @@
-"""What a worker is told when it starts, over its standard input: never in arguments or the environment.
+"""What started processes and the caller tell each other over sockets: never in arguments or the environment.
 
-Knows the words only, not how they are used.
+Knows the words only, not how they are used. The very first line, the caller's import path, is `lingualinked.worker.__main__`'s.
 """
 
 from __future__ import annotations
@@ -12,20 +12,38 @@ GRACE_S = 2.0
 
 
 class Preload(msgspec.Struct, frozen=True, kw_only=True):
-    """First line to a started process: what to import before it forks workers, or becomes one.
+    """First message to a started process: what to import before it forks workers, or becomes one.
 
     Parameters
     ----------
     caller_pid : int
-        The process whose end ends the fork server.
+        The process whose end ends this one.
     forks : bool
-        Whether it stays and forks a worker for each `Boot` that follows, or becomes the worker of the only one.
+        Whether it stays and forks workers for the clusters whose sockets follow, or becomes the worker of the one `Boot`.
+    socket_folder : str
+        The folder that it removes once the caller is gone.
     class_names : tuple of str
         transformers classes whose code the workers will need.
     """
 
     caller_pid: int
     forks: bool
+    socket_folder: str
+    class_names: tuple[str, ...] = ()
+
+
+class Fork(msgspec.Struct, frozen=True, kw_only=True):
+    """A cluster's request for one worker; beside it travels the socket from which the worker alone reads its `Boot`.
+
+    Parameters
+    ----------
+    name : str
+        The device's name.
+    class_names : tuple of str
+        transformers classes to import before it is forked, unless they are already.
+    """
+
+    name: str
     class_names: tuple[str, ...] = ()
 
 
@@ -63,7 +81,7 @@ class Imitation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for one worker: who it is, whom it may talk to, and what it may use.
+    """What one worker is told, and nobody else: who it is, whom it may talk to, and what it may use.
 
     Parameters
     ----------
@@ -73,6 +91,8 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         The worker's own CURVE keys (Z85 text).
     authorised : dict of str to str
         Public keys that may connect to it, and whose they are.
+    socket_folder : str
+        Where its own socket is to lie; it removes the folder once the caller is gone.
     caller_address, caller_key : str
         Where the caller's inbox listens, and its public key.
     caller_pid : int
@@ -97,6 +117,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     public_key: str
     secret_key: str
     authorised: dict[str, str]
+    socket_folder: str
     caller_address: str
     caller_key: str
     caller_pid: int

@@ -9,11 +9,12 @@ import contextlib
 import logging
 import math
 import os
-import secrets
+import shutil
 import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import zmq
@@ -32,6 +33,7 @@ from lingualinked.transport.codec import (
 from lingualinked.transport.keys import KeyPair, authorise, check_authorised, raw_key
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.refusals import Refusals
+from lingualinked.transport.socket_folder import make_socket_folder, new_socket_path
 from lingualinked.transport.waker import Waker
 from lingualinked.transport.zap import DOMAIN, ZapHandler
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lingualinked.transport")
 
+_LOOPBACK = "tcp://127.0.0.1:*"
 _CURVE_OVERHEAD_BYTES = 33  # of a frame that MAXMSGSIZE is compared with
 _HANDSHAKE_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_S = 5.0
@@ -52,8 +55,8 @@ class ZmqMailbox(Mailbox):
     """A mailbox that processes of one machine reach over ipc or loopback.
 
     Everything is encrypted. Only holders of authorised keys can connect: others, and peers without encryption, fail
-    in the handshake, before anything that they send is read. On Linux the address is an abstract name of a unix socket,
-    so that there is no file that could stay behind.
+    in the handshake, before anything that they send is read. Other users of the machine can't even connect where the
+    address is that of a unix socket, whose folder is closed to them.
 
     Parameters
     ----------
@@ -65,7 +68,9 @@ class ZmqMailbox(Mailbox):
         Public key and name of each party that may connect, to begin with. A refusal is final: whoever connects must have
         been authorised, here or by `authorise`, before.
     address : {"ipc", "tcp"}, optional
-        What to listen on: an abstract unix name, or a free port of 127.0.0.1. By default the first where there is one.
+        What to listen on: a unix socket, or a free port of 127.0.0.1. By default the first where there are any.
+    socket_folder : str, optional
+        The folder in which its unix socket lies; by default one of its own, which goes when the mailbox is closed.
     max_frame_bytes, max_message_bytes : int
         Limits of a message that is sent or received, before encryption; the same for all parties that talk. A frame
         beyond its limit costs the sender the connection before it is read. A message is compared with its limit when it
@@ -75,6 +80,8 @@ class ZmqMailbox(Mailbox):
     ------
     ArgumentError
         If a key, a limit or the kind of address can't be used, or two keys are authorised under one name.
+    ResourceError
+        If there is no folder for its socket.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class ZmqMailbox(Mailbox):
         authorised: Mapping[str, str],
         address: Literal["ipc", "tcp"] | None = None,
         *,
+        socket_folder: str | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
@@ -91,12 +99,14 @@ class ZmqMailbox(Mailbox):
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
         self._keys = keys
         self._authorised = check_authorised(authorised)
-        endpoint = _endpoint(address)
+        kind = _kind_of_address(address)
         self._sockets = _Sockets(self._authorised, self._refusals)
         # What the finalizer holds must not lead back here. At exit the thread that owns the sockets may still run.
         self._finalizer = weakref.finalize(self, self._sockets.close)
         self._finalizer.atexit = False
+        weakref.finalize(self, self._sockets.remove_files)
         try:
+            endpoint = _LOOPBACK if kind == "tcp" else self._sockets.new_endpoint(socket_folder)
             self.address = self._sockets.bind(endpoint, keys, max_frame_bytes + _CURVE_OVERHEAD_BYTES)
         except BaseException:
             self.close()
@@ -225,6 +235,7 @@ class _Sockets:
     def __init__(self, authorised: Mapping[str, str], refusals: Refusals) -> None:
         self._pid = os.getpid()
         self.outboxes: dict[str, zmq.Socket[bytes]] = {}
+        self._files = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             self.waker = Waker()
             undo.callback(self.waker.close)
@@ -234,6 +245,15 @@ class _Sockets:
             undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
             self.inbox = self._socket(zmq.PULL)
             undo.pop_all()
+
+    def new_endpoint(self, folder: str | None) -> str:
+        """Choose a name for a unix socket in a folder, or in a new one; what is made goes when all is closed."""
+        if folder is None:
+            folder = make_socket_folder()
+            self._files.callback(shutil.rmtree, folder, ignore_errors=True)
+        path = new_socket_path(folder)
+        self._files.callback(Path(path).unlink, missing_ok=True)
+        return f"ipc://{path}"
 
     def bind(self, endpoint: str, keys: KeyPair, max_frame_bytes: int) -> str:
         self.inbox.curve_server = True
@@ -277,8 +297,14 @@ class _Sockets:
         self.inbox.close()
         while self.outboxes:
             self.outboxes.popitem()[1].close()
+        self.remove_files()
         if not self._zap.stop(_CLOSE_TIMEOUT_S):
             logger.warning("a ZeroMQ context did not end within %s s; its threads stay", _CLOSE_TIMEOUT_S)
+
+    def remove_files(self) -> None:
+        """Remove the name of its unix socket, and the folder if that is its own."""
+        if os.getpid() == self._pid:
+            self._files.close()
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
@@ -288,14 +314,10 @@ class _Sockets:
         return socket
 
 
-def _endpoint(address: str | None) -> str:
-    has_abstract_names = sys.platform == "linux" and zmq.has("ipc")
+def _kind_of_address(address: str | None) -> str:
+    kinds = ["ipc", "tcp"] if zmq.has("ipc") else ["tcp"]
     if address is None:
-        address = "ipc" if has_abstract_names else "tcp"
-    if address == "tcp":
-        return "tcp://127.0.0.1:*"
-    if address != "ipc" or not has_abstract_names:
-        raise ArgumentError(
-            f'address={address!r} can\'t be used on {sys.platform}: pass "tcp", or "ipc" on Linux, or None'
-        )
-    return f"ipc://@lingualinked-{secrets.token_hex(16)}"
+        return kinds[0]
+    if address not in kinds:
+        raise ArgumentError(f"address={address!r} can't be used on {sys.platform}: pass {' or '.join(kinds)}, or None")
+    return address

@@ -33,8 +33,9 @@ class Background:
         """Run a job once those before it are done; it raises nothing."""
         self._jobs.put(job)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="lingualinked-background", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="lingualinked-background", daemon=True)
+            thread.start()
+            self._thread = thread  # only now: what did not start can't be joined
 
     def stop(self) -> None:
         """End the thread once the jobs that were submitted are done."""

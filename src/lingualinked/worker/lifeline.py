@@ -1,4 +1,4 @@
-"""Ends the worker when its caller is gone, however the caller went.
+"""Ends the process when its caller is gone, however the caller went, and removes the folder of its sockets.
 
 Knows two signs: the caller's end of the socket has closed, or the caller's process has ended.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import threading
+from typing import NoReturn
 
 
-def watch_caller(channel: int, caller_pid: int) -> None:
-    """End this process as soon as the caller is gone.
+class Lifeline:
+    """A thread that ends this process as soon as the caller is gone, until it is closed.
 
     Parameters
     ----------
@@ -20,20 +22,46 @@ def watch_caller(channel: int, caller_pid: int) -> None:
         Descriptor whose other end the caller holds; hanging up is the first sign.
     caller_pid : int
         The caller; its end is the second sign, for when a forked child of it still holds the other end.
+    socket_folder : str
+        Removed before the end.
     """
-    poller = select.poll()
-    poller.register(channel, 0)  # hang-up is always reported
-    if hasattr(os, "pidfd_open"):
-        try:
-            poller.register(os.pidfd_open(caller_pid), select.POLLIN)
-        except ProcessLookupError:
-            os._exit(0)
-        except OSError:
-            pass  # a kernel without pidfds: the socket alone decides
 
-    def wait() -> None:
+    def __init__(self, channel: int, caller_pid: int, socket_folder: str) -> None:
+        self._folder = socket_folder
+        self._stopped, self._stop = os.pipe()
+        self._caller: int | None = None
+        self._poller = select.poll()
+        # Hang-up is always reported; half of one, where there is a word for it: while workers of the same cluster live.
+        self._poller.register(channel, getattr(select, "POLLRDHUP", 0))
+        self._poller.register(self._stopped, select.POLLIN)
+        if hasattr(os, "pidfd_open"):
+            try:
+                self._caller = os.pidfd_open(caller_pid)
+                self._poller.register(self._caller, select.POLLIN)
+            except ProcessLookupError:
+                end_process(socket_folder)
+            except OSError:
+                pass  # a kernel without pidfds: the socket alone decides
+        self._thread = threading.Thread(target=self._wait, name="lingualinked-lifeline", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, and leave the process alone from now on."""
+        os.close(self._stop)
+        self._thread.join()
+        os.close(self._stopped)
+        if self._caller is not None:
+            os.close(self._caller)
+
+    def _wait(self) -> None:
+        ready = []
         with contextlib.suppress(Exception):
-            poller.poll()
-        os._exit(0)
+            ready = self._poller.poll()
+        if all(descriptor != self._stopped for descriptor, _ in ready):
+            end_process(self._folder)
 
-    threading.Thread(target=wait, name="lingualinked-lifeline", daemon=True).start()
+
+def end_process(socket_folder: str) -> NoReturn:
+    """Remove the folder of the sockets, as others may be doing too, and end this process at once."""
+    shutil.rmtree(socket_folder, ignore_errors=True)
+    os._exit(0)  # an interpreter that has torch in it takes seconds to end

@@ -68,7 +68,7 @@ from lingualinked.worker.failure import failure_of
 from lingualinked.worker.hosted import split_tensors
 from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.lender import Lender
-from lingualinked.worker.lifeline import watch_caller
+from lingualinked.worker.lifeline import Lifeline
 from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
@@ -92,12 +92,13 @@ def serve(boot: Boot, channel: int) -> None:
         Descriptor of the socket whose other end the caller holds.
     """
     apply_limits(boot.threads, boot.cpus, boot.memory_bytes)  # first, since threads inherit their cores
-    watch_caller(channel, boot.caller_pid)
+    Lifeline(channel, boot.caller_pid, boot.socket_folder)
     handler = forward_logs(boot.log_level)
     mailbox = ZmqMailbox(
         boot.name,
         KeyPair(boot.public_key, boot.secret_key),
         boot.authorised,
+        socket_folder=boot.socket_folder,
         max_frame_bytes=boot.max_frame_bytes,
     )
     handler.on_record = mailbox.wake

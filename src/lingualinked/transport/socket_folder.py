@@ -1,0 +1,72 @@
+"""Folders for unix sockets: closed to other users, and short enough for an address.
+
+Knows the file system only, not who listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lingualinked.errors import ResourceError
+
+_MOST_ADDRESS_BYTES = 107 if sys.platform == "linux" else 103
+_PREFIX = "lingualinked-"
+# The folder's name with what mkdtemp adds, a folder for each cluster in it, and the socket's own name.
+_NAME_BYTES = len("/") + len(_PREFIX) + 8 + len("/") + 8 + len("/") + 16
+
+
+def make_socket_folder() -> str:
+    """Make a folder that no other user can enter, in ``XDG_RUNTIME_DIR`` if that is this user's, else for temporary files.
+
+    Returns
+    -------
+    str
+        Its absolute path.
+
+    Raises
+    ------
+    ResourceError
+        If there is no folder that is short enough and can be written to.
+    """
+    obstacles = []
+    for parent in _parents():
+        if len(os.fsencode(parent)) + _NAME_BYTES > _MOST_ADDRESS_BYTES:
+            obstacles.append(f"{parent!r} is too long for the address of a socket")
+            continue
+        try:
+            return tempfile.mkdtemp(prefix=_PREFIX, dir=parent)  # of mode 0700, whatever the umask
+        except OSError as error:
+            obstacles.append(f"{parent!r}: {error.strerror}")
+    tried = "; ".join(obstacles) or "no folder for temporary files can be written to"
+    raise ResourceError(
+        f"there is no folder to place sockets in ({tried}): set TMPDIR to a short path that this user can write to"
+    )
+
+
+def new_socket_path(folder: str) -> str:
+    """Return a path in a folder of sockets that nothing has used or will use."""
+    return os.path.join(folder, secrets.token_hex(8))  # noqa: PTH118 - text, as in addresses
+
+
+def _parents() -> Iterator[str]:
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if Path(runtime).is_absolute() and _is_private(runtime):
+        yield runtime
+    with contextlib.suppress(FileNotFoundError):  # as it says if it can write nowhere
+        yield tempfile.gettempdir()
+
+
+def _is_private(folder: str) -> bool:
+    """Whether a folder is this user's, and only this user may write to it."""
+    try:
+        status = Path(folder).stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
