@@ -11,11 +11,12 @@ from transformers import LlamaForCausalLM
 
 import lingualinked as ll
 from lingualinked.sharded.conversions import Conversions
+from lingualinked.sharded.sealing import SealedModel
 from lingualinked.sharded.unsupported import UnsupportedOperations
 
 pytestmark = pytest.mark.process
 
-REFUSED = {name for name in vars(UnsupportedOperations) if not name.startswith("_")}
+REFUSED = {name for mixin in (SealedModel, UnsupportedOperations) for name in vars(mixin) if not name.startswith("_")}
 GRANTED = {name for name in vars(Conversions) if not name.startswith("_")}  # where nothing has to change
 
 # What works, grouped by why. A method that is new in transformers belongs here or among the refused.
@@ -30,13 +31,9 @@ WORKING = {
         named_non_persistent_buffers named_parameters parameters retrieve_modules_from_names""",
     "runs it": """adjust_generation_fn compute_transition_scores eval forward from_pretrained generate heal_tokens
         load_custom_generate prepare_inputs_for_generation""",
-    "is called with what passes through the whole model": """register_backward_hook register_forward_hook
-        register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
-        register_load_state_dict_post_hook register_load_state_dict_pre_hook register_state_dict_post_hook
-        register_state_dict_pre_hook""",
-    "changes what a sharded model does not look at": """activation_checkpointing_disable add_model_tags add_module
-        destroy_cached_continuous_batching_manager gradient_checkpointing_disable register_buffer register_module
-        register_parameter zero_grad""",
+    "is called with what passes through the whole model": "register_forward_hook register_forward_pre_hook",
+    "changes what a sharded model does not look at": """activation_checkpointing_disable add_model_tags
+        destroy_cached_continuous_batching_manager gradient_checkpointing_disable zero_grad""",
     "is a step of building or loading": """barrier_after_gathered_checkpoint_save can_record_outputs
         generation_config_class get_init_context init_parallel_plans is_distributed_loading_by_transformers
         mark_tied_weights_as_initialized post_init prepare_distribute_model should_save_on_this_rank""",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,13 +28,15 @@ from lingualinked.sharded.inputs import (
     refuse_arguments,
 )
 from lingualinked.sharded.model import ShardedModel
+from lingualinked.sharded.sealed_config import SealedConfig
+from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.unsupported import UnsupportedOperations
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
 
-class ShardedCausalLM(Conversions, UnsupportedOperations, ShardedModel, ShardedGeneration):
+class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedModel, ShardedGeneration):
     """The part of a sharded model's class that overrides transformers'; stands before the real class."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
@@ -42,6 +44,8 @@ class ShardedCausalLM(Conversions, UnsupportedOperations, ShardedModel, ShardedG
         loss_function: Any
         _parts: ModelParts
         _positions: LearnedPositions | None
+        _seal: Seal
+        _sealed_config: SealedConfig
         _own_arguments: tuple[str, ...]
 
     @property
@@ -110,11 +114,13 @@ class ShardedCausalLM(Conversions, UnsupportedOperations, ShardedModel, ShardedG
         ArgumentError
             If ids are missing, empty, outside the vocabulary or beyond the learned positions, or do not fit the past.
         UnsupportedOperationError
-            If an argument has no sharded counterpart.
+            If an argument has no sharded counterpart, or the model was changed in a way that would have no effect.
         ClosedError
             If the model, its cluster or the session has been closed.
         """
         self._pipeline.check_open()
+        if not self._checked_in_call():
+            self._check_unchanged()
         refuse_arguments(self.config, kwargs, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, self._vocabulary_size)
         mask = check_tensor("attention_mask", attention_mask, (2, 4))
@@ -141,6 +147,11 @@ class ShardedCausalLM(Conversions, UnsupportedOperations, ShardedModel, ShardedG
         )
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _check_unchanged(self) -> None:
+        """Refuse to run if something was changed in the caller that the workers do not know of."""
+        self._seal.check(self)  # type: ignore[arg-type]  # a PreTrainedModel by its real class
+        self._sealed_config.check(self.config)
 
     def _past(self, given: object, num_rows: int) -> ShardedCache | None:
         """Check what is to be gone on from."""
@@ -187,13 +198,6 @@ def face_class(real: Any) -> Any:
     return type(real.__name__, (ShardedCausalLM, real), namespace)
 
 
-def _refuse_use(module: torch.nn.Module, *_: Any) -> NoReturn:
-    raise UnsupportedOperationError(
-        f"{type(module).__name__} of a sharded model can't be called, read or written: its weights are in a worker; "
-        "call the whole model"
-    )
-
-
 def wear_face(meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, *, owns_cluster: bool) -> ShardedCausalLM:
     """Turn a model on the meta device into one that runs in a pipeline.
 
@@ -211,16 +215,13 @@ def wear_face(meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, *, o
     Returns
     -------
     ShardedCausalLM
-        The same object; its submodules refuse to be used.
+        The same object; its submodules can be looked at, and refuse to be used or changed.
     """
-    for module in meta.modules():
-        if module is not meta:
-            module.register_forward_pre_hook(_refuse_use)
-            module.register_state_dict_pre_hook(_refuse_use)
-            module.register_load_state_dict_pre_hook(_refuse_use)
     state = {"_pipeline": pipeline, "_parts": parts, "_owns_cluster": owns_cluster}
     model: Any = meta.eval()
     real: Any = type(meta)
-    vars(model).update(state, _positions=LearnedPositions.of(meta))
+    vars(model).update(
+        state, _positions=LearnedPositions.of(meta), _seal=Seal(meta), _sealed_config=SealedConfig(meta.config)
+    )
     model.__class__ = face_class(real)
     return cast("ShardedCausalLM", model)

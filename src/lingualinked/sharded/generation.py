@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _sessions_of_call: contextvars.ContextVar[list[ShardedCache] | None] = contextvars.ContextVar(
     "sessions_of_call", default=None
 )
+_generating: contextvars.ContextVar[object] = contextvars.ContextVar("generating", default=None)  # the model, or None
 
 # Settings of a GenerationConfig that can't have transformers' effect here, and why.
 _REFUSED = {
@@ -42,6 +43,8 @@ class ShardedGeneration:
         config: Any
         _pipeline: Pipeline
 
+        def _check_unchanged(self) -> None: ...
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate token ids: transformers' own ``generate`` with the layers in the workers.
 
@@ -58,12 +61,13 @@ class ShardedGeneration:
             If a step can't be run.
         """
         self._pipeline.check_open()
+        self._check_unchanged()
         if kwargs.get("cache_implementation") == "paged":
             _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(ids, Tensor) and ids.numel() == 0 and kwargs.get("inputs_embeds") is None:
             raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} are empty: give at least one token")
-        with _ending_sessions() as opened:
+        with _checked(self), _ending_sessions() as opened:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
             opened[:] = [cache for cache in opened if not _may_hold(result, cache)]
             return result
@@ -109,6 +113,10 @@ class ShardedGeneration:
             opened.append(cache)
         model_kwargs["past_key_values"] = cache
 
+    def _checked_in_call(self) -> bool:
+        """Whether a `generate` of this model is under way, which has checked it once for all steps."""
+        return _generating.get() is self
+
     def _open_session(self) -> ShardedCache:
         return ShardedCache(self._pipeline, self._sliding_window)
 
@@ -121,6 +129,16 @@ class ShardedGeneration:
 
 def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:
     raise UnsupportedOperationError(f"{name}={value!r} is not supported by a sharded model: {reason}; leave it out")
+
+
+@contextlib.contextmanager
+def _checked(model: object) -> Iterator[None]:
+    """Remember inside that a model has been checked."""
+    token = _generating.set(model)
+    try:
+        yield
+    finally:
+        _generating.reset(token)
 
 
 @contextlib.contextmanager

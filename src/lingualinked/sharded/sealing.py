@@ -1,0 +1,206 @@
+"""The submodules of a sharded model can be looked at and not changed: what runs are their counterparts in the workers.
+
+Knows modules of torch; neither workers nor what a change would do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from torch import Tensor, nn
+
+from lingualinked.errors import UnsupportedOperationError
+from lingualinked.sharded.remote_tensor import RemoteTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
+_HOOKS = (
+    "its layers run in the workers, where no hook of the caller's is called; hook the whole model, or the unsharded one"
+)
+_GRADIENTS = "no gradients flow through it; train the unsharded model"
+_USE = "its weights are in a worker; call the whole model, read the checkpoint, or load it unsharded with transformers"
+
+_REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+_SCALARS = (bool, int, float, str)
+_OF_THE_CALLER = ("loss_type", "name_or_path")
+_ABSENT = object()
+
+
+class SealedDict(dict[str, Any]):
+    """A registry of a module, of its parameters, submodules or hooks, that nobody adds to or takes from."""
+
+    def __init__(self, content: dict[str, Any], path: str, registry: str) -> None:
+        super().__init__(content)
+        self._path, self._registry = path, registry
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if self.get(key, _ABSENT) is not value:
+            self._refuse(key)
+
+    def _refuse(self, *given: Any, **_: Any) -> NoReturn:
+        reason = _reason(self._registry)
+        is_named = reason is _CHANGE and given and isinstance(given[0], str)
+        name = given[0] if is_named else self._registry
+        raise UnsupportedOperationError(
+            f"changing {'.'.join(filter(None, (self._path, name)))} of a sharded model: {reason}"
+        )
+
+    __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+class SealedModule:
+    """Mixin of the class of every submodule; stands before the real class."""
+
+    if TYPE_CHECKING:
+        _path: str
+        _sealed: frozenset[str]
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse, as its forward pass has no data here."""
+        self._refuse("calling", _USE)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let through what holds already, and notes of the user's own, which no forward pass looks at."""
+        held = getattr(self, name, _ABSENT)
+        if held is value or (isinstance(value, _SCALARS) and type(held) is type(value) and held == value):
+            return
+        if name in self._sealed or hasattr(type(self), name) or isinstance(value, Tensor | nn.Module):
+            self._refuse(f"setting {name} of", _CHANGE)
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._sealed or name not in vars(self):
+            self._refuse(f"deleting {name} of", _CHANGE)
+        object.__delattr__(self, name)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        self._refuse("copying or pickling", _USE)
+
+    def _refuse(self, what: str, reason: str) -> NoReturn:
+        raise UnsupportedOperationError(f"{what} {self._path} ({type(self).__name__}) of a sharded model: {reason}")
+
+
+class SealedModel:
+    """Mixin of the class of the whole model, whose own forward pass runs in the caller and can be hooked there."""
+
+    _sealed: frozenset[str] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._sealed:
+            held = vars(self).get(name)
+            if type(held) is not type(value) or held != value:
+                raise UnsupportedOperationError(f"setting {name}={value!r} of a sharded model: {_CHANGE}")
+        super().__setattr__(name, value)
+
+
+def _reason(name: str) -> str:
+    if "backward" in name:
+        return _GRADIENTS
+    if "state_dict" in name:
+        return _USE
+    return _HOOKS if "hook" in name else _CHANGE
+
+
+def _refusing(name: str, reason: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
+        if isinstance(self, SealedModule):
+            self._refuse(f"{name}() of", reason)
+        raise UnsupportedOperationError(f"{name}() of a sharded model: {reason}")
+
+    refuse.__name__ = name
+    refuse.__doc__ = f"Refuse: {reason}."
+    return refuse
+
+
+for _name in dir(nn.Module):
+    if _name.startswith(("add_", "register_")):
+        setattr(SealedModule, _name, _refusing(_name, _reason(_name)))
+        if not _name.startswith("register_forward_"):
+            setattr(SealedModel, _name, _refusing(_name, _reason(_name)))
+for _name, _why in {"compile": _CHANGE, "load_state_dict": _USE, "state_dict": _USE}.items():
+    setattr(SealedModule, _name, _refusing(_name, _why))
+
+
+@functools.cache  # one class per real one: types of two modules of a kind are equal
+def _sealed_class(real: Any) -> Any:
+    """Make the class whose instances are sealed and instances of ``real`` both, under its name."""
+    namespace = {"__module__": real.__module__, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
+    # What torch makes by the class of a module, such as a slice of a list, is no part of the model.
+    namespace["__new__"] = lambda _, *args, **kwargs: real(*args, **kwargs)
+    return type(real.__name__, (SealedModule, real), namespace)
+
+
+class Seal:
+    """The modules of a model as they are when it is sealed.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        On the meta device; its parameters and buffers become `RemoteTensor`, and its submodules refuse to be changed and
+        used.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        remote: dict[int, tuple[Tensor, RemoteTensor]] = {}  # the originals too, which are known by their ids
+
+        def replace(value: Any, name: str) -> Any:
+            if isinstance(value, Tensor) and id(value) not in remote:
+                remote[id(value)] = value, RemoteTensor.of(value, name)
+            return remote[id(value)][1] if isinstance(value, Tensor) else value
+
+        self._states: list[tuple[nn.Module, dict[str, Any]]] = []
+        for path, module in list(model.named_modules()):
+            state, prefix = vars(module), f"{path}." if path else ""
+            for key, value in list(state.items()):
+                if key not in _REGISTRIES:
+                    state[key] = replace(value, f"{prefix}{key}")
+                elif module is not model or not key.startswith("_forward_"):
+                    content = {each: replace(held, f"{prefix}{each}") for each, held in value.items()}
+                    state[key] = SealedDict(content, path, key)
+            if module is model:
+                state["_sealed"] = frozenset(name for name, value in state.items() if _is_setting(name, value))
+                self._registries = {key: state[key] for key in _REGISTRIES}
+            else:
+                state["_path"], state["_sealed"] = path, frozenset(state)
+                object.__setattr__(module, "__class__", _sealed_class(cast("Any", type(module))))
+                self._states.append((module, dict(state)))
+
+    def check(self, model: nn.Module) -> None:
+        """Check that nothing was changed behind the modules' backs.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that was sealed, which is not kept here: it keeps this.
+
+        Raises
+        ------
+        UnsupportedOperationError
+            With the name of a module and of what was changed of it.
+        """
+        _check(model, self._registries)
+        for module, sealed in self._states:
+            if module.__dict__ != sealed:
+                _check(module, sealed)
+
+
+def _check(module: nn.Module, sealed: Mapping[str, Any]) -> None:
+    """Find out whether a module differs from what was sealed by more than a user's own notes."""
+    state, is_submodule = vars(module), isinstance(module, SealedModule)
+    changed = [name for name, value in sealed.items() if state.get(name, _ABSENT) is not value]
+    if is_submodule:
+        changed += [name for name in state.keys() - sealed.keys() if hasattr(type(module), name)]
+    if changed:
+        where = f"{state['_path']}." if is_submodule else ""
+        raise UnsupportedOperationError(
+            f"{where}{changed[0]} of a sharded model has been changed, which has no effect: {_CHANGE}; or set it back"
+        )
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Tell whether an attribute of the whole model is one that a forward pass may look at, rather than the caller."""
+    return not name.startswith("_") and name not in _OF_THE_CALLER and isinstance(value, (*_SCALARS, type(None)))
