@@ -45,6 +45,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {**_GATED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "llama": ("llama", _GATED),
     "llama-tied": ("llama", {**_GATED, "tie_word_embeddings": True, "attention_bias": True}),
+    "llama-wide": (  # wide enough for packed weights
+        "llama",
+        {**_GATED, "hidden_size": 96, "intermediate_size": 160, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama-dynamic": (
         "llama",
         {**_GATED, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},

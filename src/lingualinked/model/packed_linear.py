@@ -15,9 +15,13 @@ from torch.nn import functional
 
 from lingualinked.model.memory import trim_heap
 
+_MIN_ELEMENTS = (
+    1 << 13
+)  # of a weight: torch itself multiplies small ones, in an order of its own, and packing gains nothing
 _PROBED_ELEMENTS = 1 << 21  # of a weight that is probed in its full size; a larger one is probed with fewer outputs
+_BLOCK_OUTPUTS = 64
+_DIFFERENT = 64  # rows and outputs of a probe; the others repeat them
 _TRIM_BYTES = 8 << 20
-_PROBE_OUTPUTS = 64  # different ones; the others repeat them
 
 
 class PackedLinear(nn.Module):
@@ -106,22 +110,67 @@ def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def _is_exact(num_rows: int, in_features: int, out_features: int, has_bias: bool, num_threads: int) -> bool:  # noqa: ARG001 - the kernel that torch chooses depends on it
     """Find out whether a product with a packed weight has the bits of the plain one, in these shapes.
 
-    The inputs are such that any other order of summation shows in nearly every output: each large term is taken back
-    by an equal one at a random place, and what is left are the rounding errors on the way.
+    Of a large weight fewer outputs are tried, as many beyond a multiple of the blocks in which kernels compute them.
     """
+    if in_features * out_features < _MIN_ELEMENTS:
+        return False
     generator = torch.Generator().manual_seed(0)
-    half = in_features // 2
-    back = torch.randperm(half, generator=generator)
-    values = torch.randn((num_rows + _PROBE_OUTPUTS, half), generator=generator)
-    inputs, outputs = values[:num_rows], values[num_rows:]
-    rest = torch.full((1,), 2.0**-14).expand(in_features - 2 * half)
-    rows = torch.cat([inputs, -inputs[:, back], rest.expand(num_rows, -1)], dim=1).bfloat16()
-    block = torch.cat([outputs, outputs[:, back], rest.expand(_PROBE_OUTPUTS, -1)], dim=1).bfloat16()
-    num_outputs = min(out_features, max(_PROBE_OUTPUTS, _PROBED_ELEMENTS // in_features))
-    weight = block.repeat(-(-num_outputs // _PROBE_OUTPUTS), 1)[:num_outputs]
-    bias = 2.0**-14 * torch.randn(num_outputs, generator=generator).bfloat16() if has_bias else None
     try:
         with torch.inference_mode():
-            return torch.equal(functional.linear(rows, weight, bias), _multiply(rows, _pack(weight), bias))
+            for make, num_elements in ((cancelling_product, _PROBED_ELEMENTS), (tied_product, 0)):
+                num_blocks = max(1, num_elements // in_features // _BLOCK_OUTPUTS)
+                num_outputs = min(out_features, num_blocks * _BLOCK_OUTPUTS + out_features % _BLOCK_OUTPUTS)
+                rows, weight, bias = make(num_rows, in_features, num_outputs, has_bias, generator)
+                if not torch.equal(functional.linear(rows, weight, bias), _multiply(rows, _pack(weight), bias)):
+                    return False
+        return True
     except (AttributeError, RuntimeError):  # this build of torch, or this processor, has no such kernel
         return False
+
+
+Product = tuple[Tensor, Tensor, Tensor | None]
+"""Inputs [rows, in features], weight [out features, in features] and bias [out features] of a layer, in bfloat16."""
+
+
+def cancelling_product(
+    num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
+) -> Product:
+    """Make a product in which any other order of summation shows in nearly every output.
+
+    Each term, the bias among them, is taken back by an equal one at a random place; what is left are the rounding errors
+    on the way. Terms are of many magnitudes, so that there are such errors.
+    """
+    num_pairs = (in_features - has_bias) // 2
+    back = torch.randperm(num_pairs, generator=generator)
+    magnitudes = 2.0 ** torch.randint(-6, 7, (num_pairs,), generator=generator)
+    inputs = magnitudes * torch.randn((min(num_rows, _DIFFERENT), num_pairs), generator=generator)
+    weights = torch.randn((min(out_features, _DIFFERENT), num_pairs), generator=generator)
+    bias = torch.randn(len(weights), generator=generator).bfloat16() if has_bias else None
+    rest = torch.full((1, in_features - has_bias - 2 * num_pairs), 2.0**-14)
+    rows = [inputs, -inputs[:, back], rest.expand(len(inputs), -1)]
+    columns = [weights, weights[:, back], rest.expand(len(weights), -1)]
+    if bias is not None:
+        rows.append(torch.ones(len(inputs), 1))
+        columns.append(-bias[:, None].float())
+    places = torch.randperm(in_features, generator=generator)
+    weight = torch.cat(columns, dim=1)[:, places]
+    return _repeated(num_rows, out_features, torch.cat(rows, dim=1)[:, places], weight, bias)
+
+
+def tied_product(
+    num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
+) -> Product:
+    """Make a product of small integers: exact in any order until it is rounded once, often from halfway between two."""
+    rows = torch.randint(-8, 9, (min(num_rows, _DIFFERENT), in_features), generator=generator)
+    weight = torch.randint(-8, 9, (min(out_features, _DIFFERENT), in_features), generator=generator)
+    bias = torch.randint(-256, 257, (len(weight),), generator=generator) if has_bias else None
+    return _repeated(num_rows, out_features, rows, weight, bias)
+
+
+def _repeated(num_rows: int, out_features: int, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+    outputs = torch.arange(out_features) % len(weight)
+    return (
+        rows.bfloat16()[torch.arange(num_rows) % len(rows)],
+        weight.bfloat16()[outputs],
+        None if bias is None else bias.bfloat16()[outputs],
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,73 @@ def test_the_probe_notices_another_order_of_summation(monkeypatch: pytest.Monkey
     monkeypatch.setattr(packed_linear, "_multiply", backwards)
     for rows in (1, 4, 100):
         assert not packed_linear._is_exact(rows, 768, 96, False, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_the_probe_notices_a_bias_that_is_added_otherwise(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_after_rounding(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return nn.functional.linear(rows, weight) + bias
+
+    monkeypatch.setattr(packed_linear, "_pack", lambda weight: weight)
+    monkeypatch.setattr(packed_linear, "_multiply", add_after_rounding)
+    assert not packed_linear._is_exact(rows, 768, 96, True, 1)
+
+
+def test_what_the_probe_tries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for has_bias in (False, True):
+        rows, weight, bias = (
+            None if each is None else each.double()
+            for each in packed_linear.cancelling_product(3, 300, 80, has_bias, generator)
+        )
+        whole = nn.functional.linear(rows, weight, bias)
+        terms = nn.functional.linear(rows.abs(), weight.abs(), None if bias is None else bias.abs())
+        assert (whole.abs() < 1e-3 * terms).all()
+        assert bias is None or 0.5 < bias.abs().mean() < 1.5
+        rows, weight, bias = packed_linear.tied_product(3, 300, 80, has_bias, generator)
+        exact = nn.functional.linear(rows.double(), weight.double(), None if bias is None else bias.double())
+        mantissa = exact.abs() / 2.0 ** exact.abs().clamp(min=1).log2().floor() * 2**7
+        assert (mantissa % 1 == 0.5).float().mean() > 0.05
+
+
+def test_small_layers_stay_plain() -> None:
+    plain = linear(32, 32, True)  # torch multiplies it without oneDNN, in another order
+    assert packed(plain) is plain
+    assert not packed_linear._is_exact(1, 32, 32, True, 1)
+
+
+SWITCHES = (31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2048, 2049)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("make", [packed_linear.cancelling_product, packed_linear.tied_product])
+def test_layers_of_all_sizes(make: Callable[..., Any], has_bias: bool) -> None:
+    draw, generator = random.Random(f"{make.__name__} {has_bias}"), torch.Generator().manual_seed(1)
+    sizes = [(draw.choice(SWITCHES), draw.choice(SWITCHES)) for _ in range(20)]
+    for num_in, num_out in [(32, 32), (33, 32), (32, 64), (64, 64), (65, 64), (2048, 5632), *sizes]:
+        for num_rows in draw.sample(ROWS, 2 if num_in < 2048 else 1):
+            rows, weight, bias = make(num_rows, num_in, num_out, has_bias, generator)
+            check(rows, weight, bias)
+            check(rows[:1], weight, bias)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_values_of_all_magnitudes(has_bias: bool) -> None:
+    draw, generator = random.Random(2), torch.Generator().manual_seed(2)
+    for exponent in (-38, -30, -20, -3, 0, 0, 3, 15, 37):
+        num_in, num_out = draw.choice(SWITCHES), draw.choice(SWITCHES)
+        rows = 10.0**exponent * torch.randn(draw.choice(ROWS), num_in, generator=generator)
+        weight = num_in**-0.5 * torch.randn(num_out, num_in, generator=generator)
+        bias = 10.0 ** draw.choice((-2, 0, exponent)) * torch.randn(num_out, generator=generator) if has_bias else None
+        check(rows.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
+
+
+def check(rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight)
+    plain.bias = None if bias is None else nn.Parameter(bias)
+    assert_equal(packed(plain), plain, rows)
 
 
 def test_a_processor_without_the_kernel_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
