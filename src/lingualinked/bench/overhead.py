@@ -15,11 +15,11 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lingualinked as ll
 from lingualinked.bench.samples import Samples, ratios
+from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.model.loading import load_span
 from lingualinked.model.spec import ModelSpec
@@ -49,7 +49,7 @@ _WATCHED_TOKENS = 256
 def run_overhead(contexts: tuple[int, ...], new_tokens: int, repeats: int) -> None:
     """Print decode speed of both sides at each context length, the ratio, the time of a hop, and what watching costs."""
     torch.set_num_threads(1)
-    console = Console()
+    console = new_console()
     plan = ll.Plan.from_spans([("worker-0", 0, 6), ("worker-1", 6, 12)])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPE))

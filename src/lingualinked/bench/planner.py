@@ -8,10 +8,9 @@ from __future__ import annotations
 import itertools
 import time
 
-from rich.console import Console
-
 from lingualinked.bench.placements import random_problem
 from lingualinked.bench.samples import Samples
+from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.plan import Objective
@@ -32,7 +31,7 @@ NUM_INSTANCES = 100
 
 def run_planner(repeats: int) -> None:
     """Print seconds by size, and gaps between value and proven bound by number of kinds of layer."""
-    console = Console()
+    console = new_console()
     console.print(_times(repeats).to_rich())
     console.print(_gaps().to_rich())
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import lingualinked as ll
 from lingualinked.bench.overhead import SHAPE, VOCABULARY
 from lingualinked.bench.samples import Samples, ratios
 from lingualinked.cluster.devices import usable_cores
+from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 
 _SPARE_CORES = 0.5
@@ -57,7 +57,7 @@ class Measured:
 def run_predict(repeats: int, new_tokens: int, prompt_tokens: int) -> None:
     """Print, for each cluster, predicted, measured and simulated figures of the solved plan, and what solving brings."""
     torch.set_num_threads(1)
-    console = Console()
+    console = new_console()
     for title, devices in CLUSTERS.items():
         load = sum((device.threads or 1) / device.slowdown for device in devices)
         if load > usable_cores() - _SPARE_CORES:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers.utils import logging
 
 import lingualinked as ll
 from lingualinked.bench.overhead import SHAPE, VOCABULARY, unsharded_dummy
 from lingualinked.bench.samples import Samples, ratios
+from lingualinked.display.console import new_console
 from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.display.tables import Rows
 from lingualinked.quantities import seconds_text
@@ -38,7 +38,7 @@ def run_rebalance(num_sessions: int, new_tokens: int, repeats: int) -> None:
     """Print tokens per second before the change, and after it with and without rebalancing and with a fresh plan."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    console = Console()
+    console = new_console()
     devices = [ll.Device(name=name, threads=1, slowdown=_SLOWDOWN) for name in "abc"]
     workload = ll.Workload(prompt_tokens=_PROMPT_TOKENS, new_tokens=new_tokens, num_sessions=num_sessions)
     with contextlib.ExitStack() as stack:

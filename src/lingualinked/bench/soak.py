@@ -11,11 +11,11 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import lingualinked as ll
 from lingualinked.bench.samples import Samples
+from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.quantities import bytes_text, seconds_text
 
@@ -39,7 +39,7 @@ def run_soak(num_migrations: int, seed: int) -> None:
         If any answer was not the uncut model's, or any session was lost.
     """
     torch.set_num_threads(1)
-    console = Console()
+    console = new_console()
     path, rng = ll.sample_model(), random.Random(seed)  # noqa: S311 - a schedule, no secret
     whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     for parameter in whole.parameters():

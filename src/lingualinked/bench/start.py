@@ -14,9 +14,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-
 from lingualinked.bench.samples import Samples, ratios
+from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.sample import sample_model
 
@@ -105,7 +104,7 @@ def run_planned_start(num_devices: int, repeats: int) -> None:
         ("read from disk, added", _differences(again, even).text(unit=" s")),
     ]
     title = f"Start of a 500 MB model on {num_devices} workers, median of {repeats}"
-    Console().print(Rows(title, ("what", "measured"), rows).to_rich())
+    new_console().print(Rows(title, ("what", "measured"), rows).to_rich())
 
 
 def _differences(left: list[float], right: list[float]) -> Samples:
@@ -130,7 +129,7 @@ def run_start(num_devices: int, repeats: int) -> None:
         ("ratio", ratios(Samples(sharded), Samples(plain)).text()),
         ("a second model on the same cluster", Samples(second).text(unit=" s")),
     ]
-    Console().print(Rows(f"Time to the first token, median of {repeats}", ("what", "measured"), rows).to_rich())
+    new_console().print(Rows(f"Time to the first token, median of {repeats}", ("what", "measured"), rows).to_rich())
 
 
 def _timed(script: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:

@@ -9,9 +9,8 @@ import itertools
 import time
 from typing import Any
 
-from rich.console import Console
-
 import lingualinked as ll
+from lingualinked.display.console import new_console
 from lingualinked.display.plan import plan_rows
 from lingualinked.display.telemetry import telemetry_rows
 from lingualinked.quantities import bytes_text
@@ -21,7 +20,7 @@ PROMPT = "Once upon a time there lived"
 
 def run_demo(num_devices: int, max_new_tokens: int) -> None:
     """Show plan, loading, streamed tokens, speed, bytes per hop, memory, and equality with the unsharded model."""
-    console = Console()
+    console = new_console()
     path = ll.sample_model()
     console.print(f"[bold]Sample model[/] {path}\n")
     started = time.perf_counter()

@@ -9,9 +9,9 @@ import importlib.metadata
 import platform
 
 import psutil
-from rich.console import Console
 
 from lingualinked.cluster.devices import usable_cores
+from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.quantities import bytes_text
 
@@ -36,7 +36,7 @@ def run_doctor() -> None:
     ]
     versions = [("lingualinked", importlib.metadata.version("lingualinked"))]
     versions += [(name, importlib.metadata.version(name)) for name in _LIBRARIES]
-    console = Console()
+    console = new_console()
     console.print(Rows("This machine", ("what", "found"), facts).to_rich())
     console.print(Rows("Versions", ("library", "version"), versions).to_rich())
 

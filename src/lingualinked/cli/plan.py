@@ -8,11 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cluster.devices import as_devices
+from lingualinked.display.console import new_console
 
 if TYPE_CHECKING:
     from lingualinked.planning.plan import Objective
@@ -40,7 +39,7 @@ def run_plan(
     if as_json:
         print(plan.to_json())  # noqa: T201 - not the console's to wrap
         return
-    console = Console()
+    console = new_console()
     console.print(str(plan), highlight=False, soft_wrap=True)
     if explain:
         console.print(f"\n{plan.explain()}", highlight=False, soft_wrap=True)

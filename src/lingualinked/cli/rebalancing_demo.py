@@ -9,11 +9,11 @@ import threading
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 
 import lingualinked as ll
 from lingualinked.cli.demo import PROMPT, unsharded
+from lingualinked.display.console import new_console
 from lingualinked.display.decisions import migration_rows
 from lingualinked.display.live import live_view
 
@@ -38,7 +38,7 @@ def run_rebalancing_demo(seconds: float) -> None:
     LingualinkedError
         If any answer was not the unsharded model's.
     """
-    console = Console()
+    console = new_console()
     path = ll.sample_model()
     devices = [ll.Device(name=name, threads=1, slowdown=_SLOWDOWN) for name in ("laptop", "phone", "tablet")]
     workload = ll.Workload(prompt_tokens=8, new_tokens=_NEW_TOKENS, num_sessions=_NUM_SESSIONS)
@@ -54,7 +54,10 @@ def run_rebalancing_demo(seconds: float) -> None:
                         speeds["before"] = model.telemetry.tokens_per_s(_SPEED_S)
                         cluster.throttle(slow, slowdown=_SLOWDOWN * _FACTOR)
                         note = f"{slow} has fallen to a quarter of its speed, {seconds / 2:.0f} s after the start"
-                    live.update(live_view(model.telemetry, last_s=seconds, note=note), refresh=True)
+                    live.update(
+                        live_view(model.telemetry, last_s=seconds, note=note, width=min(console.width, 120)),
+                        refresh=True,
+                    )
                     time.sleep(1 / _FRAMES_PER_S)
             telemetry = model.telemetry
             speeds["after"] = telemetry.tokens_per_s(_SPEED_S)

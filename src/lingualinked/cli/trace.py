@@ -11,11 +11,10 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.generate import read_tokenizer
+from lingualinked.display.console import new_console
 from lingualinked.display.stages import stage_rows
 from lingualinked.quantities import bytes_text
 
@@ -42,7 +41,7 @@ def run_trace(
     path = ll.sample_model() if path is None else path
     texts = list(prompts) or list(PROMPTS)
     num_requests = num_requests or max(len(prompts), len(asked.devices))
-    console = Console()
+    console = new_console()
     # Whatever ends this ends the model first; calls under way raise then, so that no thread is waited for in vain.
     with ThreadPoolExecutor(num_requests) as pool, ll.Cluster(asked.devices, links=asked.links) as cluster:
         tokenizer = read_tokenizer(path)

@@ -25,10 +25,18 @@ _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _NUM_WINDOWS = 60
 _BUSY_WIDTH = 12
+_BORDER = 4
+"""Columns of the panel itself."""
+_BESIDE_BAR = 40
+"""Columns of layers, time and load, with what lies between."""
+_LEAST_BAR_WIDTH = 8
+_BESIDE_SPEED = 17
 _LATELY_S = 2.0
 
 
-def live_view(telemetry: Telemetry, *, last_s: float = 30.0, num_events: int = 4, note: str = "") -> Panel:
+def live_view(
+    telemetry: Telemetry, *, last_s: float = 30.0, num_events: int = 4, note: str = "", width: int = 100
+) -> Panel:
     """Draw what a pipeline does now.
 
     Parameters
@@ -41,6 +49,8 @@ def live_view(telemetry: Telemetry, *, last_s: float = 30.0, num_events: int = 4
         So many of the last decisions and migrations are told.
     note : str
         A line above all.
+    width : int
+        Columns to fit, at least 40; bars are left out where there is no room for them.
 
     Returns
     -------
@@ -52,28 +62,37 @@ def live_view(telemetry: Telemetry, *, last_s: float = 30.0, num_events: int = 4
     devices = sorted({worker.device for worker in telemetry.workers} | set(_seen(telemetry)))
     colours = {device: _COLOURS[index % len(_COLOURS)] for index, device in enumerate(devices)}
     lately = windows_of(history.steps, end_s - _LATELY_S, end_s, 1)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in ("device", "layers", "", "a step", "busy"):
-        table.add_column(column, no_wrap=True)
     num_layers = max((stage.end for stage in telemetry.stages), default=0)
+    room = width - _BORDER - _BESIDE_BAR - max(map(len, devices), default=0)
+    bar_width = min(num_layers, room) if room >= _LEAST_BAR_WIDTH else 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for column in ("device", "layers", "", "a step", "busy") if bar_width else ("device", "layers", "a step", "busy"):
+        table.add_column(column, no_wrap=True)
     for stage in telemetry.stages:
         compute_s = lately.compute_s.get(stage.device, (math.nan,))[0]
         busy = lately.utilisation.get(stage.device, (0.0,))[0]
-        bar = Text("·" * stage.start, style="dim")
-        bar.append("█" * (stage.end - stage.start), style=colours[stage.device])
-        bar.append("·" * (num_layers - stage.end), style="dim")
-        filled = round(busy * _BUSY_WIDTH)
-        table.add_row(
-            Text(stage.device, style=colours[stage.device]),
-            f"[{stage.start}, {stage.end})",
-            bar,
-            "-" if math.isnan(compute_s) else seconds_text(compute_s),
-            Text("█" * filled, style=colours[stage.device]).append("░" * (_BUSY_WIDTH - filled), style="dim"),
-        )
+        colour = colours[stage.device]
+        name, span = Text(stage.device, style=colour), f"[{stage.start}, {stage.end})"
+        took = "-" if math.isnan(compute_s) else seconds_text(compute_s)
+        if bar_width:
+            layers = _bar(stage.start / num_layers, stage.end / num_layers, bar_width, colour, "·")
+            table.add_row(name, span, layers, took, _bar(0, busy, _BUSY_WIDTH, colour, "░"))
+        else:
+            table.add_row(name, span, took, f"{busy:.0%}")
     begin_s = max(history.start_s, end_s - last_s)
-    rates = windows_of(history.steps, begin_s, begin_s + last_s, _NUM_WINDOWS).tokens_per_s
+    num_windows = min(_NUM_WINDOWS, width - _BORDER - _BESIDE_SPEED)
+    rates = windows_of(history.steps, begin_s, begin_s + last_s, num_windows).tokens_per_s
     speed = Text(f"{telemetry.tokens_per_s(_LATELY_S):6.1f} tokens/s  ", style="bold").append(_spark(rates), "cyan")
-    return Panel(Group(Text(note), Text(), table, Text(), speed, Text(), *_events(telemetry, num_events)))
+    drawn = Group(Text(note), Text(), table, Text(), speed, Text(), *_events(telemetry, num_events))
+    return Panel(drawn, width=width)
+
+
+def _bar(begin: float, end: float, width: int, colour: str, empty: str) -> Text:
+    """Fill a share of a bar of some columns."""
+    first = min(round(begin * width), width - 1)
+    last = max(round(end * width), first + (end > begin))
+    bar = Text(empty * first, style="dim").append("█" * (last - first), style=colour)
+    return bar.append(empty * (width - last), style="dim")
 
 
 def _seen(telemetry: Telemetry) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.display.figure import new_figure
 from lingualinked.display.tables import Rows
-from lingualinked.quantities import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, count_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#
 def plan_rows(plan: Plan) -> Rows:
     """Put a plan into rows: stage, device, layers, bytes, and what is predicted of it."""
     exact = "exact" if plan.exact else f"not exact: {plan.inexact_because}"
-    title = f"Plan: {plan.num_layers} layers in {len(plan.stages)} stages ({exact})"
+    title = f"Plan: {count_text(plan.num_layers, 'layer')} in {count_text(len(plan.stages), 'stage')} ({exact})"
     if plan.profile is None:
         largest = max(stage.weight_bytes for stage in plan.stages) or 1
         return Rows(
@@ -163,7 +163,8 @@ def _place(index: int, stage: Any) -> tuple[str, str, str, str]:
 def _prediction_notes(predicted: Prediction) -> list[str]:
     workload = predicted.workload
     hops = sum(hop.latency_s + hop.decode_transfer_s for hop in predicted.hops)
-    asked = f"{workload.num_sessions} x {workload.batch_size} rows of {workload.prompt_tokens} + {workload.new_tokens} tokens"
+    sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
+    asked = f"{sessions} of {rows}, {workload.prompt_tokens:,} prompt + {workload.new_tokens:,} new tokens"
     first, step, between = map(seconds_text, (predicted.first_token_s, predicted.step_s, hops))
     stream, full = predicted.stream_tokens_per_s, predicted.pipeline_tokens_per_s
     notes = [

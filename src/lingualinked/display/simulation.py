@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lingualinked.display.figure import new_figure
 from lingualinked.display.tables import Rows
-from lingualinked.quantities import seconds_text
+from lingualinked.quantities import count_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def latency_rows(simulation: Simulation) -> Rows:
         "whole request": simulation.request_s,
     }
     return Rows(
-        title=f"{_rates(simulation)}\n{simulation.num_requests:,} requests, {simulation.num_tokens:,} tokens "
+        title=f"{_rates(simulation)}\n{count_text(simulation.num_requests, 'request')}, {count_text(simulation.num_tokens, 'token')} "
         f"in {seconds_text(simulation.makespan_s)}",
         columns=("latency", "mean", "p50", "p90", "p99"),
         rows=[

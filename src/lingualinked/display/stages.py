@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 
 from lingualinked.display.tables import Rows
-from lingualinked.quantities import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, count_text, seconds_text
 from lingualinked.telemetry.history import History
 from lingualinked.telemetry.samples import StageTiming
 from lingualinked.telemetry.timeline import counted_steps
@@ -26,7 +26,7 @@ def stage_rows(history: History) -> Rows:
     if steps:
         notes = [
             f"from the caller and back: {seconds_text(statistics.median(step.total_s for step in steps))}",
-            f"{history.tokens_per_s():.1f} tokens/s; of {len(busy)} devices, {sum(busy.values()):.1f} busy on average",
+            f"{history.tokens_per_s():.1f} tokens/s; {sum(busy.values()):.1f} of {count_text(len(busy), 'device')} busy on average",
         ]
     computed = {place: statistics.median(each.compute_s for each in timings) for place, timings in visits.items()}
     longest = max(computed.values(), default=0.0) or 1.0

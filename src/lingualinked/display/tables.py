@@ -8,12 +8,22 @@ from __future__ import annotations
 import dataclasses
 import html
 import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from lingualinked.display.console import UNLIMITED, terminal_width
+
+_NOTE_WIDTH = 100
+"""Columns after which notes are wrapped where there is no terminal."""
+_CELL = "padding:0.2em 0.8em 0.2em 0;border:none;white-space:nowrap;font-variant-numeric:tabular-nums"
+_SHADE = "rgba(128,128,128,0.35)"
+"""Of lines and bars: seen on white and on black."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,40 +51,95 @@ class Rows:
     notes: Sequence[str] = ()
 
     def to_rich(self) -> Group:
-        """Return title and table for a rich console."""
+        """Return title, table and notes for a rich console; where the table is too wide, each row becomes a block."""
+        return Group(Text(self.title, style="bold"), _Fitted(self), *map(Text, self.notes))
+
+    def to_text(self, width: int | None = None) -> str:
+        """Return the table as plain text.
+
+        Parameters
+        ----------
+        width : int, optional
+            Columns that it has to fit. ``None``: those of the terminal that is written to; without one, as many as the
+            table needs.
+        """
+        if width is None:
+            width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self.width)
+        buffer = io.StringIO()
+        Console(file=buffer, width=width, color_system=None).print(self.to_rich())
+        return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
+
+    def to_html(self) -> str:
+        """Return the table as HTML that needs no style sheet, on a light or a dark background."""
+        head = "".join(
+            f"<th style='{_CELL};border-bottom:1px solid {_SHADE};text-align:{_side(index)}'>{html.escape(column)}</th>"
+            for index, column in enumerate(self.columns)
+        )
+        body = ""
+        for number, row in enumerate(self.rows):
+            body += "<tr style='background:transparent'>" + "".join(
+                f"<td style='{_CELL};text-align:{_side(index)}'>{html.escape(cell)}</td>"
+                for index, cell in enumerate(row)
+            )
+            if self.bars:
+                share = 100 * min(max(self.bars[number], 0.0), 1.0)
+                body += (
+                    f"<td style='{_CELL};text-align:left'><div style='width:160px;height:0.8em;background:{_SHADE}'>"
+                    f"<div style='width:{share:.1f}%;height:100%;background:#4c78a8'></div></div></td>"
+                )
+            body += "</tr>"
+        spare = f"<th style='{_CELL};border-bottom:1px solid {_SHADE}'></th>" if self.bars else ""
+        title = "<br>".join(map(html.escape, self.title.split("\n")))
+        notes = "".join(f"<div style='text-align:left'>{html.escape(note)}</div>" for note in self.notes)
+        return (
+            "<div style='overflow-x:auto;margin:0.5em 0'>"
+            f"<table style='border-collapse:collapse;border:none;color:inherit;background:transparent'>"
+            f"<caption style='caption-side:top;text-align:left;font-weight:bold;color:inherit;padding:0 0 0.3em'>{title}"
+            f"</caption><thead><tr style='background:transparent'>{head}{spare}</tr></thead><tbody>{body}</tbody></table>"
+            f"{notes}</div>"
+        )
+
+    @property
+    def width(self) -> int:
+        """Columns that the table takes as a table."""
+        console = Console(file=io.StringIO(), width=UNLIMITED)
+        return Measurement.get(console, console.options, self.table()).maximum
+
+    def table(self) -> Table:
+        """Make the table, each row on a line of its own, however wide it is."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*map(Text, row))
-        return Group(Text(self.title, style="bold"), table, *map(Text, self.notes))
+        return table
 
-    def to_text(self) -> str:
-        """Return the table as plain text."""
-        buffer = io.StringIO()
-        Console(file=buffer, width=100, color_system=None).print(self.to_rich())
-        return buffer.getvalue().rstrip()
+    def blocks(self) -> Iterator[RenderableType]:
+        """Make a block of each row, for narrow terminals: the first cell, and below it a line for each other one."""
+        for row in self.rows:
+            yield Text()
+            yield Text.assemble(f"{self.columns[0]} ", (row[0], "bold"))
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(no_wrap=True)
+            grid.add_column(overflow="fold")
+            for column, cell in zip(self.columns[1:], row[1:], strict=True):
+                if cell:
+                    grid.add_row(Text(f"  {column}"), Text(cell))
+            yield grid
 
-    def to_html(self) -> str:
-        """Return the table as HTML that needs no style sheet."""
-        head = "".join(f"<th style='text-align:{_side(i)}'>{html.escape(c)}</th>" for i, c in enumerate(self.columns))
-        body = ""
-        for number, row in enumerate(self.rows):
-            cells = "".join(f"<td style='text-align:{_side(i)}'>{html.escape(cell)}</td>" for i, cell in enumerate(row))
-            bar = ""
-            if self.bars:
-                width = round(160 * min(max(self.bars[number], 0.0), 1.0))
-                bar = (
-                    "<td style='text-align:left'><div style='background:#4c78a8;height:0.8em;"
-                    f"width:{width}px'></div></td>"
-                )
-            body += f"<tr>{cells}{bar}</tr>"
-        spare = "<th></th>" if self.bars else ""
-        return (
-            f"<table><caption style='text-align:left;font-weight:bold'>{html.escape(self.title)}</caption>"
-            f"<thead><tr>{head}{spare}</tr></thead><tbody>{body}</tbody></table>"
-            + "".join(f"<div style='text-align:left'>{html.escape(note)}</div>" for note in self.notes)
-        )
+
+class _Fitted:
+    """Draws rows as a table where there is room for it, else as blocks."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._rows.width <= options.max_width:
+            yield self._rows.table()
+        else:
+            yield from self._rows.blocks()
+            yield Text()
 
 
 def _side(index: int) -> str:

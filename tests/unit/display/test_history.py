@@ -156,9 +156,9 @@ def test_a_decision_shows_itself_with_what_was_done() -> None:
     assert str(moved).startswith("moved [")
     assert "no <memory>" in str(failed)
     html = dataclasses.replace(decision(START_S + 1, "move"), migrations=(moved, failed))._repr_html_()
-    assert html.count("<table>") == 2
+    assert html.count("<table ") == 2
     assert "no &lt;memory&gt;" in html
-    assert decision(START_S)._repr_html_().count("<table>") == 1
+    assert decision(START_S)._repr_html_().count("<table ") == 1
     asked = dataclasses.replace(decision(START_S, "move"), dry_run=True)
     assert str(asked).startswith("would move [")
 

@@ -33,7 +33,7 @@ def test_a_simulation_is_told_in_tables() -> None:
     assert "<s2>" in text
     assert "&lt;s2&gt;" in html
     assert "<s2>" not in html
-    assert html.count("background") == 3
+    assert html.count("width:160px") == 3
 
 
 def test_requests_of_one_token_have_no_time_between_tokens() -> None:

@@ -17,7 +17,7 @@ def test_a_row_per_stage_of_every_plan() -> None:
         ("phone", "[11, 13)"),
         ("nas", "[13, 24)"),
     ]
-    assert "tokens/s; of 3 devices" in rows.notes[-1]
+    assert "of 3 devices busy" in rows.notes[-1]
     assert max(rows.bars) == 1.0
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
+import pytest
+from rich.console import Console
+
 import lingualinked as ll
+from lingualinked.display.console import new_console
+from lingualinked.display.tables import Rows
 
 PLAN = ll.Plan(
     stages=(
@@ -39,7 +46,7 @@ def test_a_plan_is_drawn() -> None:
         assert part in html
     assert "&lt;b&gt;" in html
     assert "<b>" not in html
-    assert html.count("<div") == 2
+    assert html.count("width:160px") == 2
 
 
 def test_a_plan_without_bytes_is_drawn() -> None:
@@ -63,3 +70,50 @@ def test_telemetry_is_plotted() -> None:
     memory, compute = TELEMETRY.plot().axes
     assert [round(bar.get_width(), 3) for bar in compute.patches] == [50.0, 0.0]
     assert [round(bar.get_width()) for bar in memory.patches[:2]] == [3, 6]
+
+
+def wide_rows() -> Rows:
+    """A table of 89 columns in text, with a name that is as long as a terminal is narrow."""
+    return Rows(
+        title="What a step took on devices whose names people have chosen",
+        columns=("device", "layers", "prefill", "decode", "resident"),
+        rows=[
+            ("the-computer-in-the-cellar-" * 2, "[0, 12)", "1,234.5 ms", "98.7 ms", "12.3 GiB"),
+            ("b", "[12, 13)", "", "2 ms", "1 B"),
+        ],
+        notes=["a sentence of some length about what was measured and what it means for whoever reads it"],
+    )
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_tables_fit_the_width_and_lose_nothing(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows, text = wide_rows(), wide_rows().to_text()
+    assert max(map(len, text.splitlines())) <= width
+    told = "".join(text.split())
+    for cell in (rows.title, *rows.columns, *rows.notes, *(cell for row in rows.rows for cell in row)):
+        assert "".join(cell.split()) in told
+    stream = io.StringIO()
+    console = Console(file=stream, width=width)
+    console.print(rows.to_rich())
+    assert "".join(stream.getvalue().split()) == told
+
+
+def test_without_a_terminal_nothing_is_wrapped_or_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    rows = wide_rows()
+    text = rows.to_text()
+    assert len(text.splitlines()) == 6
+    assert all(cell in text.splitlines()[3] for cell in rows.rows[0])
+    new_console().print(rows.to_rich())
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == text.splitlines()
+
+
+def test_html_brings_its_own_looks() -> None:
+    html = wide_rows().to_html()
+    assert html.count("<td style=") == html.count("<td") == 10
+    assert html.count("<th style=") == html.count("<th") - 1 == 5  # the other one is thead
+    assert "color:inherit" in html
+    assert "class=" not in html
