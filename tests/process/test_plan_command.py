@@ -60,6 +60,16 @@ def test_a_table_from_stated_figures(tiny_llama: str, cluster_file: Path, no_wor
     assert "Predicted:" in result.output
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_plan_fits_the_terminal(
+    width: int, tiny_llama: str, cluster_file: Path, no_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = plan(tiny_llama, "-d", cluster_file, *SHAPE, "--explain")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= width
+
+
 def test_a_config_alone_suffices(tiny_llama: str, cluster_file: Path, no_workers: None, tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()
@@ -117,7 +127,7 @@ def test_texts_longer_than_the_learned_positions(
         (["--objective", "energy"], "needs watts="),
         (["--dtype", "int8"], "dtype='int8'"),
         (["--num-sessions", "1000000"], "what would fit"),
-        (["--plot", "/no/such/folder/plan.png"], "no picture can be written to --plot"),
+        (["--plot", "/no/such/folder/plan.png"], "there is no folder"),
         (["--plot", "plan.odd"], "no picture can be written to --plot"),
     ],
 )

@@ -26,7 +26,7 @@ def slices(path: Path, measured: str) -> list[dict[str, Any]]:
 
 
 def test_sessions_of_the_bundled_model(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "trace.json"
+    path = tmp_path / "trace.json"
     result = trace("-d", 2, "--requests", 3, "-n", 4, "-o", path)
     assert result.exit_code == 0, result.output
     assert str(path) in result.stdout
@@ -50,7 +50,7 @@ def test_prompts_for_a_checkpoint_on_a_cluster_from_a_file(tiny_llama: str, toke
     path = tmp_path / "trace.json"
     result = trace("the fox", "--model", folder, "-d", cluster_file, "-n", 2, "-r", 1, "-o", path)
     assert result.exit_code == 0, result.output
-    assert "in 1 session;" in result.stdout
+    assert "in 1 session." in result.stdout
     assert {each["device"] for each in slices(path, "compute_s")} <= {"here", "there"}
     assert len(slices(path, "total_s")) == 2
 
@@ -73,12 +73,7 @@ def test_what_can_not_be_traced(monkeypatch: pytest.MonkeyPatch, arguments: list
     assert message in result.output
 
 
-def test_what_can_not_be_loaded_or_written(tiny_llama: str, tmp_path: Path) -> None:
+def test_what_can_not_be_loaded(tiny_llama: str, tmp_path: Path) -> None:
     result = trace("--model", tiny_llama, "-o", tmp_path / "trace.json")
     assert result.exit_code == 1
     assert "no tokenizer at" in result.output
-    blocked = tmp_path / "file"
-    blocked.touch()
-    result = trace("-d", 1, "-n", 1, "-r", 1, "-o", blocked / "trace.json")
-    assert result.exit_code == 1
-    assert "no trace can be written to --output" in result.output

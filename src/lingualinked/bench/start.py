@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lingualinked.bench.samples import Samples, ratios
+from lingualinked.device import Device, Link
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
+from lingualinked.errors import LingualinkedError
+from lingualinked.quantities import count_text
 from lingualinked.sample import sample_model
 
 _PLAIN = """
@@ -32,17 +35,19 @@ print(json.dumps({{"first": time.perf_counter() - started}}))
 _SHARDED = """
 import json, time
 import lingualinked as ll
+from lingualinked import Device, Link
 started = time.perf_counter()
-model = ll.ShardedModel.from_pretrained({path!r}, devices={devices}, progress=False)
+cluster = ll.Cluster({devices!r}, links={links!r})
+model = ll.ShardedModel.from_pretrained({path!r}, cluster=cluster, progress=False)
 import torch
 ids = torch.tensor([[1, 5, 7, 9]])
 model.generate(ids, max_new_tokens=1, do_sample=False)
 first = time.perf_counter() - started
 started = time.perf_counter()
-second = ll.ShardedModel.from_pretrained({path!r}, cluster=model.cluster, progress=False)
+second = ll.ShardedModel.from_pretrained({path!r}, cluster=cluster, progress=False)
 second.generate(ids, max_new_tokens=1, do_sample=False)
 print(json.dumps({{"first": first, "second": time.perf_counter() - started}}))
-model.close()
+cluster.close()
 """
 
 
@@ -72,24 +77,26 @@ print(json.dumps({{}}))
 _PLANNED = """
 import json, time
 import lingualinked as ll
+from lingualinked import Device, Link
 started = time.perf_counter()
-model = ll.ShardedModel.from_pretrained({path!r}, devices={devices}, plan={plan!r}, progress=False)
+cluster = ll.Cluster({devices!r}, links={links!r})
+model = ll.ShardedModel.from_pretrained({path!r}, cluster=cluster, plan={plan!r}, progress=False)
 import torch
 model.generate(torch.tensor([[1, 5, 7, 9]]), max_new_tokens=1, do_sample=False)
 print(json.dumps({{"first": time.perf_counter() - started}}))
-model.close()
+cluster.close()
 """
 
 
-def run_planned_start(num_devices: int, repeats: int) -> None:
+def run_planned_start(devices: Sequence[Device], links: Mapping[tuple[str, str], Link], repeats: int) -> None:
     """Print seconds to the first token of a model of 500 MB: split evenly, planned for the first time, and again."""
     with tempfile.TemporaryDirectory() as folder:
         path, kept = str(Path(folder) / "model"), Path(folder) / "kept"
         Path(path).mkdir()
         (Path(path) / "config.json").write_text(json.dumps(_LARGE))
         _timed(_WRITE.format(path=path))
-        even_script = _PLANNED.format(path=path, devices=num_devices, plan="even")
-        planned_script = _PLANNED.format(path=path, devices=num_devices, plan=None)
+        even_script = _PLANNED.format(path=path, devices=devices, links=links, plan="even")
+        planned_script = _PLANNED.format(path=path, devices=devices, links=links, plan=None)
         _timed(even_script)  # warms the file cache for all
         even: list[float] = []
         first: list[float] = []
@@ -103,7 +110,7 @@ def run_planned_start(num_devices: int, repeats: int) -> None:
         ("measured and solved, added", _differences(first, even).text(unit=" s")),
         ("read from disk, added", _differences(again, even).text(unit=" s")),
     ]
-    title = f"Start of a 500 MB model on {num_devices} workers, median of {repeats}"
+    title = f"Start of a 500 MB model on {count_text(len(devices), 'worker')}, median of {repeats}"
     new_console().print(Rows(title, ("what", "measured"), rows).to_rich())
 
 
@@ -111,11 +118,11 @@ def _differences(left: list[float], right: list[float]) -> Samples:
     return Samples([a - b for a, b in zip(left, right, strict=True)])
 
 
-def run_start(num_devices: int, repeats: int) -> None:
+def run_start(devices: Sequence[Device], links: Mapping[tuple[str, str], Link], repeats: int) -> None:
     """Print seconds to the first token of both sides, and the ratio pair by pair."""
     path = sample_model()
     plain_script = _PLAIN.format(path=path)
-    sharded_script = _SHARDED.format(path=path, devices=num_devices)
+    sharded_script = _SHARDED.format(path=path, devices=devices, links=links)
     _timed(plain_script)  # warms the file cache for both
     plain, sharded, second = [], [], []
     for _ in range(repeats):
@@ -125,7 +132,7 @@ def run_start(num_devices: int, repeats: int) -> None:
         second.append(times["second"])
     rows = [
         ("one plain process", Samples(plain).text(unit=" s")),
-        (f"{num_devices} workers, from from_pretrained", Samples(sharded).text(unit=" s")),
+        (f"{count_text(len(devices), 'worker')}, from nothing", Samples(sharded).text(unit=" s")),
         ("ratio", ratios(Samples(sharded), Samples(plain)).text()),
         ("a second model on the same cluster", Samples(second).text(unit=" s")),
     ]
@@ -137,8 +144,11 @@ def _timed(script: str, environment: Mapping[str, str] | None = None) -> dict[st
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         env={**os.environ, **(environment or {})},
     )
+    if result.returncode != 0:
+        cause = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise LingualinkedError(f"a process that was to be timed has failed: {cause}")
     times: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return times

@@ -5,15 +5,33 @@ Knows typer; each command's work lies in a module of its own, imported when it r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from lingualinked.errors import LingualinkedError
+from lingualinked.errors import ArgumentError, LingualinkedError, WorkerError
+
+_INTERRUPTED = 130  # what a shell reports of a process that an interrupt has ended
+
+
+class _Commands(TyperGroup):
+    """Runs a command: the library's errors become one message, and an interrupt becomes an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LingualinkedError as error:
+            typer.secho(f"{type(error).__name__}: {_message(error)}", fg="red", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(_INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="lingualinked",
     help="Run a causal LM that fits on none of your machines on all of them together, with exactly its own tokens.",
     no_args_is_help=True,
@@ -22,54 +40,89 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure against the unsharded model in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-Devices = Annotated[int, typer.Option("--devices", "-d", min=1, help="Number of local CPU workers.")]
+Devices = Annotated[
+    str, typer.Option("--devices", "-d", help="A number of local CPU workers, or a cluster file (TOML).")
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lingualinked {importlib.metadata.version('lingualinked')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
 
 
 @app.command()
 def demo(
-    devices: Devices = 3,
-    max_new_tokens: NewTokens = 60,
+    devices: Annotated[
+        str | None,
+        typer.Option("--devices", "-d", help="A number of local CPU workers (by default 3), or a cluster file (TOML)."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most; by default 60.")
+    ] = None,
     rebalance: Annotated[
-        bool, typer.Option("--rebalance", help="Slow one of three imitated devices down, and watch layers move.")
+        bool, typer.Option("--rebalance", help="Slow one of three emulated devices down, and watch layers move.")
     ] = False,
-    seconds: Annotated[float, typer.Option(min=4, help="How long to watch, with --rebalance.")] = 30,
+    seconds: Annotated[
+        float | None, typer.Option(min=4, help="How long to watch, with --rebalance; by default 30.")
+    ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Run the bundled sample model in worker processes and compare with the unsharded one."""
     if rebalance:
+        for option, value in (("--devices", devices), ("--max-new-tokens", max_new_tokens)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{option} {value} has no effect with --rebalance, whose devices are its own: leave it out"
+                )
         from lingualinked.cli.rebalancing_demo import run_rebalancing_demo
 
-        _run(lambda: run_rebalancing_demo(seconds))
+        run_rebalancing_demo(30 if seconds is None else seconds, progress=not quiet)
         return
+    if seconds is not None:
+        raise ArgumentError(f"--seconds {seconds:g} has no effect without --rebalance: leave it out")
     from lingualinked.cli.demo import run_demo
 
-    _run(lambda: run_demo(devices, max_new_tokens))
+    run_demo("3" if devices is None else devices, max_new_tokens or 60, progress=not quiet)
 
 
 @app.command()
 def generate(
     path: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    devices: Devices = 2,
+    devices: Devices = "2",
     max_new_tokens: NewTokens = 64,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the prompt and special tokens too.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Continue a prompt with any checkpoint, streaming the answer."""
     from lingualinked.cli.generate import run_generate
 
     options = {"do_sample": True, "temperature": temperature} if sample else {}
-    _run(lambda: run_generate(path, prompt, devices, dtype, seed, max_new_tokens=max_new_tokens, **options))
+    run_generate(
+        path, prompt, devices, dtype, seed, raw=raw, progress=not quiet, max_new_tokens=max_new_tokens, **options
+    )
 
 
 @app.command()
 def plan(
     path: Annotated[str, typer.Argument(help="Folder of a checkpoint or of a config.json alone, or a hub id.")],
-    devices: Annotated[
-        str, typer.Option("--devices", "-d", help="A cluster file (TOML), or a number of workers.")
-    ] = "2",
+    devices: Devices = "2",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a session.")] = 1,
@@ -84,19 +137,15 @@ def plan(
     from lingualinked.cli.plan import run_plan
     from lingualinked.workload import Workload
 
-    _run(
-        lambda: run_plan(
-            path,
-            devices,
-            Workload(
-                prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions
-            ),
-            objective,  # type: ignore[arg-type]  # solve() refuses others
-            as_json=json,
-            plot=plot,
-            dtype=dtype,
-            explain=explain,
-        )
+    run_plan(
+        path,
+        devices,
+        Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions),
+        objective,  # type: ignore[arg-type]  # solve() refuses others
+        as_json=json,
+        plot=plot,
+        dtype=dtype,
+        explain=explain,
     )
 
 
@@ -106,9 +155,7 @@ def trace(
     model: Annotated[
         str | None, typer.Option(help="Folder of a checkpoint, or a hub id; without it, the bundled model.")
     ] = None,
-    devices: Annotated[
-        str, typer.Option("--devices", "-d", help="A cluster file (TOML), or a number of workers.")
-    ] = "3",
+    devices: Devices = "3",
     max_new_tokens: NewTokens = 32,
     requests: Annotated[
         int | None,
@@ -118,11 +165,12 @@ def trace(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("trace.json"),
+    quiet: Quiet = False,
 ) -> None:
     """Write a timeline of a running pipeline, to be opened in the Perfetto UI."""
     from lingualinked.cli.trace import run_trace
 
-    _run(lambda: run_trace(model, prompts or [], devices, dtype, max_new_tokens, requests, output))
+    run_trace(model, prompts or [], devices, dtype, max_new_tokens, requests, output, progress=not quiet)
 
 
 @app.command()
@@ -130,19 +178,21 @@ def doctor() -> None:
     """Say what this machine offers: threads, memory, accelerators, versions."""
     from lingualinked.cli.doctor import run_doctor
 
-    _run(run_doctor)
+    run_doctor()
 
 
 @bench.command()
 def start(
-    devices: Devices = 3,
+    devices: Devices = "3",
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
 ) -> None:
     """Time from nothing to the first token, against one plain process; and what planning adds."""
     from lingualinked.bench.start import run_planned_start, run_start
+    from lingualinked.cli.cluster_file import read_devices
 
-    _run(lambda: run_start(devices, repeats))
-    _run(lambda: run_planned_start(devices, repeats))
+    asked = read_devices(devices)
+    run_start(asked.devices, asked.links, repeats)
+    run_planned_start(asked.devices, asked.links, repeats)
 
 
 @bench.command()
@@ -154,7 +204,7 @@ def overhead(
     """Decode speed of two workers with one thread each, against the unsharded model, and watched for rebalancing or not."""
     from lingualinked.bench.overhead import run_overhead
 
-    _run(lambda: run_overhead(tuple(context or (16, 2048)), new_tokens, repeats))
+    run_overhead(tuple(context or (16, 2048)), new_tokens, repeats)
 
 
 @bench.command()
@@ -166,7 +216,7 @@ def predict(
     """Predicted against measured and simulated speed on imitated clusters, and the solved plan against others."""
     from lingualinked.bench.predict import run_predict
 
-    _run(lambda: run_predict(repeats, new_tokens, prompt_tokens))
+    run_predict(repeats, new_tokens, prompt_tokens)
 
 
 @bench.command()
@@ -174,7 +224,7 @@ def planner(repeats: Annotated[int, typer.Option(min=1, help="Random problems of
     """Time the planner, and compare its plans with the proven bound."""
     from lingualinked.bench.planner import run_planner
 
-    _run(lambda: run_planner(repeats))
+    run_planner(repeats)
 
 
 @bench.command()
@@ -185,7 +235,7 @@ def soak(
     """Move layers at random while the bundled model answers: no token may change, nothing may be lost."""
     from lingualinked.bench.soak import run_soak
 
-    _run(lambda: run_soak(migrations, seed))
+    run_soak(migrations, seed)
 
 
 @bench.command()
@@ -197,13 +247,12 @@ def rebalance(
     """One of three devices becomes four times slower: tokens/s with and without rebalancing, and of a fresh plan."""
     from lingualinked.bench.rebalance import run_rebalance
 
-    _run(lambda: run_rebalance(sessions, new_tokens, repeats))
+    run_rebalance(sessions, new_tokens, repeats)
 
 
-def _run(command: Callable[[], None]) -> None:
-    """Run a command; the library's errors are printed as one line, not as a traceback."""
-    try:
-        command()
-    except LingualinkedError as error:
-        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+def _message(error: LingualinkedError) -> str:
+    """Return what an error says, without the traceback of a worker."""
+    text = str(error)
+    if isinstance(error, WorkerError) and error.remote_traceback:
+        text = text.partition("\n\nRemote traceback")[0]
+    return text

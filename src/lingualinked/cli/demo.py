@@ -10,28 +10,29 @@ import time
 from typing import Any
 
 import lingualinked as ll
+from lingualinked.cli.cluster_file import read_devices
 from lingualinked.display.console import new_console
 from lingualinked.display.plan import plan_rows
 from lingualinked.display.telemetry import telemetry_rows
-from lingualinked.quantities import bytes_text
+from lingualinked.quantities import bytes_text, count_text
 
 PROMPT = "Once upon a time there lived"
 
 
-def run_demo(num_devices: int, max_new_tokens: int) -> None:
+def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     """Show plan, loading, streamed tokens, speed, bytes per hop, memory, and equality with the unsharded model."""
+    asked = read_devices(devices)
     console = new_console()
     path = ll.sample_model()
-    console.print(f"[bold]Sample model[/] {path}\n")
+    console.print(f"[bold]Sample model[/] {path}\n", soft_wrap=True)
     started = time.perf_counter()
-    cluster = ll.Cluster(num_devices)
-    with cluster:
+    with ll.Cluster(asked.devices, links=asked.links) as cluster:
         from lingualinked.sharded.loading import LoadArguments, describe, place
 
         arguments = LoadArguments.of(path, cluster)
         plan = place(describe(arguments), arguments)
         console.print(plan_rows(plan).to_rich())
-        model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan)
+        model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan, progress=progress)
 
         import torch
         from transformers import AutoTokenizer, TextStreamer
@@ -48,7 +49,7 @@ def run_demo(num_devices: int, max_new_tokens: int) -> None:
         elapsed_s = time.perf_counter() - decode_started
         after = model.telemetry
         num_new = tokens.shape[1] - inputs["input_ids"].shape[1]
-        console.print(f"\n{num_new} tokens, {num_new / elapsed_s:.1f} tokens/s")
+        console.print(f"\n{count_text(num_new, 'token')}, {num_new / elapsed_s:.1f} tokens/s")
         console.print(_bytes_per_hop(before, after, num_new))
         console.print()
         console.print(telemetry_rows(after).to_rich())
@@ -57,7 +58,9 @@ def run_demo(num_devices: int, max_new_tokens: int) -> None:
         expected = unsharded(path).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         equal = torch.equal(tokens, expected)
         verdict = "[green]equal[/] to" if equal else "[red]NOT equal[/] to"
-        console.print(f"\nTokens are {verdict} the unsharded model's ({torch.get_num_threads()} thread(s) both).")
+        console.print(
+            f"\nTokens are {verdict} the unsharded model's (both on {count_text(torch.get_num_threads(), 'thread')})."
+        )
     if not equal:
         raise ll.LingualinkedError("the tokens differ from the unsharded model's: please report this")
 

@@ -5,22 +5,53 @@ Knows the public face, and prints.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lingualinked as ll
+from lingualinked.cli.cluster_file import read_devices
 
 
-def run_generate(path: str, prompt: str, num_devices: int, dtype: str, seed: int | None, **options: Any) -> None:
-    """Load a checkpoint into workers and stream the continuation."""
-    with ll.ShardedModel.from_pretrained(path, devices=num_devices, dtype=dtype) as model:
+def run_generate(
+    path: str,
+    prompt: str,
+    devices: str,
+    dtype: str,
+    seed: int | None,
+    *,
+    raw: bool,
+    progress: bool,
+    **options: Any,
+) -> None:
+    """Load a checkpoint into workers and stream the continuation, or with ``raw`` all tokens as they are."""
+    asked = read_devices(devices)
+    tokenizer = read_tokenizer(path)
+    inputs = encode(tokenizer, prompt)
+    with (
+        ll.Cluster(asked.devices, links=asked.links) as cluster,
+        ll.ShardedModel.from_pretrained(path, cluster=cluster, dtype=dtype, progress=progress) as model,
+    ):
         import torch
         from transformers import TextStreamer
 
-        tokenizer = read_tokenizer(path)
         if seed is not None:
             torch.manual_seed(seed)
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        model.generate(**inputs, streamer=TextStreamer(tokenizer), **options)
+        streamer = TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=not raw)
+        model.generate(**inputs, streamer=streamer, **options)
+
+
+def encode(tokenizer: Any, text: str) -> Any:
+    """Turn a text into input ids and a mask.
+
+    Raises
+    ------
+    ArgumentError
+        If it has no tokens.
+    """
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ll.ArgumentError(f"the prompt {text!r} has no tokens: give a text to continue")
+    return inputs
 
 
 def read_tokenizer(path: str) -> Any:
@@ -33,6 +64,8 @@ def read_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if path.startswith(("/", ".")) and not Path(path).exists():
+        raise ll.CheckpointError(f"there is no checkpoint at {path!r}: give a folder with config.json, or a hub id")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

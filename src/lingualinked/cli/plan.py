@@ -8,10 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
+from lingualinked.cli.output import check_output
 from lingualinked.cluster.devices import as_devices
 from lingualinked.display.console import new_console
+from lingualinked.display.plan import plan_rows
 
 if TYPE_CHECKING:
     from lingualinked.planning.plan import Objective
@@ -29,6 +33,8 @@ def run_plan(
     explain: bool,
 ) -> None:
     """Print the plan, from a saved profile, from stated figures, or from a measurement made now."""
+    if plot is not None:
+        check_output("--plot", plot)
     profile = _profile(path, devices, workload, dtype)
     plan = ll.solve(profile, objective=objective, workload=workload)
     if plot is not None:
@@ -40,9 +46,9 @@ def run_plan(
         print(plan.to_json())  # noqa: T201 - not the console's to wrap
         return
     console = new_console()
-    console.print(str(plan), highlight=False, soft_wrap=True)
+    console.print(plan_rows(plan).to_rich())
     if explain:
-        console.print(f"\n{plan.explain()}", highlight=False, soft_wrap=True)
+        console.print(Text(f"\n{plan.explain()}"))
 
 
 def _profile(path: str, devices: str, workload: ll.Workload, dtype: str) -> ll.Profile:

@@ -16,6 +16,7 @@ from lingualinked.cli.demo import PROMPT, unsharded
 from lingualinked.display.console import new_console
 from lingualinked.display.decisions import migration_rows
 from lingualinked.display.live import live_view
+from lingualinked.quantities import count_text
 
 _SLOWDOWN = 30.0  # the bundled model is small: so much slower, its stages take as long as those of a large one
 _FACTOR = 4.0
@@ -25,13 +26,15 @@ _FRAMES_PER_S = 5
 _SPEED_S = 4.0  # over which tokens per second are taken
 
 
-def run_rebalancing_demo(seconds: float) -> None:
+def run_rebalancing_demo(seconds: float, *, progress: bool) -> None:
     """Show a pipeline live: at half the time its middle device falls to a quarter of its speed.
 
     Parameters
     ----------
     seconds : float
         How long it runs.
+    progress : bool
+        Whether to show progress bars while the model loads.
 
     Raises
     ------
@@ -43,7 +46,9 @@ def run_rebalancing_demo(seconds: float) -> None:
     devices = [ll.Device(name=name, threads=1, slowdown=_SLOWDOWN) for name in ("laptop", "phone", "tablet")]
     workload = ll.Workload(prompt_tokens=8, new_tokens=_NEW_TOKENS, num_sessions=_NUM_SESSIONS)
     with ll.Cluster(devices) as cluster:
-        model = ll.ShardedModel.from_pretrained(path, cluster=cluster, workload=workload, rebalance="auto")
+        model = ll.ShardedModel.from_pretrained(
+            path, cluster=cluster, workload=workload, rebalance="auto", progress=progress
+        )
         slow = model.plan.stages[len(model.plan.stages) // 2].device
         answers = _Answers(model)
         note, speeds, began_s = "all devices at their usual speed", {}, time.monotonic()
@@ -67,8 +72,10 @@ def run_rebalancing_demo(seconds: float) -> None:
     console.print(f"\n{speeds['before']:.1f} tokens/s before, {speeds['after']:.1f} at the end")
     num_equal, wrong = answers.verdict(path)
     if wrong:
-        raise ll.LingualinkedError(f"{wrong} answers differ from the unsharded model's: please report this")
-    console.print(f"All {num_equal} answers are [green]equal[/] to the unsharded model's.")
+        raise ll.LingualinkedError(
+            f"of {count_text(num_equal + wrong, 'answer')}, {wrong} differ from the unsharded model's: please report this"
+        )
+    console.print(f"All of {count_text(num_equal, 'answer')} are [green]equal[/] to the unsharded model's.")
 
 
 class _Answers:

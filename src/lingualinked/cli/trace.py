@@ -11,12 +11,15 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
-from lingualinked.cli.generate import read_tokenizer
+from lingualinked.cli.generate import encode, read_tokenizer
+from lingualinked.cli.output import check_output
 from lingualinked.display.console import new_console
 from lingualinked.display.stages import stage_rows
-from lingualinked.quantities import bytes_text
+from lingualinked.quantities import bytes_text, count_text
 
 PROMPTS = ("Once upon a time there lived", "The little dog ran", "One day a girl went to", "Deep in the forest")
 
@@ -29,32 +32,31 @@ def run_trace(
     max_new_tokens: int,
     num_requests: int | None,
     output: Path,
+    *,
+    progress: bool,
 ) -> None:
     """Run sessions at once, write what the pipeline did, and say where, how to look at it, and what a step took."""
-    if output.is_dir():
-        raise ll.ArgumentError(f"--output {str(output)!r} is a folder: name a file to write")
+    check_output("--output", output)
     if num_requests is not None and num_requests < len(prompts):
         raise ll.ArgumentError(
-            f"--requests {num_requests} leaves some of the {len(prompts)} prompts out: give each a session"
+            f"--requests {num_requests} leaves some of the {count_text(len(prompts), 'prompt')} out: give each a session"
         )
     asked = read_devices(devices)
     path = ll.sample_model() if path is None else path
     texts = list(prompts) or list(PROMPTS)
     num_requests = num_requests or max(len(prompts), len(asked.devices))
-    console = new_console()
+    tokenizer = read_tokenizer(path)
+    inputs = [encode(tokenizer, text) for text in texts]
     # Whatever ends this ends the model first; calls under way raise then, so that no thread is waited for in vain.
     with ThreadPoolExecutor(num_requests) as pool, ll.Cluster(asked.devices, links=asked.links) as cluster:
-        tokenizer = read_tokenizer(path)
-        inputs = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in texts]
-        for text, each in zip(texts, inputs, strict=True):
-            if each["input_ids"].shape[1] == 0:
-                raise ll.ArgumentError(f"the prompt {text!r} has no tokens: give a text to continue")
         workload = ll.Workload(
             prompt_tokens=max(each["input_ids"].shape[1] for each in inputs),
             new_tokens=max_new_tokens,
             num_sessions=num_requests,
         )
-        with ll.ShardedModel.from_pretrained(path, cluster=cluster, workload=workload, dtype=dtype) as model:
+        with ll.ShardedModel.from_pretrained(
+            path, cluster=cluster, workload=workload, dtype=dtype, progress=progress
+        ) as model:
             futures = [
                 pool.submit(_generate, model, each, max_new_tokens) for each in islice(cycle(inputs), num_requests)
             ]
@@ -64,16 +66,15 @@ def run_trace(
         written = telemetry.to_perfetto(output).resolve()
     except OSError as error:
         raise ll.ArgumentError(f"no trace can be written to --output {str(output)!r}: {error}") from error
+    console = new_console()
     console.print(stage_rows(telemetry.history).to_rich())
-    sessions = "1 session" if num_requests == 1 else f"{num_requests} sessions at once"
-    num_bytes = bytes_text(written.stat().st_size)
-    lines = (
-        f"\n{num_tokens} tokens in {sessions}; {len(telemetry.steps)} steps are in the trace, {num_bytes}:",
-        str(written),
-        "Drop it on https://ui.perfetto.dev: it is read by the browser and sent nowhere.",
+    tokens, steps = count_text(num_tokens, "token"), count_text(len(telemetry.steps), "step")
+    sessions = count_text(num_requests, "session") + " at once" * (num_requests > 1)
+    console.print(
+        Text(f"\n{tokens} in {sessions}. The trace of {steps} takes {bytes_text(written.stat().st_size)} and is here:")
     )
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(str(written), highlight=False, soft_wrap=True, markup=False)  # a path is copied, so never broken
+    console.print(Text("Drop it on https://ui.perfetto.dev: the browser reads it and sends it nowhere."))
 
 
 def _generate(model: Any, inputs: Any, max_new_tokens: int) -> int:

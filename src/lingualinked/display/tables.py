@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -117,8 +118,13 @@ class Rows:
     def blocks(self) -> Iterator[RenderableType]:
         """Make a block of each row, for narrow terminals: the first cell, and below it a line for each other one."""
         for row in self.rows:
+            if len(row) == 2:
+                yield Text(row[0], style="bold")
+                yield Padding(Text(row[1]), (0, 0, 0, 2))
+                continue
             yield Text()
-            yield Text.assemble(f"{self.columns[0]} ", (row[0], "bold"))
+            if row[0]:
+                yield Text.assemble(f"{self.columns[0]} ", (row[0], "bold"))
             grid = Table.grid(padding=(0, 2))
             grid.add_column(no_wrap=True)
             grid.add_column(overflow="fold")

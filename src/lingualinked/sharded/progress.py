@@ -5,6 +5,7 @@ Knows byte counts and device names only.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 from types import TracebackType
@@ -77,4 +78,6 @@ def _tqdm() -> Any:
     except ImportError:
         in_notebook = False
     name = "notebook" if in_notebook and importlib.util.find_spec("ipywidgets") is not None else "std"
-    return importlib.import_module(f"tqdm.{name}").tqdm
+    tqdm = importlib.import_module(f"tqdm.{name}").tqdm
+    # In the log of a batch job a plain bar would be line after line: it shows itself in a terminal alone.
+    return tqdm if in_notebook else functools.partial(tqdm, disable=None)

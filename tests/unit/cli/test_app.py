@@ -1,0 +1,220 @@
+"""The command line says what it is, refuses early, and ends in one message and a status."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lingualinked as ll
+from lingualinked.bench import start
+from lingualinked.cli import doctor
+from lingualinked.cli.app import app
+from lingualinked.cluster.cluster import Cluster
+from lingualinked.sharded.progress import LoadProgress
+
+CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
+STARTS = {
+    "demo": ["demo"],
+    "generate": ["generate", ll.sample_model(), "Once"],
+    "plan": ["plan", ll.sample_model()],
+    "trace": ["trace"],
+}
+
+
+class StartedError(ll.LingualinkedError):
+    """Raised where a cluster would have been started."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The names of the devices of each cluster that a command wants to start; none is."""
+    asked: list[tuple[str, ...]] = []
+
+    def refuse(_: Cluster, devices: Any, **__: Any) -> None:
+        asked.append(tuple(device.name for device in devices))
+        raise StartedError
+
+    monkeypatch.setattr(Cluster, "__init__", refuse)
+    return asked
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_the_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"lingualinked {importlib.metadata.version('lingualinked')}\n")
+
+
+@pytest.mark.parametrize("command", STARTS)
+def test_devices_are_a_number_or_a_file(
+    command: str, started: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no profile is known there
+    path = tmp_path / "cluster.toml"
+    path.write_text(CLUSTER)
+    for devices, names in ((path, ("here", "there")), (2, ("worker-0", "worker-1"))):
+        result = run(*STARTS[command], "-d", devices)
+        assert isinstance(result.exception, SystemExit), result.output
+        assert started.pop() == names
+    for devices in ("none.toml", "0", "-1", ""):
+        result = run(*STARTS[command], "-d", devices)
+        assert result.exit_code == 1
+        assert "Error: " in result.stderr
+        assert not started
+
+
+def test_devices_of_the_start_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text(f'{CLUSTER}[[links]]\nsource = "here"\ntarget = "there"\nbandwidth = "1Gbit/s"\n')
+    scripts: list[str] = []
+
+    def timed(script: str, _: Any = None) -> dict[str, float]:
+        scripts.append(script)
+        return {"first": 1.0, "second": 1.0}
+
+    monkeypatch.setattr(start, "_timed", timed)
+    result = run("bench", "start", "-d", path, "--repeats", 1)
+    assert result.exit_code == 0, result.output
+    clusters = [line.partition("= ")[2] for script in scripts for line in script.splitlines() if "ll.Cluster(" in line]
+    assert len(clusters) == 5
+    for made in clusters:
+
+        class Taken:
+            def __init__(self, devices: Any, links: Any) -> None:
+                assert [device.name for device in devices] == ["here", "there"]
+                assert links["here", "there"].bandwidth == "1Gbit/s"
+
+        names = {"ll": type("Names", (), {"Cluster": Taken}), "Device": ll.Device, "Link": ll.Link}
+        eval(made, names)
+
+
+@pytest.mark.parametrize(("command", "option"), [("trace", "--output"), ("plan", "--plot")])
+def test_a_file_that_can_not_be_written_is_refused_first(
+    command: str, option: str, started: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    for path, reason in (
+        (tmp_path / "new" / "file.png", "there is no folder"),
+        (blocked / "file.png", "there is no folder"),
+        (tmp_path, "is a folder"),
+        (Path("/proc/file.png"), "no file can be made"),
+    ):
+        result = run(*STARTS[command], option, path)
+        assert result.exit_code == 1
+        assert f"{option} '{path}'" in result.stderr
+        assert reason in result.stderr
+    assert not started
+
+
+def test_what_would_have_no_effect_is_refused(started: list[tuple[str, ...]]) -> None:
+    for arguments, option in (
+        (["--rebalance", "-d", "4"], "--devices 4"),
+        (["--rebalance", "-n", "4"], "--max-new-tokens 4"),
+        (["--seconds", "9"], "--seconds 9"),
+    ):
+        result = run("demo", *arguments)
+        assert result.exit_code == 1
+        assert f"{option} has no effect" in result.stderr
+    assert not started
+
+
+def subclasses(kind: type[ll.LingualinkedError]) -> list[type[ll.LingualinkedError]]:
+    return [kind, *(each for direct in kind.__subclasses__() for each in subclasses(direct))]
+
+
+@pytest.mark.parametrize("kind", [each for each in subclasses(ll.LingualinkedError) if each is not StartedError])
+def test_every_error_is_one_message(kind: type[ll.LingualinkedError], monkeypatch: pytest.MonkeyPatch) -> None:
+    if issubclass(kind, ll.WorkerError):
+        error: ll.LingualinkedError = kind("phone", "ValueError: odd", "Traceback (most recent call last):\n  in f")
+    elif kind in (ll.UncuttableModelError, ll.WorkerDiedError):
+        error = kind("phone", "odd")  # type: ignore[call-arg]
+    else:
+        error = kind("odd")
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "run_doctor", fail)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"{kind.__name__}: ")
+    assert "odd" in result.stderr
+    assert "raceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_interrupt_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run_doctor", interrupt)
+    result = run("doctor")
+    assert (result.exit_code, result.output) == (130, "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ll.Plan(stages=(ll.PlannedStage(device="a", start=0, end=2, weight_bytes=100),))
+    for stream, shown, is_drawn in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with LoadProgress(plan, shown=shown) as bars:
+            bars.update("a", 50)
+        assert bool(stream.getvalue()) is is_drawn
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "trace"])
+def test_quiet_shows_no_progress_bars(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def load(*_: Any, progress: bool, **__: Any) -> None:
+        asked.append(progress)
+        raise StartedError
+
+    monkeypatch.setattr(ll.ShardedModel, "from_pretrained", load)
+    monkeypatch.setattr("lingualinked.sharded.loading.place", lambda *_: ll.Plan.from_spans([("a", 0, 8)]))
+    monkeypatch.setattr(Cluster, "__new__", lambda *_, **__: contextlib.nullcontext(enter_result=Cluster))
+    for quiet in ([], ["--quiet"]):
+        assert run(*STARTS[command], *quiet).exit_code == 1
+    assert asked == [True, False]
+
+
+def test_an_answer_has_no_special_tokens_unless_all_of_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = ll.sample_model()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    monkeypatch.setattr(Cluster, "__new__", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(ll.ShardedModel, "from_pretrained", lambda *_, **__: contextlib.nullcontext(model))
+    prompt = "Once upon a time there lived"
+    generated = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=20, do_sample=False)[0]
+    whole = tokenizer.decode(generated)
+    arguments = ["generate", path, prompt, "-n", 20]
+    assert run(*arguments, "--raw").stdout == f"{whole}\n"
+    answer = run(*arguments).stdout
+    assert whole == f"{tokenizer.bos_token}{prompt}{answer.rstrip()}"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_tables_fit(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= width
+    assert "cores that this process may use" in result.stdout
+    assert os.environ["COLUMNS"] == str(width)
