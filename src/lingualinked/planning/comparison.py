@@ -13,6 +13,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction, predict
 from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.pretty import pretty_text
 from lingualinked.quantities import count_text
 
 
@@ -47,6 +48,8 @@ class Comparison:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return the predictions by name, as plain Python data."""
         return {name: each.to_dict() for name, each in zip(self.names, self.predictions, strict=True)}
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         from lingualinked.display.plan import comparison_rows  # plain data that can be drawn

@@ -13,6 +13,7 @@ from lingualinked.device import CALLER
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.planner import solve
 from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.pretty import pretty_text
 from lingualinked.profile import DeviceProfile, ModuleTimes, Profile
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Explanation:
     what_ifs: tuple[WhatIf, ...]
     objective: str
     tokens_per_s: float
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         lines = [self.limit, f"Predicted: {self.tokens_per_s:.1f} tokens/s ({_unit(self.objective)})."]

@@ -13,6 +13,7 @@ import msgspec
 
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
+from lingualinked.pretty import pretty_text
 from lingualinked.profile import Profile
 from lingualinked.quantities import bytes_text, count_text
 from lingualinked.workload import Workload
@@ -307,6 +308,8 @@ class Plan:
             return msgspec.json.decode(text, type=cls)
         except msgspec.MsgspecError as error:
             raise ArgumentError(f"not the JSON of a plan: {error}") from error
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         from lingualinked.display.plan import plan_text  # the one upward arrow: plain data that can be drawn

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lingualinked.device import CALLER
+from lingualinked.pretty import pretty_text
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -190,6 +191,8 @@ class Prediction:
             "joules_per_token",
         )
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in figures}
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         from lingualinked.display.plan import prediction_text  # plain data that can be drawn

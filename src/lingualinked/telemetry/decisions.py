@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from lingualinked.pretty import pretty_text
+
 Span = tuple[str, int, int]
 """Device name, start and end of one stage."""
 
@@ -91,6 +93,8 @@ class Decision:
         """Layers that would change their device."""
         return moves_between(self.spans_before, self.spans_after)
 
+    _repr_pretty_ = pretty_text
+
     def __str__(self) -> str:
         from lingualinked.display.decisions import decision_text  # plain data that can be drawn
 
@@ -148,6 +152,8 @@ class Migration:
     def moves(self) -> tuple[Move, ...]:
         """Layers that changed their device, or were to."""
         return moves_between(self.spans_before, self.spans_after)
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         from lingualinked.display.decisions import migration_text

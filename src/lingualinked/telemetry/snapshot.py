@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lingualinked.pretty import pretty_text
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.history import Counters, History
 from lingualinked.telemetry.perfetto import write_trace
@@ -190,6 +191,8 @@ class Telemetry:
         from lingualinked.display.telemetry import telemetry_figure  # plain data that can be drawn
 
         return telemetry_figure(self, last_s)
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         from lingualinked.display.telemetry import telemetry_text

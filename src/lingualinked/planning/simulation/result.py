@@ -13,6 +13,7 @@ import numpy as np
 
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.simulation.line import StepKind
+from lingualinked.pretty import pretty_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,6 +110,8 @@ class Simulation:
         from lingualinked.display.simulation import simulation_figure  # plain data that can be drawn
 
         return simulation_figure(self)
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         from lingualinked.display.simulation import simulation_text
