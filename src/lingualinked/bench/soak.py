@@ -17,7 +17,7 @@ import lingualinked as ll
 from lingualinked.bench.samples import Samples
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
-from lingualinked.quantities import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, count_text, seconds_text
 
 _DEVICES = ("a", "b", "c")
 _NEW_TOKENS = 60
@@ -61,7 +61,7 @@ def run_soak(num_migrations: int, seed: int) -> None:
                 if number % max(1, num_migrations // _LOOKS) == 0:
                     resident.append(_resident_bytes(cluster))
                     console.print(
-                        f"{number} migrations, {sum(load.num_equal.values())} answers equal, {len(load.wrong)} wrong, "
+                        f"{count_text(number, 'migration')}, {count_text(sum(load.num_equal.values()), 'answer')} equal, {len(load.wrong)} wrong, "
                         f"workers hold {bytes_text(resident[-1])}"
                     )
                 if load.wrong:
@@ -73,7 +73,9 @@ def run_soak(num_migrations: int, seed: int) -> None:
         model.close()
     console.print(_table(migrations, load, resident, elapsed_s).to_rich())
     if load.wrong:
-        raise ll.LingualinkedError(f"{len(load.wrong)} answers were wrong or lost: {load.wrong[0]}; please report this")
+        raise ll.LingualinkedError(
+            f"{count_text(len(load.wrong), 'answer')} wrong or lost: {load.wrong[0]}; please report this"
+        )
 
 
 class _Load:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lingualinked.device import Device
 from lingualinked.errors import ResourceError
+from lingualinked.quantities import count_text
 
 # Counted on running clusters, with some to spare for the libraries that are imported meanwhile.
 _DESCRIPTORS = 36
@@ -100,7 +101,7 @@ def _check_descriptors(num_needed: int) -> None:
         num_open = limit
     if limit - num_open < num_needed:
         raise ResourceError(
-            f"{num_needed} file descriptors are needed and {max(limit - num_open, 0)} of {limit} are free: close files, or "
+            f"{count_text(num_needed, 'file descriptor')} are needed and {max(limit - num_open, 0)} of {limit} are free: close files, or "
             f"raise the limit with `ulimit -n {num_open + num_needed}` before this program starts"
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError, WorkerError
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from lingualinked.protocol.messages import StageTimes
@@ -72,7 +73,7 @@ def check_reply(
         return logits
     came = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in reply.tensors) or "none"
     error = ProtocolError(
-        f"the answer to a step came with the tensors {came} and the times of {len(reply.timings)} stages, where logits "
+        f"the answer to a step came with the tensors {came} and the times of {count_text(len(reply.timings), 'stage')}, where logits "
         f"{[*shape, vocabulary or 'vocabulary']} and the times of {len(devices)} were due"
     )
     raise WorkerError(devices[-1], f"ProtocolError: {error}") from error

@@ -11,6 +11,7 @@ import time
 from collections import deque
 
 from lingualinked.errors import ArgumentError
+from lingualinked.quantities import count_text
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.history import Counters, DeviceCounters, History, StepCounters
 from lingualinked.telemetry.samples import DeviceSample, StepSample
@@ -45,7 +46,7 @@ class Recorder:
     ) -> None:
         for bound in (max_steps, max_device_samples, max_decisions, max_migrations):
             if bound < 0:
-                raise ArgumentError(f"a history can't remember {bound} samples; give 0 or more")
+                raise ArgumentError(f"a history can't remember {count_text(bound, 'sample')}; give 0 or more")
         self._start_s = time.monotonic() if start_s is None else start_s
         self._lock = threading.Lock()
         self._steps: deque[StepSample] = deque(maxlen=max_steps)

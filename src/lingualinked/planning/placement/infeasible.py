@@ -85,8 +85,8 @@ def _memory(problem: Problem, devices: Sequence[int], closest: Route) -> Infeasi
     if usable < total - problem.tied_bytes:
         lacking = math.ceil(total - problem.tied_bytes - usable)
         return InfeasiblePlanError(
-            f"weights and KV need {bytes_text(total - problem.tied_bytes)} and {_names(problem, devices)} offer "
-            f"{bytes_text(usable)}: {bytes_text(lacking, round_up=True)} short; tightest is "
+            f"weights and KV need {bytes_text(total - problem.tied_bytes)}, and there is room for "
+            f"{bytes_text(usable)} on {_names(problem, devices)}: {bytes_text(lacking, round_up=True)} short; tightest is "
             f"{problem.names[tightest]!r}, {bytes_text(missing, round_up=True)} short in the placement closest to fitting; "
             "add a device, or raise memory",
             missing_bytes=lacking,
