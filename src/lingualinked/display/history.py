@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lingualinked.display.decisions import moves_text
 from lingualinked.display.figure import new_figure
+from lingualinked.display.palette import DEVICES, FAILED, MOVED
+from lingualinked.quantities import count_text, seconds_text
 from lingualinked.telemetry.timeline import compute_of, counted_steps, windows_of
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from lingualinked.telemetry.samples import StepSample
     from lingualinked.telemetry.timeline import Windows
 
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
-GREY, RED = "#8c8c8c", "#c44e52"
 MAX_POINTS = 200
 """Up to as many steps are drawn one by one; of more, the median of each window."""
 LEGEND_COLUMNS = 6
@@ -58,16 +58,26 @@ def history_figure(history: History, last_s: float | None = None) -> Figure:
     steps = [step for step in history.steps if _end_of(step) >= begin_s]
     windows = windows_of(steps, begin_s, end_s, min(120, max(12, len(steps) // 8)))
     migrations = [each for each in history.migrations if _end_s(each) >= begin_s and each.time_s <= end_s]
-    colours = {device: COLOURS[index % len(COLOURS)] for index, device in enumerate(windows.utilisation)}
+    colours = {device: DEVICES[index % len(DEVICES)] for index, device in enumerate(windows.utilisation)}
 
     busy_in = 0.5 + 0.42 * len(colours)
-    figure = new_figure(10, 4.6 + busy_in)
+    figure = new_figure(10, 4.9 + busy_in)
+    done = [each for each in migrations if each.succeeded]
+    moved = f", {count_text(len(done), 'migration')}" if done else ""
+    failed = f", {len(migrations) - len(done)} failed" if len(done) < len(migrations) else ""
+    figure.suptitle(
+        f"{count_text(len(steps), 'step')} of {count_text(len({step.session for step in steps}), 'session')} "
+        f"in {seconds_text(end_s - begin_s)}{moved}{failed}",
+        fontsize=11,
+    )
     axes: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=(2.4, busy_in, 1.5))
     _draw_compute(axes[0], steps, windows, colours, history.start_s)
     _draw_utilisation(axes[1], windows, colours, history.start_s)
     _draw_rate(axes[2], windows, history.start_s, "new" if counted_steps(steps)[-1].is_decode else "prompt")
     axes[0].set_xlim(begin_s - history.start_s, end_s - history.start_s)
     _mark_migrations(axes, migrations, history.start_s)
+    if migrations:
+        _explain_marks(axes[-1], migrations)
     axes[-1].set_xlabel("seconds since the pipeline was started")
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -153,11 +163,11 @@ def _mark_migrations(axes: Sequence[Axes], migrations: Sequence[Migration], star
     """Draw a band for the time that each took and a line where the new plan was in force, with what was moved above."""
     left_s, right_s = axes[0].get_xlim()
     for number, each in enumerate(migrations):
-        colour = GREY if each.succeeded else RED
+        colour = MOVED if each.succeeded else FAILED
         begin_s, end_s = each.time_s - start_s, _end_s(each) - start_s
         for part in axes:
             part.axvspan(begin_s, end_s, color=colour, alpha=0.25, linewidth=0, zorder=0.5)
-            part.axvline(end_s, color="black" if each.succeeded else RED, linewidth=1, linestyle="--", zorder=3)
+            part.axvline(end_s, color="black" if each.succeeded else FAILED, linewidth=1, linestyle="--", zorder=3)
         if len(migrations) > MAX_LABELS:
             continue
         text = moves_text(each.moves) if each.succeeded else f"failed: {moves_text(each.moves)}"
@@ -169,8 +179,30 @@ def _mark_migrations(axes: Sequence[Axes], migrations: Sequence[Migration], star
             textcoords="offset points",
             ha=_side((end_s - left_s) / (right_s - left_s)),
             fontsize=8,
-            color="black" if each.succeeded else RED,
+            color="black" if each.succeeded else FAILED,
         )
+
+
+def _explain_marks(axes: Axes, migrations: Sequence[Migration]) -> None:
+    """Say in a legend what bands and dashed lines mean."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    marks: list[Patch | Line2D] = []
+    if any(each.succeeded for each in migrations):
+        marks.append(Patch(color=MOVED, alpha=0.25, linewidth=0, label="layers are being moved"))
+        marks.append(Line2D([], [], color="black", linewidth=1, linestyle="--", label="a new plan is in force"))
+    if not all(each.succeeded for each in migrations):
+        marks.append(Patch(color=FAILED, alpha=0.25, linewidth=0, label="a move failed"))
+    axes.legend(
+        handles=marks,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+        ncols=len(marks),
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def _side(place: float) -> Literal["left", "center", "right"]:

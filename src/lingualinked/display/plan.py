@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lingualinked.display.figure import new_figure
+from lingualinked.display.palette import KV, LIMITING, PLAIN, WEIGHTS, WORKING
 from lingualinked.display.tables import Rows
 from lingualinked.quantities import bytes_text, count_text, seconds_text
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from lingualinked.planning.comparison import Comparison
     from lingualinked.planning.plan import Plan
     from lingualinked.planning.prediction import Prediction
-
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
 
 
 def plan_rows(plan: Plan) -> Rows:
@@ -104,12 +103,13 @@ def plan_figure(plan: Plan) -> Figure:
         If matplotlib is not installed.
     """
     names = list(plan.devices) + list(plan.solved.unused if plan.solved else ())
-    colour = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
-    num_axes = 1 if plan.profile is None else 3
-    figure = new_figure(4.2 * num_axes, 1.6 + 0.45 * len(names))
-    axes = figure.subplots(1, num_axes, sharey=True, squeeze=False)[0]
+    predicted = None if plan.profile is None else plan.predicted
+    figure = new_figure(5 if predicted is None else 12.6, 1.9 + 0.45 * len(names))
+    title = f"{count_text(plan.num_layers, 'layer')} on {count_text(len(plan.devices), 'device')}"
+    figure.suptitle(title if predicted is None else f"{title}, limited by {predicted.bottleneck}", fontsize=11)
+    axes = figure.subplots(1, 1 if predicted is None else 3, sharey=True, squeeze=False)[0]
     for stage in plan.stages:
-        axes[0].barh(stage.device, stage.num_layers, left=stage.start, color=colour[stage.device], edgecolor="white")
+        axes[0].barh(stage.device, stage.num_layers, left=stage.start, color=PLAIN, edgecolor="white")
         axes[0].text(
             (stage.start + stage.end) / 2, stage.device, f"{stage.num_layers}", ha="center", va="center", color="white"
         )
@@ -118,9 +118,9 @@ def plan_figure(plan: Plan) -> Figure:
         axes[0].text(plan.num_layers / 2, name, "not used", ha="center", va="center", color="grey")
     axes[0].set(xlim=(0, plan.num_layers), xlabel="layer", title="layers")
     axes[0].invert_yaxis()
-    if plan.profile is not None:
-        _draw_memory(axes[1], plan.predicted)
-        _draw_time(axes[2], plan.predicted, colour)
+    if predicted is not None:
+        _draw_memory(axes[1], predicted)
+        _draw_time(axes[2], predicted)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     return figure
@@ -131,9 +131,9 @@ def _draw_memory(axes: Any, predicted: Prediction) -> None:
     scale, unit = (gibi, "GiB") if max(each.used_bytes for each in predicted.devices) > gibi else (1024**2, "MiB")
     left = dict.fromkeys((each.device for each in predicted.devices), 0.0)
     parts = (
-        ("weights", "weight_bytes", "#4c78a8"),
-        ("KV", "kv_bytes", "#f58518"),
-        ("working", "working_bytes", "#bab0ac"),
+        ("weights", "weight_bytes", WEIGHTS),
+        ("KV cache", "kv_bytes", KV),
+        ("working", "working_bytes", WORKING),
     )
     for label, field, colour in parts:
         names = [stage.device for stage in predicted.stages]
@@ -142,18 +142,34 @@ def _draw_memory(axes: Any, predicted: Prediction) -> None:
             axes.barh(names[index], width, left=left[stage.device], color=colour, label=None if index else label)
             left[stage.device] += width
     longest = max(left.values())
-    for each in predicted.devices:
-        if each.capacity_bytes is not None and each.capacity_bytes / scale <= 3 * longest:
-            axes.plot([each.capacity_bytes / scale], [each.device], marker="|", markersize=22, color="black")
-    axes.set(xlabel=unit, title="memory (black: its limit)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False)
+    limits = [
+        (each.capacity_bytes / scale, each.device)
+        for each in predicted.devices
+        if each.capacity_bytes is not None and each.capacity_bytes / scale <= 3 * longest
+    ]
+    if limits:
+        axes.plot(*zip(*limits, strict=True), linestyle="", marker="|", markersize=22, color="black", label="limit")
+    axes.set(xlabel=unit, title="memory")
+    _add_legend(axes)
 
 
-def _draw_time(axes: Any, predicted: Prediction, colour: dict[str, str]) -> None:
+def _draw_time(axes: Any, predicted: Prediction) -> None:
     for each in predicted.devices:
-        axes.barh(each.device, each.busy_s * 1e3, color=colour[each.device])
-    axes.axvline(predicted.bottleneck_s * 1e3, color="black", linewidth=1, linestyle="--")
-    axes.set(xlabel="ms of compute in a mean step", title=f"time; {predicted.bottleneck} limits")
+        colour = LIMITING if predicted.bottleneck == f"device {each.device!r}" else PLAIN
+        axes.barh(each.device, each.busy_s * 1e3, color=colour)
+    axes.axvline(
+        predicted.bottleneck_s * 1e3,
+        color=LIMITING,
+        linewidth=1,
+        linestyle="--",
+        label=f"{predicted.bottleneck} limits",
+    )
+    axes.set(xlabel="ms of compute in a mean step", title="time")
+    _add_legend(axes)
+
+
+def _add_legend(axes: Any) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False, fontsize=8)
 
 
 def _place(index: int, stage: Any) -> tuple[str, str, str, str]:

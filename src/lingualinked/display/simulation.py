@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lingualinked.display.figure import new_figure
+from lingualinked.display.palette import DECODE, LIMITING, PLAIN, PREFILL
 from lingualinked.display.tables import Rows
 from lingualinked.quantities import count_text, seconds_text
 
@@ -15,15 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lingualinked.planning.simulation.result import Simulation
+    from lingualinked.planning.simulation.result import BusyInterval, Simulation
 
 MAX_TABLE_ROWS = 20
 MAX_CHART_ROWS = 24
-SHADES = {
-    "prefill": ("#d9660a", "#f58518", "#f9a655", "#fcc78f"),
-    "decode": ("#2f5a8c", "#4c78a8", "#7fa3cb", "#b3cae4"),
-}
-GREY, RED = "#b8b8b8", "#c44e52"
+SHADES = {"prefill": PREFILL, "decode": DECODE}
+NUM_BINS = 240
+"""Of a chart whose visits are too short to be seen one by one."""
 
 
 def latency_rows(simulation: Simulation) -> Rows:
@@ -88,7 +89,8 @@ def simulation_figure(simulation: Simulation) -> Figure:
     chart, bars = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
     _draw_intervals(chart, simulation, shown)
     busy = [simulation.utilisation[name] for name in shown]
-    bars.barh(range(len(shown)), busy, 0.72, color=[RED if name == simulation.bottleneck else GREY for name in shown])
+    colours = [LIMITING if name == simulation.bottleneck else PLAIN for name in shown]
+    bars.barh(range(len(shown)), busy, 0.72, color=colours)
     for row, fraction in enumerate(busy):
         inside = fraction > 0.7
         bars.annotate(
@@ -99,9 +101,9 @@ def simulation_figure(simulation: Simulation) -> Figure:
             ha="right" if inside else "left",
             va="center",
             fontsize=8,
-            color="white" if inside and shown[row] == simulation.bottleneck else "black",
+            color="white" if inside else "black",
         )
-    bars.set(xlim=(0, 1), xlabel="fraction of the whole run")
+    bars.set(xlim=(0, 1), xlabel="share of the whole run")
     bars.set_title(title, fontsize=10)
     for axes in (chart, bars):
         axes.spines[["top", "right"]].set_visible(False)
@@ -117,19 +119,78 @@ def _draw_intervals(axes: Axes, simulation: Simulation, shown: list[str]) -> Non
 
     rows = {name: row for row, name in enumerate(shown)}
     start_s, end_s = _window(simulation)
+    intervals = [interval for interval in simulation.intervals if interval.server in rows]
+    is_binned = _are_too_fine(intervals, end_s - start_s)
+    if is_binned:
+        _draw_shares(axes, intervals, rows, start_s, end_s)
+    else:
+        _draw_visits(axes, intervals, rows, start_s, end_s)
+    kinds = [kind for kind in SHADES if any(interval.kind == kind for interval in simulation.intervals)]
+    num_shades = min(4, 1 + max((each.session for each in simulation.intervals), default=0))
+    shades = slice(1, 2) if is_binned else slice(num_shades)
+    axes.legend(
+        [*(tuple(Patch(color=colour) for colour in SHADES[kind][shades]) for kind in kinds), Patch(color=LIMITING)],
+        [
+            *(f"{kind} (shade and number: session)" if num_shades > 1 and not is_binned else kind for kind in kinds),
+            "bottleneck",
+        ],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        handlelength=3,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
+    axes.set_yticks(range(len(shown)), shown)
+    axes.set(xlim=(start_s, end_s), ylim=(len(shown) - 0.5, -0.5), xlabel="seconds")
+    width = seconds_text((end_s - start_s) / NUM_BINS)
+    axes.set_title(f"busy: full height is all of each {width}" if is_binned else "busy when", loc="left", fontsize=10)
+
+
+def _are_too_fine(intervals: list[BusyInterval], window_s: float) -> bool:
+    """Whether half of all work is in visits that are narrower than a bin."""
+    lengths_s = sorted(interval.end_s - interval.start_s for interval in intervals)
+    total_s, sum_s = sum(lengths_s), 0.0
+    for length_s in lengths_s:
+        sum_s += length_s
+        if 2 * sum_s >= total_s > 0:
+            return length_s < window_s / NUM_BINS
+    return False
+
+
+def _draw_shares(axes: Axes, intervals: list[BusyInterval], rows: dict[str, int], start_s: float, end_s: float) -> None:
+    """Fill each bin of a row as high as it was busy, decode steps on top of prefills."""
+    edges_s = np.linspace(start_s, end_s, NUM_BINS + 1)
+    for name, row in rows.items():
+        bottom = np.full(NUM_BINS, row + 0.36)
+        for kind, shades in SHADES.items():
+            seen = [each for each in intervals if each.server == name and each.kind == kind]
+            if not seen:
+                continue
+            begins_s = np.array([each.start_s for each in seen])
+            lengths_s = np.array([each.end_s for each in seen]) - begins_s
+            done_s = np.clip(edges_s[:, None] - begins_s, 0, lengths_s).sum(axis=1)
+            top = bottom - 0.72 * np.diff(done_s) / np.diff(edges_s)
+            axes.stairs(top, edges_s, baseline=bottom, fill=True, color=shades[1])
+            bottom = top
+
+
+def _draw_visits(axes: Axes, intervals: list[BusyInterval], rows: dict[str, int], start_s: float, end_s: float) -> None:
+    """Draw each visit, in its session's shade, with the session's number where there is room."""
     seen: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    for interval in simulation.intervals:
-        if interval.server in rows:
-            shade = interval.session % len(SHADES[interval.kind])
-            span = (interval.start_s, interval.end_s - interval.start_s)
-            seen.setdefault((interval.server, interval.kind, shade), []).append(span)
+    for interval in intervals:
+        shade = interval.session % len(SHADES[interval.kind])
+        span = (interval.start_s, interval.end_s - interval.start_s)
+        seen.setdefault((interval.server, interval.kind, shade), []).append(span)
     for (server, kind, shade), spans in seen.items():
         # Edges of the same colour keep the shortest visits visible.
         axes.broken_barh(spans, (rows[server] - 0.36, 0.72), color=SHADES[kind][shade], linewidth=0.5)
-    for interval in simulation.intervals:
+    for interval in intervals:
         middle_s = (interval.start_s + interval.end_s) / 2
         is_wide = interval.end_s - interval.start_s > 0.022 * (end_s - start_s)
-        if is_wide and interval.server in rows and middle_s < end_s:
+        if is_wide and middle_s < end_s:
             dark = interval.session % 4 < 2
             axes.text(
                 middle_s,
@@ -141,23 +202,6 @@ def _draw_intervals(axes: Axes, simulation: Simulation, shown: list[str]) -> Non
                 color="white" if dark else "black",
                 clip_on=True,
             )
-    kinds = [kind for kind in SHADES if any(interval.kind == kind for interval in simulation.intervals)]
-    num_shades = min(4, 1 + max((interval.session for interval in simulation.intervals), default=0))
-    axes.legend(
-        [tuple(Patch(color=colour) for colour in SHADES[kind][:num_shades]) for kind in kinds],
-        [f"{kind} (shade and number: session)" if num_shades > 1 else kind for kind in kinds],
-        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
-        handlelength=3,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderaxespad=0.2,
-        ncols=2,
-        frameon=False,
-        fontsize=8,
-    )
-    axes.set_yticks(range(len(shown)), shown)
-    axes.set(xlim=(start_s, end_s), ylim=(len(shown) - 0.5, -0.5), xlabel="seconds")
-    axes.set_title("busy when", loc="left", fontsize=10)
 
 
 def _window(simulation: Simulation) -> tuple[float, float]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.display.figure import new_figure
 from lingualinked.display.history import history_figure
+from lingualinked.display.palette import KV, PLAIN, WEIGHTS
 from lingualinked.display.tables import Rows
 from lingualinked.errors import ArgumentError
-from lingualinked.quantities import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, count_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,17 +86,18 @@ def _stages_figure(telemetry: Telemetry) -> Figure:
     weights = [stage.weight_bytes / mebi for stage in telemetry.stages]
     kv = [stage.kv_bytes / mebi for stage in telemetry.stages]
     times_ms = [_mean_s(stage.compute_s, stage.num_steps) * 1e3 for stage in telemetry.stages]
-    figure = new_figure(9, 1.2 + 0.6 * len(names))
+    figure = new_figure(9, 1.6 + 0.6 * len(names))
+    figure.suptitle(f"Memory and compute of {count_text(len(names), 'stage')}", fontsize=11)
     memory_axes, time_axes = figure.subplots(1, 2, sharey=True)
-    memory_axes.barh(names, weights, color="#4c78a8", label="weights")
-    memory_axes.barh(names, kv, left=weights, color="#f58518", label="KV cache")
+    memory_axes.barh(names, weights, color=WEIGHTS, label="weights")
+    memory_axes.barh(names, kv, left=weights, color=KV, label="KV cache")
     memory_axes.set_xlabel("MiB")
-    memory_axes.set_title("memory of each stage")
+    memory_axes.set_title("memory")
     memory_axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     memory_axes.invert_yaxis()
-    time_axes.barh(names, times_ms, color="#54a24b")
+    time_axes.barh(names, times_ms, color=PLAIN)
     time_axes.set_xlabel("ms per step")
-    time_axes.set_title("compute of each stage")
+    time_axes.set_title("compute")
     for axes in (memory_axes, time_axes):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

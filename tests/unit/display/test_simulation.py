@@ -67,7 +67,7 @@ def test_a_simulation_is_plotted() -> None:
     assert drawn == len(result.intervals) == 6 * 4 * 3
     legend = chart.get_legend()
     assert legend is not None
-    assert [text.get_text().split()[0] for text in legend.get_texts()] == ["prefill", "decode"]
+    assert [text.get_text().split()[0] for text in legend.get_texts()] == ["prefill", "decode", "bottleneck"]
     assert chart.get_xlim()[1] == max(interval.end_s for interval in result.intervals)
 
 
