@@ -17,12 +17,13 @@ from lingualinked.planning.placement.problem import Placement, Problem, Span
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A placement that fits, and its three values."""
+    """A placement that fits, and its values."""
 
     placement: Placement
     bottleneck_s: float
     latency_s: float
     energy_j: float
+    interval_s: float
 
 
 def draw_problem(
@@ -34,6 +35,7 @@ def draw_problem(
     tight: bool = False,
     gaps: bool = False,
     rings: bool = True,
+    num_sessions: float = math.inf,
 ) -> Problem:
     """Draw numbers: whole ones (many ties), tight memory, missing links and permissions, rings."""
     rng = np.random.default_rng(seed)
@@ -75,6 +77,7 @@ def draw_problem(
         may_be_last=rng.random(num_devices) >= missing,
         may_close=(rng.random(num_devices) < 0.6) & rings,
         watts=draw(num_devices, high=20),
+        num_sessions=num_sessions,
     )
 
 
@@ -116,12 +119,14 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
             held[last] += problem.last_bytes - (problem.tied_bytes if first == last else 0)
             if any(held[device] > problem.capacity_bytes[device] for device in seconds):
                 continue
+            busiest, latency = max(busy_link, *seconds.values()), sum(seconds.values()) + hops
             judged.append(
                 Judged(
                     tuple(Span(device, *bound) for device, bound in zip(chosen, bounds, strict=True)),
-                    float(max(busy_link, *seconds.values())),
-                    float(sum(seconds.values()) + hops),
+                    float(busiest),
+                    float(latency),
                     float(sum(problem.watts[device] * spent for device, spent in seconds.items())),
+                    float(max(busiest, latency / problem.num_sessions)),
                 )
             )
     return judged

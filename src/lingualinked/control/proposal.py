@@ -33,7 +33,7 @@ class Proposal:
     plan : Plan
         The best one that is known; the one in force if there is none better.
     before_s, after_s : float
-        Seconds of a mean step: its bottleneck, or its sum for the objective ``"latency"``.
+        Seconds of a mean step: from one to the next, or on the way of one for the objective ``"latency"``.
     saved : float
         Share of the objective's value that it saves.
     cost_s : float
@@ -150,9 +150,7 @@ def value(predicted: Prediction, objective: Objective) -> float:
 
 
 def _step_s(predicted: Prediction, objective: Objective) -> float:
-    if objective == "latency":
-        return predicted.request_s / predicted.workload.new_tokens
-    return predicted.bottleneck_s
+    return predicted.latency_s if objective == "latency" else predicted.interval_s
 
 
 def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective, min_gain: float) -> Plan:

@@ -178,8 +178,8 @@ def _value(plan: Plan, objective: str) -> float:
         return plan.solved.value
     predicted = plan.predicted
     if objective == "latency":
-        return predicted.request_s / predicted.workload.new_tokens
-    return predicted.bottleneck_s if objective == "throughput" else predicted.joules_per_token or 1.0
+        return predicted.latency_s
+    return predicted.interval_s if objective == "throughput" else predicted.joules_per_token or 1.0
 
 
 def _rate(plan: Plan, objective: str) -> float:

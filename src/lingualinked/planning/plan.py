@@ -63,7 +63,8 @@ class Solved:
     Parameters
     ----------
     objective : {"throughput", "latency", "energy"}
-        What was minimised: the bottleneck, the sum over stages and hops, or the energy; each of a mean step.
+        What was minimised, of a mean step: the interval between steps with the workload's sessions in flight, the sum
+        over stages and hops, or the energy.
     value : float
         Of the objective: seconds, or joules for energy.
     lower_bound : float

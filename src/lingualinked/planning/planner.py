@@ -47,10 +47,13 @@ def solve(
     :math:`[s_k, s_{k+1})` on distinct devices :math:`d_1, \dots, d_K` (one that is trusted may be both the first and the
     last) are chosen to minimise
 
-    - ``"throughput"``: :math:`\max` over the devices of their stages' :math:`c_{d} + \sum_i c_{di}`, and over the links
-      of their transfer time: the bottleneck, whose inverse is a full pipeline's rate; among equals, the latency;
     - ``"latency"``: :math:`\sum_k (c_{d_k} + \sum_{i=s_k}^{s_{k+1}-1} c_{d_k i}) + \sum_k h_{d_k d_{k+1}}`, from the
       caller and back to it;
+    - ``"throughput"``: the seconds between two steps with ``num_sessions`` in flight, :math:`\max(B, \text{latency} /
+      \text{num\_sessions})`. The bottleneck :math:`B` is the :math:`\max` over the devices of their stages'
+      :math:`c_{d} + \sum_i c_{di}`, and over the links of their transfer time; its inverse is a full pipeline's rate.
+      One session is served best by the plan of least latency, often on fewer devices; many by the one of least
+      bottleneck. Among equals, the latency;
     - ``"energy"``: :math:`\sum_k w_{d_k} (c_{d_k} + \sum_i c_{d_k i})` with each device's power :math:`w_d`, where the
       bottleneck leaves at least ``min_tokens_per_s``;
 
@@ -94,14 +97,15 @@ def solve(
     workload = profile.model.fit_workload(workload)
     problem = WorkloadCosts(profile, workload, reserve).problem()
     floor_s = None if min_tokens_per_s is None else workload.batch_size / float(min_tokens_per_s)
+    indices = _indices(order, profile)
     try:
-        solution = solve_problem(problem, objective, order=_indices(order, profile), max_bottleneck_s=floor_s)
+        solution = solve_problem(problem, objective, order=indices, max_bottleneck_s=floor_s)
     except InfeasiblePlanError as error:
         if floor_s is not None and _fits(profile, workload, reserve):
-            fastest = solve(profile, workload=workload, order=order, reserve=reserve).predicted.pipeline_tokens_per_s
+            fastest = workload.batch_size / solve_problem(_pipelined(problem), order=indices).value
             raise InfeasiblePlanError(
-                f"no plan gives min_tokens_per_s={min_tokens_per_s:g}: the fastest gives {fastest:.1f} tokens/s; "
-                "ask for less, or add a device"
+                f"no plan gives min_tokens_per_s={min_tokens_per_s:g}: the fastest gives {fastest:.1f} tokens/s with its "
+                "pipeline full; ask for less, or add a device"
             ) from error
         raise _with_remedy(error, profile, workload, reserve) from error
     used = {span.device for span in solution.placement}
@@ -243,10 +247,15 @@ def _of_sessions(workload: Workload, num_sessions: int) -> Workload:
 
 def _fits(profile: Profile, workload: Workload, reserve: float) -> bool:
     try:
-        solve_problem(WorkloadCosts(profile, workload, reserve).problem(), "throughput")
+        solve_problem(_pipelined(WorkloadCosts(profile, workload, reserve).problem()))
     except InfeasiblePlanError:
         return False
     return True
+
+
+def _pipelined(problem: Problem) -> Problem:
+    """Take the pipeline to be full, which is solved soonest."""
+    return dataclasses.replace(problem, num_sessions=math.inf)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

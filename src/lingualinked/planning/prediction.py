@@ -156,12 +156,28 @@ class Prediction:
         return self.workload.batch_size / self.bottleneck_s
 
     @property
-    def tokens_per_s(self) -> float:
-        """Tokens per second of all rows with the workload's sessions in flight, at most.
+    def latency_s(self) -> float:
+        """Seconds of a mean step from the caller through all stages and back, with nothing else in flight."""
+        return self.request_s / self.workload.new_tokens
 
-        Sessions wait for each other where their steps meet, which `simulate` shows and this does not.
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two mean steps with the workload's sessions in flight.
+
+        The larger of the bottleneck and of the latency divided by the sessions: what ``objective="throughput"``
+        minimises. Sessions wait for each other where their steps meet, which `simulate` shows and this does not.
         """
-        return min(self.workload.num_sessions * self.stream_tokens_per_s, self.pipeline_tokens_per_s)
+        return max(self.bottleneck_s, self.latency_s / self.workload.num_sessions)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of all rows with the workload's sessions in flight, at most: the rate of `interval_s`."""
+        return self.workload.batch_size / self.interval_s
+
+    @property
+    def sessions_to_fill(self) -> int:
+        """Sessions in flight from which on the bottleneck limits, and not the way of each session's steps."""
+        return max(1, math.ceil(self.latency_s / self.bottleneck_s * (1 - 1e-9)))
 
     @property
     def joules_per_token(self) -> float | None:
@@ -183,8 +199,10 @@ class Prediction:
             "step_s",
             "first_token_s",
             "request_s",
+            "latency_s",
             "bottleneck_s",
             "bottleneck",
+            "interval_s",
             "stream_tokens_per_s",
             "pipeline_tokens_per_s",
             "tokens_per_s",

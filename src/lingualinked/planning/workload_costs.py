@@ -131,6 +131,7 @@ class WorkloadCosts:
             may_be_last=trusted,
             may_close=closing,
             watts=np.array([math.nan if each.device.watts is None else each.device.watts for each in devices]),
+            num_sessions=self.workload.num_sessions,
         )
 
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:

@@ -22,6 +22,9 @@ from tests.simulated_pipeline import SimulatedPipeline, Speeds, with_memory
 THREE = profile(ll.Device(name="a"), ll.Device(name="b"), ll.Device(name="c"), num_layers=24)
 
 
+FULL = ll.Workload(num_sessions=8)  # enough to keep every device busy
+
+
 def uniform(rng: random.Random) -> float:
     return rng.uniform(0.8, 1.2)
 
@@ -35,7 +38,7 @@ def slow_from(device: str, step: int, factor: float = 4.0) -> Speeds:
 
 
 def pipeline(**arguments: object) -> SimulatedPipeline:
-    return SimulatedPipeline(THREE, ll.solve(THREE), **arguments)  # type: ignore[arg-type]
+    return SimulatedPipeline(THREE, ll.solve(THREE, workload=FULL), **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,7 +51,8 @@ def test_a_device_that_slows_down_is_relieved_within_twenty_steps(noise: object,
     line.run(600, slow_from("b", 200))
     assert 200 <= line.moved_at[0] < 220
     assert line.num_layers("b") < layers / 2
-    best = ll.solve(profile(ll.Device(name="a"), ll.Device(name="b", slowdown=4.0), ll.Device(name="c"), num_layers=24))
+    slower = profile(ll.Device(name="a"), ll.Device(name="b", slowdown=4.0), ll.Device(name="c"), num_layers=24)
+    best = ll.solve(slower, workload=FULL)
     reached = ll.Plan.from_spans(line.spans(), profile=best.profile).predicted.bottleneck_s
     assert reached <= best.predicted.bottleneck_s / 0.9
 
@@ -237,7 +241,7 @@ def test_a_device_that_is_needed_can_not_be_released() -> None:
 
 def test_a_device_that_joins_is_used_if_that_pays() -> None:
     two = profile(ll.Device(name="a"), ll.Device(name="b"), num_layers=24)
-    line = SimulatedPipeline(two, ll.solve(two), migration_s=0.0)
+    line = SimulatedPipeline(two, ll.solve(two, workload=FULL), migration_s=0.0)
     line.run(100)
     line.profile = THREE
     line.tell(DeviceJoined(time_s=line.time_s, device="c", profile=THREE))
@@ -316,7 +320,7 @@ def test_memory_that_runs_out_costs_no_exactness() -> None:
     mixed = profile(
         ll.Device(name="a", threads=1), ll.Device(name="b", threads=1), ll.Device(name="c", threads=4), num_layers=24
     )
-    tight = with_memory(mixed, a=136 * MIB, b=136 * MIB)
+    tight = with_memory(mixed, a=136 * MIB, b=136 * MIB, c=136 * MIB)
     line = SimulatedPipeline(tight, ll.Plan.from_spans([("a", 0, 12), ("b", 12, 24)], profile=tight))
     line.run(50)
     line.look("b", held=135 * MIB, available=1 * MIB)

@@ -18,6 +18,7 @@ from lingualinked.profile import LinkProfile
 from profiles import MIB, profile
 
 WORKLOAD = ll.Workload(prompt_tokens=64, new_tokens=64)
+FULL = dataclasses.replace(WORKLOAD, num_sessions=16)  # more sessions than it takes to keep every device busy
 
 
 def devices(*slowdowns: float, **fields: Any) -> list[ll.Device]:
@@ -25,7 +26,7 @@ def devices(*slowdowns: float, **fields: Any) -> list[ll.Device]:
 
 
 def test_faster_devices_get_more_layers() -> None:
-    plan = solve(profile(*devices(1.0, 3.0), num_layers=12), workload=WORKLOAD)
+    plan = solve(profile(*devices(1.0, 3.0), num_layers=12), workload=FULL)
     layers = {stage.device: stage.num_layers for stage in plan.stages}
     assert layers["d0"] > 2 * layers["d1"]
     assert plan.solved is not None
@@ -33,14 +34,22 @@ def test_faster_devices_get_more_layers() -> None:
     assert plan.predicted.bottleneck_s == pytest.approx(plan.solved.value)
 
 
-def test_throughput_uses_all_and_latency_only_the_fastest() -> None:
-    made = profile(*devices(1.0, 1.5, 2.0), num_layers=12, latency_s=5e-3)
-    throughput, latency = solve(made, workload=WORKLOAD), solve(made, workload=WORKLOAD, objective="latency")
-    assert len(throughput.stages) == 3
+@pytest.mark.parametrize(("num_sessions", "used"), [(1, 1), (2, 2), (16, 3)])
+def test_throughput_uses_as_many_devices_as_the_sessions_keep_busy(num_sessions: int, used: int) -> None:
+    workload = dataclasses.replace(WORKLOAD, num_sessions=num_sessions)
+    made = profile(*devices(1.0, 1.5, 2.0), num_layers=12, latency_s=1e-3)
+    throughput, latency = (solve(made, workload=workload, objective=each) for each in ("throughput", "latency"))
+    assert len(throughput.stages) == used
     assert latency.devices == ("d0",)
     assert latency.solved is not None
     assert latency.solved.unused == ("d1", "d2")
-    assert latency.predicted.request_s / WORKLOAD.new_tokens == pytest.approx(latency.solved.value)
+    assert latency.predicted.latency_s == pytest.approx(latency.solved.value)
+    assert throughput.solved is not None
+    assert throughput.predicted.interval_s == pytest.approx(throughput.solved.value)
+    assert throughput.predicted.tokens_per_s == pytest.approx(1 / throughput.solved.value)
+    spread = ll.Plan.from_spans([("d0", 0, 5), ("d1", 5, 9), ("d2", 9, 12)], profile=made, workload=workload)
+    for other in (latency, spread):
+        assert throughput.predicted.tokens_per_s >= other.predicted.tokens_per_s
 
 
 def test_energy_keeps_to_the_floor() -> None:
@@ -91,7 +100,7 @@ def test_kv_is_planned_as_its_buffers_grow(workload: ll.Workload, window: int | 
 def test_only_trusted_devices_hold_the_ends() -> None:
     trusted = ll.Device(name="mine", slowdown=2.0, trusted=True)
     made = profile(*devices(1.0, 1.0), trusted, num_layers=12)
-    plan = solve(made, workload=WORKLOAD)
+    plan = solve(made, workload=FULL)
     assert plan.stages[0].device == plan.stages[-1].device == "mine"
     assert set(plan.devices) == {"mine", "d0", "d1"}
     use = next(each for each in plan.predicted.devices if each.device == "mine")
@@ -102,7 +111,7 @@ def test_only_trusted_devices_hold_the_ends() -> None:
 
 def test_the_order_may_be_fixed() -> None:
     made = profile(*devices(1.0, 1.0, 1.0), num_layers=12)
-    assert solve(made, workload=WORKLOAD, order=["d2", "d0", "d1"]).devices == ("d2", "d0", "d1")
+    assert solve(made, workload=FULL, order=["d2", "d0", "d1"]).devices == ("d2", "d0", "d1")
     with pytest.raises(ll.ArgumentError, match="no device 'moon'"):
         solve(made, order=["moon"])
     with pytest.raises(ll.ArgumentError, match="'d0' twice"):
@@ -202,7 +211,7 @@ def test_a_plan_by_hand_is_predicted_from_a_profile_that_is_given() -> None:
 def test_baselines_are_never_better(kind: str) -> None:
     made = profile(*devices(1.0, 2.0, 5.0, memory="200MiB"), num_layers=12)
     other = ll.baseline(made, kind, workload=WORKLOAD)
-    assert other.predicted.bottleneck_s >= solve(made, workload=WORKLOAD).predicted.bottleneck_s * (1 - 1e-9)
+    assert other.predicted.interval_s >= solve(made, workload=WORKLOAD).predicted.interval_s * (1 - 1e-9)
     with pytest.raises(ll.ArgumentError, match="kind='odd' must be one of"):
         ll.baseline(made, "odd")
 
@@ -230,17 +239,17 @@ def test_the_prediction_adds_up() -> None:
 
 
 def test_a_simulation_of_a_plan_agrees_with_its_prediction() -> None:
-    plan = solve(profile(*devices(1.0, 2.0, 3.0), num_layers=12), workload=WORKLOAD)
+    plan = solve(profile(*devices(1.0, 2.0, 3.0), num_layers=12), workload=FULL)
     alone = ll.simulate(plan, num_requests=1)
     assert alone.makespan_s == pytest.approx(plan.predicted.request_s)
-    full = ll.simulate(plan, dataclasses.replace(WORKLOAD, num_sessions=12))
+    full = ll.simulate(plan, FULL, num_requests=36)
     assert full.tokens_per_s == pytest.approx(plan.predicted.pipeline_tokens_per_s, rel=0.05)  # filling and draining
     assert full.bottleneck in plan.predicted.bottleneck
 
 
 def test_plans_are_compared_under_one_workload() -> None:
     made = profile(*devices(1.0, 2.0), num_layers=8)
-    solved, even = solve(made, workload=WORKLOAD), ll.Plan.from_spans([("d0", 0, 4), ("d1", 4, 8)])
+    solved, even = solve(made, workload=FULL), ll.Plan.from_spans([("d0", 0, 4), ("d1", 4, 8)])
     comparison = solved.compare(even, names=["solved", "even"])
     assert comparison.ratios("pipeline_tokens_per_s")[1] < 1
     assert "even" in str(comparison)
@@ -253,7 +262,7 @@ def test_plans_are_compared_under_one_workload() -> None:
 
 
 def test_an_explanation_names_the_bottleneck_and_what_helps() -> None:
-    plan = solve(profile(*devices(1.0, 1.0), num_layers=12), workload=WORKLOAD)
+    plan = solve(profile(*devices(1.0, 1.0), num_layers=12), workload=FULL)
     explanation = plan.explain()
     assert "The speed of device" in explanation.limit
     assert explanation.another_device.gain > 1.2
@@ -263,7 +272,7 @@ def test_an_explanation_names_the_bottleneck_and_what_helps() -> None:
     narrow = LinkProfile(source="d0", target="d1", latency_s=0.0, bandwidth_bytes_per_s=1e4)
     links = tuple(narrow if (each.source, each.target) == ("d0", "d1") else each for each in slow_link.links)
     slow_link = dataclasses.replace(slow_link, links=links)
-    text = str(ll.Plan.from_spans([("d0", 0, 6), ("d1", 6, 12)], profile=slow_link, workload=WORKLOAD).explain())
+    text = str(ll.Plan.from_spans([("d0", 0, 6), ("d1", 6, 12)], profile=slow_link, workload=FULL).explain())
     assert "The link 'd0' -> 'd1' limits it" in text
 
 
@@ -315,10 +324,10 @@ print(*({"torch", "transformers", "zmq"} & set(sys.modules)))
 
 def test_like_devices_are_used_in_the_order_in_which_they_are_listed() -> None:
     made = profile(*devices(1.0, 1.0, 1.0, 1.0), num_layers=9)
-    assert solve(made, workload=WORKLOAD).devices == ("d0", "d1", "d2", "d3")
-    alone = solve(profile(*devices(1.0, 1.0, 1.0), latency_s=1.0), workload=WORKLOAD, objective="latency")
+    assert solve(made, workload=FULL).devices == ("d0", "d1", "d2", "d3")
+    alone = solve(profile(*devices(1.0, 1.0, 1.0), latency_s=1.0), workload=FULL, objective="latency")
     assert alone.devices == ("d0",)
-    mixed = solve(profile(*devices(3.0, 1.0, 3.0), num_layers=12), workload=WORKLOAD).devices
+    mixed = solve(profile(*devices(3.0, 1.0, 3.0), num_layers=12), workload=FULL).devices
     assert mixed.index("d0") < mixed.index("d2")
 
 
@@ -326,6 +335,6 @@ def test_like_devices_behind_unlike_links_stay_where_they_are() -> None:
     made = profile(*devices(1.0, 1.0, 1.0), num_layers=9)
     far = LinkProfile(source="d0", target="d1", latency_s=5.0, bandwidth_bytes_per_s=None)
     links = tuple(far if (each.source, each.target) == ("d0", "d1") else each for each in made.links)
-    plan = solve(dataclasses.replace(made, links=links), workload=WORKLOAD)
+    plan = solve(dataclasses.replace(made, links=links), workload=FULL)
     assert len(plan.stages) == 3
     assert plan.predicted.step_s < 1

@@ -23,6 +23,7 @@ from lingualinked.planning.placement.problem import (
     bottleneck_s,
     device_bytes,
     energy_j,
+    interval_s,
     latency_s,
 )
 from lingualinked.planning.placement.solver import solve_problem
@@ -30,10 +31,11 @@ from lingualinked.planning.plan import Objective
 from placements import Judged, best_along, draw_problem, every_placement
 
 VALUES: dict[Objective, Callable[[Problem, Placement], float]] = {
-    "throughput": bottleneck_s,
+    "throughput": interval_s,
     "latency": latency_s,
     "energy": energy_j,
 }
+SESSIONS = st.sampled_from([*range(1, 9), math.inf])
 OBJECTIVES = st.sampled_from(list(VALUES))
 SUMMED_DIFFERENTLY = (
     1e-9  # relative: oracle and solver add the same numbers in different orders, and HiGHS stops at 1e-10
@@ -50,11 +52,12 @@ def problems(draw: st.DrawFn, max_layers: int = 12) -> Problem:
         tight=draw(st.booleans()),
         gaps=draw(st.booleans()),
         rings=draw(st.booleans()),
+        num_sessions=draw(SESSIONS),
     )
 
 
 def value_of(judged: Judged, objective: Objective) -> float:
-    return {"throughput": judged.bottleneck_s, "latency": judged.latency_s, "energy": judged.energy_j}[objective]
+    return {"throughput": judged.interval_s, "latency": judged.latency_s, "energy": judged.energy_j}[objective]
 
 
 def solved(problem: Problem, objective: Objective, **kwargs: Any) -> Solution | None:

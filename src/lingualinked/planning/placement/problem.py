@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -53,6 +54,8 @@ class Problem:
         bool ``[D]``, whether a device may hold the first and the last stage both, with others between them.
     watts : ndarray
         float64 ``[D]``, power while computing; NaN where it is not known.
+    num_sessions : float
+        Sessions in flight at the same time; ``inf``: as many as fill the pipeline.
     """
 
     names: tuple[str, ...]
@@ -76,6 +79,7 @@ class Problem:
     may_be_last: Flags
     may_close: Flags
     watts: Floats
+    num_sessions: float = math.inf
 
     @property
     def num_devices(self) -> int:
@@ -110,7 +114,7 @@ class Solution:
     placement : tuple of Span
         In pipeline order.
     value : float
-        Of the objective: seconds of the bottleneck (throughput), seconds of a step (latency), joules of a step (energy).
+        Of the objective: seconds between steps (throughput), seconds of a step (latency), joules of a step (energy).
     lower_bound : float
         No placement has a smaller value; proven.
     relaxation : float
@@ -141,6 +145,11 @@ def latency_s(problem: Problem, placement: Placement) -> float:
     hops = sum(problem.hop_s[a.device, b.device] for a, b in itertools.pairwise(placement))
     ends = problem.enter_s[placement[0].device] + problem.leave_s[placement[-1].device]
     return float(sum(span_s(problem, span) for span in placement) + hops + ends)
+
+
+def interval_s(problem: Problem, placement: Placement) -> float:
+    """Give the seconds between two mean steps with the problem's sessions in flight: the inverse of their rate."""
+    return max(bottleneck_s(problem, placement), latency_s(problem, placement) / problem.num_sessions)
 
 
 def energy_j(problem: Problem, placement: Placement) -> float:

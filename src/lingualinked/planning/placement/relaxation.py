@@ -37,8 +37,9 @@ def relaxation_value(
 
     Constraints: ``sum_d x_dk = n_k``; ``sum_d f_d = sum_d l_d = 1``; ``x_dk <= n_k u_d``; ``f_d, l_d <= u_d``;
     ``t_d <= f_d, l_d``; a device's bytes within its memory, tied weights counted once by ``t_d``; its seconds
-    ``s_d <= T``. Minimised are T; or the sum of ``s_d``, the ends' links and, for each device used besides the first,
-    its quickest link inwards; or the sum of ``watts_d s_d``. Every placement satisfies all of it.
+    ``s_d <= T``. The latency is at least the sum of ``s_d``, the ends' links and, for each device used besides the
+    first, its quickest link inwards. Minimised are T, the latency being at most T times the sessions in flight; or the
+    latency; or the sum of ``watts_d s_d``. Every placement satisfies all of it.
 
     Parameters
     ----------
@@ -162,28 +163,36 @@ class _Model:
 
     def objective(self, problem: Problem, objective: Objective) -> tuple[Floats, float]:
         """Give the costs and their unit."""
-        n, cost = len(self.devices), np.zeros(self.size)
+        n = len(self.devices)
         at_shares = self.size - 4 * n - 1
         used, first, last = (slice(at_shares + k * n, at_shares + (k + 1) * n) for k in range(3))
-        if objective == "throughput":
-            cost[-1] = self.time_scale
-            for share, busy_s in ((first, problem.enter_busy_s), (last, problem.leave_busy_s)):
-                row = np.zeros(self.size)
-                row[share] = np.where(self.highest[share] > 0, busy_s[self.devices], 0.0) / self.time_scale
-                row[-1] = -1.0
-                self._at_most(sparse.csr_matrix(row[None]), np.zeros(1))
-            return cost, self.time_scale
         weight = problem.watts[self.devices] if objective == "energy" else np.ones(n)
         cost = np.asarray(self.seconds.T @ weight) * self.time_scale
+        if objective == "energy":
+            return cost, float(weight.max() * self.time_scale) or 1.0
+        hops = problem.hop_s[np.ix_(self.devices, self.devices)].copy()
+        np.fill_diagonal(hops, np.inf)
+        inward = hops.min(axis=0)
+        inward[~np.isfinite(inward)] = 0.0
+        cost[used] += inward
+        cost[first] += np.where(self.highest[first] > 0, problem.enter_s[self.devices], 0.0) - inward
+        cost[last] += np.where(self.highest[last] > 0, problem.leave_s[self.devices], 0.0)
         if objective == "latency":
-            hops = problem.hop_s[np.ix_(self.devices, self.devices)].copy()
-            np.fill_diagonal(hops, np.inf)
-            inward = hops.min(axis=0)
-            inward[~np.isfinite(inward)] = 0.0
-            cost[used] += inward
-            cost[first] += np.where(self.highest[first] > 0, problem.enter_s[self.devices], 0.0) - inward
-            cost[last] += np.where(self.highest[last] > 0, problem.leave_s[self.devices], 0.0)
-        return cost, float(weight.max() * self.time_scale) or 1.0
+            return cost, self.time_scale
+        self._within_bottleneck(cost / problem.num_sessions)
+        for share, busy_s in ((first, problem.enter_busy_s), (last, problem.leave_busy_s)):
+            row = np.zeros(self.size)
+            row[share] = np.where(self.highest[share] > 0, busy_s[self.devices], 0.0)
+            self._within_bottleneck(row)
+        cost = np.zeros(self.size)
+        cost[-1] = self.time_scale
+        return cost, self.time_scale
+
+    def _within_bottleneck(self, seconds: Floats) -> None:
+        """Add that some seconds, linear in the columns, are at most T."""
+        row = seconds / self.time_scale
+        row[-1] -= 1.0
+        self._at_most(sparse.csr_matrix(row[None]), np.zeros(1))
 
     def _at_most(self, rows: Matrix, limits: Floats) -> None:
         self.upper.append((rows, limits))

@@ -14,6 +14,7 @@ import numpy as np
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.placement.costs import Costs, bottleneck_costs, energy_costs, latency_costs
 from lingualinked.planning.placement.infeasible import explain_infeasible
+from lingualinked.planning.placement.interval import search_interval
 from lingualinked.planning.placement.network import Network
 from lingualinked.planning.placement.orders import Route, best_along, rings_within
 from lingualinked.planning.placement.problem import (
@@ -22,6 +23,7 @@ from lingualinked.planning.placement.problem import (
     Solution,
     bottleneck_s,
     energy_j,
+    interval_s,
     latency_s,
 )
 from lingualinked.planning.placement.programme import solve_programme, tight_networks
@@ -36,6 +38,9 @@ Search: TypeAlias = Callable[[Costs], Route | None]
 
 MAX_WORK = 1.2e8
 """Additions up to which all orders are searched: less than a second."""
+
+MAX_SEARCHES = 8
+"""For the least latency of many devices in any order, within one cap each: half a second for 80 layers on 16."""
 
 LATENCY_PRICE = 1e-10
 """Of the energy: what the whole latency of a placement costs where it only breaks ties."""
@@ -55,8 +60,10 @@ def solve_problem(
     problem : Problem
         D devices and L layers, in seconds, bytes and watts.
     objective : {"throughput", "latency", "energy"}
-        What is minimised: the seconds of a mean step in which the busiest device or link is busy; the seconds of a step
-        from the caller through all stages and back; the joules of a step. Ties go to the lower latency.
+        What is minimised: the seconds between two steps with the problem's sessions in flight, which is the larger of
+        the seconds of a mean step in which the busiest device or link is busy and of the latency per session; the
+        latency, which is the seconds of a step from the caller through all stages and back; the joules of a step. Ties
+        go to the lower latency.
     order : sequence of int, optional
         Devices in pipeline order; any of them may be skipped, and those that are missing are not used. In a ring the
         closing device is the first one in use. None: any devices in any order.
@@ -91,9 +98,12 @@ def solve_problem(
     exist. A ring, whose first and last stage share one device's memory and time, has one network per first half
     ``[0, a)``, in which the second halves that exist are those that fit beside it.
 
-    **Objective.** ``sum_a c_a x_a`` in seconds (latency) or joules (energy). For throughput the least bottleneck
-    ``T*`` is found first, by the same shortest-path recursion over (min, max) instead of (min, +): exact, no bisection
-    to a tolerance [2]_ [3]_. The programme then has the arcs that are busy for at most ``T*`` and minimises latency.
+    **Objective.** ``sum_a c_a x_a`` in seconds (latency) or joules (energy). For throughput the least interval
+    ``T*`` is found first. A full pipeline's is the least bottleneck, by the same shortest-path recursion over (min,
+    max) instead of (min, +): exact, no bisection to a tolerance [2]_ [3]_. With S sessions it is the least of
+    ``max(bottleneck, latency / S)``, by least latencies within caps on the bottleneck (see `interval.search_interval`);
+    one session's is the least latency. The programme then has the arcs that are busy for at most ``T*`` and minimises
+    latency.
 
     **Why the solution is integral.** N has one 1 and one -1 per column, so it is totally unimodular and every vertex
     of ``{x >= 0, N x = b}`` is integral [1]_. The dual simplex method of HiGHS ends in a vertex; its path is the
@@ -125,11 +135,13 @@ def solve_problem(
     tables = SpanTables.of(problem)
     costs = _costs(problem, tables, objective, limit)
     exact, bound = _exact_search(problem, devices, fixed=order is not None), 0.0
-    if exact is not None:
+    if objective == "throughput" and math.isfinite(problem.num_sessions):
+        route, bound = _search_interval(problem, tables, devices, limit, exact)
+    elif exact is not None:
         route = exact(costs)
     else:
         route, bound = _search(problem, tables, costs, devices, limit)
-    if route is None or (objective == "throughput" and route.value > limit * (1 + TOLERANCE)):
+    if route is None or (costs.combine is np.maximum and bottleneck_s(problem, route.placement) > limit * (1 + TOLERANCE)):
         raise explain_infeasible(
             problem, tables, devices, limit, exact or (lambda other: search_bottleneck(other, devices)[0])
         )
@@ -137,7 +149,7 @@ def solve_problem(
     placement = _decide(problem, tables, objective, limit, route, exact, along)
     if along is None:
         placement = in_listed_order(problem, placement)
-    value = {"throughput": bottleneck_s, "latency": latency_s, "energy": energy_j}[objective](problem, placement)
+    value = {"throughput": interval_s, "latency": latency_s, "energy": energy_j}[objective](problem, placement)
     relaxation = min(value, relaxation_value(problem, objective, devices, limit))
     if exact is not None:
         bound = value
@@ -196,6 +208,28 @@ def _search(
     return search_sum(costs, devices, start)
 
 
+def _search_interval(
+    problem: Problem, tables: SpanTables, devices: Sequence[int], limit: float, exact: Search | None
+) -> tuple[Route | None, float]:
+    """Search the least interval with the problem's sessions in flight; a proven lower bound comes along."""
+    start: tuple[Route | None, float] = None, 0.0
+    if problem.num_sessions > 1:
+        costs = bottleneck_costs(problem, tables)
+        start = search_bottleneck(costs, devices) if exact is None else _proven(exact(costs))
+        if start[0] is None or start[0].value > limit * (1 + TOLERANCE):
+            return None, 0.0
+
+    def quickest(cap: float) -> tuple[Route | None, float]:
+        costs = latency_costs(problem, tables, cap)
+        return search_sum(costs, devices, start[0]) if exact is None else _proven(exact(costs))
+
+    return search_interval(problem, tables, quickest, start, limit, MAX_SEARCHES if exact is None else math.inf)
+
+
+def _proven(route: Route | None) -> tuple[Route | None, float]:
+    return route, math.inf if route is None else route.value
+
+
 def _decide(
     problem: Problem,
     tables: SpanTables,
@@ -216,7 +250,7 @@ def _decide(
         second = [Network.of(quickest, network.devices, network.ring) for network in networks]
         return solve_programme(tight_networks(networks, second, least_j))
     if objective == "throughput":
-        limit = route.value
+        limit = min(limit, route.value)
         costs = latency_costs(problem, tables, limit)
         route = (exact(costs) if exact is not None else None) or route
     else:
