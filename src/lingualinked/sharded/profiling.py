@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lingualinked.planning.estimate import Figures
     from lingualinked.sharded.model import ShardedModel
 
+_SOLVER = 2  # to be raised when it decides otherwise: plans of before are then solved again
+
 
 def profile_model(
     model_or_path: ShardedModel | str | os.PathLike[str],
@@ -159,7 +161,8 @@ def find_plan(
 ) -> Plan:
     """Load the plan from disk, or profile, solve and keep it: loading a solver takes as long as loading a small model."""
     devices = cluster.devices
-    path = _path("plan", [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE])
+    key = [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE, _SOLVER]
+    path = _path("plan", key)
     with contextlib.suppress(OSError, ArgumentError):
         return Plan.from_json(path.read_bytes())
     profile = find_profile(cluster, spec, footprint, workload)
