@@ -24,7 +24,7 @@ def steady(device: str, step: int) -> float:
 
 
 class SimulatedPipeline:
-    """Steps one after the other, each told to the balancer."""
+    """Steps of the sessions in flight, as many as the plan's workload says, each told to the balancer."""
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class SimulatedPipeline:
         self.profile = profile
         self.plan = plan
         self.balancer = Balancer(plan, profile, policy or ll.RebalancePolicy(), objective, is_automatic=is_automatic)  # type: ignore[arg-type]
+        self.num_sessions = 1 if plan.workload is None else plan.workload.num_sessions
         self.time_s = 100.0
         self.num_steps = 0
         self.decisions: list[Decision] = []
@@ -57,7 +58,7 @@ class SimulatedPipeline:
         for _ in range(num_steps):
             sample = self._step(speeds, tokens)
             self.tell(StepObserved(sample=sample))
-            self.time_s += max(stage.compute_s for stage in sample.stages)
+            self.time_s += sample.total_s / self.num_sessions
             self.num_steps += 1
             if self._ends is not None and self.time_s >= self._ends[0]:
                 self._end()
@@ -133,6 +134,7 @@ class SimulatedPipeline:
                     sent_bytes=2208,
                 )
             )
+        busiest_s = max(stage.compute_s for stage in stages)
         return StepSample(
             time_s=self.time_s,
             session=1,
@@ -141,7 +143,7 @@ class SimulatedPipeline:
             rows=1,
             tokens=tokens,
             context=context,
-            total_s=sum(stage.total_s for stage in stages),
+            total_s=max(self.num_sessions * busiest_s, sum(stage.total_s for stage in stages)),  # wait included
             stages=tuple(stages),
         )
 

@@ -43,7 +43,7 @@ def test_replies_larger_than_a_frame_come_in_several(tiny_llama: str, unsharded:
     ids = torch.randint(3, 128, (2, 300))
     with (
         ll.Cluster(2, max_frame_bytes=16 * 1024) as cluster,
-        ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, progress=False) as model,
+        ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan="even", progress=False) as model,
     ):
         logits = model(ids).logits
     assert logits.nbytes > 16 * 16 * 1024

@@ -239,7 +239,7 @@ def test_a_model_after_another_finds_the_workers_empty(
 ) -> None:
     pids, before = shared_cluster.pids, num_stages(shared_cluster)
     for _ in range(2):
-        with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, progress=False) as model:
+        with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan="even", progress=False) as model:
             assert torch.equal(greedy(model), greedy(unsharded))
             assert sum(num_stages(shared_cluster).values()) == sum(before.values()) + 4
         wait_until(lambda: num_stages(shared_cluster) == before)

@@ -191,7 +191,7 @@ def test_a_fork_server_killed_and_workers_after_it(
 
 def test_closing_the_cluster_of_a_running_generate(tiny_llama: str) -> None:
     """`close` from another thread ends it, and its workers, with an error that says so."""
-    model: Any = ll.ShardedModel.from_pretrained(tiny_llama, devices=2, progress=False)
+    model: Any = ll.ShardedModel.from_pretrained(tiny_llama, devices=2, plan="even", progress=False)
     processes, running = family(model.cluster), threading.Event()
 
     def started(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

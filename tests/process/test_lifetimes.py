@@ -46,7 +46,7 @@ def no_collector() -> Iterator[None]:
 
 
 def test_dropping_the_last_reference_ends_the_workers(tiny_llama: str, no_collector: None) -> None:
-    model: Any = ll.ShardedModel.from_pretrained(tiny_llama, devices=2, progress=False)
+    model: Any = ll.ShardedModel.from_pretrained(tiny_llama, devices=2, plan="even", progress=False)
     processes = family(model.cluster)
     greedy(model)
     with pytest.raises(ll.WorkerError):  # no error may keep the model either, once it is dealt with
@@ -61,12 +61,12 @@ def test_dropping_the_last_reference_ends_the_workers(tiny_llama: str, no_collec
 
 
 def test_dropping_a_model_frees_its_stages(shared_cluster: ll.Cluster, tiny_llama: str, no_collector: None) -> None:
-    model: Any = ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, progress=False)
+    model: Any = ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan="even", progress=False)
     snapshot, pipeline = model.telemetry, model._pipeline
     assert len(snapshot.stages) == 4
     number = pipeline._model
     del model, pipeline
-    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, progress=False) as next_model:
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan="even", progress=False) as next_model:
         from lingualinked.cluster.inspection import inspect_workers
 
         reports = inspect_workers(next_model._pipeline._engine, "abcd", 30)
@@ -141,7 +141,7 @@ def test_an_interrupt_while_a_model_loads(shared_cluster: ll.Cluster, tiny_llama
         os.kill(pid, signal.SIGCONT)
         thread.join()
     wait_until(lambda: sum(worker.resident_bytes > 0 for worker in shared_cluster.workers()) == 4)
-    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, progress=False) as model:
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan="even", progress=False) as model:
         assert len(model.telemetry.stages) == 4
 
 

@@ -13,7 +13,7 @@ from waiting import wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
-MAKE = "import lingualinked as ll; model = ll.ShardedModel.from_pretrained({path!r}, devices=2)"
+MAKE = "import lingualinked as ll; model = ll.ShardedModel.from_pretrained({path!r}, devices=2, plan='even')"
 WORKERS = "print(*sorted(model.cluster.pids.values()))"
 ENDLESS = """
 import torch

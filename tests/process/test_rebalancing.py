@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import signal
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.process
 
 NUM_LAYERS = 12
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])
-PROMPT = ll.Workload(prompt_tokens=8, new_tokens=40)
+PROMPT = ll.Workload(prompt_tokens=8, new_tokens=40, num_sessions=8)  # which keep every device busy
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,8 @@ def three() -> Iterator[ll.Cluster]:
 
 
 def load(checkpoint: str, cluster: ll.Cluster, **arguments: Any) -> Any:
-    return ll.ShardedModel.from_pretrained(checkpoint, cluster=cluster, workload=PROMPT, progress=False, **arguments)
+    arguments = {"workload": PROMPT, "progress": False, **arguments}
+    return ll.ShardedModel.from_pretrained(checkpoint, cluster=cluster, **arguments)
 
 
 def generate(model: Any, num_new: int = 40) -> torch.Tensor:
@@ -86,7 +88,7 @@ def test_layers_leave_a_device_that_slows_down_and_no_token_changes(
 
     with load(checkpoint, three, plan="even", rebalance=policy) as model:
         generate(model)
-        threads = [threading.Thread(target=keep_generating) for _ in range(2)]
+        threads = [threading.Thread(target=keep_generating) for _ in range(4)]
         for thread in threads:
             thread.start()
         try:
@@ -253,7 +255,8 @@ def test_layers_pass_each_other_within_memory_limits(checkpoint: str, whole: Pre
     """Each device has room for hardly more than its own layers: they can't be exchanged in one move."""
     devices = [ll.Device(name=name, threads=1, memory="34MiB" if name != "c" else "16MiB") for name in "abc"]
     plan = ll.Plan.from_spans([("a", 0, 6), ("b", 6, 12)])
-    with ll.Cluster(devices) as cluster, load(checkpoint, cluster, plan=plan) as model:
+    one = dataclasses.replace(PROMPT, num_sessions=1)
+    with ll.Cluster(devices) as cluster, load(checkpoint, cluster, plan=plan, workload=one) as model:
         past, expected = model(IDS).past_key_values, whole(IDS).past_key_values
         decision = model.rebalance(ll.Plan.from_spans([("b", 0, 6), ("a", 6, 12)]))
         assert len(decision.migrations) > 1

@@ -46,8 +46,9 @@ devices = [
 ]
 ids = torch.tensor([[101, 55, 77, 99, 11, 13, 17, 19, 23, 29, 31, 37]])
 with ll.Cluster(devices) as cluster:
-    profile = ll.profile_model(path, cluster)
-    model = ll.ShardedModel.from_pretrained(path, cluster=cluster, progress=False)
+    workload = ll.Workload(num_sessions=8)  # which keep all three busy
+    profile = ll.profile_model(path, cluster, workload=workload)
+    model = ll.ShardedModel.from_pretrained(path, cluster=cluster, workload=workload, progress=False)
     assert model.plan.stages[0].device == model.plan.stages[-1].device == "mine", str(model.plan)
     assert set(model.plan.devices) == {"stranger", "mine", "other"}, str(model.plan)
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False)

@@ -25,6 +25,7 @@ from lingualinked.control.events import (
 )
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.control.proposal import Proposal, Rates, propose, spans_of, weigh
+from lingualinked.control.sessions import SessionLevel
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Objective, Plan
@@ -45,12 +46,13 @@ _SURE = 2.0  # standard errors of a speed that a gain must exceed besides
 class Balancer:
     """One pipeline's balancer.
 
-    It follows devices' speeds (`SpeedLevel`). When one has plainly changed, it solves again for the speeds of now, and
-    moves layers if a mean step takes less time by ``min_gain`` and by what may be chance, and if what is saved, for as long
-    as speeds are expected to last, is ``margin`` times the cost of moving; not within ``cooldown_s`` of the last move, and
-    ever later after moves that failed. A device whose memory runs out, or that is to be emptied, is relieved whatever it
-    costs; one that has not been used for ``horizon_s`` may be faster by now, and is tried again; where the user asks,
-    ``min_gain`` alone counts. Every decision comes out with its numbers, those to stay as well.
+    It follows devices' speeds (`SpeedLevel`) and how many sessions are in flight (`SessionLevel`). When one has plainly
+    changed, it solves again for the speeds and the sessions of now, and moves layers if a mean step takes less time by
+    ``min_gain`` and by what may be chance, and if what is saved, for as long as speeds and sessions are expected to last, is
+    ``margin`` times the cost of moving; not within ``cooldown_s`` of the last move, and ever later after moves that failed.
+    A device whose memory runs out, or that is to be emptied, is relieved whatever it costs; one that has not been used for
+    ``horizon_s`` may be faster by now, and is tried again; where the user asks, ``min_gain`` alone counts. Every decision
+    comes out with its numbers, those to stay as well.
 
     Parameters
     ----------
@@ -81,6 +83,7 @@ class Balancer:
         self._is_automatic = is_automatic
         self._beliefs = Beliefs(profile, policy.confidence, policy.horizon_s)
         self._rates = Rates()
+        self._sessions = SessionLevel((plan.workload or Workload()).num_sessions, policy.horizon_s)
         self._target: Plan | None = None
         self._releasing = ""  # the device that is being emptied at the user's wish
         self._trigger = ""  # what waits to be decided
@@ -143,6 +146,8 @@ class Balancer:
         if self._target is not None or sample.time_s < self._settled_s:
             return None
         shifted = self._beliefs.observe(sample)
+        num_before = self._sessions.num_sessions
+        is_other_number = self._sessions.observe(sample) and self._objective == "throughput"
         if not self._is_automatic:
             return None
         done_s = sample.time_s + sample.total_s
@@ -152,6 +157,9 @@ class Balancer:
             self._is_plain = self._is_plain or max(ratio, 1 / ratio) >= _PLAIN
             self._trigger = f"device {device!r} takes {ratio:.2f} times as long as before"
             self._num_vain, self._is_sure = 0, False
+        elif is_other_number:
+            self._trigger = f"sessions in flight: about {self._sessions.num_sessions}, and {num_before} before"
+            self._num_vain, self._is_plain = 0, True
         elif forgotten:
             self._trigger = f"device {forgotten[0]!r} has not been used for long, and may be faster by now"
         elif not self._trigger:
@@ -185,7 +193,7 @@ class Balancer:
         for name in event.plan.devices:
             if name not in live.names:
                 raise InfeasiblePlanError(f"device {name!r} has not been measured for this model: admit it first")
-        proposal = weigh(self._now(live), event.plan, live, self._objective, self._rates)
+        proposal = self._weigh(event.plan, live)
         reason = "the plan is the one in force" if self._is_current(event.plan) else "the plan was given"
         plans = () if self._is_current(event.plan) else self._way(event.plan, live)
         decision = self._decision(event.time_s, "rebalance was called with a plan", reason, proposal)
@@ -273,6 +281,7 @@ class Balancer:
                 self._objective,
                 self._rates,
                 self._policy.min_gain,
+                self._sessions.num_sessions,
                 may_lose_exactness=is_release,
             )
         except InfeasiblePlanError as error:
@@ -339,7 +348,12 @@ class Balancer:
         """Give the seconds for which what a proposal saves is expected to be saved."""
         # Half of what is saved is not undone by less than this, on any device.
         size = -math.log1p(-min(max(proposal.saved, 0.0), _MOST_SAVED)) / 2
-        return self._beliefs.persistence_s(time_s, self._policy.horizon_s, size)
+        speeds_last_s = self._beliefs.persistence_s(time_s, self._policy.horizon_s, size)
+        return (
+            min(speeds_last_s, self._sessions.persistence_s(time_s))
+            if self._objective == "throughput"
+            else speeds_last_s
+        )
 
     def _conclude(self, decision: Decision, plans: tuple[Plan, ...], *, dry_run: bool) -> Instruction:
         if len(plans) > 1:
@@ -372,9 +386,11 @@ class Balancer:
 
     def _stay(self, time_s: float, trigger: str, reason: str) -> Decision:
         live = self._beliefs.profile()
-        return self._decision(
-            time_s, trigger, reason, weigh(self._now(live), self._plan, live, self._objective, self._rates)
-        )
+        return self._decision(time_s, trigger, reason, self._weigh(self._plan, live))
+
+    def _weigh(self, plan: Plan, live: Profile) -> Proposal:
+        num_sessions = self._sessions.num_sessions
+        return weigh(self._now(live), plan, live, self._objective, self._rates, num_sessions)
 
     def _now(self, live: Profile) -> Plan:
         return dataclasses.replace(self._plan, profile=live)

@@ -78,6 +78,7 @@ def propose(
     objective: Objective,
     rates: Rates,
     min_gain: float,
+    num_sessions: int,
     *,
     may_lose_exactness: bool = False,
 ) -> Proposal:
@@ -100,6 +101,8 @@ def propose(
         What moving costs.
     min_gain : float
         Share of the objective's value from which on a plan is plainly better.
+    num_sessions : int
+        Sessions in flight, to be fast for; memory is planned for those of the workload.
     may_lose_exactness : bool
         Whether exactness is given up where nothing else fits.
 
@@ -117,20 +120,18 @@ def propose(
         kinds = {_rounding(live.device(name).device) for name in current.devices}
         pool = [name for name in usable if _rounding(live.device(name).device) in kinds]
     try:
-        best = _best(now, live, pool, objective, min_gain)
+        best = _best(now, live, pool, objective, min_gain, num_sessions)
     except InfeasiblePlanError:
         if not may_lose_exactness or len(pool) == len(usable):
             raise
-        best = _best(now, live, usable, objective, min_gain)
-    return weigh(now, best, live, objective, rates)
+        best = _best(now, live, usable, objective, min_gain, num_sessions)
+    return weigh(now, best, live, objective, rates, num_sessions)
 
 
-def weigh(current: Plan, other: Plan, live: Profile, objective: Objective, rates: Rates) -> Proposal:
-    """Tell what moving from one plan to another would save and cost."""
-    before, after = (
-        dataclasses.replace(plan, profile=live).predict(live.model.fit_workload(current.workload))
-        for plan in (current, other)
-    )
+def weigh(current: Plan, other: Plan, live: Profile, objective: Objective, rates: Rates, num_sessions: int) -> Proposal:
+    """Tell what moving from one plan to another would save and cost, with some sessions in flight."""
+    workload = _in_flight(current, live, num_sessions)
+    before, after = (dataclasses.replace(plan, profile=live).predict(workload) for plan in (current, other))
     old, new = value(before, objective), value(after, objective)
     cost_s, moved_bytes = _cost(current, other, live, before, rates)
     return Proposal(
@@ -153,7 +154,9 @@ def _step_s(predicted: Prediction, objective: Objective) -> float:
     return predicted.latency_s if objective == "latency" else predicted.interval_s
 
 
-def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective, min_gain: float) -> Plan:
+def _best(
+    now: Plan, live: Profile, pool: Sequence[str], objective: Objective, min_gain: float, num_sessions: int
+) -> Plan:
     """Give the best plan that leaves devices in their order, or one that is plainly better."""
     profile = live.without(*(name for name in live.names if name not in pool))
     kept = [name for name in now.devices if name in pool]
@@ -165,14 +168,22 @@ def _best(now: Plan, live: Profile, pool: Sequence[str], objective: Objective, m
         workload=now.workload,
         reserve=now.reserve,
         min_tokens_per_s=None if now.solved is None else now.solved.min_tokens_per_s,
+        num_sessions=num_sessions,
     )
+    workload = _in_flight(now, live, num_sessions)
     best = solved()
     if best.devices != tuple(name for name in order if name in best.devices):
         with contextlib.suppress(InfeasiblePlanError):
             ordered = solved(order=order)
-            if value(best.predicted, objective) > (1 - min_gain) * value(ordered.predicted, objective):
+            least, other = (value(plan.predict(workload), objective) for plan in (best, ordered))
+            if least > (1 - min_gain) * other:
                 return ordered
     return best
+
+
+def _in_flight(plan: Plan, live: Profile, num_sessions: int) -> Workload:
+    """Give the plan's workload with so many sessions in flight."""
+    return dataclasses.replace(live.model.fit_workload(plan.workload), num_sessions=num_sessions)
 
 
 def _rounding(device: Device) -> tuple[str, int | None]:

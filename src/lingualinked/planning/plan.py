@@ -75,6 +75,8 @@ class Solved:
         Devices that the plan does without.
     min_tokens_per_s : float or None
         Floor that was set for ``"energy"``.
+    num_sessions : int or None
+        Sessions in flight that ``"throughput"`` was solved for; ``None``: those of the plan's workload.
     """
 
     objective: Objective
@@ -83,6 +85,7 @@ class Solved:
     relaxation: float
     unused: tuple[str, ...] = ()
     min_tokens_per_s: float | None = None
+    num_sessions: int | None = None
 
     @property
     def gap(self) -> float:

@@ -39,6 +39,7 @@ def solve(
     order: Sequence[str] | None = None,
     min_tokens_per_s: float | None = None,
     reserve: float = DEFAULT_RESERVE,
+    num_sessions: int | None = None,
 ) -> Plan:
     r"""Place layers on devices by solving a linear programme over what was measured.
 
@@ -75,6 +76,8 @@ def solve(
         Floor on a full pipeline's tokens per second, over all rows; for ``"energy"``.
     reserve : float
         Share of every device's memory to leave free, from 0 to below 1.
+    num_sessions : int or None
+        Sessions in flight to be fast for, where they are not those of the workload, whose KV has room in any case.
 
     Returns
     -------
@@ -94,8 +97,14 @@ def solve(
     arXiv:2312.00388, whose objective is the sum; it never rewards a pipeline's overlap.
     """
     _check_arguments(profile, objective, min_tokens_per_s, reserve)
+    if num_sessions is not None and (
+        not isinstance(num_sessions, int) or isinstance(num_sessions, bool) or num_sessions < 1
+    ):
+        raise ArgumentError(f"num_sessions={num_sessions!r} must be a positive integer")
     workload = profile.model.fit_workload(workload)
     problem = WorkloadCosts(profile, workload, reserve).problem()
+    if num_sessions is not None:
+        problem = dataclasses.replace(problem, num_sessions=num_sessions)
     floor_s = None if min_tokens_per_s is None else workload.batch_size / float(min_tokens_per_s)
     indices = _indices(order, profile)
     try:
@@ -116,6 +125,7 @@ def solve(
         relaxation=solution.relaxation,
         unused=tuple(name for index, name in enumerate(problem.names) if index not in used),
         min_tokens_per_s=min_tokens_per_s,
+        num_sessions=num_sessions,
     )
     return dataclasses.replace(_plan(problem, solution.placement, profile, workload, reserve), solved=solved)
 

@@ -141,7 +141,9 @@ def solve_problem(
         route = exact(costs)
     else:
         route, bound = _search(problem, tables, costs, devices, limit)
-    if route is None or (costs.combine is np.maximum and bottleneck_s(problem, route.placement) > limit * (1 + TOLERANCE)):
+    if route is None or (
+        costs.combine is np.maximum and bottleneck_s(problem, route.placement) > limit * (1 + TOLERANCE)
+    ):
         raise explain_infeasible(
             problem, tables, devices, limit, exact or (lambda other: search_bottleneck(other, devices)[0])
         )

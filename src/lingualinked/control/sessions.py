@@ -1,0 +1,78 @@
+"""How many sessions are in flight, told from steps: a number that holds until two looks in a row say otherwise.
+
+Knows steps and their times; nothing of devices, plans or what is done about it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+
+from lingualinked.telemetry.samples import StepSample
+
+_WINDOWS_PER_HORIZON = 24
+_LEAST_CHANGE = 0.6  # sessions
+_LEAST_SHARE = 0.25  # of the number that holds
+_MOST_CHANGES = 16
+_SELDOM = 0.25  # of a session more than the number: one that is in flight so seldom does not count
+
+
+class SessionLevel:
+    """The sessions in flight, as a number that holds until it has plainly changed.
+
+    Steps in flight at the same time are averaged over windows of time in which there was any: a session that computes
+    between its steps counts a little less, and one after the other counts as one. The number changes where two windows
+    in a row lie plainly above it, or below.
+
+    Parameters
+    ----------
+    planned : int
+        Sessions that are expected; they count until steps tell otherwise.
+    horizon_s : float
+        Seconds for which a number is expected to last that has not changed lately; a window is a 24th of it.
+    """
+
+    def __init__(self, planned: int, horizon_s: float) -> None:
+        self._num_sessions = planned
+        self._horizon_s = horizon_s
+        self._changes: deque[float] = deque(maxlen=_MOST_CHANGES)
+        self._last_done_s = -math.inf
+        self._in_flight_s = self._busy_s = 0.0  # of the window that is being filled
+        self._before = float(planned)  # mean of the window before
+
+    @property
+    def num_sessions(self) -> int:
+        """The number that holds."""
+        return self._num_sessions
+
+    def persistence_s(self, time_s: float) -> float:
+        """Give the seconds for which the number is expected to hold: as long as it did, before or until now.
+
+        Parameters
+        ----------
+        time_s : float
+            Now.
+        """
+        if len(self._changes) < 2 or time_s - self._changes[-1] > self._horizon_s:
+            return self._horizon_s
+        shortest_s = min(after - before for before, after in itertools.pairwise(self._changes))
+        return min(self._horizon_s, max(shortest_s, time_s - self._changes[-1]))
+
+    def observe(self, sample: StepSample) -> bool:
+        """Take in a step that has come back; say whether the number has changed."""
+        done_s = sample.time_s + sample.total_s
+        self._in_flight_s += sample.total_s
+        self._busy_s += max(0.0, done_s - max(self._last_done_s, sample.time_s))
+        self._last_done_s = max(self._last_done_s, done_s)
+        if self._busy_s < self._horizon_s / _WINDOWS_PER_HORIZON:
+            return False
+        mean, before = self._in_flight_s / self._busy_s, self._before
+        self._in_flight_s, self._busy_s, self._before = 0.0, 0.0, mean
+        holds = self._num_sessions
+        change = max(_LEAST_CHANGE, _LEAST_SHARE * holds)
+        if not (min(mean, before) > holds + change or max(mean, before) < holds - change):
+            return False
+        self._num_sessions = max(1, math.ceil(mean - _SELDOM))
+        self._changes.append(done_s)
+        return True
