@@ -83,7 +83,7 @@ class Balancer:
         self._is_automatic = is_automatic
         self._beliefs = Beliefs(profile, policy.confidence, policy.horizon_s)
         self._rates = Rates()
-        self._sessions = SessionLevel((plan.workload or Workload()).num_sessions, policy.horizon_s)
+        self._sessions = SessionLevel(profile.model.fit_workload(plan.workload).num_sessions, policy.horizon_s)
         self._target: Plan | None = None
         self._releasing = ""  # the device that is being emptied at the user's wish
         self._trigger = ""  # what waits to be decided

@@ -19,6 +19,7 @@ from lingualinked.planning.prediction import Prediction
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Migration, Span, moves_between
+from lingualinked.workload import Workload
 
 _STALL_STEPS = 2.0  # that sessions wait at the switch, about
 _LOAD_BYTES_PER_S = 5e8  # until a migration has told

@@ -253,7 +253,7 @@ def test_plans_are_compared_under_one_workload() -> None:
     comparison = solved.compare(even, names=["solved", "even"])
     assert comparison.ratios("pipeline_tokens_per_s")[1] < 1
     assert "even" in str(comparison)
-    assert "<table>" in comparison._repr_html_()
+    assert "<table" in comparison._repr_html_()
     assert set(comparison.to_dict()) == {"solved", "even"}
     with pytest.raises(ll.ArgumentError, match="for 2 plans"):
         solved.compare(even, names=["one"])
