@@ -22,6 +22,7 @@ from lingualinked.display.console import UNLIMITED, terminal_width
 
 _NOTE_WIDTH = 100
 """Columns after which notes are wrapped where there is no terminal."""
+_TABLE = "border-collapse:collapse;border:none;table-layout:auto;margin:0.2em 0;color:inherit;background:transparent"
 _CELL = "padding:0.2em 0.8em 0.2em 0;border:none;white-space:nowrap;font-variant-numeric:tabular-nums"
 _SHADE = "rgba(128,128,128,0.35)"
 """Of lines and bars: seen on white and on black."""
@@ -91,12 +92,11 @@ class Rows:
             body += "</tr>"
         spare = f"<th style='{_CELL};border-bottom:1px solid {_SHADE}'></th>" if self.bars else ""
         title = "<br>".join(map(html.escape, self.title.split("\n")))
-        notes = "".join(f"<div style='text-align:left'>{html.escape(note)}</div>" for note in self.notes)
+        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
         return (
-            "<div style='overflow-x:auto;margin:0.5em 0'>"
-            f"<table style='border-collapse:collapse;border:none;color:inherit;background:transparent'>"
-            f"<caption style='caption-side:top;text-align:left;font-weight:bold;color:inherit;padding:0 0 0.3em'>{title}"
-            f"</caption><thead><tr style='background:transparent'>{head}{spare}</tr></thead><tbody>{body}</tbody></table>"
+            "<div style='overflow-x:auto;margin:0.5em 0;text-align:left'>"
+            f"<div style='font-weight:bold'>{title}</div><table style='{_TABLE}'>"
+            f"<thead><tr style='background:transparent'>{head}{spare}</tr></thead><tbody>{body}</tbody></table>"
             f"{notes}</div>"
         )
 
