@@ -279,7 +279,7 @@ Links = Mapping[tuple[str, str], Link]
 
 
 def link_between(source: Device | None, target: Device | None, links: Links) -> Link:
-    """Give the link from one device to another, or from or to the caller (``None``).
+    """Return the link from one device to another, or from or to the caller (``None``).
 
     Where `links` does not have it, it has the smaller bandwidth of its two ends and the sum of their latencies.
     """

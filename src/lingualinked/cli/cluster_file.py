@@ -38,7 +38,7 @@ class ClusterFile:
 
 
 def read_devices(asked: str) -> ClusterFile:
-    """Take what ``--devices`` says: a number of local CPU workers, or the path of a cluster file.
+    """Read what ``--devices`` says: a number of local CPU workers, or the path of a cluster file.
 
     Raises
     ------

@@ -119,7 +119,7 @@ def _end_of(step: StepSample) -> float:
 
 
 def _medians(windows: Windows, device: str, start_s: float) -> list[tuple[float, float]]:
-    """Give the middle of each window in which some step came back, with this device's median or NaN."""
+    """Return the middle of each window in which some step came back, with this device's median or NaN."""
     points = []
     for index, seconds in enumerate(windows.compute_s[device]):
         if all(math.isnan(row[index]) for row in windows.compute_s.values()):

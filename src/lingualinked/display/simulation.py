@@ -205,7 +205,7 @@ def _draw_visits(axes: Axes, intervals: list[BusyInterval], rows: dict[str, int]
 
 
 def _window(simulation: Simulation) -> tuple[float, float]:
-    """Give the seconds that the intervals cover without a gap."""
+    """Return the seconds that the intervals cover without a gap."""
     intervals = simulation.intervals
     if not intervals:
         return 0.0, simulation.makespan_s

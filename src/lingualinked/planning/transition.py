@@ -161,7 +161,7 @@ def _along(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
 
 
 def _compatible(origin: Spans, target: Spans, leaving: set[str]) -> list[str]:
-    """Give devices in an order that agrees with both plans."""
+    """Return devices in an order that agrees with both plans."""
     slots, _, _ = merged(slots_of(origin), slots_of(target))
     is_ring = slots.count(slots[0]) == 2 and slots[0] == slots[-1]
     kept = [name for name in slots if name not in leaving and slots.count(name) == 1]

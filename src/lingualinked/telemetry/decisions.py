@@ -167,7 +167,7 @@ class Migration:
 
 
 def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...]) -> Decision:
-    """Give the decision for a plan that was given where nothing is measured: all its figures are 0."""
+    """Return the decision for a plan that was given where nothing is measured: all its figures are 0."""
     return Decision(
         time_s=time_s,
         action="stay" if before == after else "move",
@@ -186,7 +186,7 @@ def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...])
 
 
 def moves_between(before: Iterable[Span], after: Iterable[Span]) -> tuple[Move, ...]:
-    """Give the layers that are on another device after than before, as ranges with one source and one target each."""
+    """Return the layers that are on another device after than before, as ranges with one source and one target each."""
     old = [device for device, start, end in before for _ in range(start, end)]
     new = [device for device, start, end in after for _ in range(start, end)]
     moves: list[Move] = []

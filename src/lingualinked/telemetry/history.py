@@ -182,7 +182,7 @@ class History:
 
 
 def _share(start_s: float, stop_s: float, begin_s: float, end_s: float) -> float:
-    """Give the part of one interval that lies in another; of an instant, all or nothing."""
+    """Return the part of one interval that lies in another; of an instant, all or nothing."""
     if stop_s <= start_s:
         return 1.0 if begin_s <= start_s <= end_s else 0.0
     return max(0.0, min(stop_s, end_s) - max(start_s, begin_s)) / (stop_s - start_s)

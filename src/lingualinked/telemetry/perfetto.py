@@ -116,7 +116,7 @@ class _Trace:
         self._add_devices(history.devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the trace; a slice stands before what is inside it."""
+        """Return the trace; a slice stands before what is inside it."""
         self._events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
         return {
             "traceEvents": self._metadata + self._events,
@@ -241,7 +241,7 @@ class _Trace:
                 self._add_counter(f"{sample.device}: battery, %", sample.time_s, sample.battery_percent)
 
     def _lanes(self, name: str, spans_ns: Sequence[tuple[int, int]]) -> list[int]:
-        """Give each interval a track on which it overlaps no other, of as few tracks as there must be."""
+        """Put each interval on a track where it overlaps no other, with as few tracks as possible."""
         chosen = [0] * len(spans_ns)
         lanes: list[int] = []
         busy: list[tuple[int, int]] = []

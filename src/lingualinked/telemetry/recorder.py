@@ -82,7 +82,7 @@ class Recorder:
                 totals.sent_bytes += stage.sent_bytes
 
     def steps_since(self, number: int) -> tuple[int, list[StepSample]]:
-        """Give the number of steps so far, and those beyond a number of them, oldest first, as far as they are remembered."""
+        """Return the number of steps so far, and those beyond a number of them, oldest first, that are still in the history."""
         with self._lock:
             count = self._decode.num_steps + self._prefill.num_steps
             num_new = min(count - number, len(self._steps))

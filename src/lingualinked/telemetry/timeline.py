@@ -120,7 +120,7 @@ def windows_of(steps: Sequence[StepSample], begin_s: float, end_s: float, num_wi
 
 
 def counted_steps(steps: Sequence[StepSample]) -> Sequence[StepSample]:
-    """Give the steps whose tokens are counted as speed: decode steps; where there are none, all."""
+    """Return the steps whose tokens are counted as speed: decode steps; where there are none, all."""
     return [step for step in steps if step.is_decode] or steps
 
 
@@ -130,7 +130,7 @@ def devices_of(steps: Iterable[StepSample]) -> list[str]:
 
 
 def compute_of(step: StepSample) -> dict[str, float]:
-    """Give the seconds that a step computed on each device, over all of its stages there."""
+    """Return the seconds that a step computed on each device, over all of its stages there."""
     seconds: dict[str, float] = {}
     for stage in step.stages:
         seconds[stage.device] = seconds.get(stage.device, 0.0) + stage.compute_s

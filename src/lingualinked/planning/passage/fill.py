@@ -141,7 +141,7 @@ def _both_ends(layers: Floats) -> _Parts:
 
 
 def _costs(device: str, parts: _Parts, ledger: Ledger, origin: Spans, target: Spans) -> Floats:
-    """Give what each set of layers costs on a device; ``inf`` where it can't hold it."""
+    """Return what each set of layers costs on a device; ``inf`` where it can't hold it."""
     limit = ledger.limits[device]
     costs, sent = np.zeros(parts.has_first.shape), np.zeros(parts.has_first.shape)
     for plan in (target, origin):
@@ -155,7 +155,7 @@ def _costs(device: str, parts: _Parts, ledger: Ledger, origin: Spans, target: Sp
 
 
 def _held_bytes(device: str, parts: _Parts, ledger: Ledger, plan: Spans) -> tuple[Floats, Floats]:
-    """Give the bytes that a device holds with each set of layers beside a plan's, and those of them that are new."""
+    """Return the bytes that a device holds with each set of layers beside a plan's, and those of them that are new."""
     before = np.asarray(ledger.before, dtype=float)
     own = [(start, end) for name, start, end in plan if name == device]
     new = np.zeros(parts.has_first.shape)

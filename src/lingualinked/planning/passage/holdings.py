@@ -67,7 +67,7 @@ class Holdings:
 
     @classmethod
     def of_profile(cls, profile: Profile, workload: Workload, reserve: float = 0.0) -> Holdings:
-        """Take everything from a profile, with the KV and the steps of a workload.
+        """Make holdings from a profile, with the KV and the steps of a workload.
 
         Parameters
         ----------
@@ -94,7 +94,7 @@ class Holdings:
 
     @classmethod
     def of_devices(cls, weights: WeightBytes, devices: Sequence[Device]) -> Holdings:
-        """Take the devices' own limits and count weights alone, where nothing was measured."""
+        """Make holdings from the devices' own limits and the weights alone, where nothing was measured."""
         limits = (device.memory_bytes for device in devices)
         return cls(
             weights=weights,
@@ -134,7 +134,7 @@ class Ledger:
         self._furthest: dict[tuple[str, int], int] = {}
 
     def held_bytes(self, device: str, *plans: Spans) -> int:
-        """Give the bytes that a device holds that is part of all these plans at once; what they share counts once."""
+        """Return the bytes that a device holds that is part of all these plans at once; what they share counts once."""
         spans = sorted((start, end) for plan in plans for name, start, end in plan if name == device)
         if not spans:
             return 0
@@ -147,7 +147,7 @@ class Ledger:
         return num_bytes + self.ends_bytes(spans[0][0] == 0, reached == self.num_layers) + self.working * num_stages
 
     def ends_bytes(self, has_first: bool, has_last: bool) -> int:
-        """Give the bytes of the weights around the layers, what is tied once."""
+        """Return the bytes of the weights around the layers, what is tied once."""
         both = self.weights.tied * (has_first and has_last)
         return self.weights.prologue * has_first + self.weights.epilogue * has_last - both
 
@@ -157,7 +157,7 @@ class Ledger:
         return all(self.held_bytes(name, *plans) <= self.limits[name] for name in devices)
 
     def furthest(self, device: str, start: int) -> int:
-        """Give the end of the largest stage that a device can hold from a layer on; `start` if it can hold none."""
+        """Return the end of the largest stage that a device can hold from a layer on; `start` if it can hold none."""
         key = (device, start)
         if key not in self._furthest:
             self._furthest[key] = self._find_furthest(device, start)

@@ -98,7 +98,7 @@ class Orders:
         return None
 
     def all_in_order(self, origin: Order, target: Order) -> Order:
-        """Give a plan's order with the devices inserted that hold nothing: the target's after those they follow there."""
+        """Return a plan's order with the devices inserted that hold nothing: the target's after those they follow there."""
         order = list(origin)
         for index, device in enumerate(target):
             if device not in order:
@@ -138,7 +138,7 @@ def _is_ring(order: Order) -> bool:
 
 
 def _misplaced(order: Order, target: Order) -> int:
-    """Give how many of the target's stages are not in its order: all but the longest common subsequence."""
+    """Return how many of the target's stages are not in its order: all but the longest common subsequence."""
     tails: list[int] = []  # the least place in the target at which a common subsequence of that length ends
     for device in order:
         for place in range(len(target) - 1, -1, -1):

@@ -40,7 +40,7 @@ class Track:
         self._twins = [slots for slots in self._slots_of.values() if len(slots) > 1]
 
     def spans(self, places: Sequence[int]) -> Spans:
-        """Give the plan in which the layers lie there."""
+        """Return the plan in which the layers lie there."""
         spans: list[tuple[str, int, int]] = []
         for slot, run in itertools.groupby(range(len(places)), key=places.__getitem__):
             layers, device = list(run), self.slots[slot]
@@ -164,7 +164,7 @@ def merged(first: Sequence[str], second: Sequence[str]) -> tuple[list[str], list
 
 
 def slots_of(plan: Spans) -> tuple[str, ...]:
-    """Give the devices of a plan's stages, in pipeline order."""
+    """Return the devices of a plan's stages, in pipeline order."""
     return tuple(device for device, _, _ in plan)
 
 
@@ -192,7 +192,7 @@ def _wave(track: Track, held: Spans, places: Places) -> Places:
 
 
 def _single_moves(track: Track, held: Spans, places: Places) -> Iterator[Places]:
-    """Give every plan that is one layer away and fits beside the present one."""
+    """Return every plan that is one layer away and fits beside the present one."""
     last = len(places) - 1
     for layer, place in enumerate(places):
         lowest = places[layer - 1] if layer else 0

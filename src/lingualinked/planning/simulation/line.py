@@ -101,6 +101,6 @@ class PipelineTimes:
                 )
 
     def step_s(self, kind: StepKind) -> float:
-        """Give the seconds of a step that waits nowhere, from the caller back to the caller."""
+        """Return the seconds of a step that waits nowhere, from the caller back to the caller."""
         busy = (visit.prefill_s if kind == "prefill" else visit.decode_s for visit in self.visits)
         return math.fsum(busy) + math.fsum(visit.delay_s for visit in self.visits)

@@ -37,7 +37,7 @@ class Recorder:
         return now_s < self._last_start_s
 
     def add(self, starts_s: Floats, busy_s: Floats, first_visit: int, session: int, request: int, kind: int) -> None:
-        """Take the consecutive visits of a step, the first of them number `first_visit` of the line."""
+        """Record the consecutive visits of a step, the first of them number `first_visit` of the line."""
         num_visits = len(starts_s)
         rows = np.empty((6, num_visits))
         rows[0], rows[1], rows[2] = starts_s, starts_s + busy_s, np.arange(first_visit, first_visit + num_visits)

@@ -50,7 +50,7 @@ class Requests:
         self._num_taken = self.num_sessions
 
     def take_back(self, session: int, now_s: float) -> float:
-        """Take a step that is back; give since when the session's next one could have been issued.
+        """Record that a step is back; return since when the session's next one could have been issued.
 
         Returns
         -------
@@ -77,9 +77,9 @@ class Requests:
         return arrived_s
 
     def started_s(self) -> Floats:
-        """Give float64 ``[R]``, the seconds at which each arrived or, where requests always wait, was issued."""
+        """Return float64 ``[R]``, the seconds at which each arrived or, where requests always wait, was issued."""
         return np.array(self._started_s)
 
     def tokens_s(self) -> Floats:
-        """Give float64 ``[R, T]``, the seconds at which each token was there."""
+        """Return float64 ``[R, T]``, the seconds at which each token was there."""
         return self._tokens_s.reshape(-1, self._num_tokens)

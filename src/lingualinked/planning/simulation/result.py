@@ -36,7 +36,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, durations_s: Floats) -> Percentiles:
-        """Take them from float64 seconds, of any shape and not empty."""
+        """Compute them from float64 seconds, of any shape and not empty."""
         p50, p90, p99 = np.percentile(durations_s, (50, 90, 99))
         return cls(mean=float(durations_s.mean()), p50=float(p50), p90=float(p90), p99=float(p99))
 

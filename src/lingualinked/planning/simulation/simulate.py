@@ -95,7 +95,7 @@ def simulate(
 
 
 def pipeline_times(predicted: Prediction) -> PipelineTimes:
-    """Give the line of servers that a plan is predicted to be: links and devices by turns."""
+    """Return the line of servers that a plan is predicted to be: links and devices by turns."""
     servers: dict[str, int] = {}
     visits = []
     for hop, stage in itertools.zip_longest(predicted.hops, predicted.stages):

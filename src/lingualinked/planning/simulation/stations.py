@@ -60,7 +60,7 @@ class Station:
         return self._stretch.enter_with(left_s + self._delay_s, here_s[1:])
 
     def last_starts(self) -> Floats:
-        """Give the seconds at which the step that was served last starts at each visit."""
+        """Return the seconds at which the step that was served last starts at each visit."""
         if self._stretch is None:
             return np.array([self._start_s])
         return np.concatenate(([self._start_s], self._stretch.last_starts()))

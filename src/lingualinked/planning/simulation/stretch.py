@@ -93,7 +93,7 @@ class Stretch:
         return out_s
 
     def last_starts(self) -> Floats:
-        """Give float64 ``[V]``, the seconds at which the step that entered last starts at each server."""
+        """Return float64 ``[V]``, the seconds at which the step that entered last starts at each server."""
         return self._offsets[self._kind] + self._last_s if self._alone else self._last_offsets + self._waits
 
     def _leave(self, out_s: float) -> float:
