@@ -350,15 +350,15 @@ def test_a_text_longer_than_rotary_positions_is_what_transformers_makes_of_it(
 
 def test_a_worker_that_raises_says_where_and_why_and_the_model_goes_on(sharded: Any) -> None:
     past = sharded(IDS).past_key_values
-    positions = torch.tensor([[0, 1, 2]])
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.long)  # attention takes no integers
     with pytest.raises(ll.WorkerError, match="worker on device 'a' raised") as caught:
-        sharded(IDS, position_ids=positions)
+        sharded(IDS, attention_mask=mask)
     assert caught.value.device == "a"
     assert "Remote traceback (device 'a')" in str(caught.value)
     assert 'File "' in caught.value.remote_traceback
     assert caught.value.remote_traceback.rstrip().endswith(caught.value.cause.splitlines()[-1])
     with pytest.raises(ll.WorkerError):
-        sharded(IDS, position_ids=positions, past_key_values=past)
+        sharded(IDS, attention_mask=mask, past_key_values=past)
     with pytest.raises(ll.ClosedError, match="this session has ended with WorkerError"):
         sharded(IDS, past_key_values=past)
     wait_until(lambda: num_sessions(sharded) == [0, 0, 0])

@@ -44,6 +44,17 @@ CALLS: dict[str, dict[str, Any]] = {
     "labels": {"labels": IDS},
     "ignored labels": {"labels": LABELS, "attention_mask": PADDING},
     "labels alone": {"labels": torch.full_like(IDS, -100)},
+    "labels in one row": {"labels": IDS.flatten()},
+    "labels of the last logits": {"labels": IDS[:, 4:], "logits_to_keep": 3},
+    "a sum over labels": {"labels": LABELS, "num_items_in_batch": torch.tensor(5)},
+    "a number of labels": {"labels": LABELS, "num_items_in_batch": 11},
+    "labels that are shifted": {"labels": IDS, "shift_labels": IDS.roll(-1, 1)},
+    "another label to ignore": {"labels": torch.where(PADDING == 1, IDS, 0), "ignore_index": 0},
+    "arguments of a loss that is not asked for": {"num_items_in_batch": 11, "shift_labels": IDS, "ignore_index": 0},
+    "positions in the KV cache": {"cache_position": torch.arange(7)},
+    "one mask for all rows": {"attention_mask": HOLED[None, None]},
+    "a mask of each head": {"attention_mask": HOLED[None, None].expand(2, 4, -1, -1)},
+    "one position for all": {"position_ids": torch.tensor([[3]])},
     "a tuple": {"return_dict": False},
     "a tuple with a loss": {"return_dict": False, "labels": LABELS, "use_cache": False},
     "without KV": {"use_cache": False},
@@ -200,7 +211,8 @@ def test_outputs_of_layers_are_refused_by_name(sharded: Any) -> None:
 REFUSED_CALLS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "cu_seq_lens_q": (ll.UnsupportedOperationError, {"cu_seq_lens_q": torch.tensor([0, 7])}),
     "is_causal": (ll.UnsupportedOperationError, {"is_causal": False}),
-    "num_items_in_batch": (ll.UnsupportedOperationError, {"num_items_in_batch": torch.tensor(3), "labels": IDS}),
+    "cache_position": (ll.UnsupportedOperationError, {"cache_position": torch.arange(1, 8)}),
+    "cache_position is a range": (ll.ArgumentError, {"cache_position": range(7)}),
     "output_router_logits": (ll.UnsupportedOperationError, {"output_router_logits": True}),
     "token_type_ids": (ll.ArgumentError, {"token_type_ids": IDS}),  # Llama has none
     "past_key_values": (ll.UnsupportedOperationError, {"past_key_values": DynamicCache()}),
@@ -211,6 +223,14 @@ REFUSED_CALLS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "labels is a list": (ll.ArgumentError, {"labels": IDS.tolist()}),
     "logits_to_keep": (ll.ArgumentError, {"logits_to_keep": "all"}),
     "input_ids is a list": (ll.ArgumentError, {"input_ids": IDS.tolist()}),
+    "input_ids is a ndarray": (ll.ArgumentError, {"input_ids": IDS.numpy()}),
+    "input_ids of shape": (ll.ArgumentError, {"input_ids": IDS[0]}),
+    "input_ids have dtype": (ll.ArgumentError, {"input_ids": IDS.to(torch.complex64)}),
+    "inputs_embeds of shape": (ll.ArgumentError, {"input_ids": None, "inputs_embeds": torch.zeros(2, 7, 33)}),
+    "inputs_embeds have dtype": (ll.ArgumentError, {"input_ids": None, "inputs_embeds": torch.ones(2, 7, 32).long()}),
+    "labels range from": (ll.ArgumentError, {"labels": torch.full_like(IDS, 128)}),
+    "labels of shape": (ll.ArgumentError, {"labels": IDS[:, 1:]}),
+    "labels of shape .* 2 rows x 1 tokens": (ll.ArgumentError, {"labels": IDS, "logits_to_keep": 1}),
     "input_ids or inputs_embeds": (ll.ArgumentError, {"input_ids": None}),
     "colour": (ll.ArgumentError, {"colour": "red"}),
 }
@@ -221,6 +241,75 @@ def test_what_forward_does_not_do_is_refused_by_name(sharded: Any, match: str) -
     error, arguments = REFUSED_CALLS[match]
     with pytest.raises(error, match=match):
         run(sharded, **arguments)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        (7,),
+        (1, 7),
+        (3, 7),
+        (2, 6),
+        (2, 8),
+        (2, 0),
+        (2, 7, 7),
+        (3, 1, 7, 7),
+        (2, 1, 7, 8),
+        (2, 3, 7, 7),
+        (2, 1, 6, 7),
+    ],
+)
+def test_a_mask_of_another_shape_is_refused_before_it_is_sent(sharded: Any, shape: tuple[int, ...]) -> None:
+    past = run(sharded, input_ids=IDS[:, :3]).past_key_values
+    with pytest.raises(ll.ArgumentError, match="attention_mask of shape"):
+        run(sharded, input_ids=IDS[:, 3:], past_key_values=past, attention_mask=torch.ones(shape))
+    with pytest.raises(ll.ArgumentError, match="attention_mask of shape"):
+        run(sharded, attention_mask=torch.ones(shape).bool())
+    assert run(sharded, input_ids=IDS[:, 3:], past_key_values=past).logits.shape == (2, 4, 128)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 7), (1, 6), (2, 8), (1, 2, 7)])
+def test_positions_of_another_shape_are_refused_before_they_are_sent(sharded: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ll.ArgumentError, match="position_ids of shape"):
+        run(sharded, position_ids=torch.zeros(shape, dtype=torch.long))
+
+
+META = torch.ones(2, 7, dtype=torch.long, device="meta")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_ids": META},
+        {"attention_mask": META},
+        {"position_ids": META},
+        {"labels": META},
+        {"labels": IDS, "shift_labels": META},
+        {"labels": IDS, "num_items_in_batch": META.sum()},
+        {"logits_to_keep": META[0]},
+        {"cache_position": META[0]},
+        {"input_ids": None, "inputs_embeds": torch.ones(2, 7, 32, device="meta")},
+    ],
+)
+def test_what_has_no_data_is_refused_by_name(sharded: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ll.ArgumentError, match=f"^{list(arguments)[-1]} is on the meta device"):
+        run(sharded, **arguments)
+
+
+def test_a_loss_function_of_the_users_own_takes_any_labels(sharded: Any, unsharded: PreTrainedModel) -> None:
+    def soft_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.view(-1, vocab_size), labels.view(-1, vocab_size))
+
+    labels = torch.rand(2, 7, 128)
+    losses = []
+    for model in (sharded, unsharded):
+        model.loss_function = soft_loss
+        try:
+            losses.append(run(model, labels=labels).loss)
+        finally:
+            model._loss_function = None
+    assert torch.equal(*losses)
 
 
 def test_token_types_of_a_family_that_has_them(pair: tuple[Any, PreTrainedModel]) -> None:
@@ -240,7 +329,7 @@ def test_past_of_another_model_or_of_other_rows(sharded: Any, pair: tuple[Any, P
     past = run(pair[0]).past_key_values
     with pytest.raises(ll.ArgumentError, match="of another model"):
         run(sharded, past_key_values=past)
-    with pytest.raises(ll.ArgumentError, match="KV of 2 rows, and 1 rows"):
+    with pytest.raises(ll.ArgumentError, match="KV of 2 rows, and this step has 1"):
         run(pair[0], input_ids=IDS[:1], past_key_values=past)
     assert run(pair[0], past_key_values=past).logits.shape[:2] == (2, 7)  # refusing did it no harm
 

@@ -64,9 +64,7 @@ def check_reply(
     WorkerError
         Of a `ProtocolError`, if it is not what was asked for.
     """
-    num_rows, num_new = inputs.shape[:2]
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    shape = (num_rows, *torch.empty(num_new)[kept].shape)
+    shape = _kept_shape(inputs.shape[0], inputs.shape[1], logits_to_keep)
     logits = reply.tensors[0] if len(reply.tensors) == 1 else torch.empty(0)
     fits = logits.is_floating_point() and logits.itemsize > 1 and tuple(logits.shape[:-1]) == shape
     if fits and vocabulary in (None, logits.shape[-1]) and len(reply.timings) == len(devices):
@@ -77,3 +75,13 @@ def check_reply(
         f"{[*shape, vocabulary or 'vocabulary']} and the times of {len(devices)} were due"
     )
     raise WorkerError(devices[-1], f"ProtocolError: {error}") from error
+
+
+def _kept_shape(num_rows: int, num_new: int, logits_to_keep: int | Tensor) -> tuple[int, ...]:
+    """Return the shape of what is kept, less the vocabulary, as transformers reads ``logits_to_keep``."""
+    if isinstance(logits_to_keep, int):
+        return num_rows, len(range(num_new)[-logits_to_keep:])
+    if logits_to_keep.ndim != 2:
+        return num_rows, *torch.empty(num_new)[logits_to_keep].shape
+    is_mask = logits_to_keep.dtype == torch.bool
+    return (int(logits_to_keep.sum()),) if is_mask else (num_rows, logits_to_keep.shape[1])

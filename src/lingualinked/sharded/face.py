@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
@@ -22,12 +23,14 @@ from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.inputs import (
     LearnedPositions,
+    StepShape,
     check_inputs,
     check_logits_to_keep,
     check_tensor,
     refuse_arguments,
 )
 from lingualinked.sharded.model import ShardedModel
+from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_past_unasked
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.unsupported import UnsupportedOperations
@@ -46,6 +49,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         _positions: LearnedPositions | None
         _seal: Seal
         _sealed_config: SealedConfig
+        _output_class: type[Any]
         _own_arguments: tuple[str, ...]
 
     @property
@@ -102,17 +106,20 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         logits_to_keep : int or Tensor
             0 for the logits of all positions, N for the last N, or indices.
         **kwargs
-            Refused by name unless ``None``.
+            What the loss takes beside labels (``num_items_in_batch``, ``ignore_index``, ``shift_labels``), and
+            ``cache_position`` if it says where the new tokens are anyway; all else is refused by name unless ``None``.
 
         Returns
         -------
-        CausalLMOutputWithPast
-            ``logits`` ``[rows, kept tokens, vocabulary]``, ``past_key_values``, and ``loss`` if labels are given.
+        ModelOutput
+            The class's own: ``logits`` ``[rows, kept tokens, vocabulary]``, ``past_key_values`` where the class returns
+            them, and ``loss`` if labels are given.
 
         Raises
         ------
         ArgumentError
-            If ids are missing, empty, outside the vocabulary or beyond the learned positions, or do not fit the past.
+            If ids are missing, empty, outside the vocabulary or beyond the learned positions, or do not fit the past; if
+            another tensor has the wrong shape, or no data.
         UnsupportedOperationError
             If an argument has no sharded counterpart, or the model was changed in a way that would have no effect.
         ClosedError
@@ -121,17 +128,31 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         self._pipeline.check_open()
         if not self._checked_in_call():
             self._check_unchanged()
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
+        for name, value in loss_arguments.items():
+            if isinstance(value, Tensor):
+                loss_arguments[name] = check_tensor(name, value)
+        cache_position = kwargs.pop("cache_position", None)
         refuse_arguments(self.config, kwargs, self._own_arguments)
-        inputs = check_inputs(input_ids, inputs_embeds, self._vocabulary_size)
-        mask = check_tensor("attention_mask", attention_mask, (2, 4))
-        positions = check_tensor("position_ids", position_ids, (2,))
-        targets = check_tensor("labels", labels, (1, 2))
-        keep = check_logits_to_keep(logits_to_keep)
+        embeddings = self.get_input_embeddings()
+        inputs = check_inputs(input_ids, inputs_embeds, embeddings.num_embeddings, embeddings.embedding_dim)
         past = self._past(past_key_values, inputs.shape[0])
+        shape = StepShape(
+            rows=inputs.shape[0],
+            past=0 if past is None else past.get_seq_length(),
+            new=inputs.shape[1],
+            heads=getattr(self.config.get_text_config(), "num_attention_heads", None),
+            window=self._sliding_window,
+        )
+        mask = shape.check_mask(attention_mask)
+        positions = shape.check_positions(position_ids)
+        shape.check_cache_position(cache_position)
+        keep = check_logits_to_keep(logits_to_keep)
+        targets = None if labels is None else self._check_labels(labels, shape, keep, loss_arguments)
         if self._positions is not None:
-            held = 0 if past is None else past.get_seq_length()
-            self._positions.check(held, inputs.shape[1], mask, positions)
-        keeps_kv = past is not None or bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
+            self._positions.check(shape.past, shape.new, mask, positions)
+        asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
+        keeps_kv = past is not None or asks_for_kv
         cache = past if past is not None else self._open_session()
         try:
             logits = cache.session.step(inputs, mask, positions, keep, keeps_kv=keeps_kv)
@@ -141,12 +162,20 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         loss = None
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size
-            loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=cast("torch.FloatTensor", logits), past_key_values=cache if keeps_kv else None
-        )
+            loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary, **loss_arguments)
+        is_returned = asks_for_kv or (past is not None and self._returns_past_unasked)
+        output: Any = self._output_class(loss=loss, logits=logits, past_key_values=cache if is_returned else None)
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
+
+    def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
+        """Check what the loss is computed from; a loss function of the user's own may take any labels."""
+        targets = check_tensor("labels", labels)
+        if self.loss_function is ForCausalLMLoss:
+            shifted, ignored = loss.get("shift_labels"), loss.get("ignore_index", IGNORED)
+            counted = targets if shifted is None else check_tensor("shift_labels", shifted)
+            shape.check_labels(counted, keep, self.config.get_text_config().vocab_size, ignored)
+        return targets
 
     def _check_unchanged(self) -> None:
         """Refuse to run if something was changed in the caller that the workers do not know of."""
@@ -166,8 +195,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         return given
 
     @functools.cached_property
-    def _vocabulary_size(self) -> int:
-        return int(self.get_input_embeddings().num_embeddings)
+    def _returns_past_unasked(self) -> bool:
+        """Whether the class returns a KV cache that it was given also under ``use_cache=False``."""
+        return returns_past_unasked(self._pipeline.spec)
 
 
 def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
@@ -195,6 +225,7 @@ def face_class(real: Any) -> Any:
     namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
     namespace |= {"__module__": real.__module__, "__doc__": real.__doc__}
     namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
+    namespace |= {"_output_class": output_class(real)}
     return type(real.__name__, (ShardedCausalLM, real), namespace)
 
 

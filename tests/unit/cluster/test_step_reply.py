@@ -26,6 +26,13 @@ def test_what_was_asked_for_is_taken(keep: int | torch.Tensor, num_kept: int, dt
     assert check((logits,), TIMES, keep) is logits
 
 
+def test_what_was_asked_for_in_each_row_is_taken() -> None:
+    positions, mask = torch.tensor([[0, 1], [2, 3], [4, 0]]), torch.eye(3, 5).bool()
+    for keep, shape in ((positions, (3, 2, 64)), (mask, (3, 64))):
+        logits = torch.zeros(shape)
+        assert check((logits,), TIMES, keep) is logits
+
+
 GOOD = torch.zeros(3, 1, 64)
 
 
