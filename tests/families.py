@@ -78,6 +78,36 @@ def tiny_config(family: str) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**(_COMMON | arguments))
 
 
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def rope_config(family: str, rope_type: str) -> PreTrainedConfig | None:
+    """Configure the tiny model of a family with another kind of rotary embedding; None if it has none."""
+    config = tiny_config(family)
+    given = getattr(config, "rope_parameters", None)
+    if given is None:
+        return None
+    if getattr(config, "head_dim", 0) is None:  # what mixtral leaves out, its rotary embeddings need
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    by_type = given if "rope_type" not in given else {"": given}
+    size = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    half = int(size * next(iter(by_type.values())).get("partial_rotary_factor", 1.0)) // 2
+    original = {"original_max_position_embeddings": 32}
+    extra: dict[str, Any] = {
+        "default": {},
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 2.0, **original},
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **original},
+        "longrope": {"short_factor": [1.0] * half, "long_factor": [3.0] * half, **original},
+    }[rope_type]
+    changed = {kind: {**each, "rope_type": rope_type, **extra} for kind, each in by_type.items()}
+    config.rope_parameters = changed.get("", changed)
+    if rope_type == "longrope":
+        config.original_max_position_embeddings = 32
+    return config
+
+
 def tiny_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     """Make the tiny model of a family, every parameter random: none may be missed, none mistaken for another."""
     generator = torch.Generator().manual_seed(sum(family.encode()))

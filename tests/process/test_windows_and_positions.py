@@ -11,7 +11,7 @@ import torch
 from transformers import Phi3Config, PreTrainedModel
 
 import lingualinked as ll
-from families import reference, save_tiny, tiny_config
+from families import reference, rope_config, save_tiny, tiny_config
 
 pytestmark = pytest.mark.process
 
@@ -149,6 +149,36 @@ def test_text_beyond_learned_positions_is_refused(learned: Pair) -> None:
         with pytest.raises(ll.ArgumentError, match=needed):
             call()
     assert sharded(one_more[:, 1:]).logits.shape[1] == LIMIT
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_rope_that_earlier_texts_have_stretched(family: str, load_pair: Callable[..., Pair]) -> None:
+    pair = sharded, _ = load_pair(family, config=rope_config(family, "dynamic"))  # 64 positions are its own
+    text = torch.arange(120)[None] % 90 + 3
+
+    def check(*lengths: int) -> None:
+        for length in lengths:
+            with torch.no_grad():
+                assert torch.equal(*(model(text[:, :length]).logits for model in pair)), length
+
+    check(9, 100)
+    with torch.no_grad():
+        kept = [model(text[:, :80]).past_key_values for model in pair]
+    for spans in (
+        [("d", 0, 2), ("c", 2, 4)],
+        [("a", 0, 2), ("d", 2, 4)],
+        SPANS,
+    ):  # on devices that load a part of it anew
+        sharded.rebalance(ll.Plan.from_spans(spans))
+        check(70)
+        with torch.no_grad():
+            going_on = [model(text[:, :3], past_key_values=past).logits for model, past in zip(pair, kept, strict=True)]
+        assert torch.equal(*going_on)
+        check(80, 9)
+        sharded.rebalance(ll.Plan.from_spans([("c", 0, 4)]))
+        check(70, 110, 66)
+    assert torch.equal(*(generate(model, max_new_tokens=70) for model in pair))  # from 10 tokens to 80
+    check(70)
 
 
 def test_a_rope_that_changes_with_the_length(load_pair: Callable[..., Pair]) -> None:

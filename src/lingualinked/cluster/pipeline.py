@@ -24,6 +24,7 @@ from lingualinked.cluster.session import KVBudget, Session
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError
+from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.passage.holdings import Holdings
@@ -75,6 +76,7 @@ class Pipeline:
         self._objective = objective
         self._model = next(_models)
         self._budget = KVBudget(max_kv_tokens)
+        self._reach = RopeReach(spec)
         self._vocabulary = _vocabulary(spec)
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
@@ -119,7 +121,15 @@ class Pipeline:
         number = next(_sessions)
         watch = self._controller.watch
         return Session(
-            self._engine, self._model, number, self._routes, self._budget, watch, self.timeout_s, self._vocabulary
+            self._engine,
+            self._model,
+            number,
+            self._routes,
+            self._budget,
+            self._reach,
+            watch,
+            self.timeout_s,
+            self._vocabulary,
         )
 
     @property

@@ -22,6 +22,7 @@ from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.step_reply import StepReply, check_reply
 from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError, LingualinkedError
 from lingualinked.model.context import StepContext
+from lingualinked.model.rotary import RopeReach
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import CopyKV, KVCopied, MoveSession
 from lingualinked.quantities import count_text
@@ -88,6 +89,8 @@ class Session:
         Tells which stages it is to run in.
     budget : KVBudget
         What its KV counts against.
+    reach : RopeReach
+        How far the model's rotary embeddings are stretched by all sessions.
     watch : callable
         Told a `StepSample` of every step.
     timeout_s : float
@@ -103,6 +106,7 @@ class Session:
         number: int,
         routes: Routes,
         budget: KVBudget,
+        reach: RopeReach,
         watch: Callable[[StepSample], None],
         timeout_s: float,
         vocabulary: int | None,
@@ -116,6 +120,7 @@ class Session:
         self._routes = routes
         self._place = _Place(routes.target)
         self._budget = budget
+        self._reach = reach
         self._watch = watch
         self._timeout_s = timeout_s
         self._vocabulary = vocabulary
@@ -300,6 +305,7 @@ class Session:
             self._budget.hold(self._number, num_rows * (self.num_tokens + num_new))
         code = self._context.encode(attention_mask, position_ids, num_new)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
+        num_positions = self.num_tokens + num_new if position_ids is None else int(position_ids.max()) + 1
         route = self._place.route
         step = Step(
             model=self._model,
@@ -314,6 +320,7 @@ class Session:
             position_rows=code.position_rows,
             logits_to_keep=None if isinstance(logits_to_keep, Tensor) else logits_to_keep,
             edits=tuple(self._edits),
+            rope_reach=self._reach.advance(num_positions),
             sent_us=clock_us(),
             timings=(),
         )

@@ -86,6 +86,42 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
+class DynamicRope:
+    """A rotary embedding that is stretched by the texts it sees, and stays so.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The embedding.
+    layer_type : str or None
+        Of layers, where it has frequencies for several types of them.
+    """
+
+    def __init__(self, module: torch.nn.Module, layer_type: str | None) -> None:
+        self._module = module
+        self._arguments = {} if layer_type is None else {"layer_type": layer_type}
+        self._prefix = "" if layer_type is None else f"{layer_type}_"
+
+    def stretch(self, num_tokens: int, device: torch.device) -> None:
+        """Make it what it is after a text so long, whatever it has seen before."""
+        module: Any = self._module
+        reach = getattr(module, f"{self._prefix}max_seq_len_cached", module.max_seq_len_cached)
+        if int(reach) != num_tokens:
+            for position in (0, num_tokens - 1):  # a short text takes back what others have stretched
+                positions = torch.tensor([[position]], device=device)
+                module(torch.empty(0, device=device), positions, **self._arguments)
+
+
+def dynamic_ropes(model: torch.nn.Module) -> list[DynamicRope]:
+    """Find the rotary embeddings that keep something from one forward pass to the next."""
+    found = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None) if hasattr(module, "max_seq_len_cached") else None
+        by_type = kinds if isinstance(kinds, dict) else {None: kinds or ""}
+        found += [DynamicRope(module, layer_type) for layer_type, kind in by_type.items() if "dynamic" in kind]
+    return found
+
+
 def set_ties(model: PreTrainedModel, tied: dict[str, str]) -> None:
     """Tell the loader which parameters it is to tie."""
     model.all_tied_weights_keys = tied

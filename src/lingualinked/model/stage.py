@@ -47,6 +47,8 @@ class StageInputs:
         [rows or 1, tokens] int64.
     logits_to_keep : int or Tensor, default=0
         Of the last stage, with transformers' meaning: the last so many positions, 0 for all, or their indices.
+    rope_reach : int, default=0
+        How far the model's rotary embeddings are stretched before the step (`RopeReach`); 0 leaves them as they are.
     """
 
     tensors: tuple[Tensor, ...]
@@ -54,6 +56,7 @@ class StageInputs:
     attention_mask: Tensor | None
     position_ids: Tensor | None
     logits_to_keep: int | Tensor = 0
+    rope_reach: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +112,7 @@ class Stage:
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers
         self._slots = self.slots(start, end)
+        self._ropes = hf_internals.dynamic_ropes(self._model)
 
     @classmethod
     def load(
@@ -243,6 +247,9 @@ class Stage:
         hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture)
         try:
             with hf_internals.GLOBAL_STATE:
+                if inputs.rope_reach:
+                    for rope in self._ropes:
+                        rope.stretch(inputs.rope_reach, self.device)
                 outputs: tuple[Tensor, ...] = (self._model(**arguments).logits,)
         except SpanLeft:
             outputs, layout = flatten(self._boundary.outgoing)

@@ -173,6 +173,8 @@ class Step(Message, frozen=True, tag=4):
     previous stage's last layer), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, and the indices
     of the logits to keep if ``logits_to_keep`` is ``None``.
 
+    ``rope_reach`` says how far the model's rotary embeddings are stretched before the step; 0 where they never are.
+
     ``timings`` grows by one element per stage passed. ``sent_us`` is the sender's clock, of which nothing but differences
     counts; it starts anew every 2^32 microseconds.
     """
@@ -189,6 +191,7 @@ class Step(Message, frozen=True, tag=4):
     position_rows: int
     logits_to_keep: int | None
     edits: tuple[KVEdit, ...]
+    rope_reach: int
     sent_us: int
     timings: tuple[StageTimes, ...]
 

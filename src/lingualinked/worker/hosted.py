@@ -214,6 +214,7 @@ class HostedStage:
                 attention_mask=mask,
                 position_ids=positions,
                 logits_to_keep=keep,
+                rope_reach=step.rope_reach,
             ),
             session.cache,
         )

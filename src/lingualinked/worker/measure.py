@@ -165,6 +165,7 @@ class _Session:
             position_rows=0,
             logits_to_keep=1,
             edits=(),
+            rope_reach=0,
             sent_us=0,
             timings=(),
         )

@@ -101,6 +101,7 @@ def step(session: int = 1, *, model: int = 1, logits_to_keep: int | None = 1) ->
         position_rows=0,
         logits_to_keep=logits_to_keep,
         edits=(),
+        rope_reach=0,
         sent_us=0,
         timings=(),
     )

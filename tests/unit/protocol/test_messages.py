@@ -39,6 +39,7 @@ STEP = Step(
     position_rows=8,
     logits_to_keep=1,
     edits=(),
+    rope_reach=0,
     sent_us=2**32 - 1,
     timings=(TIMES, TIMES, TIMES),
 )
