@@ -16,6 +16,7 @@ import msgspec
 from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import count_text
+from lingualinked.whole_file import write_whole_file
 from lingualinked.workload import Workload
 
 
@@ -400,9 +401,7 @@ class Profile:
         """Write the profile to a file, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        write_whole_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+import pwd
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,19 @@ def test_a_folder_that_can_not_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
+        assert model.profile is not None
+
+
+def test_a_user_without_a_home_is_no_error(
+    pair: ll.Cluster, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> Any:
+        raise KeyError(f"uid not found: {uid}")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
         assert model.profile is not None
 

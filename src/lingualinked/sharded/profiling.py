@@ -18,6 +18,7 @@ import msgspec
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
 from lingualinked.profile import Profile
+from lingualinked.sharded.kept_files import keep, read_kept
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -144,15 +145,15 @@ def find_profile(
     measured = [device for device in devices if device.name not in without]
     profile = profile_devices(cluster, measured, spec, footprint, workload)
     if is_idle and cluster.devices == devices and not without and not cluster.is_throttled:  # else it is of others
-        with contextlib.suppress(OSError):  # a disk that is full or read-only costs the next start time, and no more
-            profile.save(_path("profile", _key(devices, links, footprint, workload)))
+        keep(_name("profile", _key(devices, links, footprint, workload)), profile.to_json())
     return profile
 
 
 def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> Profile | None:
     """Load the profile of a model on these devices from disk; ``None`` if there is none that can be read."""
+    kept = read_kept(_name("profile", _key(devices, links, footprint, workload)))
     with contextlib.suppress(ArgumentError):
-        return Profile.load(_path("profile", _key(devices, links, footprint, workload)))
+        return None if kept is None else Profile.from_json(kept)
     return None
 
 
@@ -162,18 +163,17 @@ def find_plan(
     """Load the plan from disk, or profile, solve and keep it: loading a solver takes as long as loading a small model."""
     devices = cluster.devices
     key = [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE, _SOLVER]
-    path = _path("plan", key)
-    with contextlib.suppress(OSError, ArgumentError):
-        return Plan.from_json(path.read_bytes())
+    name = _name("plan", key)
+    kept = read_kept(name)
+    if kept is not None:
+        with contextlib.suppress(ArgumentError):
+            return Plan.from_json(kept)
     profile = find_profile(cluster, spec, footprint, workload)
     from lingualinked.planning.planner import solve
 
     plan = solve(profile, objective=objective, workload=workload)
     if cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
-        with contextlib.suppress(OSError):
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            partial.write_text(plan.to_json(), encoding="utf-8")
-            partial.replace(path)
+        keep(name, plan.to_json())
     return plan
 
 
@@ -185,10 +185,9 @@ def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload
     return [footprint.profile, tuple(devices), known, workload, library_versions(), platform.node(), _processor()]
 
 
-def _path(kind: str, key: list[object]) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _name(kind: str, key: list[object]) -> str:
     digest = hashlib.blake2b(msgspec.json.encode(key, order="sorted"), digest_size=16).hexdigest()
-    return Path(home) / "lingualinked" / f"{kind}-{digest}.json"
+    return f"{kind}-{digest}.json"
 
 
 def _processor() -> str:
