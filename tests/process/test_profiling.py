@@ -184,9 +184,7 @@ def test_a_folder_that_can_not_be_written_is_no_error(
         assert model.profile is not None
 
 
-def test_a_user_without_a_home_is_no_error(
-    pair: ll.Cluster, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_without_a_home_is_no_error(pair: ll.Cluster, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(uid: int) -> Any:
         raise KeyError(f"uid not found: {uid}")
 
