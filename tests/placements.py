@@ -36,6 +36,7 @@ def draw_problem(
     gaps: bool = False,
     rings: bool = True,
     num_sessions: float = math.inf,
+    kept: tuple[int, int] = (1, 1),
 ) -> Problem:
     """Draw numbers: whole ones (many ties), tight memory, missing links and permissions, rings."""
     rng = np.random.default_rng(seed)
@@ -78,6 +79,8 @@ def draw_problem(
         may_close=(rng.random(num_devices) < 0.6) & rings,
         watts=draw(num_devices, high=20),
         num_sessions=num_sessions,
+        num_front=min(kept[0], num_layers),
+        num_back=min(kept[1], num_layers),
     )
 
 
@@ -108,6 +111,12 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
         )
         for cuts in itertools.combinations(range(1, num_layers), len(chosen) - 1):
             bounds = list(itertools.pairwise([0, *cuts, num_layers]))
+            if any(
+                (start < problem.num_front and not problem.may_be_first[device])
+                or (end > num_layers - problem.num_back and not problem.may_be_last[device])
+                for device, (start, end) in zip(chosen, bounds, strict=True)
+            ):
+                continue
             seconds = dict.fromkeys(chosen, 0.0)
             held = dict.fromkeys(chosen, 0.0)
             for device, (start, end) in zip(chosen, bounds, strict=True):

@@ -24,21 +24,28 @@ class Workload:
         Rows of a session: prompts that one ``generate`` call runs together.
     num_sessions : int
         Sessions in flight at the same time.
+    trusted_layers : (int, int)
+        How many layers at the beginning and at the end of the model stay on devices marked ``trusted``. The first and the
+        last layer do so in any case once a device is marked.
 
     Raises
     ------
     ArgumentError
-        If a number is no positive integer; the message names the field.
+        If a value can't be used; the message names the field.
     """
 
     prompt_tokens: int = 128
     new_tokens: int = 128
     batch_size: int = 1
     num_sessions: int = 1
+    trusted_layers: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trusted_layers", _pair(self.trusted_layers))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "trusted_layers":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ArgumentError(f"{field.name}={value!r} of a workload must be a positive integer")
 
@@ -56,3 +63,16 @@ class Workload:
     def num_rows(self) -> int:
         """Rows whose KV is held at the same time."""
         return self.batch_size * self.num_sessions
+
+
+def _pair(value: object) -> tuple[int, int]:
+    """Check a pair of counts, given as a tuple or as a list of a file."""
+    if (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value)
+    ):
+        return value[0], value[1]
+    raise ArgumentError(
+        f"trusted_layers={value!r} of a workload must be two counts of layers, (first, last), at least 0 each"
+    )

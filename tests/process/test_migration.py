@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -336,7 +337,17 @@ def test_what_is_no_plan_for_it_is_refused(moving: Any, plan: Any, error: type[E
 def test_token_ids_stay_on_trusted_devices(tiny_llama: str) -> None:
     devices = [ll.Device(name="home", threads=1, trusted=True), ll.Device(name="foreign", threads=1)]
     plan = ll.Plan.from_spans([("home", 0, 1), ("foreign", 1, 3), ("home", 3, 4)])
-    with ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, plan=plan, progress=False) as model:
-        with pytest.raises(ll.InfeasiblePlanError, match="'foreign', which is not trusted"):
-            model.rebalance(ll.Plan.from_spans([("home", 0, 2), ("foreign", 2, 4)]))
-        model.rebalance(ll.Plan.from_spans([("home", 0, 2), ("foreign", 2, 3), ("home", 3, 4)]))
+    with ll.Cluster(devices) as cluster:
+        load = functools.partial(ll.ShardedModel.from_pretrained, tiny_llama, cluster=cluster, progress=False)
+        with load(plan=plan) as model:
+            with pytest.raises(ll.InfeasiblePlanError, match="'foreign', which is not trusted"):
+                model.rebalance(ll.Plan.from_spans([("home", 0, 2), ("foreign", 2, 4)]))
+            model.rebalance(ll.Plan.from_spans([("home", 0, 2), ("foreign", 2, 3), ("home", 3, 4)]))
+        kept = ll.Workload(trusted_layers=(1, 2))
+        with pytest.raises(ll.InfeasiblePlanError, match=r"\[1, 3\) on device 'foreign'.*trusted_layers=\(1, 2\)"):
+            load(plan=plan, workload=kept)
+        with load(plan=ll.Plan.from_spans([("home", 0, 1), ("foreign", 1, 2), ("home", 2, 4)]), workload=kept) as model:
+            with pytest.raises(ll.InfeasiblePlanError, match=r"trusted_layers=\(1, 2\)"):
+                model.rebalance(plan)
+            model.rebalance(ll.Plan.from_spans([("home", 0, 4)]))
+            assert model.plan.trusted_layers == (1, 2)

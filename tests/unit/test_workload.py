@@ -22,3 +22,10 @@ def test_what_follows_from_it() -> None:
 def test_what_is_no_number_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ll.ArgumentError, match=f"{field}={value!r} of a workload"):
         ll.Workload(**{field: value})
+
+
+@pytest.mark.parametrize("value", [1, (1,), (1, 2, 3), (1, -1), (True, 1), (1.0, 1), "12", None])
+def test_trusted_layers_are_two_counts(value: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match="trusted_layers="):
+        ll.Workload(trusted_layers=value)
+    assert ll.Workload(trusted_layers=[2, 1]) == ll.Workload(trusted_layers=(2, 1))  # type: ignore[arg-type]

@@ -211,6 +211,11 @@ class Plan:
         return not self.inexact_because
 
     @property
+    def trusted_layers(self) -> tuple[int, int]:
+        """How many layers at the beginning and at the end stay on trusted devices, as its workload says."""
+        return (0, 0) if self.workload is None else self.workload.trusted_layers
+
+    @property
     def predicted(self) -> Prediction:
         """What it is predicted to do under the workload that it was made for.
 
@@ -361,6 +366,42 @@ def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
                 f"{bytes_text(limit)} of memory: {bytes_text(num_bytes - limit, round_up=True)} short; "
                 "raise its memory or give it fewer layers",
                 missing_bytes=num_bytes - limit,
+            )
+
+
+def check_trust(plan: Plan, devices: Iterable[Device]) -> None:
+    """Refuse a plan that puts the ends of the model on devices that are not trusted, once any device is.
+
+    Parameters
+    ----------
+    plan : Plan
+        Any.
+    devices : iterable of Device
+        All of the cluster.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If it does.
+    ArgumentError
+        If layers are to stay on trusted devices and no device is trusted.
+    """
+    trusted_layers = plan.trusted_layers
+    trusted = {device.name for device in devices if device.trusted}
+    if not trusted:
+        if any(trusted_layers):
+            raise ArgumentError(
+                f"trusted_layers={trusted_layers} of the workload has no effect, as no device is trusted: mark those that "
+                "are, Device(trusted=True)"
+            )
+        return
+    front, back = max(1, trusted_layers[0]), plan.num_layers - max(1, trusted_layers[1])
+    for stage in plan.stages:
+        if (stage.start < front or stage.end > back) and stage.device not in trusted:
+            asked = f", and trusted_layers={trusted_layers}" if any(trusted_layers) else ""
+            raise InfeasiblePlanError(
+                f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: the "
+                f"first and the last stage see token ids and logits{asked}; put them on trusted devices"
             )
 
 

@@ -235,6 +235,10 @@ def _with_remedy(
     sessions = _largest(workload.num_sessions - 1, lambda num: _fits(profile, _of_sessions(workload, num), reserve))
     if sessions:
         remedies.append(f"num_sessions={sessions} instead of {workload.num_sessions}")
+    front, back = workload.trusted_layers
+    fewer = _largest(max(front, back) - 1, lambda num: _fits(profile, _of_trusted(workload, num), reserve))
+    if max(front, back) > 1 and _fits(profile, _of_trusted(workload, fewer), reserve):
+        remedies.append(f"trusted_layers={_of_trusted(workload, fewer).trusted_layers} instead of {(front, back)}")
     added = _extra_memory(profile, workload, reserve)
     if added is not None:
         remedies.append(f"one more device of at least {bytes_text(added, round_up=True)}")
@@ -253,6 +257,11 @@ def _of_rows(workload: Workload, batch_size: int) -> Workload:
 
 def _of_sessions(workload: Workload, num_sessions: int) -> Workload:
     return dataclasses.replace(workload, num_sessions=num_sessions)
+
+
+def _of_trusted(workload: Workload, most: int) -> Workload:
+    front, back = workload.trusted_layers
+    return dataclasses.replace(workload, trusted_layers=(min(front, most), min(back, most)))
 
 
 def _fits(profile: Profile, workload: Workload, reserve: float) -> bool:

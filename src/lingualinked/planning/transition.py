@@ -42,8 +42,8 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
     Returns
     -------
     tuple of Plan
-        The plans to move to, one after the other, `after` last; only `after` if nothing is in the way. Token ids and
-        logits stay on trusted devices under all of them, if any device is trusted; and if the devices of both plans
+        The plans to move to, one after the other, `after` last; only `after` if nothing is in the way. Token ids,
+        logits and trusted layers stay on trusted devices under all of them, if any device is trusted; and if the devices of both plans
         round alike, layers are on such alone.
 
     Raises
@@ -56,7 +56,7 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
         check_plan(plan, len(holdings.weights.layers), names)
     allowed = _rounding_alike(holdings, {*before.devices, *after.devices})
     origin, target = _spans(before), _spans(after)
-    ledger = Ledger(allowed, origin)
+    ledger = Ledger(allowed, origin, after.trusted_layers)
     for device in after.devices:
         _refuse_overfull(device, ledger, target)
     if ledger.fit(origin, target):

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from lingualinked.device import CALLER
+from lingualinked.errors import ArgumentError
 from lingualinked.planning.placement.problem import Floats, Problem
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.workload import Workload
@@ -99,6 +100,12 @@ class WorkloadCosts:
         any_trusted = any(each.device.trusted for each in devices)
         trusted = np.array([each.device.trusted or not any_trusted for each in devices])
         closing = np.array([each.device.trusted for each in devices])
+        front, back = self.workload.trusted_layers
+        if (front or back) and not any_trusted:
+            raise ArgumentError(
+                f"trusted_layers={self.workload.trusted_layers} of the workload has no effect, as no device is trusted: "
+                "mark those that are, Device(trusted=True)"
+            )
 
         def per_device(part: str) -> Floats:
             return np.array([self._part_s(each, part) for each in devices])
@@ -132,6 +139,8 @@ class WorkloadCosts:
             may_close=closing,
             watts=np.array([math.nan if each.device.watts is None else each.device.watts for each in devices]),
             num_sessions=self.workload.num_sessions,
+            num_front=min(max(1, front), model.num_layers),
+            num_back=min(max(1, back), model.num_layers),
         )
 
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:

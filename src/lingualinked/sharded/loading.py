@@ -27,7 +27,7 @@ from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes, even_plan
-from lingualinked.planning.plan import Objective, Plan, check_plan, inexact_because
+from lingualinked.planning.plan import Objective, Plan, check_plan, check_trust, inexact_because
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
@@ -286,12 +286,14 @@ def place(described: Described, arguments: LoadArguments) -> Plan:
         workload = footprint.profile.fit_workload(arguments.workload)
         return find_plan(cluster, described.spec, footprint, workload, arguments.objective)
     if isinstance(given, str):
-        return even_plan(weights, cluster.devices)
+        return fit_plan(even_plan(weights, cluster.devices), weights, cluster, None, arguments.workload)
     profile = None if given.profile is None else described.footprint().profile
-    return fit_plan(given, weights, cluster, profile)
+    return fit_plan(given, weights, cluster, profile, arguments.workload)
 
 
-def fit_plan(plan: Plan, weights: WeightBytes, cluster: Cluster, model: ModelProfile | None) -> Plan:
+def fit_plan(
+    plan: Plan, weights: WeightBytes, cluster: Cluster, model: ModelProfile | None, workload: Workload | None
+) -> Plan:
     """Give a plan with what this model and cluster make of it.
 
     Parameters
@@ -304,6 +306,8 @@ def fit_plan(plan: Plan, weights: WeightBytes, cluster: Cluster, model: ModelPro
         Where it is to be placed.
     model : ModelProfile or None
         Of the model, to compare a plan's profile with; ``None``: not known.
+    workload : Workload or None
+        What is planned for, unless the plan says so; layers that either keeps on trusted devices stay there.
 
     Raises
     ------
@@ -320,11 +324,11 @@ def fit_plan(plan: Plan, weights: WeightBytes, cluster: Cluster, model: ModelPro
         dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
     )
     devices = [cluster.device(name) for name in plan.devices]
-    if any(device.trusted for device in cluster.devices):
-        for stage in (plan.stages[0], plan.stages[-1]):
-            if not cluster.device(stage.device).trusted:
-                raise InfeasiblePlanError(
-                    f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: "
-                    "the first and the last stage see token ids and logits; put them on trusted devices"
-                )
-    return dataclasses.replace(plan, stages=stages, inexact_because=inexact_because(devices))
+    if workload is not None:
+        front, back = (max(pair) for pair in zip(plan.trusted_layers, workload.trusted_layers, strict=True))
+        workload = dataclasses.replace(plan.workload or workload, trusted_layers=(front, back))
+    plan = dataclasses.replace(
+        plan, stages=stages, inexact_because=inexact_because(devices), workload=workload or plan.workload
+    )
+    check_trust(plan, cluster.devices)
+    return plan

@@ -246,7 +246,7 @@ class ShardedModel:
         from lingualinked.sharded.loading import fit_plan
 
         model = None if self.profile is None else self.profile.model
-        fitting = fit_plan(plan, self._parts.weights, self.cluster, model)
+        fitting = fit_plan(plan, self._parts.weights, self.cluster, model, self.plan.workload)
         return self._pipeline.rebalance(fitting, self._parts.weights, dry_run=dry_run)
 
     def release(self, device: str) -> Decision:

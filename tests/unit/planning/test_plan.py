@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lingualinked as ll
-from lingualinked.planning.plan import check_memory, check_plan
+from lingualinked.planning.plan import check_memory, check_plan, check_trust
 
 Spans = list[tuple[str, int, int]]
 
@@ -101,3 +101,30 @@ def test_both_stages_of_a_device_count_against_its_memory() -> None:
     with pytest.raises(ll.InfeasiblePlanError, match=r"device 'a'.*10 B short") as caught:
         check_memory(plan, [ll.Device(name="a", memory=100), ll.Device(name="b")])
     assert caught.value.missing_bytes == 10
+
+
+@pytest.mark.parametrize(
+    ("kept", "spans", "refused"),
+    [
+        ((0, 0), [("mine", 0, 1), ("theirs", 1, 7), ("mine", 7, 8)], ""),
+        ((0, 0), [("theirs", 0, 1), ("mine", 1, 8)], r"\[0, 1\) on device 'theirs'"),
+        ((0, 0), [("mine", 0, 1), ("theirs", 1, 8)], r"\[1, 8\) on device 'theirs'"),
+        ((2, 3), [("mine", 0, 2), ("theirs", 2, 5), ("mine", 5, 8)], ""),
+        ((2, 3), [("mine", 0, 1), ("theirs", 1, 5), ("mine", 5, 8)], r"\[1, 5\).*trusted_layers=\(2, 3\)"),
+        ((2, 3), [("mine", 0, 2), ("theirs", 2, 6), ("mine", 6, 8)], r"\[2, 6\).*trusted_layers=\(2, 3\)"),
+    ],
+)
+def test_ends_on_devices_that_are_not_trusted_are_refused(kept: tuple[int, int], spans: Spans, refused: str) -> None:
+    devices = [ll.Device(name="mine", trusted=True), ll.Device(name="theirs")]
+    plan = ll.Plan.from_spans(spans, workload=ll.Workload(trusted_layers=kept))
+    if refused:
+        with pytest.raises(ll.InfeasiblePlanError, match=refused):
+            check_trust(plan, devices)
+    else:
+        check_trust(plan, devices)
+    nobody = [ll.Device(name="mine"), ll.Device(name="theirs")]
+    if any(kept):
+        with pytest.raises(ll.ArgumentError, match="no device is trusted"):
+            check_trust(plan, nobody)
+    else:
+        check_trust(plan, nobody)

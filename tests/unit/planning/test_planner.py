@@ -338,3 +338,39 @@ def test_like_devices_behind_unlike_links_stay_where_they_are() -> None:
     plan = solve(dataclasses.replace(made, links=links), workload=FULL)
     assert len(plan.stages) == 3
     assert plan.predicted.step_s < 1
+
+
+def trust(*names: str, num_layers: int = 12, **fields: Any) -> Any:
+    made = [ll.Device(name=name, trusted=name.startswith("mine"), **fields) for name in names]
+    return profile(*made, num_layers=num_layers)
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (3, 0), (0, 4), (2, 3), (12, 12), (99, 0)])
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_so_many_layers_at_each_end_stay_on_trusted_devices(kept: tuple[int, int], objective: Any) -> None:
+    made = trust("mine", "theirs", "others")
+    workload = dataclasses.replace(FULL, trusted_layers=kept)
+    plan = solve(made, workload=workload, objective=objective)
+    assert plan.trusted_layers == kept
+    front, back = max(1, kept[0]), 12 - max(1, kept[1])
+    for stage in plan.stages:
+        assert stage.device == "mine" or (stage.start >= front and stage.end <= back)
+    if objective == "throughput" and front < back - 1:
+        assert len(plan.devices) == 3
+    assert ll.Plan.from_json(plan.to_json()) == plan
+    changed = plan.explain()  # solves changed problems under the same rule
+    assert changed.tokens_per_s > 0
+
+
+def test_trusted_layers_without_a_trusted_device_are_refused() -> None:
+    workload = dataclasses.replace(WORKLOAD, trusted_layers=(2, 0))
+    with pytest.raises(ll.ArgumentError, match=r"trusted_layers=\(2, 0\) of the workload has no effect"):
+        solve(profile(*devices(1.0, 1.0)), workload=workload)
+
+
+def test_fewer_trusted_layers_are_a_remedy() -> None:
+    mine = ll.Device(name="mine", trusted=True, memory="80MiB")
+    made = profile(mine, ll.Device(name="theirs"), num_layers=12)
+    with pytest.raises(ll.InfeasiblePlanError, match=r"trusted_layers=\((2|3), (2|3)\) instead of \(5, 5\)") as caught:
+        solve(made, workload=dataclasses.replace(WORKLOAD, trusted_layers=(5, 5)))
+    assert caught.value.missing_bytes > 0

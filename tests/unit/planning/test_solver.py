@@ -53,6 +53,7 @@ def problems(draw: st.DrawFn, max_layers: int = 12) -> Problem:
         gaps=draw(st.booleans()),
         rings=draw(st.booleans()),
         num_sessions=draw(SESSIONS),
+        kept=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
     )
 
 
@@ -239,7 +240,7 @@ def fewer_devices(problem: Problem, count: int) -> Problem:
         value = getattr(problem, field.name)
         if field.name in ("hop_s", "busy_s"):
             changes[field.name] = value[:count, :count]
-        elif field.name != "layer_bytes" and not isinstance(value, float):
+        elif field.name != "layer_bytes" and not isinstance(value, int | float):
             changes[field.name] = value[:count]
     return dataclasses.replace(problem, **changes)
 

@@ -73,20 +73,26 @@ def test_layers_pass_only_devices_that_round_alike() -> None:
     assert not any(device == "c" for spans in passed(before, after, wider) for device, _, _ in spans)
 
 
-def passed(before: Spans, after: Spans, room: Holdings) -> list[Spans]:
+def keeps_trust(spans: Spans, room: Holdings, kept: tuple[int, int]) -> bool:
+    """Whether the first and the last layers, at least one each, are on trusted devices, if any is trusted."""
+    trusted = {device.name for device in room.devices if device.trusted}
+    front, back = max(1, kept[0]), len(room.weights.layers) - max(1, kept[1])
+    return not trusted or all(name in trusted or (start >= front and end <= back) for name, start, end in spans)
+
+
+def passed(before: Spans, after: Spans, room: Holdings, kept: tuple[int, int] = (0, 0)) -> list[Spans]:
     """Go from plan to plan; whatever is given is checked."""
-    end = ll.Plan.from_spans(after)
+    end = ll.Plan.from_spans(after, workload=ll.Workload(trusted_layers=kept))
     plans = transition(ll.Plan.from_spans(before), end, room)
     assert plans[-1] is end
     path = [before, *map(spans_of, plans)]
     names = [device.name for device in room.devices]
-    trusted = {device.name for device in room.devices if device.trusted} or set(names)
     for earlier, later in itertools.pairwise(path):
         for name, capacity in zip(names, room.capacity_bytes, strict=True):
             assert held(room, name, earlier, later) <= max(capacity, held(room, name, before))
     for each in path[1:]:
         assert each[-1][2] == len(room.weights.layers)
-        assert {each[0][0], each[-1][0]} <= trusted
+        assert keeps_trust(each, room, kept)
     for plan in plans[:-1]:
         assert [each.weight_bytes for each in plan.stages] == [
             room.weights.of_span(each.start, each.end) for each in plan.stages
@@ -135,13 +141,14 @@ def rooms(draw: st.DrawFn, names: str, num_layers: int, *, trust: bool = False) 
 
 
 @st.composite
-def moves(draw: st.DrawFn, names: str, num_layers: int, **options: bool) -> tuple[Holdings, list[Spans], Spans, Spans]:
+def moves(
+    draw: st.DrawFn, names: str, num_layers: int, kept: tuple[int, int] = (0, 0), **options: bool
+) -> tuple[Holdings, list[Spans], Spans, Spans]:
     room = draw(rooms(names, num_layers, trust=options.pop("trust", False)))
-    trusted = {device.name for device in room.devices if device.trusted} or set(names)
     plans = [
         plan
         for plan in all_plans(names, num_layers, **options)
-        if excess(room, plan) <= 0 and {plan[0][0], plan[-1][0]} <= trusted
+        if excess(room, plan) <= 0 and keeps_trust(plan, room, kept)
     ]
     assume(len(plans) > 1)
     before, after = draw(st.sampled_from(plans)), draw(st.sampled_from(plans))
@@ -157,6 +164,19 @@ def test_along_one_order_there_is_always_a_way(move: tuple[Holdings, list[Spans]
     best = distance(before, after, plans, room)
     assert best is not None
     assert len(path) <= max(best, 1) + 1
+
+
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
+@given(moves("abc", 6, kept=(2, 1), trust=True))
+def test_trusted_layers_stay_on_trusted_devices_on_the_way(move: tuple[Holdings, list[Spans], Spans, Spans]) -> None:
+    room, plans, before, after = move
+    try:
+        path = passed(before, after, room, kept=(2, 1))
+    except ll.InfeasiblePlanError:  # searches are bounded where devices change their order
+        return
+    best = distance(before, after, plans, room)
+    assert best is not None
+    assert len(path) >= best
 
 
 @given(moves("abc", 5, trust=True))

@@ -150,7 +150,9 @@ def _costs(device: str, parts: _Parts, ledger: Ledger, origin: Spans, target: Sp
     alone, _ = _held_bytes(device, parts, ledger, ())
     refused = alone > limit
     if device not in ledger.may_hold_ends:
-        refused |= parts.has_first | parts.has_last
+        first, last = ledger.for_all
+        for starts, ends in zip(parts.starts, parts.ends, strict=True):
+            refused |= (ends > starts) & ((starts < first) | (ends > last))
     return np.where(refused, np.inf, costs + sent)
 
 

@@ -114,9 +114,11 @@ class Ledger:
         What layers take, and what devices have.
     origin : tuple of (str, int, int)
         Spans of the plan to begin with.
+    trusted_layers : (int, int)
+        Layers at the beginning and at the end that stay on trusted devices, as the outermost ones do.
     """
 
-    def __init__(self, holdings: Holdings, origin: Spans) -> None:
+    def __init__(self, holdings: Holdings, origin: Spans, trusted_layers: tuple[int, int] = (0, 0)) -> None:
         weights = holdings.weights
         self.weights, self.working = weights, holdings.working
         self.num_layers = len(weights.layers)
@@ -130,6 +132,8 @@ class Ledger:
         }
         trusted = frozenset(device.name for device in holdings.devices if device.trusted)
         self.may_hold_ends = trusted or frozenset(self.limits)
+        front, back = trusted_layers
+        self.for_all = max(1, front), self.num_layers - max(1, back)  # the layers that any device may hold
         self.looks_left = MAX_LAYERS_LOOKED_AT // self.num_layers
         self._furthest: dict[tuple[str, int], int] = {}
 
@@ -165,9 +169,10 @@ class Ledger:
 
     def _find_furthest(self, device: str, start: int) -> int:
         may_hold_ends = device in self.may_hold_ends
-        if start == 0 and not may_hold_ends:
-            return 0
-        for end in range(self.num_layers if may_hold_ends else self.num_layers - 1, start, -1):
+        first, last = (0, self.num_layers) if may_hold_ends else self.for_all
+        if start < first:
+            return start
+        for end in range(last, start, -1):
             if self.held_bytes(device, ((device, start, end),)) <= self.limits[device]:
                 return end
         return start

@@ -198,8 +198,9 @@ def _single_moves(track: Track, held: Spans, places: Places) -> Iterator[Places]
         lowest = places[layer - 1] if layer else 0
         highest = places[layer + 1] if layer < last else len(track.slots) - 1
         for slot in range(lowest, highest + 1):
-            at_end = layer in (0, last)
-            if slot == place or (at_end and track.slots[slot] not in track.ledger.may_hold_ends):
+            first, end = track.ledger.for_all
+            is_kept = not first <= layer < end and track.slots[slot] not in track.ledger.may_hold_ends
+            if slot == place or is_kept:
                 continue
             following = (*places[:layer], slot, *places[layer + 1 :])
             if track.may_enter(held, following, slot):

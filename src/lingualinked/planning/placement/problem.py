@@ -56,6 +56,8 @@ class Problem:
         float64 ``[D]``, power while computing; NaN where it is not known.
     num_sessions : float
         Sessions in flight at the same time; ``inf``: as many as fill the pipeline.
+    num_front, num_back : int
+        Layers at the beginning that only devices may hold that may be first, and at the end those that may be last.
     """
 
     names: tuple[str, ...]
@@ -80,6 +82,8 @@ class Problem:
     may_close: Flags
     watts: Floats
     num_sessions: float = math.inf
+    num_front: int = 1
+    num_back: int = 1
 
     @property
     def num_devices(self) -> int:

@@ -25,7 +25,7 @@ class SpanTables:
         float64 ``[D, L+1, L+1]``, compute of the stage, the ends' cost included; ``inf`` where the span is empty.
     excess_bytes : ndarray
         float64 ``[D, L+1, L+1]``, bytes by which the stage passes the device's memory, 0 if it fits; ``inf`` where the
-        span is empty or the device may not hold that end of the model.
+        span is empty or the device may not hold all of its layers.
     ring_excess_bytes : ndarray
         float64 ``[D, L+1, L+1]``, the same for ``[0, a)`` and ``[b, L)`` together on one device, at ``[d, a, b]``;
         ``inf`` also where the device may not hold both ends.
@@ -62,8 +62,8 @@ class SpanTables:
         num_bytes[:, :, -1] += problem.last_bytes
         num_bytes[:, 0, -1] -= problem.tied_bytes
         excess = _beyond(num_bytes, problem.capacity_bytes)
-        excess[~problem.may_be_first, 0, :] = np.inf
-        excess[~problem.may_be_last, :, -1] = np.inf
+        excess[~problem.may_be_first, : problem.num_front, :] = np.inf
+        excess[~problem.may_be_last, :, num_layers - problem.num_back + 1 :] = np.inf
         excess[:, ~is_span] = np.inf
 
         both_ends = window_bytes[0][:, None] + window_bytes[:, -1][None, :]
