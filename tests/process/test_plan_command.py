@@ -128,7 +128,7 @@ def test_texts_longer_than_the_learned_positions(
         (["--dtype", "int8"], "dtype='int8'"),
         (["--num-sessions", "1000000"], "what would fit"),
         (["--plot", "/no/such/folder/plan.png"], "there is no folder"),
-        (["--plot", "plan.odd"], "no picture can be written to --plot"),
+        (["--plot", "plan.odd"], "no picture can be a .odd file"),
     ],
 )
 def test_what_can_not_be_planned(

@@ -6,6 +6,7 @@ Knows typer; each command's work lies in a module of its own, imported when it r
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,12 @@ def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"lingualinked {importlib.metadata.version('lingualinked')}")
         raise typer.Exit
+
+
+def _check_temperature(temperature: float | None) -> float | None:
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise typer.BadParameter(f"{temperature:g} is not a positive, finite number")
+    return temperature
 
 
 @app.callback()
@@ -105,15 +112,22 @@ def generate(
     max_new_tokens: NewTokens = 64,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(callback=_check_temperature, help="Of sampling, above 0; by default the model's own."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Of sampling.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Print the prompt and special tokens too.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Continue a prompt with any checkpoint, streaming the answer."""
     from lingualinked.cli.generate import run_generate
 
-    options = {"do_sample": True, "temperature": temperature} if sample else {}
+    if temperature is not None and not sample:
+        raise ArgumentError(f"--temperature {temperature:g} has no effect without --sample: add it, or leave this out")
+    options: dict[str, Any] = {"do_sample": True} if sample else {}
+    if temperature is not None:
+        options["temperature"] = temperature
     run_generate(
         path, prompt, devices, dtype, seed, raw=raw, progress=not quiet, max_new_tokens=max_new_tokens, **options
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from lingualinked.display.figure import new_figure
 from lingualinked.errors import ArgumentError
 
 
@@ -31,3 +32,20 @@ def check_output(option: str, path: Path) -> None:
             f"{option} {str(path)!r}: no file can be made in the folder {str(path.parent)!r} ({error.strerror}); "
             "choose another one"
         ) from error
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Refuse a picture that can't be drawn or written, before any work is done for it.
+
+    Raises
+    ------
+    ArgumentError
+        As `check_output` does; or if matplotlib is not installed, or does not know the kind of file.
+    """
+    check_output(option, path)
+    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".").lower()
+    if kind and kind not in kinds:
+        raise ArgumentError(
+            f"{option} {str(path)!r}: no picture can be a .{kind} file; choose one of {', '.join(kinds)}"
+        )

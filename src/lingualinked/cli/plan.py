@@ -12,7 +12,7 @@ from rich.text import Text
 
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
-from lingualinked.cli.output import check_output
+from lingualinked.cli.output import check_picture
 from lingualinked.cluster.devices import as_devices
 from lingualinked.display.console import new_console
 from lingualinked.display.plan import plan_rows
@@ -34,7 +34,7 @@ def run_plan(
 ) -> None:
     """Print the plan, from a saved profile, from stated figures, or from a measurement made now."""
     if plot is not None:
-        check_output("--plot", plot)
+        check_picture("--plot", plot)
     profile = _profile(path, devices, workload, dtype)
     plan = ll.solve(profile, objective=objective, workload=workload)
     if plot is not None:

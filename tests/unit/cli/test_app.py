@@ -114,6 +114,8 @@ def test_a_file_that_can_not_be_written_is_refused_first(
         assert result.exit_code == 1
         assert f"{option} '{path}'" in result.stderr
         assert reason in result.stderr
+    result = run(*STARTS["plan"], "--plot", tmp_path / "plan.odd")
+    assert "choose one of" in result.stderr
     assert not started
 
 
@@ -126,6 +128,26 @@ def test_what_would_have_no_effect_is_refused(started: list[tuple[str, ...]]) ->
         result = run("demo", *arguments)
         assert result.exit_code == 1
         assert f"{option} has no effect" in result.stderr
+    assert not started
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--sample", "--temperature", "0"],
+        ["--sample", "--temperature", "-1"],
+        ["--sample", "--temperature", "nan"],
+        ["--temperature", "2"],
+        ["--seed", "-1"],
+        ["--seed", str(2**64)],
+        ["-n", "0"],
+    ],
+)
+def test_options_of_sampling_are_checked(arguments: list[str], started: list[tuple[str, ...]]) -> None:
+    result = run(*STARTS["generate"], *arguments)
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code in (1, 2)
+    assert arguments[-2] in result.stderr
     assert not started
 
 
