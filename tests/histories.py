@@ -43,7 +43,7 @@ def decision(time_s: float = START_S, action: str = "stay") -> Decision:
         time_s=time_s,
         action=action,
         trigger="device 'phone' is 4.1 times slower than before",
-        reason="a step would take 41.0 ms instead of 98.0 ms: saves 17 s over the next 30 s and costs 1.4 s",
+        reason="a step would take 41.0 ms instead of 98.0 ms: saves 17.10 s over the next 30.00 s and costs 1.40 s",
         spans_before=BEFORE,
         spans_after=AFTER,
         before_s=0.098,

@@ -31,7 +31,7 @@ from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Objective, Plan
 from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
-from lingualinked.quantities import count_text
+from lingualinked.quantities import count_text, seconds_text
 from lingualinked.telemetry.decisions import Decision
 from lingualinked.telemetry.samples import DeviceSample, StepSample
 
@@ -323,7 +323,7 @@ class Balancer:
         policy = self._policy
         if self._is_current(proposal.plan):
             return False, "the plan in force is the best one", False
-        times = f"{1e3 * proposal.after_s:.1f} ms instead of {1e3 * proposal.before_s:.1f} ms"
+        times = f"{seconds_text(proposal.after_s)} instead of {seconds_text(proposal.before_s)}"
         lost = (
             ""
             if proposal.plan.exact or not self._plan.exact
@@ -339,7 +339,8 @@ class Balancer:
             return False, f"{share}, less than the {100 * needed:.1f} % required while speeds are this uncertain", True
         lasts_s = self._lasts_s(time_s, proposal)
         gain_s = lasts_s * proposal.saved
-        figures = f"saves {gain_s:.2g} s over the next {lasts_s:.2g} s and costs {proposal.cost_s:.2g} s"
+        gain, lasts, cost = map(seconds_text, (gain_s, lasts_s, proposal.cost_s))
+        figures = f"saves {gain} over the next {lasts} and costs {cost}"
         if gain_s <= policy.margin * proposal.cost_s and not asked:
             return False, f"a mean step would take {times}: {figures}, times margin={policy.margin:g}", True
         return True, f"a mean step would take {times}: {figures}{lost}", False

@@ -50,7 +50,7 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
     """Split a model over all devices, in their order, as evenly by bytes as its layers allow.
 
     Minimises the largest stage over all contiguous splits in which every device holds at least one layer and no
-    device passes its memory limit, by dynamic programming over (devices used, layers placed).
+    device exceeds its memory limit, by dynamic programming over (devices used, layers placed).
 
     Parameters
     ----------

@@ -355,7 +355,7 @@ def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
     Raises
     ------
     InfeasiblePlanError
-        If the weights of a device's stages pass its limit; the message says by how many bytes.
+        If the weights of a device's stages exceed its limit; the message says by how many bytes.
     """
     for device in devices:
         num_bytes = sum(stage.weight_bytes for stage in plan.stages if stage.device == device.name)

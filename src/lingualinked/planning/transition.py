@@ -1,4 +1,4 @@
-"""From plan to plan within memory: the plans to go through where a move at once would pass a device's memory.
+"""From plan to plan within memory: the plans to go through where a move at once would exceed a device's memory.
 
 Knows plans and bytes; neither what a migration does nor how long it takes.
 """
@@ -22,7 +22,7 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
 
     While layers move from a plan :math:`P` to a plan :math:`Q`, a device holds its layers of both, those that are in both
     once, with their KV; embeddings and head if it has the first or the last stage in either; and one stage's
-    intermediate results, for it computes one at a time. That must not pass its memory; or, where it passes it under
+    intermediate results, for it computes one at a time. That must not exceed its memory; or, where it exceeds it under
     `before` already, not become more than that.
 
     Along one order of devices there is always a way, and layers go straight to their new devices in waves (see

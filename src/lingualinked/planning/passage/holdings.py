@@ -106,7 +106,7 @@ class Holdings:
 class Ledger:
     """Bytes that devices hold under plans, their limits while layers move, and how many plans may still be looked at.
 
-    A device that passes its memory before anything has moved may hold so much, and no more.
+    A device that exceeds its memory before anything has moved may hold so much, and no more.
 
     Parameters
     ----------
