@@ -234,6 +234,19 @@ class DeviceProfile:
         known = [each for each in (self.device.memory_bytes, self.free_bytes) if each is not None]
         return min(known, default=math.inf)
 
+    def whole_step_s(self, model: ModelProfile, *, is_decode: bool) -> tuple[float, float]:
+        """Return the seconds of the largest step that was measured, with all layers here, and their spread."""
+        shapes = [each for each in self.layers[0].steps if (each.tokens == 1) == is_decode] or self.layers[0].steps
+        rows, tokens, context = max((each.rows, each.tokens, each.context) for each in shapes)
+        parts = [(times, model.kind_of_layer.count(kind)) for kind, times in enumerate(self.layers)]
+        parts += [(times, 1) for times in (self.stage, self.prologue, self.epilogue)]
+        seconds = spread_s = 0.0
+        for times, count in parts:
+            seconds += count * times.seconds(rows, tokens, context)
+            same = [each for each in times.steps if (each.rows, each.tokens, each.context) == (rows, tokens, context)]
+            spread_s += count * sum(each.spread_s for each in same)
+        return seconds, spread_s
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
@@ -280,6 +293,8 @@ class Profile:
         Every link between two of them, and between each and the caller, both ways.
     versions : dict of str to str
         Of the libraries that it was measured with; empty where figures are stated rather than measured.
+    doubt : str
+        Why the measured times can't be trusted; empty if they can. Such a profile is not kept on disk.
 
     Raises
     ------
@@ -292,6 +307,7 @@ class Profile:
     devices: tuple[DeviceProfile, ...]
     links: tuple[LinkProfile, ...]
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    doubt: str = ""
 
     def __post_init__(self) -> None:
         names = self.names
@@ -378,6 +394,11 @@ class Profile:
             for source, target in ((name, new_name), (new_name, name))
         ]
         return dataclasses.replace(self, devices=(*self.devices, copy), links=(*self.links, *links))
+
+    def __str__(self) -> str:
+        from lingualinked.display.profile import profile_text  # plain data that can be drawn
+
+        return profile_text(self)
 
     def to_json(self) -> str:
         """Return the profile as JSON text."""

@@ -26,6 +26,12 @@ import lingualinked as ll
 from families import VOCABULARY
 
 
+@pytest.fixture(autouse=True)
+def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements are trusted, whatever else this machine computes while tests run."""
+    monkeypatch.setattr("lingualinked.cluster.profiling.find_doubt", lambda *_: "")
+
+
 @pytest.fixture(scope="session")
 def shared_cluster(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
     """Four workers with one thread each, for every test that does not harm them."""

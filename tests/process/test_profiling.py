@@ -8,17 +8,20 @@ import functools
 import os
 import pwd
 import signal
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
+from lingualinked.profile import ModuleTimes
 from lingualinked.sharded.loading import LoadArguments, describe
 from profiles import MIB, model_profile
 
@@ -51,6 +54,7 @@ def test_every_device_and_link_is_measured(cache: Path, pair: ll.Cluster, tiny_l
         for times in (*device.layers, device.stage, device.prologue, device.epilogue):
             assert {(step.rows, step.tokens, step.context) for step in times.steps} == shapes
         assert all(step.seconds > 0 for step in device.layers[0].steps)
+        assert all(step.spread_s > 0 for step in device.layers[0].steps)  # each was measured more than once
         assert device.free_bytes is not None
     assert len(profile.links) == 6
     for link in profile.links:
@@ -165,6 +169,60 @@ def test_a_second_start_measures_nothing(cache: Path, pair: ll.Cluster, tiny_lla
         ll.profile_model(tiny_llama, pair, workload=WORKLOAD, refresh=True)
     with pytest.raises(AssertionError, match="measured again"):
         ll.profile_model(tiny_llama, pair, workload=WORKLOAD, dtype="bfloat16")
+
+
+def test_a_doubtful_profile_is_not_kept_and_the_first_requests_correct_it(
+    cache: Path, pair: ll.Cluster, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine was busy: steps measured 40 times too long, and the plan says so until requests have shown better."""
+    measure = profiling.profile_devices
+
+    def slower(times: ModuleTimes) -> ModuleTimes:
+        return ModuleTimes(tuple(dataclasses.replace(step, seconds=40 * step.seconds) for step in times.steps))
+
+    def measured_while_busy(*arguments: Any) -> ll.Profile:
+        made = measure(*arguments)
+        devices = [
+            dataclasses.replace(
+                each, layers=tuple(map(slower, each.layers)), stage=slower(each.stage), epilogue=slower(each.epilogue)
+            )
+            for each in made.devices
+        ]
+        return dataclasses.replace(made, devices=tuple(devices), doubt="other processes kept 2.0 of 2 cores busy")
+
+    monkeypatch.setattr(profiling, "profile_devices", measured_while_busy)
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
+        assert list(cache.glob("*")) == []
+        doubtful = model.plan
+        assert "Doubtful: other processes kept 2.0 of 2 cores busy" in str(doubtful)
+        model.generate(torch.tensor([[5] * 8]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        corrected = model.plan
+        steps = model.telemetry.history.steps
+        assert model.plan.profile is corrected.profile  # nothing new: nothing is worked out again
+        for stage in corrected.predicted.stages:
+            for is_decode, predicted_s in ((True, stage.decode_s), (False, stage.prefill_s)):
+                seen_s = statistics.median(
+                    timing.compute_s
+                    for step in steps
+                    for timing in step.stages
+                    if step.is_decode == is_decode and timing.device == stage.device
+                )
+                assert predicted_s == pytest.approx(seen_s, rel=0.5)
+        unseen = set(pair.pids) - set(corrected.devices)
+        assert bool(corrected.profile.doubt) == bool(unseen)  # who has run no step is doubtful still
+        assert corrected.stages == doubtful.stages
+        assert model.rebalance(dry_run=True).dry_run  # decided by what steps have shown
+
+
+def test_a_model_of_few_positions_and_words_is_measured(
+    cache: Path, shared_cluster: ll.Cluster, tmp_path: Path
+) -> None:
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=4, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for workload in (ll.Workload(prompt_tokens=1, new_tokens=3), ll.Workload(prompt_tokens=3, new_tokens=1)):
+        assert ll.profile_model(tmp_path, shared_cluster, workload=workload).model.max_positions == 4
+    with pytest.raises(ll.ArgumentError, match="more than the 4 positions"):
+        ll.profile_model(tmp_path, shared_cluster, workload=ll.Workload(prompt_tokens=3, new_tokens=2))
 
 
 def test_a_damaged_file_is_measured_anew(cache: Path, pair: ll.Cluster, tiny_llama: str) -> None:

@@ -122,6 +122,36 @@ def test_devices_can_be_left_out_and_copied() -> None:
     assert wider.without("b2") == made
 
 
+def test_the_whole_model_on_one_device() -> None:
+    """8 layers of 1 ms, 0.1 ms besides, 0.05 ms before and 0.5 ms after; twice that after 1,000 tokens, for 4 rows too."""
+    made = profile(ll.Device(name="a"))
+    seconds, spread_s = made.devices[0].whole_step_s(made.model, is_decode=True)
+    assert seconds == pytest.approx(2 * (8 * 1e-3 + 0.65e-3))
+    assert spread_s == 0.0
+    prefill_s, _ = made.devices[0].whole_step_s(made.model, is_decode=False)
+    assert prefill_s == pytest.approx(8 * 1e-4 * 128 * 4)  # 128 tokens of 4 rows
+
+
+def test_a_profile_shows_its_times_their_spread_and_its_doubt() -> None:
+    made = profile(ll.Device(name="a", memory="2GiB"), ll.Device(name="b"))
+    text = str(made)
+    for shown in (
+        "small: 8 layers, float32",
+        "a (2.0 GiB free)",
+        "Layer",
+        "prefill",
+        "spread",
+        "decode",
+        "51.2 ms",
+        "2.0 ms",
+    ):
+        assert shown in text
+    assert "4 x 128 after 0, 4 x 1 after 1000" in text
+    assert "Doubtful" not in text
+    assert "Doubtful: a reason" in str(dataclasses.replace(made, doubt="a reason"))
+    assert "Doubtful: a reason" in str(ll.solve(dataclasses.replace(made, doubt="a reason")))
+
+
 def test_capacity_is_what_is_known() -> None:
     unlimited, limited = profile(ll.Device(name="a"), ll.Device(name="b", memory=1000)).devices
     assert unlimited.capacity_bytes == math.inf

@@ -22,11 +22,11 @@ from lingualinked.protocol.messages import (
     Hello,
     Imitated,
     LinkProbed,
-    LoadProgress,
     LogRecord,
     ModelMeasured,
     Ping,
     Pong,
+    Progress,
     RequestFailed,
     StageLoaded,
     StepDone,
@@ -182,8 +182,8 @@ class Exchange:
                 self._pending.complete(("request", message.request, 0), message)
             case RequestFailed():
                 self._pending.fail(("request", message.request, 0), error_of(sender, message))
-            case LoadProgress():
-                self._pending.progress(("request", message.request, 0), message.num_bytes, time.monotonic())
+            case Progress():
+                self._pending.progress(("request", message.request, 0), message.num_done, time.monotonic())
             case Hello():
                 self._mailbox.connect(sender, message.address, self.public_keys[sender])
                 self.addresses[sender] = message.address

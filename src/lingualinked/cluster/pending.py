@@ -100,13 +100,13 @@ class PendingAnswers:
         if pending is not None:
             pending.future.set_exception(error)
 
-    def progress(self, key: Key, num_bytes: int, now: float) -> None:
+    def progress(self, key: Key, num_done: int, now: float) -> None:
         """Pass progress on, and start the time allowed anew."""
         pending = self._pending.get(key)
         if pending is not None:
             pending.deadline = now + pending.timeout_s
             if pending.on_progress is not None:
-                pending.on_progress(num_bytes)
+                pending.on_progress(num_done)
 
     def fail_device(self, device: str, make_error: Callable[[], LingualinkedError]) -> None:
         """Fail what needs a device."""

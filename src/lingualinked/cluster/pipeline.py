@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.controller import Controller
@@ -35,6 +36,9 @@ from lingualinked.telemetry.decisions import Decision, unmeasured
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
 from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from lingualinked.control.correction import Correction
 
 _models = itertools.count(1)
 _sessions = itertools.count(1)  # of all models: answers to steps are told by session and step alone
@@ -80,6 +84,7 @@ class Pipeline:
         self._vocabulary = _vocabulary(spec)
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
+        self._correction: Correction | None = None
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
         migrator = Migrator(self._engine, self._model, spec, self._routes, self._recorder, timeout_s)
         self._controller = Controller(self._engine, migrator.run, self._recorder)
@@ -90,6 +95,19 @@ class Pipeline:
     def plan(self) -> Plan:
         """The plan in force."""
         return self._routes.current.plan
+
+    @property
+    def corrected_plan(self) -> Plan:
+        """The plan in force; where it was made from a doubtful profile, with what its steps have shown since."""
+        plan = self.plan
+        if plan.profile is None or not plan.profile.doubt:
+            return plan
+        from lingualinked.control.correction import Correction  # stands on NumPy, which a start may do without
+
+        correction = self._correction
+        if correction is None or correction.measured is not plan.profile:
+            correction = self._correction = Correction(plan.profile)
+        return dataclasses.replace(plan, profile=correction.observe(*self._recorder.steps_since(correction.num_steps)))
 
     def load(self, on_progress: Callable[[str, int], None]) -> None:
         """Load every stage, all workers at once; the first that fails ends the wait for the others.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.metadata
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
+from lingualinked.cluster.doubt import OtherWork, find_doubt
 from lingualinked.cluster.link_probing import measure_links, tournament
 from lingualinked.cluster.pending import results_of
 from lingualinked.device import CALLER, Device
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from lingualinked.profile import ModelProfile
     from lingualinked.workload import Workload
 
-_NUM_PREFILLS, _NUM_DECODES = 2, 6  # repeats that count; one more goes before them
+_NUM_PREFILLS, _NUM_DECODES = 5, 6  # repeats that count; one more goes before them
 _MEASURING_BYTES = 64 << 20  # that measuring takes beside weights: buffers, results
 _LIBRARIES = ("lingualinked", "torch", "transformers")
 
@@ -38,7 +40,12 @@ def library_versions() -> dict[str, str]:
 
 
 def profile_devices(
-    cluster: Cluster, devices: Sequence[Device], spec: ModelSpec, footprint: Footprint, workload: Workload
+    cluster: Cluster,
+    devices: Sequence[Device],
+    spec: ModelSpec,
+    footprint: Footprint,
+    workload: Workload,
+    on_progress: Callable[[str, int], None],
 ) -> Profile:
     """Measure a model on devices of a cluster, all at the same time, and then every link between them and the caller.
 
@@ -57,10 +64,13 @@ def profile_devices(
         Its layers' kinds and bytes.
     workload : Workload
         Tells the shapes that matter.
+    on_progress : callable
+        Told a device's name and how many of its `num_measurements` are done, on the cluster's I/O thread.
 
     Returns
     -------
     Profile
+        With its `Profile.doubt`.
 
     Raises
     ------
@@ -69,7 +79,8 @@ def profile_devices(
     """
     for device in devices:
         cluster._engine.wait_for_worker(device.name, cluster.timeout_s)  # noqa: SLF001 - within the room
-    answers = _measure_models(cluster, devices, spec, footprint, workload)
+    with OtherWork(cluster.pids.values()) as others:
+        answers = _measure_models(cluster, devices, spec, footprint, workload, on_progress)
     groups: defaultdict[object, list[ModelMeasured]] = defaultdict(list)
     for device, answer in zip(devices, answers, strict=True):
         groups[_likeness(cluster.as_it_behaves(device), answer.hardware)].append(answer)
@@ -84,6 +95,7 @@ def profile_devices(
         devices=tuple(measured),
         links=measure_links(cluster, tournament([CALLER, *names])),
         versions=library_versions(),
+        doubt=find_doubt(footprint.profile, measured, others.num_cores),
     )
 
 
@@ -131,7 +143,7 @@ def extend_profile(
     others = [cluster.device(name) for name in profile.names]
     for each in (device, *others):
         cluster._engine.wait_for_worker(each.name, cluster.timeout_s)  # noqa: SLF001 - within the room
-    (answer,) = _measure_models(cluster, [device], spec, footprint, workload)
+    (answer,) = _measure_models(cluster, [device], spec, footprint, workload, lambda _device, _num_done: None)
     likeness = _likeness(cluster.as_it_behaves(device), answer.hardware)
     known = [each for each in profile.devices if _likeness(each.device, each.hardware) == likeness]
     alike = [answer, *map(_as_measured, known)]
@@ -148,12 +160,11 @@ def extend_profile(
 def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[StepShape, ...]:
     """Give the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer.
 
-    Each decode step is repeated, and every repeat lengthens the text: learned positions must suffice for all.
+    The last token of a text needs a position as well: where they are learned, one must be left for it.
     """
     early, late = workload.prompt_tokens, workload.num_tokens
     if max_positions is not None:
-        early = max(1, min(early, max_positions - 2 * (_NUM_DECODES + 1)))
-        late = max(1, min(late, max_positions - (_NUM_DECODES + 1)))
+        late = min(late, max_positions - 1)
     steps = [(max(2, workload.prompt_tokens), 0), *((1, context) for context in sorted({early, late}))]
     return tuple(
         StepShape(rows=rows, tokens=tokens, context=context)
@@ -181,8 +192,18 @@ def measured_spans(model: ModelProfile, memory_bytes: int | None) -> tuple[tuple
     return tuple(fitting) or (inner,)
 
 
+def num_measurements(device: Device, model: ModelProfile, workload: Workload) -> int:
+    """Count what a device measures: every shape in every span."""
+    return len(measured_spans(model, device.memory_bytes)) * len(step_shapes(workload, model.max_positions))
+
+
 def _measure_models(
-    cluster: Cluster, devices: Sequence[Device], spec: ModelSpec, footprint: Footprint, workload: Workload
+    cluster: Cluster,
+    devices: Sequence[Device],
+    spec: ModelSpec,
+    footprint: Footprint,
+    workload: Workload,
+    on_progress: Callable[[str, int], None],
 ) -> list[ModelMeasured]:
     model = footprint.profile
     workload = model.fit_workload(workload)
@@ -201,9 +222,11 @@ def _measure_models(
                 num_decodes=_NUM_DECODES,
                 layout=footprint.layout,
                 hidden_size=footprint.hidden_size,
+                max_positions=model.max_positions,
             ),
             "measuring a model's parts",
             cluster.timeout_s,
+            functools.partial(on_progress, device.name),
         )
 
     return cast("list[ModelMeasured]", results_of([request(device) for device in devices]))

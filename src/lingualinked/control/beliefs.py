@@ -63,12 +63,19 @@ class DeviceBelief:
         self.is_forgotten = True
         return True
 
-    def slowdowns(self, unseen: float) -> tuple[float, float]:
-        """Give the slowdown of prefill and of decode; ``unseen`` where nothing was seen."""
+    def slowdowns(self, unseen: float, *, is_doubtful: bool) -> tuple[float, float]:
+        """Give the slowdown of prefill and of decode; ``unseen`` where nothing was seen.
+
+        One step tells more than a measurement that ``is_doubtful``.
+        """
         if self.is_forgotten:
             return unseen, unseen
         known = self.level.slowdown if self.level.num_samples else unseen
-        return tuple(each.slowdown if each.is_settled else known for each in (self.prefill, self.decode))  # type: ignore[return-value]
+        prefill, decode = (
+            each.slowdown if each.is_settled or (is_doubtful and each.num_samples) else known
+            for each in (self.prefill, self.decode)
+        )
+        return prefill, decode
 
 
 class Beliefs:
@@ -153,6 +160,7 @@ class Beliefs:
             self.measured,
             devices=tuple(self._device(each, *slowdowns[each.device.name]) for each in self.measured.devices),
             links=tuple(map(self._link, self.measured.links)),
+            doubt=self._doubt(),
         )
 
     def unusable(self) -> tuple[str, ...]:
@@ -162,7 +170,16 @@ class Beliefs:
     def _all_slowdowns(self) -> dict[str, tuple[float, float]]:
         # Steps cost more in a pipeline than where layers are measured alone, on every device alike.
         unseen = min((each.level.slowdown for each in self._devices.values() if each.is_settled), default=1.0)
-        return {name: belief.slowdowns(unseen) for name, belief in self._devices.items()}
+        is_doubtful = bool(self.measured.doubt)
+        return {name: belief.slowdowns(unseen, is_doubtful=is_doubtful) for name, belief in self._devices.items()}
+
+    def _doubt(self) -> str:
+        """Say why the profile can't be trusted yet: steps settle the devices that run them."""
+        settled = [name for name, belief in self._devices.items() if belief.is_settled]
+        if not self.measured.doubt or len(settled) == len(self._devices):
+            return ""
+        corrected = f"; steps have corrected {', '.join(settled)} since" if settled else ""
+        return self.measured.doubt + corrected
 
     def _device(self, device: DeviceProfile, prefill: float, decode: float) -> DeviceProfile:
         cap = self._devices[device.device.name].cap_bytes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.display.figure import new_figure
 from lingualinked.display.palette import KV, LIMITING, PLAIN, WEIGHTS, WORKING
+from lingualinked.display.profile import doubt_notes
 from lingualinked.display.tables import Rows
 from lingualinked.quantities import bytes_text, count_text, seconds_text
 
@@ -53,7 +54,7 @@ def plan_rows(plan: Plan) -> Rows:
             for index, stage in enumerate(predicted.stages)
         ],
         bars=[stage.decode_s / slowest if slowest else 0.0 for stage in predicted.stages],
-        notes=[*_prediction_notes(predicted), *_solver_notes(plan)],
+        notes=[*_prediction_notes(predicted), *_solver_notes(plan), *doubt_notes(plan.profile)],
     )
 
 

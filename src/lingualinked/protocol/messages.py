@@ -100,7 +100,8 @@ class MeasureModel(Message, frozen=True, tag=7):
     """Measure what the parts of a model cost: run spans of one or two layers with weights that are filled in.
 
     ``layout`` and ``hidden_size`` describe what crosses a boundary. Steps are repeated so many times, after one that shows
-    what a new shape costs once.
+    what a new shape costs once; more often while their times spread, less often where they are long. No text grows beyond
+    ``max_positions``.
     """
 
     request: int
@@ -112,6 +113,7 @@ class MeasureModel(Message, frozen=True, tag=7):
     hidden_size: int
     num_prefills: int
     num_decodes: int
+    max_positions: int | None
 
 
 class ProbeLink(Message, frozen=True, tag=8):
@@ -215,11 +217,11 @@ class Hello(Message, frozen=True, tag=16):
     address: str
 
 
-class LoadProgress(Message, frozen=True, tag=17):
-    """Bytes of a stage loaded so far."""
+class Progress(Message, frozen=True, tag=17):
+    """How far a request has come: bytes of a stage loaded, or steps measured of each shape and span."""
 
     request: int
-    num_bytes: int
+    num_done: int
 
 
 class StageLoaded(Message, frozen=True, tag=18):
@@ -368,7 +370,7 @@ CallerMessage = (
 )
 WorkerMessage = (
     Hello
-    | LoadProgress
+    | Progress
     | StageLoaded
     | KVCopied
     | Imitated

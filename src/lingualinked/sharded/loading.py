@@ -32,7 +32,7 @@ from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
 from lingualinked.sharded.profiling import find_plan
-from lingualinked.sharded.progress import LoadProgress
+from lingualinked.sharded.progress import DeviceProgress
 from lingualinked.sharded.rebalancing import decide_from_profile
 from lingualinked.workload import Workload
 
@@ -195,7 +195,7 @@ def load(arguments: LoadArguments) -> ShardedCausalLM:
         timeout_s=timeout_s,
     )
     try:
-        with LoadProgress(plan, shown=arguments.progress) as bars:
+        with DeviceProgress.of_loading(plan, shown=arguments.progress) as bars:
             pipeline.load(bars.update)
         if arguments.policy is not None:
             decide_from_profile(pipeline, described, arguments.workload, arguments.policy, is_automatic=True)
@@ -284,7 +284,7 @@ def place(described: Described, arguments: LoadArguments) -> Plan:
     if given is None:
         footprint = described.footprint()
         workload = footprint.profile.fit_workload(arguments.workload)
-        return find_plan(cluster, described.spec, footprint, workload, arguments.objective)
+        return find_plan(cluster, described.spec, footprint, workload, arguments.objective, progress=arguments.progress)
     if isinstance(given, str):
         return fit_plan(even_plan(weights, cluster.devices), weights, cluster, None, arguments.workload)
     profile = None if given.profile is None else described.footprint().profile

@@ -190,8 +190,8 @@ class ShardedModel:
 
     @property
     def plan(self) -> Plan:
-        """Which device holds which layers."""
-        return self._pipeline.plan
+        """Which device holds which layers; a profile that was doubtful is corrected by the steps since (`Profile.doubt`)."""
+        return self._pipeline.corrected_plan
 
     @property
     def profile(self) -> Profile | None:

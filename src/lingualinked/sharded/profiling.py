@@ -38,13 +38,16 @@ def profile_model(
     *,
     workload: Workload | None = None,
     refresh: bool = False,
+    progress: bool = False,
     **kwargs: Any,
 ) -> Profile:
     """Measure what a model's layers cost on every device of a cluster, and what its links carry.
 
     Each device runs the model's real modules in the workload's shapes, one or two layers at a time with weights that are
     filled in; no weights are read. The profile is kept on disk (``$XDG_CACHE_HOME/lingualinked``), so that a second call
-    for the same model, dtype, devices, links, workload, machine and versions of the libraries measures nothing.
+    for the same model, dtype, devices, links, workload, machine and versions of the libraries measures nothing. One whose
+    times spread widely, or that was measured while other processes kept the machine busy, says so in ``profile.doubt`` and
+    is not kept.
 
     Parameters
     ----------
@@ -56,6 +59,8 @@ def profile_model(
         Tells the shapes; ``None``: the default one.
     refresh : bool
         Whether to measure again what is on disk already.
+    progress : bool
+        Whether to show a progress bar per device while it measures.
     **kwargs
         As in `ShardedModel.from_pretrained`: ``dtype``, ``config``, ``load_format``, ...
 
@@ -80,7 +85,7 @@ def profile_model(
         described = describe(LoadArguments.of(os.fspath(model_or_path), cluster, **kwargs))
     footprint = described.footprint()
     fitting = footprint.profile.fit_workload(workload)
-    return find_profile(cluster, described.spec, footprint, fitting, refresh=refresh)
+    return find_profile(cluster, described.spec, footprint, fitting, refresh=refresh, progress=progress)
 
 
 def estimate_profile(
@@ -134,17 +139,22 @@ def find_profile(
     refresh: bool = False,
     without: Collection[str] = (),
     is_idle: bool = True,
+    progress: bool = False,
 ) -> Profile:
-    """Load the profile from disk, or measure it and keep it if the devices are ``is_idle``; some may be left out."""
+    """Load the profile from disk, or measure it and keep it if it is not doubtful and the devices are ``is_idle``."""
     devices, links = cluster.devices, cluster.links
     found = None if refresh else saved_profile(devices, links, footprint, workload)
     if found is not None:
         return found.without(*without)
-    from lingualinked.cluster.profiling import profile_devices
+    from lingualinked.cluster.profiling import num_measurements, profile_devices
+    from lingualinked.sharded.progress import DeviceProgress
 
     measured = [device for device in devices if device.name not in without]
-    profile = profile_devices(cluster, measured, spec, footprint, workload)
-    if is_idle and cluster.devices == devices and not without and not cluster.is_throttled:  # else it is of others
+    totals = {device.name: num_measurements(device, footprint.profile, workload) for device in measured}
+    with DeviceProgress.of_measuring(totals, shown=progress) as bars:
+        profile = profile_devices(cluster, measured, spec, footprint, workload, bars.update)
+    is_of_these = cluster.devices == devices and not without and not cluster.is_throttled
+    if is_idle and is_of_these and not profile.doubt:
         keep(_name("profile", _key(devices, links, footprint, workload)), profile.to_json())
     return profile
 
@@ -158,7 +168,13 @@ def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint,
 
 
 def find_plan(
-    cluster: Cluster, spec: ModelSpec, footprint: Footprint, workload: Workload, objective: Objective
+    cluster: Cluster,
+    spec: ModelSpec,
+    footprint: Footprint,
+    workload: Workload,
+    objective: Objective,
+    *,
+    progress: bool,
 ) -> Plan:
     """Load the plan from disk, or profile, solve and keep it: loading a solver takes as long as loading a small model."""
     devices = cluster.devices
@@ -168,11 +184,11 @@ def find_plan(
     if kept is not None:
         with contextlib.suppress(ArgumentError):
             return Plan.from_json(kept)
-    profile = find_profile(cluster, spec, footprint, workload)
+    profile = find_profile(cluster, spec, footprint, workload, progress=progress)
     from lingualinked.planning.planner import solve
 
     plan = solve(profile, objective=objective, workload=workload)
-    if cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
+    if not profile.doubt and cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
         keep(name, plan.to_json())
     return plan
 

@@ -1,6 +1,6 @@
-"""Progress bars while workers load, in a terminal and in Jupyter.
+"""Progress bars while workers measure or load, in a terminal and in Jupyter.
 
-Knows byte counts and device names only.
+Knows counts and device names only.
 """
 
 from __future__ import annotations
@@ -8,48 +8,66 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from lingualinked.planning.plan import Plan
 
 
-class LoadProgress:
-    """One bar per device that loads; a context manager.
+class DeviceProgress:
+    """One bar per device; a context manager.
 
     Parameters
     ----------
-    plan : Plan
-        What each device will have loaded.
+    titles : mapping of str to str
+        What to write beside each device's bar.
+    totals : mapping of str to int
+        What each device will have done; 0: not known.
+    options : mapping of str to object
+        Of every bar.
     shown : bool
         Whether to draw anything.
     """
 
-    def __init__(self, plan: Plan, *, shown: bool) -> None:
+    def __init__(
+        self, titles: Mapping[str, str], totals: Mapping[str, int], options: Mapping[str, Any], *, shown: bool
+    ) -> None:
         self._lock = threading.Lock()
         self._bars: dict[str, Any] = {}
         if not shown:
             return
         tqdm = _tqdm()
-        for position, device in enumerate(plan.devices):
-            layers = [f"[{stage.start}, {stage.end})" for stage in plan.stages if stage.device == device]
-            total = sum(stage.weight_bytes for stage in plan.stages if stage.device == device)
+        for position, (device, title) in enumerate(titles.items()):
             self._bars[device] = tqdm(
-                total=total or None,
-                desc=f"{device} {' '.join(layers)}",
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                position=position,
-                leave=True,
+                total=totals[device] or None, desc=title, position=position, leave=True, **options
             )
 
-    def update(self, device: str, num_bytes: int) -> None:
-        """Take the bytes that a device has loaded so far."""
+    @classmethod
+    def of_loading(cls, plan: Plan, *, shown: bool) -> Self:
+        """Show the bytes that each device of a plan has loaded."""
+        layers = {
+            device: " ".join(f"[{stage.start}, {stage.end})" for stage in plan.stages if stage.device == device)
+            for device in plan.devices
+        }
+        totals = {
+            device: sum(stage.weight_bytes for stage in plan.stages if stage.device == device)
+            for device in plan.devices
+        }
+        titles = {device: f"{device} {spans}" for device, spans in layers.items()}
+        return cls(titles, totals, {"unit": "B", "unit_scale": True, "unit_divisor": 1024}, shown=shown)
+
+    @classmethod
+    def of_measuring(cls, totals: Mapping[str, int], *, shown: bool) -> Self:
+        """Show how many kinds of steps each device has measured."""
+        return cls({device: f"measuring {device}" for device in totals}, totals, {"unit": "step"}, shown=shown)
+
+    def update(self, device: str, num_done: int) -> None:
+        """Show what a device has done so far."""
         bar = self._bars.get(device)
         if bar is not None:
             with self._lock:
-                bar.update(num_bytes - bar.n)
+                bar.update(num_done - bar.n)
 
     def finish(self) -> None:
         """Fill every bar: tensors made rather than read (ties, buffers) are not reported."""

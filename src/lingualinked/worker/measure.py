@@ -6,7 +6,9 @@ Knows stages, clocks and hooks; nothing of devices beyond its own, and nothing o
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from lingualinked.model.architectures import read_config
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.loading import load_span
 from lingualinked.model.memory import release_memory
@@ -26,9 +29,16 @@ if TYPE_CHECKING:
     from lingualinked.model.loading import LoadedSpan
 
 _FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
+_NUM_IDS = 64  # that tokens are chosen from, or all of a smaller vocabulary
+_LONGEST_S = 2.0  # for repeating one shape, unless two steps take longer
+_MOST_TIMES = 3  # as often as wanted, where times spread
+_SPREAD = 0.25  # of a step's time between its quartiles, beyond which it is repeated further
 
 Part = str | int
 """What time is spent on: a kind of layer, or ``"prologue"``, ``"epilogue"``, ``"stage"`` (all the rest)."""
+
+_Sample = dict[Part, float]
+"""Seconds of one step by part."""
 
 
 class Measurer:
@@ -45,13 +55,17 @@ class Measurer:
         Where to compute.
     pace : Pace
         Whose clock to read.
+    on_progress : callable
+        Told how many shapes of all spans are measured.
     """
 
-    def __init__(self, request: MeasureModel, accelerator: str, pace: Pace) -> None:
+    def __init__(self, request: MeasureModel, accelerator: str, pace: Pace, on_progress: Callable[[int], None]) -> None:
         self._request = request
         self._accelerator = accelerator
         self._device = accelerator_device(accelerator)
         self._pace = pace
+        self._on_progress = on_progress
+        self._num_done = 0
         self._most_layers = max(end - start for start, end in request.spans)
         pairs = [end for start, end in request.spans if end - start == self._most_layers]
         self._paired = {request.kind_of_layer[end - 1] for end in pairs}
@@ -67,7 +81,7 @@ class Measurer:
                 release_memory(self._accelerator)
         parts: defaultdict[Part, list[MeasuredStep]] = defaultdict(list)
         for (part, shape), seconds in self._samples.items():
-            low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+            low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
             parts[part].append(MeasuredStep(shape=shape, seconds=max(middle, 0.0), spread_s=max(high - low, 0.0)))
         return {part: tuple(steps) for part, steps in parts.items()}
 
@@ -80,20 +94,40 @@ class Measurer:
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]
                 for shape in shapes:
                     if shape.tokens > 1:
-                        for _ in range(self._request.num_prefills + 1):
-                            self._step(_Session(hosted, self._request, shape.rows), watch, shape)
-                        self._drop_first(shape)
-                session = _Session(hosted, self._request, rows)
-                decode = [shape for shape in shapes if shape.tokens == 1]
-                for shape in sorted(decode, key=lambda shape: shape.context):
-                    if shape.context > session.num_tokens:
-                        session.step(shape.context - session.num_tokens)
-                    for _ in range(self._request.num_decodes + 1):
-                        self._step(session, watch, shape)
-                    self._drop_first(shape)
-                session.end()
+                        self._repeat(shape, self._request.num_prefills, self._prefill(hosted, watch, shape))
+                decode = self._decode(hosted, watch, rows)
+                for shape in sorted(shapes, key=lambda shape: shape.context):
+                    if shape.tokens == 1:
+                        self._repeat(shape, self._request.num_decodes, functools.partial(decode, shape))
+                hosted.end(0)
 
-    def _step(self, session: _Session, watch: _Stopwatch, shape: StepShape) -> None:
+    def _prefill(self, hosted: HostedStage, watch: _Stopwatch, shape: StepShape) -> Callable[[], _Sample]:
+        """Return what runs one prefill."""
+        return lambda: self._step(_Session(hosted, self._request, shape.rows), watch, shape)
+
+    def _decode(self, hosted: HostedStage, watch: _Stopwatch, rows: int) -> Callable[[StepShape], _Sample]:
+        """Return what runs one decode step, in a text that grows with each as long as there are positions for it."""
+        session = _Session(hosted, self._request, rows)
+        limit = self._request.max_positions
+
+        def step(shape: StepShape) -> _Sample:
+            nonlocal session
+            if limit is not None and session.num_tokens >= limit:
+                session = _Session(hosted, self._request, rows)
+            if shape.context > session.num_tokens:
+                session.step(shape.context - session.num_tokens)
+            return self._step(session, watch, shape)
+
+        return step
+
+    def _repeat(self, shape: StepShape, num_wanted: int, step: Callable[[], _Sample]) -> None:
+        for sample in repeat_step(step, num_wanted):
+            for part, seconds in sample.items():
+                self._samples[part, shape].append(seconds)
+        self._num_done += 1
+        self._on_progress(self._num_done)
+
+    def _step(self, session: _Session, watch: _Stopwatch, shape: StepShape) -> _Sample:
         session.prepare(shape.tokens)
         if self._flushing is not None:
             self._flushing.sum()
@@ -105,28 +139,47 @@ class Measurer:
         kinds = self._request.kind_of_layer[stage.start : stage.end]
         is_pair = len(kinds) == self._most_layers
         *_, last = watch.layers
+        sample: _Sample = {}
         if (
             is_pair or kinds[-1] not in self._paired
         ):  # a lone layer is the first one, and counts where there is no other
-            self._samples[kinds[-1], shape].append(last)
+            sample[kinds[-1]] = last
         if is_pair:
             if len(set(kinds)) == 1:  # what the first takes longer is the stage's cost, whatever its layers
                 rest += watch.layers[0] - last
-            self._samples["stage", shape].append(rest)
+            sample["stage"] = rest
         if stage.is_first:
-            self._samples["prologue", shape].append(watch.prologue)
+            sample["prologue"] = watch.prologue
         if stage.is_last:
-            self._samples["epilogue", shape].append(watch.epilogue)
-
-    def _drop_first(self, shape: StepShape) -> None:
-        for (_, measured), seconds in self._samples.items():
-            if measured == shape and len(seconds) > 1:
-                seconds.pop(0)
+            sample["epilogue"] = watch.epilogue
+        return sample
 
     def _clock(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return self._pace.clock()
+
+
+def repeat_step(step: Callable[[], _Sample], num_wanted: int) -> list[_Sample]:
+    """Repeat a step, which tells its seconds by part: more often while they spread, less often where they are many.
+
+    The first one shows what a new shape costs once, and does not count unless that is little of the whole.
+    """
+    began_s = time.monotonic()
+    samples = [step()]
+    if time.monotonic() - began_s < _LONGEST_S:
+        samples.clear()
+    while len(samples) < 2 or (
+        time.monotonic() - began_s < _LONGEST_S
+        and (len(samples) < num_wanted or (len(samples) < _MOST_TIMES * num_wanted and _is_spread(samples)))
+    ):
+        samples.append(step())
+    return samples
+
+
+def _is_spread(samples: list[_Sample]) -> bool:
+    low, middle, high = statistics.quantiles([sum(sample.values()) for sample in samples], n=4, method="inclusive")
+    return high - low > _SPREAD * middle
 
 
 class _Session:
@@ -140,6 +193,8 @@ class _Session:
         self._number = 0
         self._pace = Pace(1, 1.0)  # nothing rests while it is measured
         self._dtype: torch.dtype = getattr(torch, request.spec.dtype)
+        config = read_config(request.spec).get_text_config(decoder=True)
+        self._num_ids = min(_NUM_IDS, config.vocab_size)
         self._next: tuple[Step, tuple[Tensor, ...]] | None = None
         hosted.end(0)
 
@@ -148,7 +203,7 @@ class _Session:
         generator = torch.Generator().manual_seed(self.num_tokens)
         stage, is_prompt = self.hosted.stage, self._number == 0
         if stage.is_first:
-            states = torch.randint(0, 64, (self._rows, num_new), generator=generator)
+            states = torch.randint(0, self._num_ids, (self._rows, num_new), generator=generator)
         else:
             shape = (self._rows, num_new, self._request.hidden_size)
             states = torch.randn(shape, generator=generator).to(self._dtype)
@@ -183,10 +238,6 @@ class _Session:
         """Prepare a step and run it."""
         self.prepare(num_new)
         self.run()
-
-    def end(self) -> None:
-        """Free the KV."""
-        self.hosted.end(0)
 
 
 class _Stopwatch:

@@ -30,7 +30,6 @@ from lingualinked.protocol.messages import (
     Imitate,
     Imitated,
     Inspect,
-    LoadProgress,
     LoadStage,
     LogRecord,
     MeasureModel,
@@ -39,6 +38,7 @@ from lingualinked.protocol.messages import (
     Ping,
     Pong,
     ProbeLink,
+    Progress,
     RequestFailed,
     StageLoaded,
     StageTimes,
@@ -224,7 +224,7 @@ class Worker:
 
     def _load(self, message: LoadStage) -> None:
         def progress(num_bytes: int) -> None:
-            self._tell(LoadProgress(request=message.request, num_bytes=num_bytes))
+            self._tell(Progress(request=message.request, num_done=num_bytes))
 
         def loaded(stage: Stage) -> None:
             self._answer(message.request, lambda: self._put_in_service(message, stage))
@@ -307,7 +307,10 @@ class Worker:
         return Authorised(request=message.request)
 
     def _measure(self, message: MeasureModel) -> ModelMeasured:
-        times = Measurer(message, self._boot.accelerator, self._pace).run()
+        def progress(num_done: int) -> None:
+            self._tell(Progress(request=message.request, num_done=num_done))
+
+        times = Measurer(message, self._boot.accelerator, self._pace, progress).run()
         return ModelMeasured(
             request=message.request,
             hardware=describe_hardware(self._boot.accelerator),

@@ -259,7 +259,7 @@ def test_what_is_no_message_for_the_caller_is_refused(
 
 
 def test_a_progress_bar_that_raises_stops_nothing(talk: Conversation, caplog: pytest.LogCaptureFixture) -> None:
-    from lingualinked.protocol.messages import LoadProgress, StageLoaded
+    from lingualinked.protocol.messages import Progress, StageLoaded
 
     def draw(num_bytes: int) -> None:
         raise BrokenPipeError
@@ -268,7 +268,7 @@ def test_a_progress_bar_that_raises_stops_nothing(talk: Conversation, caplog: py
         devices=frozenset("a"), model=1, what="this", timeout_s=60, deadline=time.monotonic() + 60, on_progress=draw
     )
     talk.exchange.ask("a", Inspect(request=5), (), ("request", 5, 0), pending)
-    talk.say("a", LoadProgress(request=5, num_bytes=3))
+    talk.say("a", Progress(request=5, num_done=3))
     assert "BrokenPipeError" in caplog.text
     talk.say("a", StageLoaded(request=5, weight_bytes=3, num_bytes_read=3))
     assert pending.future.done()

@@ -1,0 +1,43 @@
+"""Corrects a doubtful profile by the steps that its devices have run since.
+
+Knows profiles and samples; decides nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from lingualinked.control.beliefs import Beliefs
+from lingualinked.control.policy import RebalancePolicy
+from lingualinked.profile import Profile
+from lingualinked.telemetry.samples import StepSample
+
+_MOST_STEPS = 512  # that are looked back to
+
+
+class Correction:
+    """What steps say of one profile; any thread may add to it.
+
+    Parameters
+    ----------
+    profile : Profile
+        As measured, with its doubt.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        policy = RebalancePolicy()
+        self._lock = threading.Lock()
+        self._beliefs = Beliefs(profile, policy.confidence, policy.horizon_s)
+        self._corrected = self.measured = profile
+        self.num_steps = 0
+
+    def observe(self, num_steps: int, samples: Sequence[StepSample]) -> Profile:
+        """Take in steps, ``num_steps`` being those so far, and return the profile that they leave."""
+        with self._lock:
+            new = samples[max(0, len(samples) - (num_steps - self.num_steps)) :]  # another thread may have been first
+            for sample in new[-_MOST_STEPS:]:
+                self._beliefs.observe(sample)
+            if num_steps > self.num_steps:
+                self._corrected, self.num_steps = self._beliefs.profile(), num_steps
+            return self._corrected

@@ -1,0 +1,78 @@
+"""A profile as a table: what each part of a model takes on each device, and how far repeats lay apart.
+
+Knows profiles; not how they are measured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lingualinked.display.tables import Rows
+from lingualinked.quantities import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from lingualinked.profile import DeviceProfile, ModelProfile, ModuleTimes, Profile, StepTime
+
+
+def profile_rows(profile: Profile) -> Rows:
+    """Put a profile into rows: a device's parts, each with the largest prefill and decode step that are known."""
+    model = profile.model
+    rows = [row for device in profile.devices for row in _device_rows(model, device)]
+    slowest = max(profile.links, key=lambda link: link.latency_s)
+    measured = "measured" if profile.versions else "from stated figures"
+    return Rows(
+        title=f"Profile of {model.name}: {model.num_layers} layers, {model.dtype}, {measured}",
+        columns=("device", "part", "number", "prefill", "spread", "decode", "spread"),
+        rows=rows,
+        notes=[
+            f"Shapes: {_shapes(profile)} (rows x new tokens, after tokens in the KV cache)",
+            f"Longest latency: {seconds_text(slowest.latency_s)}, from {slowest.source} to {slowest.target}",
+            *doubt_notes(profile),
+        ],
+    )
+
+
+def profile_text(profile: Profile) -> str:
+    """Return the profile as a text table."""
+    return profile_rows(profile).to_text()
+
+
+def doubt_notes(profile: Profile) -> list[str]:
+    """Say why a profile's times can't be trusted, and what corrects them; nothing where they can."""
+    if not profile.doubt:
+        return []
+    return [f"Doubtful: {profile.doubt}; it is not kept on disk, and the first requests correct a model's plan"]
+
+
+def _device_rows(model: ModelProfile, device: DeviceProfile) -> list[tuple[str, ...]]:
+    name = device.device.name
+    capacity = device.capacity_bytes
+    memory = "" if capacity == float("inf") else f" ({bytes_text(capacity)} free)"
+    parts = [
+        *((kind, model.kind_of_layer.count(i), device.layers[i]) for i, kind in enumerate(model.kinds)),
+        ("stage", 1, device.stage),
+        ("prologue", 1, device.prologue),
+        ("epilogue", 1, device.epilogue),
+    ]
+    return [
+        (f"{name}{memory}" if not index else "", part, str(count), *_cells(times))
+        for index, (part, count, times) in enumerate(parts)
+    ]
+
+
+def _cells(times: ModuleTimes) -> tuple[str, ...]:
+    cells: list[str] = []
+    for is_decode in (False, True):
+        step = _largest(times, is_decode=is_decode)
+        cells += ("", "") if step is None else (seconds_text(step.seconds), seconds_text(step.spread_s))
+    return tuple(cells)
+
+
+def _largest(times: ModuleTimes, *, is_decode: bool) -> StepTime | None:
+    steps = [step for step in times.steps if (step.tokens == 1) == is_decode]
+    return max(steps, key=lambda step: (step.rows, step.tokens, step.context), default=None)
+
+
+def _shapes(profile: Profile) -> str:
+    steps = [_largest(profile.devices[0].layers[0], is_decode=each) for each in (False, True)]
+    return ", ".join(f"{step.rows} x {step.tokens} after {step.context}" for step in steps if step is not None)

@@ -1,0 +1,54 @@
+"""Steps are repeated until their time is known, within bounds."""
+
+from __future__ import annotations
+
+import pytest
+
+from lingualinked.worker import measure
+from lingualinked.worker.measure import repeat_step
+
+
+class Steps:
+    """Steps that take these times on a clock of their own; the last of them for ever."""
+
+    def __init__(self, *seconds: float) -> None:
+        self._seconds = list(seconds)
+        self.now_s = 0.0
+
+    def __call__(self) -> dict[measure.Part, float]:
+        seconds = self._seconds.pop(0) if len(self._seconds) > 1 else self._seconds[0]
+        self.now_s += seconds
+        return {0: seconds / 2, "stage": seconds / 2}
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def repeated(monkeypatch: pytest.MonkeyPatch, *seconds: float, num_wanted: int = 5) -> list[float]:
+    steps = Steps(*seconds)
+    monkeypatch.setattr(measure, "time", steps)
+    return [sum(sample.values()) for sample in repeat_step(steps, num_wanted)]
+
+
+def test_the_first_does_not_count_and_steady_ones_are_repeated_as_often_as_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert repeated(monkeypatch, 0.5, 0.01) == [0.01] * 5
+
+
+def test_steps_that_spread_are_repeated_further_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    unsteady = [0.01, 0.04] * 10
+    assert len(repeated(monkeypatch, 0.5, *unsteady)) == 15
+    # A machine that is busy at first: the quiet ones outvote the others.
+    assert repeated(monkeypatch, 0.5, 0.4, 0.4, 0.4, 0.01) == [0.4] * 3 + [0.01] * 10
+
+
+@pytest.mark.parametrize(("seconds", "num"), [(0.3, 5), (0.6, 2 + 1), (1.5, 2), (2.5, 2), (60.0, 2)], ids=str)
+def test_long_steps_are_repeated_less_often_but_never_measured_once(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, num: int
+) -> None:
+    assert repeated(monkeypatch, seconds) == [seconds] * num
+
+
+def test_the_first_of_very_long_ones_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert repeated(monkeypatch, 70.0, 60.0, 50.0) == [70.0, 60.0]
