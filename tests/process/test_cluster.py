@@ -42,7 +42,7 @@ def limited(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
     devices = [
         ll.Device(name="small", threads=1, memory="64MiB"),
         ll.Device(name="pinned", cpus=(core,)),
-        ll.Device(name="gpu", accelerator="cuda:0", threads=3),
+        ll.Device(name="wide", threads=3),
     ]
     with ll.Cluster(devices) as cluster:
         cluster.workers()  # their answers say that all connections stand
@@ -63,7 +63,7 @@ def num_stages(cluster: ll.Cluster) -> dict[str, int]:
 
 def test_threads_and_cores_are_those_asked_for(limited: ll.Cluster) -> None:
     threads = {worker.device: worker.threads for worker in limited.workers()}
-    assert threads == {"small": 1, "pinned": 1, "gpu": 3}
+    assert threads == {"small": 1, "pinned": 1, "wide": 3}
     if hasattr(os, "sched_getaffinity"):
         assert os.sched_getaffinity(limited.pids["pinned"]) == {min(os.sched_getaffinity(0))}
         assert os.sched_getaffinity(limited.pids["small"]) == os.sched_getaffinity(0)
@@ -71,19 +71,22 @@ def test_threads_and_cores_are_those_asked_for(limited: ll.Cluster) -> None:
 
 def test_workers_are_told_apart_and_are_not_this_process(limited: ll.Cluster) -> None:
     pids = limited.pids
-    assert set(pids) == {"small", "pinned", "gpu"}
+    assert set(pids) == {"small", "pinned", "wide"}
     assert len({os.getpid(), *pids.values()}) == 4
     assert {worker.device: worker.pid for worker in limited.workers()} == pids
 
 
-def test_an_accelerator_that_torch_does_not_have(limited: ll.Cluster, tiny_llama: str) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("torch has it here")
-    plan = ll.Plan.from_spans([("pinned", 0, 2), ("gpu", 2, 4)])
-    with pytest.raises(ll.ArgumentError, match=r"device 'gpu': torch can't compute on accelerator 'cuda:0'") as caught:
-        ll.ShardedModel.from_pretrained(tiny_llama, cluster=limited, plan=plan, progress=False)
-    assert isinstance(caught.value.__cause__, ll.WorkerError)
-    wait_until(lambda: num_stages(limited) == {"small": 0, "pinned": 0, "gpu": 0})
+def test_an_accelerator_that_is_not_there_is_refused_before_a_process_starts(tiny_llama: str) -> None:
+    devices = [ll.Device(name="here"), ll.Device(name="gpu", accelerator="cuda:77")]
+    for start in (lambda: ll.Cluster(devices), lambda: ll.ShardedModel.from_pretrained(tiny_llama, devices=devices)):
+        with pytest.raises(ll.ArgumentError, match=r"accelerator='cuda:77' of device 'gpu': this machine has"):
+            start()
+
+
+def test_an_accelerator_that_is_not_there_is_refused_by_a_running_cluster(limited: ll.Cluster) -> None:
+    with pytest.raises(ll.ArgumentError, match=r"accelerator='cuda:77' of device 'gpu': this machine has"):
+        limited.add(ll.Device(name="gpu", accelerator="cuda:77"))
+    assert set(limited.pids) == {"small", "pinned", "wide"}
 
 
 def test_keys_are_neither_in_arguments_nor_in_the_environment(limited: ll.Cluster) -> None:

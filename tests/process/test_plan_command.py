@@ -14,6 +14,7 @@ import lingualinked as ll
 from families import save_tiny
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
+from lingualinked.sharded.progress import DeviceProgress
 
 pytestmark = pytest.mark.process
 
@@ -90,8 +91,18 @@ def test_a_picture(
 
 def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shown: dict[str, list[int]] = {}
+    monkeypatch.setattr(
+        DeviceProgress, "update", lambda _, device, num_done: shown.setdefault(device, []).append(num_done)
+    )
     first = plan(tiny_llama, "-d", 2, *SHAPE, "--json")
     assert first.exit_code == 0, first.output
+    assert (
+        "(4 layers of 1 kind, float32) on worker-0, worker-1: a prefill of 8 tokens, and decode steps" in first.stderr
+    )
+    assert "state flops and memory_bandwidth of every device in a cluster file" in first.stderr
+    # A prefill, and decode steps early and late in an answer; of the first two layers, and of the last one.
+    assert shown == {device: [1, 2, 3, 4, 5, 6] for device in ("worker-0", "worker-1")}
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a worker was started")
@@ -99,6 +110,8 @@ def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Cluster, "__init__", refuse)
     again = plan(tiny_llama, "-d", 2, *SHAPE, "--json")
     assert again.stdout == first.stdout
+    assert "Measuring" not in again.stderr
+    assert "Measuring" not in plan(tiny_llama, "-d", 2, *SHAPE, "--quiet").stderr
 
 
 def test_figures_for_some_devices_only_are_refused(tiny_llama: str, no_workers: None, tmp_path: Path) -> None:
@@ -117,6 +130,17 @@ def test_texts_longer_than_the_learned_positions(
         result = plan(path, "-d", devices, "--prompt-tokens", 60, "--new-tokens", 5)
         assert result.exit_code == 1
         assert "prompt_tokens=60 and new_tokens=5 of the workload are more than the 64 positions" in result.output
+
+
+def test_what_fits_nowhere_is_refused_before_a_worker_starts(
+    tiny_llama: str, no_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "cluster.toml"
+    path.write_text("[[devices]]\nname = 'small'\nmemory = '20KiB'\n")
+    result = plan(tiny_llama, "-d", path, *SHAPE)
+    assert result.exit_code == 1
+    assert "what would fit: one more device of at least" in result.output
 
 
 @pytest.mark.parametrize(

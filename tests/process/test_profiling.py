@@ -11,6 +11,7 @@ import signal
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,10 +287,37 @@ def test_arguments_are_refused_before_anything_starts(tiny_llama: str, arguments
         ll.ShardedModel.from_pretrained(tiny_llama, devices=2, **arguments)
 
 
-def test_what_fits_nowhere_is_refused_with_a_remedy(tiny_llama: str, cache: Path) -> None:
+def test_what_fits_nowhere_is_refused_before_a_process_starts(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little memory for the weights, or for the KV that is asked for; on devices, or on a cluster that runs."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(ll.Cluster, "__init__", refuse)
+    small = [ll.Device(name=name, threads=1, memory="20KiB") for name in "ab"]
+    for plan in (None, "even", ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])):
+        for place in ({"devices": small}, {"cluster": SimpleNamespace(devices=small)}):
+            with pytest.raises(ll.InfeasiblePlanError, match=r"take .* at least, and 'a', 'b' have 40.0 KiB") as caught:
+                ll.ShardedModel.from_pretrained(tiny_llama, plan=plan, **place)
+            assert caught.value.missing_bytes > 0
+    large = [ll.Device(name=name, threads=1, memory="1MiB") for name in "ab"]
+    workload = ll.Workload(prompt_tokens=10_000, new_tokens=10_000)
+    with pytest.raises(ll.InfeasiblePlanError, match="the KV of 1 x 20000 tokens take"):
+        ll.ShardedModel.from_pretrained(tiny_llama, devices=large, workload=workload)
+
+
+def test_what_headers_do_not_tell_is_refused_before_workers_are_waited_for(
+    tiny_llama: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights from a config: known once it is read, while the workers are still starting."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a worker was waited for")
+
+    monkeypatch.setattr("lingualinked.cluster.engine.Engine.wait_for_worker", refuse)
     devices = [ll.Device(name=name, threads=1, memory="20KiB") for name in "ab"]
     with pytest.raises(ll.InfeasiblePlanError, match="one more device of at least"):
-        ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, progress=False)
+        ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, load_format="dummy", progress=False)
 
 
 def test_spans_show_every_kind_and_both_ends_within_memory() -> None:

@@ -146,6 +146,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this file.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what limits it, and what would help.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say which device should hold which layers, and how fast that would be; loads nothing."""
     from lingualinked.cli.plan import run_plan
@@ -160,6 +161,7 @@ def plan(
         plot=plot,
         dtype=dtype,
         explain=explain,
+        progress=not quiet,
     )
 
 

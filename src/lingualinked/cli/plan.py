@@ -5,9 +5,11 @@ Knows the public face, saved profiles and cluster files, and prints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.text import Text
 
 import lingualinked as ll
@@ -16,6 +18,7 @@ from lingualinked.cli.output import check_picture
 from lingualinked.cluster.devices import as_devices
 from lingualinked.display.console import new_console
 from lingualinked.display.plan import plan_rows
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from lingualinked.planning.plan import Objective
@@ -31,11 +34,12 @@ def run_plan(
     plot: Path | None,
     dtype: str,
     explain: bool,
+    progress: bool,
 ) -> None:
     """Print the plan, from a saved profile, from stated figures, or from a measurement made now."""
     if plot is not None:
         check_picture("--plot", plot)
-    profile = _profile(path, devices, workload, dtype)
+    profile = _profile(path, devices, workload, dtype, progress=progress)
     plan = ll.solve(profile, objective=objective, workload=workload)
     if plot is not None:
         try:
@@ -51,9 +55,9 @@ def run_plan(
         console.print(Text(f"\n{plan.explain()}"))
 
 
-def _profile(path: str, devices: str, workload: ll.Workload, dtype: str) -> ll.Profile:
+def _profile(path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool) -> ll.Profile:
     from lingualinked.sharded.loading import LoadArguments, describe
-    from lingualinked.sharded.profiling import saved_profile
+    from lingualinked.sharded.profiling import check_devices, find_profile, saved_profile
 
     asked = read_devices(devices)
     has_weights = any(Path(path).glob("*.safetensors")) or not Path(path).is_dir()
@@ -68,10 +72,24 @@ def _profile(path: str, devices: str, workload: ll.Workload, dtype: str) -> ll.P
         return described.estimate(asked.devices, asked.figures, asked.links, workload)
     footprint = described.footprint()
     workload = footprint.profile.fit_workload(workload)
-    found = saved_profile(as_devices(asked.devices), asked.links, footprint, workload)
+    filled = as_devices(asked.devices)
+    found = saved_profile(filled, asked.links, footprint, workload)
     if found is not None:
         return found
-    with ll.Cluster(asked.devices, links=asked.links) as cluster:
-        from lingualinked.sharded.profiling import find_profile
+    check_devices(footprint, filled, asked.links, workload)
+    if progress:
+        typer.echo(_announcement(footprint.profile, filled, workload), err=True)
+    with ll.Cluster(filled, links=asked.links) as cluster:
+        return find_profile(cluster, described.spec, footprint, workload, progress=progress)
 
-        return find_profile(cluster, described.spec, footprint, workload)
+
+def _announcement(model: ll.ModelProfile, devices: Sequence[ll.Device], workload: ll.Workload) -> str:
+    """Say what is going to be measured, and how to do without."""
+    kinds = count_text(len(model.kinds), "kind")
+    return (
+        f"Measuring {model.name} ({count_text(model.num_layers, 'layer')} of {kinds}, {model.dtype}) on "
+        f"{', '.join(device.name for device in devices)}: a prefill of {count_text(workload.prompt_tokens, 'token')}, and "
+        f"decode steps after {workload.prompt_tokens:,} and {workload.num_tokens:,}, and the links. It is kept on disk.\n"
+        "To be answered at once instead, from estimates, state flops and memory_bandwidth of every device in a cluster "
+        "file (--devices cluster.toml)."
+    )

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from lingualinked.cluster.discovery import check_accelerator
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError
 
@@ -26,7 +27,7 @@ def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
     Raises
     ------
     ArgumentError
-        If there is none, a name occurs twice, or a core is not this process's to use.
+        If there is none, a name occurs twice, a core is not this process's to use, or there is no such accelerator.
     """
     if isinstance(devices, bool) or not isinstance(devices, int | Sequence) or isinstance(devices, str):
         raise ArgumentError(f"devices={devices!r} must be a number of local workers or a sequence of Device")
@@ -52,7 +53,7 @@ def as_further_device(device: Device, others: Sequence[Device]) -> Device:
     Raises
     ------
     ArgumentError
-        If it is no device, its name is taken, or a core is not this process's to use.
+        If it is no device, its name is taken, a core is not this process's to use, or there is no such accelerator.
     """
     if not isinstance(device, Device):
         raise ArgumentError(f"device={device!r} is not a lingualinked.Device")
@@ -65,6 +66,7 @@ def as_further_device(device: Device, others: Sequence[Device]) -> Device:
 def _filled(device: Device, num_devices: int) -> Device:
     """Give a device its share of the cores if it does not say how many threads it has."""
     _check_local(device)
+    check_accelerator(device)
     share = max(1, usable_cores() // num_devices)
     threads = device.threads or (share if device.cpus is None else len(device.cpus))
     return dataclasses.replace(device, threads=threads)

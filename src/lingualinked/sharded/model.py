@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from lingualinked.cluster.cluster import Cluster, _positive
+from lingualinked.cluster.devices import as_devices
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
-from lingualinked.planning.plan import Objective, Plan
+from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
+from lingualinked.sharded.beforehand import refuse_too_large
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -152,7 +154,16 @@ class ShardedModel:
             raise ArgumentError("give devices= or cluster=, not both: a cluster brings its own devices")
         path = os.fspath(pretrained_model_name_or_path)
         given = cluster
-        cluster = given or _start_cluster(devices, _class_names(path, subfolder), timeout_s)
+        asked = _asked_devices(devices) if given is None else given.devices
+        if load_format == "auto" and config is None and not kwargs:  # else the headers do not tell what is loaded
+            refuse_too_large(
+                Path(path) / subfolder,
+                None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
+                asked,
+                workload if plan is None else None,
+                DEFAULT_RESERVE if plan is None else 0.0,
+            )
+        cluster = given or Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(path, subfolder))
         try:
             # Imports torch and transformers, while the workers start.
             from lingualinked.sharded.loading import LoadArguments, load
@@ -347,9 +358,8 @@ class ShardedModel:
         )
 
 
-def _start_cluster(
-    devices: Literal["auto"] | int | Sequence[Device], class_names: tuple[str, ...], timeout_s: float | None
-) -> Cluster:
+def _asked_devices(devices: Literal["auto"] | int | Sequence[Device]) -> tuple[Device, ...]:
+    """Return the devices that a cluster is to be made of."""
     if isinstance(devices, str):
         if devices != "auto":
             raise ArgumentError(
@@ -358,7 +368,7 @@ def _start_cluster(
         from lingualinked.cluster.discovery import local_devices
 
         devices = local_devices()
-    return Cluster(devices, timeout_s=timeout_s, _class_names=class_names)
+    return as_devices(devices)
 
 
 def _class_names(path: str, subfolder: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import psutil
 
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
@@ -184,6 +185,7 @@ def find_plan(
     if kept is not None:
         with contextlib.suppress(ArgumentError):
             return Plan.from_json(kept)
+    check_devices(footprint, devices, cluster.links, workload)
     profile = find_profile(cluster, spec, footprint, workload, progress=progress)
     from lingualinked.planning.planner import solve
 
@@ -191,6 +193,21 @@ def find_plan(
     if not profile.doubt and cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
         keep(name, plan.to_json())
     return plan
+
+
+def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links, workload: Workload) -> None:
+    """Refuse a model that no plan could place on devices of this machine, before anything is measured.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        As `solve`.
+    """
+    from lingualinked.planning.fitting import check_fits
+
+    on_cpu = [device.name for device in devices if device.accelerator == "cpu"]
+    free = dict.fromkeys(on_cpu, psutil.virtual_memory().available // max(1, len(on_cpu)))
+    check_fits(footprint.profile, devices, links, workload, free_bytes=free, reserve=DEFAULT_RESERVE)
 
 
 def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> list[object]:

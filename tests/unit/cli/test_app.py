@@ -18,7 +18,7 @@ from lingualinked.bench import start
 from lingualinked.cli import doctor
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.sharded.progress import LoadProgress
+from lingualinked.sharded.progress import DeviceProgress
 
 CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
 STARTS = {
@@ -195,7 +195,7 @@ def test_progress_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> Non
     plan = ll.Plan(stages=(ll.PlannedStage(device="a", start=0, end=2, weight_bytes=100),))
     for stream, shown, is_drawn in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with LoadProgress(plan, shown=shown) as bars:
+        with DeviceProgress.of_loading(plan, shown=shown) as bars:
             bars.update("a", 50)
         assert bool(stream.getvalue()) is is_drawn
 

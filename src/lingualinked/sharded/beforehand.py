@@ -1,0 +1,120 @@
+"""Refuses, before any process starts, a model whose weights and KV exceed the memory of all devices together.
+
+Knows config.json and the headers of safetensors files; imports neither torch nor transformers, and refuses only what is sure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lingualinked.device import Device
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.quantities import bytes_text
+from lingualinked.workload import Workload
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_LAYER = re.compile(r"\.(\d+)\.|^(\d+)\.")
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def refuse_too_large(
+    folder: Path, dtype: str | None, devices: Sequence[Device], workload: Workload | None, reserve: float
+) -> None:
+    """Refuse a local checkpoint that all devices together can't hold, as far as that can be read from its headers.
+
+    Parameters
+    ----------
+    folder : Path
+        Of ``config.json`` and safetensors files; what can't be read here is left to the loader's own messages.
+    dtype : str or None
+        That weights are loaded in; ``None``: the config's, else the one that they are stored in.
+    devices : sequence of Device
+        Those that may hold layers.
+    workload : Workload or None
+        Whose KV is held; ``None``: no KV is counted.
+    reserve : float
+        Share of every device's memory to leave free.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If it can't fit; the message says how many bytes are missing.
+    """
+    offered = (1 - reserve) * _total_memory(devices)
+    if math.isinf(offered):
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        num_layers = int(config["num_hidden_layers"])
+        item_bytes = _ITEM_BYTES.get(dtype or config.get("dtype") or config.get("torch_dtype") or "")
+        weights = sum(_needed_bytes(_headers(folder), num_layers, item_bytes))
+        kv = 0 if workload is None else _kv_bytes(config, num_layers, item_bytes or 2, workload)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    missing = math.ceil(weights + kv - offered)
+    if missing <= 0:
+        return
+    tokens = "" if workload is None else f" and the KV of {workload.num_rows} x {workload.num_tokens} tokens"
+    left = f", of which {reserve:.0%} stay free" if reserve else ""
+    raise InfeasiblePlanError(
+        f"the weights of {folder}{tokens} take {bytes_text(weights + kv)} at least, and "
+        f"{', '.join(repr(device.name) for device in devices)} have {bytes_text(_total_memory(devices))} of memory{left}: "
+        f"{bytes_text(missing, round_up=True)} short; add a device of that size, or raise memory",
+        missing_bytes=missing,
+    )
+
+
+def _total_memory(devices: Sequence[Device]) -> float:
+    """Add the limits of devices; those on the CPU that have none share this machine's memory."""
+    limits = [device.memory_bytes for device in devices if device.memory_bytes is not None]
+    unlimited = [device for device in devices if device.memory_bytes is None]
+    if any(device.accelerator != "cpu" for device in unlimited):
+        return math.inf
+    return sum(limits) + (psutil.virtual_memory().total if unlimited else 0)
+
+
+def _headers(folder: Path) -> Iterator[dict[str, Any]]:
+    """Read the header of every file that the loader would read."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    names = [single.name] if single.exists() else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        with (folder / name).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(name)
+            yield json.loads(file.read(length))
+
+
+def _needed_bytes(headers: Iterator[dict[str, Any]], num_layers: int, item_bytes: int | None) -> Iterator[int]:
+    """Give the bytes of the matrices of every layer, and of one embedding: a head may be the same one."""
+    largest_outside = 0
+    for header in headers:
+        for name, tensor in header.items():
+            if name == "__metadata__" or tensor["dtype"] not in _ITEM_BYTES:
+                continue
+            if len(tensor["shape"]) < 2 or name.endswith("bias"):  # such as GPT-2's masks, which are not read
+                continue
+            num_bytes = math.prod(tensor["shape"]) * (item_bytes or _ITEM_BYTES[tensor["dtype"]])
+            layer = _LAYER.search(name)
+            if layer is None:
+                largest_outside = max(largest_outside, num_bytes)
+            elif int(layer[1] or layer[2]) < num_layers:
+                yield num_bytes
+    yield largest_outside
+
+
+def _kv_bytes(config: dict[str, Any], num_layers: int, item_bytes: int, workload: Workload) -> int:
+    """Give the bytes of the KV at the end of a workload's answers, where the config says how many heads have some."""
+    if "num_key_value_heads" not in config:
+        return 0
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    tokens = min(workload.num_tokens, config.get("sliding_window") or workload.num_tokens)
+    return int(2 * num_layers * config["num_key_value_heads"] * head_dim * item_bytes * tokens * workload.num_rows)
