@@ -15,6 +15,7 @@ import msgspec
 
 from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
+from lingualinked.pretty import pretty_text
 from lingualinked.quantities import count_text
 from lingualinked.whole_file import write_whole_file
 from lingualinked.workload import Workload
@@ -394,6 +395,8 @@ class Profile:
             for source, target in ((name, new_name), (new_name, name))
         ]
         return dataclasses.replace(self, devices=(*self.devices, copy), links=(*self.links, *links))
+
+    _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
         from lingualinked.display.profile import profile_text  # plain data that can be drawn

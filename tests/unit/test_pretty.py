@@ -14,6 +14,7 @@ from profiles import profile
 PLAN = ll.solve(profile(ll.Device(name="a", memory="60MiB"), ll.Device(name="b", memory="60MiB")))
 SHOWN = {
     "plan": PLAN,
+    "profile": PLAN.measured,
     "prediction": PLAN.predicted,
     "explanation": PLAN.explain(),
     "comparison": PLAN.compare(PLAN),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lingualinked.display.tables import Rows
-from lingualinked.quantities import bytes_text, seconds_text
+from lingualinked.quantities import bytes_text, count_text, seconds_text
 
 if TYPE_CHECKING:
     from lingualinked.profile import DeviceProfile, ModelProfile, ModuleTimes, Profile, StepTime
@@ -21,7 +21,7 @@ def profile_rows(profile: Profile) -> Rows:
     slowest = max(profile.links, key=lambda link: link.latency_s)
     measured = "measured" if profile.versions else "from stated figures"
     return Rows(
-        title=f"Profile of {model.name}: {model.num_layers} layers, {model.dtype}, {measured}",
+        title=f"Profile of {model.name}: {count_text(model.num_layers, 'layer')}, {model.dtype}, {measured}",
         columns=("device", "part", "number", "prefill", "spread", "decode", "spread"),
         rows=rows,
         notes=[

@@ -16,7 +16,7 @@ import psutil
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.quantities import bytes_text
+from lingualinked.quantities import bytes_text, count_text
 from lingualinked.workload import Workload
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -61,7 +61,9 @@ def refuse_too_large(
     missing = math.ceil(weights + kv - offered)
     if missing <= 0:
         return
-    tokens = "" if workload is None else f" and the KV of {workload.num_rows} x {workload.num_tokens} tokens"
+    tokens = (
+        "" if workload is None else f" and the KV of {workload.num_rows:,} x {count_text(workload.num_tokens, 'token')}"
+    )
     left = f", of which {reserve:.0%} stay free" if reserve else ""
     raise InfeasiblePlanError(
         f"the weights of {folder}{tokens} take {bytes_text(weights + kv)} at least, and "

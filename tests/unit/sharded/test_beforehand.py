@@ -77,7 +77,7 @@ def test_the_kv_of_a_workload_counts(tmp_path: Path) -> None:
     """2 layers, keys and values of 2 heads of 16 in bfloat16: 256 bytes per token, of 3 x 4 rows of 1,000 tokens."""
     write(tmp_path, TENSORS)
     workload = ll.Workload(prompt_tokens=900, new_tokens=100, batch_size=3, num_sessions=4)
-    with pytest.raises(ll.InfeasiblePlanError, match="KV of 12 x 1000 tokens") as caught:
+    with pytest.raises(ll.InfeasiblePlanError, match="KV of 12 x 1,000 tokens") as caught:
         refuse_too_large(tmp_path, None, devices(NEEDED), workload, 0.0)
     assert caught.value.missing_bytes == 2 * 2 * 2 * 16 * 2 * 12 * 1000
     write(tmp_path, TENSORS, sliding_window=10)
