@@ -142,11 +142,11 @@ def test_a_profile_shows_its_times_their_spread_and_its_doubt() -> None:
         "prefill",
         "spread",
         "decode",
-        "51.2 ms",
-        "2.0 ms",
+        "25.6 ms",
+        "1.0 ms",
     ):
         assert shown in text
-    assert "4 x 128 after 0, 4 x 1 after 1000" in text
+    assert "4 x 64 after 0, 4 x 1 after 0" in text
     assert "Doubtful" not in text
     assert "Doubtful: a reason" in str(dataclasses.replace(made, doubt="a reason"))
     assert "Doubtful: a reason" in str(ll.solve(dataclasses.replace(made, doubt="a reason")))

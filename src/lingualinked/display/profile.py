@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def profile_rows(profile: Profile) -> Rows:
-    """Put a profile into rows: a device's parts, each with the largest prefill and decode step that are known."""
+    """Put a profile into rows: a device's parts, each with the first prefill and decode step of most rows."""
     model = profile.model
     rows = [row for device in profile.devices for row in _device_rows(model, device)]
     slowest = max(profile.links, key=lambda link: link.latency_s)
@@ -63,16 +63,16 @@ def _device_rows(model: ModelProfile, device: DeviceProfile) -> list[tuple[str, 
 def _cells(times: ModuleTimes) -> tuple[str, ...]:
     cells: list[str] = []
     for is_decode in (False, True):
-        step = _largest(times, is_decode=is_decode)
+        step = _shown_step(times, is_decode=is_decode)
         cells += ("", "") if step is None else (seconds_text(step.seconds), seconds_text(step.spread_s))
     return tuple(cells)
 
 
-def _largest(times: ModuleTimes, *, is_decode: bool) -> StepTime | None:
+def _shown_step(times: ModuleTimes, *, is_decode: bool) -> StepTime | None:
     steps = [step for step in times.steps if (step.tokens == 1) == is_decode]
-    return max(steps, key=lambda step: (step.rows, step.tokens, step.context), default=None)
+    return max(steps, key=lambda step: step.rows, default=None)
 
 
 def _shapes(profile: Profile) -> str:
-    steps = [_largest(profile.devices[0].layers[0], is_decode=each) for each in (False, True)]
+    steps = [_shown_step(profile.devices[0].layers[0], is_decode=each) for each in (False, True)]
     return ", ".join(f"{step.rows} x {step.tokens} after {step.context}" for step in steps if step is not None)

@@ -165,8 +165,9 @@ def _device_profile(
     def layer(kind: int) -> ModuleTimes:
         index = model.kind_of_layer.index(kind)
         window = model.layer_windows[index]
-        lengths = {*_LENGTHS, workload.prompt_tokens, workload.num_tokens, *([] if window is None else [window])}
-        shapes = [(tokens, 0) for tokens in lengths if tokens > 1] + [(1, context) for context in (0, *lengths)]
+        own = (workload.prompt_tokens, workload.num_tokens)  # first, as they are what is shown
+        lengths = dict.fromkeys((*own, *_LENGTHS, *([] if window is None else [window])))
+        shapes = [(tokens, 0) for tokens in lengths if tokens > 1] + [(1, context) for context in (*lengths, 0)]
         return ModuleTimes(
             tuple(
                 StepTime(
@@ -175,7 +176,7 @@ def _device_profile(
                     context=context,
                     seconds=step_s(*_layer_needs(model, operations[kind], index, rows, tokens, context)),
                 )
-                for rows, (tokens, context) in itertools.product(batches, sorted(shapes))
+                for rows, (tokens, context) in itertools.product(batches, shapes)
             )
         )
 
