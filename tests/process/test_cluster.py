@@ -345,7 +345,7 @@ def test_a_stranger_is_refused_and_the_caller_hears_of_it(
         ({"devices": True}, "number of local workers"),
         ({"devices": "all"}, "number of local workers"),
         ({"devices": []}, "empty"),
-        ({"devices": ["a"]}, "no lingualinked.Device"),
+        ({"devices": ["a"]}, "not a lingualinked.Device"),
         ({"devices": [ll.Device(name="a"), ll.Device(name="b"), ll.Device(name="a")]}, "two devices are named 'a'"),
         ({"devices": [ll.Device(name="a", cpus=(10**6,))]}, "cores \\[1000000\\] are not among"),
         ({"devices": 1, "timeout_s": 0}, "timeout_s=0"),
