@@ -122,3 +122,7 @@ class WorkerDiedError(LingualinkedError):
 
 class StepTimeoutError(LingualinkedError, TimeoutError):
     """A worker did not answer within the time allowed."""
+
+
+class OverloadWarning(UserWarning):
+    """More requests arrive in a simulation than the pipeline can serve: they queue without bound."""

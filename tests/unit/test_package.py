@@ -45,6 +45,7 @@ PUBLIC_NAMES = [
     "ModelProfile",
     "ModuleTimes",
     "Move",
+    "OverloadWarning",
     "PeerUnknownError",
     "Plan",
     "PlannedStage",

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from lingualinked.errors import ArgumentError
+from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
 from lingualinked.planning.simulation.recorder import Recorder
@@ -258,6 +258,18 @@ def test_random_arrivals_queue_as_theory_says() -> None:
     result = simulate_times(times, Workload(new_tokens=1, num_sessions=1), arrivals=0.5, num_requests=40_000, seed=3)
     assert result.utilisation["s0"] == pytest.approx(0.5, rel=0.02)
     assert result.request_s.mean == pytest.approx(1.5, rel=0.03)  # M/D/1: service + rate / (2 (1 - rate)), rate 0.5
+
+
+@pytest.mark.parametrize(
+    ("num_sessions", "capacity", "reason"),
+    [(1, 1 / 2.8, r"each takes 2\.80 s"), (8, 1 / 2, r"each keeps 's1' busy for 2\.00 s")],
+)
+def test_arrivals_beyond_capacity_are_warned_of(num_sessions: int, capacity: float, reason: str) -> None:
+    times, workload = line_of([0.1, 0.25]), Workload(new_tokens=4, num_sessions=num_sessions)
+    simulate_times(times, workload, arrivals=0.99 * capacity, num_requests=20)
+    simulate_times(times, workload, arrivals=[0.0] * 20)  # a burst that ends
+    with pytest.warns(OverloadWarning, match=reason):
+        simulate_times(times, workload, arrivals=1.01 * capacity, num_requests=20)
 
 
 def test_seeds_decide_what_is_random() -> None:

@@ -100,6 +100,13 @@ class PipelineTimes:
                     f"server={visit.server} of visits[{position}] is unknown: the servers are 0 to {len(self.servers) - 1}"
                 )
 
+    def busy_s(self, num_decodes: int) -> dict[str, float]:
+        """Return the seconds for which a request of so many decode steps keeps each server busy, by its name."""
+        busy_s = dict.fromkeys(self.servers, 0.0)
+        for visit in self.visits:
+            busy_s[self.servers[visit.server]] += visit.prefill_s + num_decodes * visit.decode_s
+        return busy_s
+
     def step_s(self, kind: StepKind) -> float:
         """Return the seconds of a step that waits nowhere, from the caller back to the caller."""
         busy = (visit.prefill_s if kind == "prefill" else visit.decode_s for visit in self.visits)

@@ -9,13 +9,14 @@ import heapq
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lingualinked.errors import ArgumentError
+from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
 from lingualinked.planning.simulation.recorder import Recorder
@@ -23,7 +24,7 @@ from lingualinked.planning.simulation.requests import Requests
 from lingualinked.planning.simulation.result import Percentiles, Simulation
 from lingualinked.planning.simulation.stations import stations_of
 from lingualinked.planning.simulation.stretch import DECODE, PREFILL
-from lingualinked.quantities import count_text
+from lingualinked.quantities import count_text, seconds_text
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ def simulate(
     ------
     ArgumentError
         If the plan has no profile, or a number is out of range.
+
+    Warns
+    -----
+    OverloadWarning
+        If more requests arrive per second than the pipeline can serve.
     """
     from lingualinked.planning.plan import Plan
 
@@ -172,6 +178,11 @@ def simulate_times(
         If a number is out of range, the arrivals are not in ascending order or fewer than `num_requests`, or nothing
         in `times` takes any time. The message names the argument.
 
+    Warns
+    -----
+    OverloadWarning
+        If more requests arrive per second than the pipeline can serve.
+
     Examples
     --------
     >>> from lingualinked.planning.simulation.line import Visit
@@ -187,6 +198,8 @@ def simulate_times(
         num_requests = _count("num_requests", num_requests, at_least=1)
     arrival_seed, jitter_seed = np.random.SeedSequence(seed).spawn(2)
     arrivals_s = _arrivals(arrivals, num_requests, workload.num_sessions, arrival_seed)
+    if isinstance(arrivals, Real):
+        _warn_of_overload(float(arrivals), times, workload)
     if num_requests is None:
         num_requests = max(16, 4 * workload.num_sessions) if arrivals_s is None else len(arrivals_s)
     requests = Requests(num_requests, workload.new_tokens, workload.num_sessions, arrivals_s)
@@ -194,6 +207,25 @@ def simulate_times(
     recorder = Recorder(keep_events)
     visit_busy_s = run_requests(times, requests, factors, recorder)
     return _summary(times, requests, workload.batch_size, visit_busy_s, recorder)
+
+
+def _warn_of_overload(arrivals: float, times: PipelineTimes, workload: Workload) -> None:
+    """Warn where requests arrive faster than they can be served: then no figure is steady."""
+    busy_s = times.busy_s(workload.new_tokens - 1)
+    busiest = max(busy_s, key=lambda name: busy_s[name])
+    request_s = times.step_s("prefill") + (workload.new_tokens - 1) * times.step_s("decode")
+    sessions = count_text(workload.num_sessions, "session")
+    interval_s, reason = max(
+        (busy_s[busiest], f"each keeps {busiest!r} busy for {seconds_text(busy_s[busiest])}"),
+        (request_s / workload.num_sessions, f"each takes {seconds_text(request_s)}, with {sessions} in flight"),
+    )
+    if arrivals * interval_s > 1:
+        warnings.warn(
+            f"{arrivals:.3g} requests arrive per second, and at most {1 / interval_s:.3g} can be served: {reason}. They queue "
+            "without bound, so that latencies depend on num_requests; lower arrivals, allow more sessions, or add devices",
+            OverloadWarning,
+            stacklevel=3,
+        )
 
 
 def run_requests(
