@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lingualinked.planning.plan import Plan
     from lingualinked.planning.prediction import Prediction
 
+_PLAINLY = 1.05  # times as many tokens per second
+
 
 def plan_rows(plan: Plan) -> Rows:
     """Put a plan into rows: stage, device, layers, bytes, and what is predicted of it."""
@@ -76,6 +78,7 @@ def prediction_text(prediction: Prediction) -> str:
 def comparison_rows(comparison: Comparison) -> Rows:
     """Put plans side by side, each figure with its ratio to the first plan's."""
     figures = (
+        ("for the workload, tokens/s", "tokens_per_s"),
         ("full pipeline, tokens/s", "pipeline_tokens_per_s"),
         ("one stream, tokens/s", "stream_tokens_per_s"),
         ("decode step, ms", "step_s"),
@@ -87,7 +90,7 @@ def comparison_rows(comparison: Comparison) -> Rows:
         values = [scale * getattr(prediction, figure) for prediction in comparison.predictions]
         ratios = comparison.ratios(figure)
         rows.append((title, *(f"{value:.1f} ({ratio:.2f})" for value, ratio in zip(values, ratios, strict=True))))
-    rows.append(("limited by", *(prediction.bottleneck for prediction in comparison.predictions)))
+    rows.append(("limited by", *(prediction.limited_by for prediction in comparison.predictions)))
     return Rows(
         title=f"Plans compared; in parentheses, as a share of {comparison.names[0]}",
         columns=("predicted", *comparison.names),
@@ -183,11 +186,16 @@ def _prediction_notes(predicted: Prediction) -> list[str]:
     sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
     asked = f"{sessions} of {rows}, {workload.prompt_tokens:,} prompt + {workload.new_tokens:,} new tokens"
     first, step, between = map(seconds_text, (predicted.first_token_s, predicted.step_s, hops))
-    stream, full = predicted.stream_tokens_per_s, predicted.pipeline_tokens_per_s
+    now, full = predicted.tokens_per_s, predicted.pipeline_tokens_per_s
     notes = [
         f"for {asked}, predicted: first token after {first}, then {step} a step, {between} of it between stages",
-        f"{stream:.1f} tokens/s of one session, {full:.1f} with the pipeline full, limited by {predicted.bottleneck}",
+        f"{now:.1f} tokens/s with {sessions} in flight, limited by {predicted.limited_by}",
     ]
+    if workload.num_sessions > 1:
+        notes.append(f"{predicted.stream_tokens_per_s:.1f} tokens/s with 1 session in flight")
+    if predicted.sessions_to_fill > workload.num_sessions and full > _PLAINLY * now:
+        filling = f"from {count_text(predicted.sessions_to_fill, 'session')} on"
+        notes.append(f"{full:.1f} tokens/s with the pipeline full, {filling}, limited by {predicted.bottleneck}")
     if predicted.joules_per_token is not None:
         notes.append(f"{predicted.joules_per_token:.3g} J per token")
     return notes
@@ -202,7 +210,26 @@ def _solver_notes(plan: Plan) -> list[str]:
         f"{each:.3g} J" if solved.objective == "energy" else seconds_text(each) for each in figures
     )
     gap = f"gap {100 * solved.gap:.1f} %; linear relaxation {relaxation}"
-    notes = [f"{solved.objective}: {value} a step; none is better than {bound} ({gap})"]
+    of = "between steps" if solved.objective == "throughput" else "a step"
+    if solved.num_sessions is not None:
+        of += f" with {count_text(solved.num_sessions, 'session')} in flight"
+    notes = [f"{solved.objective}: {value} {of}; none is better than {bound} ({gap})"]
     if solved.unused:
-        notes.append(f"not used: {', '.join(solved.unused)}")
+        notes.append(f"not used: {', '.join(_left_out(plan))}")
     return notes
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """Name the devices that a plan leaves out, and say from how many sessions on they would pay."""
+    assert plan.solved is not None
+    if plan.solved.objective != "throughput":
+        return list(plan.solved.unused)
+    from lingualinked.planning.left_out import sessions_to_pay  # loads the solver
+
+    return [
+        f"{name} (would not pay, however many sessions are in flight)"
+        if number is None
+        else f"{name} (would pay from {count_text(number, 'session')} in flight on)"
+        for name, number in sessions_to_pay(plan).items()
+        if name in plan.solved.unused
+    ]

@@ -15,6 +15,7 @@ from lingualinked.planning.planner import solve
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.pretty import pretty_text
 from lingualinked.profile import DeviceProfile, ModuleTimes, Profile
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from lingualinked.planning.plan import Plan
@@ -31,7 +32,7 @@ class WhatIf:
     gain : float
         Value of the plan's objective divided by that of the best plan after the change: above 1, it helps.
     tokens_per_s : float
-        Predicted after the change: of one stream for ``"latency"``, else of a full pipeline.
+        Predicted after the change: of one session for ``"latency"``, else of all that the workload has in flight.
     """
 
     change: str
@@ -55,6 +56,8 @@ class Explanation:
         What the gains are of.
     tokens_per_s : float
         Predicted now, as in `WhatIf`.
+    fewer_devices : str
+        When fewer devices would be faster, in one sentence; empty if they would not be.
     """
 
     limit: str
@@ -62,11 +65,14 @@ class Explanation:
     what_ifs: tuple[WhatIf, ...]
     objective: str
     tokens_per_s: float
+    fewer_devices: str = ""
 
     _repr_pretty_ = pretty_text
 
     def __str__(self) -> str:
-        lines = [self.limit, f"Predicted: {self.tokens_per_s:.1f} tokens/s ({_unit(self.objective)})."]
+        lines = [self.limit, f"Predicted: {self.tokens_per_s:.1f} tokens/s."]
+        if self.fewer_devices:
+            lines.append(self.fewer_devices)
         another = self.another_device
         if another.gain > 1.01:
             lines.append(
@@ -108,7 +114,27 @@ def explain_plan(plan: Plan) -> Explanation:
         what_ifs=tuple(sorted(what_ifs, key=lambda each: -each.gain)),
         objective=objective,
         tokens_per_s=_rate(plan, objective),
+        fewer_devices=_fewer_devices(plan) if objective == "throughput" else "",
     )
+
+
+def _fewer_devices(plan: Plan) -> str:
+    """Say where fewer devices are faster: for the sessions of the workload, or for one at a time."""
+    workload = plan.predicted.workload
+    for num_sessions in dict.fromkeys((workload.num_sessions, 1)):
+        try:
+            best = solve(plan.measured, workload=plan.workload, reserve=plan.reserve, num_sessions=num_sessions)
+        except InfeasiblePlanError:  # what was placed by hand need not respect every limit
+            return ""
+        in_flight = dataclasses.replace(workload, num_sessions=num_sessions)
+        now, then = (each.predict(in_flight).tokens_per_s for each in (plan, best))
+        if len(best.devices) < len(plan.devices) and then > 1.01 * now:
+            only, names = len(best.devices) == 1, ", ".join(map(repr, best.devices))
+            return (
+                f"With {count_text(num_sessions, 'session')} in flight, fewer devices would be faster: {names} "
+                f"{'alone gives' if only else 'give'} {then:.1f} tokens/s instead of {now:.1f}."
+            )
+    return ""
 
 
 def _limit(plan: Plan, objective: str) -> str:
@@ -123,9 +149,15 @@ def _limit(plan: Plan, objective: str) -> str:
     ]
     memory = f" The memory of {', '.join(map(repr, full))} is full, which keeps layers elsewhere." if full else ""
     if objective == "throughput":
-        if predicted.bottleneck.startswith("link"):
-            return f"The {predicted.bottleneck} limits it: {predicted.bottleneck_s * 1e3:.1f} ms of every step.{memory}"
-        return f"The speed of {predicted.bottleneck} limits it: {predicted.bottleneck_s * 1e3:.1f} ms of every step.{memory}"
+        limit = predicted.limited_by
+        what = f"The {limit}" if limit.startswith("link") else f"The speed of {limit}"
+        said = f"{what} limits it: {predicted.seconds_of(limit) * 1e3:.1f} ms of every step."
+        if limit != predicted.bottleneck or (len(predicted.stages) > 1 and predicted.is_latency_bound):
+            said += (
+                f" A step takes {predicted.latency_s * 1e3:.1f} ms in all, and "
+                f"{count_text(predicted.workload.num_sessions, 'session')} in flight can't keep every device busy."
+            )
+        return said + memory
     compute = sum(predicted.mean(stage.prefill_s, stage.decode_s) for stage in predicted.stages)
     hops = predicted.request_s / predicted.workload.new_tokens - compute
     slowest = max(predicted.stages, key=lambda stage: predicted.mean(stage.prefill_s, stage.decode_s))
@@ -184,11 +216,7 @@ def _value(plan: Plan, objective: str) -> float:
 
 def _rate(plan: Plan, objective: str) -> float:
     predicted = plan.predicted
-    return predicted.stream_tokens_per_s if objective == "latency" else predicted.pipeline_tokens_per_s
-
-
-def _unit(objective: str) -> str:
-    return "one stream" if objective == "latency" else "with the pipeline full"
+    return predicted.stream_tokens_per_s if objective == "latency" else predicted.tokens_per_s
 
 
 def _unused_name(name: str, profile: Profile) -> str:

@@ -146,6 +146,23 @@ class Prediction:
         return self._bottleneck[1]
 
     @property
+    def is_latency_bound(self) -> bool:
+        """Whether the workload's sessions are too few to keep the busiest device or link busy all the time."""
+        return self.latency_s / self.workload.num_sessions > self.bottleneck_s
+
+    @property
+    def limited_by(self) -> str:
+        """The device or link that limits the tokens per second with the workload's sessions in flight.
+
+        The busiest one where the sessions keep it busy all the time; else the one on which a step spends most time.
+        """
+        return max(self._spent)[1] if self.is_latency_bound else self.bottleneck
+
+    def seconds_of(self, part: str) -> float:
+        """Seconds of a mean step on a device or link, by its name as in `limited_by`."""
+        return next(seconds for seconds, name in self._spent if name == part)
+
+    @property
     def stream_tokens_per_s(self) -> float:
         """Tokens per second of one session's rows, with nothing else in flight; prefill included."""
         return self.workload.batch_size * self.workload.new_tokens / self.request_s
@@ -203,6 +220,7 @@ class Prediction:
             "bottleneck_s",
             "bottleneck",
             "interval_s",
+            "limited_by",
             "stream_tokens_per_s",
             "pipeline_tokens_per_s",
             "tokens_per_s",
@@ -216,6 +234,15 @@ class Prediction:
         from lingualinked.display.plan import prediction_text  # plain data that can be drawn
 
         return prediction_text(self)
+
+    @property
+    def _spent(self) -> list[tuple[float, str]]:
+        """Seconds that a mean step spends on each device and each link."""
+        spent = [(device.busy_s, f"device {device.device!r}") for device in self.devices]
+        for hop in self.hops:
+            seconds = hop.latency_s + self.mean(hop.prefill_transfer_s, hop.decode_transfer_s)
+            spent.append((seconds, f"link {hop.source!r} -> {hop.target!r}"))
+        return spent
 
     @property
     def _bottleneck(self) -> tuple[float, str]:

@@ -12,6 +12,7 @@ import pytest
 from scipy import optimize
 
 import lingualinked as ll
+from lingualinked.planning.left_out import sessions_to_pay
 from lingualinked.planning.planner import solve
 from lingualinked.planning.workload_costs import kv_capacity
 from lingualinked.profile import LinkProfile
@@ -374,3 +375,44 @@ def test_fewer_trusted_layers_are_a_remedy() -> None:
     with pytest.raises(ll.InfeasiblePlanError, match=r"trusted_layers=\((2|3), (2|3)\) instead of \(5, 5\)") as caught:
         solve(made, workload=dataclasses.replace(WORKLOAD, trusted_layers=(5, 5)))
     assert caught.value.missing_bytes > 0
+
+
+def test_a_plan_says_from_how_many_sessions_on_what_it_leaves_out_would_pay() -> None:
+    made = profile(*devices(1.0, 4.0, 6.0, 600.0), num_layers=24)
+    plan = solve(made, workload=WORKLOAD)
+    found = sessions_to_pay(plan)
+    assert found["d3"] is None
+    for name in ("d1", "d2"):
+        used = [name in solve(made, workload=WORKLOAD, num_sessions=number).devices for number in range(1, 9)]
+        assert found[name] == 1 + used.index(True)
+        assert f"{name} (would pay from {found[name]} sessions in flight on)" in str(plan).replace("\n", " ")
+    assert "d3 (would not pay, however many sessions are in flight)" in str(plan).replace("\n", " ")
+    assert sessions_to_pay(solve(made, workload=FULL)) == {"d3": None}
+
+
+def test_a_plan_says_what_limits_it() -> None:
+    made = profile(*devices(1.0, 4.0), num_layers=12, latency_s=0.5)
+    spread = [("d0", 0, 11), ("d1", 11, 12)]
+    alone = ll.Plan.from_spans(spread, profile=made, workload=WORKLOAD)
+    assert alone.predicted.limited_by.startswith("link")
+    assert "can't keep every device busy" in alone.explain().limit
+    full = ll.Plan.from_spans(spread, profile=made, workload=dataclasses.replace(WORKLOAD, num_sessions=500))
+    assert full.predicted.limited_by == full.predicted.bottleneck == "device 'd0'"
+    assert full.explain().limit.startswith("The speed of device 'd0' limits it")
+    for plan in (alone, full):
+        assert f"limited by {plan.predicted.limited_by}" in str(plan).replace("\n", " ")
+
+
+@pytest.mark.parametrize(("num_sessions", "said"), [(1, 1), (2, 2), (16, 1)])
+def test_an_explanation_says_when_fewer_devices_would_be_faster(num_sessions: int, said: int) -> None:
+    made = profile(*devices(1.0, 4.0, 6.0), num_layers=12)
+    workload = dataclasses.replace(WORKLOAD, num_sessions=num_sessions)
+    plan = ll.Plan.from_spans([("d0", 0, 4), ("d1", 4, 8), ("d2", 8, 12)], profile=made, workload=workload)
+    sentence = plan.explain().fewer_devices
+    if num_sessions == 16:
+        plan = solve(made, workload=workload)
+        sentence = plan.explain().fewer_devices
+    assert sentence.startswith(f"With {said} session")
+    assert "fewer devices would be faster: 'd0'" in sentence
+    assert sentence in str(plan.explain())
+    assert solve(made, workload=WORKLOAD).explain().fewer_devices == ""

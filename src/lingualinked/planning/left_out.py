@@ -1,0 +1,73 @@
+"""From how many sessions in flight on the devices would pay that a plan leaves out.
+
+Knows plans and the solver; nothing of how a text is shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.planner import solve
+
+if TYPE_CHECKING:
+    from lingualinked.planning.plan import Plan
+
+_MANY = 10**6  # sessions, as many as fill any pipeline
+_PLAINLY = 1.01  # times as many tokens per second
+
+
+def sessions_to_pay(plan: Plan) -> dict[str, int | None]:
+    """Find, for each device that a plan leaves out, the sessions in flight from which on it would be used.
+
+    Plans are solved along the order in which a full pipeline has its devices, for more and more sessions; memory is planned
+    for those of the workload, as in the plan.
+
+    Parameters
+    ----------
+    plan : Plan
+        With its profile.
+
+    Returns
+    -------
+    dict of str to int or None
+        By the name of the device, in the profile's order; ``None``: it pays with no number of sessions.
+
+    Raises
+    ------
+    ArgumentError
+        If the plan has no profile.
+    """
+    profile = plan.measured
+    left_out = [name for name in profile.names if name not in plan.devices]
+    now = plan.predicted.workload
+    best = functools.partial(solve, profile, workload=now, reserve=plan.reserve)
+    try:
+        full = best(num_sessions=_MANY) if left_out else plan
+    except InfeasiblePlanError:  # what was placed by hand need not respect every limit
+        return dict.fromkeys(left_out)
+    order = [*full.devices, *(name for name in profile.names if name not in full.devices)]
+
+    @functools.cache
+    def used(num_sessions: int) -> frozenset[str]:
+        other = best(order=order, num_sessions=num_sessions)
+        gain = _rate(other, num_sessions) / _rate(plan, num_sessions)
+        return frozenset(other.devices) if gain > _PLAINLY else frozenset()
+
+    found: dict[str, int | None] = {}
+    for name in left_out:
+        low, high = now.num_sessions, max(now.num_sessions, full.predicted.sessions_to_fill) + 1
+        if name not in used(high):
+            found[name] = None
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if name in used(middle) else (middle, high)
+        found[name] = high
+    return found
+
+
+def _rate(plan: Plan, num_sessions: int) -> float:
+    return plan.predict(dataclasses.replace(plan.predicted.workload, num_sessions=num_sessions)).tokens_per_s
