@@ -5,7 +5,9 @@ Knows the public face, and prints.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import time
 from typing import Any
 
@@ -26,9 +28,15 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     path = ll.sample_model()
     console.print(f"[bold]Sample model[/] {path}\n", soft_wrap=True)
     started = time.perf_counter()
-    with ll.Cluster(asked.devices, links=asked.links) as cluster:
-        from lingualinked.sharded.loading import LoadArguments, describe, place
+    from lingualinked.sharded.loading import LoadArguments, describe, place
 
+    limited = asked.devices
+    if devices.isdecimal():
+        memory = _memory_of_each(describe(LoadArguments.of(path, None)).footprint().profile, len(limited))
+        limited = tuple(dataclasses.replace(each, memory=memory) for each in limited)
+        if len(limited) > 1:
+            console.print(f"Each device has {bytes_text(memory)} of memory, so that none holds the model alone.\n")
+    with ll.Cluster(limited, links=asked.links) as cluster:
         arguments = LoadArguments.of(path, cluster)
         plan = place(describe(arguments), arguments)
         console.print(plan_rows(plan).to_rich())
@@ -63,6 +71,18 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
         )
     if not equal:
         raise ll.LingualinkedError("the tokens differ from the unsharded model's: please report this")
+
+
+def _memory_of_each(model: ll.ModelProfile, num_devices: int) -> int:
+    """Bytes that each of some devices needs to hold its part of the model, and not much more."""
+    workload = model.fit_workload(None)
+    num_layers = math.ceil(model.num_layers / num_devices)
+    layer_bytes = max(model.layer_weight_bytes) + max(model.layer_kv_bytes) * workload.num_tokens
+    ends_bytes = model.prologue_bytes + model.epilogue_bytes
+    if num_devices > 1:
+        ends_bytes = max(model.prologue_bytes, model.epilogue_bytes)
+    stage_bytes = workload.prompt_tokens * model.working_bytes + model.logits_bytes
+    return math.ceil(1.1 * (num_layers * layer_bytes + ends_bytes + stage_bytes))
 
 
 def _bytes_per_hop(before: ll.Telemetry, after: ll.Telemetry, num_tokens: int) -> str:
