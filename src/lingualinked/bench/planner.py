@@ -5,7 +5,9 @@ Knows random problems in numbers; loads no model and starts no process.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import time
 
 from lingualinked.bench.placements import random_problem
@@ -14,16 +16,23 @@ from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.plan import Objective
+from lingualinked.quantities import count_text
 
-SIZES: tuple[tuple[int, int, bool, Objective], ...] = (
-    (32, 8, False, "throughput"),
-    (128, 32, True, "throughput"),
-    (128, 32, False, "throughput"),
-    (32, 8, False, "latency"),
-    (80, 16, False, "latency"),
-    (80, 16, False, "energy"),
+SIZES: tuple[tuple[int, int, bool, Objective, float], ...] = (
+    (32, 8, False, "throughput", 1),
+    (32, 8, False, "throughput", 4),
+    (32, 8, False, "throughput", math.inf),
+    (80, 16, False, "throughput", 1),
+    (80, 16, False, "throughput", 4),
+    (80, 16, False, "throughput", 16),
+    (80, 16, False, "throughput", math.inf),
+    (128, 32, True, "throughput", math.inf),
+    (128, 32, False, "throughput", math.inf),
+    (32, 8, False, "latency", 1),
+    (80, 16, False, "latency", 1),
+    (80, 16, False, "energy", 1),
 )
-"""Layers, devices, whether the order is fixed, and the objective."""
+"""Layers, devices, whether the order is fixed, the objective, and sessions in flight; infinite: a full pipeline."""
 
 NUM_INSTANCES = 100
 """Random problems of 80 layers and 16 devices whose gaps are listed."""
@@ -38,15 +47,17 @@ def run_planner(repeats: int) -> None:
 
 def _times(repeats: int) -> Rows:
     rows = []
-    for num_layers, num_devices, fixed, objective in SIZES:
+    for num_layers, num_devices, fixed, objective, num_sessions in SIZES:
         seconds, gaps = [], []
         for seed in range(repeats):
             problem = random_problem(seed, num_layers=num_layers, num_devices=num_devices, num_kinds=1 + seed % 3)
+            problem = dataclasses.replace(problem, num_sessions=num_sessions)
             started = time.perf_counter()
             solution = solve_problem(problem, objective, order=tuple(range(num_devices)) if fixed else None)
             seconds.append(time.perf_counter() - started)
             gaps.append(100 * (solution.value / solution.lower_bound - 1))
-        what = f"{num_layers} x {num_devices}, {'fixed' if fixed else 'free'} order, {objective}"
+        of = "full pipeline" if math.isinf(num_sessions) else count_text(int(num_sessions), "session")
+        what = f"{num_layers} x {num_devices}, {'fixed' if fixed else 'free'} order, {objective}, {of}"
         rows.append((what, Samples(seconds).text(2, " s"), Samples(gaps).text(2, " %")))
     return Rows(f"Time to solve, median of {repeats} (fastest to slowest)", ("layers x devices", "time", "gap"), rows)
 
