@@ -190,6 +190,37 @@ def test_a_socket_lies_in_the_folder_that_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pgm://eth0;239.192.1.1:5555",
+        "epgm://eth0;239.192.1.1:5555",
+        "udp://127.0.0.1:5555",
+        "vmci://*:5555",
+        "ws://127.0.0.1:5555",
+        "inproc://zeromq.zap.01",
+        "tcp://localhost:5555",
+        "tcp://example.org:5555",
+        "tcp://eth0;127.0.0.1:5555",
+        "tcp://127.0.0.1:*",
+        "ipc://@lingualinked",
+        "ipc:///run/docker.sock",
+        "ipc:///tmp/0123456789abcdef",
+        "ipc://0123456789abcdef",
+        "",
+        "tcp://127.0.0.1:5555\n",
+    ],
+)
+def test_nothing_but_mailboxes_is_connected_to(tmp_path: Path, address: str) -> None:
+    """Some transports of libzmq end the process; names are looked up; other sockets are nobody's business."""
+    keys = generate_keypair()
+    with ZmqMailbox("me", keys, {}, socket_folder=str(tmp_path)) as mailbox:
+        with pytest.raises(ArgumentError, match="does not connect to 'other'"):
+            mailbox.connect("other", address, keys.public)
+        mailbox.connect("near", f"ipc://{tmp_path}/0123456789abcdef", keys.public)
+        mailbox.connect("far", "tcp://127.0.0.1:5555", keys.public)
+
+
 def test_another_kind_of_address_is_an_error() -> None:
     with pytest.raises(ArgumentError, match="address='udp' can't be used"):
         ZmqMailbox("a", generate_keypair(), {}, "udp")  # type: ignore[arg-type]

@@ -110,10 +110,9 @@ def test_links_to_and_from_it_are_imitated(cluster: ll.Cluster) -> None:
     engine = cluster._engine
 
     def round_trip_s(source: str, target: str) -> float:
-        address, key = engine.peer(target)
         answer: Any = engine.request(
             source,
-            lambda number: ProbeLink(request=number, target=target, address=address, key=key, sizes=(8, 8, 8)),
+            lambda number: ProbeLink(request=number, target=target, sizes=(8, 8, 8)),
             "a probe",
             30,
         ).result(30)

@@ -83,6 +83,29 @@ def test_steps_go_on_meanwhile(shared_cluster: ll.Cluster, tmp_path: Path) -> No
         assert not wrong
 
 
+def test_what_is_on_trusted_devices_is_lent_to_trusted_ones_alone(tmp_path: Path) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    whole = reference(folder)
+    devices = [ll.Device(name="mine", threads=1, trusted=True), ll.Device(name="theirs", threads=1)]
+    plan = ll.Plan.from_spans([("mine", 0, 2), ("theirs", 2, 3), ("mine", 3, 4)])
+    with (
+        ll.Cluster(devices) as cluster,
+        ll.ShardedModel.from_pretrained(str(folder), cluster=cluster, plan=plan, progress=False) as model,
+    ):
+        past, past_expected = model(IDS).past_key_values, whole(IDS).past_key_values
+        shutil.rmtree(folder)
+        with pytest.raises(
+            ll.CheckpointError, match=r"device 'theirs': .* on device 'mine', which is trusted and lends no"
+        ):
+            model.rebalance(ll.Plan.from_spans([("mine", 0, 1), ("theirs", 1, 3), ("mine", 3, 4)]))
+        assert model.plan.stages[0].end == 2
+        logits = model(IDS[:, :1], past_key_values=past).logits
+        assert torch.equal(logits, whole(IDS[:, :1], past_key_values=past_expected).logits)
+        model.rebalance(ll.Plan.from_spans([("mine", 0, 4)]))  # theirs lends to mine
+        logits = model(IDS[:, :1], past_key_values=past).logits
+        assert torch.equal(logits, whole(IDS[:, :1], past_key_values=past_expected).logits)
+
+
 def test_who_has_them_dies_meanwhile(tmp_path: Path) -> None:
     folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
     devices = [ll.Device(name=name, threads=1) for name in ("doomed", "other", "idle")]

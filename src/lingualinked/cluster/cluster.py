@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.cluster.devices import as_devices, as_further_device
-from lingualinked.cluster.imitation import imitate, imitation_of
+from lingualinked.cluster.imitation import delayed_from, imitate, imitation_of
 from lingualinked.cluster.launch import Launcher
 from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
@@ -102,6 +102,8 @@ class Cluster:
             public_keys = {device.name: keys[device.name].public for device in self.devices}
             self._engine = engine = Engine(keys[CALLER], public_keys, launcher.socket_folder, max_frame_bytes)
             ends.callback(engine.stop)
+            engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
+            engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
             for device in self.devices:
                 engine.shape(device.name, link_between(None, device, self.links))
             boots = [
@@ -119,7 +121,7 @@ class Cluster:
             name=device.name,
             public_key=keys.public,
             secret_key=keys.secret,
-            authorised={key: name for name, key in self._engine.public_keys.items()},
+            authorised={key: CALLER},  # the others are introduced when they are ready
             socket_folder=self._launcher.socket_folder,
             caller_address=address,
             caller_key=key,
@@ -227,10 +229,11 @@ class Cluster:
             try:
                 self._engine.admit(device.name, keys.public)
                 self._engine.shape(device.name, link_between(None, device, known))
-                # Before it starts: a connection that is refused once is not tried again.
-                self._announce(device.name, keys.public, behaving, known)
+                self._engine.expect_delays(delayed_from(CALLER, behaving, known))
+                self._announce(behaving, known)
                 self._launcher.add(self._boot(device, keys, imitation_of(device.name, behaving, known)))
                 self._engine.wait_for_worker(device.name, self.timeout_s)
+                self._engine.trusted |= {device.name} if device.trusted else set()
                 self._behaving, self.links, self.devices = behaving, known, (*self.devices, device)
             except BaseException:
                 self.devices, self.links, self._behaving = before
@@ -238,21 +241,14 @@ class Cluster:
                 self._engine.forget(device.name)
                 raise
 
-    def _announce(self, name: str, public_key: str, behaving: Mapping[str, Device], links: Links) -> None:
-        """Have every worker that lives know a new one: its key, and the link to it."""
-        from lingualinked.protocol.messages import Authorise
-
+    def _announce(self, behaving: Mapping[str, Device], links: Links) -> None:
+        """Have every worker that lives know the link to a new one."""
         told = []
         for other in (device.name for device in self.devices):
             with contextlib.suppress(WorkerDiedError):
                 self._engine.wait_for_worker(other, self.timeout_s)
-            told += [
-                self._engine.request(other, build, "the announcement of a new device", self.timeout_s)
-                for build in (
-                    lambda number: Authorise(request=number, name=name, public_key=public_key),
-                    imitate(other, behaving, links),
-                )
-            ]
+            build = imitate(other, behaving, links)
+            told.append(self._engine.request(other, build, "the announcement of a new device", self.timeout_s))
         while told:  # not held here: a future would lead from its error to this frame and back
             with contextlib.suppress(WorkerDiedError):
                 told.pop(0).result()
@@ -297,22 +293,27 @@ class Cluster:
         self.device(name)
         self._engine.check_owner()
         with self._changes:
-            before = self._behaving[name]
-            self._behaving[name] = changed = dataclasses.replace(
-                before,
-                slowdown=before.slowdown if slowdown is None else slowdown,
-                bandwidth=before.bandwidth if bandwidth is None else bandwidth,
-                latency=before.latency if latency is None else latency,
+            before = self._behaving
+            changed = dataclasses.replace(
+                before[name],
+                slowdown=before[name].slowdown if slowdown is None else slowdown,
+                bandwidth=before[name].bandwidth if bandwidth is None else bandwidth,
+                latency=before[name].latency if latency is None else latency,
             )
+            self._behaving = behaving = {**before, name: changed}
             self.wait()
-            self._engine.shape(name, link_between(None, changed, self.links))
-            told = [
-                self._engine.request(
-                    each, imitate(each, self._behaving, self.links), "a change of pace", self.timeout_s
+            self._engine.expect_delays(delayed_from(CALLER, behaving, self.links))
+            # 1) all know from whom messages may come delayed; 2) they come so
+            for now, later in ((before, behaving), (behaving, None)):
+                results_of(
+                    [
+                        self._engine.request(
+                            each, imitate(each, now, self.links, later), "a change of pace", self.timeout_s
+                        )
+                        for each in behaving
+                    ]
                 )
-                for each in self._behaving
-            ]
-            results_of(told)
+            self._engine.shape(name, link_between(None, changed, self.links))
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""

@@ -23,7 +23,8 @@ from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
-from lingualinked.protocol.moving import CopyKV, KeepPlan, MoveSession
+from lingualinked.protocol.moving import AnnounceMove, CopyKV, KeepPlan, MoveSession
+from lingualinked.protocol.roles import ANSWERS
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
@@ -47,12 +48,18 @@ class Engine:
         Where its socket lies.
     max_frame_bytes : int
         Largest frame that it sends or takes.
+
+    Attributes
+    ----------
+    trusted : frozenset of str
+        Devices that are trusted; the cluster says which.
     """
 
     def __init__(self, keys: KeyPair, public_keys: Mapping[str, str], socket_folder: str, max_frame_bytes: int) -> None:
         self._keys = keys
         self._socket_folder = socket_folder
         self._max_frame_bytes = max_frame_bytes
+        self.trusted: frozenset[str] = frozenset()
         self._owner_pid = os.getpid()
         # Reentrant: a finalizer posts, and the garbage collector may run one in the middle of a post.
         self._lock = threading.RLock()
@@ -137,6 +144,10 @@ class Engine:
             return self.address, self._keys.public
         return self._exchange.addresses[name], self._exchange.public_keys[name]
 
+    def lends(self, lender: str, borrower: str) -> bool:
+        """Whether one device may give weights that it holds to another: what trusted ones hold stays on such."""
+        return lender not in self.trusted or borrower in self.trusted
+
     def request(
         self,
         device: str,
@@ -172,7 +183,9 @@ class Engine:
         message = build(number)
         pending = Pending(
             devices=frozenset([device, *helpers]),
-            model=message.model if isinstance(message, LoadStage | CopyKV) else None,
+            asked=device,
+            answer=ANSWERS[type(message)],
+            model=message.model if isinstance(message, LoadStage | AnnounceMove | CopyKV) else None,
             what=f"{what} on device {device!r}",
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
@@ -199,6 +212,8 @@ class Engine:
         """
         pending = Pending(
             devices=frozenset(devices),
+            asked=devices[-1],
+            answer=ANSWERS[Step],
             model=step.model,
             what=f"a step through devices {', '.join(map(repr, devices))}",
             timeout_s=timeout_s,
@@ -220,6 +235,10 @@ class Engine:
     def shape(self, device: str, link: Link) -> None:
         """Have messages to a worker go through a link, from now on."""
         self._post(lambda: self._exchange.shape(device, link.bandwidth_bytes_per_s, link.latency_s))
+
+    def expect_delays(self, devices: Sequence[str]) -> None:
+        """Let messages of these devices come late, as on the links that they imitate."""
+        self._post(lambda: self._mailbox.expect_delays(devices))
 
     def worker_ended(self, device: str, how: str) -> None:
         """Take note that a worker process has ended: whatever needs it fails."""

@@ -5,7 +5,9 @@ Knows messages, a mailbox and which workers live; neither threads nor processes.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -14,13 +16,17 @@ from torch import Tensor
 
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
+from lingualinked.cluster.remote_text import RemoteLog
 from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
 from lingualinked.protocol.messages import (
-    Authorised,
+    Acknowledged,
+    AnyMessage,
     CallerMessage,
+    Dismiss,
     Hello,
-    Imitated,
+    Introduce,
+    KVRefused,
     LinkProbed,
     LogRecord,
     ModelMeasured,
@@ -38,6 +44,7 @@ from lingualinked.protocol.messages import (
     encode,
 )
 from lingualinked.protocol.moving import KVCopied
+from lingualinked.protocol.roles import TO_CALLER, Role
 from lingualinked.transport.mailbox import Delivery, Mailbox
 
 logger = logging.getLogger("lingualinked.cluster")
@@ -73,6 +80,8 @@ class Exchange:
         self._mailbox = mailbox
         self._pending = PendingAnswers()
         self._unloaded: set[int] = set()
+        self._logs: dict[str, RemoteLog] = {}
+        self._introductions = itertools.count(-1, -1)  # as numbers of requests; those of the others count upwards
 
     def admit(self, device: str, public_key: str) -> None:
         """Expect the worker of one more device.
@@ -92,7 +101,9 @@ class Exchange:
         if settled is None:
             return
         del self.public_keys[device]
-        self.addresses.pop(device, None)
+        if self.addresses.pop(device, None) is not None:
+            for other in self.addresses.keys() - self.ended.keys():
+                self._send(other, Dismiss(name=device), ())
         self._mailbox.disconnect(device)
         how = self.ended.pop(device, "it is not part of the cluster any more")
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
@@ -114,8 +125,8 @@ class Exchange:
         try:
             message = decode(delivery.payload)
             kind = type(message).__name__
-            if not isinstance(message, WorkerMessage):
-                raise ProtocolError(f"{type(message).__name__} is not for the caller")
+            self._check_role(message, delivery.sender)
+            assert isinstance(message, WorkerMessage)
             self._handle(message, delivery)
         except ProtocolError as error:
             self._mailbox.refuse(delivery.sender, kind, str(error))
@@ -176,28 +187,80 @@ class Exchange:
                 self._pending.complete(("step", message.session, message.number), reply)
             case StepFailed():
                 self._pending.fail(("step", message.session, message.number), error_of(sender, message))
-            case (
-                StageLoaded() | KVCopied() | Imitated() | Authorised() | ModelMeasured() | LinkProbed() | WorkerReport()
-            ):
+            case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(("request", message.request, 0), message)
-            case RequestFailed():
+            case RequestFailed() | KVRefused():
                 self._pending.fail(("request", message.request, 0), error_of(sender, message))
             case Progress():
                 self._pending.progress(("request", message.request, 0), message.num_done, time.monotonic())
             case Hello():
+                if sender in self.addresses:
+                    raise ProtocolError(f"{sender!r} has said hello before")
                 self._mailbox.connect(sender, message.address, self.public_keys[sender])
                 self.addresses[sender] = message.address
-                self.settled[sender].set()
+                self._introduce(sender)
             case Ping():
                 self._mailbox.send(sender, encode(Pong(number=message.number)))
             case LogRecord():
-                name = message.logger if message.logger.startswith("lingualinked") else "lingualinked.worker"
-                logging.getLogger(name).log(message.level, "[%s] %s", sender, message.text, extra={"device": sender})
+                self._logs.setdefault(sender, RemoteLog(sender)).write(message)
+
+    def _check_role(self, message: AnyMessage, sender: str) -> None:
+        """Refuse a message that is not its sender's to send, or answers something else than was asked."""
+        role = TO_CALLER.get(type(message))
+        if role is None:
+            raise ProtocolError(f"{type(message).__name__} is not for the caller")
+        if role is Role.WORKER or (pending := self._pending.find(_key(message))) is None:
+            return  # what nobody waits for any more changes nothing
+        if role is Role.ASKED:
+            fits = sender == pending.asked and isinstance(message, pending.answer | RequestFailed | Progress)
+        else:
+            senders = {pending.asked} if role is Role.LAST_STAGE else pending.devices
+            answer = KVCopied if role is Role.KV_ENDS else StepDone
+            fits = sender in senders and pending.answer is answer and message.model == pending.model  # type: ignore[union-attr]
+        if not fits:
+            raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
+
+    def _introduce(self, device: str) -> None:
+        """Make a worker and those that are there known to each other; it is ready once all have taken note."""
+        settled = self.settled[device]
+        others = self.addresses.keys() - self.ended.keys() - {device}
+        waiting = {(to, about) for other in others for to, about in ((other, device), (device, other))}
+        if not waiting:
+            settled.set()
+        for to, about in sorted(waiting):
+            number = next(self._introductions)
+            pending = Pending(
+                devices=frozenset([to]),
+                asked=to,
+                answer=Acknowledged,
+                model=None,
+                what=f"the introduction of {about!r}",
+                timeout_s=math.inf,  # whoever waits for the device has a bound
+                deadline=math.inf,
+            )
+
+            def noted(_: object, pair: tuple[str, str] = (to, about)) -> None:
+                waiting.discard(pair)
+                if not waiting:
+                    settled.set()
+
+            pending.future.add_done_callback(noted)
+            introduction = Introduce(
+                request=number, name=about, public_key=self.public_keys[about], address=self.addresses[about]
+            )
+            self.ask(to, introduction, (), ("request", number, 0), pending)
 
     def _send(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...]) -> None:
         payload = encode(message)
         decode(payload)  # a field of a wrong type fails here, where it is noticed, not at a worker, which drops it
         self._mailbox.send(device, payload, tensors)
+
+
+def _key(message: AnyMessage) -> Key:
+    """Return what the answer is told by that a message gives, fails, or reports progress of."""
+    if isinstance(message, StepDone | StepFailed):
+        return "step", message.session, message.number
+    return "request", message.request, 0  # type: ignore[union-attr]
 
 
 def closed() -> ClosedError:

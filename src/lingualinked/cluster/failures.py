@@ -5,18 +5,19 @@ Knows the messages and the exception tree; the remote traceback stays with every
 
 from __future__ import annotations
 
+from lingualinked.cluster.remote_text import readable
 from lingualinked.errors import ArgumentError, CheckpointError, DeviceMemoryError, LingualinkedError, WorkerError
-from lingualinked.protocol.messages import FailureKind, RequestFailed, StepFailed
+from lingualinked.protocol.messages import FailureKind, KVRefused, RequestFailed, StepFailed
 
 
-def error_of(device: str, failure: RequestFailed | StepFailed) -> LingualinkedError:
+def error_of(device: str, failure: RequestFailed | KVRefused | StepFailed) -> LingualinkedError:
     """Make the error that a worker's failure is to the caller.
 
     Parameters
     ----------
     device : str
         Name of the worker's device.
-    failure : RequestFailed or StepFailed
+    failure : RequestFailed, KVRefused or StepFailed
         What it said.
 
     Returns
@@ -24,12 +25,13 @@ def error_of(device: str, failure: RequestFailed | StepFailed) -> LingualinkedEr
     LingualinkedError
         Where what was asked for is at fault, an error that says so, with the worker's own as its cause.
     """
+    cause, traceback = readable(failure.cause), readable(failure.traceback)
     if failure.kind is FailureKind.MEMORY:
-        return DeviceMemoryError(device, failure.cause, failure.traceback)
-    raised = WorkerError(device, failure.cause, failure.traceback)
+        return DeviceMemoryError(device, cause, traceback)
+    raised = WorkerError(device, cause, traceback)
     asked_for = {FailureKind.CHECKPOINT: CheckpointError, FailureKind.ARGUMENT: ArgumentError}.get(failure.kind)
     if asked_for is None:
         return raised
-    error = asked_for(f"device {device!r}: {failure.cause.partition(': ')[2]}")
+    error = asked_for(f"device {device!r}: {cause.partition(': ')[2]}")
     error.__cause__ = raised
     return error

@@ -9,15 +9,31 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from lingualinked.device import CALLER, Device, Links, link_between
+from lingualinked.device import CALLER, Device, Link, Links, link_between
 from lingualinked.protocol.boot import Imitation, LinkFigures
 
 if TYPE_CHECKING:
     from lingualinked.protocol.messages import Imitate
 
 
-def imitation_of(name: str, devices: Mapping[str, Device], links: Links) -> Imitation:
-    """Say what a device's worker imitates among all devices of a cluster and the caller."""
+def delayed_from(name: str, devices: Mapping[str, Device], links: Links) -> tuple[str, ...]:
+    """Say whose messages to a device, or to the caller, go through a link that is imitated."""
+    parties: dict[str, Device | None] = {CALLER: None, **devices}
+    return tuple(
+        source
+        for source, other in parties.items()
+        if source != name and not _is_plain(link_between(other, parties[name], links))
+    )
+
+
+def _is_plain(link: Link) -> bool:
+    return link.bandwidth_bytes_per_s == math.inf and not link.latency_s
+
+
+def imitation_of(
+    name: str, devices: Mapping[str, Device], links: Links, later: Mapping[str, Device] | None = None
+) -> Imitation:
+    """Say what a device's worker imitates among all devices of a cluster and the caller, as they are, or will be later."""
     device = devices[name]
     figures = []
     for target, other in {CALLER: None, **devices}.items():
@@ -31,12 +47,15 @@ def imitation_of(name: str, devices: Mapping[str, Device], links: Links) -> Imit
                     latency_s=link.latency_s,
                 )
             )
-    return Imitation(slowdown=device.slowdown, links=tuple(figures))
+    expected = dict.fromkeys((*delayed_from(name, devices, links), *delayed_from(name, later or devices, links)))
+    return Imitation(slowdown=device.slowdown, links=tuple(figures), delayed_from=tuple(expected))
 
 
-def imitate(name: str, devices: Mapping[str, Device], links: Links) -> Callable[[int], Imitate]:
+def imitate(
+    name: str, devices: Mapping[str, Device], links: Links, later: Mapping[str, Device] | None = None
+) -> Callable[[int], Imitate]:
     """Return what makes the message, from a request number, that tells a running worker so."""
     from lingualinked.protocol.messages import Imitate
 
-    imitation = imitation_of(name, devices, links)
+    imitation = imitation_of(name, devices, links, later)
     return lambda number: Imitate(request=number, imitation=imitation)

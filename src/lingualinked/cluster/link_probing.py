@@ -114,10 +114,9 @@ def _link_profile(
 
 def _probe(cluster: Cluster, source: str, target: str, sizes: tuple[int, ...]) -> concurrent.futures.Future[object]:
     engine = cluster._engine  # noqa: SLF001 - within the room
-    address, key = engine.peer(target)
     return engine.request(
         source,
-        lambda number: ProbeLink(request=number, target=target, address=address, key=key, sizes=sizes),
+        lambda number: ProbeLink(request=number, target=target, sizes=sizes),
         f"measuring the link to {target!r}",
         cluster.timeout_s,
         helpers=() if target == CALLER else [target],

@@ -11,7 +11,7 @@ from typing import cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import results_of
-from lingualinked.cluster.route import Route, Routes, request_stages
+from lingualinked.cluster.route import Route, Routes, announce_move, request_stages
 from lingualinked.errors import LingualinkedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan
@@ -43,10 +43,19 @@ class Migrator:
         Keeps what was done.
     timeout_s : float
         Seconds that any one answer of a worker may take.
+    max_kv_tokens : int or None
+        Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
     """
 
     def __init__(
-        self, engine: Engine, model: int, spec: ModelSpec, routes: Routes, recorder: Recorder, timeout_s: float
+        self,
+        engine: Engine,
+        model: int,
+        spec: ModelSpec,
+        routes: Routes,
+        recorder: Recorder,
+        timeout_s: float,
+        max_kv_tokens: int | None,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -54,6 +63,7 @@ class Migrator:
         self._routes = routes
         self._recorder = recorder
         self._timeout_s = timeout_s
+        self._max_kv_tokens = max_kv_tokens
         self._versions = itertools.count(routes.current.version + 1)
 
     def run(self, plan: Plan) -> tuple[Migration, LingualinkedError | None]:
@@ -72,8 +82,17 @@ class Migrator:
         try:
             for device in target.devices:
                 self._engine.wait_for_worker(device, self._timeout_s)
+            results_of(announce_move(self._engine, self._model, source, target, self._timeout_s))
             loaded = results_of(
-                request_stages(self._engine, self._model, self._spec, target, self._timeout_s, held=source)
+                request_stages(
+                    self._engine,
+                    self._model,
+                    self._spec,
+                    target,
+                    self._timeout_s,
+                    max_kv_tokens=self._max_kv_tokens,
+                    held=source,
+                )
             )
             weight_bytes = sum(cast("StageLoaded", each).num_bytes_read for each in loaded)
             times.lap()

@@ -23,6 +23,10 @@ class Pending:
     ----------
     devices : frozenset of str
         The devices without which it can't come.
+    asked : str
+        The device that is to give it.
+    answer : type
+        What kind of message it is.
     model : int or None
         The model that it is for; it is of no use once that is unloaded.
     what : str
@@ -38,6 +42,8 @@ class Pending:
     """
 
     devices: frozenset[str]
+    asked: str
+    answer: type
     model: int | None
     what: str
     timeout_s: float
@@ -87,6 +93,10 @@ class PendingAnswers:
         """Await an answer."""
         assert key not in self._pending
         self._pending[key] = pending
+
+    def find(self, key: Key) -> Pending | None:
+        """Return the answer that is due, if it is."""
+        return self._pending.get(key)
 
     def complete(self, key: Key, answer: object) -> None:
         """Give an answer to who waits for it; does nothing if nobody does any more."""

@@ -81,12 +81,13 @@ class Pipeline:
         self._model = next(_models)
         self._budget = KVBudget(max_kv_tokens)
         self._reach = RopeReach(spec)
+        self._max_kv_tokens = max_kv_tokens
         self._vocabulary = _vocabulary(spec)
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
         self._correction: Correction | None = None
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
-        migrator = Migrator(self._engine, self._model, spec, self._routes, self._recorder, timeout_s)
+        migrator = Migrator(self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens)
         self._controller = Controller(self._engine, migrator.run, self._recorder)
         self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller)
         self._finalizer.atexit = False
@@ -132,7 +133,17 @@ class Pipeline:
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
         route = self._routes.current
-        results_of(request_stages(self._engine, self._model, self.spec, route, self.timeout_s, on_progress=on_progress))
+        results_of(
+            request_stages(
+                self._engine,
+                self._model,
+                self.spec,
+                route,
+                self.timeout_s,
+                max_kv_tokens=self._max_kv_tokens,
+                on_progress=on_progress,
+            )
+        )
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""

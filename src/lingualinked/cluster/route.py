@@ -15,6 +15,7 @@ from lingualinked.errors import LingualinkedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.messages import Holder, LoadStage
+from lingualinked.protocol.moving import AnnounceMove, StagePlace
 from lingualinked.telemetry.decisions import Span
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def request_stages(
     route: Route,
     timeout_s: float,
     *,
+    max_kv_tokens: int | None,
     on_progress: Callable[[str, int], None] | None = None,
     held: Route | None = None,
 ) -> list[concurrent.futures.Future[object]]:
@@ -138,6 +140,8 @@ def request_stages(
         Where.
     timeout_s : float
         Seconds that a worker may be silent.
+    max_kv_tokens : int or None
+        Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
     on_progress : callable or None
         Told a device's name and the bytes that it has loaded so far, on the I/O thread.
     held : Route or None
@@ -149,15 +153,11 @@ def request_stages(
         Of each stage's `StageLoaded`.
     """
     helpers = () if held is None else held.devices
-    holders = () if held is None else tuple(_holders(engine, model, held))
+    ends = (CALLER, *route.devices, CALLER)
     futures = []
     for index, stage in enumerate(route.plan.stages):
-        next_name = CALLER if index + 1 == len(route.plan.stages) else route.plan.stages[index + 1].device
-        next_address, next_key = engine.peer(next_name)
 
-        def build(
-            number: int, index: int = index, to: tuple[str, str, str] = (next_name, next_address, next_key)
-        ) -> LoadStage:
+        def build(number: int, index: int = index) -> LoadStage:
             planned = route.plan.stages[index]
             return LoadStage(
                 request=number,
@@ -167,10 +167,10 @@ def request_stages(
                 spec=spec,
                 start=planned.start,
                 end=planned.end,
-                next_name=to[0],
-                next_address=to[1],
-                next_key=to[2],
-                holders=holders,
+                previous_name=ends[index],
+                next_name=ends[index + 2],
+                max_kv_tokens=max_kv_tokens,
+                holders=() if held is None else tuple(_holders(engine, model, held, planned.device)),
             )
 
         def progress(num_bytes: int, device: str = stage.device) -> None:
@@ -182,16 +182,53 @@ def request_stages(
     return futures
 
 
-def _holders(engine: Engine, model: int, route: Route) -> Iterator[Holder]:
+def announce_move(
+    engine: Engine, model: int, source: Route, target: Route, timeout_s: float
+) -> list[concurrent.futures.Future[object]]:
+    """Have workers let a model move between two routes, there or back, until they are told which plan to keep.
+
+    Parameters
+    ----------
+    engine : Engine
+        Sends the requests.
+    model : int
+        Number of the model.
+    source, target : Route
+        Between which it moves.
+    timeout_s : float
+        Seconds that a worker may be silent.
+
+    Returns
+    -------
+    list of Future
+        Of each worker's answer; of those that have ended none.
+    """
+    stages = tuple(
+        StagePlace(name=stage.device, plan_version=route.version, start=stage.start, end=stage.end)
+        for route in (source, target)
+        for stage in route.plan.stages
+    )
+
+    def request(device: str) -> concurrent.futures.Future[object]:
+        borrowers = tuple(name for name in target.devices if engine.lends(device, name))
+
+        def build(number: int) -> AnnounceMove:
+            return AnnounceMove(request=number, model=model, stages=stages, borrowers=borrowers)
+
+        return engine.request(device, build, "the announcement of a move", timeout_s)
+
+    devices = dict.fromkeys((*source.devices, *target.devices))
+    return [request(device) for device in devices if device not in engine.ended_devices()]
+
+
+def _holders(engine: Engine, model: int, route: Route, borrower: str) -> Iterator[Holder]:
     for index, stage in enumerate(route.plan.stages):
-        address, key = engine.peer(stage.device)
         yield Holder(
             name=stage.device,
-            address=address,
-            key=key,
             model=model,
             plan_version=route.version,
             stage=index,
             start=stage.start,
             end=stage.end,
+            lends=engine.lends(stage.device, borrower),
         )

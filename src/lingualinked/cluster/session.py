@@ -119,6 +119,7 @@ class Session:
         self._number = number
         self._routes = routes
         self._place = _Place(routes.target)
+        self._moved_from: Route | None = None  # until all workers have been told
         self._budget = budget
         self._reach = reach
         self._watch = watch
@@ -238,10 +239,9 @@ class Session:
                     self._broken_by = f" with {type(error).__name__}, on its way back from a migration that failed"
                     self.end()
                 return
-            self._place.route = target  # first, since an interrupt may come now: a step says by itself where it runs
-            for device in dict.fromkeys((*source.devices, *target.devices)):
-                move = MoveSession(model=self._model, session=self._number, plan_version=target.version)
-                self._engine.tell(device, move)
+            self._moved_from = source
+            self._place.route = target
+            self._tell_moved()
             num_bytes = sum(cast("KVCopied", answer).num_bytes for answer in answers)
             self._routes.note(time.monotonic() - began_s, num_bytes)
         self._place.route = target
@@ -249,6 +249,15 @@ class Session:
             for index, device in enumerate(target.devices):
                 end = EndSession(model=self._model, plan_version=target.version, stage=index, session=self._number)
                 self._engine.tell(device, end)
+
+    def _tell_moved(self) -> None:
+        """Tell workers that the session runs elsewhere now; done again by the next step where an interrupt came between."""
+        if self._moved_from is not None:
+            route = self._place.route
+            for device in dict.fromkeys((*self._moved_from.devices, *route.devices)):
+                move = MoveSession(model=self._model, session=self._number, plan_version=route.version)
+                self._engine.tell(device, move)
+            self._moved_from = None
 
     def _copy_kv(self, target: Route, *, is_final: bool) -> list[concurrent.futures.Future[object]]:
         source = self._place.route
@@ -263,7 +272,6 @@ class Session:
         self, source: Route, target: Route, old: int, new: int, *, is_final: bool
     ) -> concurrent.futures.Future[object]:
         held, wanted = source.plan.stages[old], target.plan.stages[new]
-        address, key = self._engine.peer(wanted.device)
         return self._engine.request(
             held.device,
             lambda request: CopyKV(
@@ -278,8 +286,6 @@ class Session:
                 target_version=target.version,
                 target_stage=new,
                 target_name=wanted.device,
-                target_address=address,
-                target_key=key,
                 is_final=is_final,
             ),
             f"copying KV from device {held.device!r}",
@@ -300,6 +306,7 @@ class Session:
             raise unsaid or ClosedError(
                 f"this session has ended{self._broken_by}: start anew with past_key_values=None"
             )
+        self._tell_moved()
         num_rows, num_new = inputs.shape[:2]
         if keeps_kv:
             self._budget.hold(self._number, num_rows * (self.num_tokens + num_new))

@@ -147,6 +147,11 @@ class _Growing(abc.ABC):
         """Tokens per row that there is room for."""
         return self._grown[0].capacity if self._grown else 0
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch that are held."""
+        return self._grown[0].view.shape[0] if self._grown else 0
+
     def write(self, first: int, position: int, keys: Tensor, values: Tensor, capacity: int) -> None:
         """Hold the tokens from `first` to `position` that are held already, and these from there on; nothing else.
 

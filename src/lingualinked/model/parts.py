@@ -76,6 +76,16 @@ class ModelParts:
         check_span(start, end, self.num_layers)
         return self.weights.of_span(start, end)
 
+    def needs(self, name: str, start: int, end: int) -> bool:
+        """Whether a stage of layers ``[start, end)`` needs a parameter: of its layers, or, at either end, of what is around."""
+        layer = self.layer_of(name)
+        return start <= layer < end if layer is not None else start == 0 or end == self.num_layers
+
+    def layer_of(self, name: str) -> int | None:
+        """Give the layer that a parameter of the whole model belongs to, or None if it is around the layers."""
+        path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
+        return int(path) if name.startswith(f"{self.layers}.") and rest and path.isdecimal() else None
+
     @property
     def weights(self) -> WeightBytes:
         """The same bytes, as the planner takes them."""

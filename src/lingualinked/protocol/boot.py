@@ -74,10 +74,13 @@ class Imitation(msgspec.Struct, frozen=True, kw_only=True):
         How many times slower it computes.
     links : tuple of LinkFigures
         Its outgoing links.
+    delayed_from : tuple of str
+        Parties whose messages to it are held back until they would have arrived.
     """
 
     slowdown: float
     links: tuple[LinkFigures, ...]
+    delayed_from: tuple[str, ...]
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):

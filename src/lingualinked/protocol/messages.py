@@ -15,6 +15,7 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.boot import Imitation
 from lingualinked.protocol.message import Message
 from lingualinked.protocol.moving import (
+    AnnounceMove,
     CopyKV,
     FetchWeight,
     KeepPlan,
@@ -29,23 +30,24 @@ from lingualinked.protocol.moving import (
 
 
 class Holder(Message, frozen=True):
-    """A worker that holds layers ``[start, end)`` of a model, as a stage of the plan in force."""
+    """A worker that holds layers ``[start, end)`` of a model, as a stage of the plan in force; whether it lends them here."""
 
     name: str
-    address: str
-    key: str
     model: int
     plan_version: int
     stage: int
     start: int
     end: int
+    lends: bool
 
 
 class LoadStage(Message, frozen=True, tag=1):
-    """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan and pass its outputs to ``next_name``.
+    """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan, between two parties.
 
-    Layers that stages of other versions hold here are shared with them. Where the checkpoint's files can't be read here, or
-    are not those of the spec any more, the weights of the rest are fetched from their holders; without such, that fails.
+    Steps are taken from ``previous_name`` alone, and outputs go to ``next_name``. All sessions together may hold
+    ``max_kv_tokens`` rows x tokens of KV. Layers that stages of other versions hold here are shared with them. Where the
+    checkpoint's files can't be read here, or are not those of the spec any more, the weights of the rest are fetched from
+    their holders; without such, that fails.
     """
 
     request: int
@@ -55,9 +57,9 @@ class LoadStage(Message, frozen=True, tag=1):
     spec: ModelSpec
     start: int
     end: int
+    previous_name: str
     next_name: str
-    next_address: str
-    next_key: str
+    max_kv_tokens: int | None
     holders: tuple[Holder, ...]
 
 
@@ -80,12 +82,19 @@ class Imitate(Message, frozen=True, tag=6):
     imitation: Imitation
 
 
-class Authorise(Message, frozen=True, tag=29):
-    """Take messages from the holder of one more key: a worker that is about to start."""
+class Introduce(Message, frozen=True, tag=29):
+    """Take messages from the holder of this key, another worker, and send to this address what is meant for it."""
 
     request: int
     name: str
     public_key: str
+    address: str
+
+
+class Dismiss(Message, frozen=True, tag=33):
+    """Forget a worker that has been introduced and is gone: another one may be introduced by its name."""
+
+    name: str
 
 
 class StepShape(Message, frozen=True):
@@ -121,17 +130,13 @@ class ProbeLink(Message, frozen=True, tag=8):
 
     request: int
     target: str
-    address: str
-    key: str
     sizes: tuple[int, ...]
 
 
 class Ping(Message, frozen=True, tag=9):
-    """Answer with a ``Pong`` at once; where to is in it, for a party that has not sent to the sender before."""
+    """Answer with a ``Pong`` at once."""
 
     number: int
-    address: str
-    key: str
 
 
 class Pong(Message, frozen=True, tag=10):
@@ -232,14 +237,8 @@ class StageLoaded(Message, frozen=True, tag=18):
     num_bytes_read: int
 
 
-class Imitated(Message, frozen=True, tag=25):
-    """The worker behaves as it was told."""
-
-    request: int
-
-
-class Authorised(Message, frozen=True, tag=30):
-    """Whoever holds the key may connect from now on."""
+class Acknowledged(Message, frozen=True, tag=25):
+    """Answer to `Imitate`, `Introduce` and `AnnounceMove`: it has been done."""
 
     request: int
 
@@ -308,6 +307,7 @@ class WorkerReport(Message, frozen=True, tag=20):
 class StepDone(Message, frozen=True, tag=21):
     """The last stage's answer to a step; its logits travel beside it."""
 
+    model: int
     session: int
     number: int
     timings: tuple[StageTimes, ...]
@@ -331,9 +331,20 @@ class RequestFailed(Message, frozen=True, tag=22):
     traceback: str
 
 
+class KVRefused(Message, frozen=True, tag=30):
+    """Answer to `CopyKV`, from the target: it could not use what came."""
+
+    request: int
+    model: int
+    kind: FailureKind
+    cause: str
+    traceback: str
+
+
 class StepFailed(Message, frozen=True, tag=23):
     """A stage raised while it ran a step; the session can't go on."""
 
+    model: int
     session: int
     number: int
     kind: FailureKind
@@ -357,9 +368,11 @@ CallerMessage = (
     | UnloadModel
     | Inspect
     | Imitate
-    | Authorise
+    | Introduce
+    | Dismiss
     | MeasureModel
     | ProbeLink
+    | AnnounceMove
     | KeepPlan
     | CopyKV
     | MoveSession
@@ -373,8 +386,8 @@ WorkerMessage = (
     | Progress
     | StageLoaded
     | KVCopied
-    | Imitated
-    | Authorised
+    | KVRefused
+    | Acknowledged
     | ModelMeasured
     | LinkProbed
     | Ping

@@ -8,6 +8,28 @@ from __future__ import annotations
 from lingualinked.protocol.message import Message
 
 
+class StagePlace(Message, frozen=True):
+    """Who holds layers ``[start, end)`` under a plan version."""
+
+    name: str
+    plan_version: int
+    start: int
+    end: int
+
+
+class AnnounceMove(Message, frozen=True, tag=34):
+    """A model is about to move between two plan versions, there or back; it ends with `KeepPlan`.
+
+    Meanwhile KV of a layer is taken from who holds it under the other version, and weights are lent to ``borrowers`` that
+    are to hold them.
+    """
+
+    request: int
+    model: int
+    stages: tuple[StagePlace, ...]
+    borrowers: tuple[str, ...]
+
+
 class KeepPlan(Message, frozen=True, tag=11):
     """Free every stage of the model that is of another plan version, what is on its way to such, and its sessions there."""
 
@@ -33,8 +55,6 @@ class CopyKV(Message, frozen=True, tag=12):
     target_version: int
     target_stage: int
     target_name: str
-    target_address: str
-    target_key: str
     is_final: bool
 
 
@@ -72,7 +92,7 @@ class SessionState(Message, frozen=True):
 
 
 class KVChunk(Message, frozen=True, tag=13):
-    """A part of a session's KV, from worker to worker; the next one is sent when `KVTaken` has come to this address.
+    """A part of a session's KV, from worker to worker; the next one is sent when `KVTaken` has come.
 
     ``num_bytes`` counts the keys and values of the whole copy so far.
     """
@@ -86,8 +106,6 @@ class KVChunk(Message, frozen=True, tag=13):
     num_bytes: int
     is_last: bool
     state: SessionState | None
-    sender_address: str
-    sender_key: str
 
 
 class KVTaken(Message, frozen=True, tag=14):
@@ -109,11 +127,15 @@ class KVCopied(Message, frozen=True, tag=28):
     """Answer to `CopyKV`, from the target: all has come, so many bytes of keys and values."""
 
     request: int
+    model: int
     num_bytes: int
 
 
 class FetchWeight(Message, frozen=True, tag=31):
-    """Send a part of a parameter that stage ``stage`` holds, from element ``first`` on, to this address."""
+    """Send a part of a parameter that stage ``stage`` holds, from element ``first`` on.
+
+    ``receipt`` is that of the last `WeightChunk` that has come from there in this move, or 0: no more than one is on its way.
+    """
 
     request: int
     model: int
@@ -121,18 +143,19 @@ class FetchWeight(Message, frozen=True, tag=31):
     stage: int
     parameter: str
     first: int
-    sender_address: str
-    sender_key: str
+    receipt: int
 
 
 class WeightChunk(Message, frozen=True, tag=32):
     """Answer to `FetchWeight`: so many elements as are in one message, flat, beside it; or why there are none."""
 
     request: int
+    model: int
     parameter: str
     first: int
     error: str
+    receipt: int
 
 
-MovingMessage = CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan | FetchWeight | WeightChunk
+MovingMessage = AnnounceMove | CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan | FetchWeight | WeightChunk
 """What moves layers and sessions from one plan version to another."""

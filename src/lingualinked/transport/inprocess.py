@@ -185,14 +185,13 @@ class InProcessMailbox(Mailbox):
             self._refusals.add(sender, error.kind, error.detail)
             return None
         num_bytes = sum(map(len, frames))
-        delivery = Delivery(sender, message.payload, message.tensors, num_bytes, due_s=message.due_us / 1e6)
-        if not message.due_us:
-            return delivery
-        self._held.add(message.due_us, delivery)
-        return None
+        return self._arrive(Delivery(sender, message.payload, message.tensors, num_bytes), message.due_us)
 
     def _authorise(self, name: str, public_key: str) -> None:
         authorise(self._authorised, name, public_key)
+
+    def _withdraw(self, public_key: str) -> None:
+        pass  # what it sends is looked up among the authorised
 
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lingualinked.transport.refusals import Refusals
+
+_LONGEST_DELAY_S = 60.0
+_MOST_HELD_BYTES = 1 << 30  # of one sender
 
 
 @dataclass(slots=True)
@@ -74,6 +78,7 @@ class Mailbox(abc.ABC):
     name: str
     address: str
     _refusals: Refusals
+    _authorised: dict[str, str]  # public key -> name
     _peers: dict[str, tuple[str, str]]  # name -> address, public key
 
     def __init__(self, name: str, refusals: Refusals) -> None:
@@ -82,6 +87,7 @@ class Mailbox(abc.ABC):
         self._peers = {}
         self._links: dict[str, ShapedLink] = {}
         self._held = Held()
+        self._delayed_from: frozenset[str] = frozenset()
         self._closed = False
         self.encode_s = 0.0
 
@@ -126,6 +132,19 @@ class Mailbox(abc.ABC):
         """
         self._check_open()
         self._authorise(name, public_key)
+
+    def withdraw(self, name: str) -> None:
+        """Take nothing more from a party that was authorised; does nothing if none is, under this name.
+
+        Raises
+        ------
+        ClosedError
+            If the mailbox is closed.
+        """
+        self._check_open()
+        for key in [key for key, owner in self._authorised.items() if owner == name]:
+            del self._authorised[key]
+            self._withdraw(key)
 
     def connect(self, name: str, address: str, public_key: str) -> None:
         """Make a peer known, so that messages can be sent to it. Does nothing if it is known as the same.
@@ -190,6 +209,16 @@ class Mailbox(abc.ABC):
             link.change(bandwidth_bytes_per_s, latency_s)
         elif bandwidth_bytes_per_s != math.inf or latency_s:
             self._links[name] = ShapedLink(bandwidth_bytes_per_s, latency_s)
+
+    def expect_delays(self, names: Iterable[str]) -> None:
+        """Hold back messages of these senders, too, until they would have arrived on the link that they imitate.
+
+        Parameters
+        ----------
+        names : iterable of str
+            The senders, as they are authorised.
+        """
+        self._delayed_from |= frozenset(names)
 
     @abc.abstractmethod
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:
@@ -261,12 +290,39 @@ class Mailbox(abc.ABC):
         """Let the holder of a key in."""
 
     @abc.abstractmethod
+    def _withdraw(self, public_key: str) -> None:
+        """Let the holder of a key in no more."""
+
+    @abc.abstractmethod
     def _connect(self, name: str, address: str, public_key: str) -> None:
         """Open the way to a peer that is not connected."""
 
     @abc.abstractmethod
     def _disconnect(self, name: str) -> None:
         """Close the way to a peer that was connected."""
+
+    def _arrive(self, delivery: Delivery, due_us: int) -> Delivery | None:
+        """Give a message that is due, and hold one that is not yet; nobody has more held, or longer, than is allowed."""
+        if not due_us:
+            return delivery
+        if delivery.sender not in self._delayed_from:
+            self.refuse(
+                delivery.sender, "due time", "a message on a link that is not imitated: it is delivered at once"
+            )
+            return delivery
+        latest_us = int((time.monotonic() + _LONGEST_DELAY_S) * 1e6)
+        if due_us > latest_us:
+            self.refuse(
+                delivery.sender, "due time", f"a message due in more than {_LONGEST_DELAY_S:g} s: it is due then"
+            )
+        delivery.due_s = min(due_us, latest_us) / 1e6
+        if self._held.num_bytes(delivery.sender) + delivery.num_bytes > _MOST_HELD_BYTES:
+            self.refuse(
+                delivery.sender, "due time", f"more than {_MOST_HELD_BYTES >> 20} MiB that are not due: dropped"
+            )
+        else:
+            self._held.add(min(due_us, latest_us), delivery)
+        return None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -39,7 +39,9 @@ class ShapedLink:
         self._bandwidth_bytes_per_s, self._latency_s = bandwidth_bytes_per_s, latency_s
 
     def due_us(self, num_bytes: int) -> int:
-        """Send so many bytes now, behind those that are being sent; say when they arrive (monotonic microseconds)."""
+        """Send so many bytes now, behind those that are being sent; say when they arrive (monotonic microseconds; 0: now)."""
+        if self._bandwidth_bytes_per_s == math.inf and not self._latency_s and self._last_due_s <= time.monotonic():
+            return 0
         self._free_s = max(self._free_s, time.monotonic()) + num_bytes / self._bandwidth_bytes_per_s
         self._last_due_s = max(self._last_due_s, self._free_s + self._latency_s)  # nothing overtakes on a link
         return math.ceil(self._last_due_s * 1e6)
@@ -51,9 +53,11 @@ class Held:
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Delivery]] = []
         self._order = itertools.count()
+        self._num_bytes: dict[str, int] = {}  # by sender
 
     def add(self, due_us: int, delivery: Delivery) -> None:
         """Hold a delivery until it is due."""
+        self._num_bytes[delivery.sender] = self.num_bytes(delivery.sender) + delivery.num_bytes
         heapq.heappush(self._heap, (due_us, next(self._order), delivery))
 
     def take(self) -> Delivery | None:
@@ -63,7 +67,13 @@ class Held:
             return None
         if left_s > 0:
             time.sleep(left_s)
-        return heapq.heappop(self._heap)[2]
+        delivery = heapq.heappop(self._heap)[2]
+        self._num_bytes[delivery.sender] -= delivery.num_bytes
+        return delivery
+
+    def num_bytes(self, sender: str) -> int:
+        """Give the bytes that are held of a sender's."""
+        return self._num_bytes.get(sender, 0)
 
     @property
     def left_s(self) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -48,6 +49,9 @@ _HANDSHAKE_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_UNTAKEN = 1_000  # messages of one peer that lie here; what is more stays with the peer
 _MAX_UNSENT = 100_000  # messages to one peer; far more than are ever on their way to one that takes them
+# Other transports of libzmq end the process where they are missing, and names are looked up in the network.
+_TCP_ADDRESS = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]):\d{1,5}")
+_IPC_ADDRESS = re.compile(r"ipc://(/.+)/[0-9a-f]{16}")
 _LONGEST_POLL_MS = 2**31 - 1
 
 
@@ -98,6 +102,7 @@ class ZmqMailbox(Mailbox):
         super().__init__(name, Refusals(name))
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
         self._keys = keys
+        self._socket_folder = socket_folder
         self._authorised = check_authorised(authorised)
         kind = _kind_of_address(address)
         self._sockets = _Sockets(self._authorised, self._refusals)
@@ -167,14 +172,29 @@ class ZmqMailbox(Mailbox):
         if before is not None:
             self._sockets.withdraw(before)
 
+    def _withdraw(self, public_key: str) -> None:
+        self._sockets.withdraw(public_key)
+
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)
+        if not self._may_reach(address):
+            raise ArgumentError(
+                f"mailbox {self.name!r} does not connect to {name!r} at {address!r}: pass its mailbox's address, tcp:// and "
+                f"numbers, or ipc:// and a socket in {self._socket_folder or 'a folder of sockets'}"
+            )
         try:
             self._sockets.connect(name, address, public_key, self._keys)
         except zmq.ZMQError as error:
             raise ArgumentError(
                 f"mailbox {self.name!r} can't connect to {name!r} at {address!r} ({error}): pass its mailbox's address"
             ) from error
+
+    def _may_reach(self, address: str) -> bool:
+        """Whether an address is one of a mailbox, and of a unix socket in the same folder if that is given."""
+        of_ipc = _IPC_ADDRESS.fullmatch(address)
+        if of_ipc is None:
+            return _TCP_ADDRESS.fullmatch(address) is not None
+        return self._socket_folder in (None, of_ipc[1])
 
     def _disconnect(self, name: str) -> None:
         self._sockets.disconnect(name)
@@ -208,11 +228,7 @@ class ZmqMailbox(Mailbox):
             self._refusals.add(sender, "unreadable", f"{type(error).__name__}: {error}")
             return None
         decode_s = time.perf_counter() - began_s
-        delivery = Delivery(sender, message.payload, message.tensors, num_bytes, decode_s, message.due_us / 1e6)
-        if not message.due_us:
-            return delivery
-        self._held.add(message.due_us, delivery)
-        return None
+        return self._arrive(Delivery(sender, message.payload, message.tensors, num_bytes, decode_s), message.due_us)
 
     def _read(self) -> tuple[list[zmq.Frame], int, int]:
         """Read all frames of a message, and keep as many as may belong to one; return them, and what was read."""

@@ -45,6 +45,8 @@ class BorrowedWeights:
         By parameter name; tied parameters under their source's name alone.
     num_bytes_read : int
         Fetched so far.
+    asked : str
+        The holder that was asked last.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class BorrowedWeights:
             name: tuple(parameter.shape) for name, parameter in self._like.items()
         }
         self.num_bytes_read = 0
+        self.asked = ""
 
     def read(self, name: str) -> Tensor:
         """Fetch one parameter.
@@ -74,6 +77,7 @@ class BorrowedWeights:
         flat, holder, first = tensor.view(-1), self._holder_of(name), 0
         while first < flat.numel():
             self._check_wanted()
+            self.asked = holder.name
             self._ask(holder, name, first)
             part = self._next(holder, name, first)
             if part.dtype != flat.dtype or part.ndim != 1 or not 0 < part.numel() <= flat.numel() - first:
@@ -112,14 +116,19 @@ class BorrowedWeights:
 
     def _holder_of(self, name: str) -> Holder:
         """Find who holds a parameter: a layer's stage, the first or the last one for what lies around the layers."""
-        prefix = f"{self._parts.layers}."
+        layer = self._parts.layer_of(name)
         for holder in self._holders:
-            if name.startswith(prefix):
-                holds = holder.start <= int(name.removeprefix(prefix).partition(".")[0]) < holder.end
+            if layer is not None:
+                holds = holder.start <= layer < holder.end
             elif any(name == path or name.startswith(f"{path}.") for path in self._parts.epilogue):
                 holds = holder.end == self._parts.num_layers
             else:
                 holds = holder.start == 0
+            if holds and not holder.lends:
+                raise CheckpointError(
+                    f"{name} is on device {holder.name!r}, which is trusted and lends no weights to one that is not: make "
+                    "the checkpoint readable on this device, mark it trusted, or leave these layers where they are"
+                )
             if holds:
                 return holder
         raise CheckpointError(f"no worker holds {name}")

@@ -12,7 +12,7 @@ from lingualinked.errors import ArgumentError, CheckpointError
 from lingualinked.protocol.messages import FailureKind
 from lingualinked.worker.limits import is_out_of_memory
 
-_MAX_CHARACTERS = 20_000
+_MAX_CHARACTERS = 16_000
 
 
 class Failure(TypedDict):

@@ -6,6 +6,7 @@ Knows the stage and its sessions' state; neither sockets nor other stages.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,6 +21,9 @@ from lingualinked.quantities import count_text
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.pace import Pace
 
+_MAX_ARRIVING = 1 << 16
+_SPARE_TOKENS = 128  # of each row, that a layer may have room for beside twice what it holds
+
 
 @dataclasses.dataclass(slots=True)
 class HostedSession:
@@ -33,6 +37,8 @@ class HostedSession:
         Its mask.
     number : int
         Number of its next step.
+    num_rows, num_tokens : int
+        What it holds.
     copies : dict of (int, int) to KVCopy
         Copies of its KV that are being made, by plan version and stage that they are for.
     """
@@ -40,6 +46,8 @@ class HostedSession:
     cache: StageCache | None
     context: StepContext
     number: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
     copies: dict[tuple[int, int], KVCopy] = dataclasses.field(default_factory=dict)
 
 
@@ -50,12 +58,18 @@ class HostedStage:
     ----------
     stage : Stage
         The loaded stage.
+    previous_name : str
+        From whom its inputs come.
     next_name : str
         To whom its outputs go.
+    max_kv_tokens : int or None
+        Rows x tokens of KV that all its sessions together may hold; ``None``: no limit of its own.
     """
 
-    def __init__(self, stage: Stage, next_name: str) -> None:
+    def __init__(self, stage: Stage, previous_name: str, next_name: str, max_kv_tokens: int | None) -> None:
+        self.previous_name = previous_name
         self.next_name = next_name
+        self._max_kv_tokens = max_kv_tokens
         self.stage = stage
         self.sent_bytes = 0
         self.sessions: dict[int, HostedSession] = {}
@@ -115,12 +129,20 @@ class HostedStage:
             If the pieces don't fit what has come before, or are of layers that the stage does not hold.
         """
         if session not in self._arriving:
+            if len(self._arriving) >= _MAX_ARRIVING:
+                raise ProtocolError(f"more than {_MAX_ARRIVING} sessions arrive at once")
             self._arriving[session] = HostedSession(self.stage.new_cache(), StepContext())
         cache = self._arriving[session].cache
         assert cache is not None
         for piece in pieces:
             if piece.place.slot not in cache.owned:
                 raise ProtocolError(f"KV of layer slot {piece.place.slot}, which this stage does not hold")
+            num_rows, num_tokens = len(piece.keys), piece.place.position + piece.keys.shape[2]
+            room = max(num_tokens, (piece.place.capacity - _SPARE_TOKENS) // 2)
+            if self._max_kv_tokens is not None and num_rows * room > self._max_kv_tokens:
+                raise ProtocolError(
+                    f"KV of {count_text(num_rows * room, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
+                )
         write_pieces(pieces, cache)
 
     def arrived(self, session: int, context: StepContext, number: int, *, records_past: bool) -> None:
@@ -197,11 +219,23 @@ class HostedStage:
         session.number += 1
         return session
 
+    def _check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
+        """Refuse KV that the caller does not give room for, from whomever it comes."""
+        session.num_rows, session.num_tokens = num_rows, num_tokens
+        held = sum(each.num_rows * each.num_tokens for each in self.sessions.values())
+        if self._max_kv_tokens is not None and held > self._max_kv_tokens:
+            raise ProtocolError(
+                f"KV of {count_text(held, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
+            )
+
     def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:
-        for edit in step.edits:
-            _apply(edit, session)
         parts = split_tensors(step, tensors)
-        num_new = parts.inputs[0].shape[1]
+        num_rows, num_new = parts.inputs[0].shape[:2]
+        _apply(step.edits, session, num_rows)
+        if step.position_rows not in (0, 1, num_rows):
+            raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} in a step of {num_rows}")
+        if session.cache is not None:
+            self._check_budget(session, num_rows, session.context.num_tokens + num_new)
         keep = parts.keep[0] if step.logits_to_keep is None else step.logits_to_keep
         code = ContextCode(
             mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=parts.told
@@ -249,22 +283,43 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
     )
 
 
-def _apply(edit: KVEdit, session: HostedSession) -> None:
+def _apply(edits: Sequence[KVEdit], session: HostedSession, num_rows: int) -> None:
+    """Edit a session's KV before a step of so many rows."""
+    if not edits:
+        return
     cache = session.cache
     if cache is None:
         raise ProtocolError("a step edits the KV of a session that keeps none")
-    if edit.kind is KVEditKind.REORDER:
-        rows = torch.tensor(edit.values, dtype=torch.long)
+    # Of several orders only what they come to: rows in between may be as many as fit into a message.
+    orders = [edit.values for edit in edits if edit.kind is KVEditKind.REORDER]
+    if orders:
+        order = functools.reduce(_reorder, orders)
+        if len(order) != num_rows:
+            raise ProtocolError(f"KV of {count_text(len(order), 'row')} in a step of {num_rows}")
+        rows = torch.tensor(order, dtype=torch.long)
         cache.reorder(rows)
         session.context.reorder(rows)
         for copy in session.copies.values():
             copy.reorder(rows)
-    elif edit.kind is KVEditKind.CROP:
-        (num_tokens,) = edit.values
-        cache.crop(-num_tokens)
-        session.context.crop(num_tokens)
-        for copy in session.copies.values():
-            copy.crop()
-    else:
-        (on,) = edit.values
-        cache.record_past(bool(on))
+    for edit in edits:
+        if edit.kind is not KVEditKind.REORDER:
+            _crop_or_record(edit, session, cache)
+
+
+def _reorder(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    if not all(0 <= row < len(rows) for row in order):
+        raise ProtocolError(f"an order of rows that are not among {len(rows)}")
+    return tuple(rows[row] for row in order)
+
+
+def _crop_or_record(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
+    if len(edit.values) != 1:
+        raise ProtocolError(f"{len(edit.values)} values, where an edit of KV has one")
+    (value,) = edit.values
+    if edit.kind is KVEditKind.RECORD:
+        cache.record_past(bool(value))
+        return
+    cache.crop(-value)
+    session.context.crop(value)
+    for copy in session.copies.values():
+        copy.crop()

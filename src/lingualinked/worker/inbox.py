@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
+from collections.abc import Callable
 
-from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
+from lingualinked.protocol.message import Message
 from lingualinked.protocol.messages import CallerMessage, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
 from lingualinked.transport.mailbox import Delivery, Mailbox
@@ -28,10 +29,13 @@ class Inbox:
     ----------
     mailbox : Mailbox
         Where they come in.
+    check : callable
+        Raises a `ProtocolError` if a message is not its sender's to send.
     """
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    def __init__(self, mailbox: Mailbox, check: Callable[[Message, str], None]) -> None:
         self._mailbox = mailbox
+        self._check = check
         self._moves, self._others = _Turns(), _Turns()
         self._load: dict[str, tuple[int, int]] = {}  # messages that wait, and their bytes, by sender
 
@@ -46,7 +50,7 @@ class Inbox:
             self._count(waiting[1], -1)
         return waiting
 
-    def refuse(self, delivery: Delivery, error: Exception, kind: str = "no message") -> None:
+    def refuse(self, delivery: Delivery, error: Exception, kind: str) -> None:
         """Say that a message is not served, and why."""
         is_expected = isinstance(error, ProtocolError)
         detail = str(error) if is_expected else "".join(traceback.format_exception(error))
@@ -54,11 +58,15 @@ class Inbox:
 
     def _accept(self, delivery: Delivery) -> bool:
         """Have a message wait; say whether its sender may have more waiting."""
+        kind = "no message"
         try:
-            message = _read(delivery)
+            message = decode(delivery.payload)
+            kind = type(message).__name__
+            self._check(message, delivery.sender)
         except ProtocolError as error:
-            self.refuse(delivery, error)
+            self.refuse(delivery, error, kind)
             return True
+        assert isinstance(message, CallerMessage | PeerMessage)
         (self._moves if isinstance(message, LoadStage | MovingMessage) else self._others).add((message, delivery))
         return self._count(delivery, 1)
 
@@ -92,12 +100,3 @@ class _Turns:
         if queue:
             self._waiting[sender] = queue
         return waiting
-
-
-def _read(delivery: Delivery) -> CallerMessage | PeerMessage:
-    message = decode(delivery.payload)
-    if not isinstance(message, CallerMessage | PeerMessage):
-        raise ProtocolError(f"{type(message).__name__} is not for a worker")
-    if delivery.sender != CALLER and not isinstance(message, PeerMessage):
-        raise ProtocolError(f"{type(message).__name__} may only come from the caller")
-    return message

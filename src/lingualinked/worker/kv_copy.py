@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lingualinked.errors import ProtocolError
 from lingualinked.model.kv_cache import OwnedLayer, StageCache
 from lingualinked.protocol.moving import KVSlice
+from lingualinked.quantities import count_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,9 +41,10 @@ class Piece:
 
 @dataclasses.dataclass(slots=True)
 class _Sent:
-    """How far a layer's KV has been sent: the position behind the last token, and how rows were reordered since."""
+    """How far a layer's KV has been sent: the position behind the last token, its rows, and how they were reordered since."""
 
     stop: int = 0
+    num_rows: int = 0
     rows: Tensor | None = None
 
 
@@ -67,6 +70,8 @@ class KVCopy:
     def reorder(self, rows: Tensor) -> None:
         """Take note that the session keeps the rows ``rows`` (int64 ``[new rows]``)."""
         for sent in self._sent.values():
+            if len(rows) > sent.num_rows:  # more rows than there are is more than an order: all is sent anew
+                sent.stop = 0
             sent.rows = rows if sent.rows is None else sent.rows.index_select(0, rows)
 
     def crop(self) -> None:
@@ -103,7 +108,7 @@ class KVCopy:
             keys=keys.narrow(2, 0, num_tokens),
             values=values.narrow(2, 0, num_tokens),
         )
-        sent.stop, sent.rows = position + num_tokens, None
+        sent.stop, sent.num_rows, sent.rows = position + num_tokens, keys.shape[0], None
         self.num_bytes += piece.nbytes
         return piece
 
@@ -115,11 +120,19 @@ def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
     Raises
     ------
     ProtocolError
-        If tokens between what is held and a piece are missing.
+        If tokens between what is held and a piece are missing, or a piece is none of such a layer.
     """
     for piece in pieces:
         place = piece.place
         layer = cache.owned[place.slot]
+        if piece.keys.shape[:3] != piece.values.shape[:3] or piece.keys.dtype != piece.values.dtype:
+            raise ProtocolError(
+                f"keys {list(piece.keys.shape)} and values {list(piece.values.shape)} of different tokens"
+            )
         if place.rows is not None:
+            if not len(place.rows) == len(piece.keys) <= layer.num_rows:
+                raise ProtocolError(
+                    f"an order of {count_text(len(place.rows), 'row')} of KV, where {layer.num_rows} are held"
+                )
             layer.reorder_cache(torch.tensor(place.rows, dtype=torch.long))
         layer.write(place.first, place.position, piece.keys, piece.values, place.capacity)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from lingualinked.device import CALLER
 from lingualinked.model.architectures import read_config
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.loading import load_span
@@ -88,7 +89,7 @@ class Measurer:
     def _measure_span(self, start: int, end: int) -> None:
         span = load_span(self._request.spec, start, end)
         stage = Stage(span, start, end, self._device)
-        hosted = HostedStage(stage, next_name="")
+        hosted = HostedStage(stage, CALLER, CALLER, max_kv_tokens=None)
         with _Stopwatch(span, start, end, self._clock) as watch:
             for rows in sorted({shape.rows for shape in self._request.shapes}):
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]

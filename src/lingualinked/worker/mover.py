@@ -1,6 +1,6 @@
 """Carries the KV of sessions from worker to worker: what is sent next, and what is done with what comes.
 
-Knows messages, stages and a mailbox; neither plans nor why anything is moved.
+Knows messages, stages and peers; neither plans nor why anything is moved.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import StepContext
-from lingualinked.protocol.messages import encode
 from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVTaken, SessionState
 from lingualinked.quantities import count_text
-from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.hosted import HostedSession
 from lingualinked.worker.kv_copy import KVCopy, Piece
+from lingualinked.worker.moves import AnnouncedMoves
+from lingualinked.worker.peers import Peers
 from lingualinked.worker.stages import HostedStages, StageKey
 
 _CHUNK_BYTES = 128 << 10
@@ -40,16 +40,16 @@ class Mover:
     ----------
     stages : HostedStages
         What the worker hosts.
-    mailbox : Mailbox
-        Its mailbox.
-    public_key : str
-        Of the mailbox, for the answers.
+    peers : Peers
+        Sends to the other workers.
+    moves : AnnouncedMoves
+        Says who holds what.
     """
 
-    def __init__(self, stages: HostedStages, mailbox: Mailbox, public_key: str) -> None:
+    def __init__(self, stages: HostedStages, peers: Peers, moves: AnnouncedMoves) -> None:
         self._stages = stages
-        self._mailbox = mailbox
-        self._public_key = public_key
+        self._peers = peers
+        self._moves = moves
         self._transfers: dict[int, _Transfer] = {}
 
     def copy(self, request: CopyKV) -> KVCopied | None:
@@ -65,10 +65,9 @@ class Mover:
         if session is None or session.cache is None:
             if request.is_final:
                 raise ProtocolError(f"session {request.session} has no KV on stage {request.stage}")
-            return KVCopied(request=request.request, num_bytes=0)  # it has ended, or not begun
+            return KVCopied(request=request.request, model=request.model, num_bytes=0)  # it has ended, or not begun
         if request.is_final and session.number != request.number:
             raise ProtocolError(f"session {request.session} is at step {session.number}, not at {request.number}")
-        self._mailbox.connect(request.target_name, request.target_address, request.target_key)
         key = (request.target_version, request.target_stage)
         if key not in session.copies:
             session.copies[key] = KVCopy(session.cache, hosted.stage.slots(request.start, request.end))
@@ -83,7 +82,15 @@ class Mover:
         elif answer.request in self._transfers:
             self._send(answer.request)
 
-    def take(self, chunk: KVChunk, tensors: Sequence[Tensor]) -> KVCopied | None:
+    def sources(self, chunk: KVChunk) -> set[str]:
+        """Who may send KV of a stage: those that hold layers of it under the other version of a move."""
+        return {name for name, _, _ in self._sources(chunk)}
+
+    def targets(self, request: int) -> tuple[str, ...]:
+        """To whom the KV of a request is being sent."""
+        return (self._transfers[request].request.target_name,) if request in self._transfers else ()
+
+    def take(self, chunk: KVChunk, sender: str, tensors: Sequence[Tensor]) -> KVCopied | None:
         """Take in a chunk of another worker's; give the answer for the caller if it was the last one.
 
         Raises
@@ -99,6 +106,9 @@ class Mover:
             )
         hosted = self._stages.get(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
+        slots = [hosted.stage.slots(start, end) for name, start, end in self._sources(chunk) if name == sender]
+        if any(place.slot not in frozenset().union(*slots) for place in chunk.slices):
+            raise ProtocolError(f"KV from {sender!r} of layers that do not move from there to here")
         pieces = [
             Piece(place=place, keys=tensors[2 * index].to(device), values=tensors[2 * index + 1].to(device))
             for index, place in enumerate(chunk.slices)
@@ -108,12 +118,23 @@ class Mover:
             if chunk.state is not None:
                 context = StepContext.of(tensors[-1] if has_mask else None, chunk.state.num_tokens)
                 hosted.arrived(chunk.session, context, chunk.state.number, records_past=chunk.state.records_past)
-        return KVCopied(request=chunk.request, num_bytes=chunk.num_bytes) if chunk.is_last else None
+        if not chunk.is_last:
+            return None
+        return KVCopied(request=chunk.request, model=chunk.model, num_bytes=chunk.num_bytes)
 
     def forget(self, model: int) -> None:
         """Send nothing more of a model's sessions."""
         for number in [number for number, each in self._transfers.items() if each.request.model == model]:
             del self._transfers[number]
+
+    def _sources(self, chunk: KVChunk) -> list[tuple[str, int, int]]:
+        """Whose layers move to a stage: who held them, and which."""
+        span = self._stages.span(StageKey(chunk.model, chunk.plan_version, chunk.stage))
+        held = [
+            (name, max(start, span[0]), min(end, span[1]))
+            for name, start, end in self._moves.spans(chunk.model, chunk.plan_version)
+        ]
+        return [(name, start, end) for name, start, end in held if start < end]
 
     def _send(self, number: int) -> None:
         transfer = self._transfers[number]
@@ -141,8 +162,6 @@ class Mover:
             num_bytes=transfer.copy.num_bytes,
             is_last=is_last,
             state=state,
-            sender_address=self._mailbox.address,
-            sender_key=self._public_key,
         )
         tensors = [tensor for piece in pieces for tensor in (piece.keys, piece.values)]
-        self._mailbox.send(request.target_name, encode(chunk), [*tensors, *([] if mask is None else [mask])])
+        self._peers.send(request.target_name, chunk, [*tensors, *([] if mask is None else [mask])])

@@ -20,16 +20,17 @@ from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Imitation
 from lingualinked.protocol.messages import (
-    Authorise,
-    Authorised,
+    Acknowledged,
     CallerMessage,
+    Dismiss,
     EndSession,
     FailureKind,
     Hello,
     Holder,
     Imitate,
-    Imitated,
     Inspect,
+    Introduce,
+    KVRefused,
     LoadStage,
     LogRecord,
     MeasureModel,
@@ -51,12 +52,14 @@ from lingualinked.protocol.messages import (
     encode,
 )
 from lingualinked.protocol.moving import (
+    AnnounceMove,
     CopyKV,
     FetchWeight,
     KeepPlan,
     KVChunk,
     KVTaken,
     MoveSession,
+    MovingMessage,
     WeightChunk,
 )
 from lingualinked.transport.hop_clock import HopClock, clock_us
@@ -73,8 +76,11 @@ from lingualinked.worker.limits import apply_limits, describe_hardware, free_byt
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
 from lingualinked.worker.mover import Mover
+from lingualinked.worker.moves import AnnouncedMoves
 from lingualinked.worker.pace import Pace
+from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
+from lingualinked.worker.roles import Roles
 from lingualinked.worker.stages import HostedStages, StageKey
 from lingualinked.worker.vitals import Vitals
 
@@ -129,16 +135,20 @@ class Worker:
     def __init__(self, boot: Boot, mailbox: Mailbox, handler: ForwardingHandler, background: Background) -> None:
         self._boot = boot
         self._mailbox = mailbox
-        self._inbox = Inbox(mailbox)
         self._log_handler = handler
         self._background = background
         self._stages = HostedStages(boot.accelerator, self._background)
-        self._mover = Mover(self._stages, mailbox, boot.public_key)
-        self._lender = Lender(self._stages)
+        self._peers = Peers(mailbox, boot.public_key)
+        self._moves = AnnouncedMoves()
+        self._mover = Mover(self._stages, self._peers, self._moves)
+        self._lender = Lender(self._stages, self._moves)
+        self._receipts: dict[tuple[int, str], int] = {}  # of the weights that came last, by model and lender
+        self._early: dict[tuple[int, int, int], tuple[Step, Delivery]] = {}  # steps that wait for word of a move
         self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
-        self._probes = LinkProbes(mailbox, boot.public_key)
+        self._probes = LinkProbes(self._peers)
+        self._inbox = Inbox(mailbox, Roles(self._peers, self._stages, self._mover, self._lender, self._probes).check)
         self._pace = Pace(boot.threads, 1.0)
         self._imitate(boot.imitation)
 
@@ -166,21 +176,27 @@ class Worker:
             case LoadStage():
                 self._load(message)
             case UnloadModel():
-                self._mover.forget(message.model)
-                self._lender.forget()
+                self._forget_moves(message.model)
                 self._stages.unload(message.model)
-            case FetchWeight():
-                self._lend(message, delivery.sender)
-            case WeightChunk():
-                self._stages.take_weight(message, tuple(delivery.tensors))
-            case CopyKV() | KVChunk() | KVTaken() | MoveSession() | KeepPlan():
+            case (
+                AnnounceMove()
+                | CopyKV()
+                | KVChunk()
+                | KVTaken()
+                | MoveSession()
+                | KeepPlan()
+                | FetchWeight()
+                | WeightChunk()
+            ):
                 self._handle_moving(message, delivery)
             case Inspect():
                 self._answer(message.request, lambda: self._report(message))
             case Imitate():
                 self._answer(message.request, lambda: self._throttle(message))
-            case Authorise():
-                self._answer(message.request, lambda: self._authorise(message))
+            case Introduce():
+                self._answer(message.request, lambda: self._introduce(message))
+            case Dismiss():
+                self._peers.dismiss(message)
             case MeasureModel():
                 self._answer(message.request, lambda: self._measure(message))
             case ProbeLink():
@@ -190,8 +206,17 @@ class Worker:
             case Pong():
                 self._probed(message, delivery.sender)
 
-    def _handle_moving(self, message: CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan, delivery: Delivery) -> None:
+    def _handle_moving(self, message: MovingMessage, delivery: Delivery) -> None:
         match message:
+            case FetchWeight():
+                self._peers.send(delivery.sender, *self._lender.lend(message, delivery.sender))
+            case WeightChunk():
+                self._receipts[message.model, delivery.sender] = message.receipt
+                self._stages.take_weight(message, delivery.tensors)
+            case AnnounceMove():
+                self._forget_moves(message.model)
+                self._moves.announce(message)
+                self._tell(Acknowledged(request=message.request))
             case CopyKV():
                 self._answer(message.request, lambda: self._mover.copy(message))
             case KVChunk():
@@ -199,13 +224,9 @@ class Worker:
             case KVTaken():
                 self._answer(message.request, lambda: self._mover.go_on(message))
             case MoveSession():
-                try:
-                    self._stages.move_session(message.model, message.session, message.plan_version)
-                except ProtocolError as error:  # it has ended on its way; if not, its next step fails
-                    logger.debug("session %d is not moved: %s", message.session, error)
+                self._move_session(message)
             case KeepPlan():
-                self._mover.forget(message.model)
-                self._lender.forget()
+                self._forget_moves(message.model)
                 self._stages.keep_plan(message.model, message.plan_version)
 
     def _answer(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> bool:
@@ -235,8 +256,6 @@ class Worker:
         self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error), fetch)
 
     def _put_in_service(self, message: LoadStage, stage: Stage) -> StageLoaded:
-        if message.next_name != CALLER:
-            self._mailbox.connect(message.next_name, message.next_address, message.next_key)
         weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
         return StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read)
 
@@ -248,30 +267,53 @@ class Worker:
             stage=holder.stage,
             parameter=parameter,
             first=first,
-            sender_address=self._mailbox.address,
-            sender_key=self._boot.public_key,
+            receipt=self._receipts.get((holder.model, holder.name), 0),
         )
-        if holder.name == self._boot.name:
-            self._stages.take_weight(*self._lender.lend(message))
-            return
         try:
-            self._mailbox.connect(holder.name, holder.address, holder.key)
-            self._mailbox.send(holder.name, encode(message))
+            if holder.name == self._boot.name:
+                answer, tensors = self._lender.lend(message, holder.name)
+                self._receipts[answer.model, holder.name] = answer.receipt
+                self._stages.take_weight(answer, tensors)
+            else:
+                self._peers.send(holder.name, message)
         except LingualinkedError as error:
-            refused = WeightChunk(request=request, parameter=parameter, first=first, error=str(error))
+            refused = WeightChunk(
+                request=request, model=holder.model, parameter=parameter, first=first, error=str(error), receipt=0
+            )
             self._stages.take_weight(refused, ())
 
-    def _lend(self, message: FetchWeight, sender: str) -> None:
-        answer, tensors = self._lender.lend(message)
-        self._mailbox.connect(sender, message.sender_address, message.sender_key)
-        self._mailbox.send(sender, encode(answer), tensors)
+    def _forget_moves(self, model: int) -> None:
+        """End what is under way of a model that moves, or let a move of it begin anew."""
+        self._moves.forget(model)
+        self._mover.forget(model)
+        self._lender.forget(model)
+        self._receipts = {key: receipt for key, receipt in self._receipts.items() if key[0] != model}
+        for key in [key for key in self._early if key[0] == model]:
+            step, delivery = self._early.pop(key)
+            error = ProtocolError(f"a step of session {step.session}, which has not moved to its plan version")
+            self._inbox.refuse(delivery, error, "Step")
+
+    def _move_session(self, message: MoveSession) -> None:
+        try:
+            self._stages.move_session(message.model, message.session, message.plan_version)
+        except ProtocolError as error:  # it has ended on its way; if not, its next step fails
+            logger.debug("session %d is not moved: %s", message.session, error)
+        early = self._early.pop((message.model, message.plan_version, message.session), None)
+        if early is not None:
+            self._serve_step(*early)
 
     def _take_kv(self, message: KVChunk, delivery: Delivery) -> None:
-        accepted = self._answer(message.request, lambda: self._mover.take(message, delivery.tensors))
+        accepted = True
+        try:
+            copied = self._mover.take(message, delivery.sender, delivery.tensors)
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            accepted = False
+            self._tell(KVRefused(request=message.request, model=message.model, **failure_of(error)))
+        else:
+            if copied is not None:
+                self._tell(copied)
         if not message.is_last:
-            answer = KVTaken(request=message.request, accepted=accepted)
-            self._mailbox.connect(delivery.sender, message.sender_address, message.sender_key)
-            self._mailbox.send(delivery.sender, encode(answer))
+            self._peers.send(delivery.sender, KVTaken(request=message.request, accepted=accepted))
 
     def _report(self, message: Inspect) -> WorkerReport:
         held_bytes = self._stages.held_bytes()
@@ -292,19 +334,20 @@ class Worker:
             stages=self._stages.reports(),
         )
 
-    def _throttle(self, message: Imitate) -> Imitated:
+    def _throttle(self, message: Imitate) -> Acknowledged:
         self._imitate(message.imitation)
-        return Imitated(request=message.request)
+        return Acknowledged(request=message.request)
 
     def _imitate(self, imitation: Imitation) -> None:
         self._pace.slowdown = imitation.slowdown
+        self._mailbox.expect_delays(imitation.delayed_from)
         for link in imitation.links:
             bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
             self._mailbox.shape(link.target, bandwidth, link.latency_s)
 
-    def _authorise(self, message: Authorise) -> Authorised:
-        self._mailbox.authorise(message.name, message.public_key)
-        return Authorised(request=message.request)
+    def _introduce(self, message: Introduce) -> Acknowledged:
+        self._peers.introduce(message)
+        return Acknowledged(request=message.request)
 
     def _measure(self, message: MeasureModel) -> ModelMeasured:
         def progress(num_done: int) -> None:
@@ -327,21 +370,24 @@ class Worker:
             self._tell(answer)
 
     def _step(self, step: Step, delivery: Delivery) -> None:
+        if self._stages.is_due(step):
+            self._serve_step(step, delivery)
+        else:
+            self._early[step.model, step.plan_version, step.session] = step, delivery
+
+    def _serve_step(self, step: Step, delivery: Delivery) -> None:
         try:
             self._run_step(step, delivery)
         except Exception as error:  # noqa: BLE001 - the caller raises it
             failure = failure_of(error)
         else:
             return
-        self._tell(StepFailed(session=step.session, number=step.number, **failure))
+        self._tell(StepFailed(model=step.model, session=step.session, number=step.number, **failure))
         if failure["kind"] is FailureKind.MEMORY:
             release_memory(self._boot.accelerator)  # what the step had got; until here its error held it
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
         hop_us, wait_us = self._hops.part(delivery.sender, step.sent_us, delivery.due_s)
-        if step.number and not self._stages.has_session(step.model, step.plan_version, step.session):
-            # It has been told to move, and this step has come faster than the word of it.
-            self._stages.move_session(step.model, step.session, step.plan_version)
         hosted = self._stages.get(StageKey(step.model, step.plan_version, step.stage))
         output, elapsed_s = hosted.run(step, delivery.tensors, self._pace)
         encode_us = round(self._mailbox.encode_s * 1e6)  # of the message before this one
@@ -354,7 +400,7 @@ class Worker:
         )
         timings = (*step.timings, times)
         if hosted.stage.is_last:
-            done = StepDone(session=step.session, number=step.number, timings=timings)
+            done = StepDone(model=step.model, session=step.session, number=step.number, timings=timings)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
             return
         onward = msgspec.structs.replace(
@@ -362,17 +408,18 @@ class Worker:
         )
         parts = split_tensors(step, delivery.tensors)
         tensors = (*output.tensors, *parts.told, *parts.keep)
-        hosted.sent_bytes += self._mailbox.send(hosted.next_name, encode(onward), tensors)
+        hosted.sent_bytes += self._peers.send(hosted.next_name, onward, tensors)
 
     def _end_session(self, message: EndSession) -> None:
-        self._stages.end_session(message.model, message.session)
+        self._stages.end_session(message.model, message.session, message.plan_version)
+        self._early.pop((message.model, message.plan_version, message.session), None)
         try:
             hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
         except ProtocolError:
             return  # the model went before its session, and took the KV along
         if not hosted.stage.is_last:
             onward = msgspec.structs.replace(message, stage=message.stage + 1)
-            self._mailbox.send(hosted.next_name, encode(onward))
+            self._peers.send(hosted.next_name, onward)
 
     def _tell(self, message: WorkerMessage) -> None:
         self._mailbox.send(CALLER, encode(message))

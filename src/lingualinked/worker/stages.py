@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.messages import LoadStage, StageReport
+from lingualinked.protocol.messages import LoadStage, StageReport, Step
 from lingualinked.protocol.moving import WeightChunk
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import Ask, BorrowedWeights
@@ -24,6 +25,9 @@ from lingualinked.worker.hosted import HostedStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_MAX_SESSIONS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -102,12 +106,22 @@ class HostedStages:
             except Exception as error:  # noqa: BLE001 - the caller raises it
                 self._background.call(functools.partial(on_error, error))
             else:
-                hosted = HostedStage(stage, request.next_name)
+                hosted = HostedStage(stage, request.previous_name, request.next_name, request.max_kv_tokens)
                 self._background.call(functools.partial(self._enter, key, hosted, on_loaded))
             finally:
                 self._borrowed.pop(request.request, None)
 
         self._background.submit(work)
+
+    def sources(self, model: int, plan_version: int, stage: int) -> tuple[str, ...]:
+        """Who may send what a stage runs: the party before it, and the caller."""
+        hosted = self._stages.get(StageKey(model, plan_version, stage))
+        return (CALLER,) if hosted is None else (CALLER, hosted.previous_name)
+
+    def lenders(self, request: int) -> tuple[str, ...]:
+        """Who was asked for the weights of a stage that is being loaded."""
+        borrowed = self._borrowed.get(request)
+        return () if borrowed is None else (borrowed[1].asked,)
 
     def take_weight(self, chunk: WeightChunk, tensors: tuple[Tensor, ...]) -> None:
         """Hand a part of a weight to whoever waits for it; nobody may any more."""
@@ -130,13 +144,35 @@ class HostedStages:
             )
         return hosted
 
-    def has_session(self, model: int, plan_version: int, session: int) -> bool:
-        """Whether a session runs in the stages of a plan version."""
-        return any(
-            session in hosted.sessions
-            for key, hosted in self._stages.items()
-            if (key.model, key.plan_version) == (model, plan_version)
+    def span(self, key: StageKey) -> tuple[int, int]:
+        """Which layers a stage has; none if it is not hosted."""
+        hosted = self._stages.get(key)
+        return (0, 0) if hosted is None else (hosted.stage.start, hosted.stage.end)
+
+    def is_due(self, step: Step) -> bool:
+        """Whether a step can run, or fail, now; if not, word that its session has moved is still to come.
+
+        Raises
+        ------
+        ProtocolError
+            If it has run already, or the session it would begin runs under another plan version.
+        """
+        hosted = self._stages.get(StageKey(step.model, step.plan_version, step.stage))
+        if hosted is None:
+            return True
+        session = hosted.sessions.get(step.session)
+        if session is not None:
+            if step.number < session.number:
+                raise ProtocolError(f"step {step.number} of session {step.session}, and {session.number} is due")
+            return True
+        is_elsewhere = any(
+            step.session in other.sessions
+            for key, other in self._stages.items()
+            if key.model == step.model and key.plan_version != step.plan_version
         )
+        if is_elsewhere and step.number == 0:
+            raise ProtocolError(f"the first step of session {step.session}, which runs under another plan version")
+        return not is_elsewhere and not hosted.awaits(step.session)
 
     def move_session(self, model: int, session: int, plan_version: int) -> None:
         """Have a session run in the stages of a plan version from now on; does nothing if it does so already.
@@ -161,14 +197,18 @@ class HostedStages:
         for hosted in others:
             hosted.end(session)
 
-    def end_session(self, model: int, session: int) -> None:
-        """Free a session's KV under every plan version; while it may be moving, nothing more of it is taken in."""
-        versions = set()
-        for key, hosted in self._stages.items():
-            if key.model == model:
+    def end_session(self, model: int, session: int, plan_version: int) -> None:
+        """Free a session's KV under every plan version; while it may be moving, nothing more of it is taken in.
+
+        Where it runs under a later version than its end is said for, it has moved on, and stays there.
+        """
+        own = [(key.plan_version, hosted) for key, hosted in self._stages.items() if key.model == model]
+        if not any(version > plan_version and session in hosted.sessions for version, hosted in own):
+            for _, hosted in own:
                 hosted.end(session)
-                versions.add(key.plan_version)
-        if len(versions) > 1:  # the rest of its KV, and word of its move, may come only after word of its end
+        if (
+            len({version for version, _ in own}) > 1 and len(self._ended.get(model, ())) < _MAX_SESSIONS
+        ):  # the rest of its KV, and word of its move, may come only after word of its end
             self._ended.setdefault(model, set()).add(session)
 
     def has_ended(self, model: int, session: int) -> bool:

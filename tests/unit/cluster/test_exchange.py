@@ -24,13 +24,19 @@ from lingualinked.errors import (
 )
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.protocol.messages import (
+    Acknowledged,
     AnyMessage,
+    Dismiss,
     EndSession,
     FailureKind,
     Hello,
     Inspect,
+    Introduce,
+    KVRefused,
     LogRecord,
+    Progress,
     RequestFailed,
+    StageLoaded,
     StageTimes,
     Step,
     StepDone,
@@ -39,7 +45,10 @@ from lingualinked.protocol.messages import (
     decode,
     encode,
 )
+from lingualinked.protocol.moving import KVCopied
+from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
 from lingualinked.transport import InProcessHub, InProcessMailbox, generate_keypair
+from message_examples import TYPES, example
 
 
 class Conversation:
@@ -61,6 +70,9 @@ class Conversation:
     def greet(self, *names: str) -> None:
         for name in names:
             self.say(name, Hello(pid=1, address=self.workers[name].address))
+        for name in self.workers:
+            while isinstance(introduction := self.heard(name), Introduce):
+                self.say(name, Acknowledged(request=introduction.request))
 
     def heard(self, name: str) -> AnyMessage | None:
         delivery = self.workers[name].receive(0)
@@ -68,7 +80,13 @@ class Conversation:
 
     def ask(self, message: Step | Inspect, devices: Sequence[str] = "ab", model: int = 1) -> Future[object]:
         pending = Pending(
-            devices=frozenset(devices), model=model, what="this", timeout_s=60, deadline=time.monotonic() + 60
+            devices=frozenset(devices),
+            asked=devices[-1],
+            answer=ANSWERS[type(message)],
+            model=model,
+            what="this",
+            timeout_s=60,
+            deadline=time.monotonic() + 60,
         )
         key = (
             ("step", message.session, message.number) if isinstance(message, Step) else ("request", message.request, 0)
@@ -123,7 +141,7 @@ def test_a_step_goes_to_the_first_stage_and_its_answer_comes_from_the_last(talk:
     future = talk.ask(step())
     assert talk.heard("a") == step()
     times = StageTimes(received_bytes=1, hop_us=2, wait_us=3, compute_us=4, codec_us=5)
-    talk.say("b", StepDone(session=1, number=0, timings=(times, times)), torch.ones(2))
+    talk.say("b", StepDone(model=1, session=1, number=0, timings=(times, times)), torch.ones(2))
     reply = future.result(0)
     assert isinstance(reply, StepReply)
     assert reply.timings == (times, times)
@@ -154,7 +172,7 @@ def test_a_failure_is_the_error_of_its_kind_with_the_remote_traceback(
 
 def test_a_failed_step_fails_alone(talk: Conversation) -> None:
     first, second = talk.ask(step(1)), talk.ask(step(2))
-    talk.say("b", StepFailed(session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback=""))
+    talk.say("b", StepFailed(model=1, session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback=""))
     assert isinstance(first.exception(0), WorkerError)
     assert not second.done()
 
@@ -259,16 +277,139 @@ def test_what_is_no_message_for_the_caller_is_refused(
 
 
 def test_a_progress_bar_that_raises_stops_nothing(talk: Conversation, caplog: pytest.LogCaptureFixture) -> None:
-    from lingualinked.protocol.messages import Progress, StageLoaded
-
     def draw(num_bytes: int) -> None:
         raise BrokenPipeError
 
     pending = Pending(
-        devices=frozenset("a"), model=1, what="this", timeout_s=60, deadline=time.monotonic() + 60, on_progress=draw
+        devices=frozenset("a"),
+        asked="a",
+        answer=StageLoaded,
+        model=1,
+        what="this",
+        timeout_s=60,
+        deadline=time.monotonic() + 60,
+        on_progress=draw,
     )
     talk.exchange.ask("a", Inspect(request=5), (), ("request", 5, 0), pending)
     talk.say("a", Progress(request=5, num_done=3))
     assert "BrokenPipeError" in caplog.text
     talk.say("a", StageLoaded(request=5, weight_bytes=3, num_bytes_read=3))
     assert pending.future.done()
+
+
+SENDERS = {
+    Role.WORKER: {"a", "b", "bystander"},
+    Role.ASKED: {"a"},
+    Role.KV_ENDS: {"a", "b"},
+    Role.ANY_STAGE: {"a", "b"},
+    Role.LAST_STAGE: {"b"},
+}
+
+
+@pytest.mark.parametrize("sender", ["a", "b", "bystander"])
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
+def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
+    talk: Conversation, kind: type[AnyMessage], sender: str
+) -> None:
+    """A step goes from a to b, KV is copied from a to b, whatever else is asked for is a's to answer."""
+    talk.workers["bystander"] = other = InProcessMailbox(talk.hub, "bystander")
+    other.connect("caller", talk.caller.address, talk.caller.public_key)
+    talk.exchange.admit("bystander", other.public_key)
+    if kind is not Hello:
+        talk.greet("bystander")
+    role, message = TO_CALLER.get(kind), example(kind)
+    is_step = kind in (StepDone, StepFailed)
+    answer = (
+        kind if kind in ANSWERS.values() else KVCopied if kind is KVRefused else StepDone if is_step else StageLoaded
+    )
+    pending = Pending(
+        devices=frozenset("ab") if is_step or answer is KVCopied else frozenset("a"),
+        asked="b" if is_step else "a",
+        answer=answer,
+        model=7,
+        what="this",
+        timeout_s=60,
+        deadline=time.monotonic() + 60,
+    )
+    talk.exchange.ask("a", Inspect(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    before = talk.caller.num_refused
+    talk.say(sender, message)
+    if role is None or (kind is Hello and sender != "bystander"):
+        assert talk.caller.num_refused == before + 1
+    elif kind is not Hello:
+        assert (talk.caller.num_refused == before) is (sender in SENDERS[role])
+    if role in (None, Role.WORKER) or sender not in SENDERS[role] or kind is Progress:
+        assert not pending.future.done()
+    else:
+        assert pending.future.done()
+
+
+@pytest.mark.parametrize("kind", ANSWERS.values(), ids=lambda kind: kind.__name__)
+def test_an_answer_to_something_else_is_none(talk: Conversation, kind: type[AnyMessage]) -> None:
+    is_step = kind is StepDone
+    pending = Pending(
+        devices=frozenset("a"), asked="a", answer=Hello, model=7, what="", timeout_s=60, deadline=time.monotonic() + 60
+    )
+    talk.exchange.ask("a", Inspect(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.say("a", example(kind))
+    assert talk.caller.num_refused == 1
+    assert not pending.future.done()
+
+
+@pytest.mark.parametrize("kind", [StepDone, StepFailed, KVCopied, KVRefused], ids=lambda kind: kind.__name__)
+def test_an_answer_about_another_model_is_none(talk: Conversation, kind: type[AnyMessage]) -> None:
+    is_step = kind in (StepDone, StepFailed)
+    answer = StepDone if is_step else KVCopied
+    pending = Pending(
+        devices=frozenset("a"), asked="a", answer=answer, model=1, what="", timeout_s=60, deadline=time.monotonic() + 60
+    )
+    talk.exchange.ask("a", Inspect(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.say("a", example(kind))
+    assert talk.caller.num_refused == 1
+    assert not pending.future.done()
+
+
+def test_workers_are_introduced_to_each_other_once_and_are_ready_then() -> None:
+    conversation = Conversation()
+    for name in "ab":
+        conversation.say(name, Hello(pid=1, address=conversation.workers[name].address))
+    assert not conversation.exchange.settled["b"].is_set()
+    for name, about in (("a", "b"), ("b", "a")):
+        introduction = conversation.heard(name)
+        other = conversation.workers[about]
+        assert isinstance(introduction, Introduce)
+        assert (introduction.name, introduction.public_key, introduction.address) == (
+            about,
+            other.public_key,
+            other.address,
+        )
+        assert not conversation.exchange.settled["b"].is_set()
+        conversation.say(name, Acknowledged(request=introduction.request))
+    assert conversation.exchange.settled["b"].is_set()
+    conversation.exchange.close()
+
+
+def test_who_dies_before_it_is_introduced_holds_nobody_up() -> None:
+    conversation = Conversation()
+    for name in "ab":
+        conversation.say(name, Hello(pid=1, address=conversation.workers[name].address))
+    introduction = conversation.heard("b")
+    assert isinstance(introduction, Introduce)
+    conversation.say("b", Acknowledged(request=introduction.request))
+    conversation.exchange.bury("a", "killed")
+    assert conversation.exchange.settled["b"].is_set()
+    conversation.exchange.close()
+
+
+def test_a_device_that_is_forgotten_is_forgotten_by_all(talk: Conversation) -> None:
+    talk.exchange.forget("b")
+    assert talk.heard("a") == Dismiss(name="b")
+
+
+@pytest.mark.parametrize("address", ["udp://1.2.3.4:5", "pgm://x", "", "inproc://x"])
+def test_a_hello_from_nowhere_is_refused(address: str) -> None:
+    conversation = Conversation()
+    conversation.say("a", Hello(pid=1, address=address))
+    assert not conversation.exchange.settled["a"].is_set()
+    assert conversation.caller.num_refused == 1
+    conversation.exchange.close()

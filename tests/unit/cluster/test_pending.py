@@ -15,7 +15,14 @@ STEP, OTHER = ("step", 1, 0), ("step", 2, 0)
 
 def due(deadline: float = 10.0, *, devices: str = "ab", model: int | None = 1, **arguments: Any) -> Pending:
     return Pending(
-        devices=frozenset(devices), model=model, what="a step", timeout_s=10.0, deadline=deadline, **arguments
+        devices=frozenset(devices),
+        asked="a",
+        answer=object,
+        model=model,
+        what="a step",
+        timeout_s=10.0,
+        deadline=deadline,
+        **arguments,
     )
 
 

@@ -7,12 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lingualinked.errors import ProtocolError
 from lingualinked.protocol.messages import EndSession, Inspect, Ping, Pong, UnloadModel, encode
 from lingualinked.protocol.moving import KeepPlan, KVTaken
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.worker.inbox import Inbox
 
 Message = Inspect | UnloadModel | KeepPlan | EndSession | KVTaken | Pong | Ping
+
+
+def check(message: object, sender: str) -> None:
+    if isinstance(message, Inspect) and sender != "caller":
+        raise ProtocolError("not yours")
 
 
 class Line:
@@ -24,7 +30,7 @@ class Line:
         self.others = {name: InProcessMailbox(hub, name) for name in ("caller", "a", "b")}
         for other in self.others.values():
             other.connect("worker", self.mailbox.address, self.mailbox.public_key)
-        self.inbox = Inbox(self.mailbox)
+        self.inbox = Inbox(self.mailbox, check)
 
     def say(self, sender: str, message: Message, *tensors: torch.Tensor) -> None:
         self.others[sender].send("worker", encode(message), tensors)
@@ -87,7 +93,7 @@ def test_no_more_than_so_many_of_one_sender_wait_here_and_none_is_lost(line: Lin
 def test_no_more_than_so_many_bytes_of_one_sender_wait_here(line: Line) -> None:
     large = torch.zeros(24 << 20, dtype=torch.uint8)
     for number in range(5):
-        line.say("a", Ping(number=number, address="", key=""), large)
+        line.say("a", Ping(number=number), large)
     line.next()
     assert line.num_untaken == 2
 

@@ -1,0 +1,79 @@
+"""One example of every message that crosses a socket.
+
+Knows their fields; not what is done with them.
+"""
+
+from __future__ import annotations
+
+from typing import get_args, get_origin
+
+import msgspec
+
+from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.model.spec import CheckpointFile, ModelSpec
+from lingualinked.protocol import messages
+from lingualinked.protocol.boot import Imitation
+from lingualinked.protocol.messages import StageTimes, Step
+from lingualinked.protocol.moving import KVSlice, SessionState
+
+TYPES = [
+    kind
+    for kind in vars(messages).values()
+    if isinstance(kind, type) and issubclass(kind, messages.Message) and kind.__struct_config__.tag is not None
+]
+TIMES = StageTimes(received_bytes=2000, hop_us=400, wait_us=60_000, compute_us=30_000_000, codec_us=150)
+STEP = Step(
+    model=3,
+    plan_version=1000,
+    stage=1,
+    session=1_000_000,
+    number=100_000,
+    keeps_kv=True,
+    layout=(True, False),
+    mask=MaskMode.EXTEND,
+    positions=PositionMode.FROM_MASK,
+    position_rows=8,
+    logits_to_keep=1,
+    edits=(),
+    rope_reach=0,
+    sent_us=2**32 - 1,
+    timings=(TIMES, TIMES, TIMES),
+)
+SPEC = ModelSpec(
+    class_name="LlamaForCausalLM",
+    config_json="{}",
+    dtype="bfloat16",
+    attn_implementation=None,
+    load_format="safetensors",
+    files=(CheckpointFile(path="/a", device=2**63, inode=2**64 - 1, num_bytes=9, mtime_ns=-1, ctime_ns=10**18),),
+)
+VALUES = {
+    "spec": SPEC,
+    "imitation": Imitation(slowdown=2.0, links=(), delayed_from=()),
+    "edits": (),
+    "timings": (TIMES,),
+    "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
+    "state": SessionState(number=3, num_tokens=9, records_past=True, has_mask=False),
+    "layout": None,
+    "max_kv_tokens": None,
+    "logits_to_keep": 1,
+    "temperature_c": 40.5,
+    "battery_percent": None,
+}
+BY_TYPE = {"int": 7, "str": "text", "bool": True, "float": 0.5}
+
+
+def example(kind: type[messages.Message]) -> messages.Message:
+    fields = {}
+    for field in msgspec.structs.fields(kind):
+        if field.name in VALUES:
+            fields[field.name] = VALUES[field.name]
+        elif (origin := get_origin(field.type)) in (tuple, dict):
+            fields[field.name] = origin()
+        elif type(None) in get_args(field.type):
+            fields[field.name] = None
+        elif isinstance(field.type, type) and hasattr(field.type, "__members__"):
+            fields[field.name] = next(iter(field.type))
+        else:
+            fields[field.name] = BY_TYPE[field.type.__name__]
+    return kind(**fields)

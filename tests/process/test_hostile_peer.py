@@ -1,0 +1,336 @@
+"""What a party of the cluster may say that has no part in a model: it costs nobody else a thing, and is counted."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import lingualinked as ll
+from families import reference, save_tiny
+from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.protocol.message import Message
+from lingualinked.protocol.messages import (
+    EndSession,
+    FailureKind,
+    Hello,
+    Inspect,
+    Introduce,
+    KVEdit,
+    KVEditKind,
+    LogRecord,
+    Ping,
+    Pong,
+    RequestFailed,
+    StageTimes,
+    Step,
+    StepDone,
+    StepFailed,
+    WorkerReport,
+    decode,
+    encode,
+)
+from lingualinked.protocol.moving import FetchWeight, KVChunk, KVSlice, MoveSession, SessionState
+from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
+from lingualinked.transport.codec import Limits, encode_message
+from message_examples import TYPES, example
+from process.outsiders import Outsider
+from waiting import num_sessions, wait_until
+
+pytestmark = pytest.mark.process
+
+IDS = torch.tensor([[1, 17, 93, 54, 8]])
+Kind = tuple[str, list[list[bytes]]]
+"""What it is called, and the messages of it, each as frames."""
+
+
+@pytest.fixture
+def outsider(shared_cluster: ll.Cluster) -> Iterator[Outsider]:
+    with Outsider(shared_cluster) as outsider:
+        yield outsider
+
+
+def frames(message: Message | bytes, *tensors: torch.Tensor) -> list[bytes]:
+    payload = message if isinstance(message, bytes) else encode(message)  # type: ignore[arg-type]
+    return [bytes(frame) for frame in encode_message(payload, tensors, Limits())]
+
+
+def no_messages() -> Iterator[Kind]:
+    """Bytes that are none, beside an envelope that is right; and envelopes that are wrong."""
+    step = msgspec.msgpack.decode(encode(example(Step)))  # type: ignore[arg-type]
+    payloads = {
+        "empty": b"",
+        "reserved byte": b"\xc1",
+        "no tag": b"\x90",
+        "unknown tag": b"\x92\x7f\x01",
+        "text that is no UTF-8": b"\x93\x10\x01\xa2\xff\xfe",
+        "deep in a surplus field": b"\xdc\x27\x10\x05\x01\x01\x01\x01" + b"\x91" * 9_995,
+        "deep": b"\x91" * 100_000,
+        "deep maps": b"\x81" * 100_000,
+        "four billion items": b"\x94\x08\x01\xa1a\xdd\xff\xff\xff\xff",
+        "four billion bytes": b"\xc6\xff\xff\xff\xff",
+        "a number beyond 64 bits": b"\x92\x03\xcb\x7f\xf0\x00\x00\x00\x00\x00\x00",
+        "a Step that ends early": encode(example(Step))[:9],  # type: ignore[arg-type]
+        "a Step with text as number": msgspec.msgpack.encode([*step[:5], "0", *step[6:]]),
+        "a Step with an unknown mask": msgspec.msgpack.encode([*step[:8], 99, *step[9:]]),
+    }
+    for name, payload in payloads.items():
+        yield f"payload: {name}", [frames(payload)]
+    head = b"\x01" + msgspec.msgpack.encode((b"", []))
+    envelopes = {
+        "no frame to speak of": [b""],
+        "another version": [b"\x02" + head[1:]],
+        "no envelope": [b"\x01\xc1"],
+        "a frame too many": [head, b"1234"],
+        "a tensor that is missing": [b"\x01" + msgspec.msgpack.encode((b"", [[8, 1000]]))],
+        "an unknown dtype": [b"\x01" + msgspec.msgpack.encode((b"", [[77, 1]])), b"1"],
+        "a dimension below zero": [b"\x01" + msgspec.msgpack.encode((b"", [[8, -1]])), b"1234"],
+        "a tensor of 2^80 bytes": [b"\x01" + msgspec.msgpack.encode((b"", [[8, 2**40, 2**40]])), b"1234"],
+        "empty tensors of 2^80 bytes": [b"\x01" + msgspec.msgpack.encode((b"", [[8, 0, 2**40, 2**40]]))],
+        "ten thousand empty frames": [head, *[b""] * 10_000],
+    }
+    for name, envelope in envelopes.items():
+        yield f"frames: {name}", [envelope]
+
+
+class Aim:
+    """A session of a model on the shared workers, in the words of messages."""
+
+    def __init__(self, model: Any, past: Any) -> None:
+        self.model = model._pipeline._model
+        self.version = model._pipeline._routes.current.version
+        self.session = past.session._number
+        self.number = past.session._next_step
+
+    def step(self, **fields: Any) -> Step:
+        step = Step(
+            model=self.model,
+            plan_version=self.version,
+            stage=1,
+            session=self.session,
+            number=self.number,
+            keeps_kv=True,
+            layout=None,
+            mask=MaskMode.NONE,
+            positions=PositionMode.NONE,
+            position_rows=0,
+            logits_to_keep=1,
+            edits=(),
+            rope_reach=0,
+            sent_us=0,
+            timings=(),
+        )
+        return msgspec.structs.replace(step, **fields)
+
+    def at(self, message: Any) -> Any:
+        aims = {"model": self.model, "plan_version": self.version, "session": self.session, "number": self.number}
+        return msgspec.structs.replace(
+            message, **{name: aims[name] for name in aims.keys() & set(message.__struct_fields__)}
+        )
+
+
+def to_a_worker(aim: Aim) -> Iterator[Kind]:
+    """Well-formed messages, of every type and aimed at what is there."""
+    for kind in TYPES:
+        yield f"{kind.__name__}", [frames(aim.at(example(kind)))]  # type: ignore[arg-type]
+    states, ids = torch.zeros(1, 1, 32), torch.tensor([[5]])
+    many = KVEdit(kind=KVEditKind.REORDER, values=(0,) * 200_000)
+    yield "Step: the next one, forged", [frames(aim.step(), states)]
+    yield "Step: to the first stage", [frames(aim.step(stage=0), ids)]
+    yield "Step: to the last stage", [frames(aim.step(stage=2), states)]
+    yield "Step: the first one again", [frames(aim.step(number=0), states)]
+    yield "Step: the last one again", [frames(aim.step(number=aim.number - 1), states)]
+    yield "Step: far ahead", [frames(aim.step(number=10**6), states)]
+    yield "Step: of a version that is gone", [frames(aim.step(plan_version=0), states)]
+    yield "Step: of a version to come", [frames(aim.step(plan_version=aim.version + 1), states)]
+    yield (
+        "Step: of sessions of its own",
+        [frames(aim.step(session=10**6 + each, number=0), states) for each in range(50)],
+    )
+    yield "Step: many rows", [frames(aim.step(edits=(many,)), states)]
+    yield "Step: without tensors", [frames(aim.step())]
+    yield "Step: wrong tensors", [frames(aim.step(), torch.zeros(0, 0, 7, dtype=torch.bool))]
+    for stage, version in itertools.product((0, 1, 2), (aim.version - 1, aim.version, aim.version + 1)):
+        end = EndSession(model=aim.model, plan_version=version, stage=stage, session=aim.session)
+        yield f"EndSession: stage {stage}, version {version - aim.version:+}", [frames(end)]
+    yield "MoveSession", [frames(MoveSession(model=aim.model, session=aim.session, plan_version=aim.version + 1))]
+    for name, rows in {"KVChunk": None, "KVChunk: many rows": (0,) * 100_000}.items():
+        place = KVSlice(slot=1, first=0, position=0, capacity=10**6, rows=rows)
+        chunk = KVChunk(
+            request=1,
+            model=aim.model,
+            plan_version=aim.version,
+            stage=1,
+            session=aim.session,
+            slices=(place,),
+            num_bytes=1,
+            is_last=True,
+            state=SessionState(number=1, num_tokens=1, records_past=False, has_mask=False),
+        )
+        yield name, [frames(chunk, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))]
+    fetch = FetchWeight(
+        request=1,
+        model=aim.model,
+        plan_version=aim.version,
+        stage=1,
+        parameter="model.layers.1.mlp.up_proj.weight",
+        first=0,
+        receipt=0,
+    )
+    yield "FetchWeight: 2,000 times", [frames(fetch)] * 2_000
+    yield (
+        "Introduce: the caller elsewhere",
+        [frames(Introduce(request=1, name="caller", public_key="x" * 40, address="tcp://127.0.0.1:1"))],
+    )
+    yield "Inspect", [frames(Inspect(request=1))]
+    yield "Pong: 8,000 times", [frames(Pong(number=each)) for each in range(8_000)]
+    yield "Ping: 500 times", [frames(Ping(number=each)) for each in range(500)]
+    yield "due in an hour", [[b"\x01" + msgspec.msgpack.encode((encode(Pong(number=1)), [], 2**52))]]
+    yield "due at the end of time", [[b"\x01" + msgspec.msgpack.encode((encode(Pong(number=1)), [], 2**64 - 1))]]
+
+
+def to_the_caller(aim: Aim) -> Iterator[Kind]:
+    """Answers that were not asked for, of every type and to what is waited for."""
+    for kind in TYPES:
+        yield f"{kind.__name__}", [frames(aim.at(example(kind)))]  # type: ignore[arg-type]
+    times = StageTimes(received_bytes=1, hop_us=1, wait_us=1, compute_us=1, codec_us=1)
+    done = StepDone(model=aim.model, session=aim.session, number=aim.number, timings=(times,) * 3)
+    yield "StepDone: forged logits", [frames(done, torch.full((1, 1, 128), 7.0))]
+    yield "StepDone: without tensors", [frames(msgspec.structs.replace(done, timings=()))]
+    failed = StepFailed(
+        model=aim.model,
+        session=aim.session,
+        number=aim.number,
+        kind=FailureKind.ERROR,
+        cause="no: \x1b[31m",
+        traceback="",
+    )
+    yield "StepFailed", [frames(failed)]
+    refusals = [RequestFailed(request=each, kind=FailureKind.ERROR, cause="no", traceback="") for each in range(500)]
+    yield "RequestFailed: of all that may be asked", [frames(each) for each in refusals]
+    for address in ("tcp://127.0.0.1:1", "udp://127.0.0.1:1", "pgm://x", "vmci://1:1", "ipc:///run/x.sock"):
+        yield f"Hello: from {address.partition(':')[0]}", [frames(Hello(pid=1, address=address))]
+    logs = [LogRecord(level=each, logger=f"lingualinked.{each}", text="\x1b[2J\n[a] x") for each in range(3_000)]
+    yield "LogRecord: 3,000 loggers", [frames(each) for each in logs]
+
+
+ANSWERED = {"Ping", "Ping: 500 times"}
+LOGGED = {"LogRecord", "LogRecord: 3,000 loggers"}
+
+
+def send(outsider: Outsider, to: str, messages: list[list[bytes]]) -> None:
+    for message in messages:
+        outsider.send_frames(to, message)
+
+
+def test_nothing_that_a_bystander_says_costs_anyone_a_token(
+    sharded: Any, unsharded: PreTrainedModel, outsider: Outsider, record_property: Any
+) -> None:
+    """Every kind of message to the worker of the middle stage and to the caller, while sessions go on."""
+    cluster = sharded.cluster
+    engine, pids = cluster._engine, cluster.pids
+    expected = unsharded.generate(IDS, max_new_tokens=24, do_sample=False)
+    past, past_expected = sharded(IDS).past_key_values, unsharded(IDS).past_key_values
+    aim = Aim(sharded, past)
+
+    def num_refused(of: str) -> int:
+        if of == "caller":
+            return engine._mailbox.num_refused
+        report: Any = engine.request(of, lambda number: Inspect(request=number), "a look", 60).result(60)
+        assert isinstance(report, WorkerReport)
+        return report.num_refused
+
+    enough, counts = threading.Event(), {"caller": {}, "b": {}}
+
+    def keep_generating() -> int:
+        num_right = 0
+        while not enough.is_set() or not num_right:
+            assert torch.equal(sharded.generate(IDS, max_new_tokens=24, do_sample=False), expected)
+            num_right += 1
+        return num_right
+
+    with ThreadPoolExecutor(1) as pool:
+        generating = pool.submit(keep_generating)
+        try:
+            for to, kinds in (("b", to_a_worker(aim)), ("caller", to_the_caller(aim))):
+                for name, messages in itertools.chain(no_messages(), kinds):
+                    before = num_refused(to)
+                    send(outsider, to, messages)
+                    outsider.see_through(to)
+                    counts[to][name] = num_refused(to) - before, len(messages)
+        finally:
+            enough.set()
+        assert generating.result(120) > 0
+    # Every session is where it was, and every worker lives.
+    logits = sharded(IDS[:, :1], past_key_values=past).logits
+    assert torch.equal(logits, unsharded(IDS[:, :1], past_key_values=past_expected).logits)
+    assert cluster.pids == pids
+    del past
+    wait_until(lambda: num_sessions(sharded) == [0, 0, 0])
+    # What is not refused is answered, logged, or about what nobody asked for.
+    refused = {to: {name for name, (num, sent) in by.items() if num >= sent} for to, by in counts.items()}
+    assert counts["b"].keys() - refused["b"] == ANSWERED
+    idle = counts["caller"].keys() - refused["caller"]
+    unasked = {kind.__name__ for kind, role in TO_CALLER.items() if kind is not Hello}
+    assert idle <= ANSWERED | LOGGED | unasked | {
+        "RequestFailed: of all that may be asked",
+        "StepDone: forged logits",
+        "StepDone: without tensors",
+    }
+    record_property("kinds", sum(map(len, counts.values())))
+
+
+def test_a_bystander_is_lent_nothing_at_any_time(
+    shared_cluster: ll.Cluster, outsider: Outsider, tmp_path: Path
+) -> None:
+    """Weights travel from worker to worker meanwhile; none of them comes here."""
+    folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
+    whole = reference(folder)
+    names, expected = [name for name, _ in whole.named_parameters()], whole(IDS).logits
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
+        shutil.rmtree(folder)
+        number, enough = model._pipeline._model, threading.Event()
+
+        def keep_asking() -> int:
+            num_asked = 0
+            while not enough.is_set():
+                for to, version, stage in itertools.product("abcd", (1, 2, 3), (0, 1)):
+                    for name in names:
+                        fetch = FetchWeight(
+                            request=num_asked,
+                            model=number,
+                            plan_version=version,
+                            stage=stage,
+                            parameter=name,
+                            first=0,
+                            receipt=0,
+                        )
+                        outsider.send(to, encode(fetch))
+                        num_asked += 1
+                    outsider.see_through(to)
+            return num_asked
+
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(keep_asking)
+            for spans in ([("c", 0, 1), ("d", 1, 4)], [("b", 0, 3), ("a", 3, 4)]):
+                migration = model.rebalance(ll.Plan.from_spans(spans)).migration
+                assert migration is not None
+                assert migration.weight_bytes > 0
+            enough.set()
+            assert asking.result(60) >= len(names)
+        assert torch.equal(model(IDS).logits, expected)
+    assert [decode(each.payload) for each in outsider.heard] == []
+
+
+def test_the_kinds_cover_every_type_of_message() -> None:
+    assert TO_WORKER.keys() | TO_CALLER.keys() == set(TYPES)

@@ -1,0 +1,121 @@
+"""Every message that a worker takes, from everyone whose it is not to send."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from lingualinked.errors import ProtocolError
+from lingualinked.protocol.message import Message
+from lingualinked.protocol.messages import AnyMessage, EndSession, Introduce, Step
+from lingualinked.protocol.moving import AnnounceMove, FetchWeight, KVChunk, StagePlace
+from lingualinked.protocol.roles import TO_CALLER, TO_WORKER, Role
+from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
+from lingualinked.transport.keys import generate_keypair
+from lingualinked.worker.background import Background
+from lingualinked.worker.lender import Lender
+from lingualinked.worker.mover import Mover
+from lingualinked.worker.moves import AnnouncedMoves
+from lingualinked.worker.peers import Peers
+from lingualinked.worker.probe import LinkProbes
+from lingualinked.worker.roles import Roles
+from lingualinked.worker.stages import HostedStages, StageKey
+from message_examples import TYPES, example
+
+MODEL, OLD, NEW, STAGE, REQUEST = 7, 1, 2, 1, 7
+
+# This worker has stage 1 of version 1 and of version 2 of the plan; a move between them is announced.
+PARTIES = {
+    "caller": {Role.CALLER, Role.WORKER, Role.PREVIOUS},
+    "previous": {Role.WORKER, Role.PREVIOUS},
+    "next": {Role.WORKER},
+    "source": {Role.WORKER, Role.KV_SOURCE},
+    "target": {Role.WORKER, Role.KV_TARGET},
+    "borrower": {Role.WORKER, Role.BORROWER},
+    "lender": {Role.WORKER, Role.LENDER},
+    "probed": {Role.WORKER, Role.PROBED},
+    "bystander": {Role.WORKER},
+    "unintroduced": set(),
+}
+
+
+@pytest.fixture
+def roles() -> Roles:
+    mailbox = InProcessMailbox(InProcessHub(), "me")
+    peers = Peers(mailbox, mailbox.public_key)
+    for name in PARTIES.keys() - {"caller", "unintroduced"}:
+        key = generate_keypair().public
+        peers.introduce(Introduce(request=1, name=name, public_key=key, address="inprocess://"))
+    stages = HostedStages("cpu", Background(lambda: None))
+    for version in (OLD, NEW):
+        hosted: Any = SimpleNamespace(previous_name="previous", stage=SimpleNamespace(start=2, end=4))
+        stages._stages[StageKey(MODEL, version, STAGE)] = hosted
+    asked: Any = SimpleNamespace(asked="lender")
+    stages._borrowed[REQUEST] = StageKey(MODEL, NEW, STAGE), asked
+    moves = AnnouncedMoves()
+    held = [("previous", OLD, 0, 2), ("me", OLD, 2, 4), ("next", OLD, 4, 6)]
+    moved = [("previous", NEW, 0, 2), ("source", NEW, 2, 3), ("me", NEW, 3, 4), ("next", NEW, 4, 6)]
+    places = tuple(
+        StagePlace(name=name, plan_version=at, start=start, end=end) for name, at, start, end in held + moved
+    )
+    moves.announce(AnnounceMove(request=1, model=MODEL, stages=places, borrowers=("borrower",)))
+    mover, lender, probes = Mover(stages, peers, moves), Lender(stages, moves), LinkProbes(peers)
+    transfer: Any = SimpleNamespace(request=SimpleNamespace(target_name="target"))
+    mover._transfers[REQUEST] = transfer
+    probe: Any = None
+    probes._waiting["probed"] = deque([probe])
+    return Roles(peers, stages, mover, lender, probes)
+
+
+def is_taken(roles: Roles, message: Message, sender: str) -> bool:
+    try:
+        roles.check(message, sender)
+    except ProtocolError:
+        return False
+    return True
+
+
+def aimed(kind: type[Message], **fields: Any) -> Any:
+    """A message about what the worker really has."""
+    message = example(kind)  # type: ignore[arg-type]
+    known = {"model": MODEL, "plan_version": OLD, "stage": STAGE, "request": REQUEST} | fields
+    return msgspec.structs.replace(
+        message, **{name: known[name] for name in known.keys() & set(kind.__struct_fields__)}
+    )
+
+
+def test_the_tables_are_whole() -> None:
+    assert TO_WORKER.keys() | TO_CALLER.keys() == set(TYPES)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
+def test_each_message_is_taken_from_whose_it_is_to_send_alone(roles: Roles, kind: type[AnyMessage]) -> None:
+    taken = {name for name in PARTIES if is_taken(roles, aimed(kind), name)}
+    assert taken == {name for name, held in PARTIES.items() if TO_WORKER.get(kind) in held}
+
+
+@pytest.mark.parametrize("version", [0, 3, 10**9])
+@pytest.mark.parametrize("kind", [Step, EndSession])
+def test_a_version_that_is_not_hosted_has_no_stage_before_it(
+    roles: Roles, kind: type[AnyMessage], version: int
+) -> None:
+    assert not is_taken(roles, aimed(kind, plan_version=version), "previous")
+
+
+def test_each_stage_has_a_party_of_its_own_before_it(roles: Roles) -> None:
+    for fields in ({"stage": 0}, {"stage": 2}, {"model": MODEL + 1}):
+        assert not is_taken(roles, aimed(Step, **fields), "previous")
+
+
+def test_kv_comes_from_who_holds_the_layers_under_the_other_version(roles: Roles) -> None:
+    assert is_taken(roles, aimed(KVChunk, plan_version=OLD), "source")
+    for fields in ({"plan_version": NEW}, {"stage": 0}, {"model": MODEL + 1}, {"plan_version": 9}):
+        assert not is_taken(roles, aimed(KVChunk, **fields), "source")
+
+
+def test_weights_are_lent_of_the_model_that_moves(roles: Roles) -> None:
+    assert not is_taken(roles, aimed(FetchWeight, model=MODEL + 1), "borrower")
