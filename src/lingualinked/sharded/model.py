@@ -94,7 +94,8 @@ class ShardedModel:
         objective : {"throughput", "latency", "energy"}
             What the solver minimises; see `solve`.
         workload : Workload or None
-            What it plans for; ``None``: one session of 128 + 128 tokens.
+            What it plans for; ``None``: one session of 128 + 128 tokens. One session is in one stage at a time: a model that
+            one device holds then stays there. ``Workload(num_sessions=8)`` spreads it where eight answers at once gain.
         max_kv_tokens : int or None
             Rows x tokens of KV that all sessions together may hold; ``None``: what memory allows.
         rebalance : "auto", RebalancePolicy or None

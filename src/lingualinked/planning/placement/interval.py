@@ -45,7 +45,7 @@ def search_interval(
         bound on the latency of all within the cap; ``inf`` if there are none.
     start : tuple of Route or None, and float
         The placement of least bottleneck that was found, and a proven lower bound on all bottlenecks; ``None`` and 0
-        where the latency alone decides.
+        where it was not searched, as with one session the latency nearly always decides.
     limit : float
         The most seconds that a device or link may be busy.
     max_searches : float

@@ -215,7 +215,7 @@ def _search_interval(
 ) -> tuple[Route | None, float]:
     """Search the least interval with the problem's sessions in flight; a proven lower bound comes along."""
     start: tuple[Route | None, float] = None, 0.0
-    if problem.num_sessions > 1:
+    if problem.num_sessions > 1 or exact is None:  # among many devices it also finds what fits at all
         costs = bottleneck_costs(problem, tables)
         start = search_bottleneck(costs, devices) if exact is None else _proven(exact(costs))
         if start[0] is None or start[0].value > limit * (1 + TOLERANCE):
