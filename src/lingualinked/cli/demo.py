@@ -51,7 +51,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
         console.print(f"\nfrom nothing to the first token: {time.perf_counter() - started:.1f} s\n")
 
         before = model.telemetry
-        streamer = TextStreamer(tokenizer)
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         decode_started = time.perf_counter()
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
         elapsed_s = time.perf_counter() - decode_started

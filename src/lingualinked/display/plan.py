@@ -110,7 +110,7 @@ def plan_figure(plan: Plan) -> Figure:
     predicted = None if plan.profile is None else plan.predicted
     figure = new_figure(5 if predicted is None else 12.6, 1.9 + 0.45 * len(names))
     title = f"{count_text(plan.num_layers, 'layer')} on {count_text(len(plan.devices), 'device')}"
-    figure.suptitle(title if predicted is None else f"{title}, limited by {predicted.bottleneck}", fontsize=11)
+    figure.suptitle(title if predicted is None else f"{title}, limited by {predicted.limited_by}", fontsize=11)
     axes = figure.subplots(1, 1 if predicted is None else 3, sharey=True, squeeze=False)[0]
     for stage in plan.stages:
         axes[0].barh(stage.device, stage.num_layers, left=stage.start, color=PLAIN, edgecolor="white")
@@ -159,14 +159,14 @@ def _draw_memory(axes: Any, predicted: Prediction) -> None:
 
 def _draw_time(axes: Any, predicted: Prediction) -> None:
     for each in predicted.devices:
-        colour = LIMITING if predicted.bottleneck == f"device {each.device!r}" else PLAIN
+        colour = LIMITING if predicted.limited_by == f"device {each.device!r}" else PLAIN
         axes.barh(each.device, each.busy_s * 1e3, color=colour)
     axes.axvline(
-        predicted.bottleneck_s * 1e3,
+        predicted.seconds_of(predicted.limited_by) * 1e3,
         color=LIMITING,
         linewidth=1,
         linestyle="--",
-        label=f"{predicted.bottleneck} limits",
+        label=f"{predicted.limited_by} limits",
     )
     axes.set(xlabel="ms of compute in a mean step", title="time")
     _add_legend(axes)

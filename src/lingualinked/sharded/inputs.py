@@ -236,7 +236,8 @@ class StepShape:
         kept = len(range(self.new)[slice(-keep, None)]) if isinstance(keep, int) else None
         if kept is not None and labels.numel() != self.rows * kept:
             raise ArgumentError(
-                f"labels of shape {tuple(labels.shape)} do not fit logits of {self.rows} rows x {kept} tokens: "
+                f"labels of shape {tuple(labels.shape)} do not fit the logits of {count_text(self.rows, 'row')} x "
+                f"{count_text(kept, 'token')}: "
                 "give one for each, and leave logits_to_keep out"
             )
         counted = labels[labels != ignored]

@@ -74,7 +74,7 @@ def test_in_a_plan_a_colour_has_one_meaning() -> None:
     assert colours(memory) == {WEIGHTS, KV, WORKING}
     assert colours(time) == {PLAIN, LIMITING}
     assert sorted(legend(memory)) == ["KV cache", "limit", "weights", "working"]
-    assert legend(time) == [f"{plan.predicted.bottleneck} limits"]
+    assert legend(time) == [f"{plan.predicted.limited_by} limits"]
 
 
 def test_in_a_history_a_colour_has_one_meaning() -> None:

@@ -305,7 +305,7 @@ def test_a_plan_shows_itself() -> None:
         "memory",
         "time",
     ]
-    assert plan.predicted.bottleneck in figure.get_suptitle()
+    assert plan.predicted.limited_by in figure.get_suptitle()
     assert len(ll.Plan.from_spans([("a", 0, 2)]).plot().axes) == 1
 
 
