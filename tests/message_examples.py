@@ -53,7 +53,7 @@ VALUES = {
     "edits": (),
     "timings": (TIMES,),
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
-    "state": SessionState(number=3, num_tokens=9, records_past=True, has_mask=False),
+    "state": SessionState(number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False),
     "layout": None,
     "max_kv_tokens": None,
     "logits_to_keep": 1,

@@ -206,6 +206,10 @@ class Session:
         """Have sliding layers keep what a later crop may need, or no longer."""
         self._edits.append(KVEdit(kind=KVEditKind.RECORD, values=(int(on),)))
 
+    def reserve(self, num_tokens: int) -> None:
+        """Expect so many tokens per row in all: the stages make room for them and for no more."""
+        self._edits.append(KVEdit(kind=KVEditKind.RESERVE, values=(num_tokens,)))
+
     def end(self) -> None:
         """Free the session's KV in every stage."""
         self._finalizer()

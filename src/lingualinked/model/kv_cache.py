@@ -5,6 +5,7 @@ Knows one model's layer kinds; nothing of sessions' owners, budgets or the other
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -12,11 +13,17 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lingualinked.errors import ArgumentError, ProtocolError, UncuttableModelError
-from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+from lingualinked.model.kv_layers import (
+    CountingLayer,
+    CountingSlidingLayer,
+    GrowingLayer,
+    GrowingSlidingLayer,
+    Growth,
+)
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from torch import Tensor
     from transformers import Cache, PreTrainedConfig
@@ -36,6 +43,8 @@ class StageCache:
         Of the model; tells each layer's kind.
     owned : collection of int
         The cache slots of the stage's own layers.
+    spare_bytes : callable, optional
+        Returns the bytes that can still be had where the stage computes; by default there is no limit.
 
     Attributes
     ----------
@@ -47,8 +56,14 @@ class StageCache:
         The stage's own layers, by slot.
     """
 
-    def __init__(self, config: PreTrainedConfig, owned: Collection[int]) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        owned: Collection[int],
+        spare_bytes: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self.hf: Cache = DynamicCache(config=config)
+        self._growth = Growth(2 * len(owned), spare_bytes)
         self.num_tokens = 0
         self.owned: dict[int, OwnedLayer] = {}
         self._elsewhere: list[CountingLayer | CountingSlidingLayer] = []
@@ -63,7 +78,9 @@ class StageCache:
                     f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's",
                 )
             if slot in owned:
-                self.owned[slot] = GrowingLayer() if window is None else GrowingSlidingLayer(window)
+                self.owned[slot] = (
+                    GrowingLayer(self._growth) if window is None else GrowingSlidingLayer(window, self._growth)
+                )
                 self.hf.layers[slot] = self.owned[slot]
             else:
                 self._elsewhere.append(CountingLayer() if window is None else CountingSlidingLayer(window))
@@ -96,6 +113,7 @@ class StageCache:
         for other in others:
             for slot in self.owned.keys() & other.owned.keys():
                 self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
+                self.owned[slot].growth = self._growth
 
     def settle(self, num_tokens: int, *, records_past: bool) -> None:
         """Count the tokens of a session whose own layers have come from other stages.
@@ -124,6 +142,21 @@ class StageCache:
     def records_past(self) -> bool:
         """Whether sliding layers keep what leaves their window."""
         return any(layer.record_past for layer in self._sliding())
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens per row that the session is expected to come to; 0: not known."""
+        return self._growth.reserved_tokens
+
+    def reserve(self, num_tokens: int) -> None:
+        """Expect so many tokens per row: once half of them are held, there is room for all and for no more.
+
+        Parameters
+        ----------
+        num_tokens : int
+            In all; 0: not known.
+        """
+        self._growth.reserved_tokens = num_tokens
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""KV layers: owned ones that grow by doubling, and stand-ins that only count for layers held elsewhere.
+"""KV layers: owned ones that grow, and stand-ins that only count for layers held elsewhere.
 
 Each answers as the layer of transformers' DynamicCache that it replaces; knows nothing of stages or sessions.
 """
@@ -6,6 +6,7 @@ Each answers as the layer of transformers' DynamicCache that it replaces; knows 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,56 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.hf_internals import CacheLayer, SlidingCacheLayer
 
 _GRANULE_TOKENS = 64
+
+
+class Growth:
+    """How much room the KV of one session in one stage is given when it has to grow.
+
+    Parameters
+    ----------
+    num_tensors : int
+        Keys and values of all layers, which grow together.
+    spare_bytes : callable
+        Returns the bytes that can still be had.
+
+    Attributes
+    ----------
+    reserved_tokens : int
+        Tokens per row that the session is expected to come to; 0: not known.
+    """
+
+    def __init__(self, num_tensors: int, spare_bytes: Callable[[], float]) -> None:
+        self.reserved_tokens = 0
+        self._num_tensors = num_tensors
+        self._spare_bytes = spare_bytes
+
+    def expected(self, num_held: int, num_seen: int) -> int:
+        """Return the tokens per row that a tensor will hold at the end, of a layer that has seen so many; 0: not known."""
+        return num_held + self.reserved_tokens - num_seen if self.reserved_tokens else 0
+
+    def capacity(self, needed: int, capacity: int, expected: int, token_bytes: int) -> int:
+        """Return the tokens per row to make room for.
+
+        Room for all that is expected is made once half of it is needed, so that a long text that may end early takes no
+        more than it would with buffers that double. Beyond what is expected, and where memory is short, little is added.
+
+        Parameters
+        ----------
+        needed : int
+            Tokens per row that there must be room for.
+        capacity : int
+            Tokens per row that there is room for.
+        expected : int
+            As `expected` returns it.
+        token_bytes : int
+            Bytes of a token of all rows in one tensor.
+        """
+        roomy, scanty = max(needed, 2 * capacity), needed + needed // 8
+        if expected:
+            roomy = scanty if needed > expected else expected if expected <= 2 * needed else min(roomy, expected)
+        if roomy > needed and (roomy - capacity) * token_bytes * self._num_tensors > self._spare_bytes():
+            return min(roomy, scanty)
+        return roomy
 
 
 class GrowingTensor:
@@ -52,20 +103,25 @@ class GrowingTensor:
         """Make room for so many tokens while none is held."""
         self._allocate(self._buffer.shape[0], num_tokens)
 
-    def append(self, states: Tensor) -> Tensor:
-        """Add [rows, heads, new tokens, dim] at the end; give `view`."""
+    def append(self, states: Tensor, growth: Growth, expected: int) -> Tensor:
+        """Add [rows, heads, new tokens, dim] at the end; return `view`.
+
+        Where there is no room for them, it is made as `growth` says, where so many tokens are expected in the end.
+        """
         num_new = states.shape[2]
         if self._stop + num_new > self._buffer.shape[2]:
-            self._make_room(num_new)
+            self._make_room(num_new, growth, expected)
         self._buffer.narrow(2, self._stop, num_new).copy_(states)
         self._stop += num_new
         return self.view
 
-    def _make_room(self, num_new: int) -> None:
+    def _make_room(self, num_new: int, growth: Growth, expected: int) -> None:
         held, source, capacity = len(self), self.view, self._buffer.shape[2]
         # Where enough was dropped in front, moving there without overlap does.
         if self._start < held or held + num_new > capacity:
-            self._allocate(self._buffer.shape[0], max(held + num_new, 2 * capacity))
+            rows, heads, _, dim = self._buffer.shape
+            token_bytes = rows * heads * dim * self._buffer.element_size()
+            self._allocate(rows, growth.capacity(held + num_new, capacity, expected, token_bytes))
         self._fill(source)
 
     def _allocate(self, num_rows: int, num_tokens: int) -> None:
@@ -90,11 +146,11 @@ class GrowingTensor:
         """Drop tokens at the end."""
         self._stop = max(self._start, self._stop - num_tokens)
 
-    def splice(self, num_kept: int, num_dropped: int, states: Tensor) -> None:
+    def splice(self, num_kept: int, num_dropped: int, states: Tensor, growth: Growth, expected: int) -> None:
         """Keep so many tokens before the last so many, which are dropped, and add others at the end."""
         self.drop_last(num_dropped)
         self.keep_last(num_kept)
-        self.append(states)
+        self.append(states, growth, expected)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows that the indices name, in their order."""
@@ -107,6 +163,7 @@ class _Growing(abc.ABC):
     """What the growing layers share: keys and values in growing tensors (the attributes `keys`, `values` stay None)."""
 
     _grown: tuple[GrowingTensor, ...] = ()
+    growth: Growth  # of the session in the stage, which the layer may change
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn shapes, dtype and device from the first states."""
@@ -155,7 +212,7 @@ class _Growing(abc.ABC):
     def write(self, first: int, position: int, keys: Tensor, values: Tensor, capacity: int) -> None:
         """Hold the tokens from `first` to `position` that are held already, and these from there on; nothing else.
 
-        Where none is held already, room is made for `capacity` tokens.
+        Room is made for `capacity` tokens, as there is where they come from.
 
         Raises
         ------
@@ -170,19 +227,24 @@ class _Growing(abc.ABC):
             for grown in self._grown:
                 grown.reserve(capacity)
         for grown, states in zip(self._grown, (keys, values), strict=True):
-            grown.splice(num_kept, max(0, stop - position) if num_kept else 0, states)
+            grown.splice(num_kept, max(0, stop - position) if num_kept else 0, states, self.growth, capacity)
         self._seen(position + keys.shape[2])
 
 
 class GrowingLayer(_Growing, CacheLayer):
     """Full attention: keeps every token."""
 
+    def __init__(self, growth: Growth) -> None:
+        super().__init__()
+        self.growth = growth
+
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [rows, heads, new tokens, dim] to keys and values; give all tokens of both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._grown
-        return keys.append(key_states), values.append(value_states)
+        expected = self.growth.reserved_tokens
+        return keys.append(key_states, self.growth, expected), values.append(value_states, self.growth, expected)
 
     def get_seq_length(self) -> int:
         """Give the number of tokens held."""
@@ -205,6 +267,10 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
     A window of one token keeps all as well, since transformers cuts with ``[-window + 1:]``.
     """
 
+    def __init__(self, sliding_window: int, growth: Growth) -> None:
+        super().__init__(sliding_window)
+        self.growth = growth
+
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [rows, heads, new tokens, dim] to keys and values; give those that a new token may attend to."""
         if not self.is_initialized:
@@ -223,15 +289,19 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
 
     def _append(self, grown: GrowingTensor, states: Tensor) -> Tensor:
         num_kept, num_new = self.sliding_window - 1, states.shape[2]
+        expected = self.growth.expected(len(grown), self.cumulative_length - num_new)
         if self.record_past:
-            held = grown.append(states)
+            held = grown.append(states, self.growth, expected)
             num_visible = min(held.shape[2], num_kept + num_new)
             return held.narrow(2, held.shape[2] - num_visible, num_visible)
         if num_new > num_kept > 0:  # a long prompt: nearly all of it would be dropped again, so no room is made for it
             visible = torch.cat([grown.view, states], dim=2)
             grown.replace(states.narrow(2, num_new - num_kept, num_kept))
             return visible
-        visible = grown.append(states)
+        if num_kept:  # with more room than this, what has left the window makes way
+            most = 2 * num_kept + num_new
+            expected = min(expected or most, most)
+        visible = grown.append(states, self.growth, expected)
         if num_kept:
             grown.keep_last(num_kept)
         return visible

@@ -5,6 +5,7 @@ Knows what comes in and goes out of a span; nothing of sockets, sessions' owners
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,14 +198,19 @@ class Stage:
         )
         return frozenset(index for index in indices if isinstance(index, int))
 
-    def new_cache(self) -> StageCache:
+    def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf) -> StageCache:
         """Make the KV cache of a new session.
+
+        Parameters
+        ----------
+        spare_bytes : callable, optional
+            Returns the bytes that can still be had; by default there is no limit.
 
         Returns
         -------
         StageCache
         """
-        return StageCache(self._config, self._slots)
+        return StageCache(self._config, self._slots, spare_bytes)
 
     @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:

@@ -75,7 +75,7 @@ class WorkloadCosts:
         return self.profile.link(source, target).latency_s + self.transfer_s(source, target, tokens)
 
     def layer_kv_bytes(self, layer: int) -> int:
-        """Bytes of a layer's KV of all sessions in flight, as buffers that double will have grown by the end."""
+        """Bytes of a layer's KV of all sessions in flight, as buffers will have grown by the end."""
         model = self.profile.model
         capacity = kv_capacity(self.workload, model.layer_windows[layer])
         return model.layer_kv_bytes[layer] * capacity * self.workload.num_rows
@@ -179,17 +179,14 @@ def stage_s(
 
 
 def kv_capacity(workload: Workload, window: int | None) -> int:
-    """Give the tokens per row that a layer's KV has room for at the end of an answer.
+    """Return the tokens per row that a layer's KV has room for at the end of an answer.
 
-    A buffer is made for the prompt and doubles whenever it is full (`model/kv_layers.py`); a sliding window's is cut
-    to what the window sees, and has at most twice that.
+    ``generate`` says how many tokens may come, and room is made for them and for no more (`model/kv_layers.py`). A sliding
+    window's layer holds a window, and new tokens until what has left the window makes way.
     """
-    held = workload.prompt_tokens if window is None else min(workload.prompt_tokens, window)
-    needed = workload.num_tokens if window is None else min(workload.num_tokens, 2 * window)
-    capacity = _granules(held)
-    while capacity < needed:
-        capacity = _granules(2 * capacity)
-    return capacity
+    if window is None:
+        return _granules(workload.num_tokens)
+    return _granules(min(workload.num_tokens, window + workload.new_tokens, 2 * window))
 
 
 def _granules(num_tokens: int) -> int:

@@ -154,10 +154,15 @@ class KVEditKind(enum.IntEnum):
     REORDER = 1
     CROP = 2
     RECORD = 3
+    RESERVE = 4
 
 
 class KVEdit(Message, frozen=True):
-    """One edit of a session's KV: row indices to keep, tokens to drop, or whether dropped tokens must stay recoverable."""
+    """One edit of a session's KV.
+
+    Row indices to keep, tokens to drop, whether dropped tokens must stay recoverable, or the tokens per row that are expected
+    in all.
+    """
 
     kind: KVEditKind
     values: tuple[int, ...]

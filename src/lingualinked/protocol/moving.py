@@ -88,6 +88,7 @@ class SessionState(Message, frozen=True):
     number: int
     num_tokens: int
     records_past: bool
+    reserved_tokens: int
     has_mask: bool
 
 

@@ -98,14 +98,23 @@ class ShardedGeneration:
             raise ArgumentError(f"unknown argument of generate: {error}") from error
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        """Open a session where transformers would make a cache."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        """Open a session where transformers would make a cache; stages make room for as many tokens as may come."""
+        given = model_kwargs.get("past_key_values")
+        if given is not None or generation_config.use_cache is False:
             own = super()._prepare_cache_for_generation  # type: ignore[misc]
-            own(generation_config, model_kwargs, *args, **kwargs)
+            own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            if isinstance(given, ShardedCache):
+                given.session.reserve(max_cache_length)
             return
         cache = self._open_session()
+        cache.session.reserve(max_cache_length)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         opened = _sessions_of_call.get()

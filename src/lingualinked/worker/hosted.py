@@ -19,6 +19,7 @@ from lingualinked.model.stage import Stage, StageInputs, StageOutput
 from lingualinked.protocol.messages import KVEdit, KVEditKind, StageReport, Step
 from lingualinked.quantities import count_text
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
+from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
 
 _MAX_ARRIVING = 1 << 16
@@ -131,7 +132,7 @@ class HostedStage:
         if session not in self._arriving:
             if len(self._arriving) >= _MAX_ARRIVING:
                 raise ProtocolError(f"more than {_MAX_ARRIVING} sessions arrive at once")
-            self._arriving[session] = HostedSession(self.stage.new_cache(), StepContext())
+            self._arriving[session] = HostedSession(self._new_cache(), StepContext())
         cache = self._arriving[session].cache
         assert cache is not None
         for piece in pieces:
@@ -145,12 +146,15 @@ class HostedStage:
                 )
         write_pieces(pieces, cache)
 
-    def arrived(self, session: int, context: StepContext, number: int, *, records_past: bool) -> None:
-        """Take note of what else is known of a session that arrives."""
+    def arrived(
+        self, session: int, context: StepContext, number: int, *, records_past: bool, reserved_tokens: int
+    ) -> None:
+        """Record what else is known of a session that arrives."""
         arriving = self._arriving[session]
         arriving.context, arriving.number = context, number
         assert arriving.cache is not None
         arriving.cache.record_past(records_past)
+        arriving.cache.reserve(reserved_tokens)
 
     def awaits(self, session: int) -> bool:
         """Whether KV of a session has come that runs elsewhere as yet."""
@@ -166,14 +170,15 @@ class HostedStage:
         """
         others = list(others)
         arrived = self._arriving.pop(session, None)
-        state = HostedSession(self.stage.new_cache(), StepContext()) if arrived is None else arrived
+        state = HostedSession(self._new_cache(), StepContext()) if arrived is None else arrived
         assert state.cache is not None
         known = others[0] if others else state
         state.cache.adopt(other.cache for other in others if other.cache is not None)
         state.number = known.number
         state.context = StepContext.of(known.context.mask, known.context.num_tokens)
-        records_past = known.cache is not None and known.cache.records_past
-        state.cache.settle(known.context.num_tokens, records_past=records_past)
+        assert known.cache is not None
+        state.cache.reserve(known.cache.reserved_tokens)
+        state.cache.settle(known.context.num_tokens, records_past=known.cache.records_past)
         self.sessions[session] = state
 
     def forget_moves(self) -> None:
@@ -203,6 +208,9 @@ class HostedStage:
             sent_bytes=self.sent_bytes,
         )
 
+    def _new_cache(self) -> StageCache:
+        return self.stage.new_cache(functools.partial(spare_bytes, str(self.stage.device)))
+
     def _kv_bytes(self) -> int:
         held = (*self.sessions.values(), *self._arriving.values())
         return sum(session.cache.nbytes for session in held if session.cache is not None)
@@ -212,7 +220,7 @@ class HostedStage:
         if session is None:
             if step.number != 0:
                 raise ProtocolError(f"step {step.number} of session {step.session}, which has no state here")
-            cache = self.stage.new_cache() if step.keeps_kv else None
+            cache = self._new_cache() if step.keeps_kv else None
             session = self.sessions[step.session] = HostedSession(cache, StepContext())
         elif step.number != session.number:
             raise ProtocolError(f"step {step.number} of session {step.session} where {session.number} is due")
@@ -303,7 +311,7 @@ def _apply(edits: Sequence[KVEdit], session: HostedSession, num_rows: int) -> No
             copy.reorder(rows)
     for edit in edits:
         if edit.kind is not KVEditKind.REORDER:
-            _crop_or_record(edit, session, cache)
+            _apply_one(edit, session, cache)
 
 
 def _reorder(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
@@ -312,12 +320,15 @@ def _reorder(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(rows[row] for row in order)
 
 
-def _crop_or_record(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
+def _apply_one(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
     if len(edit.values) != 1:
         raise ProtocolError(f"{len(edit.values)} values, where an edit of KV has one")
     (value,) = edit.values
     if edit.kind is KVEditKind.RECORD:
         cache.record_past(bool(value))
+        return
+    if edit.kind is KVEditKind.RESERVE:
+        cache.reserve(value)
         return
     cache.crop(-value)
     session.context.crop(value)

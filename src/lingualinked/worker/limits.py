@@ -51,6 +51,17 @@ def free_bytes(accelerator: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def spare_bytes(accelerator: str) -> int:
+    """Memory that this worker could still take, in bytes: what is free, within its limit."""
+    free = free_bytes(accelerator)
+    if accelerator != "cpu" or sys.platform != "linux":
+        return free
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return free if limit == resource.RLIM_INFINITY else min(free, max(0, limit - _data_bytes()))
+
+
 def describe_hardware(accelerator: str) -> str:
     """Say in a few words what computes here."""
     if accelerator.startswith("cuda"):

@@ -117,7 +117,13 @@ class Mover:
             hosted.write(chunk.session, pieces)
             if chunk.state is not None:
                 context = StepContext.of(tensors[-1] if has_mask else None, chunk.state.num_tokens)
-                hosted.arrived(chunk.session, context, chunk.state.number, records_past=chunk.state.records_past)
+                hosted.arrived(
+                    chunk.session,
+                    context,
+                    chunk.state.number,
+                    records_past=chunk.state.records_past,
+                    reserved_tokens=chunk.state.reserved_tokens,
+                )
         if not chunk.is_last:
             return None
         return KVCopied(request=chunk.request, model=chunk.model, num_bytes=chunk.num_bytes)
@@ -150,6 +156,7 @@ class Mover:
                     number=session.number,
                     num_tokens=session.context.num_tokens,
                     records_past=session.cache.records_past,
+                    reserved_tokens=session.cache.reserved_tokens,
                     has_mask=mask is not None,
                 )
         chunk = KVChunk(

@@ -89,9 +89,11 @@ def stage_layers(plan: ll.Plan, index: int) -> int:
     [
         (ll.Workload(prompt_tokens=64, new_tokens=1), None, 128),
         (ll.Workload(prompt_tokens=100, new_tokens=28), None, 128),
-        (ll.Workload(prompt_tokens=100, new_tokens=29), None, 256),
+        (ll.Workload(prompt_tokens=100, new_tokens=29), None, 192),
         (ll.Workload(prompt_tokens=1000, new_tokens=1000), None, 2048),
+        (ll.Workload(prompt_tokens=8000, new_tokens=192), None, 8192),
         (ll.Workload(prompt_tokens=1000, new_tokens=1000), 64, 128),
+        (ll.Workload(prompt_tokens=1000, new_tokens=10), 500, 512),
     ],
 )
 def test_kv_is_planned_as_its_buffers_grow(workload: ll.Workload, window: int | None, capacity: int) -> None:

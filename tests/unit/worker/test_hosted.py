@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -28,10 +30,10 @@ PACE = Pace(1, 1.0)
 class PlainStage:
     """Keeps KV and computes nothing."""
 
-    start, end, weight_bytes = 0, 2, 0
+    start, end, weight_bytes, device = 0, 2, 0, torch.device("cpu")
 
-    def new_cache(self) -> StageCache:
-        return StageCache(CONFIG, {0, 1})
+    def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf) -> StageCache:
+        return StageCache(CONFIG, {0, 1}, spare_bytes)
 
     @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
