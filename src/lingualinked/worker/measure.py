@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 _FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
 _NUM_IDS = 64  # that tokens are chosen from, or all of a smaller vocabulary
-_LONGEST_S = 2.0  # for repeating one shape, unless two steps take longer
-_MOST_TIMES = 3  # as often as wanted, where times spread
+_LONGEST_S = 1.0  # for repeating one shape, unless two steps take longer
+_MOST_TIMES = 2  # as often as wanted, where times spread
 _SPREAD = 0.25  # of a step's time between its quartiles, beyond which it is repeated further
+_LEAST_SPREAD_S = 1e-4  # that does not matter
 
 Part = str | int
 """What time is spent on: a kind of layer, or ``"prologue"``, ``"epilogue"``, ``"stage"`` (all the rest)."""
@@ -180,7 +181,7 @@ def repeat_step(step: Callable[[], _Sample], num_wanted: int) -> list[_Sample]:
 
 def _is_spread(samples: list[_Sample]) -> bool:
     low, middle, high = statistics.quantiles([sum(sample.values()) for sample in samples], n=4, method="inclusive")
-    return high - low > _SPREAD * middle
+    return high - low > max(_SPREAD * middle, _LEAST_SPREAD_S)
 
 
 class _Session:
