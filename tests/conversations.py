@@ -18,6 +18,7 @@ from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage, StageInputs
+from lingualinked.model.torch_settings import TorchSettings
 
 
 def spec_of(
@@ -78,6 +79,7 @@ class Cut:
 
     def __init__(self, stages: Sequence[Stage], *, keeps_kv: bool = True, records_past: bool = False) -> None:
         self.stages = stages
+        self.torch_settings: TorchSettings = {}  # of the caller
         self.caches = [stage.new_cache() if keeps_kv else None for stage in stages]
         if records_past:
             for cache in self.caches:
@@ -89,7 +91,12 @@ class Cut:
         layout = None
         for stage, cache in zip(self.stages, self.caches, strict=True):
             inputs = StageInputs(
-                tensors=tensors, layout=layout, attention_mask=mask, position_ids=positions, logits_to_keep=keep
+                tensors=tensors,
+                layout=layout,
+                attention_mask=mask,
+                position_ids=positions,
+                logits_to_keep=keep,
+                torch_settings=self.torch_settings,
             )
             output = stage.step(inputs, cache)
             tensors, layout = tuple(tensor.clone() for tensor in output.tensors), output.layout

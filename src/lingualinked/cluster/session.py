@@ -23,6 +23,7 @@ from lingualinked.cluster.step_reply import StepReply, check_reply
 from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError, LingualinkedError
 from lingualinked.model.context import StepContext
 from lingualinked.model.rotary import RopeReach
+from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import CopyKV, KVCopied, MoveSession
 from lingualinked.quantities import count_text
@@ -334,6 +335,7 @@ class Session:
             rope_reach=self._reach.advance(num_positions),
             sent_us=clock_us(),
             timings=(),
+            torch_settings=tuple(read_torch_settings().items()),
         )
         self._edits.clear()
         self._next_step += 1

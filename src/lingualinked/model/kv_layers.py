@@ -104,10 +104,12 @@ class GrowingTensor:
         self._allocate(self._buffer.shape[0], num_tokens)
 
     def append(self, states: Tensor, growth: Growth, expected: int) -> Tensor:
-        """Add [rows, heads, new tokens, dim] at the end; return `view`.
+        """Add [rows, heads, new tokens, dim] at the end, in the wider dtype as `torch.cat` does; return `view`.
 
         Where there is no room for them, it is made as `growth` says, where so many tokens are expected in the end.
         """
+        if states.dtype != self._buffer.dtype:  # autocast has come or gone since
+            self._buffer = self._buffer.to(torch.promote_types(states.dtype, self._buffer.dtype))
         num_new = states.shape[2]
         if self._stop + num_new > self._buffer.shape[2]:
             self._make_room(num_new, growth, expected)

@@ -45,6 +45,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Multiply ``[..., in features]`` to ``[..., out features]``."""
+        if states.dtype is not torch.bfloat16 or torch.is_autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():  # noqa: SLF001
+            return functional.linear(states, self.weight(), self.bias)
         # What does not lie in one piece torch multiplies in another way: a bias is then added to a product that has
         # been rounded, and several rows of each batch go to a batched kernel.
         if states.is_contiguous() or (self.bias is None and states.shape[-2] == 1):

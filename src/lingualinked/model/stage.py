@@ -6,7 +6,7 @@ Knows what comes in and goes out of a span; nothing of sockets, sessions' owners
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.loading import LoadedSpan, load_span
 from lingualinked.model.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.torch_settings import TorchSettings, torch_settings
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class StageInputs:
         Of the last stage, with transformers' meaning: the last so many positions, 0 for all, or their indices.
     rope_reach : int, default=0
         How far the model's rotary embeddings are stretched before the step (`RopeReach`); 0 leaves them as they are.
+    torch_settings : mapping of str to bool, int or str
+        Under which the caller called, as `read_torch_settings` returns them.
     """
 
     tensors: tuple[Tensor, ...]
@@ -58,6 +61,7 @@ class StageInputs:
     position_ids: Tensor | None
     logits_to_keep: int | Tensor = 0
     rope_reach: int = 0
+    torch_settings: TorchSettings = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -230,6 +234,8 @@ class Stage:
         ------
         ArgumentError
             If the layout does not match the tensors.
+        ValueError
+            If a setting of torch is unknown.
         """
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         states = tensors[0]
@@ -242,8 +248,10 @@ class Stage:
             arguments["position_ids"] = self._placed(inputs.position_ids)
         if self.is_first and not states.is_floating_point():
             arguments["input_ids"] = states
-        else:  # of a later stage it gives the shape alone: what the prologue makes of it is discarded
+        elif self.is_first:
             arguments["inputs_embeds"] = states
+        else:  # it gives shape and dtype alone, what the prologue makes of it is discarded; under autocast states have others
+            arguments["inputs_embeds"] = states.to(self._config.dtype)
         if not self.is_first:
             self._boundary.incoming = _unflatten(tensors, inputs.layout)
         if self.is_last:
@@ -252,7 +260,7 @@ class Stage:
         # The hook is for this pass alone: stages that share the layer have hooks of their own.
         hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture)
         try:
-            with hf_internals.GLOBAL_STATE:
+            with hf_internals.GLOBAL_STATE, torch_settings(inputs.torch_settings):
                 if inputs.rope_reach:
                     for rope in self._ropes:
                         rope.stretch(inputs.rope_reach, self.device)

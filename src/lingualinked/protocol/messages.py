@@ -186,7 +186,7 @@ class Step(Message, frozen=True, tag=4):
     of the logits to keep if ``logits_to_keep`` is ``None``.
 
     ``rope_reach`` says how far the model's rotary embeddings are stretched before the step; 0 where they never are.
-
+    ``torch_settings`` are those of the caller, by name, that are not torch's defaults, such as autocast: stages compute under them.
     ``timings`` grows by one element per stage passed. ``sent_us`` is the sender's clock, of which nothing but differences
     counts; it starts anew every 2^32 microseconds.
     """
@@ -206,6 +206,7 @@ class Step(Message, frozen=True, tag=4):
     rope_reach: int
     sent_us: int
     timings: tuple[StageTimes, ...]
+    torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
 
 
 class EndSession(Message, frozen=True, tag=5):

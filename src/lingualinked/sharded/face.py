@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,6 +29,7 @@ from lingualinked.sharded.inputs import (
     refuse_arguments,
 )
 from lingualinked.sharded.model import ShardedModel
+from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_past_unasked
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
@@ -43,10 +43,11 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
     """The part of a sharded model's class that overrides transformers'; stands before the real class."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
-        get_input_embeddings: Callable[[], Any]
         loss_function: Any
         _parts: ModelParts
         _positions: LearnedPositions | None
+        _code: ModelCode
+        _embedding_shape: tuple[int, int]
         _seal: Seal
         _sealed_config: SealedConfig
         _output_class: type[Any]
@@ -126,7 +127,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
             If the model, its cluster or the session has been closed.
         """
         self._pipeline.check_open()
-        if not self._checked_in_call():
+        if self._checked_in_call():
+            check_observers()  # they come and go
+        else:
             self._check_unchanged()
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         for name, value in loss_arguments.items():
@@ -134,8 +137,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
                 loss_arguments[name] = check_tensor(name, value)
         cache_position = kwargs.pop("cache_position", None)
         refuse_arguments(self.config, kwargs, self._own_arguments)
-        embeddings = self.get_input_embeddings()
-        inputs = check_inputs(input_ids, inputs_embeds, embeddings.num_embeddings, embeddings.embedding_dim)
+        inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
         past = self._past(past_key_values, inputs.shape[0])
         shape = StepShape(
             rows=inputs.shape[0],
@@ -179,6 +181,8 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
 
     def _check_unchanged(self) -> None:
         """Refuse to run if something was changed in the caller that the workers do not know of."""
+        check_observers()
+        self._code.check(self.config)
         self._seal.check(self)  # type: ignore[arg-type]  # a PreTrainedModel by its real class
         self._sealed_config.check(self.config)
 
@@ -229,7 +233,9 @@ def face_class(real: Any) -> Any:
     return type(real.__name__, (ShardedCausalLM, real), namespace)
 
 
-def wear_face(meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, *, owns_cluster: bool) -> ShardedCausalLM:
+def wear_face(
+    meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, code: ModelCode, *, owns_cluster: bool
+) -> ShardedCausalLM:
     """Turn a model on the meta device into one that runs in a pipeline.
 
     Parameters
@@ -240,6 +246,8 @@ def wear_face(meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, *, o
         Where its layers are.
     parts : ModelParts
         Their names.
+    code : ModelCode
+        What it runs.
     owns_cluster : bool
         Whether the cluster ends with the model.
 
@@ -248,9 +256,11 @@ def wear_face(meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, *, o
     ShardedCausalLM
         The same object; its submodules can be looked at, and refuse to be used or changed.
     """
-    state = {"_pipeline": pipeline, "_parts": parts, "_owns_cluster": owns_cluster}
+    state = {"_pipeline": pipeline, "_parts": parts, "_code": code, "_owns_cluster": owns_cluster}
     model: Any = meta.eval()
     real: Any = type(meta)
+    embeddings = model.get_input_embeddings()
+    state["_embedding_shape"] = embeddings.num_embeddings, embeddings.embedding_dim
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta), _sealed_config=SealedConfig(meta.config)
     )

@@ -31,6 +31,7 @@ from lingualinked.planning.plan import Objective, Plan, check_plan, check_trust,
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
+from lingualinked.sharded.model_code import ModelCode
 from lingualinked.sharded.profiling import find_plan
 from lingualinked.sharded.progress import DeviceProgress
 from lingualinked.sharded.rebalancing import decide_from_profile
@@ -184,6 +185,7 @@ def load(arguments: LoadArguments) -> ShardedCausalLM:
     cluster = arguments.cluster
     assert cluster is not None
     described = describe(arguments)
+    code = ModelCode(described.meta)
     plan = place(described, arguments)
     timeout_s = cluster.timeout_s if arguments.timeout_s is None else arguments.timeout_s
     pipeline = Pipeline(
@@ -202,7 +204,7 @@ def load(arguments: LoadArguments) -> ShardedCausalLM:
     except BaseException:
         pipeline.unload()
         raise
-    return wear_face(described.meta, pipeline, described.parts, owns_cluster=arguments.owns_cluster)
+    return wear_face(described.meta, pipeline, described.parts, code, owns_cluster=arguments.owns_cluster)
 
 
 def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any]) -> PreTrainedConfig:

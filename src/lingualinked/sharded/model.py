@@ -127,7 +127,7 @@ class ShardedModel:
         ArgumentError
             If an argument is unknown or can't be used.
         UnsupportedOperationError
-            If an argument of transformers has no sharded counterpart.
+            If an argument of transformers has no sharded counterpart, or code of the model was replaced in this process.
         UncuttableModelError
             If the architecture can't be cut.
         CheckpointError

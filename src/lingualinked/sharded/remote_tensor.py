@@ -33,6 +33,7 @@ _REACHES_DATA = frozenset(
         "item",
         "mutable_data_ptr",
         "numpy",
+        "resize_as",
         "real = ",
         "share_memory_",
         "storage",
@@ -41,6 +42,7 @@ _REACHES_DATA = frozenset(
         "untyped_storage",
     }
 )
+_NO_DATA = ("Cannot access data pointer", "data is not allocated")
 _NEEDS_GRADIENTS = frozenset({"backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 
 
@@ -93,6 +95,10 @@ class RemoteTensor(Tensor):
                 return func(*args, **arguments)
         except UnsupportedOperationError:  # of `__torch_dispatch__`
             _refuse(name, args, arguments, _REMEDY)
+        except RuntimeError as error:  # of a kernel that is called past it
+            if any(text in str(error) for text in _NO_DATA):
+                _refuse(name, args, arguments, _REMEDY)
+            raise
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

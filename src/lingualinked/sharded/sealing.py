@@ -25,6 +25,7 @@ _GRADIENTS = "no gradients flow through it; train the unsharded model"
 _USE = "its weights are in a worker; call the whole model, read the checkpoint, or load it unsharded with transformers"
 
 _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+_SHADOWED = ("_buffers", "_modules", "_parameters")  # by an attribute of the same name
 _SCALARS = (bool, int, float, str)
 _OF_THE_CALLER = ("loss_type", "name_or_path")
 _ABSENT = object()
@@ -194,6 +195,7 @@ def _check(module: nn.Module, sealed: Mapping[str, Any]) -> None:
     changed = [name for name, value in sealed.items() if state.get(name, _ABSENT) is not value]
     if is_submodule:
         changed += [name for name in state.keys() - sealed.keys() if hasattr(type(module), name)]
+    changed += [name for registry in _SHADOWED for name in sealed[registry].keys() & state.keys()]
     if changed:
         where = f"{state['_path']}." if is_submodule else ""
         raise UnsupportedOperationError(

@@ -257,6 +257,7 @@ class HostedStage:
                 position_ids=positions,
                 logits_to_keep=keep,
                 rope_reach=step.rope_reach,
+                torch_settings=dict(step.torch_settings),
             ),
             session.cache,
         )

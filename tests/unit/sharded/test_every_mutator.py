@@ -1,0 +1,303 @@
+"""No method and no attribute of a model or of its parts changes a sharded model without effect.
+
+Each is used on an unsharded model and on its sharded counterpart. The latter refuses by name, at once or in the next call,
+or both give the same logits, loss and tokens afterwards, and call the same hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import lingualinked as ll
+from lingualinked.model.parts import find_parts
+from lingualinked.sharded.face import wear_face
+from lingualinked.sharded.model_code import ModelCode
+
+pytestmark = pytest.mark.timeout(400)  # thousands of calls, on a machine that may be busy
+
+IDS = torch.tensor([[1, 17, 3, 9]])
+TARGETS = ("", "model", "model.layers", "model.layers.0.mlp.up_proj")
+
+hooks_called: Counter[str] = Counter()
+
+
+class LocalSession:
+    """Stands for a session: runs the unsharded model in this process."""
+
+    def __init__(self, model: Any) -> None:
+        self.num_rows, self.num_tokens, self.ended = 0, 0, False
+        self._model, self._kv = model, DynamicCache(config=model.config)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, mask: Any, positions: Any, keep: Any, *, keeps_kv: bool = True) -> Tensor:
+        output = self._model(
+            ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, past_key_values=self._kv
+        )
+        self.num_rows, self.num_tokens = ids.shape[0], self.num_tokens + ids.shape[1]
+        logits: Tensor = output.logits
+        return logits
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class LocalPipeline:
+    """Stands for a pipeline of workers."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.plan = SimpleNamespace(stages=[SimpleNamespace(end=model.config.num_hidden_layers)])
+
+    def check_open(self) -> None:
+        pass
+
+    def open_session(self) -> LocalSession:
+        return LocalSession(self._model)
+
+
+CONFIG = LlamaConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=32,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
+
+
+class Pair:
+    """An unsharded model and its sharded counterpart."""
+
+    def __init__(self, original: Any) -> None:
+        self.plain = copy.deepcopy(original)
+        with torch.device("meta"):
+            meta = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
+        meta.generation_config = copy.deepcopy(original.generation_config)
+        self.pipeline: Any = LocalPipeline(copy.deepcopy(original))
+        self.sharded: Any = wear_face(meta, self.pipeline, find_parts(meta), ModelCode(meta), owns_cluster=False)
+        self.known = observe(self.plain)
+
+
+def observe(model: Any) -> Any:
+    """Tell what a model does: logits, loss, a token, the hooks it calls, and what of it asks for gradients."""
+    hooks_called.clear()
+    try:
+        with torch.no_grad():
+            output = model(IDS, labels=IDS)
+            tokens = model.generate(IDS, max_new_tokens=1, do_sample=False)
+        gradients = [value.requires_grad for value in model.parameters()]
+        return (
+            output.logits.tolist(),
+            output.loss.tolist(),
+            tokens.tolist(),
+            dict(hooks_called),
+            gradients,
+            model.training,
+        )
+    except ll.LingualinkedError:
+        return "refused"
+    except Exception as error:  # noqa: BLE001 - both may fail, and neither without a word
+        return "failed", type(error).__name__
+
+
+def hook(*args: Any, **_: Any) -> None:
+    hooks_called["called"] += 1
+
+
+def zeroed(*args: Any, **_: Any) -> Any:
+    return torch.zeros(1)
+
+
+def given(parameter: inspect.Parameter) -> Any:
+    """Make up an argument by its name; for one that is not known, what does no harm."""
+    return {
+        "fn": lambda module: [each.data.zero_() for each in module.parameters(recurse=False)],
+        "hook": hook,
+        "func": zeroed,
+        "mode": True,
+        "name": "extra",
+        "module": nn.Identity(),
+        "modules": [nn.Identity()],
+        "new_num_tokens": 40,
+        "param": nn.Parameter(torch.zeros(1)),
+        "tensor": torch.zeros(1),
+        "value": nn.Embedding(32, 16),
+        "new_embeddings": nn.Embedding(32, 16),
+        "dst_type": torch.float64,
+        "device": "cpu",
+        "state_dict": {},
+        "target": "0",
+        "index": 0,
+        "key": 0,
+        "idx": 0,
+        "attn_implementation": "eager",
+        "decoder": nn.Identity(),
+        "input": torch.zeros(1, 4, 16),
+        "tags": "a-tag",
+    }.get(parameter.name, 1)
+
+
+def variants(method: Any) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """List the arguments to call a method with: what it requires, and each switch the other way round."""
+    parameters = list(inspect.signature(method).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [given(each) for each in parameters if each.default is each.empty and each.kind in kinds]
+    yield required, {}
+    for each in parameters:
+        if isinstance(each.default, bool):
+            yield required, {each.name: not each.default}
+        elif each.default is None and each.name in ("new_num_tokens", "dst_type"):
+            yield required, {each.name: given(each)}
+
+
+# What reaches beyond the process, or makes another model instead of changing this one.
+NOT_CALLED = {
+    "compile",
+    "from_pretrained",
+    "get_compiled_call",
+    "push_to_hub",
+    "save_pretrained",
+    "register_for_auto_class",
+    "load_custom_generate",
+}
+
+
+def use(function: Callable[[Any], Any], model: Any) -> str:
+    try:
+        with torch.no_grad():
+            function(model)
+    except ll.LingualinkedError:
+        return "refused"
+    except Exception as error:  # noqa: BLE001 - the other may fail as well
+        return f"failed with {type(error).__name__}"
+    return "done"
+
+
+class Check:
+    """Uses both models in the same way, and compares them afterwards."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self._pair = Pair(original)
+        self.outcomes: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def __call__(self, name: str, function: Callable[[Any], Any]) -> None:
+        pair = self._pair
+        theirs, ours = use(function, pair.plain), use(function, pair.sharded)
+        plain = observe(pair.plain)
+        is_changed = theirs != "done" or plain != pair.known
+        sharded = observe(pair.sharded) if is_changed or ours == "done" else plain
+        changes = "changes" if plain != pair.known else "does not change"
+        if ours == "refused" or sharded == "refused":
+            outcome = "refused" if ours == "refused" else "refused at the next call"
+            if ours == "refused" and sharded not in ("refused", pair.known, plain):
+                self.wrong.append(f"{name} is refused, and changes the sharded model")
+        elif sharded == plain or (plain[0] == sharded[0] == "failed"):
+            outcome = "done as on the unsharded model"
+        else:
+            outcome = "WRONG"
+            self.wrong.append(f"{name}: {theirs}, {changes} the unsharded model, is {ours} on the sharded one")
+        self.outcomes[f"{changes} the unsharded model, {outcome}"] += 1
+        if is_changed or (ours != "refused" and sharded == "refused"):
+            self._pair = Pair(self._original)
+
+    def report(self, record_property: Callable[[str, object], None]) -> None:
+        record_property("outcomes", dict(self.outcomes))
+        assert not self.wrong, "\n".join(self.wrong)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", TARGETS, ids=lambda path: path or "the model")
+def test_every_method(original: Any, path: str, record_property: Callable[[str, object], None]) -> None:
+    check = Check(original)
+    part = original.get_submodule(path)
+    for name in dir(type(part)):
+        method = getattr(type(part), name, None)
+        if name.startswith("__") or name in NOT_CALLED or not callable(method) or inspect.isclass(method):
+            continue
+        try:
+            calls = list(variants(getattr(part, name)))
+        except (TypeError, ValueError):
+            continue  # no signature: a class or a generic
+        for args, kwargs in calls:
+            check(
+                f"{name}{kwargs or ''}",
+                lambda model, name=name, args=args, kwargs=kwargs: getattr(model.get_submodule(path), name)(
+                    *args, **kwargs
+                ),
+            )
+    check.report(record_property)
+    assert check.outcomes.total() > 75
+
+
+def another(value: Any) -> Any:
+    """Make up another value of the same kind."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case nn.Module():
+            return nn.Identity()
+        case nn.Parameter():
+            return nn.Parameter(torch.zeros_like(value))
+        case Tensor():
+            return torch.zeros_like(value)
+        case dict() | set() | list():
+            return type(value)()
+        case _:
+            return zeroed if callable(value) else None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", ["", "model", "model.layers.0.self_attn"], ids=lambda path: path or "the model")
+def test_every_attribute(original: Any, path: str, record_property: Callable[[str, object], None]) -> None:
+    check = Check(original)
+    part = original.get_submodule(path)
+    names = {
+        *vars(part),
+        *vars(part)["_modules"],
+        *vars(part)["_parameters"],
+        *vars(part)["_buffers"],
+        *dir(type(part)),
+    }
+    for name in sorted(each for each in names if not each.startswith("__")):
+        value = another(getattr(part, name, None))
+        check(f"setting {name}", lambda model, name=name, value=value: setattr(model.get_submodule(path), name, value))
+        check(
+            f"setting {name} past the module",
+            lambda model, name=name, value=value: vars(model.get_submodule(path)).update({name: value}),
+        )
+        check(f"deleting {name}", lambda model, name=name: delattr(model.get_submodule(path), name))
+    check.report(record_property)
+    assert check.outcomes.total() > 250
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_field_of_the_config(original: Any, record_property: Callable[[str, object], None]) -> None:
+    check = Check(original)
+    for name in sorted(vars(original.config)):
+        value = another(getattr(original.config, name, None))
+        check(f"setting config.{name}", lambda model, name=name, value=value: setattr(model.config, name, value))
+    check.report(record_property)
+    assert check.outcomes.total() > 25
