@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
 
-.PHONY: help demo test check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo test interrupts check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,9 @@ demo: $(RUNTIME)  ## Run the bundled model on three worker processes
 
 test: $(DEV)  ## Run the tests
 	$(BIN)/python -m pytest
+
+interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
+	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 tests/process/test_interrupts.py
 
 check: lint types layers test docs notebooks  ## Everything that has to hold before a commit
 

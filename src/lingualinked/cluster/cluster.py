@@ -22,11 +22,13 @@ from lingualinked.cluster.launch import Launcher
 from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
+from lingualinked.interrupts import interruptible, result_of, uninterrupted
 from lingualinked.protocol.boot import Boot, Imitation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.snapshot import WorkerSnapshot
 
 if TYPE_CHECKING:
+    from lingualinked.cluster.engine import Engine
     from lingualinked.transport.keys import KeyPair
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -70,6 +72,7 @@ class Cluster:
     ...     second = ShardedModel.from_pretrained(other, cluster=cluster)
     """
 
+    @interruptible
     def __init__(
         self,
         devices: int | Sequence[Device],
@@ -92,16 +95,16 @@ class Cluster:
         ends = contextlib.ExitStack()
         self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
         try:
-            self._launcher = launcher = Launcher(_class_names, forks=_forks)
-            ends.callback(launcher.stop)
+            self._launcher = launcher = uninterrupted(_launch)(ends, _class_names, _forks)
             # Imported only now: the workers import torch and zmq meanwhile.
-            from lingualinked.cluster.engine import Engine
+            import lingualinked.cluster.engine  # noqa: F401 - before what an interrupt has to wait for
             from lingualinked.transport.keys import generate_keypair
 
             keys = {name: generate_keypair() for name in (CALLER, *(device.name for device in self.devices))}
             public_keys = {device.name: keys[device.name].public for device in self.devices}
-            self._engine = engine = Engine(keys[CALLER], public_keys, launcher.socket_folder, max_frame_bytes)
-            ends.callback(engine.stop)
+            self._engine = engine = uninterrupted(_start_engine)(
+                ends, keys[CALLER], public_keys, launcher.socket_folder, max_frame_bytes
+            )
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
             engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
             for device in self.devices:
@@ -110,7 +113,7 @@ class Cluster:
                 self._boot(device, keys[device.name], imitation_of(device.name, self._behaving, self.links))
                 for device in self.devices
             ]
-            launcher.start(boots, engine.worker_ended)
+            uninterrupted(launcher.start)(boots, engine.worker_ended)
         except BaseException:
             self._finalizer()
             raise
@@ -135,6 +138,7 @@ class Cluster:
             imitation=imitation,
         )
 
+    @uninterrupted
     def close(self) -> None:
         """End the workers; returns once they are gone. Models on this cluster raise `ClosedError` from then on."""
         self._finalizer()
@@ -154,6 +158,7 @@ class Cluster:
         pids = self._launcher.pids()
         return {device.name: pids[device.name] for device in self.devices if device.name in pids}
 
+    @interruptible
     def wait(self) -> None:
         """Wait until every worker is ready.
 
@@ -182,6 +187,7 @@ class Cluster:
                 return device
         raise ArgumentError(f"no device {name!r} in this cluster: it has {[device.name for device in self.devices]}")
 
+    @interruptible
     def add(self, device: Device, *, links: Links | None = None) -> None:
         """Take in one more device while models run on the others; returns once its worker is ready.
 
@@ -237,8 +243,8 @@ class Cluster:
                 self._behaving, self.links, self.devices = behaving, known, (*self.devices, device)
             except BaseException:
                 self.devices, self.links, self._behaving = before
-                self._launcher.remove(device.name)
-                self._engine.forget(device.name)
+                uninterrupted(self._launcher.remove)(device.name)
+                uninterrupted(self._engine.forget)(device.name)
                 raise
 
     def _announce(self, behaving: Mapping[str, Device], links: Links) -> None:
@@ -251,7 +257,7 @@ class Cluster:
             told.append(self._engine.request(other, build, "the announcement of a new device", self.timeout_s))
         while told:  # not held here: a future would lead from its error to this frame and back
             with contextlib.suppress(WorkerDiedError):
-                told.pop(0).result()
+                result_of(told.pop(0))
 
     @property
     def is_throttled(self) -> bool:
@@ -336,6 +342,27 @@ class Cluster:
         return f"<Cluster of {', '.join(device.name for device in self.devices)}: {state}>"
 
 
+def _launch(ends: contextlib.ExitStack, class_names: tuple[str, ...], forks: bool | None) -> Launcher:
+    launcher = Launcher(class_names, forks=forks)
+    ends.callback(launcher.stop)
+    return launcher
+
+
+def _start_engine(
+    ends: contextlib.ExitStack,
+    keys: KeyPair,
+    public_keys: Mapping[str, str],
+    socket_folder: str,
+    max_frame_bytes: int,
+) -> Engine:
+    from lingualinked.cluster.engine import Engine
+
+    engine = Engine(keys, public_keys, socket_folder, max_frame_bytes)
+    ends.callback(engine.stop)
+    return engine
+
+
+@uninterrupted
 def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return  # a forked child: the workers are the parent's

@@ -28,6 +28,7 @@ from lingualinked.control.events import (
     StepObserved,
 )
 from lingualinked.errors import ClosedError, LingualinkedError
+from lingualinked.interrupts import result_of
 from lingualinked.planning.plan import Plan
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.recorder import Recorder
@@ -173,7 +174,7 @@ class Controller:
         outcome: concurrent.futures.Future[Decision] = concurrent.futures.Future()
         start_thread(threading.Thread(target=_settle, args=(outcome, work), name="lingualinked-migration", daemon=True))
         try:
-            return outcome.result()
+            return result_of(outcome)
         finally:
             del outcome  # it would lead from its error to this frame and back, and only the collector would free it
 

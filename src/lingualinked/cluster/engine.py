@@ -22,6 +22,7 @@ from lingualinked.cluster.pending import Pending
 from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
+from lingualinked.interrupts import wait_for_event
 from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, KeepPlan, MoveSession
 from lingualinked.protocol.roles import ANSWERS
@@ -124,7 +125,7 @@ class Engine:
             If the cluster was closed meanwhile.
         """
         self.check_owner()
-        in_time = self._exchange.settled[name].wait(min(timeout_s, threading.TIMEOUT_MAX))
+        in_time = wait_for_event(self._exchange.settled[name], timeout_s)
         if self._stopping:
             raise closed()
         if name in self._exchange.ended:

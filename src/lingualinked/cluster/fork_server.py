@@ -6,12 +6,14 @@ Knows who uses which, and a cluster's conversation with one; not what the worker
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -40,6 +42,7 @@ class ForkServer:
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.num_users = 0
+        self._folders = itertools.count()
         self.has_forked = False
         with contextlib.ExitStack() as undo:
             self.socket_folder = folder = make_socket_folder()
@@ -48,6 +51,12 @@ class ForkServer:
             preload = Preload(caller_pid=os.getpid(), forks=True, socket_folder=folder, class_names=class_names)
             self.process = ServerProcess(preload, self.errors)
             undo.pop_all()
+
+    def make_folder(self) -> str:
+        """Make a folder for the sockets of one cluster."""
+        folder = Path(self.socket_folder) / str(next(self._folders))
+        folder.mkdir(mode=0o700)
+        return str(folder)
 
     def end(self) -> None:
         """End the process and remove the folder of sockets; returns once both are gone."""

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -77,7 +76,7 @@ class Launcher:
             if _can_fork() if forks is None else forks:
                 self._fork_server = server = fork_servers.acquire(class_names)
                 undo.callback(fork_servers.release, server)
-                self.socket_folder = tempfile.mkdtemp(prefix="", dir=server.socket_folder)
+                self.socket_folder = server.make_folder()
             else:
                 self.socket_folder = make_socket_folder()
             undo.callback(shutil.rmtree, self.socket_folder, ignore_errors=True)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 from collections.abc import Callable
 
 from lingualinked.errors import LingualinkedError, StepTimeoutError
+from lingualinked.interrupts import wait_in_pieces
 
 Key = tuple[str, int, int]
 """What an answer is told by: its kind and two numbers."""
@@ -65,15 +67,20 @@ def results_of(futures: list[concurrent.futures.Future[object]]) -> list[object]
     list of object
         In the order of the futures.
     """
-    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-    error = next((error for future in done if (error := future.exception()) is not None), None)
+
+    def is_decided(timeout_s: float) -> bool:
+        done, left = concurrent.futures.wait(futures, timeout_s, concurrent.futures.FIRST_EXCEPTION)
+        return not left or any(future.exception() is not None for future in done)
+
+    wait_in_pieces(is_decided, math.inf)
+    error = next((error for future in futures if future.done() and (error := future.exception()) is not None), None)
     try:
         if error is not None:
             raise error
         return [future.result() for future in futures]
     finally:
         futures.clear()
-        del done, _, error
+        del error
 
 
 class PendingAnswers:

@@ -25,6 +25,7 @@ from lingualinked.cluster.session import KVBudget, Session
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError
+from lingualinked.interrupts import uninterrupted
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes
@@ -330,6 +331,7 @@ def _vocabulary(spec: ModelSpec) -> int | None:
     return size if isinstance(size, int) else None
 
 
+@uninterrupted
 def _free(engine: Engine, model: int, controller: Controller) -> None:
     controller.stop()
     engine.unload(model)

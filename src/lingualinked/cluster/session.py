@@ -21,6 +21,7 @@ from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.step_reply import StepReply, check_reply
 from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError, LingualinkedError
+from lingualinked.interrupts import result_of, uninterrupted
 from lingualinked.model.context import StepContext
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.torch_settings import read_torch_settings
@@ -343,7 +344,7 @@ class Session:
         try:
             # Neither the future nor the error is kept: each would lead back here, and only the collector would free it.
             tensors = (inputs, *code.tensors, *keep)
-            reply = cast("StepReply", self._engine.step(route.devices, step, tensors, self._timeout_s).result())
+            reply = cast("StepReply", result_of(self._engine.step(route.devices, step, tensors, self._timeout_s)))
             logits = check_reply(reply, route.devices, inputs, logits_to_keep, self._vocabulary)
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             self._broken_by = f" with {type(error).__name__}"
@@ -386,6 +387,7 @@ def _sample(
     )
 
 
+@uninterrupted
 def _end(engine: Engine, model: int, number: int, place: _Place, budget: KVBudget) -> None:
     route = place.route
     message = EndSession(model=model, plan_version=route.version, stage=0, session=number)

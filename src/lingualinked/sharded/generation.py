@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.utils import ModelOutput
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.interrupts import interruptible
 from lingualinked.sharded.cache import ShardedCache
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class ShardedGeneration:
 
         def _check_unchanged(self) -> None: ...
 
+    @interruptible
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate token ids: transformers' own ``generate`` with the layers in the workers.
 

@@ -17,6 +17,7 @@ from lingualinked.cluster.devices import as_devices
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
 from lingualinked.sharded.beforehand import refuse_too_large
 from lingualinked.workload import Workload
@@ -50,6 +51,7 @@ class ShardedModel:
         config: PreTrainedConfig
 
     @classmethod
+    @interruptible
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
@@ -164,8 +166,8 @@ class ShardedModel:
                 workload if plan is None else None,
                 DEFAULT_RESERVE if plan is None else 0.0,
             )
-        cluster = given or Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(path, subfolder))
         try:
+            cluster = given or Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(path, subfolder))
             # Imports torch and transformers, while the workers start.
             from lingualinked.sharded.loading import LoadArguments, load
 
@@ -196,7 +198,7 @@ class ShardedModel:
                 )
             )
         except BaseException:
-            if given is None:
+            if given is None and cluster is not None:
                 cluster.close()
             raise
 
@@ -220,6 +222,7 @@ class ShardedModel:
         """What the stages and their workers have done so far, asked of them now, with the history of late."""
         return self._pipeline.telemetry()
 
+    @interruptible
     def rebalance(self, plan: Plan | None = None, *, dry_run: bool = False) -> Decision:
         """Move layers while sessions go on, KV and all; no token changes.
 
@@ -261,6 +264,7 @@ class ShardedModel:
         fitting = fit_plan(plan, self._parts.weights, self.cluster, model, self.plan.workload)
         return self._pipeline.rebalance(fitting, self._parts.weights, dry_run=dry_run)
 
+    @interruptible
     def release(self, device: str) -> Decision:
         """Move all layers off a device while sessions go on, and place none there again; its worker stays.
 
@@ -287,6 +291,7 @@ class ShardedModel:
         self._measure()
         return self._pipeline.release(device)
 
+    @interruptible
     def admit(self, device: Device | str, *, links: Links | None = None) -> Decision:
         """Bring a device in while sessions go on: start its worker, measure the model on it, use it if that pays.
 

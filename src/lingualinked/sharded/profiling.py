@@ -17,6 +17,7 @@ import msgspec
 import psutil
 
 from lingualinked.errors import ArgumentError
+from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
 from lingualinked.profile import Profile
 from lingualinked.sharded.kept_files import keep, read_kept
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _SOLVER = 2  # to be raised when it decides otherwise: plans of before are then solved again
 
 
+@interruptible
 def profile_model(
     model_or_path: ShardedModel | str | os.PathLike[str],
     cluster: Cluster,

@@ -18,12 +18,13 @@ from lingualinked.errors import ResourceError
 
 _MOST_ADDRESS_BYTES = 107 if sys.platform == "linux" else 103
 _PREFIX = "lingualinked-"
-# The folder's name with what mkdtemp adds, a folder for each cluster in it, and the socket's own name.
-_NAME_BYTES = len("/") + len(_PREFIX) + 8 + len("/") + 8 + len("/") + 16
+# The folder's name with what mkdtemp adds, a number for each cluster in it, and the socket's own name.
+_NAME_BYTES = len("/") + len(_PREFIX) + 8 + len("/") + 6 + len("/") + 8
+_LAST_RESORT = "/tmp"  # noqa: S108 - what is made there is closed to others
 
 
 def make_socket_folder() -> str:
-    """Make a folder that no other user can enter, in ``XDG_RUNTIME_DIR`` if that is this user's, else for temporary files.
+    """Make a folder that no other user can enter: in ``XDG_RUNTIME_DIR`` if that is this user's, else for temporary files.
 
     Returns
     -------
@@ -44,15 +45,15 @@ def make_socket_folder() -> str:
             return tempfile.mkdtemp(prefix=_PREFIX, dir=parent)  # of mode 0700, whatever the umask
         except OSError as error:
             obstacles.append(f"{parent!r}: {error.strerror}")
-    tried = "; ".join(obstacles) or "no folder for temporary files can be written to"
     raise ResourceError(
-        f"there is no folder to place sockets in ({tried}): set TMPDIR to a short path that this user can write to"
+        f"there is no folder to place sockets in ({'; '.join(obstacles)}): set TMPDIR to a short path that this user can "
+        "write to"
     )
 
 
 def new_socket_path(folder: str) -> str:
     """Return a path in a folder of sockets that nothing has used or will use."""
-    return os.path.join(folder, secrets.token_hex(8))  # noqa: PTH118 - text, as in addresses
+    return os.path.join(folder, secrets.token_hex(4))  # noqa: PTH118 - text, as in addresses
 
 
 def _parents() -> Iterator[str]:
@@ -61,6 +62,7 @@ def _parents() -> Iterator[str]:
         yield runtime
     with contextlib.suppress(FileNotFoundError):  # as it says if it can write nowhere
         yield tempfile.gettempdir()
+    yield _LAST_RESORT
 
 
 def _is_private(folder: str) -> bool:

@@ -1,0 +1,178 @@
+"""Interrupts at random moments of loading, generating, moving and measuring: none is lost, and none leaves anything behind.
+
+``make interrupts`` sends 300 of them beside busy processes; the suite sends a few.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lingualinked as ll
+from kernels import Kernel
+from processes import Script
+
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals"),
+]
+
+NUM_INTERRUPTS = int(os.environ.get("LINGUALINKED_NUM_INTERRUPTS", "9"))
+SHARE = max(NUM_INTERRUPTS // 3, 1)
+VERBS = ("load", "generate", "rebalance", "profile")
+LONGEST_S = {"load": 3.0, "generate": 0.5, "rebalance": 1.0, "profile": 2.0}
+
+# What is interrupted never ends by itself; after it, nothing may be there that was not before.
+BEGIN = """
+import json, os, tempfile, threading, time
+import psutil, torch
+import lingualinked as ll
+
+def say(what):
+    print(json.dumps(what), flush=True)
+
+path, ids = ll.sample_model(), torch.tensor([[1, 5, 17]])
+plans = [ll.Plan.from_spans([("a", 0, cut), ("b", cut, 8)]) for cut in (3, 5)]
+devices = [ll.Device(name=name, threads=1) for name in "ab"]
+
+def load():
+    ll.ShardedModel.from_pretrained(path, devices=devices, plan="even").close()
+
+def generate():
+    model.generate(ids, max_new_tokens=60, do_sample=True, eos_token_id=None)
+
+def rebalance():
+    for plan in plans:
+        model.rebalance(plan)
+
+def profile():
+    ll.profile_model(path, model.cluster, refresh=True)
+
+def held():
+    names = sorted(thread.name for thread in threading.enumerate() if type(thread).__name__ != "TMonitor")
+    children = sorted(child.pid for child in psutil.Process().children(recursive=True))
+    return [names, children, sorted(os.listdir(tempfile.gettempdir()))]
+
+def go_on(verb):
+    while True:
+        globals()[verb]()
+
+def left(before):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (held() != before or sum(s.num_sessions for s in model.telemetry.stages)):
+        time.sleep(0.02)
+    return [held() == before, sum(s.num_sessions for s in model.telemetry.stages), held(), before]
+"""
+
+SCRIPT = """
+with ll.ShardedModel.from_pretrained(path, devices=devices, plan=plans[0], progress=False) as model:
+    generate(), rebalance(), profile()
+    before = held()
+    for verb in os.environ["VERBS"].split():
+        say(["begin", verb])
+        try:
+            go_on(verb)
+        except KeyboardInterrupt:
+            say(["interrupted", *left(before)])
+        except BaseException as error:
+            say(["lost", repr(error)])
+    say(["tokens", model.generate(ids, max_new_tokens=3, eos_token_id=None).shape[1]])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load() -> Iterator[None]:
+    """Other work on the machine, while many interrupts are sent."""
+    busy = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(busy) for _ in range(2 if NUM_INTERRUPTS >= 100 else 0)]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def moments() -> random.Random:
+    seed = int(os.environ.get("LINGUALINKED_SEED", random.randrange(10**6)))
+    sys.stdout.write(f"LINGUALINKED_SEED={seed}" + "\n")
+    return random.Random(seed)
+
+
+@pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
+def test_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random) -> None:
+    monkeypatch.setenv("VERBS", " ".join(VERBS[index % len(VERBS)] for index in range(SHARE)))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    with Script(BEGIN + SCRIPT, tmp_path) as script:
+        for index in range(SHARE):
+            assert script.hear() == ["begin", VERBS[index % len(VERBS)]]
+            time.sleep(moments.uniform(0, LONGEST_S[VERBS[index % len(VERBS)]]))
+            script.process.send_signal(signal.SIGINT)
+            outcome = script.hear()
+            assert outcome[:3] == ["interrupted", True, 0], (index, outcome)
+        assert script.hear() == ["tokens", 6]
+        assert script.end() == 0
+    sys.stdout.write(f"{SHARE} interrupts of a script, none lost" + "\n")
+
+
+@pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
+def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random) -> None:
+    """A process of its own each time, so that imports are interrupted, too."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    program = str(Path(sys.executable).with_name("lingualinked"))
+    command = [program, "generate", str(ll.sample_model()), "Once", "--max-new-tokens", "200"]
+    began_s = time.monotonic()
+    subprocess.run(command, capture_output=True, check=True)
+    longest_s, num_late, num_interrupted = time.monotonic() - began_s, 0, 0
+    while num_interrupted < SHARE:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        time.sleep(moments.uniform(0.1 * longest_s, 0.9 * longest_s))
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+        if process.returncode == 0 and num_late < SHARE:
+            num_late += 1  # it may have ended before; an interrupt that is lost shows in these being many
+            continue
+        assert process.returncode in (130, -signal.SIGINT), (num_interrupted, process.returncode, output)
+        num_interrupted += 1
+        assert list((tmp_path / "temporary").glob("lingualinked-*")) == []
+    sys.stdout.write(f"{SHARE} interrupts of the command line, {num_late} ended before" + "\n")
+
+
+NOTEBOOK = """
+model = ll.ShardedModel.from_pretrained(path, devices=devices, plan=plans[0], progress=False)
+generate(), rebalance(), profile()
+before = held()
+"""
+
+
+@pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
+def test_in_a_notebook(
+    jupyter_event_loop: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    kernel = Kernel()
+    try:
+        kernel.run(BEGIN + NOTEBOOK)
+        for index in range(SHARE):
+            verb = VERBS[index % len(VERBS)]
+            reply = kernel.interrupt(
+                f"print('begin', flush=True); go_on({verb!r})", moments.uniform(0, LONGEST_S[verb])
+            )
+            assert reply.get("ename") == "KeyboardInterrupt", (index, verb, reply)
+            outcome = kernel.run("print(json.dumps(left(before)))")
+            assert outcome.startswith("[true, 0"), (index, verb, outcome)
+        kernel.run("model.close()")
+    finally:
+        kernel.close()
+    sys.stdout.write(f"{SHARE} interrupts of a notebook's kernel, none lost" + "\n")
