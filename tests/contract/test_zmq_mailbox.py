@@ -205,8 +205,8 @@ def test_a_socket_lies_in_the_folder_that_is_named(tmp_path: Path) -> None:
         "tcp://127.0.0.1:*",
         "ipc://@lingualinked",
         "ipc:///run/docker.sock",
-        "ipc:///tmp/0123456789abcdef",
-        "ipc://0123456789abcdef",
+        "ipc:///tmp/01234567",
+        "ipc://01234567",
         "",
         "tcp://127.0.0.1:5555\n",
     ],
@@ -217,7 +217,7 @@ def test_nothing_but_mailboxes_is_connected_to(tmp_path: Path, address: str) -> 
     with ZmqMailbox("me", keys, {}, socket_folder=str(tmp_path)) as mailbox:
         with pytest.raises(ArgumentError, match="does not connect to 'other'"):
             mailbox.connect("other", address, keys.public)
-        mailbox.connect("near", f"ipc://{tmp_path}/0123456789abcdef", keys.public)
+        mailbox.connect("near", f"ipc://{tmp_path}/01234567", keys.public)
         mailbox.connect("far", "tcp://127.0.0.1:5555", keys.public)
 
 

@@ -51,7 +51,7 @@ _MAX_UNTAKEN = 1_000  # messages of one peer that lie here; what is more stays w
 _MAX_UNSENT = 100_000  # messages to one peer; far more than are ever on their way to one that takes them
 # Other transports of libzmq end the process where they are missing, and names are looked up in the network.
 _TCP_ADDRESS = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]):\d{1,5}")
-_IPC_ADDRESS = re.compile(r"ipc://(/.+)/[0-9a-f]{16}")
+_IPC_ADDRESS = re.compile(r"ipc://(/.+)/[0-9a-f]{8}")
 _LONGEST_POLL_MS = 2**31 - 1
 
 
