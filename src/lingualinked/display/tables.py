@@ -68,7 +68,7 @@ class Rows:
         if width is None:
             width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self.width)
         buffer = io.StringIO()
-        Console(file=buffer, width=width, color_system=None).print(self.to_rich())
+        Console(file=buffer, width=width, color_system=None, force_jupyter=False).print(self.to_rich())
         return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
 
     def to_html(self) -> str:
@@ -103,7 +103,7 @@ class Rows:
     @property
     def width(self) -> int:
         """Columns that the table takes as a table."""
-        console = Console(file=io.StringIO(), width=UNLIMITED)
+        console = Console(file=io.StringIO(), width=UNLIMITED, force_jupyter=False)
         return Measurement.get(console, console.options, self.table()).maximum
 
     def table(self) -> Table:

@@ -111,6 +111,13 @@ def test_without_a_terminal_nothing_is_wrapped_or_cut(
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == text.splitlines()
 
 
+def test_text_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Jupyter a rich console displays what it prints, whatever file it has, and the text would be empty."""
+    text = wide_rows().to_text()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert wide_rows().to_text() == text
+
+
 def test_html_brings_its_own_looks() -> None:
     html = wide_rows().to_html()
     assert html.count("<td style=") == html.count("<td") == 10
