@@ -92,11 +92,19 @@ class WorkerError(LingualinkedError):
         self.remote_traceback = remote_traceback
 
 
-class DeviceMemoryError(WorkerError):
-    """A device's memory limit would be exceeded; the request was refused and everything else goes on."""
+class DeviceMemoryError(WorkerError, RuntimeError):
+    """A device's memory limit would be exceeded; the request was refused and everything else goes on.
+
+    As `KVCapacityError`, it reads as torch's own errors do where memory does not suffice, a `RuntimeError` that says
+    "out of memory": what tries smaller batches then (accelerate's ``find_executable_batch_size``) looks for both.
+    """
+
+    def __init__(self, device: str, cause: str, remote_traceback: str = "") -> None:
+        super().__init__(device, cause, remote_traceback)
+        self.args = (f"device {device!r} is out of memory. The {self.args[0]}",)
 
 
-class KVCapacityError(LingualinkedError):
+class KVCapacityError(LingualinkedError, RuntimeError):
     """The KV budget of a model (``max_kv_tokens``) would be exceeded; other sessions go on."""
 
 

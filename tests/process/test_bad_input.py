@@ -179,10 +179,20 @@ def test_weights_of_another_shape_than_the_config_says(load: Load, checkpoint: P
         load(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_git_lfs_has_not_fetched(load: Load, checkpoint: Path, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n"
+    (checkpoint / name).write_text(pointer)
+    with pytest.raises(ll.CheckpointError, match=rf"git-lfs pointers .* for {name}: run 'git lfs pull'"):
+        load(checkpoint)
+
+
 def test_an_adapter(load: Load, checkpoint: Path) -> None:
     (checkpoint / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(ll.CheckpointError, match=r"adapter.*merge"):
-        load(checkpoint)
+    for left_out in ("model.safetensors", "config.json"):
+        with pytest.raises(ll.CheckpointError, match=r"adapters are not supported yet.*merge"):
+            load(checkpoint)
+        (checkpoint / left_out).unlink()
 
 
 def test_a_quantised_checkpoint(load: Load, checkpoint: Path) -> None:
@@ -298,12 +308,29 @@ def test_ids_that_nothing_can_be_generated_from(sharded: Any, ids: torch.Tensor)
         sharded.generate(ids, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("name", ["input_ids", "inputs", "attention_mask", "position_ids", "inputs_embeds"])
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, lambda ids: ids.to("meta")])
+def test_a_prompt_that_is_no_tensor_with_data(
+    sharded: Any, name: str, convert: Callable[[torch.Tensor], object]
+) -> None:
+    inputs = {"input_ids": IDS} if name in ("attention_mask", "position_ids") else {}
+    with pytest.raises(ll.ArgumentError, match=r"give a tensor|is on the meta device"):
+        sharded.generate(**inputs, **{name: convert(IDS)}, max_new_tokens=2)
+
+
+def test_a_prompt_in_one_dimension(sharded: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match="must have 2 dimensions"):
+        sharded.generate(IDS[0], max_new_tokens=2)
+    with pytest.raises(ll.ArgumentError, match=r"(attention_mask|position_ids) of shape"):
+        sharded.generate(IDS, attention_mask=torch.ones(1, 4), max_new_tokens=2)
+
+
 @pytest.mark.parametrize(
     ("inputs", "name"),
     [
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"output_attentions": True}, "output_attentions"),
-        ({"past_key_values": DynamicCache()}, "DynamicCache"),
+        ({"past_key_values": DynamicCache(offloading=False, config=GPT2Config())}, "DynamicCache"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(sharded: Any, inputs: dict[str, Any], name: str) -> None:
@@ -381,13 +408,17 @@ def test_indices_of_a_wrong_type_do_not_wait_for_an_answer(sharded: Any) -> None
 def test_a_closed_model(load: Load, tiny_llama: str) -> None:
     model = load(tiny_llama)
     past = model(IDS).past_key_values
+    before = model.telemetry
+    model(IDS)
     model.close()
     model.close()
+    after = model.telemetry  # what was known last
+    assert [stage.num_steps for stage in after.stages] == [stage.num_steps + 1 for stage in before.stages]
+    assert len(after.history.steps) == 2
     for use in (
         lambda: model(IDS),
         lambda: model(IDS[:, :1], past_key_values=past),
         lambda: model.generate(IDS, max_new_tokens=2),
-        lambda: model.telemetry,
     ):
         with pytest.raises(ll.ClosedError, match="closed"):
             use()
@@ -396,7 +427,10 @@ def test_a_closed_model(load: Load, tiny_llama: str) -> None:
 
 def test_a_closed_cluster(tiny_llama: str) -> None:
     cluster = ll.Cluster(1)
+    model = ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan="even", progress=False)
+    before = model.telemetry
     cluster.close()
+    assert model.telemetry.stages == before.stages
     with pytest.raises(ll.ClosedError, match="closed"):
         ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, progress=False)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
+from lingualinked.cluster.cluster import MIN_FRAME_BYTES
 
 pytestmark = pytest.mark.process
 
@@ -40,11 +41,11 @@ def test_a_decode_step_is_one_hidden_state_a_hop(sharded: Any, context: int, row
 
 
 def test_replies_larger_than_a_frame_come_in_several(tiny_llama: str, unsharded: PreTrainedModel) -> None:
-    ids = torch.randint(3, 128, (2, 300))
+    ids = torch.randint(3, 128, (4, 500))
     with (
-        ll.Cluster(2, max_frame_bytes=16 * 1024) as cluster,
+        ll.Cluster(2, max_frame_bytes=MIN_FRAME_BYTES) as cluster,
         ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan="even", progress=False) as model,
     ):
         logits = model(ids).logits
-    assert logits.nbytes > 16 * 16 * 1024
+    assert logits.nbytes > 3 * MIN_FRAME_BYTES
     assert torch.equal(logits, unsharded(ids).logits)

@@ -352,6 +352,7 @@ def test_a_stranger_is_refused_and_the_caller_hears_of_it(
         ({"devices": 1, "timeout_s": float("inf")}, "timeout_s=inf"),
         ({"devices": 1, "timeout_s": "1"}, "timeout_s='1'"),
         ({"devices": 1, "max_frame_bytes": 0}, "max_frame_bytes=0"),
+        ({"devices": 1, "max_frame_bytes": 1500}, "max_frame_bytes=1500 can't carry every message"),
         ({"devices": 1, "max_frame_bytes": 0.5}, "max_frame_bytes=0.5"),
     ],
 )

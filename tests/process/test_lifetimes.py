@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -270,6 +271,33 @@ def test_a_model_made_in_a_thread_interrupted_twice_and_left_open(tmp_path: Path
         assert script.end() == 0
         assert "Traceback" not in script.errors()
         wait_until(lambda: are_gone(workers))
+
+
+STILL_GENERATING = """
+running = threading.Event()
+
+def criterion(ids, scores, **_):
+    if ids.shape[1] == 6:
+        running.set()
+    return torch.zeros(len(ids), dtype=torch.bool)
+
+model = make(2)
+arguments = {"max_new_tokens": 10**6, "do_sample": False, "eos_token_id": None, "stopping_criteria": [criterion]}
+threading.Thread(target=model.generate, args=(ids,), kwargs=arguments, daemon=True).start()
+running.wait()
+"""
+
+
+def test_a_daemon_thread_that_generates_while_the_interpreter_ends(tmp_path: Path) -> None:
+    with Script(BEGIN + STILL_GENERATING, tmp_path) as script:
+        assert script.end() == 0
+        assert "Traceback" not in script.errors()
+
+
+def test_stripped_docstrings_are_named(tiny_llama: str) -> None:
+    load = "import sys, lingualinked as ll; ll.ShardedModel.from_pretrained(sys.argv[1], devices=1)"
+    done = subprocess.run([sys.executable, "-OO", "-c", load, tiny_llama], capture_output=True, text=True, check=False)
+    assert "UnsupportedOperationError: python -OO (or PYTHONOPTIMIZE=2) strips docstrings" in done.stderr
 
 
 KILLED = """

@@ -18,6 +18,8 @@ from transformers import (
     pipeline,
 )
 
+import lingualinked as ll
+
 pytestmark = pytest.mark.process
 
 PROMPT = "the quick brown fox"
@@ -100,3 +102,67 @@ def test_stop_strings_and_scores(sharded: Any, unsharded: PreTrainedModel, token
         results.append((output.sequences, scores))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", [-1, "cpu", torch.device("cpu")], ids=str)
+def test_pipeline_for_the_device_where_inputs_belong(
+    sharded: Any, unsharded: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: Any
+) -> None:
+    generators = [
+        pipeline("text-generation", model=model, tokenizer=tokenizer, device=device) for model in (sharded, unsharded)
+    ]
+    ours, theirs = (each(PROMPT, max_new_tokens=6, do_sample=False) for each in generators)
+    assert ours == theirs
+    assert sharded.hf_device_map[""] == "cpu"
+
+
+def test_pipeline_for_another_device_is_refused(sharded: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ll.UnsupportedOperationError, match=r"^to\(\) of a sharded model"):
+        pipeline("text-generation", model=sharded, tokenizer=tokenizer, device="meta")
+
+
+class Received:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Any] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.tokens.append(tokens.tolist())
+
+    def end(self) -> None:
+        self.tokens.append("end")
+
+
+def test_streamer_of_sampled_beams(sharded: Any, unsharded: PreTrainedModel) -> None:
+    seen = []
+    for model in (sharded, unsharded):
+        streamer = Received()
+        torch.manual_seed(7)
+        arguments = {"num_beams": 2, "do_sample": True, "max_new_tokens": 6, "eos_token_id": None}
+        tokens = model.generate(torch.tensor([[1, 17, 93]]), streamer=streamer, **arguments)
+        seen.append((tokens.tolist(), streamer.tokens))
+    assert seen[0] == seen[1]
+
+
+def test_what_an_evaluation_harness_does(
+    sharded: Any, unsharded: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As lm-evaluation-harness: prepare the model, pad texts on the right, add up log-likelihoods of continuations."""
+    likelihoods = []
+    texts = [tokenizer(text).input_ids for text in PROMPTS]
+    width = max(map(len, texts))
+    batch = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+    for model in (sharded, unsharded):
+        model.eval()
+        model.tie_weights()
+        model.to(model.device)
+        with torch.no_grad():
+            logits = torch.nn.functional.log_softmax(model(batch.to(model.device)).logits, dim=-1, dtype=torch.float32)
+        likelihoods.append(
+            [
+                float(row[: len(text) - 1].gather(1, torch.tensor(text[1:])[:, None]).sum())
+                for row, text in zip(logits, texts, strict=True)
+            ]
+        )
+    assert likelihoods[0] == likelihoods[1]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, LlamaForCausalLM
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 import lingualinked as ll
 from lingualinked.sharded.conversions import Conversions
@@ -89,7 +90,6 @@ def test_refused_with_arguments(sharded: Any, use: Callable[[Any], Any]) -> None
         lambda model: model.type("torch.FloatTensor"),
         lambda model: model.eval(),
         lambda model: model.train(False),
-        lambda model: model.requires_grad_(False),
         lambda model: model.tie_weights(),
         lambda model: model.zero_grad(),
         lambda model: model.zero_grad(set_to_none=False),
@@ -137,3 +137,34 @@ def test_bfloat16_of_a_bfloat16_model_names_what_transformers_would_round(
     assert "rotary_emb.inv_freq" in caplog.text
     with pytest.raises(ll.UnsupportedOperationError, match=r"^float\(\)"):
         model.float()
+
+
+class Wrapper(torch.nn.Module):
+    """As peft puts around a layer."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+
+def test_what_wraps_layers_is_told_that_adapters_are_not_supported(sharded: Any) -> None:
+    attention = sharded.model.layers[1].self_attn
+    with pytest.raises(ll.UnsupportedOperationError, match=r"setting q_proj of .*adapters .* not supported yet"):
+        attention.q_proj = Wrapper(attention.q_proj)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_compilation_is_refused_when_it_is_asked_for(sharded: Any) -> None:
+    with pytest.raises(ll.UnsupportedOperationError, match=r"^torch\.compile\(\) of a sharded model: "):
+        torch.compile(sharded)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_trace_would_record_what_the_workers_answer(sharded: Any) -> None:
+    with pytest.raises(ll.UnsupportedOperationError, match=r"^torch\.jit\.trace\(\) of a sharded model"):
+        torch.jit.trace(lambda ids: sharded(ids).logits, torch.tensor([[1, 17, 93]]), check_trace=False)
+
+
+def test_a_manager_of_continuous_batching_is_refused_when_it_is_made(sharded: Any) -> None:
+    with pytest.raises(ll.UnsupportedOperationError, match=r"^continuous batching of a sharded model"):
+        ContinuousBatchingManager(sharded, sharded.generation_config, ContinuousBatchingConfig())

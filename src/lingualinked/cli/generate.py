@@ -64,8 +64,11 @@ def read_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from lingualinked.model.checkpoint import check_fetched
+
     if path.startswith(("/", ".")) and not Path(path).exists():
         raise ll.CheckpointError(f"there is no checkpoint at {path!r}: give a folder with config.json, or a hub id")
+    check_fetched(Path(path))
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

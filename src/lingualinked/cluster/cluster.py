@@ -37,6 +37,9 @@ DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_MAX_FRAME_BYTES = 1024**2
 """Largest frame on a socket; larger tensors travel in several."""
 
+MIN_FRAME_BYTES = 256 << 10
+"""Everything but tensors travels in one frame: a worker's error with its traceback takes most."""
+
 
 class Cluster:
     """Worker processes on devices, ready to hold models.
@@ -56,7 +59,7 @@ class Cluster:
     timeout_s : float or None
         Seconds that any one answer of a worker may take; ``None``: 600.
     max_frame_bytes : int
-        Largest frame on a socket, in bytes; larger tensors travel in several.
+        Largest frame on a socket, in bytes, 256 KiB at least; larger tensors travel in several, all else in one.
 
     Raises
     ------
@@ -90,7 +93,12 @@ class Cluster:
         self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else _positive(timeout_s, "timeout_s")
         if not isinstance(max_frame_bytes, int):
             raise ArgumentError(f"max_frame_bytes={max_frame_bytes!r} must be a whole number")
-        self._max_frame_bytes = int(_positive(max_frame_bytes, "max_frame_bytes"))
+        if max_frame_bytes < MIN_FRAME_BYTES:
+            raise ArgumentError(
+                f"max_frame_bytes={max_frame_bytes} can't carry every message: give {MIN_FRAME_BYTES} ({MIN_FRAME_BYTES >> 10} KiB) "
+                "or more"
+            )
+        self._max_frame_bytes = max_frame_bytes
         check_start(self.devices)
         ends = contextlib.ExitStack()
         self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())

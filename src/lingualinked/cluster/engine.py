@@ -24,7 +24,7 @@ from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_for_event
 from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
-from lingualinked.protocol.moving import AnnounceMove, CopyKV, KeepPlan, MoveSession
+from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
 from lingualinked.protocol.roles import ANSWERS
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
@@ -34,6 +34,12 @@ logger = logging.getLogger("lingualinked.cluster")
 
 _START_S = 60.0
 _STOP_S = 2.0
+
+
+def end_with_interpreter() -> None:
+    """Stop a daemon thread where it is if the interpreter is ending: it closes clusters, and nobody hears of an error."""
+    if threading.current_thread().daemon and not threading.main_thread().is_alive():
+        threading.Event().wait()
 
 
 class Engine:
@@ -186,7 +192,7 @@ class Engine:
             devices=frozenset([device, *helpers]),
             asked=device,
             answer=ANSWERS[type(message)],
-            model=message.model if isinstance(message, LoadStage | AnnounceMove | CopyKV) else None,
+            model=message.model if isinstance(message, LoadStage | AnnounceMove | CopyKV | ForkSession) else None,
             what=f"{what} on device {device!r}",
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,

@@ -5,6 +5,7 @@ Knows the plan and the messages; neither tokens nor what transformers asks of a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,15 +17,15 @@ from typing import TYPE_CHECKING
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.controller import Controller
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.inspection import inspect_workers, telemetry_of
+from lingualinked.cluster.engine import Engine, end_with_interpreter
+from lingualinked.cluster.inspection import Inspection, inspect_workers, telemetry_of
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes, request_stages
 from lingualinked.cluster.session import KVBudget, Session
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
-from lingualinked.errors import ClosedError
+from lingualinked.errors import ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
@@ -41,6 +42,7 @@ from lingualinked.workload import Workload
 if TYPE_CHECKING:
     from lingualinked.control.correction import Correction
 
+_LAST_REPORT_S = 1.0
 _models = itertools.count(1)
 _sessions = itertools.count(1)  # of all models: answers to steps are told by session and step alone
 
@@ -87,6 +89,7 @@ class Pipeline:
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
         self._correction: Correction | None = None
+        self._inspected: tuple[list[Inspection], int] = ([], 1)
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
         migrator = Migrator(self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens)
         self._controller = Controller(self._engine, migrator.run, self._recorder)
@@ -295,24 +298,36 @@ class Pipeline:
         """
         self._engine.check_owner()
         if self.closed:
+            end_with_interpreter()
             raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
 
     def telemetry(self) -> Telemetry:
         """Ask the workers what they have done for this model, and add what is remembered of its steps.
 
+        Once the model has been unloaded, or its cluster closed, that is what was known last.
+
         Raises
         ------
-        ClosedError
-            If the model has been unloaded, or its cluster closed.
+        WorkerDiedError, StepTimeoutError
+            If a worker has ended, or did not answer.
+        UnsupportedOperationError
+            In a forked child of the process that made the cluster.
         """
-        self.check_open()
+        self._engine.check_owner()
+        if not self.closed:
+            self._inspect(self.timeout_s)
+        inspections, version = self._inspected
+        return telemetry_of(inspections, self._model, version, self._recorder.history())
+
+    def _inspect(self, timeout_s: float) -> None:
+        """Ask the workers for reports, and keep them."""
         inspections, route = [], None
         while route is not self._routes.current:  # its stages may go while they are looked at
             route = self._routes.current
-            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), self.timeout_s)
+            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), timeout_s)
         for inspection in inspections:
             self._recorder.add_device(inspection.device)
-        return telemetry_of(inspections, self._model, route.version, self._recorder.history())
+        self._inspected = inspections, route.version
 
     @property
     def closed(self) -> bool:
@@ -321,6 +336,9 @@ class Pipeline:
 
     def unload(self) -> None:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
+        if not self.closed:
+            with contextlib.suppress(LingualinkedError):  # for its telemetry, which stays readable
+                self._inspect(min(self.timeout_s, _LAST_REPORT_S))
         self._finalizer()
         self._controller.join()
 

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.step_reply import StepReply, check_reply
@@ -26,7 +26,7 @@ from lingualinked.model.context import StepContext
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
-from lingualinked.protocol.moving import CopyKV, KVCopied, MoveSession
+from lingualinked.protocol.moving import CopyKV, ForkSession, KVCopied, MoveSession
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StageTiming, StepSample
 from lingualinked.transport.hop_clock import clock_us
@@ -60,7 +60,7 @@ class KVBudget:
             others = sum(self._held.values()) - self._held.get(session, 0)
             if others + num_tokens > self._max_tokens:
                 raise KVCapacityError(
-                    f"{count_text(num_tokens, 'token')} of KV for this session and {others:,} of others exceed "
+                    f"KV budget out of memory. {count_text(num_tokens, 'token')} of KV for this session and {others:,} of others exceed "
                     f"max_kv_tokens={self._max_tokens}: end other sessions, shorten the text, or raise it"
                 )
             self._held[session] = num_tokens
@@ -204,6 +204,61 @@ class Session:
         self._context.crop(num_tokens)
         self.num_tokens -= num_tokens
 
+    def copy_to(self, other: Session) -> None:
+        """Make a session that has just been opened go on from here by itself, with a copy of the KV in every stage.
+
+        Raises
+        ------
+        ArgumentError
+            If another thread runs a step of this one.
+        ClosedError
+            If this one has ended.
+        KVCapacityError
+            If both together exceed the KV budget.
+        WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
+            If a worker raised, ended, or did not answer; the other session has ended then.
+        """
+        if not self._running.acquire(blocking=False):
+            raise ArgumentError("past_key_values is in use by another thread: copy it between two steps")
+        try:
+            with self._changing, other._changing:
+                self._follow()
+                self._check_open()
+                self._tell_moved()
+                other._place.route = self._place.route
+                if self._holds_kv:
+                    self._budget.hold(other._number, self.num_rows * self.num_tokens)
+                    results_of(self._fork(other._number))
+                other.num_rows, other.num_tokens = self.num_rows, self.num_tokens
+                other._context = StepContext.of(self._context.mask, self._context.num_tokens)
+                other._edits, other._next_step, other._holds_kv = [*self._edits], self._next_step, self._holds_kv
+        except BaseException:
+            other.end()
+            raise
+        finally:
+            self._running.release()
+
+    def _fork(self, fork: int) -> list[concurrent.futures.Future[object]]:
+        """Ask each stage to copy the KV that it holds."""
+        route = self._place.route
+        return [
+            self._engine.request(
+                device,
+                lambda request, stage=stage: ForkSession(  # type: ignore[misc]
+                    request=request,
+                    model=self._model,
+                    plan_version=route.version,
+                    stage=stage,
+                    session=self._number,
+                    number=self._next_step,
+                    fork=fork,
+                ),
+                "copying KV",
+                self._timeout_s,
+            )
+            for stage, device in enumerate(route.devices)
+        ]
+
     def record_past(self, on: bool) -> None:
         """Have sliding layers keep what a later crop may need, or no longer."""
         self._edits.append(KVEdit(kind=KVEditKind.RECORD, values=(int(on),)))
@@ -299,6 +354,13 @@ class Session:
             helpers=[wanted.device],
         )
 
+    def _check_open(self) -> None:
+        if self.ended:
+            unsaid, self._unsaid = self._unsaid, None
+            raise unsaid or ClosedError(
+                f"this session has ended{self._broken_by}: start anew with past_key_values=None"
+            )
+
     def _step(
         self,
         inputs: Tensor,
@@ -307,11 +369,7 @@ class Session:
         logits_to_keep: int | Tensor,
         keeps_kv: bool,
     ) -> Tensor:
-        if self.ended:
-            unsaid, self._unsaid = self._unsaid, None
-            raise unsaid or ClosedError(
-                f"this session has ended{self._broken_by}: start anew with past_key_values=None"
-            )
+        self._check_open()
         self._tell_moved()
         num_rows, num_new = inputs.shape[:2]
         if keeps_kv:
@@ -347,6 +405,7 @@ class Session:
             reply = cast("StepReply", result_of(self._engine.step(route.devices, step, tensors, self._timeout_s)))
             logits = check_reply(reply, route.devices, inputs, logits_to_keep, self._vocabulary)
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
+            end_with_interpreter()
             self._broken_by = f" with {type(error).__name__}"
             self.end()
             raise

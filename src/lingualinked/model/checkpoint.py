@@ -5,6 +5,7 @@ Looks at names, indices and headers; reads no weights and knows no model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,7 +25,52 @@ if TYPE_CHECKING:
     from lingualinked.model.spec import CheckpointFile
 
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_FETCHED = (".json", ".model", ".safetensors")
 _OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+
+
+def check_no_adapter(path: str, **hub: Any) -> None:
+    """Refuse a checkpoint that only changes another one.
+
+    Raises
+    ------
+    CheckpointError
+        If it is an adapter, or can't be looked at.
+    """
+    if _find(path, _ADAPTER, hub) is not None:
+        raise CheckpointError(
+            f"{path} holds an adapter (PEFT, {_ADAPTER}), and adapters are not supported yet: merge it into the base model "
+            "with peft's merge_and_unload() and save that"
+        )
+
+
+def check_fetched(folder: Path) -> None:
+    """Check that a checkpoint's files are there themselves, rather than what git-lfs leaves in their places.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it lies; nothing is checked if there is no such folder.
+
+    Raises
+    ------
+    CheckpointError
+        With the names of the files that are not.
+    """
+    files = sorted(path for path in folder.glob("*") if path.suffix in _FETCHED and path.is_file())
+    pointers = [path.name for path in files if _is_pointer(path)]
+    if pointers:
+        raise CheckpointError(
+            f"git-lfs pointers stand in {folder} for {', '.join(pointers)}: run 'git lfs pull' there, or download the "
+            "checkpoint again"
+        )
+
+
+def _is_pointer(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:  # what can't be read is named by who reads it
+        return file.read(len(_POINTER)) == _POINTER
+    return False
 
 
 def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[CheckpointFile, ...]:
@@ -49,11 +95,7 @@ def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[CheckpointF
         If there is no checkpoint, a shard is missing, or the checkpoint is an adapter or of another format.
     """
     path = os.fspath(path)
-    if _find(path, _ADAPTER, hub) is not None:
-        raise CheckpointError(
-            f"{path} holds an adapter (PEFT, {_ADAPTER}), which is not supported yet: merge it into the base model "
-            "with peft's merge_and_unload() and save that"
-        )
+    check_no_adapter(path, **hub)
     single = _find(path, _WEIGHTS, hub)
     if single is not None:
         return (identify(single),)

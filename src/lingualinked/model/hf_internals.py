@@ -29,6 +29,7 @@ from lingualinked.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from types import FrameType
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -66,6 +67,13 @@ def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
         return [GLOBAL_STATE, *cls.get_init_context(*args, **kwargs)]
 
     return classmethod(get_init_context)
+
+
+def makes_pipeline_for_device(frame: FrameType | None) -> bool:
+    """Tell whether a frame makes a ``transformers.pipeline`` for a device given by name, which refuses models with a map."""
+    if frame is None or frame.f_globals.get("__name__") != "transformers.pipelines.base":
+        return False
+    return frame.f_code.co_qualname == "Pipeline.__init__" and frame.f_locals.get("device") is not None
 
 
 def find_file(path: str, name: str, **hub: Any) -> str | None:

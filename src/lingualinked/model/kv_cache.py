@@ -5,6 +5,7 @@ Knows one model's layer kinds; nothing of sessions' owners, budgets or the other
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, cast
 
@@ -90,6 +91,18 @@ class StageCache:
     def nbytes(self) -> int:
         """Bytes allocated for keys and values of the stage's own layers."""
         return sum(layer.nbytes for layer in self.owned.values())
+
+    @torch.inference_mode()
+    def copy(self) -> StageCache:
+        """Return the KV cache of a session that goes on from here by itself."""
+        growth = copy.copy(self._growth)
+        owned = {slot: layer.copy(growth) for slot, layer in self.owned.items()}
+        layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
+        elsewhere = [layer for slot, layer in enumerate(layers) if slot not in owned]
+        copied = copy.copy(self)
+        vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth)
+        copied.hf.layers = layers
+        return copied
 
     def advance(self, num_tokens: int) -> None:
         """Count the tokens of a finished step for the layers held elsewhere; `Stage.step` does it.

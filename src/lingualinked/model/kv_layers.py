@@ -6,8 +6,9 @@ Each answers as the layer of transformers' DynamicCache that it replaces; knows 
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -140,6 +141,12 @@ class GrowingTensor:
         self._allocate(states.shape[0], states.shape[2])
         self._fill(states)
 
+    def copy(self) -> GrowingTensor:
+        """Return a tensor that holds copies of the same tokens."""
+        copied = GrowingTensor(self.view)
+        copied.replace(self.view)
+        return copied
+
     def keep_last(self, num_tokens: int) -> None:
         """Drop tokens in front until at most `num_tokens` are left."""
         self._start = max(self._start, self._stop - num_tokens)
@@ -176,6 +183,12 @@ class _Growing(abc.ABC):
         """Keep the rows that `beam_idx` names, in its order."""
         for each in self._grown:
             each.reorder(beam_idx)
+
+    def copy(self, growth: Growth) -> Self:
+        """Return a layer that holds copies of the same tokens, and grows by itself."""
+        copied = copy.copy(self)
+        vars(copied).update(growth=growth, _grown=tuple(each.copy() for each in self._grown))
+        return copied
 
     @property
     def nbytes(self) -> int:

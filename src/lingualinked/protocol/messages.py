@@ -18,6 +18,7 @@ from lingualinked.protocol.moving import (
     AnnounceMove,
     CopyKV,
     FetchWeight,
+    ForkSession,
     KeepPlan,
     KVChunk,
     KVCopied,
@@ -382,6 +383,7 @@ CallerMessage = (
     | KeepPlan
     | CopyKV
     | MoveSession
+    | ForkSession
     | Ping
     | Pong
     | Step

@@ -124,6 +124,18 @@ class MoveSession(Message, frozen=True, tag=15):
     plan_version: int
 
 
+class ForkSession(Message, frozen=True, tag=40):
+    """Copy a session's KV in stage ``stage``, which must be before step ``number``, under another session's number."""
+
+    request: int
+    model: int
+    plan_version: int
+    stage: int
+    session: int
+    number: int
+    fork: int
+
+
 class KVCopied(Message, frozen=True, tag=28):
     """Answer to `CopyKV`, from the target: all has come, so many bytes of keys and values."""
 
@@ -158,5 +170,7 @@ class WeightChunk(Message, frozen=True, tag=32):
     receipt: int
 
 
-MovingMessage = AnnounceMove | CopyKV | KVChunk | KVTaken | MoveSession | KeepPlan | FetchWeight | WeightChunk
-"""What moves layers and sessions from one plan version to another."""
+MovingMessage = (
+    AnnounceMove | CopyKV | KVChunk | KVTaken | MoveSession | ForkSession | KeepPlan | FetchWeight | WeightChunk
+)
+"""What moves layers and sessions from one plan version to another, or copies a session."""

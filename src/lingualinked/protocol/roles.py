@@ -42,6 +42,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     moving.KeepPlan: Role.CALLER,
     moving.CopyKV: Role.CALLER,
     moving.MoveSession: Role.CALLER,
+    moving.ForkSession: Role.CALLER,
     messages.Ping: Role.WORKER,
     messages.Pong: Role.PROBED,
     messages.Step: Role.PREVIOUS,
@@ -80,6 +81,7 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     messages.ProbeLink: messages.LinkProbed,
     moving.AnnounceMove: messages.Acknowledged,
     moving.CopyKV: moving.KVCopied,
+    moving.ForkSession: messages.Acknowledged,
     messages.Step: messages.StepDone,
 }
 """What answers a message of the caller's."""

@@ -5,6 +5,7 @@ Knows names and remedies only; what is left are attributes of a config, or unkno
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,21 @@ _WITHOUT_EFFECT = (
     "offload_state_dict",
     "weights_only",
 )
+
+
+def check_interpreter() -> None:
+    """Check that Python keeps docstrings, which transformers reads when it imports a model.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        Under ``python -OO``, or ``PYTHONOPTIMIZE=2``.
+    """
+    if sys.flags.optimize > 1:
+        raise UnsupportedOperationError(
+            "python -OO (or PYTHONOPTIMIZE=2) strips docstrings, and transformers can't import models without theirs: "
+            "run python, or python -O"
+        )
 
 
 def take_config_attributes(arguments: Mapping[str, Any]) -> dict[str, Any]:

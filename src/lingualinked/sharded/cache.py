@@ -5,14 +5,16 @@ Knows transformers' cache interface and one session; it holds no keys and no val
 
 from __future__ import annotations
 
+import operator
 import weakref
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import DynamicCache, PreTrainedConfig
 
-from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
 _ANEW = "start anew with past_key_values=None"
 
 
-class ShardedCache(Cache):
+class ShardedCache(DynamicCache):
     """The KV cache of one session, as transformers' generation code handles it.
 
-    It is what a sharded model returns as ``past_key_values`` and takes back in the next call. The KV is freed in
-    every stage when the handle is no longer referenced, or by `end`.
+    It is what a sharded model returns as ``past_key_values`` and takes back in the next call. ``copy.deepcopy`` copies
+    the KV in every stage, as a session of its own. The KV is freed in every stage when the handle is no longer
+    referenced, or by `end`.
 
     Parameters
     ----------
@@ -36,13 +39,56 @@ class ShardedCache(Cache):
     """
 
     def __init__(self, pipeline: Pipeline, sliding_window: int | None = None) -> None:
-        # Not Cache.__init__: there are no layers here.
+        # Not DynamicCache.__init__: there are no layers here.
         self.session = pipeline.open_session()
         self._pipeline = weakref.ref(pipeline)  # a kept handle keeps no model loaded
         self._num_layers = pipeline.plan.stages[-1].end
         self._sliding_window = sliding_window
         self._records_past = False
         self._is_user_defined = False
+
+    @classmethod
+    def adopt(cls, empty: DynamicCache, pipeline: Pipeline, sliding_window: int | None) -> ShardedCache:
+        """Turn an empty KV cache of transformers, which a model fills in place, into the handle of a new session.
+
+        Parameters
+        ----------
+        empty : DynamicCache
+            As `check_empty` lets it through; the same object is returned.
+        pipeline, sliding_window
+            As above.
+        """
+        records_past = any(getattr(layer, "record_past", False) for layer in empty.layers)
+        cache = cast("ShardedCache", empty)
+        vars(cache).clear()
+        cache.__class__ = cls
+        ShardedCache.__init__(cache, pipeline, sliding_window)
+        if records_past:
+            cache.activate_past_recording()
+        return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedCache:
+        """Copy the KV in every stage, for a text that goes on from here by itself.
+
+        Raises
+        ------
+        KVCapacityError
+            If both together exceed the KV budget.
+        ClosedError
+            If the session has ended, or the model has been closed.
+        """
+        copied = type(self)(self._open_pipeline(), self._sliding_window)
+        self.session.copy_to(copied.session)
+        copied._records_past, copied._is_user_defined = self._records_past, self._is_user_defined  # noqa: SLF001 - its own
+        memo[id(self)] = copied
+        return copied
+
+    def _open_pipeline(self) -> Pipeline:
+        pipeline = self._pipeline()
+        if pipeline is None:
+            raise ClosedError("the model of these past_key_values is closed: make a new one with from_pretrained")
+        pipeline.check_open()
+        return pipeline
 
     def check(self, pipeline: Pipeline, num_rows: int) -> None:
         """Check that the next step of a model can go on from here.
@@ -69,8 +115,14 @@ class ShardedCache(Cache):
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows ``beam_idx`` (int64 ``[rows]``), for beam search."""
-        self.session.reorder(beam_idx)
+        """Keep the rows ``beam_idx`` (int64 ``[rows]``), for beam search.
+
+        Raises
+        ------
+        ArgumentError
+            If it is no tensor, or names rows that there are not.
+        """
+        self._select(f"reorder_cache({_text(beam_idx)})", lambda rows: rows.index_select(0, beam_idx.cpu()))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens.
@@ -78,21 +130,26 @@ class ShardedCache(Cache):
         Raises
         ------
         ArgumentError
-            If the number is positive or more than there are, or if a sliding window is full and has not recorded what
-            it would have to bring back.
+            If the number is no integer, positive or more than there are, or if a sliding window is full and has not
+            recorded what it would have to bring back.
         """
         held = self.session.num_tokens
-        if not -held <= tokens_to_remove <= 0:
+        try:
+            num_removed = -operator.index(tokens_to_remove)
+        except TypeError:
+            raise ArgumentError(f"crop({_text(tokens_to_remove)}): give minus the number of tokens to remove") from None
+        if not 0 <= num_removed <= held:
             raise ArgumentError(
-                f"crop({tokens_to_remove}) of {count_text(held, 'token')}: give minus the number of tokens to remove"
+                f"crop({-num_removed}) of {count_text(held, 'token')}: give minus the number of tokens to remove"
             )
         if self._sliding_window is not None and held >= self._sliding_window and not self._records_past:
             raise ArgumentError(
-                f"crop({tokens_to_remove}) of {count_text(held, 'token')}: the sliding window "
+                f"crop({-num_removed}) of {count_text(held, 'token')}: the sliding window "
                 f"({count_text(self._sliding_window, 'token')}) is full; "
                 "call activate_past_recording() before the first step"
             )
-        self.session.crop(-tokens_to_remove)
+        if self.is_initialized:
+            self.session.crop(num_removed)
 
     def activate_past_recording(self) -> None:
         """Have sliding layers keep what a crop needs, from the next step on."""
@@ -100,12 +157,54 @@ class ShardedCache(Cache):
         self.session.record_past(True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times."""
-        self.session.reorder(torch.arange(self.session.num_rows).repeat_interleave(repeats))
+        """Repeat every row ``repeats`` times.
+
+        Raises
+        ------
+        ArgumentError
+            If it is no positive number.
+        """
+        self._select(f"batch_repeat_interleave({_text(repeats)})", lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` (int64, or a mask)."""
-        self.session.reorder(torch.arange(self.session.num_rows)[indices.cpu()])
+        """Keep the rows ``indices`` (int64, or a mask).
+
+        Raises
+        ------
+        ArgumentError
+            If they name no rows, or some that there are not.
+        """
+        chosen = indices.cpu() if isinstance(indices, Tensor) else indices
+        self._select(f"batch_select_indices({_text(indices)})", lambda rows: rows[chosen, ...])
+
+    def _select(self, call: str, pick: Callable[[Tensor], Tensor]) -> None:
+        """Keep the rows that are picked of all row numbers as they would be of keys and values; noted only if they can be."""
+        num_rows = self.session.num_rows
+        if not self.session.num_tokens:
+            return  # as transformers does before there is anything to pick from
+        try:
+            rows = pick(torch.arange(num_rows))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ArgumentError(f"{call} of {count_text(num_rows, 'row')}: {error}") from error
+        if rows.ndim != 1 or not len(rows):
+            raise ArgumentError(
+                f"{call} of {count_text(num_rows, 'row')} leaves none: name at least one, in one dimension"
+            )
+        self.session.reorder(rows)
+
+    def reset(self) -> None:
+        """Free the KV in every stage, and begin anew.
+
+        Raises
+        ------
+        ClosedError
+            If the model has been closed.
+        """
+        pipeline = self._open_pipeline()
+        self.session.end()
+        self.session = pipeline.open_session()
+        if self._records_past:
+            self.session.record_past(True)
 
     def end(self) -> None:
         """Free the KV in every stage; the handle can't be used any more."""
@@ -151,12 +250,48 @@ class ShardedCache(Cache):
         """Refuse: only the stages write KV."""
         raise UnsupportedOperationError("update() of a sharded KV cache: its KV is written by the workers alone")
 
-    def reset(self) -> NoReturn:
-        """Refuse: a new session is a new handle."""
-        raise UnsupportedOperationError(f"reset() of a sharded KV cache: {_ANEW} instead")
-
     def __reduce__(self) -> Any:
         raise UnsupportedOperationError(
-            "the KV cache of a sharded model can't be copied or pickled: it lies in the workers; "
-            "run the common prefix again, or keep the one handle"
+            "the KV cache of a sharded model can't be pickled: it lies in the workers; "
+            "run the text again, or use copy.deepcopy, which copies it there"
         )
+
+
+def check_empty(given: object, config: PreTrainedConfig) -> DynamicCache:
+    """Return a KV cache of transformers that a sharded model can take as its own: one that holds nothing yet.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        If it is of another kind, holds KV, or would keep other KV than the model's own.
+    """
+    kind = type(given).__name__
+    if type(given) is not DynamicCache:
+        raise UnsupportedOperationError(
+            f"past_key_values is a {kind}: a sharded model keeps its KV in the workers; "
+            "pass None or an empty DynamicCache, then what the model returned"
+        )
+    if given.offloading:
+        raise UnsupportedOperationError(
+            f"past_key_values is an offloading {kind}: the KV stays in the workers; leave it out"
+        )
+    if any(getattr(layer, "is_initialized", False) for layer in given.layers):
+        raise UnsupportedOperationError(
+            f"past_key_values is a {kind} that another model has filled: its KV can't be sent to the workers; "
+            "pass an empty one and run the text again"
+        )
+    own = _kinds(DynamicCache(config=config))
+    if (given.layers and _kinds(given) != own) or (not given.layers and any(window for _, window in own)):
+        raise UnsupportedOperationError(
+            f"past_key_values is a {kind} of other layers than the model's, which would keep other KV: "
+            "make it as DynamicCache(config=model.config)"
+        )
+    return given
+
+
+def _kinds(cache: DynamicCache) -> list[tuple[type, int | None]]:
+    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers]
+
+
+def _text(value: object) -> str:
+    return str(value.tolist()) if isinstance(value, Tensor) else repr(value)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.hf_internals import makes_pipeline_for_device
 from lingualinked.model.parts import ModelParts
-from lingualinked.sharded.cache import ShardedCache
+from lingualinked.sharded.cache import ShardedCache, check_empty
 from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.inputs import (
@@ -62,8 +64,11 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
     def hf_device_map(self) -> dict[str, str]:
         """Accelerator of every layer and of the modules around them, as accelerate puts it.
 
-        The first entry is the model's own, where inputs are to be: what reads the map for that takes the first one.
+        The first entry is the model's own, where inputs are to be: what reads the map for that takes the first one. A
+        pipeline that is told a device, and then takes no model that has a map, finds none and asks the model to move there.
         """
+        if makes_pipeline_for_device(sys._getframe(1)):  # noqa: SLF001 - of whoever asks
+            raise AttributeError("hf_device_map")
         accelerators = [(stage, self.cluster.device(stage.device).accelerator) for stage in self.plan.stages]
         placed = {"": str(self.device)} | dict.fromkeys(self._parts.prologue, accelerators[0][1])
         for stage, accelerator in accelerators:
@@ -76,7 +81,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: ShardedCache | None = None,
+        past_key_values: DynamicCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -94,8 +99,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
             ``[rows, past + tokens]``, 0 where padded; or one mask for all heads, ``[rows, 1, tokens, past + tokens]``.
         position_ids : Tensor or None
             int64 ``[1 or rows, tokens]``.
-        past_key_values : ShardedCache or None
-            What an earlier call of this model returned, to go on from there.
+        past_key_values : ShardedCache, DynamicCache or None
+            What an earlier call of this model returned, to go on from there; or an empty one, which stands for this text's
+            KV from now on.
         inputs_embeds : Tensor or None
             Embeddings instead of ids, ``[rows, tokens, hidden]``.
         labels : Tensor or None
@@ -127,6 +133,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
             If the model, its cluster or the session has been closed.
         """
         self._pipeline.check_open()
+        # Of what the workers answer, nothing but its numbers would be recorded.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise UnsupportedOperationError("torch.jit.trace() of a sharded model: call the model itself")
         if self._checked_in_call():
             check_observers()  # they come and go
         else:
@@ -155,7 +164,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
             self._positions.check(shape.past, shape.new, mask, positions)
         asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
         keeps_kv = past is not None or asks_for_kv
-        cache = past if past is not None else self._open_session()
+        cache = self._open_session() if past is None else self._as_session(past)
         try:
             logits = cache.session.step(inputs, mask, positions, keep, keeps_kv=keeps_kv)
         finally:
@@ -186,17 +195,12 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         self._seal.check(self)  # type: ignore[arg-type]  # a PreTrainedModel by its real class
         self._sealed_config.check(self.config)
 
-    def _past(self, given: object, num_rows: int) -> ShardedCache | None:
+    def _past(self, given: object, num_rows: int) -> DynamicCache | None:
         """Check what is to be gone on from."""
-        if given is None:
-            return None
-        if not isinstance(given, ShardedCache):
-            raise UnsupportedOperationError(
-                f"past_key_values is a {type(given).__name__}: a sharded model keeps its KV in the workers; "
-                "pass None, then what the model returned"
-            )
-        given.check(self._pipeline, num_rows)
-        return given
+        if isinstance(given, ShardedCache):
+            given.check(self._pipeline, num_rows)
+            return given
+        return None if given is None else check_empty(given, self.config)
 
     @functools.cached_property
     def _returns_past_unasked(self) -> bool:

@@ -17,7 +17,8 @@ from transformers.utils import ModelOutput
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
-from lingualinked.sharded.cache import ShardedCache
+from lingualinked.sharded.cache import ShardedCache, check_empty
+from lingualinked.sharded.inputs import check_prompt
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
@@ -66,9 +67,7 @@ class ShardedGeneration:
         self._check_unchanged()
         if kwargs.get("cache_implementation") == "paged":
             _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        if isinstance(ids, Tensor) and ids.numel() == 0 and kwargs.get("inputs_embeds") is None:
-            raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} are empty: give at least one token")
+        check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs)
         with _checked(self), _ending_sessions() as opened:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
             opened[:] = [cache for cache in opened if not _may_hold(result, cache)]
@@ -76,7 +75,7 @@ class ShardedGeneration:
 
     def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
         """Give what ``forward`` is called with, less what ``generate`` keeps for itself and lets pass by."""
-        passed_by = ("tokenizer", "assistant_tokenizer")
+        passed_by = ("assistant_model", "assistant_tokenizer", "streamer", "tokenizer")
         arguments = {name: value for name, value in kwargs.items() if name not in passed_by}
         return super().prepare_inputs_for_generation(**arguments)  # type: ignore[misc, no-any-return]
 
@@ -92,6 +91,14 @@ class ShardedGeneration:
         if config.cache_implementation not in (None, "dynamic"):
             _refuse_setting("cache_implementation", config.cache_implementation, "the KV grows in the workers")
         return config, model_kwargs
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a manager of continuous batching, which asks for nothing but this before it calls layers by itself."""
+        if not args and not kwargs:
+            raise UnsupportedOperationError(
+                "continuous batching of a sharded model is not supported yet; call generate with a padded batch"
+            )
+        return super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         try:
@@ -109,6 +116,8 @@ class ShardedGeneration:
     ) -> None:
         """Open a session where transformers would make a cache; stages make room for as many tokens as may come."""
         given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, ShardedCache | tuple):
+            given = self._as_session(check_empty(given, self.config))
         if given is not None or generation_config.use_cache is False:
             own = super()._prepare_cache_for_generation  # type: ignore[misc]
             own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
@@ -127,6 +136,12 @@ class ShardedGeneration:
     def _checked_in_call(self) -> bool:
         """Whether a `generate` of this model is under way, which has checked it once for all steps."""
         return _generating.get() is self
+
+    def _as_session(self, past: DynamicCache) -> ShardedCache:
+        """Return a session's handle as it is; make an empty KV cache that of a new session."""
+        if isinstance(past, ShardedCache):
+            return past
+        return ShardedCache.adopt(past, self._pipeline, self._sliding_window)
 
     def _open_session(self) -> ShardedCache:
         return ShardedCache(self._pipeline, self._sliding_window)

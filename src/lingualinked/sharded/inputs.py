@@ -143,6 +143,39 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value.detach().cpu()
 
 
+_PROMPT = ("attention_mask", "input_ids", "inputs", "inputs_embeds", "position_ids")
+
+
+def check_prompt(ids: object, arguments: Mapping[str, Any]) -> None:
+    """Check what ``generate`` is to go on from, before transformers computes with it.
+
+    Parameters
+    ----------
+    ids : object
+        Token ids, by whichever name they were given.
+    arguments : mapping of str to object
+        Of ``generate``.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no tensor, or one without data, or ids have the wrong number of dimensions or are empty.
+    """
+    with torch.no_grad():  # as within generate
+        for name, value in {"input_ids": ids, **arguments}.items():
+            if (name in _PROMPT and value is not None) or isinstance(value, Tensor):
+                check_tensor(name, value)
+    if (
+        isinstance(ids, Tensor)
+        and ids.ndim != 2
+        and arguments.get("inputs_embeds") is None
+        and not ids.is_floating_point()
+    ):
+        raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} must have 2 dimensions")
+    if isinstance(ids, Tensor) and ids.numel() == 0 and arguments.get("inputs_embeds") is None:
+        raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} are empty: give at least one token")
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
     """The shape that a step's tensors must fit.

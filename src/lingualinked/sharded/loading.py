@@ -21,7 +21,7 @@ from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ArgumentError, CheckpointError, InfeasiblePlanError, UncuttableModelError
 from lingualinked.model.architectures import check_architecture
-from lingualinked.model.checkpoint import resolve_dtype, resolve_files
+from lingualinked.model.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
 from lingualinked.model.footprint import Footprint, measure_footprint
 from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
@@ -29,7 +29,7 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes, even_plan
 from lingualinked.planning.plan import Objective, Plan, check_plan, check_trust, inexact_because
 from lingualinked.profile import ModelProfile, Profile
-from lingualinked.sharded.arguments import check_attn_implementation, take_config_attributes
+from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
 from lingualinked.sharded.model_code import ModelCode
 from lingualinked.sharded.profiling import find_plan
@@ -144,9 +144,13 @@ def describe(arguments: LoadArguments) -> Described:
     LingualinkedError
         As `ShardedModel.from_pretrained` says.
     """
+    check_interpreter()
     extra = dict(arguments.extra)
     hub = {**_HUB_DEFAULTS, **arguments.hub}
     hub |= {name: extra.pop(name) for name in ("force_download", "proxies") if name in extra}
+    if Path(arguments.path).is_dir():  # else the hub is asked, after the config
+        check_fetched(Path(arguments.path) / hub["subfolder"])
+        check_no_adapter(arguments.path, **hub)
     generation_config = extra.pop("generation_config", None)
     old_dtype = extra.pop("torch_dtype", None)
     dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype

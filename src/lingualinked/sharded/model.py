@@ -19,6 +19,7 @@ from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
+from lingualinked.sharded.arguments import check_interpreter
 from lingualinked.sharded.beforehand import refuse_too_large
 from lingualinked.workload import Workload
 
@@ -139,6 +140,7 @@ class ShardedModel:
         WorkerError, WorkerDiedError, StepTimeoutError
             If a worker raised, ended, or did not answer while loading.
         """
+        check_interpreter()
         if load_format not in ("auto", "dummy"):
             raise ArgumentError(f"load_format={load_format!r} must be 'auto' or 'dummy'")
         if not isinstance(plan, Plan | None) and plan != "even":
@@ -219,7 +221,10 @@ class ShardedModel:
 
     @property
     def telemetry(self) -> Telemetry:
-        """What the stages and their workers have done so far, asked of them now, with the history of late."""
+        """What the stages and their workers have done so far, asked of them now, with the recent history.
+
+        Of a closed model, what was known last.
+        """
         return self._pipeline.telemetry()
 
     @interruptible

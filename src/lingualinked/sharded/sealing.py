@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
+_ADAPTER = "what wraps a layer, as adapters do, is not supported yet; merge adapters into the weights first"
 _HOOKS = (
     "its layers run in the workers, where no hook of the caller's is called; hook the whole model, or the unsharded one"
 )
@@ -70,7 +71,8 @@ class SealedModule:
         if held is value or (isinstance(value, _SCALARS) and type(held) is type(value) and held == value):
             return
         if name in self._sealed or hasattr(type(self), name) or isinstance(value, Tensor | nn.Module):
-            self._refuse(f"setting {name} of", _CHANGE)
+            wraps = isinstance(value, nn.Module) and isinstance(held, nn.Module) and held in value.modules()
+            self._refuse(f"setting {name} of", _ADAPTER if wraps else _CHANGE)
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:

@@ -14,6 +14,7 @@ _WEIGHTS = "its weights are in the workers; read them from the checkpoint, or lo
 _MOVE = "its stages stay where the plan puts them; choose devices= and dtype= in ShardedModel.from_pretrained"
 _TRAIN = "it is for inference; train the unsharded model"
 _CHANGE = "change the checkpoint with transformers first, then load it sharded"
+_COMPILE = "its layers run in the workers, uncompiled; call the model itself"
 _ADAPTER = "adapters are not supported yet; merge them into the weights first"
 _BATCH = "continuous batching is not supported yet; call generate with a padded batch"
 
@@ -98,6 +99,11 @@ def _refusal(name: str, remedy: str) -> Callable[..., NoReturn]:
 
 class UnsupportedOperations:
     """Mixin that overrides what a sharded model can't do."""
+
+    @property
+    def _initialize_hook(self) -> NoReturn:
+        """Refuse to be compiled: ``torch.compile`` looks for this name in what it wraps."""
+        raise UnsupportedOperationError(f"torch.compile() of a sharded model: {_COMPILE}")
 
     def train(self, mode: bool = True) -> Any:
         """Return the model for ``mode=False``, which it always is; refuse to train."""

@@ -116,6 +116,26 @@ class HostedStage:
         self._compute_s += elapsed_s
         return output, elapsed_s
 
+    def fork(self, session: int, number: int, fork: int) -> None:
+        """Copy what is known of a session before its step ``number``, KV and all, as that of another.
+
+        Raises
+        ------
+        ProtocolError
+            If the session is not here, or at another step.
+        """
+        source = self.sessions.get(session)
+        if source is None or source.number != number:
+            raise ProtocolError(f"session {session} is not before step {number} on this stage")
+        if fork in self.sessions:
+            raise ProtocolError(f"session {fork} has state here already")
+        self.sessions[fork] = dataclasses.replace(
+            source,
+            cache=None if source.cache is None else source.cache.copy(),
+            context=StepContext.of(source.context.mask, source.context.num_tokens),
+            copies={},
+        )
+
     def end(self, session: int) -> None:
         """Free a session's KV, also what is arriving of it; does nothing if it has none."""
         self.sessions.pop(session, None)

@@ -55,6 +55,7 @@ from lingualinked.protocol.moving import (
     AnnounceMove,
     CopyKV,
     FetchWeight,
+    ForkSession,
     KeepPlan,
     KVChunk,
     KVTaken,
@@ -184,6 +185,7 @@ class Worker:
                 | KVChunk()
                 | KVTaken()
                 | MoveSession()
+                | ForkSession()
                 | KeepPlan()
                 | FetchWeight()
                 | WeightChunk()
@@ -225,6 +227,8 @@ class Worker:
                 self._answer(message.request, lambda: self._mover.go_on(message))
             case MoveSession():
                 self._move_session(message)
+            case ForkSession():
+                self._answer(message.request, lambda: self._stages.fork_session(message))
             case KeepPlan():
                 self._forget_moves(message.model)
                 self._stages.keep_plan(message.model, message.plan_version)

@@ -17,8 +17,8 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.messages import LoadStage, StageReport, Step
-from lingualinked.protocol.moving import WeightChunk
+from lingualinked.protocol.messages import Acknowledged, LoadStage, StageReport, Step
+from lingualinked.protocol.moving import ForkSession, WeightChunk
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import Ask, BorrowedWeights
 from lingualinked.worker.hosted import HostedStage
@@ -196,6 +196,18 @@ class HostedStages:
                 hosted.take_over(session, leaving)
         for hosted in others:
             hosted.end(session)
+
+    def fork_session(self, message: ForkSession) -> Acknowledged:
+        """Copy a session's KV in a stage under another number.
+
+        Raises
+        ------
+        ProtocolError
+            If the session is not there, or at another step.
+        """
+        hosted = self.get(StageKey(message.model, message.plan_version, message.stage))
+        hosted.fork(message.session, message.number, message.fork)
+        return Acknowledged(request=message.request)
 
     def end_session(self, model: int, session: int, plan_version: int) -> None:
         """Free a session's KV under every plan version; while it may be moving, nothing more of it is taken in.

@@ -60,3 +60,14 @@ def test_a_finalizer_may_release_in_the_middle_of_a_hold() -> None:
     with pytest.raises(ll.KVCapacityError):
         budget.hold(2, Collecting(1))
     budget.hold(2, 1)
+
+
+def test_what_tries_smaller_batches_knows_that_memory_does_not_suffice() -> None:
+    """As accelerate's should_reduce_batch_size looks at errors."""
+    errors: list[Exception] = [ll.DeviceMemoryError("a", "MemoryError: no")]
+    with pytest.raises(ll.KVCapacityError) as caught:
+        KVBudget(1).hold(1, 2)
+    for error in (*errors, caught.value):
+        assert isinstance(error, RuntimeError)
+        assert len(error.args) == 1
+        assert " out of memory." in error.args[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,19 @@ def test_cached_file_gives_none_for_what_is_not_there(tmp_path: Path) -> None:
     assert hf_internals.find_file(str(tmp_path), "there.json") == str(tmp_path / "there.json")
     assert hf_internals.find_file(str(tmp_path), "missing.json") is None
     assert hf_internals.find_file("not/there", "any.json", cache_dir=tmp_path, local_files_only=True) is None
+
+
+@pytest.mark.parametrize(("device", "is_hidden"), [(None, False), ("cpu", True), (-1, True)])
+def test_a_pipeline_asks_for_the_device_map_where_it_is_made(device: str | int | None, is_hidden: bool) -> None:
+    seen = []
+
+    class Asked(type(tiny_model("llama", torch.float32))):
+        @property
+        def hf_device_map(self) -> None:
+            seen.append(hf_internals.makes_pipeline_for_device(sys._getframe(1)))
+
+    model = tiny_model("llama", torch.float32)
+    model.__class__ = Asked
+    transformers.TextGenerationPipeline(model=model, tokenizer=None, device=device)
+    assert seen[0] is is_hidden
+    assert not hf_internals.makes_pipeline_for_device(sys._getframe())

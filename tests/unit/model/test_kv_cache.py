@@ -67,3 +67,23 @@ def test_crop_refuses_a_full_window_without_its_past_and_changes_nothing() -> No
 def test_recurrent_states_are_refused() -> None:
     with pytest.raises(UncuttableModelError, match="neither full nor sliding"):
         StageCache(JambaConfig(num_hidden_layers=4), {0})
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_a_copy_goes_on_by_itself(family: str) -> None:
+    cache = filled(family, 9, records=True)
+    copied = cache.copy()
+    cache.reserve(100)
+    assert copied.reserved_tokens == 0
+    with torch.inference_mode():
+        cache.hf.update(states(1) + 1, states(1) + 1, 1)
+    cache.crop(-3)
+    assert [copied.hf.get_seq_length(slot) for slot in range(4)] == [9] * 4
+    assert copied.num_tokens == 9
+    assert copied.records_past == cache.records_past
+    assert copied.owned[1] is copied.hf.layers[1]
+    keys, _ = copied.owned[1].read(0, 9)
+    assert not keys.any()
+    copied.crop(-1)
+    assert [cache.hf.get_seq_length(slot) for slot in (0, 2, 3)] == [6] * 3
+    assert [copied.hf.get_seq_length(slot) for slot in range(4)] == [8] * 4

@@ -24,7 +24,7 @@ def test_messages_survive(kind: type[messages.Message]) -> None:
 
 def test_tags_are_unique() -> None:
     tags = [kind.__struct_config__.tag for kind in TYPES]
-    assert len(set(tags)) == len(tags) == 33
+    assert len(set(tags)) == len(tags) == 34
 
 
 @given(st.binary(max_size=200))
