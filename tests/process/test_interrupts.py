@@ -107,6 +107,12 @@ def moments() -> random.Random:
     return random.Random(seed)
 
 
+def show_progress(index: int) -> None:
+    if (index + 1) % 10 == 0:
+        sys.stdout.write(f"{index + 1} of {SHARE}, none lost\n")
+        sys.stdout.flush()
+
+
 @pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
 def test_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random) -> None:
     monkeypatch.setenv("VERBS", " ".join(VERBS[index % len(VERBS)] for index in range(SHARE)))
@@ -119,6 +125,7 @@ def test_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: r
             script.process.send_signal(signal.SIGINT)
             outcome = script.hear()
             assert outcome[:3] == ["interrupted", True, 0], (index, outcome)
+            show_progress(index)
         assert script.hear() == ["tokens", 6]
         assert script.end() == 0
     sys.stdout.write(f"{SHARE} interrupts of a script, none lost" + "\n")
@@ -143,6 +150,7 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
             num_late += 1  # it may have ended before; an interrupt that is lost shows in these being many
             continue
         assert process.returncode in (130, -signal.SIGINT), (num_interrupted, process.returncode, output)
+        show_progress(num_interrupted)
         num_interrupted += 1
         assert list((tmp_path / "temporary").glob("lingualinked-*")) == []
     sys.stdout.write(f"{SHARE} interrupts of the command line, {num_late} ended before" + "\n")
@@ -172,6 +180,7 @@ def test_in_a_notebook(
             assert reply.get("ename") == "KeyboardInterrupt", (index, verb, reply)
             outcome = kernel.run("print(json.dumps(left(before)))")
             assert outcome.startswith("[true, 0"), (index, verb, outcome)
+            show_progress(index)
         kernel.run("model.close()")
     finally:
         kernel.close()

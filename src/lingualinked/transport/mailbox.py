@@ -93,7 +93,10 @@ class Mailbox(abc.ABC):
 
     @property
     def num_refused(self) -> int:
-        """Number of messages and connections that were refused so far."""
+        """Number of messages, and of connections with a key that is not authorised, that were refused so far.
+
+        Connections that fail before they show a key (another mechanism, a wrong server key, no ZeroMQ at all) are not counted.
+        """
         return self._refusals.num
 
     def refuse(self, sender: str, kind: str, detail: str) -> None:
