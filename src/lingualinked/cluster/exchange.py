@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.remote_text import RemoteLog
 from lingualinked.cluster.step_reply import StepReply
-from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
+from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
 from lingualinked.protocol.messages import (
     Acknowledged,
     AnyMessage,
@@ -101,6 +102,7 @@ class Exchange:
         if settled is None:
             return
         del self.public_keys[device]
+        self._logs.pop(device, None)
         if self.addresses.pop(device, None) is not None:
             for other in self.addresses.keys() - self.ended.keys():
                 self._send(other, Dismiss(name=device), ())
@@ -239,7 +241,9 @@ class Exchange:
                 deadline=math.inf,
             )
 
-            def noted(_: object, pair: tuple[str, str] = (to, about)) -> None:
+            def noted(told: Future[object], pair: tuple[str, str] = (to, about)) -> None:
+                if isinstance(told.exception(), WorkerError):
+                    logger.error("%r could not be introduced to %r: %s", pair[1], pair[0], told.exception())
                 waiting.discard(pair)
                 if not waiting:
                     settled.set()

@@ -5,7 +5,11 @@ Knows how they lie on the wire, not what they say.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -13,7 +13,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.boot import Imitation
-from lingualinked.protocol.message import Message
+from lingualinked.protocol.message import Message, Natural
 from lingualinked.protocol.moving import (
     AnnounceMove,
     CopyKV,
@@ -172,11 +172,11 @@ class KVEdit(Message, frozen=True):
 class StageTimes(Message, frozen=True):
     """What one stage tells of a step: bytes of the message that came, and microseconds (see `lingualinked.telemetry.samples`)."""
 
-    received_bytes: int
-    hop_us: int
-    wait_us: int
-    compute_us: int
-    codec_us: int
+    received_bytes: Natural
+    hop_us: Natural
+    wait_us: Natural
+    compute_us: Natural
+    codec_us: Natural
 
 
 class Step(Message, frozen=True, tag=4):

@@ -5,7 +5,7 @@ Knows neither who decides nor how it is done; tensors travel beside a message, n
 
 from __future__ import annotations
 
-from lingualinked.protocol.message import Message
+from lingualinked.protocol.message import Message, Natural
 
 
 class StagePlace(Message, frozen=True):
@@ -75,18 +75,18 @@ class KVSlice(Message, frozen=True):
         Which rows to keep of what was sent before, in their order, before these tokens are added; ``None``: all as they are.
     """
 
-    slot: int
-    first: int
-    position: int
-    capacity: int
+    slot: Natural
+    first: Natural
+    position: Natural
+    capacity: Natural
     rows: tuple[int, ...] | None
 
 
 class SessionState(Message, frozen=True):
     """What a stage knows of a session besides KV; the mask is beside the message, behind the KV, if it has one."""
 
-    number: int
-    num_tokens: int
+    number: Natural
+    num_tokens: Natural
     records_past: bool
     reserved_tokens: int
     has_mask: bool

@@ -6,6 +6,7 @@ Knows no sockets and no wire format; `zmq_mailbox` and `inprocess` are the two t
 from __future__ import annotations
 
 import abc
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -99,7 +100,7 @@ class Mailbox(abc.ABC):
         """
         return self._refusals.num
 
-    def refuse(self, sender: str, kind: str, detail: str) -> None:
+    def refuse(self, sender: str, kind: str, detail: str, level: int = logging.WARNING) -> None:
         """Count a message that was delivered and can't be used, and log it if it is the first of its kind from its sender.
 
         Parameters
@@ -110,8 +111,10 @@ class Mailbox(abc.ABC):
             One of a fixed set of words.
         detail : str
             What was wrong, with the values.
+        level : int
+            Of the log record.
         """
-        self._refusals.add(sender, kind, detail)
+        self._refusals.add(sender, kind, detail, level)
 
     def authorise(self, name: str, public_key: str) -> None:
         """Let the holder of a key connect from now on. Does nothing if it may already, under this name.

@@ -23,10 +23,10 @@ class Refusals:
     def __init__(self, owner: str) -> None:
         self._owner = owner
         self._lock = threading.Lock()
-        self._seen: set[tuple[str, str]] = set()
+        self._seen: set[tuple[str, str, int]] = set()
         self.num = 0
 
-    def add(self, sender: str, kind: str, detail: str) -> None:
+    def add(self, sender: str, kind: str, detail: str, level: int = logging.WARNING) -> None:
         """Count a refusal, and log it if it is the first of its kind from this sender.
 
         Parameters
@@ -37,13 +37,16 @@ class Refusals:
             One of a fixed set of words.
         detail : str
             What was wrong, with the values.
+        level : int
+            Of the log record.
         """
         with self._lock:
             self.num += 1
-            first = (sender, kind) not in self._seen
-            self._seen.add((sender, kind))
+            first = (sender, kind, level) not in self._seen
+            self._seen.add((sender, kind, level))
         if first:
-            logger.warning(
+            logger.log(
+                level,
                 "mailbox %r refused input from %s (%s): %s; more of this kind from there is counted, not logged",
                 self._owner,
                 sender,

@@ -5,6 +5,7 @@ Knows messages and one mailbox; not what is done with them.
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from lingualinked.protocol.message import Message
 from lingualinked.protocol.messages import CallerMessage, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
 from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.worker.roles import StaleMessageError
 
 # Of one sender's; more stay in the mailbox, which stops reading from it in turn.
 _MAX_WAITING = 1000
@@ -54,7 +56,8 @@ class Inbox:
         """Say that a message is not served, and why."""
         is_expected = isinstance(error, ProtocolError)
         detail = str(error) if is_expected else "".join(traceback.format_exception(error))
-        self._mailbox.refuse(delivery.sender, kind, detail)
+        level = logging.DEBUG if isinstance(error, StaleMessageError) else logging.WARNING
+        self._mailbox.refuse(delivery.sender, kind, detail, level)
 
     def _accept(self, delivery: Delivery) -> bool:
         """Have a message wait; say whether its sender may have more waiting."""

@@ -125,6 +125,8 @@ def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
     for piece in pieces:
         place = piece.place
         layer = cache.owned[place.slot]
+        if place.first > place.position:
+            raise ProtocolError(f"KV from token {place.position} on, of a layer that begins at {place.first}")
         if piece.keys.shape[:3] != piece.values.shape[:3] or piece.keys.dtype != piece.values.dtype:
             raise ProtocolError(
                 f"keys {list(piece.keys.shape)} and values {list(piece.values.shape)} of different tokens"

@@ -19,6 +19,10 @@ from lingualinked.worker.probe import LinkProbes
 from lingualinked.worker.stages import HostedStages
 
 
+class StaleMessageError(ProtocolError):
+    """A message about what is not here, or not any more: it may have been on its way when that went."""
+
+
 class Roles:
     """Who is what to one worker now.
 
@@ -52,15 +56,19 @@ class Roles:
 
         Raises
         ------
+        StaleMessageError
+            If it is nobody's.
         ProtocolError
-            If it is not, or the message is not for a worker at all.
+            If it is another's, or the message is not for a worker at all.
         """
         role = TO_WORKER.get(type(message))
         if role is None:
             raise ProtocolError(f"{type(message).__name__} is not for a worker")
-        if role is Role.WORKER:
-            is_allowed = sender == CALLER or sender in self._peers
-        else:
-            is_allowed = sender in ((CALLER,) if role is Role.CALLER else self._who[role](message))
-        if not is_allowed:
-            raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
+        if sender == CALLER and role in (Role.CALLER, Role.WORKER, Role.PREVIOUS):
+            return
+        if role is Role.WORKER and sender in self._peers:
+            return
+        who = self._who[role](message) if role in self._who else (CALLER,)
+        if sender not in who:
+            refusal = ProtocolError if who else StaleMessageError
+            raise refusal(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
@@ -114,9 +113,9 @@ class HostedStages:
         self._background.submit(work)
 
     def sources(self, model: int, plan_version: int, stage: int) -> tuple[str, ...]:
-        """Who may send what a stage runs: the party before it, and the caller."""
+        """Who may send what a stage runs besides the caller: the party before it."""
         hosted = self._stages.get(StageKey(model, plan_version, stage))
-        return (CALLER,) if hosted is None else (CALLER, hosted.previous_name)
+        return () if hosted is None else (hosted.previous_name,)
 
     def lenders(self, request: int) -> tuple[str, ...]:
         """Who was asked for the weights of a stage that is being loaded."""

@@ -22,7 +22,7 @@ from lingualinked.worker.mover import Mover
 from lingualinked.worker.moves import AnnouncedMoves
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
-from lingualinked.worker.roles import Roles
+from lingualinked.worker.roles import Roles, StaleMessageError
 from lingualinked.worker.stages import HostedStages, StageKey
 from message_examples import TYPES, example
 
@@ -104,6 +104,15 @@ def test_a_version_that_is_not_hosted_has_no_stage_before_it(
     roles: Roles, kind: type[AnyMessage], version: int
 ) -> None:
     assert not is_taken(roles, aimed(kind, plan_version=version), "previous")
+
+
+def test_what_was_on_its_way_when_a_stage_went_is_no_cause_for_alarm(roles: Roles) -> None:
+    for stale in (aimed(EndSession, plan_version=9), aimed(KVChunk, model=MODEL + 1), aimed(FetchWeight, model=9)):
+        with pytest.raises(StaleMessageError):
+            roles.check(stale, "previous")
+    with pytest.raises(ProtocolError) as caught:
+        roles.check(aimed(EndSession), "next")
+    assert not isinstance(caught.value, StaleMessageError)
 
 
 def test_each_stage_has_a_party_of_its_own_before_it(roles: Roles) -> None:
