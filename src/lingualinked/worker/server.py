@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from lingualinked.device import CALLER
-from lingualinked.errors import LingualinkedError, ProtocolError
+from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Imitation
@@ -68,6 +68,7 @@ from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from lingualinked.worker.background import Background
+from lingualinked.worker.borrower import Borrower
 from lingualinked.worker.failure import failure_of
 from lingualinked.worker.hosted import split_tensors
 from lingualinked.worker.inbox import Inbox
@@ -143,7 +144,7 @@ class Worker:
         self._moves = AnnouncedMoves()
         self._mover = Mover(self._stages, self._peers, self._moves)
         self._lender = Lender(self._stages, self._moves)
-        self._receipts: dict[tuple[int, str], int] = {}  # of the weights that came last, by model and lender
+        self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
         self._early: dict[tuple[int, int, int], tuple[Step, Delivery]] = {}  # steps that wait for word of a move
         self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
@@ -213,8 +214,7 @@ class Worker:
             case FetchWeight():
                 self._peers.send(delivery.sender, *self._lender.lend(message, delivery.sender))
             case WeightChunk():
-                self._receipts[message.model, delivery.sender] = message.receipt
-                self._stages.take_weight(message, delivery.tensors)
+                self._borrower.receive(message, delivery.sender, delivery.tensors)
             case AnnounceMove():
                 self._forget_moves(message.model)
                 self._moves.announce(message)
@@ -255,7 +255,7 @@ class Worker:
             self._answer(message.request, lambda: self._put_in_service(message, stage))
 
         def fetch(holder: Holder, parameter: str, first: int) -> None:
-            self._fetch(message.request, holder, parameter, first)
+            self._borrower.fetch(message.request, holder, parameter, first)
 
         self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error), fetch)
 
@@ -263,35 +263,12 @@ class Worker:
         weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
         return StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read)
 
-    def _fetch(self, request: int, holder: Holder, parameter: str, first: int) -> None:
-        message = FetchWeight(
-            request=request,
-            model=holder.model,
-            plan_version=holder.plan_version,
-            stage=holder.stage,
-            parameter=parameter,
-            first=first,
-            receipt=self._receipts.get((holder.model, holder.name), 0),
-        )
-        try:
-            if holder.name == self._boot.name:
-                answer, tensors = self._lender.lend(message, holder.name)
-                self._receipts[answer.model, holder.name] = answer.receipt
-                self._stages.take_weight(answer, tensors)
-            else:
-                self._peers.send(holder.name, message)
-        except LingualinkedError as error:
-            refused = WeightChunk(
-                request=request, model=holder.model, parameter=parameter, first=first, error=str(error), receipt=0
-            )
-            self._stages.take_weight(refused, ())
-
     def _forget_moves(self, model: int) -> None:
         """End what is under way of a model that moves, or let a move of it begin anew."""
         self._moves.forget(model)
         self._mover.forget(model)
         self._lender.forget(model)
-        self._receipts = {key: receipt for key, receipt in self._receipts.items() if key[0] != model}
+        self._borrower.forget(model)
         for key in [key for key in self._early if key[0] == model]:
             step, delivery = self._early.pop(key)
             error = ProtocolError(f"a step of session {step.session}, which has not moved to its plan version")
