@@ -286,7 +286,8 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
         "StepDone: forged logits",
         "StepDone: without tensors",
     }
-    record_property("kinds", sum(map(len, counts.values())))
+    for to, by in counts.items():
+        record_property(f"kinds of messages to {to}", f"{len(by)}, {len(refused[to])} of them refused")
 
 
 def test_a_bystander_is_lent_nothing_at_any_time(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
 
 _MAX_ARRIVING = 1 << 16
-_SPARE_TOKENS = 128  # of each row, that a layer may have room for beside twice what it holds
 
 
 @dataclasses.dataclass(slots=True)
@@ -155,16 +155,21 @@ class HostedStage:
             self._arriving[session] = HostedSession(self._new_cache(), StepContext())
         cache = self._arriving[session].cache
         assert cache is not None
+        fitting = []
         for piece in pieces:
-            if piece.place.slot not in cache.owned:
-                raise ProtocolError(f"KV of layer slot {piece.place.slot}, which this stage does not hold")
-            num_rows, num_tokens = len(piece.keys), piece.place.position + piece.keys.shape[2]
-            room = max(num_tokens, (piece.place.capacity - _SPARE_TOKENS) // 2)
-            if self._max_kv_tokens is not None and num_rows * room > self._max_kv_tokens:
-                raise ProtocolError(
-                    f"KV of {count_text(num_rows * room, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
-                )
-        write_pieces(pieces, cache)
+            place, num_rows = piece.place, len(piece.keys)
+            if place.slot not in cache.owned:
+                raise ProtocolError(f"KV of layer slot {place.slot}, which this stage does not hold")
+            num_tokens = num_rows * (place.position + piece.keys.shape[2])
+            if self._max_kv_tokens is not None:
+                if num_tokens > self._max_kv_tokens:
+                    raise ProtocolError(
+                        f"KV of {count_text(num_tokens, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
+                    )
+                room = self._max_kv_tokens // max(1, num_rows) + 1
+                place = msgspec.structs.replace(place, capacity=min(place.capacity, room))
+            fitting.append(dataclasses.replace(piece, place=place))
+        write_pieces(fitting, cache)
 
     def arrived(
         self, session: int, context: StepContext, number: int, *, records_past: bool, reserved_tokens: int

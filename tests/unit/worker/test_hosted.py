@@ -158,10 +158,12 @@ def test_keys_and_values_are_of_the_same_tokens() -> None:
 
 def test_kv_from_elsewhere_counts_too() -> None:
     hosted = hosted_stage(max_kv_tokens=10)
-    for wrong in (piece(None, 4, 3), piece(None, 1, 1, capacity=10**9)):
-        with pytest.raises(ProtocolError, match="max_kv_tokens=10"):
-            hosted.write(1, [wrong])
-    hosted.write(1, [piece(None, 2, 5)])
+    with pytest.raises(ProtocolError, match="max_kv_tokens=10"):
+        hosted.write(1, [piece(None, 4, 3)])
+    hosted.write(1, [piece(None, 2, 5, capacity=10**9)])  # room is made for what it may hold
+    arriving = hosted._arriving[1].cache
+    assert arriving is not None
+    assert arriving.owned[0].capacity <= 64
 
 
 def test_where_rows_become_more_all_is_sent_anew() -> None:
