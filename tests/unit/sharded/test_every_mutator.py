@@ -47,6 +47,9 @@ class LocalSession:
         logits: Tensor = output.logits
         return logits
 
+    def reserve(self, num_tokens: int) -> None:
+        pass
+
     def end(self) -> None:
         self.ended = True
 
@@ -95,6 +98,7 @@ class Pair:
         self.pipeline: Any = LocalPipeline(copy.deepcopy(original))
         self.sharded: Any = wear_face(meta, self.pipeline, find_parts(meta), ModelCode(meta), owns_cluster=False)
         self.known = observe(self.plain)
+        assert observe(self.sharded) == self.known
 
 
 def observe(model: Any) -> Any:
