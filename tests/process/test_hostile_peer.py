@@ -233,7 +233,7 @@ def send(outsider: Outsider, to: str, messages: list[list[bytes]]) -> None:
 
 
 def test_nothing_that_a_bystander_says_costs_anyone_a_token(
-    sharded: Any, unsharded: PreTrainedModel, outsider: Outsider, record_property: Any
+    sharded: Any, unsharded: PreTrainedModel, outsider: Outsider
 ) -> None:
     """Every kind of message to the worker of the middle stage and to the caller, while sessions go on."""
     cluster = sharded.cluster
@@ -286,8 +286,6 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
         "StepDone: forged logits",
         "StepDone: without tensors",
     }
-    for to, by in counts.items():
-        record_property(f"kinds of messages to {to}", f"{len(by)}, {len(refused[to])} of them refused")
 
 
 def test_a_bystander_is_lent_nothing_at_any_time(
