@@ -18,7 +18,7 @@ from lingualinked.model.memory import trim_heap
 _MIN_ELEMENTS = (
     1 << 13
 )  # of a weight: torch itself multiplies small ones, in an order of its own, and packing gains nothing
-_PROBED_ELEMENTS = 1 << 21  # of a weight that is probed in its full size; a larger one is probed with fewer outputs
+_PROBED_ELEMENTS = 1 << 20  # of a weight that is probed in its full size; a larger one is probed with fewer outputs
 _BLOCK_OUTPUTS = 64
 _DIFFERENT = 64  # rows and outputs of a probe; the others repeat them
 _TRIM_BYTES = 8 << 20
