@@ -471,6 +471,21 @@ def test_malformed_messages_are_dropped_counted_and_logged_once(
     assert f"refused input from c ({kind})" in records[0]
 
 
+def test_a_flood_of_malformed_messages_outlasts_no_time_limit(network: Network) -> None:
+    a, b = network.open_all("a", "b")
+    a.send("b", b"before")
+    for _ in range(500):
+        network.send_raw("a", b, [b""])
+    network.send_raw("a", b, VALID)
+    heard: list[bytes] = []
+    while len(heard) < 2:
+        num_refused, delivery = b.num_refused, b.receive(0)
+        assert b.num_refused <= num_refused + 1
+        heard += [] if delivery is None else [delivery.payload]
+    assert set(heard) == {b"before", b"valid"}
+    assert b.num_refused == 500
+
+
 def test_random_bytes_from_an_authorised_peer_do_no_harm(network: Network) -> None:
     _, b = network.open_all("a", "b")
     generator = torch.Generator().manual_seed(0)

@@ -188,6 +188,18 @@ def test_a_copy_counts_in_the_budget(place: Callable[..., Any], tiny_llama: str)
     assert step(model, NEXT, other).shape == (2, 2, 128)
 
 
+def test_a_copy_counts_what_the_stages_copy(place: Callable[..., Any], tiny_llama: str) -> None:
+    model = place(tiny_llama, [("a", 0, 4)], max_kv_tokens=40)
+    past = model(IDS).past_key_values
+    past.crop(-5)  # which reaches the stages with the next step
+    other = copy.deepcopy(past)
+    with pytest.raises(ll.KVCapacityError, match="14 tokens of KV for this session and 28 of others"):
+        model(IDS)
+    assert step(model, NEXT, other).shape == (2, 2, 128)
+    assert model(IDS).logits.shape == (2, 7, 128)
+    assert step(model, NEXT, past).shape == (2, 2, 128)
+
+
 def test_nothing_is_left_of_copies(sharded: Any) -> None:
     past = sharded(IDS).past_key_values
     copies = [copy.deepcopy(past) for _ in range(3)]

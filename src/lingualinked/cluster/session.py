@@ -52,7 +52,7 @@ class KVBudget:
         Raises
         ------
         KVCapacityError
-            If the limit would be passed; nothing changes then.
+            If all together would exceed the limit; nothing changes then.
         """
         if self._max_tokens is None:
             return
@@ -64,6 +64,17 @@ class KVBudget:
                     f"max_kv_tokens={self._max_tokens}: end other sessions, shorten the text, or raise it"
                 )
             self._held[session] = num_tokens
+
+    def hold_as_much(self, session: int, other: int) -> None:
+        """Let a session hold as much as another does.
+
+        Raises
+        ------
+        KVCapacityError
+            As `hold`.
+        """
+        with self._lock:
+            self.hold(session, self._held.get(other, 0))
 
     def release(self, session: int) -> None:
         """Give back what a session holds."""
@@ -178,7 +189,7 @@ class Session:
         ClosedError
             If the session has ended or broken off; what broke it between two steps is raised itself, once.
         KVCapacityError
-            If the KV budget would be passed; the session goes on as it was.
+            If the KV budget would be exceeded; the session goes on as it was.
         WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
             If a worker raised, ended, or did not answer; the session has ended then.
         """
@@ -227,7 +238,7 @@ class Session:
                 self._tell_moved()
                 other._place.route = self._place.route
                 if self._holds_kv:
-                    self._budget.hold(other._number, self.num_rows * self.num_tokens)
+                    self._budget.hold_as_much(other._number, self._number)  # stages copy what edits are still to drop
                     results_of(self._fork(other._number))
                 other.num_rows, other.num_tokens = self.num_rows, self.num_tokens
                 other._context = StepContext.of(self._context.mask, self._context.num_tokens)

@@ -158,7 +158,7 @@ def encode_message(
     Raises
     ------
     ProtocolError
-        If a tensor is of a kind that is not sent, or a limit is passed.
+        If a tensor is of a kind that is not sent, or a limit is exceeded.
     """
     descriptors = [_describe(tensor) for tensor in tensors]
     head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors)))

@@ -136,7 +136,7 @@ class InProcessMailbox(Mailbox):
                     return held
                 continue
             delivery = None if item is None else self._open(*item)
-            if delivery is not None:
+            if delivery is not None or left_s <= 0:  # what is refused may never end
                 return delivery
 
     def wake(self) -> None:  # noqa: D102

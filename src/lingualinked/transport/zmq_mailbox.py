@@ -155,7 +155,8 @@ class ZmqMailbox(Mailbox):
             if self._waker.clear():
                 return None
             delivery = self._take() if ready and self._held.left_s > 0 else self._held.take()
-            if delivery is not None or (not ready and left_s * 1000 <= min(_LONGEST_POLL_MS, held_ms)):
+            is_over = not ready or left_s <= 0  # what is refused may never end
+            if delivery is not None or (is_over and left_s * 1000 <= min(_LONGEST_POLL_MS, held_ms)):
                 return delivery
 
     def wake(self) -> None:  # noqa: D102

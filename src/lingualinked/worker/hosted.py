@@ -264,11 +264,16 @@ class HostedStage:
     def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:
         parts = split_tensors(step, tensors)
         num_rows, num_new = parts.inputs[0].shape[:2]
-        _apply(step.edits, session, num_rows)
         if step.position_rows not in (0, 1, num_rows):
             raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} in a step of {num_rows}")
+        if step.edits and session.cache is None:
+            raise ProtocolError("a step edits the KV of a session that keeps none")
         if session.cache is not None:
+            for edit in step.edits:
+                if edit.kind is not KVEditKind.REORDER:
+                    _apply(edit, session, session.cache)
             self._check_budget(session, num_rows, session.context.num_tokens + num_new)
+            _reorder(step.edits, session, session.cache, num_rows)  # now: it may make many rows of few
         keep = parts.keep[0] if step.logits_to_keep is None else step.logits_to_keep
         code = ContextCode(
             mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=parts.told
@@ -317,36 +322,29 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
     )
 
 
-def _apply(edits: Sequence[KVEdit], session: HostedSession, num_rows: int) -> None:
-    """Edit a session's KV before a step of so many rows."""
-    if not edits:
-        return
-    cache = session.cache
-    if cache is None:
-        raise ProtocolError("a step edits the KV of a session that keeps none")
-    # Of several orders only what they come to: rows in between may be as many as fit into a message.
+def _reorder(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:
+    """Order a session's KV as several orders say, of which only what they come to counts, for a step of so many rows."""
     orders = [edit.values for edit in edits if edit.kind is KVEditKind.REORDER]
-    if orders:
-        order = functools.reduce(_reorder, orders)
-        if len(order) != num_rows:
-            raise ProtocolError(f"KV of {count_text(len(order), 'row')} in a step of {num_rows}")
-        rows = torch.tensor(order, dtype=torch.long)
-        cache.reorder(rows)
-        session.context.reorder(rows)
-        for copy in session.copies.values():
-            copy.reorder(rows)
-    for edit in edits:
-        if edit.kind is not KVEditKind.REORDER:
-            _apply_one(edit, session, cache)
+    if not orders:
+        return
+    order = functools.reduce(_chain, orders)  # rows in between may be as many as fit into a message
+    if len(order) != num_rows:
+        raise ProtocolError(f"KV of {count_text(len(order), 'row')} in a step of {num_rows}")
+    rows = torch.tensor(order, dtype=torch.long)
+    cache.reorder(rows)
+    session.context.reorder(rows)
+    for copy in session.copies.values():
+        copy.reorder(rows)
 
 
-def _reorder(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+def _chain(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     if not all(0 <= row < len(rows) for row in order):
         raise ProtocolError(f"an order of rows that are not among {len(rows)}")
     return tuple(rows[row] for row in order)
 
 
-def _apply_one(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
+def _apply(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
+    """Edit a session's KV but for the order of its rows."""
     if len(edit.values) != 1:
         raise ProtocolError(f"{len(edit.values)} values, where an edit of KV has one")
     (value,) = edit.values
@@ -356,6 +354,8 @@ def _apply_one(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
     if edit.kind is KVEditKind.RESERVE:
         cache.reserve(value)
         return
+    if not 0 <= value <= session.context.num_tokens:  # fewer than none would count against the budget of all
+        raise ProtocolError(f"a crop of {count_text(value, 'token')} of {session.context.num_tokens}")
     cache.crop(-value)
     session.context.crop(value)
     for copy in session.copies.values():

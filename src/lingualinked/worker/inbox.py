@@ -60,7 +60,7 @@ class Inbox:
         self._mailbox.refuse(delivery.sender, kind, detail, level)
 
     def _accept(self, delivery: Delivery) -> bool:
-        """Have a message wait; say whether its sender may have more waiting."""
+        """Have a message wait; say whether to read on, which neither a sender of many may claim nor one that is refused."""
         kind = "no message"
         try:
             message = decode(delivery.payload)
@@ -68,7 +68,7 @@ class Inbox:
             self._check(message, delivery.sender)
         except ProtocolError as error:
             self.refuse(delivery, error, kind)
-            return True
+            return False
         assert isinstance(message, CallerMessage | PeerMessage)
         (self._moves if isinstance(message, LoadStage | MovingMessage) else self._others).add((message, delivery))
         return self._count(delivery, 1)

@@ -32,7 +32,18 @@ def test_a_refusal_changes_nothing() -> None:
 
 
 def test_no_limit_counts_nothing() -> None:
-    KVBudget(None).hold(1, 10**12)
+    budget = KVBudget(None)
+    budget.hold(1, 10**12)
+    budget.hold_as_much(2, 1)
+
+
+def test_a_copy_holds_as_much_as_what_it_is_made_of() -> None:
+    budget = KVBudget(10)
+    budget.hold(1, 4)
+    budget.hold_as_much(2, 1)
+    with pytest.raises(ll.KVCapacityError, match=r"4 tokens of KV for this session and 8 of others"):
+        budget.hold_as_much(3, 1)
+    budget.hold(3, 2)
 
 
 def test_a_finalizer_may_release_in_the_middle_of_a_hold() -> None:

@@ -101,9 +101,21 @@ def test_orders_of_rows_come_to_one() -> None:
         (order(0, -1),),
         (order(),),
         (KVEdit(kind=KVEditKind.CROP, values=()),),
+        (crop(4),),
+        (crop(2), crop(2)),
         (KVEdit(kind=KVEditKind.RECORD, values=(1, 1)),),
     ],
-    ids=["many", "many at last", "beyond", "negative", "none", "no crop", "two records"],
+    ids=[
+        "many",
+        "many at last",
+        "beyond",
+        "negative",
+        "none",
+        "no crop",
+        "crop of more",
+        "crops of more",
+        "two records",
+    ],
 )
 def test_edits_that_fit_no_step_are_refused(edits: tuple[KVEdit, ...]) -> None:
     hosted = hosted_stage()
@@ -129,6 +141,17 @@ def test_sessions_beyond_the_budget_are_refused_and_the_others_go_on() -> None:
     run(hosted, 2, 2, session=1, number=1)
     hosted.end(1)
     run(hosted, 1, 10, session=3)
+
+
+def test_rows_beyond_the_budget_are_refused_before_there_is_room_for_them() -> None:
+    hosted = hosted_stage(max_kv_tokens=1_000)
+    run(hosted, 1, 900)
+    session, reordered = hosted.sessions[1], []
+    assert session.cache is not None
+    session.cache.reorder = reordered.append  # type: ignore[method-assign]
+    with pytest.raises(ProtocolError, match="max_kv_tokens=1000"):
+        run(hosted, 500, 1, number=1, edits=(order(*[0] * 500),))
+    assert not reordered
 
 
 def piece(rows: tuple[int, ...] | None, num_rows: int, tokens: int, *, position: int = 0, capacity: int = 64) -> Piece:

@@ -102,5 +102,21 @@ def test_what_is_refused_is_counted(line: Line) -> None:
     line.others["a"].send("worker", b"no message")
     line.say("a", Inspect(request=1))
     line.say("a", Pong(number=1))
-    assert line.next() == ("a", Pong(number=1))
+    heard = [line.inbox.next() for _ in range(3)]
+    assert [waiting and waiting[0] for waiting in heard] == [None, None, Pong(number=1)]
     assert line.mailbox.num_refused == 2
+
+
+def test_a_flood_of_what_is_refused_holds_up_nobody(line: Line) -> None:
+    def check_and_be_sent_more(message: object, sender: str) -> None:
+        if isinstance(message, Inspect):
+            line.say("a", message)
+        check(message, sender)
+
+    line.inbox = Inbox(line.mailbox, check_and_be_sent_more)
+    line.say("a", Inspect(request=1))
+    line.say("caller", end(1))
+    while (waiting := line.inbox.next()) is None:
+        pass
+    assert waiting[0] == end(1)
+    assert line.mailbox.num_refused < 5
