@@ -22,7 +22,7 @@ test: $(DEV)  ## Run the tests
 	$(BIN)/python -m pytest
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
-	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 tests/process/test_interrupts.py
+	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
 
 check: lint types layers test docs notebooks  ## Everything that has to hold before a commit
 

@@ -127,7 +127,8 @@ def test_a_worker_killed_while_it_loads(
 def test_an_error_while_loading_does_not_wait_for_the_other_stages(mortal: ll.Cluster, tiny_llama: str) -> None:
     plan = ll.Plan.from_spans([("loading-2", 0, 2), ("well-1", 2, 4)])
     described = describe(LoadArguments(path=tiny_llama))
-    gone = dataclasses.replace(described.spec, files=("/no/such/model.safetensors",))
+    missing = dataclasses.replace(described.spec.files[0], path="/no/such/model.safetensors")
+    gone = dataclasses.replace(described.spec, files=(missing,))
     pipeline = Pipeline(mortal, gone, plan, max_kv_tokens=None, timeout_s=60)
     stopped(mortal.pids["loading-2"])  # does not answer, for now
     with pytest.raises(ll.CheckpointError, match=r"device 'well-1': .*/no/such/model\.safetensors"):
