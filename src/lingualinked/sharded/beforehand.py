@@ -47,10 +47,10 @@ def refuse_too_large(
     InfeasiblePlanError
         If it can't fit; the message says how many bytes are missing.
     """
-    offered = (1 - reserve) * _total_memory(devices)
-    if math.isinf(offered):
-        return
     try:
+        offered = (1 - reserve) * _total_memory(devices)  # fails where no file can be opened, which is said later
+        if math.isinf(offered):
+            return
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         num_layers = int(config["num_hidden_layers"])
         item_bytes = _ITEM_BYTES.get(dtype or config.get("dtype") or config.get("torch_dtype") or "")
