@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import zmq
 from contract.network import WAIT_S, Network
 from contract.test_mailbox import VALID, take
 from lingualinked.errors import ArgumentError
-from lingualinked.transport import ZmqMailbox, generate_keypair
+from lingualinked.transport import KeyPair, ZmqMailbox, generate_keypair
 
 
 class Interrupted:
@@ -42,6 +43,131 @@ class Interrupted:
         return frame
 
 
+GARBAGE = b"GET / HTTP/1.1\r\n\r\n" * 10
+GREETING = bytes([0xFF, *bytes(8), 0x7F, 3, 0]) + b"CURVE".ljust(20, b"\0") + bytes(32)
+SPOKEN = {
+    "no ZeroMQ": GARBAGE,
+    "ZMTP 1": b"\x01\x00\x06\x00hello",
+    "ZMTP 2": bytes([0xFF, *bytes(7), 1, 0x7F, 1, 8, 0, 0]),
+    "no handshake": GREETING + GARBAGE,
+    "silence": b"",
+}
+
+
+def dial(mailbox: Any) -> socket.socket:
+    """Connect to a mailbox without libzmq."""
+    kind, _, where = mailbox.address.partition("://")
+    if kind == "tcp":
+        host, port = where.split(":")
+        raw = socket.create_connection((host, int(port)))
+    else:
+        raw = socket.socket(socket.AF_UNIX)
+        try:
+            raw.connect(where)
+        except OSError:
+            raw.close()
+            raise
+    raw.settimeout(WAIT_S)
+    return raw
+
+
+def speak(mailbox: Any, data: bytes) -> None:
+    """Send bytes, and wait until libzmq hangs up."""
+    with dial(mailbox) as raw, contextlib.suppress(ConnectionError):
+        raw.sendall(data)
+        while raw.recv(1024):
+            pass
+
+
+def await_count(mailbox: Any, num_refused: int) -> None:
+    """Wait until so many refusals are counted, and no more."""
+    while mailbox.num_refused < num_refused:  # bounded by the time limit
+        assert mailbox.receive(0.005) is None
+    assert mailbox.num_refused == num_refused
+
+
+def curve(server: str, keys: KeyPair) -> dict[str, str]:
+    return {"curve_serverkey": server, "curve_publickey": keys.public, "curve_secretkey": keys.secret}
+
+
+@contextlib.contextmanager
+def wrong_peer(mailbox: Any, options: dict[str, str], kind: int = zmq.PUSH) -> Iterator[None]:
+    """Connect with libzmq, once."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        peer = context.socket(kind)
+        peer.reconnect_ivl = -1
+        for option, value in options.items():
+            setattr(peer, option, value.encode())
+        peer.connect(mailbox.address)
+        yield
+    finally:
+        context.destroy(linger=0)
+
+
+def test_each_connection_without_an_authorised_key_is_counted_once(zmq_network: Network) -> None:
+    b = zmq_network.open("b", ["a"])
+    friend, stranger, server = zmq_network.keys["a"], generate_keypair(), zmq_network.keys["b"].public
+    num_refused = 0
+    for wrong in (
+        wrong_peer(b, curve(server, stranger)),
+        wrong_peer(b, curve(stranger.public, friend)),
+        wrong_peer(b, {}),
+        wrong_peer(b, {"plain_username": "a", "plain_password": "b"}),
+        wrong_peer(b, curve(server, friend), zmq.REQ),
+    ):
+        with wrong:
+            num_refused += 1
+            await_count(b, num_refused)
+    dial(b).close()
+    num_refused += 1
+    await_count(b, num_refused)
+    for data in SPOKEN.values():
+        speak(b, data)
+        num_refused += 1
+        await_count(b, num_refused)
+
+
+@pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)
+def test_connections_are_counted_while_others_are_new_or_flood(zmq_network: Network) -> None:
+    a, b = zmq_network.open_all("a", "b")
+    a.send("b", b"before")
+    assert take(b).payload == b"before"
+    for number in range(3_000):
+        dial(b).close()
+        if number % 100 == 0:
+            a.send("b", b"meanwhile")
+            assert take(b).payload == b"meanwhile"
+    await_count(b, 3_000)
+    a.send("b", b"after")
+    assert take(b).payload == b"after"
+    a.close()  # what ends after its handshake is not counted
+    speak(b, GARBAGE)
+    await_count(b, 3_001)
+
+
+def test_a_mailbox_closes_in_a_flood(zmq_network: Network) -> None:
+    b = zmq_network.open("b", [])
+    ended = threading.Event()
+
+    def flood() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError):
+                dial(b).close()
+
+    threads = [threading.Thread(target=flood) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        while b.num_refused < 500:  # bounded by the time limit
+            assert b.receive(0.005) is None
+        b.close()  # that no thread and no descriptor is left is what every test is checked for
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_a_peer_without_encryption_never_gets_in(zmq_network: Network) -> None:
     a, b = zmq_network.open_all("a", "b")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -61,20 +187,7 @@ def test_a_peer_without_encryption_never_gets_in(zmq_network: Network) -> None:
 
 def test_a_peer_that_speaks_no_zeromq_does_no_harm(zmq_network: Network) -> None:
     a, b = zmq_network.open_all("a", "b")
-    if zmq_network.kind == "ipc":
-        raw = socket.socket(socket.AF_UNIX)
-        raw.connect(b.address.removeprefix("ipc://"))
-    else:
-        host, port = b.address.removeprefix("tcp://").split(":")
-        raw = socket.create_connection((host, int(port)))
-    with raw:
-        raw.settimeout(WAIT_S)
-        raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
-        try:
-            while raw.recv(1024):  # until libzmq hangs up
-                pass
-        except ConnectionError:
-            pass
+    speak(b, GARBAGE)
     a.send("b", b"goes on")
     assert take(b).payload == b"goes on"
 

@@ -16,7 +16,7 @@ from lingualinked.errors import ResourceError
 from lingualinked.quantities import count_text
 
 # Counted on running clusters, with some to spare for the libraries that are imported meanwhile.
-_DESCRIPTORS = 36
+_DESCRIPTORS = 38
 _DESCRIPTORS_PER_WORKER = 4
 _DESCRIPTORS_TO_ADD = 8
 _TASKS = 10

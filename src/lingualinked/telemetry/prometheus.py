@@ -110,7 +110,13 @@ def _write_devices(page: _Page, telemetry: Telemetry) -> None:
         labels = {"device": worker.device}
         page.add("gauge", "worker_threads", "Threads that a worker computes with.", worker.threads, labels)
         page.add("gauge", "worker_resident_bytes", "Resident memory of a worker.", worker.resident_bytes, labels)
-        page.add("counter", "worker_refused_total", "Messages that a worker refused.", worker.num_refused, labels)
+        page.add(
+            "counter",
+            "worker_refused_total",
+            "Messages and connections that a worker refused.",
+            worker.num_refused,
+            labels,
+        )
     present = {worker.device for worker in telemetry.workers}
     for device, sample in telemetry.history.latest_devices().items():
         if present and device not in present:

@@ -69,7 +69,7 @@ class WorkerSnapshot:
     resident_bytes, idle_resident_bytes : int
         Resident memory now, and when it had started and held nothing.
     num_refused : int
-        Messages that it refused as malformed, unknown or late.
+        Messages that it refused as malformed, unknown or late, and connections that showed no authorised key.
     """
 
     device: str

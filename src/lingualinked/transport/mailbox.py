@@ -94,9 +94,9 @@ class Mailbox(abc.ABC):
 
     @property
     def num_refused(self) -> int:
-        """Number of messages, and of connections with a key that is not authorised, that were refused so far.
+        """Number of messages, and of connections that showed no authorised key, that were refused so far.
 
-        Connections that fail before they show a key (another mechanism, a wrong server key, no ZeroMQ at all) are not counted.
+        A connection is counted once, however it failed, at the latest some seconds after its end.
         """
         return self._refusals.num
 

@@ -1,20 +1,27 @@
-"""Who may connect: a thread that answers the authentication requests of one ZeroMQ context (ZAP).
+"""Who may connect: a thread that answers the authentication requests of one ZeroMQ context (ZAP), and counts refusals.
 
 Knows public keys only, neither names nor messages.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
+import time
 from collections.abc import Mapping
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
+from lingualinked.transport.handshakes import EVENTS, Handshakes
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.waker import Waker
 
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"lingualinked"
+_MONITOR_ENDPOINT = "inproc://lingualinked.monitor"
+_MAX_EVENTS = 100  # taken before requests are answered
 
 
 class ZapHandler:
@@ -41,21 +48,28 @@ class ZapHandler:
         self, context: zmq.Context[zmq.Socket[bytes]], authorised: Mapping[bytes, str], refusals: Refusals
     ) -> None:
         requests: zmq.Socket[bytes] = context.socket(zmq.REP)
-        requests.linger = 0
+        # As many events as its limit lie here; then libzmq's thread waits, and with it whoever floods it with connections.
+        events: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        requests.linger = events.linger = 0
         self._stop = Waker()
         self._authorised = dict(authorised)  # the thread reads it; no more than one entry is changed at a time
         self._thread = threading.Thread(
             target=_serve,
-            args=(context, requests, self._stop, self._authorised, refusals),
+            args=(context, requests, events, self._stop, self._authorised, refusals),
             name="lingualinked-zap",
             daemon=True,
         )
         try:
             requests.bind(ENDPOINT)
+            events.connect(_MONITOR_ENDPOINT)
             self._thread.start()
         except BaseException:
-            _end(context, requests, self._stop)
+            _end(context, requests, events, self._stop)
             raise
+
+    def watch(self, inbox: zmq.Socket[bytes]) -> None:
+        """Count connections to a socket that end without an authorised key; one socket, before it is bound."""
+        inbox.monitor(_MONITOR_ENDPOINT, EVENTS)
 
     def authorise(self, key: bytes, user_id: str) -> None:
         """Let the holder of one more key in."""
@@ -80,27 +94,54 @@ class ZapHandler:
 def _serve(
     context: zmq.Context[zmq.Socket[bytes]],
     requests: zmq.Socket[bytes],
+    events: zmq.Socket[bytes],
     stop: Waker,
     authorised: Mapping[bytes, str],
     refusals: Refusals,
 ) -> None:
-    items: list[tuple[zmq.Socket[bytes] | int, int]] = [(requests, zmq.POLLIN), (stop.fileno(), zmq.POLLIN)]
+    items: list[tuple[zmq.Socket[bytes] | int, int]] = [
+        (each, zmq.POLLIN) for each in (requests, events, stop.fileno())
+    ]
+    handshakes = Handshakes()
     try:
         while not stop.clear():
-            if zmq.zmq_poll(items) and requests.poll(0):
-                requests.send_multipart(_answer(requests.recv_multipart(), authorised, refusals))
+            left_s = handshakes.next_s() - time.monotonic()
+            zmq.zmq_poll(items, -1 if left_s == math.inf else max(math.ceil(left_s * 1000), 0))
+            _take_events(events, handshakes)
+            while requests.poll(0):  # all of them: what a connection asked before it ended is not counted again
+                reply, is_refused = _answer(requests.recv_multipart(), authorised, refusals)
+                if is_refused:
+                    handshakes.note_known()
+                requests.send_multipart(reply)
+            for _ in range(handshakes.take_failed()):
+                # It may be a party that ended while it connected.
+                refusals.add("unknown peers", "handshake", "a connection that showed no authorised key", logging.INFO)
     finally:
-        _end(context, requests, stop)
+        _end(context, requests, events, stop)
 
 
-def _end(context: zmq.Context[zmq.Socket[bytes]], requests: zmq.Socket[bytes], stop: Waker) -> None:
+def _take_events(events: zmq.Socket[bytes], handshakes: Handshakes) -> None:
+    """Take the events that have come, up to a limit."""
+    for _ in range(_MAX_EVENTS):
+        now_s = time.monotonic()  # before it is known that there are no more events
+        if not events.poll(0):
+            handshakes.settle(now_s)
+            return
+        message = parse_monitor_message(events.recv_multipart())
+        handshakes.note(message["event"], message["value"], now_s)
+
+
+def _end(
+    context: zmq.Context[zmq.Socket[bytes]], requests: zmq.Socket[bytes], events: zmq.Socket[bytes], stop: Waker
+) -> None:
     requests.close()
+    events.close()
     context.term()
     stop.close()
 
 
-def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Refusals) -> list[bytes]:
-    """Return the reply to one request; whatever is not known to be good is refused."""
+def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Refusals) -> tuple[list[bytes], bool]:
+    """Return the reply to one request, and whether it refuses; whatever is not known to be good is refused."""
     version, request_id, domain, address, _, mechanism, *credentials = [*request, *[b""] * 6][: max(len(request), 6)]
     user_id = authorised.get(credentials[0]) if len(credentials) == 1 else None
     if user_id is None or (version, domain, mechanism) != (b"1.0", DOMAIN, b"CURVE"):
@@ -108,5 +149,5 @@ def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Ref
         refusals.add(
             "unknown peers", "key", f"a connection from {where} with a key that is not authorised ({mechanism!r})"
         )
-        return [b"1.0", request_id, b"400", b"not authorised", b"", b""]
-    return [b"1.0", request_id, b"200", b"", user_id.encode(), b""]
+        return [b"1.0", request_id, b"400", b"not authorised", b"", b""], True
+    return [b"1.0", request_id, b"200", b"", user_id.encode(), b""], False

@@ -31,6 +31,7 @@ from lingualinked.transport.codec import (
     decode_message,
     encode_message,
 )
+from lingualinked.transport.handshakes import TIMEOUT_MS
 from lingualinked.transport.keys import KeyPair, authorise, check_authorised, raw_key
 from lingualinked.transport.mailbox import Delivery, Mailbox
 from lingualinked.transport.refusals import Refusals
@@ -45,7 +46,6 @@ logger = logging.getLogger("lingualinked.transport")
 
 _LOOPBACK = "tcp://127.0.0.1:*"
 _CURVE_OVERHEAD_BYTES = 33  # of a frame that MAXMSGSIZE is compared with
-_HANDSHAKE_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_UNTAKEN = 1_000  # messages of one peer that lie here; what is more stays with the peer
 _MAX_UNSENT = 100_000  # messages to one peer; far more than are ever on their way to one that takes them
@@ -261,6 +261,8 @@ class _Sockets:
             self._zap = ZapHandler(self._context, {raw_key(key): key for key in authorised}, refusals)
             undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
             self.inbox = self._socket(zmq.PULL)
+            undo.callback(self.inbox.close)
+            self._zap.watch(self.inbox)
             undo.pop_all()
 
     def new_endpoint(self, folder: str | None) -> str:
@@ -327,7 +329,7 @@ class _Sockets:
         socket = self._context.socket(kind)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = 0
-        socket.handshake_ivl = _HANDSHAKE_TIMEOUT_MS
+        socket.handshake_ivl = TIMEOUT_MS
         return socket
 
 

@@ -1,0 +1,74 @@
+"""Counting the connections that failed in the handshake, from events that don't say whose success they tell."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import zmq
+
+from lingualinked.transport.handshakes import Handshakes
+
+
+def test_what_ends_alone_is_counted_at_once() -> None:
+    handshakes = Handshakes()
+    assert handshakes.next_s() == math.inf
+    handshakes.note(zmq.EVENT_ACCEPTED, 7, 0.0)
+    assert handshakes.take_failed() == 0
+    handshakes.note(zmq.EVENT_DISCONNECTED, 7, 0.1)
+    assert (handshakes.take_failed(), handshakes.take_failed(), handshakes.next_s()) == (1, 0, math.inf)
+
+
+def test_what_ends_after_its_handshake_is_not_counted() -> None:
+    handshakes = Handshakes()
+    for event in (zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+        handshakes.note(event, 7, 0.0)
+    assert handshakes.take_failed() == 0
+
+
+def test_what_was_counted_elsewhere_is_not_counted() -> None:
+    handshakes = Handshakes()
+    handshakes.note(zmq.EVENT_ACCEPTED, 7, 0.0)
+    handshakes.note_known()
+    handshakes.note(zmq.EVENT_DISCONNECTED, 7, 0.0)
+    assert handshakes.take_failed() == 0
+
+
+def test_any_mixture_is_counted_exactly_in_the_end_and_never_too_high() -> None:
+    """Descriptors are used again; connections that succeed may stay open, as may those that are about to fail."""
+    chance = random.Random(0)
+    handshakes = Handshakes()
+    in_handshake: dict[int, float] = {}
+    standing: set[int] = set()
+    num_failed = num_counted = 0
+    now_s = 0.0
+    for _ in range(5_000):
+        now_s += chance.random() / 10
+        late = [fd for fd, began_s in in_handshake.items() if now_s - began_s > 1.9]
+        if not late and len(in_handshake) + len(standing) < 10 and chance.random() < 0.5:
+            fd = next(fd for fd in range(10) if fd not in in_handshake and fd not in standing)
+            in_handshake[fd] = now_s
+            handshakes.note(zmq.EVENT_ACCEPTED, fd, now_s)
+        elif late or (in_handshake and chance.random() < 0.7):
+            fd = late[0] if late else chance.choice(sorted(in_handshake))
+            del in_handshake[fd]
+            if chance.random() < 0.5:
+                standing.add(fd)
+                handshakes.note(zmq.EVENT_HANDSHAKE_SUCCEEDED, 0, now_s)
+            else:
+                num_failed += 1
+                handshakes.note(zmq.EVENT_DISCONNECTED, fd, now_s)
+        elif standing:
+            fd = chance.choice(sorted(standing))
+            standing.remove(fd)
+            handshakes.note(zmq.EVENT_DISCONNECTED, fd, now_s)
+        handshakes.settle(now_s)
+        num_counted += handshakes.take_failed()
+        assert num_counted <= num_failed
+    for fd in in_handshake:
+        handshakes.note(zmq.EVENT_DISCONNECTED, fd, now_s)
+    assert standing
+    assert num_counted > 0
+    assert handshakes.next_s() <= now_s + 3
+    handshakes.settle(now_s + 3)
+    assert num_counted + handshakes.take_failed() == num_failed + len(in_handshake)
