@@ -106,9 +106,9 @@ REFUSED = (
 def test_too_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few are free, it is refused by name, also where a device is added; with as many as it says it works."""
     monkeypatch.setenv("TO_ADD", "[0, 1, 2, 3, 4, 5, 6, 7, 8]")
-    code = "for number in range(45): attempt(leave_descriptors, number, start)\nattempt(lambda _: None, 0, add)"
+    code = "for number in range(47): attempt(leave_descriptors, number, start)\nattempt(lambda _: None, 0, add)"
     with Script(BEGIN + code, tmp_path) as script:
-        assert outcomes(script, range(45)) == [44]
+        assert outcomes(script, range(47)) == [46]
         assert re.fullmatch(r"(8 file descriptors are needed and \d of [^;]*; ){8}2 workers", script.hear())
 
 

@@ -20,6 +20,7 @@ from lingualinked.transport.waker import Waker
 
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"lingualinked"
+_LET_IN = b"200"
 _MONITOR_ENDPOINT = "inproc://lingualinked.monitor"
 _MAX_EVENTS = 100  # taken before requests are answered
 
@@ -109,8 +110,8 @@ def _serve(
             zmq.zmq_poll(items, -1 if left_s == math.inf else max(math.ceil(left_s * 1000), 0))
             _take_events(events, handshakes)
             while requests.poll(0):  # all of them: what a connection asked before it ended is not counted again
-                reply, is_refused = _answer(requests.recv_multipart(), authorised, refusals)
-                if is_refused:
+                reply = _answer(requests.recv_multipart(), authorised, refusals)
+                if reply[2] != _LET_IN:
                     handshakes.note_known()
                 requests.send_multipart(reply)
             for _ in range(handshakes.take_failed()):
@@ -140,8 +141,8 @@ def _end(
     stop.close()
 
 
-def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Refusals) -> tuple[list[bytes], bool]:
-    """Return the reply to one request, and whether it refuses; whatever is not known to be good is refused."""
+def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Refusals) -> list[bytes]:
+    """Return the reply to one request; whatever is not known to be good is refused."""
     version, request_id, domain, address, _, mechanism, *credentials = [*request, *[b""] * 6][: max(len(request), 6)]
     user_id = authorised.get(credentials[0]) if len(credentials) == 1 else None
     if user_id is None or (version, domain, mechanism) != (b"1.0", DOMAIN, b"CURVE"):
@@ -149,5 +150,5 @@ def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Ref
         refusals.add(
             "unknown peers", "key", f"a connection from {where} with a key that is not authorised ({mechanism!r})"
         )
-        return [b"1.0", request_id, b"400", b"not authorised", b"", b""], True
-    return [b"1.0", request_id, b"200", b"", user_id.encode(), b""], False
+        return [b"1.0", request_id, b"400", b"not authorised", b"", b""]
+    return [b"1.0", request_id, _LET_IN, b"", user_id.encode(), b""]
