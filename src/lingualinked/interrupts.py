@@ -141,7 +141,8 @@ class _Guard:
             self._has_left = True
         time.sleep(0)  # a reminder that is under way arrives here
         if _guard is self:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if signal.getsignal(signal.SIGINT) == self._handle:  # else a handler has been set meanwhile, and stays
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             _guard = None
 
     def raise_if_lost(self) -> None:
@@ -159,6 +160,8 @@ class _Guard:
         return False
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if _guard is not self:  # whoever had set another handler meanwhile has put this one back too late
+            raise KeyboardInterrupt
         is_reminder, self._is_reminder = self._is_reminder, False
         if not self.was_interrupted:
             self.was_interrupted = True
@@ -173,7 +176,7 @@ class _Guard:
         while True:
             time.sleep(_REMIND_EVERY_S)
             with self._lock:
-                if self._has_left:
+                if self._has_left or signal.getsignal(signal.SIGINT) != self._handle:
                     return
                 self._is_reminder = True
                 signal.pthread_kill(self.thread, signal.SIGINT)  # to that thread: its waits end only so

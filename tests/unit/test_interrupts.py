@@ -230,6 +230,25 @@ def test_a_handler_of_the_users_stays() -> None:
     assert seen == ["interrupted", "interrupted"]
 
 
+def test_a_handler_that_is_set_within_a_call_stays() -> None:
+    seen = []
+
+    def set_handler() -> object:
+        before = signal.signal(signal.SIGINT, lambda *_: seen.append("interrupted"))
+        interrupt()
+        return before
+
+    try:
+        before = interruptible(set_handler)()
+        interrupt()
+        assert seen == ["interrupted", "interrupted"]
+        signal.signal(signal.SIGINT, before)  # too late: the call is over
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_other_threads_need_nothing() -> None:
     results = []
     thread = threading.Thread(target=lambda: results.append(interruptible(uninterrupted(lambda: 3))()))

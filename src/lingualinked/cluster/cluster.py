@@ -256,7 +256,7 @@ class Cluster:
                 raise
 
     def _announce(self, behaving: Mapping[str, Device], links: Links) -> None:
-        """Have every worker that lives know the link to a new one."""
+        """Tell every worker that lives of the link to a new one."""
         told = []
         for other in (device.name for device in self.devices):
             with contextlib.suppress(WorkerDiedError):

@@ -185,7 +185,7 @@ def request_stages(
 def announce_move(
     engine: Engine, model: int, source: Route, target: Route, timeout_s: float
 ) -> list[concurrent.futures.Future[object]]:
-    """Have workers let a model move between two routes, there or back, until they are told which plan to keep.
+    """Tell workers that a model may move between two routes, there or back, until they are told which plan to keep.
 
     Parameters
     ----------

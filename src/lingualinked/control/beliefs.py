@@ -64,7 +64,7 @@ class DeviceBelief:
         return True
 
     def slowdowns(self, unseen: float, *, is_doubtful: bool) -> tuple[float, float]:
-        """Give the slowdown of prefill and of decode; ``unseen`` where nothing was seen.
+        """Return the slowdown of prefill and of decode; ``unseen`` where nothing was seen.
 
         One step tells more than a measurement that ``is_doubtful``.
         """

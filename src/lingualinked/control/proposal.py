@@ -183,7 +183,7 @@ def _best(
 
 
 def _in_flight(plan: Plan, live: Profile, num_sessions: int) -> Workload:
-    """Give the plan's workload with so many sessions in flight."""
+    """Return the plan's workload with so many sessions in flight."""
     return dataclasses.replace(live.model.fit_workload(plan.workload), num_sessions=num_sessions)
 
 

@@ -47,7 +47,7 @@ class SessionLevel:
         return self._num_sessions
 
     def persistence_s(self, time_s: float) -> float:
-        """Give the seconds for which the number is expected to hold: as long as it did, before or until now.
+        """Return the seconds for which the number is expected to hold: as long as it did, before or until now.
 
         Parameters
         ----------

@@ -82,7 +82,7 @@ class ModelParts:
         return start <= layer < end if layer is not None else start == 0 or end == self.num_layers
 
     def layer_of(self, name: str) -> int | None:
-        """Give the layer that a parameter of the whole model belongs to, or None if it is around the layers."""
+        """Return the layer that a parameter of the whole model belongs to, or None if it is around the layers."""
         path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
         return int(path) if name.startswith(f"{self.layers}.") and rest and path.isdecimal() else None
 

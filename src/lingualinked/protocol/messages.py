@@ -245,7 +245,7 @@ class StageLoaded(Message, frozen=True, tag=18):
 
 
 class Acknowledged(Message, frozen=True, tag=25):
-    """Answer to `Imitate`, `Introduce` and `AnnounceMove`: it has been done."""
+    """Answer to `Imitate`, `Introduce`, `AnnounceMove` and `ForkSession`: it has been done."""
 
     request: int
 

@@ -96,7 +96,7 @@ def _headers(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _needed_bytes(headers: Iterator[dict[str, Any]], num_layers: int, item_bytes: int | None) -> Iterator[int]:
-    """Give the bytes of the matrices of every layer, and of one embedding: a head may be the same one."""
+    """Return the bytes of the matrices of every layer, and of one embedding: a head may be the same one."""
     largest_outside = 0
     for header in headers:
         for name, tensor in header.items():
@@ -114,7 +114,7 @@ def _needed_bytes(headers: Iterator[dict[str, Any]], num_layers: int, item_bytes
 
 
 def _kv_bytes(config: dict[str, Any], num_layers: int, item_bytes: int, workload: Workload) -> int:
-    """Give the bytes of the KV at the end of a workload's answers, where the config says how many heads have some."""
+    """Return the bytes of the KV at the end of a workload's answers, where the config says how many heads have some."""
     if "num_key_value_heads" not in config:
         return 0
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -308,7 +308,7 @@ class Mailbox(abc.ABC):
         """Close the way to a peer that was connected."""
 
     def _arrive(self, delivery: Delivery, due_us: int) -> Delivery | None:
-        """Give a message that is due, and hold one that is not yet; nobody has more held, or longer, than is allowed."""
+        """Return a message that is due, and hold one that is not yet; nobody has more held, or longer, than is allowed."""
         if not due_us:
             return delivery
         if delivery.sender not in self._delayed_from:

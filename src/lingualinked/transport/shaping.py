@@ -72,7 +72,7 @@ class Held:
         return delivery
 
     def num_bytes(self, sender: str) -> int:
-        """Give the bytes that are held of a sender's."""
+        """Return the bytes that are held of a sender's."""
         return self._num_bytes.get(sender, 0)
 
     @property

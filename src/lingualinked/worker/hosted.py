@@ -308,14 +308,15 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
     Raises
     ------
     ProtocolError
-        If there are fewer than the step announces, or the inputs have no rows and tokens.
+        If there are fewer than the step announces, or the inputs have no rows or no tokens.
     """
     num_told = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL)
     num_keep = int(step.logits_to_keep is None)
     num_inputs = len(tensors) - num_told - num_keep
-    if num_inputs < 1 or tensors[0].ndim < 2:
+    if num_inputs < 1 or tensors[0].ndim < 2 or 0 in tensors[0].shape[:2]:
         raise ProtocolError(
-            f"a step arrived with {count_text(len(tensors), 'tensor')}, {num_told + num_keep} of them announced beside its inputs"
+            f"a step arrived with the tensors {[list(tensor.shape) for tensor in tensors[:9]]}, of which "
+            f"{num_told + num_keep} are announced beside its inputs: rows and tokens, at least one of each"
         )
     return StepTensors(
         tensors[:num_inputs], tensors[num_inputs : num_inputs + num_told], tensors[num_inputs + num_told :]

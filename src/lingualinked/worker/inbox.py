@@ -60,7 +60,7 @@ class Inbox:
         self._mailbox.refuse(delivery.sender, kind, detail, level)
 
     def _accept(self, delivery: Delivery) -> bool:
-        """Have a message wait; say whether to read on, which neither a sender of many may claim nor one that is refused."""
+        """Add a message to those that wait; return whether to read on at once."""
         kind = "no message"
         try:
             message = decode(delivery.payload)
@@ -68,7 +68,7 @@ class Inbox:
             self._check(message, delivery.sender)
         except ProtocolError as error:
             self.refuse(delivery, error, kind)
-            return False
+            return False  # else a flood of such would hold up what waits
         assert isinstance(message, CallerMessage | PeerMessage)
         (self._moves if isinstance(message, LoadStage | MovingMessage) else self._others).add((message, delivery))
         return self._count(delivery, 1)
@@ -90,7 +90,7 @@ class _Turns:
         return bool(self._waiting)
 
     def add(self, waiting: Waiting) -> None:
-        """Have one more wait."""
+        """Add one to those that wait."""
         self._waiting.setdefault(waiting[1].sender, deque()).append(waiting)
 
     def pop(self) -> Waiting | None:

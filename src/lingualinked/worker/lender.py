@@ -47,7 +47,7 @@ class Lender:
         self._loans: dict[tuple[int, str], _Loan] = {}  # by model and borrower: one part of one parameter at a time
 
     def lend(self, request: FetchWeight, borrower: str) -> tuple[WeightChunk, tuple[Tensor, ...]]:
-        """Give the answer, and the part of the weight beside it.
+        """Return the answer, and the part of the weight beside it.
 
         Raises
         ------

@@ -56,7 +56,7 @@ class Peers:
             self._mailbox.disconnect(peer.name)
 
     def send(self, name: str, message: PeerMessage, tensors: Sequence[Tensor] = ()) -> int:
-        """Send to a worker, and give the bytes sent; the first time makes the connection.
+        """Send to a worker, and return the bytes sent; the first time makes the connection.
 
         Raises
         ------

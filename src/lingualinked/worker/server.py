@@ -82,7 +82,7 @@ from lingualinked.worker.moves import AnnouncedMoves
 from lingualinked.worker.pace import Pace
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
-from lingualinked.worker.roles import Roles
+from lingualinked.worker.roles import Roles, StaleMessageError
 from lingualinked.worker.stages import HostedStages, StageKey
 from lingualinked.worker.vitals import Vitals
 
@@ -271,7 +271,7 @@ class Worker:
         self._borrower.forget(model)
         for key in [key for key in self._early if key[0] == model]:
             step, delivery = self._early.pop(key)
-            error = ProtocolError(f"a step of session {step.session}, which has not moved to its plan version")
+            error = StaleMessageError(f"a step of session {step.session}, which has not moved to its plan version")
             self._inbox.refuse(delivery, error, "Step")
 
     def _move_session(self, message: MoveSession) -> None:

@@ -130,6 +130,15 @@ def test_positions_of_rows_that_are_not_there_are_refused() -> None:
         run(hosted_stage(), 2, 3, positions=PositionMode.RANGE, position_rows=10**9)
 
 
+@pytest.mark.parametrize(("rows", "tokens"), [(0, 1), (1, 0)])
+def test_steps_of_nothing_begin_no_sessions(rows: int, tokens: int) -> None:
+    """They would cost no budget, however many there are."""
+    hosted = hosted_stage(max_kv_tokens=10)
+    with pytest.raises(ProtocolError, match="at least one of each"):
+        run(hosted, rows, tokens)
+    assert not hosted.sessions
+
+
 def test_sessions_beyond_the_budget_are_refused_and_the_others_go_on() -> None:
     hosted = hosted_stage(max_kv_tokens=10)
     run(hosted, 2, 3, session=1)

@@ -152,7 +152,7 @@ def latency_s(problem: Problem, placement: Placement) -> float:
 
 
 def interval_s(problem: Problem, placement: Placement) -> float:
-    """Give the seconds between two mean steps with the problem's sessions in flight: the inverse of their rate."""
+    """Return the seconds between two mean steps with the problem's sessions in flight: the inverse of their rate."""
     return max(bottleneck_s(problem, placement), latency_s(problem, placement) / problem.num_sessions)
 
 
