@@ -127,7 +127,7 @@ class Pipeline:
         CheckpointError
             If a tensor that a stage needs is missing or damaged.
         InfeasiblePlanError
-            If the weights of a stage pass its device's memory limit; nothing has been read then.
+            If the weights of a stage exceed its device's memory limit; nothing has been read then.
         DeviceMemoryError
             If a worker's memory does not suffice.
         WorkerError, WorkerDiedError, StepTimeoutError
