@@ -293,6 +293,8 @@ def test_an_argument_of_transformers_that_has_no_counterpart(
         ({}, "input_ids or inputs_embeds"),
         ({"input_ids": IDS, "inputs_embeds": torch.zeros(1, 5, 32)}, "input_ids or inputs_embeds"),
         ({"input_ids": IDS, "no_such_argument": 1}, "no_such_argument"),
+        ({"input_ids": IDS.to_sparse()}, "layout torch.sparse_coo: give a dense tensor"),
+        ({"input_ids": IDS, "labels": IDS.float()}, "labels are integers"),
     ],
 )
 def test_inputs_that_can_not_be_used(sharded: Any, inputs: dict[str, Any], words: str) -> None:

@@ -100,6 +100,7 @@ def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: p
     assert (
         "(4 layers of 1 kind, float32) on worker-0, worker-1: a prefill of 8 tokens, and decode steps" in first.stderr
     )
+    assert "It is kept on disk, unless the times turn out to be doubtful." in first.stderr
     assert "state flops and memory_bandwidth of every device in a cluster file" in first.stderr
     # A prefill, and decode steps early and late in an answer; of the first two layers, and of the last one.
     assert shown == {device: [1, 2, 3, 4, 5, 6] for device in ("worker-0", "worker-1")}

@@ -129,6 +129,19 @@ def test_what_would_change_the_model_is_refused(sharded: Any, use: Callable[[Any
         use(sharded)
 
 
+@pytest.mark.parametrize(
+    ("use", "remedy"),
+    [
+        (lambda model: model.compile(), r"^compile\(\) of .*: its layers run in the workers, uncompiled"),
+        (lambda model: model.set_attn_implementation("eager"), "give attn_implementation= to ShardedModel"),
+        (lambda model: setattr(model, "use_kernels", True), "use the unsharded model for others"),
+    ],
+)
+def test_the_remedy_is_one_that_works(sharded: Any, use: Callable[[Any], Any], remedy: str) -> None:
+    with pytest.raises(ll.UnsupportedOperationError, match=remedy):
+        use(sharded)
+
+
 def test_bfloat16_of_a_bfloat16_model_names_what_transformers_would_round(
     place: Callable[..., Any], tiny_llama: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -81,7 +81,9 @@ def read_cluster_file(path: Path) -> ClusterFile:
         if stated:
             missing = [name for name in _FIGURES if name not in stated]
             if missing:
-                raise ArgumentError(f"device {device.name!r} of {path} states {list(stated)} and not {missing}")
+                raise ArgumentError(
+                    f"device {device.name!r} of {path} states {', '.join(stated)} and not {', '.join(missing)}"
+                )
             figures[device.name] = Figures(**stated)
     links: dict[tuple[str, str], Link] = {}
     link_tables = content.get("links", [])

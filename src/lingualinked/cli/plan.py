@@ -89,7 +89,8 @@ def _announcement(model: ll.ModelProfile, devices: Sequence[ll.Device], workload
     return (
         f"Measuring {model.name} ({count_text(model.num_layers, 'layer')} of {kinds}, {model.dtype}) on "
         f"{', '.join(device.name for device in devices)}: a prefill of {count_text(workload.prompt_tokens, 'token')}, and "
-        f"decode steps after {workload.prompt_tokens:,} and {workload.num_tokens:,}, and the links. It is kept on disk.\n"
+        f"decode steps after {workload.prompt_tokens:,} and {workload.num_tokens:,}, and the links. It is kept on disk, unless the times turn "
+        "out to be doubtful.\n"
         "To be answered at once instead, from estimates, state flops and memory_bandwidth of every device in a cluster "
         "file (--devices cluster.toml)."
     )

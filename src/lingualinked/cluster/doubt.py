@@ -73,12 +73,15 @@ def find_doubt(model: ModelProfile, devices: Sequence[DeviceProfile], other_core
     needed = sum((each.device.threads or 1) if each.device.accelerator == "cpu" else 1 for each in devices)
     if other_cores > max(0, num_cores - needed) + _LEAST_CORES:
         reasons.append(f"other processes kept {other_cores:.1f} of {num_cores} cores busy")
-    for each in devices:
-        for phase in ("prefill", "decode step"):
+    for phase in ("prefill", "decode step"):
+        names: dict[str, list[str]] = {}  # by how far they spread: devices that are alike are measured once
+        for each in devices:
             seconds, spread_s = each.whole_step_s(model, is_decode=phase == "decode step")
             if spread_s > max(_SPREAD * seconds, _LEAST_SPREAD_S):
-                share = 100 * spread_s / seconds
-                reasons.append(f"the repeats of a {phase} on device {each.device.name!r} spread by {share:.0f} %")
+                names.setdefault(f"{100 * spread_s / seconds:.0f} %", []).append(repr(each.device.name))
+        for share, those in names.items():
+            noun = "device" if len(those) == 1 else "devices"
+            reasons.append(f"the repeats of a {phase} on {noun} {', '.join(those)} spread by {share}")
     return "; ".join(reasons)
 
 

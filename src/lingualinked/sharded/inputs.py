@@ -127,7 +127,7 @@ def check_tensor(name: str, value: object) -> Tensor:
     UnsupportedOperationError
         For masks per kind of layer, which transformers takes as a dict; if gradients are asked for.
     ArgumentError
-        If it is something else, or has no data.
+        If it is something else, or has no data, or is sparse.
     """
     if isinstance(value, Mapping):
         raise UnsupportedOperationError(f"{name} as a mapping is not supported by a sharded model: give one tensor")
@@ -135,6 +135,8 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise ArgumentError(f"{name} is a {type(value).__name__}: give a tensor (return_tensors='pt')")
     if value.is_meta:
         raise ArgumentError(f"{name} is on the meta device, which holds no data: make it on model.device, the CPU")
+    if value.layout is not torch.strided:
+        raise ArgumentError(f"{name} has layout {value.layout}: give a dense tensor, as to_dense() makes")
     if value.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperationError(
             f"{name} require gradients, which do not flow through a sharded model: "
@@ -264,8 +266,10 @@ class StepShape:
         Raises
         ------
         ArgumentError
-            If there are too many or too few, or one is outside the vocabulary.
+            If they are no integers, there are too many or too few, or one is outside the vocabulary.
         """
+        if labels.is_floating_point() or labels.is_complex():
+            raise ArgumentError(f"labels have dtype {labels.dtype}: labels are integers")
         kept = len(range(self.new)[slice(-keep, None)]) if isinstance(keep, int) else None
         if kept is not None and labels.numel() != self.rows * kept:
             raise ArgumentError(

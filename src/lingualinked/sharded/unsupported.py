@@ -15,6 +15,8 @@ _MOVE = "its stages stay where the plan puts them; choose devices= and dtype= in
 _TRAIN = "it is for inference; train the unsharded model"
 _CHANGE = "change the checkpoint with transformers first, then load it sharded"
 _COMPILE = "its layers run in the workers, uncompiled; call the model itself"
+_ATTENTION = "its stages are loaded; give attn_implementation= to ShardedModel.from_pretrained"
+_DEFAULT = "its stages run transformers' default; use the unsharded model for others"
 _ADAPTER = "adapters are not supported yet; merge them into the weights first"
 _BATCH = "continuous batching is not supported yet; call generate with a padded batch"
 
@@ -51,23 +53,27 @@ _REMEDIES = {
     ),
     _CHANGE: (
         "apply",
-        "compile",
         "dequantize",
-        "get_compiled_call",
         "init_weights",
         "initialize_weights",
         "resize_position_embeddings",
         "resize_token_embeddings",
-        "set_attn_implementation",
         "set_decoder",
         "set_encoder",
-        "set_experts_implementation",
         "set_extra_state",
         "set_input_embeddings",
         "set_output_embeddings",
         "set_submodule",
-        "set_use_kernels",
         "tie_weights",
+    ),
+    _COMPILE: (
+        "compile",
+        "get_compiled_call",
+    ),
+    _ATTENTION: ("set_attn_implementation",),
+    _DEFAULT: (
+        "set_experts_implementation",
+        "set_use_kernels",
     ),
     _ADAPTER: (
         "active_adapters",

@@ -49,6 +49,13 @@ def test_repeats_that_lie_far_apart(four_cores: None, is_decode: bool) -> None:
     assert found == f"the repeats of a {phase} on device 'b' spread by {share} %"
 
 
+def test_devices_that_are_alike_are_named_in_one_sentence(four_cores: None) -> None:
+    made = profile(ll.Device(name="a", threads=1), ll.Device(name="b", threads=1))
+    both = dataclasses.replace(made, devices=tuple(with_spread(made, "a", 0.9, is_decode=False)))
+    found = find_doubt(made.model, with_spread(both, "b", 0.9, is_decode=False), 0.0)
+    assert found == "the repeats of a prefill on devices 'a', 'b' spread by 90 %"
+
+
 def test_a_spread_of_microseconds_does_not_matter(four_cores: None) -> None:
     made = profile(ll.Device(name="a", threads=1), layer_s=1e-5)
     assert find_doubt(made.model, with_spread(made, "a", 0.9, is_decode=True), 0.0) == ""
