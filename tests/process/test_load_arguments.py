@@ -141,6 +141,13 @@ def test_config_of_the_users(place: Place, mistral: Path, change: dict[str, Any]
     assert config.to_dict() == before
 
 
+def test_config_of_a_loaded_model(place: Place, llama: Path, tmp_path: Path) -> None:
+    """It says which implementations were chosen, of experts too, where there are none."""
+    for folder in (llama, save_tiny("mixtral", torch.float32, tmp_path)):
+        theirs = reference(folder)
+        assert_same_model(place(folder, SPANS, config=theirs.config), theirs)
+
+
 def test_experts_of_another_kind_in_the_users_config(place: Place, tmp_path: Path) -> None:
     folder = save_tiny("mixtral", torch.float32, tmp_path)
     with pytest.raises(ll.UnsupportedOperationError, match="experts_implementation='eager'"):

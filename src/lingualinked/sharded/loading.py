@@ -171,6 +171,9 @@ def describe(arguments: LoadArguments) -> Described:
         seed=arguments.seed,
     )
     described = describe_spec(spec)
+    experts = getattr(config, "_experts_implementation", None)
+    if experts != getattr(described.meta.config, "_experts_implementation", None):  # a loaded model's config says it
+        take_config_attributes({"experts_implementation": experts})
     for name in _ABOUT_OUTPUTS:
         setattr(described.meta.config, name, getattr(config, name))
     check_weights(spec, described.meta)
@@ -242,7 +245,6 @@ def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[s
 
 def _attn_implementation(arguments: LoadArguments, config: PreTrainedConfig) -> str | None:
     """Settle what is asked for, here or in the config, whose JSON does not tell it."""
-    take_config_attributes({"experts_implementation": getattr(config, "_experts_implementation", None)})
     asked = arguments.attn_implementation
     return check_attn_implementation(getattr(config, "_attn_implementation", None) if asked is None else asked)
 
@@ -250,6 +252,8 @@ def _attn_implementation(arguments: LoadArguments, config: PreTrainedConfig) -> 
 def _build_meta(spec: ModelSpec) -> PreTrainedModel:
     try:
         return build_meta(spec)
+    except ArgumentError:  # which says it already
+        raise
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
         cause = f"{type(error).__name__}: {error}"
         if spec.attn_implementation is not None:
