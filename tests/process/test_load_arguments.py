@@ -237,6 +237,12 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("path", [None, "", 7, AutoConfig])
+def test_what_is_no_checkpoint(path: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=r"^the model to load is .*: give the folder of a checkpoint"):
+        ll.ShardedModel.from_pretrained(path)
+
+
 @pytest.mark.parametrize("match", BAD)
 def test_what_can_not_be_used(place: Place, llama: Path, match: str) -> None:
     error, arguments = BAD[match]

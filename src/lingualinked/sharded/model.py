@@ -157,7 +157,13 @@ class ShardedModel:
             raise ArgumentError(f"rebalance={rebalance!r} must be 'auto', a lingualinked.RebalancePolicy or None")
         if cluster is not None and devices != "auto":
             raise ArgumentError("give devices= or cluster=, not both: a cluster brings its own devices")
-        path = os.fspath(pretrained_model_name_or_path)
+        path = pretrained_model_name_or_path
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            what = repr(path) if isinstance(path, str) else f"of type {type(path).__name__}"
+            raise ArgumentError(
+                f"the model to load is {what}: give the folder of a checkpoint or a model id of the hub"
+            )
+        path = os.fspath(path)
         given = cluster
         asked = _asked_devices(devices) if given is None else given.devices
         if load_format == "auto" and config is None and not kwargs:  # else the headers do not tell what is loaded
