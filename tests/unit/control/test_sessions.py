@@ -144,7 +144,7 @@ def test_memory_is_planned_for_the_sessions_of_the_workload() -> None:
     """One session is in flight, and the fast device could hold it, but not the eight that were asked for."""
     workload = ll.Workload(prompt_tokens=1024, new_tokens=64, num_sessions=8)
     made = profile(
-        ll.Device(name="fast", memory="500MiB"), ll.Device(name="slow", slowdown=2.0, memory="500MiB"), num_layers=24
+        ll.Device(name="fast", memory="350MiB"), ll.Device(name="slow", slowdown=2.0, memory="350MiB"), num_layers=24
     )
     alone = ll.solve(made, workload=dataclasses.replace(workload, num_sessions=1))
     assert alone.devices == ("fast",)
