@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import resource
@@ -17,13 +18,15 @@ from lingualinked.sharded.kept_files import keep, read_kept
 from lingualinked.whole_file import write_whole_file
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may get any bytes, as on a disk that is full."""
+    """Let no file get any bytes, as on a disk that is full; no fixture, or a report that is written to a file would end."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -40,13 +43,13 @@ def test_kept_files_are_this_users_alone(cache: Path) -> None:
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
-def test_a_full_disk_leaves_nothing_and_harms_nothing(cache: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_nothing_and_harms_nothing(cache: Path) -> None:
     keep("old", "text")
-    request.getfixturevalue("full_disk")
-    for name in ("old", "new"):
-        keep(name, "longer text")
-        with pytest.raises(OSError, match="File too large"):
-            write_whole_file(cache / name, "longer text")
+    with full_disk():
+        for name in ("old", "new"):
+            keep(name, "longer text")
+            with pytest.raises(OSError, match="File too large"):
+                write_whole_file(cache / name, "longer text")
     assert [path.name for path in cache.iterdir()] == ["old"]
     assert read_kept("old") == b"text"
 
