@@ -211,7 +211,7 @@ def test_quiet_shows_no_progress_bars(command: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ll.ShardedModel, "from_pretrained", load)
     monkeypatch.setattr("lingualinked.sharded.loading.place", lambda *_: ll.Plan.from_spans([("a", 0, 8)]))
-    monkeypatch.setattr(Cluster, "__new__", lambda *_, **__: contextlib.nullcontext(enter_result=Cluster))
+    monkeypatch.setattr(ll, "Cluster", lambda *_, **__: contextlib.nullcontext(enter_result=Cluster))
     for quiet in ([], ["--quiet"]):
         assert run(*STARTS[command], *quiet).exit_code == 1
     assert asked == [True, False]
@@ -222,7 +222,7 @@ def test_an_answer_has_no_special_tokens_unless_all_of_it_is_asked_for(monkeypat
 
     path = ll.sample_model()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    monkeypatch.setattr(Cluster, "__new__", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(ll, "Cluster", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(ll.ShardedModel, "from_pretrained", lambda *_, **__: contextlib.nullcontext(model))
     prompt = "Once upon a time there lived"
     generated = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=20, do_sample=False)[0]
