@@ -64,6 +64,25 @@ class Workload:
         """Rows whose KV is held at the same time."""
         return self.batch_size * self.num_sessions
 
+    def check_trusted(self, *, any_trusted: bool) -> None:
+        """Check that layers are to stay on trusted devices only where there are any.
+
+        Parameters
+        ----------
+        any_trusted : bool
+            Whether a device is trusted.
+
+        Raises
+        ------
+        ArgumentError
+            If none is, and `trusted_layers` are asked for.
+        """
+        if any(self.trusted_layers) and not any_trusted:
+            raise ArgumentError(
+                f"trusted_layers={self.trusted_layers} of the workload has no effect, as no device is trusted: mark those that "
+                "are, Device(trusted=True)"
+            )
+
 
 def _pair(value: object) -> tuple[int, int]:
     """Check a pair of counts, given as a tuple or as a list of a file."""

@@ -132,7 +132,6 @@ class Cluster:
             name=device.name,
             public_key=keys.public,
             secret_key=keys.secret,
-            authorised={key: CALLER},  # the others are introduced when they are ready
             socket_folder=self._launcher.socket_folder,
             caller_address=address,
             caller_key=key,

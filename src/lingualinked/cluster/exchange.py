@@ -186,15 +186,13 @@ class Exchange:
         match message:
             case StepDone():
                 reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes)
-                self._pending.complete(("step", message.session, message.number), reply)
-            case StepFailed():
-                self._pending.fail(("step", message.session, message.number), error_of(sender, message))
+                self._pending.complete(_key(message), reply)
             case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
-                self._pending.complete(("request", message.request, 0), message)
-            case RequestFailed() | KVRefused():
-                self._pending.fail(("request", message.request, 0), error_of(sender, message))
+                self._pending.complete(_key(message), message)
+            case RequestFailed() | KVRefused() | StepFailed():
+                self._pending.fail(_key(message), error_of(sender, message))
             case Progress():
-                self._pending.progress(("request", message.request, 0), message.num_done, time.monotonic())
+                self._pending.progress(_key(message), message.num_done, time.monotonic())
             case Hello():
                 if sender in self.addresses:
                     raise ProtocolError(f"{sender!r} has said hello before")

@@ -388,12 +388,9 @@ def check_trust(plan: Plan, devices: Iterable[Device]) -> None:
     """
     trusted_layers = plan.trusted_layers
     trusted = {device.name for device in devices if device.trusted}
+    if plan.workload is not None:
+        plan.workload.check_trusted(any_trusted=bool(trusted))
     if not trusted:
-        if any(trusted_layers):
-            raise ArgumentError(
-                f"trusted_layers={trusted_layers} of the workload has no effect, as no device is trusted: mark those that "
-                "are, Device(trusted=True)"
-            )
         return
     front, back = max(1, trusted_layers[0]), plan.num_layers - max(1, trusted_layers[1])
     for stage in plan.stages:

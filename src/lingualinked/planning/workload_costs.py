@@ -10,7 +10,6 @@ import math
 import numpy as np
 
 from lingualinked.device import CALLER
-from lingualinked.errors import ArgumentError
 from lingualinked.planning.placement.problem import Floats, Problem
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.workload import Workload
@@ -100,12 +99,8 @@ class WorkloadCosts:
         any_trusted = any(each.device.trusted for each in devices)
         trusted = np.array([each.device.trusted or not any_trusted for each in devices])
         closing = np.array([each.device.trusted for each in devices])
+        self.workload.check_trusted(any_trusted=any_trusted)
         front, back = self.workload.trusted_layers
-        if (front or back) and not any_trusted:
-            raise ArgumentError(
-                f"trusted_layers={self.workload.trusted_layers} of the workload has no effect, as no device is trusted: "
-                "mark those that are, Device(trusted=True)"
-            )
 
         def per_device(part: str) -> Floats:
             return np.array([self._part_s(each, part) for each in devices])

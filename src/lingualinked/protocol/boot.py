@@ -92,8 +92,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         The device's name.
     public_key, secret_key : str
         The worker's own CURVE keys (Z85 text).
-    authorised : dict of str to str
-        Public keys that may connect to it, and whose they are.
     socket_folder : str
         Where its own socket is to lie; it removes the folder once the caller is gone.
     caller_address, caller_key : str
@@ -119,7 +117,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     public_key: str
     secret_key: str
-    authorised: dict[str, str]
     socket_folder: str
     caller_address: str
     caller_key: str

@@ -167,15 +167,11 @@ def check_prompt(ids: object, arguments: Mapping[str, Any]) -> None:
         for name, value in {"input_ids": ids, **arguments}.items():
             if (name in _PROMPT and value is not None) or isinstance(value, Tensor):
                 check_tensor(name, value)
-    if (
-        isinstance(ids, Tensor)
-        and ids.ndim != 2
-        and arguments.get("inputs_embeds") is None
-        and not ids.is_floating_point()
-    ):
-        raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} must have 2 dimensions")
-    if isinstance(ids, Tensor) and ids.numel() == 0 and arguments.get("inputs_embeds") is None:
-        raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} are empty: give at least one token")
+    if isinstance(ids, Tensor) and arguments.get("inputs_embeds") is None:
+        if ids.ndim != 2 and not ids.is_floating_point():
+            raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} must have 2 dimensions")
+        if ids.numel() == 0:
+            raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} are empty: give at least one token")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

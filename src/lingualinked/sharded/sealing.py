@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.sharded.remote_tensor import RemoteTensor
+from lingualinked.sharded.unsupported import refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,10 +110,8 @@ def _reason(name: str) -> str:
 
 
 def _refusing(name: str, reason: str) -> Callable[..., NoReturn]:
-    def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
-        if isinstance(self, SealedModule):
-            self._refuse(f"{name}() of", reason)
-        raise UnsupportedOperationError(f"{name}() of a sharded model: {reason}")
+    def refuse(self: SealedModule, *_: Any, **__: Any) -> NoReturn:
+        self._refuse(f"{name}() of", reason)
 
     refuse.__name__ = name
     refuse.__doc__ = f"Refuse: {reason}."
@@ -123,7 +122,7 @@ for _name in dir(nn.Module):
     if _name.startswith(("add_", "register_")):
         setattr(SealedModule, _name, _refusing(_name, _reason(_name)))
         if not _name.startswith("register_forward_"):
-            setattr(SealedModel, _name, _refusing(_name, _reason(_name)))
+            setattr(SealedModel, _name, refusal(_name, _reason(_name)))
 for _name, _why in {"compile": _CHANGE, "load_state_dict": _USE, "state_dict": _USE}.items():
     setattr(SealedModule, _name, _refusing(_name, _why))
 

@@ -94,7 +94,9 @@ _REMEDIES = {
 }
 
 
-def _refusal(name: str, remedy: str) -> Callable[..., NoReturn]:
+def refusal(name: str, remedy: str) -> Callable[..., NoReturn]:
+    """Make a method of a sharded model that refuses to be called, with the remedy."""
+
     def refuse(self: object, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedOperationError(f"{name}() of a sharded model: {remedy}")
 
@@ -126,4 +128,4 @@ class UnsupportedOperations:
 
 for _remedy, _names in _REMEDIES.items():
     for _name in _names:
-        setattr(UnsupportedOperations, _name, _refusal(_name, _remedy))
+        setattr(UnsupportedOperations, _name, refusal(_name, _remedy))

@@ -19,6 +19,7 @@ from lingualinked.telemetry.history import History
 from lingualinked.telemetry.plain import plain
 from lingualinked.telemetry.samples import DeviceSample, StageTiming, StepSample
 from lingualinked.telemetry.timeline import stage_intervals, windows_of
+from lingualinked.whole_file import write_whole_file
 
 PIPELINE, LIVE = 1, 2
 """The two groups of tracks: what happened, and what was counted."""
@@ -72,12 +73,7 @@ def write_trace(history: History, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(msgspec.json.encode(trace_of(history)))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole_file(path, msgspec.json.encode(trace_of(history)).decode())
     return path
 
 

@@ -160,12 +160,8 @@ class HostedStage:
             place, num_rows = piece.place, len(piece.keys)
             if place.slot not in cache.owned:
                 raise ProtocolError(f"KV of layer slot {place.slot}, which this stage does not hold")
-            num_tokens = num_rows * (place.position + piece.keys.shape[2])
+            self._check_room(num_rows * (place.position + piece.keys.shape[2]))
             if self._max_kv_tokens is not None:
-                if num_tokens > self._max_kv_tokens:
-                    raise ProtocolError(
-                        f"KV of {count_text(num_tokens, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
-                    )
                 room = self._max_kv_tokens // max(1, num_rows) + 1
                 place = msgspec.structs.replace(place, capacity=min(place.capacity, room))
             fitting.append(dataclasses.replace(piece, place=place))
@@ -253,12 +249,16 @@ class HostedStage:
         return session
 
     def _check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
-        """Refuse KV that the caller does not give room for, from whomever it comes."""
+        """Note what a session comes to hold, and check all together."""
         session.num_rows, session.num_tokens = num_rows, num_tokens
-        held = sum(each.num_rows * each.num_tokens for each in self.sessions.values())
-        if self._max_kv_tokens is not None and held > self._max_kv_tokens:
+        if self._max_kv_tokens is not None:
+            self._check_room(sum(each.num_rows * each.num_tokens for each in self.sessions.values()))
+
+    def _check_room(self, num_tokens: int) -> None:
+        """Refuse more KV, in all rows, than the caller gives room for, from whomever it comes."""
+        if self._max_kv_tokens is not None and num_tokens > self._max_kv_tokens:
             raise ProtocolError(
-                f"KV of {count_text(held, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
+                f"KV of {count_text(num_tokens, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
             )
 
     def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:

@@ -106,8 +106,9 @@ class Mover:
             )
         hosted = self._stages.get(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
-        slots = [hosted.stage.slots(start, end) for name, start, end in self._sources(chunk) if name == sender]
-        if any(place.slot not in frozenset().union(*slots) for place in chunk.slices):
+        moving = [hosted.stage.slots(start, end) for name, start, end in self._sources(chunk) if name == sender]
+        slots = frozenset().union(*moving)
+        if any(place.slot not in slots for place in chunk.slices):
             raise ProtocolError(f"KV from {sender!r} of layers that do not move from there to here")
         pieces = [
             Piece(place=place, keys=tensors[2 * index].to(device), values=tensors[2 * index + 1].to(device))

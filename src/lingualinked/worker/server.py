@@ -105,7 +105,7 @@ def serve(boot: Boot, channel: int) -> None:
     mailbox = ZmqMailbox(
         boot.name,
         KeyPair(boot.public_key, boot.secret_key),
-        boot.authorised,
+        {boot.caller_key: CALLER},  # the others are introduced when they are ready
         socket_folder=boot.socket_folder,
         max_frame_bytes=boot.max_frame_bytes,
     )
@@ -170,6 +170,9 @@ class Worker:
                 self._tell(LogRecord(level=level, logger=name, text=text))
 
     def _handle(self, message: CallerMessage | PeerMessage, delivery: Delivery) -> None:
+        if isinstance(message, MovingMessage):
+            self._handle_moving(message, delivery)
+            return
         match message:
             case Step():
                 self._step(message, delivery)
@@ -180,18 +183,6 @@ class Worker:
             case UnloadModel():
                 self._forget_moves(message.model)
                 self._stages.unload(message.model)
-            case (
-                AnnounceMove()
-                | CopyKV()
-                | KVChunk()
-                | KVTaken()
-                | MoveSession()
-                | ForkSession()
-                | KeepPlan()
-                | FetchWeight()
-                | WeightChunk()
-            ):
-                self._handle_moving(message, delivery)
             case Inspect():
                 self._answer(message.request, lambda: self._report(message))
             case Imitate():
