@@ -18,8 +18,9 @@ help:  ## List the targets
 demo: $(RUNTIME)  ## Run the bundled model on three worker processes
 	$(BIN)/lingualinked demo
 
-test: $(DEV)  ## Run the tests
-	$(BIN)/python -m pytest
+# Files are what is shared out: their tests share models and clusters.
+test: $(DEV)  ## Run the tests, on up to four cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py

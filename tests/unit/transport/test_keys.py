@@ -26,7 +26,11 @@ def test_pairs_travel_as_messages_and_do_not_change() -> None:
         keys.public = ""  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("secret", ["", "short", "\N{SNOWMAN}" * 40, "~" * 40, generate_keypair().secret])
+@pytest.mark.parametrize(
+    "secret",
+    ["", "short", "\N{SNOWMAN}" * 40, "~" * 40, generate_keypair().secret],
+    ids=["empty", "short", "not ASCII", "not Z85", "another pair's"],
+)
 def test_halves_that_do_not_fit_are_an_error_that_keeps_the_secret(secret: str) -> None:
     public = generate_keypair().public
     with pytest.raises(ArgumentError, match="does not belong to the public key") as caught:
