@@ -19,7 +19,7 @@ import zmq
 
 from contract.network import WAIT_S, Network
 from contract.test_mailbox import VALID, take
-from lingualinked.errors import ArgumentError
+from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.transport import KeyPair, ZmqMailbox, generate_keypair
 
 
@@ -126,6 +126,26 @@ def test_each_connection_without_an_authorised_key_is_counted_once(zmq_network: 
         speak(b, data)
         num_refused += 1
         await_count(b, num_refused)
+
+
+def test_a_key_can_not_hold_many_connections_nor_keep_another_out(zmq_network: Network) -> None:
+    b = zmq_network.open("b", ["a", "c"])
+    keys, server = zmq_network.keys["a"], zmq_network.keys["b"].public
+    with contextlib.ExitStack() as peers:
+        for _ in range(30):
+            peers.enter_context(wrong_peer(b, curve(server, keys)))
+        await_count(b, 22)
+        c = zmq_network.open("c", ["b"])
+        c.connect("b", b.address, server)
+        c.send("b", b"in spite of them")
+        assert take(b).payload == b"in spite of them"
+    a, delivery = zmq_network.open("a", ["b"]), None
+    while delivery is None:  # until it is noticed that they have ended; bounded by the time limit
+        a.disconnect("b")
+        a.connect("b", b.address, server)
+        with contextlib.suppress(ProtocolError):  # refused once more
+            a.send("b", b"now that they are gone")
+        delivery = b.receive(0.2)
 
 
 @pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)

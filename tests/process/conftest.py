@@ -24,6 +24,7 @@ from transformers import (
 
 import lingualinked as ll
 from families import VOCABULARY
+from lingualinked.cluster.fork_server import fork_servers
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,16 @@ def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lingualinked.cluster.profiling.find_doubt", lambda *_: "")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_fork_server(nothing_outlives_the_session: None) -> Iterator[None]:
+    """What forks the workers of all clusters is kept between them: starting it takes longer than most tests."""
+    server = fork_servers.acquire(())
+    yield
+    fork_servers.release(server)
+
+
 @pytest.fixture(scope="session")
-def shared_cluster(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
+def shared_cluster(shared_fork_server: None) -> Iterator[ll.Cluster]:
     """Four workers with one thread each, for every test that does not harm them."""
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abcd"]) as cluster:
         cluster.workers()  # an answer of each: connections stand both ways, and no test is taken to leave them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
-from lingualinked.cluster.fork_server import ForkChannel
+from lingualinked.cluster import launch
+from lingualinked.cluster.booting import Booting
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.messages import ProbeLink
 from processes import are_gone, family, fork_server, stopped
@@ -169,15 +171,15 @@ def test_a_worker_that_has_died_is_no_obstacle(
 def test_a_worker_that_can_not_start_leaves_the_cluster_as_it_was(
     cluster: ll.Cluster, tiny_llama: str, unsharded: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, fork = state(cluster), ForkChannel.fork
+    before = state(cluster)
 
-    def spoil(self: ForkChannel, record: Boot, class_names: tuple[str, ...]) -> None:
-        fork(self, msgspec.structs.replace(record, secret_key="~" * 40), class_names)
+    def spoil(channel: socket.socket, record: Boot) -> Booting:
+        return Booting(channel, msgspec.structs.replace(record, caller_key="~" * 40))
 
     with load(cluster, tiny_llama, OLD) as model:
         for _ in range(2):
             with monkeypatch.context() as patch:
-                patch.setattr(ForkChannel, "fork", spoil)
+                patch.setattr(launch, "Booting", spoil)
                 with pytest.raises(ll.WorkerDiedError, match=r"'late' died \(exit status 1.*last words") as caught:
                     cluster.add(LATE, links={("late", "a"): ll.Link(latency="1ms")})
             assert caught.value.device == "late"

@@ -90,7 +90,7 @@ def test_an_accelerator_that_is_not_there_is_refused_by_a_running_cluster(limite
 
 
 def test_keys_are_neither_in_arguments_nor_in_the_environment(limited: ll.Cluster) -> None:
-    keys = limited._engine._keys
+    keys = limited._engine._mailbox._keys
     for process in family(limited):
         said = " ".join([*process.cmdline(), *process.environ().values()])
         assert keys.public not in said

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from zmq.utils import z85
 
 import lingualinked as ll
-from processes import fork_server
+from processes import Script, fork_server
 from waiting import wait_until
 
 pytestmark = [
@@ -103,28 +103,38 @@ def writable_memory(pid: int) -> Iterator[bytes]:
 
 
 def secret_of(pid: int, public: str) -> str:
-    """Find the secret key of a public one in its process's memory: 40 characters and a zero, as Python keeps text."""
+    """Find the secret key of a public one in its process's memory, where Python keeps the length of a text before it."""
     for content in writable_memory(pid):
-        for match in re.finditer(rb"(?<!" + Z85 + rb")" + Z85 + rb"{40}\0", content):
-            text = match.group()[:-1]
-            if zmq.curve_public(text).decode() == public:
-                return text.decode()
+        for match in re.finditer(rb"(?s)\x28\0{7}.{16}(?:.{8})?(" + Z85 + rb"{40})\0", content):
+            if zmq.curve_public(match[1]).decode() == public:
+                return match[1].decode()
     raise AssertionError(f"process {pid} does not hold the secret key of {public}")
 
 
-def test_each_secret_key_is_in_one_process_alone(own_fork_server: None) -> None:
-    """Neither the fork server nor another worker holds a worker's secret, or the caller's, as text or raw."""
-    with ll.Cluster(2) as cluster:
-        cluster.add(ll.Device(name="late", threads=1))
-        pids = {**cluster.pids, "fork server": fork_server(cluster).pid}
-        keys = cluster._engine.public_keys
-        secrets = {name: secret_of(pid, keys[name]) for name, pid in pids.items() if name in keys}
-        secrets["caller"] = cluster._engine._keys.secret
+KEEP_A_CLUSTER = """
+import json, os, sys
+import lingualinked as ll
+
+with ll.Cluster(2) as cluster:
+    cluster.add(ll.Device(name="late", threads=1))
+    server = cluster._launcher._fork_server.process.pid
+    pids = {**cluster.pids, "caller": os.getpid(), "fork server": server}
+    print(json.dumps([pids, cluster._engine.public_keys]), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_each_secret_key_is_in_one_process_alone(tmp_path: Path) -> None:
+    """Neither the caller, nor the fork server, nor another worker holds a party's secret, as text or raw."""
+    with Script(KEEP_A_CLUSTER, tmp_path) as script:
+        pids, keys = script.hear()
+        secrets = {name: secret_of(pids[name], public) for name, public in keys.items()}
         patterns = {f"{name} as text": secret.encode() for name, secret in secrets.items()}
         patterns |= {f"{name} raw": z85.decode(secret) for name, secret in secrets.items()}
         for name, pid in pids.items():
             held = {each for content in writable_memory(pid) for each in patterns if patterns[each] in content}
             assert held <= {f"{name} as text", f"{name} raw"}
+        assert script.end() == 0
 
 
 # --- one fork server for all

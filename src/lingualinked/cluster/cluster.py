@@ -29,7 +29,6 @@ from lingualinked.telemetry.snapshot import WorkerSnapshot
 
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
-    from lingualinked.transport.keys import KeyPair
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
@@ -106,32 +105,26 @@ class Cluster:
             self._launcher = launcher = uninterrupted(_launch)(ends, _class_names, _forks)
             # Imported only now: the workers import torch and zmq meanwhile.
             import lingualinked.cluster.engine  # noqa: F401 - before what an interrupt has to wait for
-            from lingualinked.transport.keys import generate_keypair
 
-            keys = {name: generate_keypair() for name in (CALLER, *(device.name for device in self.devices))}
-            public_keys = {device.name: keys[device.name].public for device in self.devices}
             self._engine = engine = uninterrupted(_start_engine)(
-                ends, keys[CALLER], public_keys, launcher.socket_folder, max_frame_bytes
+                ends, [device.name for device in self.devices], launcher.socket_folder, max_frame_bytes
             )
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
             engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
             for device in self.devices:
                 engine.shape(device.name, link_between(None, device, self.links))
             boots = [
-                self._boot(device, keys[device.name], imitation_of(device.name, self._behaving, self.links))
-                for device in self.devices
+                self._boot(device, imitation_of(device.name, self._behaving, self.links)) for device in self.devices
             ]
-            uninterrupted(launcher.start)(boots, engine.worker_ended)
+            uninterrupted(launcher.start)(boots, engine.admit, engine.worker_ended)
         except BaseException:
             self._finalizer()
             raise
 
-    def _boot(self, device: Device, keys: KeyPair, imitation: Imitation) -> Boot:
+    def _boot(self, device: Device, imitation: Imitation) -> Boot:
         address, key = self._engine.peer(CALLER)
         return Boot(
             name=device.name,
-            public_key=keys.public,
-            secret_key=keys.secret,
             socket_folder=self._launcher.socket_folder,
             caller_address=address,
             caller_key=key,
@@ -229,8 +222,6 @@ class Cluster:
         --------
         >>> cluster.add(Device(name="late", threads=1))  # doctest: +SKIP
         """
-        from lingualinked.transport.keys import generate_keypair
-
         self._engine.check_owner()  # before the lock, which a fork may have left taken
         with self._changes:
             before = self.devices, self.links, self._behaving
@@ -238,13 +229,12 @@ class Cluster:
             check_addition(device)
             behaving = {**self._behaving, device.name: device}
             known = {**self.links, **check_links_of(device.name, links or {}, behaving)}
-            keys = generate_keypair()
             try:
-                self._engine.admit(device.name, keys.public)
+                self._engine.expect(device.name)
                 self._engine.shape(device.name, link_between(None, device, known))
                 self._engine.expect_delays(delayed_from(CALLER, behaving, known))
                 self._announce(behaving, known)
-                self._launcher.add(self._boot(device, keys, imitation_of(device.name, behaving, known)))
+                self._launcher.add(self._boot(device, imitation_of(device.name, behaving, known)))
                 self._engine.wait_for_worker(device.name, self.timeout_s)
                 self._engine.trusted |= {device.name} if device.trusted else set()
                 self._behaving, self.links, self.devices = behaving, known, (*self.devices, device)
@@ -357,14 +347,13 @@ def _launch(ends: contextlib.ExitStack, class_names: tuple[str, ...], forks: boo
 
 def _start_engine(
     ends: contextlib.ExitStack,
-    keys: KeyPair,
-    public_keys: Mapping[str, str],
+    devices: Sequence[str],
     socket_folder: str,
     max_frame_bytes: int,
 ) -> Engine:
     from lingualinked.cluster.engine import Engine
 
-    engine = Engine(keys, public_keys, socket_folder, max_frame_bytes)
+    engine = Engine(devices, socket_folder, max_frame_bytes)
     ends.callback(engine.stop)
     return engine
 

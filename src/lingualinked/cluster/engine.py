@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from lingualinked.interrupts import wait_for_event
 from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
 from lingualinked.protocol.roles import ANSWERS
-from lingualinked.transport.keys import KeyPair
+from lingualinked.transport.keys import generate_keypair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
@@ -47,10 +47,8 @@ class Engine:
 
     Parameters
     ----------
-    keys : KeyPair
-        The caller's CURVE keys.
-    public_keys : mapping of str to str
-        Public key of each device's worker, by device name.
+    devices : iterable of str
+        Names of the devices whose workers are expected.
     socket_folder : str
         Where its socket lies.
     max_frame_bytes : int
@@ -62,8 +60,7 @@ class Engine:
         Devices that are trusted; the cluster says which.
     """
 
-    def __init__(self, keys: KeyPair, public_keys: Mapping[str, str], socket_folder: str, max_frame_bytes: int) -> None:
-        self._keys = keys
+    def __init__(self, devices: Iterable[str], socket_folder: str, max_frame_bytes: int) -> None:
         self._socket_folder = socket_folder
         self._max_frame_bytes = max_frame_bytes
         self.trusted: frozenset[str] = frozenset()
@@ -76,7 +73,7 @@ class Engine:
         self._mailbox: Mailbox
         self._exchange: Exchange
         ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-        arguments = (dict(public_keys), ready)
+        arguments = (tuple(devices), ready)
         self._thread = threading.Thread(target=self._run, args=arguments, name="lingualinked-io", daemon=True)
         start_thread(self._thread)
         try:
@@ -101,13 +98,25 @@ class Engine:
     @property
     def public_keys(self) -> dict[str, str]:
         """Public keys of the caller and of all workers, by name."""
-        return {CALLER: self._keys.public, **self._exchange.public_keys}
+        return {CALLER: self._mailbox.public_key, **self._exchange.public_keys}
 
-    def admit(self, device: str, public_key: str) -> None:
-        """Expect the worker of one more device; returns once messages are taken from it.
+    def expect(self, device: str) -> None:
+        """Expect the worker of one more device.
 
         Raises
         ------
+        ClosedError
+            If the cluster is closed.
+        """
+        self._call(lambda: self._exchange.expect(device))
+
+    def admit(self, device: str, public_key: str) -> None:
+        """Take messages under a key from the worker of a device; returns once they are taken.
+
+        Raises
+        ------
+        ArgumentError
+            If the key can't be used.
         ClosedError
             If the cluster is closed.
         """
@@ -148,7 +157,7 @@ class Engine:
     def peer(self, name: str) -> tuple[str, str]:
         """Address and public key of a worker that is ready, or of the caller."""
         if name == CALLER:
-            return self.address, self._keys.public
+            return self.address, self._mailbox.public_key
         return self._exchange.addresses[name], self._exchange.public_keys[name]
 
     def lends(self, lender: str, borrower: str) -> bool:
@@ -260,20 +269,19 @@ class Engine:
         if self._thread is not threading.current_thread():
             self._thread.join(_STOP_S)
 
-    def _run(self, public_keys: Mapping[str, str], ready: concurrent.futures.Future[None]) -> None:
+    def _run(self, devices: tuple[str, ...], ready: concurrent.futures.Future[None]) -> None:
         try:
-            names = {key: name for name, key in public_keys.items()}
             self._mailbox = ZmqMailbox(
                 CALLER,
-                self._keys,
-                names,
+                generate_keypair(),
+                {},  # workers make keys of their own
                 socket_folder=self._socket_folder,
                 max_frame_bytes=self._max_frame_bytes,
             )
         except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it
             ready.set_exception(error)
             return
-        exchange = self._exchange = Exchange(self._mailbox, public_keys)
+        exchange = self._exchange = Exchange(self._mailbox, devices)
         ready.set_result(None)
         try:
             while not self._stopping:

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future
 
 from torch import Tensor
@@ -58,13 +58,13 @@ class Exchange:
     ----------
     mailbox : Mailbox
         The caller's.
-    public_keys : mapping of str to str
-        Public key of each device's worker, by device name.
+    devices : iterable of str
+        Names of the devices whose workers are expected.
 
     Attributes
     ----------
     public_keys : dict of str to str
-        Public key of each device's worker; other threads may read it.
+        Public keys of the workers that have one by now; other threads may read it.
     addresses : dict of str to str
         Where workers listen, of those that have said hello; other threads may read it.
     ended : dict of str to str
@@ -73,35 +73,39 @@ class Exchange:
         Set for each device once its worker is ready, or never will be.
     """
 
-    def __init__(self, mailbox: Mailbox, public_keys: Mapping[str, str]) -> None:
+    def __init__(self, mailbox: Mailbox, devices: Iterable[str]) -> None:
         self.addresses: dict[str, str] = {}
         self.ended: dict[str, str] = {}
-        self.settled = {name: threading.Event() for name in public_keys}
-        self.public_keys = dict(public_keys)
+        self.settled = {name: threading.Event() for name in devices}
+        self.public_keys: dict[str, str] = {}
         self._mailbox = mailbox
         self._pending = PendingAnswers()
         self._unloaded: set[int] = set()
         self._logs: dict[str, RemoteLog] = {}
         self._introductions = itertools.count(-1, -1)  # as numbers of requests; those of the others count upwards
 
+    def expect(self, device: str) -> None:
+        """Expect the worker of one more device."""
+        self.settled[device] = threading.Event()
+
     def admit(self, device: str, public_key: str) -> None:
-        """Expect the worker of one more device.
+        """Take messages from the worker of a device; does nothing if none is expected any more.
 
         Raises
         ------
         ArgumentError
             If the key can't be used.
         """
-        self._mailbox.authorise(device, public_key)
-        self.public_keys[device] = public_key
-        self.settled[device] = threading.Event()
+        if device in self.settled:
+            self._mailbox.authorise(device, public_key)
+            self.public_keys[device] = public_key
 
     def forget(self, device: str) -> None:
         """Expect nothing more of a device; what needs it fails. Does nothing if it is not known."""
         settled = self.settled.pop(device, None)
         if settled is None:
             return
-        del self.public_keys[device]
+        self.public_keys.pop(device, None)
         self._logs.pop(device, None)
         if self.addresses.pop(device, None) is not None:
             for other in self.addresses.keys() - self.ended.keys():

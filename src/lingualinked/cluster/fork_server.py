@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from lingualinked.cluster.server_process import ErrorFile, ServerProcess, import_path, worker_environment
-from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Fork, Forked, Preload
+from lingualinked.protocol.boot import GRACE_S, Ended, Fork, Forked, Preload
 from lingualinked.transport.socket_folder import make_socket_folder
 
 _MOST_HANDLES = 64
@@ -144,14 +144,11 @@ class ForkChannel:
         """Return the descriptor that is readable when there is something to `read`."""
         return self._socket.fileno()
 
-    def fork(self, boot: Boot, class_names: tuple[str, ...]) -> None:
-        """Ask for a worker, which alone reads its ``boot``."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs, contextlib.suppress(OSError):  # a server that is gone is seen by who watches it
-            request = msgspec.json.encode(Fork(name=boot.name, class_names=class_names)) + b"\n"
-            socket.send_fds(self._socket, [request], [theirs.fileno()])
-            theirs.close()  # so that sending ends if nobody is there to receive
-            ours.sendall(msgspec.json.encode(boot) + b"\n")
+    def fork(self, name: str, class_names: tuple[str, ...], boot: socket.socket) -> None:
+        """Ask for a worker, and hand it the socket on which it will ask for its `Boot`."""
+        with boot, contextlib.suppress(OSError):  # a server that is gone is seen by who watches it
+            request = msgspec.json.encode(Fork(name=name, class_names=class_names)) + b"\n"
+            socket.send_fds(self._socket, [request], [boot.fileno()])
 
     def read(self) -> list[tuple[Forked | Ended, int | None]]:
         """Read what the server says, with the descriptor that travels beside a `Forked`; there must be something."""

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable
 
+from lingualinked.cluster.booting import Booting
 from lingualinked.cluster.fork_server import ForkChannel, ForkServer, fork_servers
 from lingualinked.cluster.resources import start_thread
 from lingualinked.cluster.server_process import ErrorFile, ServerProcess, how_it_ended, open_pidfd, wait_for_end
@@ -68,6 +69,7 @@ class Launcher:
         self._stop_lock = threading.RLock()
         self._stopping = False
         self._processes: list[_Process] = []
+        self._admit: Callable[[str, str], None] = lambda name, public_key: None
         self._on_end: Callable[[str, str], None] = lambda name, how: None
         self._thread: threading.Thread | None = None
         self._fork_server: ForkServer | None = None
@@ -90,17 +92,19 @@ class Launcher:
             undo.pop_all()
         _launchers.add(self)
 
-    def start(self, boots: list[Boot], on_end: Callable[[str, str], None]) -> None:
+    def start(self, boots: list[Boot], admit: Callable[[str, str], None], on_end: Callable[[str, str], None]) -> None:
         """Start one worker per boot record.
 
         Parameters
         ----------
         boots : list of Boot
             Who each worker is.
+        admit : callable
+            Lets a worker connect, by name and public key, before it is told who it is; on a thread of this launcher.
         on_end : callable
             Told the name of a worker that ended, and how, on a thread of this launcher.
         """
-        self._on_end = on_end
+        self._admit, self._on_end = admit, on_end
         for boot in boots:
             self._begin(boot)
         thread = threading.Thread(target=self._watch, name="lingualinked-processes", daemon=True)
@@ -174,9 +178,10 @@ class Launcher:
 
     def _begin(self, boot: Boot) -> None:
         if self._channel is not None:
+            ours, theirs = socket.socketpair()
             with self._lock:
-                self._processes.append(_Process(boot.name, None))
-            self._channel.fork(boot, self._class_names)
+                self._processes.append(_Process(Booting(ours, boot), boot.name, None))
+            self._channel.fork(boot.name, self._class_names, theirs)
         else:
             plain = ServerProcess(
                 Preload(
@@ -188,8 +193,7 @@ class Launcher:
                 self._errors,
             )
             with self._lock:
-                self._processes.append(_Process(boot.name, plain))
-            plain.boot(boot)
+                self._processes.append(_Process(Booting(plain.channel.dup(), boot), boot.name, plain))
 
     def _kept(self) -> list[_Process]:
         with self._lock:
@@ -207,7 +211,8 @@ class Launcher:
             poller = select.poll()
             poller.register(self._woken, select.POLLIN)
             descriptors = self._descriptors(server_has_ended)
-            for descriptor in descriptors:
+            booting = self._booting()
+            for descriptor in (*descriptors, *booting):
                 if descriptor is not None:
                     poller.register(descriptor, select.POLLIN)
             # Where a process has no pidfd there is nothing to wait for but time.
@@ -216,6 +221,8 @@ class Launcher:
                 return
             if self._woken.fileno() in ready:
                 self._woken.recv(4096)
+            for descriptor in ready & booting.keys():
+                booting[descriptor].answer(self._admit)
             if self._channel is not None and self._channel.fileno() in ready:
                 for line, handle in self._channel.read():
                     self._note(line, handle)
@@ -233,6 +240,15 @@ class Launcher:
             return handles
         channel = [] if self._channel.hung_up else [self._channel.fileno()]
         return [*channel, *(handles if server_has_ended else [self._fork_server.process.handle])]
+
+    def _booting(self) -> dict[int, Booting]:
+        """Return the conversations with workers that are not yet told who they are, by descriptor."""
+        with self._lock:
+            return {
+                process.booting.fileno(): process.booting
+                for process in self._processes
+                if not process.given_up and process.booting.fileno() >= 0
+            }
 
     def _note(self, line: Forked | Ended, handle: int | None) -> None:
         with self._lock:
@@ -285,7 +301,8 @@ class Launcher:
 class _Process:
     """One worker, if known: started plainly, or forked and known once the fork server says so."""
 
-    def __init__(self, name: str, plain: ServerProcess | None) -> None:
+    def __init__(self, booting: Booting, name: str, plain: ServerProcess | None) -> None:
+        self.booting = booting
         self.name = name
         self.plain = plain
         self.pid = None if plain is None else plain.pid
@@ -310,6 +327,7 @@ class _Process:
 
     def end_by(self, deadline: float) -> None:
         """Wait for its end until ``deadline`` (monotonic seconds), then force it."""
+        self.booting.close()
         if self.plain is not None:
             self.plain.end_by(deadline)
         elif self.handle is not None:
@@ -321,6 +339,7 @@ class _Process:
 
     def abandon(self) -> None:
         """Let go of it in a forked child of the caller."""
+        self.booting.close()
         if self.plain is not None:
             self.plain.abandon()
         elif self.handle is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from lingualinked.protocol.boot import GRACE_S, Boot, Preload
+from lingualinked.protocol.boot import GRACE_S, Preload
 
 _TAIL_BYTES = 4000
 _ENTRY = str(Path(__file__).parents[1] / "worker" / "__main__.py")
@@ -57,10 +57,6 @@ class ServerProcess:
         self.handle = open_pidfd(self.pid)
         self._send(json.dumps(import_path()).encode() + b"\n")
         self._send(msgspec.json.encode(preload) + b"\n")
-
-    def boot(self, boot: Boot) -> None:
-        """Make this process a worker."""
-        self._send(msgspec.json.encode(boot) + b"\n")
 
     def connect(self, channel: int, errors: int) -> None:
         """Hand a fork server the socket to one more cluster, and the file for that cluster's errors."""

@@ -33,7 +33,7 @@ class Preload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fork(msgspec.Struct, frozen=True, kw_only=True):
-    """A cluster's request for one worker; beside it travels the socket from which the worker alone reads its `Boot`.
+    """A cluster's request for one worker; beside it travels the socket on which the worker alone talks about its `Boot`.
 
     Parameters
     ----------
@@ -83,6 +83,18 @@ class Imitation(msgspec.Struct, frozen=True, kw_only=True):
     delayed_from: tuple[str, ...]
 
 
+class WorkerKey(msgspec.Struct, frozen=True, kw_only=True):
+    """The first thing that a worker says: its `Boot` follows once the caller takes messages under this key.
+
+    Parameters
+    ----------
+    public_key : str
+        Of a CURVE key pair that it has made (Z85 text). The secret half never leaves the process.
+    """
+
+    public_key: str
+
+
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """What one worker is told, and nobody else: who it is, whom it may talk to, and what it may use.
 
@@ -90,8 +102,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     ----------
     name : str
         The device's name.
-    public_key, secret_key : str
-        The worker's own CURVE keys (Z85 text).
     socket_folder : str
         Where its own socket is to lie; it removes the folder once the caller is gone.
     caller_address, caller_key : str
@@ -115,8 +125,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    public_key: str
-    secret_key: str
     socket_folder: str
     caller_address: str
     caller_key: str

@@ -23,6 +23,7 @@ class Handshakes:
         self._undecided: dict[
             int, float
         ] = {}  # by descriptor, the oldest first: when it is decided, if it is open then
+        self.num_open = 0  # connections, whether their handshake has succeeded yet or not
         self._num_accepted = 0
         self._num_succeeded = 0
         self._num_known = 0
@@ -32,11 +33,13 @@ class Handshakes:
         """Take one event."""
         if event == zmq.EVENT_ACCEPTED:
             self._num_accepted += 1
+            self.num_open += 1
             self._undecided[descriptor] = now_s + _SETTLED_AFTER_S
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._num_succeeded += 1
         elif event == zmq.EVENT_DISCONNECTED:
             self._undecided.pop(descriptor, None)
+            self.num_open -= 1
 
     def note_known(self) -> None:
         """Note that one connection fails that has been counted elsewhere."""

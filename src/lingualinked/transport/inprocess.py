@@ -76,11 +76,6 @@ class InProcessMailbox(Mailbox):
     max_frame_bytes, max_message_bytes : int
         Limits of a message that is sent or received.
 
-    Attributes
-    ----------
-    public_key : str
-        What others pass to `connect`.
-
     Raises
     ------
     ArgumentError
@@ -97,7 +92,7 @@ class InProcessMailbox(Mailbox):
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        super().__init__(name, Refusals(name))
+        super().__init__(name, (keys or generate_keypair()).public, Refusals(name))
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
         self._admits_all = authorised is None
         self._authorised = check_authorised(authorised or {})
@@ -106,7 +101,6 @@ class InProcessMailbox(Mailbox):
         self._queue: queue.SimpleQueue[tuple[str, Sequence[bytes]] | None] = queue.SimpleQueue()
         self._is_woken = False
         self._hub = hub
-        self.public_key = (keys or generate_keypair()).public
         self.address = f"{_SCHEME}{secrets.token_hex(16)}"
         hub.add(self)
 

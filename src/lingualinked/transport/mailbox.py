@@ -70,6 +70,8 @@ class Mailbox(abc.ABC):
     ----------
     name : str
         The party's own name, for messages; what others call it is theirs to say.
+    public_key : str
+        What others pass to `connect`, beside the address.
     address : str
         Where others connect to. Never used again once the mailbox is closed.
     encode_s : float
@@ -77,13 +79,15 @@ class Mailbox(abc.ABC):
     """
 
     name: str
+    public_key: str
     address: str
     _refusals: Refusals
     _authorised: dict[str, str]  # public key -> name
     _peers: dict[str, tuple[str, str]]  # name -> address, public key
 
-    def __init__(self, name: str, refusals: Refusals) -> None:
+    def __init__(self, name: str, public_key: str, refusals: Refusals) -> None:
         self.name = name
+        self.public_key = public_key
         self._refusals = refusals
         self._peers = {}
         self._links: dict[str, ShapedLink] = {}

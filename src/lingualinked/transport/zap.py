@@ -5,10 +5,12 @@ Knows public keys only, neither names nor messages.
 
 from __future__ import annotations
 
+import collections
 import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 import zmq
@@ -23,6 +25,8 @@ DOMAIN = b"lingualinked"
 _LET_IN = b"200"
 _MONITOR_ENDPOINT = "inproc://lingualinked.monitor"
 _MAX_EVENTS = 100  # taken before requests are answered
+_ALWAYS_LET_IN = 8  # connections of one key; a party needs one, and another after each send that was interrupted
+_OPEN_PER_KEY = 4  # connections that may be open for one more to be let in; each holds memory, and a descriptor
 
 
 class ZapHandler:
@@ -104,13 +108,15 @@ def _serve(
         (each, zmq.POLLIN) for each in (requests, events, stop.fileno())
     ]
     handshakes = Handshakes()
+    num_let_in: Counter[str] = collections.Counter()
     try:
         while not stop.clear():
             left_s = handshakes.next_s() - time.monotonic()
             zmq.zmq_poll(items, -1 if left_s == math.inf else max(math.ceil(left_s * 1000), 0))
             _take_events(events, handshakes)
             while requests.poll(0):  # all of them: what a connection asked before it ended is not counted again
-                reply = _answer(requests.recv_multipart(), authorised, refusals)
+                has_room = handshakes.num_open <= _OPEN_PER_KEY * len(authorised)
+                reply = _answer(requests.recv_multipart(), authorised, num_let_in, has_room, refusals)
                 if reply[2] != _LET_IN:
                     handshakes.note_known()
                 requests.send_multipart(reply)
@@ -141,8 +147,14 @@ def _end(
     stop.close()
 
 
-def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Refusals) -> list[bytes]:
-    """Return the reply to one request; whatever is not known to be good is refused."""
+def _answer(
+    request: list[bytes],
+    authorised: Mapping[bytes, str],
+    num_let_in: Counter[str],
+    has_room: bool,
+    refusals: Refusals,
+) -> list[bytes]:
+    """Return the reply to one request; whatever is not known to be good is refused, and count who is let in."""
     version, request_id, domain, address, _, mechanism, *credentials = [*request, *[b""] * 6][: max(len(request), 6)]
     user_id = authorised.get(credentials[0]) if len(credentials) == 1 else None
     if user_id is None or (version, domain, mechanism) != (b"1.0", DOMAIN, b"CURVE"):
@@ -151,4 +163,8 @@ def _answer(request: list[bytes], authorised: Mapping[bytes, str], refusals: Ref
             "unknown peers", "key", f"a connection from {where} with a key that is not authorised ({mechanism!r})"
         )
         return [b"1.0", request_id, b"400", b"not authorised", b"", b""]
+    if num_let_in[user_id] >= _ALWAYS_LET_IN and not has_room:  # so that no key can keep another one out
+        refusals.add("unknown peers", "connections", f"one connection too many with the key {user_id!r}")
+        return [b"1.0", request_id, b"400", b"too many connections", b"", b""]
+    num_let_in[user_id] += 1
     return [b"1.0", request_id, _LET_IN, b"", user_id.encode(), b""]

@@ -99,7 +99,7 @@ class ZmqMailbox(Mailbox):
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        super().__init__(name, Refusals(name))
+        super().__init__(name, keys.public, Refusals(name))
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
         self._keys = keys
         self._socket_folder = socket_folder

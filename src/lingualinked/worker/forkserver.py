@@ -1,6 +1,6 @@
 """Imports torch and transformers once, then forks workers that compute at once, for every cluster of one caller.
 
-Knows nothing of stages, and reads no worker's keys; while it forks it has no thread and no accelerator of its own, so that
+Knows nothing of stages, and no worker's keys; while it forks it has no thread and no accelerator of its own, so that
 forking it is safe.
 """
 
@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import msgspec
 
-from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Fork, Forked, Preload
+from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Fork, Forked, Preload, WorkerKey
 from lingualinked.worker.inheritance import shed_inheritance
 from lingualinked.worker.lifeline import Lifeline, end_process
 
@@ -55,11 +55,15 @@ def _lifeline(channel: socket.socket, preload: Preload) -> contextlib.closing[Li
 
 
 def _become_worker(boot_channel: socket.socket, channel: socket.socket) -> None:
+    from lingualinked.transport.keys import generate_keypair
     from lingualinked.worker.server import serve
 
+    keys = generate_keypair()
+    with contextlib.suppress(OSError):  # the caller is gone, as reading says
+        boot_channel.sendall(msgspec.json.encode(WorkerKey(public_key=keys.public)) + b"\n")
     line = _read_line(boot_channel)
     if line is not None:
-        serve(msgspec.json.decode(line, type=Boot), channel.fileno())
+        serve(msgspec.json.decode(line, type=Boot), keys, channel.fileno())
 
 
 def _take_standard_input() -> socket.socket:

@@ -153,14 +153,15 @@ class HostedStage:
             if len(self._arriving) >= _MAX_ARRIVING:
                 raise ProtocolError(f"more than {_MAX_ARRIVING} sessions arrive at once")
             self._arriving[session] = HostedSession(self._new_cache(), StepContext())
-        cache = self._arriving[session].cache
+        arriving = self._arriving[session]
+        cache = arriving.cache
         assert cache is not None
         fitting = []
         for piece in pieces:
             place, num_rows = piece.place, len(piece.keys)
             if place.slot not in cache.owned:
                 raise ProtocolError(f"KV of layer slot {place.slot}, which this stage does not hold")
-            self._check_room(num_rows * (place.position + piece.keys.shape[2]))
+            self._check_arriving(arriving, num_rows, place.position + piece.keys.shape[2])
             if self._max_kv_tokens is not None:
                 room = self._max_kv_tokens // max(1, num_rows) + 1
                 place = msgspec.structs.replace(place, capacity=min(place.capacity, room))
@@ -196,6 +197,7 @@ class HostedStage:
         known = others[0] if others else state
         state.cache.adopt(other.cache for other in others if other.cache is not None)
         state.number = known.number
+        state.num_rows, state.num_tokens = known.num_rows, known.context.num_tokens
         state.context = StepContext.of(known.context.mask, known.context.num_tokens)
         assert known.cache is not None
         state.cache.reserve(known.cache.reserved_tokens)
@@ -253,6 +255,15 @@ class HostedStage:
         session.num_rows, session.num_tokens = num_rows, num_tokens
         if self._max_kv_tokens is not None:
             self._check_room(sum(each.num_rows * each.num_tokens for each in self.sessions.values()))
+
+    def _check_arriving(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
+        """Check what has come of a session, and all that arrive together; note it."""
+        self._check_room(num_rows * num_tokens)
+        num_tokens = max(num_tokens, session.num_tokens)
+        others = sum(each.num_rows * each.num_tokens for each in self._arriving.values() if each is not session)
+        # Twice as much: what came ahead may be of sessions that have ended, or been cropped, where they run.
+        self._check_room((others + num_rows * num_tokens) // 2)
+        session.num_rows, session.num_tokens = num_rows, num_tokens
 
     def _check_room(self, num_tokens: int) -> None:
         """Refuse more KV, in all rows, than the caller gives room for, from whomever it comes."""

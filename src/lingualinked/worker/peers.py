@@ -21,14 +21,12 @@ class Peers:
     ----------
     mailbox : Mailbox
         The worker's.
-    public_key : str
-        Of the mailbox: a worker may be the next stage of its own.
     """
 
-    def __init__(self, mailbox: Mailbox, public_key: str) -> None:
+    def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
-        self._known = {mailbox.name: (mailbox.address, public_key)}  # by name
-        mailbox.authorise(mailbox.name, public_key)
+        self._known = {mailbox.name: (mailbox.address, mailbox.public_key)}  # by name
+        mailbox.authorise(mailbox.name, mailbox.public_key)  # a worker may be the next stage of its own
 
     def __contains__(self, name: str) -> bool:
         return name in self._known

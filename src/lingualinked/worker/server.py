@@ -89,13 +89,15 @@ from lingualinked.worker.vitals import Vitals
 logger = logging.getLogger("lingualinked.worker")
 
 
-def serve(boot: Boot, channel: int) -> None:
+def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     """Be the worker that ``boot`` describes until the caller is gone.
 
     Parameters
     ----------
     boot : Boot
         Who this worker is, and what it may use.
+    keys : KeyPair
+        Its own; the caller takes messages under them.
     channel : int
         Descriptor of the socket whose other end the caller holds.
     """
@@ -104,7 +106,7 @@ def serve(boot: Boot, channel: int) -> None:
     handler = forward_logs(boot.log_level)
     mailbox = ZmqMailbox(
         boot.name,
-        KeyPair(boot.public_key, boot.secret_key),
+        keys,
         {boot.caller_key: CALLER},  # the others are introduced when they are ready
         socket_folder=boot.socket_folder,
         max_frame_bytes=boot.max_frame_bytes,
@@ -140,7 +142,7 @@ class Worker:
         self._log_handler = handler
         self._background = background
         self._stages = HostedStages(boot.accelerator, self._background)
-        self._peers = Peers(mailbox, boot.public_key)
+        self._peers = Peers(mailbox)
         self._moves = AnnouncedMoves()
         self._mover = Mover(self._stages, self._peers, self._moves)
         self._lender = Lender(self._stages, self._moves)

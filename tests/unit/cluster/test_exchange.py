@@ -59,8 +59,9 @@ class Conversation:
         self.keys = {name: generate_keypair() for name in ("first", "second")}
         self.caller = InProcessMailbox(hub, "caller")
         self.workers = {name: InProcessMailbox(hub, name) for name in "ab"}
-        self.exchange = Exchange(self.caller, {name: box.public_key for name, box in self.workers.items()})
-        for worker in self.workers.values():
+        self.exchange = Exchange(self.caller, self.workers)
+        for name, worker in self.workers.items():
+            self.exchange.admit(name, worker.public_key)
             worker.connect("caller", self.caller.address, self.caller.public_key)
 
     def say(self, sender: str, message: AnyMessage, *tensors: torch.Tensor) -> None:
@@ -194,6 +195,9 @@ def test_a_device_may_come_later_and_go_again(talk: Conversation, caplog: pytest
     late.connect("caller", talk.caller.address, talk.caller.public_key)
     talk.greet("late")  # nobody expects it
     assert "late" not in talk.exchange.addresses
+    talk.exchange.admit("late", late.public_key)  # of one that nobody waits for any more
+    assert "late" not in talk.exchange.public_keys
+    talk.exchange.expect("late")
     talk.exchange.admit("late", late.public_key)
     settled = talk.exchange.settled["late"]
     assert not settled.is_set()
@@ -212,10 +216,12 @@ def test_a_device_may_come_later_and_go_again(talk: Conversation, caplog: pytest
 
 
 def test_a_device_that_failed_may_come_again_with_another_key(talk: Conversation) -> None:
+    talk.exchange.expect("late")
     talk.exchange.admit("late", talk.keys["first"].public)
     talk.exchange.bury("late", "killed")
     assert "late" in talk.exchange.ended
     talk.exchange.forget("late")
+    talk.exchange.expect("late")
     talk.exchange.admit("late", talk.keys["second"].public)
     assert "late" not in talk.exchange.ended
     assert not talk.exchange.settled["late"].is_set()
@@ -314,6 +320,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
     """A step goes from a to b, KV is copied from a to b, whatever else is asked for is a's to answer."""
     talk.workers["bystander"] = other = InProcessMailbox(talk.hub, "bystander")
     other.connect("caller", talk.caller.address, talk.caller.public_key)
+    talk.exchange.expect("bystander")
     talk.exchange.admit("bystander", other.public_key)
     if kind is not Hello:
         talk.greet("bystander")

@@ -26,6 +26,14 @@ def test_what_ends_after_its_handshake_is_not_counted() -> None:
     assert handshakes.take_failed() == 0
 
 
+def test_connections_are_open_from_their_acceptance_to_their_end() -> None:
+    handshakes, seen = Handshakes(), []
+    for event in (zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED):
+        handshakes.note(event, 7, 0.0)
+        seen.append(handshakes.num_open)
+    assert seen == [1, 1, 2, 1]
+
+
 def test_what_was_counted_elsewhere_is_not_counted() -> None:
     handshakes = Handshakes()
     handshakes.note(zmq.EVENT_ACCEPTED, 7, 0.0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from lingualinked.transport.refusals import Refusals
@@ -11,7 +13,7 @@ GOOD = [b"1.0", b"7", b"lingualinked", b"127.0.0.1", b"", b"CURVE", KEY]
 
 def test_a_known_key_is_let_in_under_its_user_id() -> None:
     refusals = Refusals("me")
-    assert _answer(GOOD, {KEY: "user"}, refusals) == [b"1.0", b"7", b"200", b"", b"user", b""]
+    assert _answer(GOOD, {KEY: "user"}, Counter(), True, refusals) == [b"1.0", b"7", b"200", b"", b"user", b""]
     assert refusals.num == 0
 
 
@@ -31,6 +33,15 @@ def test_a_known_key_is_let_in_under_its_user_id() -> None:
 )
 def test_everything_else_is_refused(request_: list[bytes]) -> None:
     refusals = Refusals("me")
-    version, request_id, status, *_, user_id, _ = _answer(request_, {KEY: "user"}, refusals)
+    version, request_id, status, *_, user_id, _ = _answer(request_, {KEY: "user"}, Counter(), True, refusals)
     assert (version, request_id, status, user_id) == (b"1.0", b"7" if request_ else b"", b"400", b"")
     assert refusals.num == 1
+
+
+def test_a_key_with_many_connections_is_let_in_while_there_is_room() -> None:
+    known, num_let_in, refusals = {KEY: "user", KEY[::-1]: "other"}, Counter[str](), Refusals("me")
+    statuses = [_answer(GOOD, known, num_let_in, False, refusals)[2] for _ in range(10)]
+    assert statuses == [b"200"] * 8 + [b"400"] * 2
+    assert refusals.num == 2
+    assert _answer([*GOOD[:-1], KEY[::-1]], known, num_let_in, False, refusals)[2] == b"200"
+    assert _answer(GOOD, known, num_let_in, True, refusals)[2] == b"200"

@@ -193,6 +193,11 @@ def test_kv_from_elsewhere_counts_too() -> None:
     with pytest.raises(ProtocolError, match="max_kv_tokens=10"):
         hosted.write(1, [piece(None, 4, 3)])
     hosted.write(1, [piece(None, 2, 5, capacity=10**9)])  # room is made for what it may hold
+    hosted.write(2, [piece(None, 1, 10)])
+    with pytest.raises(ProtocolError, match="max_kv_tokens=10"):  # more than fits beside the others
+        hosted.write(3, [piece(None, 1, 2)])
+    hosted.end(2)
+    hosted.write(3, [piece(None, 1, 10)])
     arriving = hosted._arriving[1].cache
     assert arriving is not None
     assert arriving.owned[0].capacity <= 64

@@ -30,7 +30,7 @@ def introduction(box: InProcessMailbox, name: str | None = None) -> Introduce:
 
 def test_who_is_introduced_is_heard_and_reached(boxes: dict[str, InProcessMailbox]) -> None:
     me, other = boxes["me"], boxes["a"]
-    peers = Peers(me, me.public_key)
+    peers = Peers(me)
     other.connect("me", me.address, me.public_key)  # refused, as every connection before the introduction
     with pytest.raises(PeerUnknownError):
         peers.send("a", Pong(number=1))
@@ -46,7 +46,7 @@ def test_who_is_introduced_is_heard_and_reached(boxes: dict[str, InProcessMailbo
 
 def test_a_name_keeps_its_key_and_address(boxes: dict[str, InProcessMailbox]) -> None:
     me, other, another = boxes["me"], boxes["a"], boxes["b"]
-    peers = Peers(me, me.public_key)
+    peers = Peers(me)
     peers.introduce(introduction(other))
     for wrong in (
         introduction(another, "a"),
@@ -65,7 +65,7 @@ def test_a_name_keeps_its_key_and_address(boxes: dict[str, InProcessMailbox]) ->
 
 def test_who_is_dismissed_is_neither_heard_nor_reached(boxes: dict[str, InProcessMailbox]) -> None:
     me, other, another = boxes["me"], boxes["a"], boxes["b"]
-    peers = Peers(me, me.public_key)
+    peers = Peers(me)
     peers.introduce(introduction(other))
     other.connect("me", me.address, me.public_key)
     peers.send("a", Pong(number=1))
@@ -83,7 +83,7 @@ def test_who_is_dismissed_is_neither_heard_nor_reached(boxes: dict[str, InProces
 
 def test_a_worker_may_be_its_own_next_stage(boxes: dict[str, InProcessMailbox]) -> None:
     me = boxes["me"]
-    peers = Peers(me, me.public_key)
+    peers = Peers(me)
     peers.send("me", Pong(number=1))
     delivery = me.receive(1)
     assert delivery is not None

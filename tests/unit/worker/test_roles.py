@@ -46,7 +46,7 @@ PARTIES = {
 @pytest.fixture
 def roles() -> Roles:
     mailbox = InProcessMailbox(InProcessHub(), "me")
-    peers = Peers(mailbox, mailbox.public_key)
+    peers = Peers(mailbox)
     for name in PARTIES.keys() - {"caller", "unintroduced"}:
         key = generate_keypair().public
         peers.introduce(Introduce(request=1, name=name, public_key=key, address="inprocess://"))
