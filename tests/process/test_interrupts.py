@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals"),
 ]
 
-NUM_INTERRUPTS = int(os.environ.get("LINGUALINKED_NUM_INTERRUPTS", "9"))
+NUM_INTERRUPTS = int(os.environ.get("LINGUALINKED_NUM_INTERRUPTS", "6"))
 SHARE = max(NUM_INTERRUPTS // 3, 1)
 VERBS = ("load", "generate", "rebalance", "profile")
 LONGEST_S = {"load": 3.0, "generate": 0.5, "rebalance": 1.0, "profile": 2.0}

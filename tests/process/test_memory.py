@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -24,13 +26,17 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 
-WRITE = """
-import sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM
-torch.manual_seed(0)
-config = AutoConfig.from_pretrained(sys.argv[1])
-AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(sys.argv[1], max_shard_size="200MB")
-"""
+
+def write(folder: Path) -> None:
+    """Write a checkpoint of any weights at all: drawing random ones would take longer than all that is measured."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    model.save_pretrained(folder, max_shard_size="200MB")
+
 
 MEASURE = """
 import json, os, sys, torch
@@ -90,7 +96,7 @@ def measured(
     (folder / "config.json").write_text(
         json.dumps(SHAPE | {"dtype": request.param, "num_hidden_layers": NUM_LAYERS[request.param]})
     )
-    run(WRITE, folder)
+    write(folder)
     return json.loads(run(MEASURE, folder, tiny_llama, request.param).splitlines()[-1])
 
 

@@ -88,17 +88,15 @@ def original() -> Any:
 
 
 class Pair:
-    """An unsharded model and its sharded counterpart."""
+    """An unsharded model and its sharded counterpart, whose workers' own model is the original."""
 
     def __init__(self, original: Any) -> None:
         self.plain = copy.deepcopy(original)
         with torch.device("meta"):
             meta = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
         meta.generation_config = copy.deepcopy(original.generation_config)
-        self.pipeline: Any = LocalPipeline(copy.deepcopy(original))
+        self.pipeline: Any = LocalPipeline(original)
         self.sharded: Any = wear_face(meta, self.pipeline, find_parts(meta), ModelCode(meta), owns_cluster=False)
-        self.known = observe(self.plain)
-        assert observe(self.sharded) == self.known
 
 
 def observe(model: Any) -> Any:
@@ -202,6 +200,9 @@ class Check:
     def __init__(self, original: Any) -> None:
         self._original = original
         self._pair = Pair(original)
+        self._known = observe(original)
+        assert observe(self._pair.plain) == self._known
+        assert observe(self._pair.sharded) == self._known
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[str] = []
 
@@ -209,12 +210,12 @@ class Check:
         pair = self._pair
         theirs, ours = use(function, pair.plain), use(function, pair.sharded)
         plain = observe(pair.plain)
-        is_changed = theirs != "done" or plain != pair.known
+        is_changed = theirs != "done" or plain != self._known
         sharded = observe(pair.sharded) if is_changed or ours == "done" else plain
-        changes = "changes" if plain != pair.known else "does not change"
+        changes = "changes" if plain != self._known else "does not change"
         if ours == "refused" or sharded == "refused":
             outcome = "refused" if ours == "refused" else "refused at the next call"
-            if ours == "refused" and sharded not in ("refused", pair.known, plain):
+            if ours == "refused" and sharded not in ("refused", self._known, plain):
                 self.wrong.append(f"{name} is refused, and changes the sharded model")
         elif sharded == plain or (plain[0] == sharded[0] == "failed"):
             outcome = "done as on the unsharded model"
@@ -228,6 +229,7 @@ class Check:
     def report(self, record_property: Callable[[str, object], None]) -> None:
         record_property("outcomes", dict(self.outcomes))
         assert not self.wrong, "\n".join(self.wrong)
+        assert observe(self._original) == self._known  # nothing has reached the workers' own
 
 
 @pytest.mark.filterwarnings("ignore")
