@@ -1,4 +1,4 @@
-"""What is planned for: how long prompts and answers are, and how many run at once.
+"""What is planned for: how long prompts and answers are, how many run at once, and what is to be best.
 
 Knows numbers only.
 """
@@ -6,8 +6,11 @@ Knows numbers only.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 from lingualinked.errors import ArgumentError
+
+Objective = Literal["throughput", "latency", "energy"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,12 @@ class Workload:
                 f"trusted_layers={self.trusted_layers} of the workload has no effect, as no device is trusted: mark those that "
                 "are, Device(trusted=True)"
             )
+
+
+def check_objective(objective: object) -> None:
+    """Refuse what is not the name of an objective."""
+    if objective not in get_args(Objective):
+        raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
 
 
 def _pair(value: object) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from lingualinked.bench.samples import Samples
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.plan import Objective
 from lingualinked.quantities import count_text
+from lingualinked.workload import Objective
 
 SIZES: tuple[tuple[int, int, bool, Objective, float], ...] = (
     (32, 8, False, "throughput", 1),

@@ -21,7 +21,7 @@ from lingualinked.display.plan import plan_rows
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from lingualinked.planning.plan import Objective
+    from lingualinked.workload import Objective
 
 
 def run_plan(

@@ -31,13 +31,13 @@ from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.passage.holdings import Holdings
-from lingualinked.planning.plan import Objective, Plan, check_memory
+from lingualinked.planning.plan import Plan, check_memory
 from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision, unmeasured
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
-from lingualinked.workload import Workload
+from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from lingualinked.control.correction import Correction

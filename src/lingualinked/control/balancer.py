@@ -28,12 +28,13 @@ from lingualinked.control.proposal import Proposal, Rates, propose, spans_of, we
 from lingualinked.control.sessions import SessionLevel
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.passage.holdings import Holdings
-from lingualinked.planning.plan import Objective, Plan
+from lingualinked.planning.plan import Plan
 from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.telemetry.decisions import Decision
 from lingualinked.telemetry.samples import DeviceSample, StepSample
+from lingualinked.workload import Objective
 
 _MANY_STEPS = 128  # after which speeds are known well
 _MOST_DOUBLINGS = 10

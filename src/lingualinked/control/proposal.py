@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.plan import Objective, Plan
+from lingualinked.planning.plan import Plan
 from lingualinked.planning.planner import solve
 from lingualinked.planning.prediction import Prediction
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Migration, Span, moves_between
-from lingualinked.workload import Workload
+from lingualinked.workload import Objective, Workload
 
 _STALL_STEPS = 2.0  # that sessions wait at the switch, about
 _LOAD_BYTES_PER_S = 5e8  # until a migration has told

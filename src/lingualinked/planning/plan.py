@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,7 +16,7 @@ from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.pretty import pretty_text
 from lingualinked.profile import Profile
 from lingualinked.quantities import bytes_text, count_text
-from lingualinked.workload import Workload
+from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from lingualinked.planning.comparison import Comparison
     from lingualinked.planning.explanation import Explanation
     from lingualinked.planning.prediction import Prediction
-
-Objective = Literal["throughput", "latency", "energy"]
 
 DEFAULT_RESERVE = 0.05
 """Share of every device's memory that plans leave free."""

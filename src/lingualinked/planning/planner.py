@@ -8,24 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Placement, Problem
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.plan import (
-    DEFAULT_RESERVE,
-    Objective,
-    Plan,
-    PlannedStage,
-    Solved,
-    inexact_because,
-)
+from lingualinked.planning.plan import DEFAULT_RESERVE, Plan, PlannedStage, Solved, inexact_because
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.quantities import bytes_text, count_text
-from lingualinked.workload import Workload
+from lingualinked.workload import Objective, Workload, check_objective
 
 _BASELINES = {"even": even, "by_memory": by_memory, "sum_objective": sum_objective}
 _FASTEST = 1e12  # tokens per second that nobody asks for: beyond, the seconds of a step are no numbers any more
@@ -191,8 +183,7 @@ def _check_arguments(profile: object, objective: object, min_tokens_per_s: objec
         raise ArgumentError(
             f"profile is a {type(profile).__name__}: give a lingualinked.Profile (profile_model makes one)"
         )
-    if objective not in get_args(Objective):
-        raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
+    check_objective(objective)
     if not isinstance(reserve, int | float) or isinstance(reserve, bool) or not 0 <= reserve < 1:
         raise ArgumentError(f"reserve={reserve!r} must be a share of memory, from 0 to below 1")
     if min_tokens_per_s is not None and (

@@ -27,7 +27,7 @@ from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes, even_plan
-from lingualinked.planning.plan import Objective, Plan, check_plan, check_trust, inexact_because
+from lingualinked.planning.plan import Plan, check_plan, check_trust, inexact_because
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, take_config_attributes
 from lingualinked.sharded.face import ShardedCausalLM, wear_face
@@ -35,7 +35,7 @@ from lingualinked.sharded.model_code import ModelCode
 from lingualinked.sharded.profiling import find_plan
 from lingualinked.sharded.progress import DeviceProgress
 from lingualinked.sharded.rebalancing import decide_from_profile
-from lingualinked.workload import Workload
+from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from lingualinked.device import Device, Links

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lingualinked.cluster.cluster import Cluster, _positive
 from lingualinked.cluster.devices import as_devices
@@ -18,10 +18,10 @@ from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
-from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
+from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import check_interpreter
 from lingualinked.sharded.beforehand import refuse_too_large
-from lingualinked.workload import Workload
+from lingualinked.workload import Objective, Workload, check_objective
 
 if TYPE_CHECKING:
     import torch
@@ -145,8 +145,7 @@ class ShardedModel:
             raise ArgumentError(f"load_format={load_format!r} must be 'auto' or 'dummy'")
         if not isinstance(plan, Plan | None) and plan != "even":
             raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan, 'even' or None")
-        if objective not in get_args(Objective):
-            raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
+        check_objective(objective)
         if not isinstance(workload, Workload | None):
             raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
         if max_kv_tokens is not None and (not isinstance(max_kv_tokens, int) or max_kv_tokens < 1):

@@ -18,10 +18,10 @@ import psutil
 
 from lingualinked.errors import ArgumentError
 from lingualinked.interrupts import interruptible
-from lingualinked.planning.plan import DEFAULT_RESERVE, Objective, Plan
+from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.profile import Profile
 from lingualinked.sharded.kept_files import keep, read_kept
-from lingualinked.workload import Workload
+from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster

@@ -27,7 +27,7 @@ from lingualinked.planning.placement.problem import (
     latency_s,
 )
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.plan import Objective
+from lingualinked.workload import Objective
 from placements import Judged, best_along, draw_problem, every_placement
 
 VALUES: dict[Objective, Callable[[Problem, Placement], float]] = {

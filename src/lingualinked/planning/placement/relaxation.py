@@ -16,7 +16,7 @@ from scipy import sparse
 from lingualinked.errors import LingualinkedError
 from lingualinked.planning.placement.linear import INFEASIBLE, OPTIMAL, Matrix, minimise
 from lingualinked.planning.placement.problem import Floats, Problem
-from lingualinked.planning.plan import Objective
+from lingualinked.workload import Objective
 
 MAX_SECONDS = 4.0
 """For the integral programme; what it has proven by then is a bound as well."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from lingualinked.planning.placement.search import search_bottleneck, search_sum
 from lingualinked.planning.placement.spans import TOLERANCE, SpanTables
 from lingualinked.planning.placement.subsets import best_of_subsets, work_of
 from lingualinked.planning.placement.symmetry import in_listed_order
-from lingualinked.planning.plan import Objective
+from lingualinked.workload import Objective, check_objective
 
 Search: TypeAlias = Callable[[Costs], Route | None]
 
@@ -166,8 +166,7 @@ def _checked(
     problem: Problem, objective: Objective, order: Sequence[int] | None, max_bottleneck_s: float | None
 ) -> tuple[int, ...]:
     """Check the arguments; give the devices that may be used."""
-    if objective not in get_args(Objective):
-        raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
+    check_objective(objective)
     if max_bottleneck_s is not None and not max_bottleneck_s > 0:
         raise ArgumentError(f"max_bottleneck_s={max_bottleneck_s!r} must be a positive number of seconds")
     devices = tuple(range(problem.num_devices)) if order is None else tuple(order)
