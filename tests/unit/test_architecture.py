@@ -1,4 +1,4 @@
-"""The README's annotated tree of the package equals the package, both ways."""
+"""The tree in docs/architecture.md equals the package, both ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INDENT = 4
 ENTRY = re.compile(r"(?P<blanks> *)(?P<name>[\w.]+/?)(?: {2,}(?P<comment>\S.*))?")
 
 
-def written_tree(readme: str) -> dict[str, str]:
+def written_tree(page: str) -> dict[str, str]:
     """Read the fenced block that begins with ``src/lingualinked/``.
 
     One entry a line, indented by four blanks per level; a folder ends in ``/``; two blanks or more before the comment.
@@ -25,8 +25,8 @@ def written_tree(readme: str) -> dict[str, str]:
     dict of str to str
         Comment of each path (``"model/"``, ``"model/stage.py"``) below the package.
     """
-    blocks = re.findall(r"^```\w*\nsrc/lingualinked/\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1, "README.md has one fenced block whose first line is src/lingualinked/"
+    blocks = re.findall(r"^```\w*\nsrc/lingualinked/\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1, "docs/architecture.md has one fenced block whose first line is src/lingualinked/"
     entries: dict[str, str] = {}
     folders: list[str] = []
     for line in blocks[0].splitlines():
@@ -67,12 +67,14 @@ def headline(path: Path) -> str:
     return (docstring or "").partition("\n")[0]
 
 
-def test_readme_tree_equals_the_package() -> None:
-    written = written_tree((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_tree_equals_the_package() -> None:
+    written = written_tree((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
     real = real_tree(PACKAGE)
     missing = [f"add     {path}  {real[path]}" for path in real if path not in written]
     extra = [f"remove  {path}" for path in written if path not in real]
-    assert not missing + extra, "\n".join(["the tree in README.md differs from the package:", *missing, *extra])
+    assert not missing + extra, "\n".join(
+        ["the tree in docs/architecture.md differs from the package:", *missing, *extra]
+    )
 
 
 def test_every_module_says_what_it_does() -> None:
