@@ -10,13 +10,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
 
-.PHONY: help demo test interrupts check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test interrupts check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(RUNTIME)  ## Run the bundled model on three worker processes
 	$(BIN)/lingualinked demo
+
+bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="overhead --repeats 9"; without NAME, list them
+	$(BIN)/python -m benchmarks $(or $(NAME),--help)
 
 # Files are what is shared out: their tests share models and clusters.
 test: $(DEV)  ## Run the tests, on up to four cores

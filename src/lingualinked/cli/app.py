@@ -38,8 +38,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure against the unsharded model in one run.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
 
 Devices = Annotated[
     str, typer.Option("--devices", "-d", help="A number of local CPU workers, or a cluster file (TOML).")
@@ -195,75 +193,6 @@ def doctor() -> None:
     from lingualinked.cli.doctor import run_doctor
 
     run_doctor()
-
-
-@bench.command()
-def start(
-    devices: Devices = "3",
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
-) -> None:
-    """Time from nothing to the first token, against one plain process; and what planning adds."""
-    from lingualinked.bench.start import run_planned_start, run_start
-    from lingualinked.cli.cluster_file import read_devices
-
-    asked = read_devices(devices)
-    run_start(asked.devices, asked.links, repeats)
-    run_planned_start(asked.devices, asked.links, repeats)
-
-
-@bench.command()
-def overhead(
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
-    context: Annotated[list[int] | None, typer.Option(help="Prompt lengths to measure at.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode in each run.")] = 32,
-) -> None:
-    """Decode speed of two workers with one thread each, against the unsharded model, and watched for rebalancing or not."""
-    from lingualinked.bench.overhead import run_overhead
-
-    run_overhead(tuple(context or (16, 2048)), new_tokens, repeats)
-
-
-@bench.command()
-def predict(
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each plan.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 24,
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 64,
-) -> None:
-    """Predicted against measured and simulated speed on imitated clusters, and the solved plan against others."""
-    from lingualinked.bench.predict import run_predict
-
-    run_predict(repeats, new_tokens, prompt_tokens)
-
-
-@bench.command()
-def planner(repeats: Annotated[int, typer.Option(min=1, help="Random problems of each size.")] = 5) -> None:
-    """Time the planner, and compare its plans with the proven bound."""
-    from lingualinked.bench.planner import run_planner
-
-    run_planner(repeats)
-
-
-@bench.command()
-def soak(
-    migrations: Annotated[int, typer.Option(min=1, help="Random migrations.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the schedule.")] = 0,
-) -> None:
-    """Move layers at random while the bundled model answers: no token may change, nothing may be lost."""
-    from lingualinked.bench.soak import run_soak
-
-    run_soak(migrations, seed)
-
-
-@bench.command()
-def rebalance(
-    sessions: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 4,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 48,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each model once layers have moved.")] = 3,
-) -> None:
-    """One of three devices becomes four times slower: tokens/s with and without rebalancing, and of a fresh plan."""
-    from lingualinked.bench.rebalance import run_rebalance
-
-    run_rebalance(sessions, new_tokens, repeats)
 
 
 def _message(error: LingualinkedError) -> str:

@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 import lingualinked as ll
-from lingualinked.bench import start
 from lingualinked.cli import doctor
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
@@ -71,31 +70,6 @@ def test_devices_are_a_number_or_a_file(
         assert result.exit_code == 1
         assert "Error: " in result.stderr
         assert not started
-
-
-def test_devices_of_the_start_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = tmp_path / "cluster.toml"
-    path.write_text(f'{CLUSTER}[[links]]\nsource = "here"\ntarget = "there"\nbandwidth = "1Gbit/s"\n')
-    scripts: list[str] = []
-
-    def timed(script: str, _: Any = None) -> dict[str, float]:
-        scripts.append(script)
-        return {"first": 1.0, "second": 1.0}
-
-    monkeypatch.setattr(start, "_timed", timed)
-    result = run("bench", "start", "-d", path, "--repeats", 1)
-    assert result.exit_code == 0, result.output
-    clusters = [line.partition("= ")[2] for script in scripts for line in script.splitlines() if "ll.Cluster(" in line]
-    assert len(clusters) == 5
-    for made in clusters:
-
-        class Taken:
-            def __init__(self, devices: Any, links: Any) -> None:
-                assert [device.name for device in devices] == ["here", "there"]
-                assert links["here", "there"].bandwidth == "1Gbit/s"
-
-        names = {"ll": type("Names", (), {"Cluster": Taken}), "Device": ll.Device, "Link": ll.Link}
-        eval(made, names)
 
 
 @pytest.mark.parametrize(("command", "option"), [("trace", "--output"), ("plan", "--plot")])

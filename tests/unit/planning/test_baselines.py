@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lingualinked.bench.placements import random_problem
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Problem, bottleneck_s, latency_s
 from lingualinked.planning.placement.solver import solve_problem
+from random_problems import random_problem
 
 
 def roomy(seed: int, num_layers: int, num_devices: int) -> Problem:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from lingualinked.bench.placements import random_problem
 from lingualinked.errors import ArgumentError, InfeasiblePlanError, LingualinkedError
 from lingualinked.planning.placement import bound, solver
 from lingualinked.planning.placement.problem import (
@@ -29,6 +28,7 @@ from lingualinked.planning.placement.problem import (
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.workload import Objective
 from placements import Judged, best_along, draw_problem, every_placement
+from random_problems import random_problem
 
 VALUES: dict[Objective, Callable[[Problem, Placement], float]] = {
     "throughput": interval_s,

@@ -1,4 +1,4 @@
-"""``lingualinked bench start``: from nothing to the first token, and what planning adds to that.
+"""``python -m benchmarks start``: from nothing to the first token, and what planning adds to that.
 
 Knows scripts and a clock: fresh Python processes, in turn.
 """
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lingualinked.bench.samples import Samples, ratios
+from benchmarks.samples import Samples, ratios
 from lingualinked.device import Device, Link
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import lingualinked as ll
-from lingualinked.bench.overhead import SHAPE, VOCABULARY
-from lingualinked.bench.samples import Samples, ratios
+from benchmarks.overhead import SHAPE, VOCABULARY
+from benchmarks.samples import Samples, ratios
 from lingualinked.cluster.devices import usable_cores
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows

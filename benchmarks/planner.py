@@ -1,4 +1,4 @@
-"""``lingualinked bench planner``: how long the planner takes, and how far from the best its plans can be.
+"""``python -m benchmarks planner``: how long the planner takes, and how far from the best its plans can be.
 
 Knows random problems in numbers; loads no model and starts no process.
 """
@@ -10,13 +10,13 @@ import itertools
 import math
 import time
 
-from lingualinked.bench.placements import random_problem
-from lingualinked.bench.samples import Samples
+from benchmarks.samples import Samples
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.quantities import count_text
 from lingualinked.workload import Objective
+from tests.random_problems import random_problem
 
 SIZES: tuple[tuple[int, int, bool, Objective, float], ...] = (
     (32, 8, False, "throughput", 1),

@@ -1,4 +1,4 @@
-"""``lingualinked bench overhead``: what sharding costs a single stream, and what watching it for rebalancing adds.
+"""``python -m benchmarks overhead``: what sharding costs a single stream, and what watching it for rebalancing adds.
 
 Knows the public face and the unsharded model with the same weights; alternates the two in one process.
 """
@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lingualinked as ll
-from lingualinked.bench.samples import Samples, ratios
+from benchmarks.samples import Samples, ratios
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.model.loading import load_span

@@ -1,0 +1,95 @@
+"""``python -m benchmarks NAME``: one benchmark, with its options.
+
+Knows typer; each benchmark lies in a module of its own, imported when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="benchmarks",
+    help="Measure the library against the unsharded model, and its plans against what was predicted and proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Devices = Annotated[
+    str, typer.Option("--devices", "-d", help="A number of local CPU workers, or a cluster file (TOML).")
+]
+
+
+@app.command()
+def start(
+    devices: Devices = "3",
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
+) -> None:
+    """Time from nothing to the first token, against one plain process; and what planning adds."""
+    from benchmarks.start import run_planned_start, run_start
+    from lingualinked.cli.cluster_file import read_devices
+
+    asked = read_devices(devices)
+    run_start(asked.devices, asked.links, repeats)
+    run_planned_start(asked.devices, asked.links, repeats)
+
+
+@app.command()
+def overhead(
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
+    context: Annotated[list[int] | None, typer.Option(help="Prompt lengths to measure at.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode in each run.")] = 32,
+) -> None:
+    """Decode speed of two workers with one thread each, against the unsharded model, and watched for rebalancing or not."""
+    from benchmarks.overhead import run_overhead
+
+    run_overhead(tuple(context or (16, 2048)), new_tokens, repeats)
+
+
+@app.command()
+def predict(
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each plan.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 24,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 64,
+) -> None:
+    """Predicted against measured and simulated speed on imitated clusters, and the solved plan against others."""
+    from benchmarks.predict import run_predict
+
+    run_predict(repeats, new_tokens, prompt_tokens)
+
+
+@app.command()
+def planner(repeats: Annotated[int, typer.Option(min=1, help="Random problems of each size.")] = 5) -> None:
+    """Time the planner, and compare its plans with the proven bound."""
+    from benchmarks.planner import run_planner
+
+    run_planner(repeats)
+
+
+@app.command()
+def soak(
+    migrations: Annotated[int, typer.Option(min=1, help="Random migrations.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the schedule.")] = 0,
+) -> None:
+    """Move layers at random while the bundled model answers: no token may change, nothing may be lost."""
+    from benchmarks.soak import run_soak
+
+    run_soak(migrations, seed)
+
+
+@app.command()
+def rebalance(
+    sessions: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each model once layers have moved.")] = 3,
+) -> None:
+    """One of three devices becomes four times slower: tokens/s with and without rebalancing, and of a fresh plan."""
+    from benchmarks.rebalance import run_rebalance
+
+    run_rebalance(sessions, new_tokens, repeats)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,48 @@
+"""The benchmarks beside the package: run by one command, on the devices that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lingualinked as ll
+from benchmarks import start
+from benchmarks.__main__ import app
+
+CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
+NAMES = ("start", "overhead", "predict", "planner", "soak", "rebalance")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_a_name_and_says_what_it_measures(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert name in CliRunner().invoke(app, ["--help"]).stdout
+
+
+def test_devices_of_the_start_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text(f'{CLUSTER}[[links]]\nsource = "here"\ntarget = "there"\nbandwidth = "1Gbit/s"\n')
+    scripts: list[str] = []
+
+    def timed(script: str, _: Any = None) -> dict[str, float]:
+        scripts.append(script)
+        return {"first": 1.0, "second": 1.0}
+
+    monkeypatch.setattr(start, "_timed", timed)
+    result = CliRunner().invoke(app, ["start", "-d", str(path), "--repeats", "1"])
+    assert result.exit_code == 0, result.output
+    clusters = [line.partition("= ")[2] for script in scripts for line in script.splitlines() if "ll.Cluster(" in line]
+    assert len(clusters) == 5
+    for made in clusters:
+
+        class Taken:
+            def __init__(self, devices: Any, links: Any) -> None:
+                assert [device.name for device in devices] == ["here", "there"]
+                assert links["here", "there"].bandwidth == "1Gbit/s"
+
+        names = {"ll": type("Names", (), {"Cluster": Taken}), "Device": ll.Device, "Link": ll.Link}
+        eval(made, names)
