@@ -77,6 +77,30 @@ def test_the_tree_equals_the_package() -> None:
     )
 
 
+def definitions(path: Path) -> set[str]:
+    """Return the names of a module's classes and functions, methods with their class before them."""
+    found, waiting = set[str](), [("", ast.parse(path.read_text(encoding="utf-8")))]
+    while waiting:
+        prefix, node = waiting.pop()
+        for child in getattr(node, "body", ()):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(prefix + child.name)
+                waiting.append((f"{prefix}{child.name}.", child))  # type: ignore[arg-type]
+    return found
+
+
+def test_every_file_and_function_that_the_page_names_exists() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)*\w+\.py)(?:::([\w.]+))?`", page)
+    assert len(named) > 40
+    wrong = []
+    for path, function in named:
+        base = ROOT if path.startswith("tests/") else PACKAGE
+        if not (base / path).is_file() or (function and function not in definitions(base / path)):
+            wrong.append(f"{path}::{function}" if function else path)
+    assert wrong == []
+
+
 def test_every_module_says_what_it_does() -> None:
     silent = [path for path, text in real_tree(PACKAGE).items() if not text]
     assert silent == []
