@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lingualinked as ll
-from benchmarks.samples import Samples, ratios
+from lingualinked.cli.samples import Samples, ratios
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.model.loading import load_span

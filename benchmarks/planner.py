@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 
-from benchmarks.samples import Samples
+from lingualinked.cli.samples import Samples
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.planning.placement.solver import solve_problem

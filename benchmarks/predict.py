@@ -5,25 +5,22 @@ Knows the public face; every plan of a cluster is loaded beside the others, and 
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lingualinked as ll
-from benchmarks.overhead import SHAPE, VOCABULARY
-from benchmarks.samples import Samples, ratios
+from benchmarks.overhead import SHAPE
+from lingualinked.cli.bench import Speed, draw_prompt, generate
+from lingualinked.cli.samples import Samples, ratios
 from lingualinked.cluster.devices import usable_cores
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 
 _SPARE_CORES = 0.5
-_NUM_STEPS = 12
 
 CLUSTERS = {
     "two devices": (
@@ -43,15 +40,6 @@ CLUSTERS = {
     ),
 }
 """Imitated heterogeneous clusters: slowdowns from 2 to 8, links from 50 to 1000 Mbit/s."""
-
-
-@dataclasses.dataclass(slots=True)
-class Measured:
-    """What was measured of one plan: seconds of a decode step and of a first token, and tokens per second when full."""
-
-    step_s: list[float] = dataclasses.field(default_factory=list)
-    first_token_s: list[float] = dataclasses.field(default_factory=list)
-    tokens_per_s: list[float] = dataclasses.field(default_factory=list)
 
 
 def run_predict(repeats: int, new_tokens: int, prompt_tokens: int) -> None:
@@ -82,49 +70,17 @@ def _measure_cluster(devices: tuple[ll.Device, ...], workload: ll.Workload, repe
             )
             for name, plan in plans.items()
         }
-        measured = {name: Measured() for name in models}
+        measured = {name: Speed() for name in models}
         for model in models.values():  # what a shape costs the first time is not what is predicted
-            model.generate(_prompt(workload, 0), max_new_tokens=2, do_sample=False)
+            generate(model, draw_prompt(model, workload, 0), 2)
         for _ in range(repeats):
-            _measure_stream(models["solved"], workload, measured["solved"])
+            measured["solved"].time_stream(models["solved"], workload)
             for name, model in models.items():
-                measured[name].tokens_per_s.append(_full_pipeline(model, workload))
+                measured[name].time_sessions(model, workload, workload.num_sessions)
         return _figures(plans["solved"], measured["solved"], workload), _worth(plans, measured)
 
 
-def _measure_stream(model: Any, workload: ll.Workload, into: Measured) -> None:
-    """Time one session alone: its first token, and decode steps around the mean context."""
-    ids = _prompt(workload, 0)
-    started = time.perf_counter()
-    past = model(ids, logits_to_keep=1).past_key_values
-    into.first_token_s.append(time.perf_counter() - started)
-    steps = []
-    for _ in range(_NUM_STEPS):
-        started = time.perf_counter()
-        model(ids[:, -1:], past_key_values=past)
-        steps.append(time.perf_counter() - started)
-    into.step_s.append(Samples(steps).median)
-
-
-def _full_pipeline(model: Any, workload: ll.Workload) -> float:
-    """Run all sessions of the workload at once, each its request; give tokens per second."""
-
-    def request(index: int) -> None:
-        model.generate(_prompt(workload, index), max_new_tokens=workload.new_tokens, do_sample=False)
-
-    with concurrent.futures.ThreadPoolExecutor(workload.num_sessions) as pool:
-        started = time.perf_counter()
-        for future in [pool.submit(request, index) for index in range(workload.num_sessions)]:
-            future.result()
-        return workload.num_sessions * workload.new_tokens / (time.perf_counter() - started)
-
-
-def _prompt(workload: ll.Workload, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (1, workload.prompt_tokens), generator=generator)
-
-
-def _figures(plan: ll.Plan, measured: Measured, workload: ll.Workload) -> Any:
+def _figures(plan: ll.Plan, measured: Speed, workload: ll.Workload) -> Any:
     predicted = plan.predicted
     simulated = ll.simulate(plan, workload, num_requests=workload.num_sessions)
     rows = []
@@ -146,7 +102,7 @@ def _figures(plan: ll.Plan, measured: Measured, workload: ll.Workload) -> Any:
     return ("solved plan", "predicted", "simulated", "measured", "predicted off by"), rows
 
 
-def _worth(plans: dict[str, ll.Plan], measured: dict[str, Measured]) -> Any:
+def _worth(plans: dict[str, ll.Plan], measured: dict[str, Speed]) -> Any:
     solved = Samples(measured["solved"].tokens_per_s)
     rows = []
     for name, plan in plans.items():

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 import lingualinked as ll
 from benchmarks.overhead import SHAPE, VOCABULARY, unsharded_dummy
-from benchmarks.samples import Samples, ratios
+from lingualinked.cli.samples import Samples, ratios
 from lingualinked.display.console import new_console
 from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.display.tables import Rows

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lingualinked as ll
-from benchmarks.samples import Samples
+from lingualinked.cli.samples import Samples
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows
 from lingualinked.quantities import bytes_text, count_text, seconds_text

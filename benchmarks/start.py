@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.samples import Samples, ratios
+from lingualinked.cli.samples import Samples, ratios
 from lingualinked.device import Device, Link
 from lingualinked.display.console import new_console
 from lingualinked.display.tables import Rows

@@ -1,4 +1,4 @@
-"""The command line: ``lingualinked demo | generate | plan | trace | doctor``.
+"""The command line: ``lingualinked demo | generate | plan | bench | trace | doctor``.
 
 Knows how to ask and to print; the work is done by the library that users import.
 """

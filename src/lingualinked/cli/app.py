@@ -43,6 +43,10 @@ Devices = Annotated[
     str, typer.Option("--devices", "-d", help="A number of local CPU workers, or a cluster file (TOML).")
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows of a session.")]
+NumSessions = Annotated[int, typer.Option(min=1, help="Sessions in flight.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 
 
@@ -108,7 +112,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     devices: Devices = "2",
     max_new_tokens: NewTokens = 64,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    dtype: Dtype = "auto",
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[
         float | None,
@@ -135,12 +139,12 @@ def generate(
 def plan(
     path: Annotated[str, typer.Argument(help="Folder of a checkpoint or of a config.json alone, or a hub id.")],
     devices: Devices = "2",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    prompt_tokens: PromptTokens = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a session.")] = 1,
-    num_sessions: Annotated[int, typer.Option(min=1, help="Sessions in flight.")] = 1,
+    batch_size: BatchSize = 1,
+    num_sessions: NumSessions = 1,
     objective: Annotated[str, typer.Option(help="throughput, latency or energy.")] = "throughput",
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan into this file.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what limits it, and what would help.")] = False,
@@ -164,6 +168,41 @@ def plan(
 
 
 @app.command()
+def bench(
+    path: Annotated[str, typer.Argument(help="Folder of a checkpoint or of a config.json alone, or a hub id.")],
+    devices: Devices = "2",
+    plan: Annotated[
+        str | None,
+        typer.Option(help="A file that `lingualinked plan --json` wrote, or even; by default measured and solved."),
+    ] = None,
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
+    batch_size: BatchSize = 1,
+    num_sessions: NumSessions = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is printed.")] = 3,
+    dtype: Dtype = "auto",
+    unsharded: Annotated[
+        bool, typer.Option("--unsharded", help="Load the unsharded model into this process too, and compare.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time a model cut over your devices: first token, decode step, tokens per second, beside what was predicted."""
+    from lingualinked.cli.bench import run_bench
+    from lingualinked.workload import Workload
+
+    run_bench(
+        path,
+        devices,
+        Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions),
+        dtype,
+        plan,
+        repeats,
+        beside_unsharded=unsharded,
+        progress=not quiet,
+    )
+
+
+@app.command()
 def trace(
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, each in a session.")] = None,
     model: Annotated[
@@ -177,7 +216,7 @@ def trace(
             "--requests", "-r", min=1, help="Sessions at once; else one per prompt, or per device if that is more."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    dtype: Dtype = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("trace.json"),
     quiet: Quiet = False,
 ) -> None:

@@ -95,14 +95,14 @@ def _bytes_per_hop(before: ll.Telemetry, after: ll.Telemetry, num_tokens: int) -
     return "\n".join(lines)
 
 
-def unsharded(path: str) -> Any:
+def unsharded(path: str, dtype: str = "auto") -> Any:
     """Load the same model into this process, its weights in aligned memory as the workers' are."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from rich.text import Text
@@ -55,13 +55,18 @@ def run_plan(
         console.print(Text(f"\n{plan.explain()}"))
 
 
+def load_format_of(path: str) -> Literal["auto", "dummy"]:
+    """Return how a model is loaded: with random weights where a folder holds a ``config.json`` alone."""
+    has_weights = any(Path(path).glob("*.safetensors")) or not Path(path).is_dir()
+    return "auto" if has_weights else "dummy"
+
+
 def _profile(path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool) -> ll.Profile:
     from lingualinked.sharded.loading import LoadArguments, describe
     from lingualinked.sharded.profiling import check_devices, find_profile, saved_profile
 
     asked = read_devices(devices)
-    has_weights = any(Path(path).glob("*.safetensors")) or not Path(path).is_dir()
-    described = describe(LoadArguments.of(path, None, dtype=dtype, load_format="auto" if has_weights else "dummy"))
+    described = describe(LoadArguments.of(path, None, dtype=dtype, load_format=load_format_of(path)))
     if asked.figures:
         silent = [device.name for device in asked.devices if device.name not in asked.figures]
         if silent:
