@@ -46,7 +46,8 @@ from lingualinked.protocol.messages import (
 )
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.roles import TO_CALLER, Role
-from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.mailbox import Mailbox
 
 logger = logging.getLogger("lingualinked.cluster")
 

@@ -5,18 +5,23 @@ Knows routes, sessions and messages; neither why layers are moved nor what token
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
+import threading
 import time
+import weakref
 from typing import cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import results_of
-from lingualinked.cluster.route import Route, Routes, announce_move, request_stages
+from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.session import Session
+from lingualinked.cluster.stage_loading import request_stages
 from lingualinked.errors import LingualinkedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.messages import StageLoaded
-from lingualinked.protocol.moving import KeepPlan
+from lingualinked.protocol.moving import AnnounceMove, KeepPlan, StagePlace
 from lingualinked.telemetry.decisions import Migration
 from lingualinked.telemetry.recorder import Recorder
 
@@ -65,10 +70,27 @@ class Migrator:
         self._timeout_s = timeout_s
         self._max_kv_tokens = max_kv_tokens
         self._versions = itertools.count(routes.current.version + 1)
+        self._migrating = threading.Lock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._longest_stall_s = 0.0
+        self._num_moved = self._moved_bytes = 0
+        self._lock = threading.RLock()  # a session may be collected, and leave, in the middle of anything
+
+    def add_session(self, session: Session) -> None:
+        """Count a session among those that change along."""
+        with self._lock:
+            self._sessions.add(session)
+
+    def record_move(self, stall_s: float, num_bytes: int) -> None:
+        """Count a session that has changed, after a wait of so many seconds and with so many bytes of KV sent at last."""
+        with self._lock:
+            self._longest_stall_s = max(self._longest_stall_s, stall_s)
+            self._num_moved += 1
+            self._moved_bytes += num_bytes
 
     def run(self, plan: Plan) -> tuple[Migration, LingualinkedError | None]:
         """Move to a plan; give what was moved, and why the old plan goes on if it does."""
-        with self._routes.migrating:
+        with self._migrating:
             migration, error = self._run(Route(next(self._versions), plan))
         self._recorder.add_migration(migration)
         return migration, error
@@ -78,11 +100,13 @@ class Migrator:
         weight_bytes = kv_bytes = 0
         error: LingualinkedError | None = None
         kept = source
-        self._routes.prepare()
+        with self._lock:
+            self._longest_stall_s = 0.0
+            self._num_moved = self._moved_bytes = 0
         try:
             for device in target.devices:
                 self._engine.wait_for_worker(device, self._timeout_s)
-            results_of(announce_move(self._engine, self._model, source, target, self._timeout_s))
+            results_of(self._announce(source, target))
             loaded = results_of(
                 request_stages(
                     self._engine,
@@ -112,28 +136,51 @@ class Migrator:
             Migration(
                 time_s=times.began_s,
                 plan_version=target.version,
-                spans_before=source.spans,
-                spans_after=target.spans,
+                spans_before=source.plan.spans,
+                spans_after=target.plan.spans,
                 weight_bytes=weight_bytes,
-                kv_bytes=kv_bytes + self._routes.moved_bytes,
+                kv_bytes=kv_bytes + self._moved_bytes,
                 load_s=times[0],
                 copy_s=times[1],
                 switch_s=times[2],
-                longest_stall_s=self._routes.longest_stall_s,
-                num_sessions=self._routes.num_moved,
+                longest_stall_s=self._longest_stall_s,
+                num_sessions=self._num_moved,
                 error="" if error is None else str(error),
             ),
             error,
         )
 
+    def _announce(self, source: Route, target: Route) -> list[concurrent.futures.Future[object]]:
+        """Tell workers that the model may move, there or back, until they are told which plan to keep."""
+        stages = tuple(
+            StagePlace(name=stage.device, plan_version=route.version, start=stage.start, end=stage.end)
+            for route in (source, target)
+            for stage in route.plan.stages
+        )
+
+        def request(device: str) -> concurrent.futures.Future[object]:
+            borrowers = tuple(name for name in target.devices if self._engine.lends(device, name))
+
+            def build(number: int) -> AnnounceMove:
+                return AnnounceMove(request=number, model=self._model, stages=stages, borrowers=borrowers)
+
+            return self._engine.request(device, build, "the announcement of a move", self._timeout_s)
+
+        devices = dict.fromkeys((*source.devices, *target.devices))
+        return [request(device) for device in devices if device not in self._engine.ended_devices()]
+
+    def _living_sessions(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions)
+
     def _copy_ahead(self, target: Route) -> int:
         """Copy the KV of all sessions while they go on; give its bytes."""
-        futures = [future for session in self._routes.sessions() for future in session.copy_ahead(target)]
+        futures = [future for session in self._living_sessions() for future in session.copy_ahead(target)]
         return sum(answer.num_bytes for answer in results_of(futures))  # type: ignore[attr-defined]
 
     def _change_sessions(self) -> LingualinkedError | None:
         """See every session through its change; those that run do it themselves. Give the error if one could not."""
-        while waiting := [each for each in self._routes.sessions() if not each.is_on(self._routes.target)]:
+        while waiting := [each for each in self._living_sessions() if not each.is_on(self._routes.target)]:
             for session in waiting:
                 session.follow()
         return self._routes.error

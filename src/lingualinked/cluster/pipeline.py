@@ -19,10 +19,12 @@ from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.controller import Controller
 from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.inspection import Inspection, inspect_workers, telemetry_of
+from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.pending import results_of
-from lingualinked.cluster.route import Route, Routes, request_stages
-from lingualinked.cluster.session import KVBudget, Session
+from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.session import Session
+from lingualinked.cluster.stage_loading import request_stages
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError, LingualinkedError
@@ -91,8 +93,10 @@ class Pipeline:
         self._correction: Correction | None = None
         self._inspected: tuple[list[Inspection], int] = ([], 1)
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
-        migrator = Migrator(self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens)
-        self._controller = Controller(self._engine, migrator.run, self._recorder)
+        self._migrator = Migrator(
+            self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens
+        )
+        self._controller = Controller(self._engine, self._migrator.run, self._recorder)
         self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller)
         self._finalizer.atexit = False
 
@@ -151,19 +155,20 @@ class Pipeline:
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""
-        number = next(_sessions)
-        watch = self._controller.watch
-        return Session(
+        session = Session(
             self._engine,
             self._model,
-            number,
+            next(_sessions),
             self._routes,
             self._budget,
             self._reach,
-            watch,
+            self._controller.watch,
+            self._migrator.record_move,
             self.timeout_s,
             self._vocabulary,
         )
+        self._migrator.add_session(session)
+        return session
 
     @property
     def measured(self) -> Profile | None:
@@ -233,10 +238,10 @@ class Pipeline:
         assert plan is not None, "without a profile there is nothing to decide from"
 
         def decision() -> Decision:
-            return unmeasured(time.monotonic(), self._routes.current.spans, Route(0, plan).spans)
+            return unmeasured(time.monotonic(), self.plan.spans, plan.spans)
 
         def plans() -> tuple[Plan, ...]:
-            if self._routes.current.spans == Route(0, plan).spans:
+            if self.plan.spans == plan.spans:
                 return ()
             named, ended = {*self.plan.devices, *plan.devices}, self.ended_devices
             living = [each for each in self.cluster.devices if each.name in named or each.name not in ended]

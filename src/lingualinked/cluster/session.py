@@ -17,69 +17,19 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.engine import Engine, end_with_interpreter
+from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.step_reply import StepReply, check_reply
-from lingualinked.errors import ArgumentError, ClosedError, KVCapacityError, LingualinkedError
+from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
+from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
 from lingualinked.interrupts import result_of, uninterrupted
 from lingualinked.model.context import StepContext
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import CopyKV, ForkSession, KVCopied, MoveSession
-from lingualinked.quantities import count_text
-from lingualinked.telemetry.samples import StageTiming, StepSample
+from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us
-
-
-class KVBudget:
-    """Rows x tokens of KV that all sessions of a model may hold together.
-
-    Parameters
-    ----------
-    max_tokens : int or None
-        The limit; ``None``: none.
-    """
-
-    def __init__(self, max_tokens: int | None) -> None:
-        self._max_tokens = max_tokens
-        self._held: dict[int, int] = {}
-        self._lock = threading.RLock()  # a finalizer releases, and may run in the middle of a hold
-
-    def hold(self, session: int, num_tokens: int) -> None:
-        """Let a session hold so many row-tokens in all.
-
-        Raises
-        ------
-        KVCapacityError
-            If all together would exceed the limit; nothing changes then.
-        """
-        if self._max_tokens is None:
-            return
-        with self._lock:
-            others = sum(self._held.values()) - self._held.get(session, 0)
-            if others + num_tokens > self._max_tokens:
-                raise KVCapacityError(
-                    f"KV budget out of memory. {count_text(num_tokens, 'token')} of KV for this session and {others:,} of others exceed "
-                    f"max_kv_tokens={self._max_tokens}: end other sessions, shorten the text, or raise it"
-                )
-            self._held[session] = num_tokens
-
-    def hold_as_much(self, session: int, other: int) -> None:
-        """Let a session hold as much as another does.
-
-        Raises
-        ------
-        KVCapacityError
-            As `hold`.
-        """
-        with self._lock:
-            self.hold(session, self._held.get(other, 0))
-
-    def release(self, session: int) -> None:
-        """Give back what a session holds."""
-        with self._lock:
-            self._held.pop(session, None)
 
 
 @dataclasses.dataclass(slots=True)
@@ -106,6 +56,8 @@ class Session:
         How far the model's rotary embeddings are stretched by all sessions.
     watch : callable
         Told a `StepSample` of every step.
+    record_move : callable
+        Told of every change to another route how many seconds the session waited, and the bytes of KV sent at last.
     timeout_s : float
         Seconds that a step may take.
     vocabulary : int or None
@@ -121,6 +73,7 @@ class Session:
         budget: KVBudget,
         reach: RopeReach,
         watch: Callable[[StepSample], None],
+        record_move: Callable[[float, int], None],
         timeout_s: float,
         vocabulary: int | None,
     ) -> None:
@@ -136,6 +89,7 @@ class Session:
         self._budget = budget
         self._reach = reach
         self._watch = watch
+        self._record_move = record_move
         self._timeout_s = timeout_s
         self._vocabulary = vocabulary
         self._context = StepContext()
@@ -148,7 +102,6 @@ class Session:
         self._unsaid: LingualinkedError | None = None  # what broke it between two steps, until a step says so
         self._finalizer = weakref.finalize(self, _end, engine, model, number, self._place, budget)
         self._finalizer.atexit = False
-        routes.enter(self)
 
     @property
     def ended(self) -> bool:
@@ -315,7 +268,7 @@ class Session:
             self._place.route = target
             self._tell_moved()
             num_bytes = sum(cast("KVCopied", answer).num_bytes for answer in answers)
-            self._routes.note(time.monotonic() - began_s, num_bytes)
+            self._record_move(time.monotonic() - began_s, num_bytes)
         self._place.route = target
         if self.ended:  # meanwhile: it has been ended where it was, perhaps after it had gone
             for index, device in enumerate(target.devices):
@@ -420,41 +373,12 @@ class Session:
             self._broken_by = f" with {type(error).__name__}"
             self.end()
             raise
-        self.last_step = _sample(step, route, reply, began_s, num_rows, num_new, self.num_tokens)
+        self.last_step = sample_of(step, route, reply, began_s, num_rows, num_new, self.num_tokens)
         self._watch(self.last_step)
         self._holds_kv = keeps_kv
         self.num_rows = num_rows
         self.num_tokens += num_new
         return logits
-
-
-def _sample(
-    step: Step, route: Route, reply: StepReply, began_s: float, rows: int, tokens: int, context: int
-) -> StepSample:
-    sent_bytes = [*(each.received_bytes for each in reply.timings[1:]), reply.num_bytes]
-    return StepSample(
-        time_s=began_s,
-        session=step.session,
-        number=step.number,
-        plan_version=step.plan_version,
-        rows=rows,
-        tokens=tokens,
-        context=context,
-        total_s=time.monotonic() - began_s,
-        stages=tuple(
-            StageTiming(
-                device=stage.device,
-                start=stage.start,
-                end=stage.end,
-                hop_s=times.hop_us / 1e6,
-                wait_s=times.wait_us / 1e6,
-                compute_s=times.compute_us / 1e6,
-                codec_s=times.codec_us / 1e6,
-                sent_bytes=num_bytes,
-            )
-            for stage, times, num_bytes in zip(route.plan.stages, reply.timings, sent_bytes, strict=True)
-        ),
-    )
 
 
 @uninterrupted

@@ -1,4 +1,4 @@
-"""The last stage's answer to a step, and whether it can be one.
+"""The last stage's answer to a step: whether it can be one, and what it tells of the step.
 
 Knows shapes and numbers; neither messages' ways nor sessions.
 """
@@ -6,16 +6,16 @@ Knows shapes and numbers; neither messages' ways nor sessions.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import time
 
 import torch
 from torch import Tensor
 
+from lingualinked.cluster.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
+from lingualinked.protocol.messages import StageTimes, Step
 from lingualinked.quantities import count_text
-
-if TYPE_CHECKING:
-    from lingualinked.protocol.messages import StageTimes
+from lingualinked.telemetry.samples import StageTiming, StepSample
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,6 +75,36 @@ def check_reply(
         f"{[*shape, vocabulary or 'vocabulary']} and the times of {len(devices)} were due"
     )
     raise WorkerError(devices[-1], f"ProtocolError: {error}") from error
+
+
+def sample_of(
+    step: Step, route: Route, reply: StepReply, began_s: float, rows: int, tokens: int, context: int
+) -> StepSample:
+    """Return what is kept of a step that began at a time, over so many rows and tokens behind so many others."""
+    sent_bytes = [*(each.received_bytes for each in reply.timings[1:]), reply.num_bytes]
+    return StepSample(
+        time_s=began_s,
+        session=step.session,
+        number=step.number,
+        plan_version=step.plan_version,
+        rows=rows,
+        tokens=tokens,
+        context=context,
+        total_s=time.monotonic() - began_s,
+        stages=tuple(
+            StageTiming(
+                device=stage.device,
+                start=stage.start,
+                end=stage.end,
+                hop_s=times.hop_us / 1e6,
+                wait_s=times.wait_us / 1e6,
+                compute_s=times.compute_us / 1e6,
+                codec_s=times.codec_us / 1e6,
+                sent_bytes=num_bytes,
+            )
+            for stage, times, num_bytes in zip(route.plan.stages, reply.timings, sent_bytes, strict=True)
+        ),
+    )
 
 
 def _kept_shape(num_rows: int, num_new: int, logits_to_keep: int | Tensor) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from lingualinked.control.events import (
     StepObserved,
 )
 from lingualinked.control.policy import RebalancePolicy
-from lingualinked.control.proposal import Proposal, Rates, propose, spans_of, weigh
+from lingualinked.control.proposal import Proposal, Rates, propose, weigh
 from lingualinked.control.sessions import SessionLevel
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.passage.holdings import Holdings
@@ -375,8 +375,8 @@ class Balancer:
             action="stay",
             trigger=trigger,
             reason=reason,
-            spans_before=spans_of(self._plan),
-            spans_after=spans_of(proposal.plan),
+            spans_before=self._plan.spans,
+            spans_after=proposal.plan.spans,
             before_s=proposal.before_s,
             after_s=proposal.after_s,
             gain_s=horizon_s * proposal.saved,
@@ -398,4 +398,4 @@ class Balancer:
         return dataclasses.replace(self._plan, profile=live)
 
     def _is_current(self, plan: Plan) -> bool:
-        return spans_of(plan) == spans_of(self._plan)
+        return plan.spans == self._plan.spans

@@ -18,7 +18,7 @@ from lingualinked.planning.planner import solve
 from lingualinked.planning.prediction import Prediction
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
-from lingualinked.telemetry.decisions import Migration, Span, moves_between
+from lingualinked.telemetry.decisions import Migration, moves_between
 from lingualinked.workload import Objective, Workload
 
 _STALL_STEPS = 2.0  # that sessions wait at the switch, about
@@ -65,11 +65,6 @@ class Rates:
     def load_s(self, num_bytes: float) -> float:
         """Seconds in which so many bytes of weights are loaded."""
         return num_bytes / self._load_bytes_per_s
-
-
-def spans_of(plan: Plan) -> tuple[Span, ...]:
-    """Give device, start and end of each stage."""
-    return tuple((stage.device, stage.start, stage.end) for stage in plan.stages)
 
 
 def propose(
@@ -194,7 +189,7 @@ def _rounding(device: Device) -> tuple[str, int | None]:
 
 
 def _cost(current: Plan, other: Plan, live: Profile, before: Prediction, rates: Rates) -> tuple[float, int]:
-    moves = moves_between(spans_of(current), spans_of(other))
+    moves = moves_between(current.spans, other.spans)
     if not moves:
         return 0.0, 0
     costs, model = WorkloadCosts(live, live.model.fit_workload(current.workload), current.reserve), live.model

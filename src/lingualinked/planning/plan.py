@@ -199,6 +199,11 @@ class Plan:
         return self.stages[-1].end
 
     @property
+    def spans(self) -> tuple[tuple[str, int, int], ...]:
+        """Device, start and end of each stage."""
+        return tuple((stage.device, stage.start, stage.end) for stage in self.stages)
+
+    @property
     def devices(self) -> tuple[str, ...]:
         """Names of the devices in use, each once, in pipeline order."""
         return tuple(dict.fromkeys(stage.device for stage in self.stages))

@@ -9,13 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lingualinked.transport.delivery import Delivery
     from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
     from lingualinked.transport.keys import KeyPair, generate_keypair
-    from lingualinked.transport.mailbox import Delivery, Mailbox
+    from lingualinked.transport.mailbox import Mailbox
     from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
 _HOMES = {
-    "Delivery": "mailbox",
+    "Delivery": "delivery",
     "InProcessHub": "inprocess",
     "InProcessMailbox": "inprocess",
     "KeyPair": "keys",

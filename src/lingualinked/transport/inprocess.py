@@ -23,8 +23,9 @@ from lingualinked.transport.codec import (
     decode_message,
     encode_message,
 )
+from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.keys import KeyPair, authorise, check_authorised, generate_keypair, raw_key
-from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.refusals import Refusals
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
+from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.shaping import Held, ShapedLink
 
 if TYPE_CHECKING:
@@ -24,34 +24,6 @@ if TYPE_CHECKING:
 
 _LONGEST_DELAY_S = 60.0
 _MOST_HELD_BYTES = 1 << 30  # of one sender
-
-
-@dataclass(slots=True)
-class Delivery:
-    """One message as it was received.
-
-    Parameters
-    ----------
-    sender : str
-        Name under which the receiver authorised the key that the message came with; never taken from the message.
-    payload : bytes
-        What the sender passed as payload.
-    tensors : tuple of torch.Tensor
-        The tensors in the sender's order: contiguous, on the CPU, in memory that nobody else refers to.
-    num_bytes : int
-        Bytes of all frames before encryption.
-    decode_s : float
-        Seconds spent reading it.
-    due_s : float
-        When it was due on a link that is imitated (monotonic seconds); 0 on others.
-    """
-
-    sender: str
-    payload: bytes
-    tensors: tuple[Tensor, ...]
-    num_bytes: int
-    decode_s: float = 0.0
-    due_s: float = 0.0
 
 
 class Mailbox(abc.ABC):

@@ -10,10 +10,8 @@ import heapq
 import itertools
 import math
 import time
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lingualinked.transport.mailbox import Delivery
+from lingualinked.transport.delivery import Delivery
 
 _SLEEP_S = 2e-3  # a poll counts whole milliseconds: what is due sooner is slept for
 

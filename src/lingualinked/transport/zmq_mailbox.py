@@ -31,9 +31,10 @@ from lingualinked.transport.codec import (
     decode_message,
     encode_message,
 )
+from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.handshakes import TIMEOUT_MS
 from lingualinked.transport.keys import KeyPair, authorise, check_authorised, raw_key
-from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.socket_folder import make_socket_folder, new_socket_path
 from lingualinked.transport.waker import Waker

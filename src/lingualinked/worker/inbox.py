@@ -14,7 +14,8 @@ from lingualinked.errors import ProtocolError
 from lingualinked.protocol.message import Message
 from lingualinked.protocol.messages import CallerMessage, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
-from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.roles import StaleMessageError
 
 # Of one sender's; more stay in the mailbox, which stops reading from it in turn.

@@ -63,9 +63,10 @@ from lingualinked.protocol.moving import (
     MovingMessage,
     WeightChunk,
 )
+from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.keys import KeyPair
-from lingualinked.transport.mailbox import Delivery, Mailbox
+from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrower import Borrower

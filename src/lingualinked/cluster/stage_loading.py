@@ -1,0 +1,95 @@
+"""Asks workers to load the stages of a route.
+
+Knows routes and the message; neither when stages are loaded nor what runs in them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable, Iterator
+
+from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.route import Route
+from lingualinked.device import CALLER
+from lingualinked.model.spec import ModelSpec
+from lingualinked.protocol.messages import Holder, LoadStage
+
+
+def request_stages(
+    engine: Engine,
+    model: int,
+    spec: ModelSpec,
+    route: Route,
+    timeout_s: float,
+    *,
+    max_kv_tokens: int | None,
+    on_progress: Callable[[str, int], None] | None = None,
+    held: Route | None = None,
+) -> list[concurrent.futures.Future[object]]:
+    """Ask workers to load the stages of a route.
+
+    Parameters
+    ----------
+    engine : Engine
+        Sends the requests.
+    model : int
+        Number of the model.
+    spec : ModelSpec
+        What to load.
+    route : Route
+        Where.
+    timeout_s : float
+        Seconds that a worker may be silent.
+    max_kv_tokens : int or None
+        Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
+    on_progress : callable or None
+        Told a device's name and the bytes that it has loaded so far, on the I/O thread.
+    held : Route or None
+        Whose stages hold the weights already, for workers that can't read them from files.
+
+    Returns
+    -------
+    list of Future
+        Of each stage's `StageLoaded`.
+    """
+    helpers = () if held is None else held.devices
+    ends = (CALLER, *route.devices, CALLER)
+    futures = []
+    for index, stage in enumerate(route.plan.stages):
+
+        def build(number: int, index: int = index) -> LoadStage:
+            planned = route.plan.stages[index]
+            return LoadStage(
+                request=number,
+                model=model,
+                plan_version=route.version,
+                stage=index,
+                spec=spec,
+                start=planned.start,
+                end=planned.end,
+                previous_name=ends[index],
+                next_name=ends[index + 2],
+                max_kv_tokens=max_kv_tokens,
+                holders=() if held is None else tuple(_holders(engine, model, held, planned.device)),
+            )
+
+        def progress(num_bytes: int, device: str = stage.device) -> None:
+            if on_progress is not None:
+                on_progress(device, num_bytes)
+
+        what = f"loading layers [{stage.start}, {stage.end})"
+        futures.append(engine.request(stage.device, build, what, timeout_s, progress, helpers))
+    return futures
+
+
+def _holders(engine: Engine, model: int, route: Route, borrower: str) -> Iterator[Holder]:
+    for index, stage in enumerate(route.plan.stages):
+        yield Holder(
+            name=stage.device,
+            model=model,
+            plan_version=route.version,
+            stage=index,
+            start=stage.start,
+            end=stage.end,
+            lends=engine.lends(stage.device, borrower),
+        )
