@@ -54,7 +54,7 @@ def predict(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 24,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 64,
 ) -> None:
-    """Predicted against measured and simulated speed on imitated clusters, and the solved plan against others."""
+    """Predicted against measured and simulated speed on emulated clusters, and the solved plan against others."""
     from benchmarks.predict import run_predict
 
     run_predict(repeats, new_tokens, prompt_tokens)

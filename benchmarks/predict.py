@@ -1,4 +1,4 @@
-"""Whether plans do what is predicted of them, and whether solving is worth it: imitated clusters, measured in one run.
+"""Whether plans do what is predicted of them, and whether solving is worth it: emulated clusters, measured in one run.
 
 Knows the public face; every plan of a cluster is loaded beside the others, and their runs alternate.
 """
@@ -39,7 +39,7 @@ CLUSTERS = {
         ll.Device(name="phone", threads=1, slowdown=8.0, bandwidth="50Mbit/s", latency="5ms"),
     ),
 }
-"""Imitated heterogeneous clusters: slowdowns from 2 to 8, links from 50 to 1000 Mbit/s."""
+"""Emulated heterogeneous clusters: slowdowns from 2 to 8, links from 50 to 1000 Mbit/s."""
 
 
 def run_predict(repeats: int, new_tokens: int, prompt_tokens: int) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import CheckpointFile, ModelSpec
 from lingualinked.protocol import messages
-from lingualinked.protocol.boot import Imitation
+from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.messages import StageTimes, Step
 from lingualinked.protocol.moving import KVSlice, SessionState
 
@@ -49,7 +49,7 @@ SPEC = ModelSpec(
 )
 VALUES = {
     "spec": SPEC,
-    "imitation": Imitation(slowdown=2.0, links=(), delayed_from=()),
+    "emulation": Emulation(slowdown=2.0, links=(), delayed_from=()),
     "edits": (),
     "timings": (TIMES,),
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),

@@ -156,12 +156,12 @@ class Device:
         Linux, enforced by the kernel (``RLIMIT_DATA``).
     slowdown : float
         Makes the worker behave as a device that computes so many times slower: it rests after every step, in proportion
-        to the CPU time that the step took. At least 1; imitation is for local CPU workers.
+        to the CPU time that the step took. At least 1; emulation is for local CPU workers.
     bandwidth : float, str or None
         Of the device's own connection, in bytes per second or with a unit (``"100Mbit/s"``); messages to and from a local
         worker are held back as they would be on it. ``None``: as fast as it goes.
     latency : float, str or None
-        Of the device's own connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is imitated.
+        Of the device's own connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is emulated.
     watts : float or None
         Power while it computes, for ``objective="energy"``.
     trusted : bool
@@ -208,7 +208,7 @@ class Device:
         check_slowdown(self.slowdown, self.name)
         if self.slowdown != 1 and self.accelerator != "cpu":
             raise ArgumentError(
-                f"slowdown={self.slowdown!r} of device {self.name!r}: only a CPU worker can imitate a slower device"
+                f"slowdown={self.slowdown!r} of device {self.name!r}: only a CPU worker can emulate a slower device"
             )
         if self.bandwidth is not None:
             parse_rate(self.bandwidth, f"bandwidth of device {self.name!r}")
@@ -329,7 +329,7 @@ def check_links_of(name: str, links: object, names: Iterable[str]) -> dict[tuple
 
 
 def check_slowdown(slowdown: float, name: str) -> float:
-    """Return a slowdown that can be imitated.
+    """Return a slowdown that can be emulated.
 
     Raises
     ------

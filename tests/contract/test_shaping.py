@@ -1,4 +1,4 @@
-"""An imitated link delays, serialises and loses nothing, over every transport."""
+"""An emulated link delays, serialises and loses nothing, over every transport."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_message_that_is_not_held_does_not_wait_for_one_that_is(network: Netwo
     assert delivery.payload == b"fast"
 
 
-def test_only_links_that_are_imitated_delay_and_none_by_more_than_a_minute(network: Network) -> None:
+def test_only_links_that_are_emulated_delay_and_none_by_more_than_a_minute(network: Network) -> None:
     sender, receiver = network.open_all("sender", "receiver")
     sender.shape(receiver.name, float("inf"), 3600.0)
     sender.send(receiver.name, b"at once")

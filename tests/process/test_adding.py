@@ -106,7 +106,7 @@ def test_what_was_given_for_it_is_what_it_gets(cluster: ll.Cluster) -> None:
     cluster.throttle("a", latency="2ms")
 
 
-def test_links_to_and_from_it_are_imitated(cluster: ll.Cluster) -> None:
+def test_links_to_and_from_it_are_emulated(cluster: ll.Cluster) -> None:
     cluster.throttle("b", latency="10ms")  # while it runs: so it is for who comes later, too
     cluster.add(ll.Device(name="late", threads=1, latency="15ms"), links={("a", "late"): ll.Link(latency="60ms")})
     engine = cluster._engine

@@ -59,8 +59,8 @@ def test_every_device_and_link_is_measured(cache: Path, pair: ll.Cluster, tiny_l
         assert device.free_bytes is not None
     assert len(profile.links) == 6
     for link in profile.links:
-        imitated = 2e-3 if "there" in (link.source, link.target) else 0.0
-        assert link.latency_s >= imitated
+        emulated = 2e-3 if "there" in (link.source, link.target) else 0.0
+        assert link.latency_s >= emulated
 
 
 def test_a_link_may_be_slower_one_way(cache: Path, tiny_llama: str) -> None:

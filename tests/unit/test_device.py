@@ -131,13 +131,13 @@ def test_durations(duration: float | str, seconds: float) -> None:
         ("trusted", 1),
     ],
 )
-def test_what_can_not_be_imitated_is_refused_by_name(field: str, value: Any) -> None:
+def test_what_can_not_be_emulated_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ll.ArgumentError, match=f"{field}.*of device 'a'"):
         ll.Device(name="a", **{field: value})
 
 
 def test_an_accelerator_is_not_slowed() -> None:
-    with pytest.raises(ll.ArgumentError, match="only a CPU worker can imitate"):
+    with pytest.raises(ll.ArgumentError, match="only a CPU worker can emulate"):
         ll.Device(name="a", accelerator="cuda:0", slowdown=2.0)
 
 

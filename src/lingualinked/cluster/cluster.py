@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.cluster.devices import as_devices, as_further_device
-from lingualinked.cluster.imitation import delayed_from, imitate, imitation_of
+from lingualinked.cluster.emulation import delayed_from, emulate, emulation_of
 from lingualinked.cluster.launch import Launcher
 from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, result_of, uninterrupted
-from lingualinked.protocol.boot import Boot, Imitation
+from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.snapshot import WorkerSnapshot
 
@@ -114,14 +114,14 @@ class Cluster:
             for device in self.devices:
                 engine.shape(device.name, link_between(None, device, self.links))
             boots = [
-                self._boot(device, imitation_of(device.name, self._behaving, self.links)) for device in self.devices
+                self._boot(device, emulation_of(device.name, self._behaving, self.links)) for device in self.devices
             ]
             uninterrupted(launcher.start)(boots, engine.admit, engine.worker_ended)
         except BaseException:
             self._finalizer()
             raise
 
-    def _boot(self, device: Device, imitation: Imitation) -> Boot:
+    def _boot(self, device: Device, emulation: Emulation) -> Boot:
         address, key = self._engine.peer(CALLER)
         return Boot(
             name=device.name,
@@ -135,7 +135,7 @@ class Cluster:
             memory_bytes=device.memory_bytes,
             max_frame_bytes=self._max_frame_bytes,
             log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
-            imitation=imitation,
+            emulation=emulation,
         )
 
     @uninterrupted
@@ -234,7 +234,7 @@ class Cluster:
                 self._engine.shape(device.name, link_between(None, device, known))
                 self._engine.expect_delays(delayed_from(CALLER, behaving, known))
                 self._announce(behaving, known)
-                self._launcher.add(self._boot(device, imitation_of(device.name, behaving, known)))
+                self._launcher.add(self._boot(device, emulation_of(device.name, behaving, known)))
                 self._engine.wait_for_worker(device.name, self.timeout_s)
                 self._engine.trusted |= {device.name} if device.trusted else set()
                 self._behaving, self.links, self.devices = behaving, known, (*self.devices, device)
@@ -250,7 +250,7 @@ class Cluster:
         for other in (device.name for device in self.devices):
             with contextlib.suppress(WorkerDiedError):
                 self._engine.wait_for_worker(other, self.timeout_s)
-            build = imitate(other, behaving, links)
+            build = emulate(other, behaving, links)
             told.append(self._engine.request(other, build, "the announcement of a new device", self.timeout_s))
         while told:  # not held here: a future would lead from its error to this frame and back
             with contextlib.suppress(WorkerDiedError):
@@ -311,7 +311,7 @@ class Cluster:
                 results_of(
                     [
                         self._engine.request(
-                            each, imitate(each, now, self.links, later), "a change of pace", self.timeout_s
+                            each, emulate(each, now, self.links, later), "a change of pace", self.timeout_s
                         )
                         for each in behaving
                     ]

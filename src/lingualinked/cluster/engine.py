@@ -253,7 +253,7 @@ class Engine:
         self._post(lambda: self._exchange.shape(device, link.bandwidth_bytes_per_s, link.latency_s))
 
     def expect_delays(self, devices: Sequence[str]) -> None:
-        """Let messages of these devices come late, as on the links that they imitate."""
+        """Let messages of these devices come late, as on the links that they emulate."""
         self._post(lambda: self._mailbox.expect_delays(devices))
 
     def worker_ended(self, device: str, how: str) -> None:

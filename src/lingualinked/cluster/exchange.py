@@ -167,7 +167,7 @@ class Exchange:
         self._pending.fail_model(model, lambda: ClosedError("the model was closed while it was in use"))
 
     def shape(self, device: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
-        """Imitate a slower link to a worker."""
+        """Emulate a slower link to a worker."""
         self._mailbox.shape(device, bandwidth_bytes_per_s, latency_s)
 
     def bury(self, device: str, how: str) -> None:

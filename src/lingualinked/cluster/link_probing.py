@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SMALL_BYTES, _LARGE_BYTES = 64, 256 << 10
 _NUM_SMALL, _NUM_LARGE = 7, 3
-_LONGEST_PROBE_S = 0.05  # that one large message may be on an imitated link
+_LONGEST_PROBE_S = 0.05  # that one large message may be on an emulated link
 
 
 def measure_links(
@@ -30,7 +30,7 @@ def measure_links(
 ) -> tuple[LinkProfile, ...]:
     """Probe pairs of parties, those of one round at the same time.
 
-    A link is taken to be as slow back as there, but for what is known to be imitated.
+    A link is taken to be as slow back as there, but for what is known to be emulated.
 
     Parameters
     ----------

@@ -65,7 +65,7 @@ class LinkFigures(msgspec.Struct, frozen=True, kw_only=True):
     latency_s: float
 
 
-class Imitation(msgspec.Struct, frozen=True, kw_only=True):
+class Emulation(msgspec.Struct, frozen=True, kw_only=True):
     """The slower device that a worker behaves as.
 
     Parameters
@@ -120,7 +120,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         Largest frame that it sends or takes.
     log_level : int
         Lowest level of the log records that it sends to the caller.
-    imitation : Imitation
+    emulation : Emulation
         The device that it behaves as, to begin with.
     """
 
@@ -135,7 +135,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None
     max_frame_bytes: int
     log_level: int
-    imitation: Imitation
+    emulation: Emulation
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -12,7 +12,7 @@ import msgspec
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
-from lingualinked.protocol.boot import Imitation
+from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.message import Message, Natural
 from lingualinked.protocol.moving import (
     AnnounceMove,
@@ -76,11 +76,11 @@ class Inspect(Message, frozen=True, tag=3):
     request: int
 
 
-class Imitate(Message, frozen=True, tag=6):
+class Emulate(Message, frozen=True, tag=6):
     """Behave as another device from now on."""
 
     request: int
-    imitation: Imitation
+    emulation: Emulation
 
 
 class Introduce(Message, frozen=True, tag=29):
@@ -245,7 +245,7 @@ class StageLoaded(Message, frozen=True, tag=18):
 
 
 class Acknowledged(Message, frozen=True, tag=25):
-    """Answer to `Imitate`, `Introduce`, `AnnounceMove` and `ForkSession`: it has been done."""
+    """Answer to `Emulate`, `Introduce`, `AnnounceMove` and `ForkSession`: it has been done."""
 
     request: int
 
@@ -374,7 +374,7 @@ CallerMessage = (
     LoadStage
     | UnloadModel
     | Inspect
-    | Imitate
+    | Emulate
     | Introduce
     | Dismiss
     | MeasureModel

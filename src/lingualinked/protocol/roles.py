@@ -33,7 +33,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     messages.LoadStage: Role.CALLER,
     messages.UnloadModel: Role.CALLER,
     messages.Inspect: Role.CALLER,
-    messages.Imitate: Role.CALLER,
+    messages.Emulate: Role.CALLER,
     messages.Introduce: Role.CALLER,
     messages.Dismiss: Role.CALLER,
     messages.MeasureModel: Role.CALLER,
@@ -75,7 +75,7 @@ TO_CALLER: Mapping[type[Message], Role] = {
 ANSWERS: Mapping[type[Message], type[Message]] = {
     messages.LoadStage: messages.StageLoaded,
     messages.Inspect: messages.WorkerReport,
-    messages.Imitate: messages.Acknowledged,
+    messages.Emulate: messages.Acknowledged,
     messages.Introduce: messages.Acknowledged,
     messages.MeasureModel: messages.ModelMeasured,
     messages.ProbeLink: messages.LinkProbed,

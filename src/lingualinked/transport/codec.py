@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WIRE_VERSION = 1
 """First byte of every message. Frame 0 goes on with the msgpack array ``[payload, [[dtype code, *shape], ...]]``; on an
-imitated link a third element says when the message is due, in microseconds of the machine's monotonic clock."""
+emulated link a third element says when the message is due, in microseconds of the machine's monotonic clock."""
 
 # A frame is encrypted, sent and decrypted as a whole: frames of 1 MiB let these overlap, and 32 MiB arrive in half the
 # time that one frame takes. Smaller ones gain nothing more.
@@ -125,7 +125,7 @@ class Message(NamedTuple):
     tensors : tuple of torch.Tensor
         Aligned, contiguous copies on the CPU.
     due_us : int
-        When it would have arrived on the link that the sender imitates, in monotonic microseconds; 0: now.
+        When it would have arrived on the link that the sender emulates, in monotonic microseconds; 0: now.
     """
 
     payload: bytes
@@ -147,7 +147,7 @@ def encode_message(
     limits : Limits
         What the message may be at most.
     link : ShapedLink or None
-        The link to imitate.
+        The link to emulate.
 
     Returns
     -------

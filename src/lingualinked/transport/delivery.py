@@ -29,7 +29,7 @@ class Delivery:
     decode_s : float
         Seconds spent reading it.
     due_s : float
-        When it was due on a link that is imitated (monotonic seconds); 0 on others.
+        When it was due on a link that is emulated (monotonic seconds); 0 on others.
     """
 
     sender: str

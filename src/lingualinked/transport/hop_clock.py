@@ -42,7 +42,7 @@ class HopClock:
         sent_us : int
             What its clock said (`clock_us`).
         due_s : float
-            When it was due on a link that is imitated (monotonic seconds), which tells both exactly; 0 on others.
+            When it was due on a link that is emulated (monotonic seconds), which tells both exactly; 0 on others.
         """
         now_us = clock_us()
         delay_us = (now_us - sent_us + _WRAP_US // 2) % _WRAP_US - _WRAP_US // 2

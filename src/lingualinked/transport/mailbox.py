@@ -175,7 +175,7 @@ class Mailbox(abc.ABC):
             self._disconnect(name)
 
     def shape(self, name: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
-        """Imitate a slower link to a peer, from the next message on; whether it is connected yet does not matter.
+        """Emulate a slower link to a peer, from the next message on; whether it is connected yet does not matter.
 
         Parameters
         ----------
@@ -193,7 +193,7 @@ class Mailbox(abc.ABC):
             self._links[name] = ShapedLink(bandwidth_bytes_per_s, latency_s)
 
     def expect_delays(self, names: Iterable[str]) -> None:
-        """Hold back messages of these senders, too, until they would have arrived on the link that they imitate.
+        """Hold back messages of these senders, too, until they would have arrived on the link that they emulate.
 
         Parameters
         ----------
@@ -289,7 +289,7 @@ class Mailbox(abc.ABC):
             return delivery
         if delivery.sender not in self._delayed_from:
             self.refuse(
-                delivery.sender, "due time", "a message on a link that is not imitated: it is delivered at once"
+                delivery.sender, "due time", "a message on a link that is not emulated: it is delivered at once"
             )
             return delivery
         latest_us = int((time.monotonic() + _LONGEST_DELAY_S) * 1e6)

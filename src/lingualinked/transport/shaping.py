@@ -1,4 +1,4 @@
-"""Imitates a slower link between processes of one machine: messages are due when they would have arrived on it.
+"""Emulates a slower link between processes of one machine: messages are due when they would have arrived on it.
 
 The sender says when, the receiver holds them until then, so that neither needs a thread and a busy receiver loses nothing.
 Knows bytes and the machine's monotonic clock, which all its processes share; no sockets.

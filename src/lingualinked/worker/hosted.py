@@ -95,7 +95,7 @@ class HostedStage:
         StageOutput
             What goes to the next stage, or the logits.
         float
-            Seconds of compute, on the device that the worker may imitate.
+            Seconds of compute, on the device that the worker may emulate.
 
         Raises
         ------

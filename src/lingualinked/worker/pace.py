@@ -1,4 +1,4 @@
-"""Makes a worker as slow as the device that it imitates.
+"""Makes a worker as slow as the device that it emulates.
 
 Knows CPU time; not what is computed.
 """
@@ -39,14 +39,14 @@ class Pace:
         return Start(time.perf_counter(), self._cpu_s())
 
     def finish(self, start: Start) -> float:
-        """Rest as long as the imitated device would go on computing; give the seconds since the start."""
+        """Rest as long as the emulated device would go on computing; give the seconds since the start."""
         if self.slowdown > 1:
             rest_s = (self.slowdown - 1) * (self._cpu_s() - start.cpu_s)
             time.sleep(rest_s)
         return time.perf_counter() - start.wall_s
 
     def clock(self) -> float:
-        """Give the seconds of a clock that runs as the imitated device computes; only differences mean something."""
+        """Give the seconds of a clock that runs as the emulated device computes; only differences mean something."""
         return self.slowdown * self._cpu_s() if self.slowdown > 1 else time.perf_counter()
 
     def _cpu_s(self) -> float:

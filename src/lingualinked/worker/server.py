@@ -18,16 +18,16 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.boot import Boot, Imitation
+from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.messages import (
     Acknowledged,
     CallerMessage,
     Dismiss,
+    Emulate,
     EndSession,
     FailureKind,
     Hello,
     Holder,
-    Imitate,
     Inspect,
     Introduce,
     KVRefused,
@@ -155,7 +155,7 @@ class Worker:
         self._probes = LinkProbes(self._peers)
         self._inbox = Inbox(mailbox, Roles(self._peers, self._stages, self._mover, self._lender, self._probes).check)
         self._pace = Pace(boot.threads, 1.0)
-        self._imitate(boot.imitation)
+        self._emulate(boot.emulation)
 
     def run(self) -> NoReturn:
         """Say hello, then serve for good: the lifeline ends the process."""
@@ -188,7 +188,7 @@ class Worker:
                 self._stages.unload(message.model)
             case Inspect():
                 self._answer(message.request, lambda: self._report(message))
-            case Imitate():
+            case Emulate():
                 self._answer(message.request, lambda: self._throttle(message))
             case Introduce():
                 self._answer(message.request, lambda: self._introduce(message))
@@ -309,14 +309,14 @@ class Worker:
             stages=self._stages.reports(),
         )
 
-    def _throttle(self, message: Imitate) -> Acknowledged:
-        self._imitate(message.imitation)
+    def _throttle(self, message: Emulate) -> Acknowledged:
+        self._emulate(message.emulation)
         return Acknowledged(request=message.request)
 
-    def _imitate(self, imitation: Imitation) -> None:
-        self._pace.slowdown = imitation.slowdown
-        self._mailbox.expect_delays(imitation.delayed_from)
-        for link in imitation.links:
+    def _emulate(self, emulation: Emulation) -> None:
+        self._pace.slowdown = emulation.slowdown
+        self._mailbox.expect_delays(emulation.delayed_from)
+        for link in emulation.links:
             bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
             self._mailbox.shape(link.target, bandwidth, link.latency_s)
 

@@ -10,7 +10,7 @@ import pytest
 
 from lingualinked.cluster.booting import Booting
 from lingualinked.errors import ArgumentError, ClosedError
-from lingualinked.protocol.boot import Boot, Imitation
+from lingualinked.protocol.boot import Boot, Emulation
 
 BOOT = Boot(
     name="a",
@@ -24,7 +24,7 @@ BOOT = Boot(
     memory_bytes=None,
     max_frame_bytes=1,
     log_level=30,
-    imitation=Imitation(slowdown=1.0, links=(), delayed_from=()),
+    emulation=Emulation(slowdown=1.0, links=(), delayed_from=()),
 )
 
 

@@ -55,6 +55,6 @@ def test_the_clock_may_start_anew_on_the_way(now: list[int]) -> None:
     assert HopClock().part("a", 2**32 - 50, 0.0) == (200, 0)
 
 
-def test_an_imitated_link_says_when_a_message_was_due(now: list[int]) -> None:
+def test_an_emulated_link_says_when_a_message_was_due(now: list[int]) -> None:
     now[0] = 1_009_000
     assert HopClock().part("a", 1_000_000, 1.005) == (5_000, 4_000)

@@ -18,7 +18,7 @@ PLAN = ll.Plan.from_spans([("near", 0, 2), ("far", 2, 4)])
 
 
 @pytest.fixture(scope="module")
-def imitating(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
+def emulating(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
     devices = [ll.Device(name="near", threads=1), ll.Device(name="far", threads=1, slowdown=5.0, latency="20ms")]
     with ll.Cluster(devices, links={("far", "caller"): ll.Link(latency="50ms")}) as cluster:
         cluster.wait()
@@ -26,10 +26,10 @@ def imitating(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
 
 
 @pytest.fixture
-def model(imitating: ll.Cluster, tiny_llama: str) -> Iterator[ll.ShardedModel]:
-    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=imitating, plan=PLAN, progress=False) as made:
+def model(emulating: ll.Cluster, tiny_llama: str) -> Iterator[ll.ShardedModel]:
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=emulating, plan=PLAN, progress=False) as made:
         yield made
-    imitating.throttle("far", slowdown=5.0, latency="20ms")
+    emulating.throttle("far", slowdown=5.0, latency="20ms")
 
 
 def compute_s(model: ll.ShardedModel, num_steps: int = 10) -> list[float]:
@@ -51,16 +51,16 @@ def test_messages_take_as_long_as_the_links_say(model: ll.ShardedModel) -> None:
     assert time.monotonic() - started >= 0.07
 
 
-def test_a_worker_is_throttled_while_it_runs(model: ll.ShardedModel, imitating: ll.Cluster) -> None:
+def test_a_worker_is_throttled_while_it_runs(model: ll.ShardedModel, emulating: ll.Cluster) -> None:
     compute_s(model)
-    imitating.throttle("far", slowdown=1.0)
+    emulating.throttle("far", slowdown=1.0)
     near, far = compute_s(model)
-    imitating.throttle("far", slowdown=400.0)
+    emulating.throttle("far", slowdown=400.0)
     # Both stages hold two layers: the one that rests 400 times as long takes longer, on any machine.
     _, throttled = compute_s(model)
     assert throttled > 20 * far
     assert throttled > 20 * near
-    assert imitating.device("far").slowdown == 5.0  # a device is what it was made as
+    assert emulating.device("far").slowdown == 5.0  # a device is what it was made as
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_a_worker_is_throttled_while_it_runs(model: ll.ShardedModel, imitating: 
         ("far", {"latency": "x"}, "latency of device 'far'='x'"),
     ],
 )
-def test_what_can_not_be_imitated_changes_nothing(
-    imitating: ll.Cluster, name: str, arguments: dict[str, Any], message: str
+def test_what_can_not_be_emulated_changes_nothing(
+    emulating: ll.Cluster, name: str, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ll.ArgumentError, match=message):
-        imitating.throttle(name, **arguments)
+        emulating.throttle(name, **arguments)
 
 
 def test_a_link_must_lead_to_a_device() -> None:

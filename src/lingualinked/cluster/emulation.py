@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lingualinked.device import CALLER, Device, Link, Links, link_between
-from lingualinked.protocol.boot import Imitation, LinkFigures
+from lingualinked.protocol.boot import Emulation, LinkFigures
 
 if TYPE_CHECKING:
-    from lingualinked.protocol.messages import Imitate
+    from lingualinked.protocol.messages import Emulate
 
 
 def delayed_from(name: str, devices: Mapping[str, Device], links: Links) -> tuple[str, ...]:
-    """Say whose messages to a device, or to the caller, go through a link that is imitated."""
+    """Say whose messages to a device, or to the caller, go through a link that is emulated."""
     parties: dict[str, Device | None] = {CALLER: None, **devices}
     return tuple(
         source
@@ -30,10 +30,10 @@ def _is_plain(link: Link) -> bool:
     return link.bandwidth_bytes_per_s == math.inf and not link.latency_s
 
 
-def imitation_of(
+def emulation_of(
     name: str, devices: Mapping[str, Device], links: Links, later: Mapping[str, Device] | None = None
-) -> Imitation:
-    """Say what a device's worker imitates among all devices of a cluster and the caller, as they are, or will be later."""
+) -> Emulation:
+    """Say what a device's worker emulates among all devices of a cluster and the caller, as they are, or will be later."""
     device = devices[name]
     figures = []
     for target, other in {CALLER: None, **devices}.items():
@@ -48,14 +48,14 @@ def imitation_of(
                 )
             )
     expected = dict.fromkeys((*delayed_from(name, devices, links), *delayed_from(name, later or devices, links)))
-    return Imitation(slowdown=device.slowdown, links=tuple(figures), delayed_from=tuple(expected))
+    return Emulation(slowdown=device.slowdown, links=tuple(figures), delayed_from=tuple(expected))
 
 
-def imitate(
+def emulate(
     name: str, devices: Mapping[str, Device], links: Links, later: Mapping[str, Device] | None = None
-) -> Callable[[int], Imitate]:
+) -> Callable[[int], Emulate]:
     """Return what makes the message, from a request number, that tells a running worker so."""
-    from lingualinked.protocol.messages import Imitate
+    from lingualinked.protocol.messages import Emulate
 
-    imitation = imitation_of(name, devices, links, later)
-    return lambda number: Imitate(request=number, imitation=imitation)
+    emulation = emulation_of(name, devices, links, later)
+    return lambda number: Emulate(request=number, emulation=emulation)
