@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,6 +21,11 @@ from message_examples import STEP, TYPES, example
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
 def test_messages_survive(kind: type[messages.Message]) -> None:
     assert decode(encode(example(kind))) == example(kind)
+
+
+def test_the_documentation_explains_every_message() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    assert [kind.__name__ for kind in TYPES if f"`{kind.__name__}`" not in page] == []
 
 
 def test_tags_are_unique() -> None:
