@@ -49,7 +49,7 @@ class Network:
     def send_raw(self, sender: str, receiver: Any, frames: Sequence[bytes]) -> None:
         """Send frames as they are, with an encrypted connection of the sender's key."""
         if self.kind == "inprocess":
-            receiver.accept(self.keys[sender].public, frames)
+            receiver.accept_frames(self.keys[sender].public, frames)
             return
         if self._context is None:
             self._context = zmq.Context()

@@ -168,7 +168,7 @@ class Exchange:
 
     def shape(self, device: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
         """Emulate a slower link to a worker."""
-        self._mailbox.shape(device, bandwidth_bytes_per_s, latency_s)
+        self._mailbox.shape_link(device, bandwidth_bytes_per_s, latency_s)
 
     def bury(self, device: str, how: str) -> None:
         """Take note that a worker has ended; what needs it fails."""

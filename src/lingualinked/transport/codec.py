@@ -1,4 +1,4 @@
-"""The wire format of a message: frame 0 says what the frames behind it are, these are the bytes of tensors.
+"""The wire format of a message: frame 0 holds the payload and describes the tensors, whose bytes are in the frames after it.
 
 Knows no sockets and not what a payload means.
 """
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from lingualinked.transport.shaping import ShapedLink
 
 WIRE_VERSION = 1
-"""First byte of every message. Frame 0 goes on with the msgpack array ``[payload, [[dtype code, *shape], ...]]``; on an
-emulated link a third element says when the message is due, in microseconds of the machine's monotonic clock."""
+"""First byte of every message. The rest of frame 0 is the msgpack array ``[payload, [[dtype code, *shape], ...]]``; on an
+emulated link a third element gives the time at which the message is due, in microseconds of the machine's monotonic clock."""
 
-# A frame is encrypted, sent and decrypted as a whole: frames of 1 MiB let these overlap, and 32 MiB arrive in half the
-# time that one frame takes. Smaller ones gain nothing more.
+# A frame is encrypted, sent and decrypted as a whole. With frames of 1 MiB these overlap, so that 32 MiB arrive in half the
+# time that a single frame takes. Smaller frames gain nothing more.
 DEFAULT_MAX_FRAME_BYTES = 1 << 20
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 30
 MAX_NUM_FRAMES = 1 << 16
@@ -34,7 +34,7 @@ MAX_NUM_DIMS = 16
 
 Frame: TypeAlias = bytes | memoryview
 
-# The code of a dtype is its position: append only. Bytes are in the order of the machine; all that run torch are
+# The code of a dtype is its position, so only append. Bytes are in the machine's order: every machine that runs torch is
 # little-endian.
 _DTYPES = (
     torch.bool,
@@ -72,14 +72,14 @@ _decoder = msgspec.msgpack.Decoder(_Envelope)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a message may be at most; the same for a sender as for its receivers.
+    """The limits on the size of a message; a sender and its receivers must have the same ones.
 
     Parameters
     ----------
     max_frame_bytes : int
-        Bytes of one frame. Larger tensors are split; a payload, which is not, must fit into one frame.
+        Bytes of one frame. Larger tensors are split; a payload is not, and must fit into one frame.
     max_message_bytes : int
-        Bytes of all frames of a message together.
+        Bytes of all frames of a message.
 
     Raises
     ------
@@ -99,14 +99,14 @@ class Limits:
 
 
 class MalformedError(ProtocolError):
-    """Received frames that are no message. Stays within this room: mailboxes count it, log it and go on.
+    """Received frames are not a valid message; mailboxes count and log this, and nobody outside this room sees it.
 
     Parameters
     ----------
     kind : str
-        Which rule they break; one of a handful of words.
+        The rule that the frames break; one of a fixed set of words.
     detail : str
-        How, with the values.
+        What is wrong, with the values.
     """
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -115,17 +115,17 @@ class MalformedError(ProtocolError):
         self.detail = detail
 
 
-class Message(NamedTuple):
-    """A message as its receiver reads it.
+class DecodedMessage(NamedTuple):
+    """A message as its receiver decodes it.
 
     Parameters
     ----------
     payload : bytes
-        What the sender passed.
+        The sender's payload.
     tensors : tuple of torch.Tensor
         Aligned, contiguous copies on the CPU.
     due_us : int
-        When it would have arrived on the link that the sender emulates, in monotonic microseconds; 0: now.
+        When it would have arrived on the link that the sender emulates (monotonic microseconds); 0: it is due now.
     """
 
     payload: bytes
@@ -136,35 +136,38 @@ class Message(NamedTuple):
 def encode_message(
     payload: bytes, tensors: Sequence[Tensor], limits: Limits, link: ShapedLink | None = None
 ) -> list[Frame]:
-    """Turn a payload and tensors into the frames of one message.
+    """Encode a payload and tensors as the frames of one message.
 
     Parameters
     ----------
     payload : bytes
         Anything.
     tensors : sequence of torch.Tensor
-        Dense tensors of any shape, strides and device, of the dtypes that have a code.
+        Dense tensors of any shape, strides and device; their dtypes must have a code.
     limits : Limits
-        What the message may be at most.
-    link : ShapedLink or None
+        Limits on the size of the message.
+    link : ShapedLink, optional
         The link to emulate.
 
     Returns
     -------
     list of bytes or memoryview
-        Frame 0 and the frames of the tensors. They may share memory with the tensors: copy them before anyone
-        changes those.
+        Frame 0 and the frames of the tensors. They may share memory with the tensors: copy the frames before
+        anything changes the tensors.
 
     Raises
     ------
     ProtocolError
-        If a tensor is of a kind that is not sent, or a limit is exceeded.
+        If a tensor is of a kind that can't be sent, or a limit is exceeded.
     """
+    # 1) describe the tensors in frame 0, and refuse what exceeds the limits
     descriptors = [_describe(tensor) for tensor in tensors]
     head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors)))
     num_bytes = _check_limits(len(head), tensors, limits)
+    # 2) on an emulated link, add the time at which the message is due
     if link is not None:
-        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, link.due_us(num_bytes))))
+        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, link.schedule_message(num_bytes))))
+    # 3) add the bytes of the tensors, in frames of limited size
     frames: list[Frame] = [head]
     for tensor in tensors:
         if tensor.numel():
@@ -172,52 +175,56 @@ def encode_message(
     return frames
 
 
-def decode_message(frames: Sequence[Frame], limits: Limits) -> Message:
-    """Turn the frames of one message back into its payload and tensors.
+def decode_message(frames: Sequence[Frame], limits: Limits) -> DecodedMessage:
+    """Decode the frames of one message into its payload and tensors.
 
-    Nothing is believed: memory is allocated only once the descriptors are found to agree with the bytes at hand.
+    The frames are not trusted: memory is allocated only after the descriptors have been found to match the bytes received.
 
     Parameters
     ----------
     frames : sequence of bytes or memoryview
-        All frames of the message; the memoryviews of unsigned bytes.
+        All frames of the message; memoryviews must be of unsigned bytes.
     limits : Limits
-        What the message may be at most. Its sender may have split tensors at another `max_frame_bytes`.
+        Limits on the size of the message. The sender may have split tensors at another `max_frame_bytes`.
 
     Returns
     -------
-    Message
-        Payload, tensors, and when it is due.
+    DecodedMessage
+        Its payload, its tensors, and when it is due.
 
     Raises
     ------
     MalformedError
-        If the frames are no message, or one beyond the limits.
+        If the frames are not a valid message, or exceed the limits.
     """
+    # 1) check sizes and version before anything is decoded
     num_tensor_bytes = _check_sizes(frames, limits)
     head = frames[0]
     if not head or head[0] != WIRE_VERSION:
         found = head[0] if head else "none"
         raise MalformedError("version", f"wire version {found}, this side speaks {WIRE_VERSION}")
+    # 2) decode frame 0, and check that its descriptors match the bytes received
     try:
         envelope = _decoder.decode(memoryview(head)[1:])
-    except Exception as error:  # noqa: BLE001 - msgspec passes on errors that are not its own
+    except Exception as error:  # noqa: BLE001 - msgspec also raises errors that are not its own
         raise MalformedError("envelope", str(error)) from None
     descriptors = envelope.descriptors
     sizes = [_num_bytes_described(descriptor, limits) for descriptor in descriptors]
     if sum(sizes) != num_tensor_bytes:
         raise MalformedError(
-            "tensor bytes", f"the tensors described take {count_text(sum(sizes), 'byte')}, {num_tensor_bytes:,} arrived"
+            "tensor bytes",
+            f"the descriptors announce {count_text(sum(sizes), 'byte')} of tensors, and {num_tensor_bytes:,} arrived",
         )
+    # 3) copy the frames into new tensors
     rest = iter(frames[1:])
     tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
     if next(rest, None) is not None:
         raise MalformedError("tensor bytes", "an empty frame follows the last tensor")
-    return Message(envelope.payload, tensors, envelope.due_us)
+    return DecodedMessage(envelope.payload, tensors, envelope.due_us)
 
 
 def _describe(tensor: Tensor) -> list[int]:
-    """Return dtype code and shape of a tensor that can be sent."""
+    """Return the dtype code and the shape of a tensor, or refuse to send it."""
     code = _CODES.get(tensor.dtype)
     if code is None:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -233,7 +240,7 @@ def _describe(tensor: Tensor) -> list[int]:
 
 
 def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits) -> int:
-    """Refuse to send what a receiver would drop; return the bytes of all frames."""
+    """Refuse to send what a receiver would drop; otherwise return the bytes of all frames."""
     if len(tensors) > MAX_NUM_TENSORS:
         raise ProtocolError(
             f"a message of {count_text(len(tensors), 'tensor')} exceeds the limit of {MAX_NUM_TENSORS}: send several"
@@ -266,17 +273,17 @@ def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor of at least one element, without a copy where there need be none."""
+    """Return the bytes of a tensor of at least one element, copying only if necessary."""
     if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return _memory_of(tensor)
 
 
 def _memory_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor of at least one element on the CPU, as bytes; it keeps the tensor alive."""
-    # By address: the way over NumPy and a view as bytes takes several times as long, and a hop goes it three times.
+    """Return a contiguous CPU tensor of at least one element as bytes; the view keeps the tensor alive."""
+    # By address: going through NumPy and a byte view takes several times as long, and each hop does this three times.
     memory = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # type: ignore[attr-defined]  # a ctypes array can hold one, and must
+    memory.tensor = tensor  # type: ignore[attr-defined]  # a ctypes array accepts attributes; this one keeps the tensor alive
     return memoryview(memory).cast("B")
 
 
@@ -289,24 +296,24 @@ def _split(data: memoryview, max_frame_bytes: int) -> Iterator[memoryview]:
 
 
 def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:
-    """Return the bytes of the frames behind frame 0."""
+    """Return the total bytes of the frames after frame 0."""
     sizes = [len(frame) for frame in frames]
     if not 1 <= len(sizes) <= MAX_NUM_FRAMES:
         raise MalformedError(
-            "frames", f"a message of {count_text(len(sizes), 'frame')}, allowed are 1 to {MAX_NUM_FRAMES}"
+            "frames", f"a message of {count_text(len(sizes), 'frame')}, and 1 to {MAX_NUM_FRAMES} are allowed"
         )
     total = sum(sizes)
     if max(sizes) > limits.max_frame_bytes or total > limits.max_message_bytes:
         raise MalformedError(
             "size",
             f"a message of {count_text(total, 'byte')} with a frame of {max(sizes)}, "
-            f"allowed are {limits.max_message_bytes} and {limits.max_frame_bytes}",
+            f"and the limits are {limits.max_message_bytes} and {limits.max_frame_bytes}",
         )
     return total - sizes[0]
 
 
 def _num_bytes_at_least(shape: Sequence[int], itemsize: int) -> int:
-    """Return the bytes that a shape would take if no dimension were 0: bounds every dimension of an empty tensor too."""
+    """Return the bytes of a shape with zeros counted as 1, which bounds each dimension of an empty tensor too."""
     num_bytes = itemsize
     for dim in shape:
         num_bytes *= max(dim, 1)
@@ -314,10 +321,10 @@ def _num_bytes_at_least(shape: Sequence[int], itemsize: int) -> int:
 
 
 def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
-    """Return the bytes of the tensor that a descriptor promises."""
+    """Return the bytes of the tensor that a descriptor announces."""
     code, *shape = descriptor
     if code >= len(_DTYPES):
-        raise MalformedError("dtype", f"code {code} stands for no dtype, known are 0 to {len(_DTYPES) - 1}")
+        raise MalformedError("dtype", f"code {code} is not a valid dtype code (0 to {len(_DTYPES) - 1})")
     num_bytes = _num_bytes_at_least(shape, _DTYPES[code].itemsize)
     if num_bytes > limits.max_message_bytes:
         raise MalformedError(
@@ -327,7 +334,7 @@ def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
 
 
 def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Tensor:
-    """Take the frames of one tensor, and copy them into its memory."""
+    """Copy the frames of one tensor into its memory."""
     code, *shape = descriptor
     tensor = torch.empty(shape, dtype=_DTYPES[code])
     if not num_bytes:
@@ -335,12 +342,12 @@ def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Ten
     memory = _memory_of(tensor)
     end = 0
     while end < num_bytes:
-        frame = next(frames)  # there is one: the sum of all sizes has been compared
+        frame = next(frames)  # never missing: the sum of all sizes has been checked
         start, end = end, end + len(frame)
         if start == end or end > num_bytes:
             left = num_bytes - start
             raise MalformedError(
-                "tensor bytes", f"a frame of {count_text(len(frame), 'byte')}, {left:,} are left of a tensor"
+                "tensor bytes", f"a frame of {count_text(len(frame), 'byte')}, where {left:,} of a tensor are missing"
             )
         memory[start:end] = frame
     # A bool whose byte is neither 0 nor 1 is undefined behaviour later on.

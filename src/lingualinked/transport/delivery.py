@@ -21,15 +21,15 @@ class Delivery:
     sender : str
         Name under which the receiver authorised the key that the message came with; never taken from the message.
     payload : bytes
-        What the sender passed as payload.
+        The sender's payload.
     tensors : tuple of torch.Tensor
-        The tensors in the sender's order: contiguous, on the CPU, in memory that nobody else refers to.
+        The tensors in the order in which they were sent: contiguous, on the CPU, in memory that nothing else uses.
     num_bytes : int
-        Bytes of all frames before encryption.
+        Bytes of all frames, before encryption.
     decode_s : float
-        Seconds spent reading it.
+        Seconds spent decoding it.
     due_s : float
-        When it was due on a link that is emulated (monotonic seconds); 0 on others.
+        When it was due on an emulated link (monotonic seconds); 0 on other links.
     """
 
     sender: str

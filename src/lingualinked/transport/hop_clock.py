@@ -1,4 +1,4 @@
-"""How long messages are on their way, and how long they wait, told by what the sender's clock said.
+"""Splits the delay of a message into travel and waiting, from the sender's clock.
 
 Knows numbers only.
 """
@@ -9,40 +9,40 @@ import time
 from collections import defaultdict
 
 _WRAP_US = 2**32
-_WINDOW = 32  # messages whose shortest delay counts, twice
+_WINDOW = 32  # messages; the shortest delay of this window and the last one counts
 
 
 def clock_us() -> int:
-    """Microseconds of this machine's monotonic clock, which starts anew every 2^32 of them."""
+    """Return the microseconds of this machine's monotonic clock, modulo 2^32."""
     return time.monotonic_ns() // 1000 % _WRAP_US
 
 
 class HopClock:
-    """Parts the delay of each message into its way and its wait.
+    """Splits the delay of each message into travel and waiting.
 
-    The shortest delay of late is that of a message that did not wait, plus what the two clocks differ by; whatever a
-    delay has beyond it is waiting. On one machine the clocks are one.
+    The shortest recent delay belongs to a message that did not wait, and includes the offset between the two clocks;
+    anything beyond it is waiting. Processes of one machine share one clock.
 
     References
     ----------
-    S. Shalunov et al., "Low Extra Delay Background Transport (LEDBAT)", RFC 6817, whose queuing delay is this.
+    S. Shalunov et al., "Low Extra Delay Background Transport (LEDBAT)", RFC 6817, whose queuing delay this is.
     """
 
     def __init__(self) -> None:
-        self._shortest: defaultdict[str, list[int]] = defaultdict(list)  # this window's and the last one's
+        self._shortest: defaultdict[str, list[int]] = defaultdict(list)  # in this window and in the last one
         self._count: defaultdict[str, int] = defaultdict(int)
 
-    def part(self, sender: str, sent_us: int, due_s: float) -> tuple[int, int]:
-        """Give the microseconds that a message of a sender was on its way, and those that it waited here until now.
+    def split_delay(self, sender: str, sent_us: int, due_s: float) -> tuple[int, int]:
+        """Return the microseconds that a message travelled, and those that it has waited here until now.
 
         Parameters
         ----------
         sender : str
-            Who sent it.
+            Name of the sender.
         sent_us : int
-            What its clock said (`clock_us`).
+            The sender's `clock_us` when it sent the message.
         due_s : float
-            When it was due on a link that is emulated (monotonic seconds), which tells both exactly; 0 on others.
+            When it was due on an emulated link (monotonic seconds), which gives both exactly; 0 on other links.
         """
         now_us = clock_us()
         delay_us = (now_us - sent_us + _WRAP_US // 2) % _WRAP_US - _WRAP_US // 2

@@ -1,6 +1,6 @@
-"""Mailboxes within one process: the double to test with what talks through mailboxes.
+"""Mailboxes within one process: a test double for whatever communicates through mailboxes.
 
-Knows no sockets and no encryption; messages go through the same codec, keys and limits as everywhere.
+Knows no sockets and no encryption; messages go through the same codec, keys and limits as over ZeroMQ.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ _SCHEME = "inprocess://"
 
 
 class InProcessHub:
-    """The place where mailboxes of one process find each other. Keeps none of them alive."""
+    """Where the mailboxes of one process find each other; holds weak references only."""
 
     def __init__(self) -> None:
         self._mailboxes: weakref.WeakValueDictionary[str, InProcessMailbox] = weakref.WeakValueDictionary()
-        self._names: dict[str, str] = {}  # public key -> the name that its mailbox gave itself
+        self._names: dict[str, str] = {}  # public key -> its mailbox's own name
 
     def add(self, mailbox: InProcessMailbox) -> None:
-        """Make a mailbox reachable; it does so itself."""
+        """Make a mailbox reachable; called by the mailbox itself."""
         self._names[mailbox.public_key] = mailbox.name
         self._mailboxes[mailbox.address] = mailbox
 
     def remove(self, mailbox: InProcessMailbox) -> None:
-        """Make a mailbox unreachable; it does so itself."""
+        """Make a mailbox unreachable; called by the mailbox itself."""
         self._mailboxes.pop(mailbox.address, None)
 
     def find(self, address: str, public_key: str) -> InProcessMailbox | None:
-        """Return the mailbox at an address, unless it is gone or has another key."""
+        """Return the mailbox at an address, or None if it is closed or has another key."""
         mailbox = self._mailboxes.get(address)
         return mailbox if mailbox is not None and mailbox.public_key == public_key else None
 
     def name_of(self, public_key: str) -> str | None:
-        """Return the name of the party with this key, if there ever was one here."""
+        """Return the name of the party with this key, or None if no mailbox has had it."""
         return self._names.get(public_key)
 
 
 class InProcessMailbox(Mailbox):
-    """A mailbox that other mailboxes of the same hub reach, from any thread of this process.
+    """A mailbox that other mailboxes of the same hub can reach, from any thread of this process.
 
     Parameters
     ----------
     hub : InProcessHub
-        Where to be found.
+        Where other mailboxes find it.
     name : str
         The party's own name.
     keys : KeyPair, optional
-        Its keys; by default new ones. Nothing is encrypted, but they tell who sends.
+        Its keys; by default new ones. Nothing is encrypted: keys only identify senders.
     authorised : mapping of str to str, optional
-        Public key and name of each party that may connect; by default all of the hub, by the names they gave themselves.
+        Public key and name of each party that may connect; by default every mailbox of the hub, under its own name.
     max_frame_bytes, max_message_bytes : int
-        Limits of a message that is sent or received.
+        Limits on each message that is sent or received.
 
     Raises
     ------
@@ -95,10 +95,10 @@ class InProcessMailbox(Mailbox):
     ) -> None:
         super().__init__(name, (keys or generate_keypair()).public, Refusals(name))
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
-        self._admits_all = authorised is None
+        self._authorises_all = authorised is None
         self._authorised = check_authorised(authorised or {})
         self._refused_peers: set[str] = set()
-        # Its put() may be called by a signal handler or finalizer, even in the middle of a get(). None: look at _is_woken.
+        # A signal handler or finalizer may call its put(), even in the middle of a get(). None means: check _is_woken.
         self._queue: queue.SimpleQueue[tuple[str, Sequence[bytes]] | None] = queue.SimpleQueue()
         self._is_woken = False
         self._hub = hub
@@ -109,10 +109,10 @@ class InProcessMailbox(Mailbox):
         self._check_peer(name)
         frames = [bytes(frame) for frame in encode_message(payload, tensors, self._limits, self._links.get(name))]
         if name in self._refused_peers:
-            raise self._refused_by(name)
+            raise self._refusal_error(name)
         peer = self._hub.find(*self._peers[name])
         if peer is not None:
-            peer.accept(self.public_key, frames)
+            peer.accept_frames(self.public_key, frames)
         return sum(map(len, frames))
 
     def receive(self, timeout_s: float | None) -> Delivery | None:  # noqa: D102
@@ -123,15 +123,15 @@ class InProcessMailbox(Mailbox):
                 self._is_woken = False
                 return None
             left_s = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
-            wait_s = min(left_s, max(self._held.left_s, 0.0), threading.TIMEOUT_MAX)
+            wait_s = min(left_s, max(self._delayed.next_due_in_s, 0.0), threading.TIMEOUT_MAX)
             try:
                 item = self._queue.get(timeout=wait_s)
             except queue.Empty:
-                if (held := self._held.take()) is not None or left_s <= wait_s:
-                    return held
+                if (due := self._delayed.pop_due()) is not None or left_s <= wait_s:
+                    return due
                 continue
-            delivery = None if item is None else self._open(*item)
-            if delivery is not None or left_s <= 0:  # what is refused may never end
+            delivery = None if item is None else self._decode(*item)
+            if delivery is not None or left_s <= 0:  # refused messages may keep coming
                 return delivery
 
     def wake(self) -> None:  # noqa: D102
@@ -143,22 +143,22 @@ class InProcessMailbox(Mailbox):
         self._peers.clear()
         self._hub.remove(self)
 
-    def admit(self, sender_key: str) -> bool:
-        """Say whether the holder of a key may connect; count and log it if not."""
+    def admit_connection(self, sender_key: str) -> bool:
+        """Return whether the holder of a key may connect; count and log a refusal."""
         if self._name_of(sender_key) is not None:
             return True
         self._refuse_key("a connection", sender_key)
         return False
 
-    def accept(self, sender_key: str, frames: Sequence[bytes]) -> None:
-        """Take in frames as they are; also a test's way to send what is no message.
+    def accept_frames(self, sender_key: str, frames: Sequence[bytes]) -> None:
+        """Queue frames as they are; tests call this to send malformed messages.
 
         Parameters
         ----------
         sender_key : str
-            Public key of the sender; nothing is taken from one that is not authorised.
+            Public key of the sender; if it is not authorised, the frames are refused.
         frames : sequence of bytes
-            Frame 0 and those behind it.
+            Frame 0 and the frames after it.
         """
         if self._name_of(sender_key) is None:
             self._refuse_key("a message", sender_key)
@@ -167,11 +167,11 @@ class InProcessMailbox(Mailbox):
 
     def _name_of(self, public_key: str) -> str | None:
         name = self._authorised.get(public_key)
-        return self._hub.name_of(public_key) if name is None and self._admits_all else name
+        return self._hub.name_of(public_key) if name is None and self._authorises_all else name
 
-    def _open(self, sender_key: str, frames: Sequence[bytes]) -> Delivery | None:
+    def _decode(self, sender_key: str, frames: Sequence[bytes]) -> Delivery | None:
         sender = self._name_of(sender_key)
-        if sender is None:  # it was authorised when it came
+        if sender is None:  # its authorisation was withdrawn while the message waited
             self._refuse_key("a message", sender_key)
             return None
         try:
@@ -180,22 +180,22 @@ class InProcessMailbox(Mailbox):
             self._refusals.add(sender, error.kind, error.detail)
             return None
         num_bytes = sum(map(len, frames))
-        return self._arrive(Delivery(sender, message.payload, message.tensors, num_bytes), message.due_us)
+        return self._hold_until_due(Delivery(sender, message.payload, message.tensors, num_bytes), message.due_us)
 
     def _authorise(self, name: str, public_key: str) -> None:
         authorise(self._authorised, name, public_key)
 
     def _withdraw(self, public_key: str) -> None:
-        pass  # what it sends is looked up among the authorised
+        pass  # the sender of each message is looked up when it is received
 
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)
         if not address.startswith(_SCHEME):
             raise ArgumentError(
-                f"mailbox {self.name!r} can't connect to {name!r} at {address!r}: pass its mailbox's address"
+                f"mailbox {self.name!r} can't connect to {name!r} at {address!r}: pass the address of its mailbox"
             )
         peer = self._hub.find(address, public_key)
-        if peer is not None and not peer.admit(self.public_key):
+        if peer is not None and not peer.admit_connection(self.public_key):
             self._refused_peers.add(name)
 
     def _disconnect(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""CURVE key pairs: who a party is, and what it encrypts with.
+"""CURVE key pairs, which identify parties and encrypt their messages.
 
 Knows no sockets and no messages.
 """
@@ -22,14 +22,14 @@ class KeyPair:
     Parameters
     ----------
     public : str
-        The public key, 40 characters of Z85 text. Peers are told it, and tell senders by it.
+        The public key, 40 characters of Z85 text, by which peers identify the party.
     secret : str
-        The secret key, 40 characters of Z85 text. It is left out of the representation.
+        The secret key, 40 characters of Z85 text; not part of the representation.
 
     Raises
     ------
     ArgumentError
-        If the two are not one key pair.
+        If the two halves do not belong together.
 
     References
     ----------
@@ -66,7 +66,7 @@ def generate_keypair() -> KeyPair:
     """
     if not zmq.has("curve"):
         raise ProtocolError(
-            f"libzmq {zmq.zmq_version()} was built without CURVE, and nothing here talks unencrypted: "
+            f"libzmq {zmq.zmq_version()} was built without CURVE, and lingualinked sends nothing unencrypted: "
             "install pyzmq from a wheel, or libzmq with libsodium"
         )
     public, secret = zmq.curve_keypair()
@@ -84,7 +84,7 @@ def raw_key(public_key: str) -> bytes:
     Raises
     ------
     ArgumentError
-        If the text is no key.
+        If the text is not a valid key.
     """
     try:
         raw = z85.decode(public_key)
@@ -98,7 +98,7 @@ def raw_key(public_key: str) -> bytes:
 
 
 def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
-    """Copy the public keys and names of those who may connect.
+    """Check the public keys and names of the parties that may connect, and return a copy.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
     Raises
     ------
     ArgumentError
-        If a key is none, or a name stands for two of them, so that senders could not be told apart.
+        If a key is not valid, or two keys have the same name, so that their senders could not be distinguished.
     """
     owners: dict[str, str] = {}
     for key, name in authorised.items():
@@ -121,7 +121,7 @@ def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
 
 
 def authorise(authorised: dict[str, str], name: str, public_key: str) -> str | None:
-    """Add one to the public keys and names of those who may connect; return the key that had the name before.
+    """Add a party to those that may connect; return the key that had its name before, if any.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def authorise(authorised: dict[str, str], name: str, public_key: str) -> str | N
     Raises
     ------
     ArgumentError
-        If the key is none, or authorised under another name.
+        If the key is not valid, or is authorised under another name.
     """
     raw_key(public_key)
     owner = authorised.get(public_key)

@@ -1,6 +1,6 @@
-"""The mailbox: what every party sends from and receives into, whatever carries the messages.
+"""The mailbox, through which every party sends and receives, whatever carries the messages.
 
-Knows no sockets and no wire format; `zmq_mailbox` and `inprocess` are the two that exist, under one contract.
+Knows no sockets and no wire format; `zmq_mailbox` and `inprocess` implement it, under one contract.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import TYPE_CHECKING, Self
 
 from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
 from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.shaping import Held, ShapedLink
+from lingualinked.transport.shaping import DelayQueue, ShapedLink
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lingualinked.transport.refusals import Refusals
 
-_LONGEST_DELAY_S = 60.0
-_MOST_HELD_BYTES = 1 << 30  # of one sender
+_MAX_DELAY_S = 60.0
+_MAX_DELAYED_BYTES = 1 << 30  # of one sender
 
 
 class Mailbox(abc.ABC):
-    """One party's address: an inbox that others send to, and the peers that it sends to itself.
+    """One party's inbox, with an address that others send to, and the peers that the party sends to.
 
-    A mailbox belongs to the thread that made it: that thread alone calls `authorise`, `connect`, `disconnect`, `send`,
-    `receive` and `close`. `wake` may be called from any thread, a signal handler or a finalizer. Once the owning thread has
-    ended, another one (a finalizer too) may call `close`. A mailbox that is dropped unclosed closes itself. In a
-    forked child only `close` may be called, and harms nobody.
+    A mailbox belongs to the thread that made it: only that thread may call `authorise`, `withdraw`, `connect`, `disconnect`,
+    `send`, `receive` and `close`. Any thread, signal handler or finalizer may call `wake`. Once the owning thread has ended,
+    another thread or a finalizer may call `close`. A mailbox that is garbage-collected closes itself. In a forked child only
+    `close` may be called, and it has no effect on the parent.
 
-    Messages of one sender arrive in the order in which they were sent, and no sender can starve another. What
-    is not yet on its way when either side closes or disconnects is dropped, without a word. How much is in flight
-    is bounded by the application alone.
+    Messages from one sender arrive in the order in which they were sent, and no sender can starve another. Messages
+    that have not left when either side closes or disconnects are dropped silently. Only the application bounds how
+    much is in flight.
 
     Attributes
     ----------
     name : str
-        The party's own name, for messages; what others call it is theirs to say.
+        The party's own name, for error messages; other parties choose what they call it.
     public_key : str
-        What others pass to `connect`, beside the address.
+        What others pass to `connect`, with the address.
     address : str
-        Where others connect to. Never used again once the mailbox is closed.
+        Where others connect to. Never reused after the mailbox is closed.
     encode_s : float
         Seconds that the last `send` took.
     """
@@ -63,52 +63,52 @@ class Mailbox(abc.ABC):
         self._refusals = refusals
         self._peers = {}
         self._links: dict[str, ShapedLink] = {}
-        self._held = Held()
+        self._delayed = DelayQueue()
         self._delayed_from: frozenset[str] = frozenset()
         self._closed = False
         self.encode_s = 0.0
 
     @property
     def num_refused(self) -> int:
-        """Number of messages, and of connections that showed no authorised key, that were refused so far.
+        """Number of messages and connections that were refused so far.
 
-        A connection is counted once, however it failed, at the latest some seconds after its end.
+        A connection that shows no authorised key is counted once, at the latest some seconds after its end.
         """
         return self._refusals.num
 
     def refuse(self, sender: str, kind: str, detail: str, level: int = logging.WARNING) -> None:
-        """Count a message that was delivered and can't be used, and log it if it is the first of its kind from its sender.
+        """Count a delivered message as unusable, and log it if it is the first of its kind from its sender.
 
         Parameters
         ----------
         sender : str
-            Who sent it.
+            Name of the sender.
         kind : str
             One of a fixed set of words.
         detail : str
             What was wrong, with the values.
         level : int
-            Of the log record.
+            Level of the log record.
         """
         self._refusals.add(sender, kind, detail, level)
 
     def authorise(self, name: str, public_key: str) -> None:
-        """Let the holder of a key connect from now on. Does nothing if it may already, under this name.
+        """Let the holder of a key connect from now on. Does nothing if the key is authorised under this name already.
 
-        Who had the name before loses it: what comes with that key is dropped. A connection that has been refused stays so;
-        its maker has to `disconnect` and `connect` again.
+        A key that had the name before loses it, and its messages are dropped. A connection that has been refused stays
+        refused: its maker has to `disconnect` and `connect` again.
 
         Parameters
         ----------
         name : str
-            The sender of what comes with the key.
+            The name of the sender of all messages that come with the key.
         public_key : str
-            The key; nobody else's.
+            The key; no other party may have it.
 
         Raises
         ------
         ArgumentError
-            If the key is none, or authorised under another name.
+            If the key is not valid, or is authorised under another name.
         ClosedError
             If the mailbox is closed.
         """
@@ -116,7 +116,7 @@ class Mailbox(abc.ABC):
         self._authorise(name, public_key)
 
     def withdraw(self, name: str) -> None:
-        """Take nothing more from a party that was authorised; does nothing if none is, under this name.
+        """Receive nothing more from a party. Does nothing if no party is authorised under this name.
 
         Raises
         ------
@@ -129,9 +129,9 @@ class Mailbox(abc.ABC):
             self._withdraw(key)
 
     def connect(self, name: str, address: str, public_key: str) -> None:
-        """Make a peer known, so that messages can be sent to it. Does nothing if it is known as the same.
+        """Connect to a peer, so that messages can be sent to it. Does nothing if it is connected already.
 
-        Returns at once; messages that are sent before the connection stands wait for it. The peer must have
+        Returns at once; messages that are sent before the connection is established wait for it. The peer must have
         authorised this mailbox's key *before*: a refusal is final.
 
         Parameters
@@ -146,7 +146,7 @@ class Mailbox(abc.ABC):
         Raises
         ------
         ArgumentError
-            If the name is connected to another address or key, or address or key are none.
+            If the name is connected to another address or key, or if address or key is not valid.
         ClosedError
             If the mailbox is closed.
         """
@@ -156,14 +156,14 @@ class Mailbox(abc.ABC):
             return
         if known is not None:
             raise ArgumentError(
-                f"mailbox {self.name!r} is connected to {name!r} at {known[0]} already, "
-                f"and {address} is another address or comes with another key: disconnect({name!r}) first"
+                f"mailbox {self.name!r} is connected to {name!r} at {known[0]} already, and {address} is another address "
+                f"or has another key: call disconnect({name!r}) first"
             )
         self._connect(name, address, public_key)
         self._peers[name] = (address, public_key)
 
     def disconnect(self, name: str) -> None:
-        """Forget a peer, and drop what still waits to be sent to it. Does nothing if it is not known.
+        """Disconnect from a peer, and drop the messages that wait to be sent to it. Does nothing if it is not connected.
 
         Raises
         ------
@@ -174,81 +174,81 @@ class Mailbox(abc.ABC):
         if self._peers.pop(name, None) is not None:
             self._disconnect(name)
 
-    def shape(self, name: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
-        """Emulate a slower link to a peer, from the next message on; whether it is connected yet does not matter.
+    def shape_link(self, name: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
+        """Emulate a slower link to a peer, from the next message on. The peer need not be connected yet.
 
         Parameters
         ----------
         name : str
-            The peer, as it is called in `send`; on the same machine, since what is due is told by its clock.
+            The peer, as in `send`. It must be on the same machine, whose clock determines when messages are due.
         bandwidth_bytes_per_s : float
-            Rate at which the link takes messages, one at a time; may be infinite.
+            Bandwidth of the link, which transmits one message at a time; may be infinite.
         latency_s : float
-            Seconds that each is on its way, then.
+            Seconds from the end of a transmission to the arrival.
         """
         link = self._links.get(name)
         if link is not None:
-            link.change(bandwidth_bytes_per_s, latency_s)
+            link.update(bandwidth_bytes_per_s, latency_s)
         elif bandwidth_bytes_per_s != math.inf or latency_s:
             self._links[name] = ShapedLink(bandwidth_bytes_per_s, latency_s)
 
     def expect_delays(self, names: Iterable[str]) -> None:
-        """Hold back messages of these senders, too, until they would have arrived on the link that they emulate.
+        """Hold messages from these senders, in addition to earlier ones, until they would have arrived on the link that they emulate.
 
         Parameters
         ----------
         names : iterable of str
-            The senders, as they are authorised.
+            The senders, by the names under which they are authorised.
         """
         self._delayed_from |= frozenset(names)
 
     @abc.abstractmethod
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:
-        """Send a message to a peer; never block.
+        """Send a message to a peer without blocking.
 
-        The tensors may be changed as soon as the call returns.
+        The caller may change the tensors as soon as the call returns.
 
         Parameters
         ----------
         name : str
-            The peer, as it was connected.
+            The peer, by the name under which it was connected.
         payload : bytes
             Anything, of at most about `max_frame_bytes`.
         tensors : sequence of torch.Tensor
-            Dense tensors of any shape, strides and device; of the dtypes that `codec` lists.
+            Dense tensors of any shape, strides and device; `codec` lists the dtypes.
 
         Returns
         -------
         int
-            Bytes of all frames before encryption.
+            Bytes of all frames, before encryption.
 
         Raises
         ------
         PeerUnknownError
             If no peer of that name is connected.
         ProtocolError
-            If the message is too large or holds what can't be sent (nothing has been sent then), or if the peer refused
-            the connection because it did not authorise this mailbox's key.
+            If the message is too large or holds something that can't be sent (nothing is sent then), or if the peer refused
+            the connection because it had not authorised this mailbox's key.
         ClosedError
             If the mailbox is closed.
         """
 
     @abc.abstractmethod
     def receive(self, timeout_s: float | None) -> Delivery | None:
-        """Wait for the next message, and take it. Malformed ones are dropped, counted and logged on the way.
+        """Wait for the next message, and return it. Malformed messages are dropped, counted and logged.
 
-        A signal handler's exception (``KeyboardInterrupt``) passes through; a message that was being taken at that
-        moment may be lost, the ones behind it are not harmed.
+        A signal handler's exception (``KeyboardInterrupt``) propagates; the message that was being received at that
+        moment may be lost, but none after it.
 
         Parameters
         ----------
         timeout_s : float or None
-            How long to wait at most, in seconds; 0 takes only what is there, None waits until a message or a `wake`.
+            Longest time to wait, in seconds; 0 returns only a message that is there, None waits for a message or a `wake`.
 
         Returns
         -------
         Delivery or None
-            The message; None after the time-out or a `wake`.
+            The message; None after the time-out, or after a `wake`.
 
         Raises
         ------
@@ -258,52 +258,58 @@ class Mailbox(abc.ABC):
 
     @abc.abstractmethod
     def wake(self) -> None:
-        """Make the `receive` under way, or else the next one, return None before any message.
+        """Make the `receive` in progress, or else the next one, return None before any message.
 
-        Several calls before that one None count as one. Does nothing once the mailbox is closed.
+        Several calls before that `receive` returns count as one. Does nothing once the mailbox is closed.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Give up the address and drop what still waits, within bounded time. Does nothing the second time."""
+        """Give up the address and drop all waiting messages, within bounded time. Does nothing the second time."""
 
     @abc.abstractmethod
     def _authorise(self, name: str, public_key: str) -> None:
-        """Let the holder of a key in."""
+        """Accept connections from the holder of a key."""
 
     @abc.abstractmethod
     def _withdraw(self, public_key: str) -> None:
-        """Let the holder of a key in no more."""
+        """Accept no more connections from the holder of a key."""
 
     @abc.abstractmethod
     def _connect(self, name: str, address: str, public_key: str) -> None:
-        """Open the way to a peer that is not connected."""
+        """Open the connection to a peer that is not connected."""
 
     @abc.abstractmethod
     def _disconnect(self, name: str) -> None:
-        """Close the way to a peer that was connected."""
+        """Close the connection to a peer."""
 
-    def _arrive(self, delivery: Delivery, due_us: int) -> Delivery | None:
-        """Return a message that is due, and hold one that is not yet; nobody has more held, or longer, than is allowed."""
+    def _hold_until_due(self, delivery: Delivery, due_us: int) -> Delivery | None:
+        """Return a message that is due; hold any other one, within limits on its sender's bytes and delay."""
         if not due_us:
             return delivery
         if delivery.sender not in self._delayed_from:
             self.refuse(
-                delivery.sender, "due time", "a message on a link that is not emulated: it is delivered at once"
+                delivery.sender,
+                "due time",
+                "a message on a link that is not emulated has a due time: it is delivered at once",
             )
             return delivery
-        latest_us = int((time.monotonic() + _LONGEST_DELAY_S) * 1e6)
+        latest_us = int((time.monotonic() + _MAX_DELAY_S) * 1e6)
         if due_us > latest_us:
             self.refuse(
-                delivery.sender, "due time", f"a message due in more than {_LONGEST_DELAY_S:g} s: it is due then"
+                delivery.sender,
+                "due time",
+                f"a message is due in more than {_MAX_DELAY_S:g} s: it is delivered after {_MAX_DELAY_S:g} s",
             )
         delivery.due_s = min(due_us, latest_us) / 1e6
-        if self._held.num_bytes(delivery.sender) + delivery.num_bytes > _MOST_HELD_BYTES:
+        if self._delayed.num_bytes(delivery.sender) + delivery.num_bytes > _MAX_DELAYED_BYTES:
             self.refuse(
-                delivery.sender, "due time", f"more than {_MOST_HELD_BYTES >> 20} MiB that are not due: dropped"
+                delivery.sender,
+                "due time",
+                f"more than {_MAX_DELAYED_BYTES >> 20} MiB are not due yet: the message is dropped",
             )
         else:
-            self._held.add(min(due_us, latest_us), delivery)
+            self._delayed.add(min(due_us, latest_us), delivery)
         return None
 
     def _check_open(self) -> None:
@@ -315,16 +321,16 @@ class Mailbox(abc.ABC):
         if name not in self._peers:
             known = ", ".join(map(repr, self._peers)) or "none"
             raise PeerUnknownError(
-                f"mailbox {self.name!r} is not connected to {name!r} (connected peers: {known}): connect() it first"
+                f"mailbox {self.name!r} is not connected to {name!r} (connected peers: {known}): call connect() first"
             )
 
-    def _refuse_key(self, where: str, key: str) -> None:
-        self._refusals.add("unknown peers", "key", f"{where} with the key {key!r}, which is not authorised")
+    def _refuse_key(self, what: str, key: str) -> None:
+        self._refusals.add("unknown peers", "key", f"{what} with the key {key!r}, which is not authorised")
 
-    def _refused_by(self, name: str) -> ProtocolError:
+    def _refusal_error(self, name: str) -> ProtocolError:
         return ProtocolError(
-            f"{name!r} refused the connection of mailbox {self.name!r}, whose key it has not authorised, or takes nothing: "
-            "a peer has to know a key before its holder connects, and to receive"
+            f"{name!r} refused the connection of mailbox {self.name!r}, whose key it has not authorised, or has stopped "
+            f"receiving: authorise the key at {name!r} before this mailbox connects, and keep calling receive() there"
         )
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""What a mailbox refused: a count, and one log record for each sender and kind.
+"""Counts the input that a mailbox refused, and logs it once for each sender and kind.
 
 Knows no sockets and no wire format.
 """
@@ -17,7 +17,7 @@ class Refusals:
     Parameters
     ----------
     owner : str
-        Name of the mailbox that refuses, for the log.
+        Name of the mailbox, for the log.
     """
 
     def __init__(self, owner: str) -> None:
@@ -32,13 +32,13 @@ class Refusals:
         Parameters
         ----------
         sender : str
-            Who sent it: an authorised name, or one word for all that are unknown, so that nobody can fill the memory.
+            Name of the sender; one word stands for all unknown senders, so that they can't fill the memory.
         kind : str
             One of a fixed set of words.
         detail : str
             What was wrong, with the values.
         level : int
-            Of the log record.
+            Level of the log record.
         """
         with self._lock:
             self.num += 1

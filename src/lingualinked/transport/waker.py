@@ -1,4 +1,4 @@
-"""A flag that a poll on descriptors notices: how one thread interrupts the wait of another.
+"""A flag that wakes a poll on descriptors, so that one thread can interrupt another's wait.
 
 Knows no mailbox and touches no ZeroMQ socket.
 """
@@ -11,7 +11,7 @@ import threading
 
 
 class Waker:
-    """A flag with a descriptor that is readable while it is set.
+    """A flag with a descriptor that is readable while the flag is set.
 
     `set` may be called from any thread, a signal handler or a finalizer, at any time, even after `close`.
     """
@@ -20,8 +20,8 @@ class Waker:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        # Keeps close() from handing the descriptor's number to somebody else under a set(). Reentrant, for a
-        # signal handler or finalizer that runs in the middle of one of these methods.
+        # Without it, close() could free the descriptor's number for reuse during a set(). Reentrant, since a signal
+        # handler or finalizer may run in the middle of one of these methods.
         self._lock = threading.RLock()
         self._is_set = False
 
@@ -37,7 +37,7 @@ class Waker:
                 self._writer.send(b"\0")
 
     def clear(self) -> bool:
-        """Clear the flag, and say whether it was set."""
+        """Clear the flag; return whether it was set."""
         if not self._is_set:
             return False
         with self._lock:
@@ -45,7 +45,7 @@ class Waker:
             with contextlib.suppress(OSError):  # nothing left
                 while len(self._reader.recv(4096)) == 4096:
                     pass
-            if self._is_set:  # again, by a finalizer that ran in here; the byte that it wrote may be gone
+            if self._is_set:  # set again by a finalizer that ran in here; its byte may have been read
                 self.set()
         return True
 

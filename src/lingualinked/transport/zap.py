@@ -1,4 +1,4 @@
-"""Who may connect: a thread that answers the authentication requests of one ZeroMQ context (ZAP), and counts refusals.
+"""A thread that answers the authentication requests of one ZeroMQ context (ZAP), and counts refusals.
 
 Knows public keys only, neither names nor messages.
 """
@@ -22,27 +22,27 @@ from lingualinked.transport.waker import Waker
 
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"lingualinked"
-_LET_IN = b"200"
+_ACCEPTED = b"200"
 _MONITOR_ENDPOINT = "inproc://lingualinked.monitor"
-_MAX_EVENTS = 100  # taken before requests are answered
-_ALWAYS_LET_IN = 8  # connections of one key; a party needs one, and another after each send that was interrupted
-_OPEN_PER_KEY = 4  # connections that may be open for one more to be let in; each holds memory, and a descriptor
+_MAX_EVENTS = 100  # received before requests are answered
+_ALWAYS_ACCEPTED = 8  # connections of one key; a party needs one, and another after each interrupted send
+_OPEN_PER_KEY = 4  # connections, on average, below which more are accepted; each holds memory and a descriptor
 
 
 class ZapHandler:
-    """Lets holders of known keys in, until it is stopped; then it terminates the context.
+    """Accepts connections from holders of authorised keys until it is stopped, then terminates the context.
 
-    Termination has no bound of its own and waits for the thread's socket: done by the thread, it can be waited for
-    with a bound. The thread holds no reference to a mailbox.
+    Terminating a context may block without limit. The thread does it, so that `stop` can wait with a time-out. The thread
+    holds no reference to a mailbox.
 
     Parameters
     ----------
     context : zmq.Context
-        The context to answer for, and to terminate in the end. No socket of it may be bound before this.
+        The context to serve, and to terminate in the end. None of its sockets may be bound yet.
     authorised : mapping of bytes to str
-        Raw public keys, and the user id that frames from their holders will carry.
+        Raw public key of each party, and the user id that its frames will carry.
     refusals : Refusals
-        Where to count the connections that are refused.
+        Counts the refused connections.
 
     References
     ----------
@@ -53,13 +53,13 @@ class ZapHandler:
         self, context: zmq.Context[zmq.Socket[bytes]], authorised: Mapping[bytes, str], refusals: Refusals
     ) -> None:
         requests: zmq.Socket[bytes] = context.socket(zmq.REP)
-        # As many events as its limit lie here; then libzmq's thread waits, and with it whoever floods it with connections.
+        # Once this socket's queue of events is full, libzmq's thread waits, and with it whoever floods it with connections.
         events: zmq.Socket[bytes] = context.socket(zmq.PAIR)
         requests.linger = events.linger = 0
         self._stop = Waker()
-        self._authorised = dict(authorised)  # the thread reads it; no more than one entry is changed at a time
+        self._authorised = dict(authorised)  # shared with the thread; each change is of one entry
         self._thread = threading.Thread(
-            target=_serve,
+            target=_serve_requests,
             args=(context, requests, events, self._stop, self._authorised, refusals),
             name="lingualinked-zap",
             daemon=True,
@@ -69,25 +69,25 @@ class ZapHandler:
             events.connect(_MONITOR_ENDPOINT)
             self._thread.start()
         except BaseException:
-            _end(context, requests, events, self._stop)
+            _terminate(context, requests, events, self._stop)
             raise
 
-    def watch(self, inbox: zmq.Socket[bytes]) -> None:
-        """Count connections to a socket that end without an authorised key; one socket, before it is bound."""
+    def watch_handshakes(self, inbox: zmq.Socket[bytes]) -> None:
+        """Count connections to a socket that end without an authorised key; for one socket, before it is bound."""
         inbox.monitor(_MONITOR_ENDPOINT, EVENTS)
 
     def authorise(self, key: bytes, user_id: str) -> None:
-        """Let the holder of one more key in."""
+        """Accept connections from the holder of a key."""
         self._authorised[key] = user_id
 
     def withdraw(self, key: bytes) -> None:
-        """Let the holder of a key in no more; connections that stand are not ended."""
+        """Accept no new connection from the holder of a key; open ones stay."""
         self._authorised.pop(key, None)
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread and the context, whose other sockets must be closed; say whether that was done in time.
+        """End the thread and the context, whose other sockets must be closed; return whether that was done in time.
 
-        A finalizer may find itself running in the very thread: it returns at once then.
+        Returns at once if a finalizer calls it on that very thread.
         """
         self._stop.set()
         if self._thread is threading.current_thread():
@@ -96,7 +96,7 @@ class ZapHandler:
         return not self._thread.is_alive()
 
 
-def _serve(
+def _serve_requests(
     context: zmq.Context[zmq.Socket[bytes]],
     requests: zmq.Socket[bytes],
     events: zmq.Socket[bytes],
@@ -108,37 +108,40 @@ def _serve(
         (each, zmq.POLLIN) for each in (requests, events, stop.fileno())
     ]
     handshakes = Handshakes()
-    num_let_in: Counter[str] = collections.Counter()
+    num_accepted: Counter[str] = collections.Counter()
     try:
         while not stop.clear():
-            left_s = handshakes.next_s() - time.monotonic()
+            left_s = handshakes.next_expiry_s() - time.monotonic()
             zmq.zmq_poll(items, -1 if left_s == math.inf else max(math.ceil(left_s * 1000), 0))
-            _take_events(events, handshakes)
-            while requests.poll(0):  # all of them: what a connection asked before it ended is not counted again
+            # 1) count handshakes
+            _receive_events(events, handshakes)
+            # 2) answer all requests: a refused connection must be excluded before its end is counted as a failure
+            while requests.poll(0):
                 has_room = handshakes.num_open <= _OPEN_PER_KEY * len(authorised)
-                reply = _answer(requests.recv_multipart(), authorised, num_let_in, has_room, refusals)
-                if reply[2] != _LET_IN:
-                    handshakes.note_known()
+                reply = _answer_request(requests.recv_multipart(), authorised, num_accepted, has_room, refusals)
+                if reply[2] != _ACCEPTED:
+                    handshakes.exclude_refused()
                 requests.send_multipart(reply)
-            for _ in range(handshakes.take_failed()):
-                # It may be a party that ended while it connected.
+            # 3) report connections that failed without a request
+            for _ in range(handshakes.pop_num_failed()):
+                # Not a warning: a party may have ended while it was connecting.
                 refusals.add("unknown peers", "handshake", "a connection that showed no authorised key", logging.INFO)
     finally:
-        _end(context, requests, events, stop)
+        _terminate(context, requests, events, stop)
 
 
-def _take_events(events: zmq.Socket[bytes], handshakes: Handshakes) -> None:
-    """Take the events that have come, up to a limit."""
+def _receive_events(events: zmq.Socket[bytes], handshakes: Handshakes) -> None:
+    """Record the events that have come, up to a limit."""
     for _ in range(_MAX_EVENTS):
-        now_s = time.monotonic()  # before it is known that there are no more events
+        now_s = time.monotonic()  # read before the poll, so that later events can't be missed
         if not events.poll(0):
-            handshakes.settle(now_s)
+            handshakes.expire_undecided(now_s)
             return
         message = parse_monitor_message(events.recv_multipart())
-        handshakes.note(message["event"], message["value"], now_s)
+        handshakes.record_event(message["event"], message["value"], now_s)
 
 
-def _end(
+def _terminate(
     context: zmq.Context[zmq.Socket[bytes]], requests: zmq.Socket[bytes], events: zmq.Socket[bytes], stop: Waker
 ) -> None:
     requests.close()
@@ -147,14 +150,14 @@ def _end(
     stop.close()
 
 
-def _answer(
+def _answer_request(
     request: list[bytes],
     authorised: Mapping[bytes, str],
-    num_let_in: Counter[str],
+    num_accepted: Counter[str],
     has_room: bool,
     refusals: Refusals,
 ) -> list[bytes]:
-    """Return the reply to one request; whatever is not known to be good is refused, and count who is let in."""
+    """Return the reply to one request, counting accepted connections; anything unexpected is refused."""
     version, request_id, domain, address, _, mechanism, *credentials = [*request, *[b""] * 6][: max(len(request), 6)]
     user_id = authorised.get(credentials[0]) if len(credentials) == 1 else None
     if user_id is None or (version, domain, mechanism) != (b"1.0", DOMAIN, b"CURVE"):
@@ -163,8 +166,8 @@ def _answer(
             "unknown peers", "key", f"a connection from {where} with a key that is not authorised ({mechanism!r})"
         )
         return [b"1.0", request_id, b"400", b"not authorised", b"", b""]
-    if num_let_in[user_id] >= _ALWAYS_LET_IN and not has_room:  # so that no key can keep another one out
-        refusals.add("unknown peers", "connections", f"one connection too many with the key {user_id!r}")
+    if num_accepted[user_id] >= _ALWAYS_ACCEPTED and not has_room:  # so that no key can lock out another
+        refusals.add("unknown peers", "connections", f"too many connections with the key {user_id!r}")
         return [b"1.0", request_id, b"400", b"too many connections", b"", b""]
-    num_let_in[user_id] += 1
-    return [b"1.0", request_id, _LET_IN, b"", user_id.encode(), b""]
+    num_accepted[user_id] += 1
+    return [b"1.0", request_id, _ACCEPTED, b"", user_id.encode(), b""]

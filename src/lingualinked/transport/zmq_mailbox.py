@@ -1,6 +1,6 @@
 """The mailbox over ZeroMQ: one bound PULL socket, a PUSH socket for each peer, CURVE on all of them.
 
-Knows no model and not what a payload means; what a message looks like is `codec`'s, who may connect `zap`'s.
+Knows no model and not what a payload means; `codec` defines the wire format, `zap` decides who may connect.
 """
 
 from __future__ import annotations
@@ -48,45 +48,45 @@ logger = logging.getLogger("lingualinked.transport")
 _LOOPBACK = "tcp://127.0.0.1:*"
 _CURVE_OVERHEAD_BYTES = 33  # of a frame that MAXMSGSIZE is compared with
 _CLOSE_TIMEOUT_S = 5.0
-_MAX_UNTAKEN = 1_000  # messages of one peer that lie here; what is more stays with the peer
-_MAX_UNSENT = 100_000  # messages to one peer; far more than are ever on their way to one that takes them
-# Other transports of libzmq end the process where they are missing, and names are looked up in the network.
+_MAX_UNREAD = 1_000  # messages of one peer in the inbox; the others stay with the peer
+_MAX_UNSENT = 100_000  # messages to one peer; far more than are ever in flight to one that receives
+# Anything else is refused: a transport that libzmq lacks would abort the process, and names would be looked up in the network.
 _TCP_ADDRESS = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]):\d{1,5}")
 _IPC_ADDRESS = re.compile(r"ipc://(/.+)/[0-9a-f]{8}")
-_LONGEST_POLL_MS = 2**31 - 1
+_MAX_POLL_MS = 2**31 - 1
 
 
 class ZmqMailbox(Mailbox):
     """A mailbox that processes of one machine reach over ipc or loopback.
 
     Everything is encrypted. Only holders of authorised keys can connect: others, and peers without encryption, fail
-    in the handshake, before anything that they send is read. Other users of the machine can't even connect where the
-    address is that of a unix socket, whose folder is closed to them.
+    in the handshake, before anything that they send is read. If the address is that of a unix socket, other users of
+    the machine can't connect at all, since its folder is closed to them.
 
     Parameters
     ----------
     name : str
-        The party's own name, for messages.
+        The party's own name, for error messages.
     keys : KeyPair
         Its keys; others connect with the public half.
     authorised : mapping of str to str
-        Public key and name of each party that may connect, to begin with. A refusal is final: whoever connects must have
-        been authorised, here or by `authorise`, before.
+        Public key and name of each party that may connect at first. A refusal is final: a party must be authorised, here
+        or by `authorise`, before it connects.
     address : {"ipc", "tcp"}, optional
-        What to listen on: a unix socket, or a free port of 127.0.0.1. By default the first where there are any.
+        What to listen on: a unix socket, or a free port of 127.0.0.1. By default a unix socket where libzmq supports it.
     socket_folder : str, optional
-        The folder in which its unix socket lies; by default one of its own, which goes when the mailbox is closed.
+        The folder for its unix socket; by default a new one, which is removed when the mailbox is closed.
     max_frame_bytes, max_message_bytes : int
-        Limits of a message that is sent or received, before encryption; the same for all parties that talk. A frame
-        beyond its limit costs the sender the connection before it is read. A message is compared with its limit when it
-        is taken: until then it lies in memory, as everything does that authorised peers send.
+        Limits on each message that is sent or received, before encryption; the same for all parties. A frame that exceeds
+        its limit is not read, and its sender loses the connection. A message is compared with its limit when it is
+        received: until then it is in memory, as is everything that authorised peers send.
 
     Raises
     ------
     ArgumentError
         If a key, a limit or the kind of address can't be used, or two keys are authorised under one name.
     ResourceError
-        If there is no folder for its socket.
+        If no folder can hold its socket.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ZmqMailbox(Mailbox):
         self._authorised = check_authorised(authorised)
         kind = _kind_of_address(address)
         self._sockets = _Sockets(self._authorised, self._refusals)
-        # What the finalizer holds must not lead back here. At exit the thread that owns the sockets may still run.
+        # The finalizer must not refer to the mailbox. Not at exit: the thread that owns the sockets may still run then.
         self._finalizer = weakref.finalize(self, self._sockets.close)
         self._finalizer.atexit = False
         weakref.finalize(self, self._sockets.remove_files)
@@ -130,14 +130,14 @@ class ZmqMailbox(Mailbox):
         frames = encode_message(payload, tensors, self._limits, self._links.get(name))
         outbox = self._sockets.outboxes[name]
         try:
-            # Copied: measured, not copying gains nothing under CURVE. And the tensors stay the caller's to change.
+            # Copied, so that the caller may change the tensors. Measured: not copying gains nothing under CURVE.
             for frame in frames[:-1]:
                 outbox.send(frame, zmq.DONTWAIT | zmq.SNDMORE)
             outbox.send(frames[-1], zmq.DONTWAIT)
-        except zmq.Again:  # a refusal has left the socket without a peer, or nothing has been taken for very long
-            raise self._refused_by(name) from None
+        except zmq.Again:  # a refusal left the socket without a peer, or the peer has long received nothing
+            raise self._refusal_error(name) from None
         except BaseException:
-            # Interrupted, perhaps within a message: its first half must not become the beginning of the next one.
+            # Interrupted, perhaps within a message: its first frames must not become the beginning of the next one.
             self._disconnect(name)
             self._connect(name, *self._peers[name])
             raise
@@ -148,16 +148,19 @@ class ZmqMailbox(Mailbox):
         self._check_open()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
+            # 1) wait for a message, a wake-up, the next delayed message or the deadline
             left_s = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
-            wait_ms = min(left_s * 1000, _LONGEST_POLL_MS)
-            held_ms = self._held.left_s * 1000
-            # Rounded down for what is held, which is slept for at the end.
-            ready = zmq.zmq_poll(self._poll_items, max(int(held_ms), 0) if held_ms < wait_ms else math.ceil(wait_ms))
+            wait_ms = min(left_s * 1000, _MAX_POLL_MS)
+            due_ms = self._delayed.next_due_in_s * 1000
+            # Rounded down for a delayed message: pop_due() sleeps for the rest.
+            ready = zmq.zmq_poll(self._poll_items, max(int(due_ms), 0) if due_ms < wait_ms else math.ceil(wait_ms))
+            # 2) a wake-up comes first, then a delayed message that is due, then a new one
             if self._waker.clear():
                 return None
-            delivery = self._take() if ready and self._held.left_s > 0 else self._held.take()
-            is_over = not ready or left_s <= 0  # what is refused may never end
-            if delivery is not None or (is_over and left_s * 1000 <= min(_LONGEST_POLL_MS, held_ms)):
+            delivery = self._receive_one() if ready and self._delayed.next_due_in_s > 0 else self._delayed.pop_due()
+            # 3) without a message, wait again until the deadline
+            is_over = not ready or left_s <= 0  # refused messages may keep coming
+            if delivery is not None or (is_over and left_s * 1000 <= min(_MAX_POLL_MS, due_ms)):
                 return delivery
 
     def wake(self) -> None:  # noqa: D102
@@ -179,20 +182,20 @@ class ZmqMailbox(Mailbox):
 
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)
-        if not self._may_reach(address):
+        if not self._is_reachable(address):
             raise ArgumentError(
-                f"mailbox {self.name!r} does not connect to {name!r} at {address!r}: pass its mailbox's address, tcp:// and "
+                f"mailbox {self.name!r} does not connect to {name!r} at {address!r}: pass the address of its mailbox, tcp:// and "
                 f"numbers, or ipc:// and a socket in {self._socket_folder or 'a folder of sockets'}"
             )
         try:
             self._sockets.connect(name, address, public_key, self._keys)
         except zmq.ZMQError as error:
             raise ArgumentError(
-                f"mailbox {self.name!r} can't connect to {name!r} at {address!r} ({error}): pass its mailbox's address"
+                f"mailbox {self.name!r} can't connect to {name!r} at {address!r} ({error}): pass the address of its mailbox"
             ) from error
 
-    def _may_reach(self, address: str) -> bool:
-        """Whether an address is one of a mailbox, and of a unix socket in the same folder if that is given."""
+    def _is_reachable(self, address: str) -> bool:
+        """Return whether an address is a valid one, and in the given folder if it is that of a unix socket."""
         of_ipc = _IPC_ADDRESS.fullmatch(address)
         if of_ipc is None:
             return _TCP_ADDRESS.fullmatch(address) is not None
@@ -201,20 +204,20 @@ class ZmqMailbox(Mailbox):
     def _disconnect(self, name: str) -> None:
         self._sockets.disconnect(name)
 
-    def _take(self) -> Delivery | None:
-        """Take one message; None if there is none after all, or it was refused."""
+    def _receive_one(self) -> Delivery | None:
+        """Receive one message; return None if none is there, or if it was refused or is not due yet."""
         began_s = time.perf_counter()
         try:
-            frames, num_bytes, num_frames = self._read()
+            frames, num_bytes, num_frames = self._read_frames()
         except zmq.Again:
             return None
-        except BaseException:  # interrupted: what is left of this message must not become the beginning of the next one
+        except BaseException:  # interrupted: the rest of this message must not become the beginning of the next one
             while self._inbox.get(zmq.RCVMORE):
                 self._inbox.recv(zmq.DONTWAIT)
             raise
         key = str(frames[0].get("User-Id"))
         sender = self._authorised.get(key)
-        if sender is None:  # connected while it was
+        if sender is None:  # connected while it was authorised
             self._refuse_key("a message", key)
             return None
         try:
@@ -226,14 +229,16 @@ class ZmqMailbox(Mailbox):
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None
-        except Exception as error:  # noqa: BLE001 - memory for its tensors, say: it costs that message alone
+        except Exception as error:  # noqa: BLE001 - no memory for its tensors, say: only this message is lost
             self._refusals.add(sender, "unreadable", f"{type(error).__name__}: {error}")
             return None
         decode_s = time.perf_counter() - began_s
-        return self._arrive(Delivery(sender, message.payload, message.tensors, num_bytes, decode_s), message.due_us)
+        return self._hold_until_due(
+            Delivery(sender, message.payload, message.tensors, num_bytes, decode_s), message.due_us
+        )
 
-    def _read(self) -> tuple[list[zmq.Frame], int, int]:
-        """Read all frames of a message, and keep as many as may belong to one; return them, and what was read."""
+    def _read_frames(self) -> tuple[list[zmq.Frame], int, int]:
+        """Read a message; return its frames within the limits, and the bytes and the number of all its frames."""
         frames: list[zmq.Frame] = []
         num_bytes = num_frames = 0
         more = True
@@ -248,7 +253,7 @@ class ZmqMailbox(Mailbox):
 
 
 class _Sockets:
-    """What has to be closed: apart from the mailbox, so that a finalizer of the mailbox can do it."""
+    """The mailbox's sockets and files: apart from the mailbox, so that its finalizer can close them."""
 
     def __init__(self, authorised: Mapping[str, str], refusals: Refusals) -> None:
         self._pid = os.getpid()
@@ -263,11 +268,11 @@ class _Sockets:
             undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
             self.inbox = self._socket(zmq.PULL)
             undo.callback(self.inbox.close)
-            self._zap.watch(self.inbox)
+            self._zap.watch_handshakes(self.inbox)
             undo.pop_all()
 
     def new_endpoint(self, folder: str | None) -> str:
-        """Choose a name for a unix socket in a folder, or in a new one; what is made goes when all is closed."""
+        """Choose a name for a unix socket in a folder, or in a new one; `close` removes what was made."""
         if folder is None:
             folder = make_socket_folder()
             self._files.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -282,7 +287,7 @@ class _Sockets:
         self.inbox.zap_domain = DOMAIN
         self.inbox.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self.inbox.maxmsgsize = max_frame_bytes
-        self.inbox.rcvhwm = _MAX_UNTAKEN
+        self.inbox.rcvhwm = _MAX_UNREAD
         self.inbox.bind(endpoint)
         bound = self.inbox.get(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
@@ -311,7 +316,7 @@ class _Sockets:
         self.outboxes.pop(name).close()
 
     def close(self) -> None:
-        if os.getpid() != self._pid:  # a forked child holds copies: they must not end what is the parent's
+        if os.getpid() != self._pid:  # a forked child holds copies, and must not close the parent's sockets
             return
         self.waker.close()
         self.inbox.close()
@@ -319,10 +324,10 @@ class _Sockets:
             self.outboxes.popitem()[1].close()
         self.remove_files()
         if not self._zap.stop(_CLOSE_TIMEOUT_S):
-            logger.warning("a ZeroMQ context did not end within %s s; its threads stay", _CLOSE_TIMEOUT_S)
+            logger.warning("a ZeroMQ context did not end within %s s; its threads keep running", _CLOSE_TIMEOUT_S)
 
     def remove_files(self) -> None:
-        """Remove the name of its unix socket, and the folder if that is its own."""
+        """Remove the unix socket, and the folder if the mailbox made it."""
         if os.getpid() == self._pid:
             self._files.close()
 

@@ -318,7 +318,7 @@ class Worker:
         self._mailbox.expect_delays(emulation.delayed_from)
         for link in emulation.links:
             bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
-            self._mailbox.shape(link.target, bandwidth, link.latency_s)
+            self._mailbox.shape_link(link.target, bandwidth, link.latency_s)
 
     def _introduce(self, message: Introduce) -> Acknowledged:
         self._peers.introduce(message)
@@ -362,7 +362,7 @@ class Worker:
             release_memory(self._boot.accelerator)  # what the step had got; until here its error held it
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
-        hop_us, wait_us = self._hops.part(delivery.sender, step.sent_us, delivery.due_s)
+        hop_us, wait_us = self._hops.split_delay(delivery.sender, step.sent_us, delivery.due_s)
         hosted = self._stages.get(StageKey(step.model, step.plan_version, step.stage))
         output, elapsed_s = hosted.run(step, delivery.tensors, self._pace)
         encode_us = round(self._mailbox.encode_s * 1e6)  # of the message before this one

@@ -21,15 +21,15 @@ def test_what_is_beyond_the_shortest_delay_is_waiting(now: list[int]) -> None:
     hops, seen = HopClock(), []
     for sent_us, delay_us in ((1000, 300), (5000, 250), (9000, 4250), (20_000, 250)):
         now[0] = sent_us + delay_us
-        seen.append(hops.part("a", sent_us, 0.0))
+        seen.append(hops.split_delay("a", sent_us, 0.0))
     assert seen == [(300, 0), (250, 0), (250, 4000), (250, 0)]
 
 
 def test_senders_are_told_apart(now: list[int]) -> None:
     hops = HopClock()
     now[0] = 10_100
-    assert hops.part("near", 10_000, 0.0) == (100, 0)
-    assert hops.part("far", 2_000, 0.0) == (8_100, 0)
+    assert hops.split_delay("near", 10_000, 0.0) == (100, 0)
+    assert hops.split_delay("far", 2_000, 0.0) == (8_100, 0)
 
 
 def test_a_way_that_has_become_longer_is_believed_after_a_while(now: list[int]) -> None:
@@ -37,7 +37,7 @@ def test_a_way_that_has_become_longer_is_believed_after_a_while(now: list[int]) 
     for number in range(100):
         delay_us = 100 if number < 10 else 700
         now[0] = 10_000 * number + delay_us
-        parts = hops.part("a", 10_000 * number, 0.0)
+        parts = hops.split_delay("a", 10_000 * number, 0.0)
     assert parts == (700, 0)
 
 
@@ -45,16 +45,16 @@ def test_clocks_that_differ_give_waiting_all_the_same(now: list[int]) -> None:
     hops = HopClock()
     for sent_us in (9_000_000, 9_500_000):  # ahead of the receiver's
         now[0] = sent_us - 5_000_000 + 200
-        assert hops.part("a", sent_us, 0.0) == (0, 0)
+        assert hops.split_delay("a", sent_us, 0.0) == (0, 0)
     now[0] += 500_000 + 3_000
-    assert hops.part("a", 10_000_000, 0.0) == (0, 3_000)
+    assert hops.split_delay("a", 10_000_000, 0.0) == (0, 3_000)
 
 
 def test_the_clock_may_start_anew_on_the_way(now: list[int]) -> None:
     now[0] = 2**32 + 150
-    assert HopClock().part("a", 2**32 - 50, 0.0) == (200, 0)
+    assert HopClock().split_delay("a", 2**32 - 50, 0.0) == (200, 0)
 
 
 def test_an_emulated_link_says_when_a_message_was_due(now: list[int]) -> None:
     now[0] = 1_009_000
-    assert HopClock().part("a", 1_000_000, 1.005) == (5_000, 4_000)
+    assert HopClock().split_delay("a", 1_000_000, 1.005) == (5_000, 4_000)
