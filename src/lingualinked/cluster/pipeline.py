@@ -33,8 +33,8 @@ from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.passage.holdings import Holdings
+from lingualinked.planning.passage.transition import transition
 from lingualinked.planning.plan import Plan, check_memory
-from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision, unmeasured
 from lingualinked.telemetry.recorder import Recorder

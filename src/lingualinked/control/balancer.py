@@ -28,8 +28,8 @@ from lingualinked.control.proposal import Proposal, Rates, propose, weigh
 from lingualinked.control.sessions import SessionLevel
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.passage.holdings import Holdings
+from lingualinked.planning.passage.transition import transition
 from lingualinked.planning.plan import Plan
-from lingualinked.planning.transition import transition
 from lingualinked.profile import Profile
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.telemetry.decisions import Decision
@@ -275,16 +275,7 @@ class Balancer:
             self._decided, self._is_plain, self._patient_s = self._beliefs.slowdowns(), False, time_s + _PAUSE_S
         live = self._beliefs.profile()
         try:
-            proposal = propose(
-                self._now(live),
-                live,
-                self._beliefs.unusable(),
-                self._objective,
-                self._rates,
-                self._policy.min_gain,
-                self._sessions.num_sessions,
-                may_lose_exactness=is_release,
-            )
+            proposal = self._propose(live, may_lose_exactness=is_release)
         except InfeasiblePlanError as error:
             if is_release:
                 raise
@@ -295,21 +286,38 @@ class Balancer:
         if is_worth:
             try:
                 plans = self._way(proposal.plan, live)
-            except InfeasiblePlanError as error:
-                if is_release:
-                    raise
-                reason, is_late = f"{reason}; but {error}", True
+            except InfeasiblePlanError as no_way:
+                try:
+                    proposal = self._propose(live, keep_order=True, may_lose_exactness=is_release)
+                    is_worth, reason, is_late = self._judge(time_s, proposal, must=must, asked=asked)
+                    plans = self._way(proposal.plan, live) if is_worth else ()
+                    reason += "; devices keep their order, since memory leaves no way to a better one"
+                except InfeasiblePlanError:
+                    if is_release:
+                        raise
+                    reason, is_late = f"{reason}; but {no_way}", True
         if is_late:
             self._try_again(time_s, trigger, is_urgent=must, dry_run=dry_run)
         decision = self._decision(time_s, trigger, reason, proposal)
         return self._conclude(decision, plans, dry_run=dry_run)
 
     def _way(self, plan: Plan, live: Profile) -> tuple[Plan, ...]:
-        """Give the plans to go through, so that no device holds more than its memory on the way."""
+        """Return the plans to go through, so that no device holds more than its memory on the way."""
         workload = live.model.fit_workload(self._plan.workload or plan.workload)
-        named = (*self._plan.devices, *plan.devices)
-        spared = [name for name in self._beliefs.unusable() if name in live.names and name not in named]
-        return transition(self._plan, plan, Holdings.of_profile(live.without(*spared), workload))
+        return transition(self._plan, plan, Holdings.of_profile(live, workload))
+
+    def _propose(self, live: Profile, *, keep_order: bool = False, may_lose_exactness: bool = False) -> Proposal:
+        return propose(
+            self._now(live),
+            live,
+            self._beliefs.unusable(),
+            self._objective,
+            self._rates,
+            self._policy.min_gain,
+            self._sessions.num_sessions,
+            keep_order=keep_order,
+            may_lose_exactness=may_lose_exactness,
+        )
 
     def _try_again(self, time_s: float, trigger: str, *, is_urgent: bool, dry_run: bool) -> None:
         """Decide once more later on, since waiting may change the answer."""

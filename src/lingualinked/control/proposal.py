@@ -76,9 +76,10 @@ def propose(
     min_gain: float,
     num_sessions: int,
     *,
+    keep_order: bool = False,
     may_lose_exactness: bool = False,
 ) -> Proposal:
-    """Solve for the speeds of now, and hold the plan in force against it.
+    """Solve for the speeds of now, and compare the plan in force with what was found.
 
     Devices keep their order, in which fewer layers move, unless another one is plainly better. A plan that is exact is
     left only for one that is, on devices that round alike: those in use.
@@ -99,6 +100,8 @@ def propose(
         Share of the objective's value from which on a plan is plainly better.
     num_sessions : int
         Sessions in flight, to be fast for; memory is planned for those of the workload.
+    keep_order : bool
+        Whether devices keep their order in any case.
     may_lose_exactness : bool
         Whether exactness is given up where nothing else fits.
 
@@ -115,12 +118,15 @@ def propose(
     if current.exact:
         kinds = {_rounding(live.device(name).device) for name in current.devices}
         pool = [name for name in usable if _rounding(live.device(name).device) in kinds]
+    best_in = functools.partial(
+        _best, now, live, objective=objective, min_gain=min_gain, num_sessions=num_sessions, keep_order=keep_order
+    )
     try:
-        best = _best(now, live, pool, objective, min_gain, num_sessions)
+        best = best_in(pool)
     except InfeasiblePlanError:
         if not may_lose_exactness or len(pool) == len(usable):
             raise
-        best = _best(now, live, usable, objective, min_gain, num_sessions)
+        best = best_in(usable)
     return weigh(now, best, live, objective, rates, num_sessions)
 
 
@@ -151,9 +157,16 @@ def _step_s(predicted: Prediction, objective: Objective) -> float:
 
 
 def _best(
-    now: Plan, live: Profile, pool: Sequence[str], objective: Objective, min_gain: float, num_sessions: int
+    now: Plan,
+    live: Profile,
+    pool: Sequence[str],
+    *,
+    objective: Objective,
+    min_gain: float,
+    num_sessions: int,
+    keep_order: bool,
 ) -> Plan:
-    """Give the best plan that leaves devices in their order, or one that is plainly better."""
+    """Return the best plan that leaves devices in their order or, unless they keep it, one that is plainly better."""
     profile = live.without(*(name for name in live.names if name not in pool))
     kept = [name for name in now.devices if name in pool]
     order = [*kept, *(name for name in pool if name not in kept)]
@@ -166,6 +179,8 @@ def _best(
         min_tokens_per_s=None if now.solved is None else now.solved.min_tokens_per_s,
         num_sessions=num_sessions,
     )
+    if keep_order:
+        return solved(order=order)
     workload = _in_flight(now, live, num_sessions)
     best = solved()
     if best.devices != tuple(name for name in order if name in best.devices):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -15,6 +16,7 @@ from lingualinked.control.events import (
     Migrate,
     RebalanceAsked,
 )
+from lingualinked.device import CALLER
 from lingualinked.errors import InfeasiblePlanError
 from tests.profiles import MIB, profile
 from tests.simulated_pipeline import SimulatedPipeline, Speeds, with_memory
@@ -346,18 +348,39 @@ def test_a_release_that_fails_leaves_the_device_in_use() -> None:
     assert line.num_layers("b") == 8
 
 
-def test_layers_pass_no_released_device() -> None:
+def test_a_plan_that_memory_leaves_no_way_to_is_refused_by_name() -> None:
     tight = with_memory(THREE, a=136 * MIB, b=136 * MIB)
     swapped = ll.Plan.from_spans([("b", 0, 12), ("a", 12, 24)])
     plan = ll.Plan.from_spans([("a", 0, 12), ("b", 12, 24)], profile=tight)
     balancer = SimulatedPipeline(tight, plan, is_automatic=False).balancer
-    instruction = balancer.handle(RebalanceAsked(time_s=1.0, plan=swapped))
-    assert isinstance(instruction, Migrate)
-    assert any("c" in way.devices for way in instruction.plans)
-    balancer = SimulatedPipeline(tight, plan, is_automatic=False).balancer
-    balancer.handle(DeviceReleased(time_s=1.0, device="c"))
-    with pytest.raises(InfeasiblePlanError, match="no way was found"):
-        balancer.handle(RebalanceAsked(time_s=2.0, plan=swapped))
+    with pytest.raises(InfeasiblePlanError, match=r"device '[ab]' would hold .* short, .* order \(a, b\)") as caught:
+        balancer.handle(RebalanceAsked(time_s=1.0, plan=swapped))
+    assert caught.value.missing_bytes is not None
+    assert 100 * MIB < caught.value.missing_bytes < 136 * MIB
+
+
+def test_devices_keep_their_order_where_memory_leaves_no_way_to_another() -> None:
+    devices = [ll.Device(name=name, slowdown=slowdown) for name, slowdown in (("a", 1.0), ("b", 1.0), ("c", 3.0))]
+    measured = profile(*devices, num_layers=12)
+    slow = {(CALLER, "a"), (CALLER, "c"), ("b", "c"), ("c", "a"), ("c", "b")}
+    links = tuple(
+        dataclasses.replace(link, latency_s=0.1) if (link.source, link.target) in slow else link
+        for link in measured.links
+    )
+    linked = dataclasses.replace(measured, links=links)
+    present = ll.Plan.from_spans([("a", 0, 4), ("b", 4, 8), ("c", 8, 12)], profile=linked)
+    for memory, order, reason in ((150, ["b"], "saves"), (90, ["b", "a"], "saves"), (54, ["a", "c"], "keep their order")):
+        (150, ["b"], "saves"),
+        (96, ["b", "a"], "saves"),
+        (54, ["b", "c"], "keep their order"),
+    ):
+        tight = with_memory(linked, a=memory * MIB, b=memory * MIB, c=96 * MIB)
+        line = SimulatedPipeline(tight, present, objective="latency", is_automatic=False, migration_s=0.0)
+        line.run(1)
+        said = line.tell(RebalanceAsked(time_s=line.time_s))
+        assert said is not None
+        assert [name for name, _, _ in line.spans()] == order
+        assert reason in said.reason
 
 
 def test_what_is_not_measured_can_not_be_planned_on() -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import lingualinked as ll
 from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.passage.holdings import Holdings, Spans
+from lingualinked.planning.passage.transition import transition
 from lingualinked.planning.passage.waves import merged
-from lingualinked.planning.transition import transition
 from profiles import MIB, profile
 
 
@@ -62,15 +62,9 @@ def spans_of(plan: ll.Plan) -> Spans:
     return tuple((stage.device, stage.start, stage.end) for stage in plan.stages)
 
 
-def test_layers_pass_only_devices_that_round_alike() -> None:
-    room = holdings([100] * 12, {"a": 600, "b": 600, "c": 700})
-    before, after = (("a", 0, 6), ("b", 6, 12)), (("b", 0, 6), ("a", 6, 12))
-    assert any(device == "c" for spans in passed(before, after, room) for device, _, _ in spans)
-    other = dataclasses.replace(room, devices=(*room.devices[:2], ll.Device(name="c", accelerator="cuda:0")))
-    with pytest.raises(ll.InfeasiblePlanError, match="without 'c', on which results would be others"):
-        passed(before, after, other)
-    wider = dataclasses.replace(other, capacity_bytes=(700, 700, 700))
-    assert not any(device == "c" for spans in passed(before, after, wider) for device, _, _ in spans)
+def devices_of(plan: Spans) -> list[str]:
+    """The device of each layer."""
+    return [device for device, start, end in plan for _ in range(start, end)]
 
 
 def keeps_trust(spans: Spans, room: Holdings, kept: tuple[int, int]) -> bool:
@@ -93,6 +87,8 @@ def passed(before: Spans, after: Spans, room: Holdings, kept: tuple[int, int] = 
     for each in path[1:]:
         assert each[-1][2] == len(room.weights.layers)
         assert keeps_trust(each, room, kept)
+        for old, new, now in zip(*map(devices_of, (before, after, each)), strict=True):
+            assert now in (old, new)
     for plan in plans[:-1]:
         assert [each.weight_bytes for each in plan.stages] == [
             room.weights.of_span(each.start, each.end) for each in plan.stages
@@ -172,13 +168,14 @@ def test_trusted_layers_stay_on_trusted_devices_on_the_way(move: tuple[Holdings,
     room, plans, before, after = move
     try:
         path = passed(before, after, room, kept=(2, 1))
-    except ll.InfeasiblePlanError:  # searches are bounded where devices change their order
+    except ll.InfeasiblePlanError:  # devices may wait for each other where they change their order
         return
     best = distance(before, after, plans, room)
     assert best is not None
     assert len(path) >= best
 
 
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(moves("abc", 5, trust=True))
 def test_whatever_is_given_can_be_gone(move: tuple[Holdings, list[Spans], Spans, Spans]) -> None:
     room, plans, before, after = move
@@ -229,18 +226,17 @@ def test_a_device_that_joins_takes_what_others_wait_to_give() -> None:
     assert len(path) == 2
 
 
-def test_two_devices_change_places_while_a_third_holds_their_layers() -> None:
+def test_devices_change_places_where_one_of_them_has_room_first() -> None:
     after: Spans = (("b", 0, 4), ("a", 4, 8), ("c", 8, 12))
-    path = passed(ROW, after, holdings([1] * 12, {"a": 4.0, "b": 4.0, "c": 8.0}))
-    assert len(path) == 3
-    idle = passed(ROW, after, holdings([1] * 12, dict.fromkeys("abcd", 4.0)))
-    assert "d" in {name for plan in idle[:-1] for name, _, _ in plan}
+    path = passed(ROW, after, holdings([1] * 12, {"a": 4.0, "b": 8.0, "c": 4.0}))
+    assert path == [(("b", 0, 8), ("c", 8, 12)), after]
 
 
-def test_an_idle_device_that_is_not_needed_stays_idle() -> None:
+@pytest.mark.parametrize("names", ["abc", "abcd"])
+def test_an_idle_device_holds_nothing_for_others(names: str) -> None:
     after: Spans = (("b", 0, 4), ("a", 4, 8), ("c", 8, 12))
-    path = passed(ROW, after, holdings([1] * 12, {"a": 4.0, "b": 4.0, "c": 8.0, "d": 99.0}))
-    assert "d" not in {name for plan in path for name, _, _ in plan}
+    with pytest.raises(ll.InfeasiblePlanError, match=r"keep the devices in their order \(a, b, c\)"):
+        passed(ROW, after, holdings([1] * 12, dict.fromkeys(names, 4.0)))
 
 
 def test_the_ends_of_a_ring_move_too() -> None:
@@ -248,10 +244,11 @@ def test_the_ends_of_a_ring_move_too() -> None:
     after: Spans = (("a", 0, 1), ("b", 1, 4), ("c", 4, 7), ("a", 7, 10))
     room = holdings([1] * 10, {"a": 4.0, "b": 3.0, "c": 4.0}, trusted="a")
     assert len(passed(before, after, room)) == 3
-    with pytest.raises(ll.InfeasiblePlanError, match=r"'a' would hold 5 B of both and has 4 B: 1 B short"):
+    with pytest.raises(ll.InfeasiblePlanError, match=r"'a' would hold 5 B of both plans and has 4 B: 1 B short"):
         passed(before, after, dataclasses.replace(room, capacity_bytes=(4.0, 3.0, 3.0)))
     turned: Spans = (("a", 0, 2), ("c", 2, 5), ("b", 5, 8), ("a", 8, 10))
-    passed(before, turned, dataclasses.replace(room, capacity_bytes=(7.0, 3.0, 3.0)))
+    with pytest.raises(ll.InfeasiblePlanError, match=r"keep the devices in their order \(a, b, c\)"):
+        passed(before, turned, dataclasses.replace(room, capacity_bytes=(7.0, 3.0, 3.0)))
 
 
 def test_what_lies_around_the_layers_needs_room_too() -> None:
@@ -312,8 +309,8 @@ def test_a_large_model_on_many_devices() -> None:
     names = [f"d{index}" for index in range(8)]
     before: Spans = tuple((name, 10 * index, 10 * index + 10) for index, name in enumerate(names))
     ends = [0, 4, 18, 25, 40, 43, 60, 70, 80]
-    after: Spans = tuple((name, ends[index], ends[index + 1]) for index, name in enumerate(reversed(names)))
-    for capacity, at_most in ((1750.0, 12), (2600.0, 6)):
+    after: Spans = tuple((name, ends[index], ends[index + 1]) for index, name in enumerate(names))
+    for capacity, at_most in ((1750.0, 3), (2600.0, 2), (4000.0, 1)):
         room = holdings([100] * 80, dict.fromkeys(names, capacity), ends=(150, 150, 0), kv=[1] * 80, working=5)
         assert len(passed(before, after, room)) <= at_most
 

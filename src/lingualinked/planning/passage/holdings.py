@@ -22,9 +22,6 @@ from lingualinked.workload import Workload
 Spans: TypeAlias = tuple[tuple[str, int, int], ...]
 """Device, start and end of each stage of a plan, in pipeline order."""
 
-MAX_LAYERS_LOOKED_AT = 20_000
-"""Searches look at plans with so many layers in sum, which takes some tens of milliseconds."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
@@ -104,38 +101,19 @@ class Holdings:
 
 
 class Ledger:
-    """Bytes that devices hold under plans, their limits while layers move, and how many plans may still be looked at.
+    """Bytes that devices hold under plans, and their limits while layers move from the plan `origin` to another.
 
     A device that exceeds its memory before anything has moved may hold so much, and no more.
-
-    Parameters
-    ----------
-    holdings : Holdings
-        What layers take, and what devices have.
-    origin : tuple of (str, int, int)
-        Spans of the plan to begin with.
-    trusted_layers : (int, int)
-        Layers at the beginning and at the end that stay on trusted devices, as the outermost ones do.
     """
 
-    def __init__(self, holdings: Holdings, origin: Spans, trusted_layers: tuple[int, int] = (0, 0)) -> None:
-        weights = holdings.weights
-        self.weights, self.working = weights, holdings.working
-        self.num_layers = len(weights.layers)
-        kv = holdings.layer_kv or (0,) * self.num_layers
-        self.before = [0, *accumulate(weight + each for weight, each in zip(weights.layers, kv, strict=True))]
-        self.capacity_bytes = dict(
-            zip((device.name for device in holdings.devices), holdings.capacity_bytes, strict=True)
-        )
-        self.limits = {
-            name: max(capacity, self.held_bytes(name, origin)) for name, capacity in self.capacity_bytes.items()
-        }
-        trusted = frozenset(device.name for device in holdings.devices if device.trusted)
-        self.may_hold_ends = trusted or frozenset(self.limits)
-        front, back = trusted_layers
-        self.for_all = max(1, front), self.num_layers - max(1, back)  # the layers that any device may hold
-        self.looks_left = MAX_LAYERS_LOOKED_AT // self.num_layers
-        self._furthest: dict[tuple[str, int], int] = {}
+    def __init__(self, holdings: Holdings, origin: Spans) -> None:
+        self._weights, self._working = holdings.weights, holdings.working
+        self._num_layers = len(holdings.weights.layers)
+        kv = holdings.layer_kv or (0,) * self._num_layers
+        layers = zip(holdings.weights.layers, kv, strict=True)
+        self._before = [0, *accumulate(weight + each for weight, each in layers)]  # bytes of the layers before each
+        devices = zip(holdings.devices, holdings.capacity_bytes, strict=True)
+        self.limits = {device.name: max(capacity, self.held_bytes(device.name, origin)) for device, capacity in devices}
 
     def held_bytes(self, device: str, *plans: Spans) -> int:
         """Return the bytes that a device holds that is part of all these plans at once; what they share counts once."""
@@ -145,34 +123,15 @@ class Ledger:
         num_bytes = reached = 0
         for start, end in spans:
             if end > reached:
-                num_bytes += self.before[end] - self.before[max(start, reached)]
+                num_bytes += self._before[end] - self._before[max(start, reached)]
                 reached = end
+        has_first, has_last = spans[0][0] == 0, reached == self._num_layers
+        num_bytes += self._weights.prologue * has_first + self._weights.epilogue * has_last
+        num_bytes -= self._weights.tied * (has_first and has_last)
         num_stages = max(sum(name == device for name, _, _ in plan) for plan in plans)
-        return num_bytes + self.ends_bytes(spans[0][0] == 0, reached == self.num_layers) + self.working * num_stages
-
-    def ends_bytes(self, has_first: bool, has_last: bool) -> int:
-        """Return the bytes of the weights around the layers, what is tied once."""
-        both = self.weights.tied * (has_first and has_last)
-        return self.weights.prologue * has_first + self.weights.epilogue * has_last - both
+        return num_bytes + self._working * num_stages
 
     def fit(self, *plans: Spans) -> bool:
         """Whether all devices can hold their parts of these plans at once."""
         devices = {name for plan in plans for name, _, _ in plan}
         return all(self.held_bytes(name, *plans) <= self.limits[name] for name in devices)
-
-    def furthest(self, device: str, start: int) -> int:
-        """Return the end of the largest stage that a device can hold from a layer on; `start` if it can hold none."""
-        key = (device, start)
-        if key not in self._furthest:
-            self._furthest[key] = self._find_furthest(device, start)
-        return self._furthest[key]
-
-    def _find_furthest(self, device: str, start: int) -> int:
-        may_hold_ends = device in self.may_hold_ends
-        first, last = (0, self.num_layers) if may_hold_ends else self.for_all
-        if start < first:
-            return start
-        for end in range(last, start, -1):
-            if self.held_bytes(device, ((device, start, end),)) <= self.limits[device]:
-                return end
-        return start

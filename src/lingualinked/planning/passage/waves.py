@@ -1,14 +1,13 @@
 """From one plan to another along one order of devices: in every step all layers move that their new devices have room for.
 
-Knows slots, places in that order; not which plans to go through when this leads nowhere.
+Knows slots, places in that order; nothing moves but from a layer's old device to its new one.
 """
 
 from __future__ import annotations
 
 import bisect
-import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from lingualinked.planning.passage.holdings import Ledger, Spans
 
@@ -19,13 +18,6 @@ class Track:
     """An order of slots that two plans share, and where each layer lies on it.
 
     A device has one slot, or two where the plans hold it in different places; both at once only as the first and the last.
-
-    Parameters
-    ----------
-    origin, target : tuple of (str, int, int)
-        The plans.
-    ledger : Ledger
-        What devices can hold.
     """
 
     def __init__(self, origin: Spans, target: Spans, ledger: Ledger) -> None:
@@ -74,18 +66,6 @@ def waves(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
     Likewise with those that move back. The number of steps is at most that of the devices in a row that each have to
     wait for room on the next. A device with two slots shares its memory between them, which can close a circle of
     devices that all wait.
-
-    Parameters
-    ----------
-    origin, target : tuple of (str, int, int)
-        The plans.
-    ledger : Ledger
-        What devices can hold.
-
-    Returns
-    -------
-    list of Spans or None
-        The plans after each step, `target` last; ``None`` if it got stuck.
     """
     track = Track(origin, target, ledger)
     places, held, steps = track.begin, origin, []
@@ -98,51 +78,8 @@ def waves(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
     return [*steps, target]
 
 
-def wander(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
-    """Move layer by layer, away from the goal too, where waves get stuck: best first, and only so many looks.
-
-    Whatever can be reached along the order of slots can be reached by single layers, since of two plans that fit at once
-    so does every one between them. So with few layers the search is complete.
-
-    Parameters
-    ----------
-    origin, target : tuple of (str, int, int)
-        The plans.
-    ledger : Ledger
-        What devices can hold.
-
-    Returns
-    -------
-    list of Spans or None
-        As `waves` gives them, one layer a step; ``None`` if none was found.
-    """
-    track = Track(origin, target, ledger)
-
-    def distance(places: Places) -> int:
-        return sum(abs(place - goal) for place, goal in zip(places, track.goal, strict=True))
-
-    came_from: dict[Places, Places | None] = {track.begin: None}
-    heap = [(distance(track.begin), track.begin)]
-    spared = ledger.looks_left // 2  # for other ways
-    while heap and ledger.looks_left > spared:
-        _, places = heapq.heappop(heap)
-        held = track.spans(places)
-        if ledger.fit(held, target):
-            steps = [target]
-            while (earlier := came_from[places]) is not None:
-                steps.append(track.spans(places))
-                places = earlier
-            return steps[::-1]
-        for following in _single_moves(track, held, places):
-            if following not in came_from:
-                ledger.looks_left -= 1
-                came_from[following] = places
-                heapq.heappush(heap, (distance(following), following))
-    return None
-
-
 def merged(first: Sequence[str], second: Sequence[str]) -> tuple[list[str], list[int], list[int]]:
-    """Merge two orders along their longest common subsequence; give the slots, and which ones each order has."""
+    """Merge two orders along their longest common subsequence; return the slots, and which ones each order has."""
     longest = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
     for i, j in itertools.product(reversed(range(len(first))), reversed(range(len(second)))):
         common = longest[i + 1][j + 1] + 1 if first[i] == second[j] else 0
@@ -189,19 +126,3 @@ def _wave(track: Track, held: Spans, places: Places) -> Places:
             if not track.may_enter(held, moved, goal[layer]):
                 moved[layer] = places[layer]
     return tuple(moved)
-
-
-def _single_moves(track: Track, held: Spans, places: Places) -> Iterator[Places]:
-    """Return every plan that is one layer away and fits beside the present one."""
-    last = len(places) - 1
-    for layer, place in enumerate(places):
-        lowest = places[layer - 1] if layer else 0
-        highest = places[layer + 1] if layer < last else len(track.slots) - 1
-        for slot in range(lowest, highest + 1):
-            first, end = track.ledger.for_all
-            is_kept = not first <= layer < end and track.slots[slot] not in track.ledger.may_hold_ends
-            if slot == place or is_kept:
-                continue
-            following = (*places[:layer], slot, *places[layer + 1 :])
-            if track.may_enter(held, following, slot):
-                yield following

@@ -1,0 +1,101 @@
+"""From plan to plan within memory: the plans to go through where a move at once would exceed a device's memory.
+
+Knows plans and bytes; neither what a migration does nor how long it takes.
+"""
+
+from __future__ import annotations
+
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.passage.holdings import Holdings, Ledger, Spans
+from lingualinked.planning.passage.waves import slots_of, waves
+from lingualinked.planning.plan import Plan, PlannedStage, check_plan, inexact_because
+from lingualinked.quantities import bytes_text
+
+
+def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...]:
+    r"""Find the plans to go through from one plan to another, so that each fits beside the one before.
+
+    While layers move from a plan :math:`P` to a plan :math:`Q`, a device holds its layers of both, those that are in both
+    once, with their KV; embeddings and head if it has the first or the last stage in either; and one stage's
+    intermediate results, for it computes one at a time. That must not exceed its memory; or, where it exceeds it under
+    `before` already, not become more than that.
+
+    Where both plans fit at once, layers move at once, in whatever order the devices stand. Else every layer moves straight
+    to its new device as soon as that has room (`passage.waves.waves`), which always leads from one plan to another along
+    one order of devices. Where devices change their order, or one holds both ends, they may wait for each other.
+
+    Parameters
+    ----------
+    before, after : Plan
+        Of the same model.
+    holdings : Holdings
+        What layers take and devices have.
+
+    Returns
+    -------
+    tuple of Plan
+        The plans to move to, one after the other, `after` last; only `after` if nothing is in the way. Under all of them
+        each layer lies on its device of `before` or on that of `after`.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If `after` does not fit, or devices wait for each other.
+    """
+    names = [device.name for device in holdings.devices]
+    for plan in (before, after):
+        check_plan(plan, len(holdings.weights.layers), names)
+    origin, target = _spans(before), _spans(after)
+    ledger = Ledger(holdings, origin)
+    for device in after.devices:
+        _refuse_overfull(device, ledger, target)
+    path = waves(origin, target, ledger)
+    if path is None:
+        raise _no_way(origin, target, ledger)
+    return (*(_plan(spans, after, holdings) for spans in path[:-1]), after)
+
+
+def _spans(plan: Plan) -> Spans:
+    return tuple((stage.device, stage.start, stage.end) for stage in plan.stages)
+
+
+def _plan(spans: Spans, after: Plan, holdings: Holdings) -> Plan:
+    devices = {device.name: device for device in holdings.devices}
+    return Plan(
+        stages=tuple(
+            PlannedStage(device=device, start=start, end=end, weight_bytes=holdings.weights.of_span(start, end))
+            for device, start, end in spans
+        ),
+        inexact_because=inexact_because([devices[name] for name in dict.fromkeys(slots_of(spans))]),
+        profile=after.profile,
+        workload=after.workload,
+        reserve=after.reserve,
+    )
+
+
+def _refuse_overfull(device: str, ledger: Ledger, target: Spans) -> None:
+    held, limit = ledger.held_bytes(device, target), ledger.limits[device]
+    if held > limit:
+        missing = int(held - limit)
+        raise InfeasiblePlanError(
+            f"the plan puts {bytes_text(held)} of weights, KV and intermediate results on device {device!r}, which has "
+            f"{bytes_text(limit)}: {bytes_text(missing, round_up=True)} short; raise its memory or give it fewer layers",
+            missing_bytes=missing,
+        )
+
+
+def _no_way(origin: Spans, target: Spans, ledger: Ledger) -> InfeasiblePlanError:
+    held = {name: ledger.held_bytes(name, origin, target) for name in slots_of((*origin, *target))}
+    device = max(held, key=lambda name: held[name] - ledger.limits[name])
+    limit = ledger.limits[device]
+    missing = int(held[device] - limit)
+    shared = set(slots_of(origin)) & set(slots_of(target))
+    before, after = ([name for name in dict.fromkeys(slots_of(plan)) if name in shared] for plan in (origin, target))
+    keep_order = f"keep the devices in their order ({', '.join(before)}), " if before != after else ""
+    return InfeasiblePlanError(
+        f"the layers can't be moved within memory: while they move, device {device!r} would hold {bytes_text(held[device])} "
+        f"of both plans and has {bytes_text(limit)}: {bytes_text(missing, round_up=True)} short, and if layers moved one "
+        f"after the other, devices would wait for each other; raise its memory, {keep_order}or go through a plan that leaves "
+        "it room",
+        missing_bytes=missing,
+    )
