@@ -45,7 +45,7 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
     names = [device.name for device in holdings.devices]
     for plan in (before, after):
         check_plan(plan, len(holdings.weights.layers), names)
-    origin, target = _spans(before), _spans(after)
+    origin, target = before.spans, after.spans
     ledger = Ledger(holdings, origin)
     for device in after.devices:
         _refuse_overfull(device, ledger, target)
@@ -53,10 +53,6 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
     if path is None:
         raise _no_way(origin, target, ledger)
     return (*(_plan(spans, after, holdings) for spans in path[:-1]), after)
-
-
-def _spans(plan: Plan) -> Spans:
-    return tuple((stage.device, stage.start, stage.end) for stage in plan.stages)
 
 
 def _plan(spans: Spans, after: Plan, holdings: Holdings) -> Plan:
