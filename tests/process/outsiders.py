@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 import lingualinked as ll
-from lingualinked.protocol.messages import Acknowledged, Hello, Introduce, Ping, Pong, decode, encode
+from lingualinked.protocol.messages import Acknowledged, Hello, IntroduceWorker, Ping, Pong, decode, encode
 from lingualinked.transport import Delivery, ZmqMailbox, generate_keypair
 from waiting import wait_until
 
@@ -39,7 +39,7 @@ class Outsider:
             delivery = self.mailbox.receive(30)
             assert delivery is not None
             introduction = decode(delivery.payload)
-            assert isinstance(introduction, Introduce)
+            assert isinstance(introduction, IntroduceWorker)
             self.mailbox.authorise(introduction.name, introduction.public_key)
             self.mailbox.connect(introduction.name, introduction.address, introduction.public_key)
             self.send("caller", encode(Acknowledged(request=introduction.request)))

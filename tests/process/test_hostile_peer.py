@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.protocol.message import Message
+from lingualinked.protocol.base import Message
 from lingualinked.protocol.messages import (
     EndSession,
     FailureKind,
     Hello,
-    Inspect,
-    Introduce,
+    InspectWorker,
+    IntroduceWorker,
     KVEdit,
     KVEditKind,
     LogRecord,
@@ -188,10 +188,10 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
     )
     yield "FetchWeight: 2,000 times", [frames(fetch)] * 2_000
     yield (
-        "Introduce: the caller elsewhere",
-        [frames(Introduce(request=1, name="caller", public_key="x" * 40, address="tcp://127.0.0.1:1"))],
+        "IntroduceWorker: the caller elsewhere",
+        [frames(IntroduceWorker(request=1, name="caller", public_key="x" * 40, address="tcp://127.0.0.1:1"))],
     )
-    yield "Inspect", [frames(Inspect(request=1))]
+    yield "InspectWorker", [frames(InspectWorker(request=1))]
     yield "Pong: 8,000 times", [frames(Pong(number=each)) for each in range(8_000)]
     yield "Ping: 500 times", [frames(Ping(number=each)) for each in range(500)]
     yield "due in an hour", [[b"\x01" + msgspec.msgpack.encode((encode(Pong(number=1)), [], 2**52))]]
@@ -245,7 +245,7 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
     def num_refused(of: str) -> int:
         if of == "caller":
             return engine._mailbox.num_refused
-        report: Any = engine.request(of, lambda number: Inspect(request=number), "a look", 60).result(60)
+        report: Any = engine.request(of, lambda number: InspectWorker(request=number), "a look", 60).result(60)
         assert isinstance(report, WorkerReport)
         return report.num_refused
 

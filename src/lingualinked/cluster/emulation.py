@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lingualinked.device import CALLER, Device, Link, Links, link_between
-from lingualinked.protocol.boot import Emulation, LinkFigures
+from lingualinked.protocol.boot import EmulatedLink, Emulation
 
 if TYPE_CHECKING:
-    from lingualinked.protocol.messages import Emulate
+    from lingualinked.protocol.messages import EmulateDevice
 
 
 def delayed_from(name: str, devices: Mapping[str, Device], links: Links) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def emulation_of(
             link = link_between(device, other, links)
             bandwidth = link.bandwidth_bytes_per_s
             figures.append(
-                LinkFigures(
+                EmulatedLink(
                     target=target,
                     bandwidth_bytes_per_s=None if bandwidth == math.inf else bandwidth,
                     latency_s=link.latency_s,
@@ -53,9 +53,9 @@ def emulation_of(
 
 def emulate(
     name: str, devices: Mapping[str, Device], links: Links, later: Mapping[str, Device] | None = None
-) -> Callable[[int], Emulate]:
+) -> Callable[[int], EmulateDevice]:
     """Return what makes the message, from a request number, that tells a running worker so."""
-    from lingualinked.protocol.messages import Emulate
+    from lingualinked.protocol.messages import EmulateDevice
 
     emulation = emulation_of(name, devices, links, later)
-    return lambda number: Emulate(request=number, emulation=emulation)
+    return lambda number: EmulateDevice(request=number, emulation=emulation)

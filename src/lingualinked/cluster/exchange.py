@@ -24,9 +24,9 @@ from lingualinked.protocol.messages import (
     Acknowledged,
     AnyMessage,
     CallerMessage,
-    Dismiss,
+    DismissWorker,
     Hello,
-    Introduce,
+    IntroduceWorker,
     KVRefused,
     LinkProbed,
     LogRecord,
@@ -110,7 +110,7 @@ class Exchange:
         self._logs.pop(device, None)
         if self.addresses.pop(device, None) is not None:
             for other in self.addresses.keys() - self.ended.keys():
-                self._send(other, Dismiss(name=device), ())
+                self._send(other, DismissWorker(name=device), ())
         self._mailbox.disconnect(device)
         how = self.ended.pop(device, "it is not part of the cluster any more")
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
@@ -252,7 +252,7 @@ class Exchange:
                     settled.set()
 
             pending.future.add_done_callback(noted)
-            introduction = Introduce(
+            introduction = IntroduceWorker(
                 request=number, name=about, public_key=self.public_keys[about], address=self.addresses[about]
             )
             self.ask(to, introduction, (), ("request", number, 0), pending)

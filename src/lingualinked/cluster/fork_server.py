@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from lingualinked.cluster.server_process import ErrorFile, ServerProcess, import_path, worker_environment
-from lingualinked.protocol.boot import GRACE_S, Ended, Fork, Forked, Preload
+from lingualinked.protocol.boot import GRACE_S, ForkWorker, Preload, WorkerEnded, WorkerForked
 from lingualinked.transport.socket_folder import make_socket_folder
 
 _MOST_HANDLES = 64
@@ -147,11 +147,11 @@ class ForkChannel:
     def fork(self, name: str, class_names: tuple[str, ...], boot: socket.socket) -> None:
         """Ask for a worker, and hand it the socket on which it will ask for its `Boot`."""
         with boot, contextlib.suppress(OSError):  # a server that is gone is seen by who watches it
-            request = msgspec.json.encode(Fork(name=name, class_names=class_names)) + b"\n"
+            request = msgspec.json.encode(ForkWorker(name=name, class_names=class_names)) + b"\n"
             socket.send_fds(self._socket, [request], [boot.fileno()])
 
-    def read(self) -> list[tuple[Forked | Ended, int | None]]:
-        """Read what the server says, with the descriptor that travels beside a `Forked`; there must be something."""
+    def read(self) -> list[tuple[WorkerForked | WorkerEnded, int | None]]:
+        """Read what the server says, with the descriptor that travels beside a `WorkerForked`; there must be something."""
         try:
             data, handles, _, _ = socket.recv_fds(self._socket, 65536, _MOST_HANDLES)
         except OSError:
@@ -161,9 +161,9 @@ class ForkChannel:
         self.hung_up = not data
         self._handles += handles
         *lines, self._text = (self._text + data).split(b"\n")
-        said = [msgspec.json.decode(line, type=Forked | Ended) for line in lines]
+        said = [msgspec.json.decode(line, type=WorkerForked | WorkerEnded) for line in lines]
         self._server.has_forked |= bool(said)
-        return [(line, self._handles.pop(0) if isinstance(line, Forked) else None) for line in said]
+        return [(line, self._handles.pop(0) if isinstance(line, WorkerForked) else None) for line in said]
 
     def hang_up(self) -> None:
         """Let the workers see that the caller is done with them."""

@@ -13,7 +13,7 @@ from typing import cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import results_of
-from lingualinked.protocol.messages import Inspect, StageReport, WorkerReport
+from lingualinked.protocol.messages import InspectWorker, StageReport, WorkerReport
 from lingualinked.telemetry.history import History
 from lingualinked.telemetry.samples import DeviceSample
 from lingualinked.telemetry.snapshot import StageSnapshot, Telemetry, WorkerSnapshot
@@ -63,7 +63,7 @@ def inspect_workers(engine: Engine, names: Sequence[str], timeout_s: float) -> l
 
 def request_report(engine: Engine, name: str, timeout_s: float) -> concurrent.futures.Future[object]:
     """Ask one worker; give the future of its `WorkerReport`."""
-    return engine.request(name, lambda number: Inspect(request=number), "a report", timeout_s)
+    return engine.request(name, lambda number: InspectWorker(request=number), "a report", timeout_s)
 
 
 def inspection_of(name: str, report: WorkerReport, time_s: float) -> Inspection:

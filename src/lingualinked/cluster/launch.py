@@ -21,7 +21,7 @@ from lingualinked.cluster.booting import Booting
 from lingualinked.cluster.fork_server import ForkChannel, ForkServer, fork_servers
 from lingualinked.cluster.resources import start_thread
 from lingualinked.cluster.server_process import ErrorFile, ServerProcess, how_it_ended, open_pidfd, wait_for_end
-from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Forked, Preload
+from lingualinked.protocol.boot import GRACE_S, Boot, Preload, WorkerEnded, WorkerForked
 from lingualinked.transport.socket_folder import make_socket_folder
 
 _POLL_MS = 200
@@ -250,9 +250,9 @@ class Launcher:
                 if not process.given_up and process.booting.fileno() >= 0
             }
 
-    def _note(self, line: Forked | Ended, handle: int | None) -> None:
+    def _note(self, line: WorkerForked | WorkerEnded, handle: int | None) -> None:
         with self._lock:
-            if isinstance(line, Forked):  # in the order in which they were asked for
+            if isinstance(line, WorkerForked):  # in the order in which they were asked for
                 process = next(each for each in self._processes if each.name == line.name and each.pid is None)
                 process.pid, process.handle = line.pid, handle
                 if process.given_up:

@@ -12,7 +12,7 @@ from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.route import Route
 from lingualinked.device import CALLER
 from lingualinked.model.spec import ModelSpec
-from lingualinked.protocol.messages import Holder, LoadStage
+from lingualinked.protocol.messages import LoadStage, WeightHolder
 
 
 def request_stages(
@@ -82,9 +82,9 @@ def request_stages(
     return futures
 
 
-def _holders(engine: Engine, model: int, route: Route, borrower: str) -> Iterator[Holder]:
+def _holders(engine: Engine, model: int, route: Route, borrower: str) -> Iterator[WeightHolder]:
     for index, stage in enumerate(route.plan.stages):
-        yield Holder(
+        yield WeightHolder(
             name=stage.device,
             model=model,
             plan_version=route.version,

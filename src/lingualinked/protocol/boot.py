@@ -1,6 +1,6 @@
-"""What started processes and the caller tell each other over sockets: never in arguments or the environment.
+"""The messages with which the caller starts worker processes: over sockets, never in arguments or the environment.
 
-Knows the words only, not how they are used. The very first line, the caller's import path, is `lingualinked.worker.__main__`'s.
+Knows the messages, not how they are used. `lingualinked.worker.__main__` reads the line before them, the import path.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import msgspec
 
 GRACE_S = 2.0
-"""How long workers get to end by themselves before they are killed."""
+"""Seconds that workers have to end by themselves before they are killed."""
 
 
 class Preload(msgspec.Struct, frozen=True, kw_only=True):
-    """First message to a started process: what to import before it forks workers, or becomes one.
+    """The first message to a started process: what to import before it forks workers, or becomes one.
 
     Parameters
     ----------
     caller_pid : int
         The process whose end ends this one.
     forks : bool
-        Whether it stays and forks workers for the clusters whose sockets follow, or becomes the worker of the one `Boot`.
+        Whether the process forks workers for the clusters whose sockets follow, or becomes a single worker.
     socket_folder : str
-        The folder that it removes once the caller is gone.
+        The folder to remove once the caller has ended.
     class_names : tuple of str
         transformers classes whose code the workers will need.
     """
@@ -32,30 +32,30 @@ class Preload(msgspec.Struct, frozen=True, kw_only=True):
     class_names: tuple[str, ...] = ()
 
 
-class Fork(msgspec.Struct, frozen=True, kw_only=True):
-    """A cluster's request for one worker; beside it travels the socket on which the worker alone talks about its `Boot`.
+class ForkWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """A cluster's request to fork one worker, sent with the socket over which that worker alone receives its `Boot`.
 
     Parameters
     ----------
     name : str
         The device's name.
     class_names : tuple of str
-        transformers classes to import before it is forked, unless they are already.
+        transformers classes to import before the worker is forked.
     """
 
     name: str
     class_names: tuple[str, ...] = ()
 
 
-class LinkFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What messages to another party are to go through.
+class EmulatedLink(msgspec.Struct, frozen=True, kw_only=True):
+    """An emulated link to another party.
 
     Parameters
     ----------
     target : str
         The party's name.
     bandwidth_bytes_per_s : float or None
-        ``None``: as fast as it goes (JSON has no infinity).
+        ``None``: unlimited (JSON has no infinity).
     latency_s : float
         One way.
     """
@@ -66,62 +66,62 @@ class LinkFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Emulation(msgspec.Struct, frozen=True, kw_only=True):
-    """The slower device that a worker behaves as.
+    """The slower device that a worker emulates.
 
     Parameters
     ----------
     slowdown : float
         How many times slower it computes.
-    links : tuple of LinkFigures
+    links : tuple of EmulatedLink
         Its outgoing links.
     delayed_from : tuple of str
-        Parties whose messages to it are held back until they would have arrived.
+        Parties whose messages the worker holds until they would have arrived.
     """
 
     slowdown: float
-    links: tuple[LinkFigures, ...]
+    links: tuple[EmulatedLink, ...]
     delayed_from: tuple[str, ...]
 
 
 class WorkerKey(msgspec.Struct, frozen=True, kw_only=True):
-    """The first thing that a worker says: its `Boot` follows once the caller takes messages under this key.
+    """A worker's first message: the caller authorises this key and answers with the worker's `Boot`.
 
     Parameters
     ----------
     public_key : str
-        Of a CURVE key pair that it has made (Z85 text). The secret half never leaves the process.
+        Public half of a new CURVE key pair (Z85 text). The secret half never leaves the process.
     """
 
     public_key: str
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
-    """What one worker is told, and nobody else: who it is, whom it may talk to, and what it may use.
+    """One worker's configuration, sent to that worker alone: its identity, its caller and its limits.
 
     Parameters
     ----------
     name : str
         The device's name.
     socket_folder : str
-        Where its own socket is to lie; it removes the folder once the caller is gone.
+        Where to create its own socket; the worker removes the folder once the caller has ended.
     caller_address, caller_key : str
         Where the caller's inbox listens, and its public key.
     caller_pid : int
         The process whose end ends this worker.
     accelerator : str
-        Where its stages compute.
+        The device that its stages compute on.
     threads : int
-        Threads that it computes with.
+        Number of threads that it computes with.
     cpus : tuple of int or None
         Cores that it is pinned to.
     memory_bytes : int or None
-        Limit on what it holds beyond an idle worker.
+        Limit on its memory beyond that of an idle worker; ``None``: no limit.
     max_frame_bytes : int
-        Largest frame that it sends or takes.
+        Largest frame that it sends or receives.
     log_level : int
         Lowest level of the log records that it sends to the caller.
     emulation : Emulation
-        The device that it behaves as, to begin with.
+        The device that it emulates at first.
     """
 
     name: str
@@ -138,15 +138,15 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     emulation: Emulation
 
 
-class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker has been forked; on Linux a pidfd of it travels beside this line."""
+class WorkerForked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A worker has been forked; its pidfd is sent with this message."""
 
     name: str
     pid: int
 
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A forked worker has ended, with the status that ``waitpid`` gave."""
+class WorkerEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A forked worker has ended, with the status that ``waitpid`` returned."""
 
     pid: int
     status: int

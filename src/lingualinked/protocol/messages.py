@@ -1,6 +1,6 @@
-"""The messages that cross a socket, as msgspec structs, and the one codec for them.
+"""The messages between caller and workers, as msgspec structs, and their codec.
 
-Knows neither who sends them nor over what; tensors travel beside a message, never in it.
+Knows neither who sends them nor over what. Tensors are sent with a message, never in it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import msgspec
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
+from lingualinked.protocol.base import Message, Natural
 from lingualinked.protocol.boot import Emulation
-from lingualinked.protocol.message import Message, Natural
 from lingualinked.protocol.moving import (
     AnnounceMove,
     CopyKV,
@@ -22,16 +22,16 @@ from lingualinked.protocol.moving import (
     KeepPlan,
     KVChunk,
     KVCopied,
-    KVTaken,
+    KVReceived,
     MoveSession,
     WeightChunk,
 )
 
-# --- from the caller: about the worker and its stages
+# --- from the caller, about a worker and its stages
 
 
-class Holder(Message, frozen=True):
-    """A worker that holds layers ``[start, end)`` of a model, as a stage of the plan in force; whether it lends them here."""
+class WeightHolder(Message, frozen=True):
+    """A worker that holds layers ``[start, end)`` of a model, as a stage of the current plan, and whether it lends them."""
 
     name: str
     model: int
@@ -45,10 +45,10 @@ class Holder(Message, frozen=True):
 class LoadStage(Message, frozen=True, tag=1):
     """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan, between two parties.
 
-    Steps are taken from ``previous_name`` alone, and outputs go to ``next_name``. All sessions together may hold
-    ``max_kv_tokens`` rows x tokens of KV. Layers that stages of other versions hold here are shared with them. Where the
-    checkpoint's files can't be read here, or are not those of the spec any more, the weights of the rest are fetched from
-    their holders; without such, that fails.
+    The stage accepts steps only from ``previous_name`` and sends its outputs to ``next_name``. All sessions together may
+    hold ``max_kv_tokens`` rows x tokens of KV. The stage shares layers that stages of other versions hold on this worker.
+    If the checkpoint's files can't be read here, or have changed, the other weights are fetched from their ``holders``;
+    without holders, loading fails.
     """
 
     request: int
@@ -61,30 +61,30 @@ class LoadStage(Message, frozen=True, tag=1):
     previous_name: str
     next_name: str
     max_kv_tokens: int | None
-    holders: tuple[Holder, ...]
+    holders: tuple[WeightHolder, ...]
 
 
 class UnloadModel(Message, frozen=True, tag=2):
-    """Free every stage of a model, its sessions included; nothing is answered."""
+    """Free every stage of a model, with its sessions; there is no answer."""
 
     model: int
 
 
-class Inspect(Message, frozen=True, tag=3):
+class InspectWorker(Message, frozen=True, tag=3):
     """Ask for a `WorkerReport`."""
 
     request: int
 
 
-class Emulate(Message, frozen=True, tag=6):
-    """Behave as another device from now on."""
+class EmulateDevice(Message, frozen=True, tag=6):
+    """Emulate another device from now on."""
 
     request: int
     emulation: Emulation
 
 
-class Introduce(Message, frozen=True, tag=29):
-    """Take messages from the holder of this key, another worker, and send to this address what is meant for it."""
+class IntroduceWorker(Message, frozen=True, tag=29):
+    """Accept messages from another worker, which holds this key, and send its messages to this address."""
 
     request: int
     name: str
@@ -92,8 +92,8 @@ class Introduce(Message, frozen=True, tag=29):
     address: str
 
 
-class Dismiss(Message, frozen=True, tag=33):
-    """Forget a worker that has been introduced and is gone: another one may be introduced by its name."""
+class DismissWorker(Message, frozen=True, tag=33):
+    """Remove a worker that has ended; another one may be introduced under its name."""
 
     name: str
 
@@ -150,7 +150,7 @@ class Pong(Message, frozen=True, tag=10):
 
 
 class KVEditKind(enum.IntEnum):
-    """What is done to a session's KV cache before the next step runs."""
+    """An edit of a session's KV cache, made before the next step runs."""
 
     REORDER = 1
     CROP = 2
@@ -161,8 +161,8 @@ class KVEditKind(enum.IntEnum):
 class KVEdit(Message, frozen=True):
     """One edit of a session's KV.
 
-    Row indices to keep, tokens to drop, whether dropped tokens must stay recoverable, or the tokens per row that are expected
-    in all.
+    ``values`` are, by kind: the row indices to keep; the number of tokens to remove at the end; whether tokens that leave
+    a sliding window must stay recoverable; or the tokens per row that are expected in total.
     """
 
     kind: KVEditKind
@@ -170,7 +170,7 @@ class KVEdit(Message, frozen=True):
 
 
 class StageTimes(Message, frozen=True):
-    """What one stage tells of a step: bytes of the message that came, and microseconds (see `lingualinked.telemetry.samples`)."""
+    """One stage's measurements of a step: bytes received, and microseconds (see `lingualinked.telemetry.samples`)."""
 
     received_bytes: Natural
     hop_us: Natural
@@ -182,14 +182,14 @@ class StageTimes(Message, frozen=True):
 class Step(Message, frozen=True, tag=4):
     """Run one step of a session on stage ``stage``.
 
-    The tensors beside it are, in order: the stage's inputs (token ids or embeddings, later the raw output of the
-    previous stage's last layer), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, and the indices
-    of the logits to keep if ``logits_to_keep`` is ``None``.
+    Its tensors are, in order: the stage's inputs (token ids or embeddings on the first stage, the raw output of the
+    previous stage's last layer on others), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, and the
+    indices of the logits to keep if ``logits_to_keep`` is ``None``.
 
-    ``rope_reach`` says how far the model's rotary embeddings are stretched before the step; 0 where they never are.
-    ``torch_settings`` are those of the caller, by name, that are not torch's defaults, such as autocast: stages compute under them.
-    ``timings`` grows by one element per stage passed. ``sent_us`` is the sender's clock, of which nothing but differences
-    counts; it starts anew every 2^32 microseconds.
+    ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
+    ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
+    them. Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
+    differences are meaningful.
     """
 
     model: int
@@ -211,7 +211,7 @@ class Step(Message, frozen=True, tag=4):
 
 
 class EndSession(Message, frozen=True, tag=5):
-    """Free a session's KV on stage ``stage`` and pass it on; it follows the session's steps, so none can come after it."""
+    """Free a session's KV on stage ``stage`` and forward this message; it is sent after the session's last step."""
 
     model: int
     plan_version: int
@@ -223,21 +223,21 @@ class EndSession(Message, frozen=True, tag=5):
 
 
 class Hello(Message, frozen=True, tag=16):
-    """A worker is ready; this is where its inbox listens."""
+    """A worker is ready, and its inbox listens at this address."""
 
     pid: int
     address: str
 
 
 class Progress(Message, frozen=True, tag=17):
-    """How far a request has come: bytes of a stage loaded, or steps measured of each shape and span."""
+    """The progress of a request: bytes of a stage loaded, or shapes of steps measured."""
 
     request: int
     num_done: int
 
 
 class StageLoaded(Message, frozen=True, tag=18):
-    """A stage is ready to serve."""
+    """Answer to `LoadStage`: the stage is in service."""
 
     request: int
     weight_bytes: int
@@ -245,7 +245,7 @@ class StageLoaded(Message, frozen=True, tag=18):
 
 
 class Acknowledged(Message, frozen=True, tag=25):
-    """Answer to `Emulate`, `Introduce`, `AnnounceMove` and `ForkSession`: it has been done."""
+    """Answer to `EmulateDevice`, `IntroduceWorker`, `AnnounceMove` and `ForkSession`: done."""
 
     request: int
 
@@ -278,7 +278,7 @@ class LinkProbed(Message, frozen=True, tag=27):
 
 
 class StageReport(Message, frozen=True):
-    """One hosted stage, in the words of `lingualinked.telemetry.snapshot.StageSnapshot`."""
+    """One hosted stage, with the fields of `lingualinked.telemetry.snapshot.StageSnapshot`."""
 
     model: int
     plan_version: int
@@ -294,7 +294,7 @@ class StageReport(Message, frozen=True):
 
 
 class WorkerReport(Message, frozen=True, tag=20):
-    """Answer to `Inspect`."""
+    """Answer to `InspectWorker`."""
 
     request: int
     pid: int
@@ -312,7 +312,7 @@ class WorkerReport(Message, frozen=True, tag=20):
 
 
 class StepDone(Message, frozen=True, tag=21):
-    """The last stage's answer to a step; its logits travel beside it."""
+    """The last stage's answer to a step, sent with its logits."""
 
     model: int
     session: int
@@ -321,7 +321,7 @@ class StepDone(Message, frozen=True, tag=21):
 
 
 class FailureKind(enum.IntEnum):
-    """What kind of error a worker's failure becomes in the caller."""
+    """The kind of error that a worker's failure becomes in the caller."""
 
     ERROR = 0
     MEMORY = 1
@@ -330,7 +330,7 @@ class FailureKind(enum.IntEnum):
 
 
 class RequestFailed(Message, frozen=True, tag=22):
-    """A request could not be served."""
+    """A request failed."""
 
     request: int
     kind: FailureKind
@@ -339,7 +339,7 @@ class RequestFailed(Message, frozen=True, tag=22):
 
 
 class KVRefused(Message, frozen=True, tag=30):
-    """Answer to `CopyKV`, from the target: it could not use what came."""
+    """Answer to `CopyKV`, from the target: it could not use the KV that it received."""
 
     request: int
     model: int
@@ -349,7 +349,7 @@ class KVRefused(Message, frozen=True, tag=30):
 
 
 class StepFailed(Message, frozen=True, tag=23):
-    """A stage raised while it ran a step; the session can't go on."""
+    """A stage raised an exception in a step; the session can't continue."""
 
     model: int
     session: int
@@ -360,23 +360,23 @@ class StepFailed(Message, frozen=True, tag=23):
 
 
 class LogRecord(Message, frozen=True, tag=24):
-    """A log record of the worker."""
+    """A log record of a worker."""
 
     level: int
     logger: str
     text: str
 
 
-PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVTaken | FetchWeight | WeightChunk
-"""What workers say to each other."""
+PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVReceived | FetchWeight | WeightChunk
+"""The messages between workers."""
 
 CallerMessage = (
     LoadStage
     | UnloadModel
-    | Inspect
-    | Emulate
-    | Introduce
-    | Dismiss
+    | InspectWorker
+    | EmulateDevice
+    | IntroduceWorker
+    | DismissWorker
     | MeasureModel
     | ProbeLink
     | AnnounceMove
@@ -413,19 +413,19 @@ _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessa
 
 
 def encode(message: AnyMessage) -> bytes:
-    """Return the message's bytes."""
+    """Encode a message."""
     return _encoder.encode(message)
 
 
 def decode(payload: bytes) -> AnyMessage:
-    """Read a message.
+    """Decode a message.
 
     Raises
     ------
     ProtocolError
-        If the bytes are no known message, or a field has the wrong type.
+        If the bytes are not a known message, or a field has the wrong type.
     """
     try:
         return _decoder.decode(payload)
-    except Exception as error:  # msgspec has errors of its own, and passes on those of text and of deep nesting
-        raise ProtocolError(f"not a message of this protocol: {error}") from error
+    except Exception as error:  # msgspec also raises errors of text decoding and of deep nesting
+        raise ProtocolError(f"the payload is not a message of this protocol: {error}") from error

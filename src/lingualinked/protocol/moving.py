@@ -1,15 +1,15 @@
-"""The messages with which layers and their KV change devices while a model runs, as msgspec structs.
+"""The messages that move layers and their KV between devices while a model runs, as msgspec structs.
 
-Knows neither who decides nor how it is done; tensors travel beside a message, never in it.
+Knows neither why they move nor how. Tensors are sent with a message, never in it.
 """
 
 from __future__ import annotations
 
-from lingualinked.protocol.message import Message, Natural
+from lingualinked.protocol.base import Message, Natural
 
 
 class StagePlace(Message, frozen=True):
-    """Who holds layers ``[start, end)`` under a plan version."""
+    """The worker that holds layers ``[start, end)`` under a plan version."""
 
     name: str
     plan_version: int
@@ -18,10 +18,10 @@ class StagePlace(Message, frozen=True):
 
 
 class AnnounceMove(Message, frozen=True, tag=34):
-    """A model is about to move between two plan versions, there or back; it ends with `KeepPlan`.
+    """Allow a model to move between two plan versions, in either direction, until `KeepPlan`.
 
-    Meanwhile KV of a layer is taken from who holds it under the other version, and weights are lent to ``borrowers`` that
-    are to hold them.
+    Until then the worker accepts KV of a layer from the worker that holds the layer under the other version, and lends
+    weights to those of the ``borrowers`` that need them.
     """
 
     request: int
@@ -31,7 +31,7 @@ class AnnounceMove(Message, frozen=True, tag=34):
 
 
 class KeepPlan(Message, frozen=True, tag=11):
-    """Free every stage of the model that is of another plan version, what is on its way to such, and its sessions there."""
+    """Free every stage of the model that has another plan version, with its sessions and any KV in transit."""
 
     model: int
     plan_version: int
@@ -40,8 +40,8 @@ class KeepPlan(Message, frozen=True, tag=11):
 class CopyKV(Message, frozen=True, tag=12):
     """Copy a session's KV of layers ``[start, end)`` from stage ``stage`` to a stage of another plan version elsewhere.
 
-    The first copy is made while the session goes on. A final one sends what has changed since, and what else the stage
-    knows of the session, which must be before its step ``number`` and wait there. The target answers with `KVCopied`.
+    The first copy is made while the session continues. A final one sends what has changed since, and the rest of the
+    session's state; the session must be waiting before its step ``number``. The target answers with `KVCopied`.
     """
 
     request: int
@@ -59,20 +59,20 @@ class CopyKV(Message, frozen=True, tag=12):
 
 
 class KVSlice(Message, frozen=True):
-    """Tokens of one layer's KV; keys and values are beside the message.
+    """Some tokens of one layer's KV; keys and values are sent with the message.
 
     Parameters
     ----------
     slot : int
         The layer's slot in the KV cache.
     first : int
-        Position of the first token that the layer holds: what lies before is to be forgotten.
+        Position of the first token that the layer holds: the target drops earlier tokens.
     position : int
-        Position of the first token here: what was sent from there on before is not valid any more.
+        Position of the first token sent here: tokens from there on that were sent before are no longer valid.
     capacity : int
         Tokens that the layer has room for.
     rows : tuple of int or None
-        Which rows to keep of what was sent before, in their order, before these tokens are added; ``None``: all as they are.
+        Rows to keep, in this order, of the tokens sent before, before these are added; ``None``: keep all rows.
     """
 
     slot: Natural
@@ -83,7 +83,7 @@ class KVSlice(Message, frozen=True):
 
 
 class SessionState(Message, frozen=True):
-    """What a stage knows of a session besides KV; the mask is beside the message, behind the KV, if it has one."""
+    """A stage's state of a session apart from KV; a mask, if any, is sent with the message after the KV."""
 
     number: Natural
     num_tokens: Natural
@@ -93,7 +93,7 @@ class SessionState(Message, frozen=True):
 
 
 class KVChunk(Message, frozen=True, tag=13):
-    """A part of a session's KV, from worker to worker; the next one is sent when `KVTaken` has come.
+    """A part of a session's KV, from worker to worker; the next part is sent after `KVReceived`.
 
     ``num_bytes`` counts the keys and values of the whole copy so far.
     """
@@ -109,15 +109,15 @@ class KVChunk(Message, frozen=True, tag=13):
     state: SessionState | None
 
 
-class KVTaken(Message, frozen=True, tag=14):
-    """Answer to a `KVChunk`: whether it could be used."""
+class KVReceived(Message, frozen=True, tag=14):
+    """Answer to a `KVChunk`: it has been received, and was accepted or not."""
 
     request: int
     accepted: bool
 
 
 class MoveSession(Message, frozen=True, tag=15):
-    """A session runs under this plan version from now on: take its KV over into the stages of it, and free the rest."""
+    """Run a session under this plan version from now on: put its KV into the stages of that version, and free the rest."""
 
     model: int
     session: int
@@ -125,7 +125,7 @@ class MoveSession(Message, frozen=True, tag=15):
 
 
 class ForkSession(Message, frozen=True, tag=40):
-    """Copy a session's KV in stage ``stage``, which must be before step ``number``, under another session's number."""
+    """Copy a session, which must be before step ``number``, within stage ``stage``, as session ``fork``."""
 
     request: int
     model: int
@@ -137,7 +137,7 @@ class ForkSession(Message, frozen=True, tag=40):
 
 
 class KVCopied(Message, frozen=True, tag=28):
-    """Answer to `CopyKV`, from the target: all has come, so many bytes of keys and values."""
+    """Answer to `CopyKV`, from the target: all KV has been received, and its bytes."""
 
     request: int
     model: int
@@ -147,7 +147,7 @@ class KVCopied(Message, frozen=True, tag=28):
 class FetchWeight(Message, frozen=True, tag=31):
     """Send a part of a parameter that stage ``stage`` holds, from element ``first`` on.
 
-    ``receipt`` is that of the last `WeightChunk` that has come from there in this move, or 0: no more than one is on its way.
+    ``receipt`` is that of the last `WeightChunk` received from that worker in this move, or 0: only one may be in flight.
     """
 
     request: int
@@ -160,7 +160,7 @@ class FetchWeight(Message, frozen=True, tag=31):
 
 
 class WeightChunk(Message, frozen=True, tag=32):
-    """Answer to `FetchWeight`: so many elements as are in one message, flat, beside it; or why there are none."""
+    """Answer to `FetchWeight`: as many elements as fit in one message, flat, sent with it; or the reason for sending none."""
 
     request: int
     model: int
@@ -171,6 +171,6 @@ class WeightChunk(Message, frozen=True, tag=32):
 
 
 MovingMessage = (
-    AnnounceMove | CopyKV | KVChunk | KVTaken | MoveSession | ForkSession | KeepPlan | FetchWeight | WeightChunk
+    AnnounceMove | CopyKV | KVChunk | KVReceived | MoveSession | ForkSession | KeepPlan | FetchWeight | WeightChunk
 )
-"""What moves layers and sessions from one plan version to another, or copies a session."""
+"""The messages that move layers and sessions between plan versions, or copy a session."""

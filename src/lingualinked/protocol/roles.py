@@ -1,6 +1,6 @@
-"""Who may send which message, in one table for each of its receivers.
+"""Which role a party needs to send a message, in one table for each kind of receiver.
 
-Knows roles by name; who has one at a time is its receiver's to say.
+Knows roles by name; the receiver knows which party has a role at the moment.
 """
 
 from __future__ import annotations
@@ -9,33 +9,33 @@ import enum
 from collections.abc import Mapping
 
 from lingualinked.protocol import messages, moving
-from lingualinked.protocol.message import Message
+from lingualinked.protocol.base import Message
 
 
 class Role(enum.Enum):
-    """What a party is to the receiver of a message, in the plan in force."""
+    """The role of a sender, as its receiver sees it under the current plan."""
 
     CALLER = "the caller"
     WORKER = "a worker that the caller has introduced, or the caller"
     PREVIOUS = "the party before this stage in the plan, or the caller"
-    KV_SOURCE = "a worker whose KV moves here, as the caller has announced"
+    KV_SOURCE = "a worker from which KV moves here, as announced by the caller"
     KV_TARGET = "the worker that the KV was sent to"
-    BORROWER = "a worker that is to hold these weights, as the caller has announced"
+    BORROWER = "a worker that needs these weights, as announced by the caller"
     LENDER = "the worker that was asked for the weight"
     PROBED = "the party that was sent a Ping"
-    LAST_STAGE = "the worker of the last stage that the step goes through"
-    ANY_STAGE = "a worker of the stages that the step goes through"
-    ASKED = "the worker that was asked"
+    LAST_STAGE = "the worker of the last stage of the step"
+    ANY_STAGE = "a worker of one of the stages of the step"
+    ASKED = "the worker that the request was sent to"
     KV_ENDS = "one of the two workers between which KV is copied"
 
 
 TO_WORKER: Mapping[type[Message], Role] = {
     messages.LoadStage: Role.CALLER,
     messages.UnloadModel: Role.CALLER,
-    messages.Inspect: Role.CALLER,
-    messages.Emulate: Role.CALLER,
-    messages.Introduce: Role.CALLER,
-    messages.Dismiss: Role.CALLER,
+    messages.InspectWorker: Role.CALLER,
+    messages.EmulateDevice: Role.CALLER,
+    messages.IntroduceWorker: Role.CALLER,
+    messages.DismissWorker: Role.CALLER,
     messages.MeasureModel: Role.CALLER,
     messages.ProbeLink: Role.CALLER,
     moving.AnnounceMove: Role.CALLER,
@@ -48,11 +48,11 @@ TO_WORKER: Mapping[type[Message], Role] = {
     messages.Step: Role.PREVIOUS,
     messages.EndSession: Role.PREVIOUS,
     moving.KVChunk: Role.KV_SOURCE,
-    moving.KVTaken: Role.KV_TARGET,
+    moving.KVReceived: Role.KV_TARGET,
     moving.FetchWeight: Role.BORROWER,
     moving.WeightChunk: Role.LENDER,
 }
-"""Who may send what to a worker; it takes nothing else."""
+"""The messages that a worker accepts, and from whom."""
 
 TO_CALLER: Mapping[type[Message], Role] = {
     messages.Hello: Role.WORKER,
@@ -70,13 +70,13 @@ TO_CALLER: Mapping[type[Message], Role] = {
     messages.StepDone: Role.LAST_STAGE,
     messages.StepFailed: Role.ANY_STAGE,
 }
-"""Who may send what to the caller; it takes nothing else."""
+"""The messages that the caller accepts, and from whom."""
 
 ANSWERS: Mapping[type[Message], type[Message]] = {
     messages.LoadStage: messages.StageLoaded,
-    messages.Inspect: messages.WorkerReport,
-    messages.Emulate: messages.Acknowledged,
-    messages.Introduce: messages.Acknowledged,
+    messages.InspectWorker: messages.WorkerReport,
+    messages.EmulateDevice: messages.Acknowledged,
+    messages.IntroduceWorker: messages.Acknowledged,
     messages.MeasureModel: messages.ModelMeasured,
     messages.ProbeLink: messages.LinkProbed,
     moving.AnnounceMove: messages.Acknowledged,
@@ -84,4 +84,4 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     moving.ForkSession: messages.Acknowledged,
     messages.Step: messages.StepDone,
 }
-"""What answers a message of the caller's."""
+"""The answer to each message of the caller that has one."""

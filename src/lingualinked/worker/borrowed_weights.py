@@ -15,13 +15,13 @@ from torch import Tensor
 from lingualinked.errors import CheckpointError
 from lingualinked.model.parts import find_parts
 from lingualinked.model.weights import untied_parameters
-from lingualinked.protocol.messages import Holder, LoadStage
+from lingualinked.protocol.messages import LoadStage, WeightHolder
 from lingualinked.protocol.moving import WeightChunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Ask = Callable[[Holder, str, int], None]
+Ask = Callable[[WeightHolder, str, int], None]
 """Asks a holder for the part of a parameter from an element on; called in the thread that loads."""
 
 
@@ -101,7 +101,7 @@ class BorrowedWeights:
     def close(self) -> None:
         """Do nothing: there is no file."""
 
-    def _next(self, holder: Holder, name: str, first: int) -> Tensor:
+    def _next(self, holder: WeightHolder, name: str, first: int) -> Tensor:
         while True:
             answer = self._answers.get()
             self._check_wanted()
@@ -114,7 +114,7 @@ class BorrowedWeights:
                 return tensors[0]
             raise CheckpointError(f"device {holder.name!r} sent {chunk.parameter} where {name} was asked for")
 
-    def _holder_of(self, name: str) -> Holder:
+    def _holder_of(self, name: str) -> WeightHolder:
         """Find who holds a parameter: a layer's stage, the first or the last one for what lies around the layers."""
         layer = self._parts.layer_of(name)
         for holder in self._holders:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lingualinked.errors import LingualinkedError
-from lingualinked.protocol.messages import Holder
+from lingualinked.protocol.messages import WeightHolder
 from lingualinked.protocol.moving import FetchWeight, WeightChunk
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.peers import Peers
@@ -37,7 +37,7 @@ class Borrower:
         self._peers = peers
         self._receipts: dict[tuple[int, str], int] = {}  # of what came last, by model and lender
 
-    def fetch(self, request: int, holder: Holder, parameter: str, first: int) -> None:
+    def fetch(self, request: int, holder: WeightHolder, parameter: str, first: int) -> None:
         """Ask for the part of a parameter from an element on."""
         message = FetchWeight(
             request=request,

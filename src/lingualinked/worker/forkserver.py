@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import msgspec
 
-from lingualinked.protocol.boot import GRACE_S, Boot, Ended, Fork, Forked, Preload, WorkerKey
+from lingualinked.protocol.boot import GRACE_S, Boot, ForkWorker, Preload, WorkerEnded, WorkerForked, WorkerKey
 from lingualinked.worker.inheritance import shed_inheritance
 from lingualinked.worker.lifeline import Lifeline, end_process
 
@@ -113,7 +113,7 @@ class _Cluster:
     def __init__(self, channel: int, errors: int) -> None:
         self.channel = socket.socket(fileno=channel)
         self.errors = errors
-        self.requests: collections.deque[tuple[Fork, socket.socket]] = collections.deque()
+        self.requests: collections.deque[tuple[ForkWorker, socket.socket]] = collections.deque()
         self.children: set[int] = set()
         self._text = b""
         self._boots: list[socket.socket] = []
@@ -130,9 +130,9 @@ class _Cluster:
         data, handles = _receive(self.channel)
         self._boots += [socket.socket(fileno=handle) for handle in handles]
         *lines, self._text = (self._text + data).split(b"\n")
-        self.requests += [(msgspec.json.decode(line, type=Fork), self._boots.pop(0)) for line in lines]
+        self.requests += [(msgspec.json.decode(line, type=ForkWorker), self._boots.pop(0)) for line in lines]
 
-    def tell(self, line: Forked | Ended, *handles: int) -> None:
+    def tell(self, line: WorkerForked | WorkerEnded, *handles: int) -> None:
         """Say something to the cluster, with descriptors beside it."""
         with contextlib.suppress(OSError):  # the caller is gone, as the next poll will say
             socket.send_fds(self.channel, [msgspec.json.encode(line) + b"\n"], handles)
@@ -225,7 +225,7 @@ class _ForkServer:
                 os._exit(status)
         cluster.children.add(pid)
         handle = os.pidfd_open(pid)
-        cluster.tell(Forked(name=name, pid=pid), handle)
+        cluster.tell(WorkerForked(name=name, pid=pid), handle)
         os.close(handle)
 
     def _leave(self, cluster: _Cluster) -> None:
@@ -253,7 +253,7 @@ class _ForkServer:
             for cluster in self._clusters:
                 if pid in cluster.children:
                     cluster.children.discard(pid)
-                    cluster.tell(Ended(pid=pid, status=status))
+                    cluster.tell(WorkerEnded(pid=pid, status=status))
 
     def _wait_for_children(self) -> None:
         """Wait for the workers, which see by themselves that the caller is gone; force those that are stopped."""

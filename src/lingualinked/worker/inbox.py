@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from lingualinked.errors import ProtocolError
-from lingualinked.protocol.message import Message
+from lingualinked.protocol.base import Message
 from lingualinked.protocol.messages import CallerMessage, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
 from lingualinked.transport.delivery import Delivery

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import StepContext
-from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVTaken, SessionState
+from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVReceived, SessionState
 from lingualinked.quantities import count_text
 from lingualinked.worker.hosted import HostedSession
 from lingualinked.worker.kv_copy import KVCopy, Piece
@@ -75,7 +75,7 @@ class Mover:
         self._send(request.request)
         return None
 
-    def go_on(self, answer: KVTaken) -> None:
+    def go_on(self, answer: KVReceived) -> None:
         """Send the next chunk, if the last one was of use and anything is left."""
         if not answer.accepted:
             self._transfers.pop(answer.request, None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.protocol.messages import Dismiss, Introduce, PeerMessage, encode
+from lingualinked.protocol.messages import DismissWorker, IntroduceWorker, PeerMessage, encode
 from lingualinked.transport.mailbox import Mailbox
 
 
@@ -31,7 +31,7 @@ class Peers:
     def __contains__(self, name: str) -> bool:
         return name in self._known
 
-    def introduce(self, peer: Introduce) -> None:
+    def introduce(self, peer: IntroduceWorker) -> None:
         """Take messages from one more worker. Its own inbox takes ours later: nothing connects to it yet.
 
         Raises
@@ -47,7 +47,7 @@ class Peers:
         self._mailbox.authorise(peer.name, peer.public_key)
         self._known[peer.name] = introduced
 
-    def dismiss(self, peer: Dismiss) -> None:
+    def dismiss(self, peer: DismissWorker) -> None:
         """Forget a worker; does nothing if it is not known."""
         if self._known.pop(peer.name, None) is not None:
             self._mailbox.withdraw(peer.name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
-from lingualinked.protocol.message import Message
+from lingualinked.protocol.base import Message
 from lingualinked.protocol.roles import TO_WORKER, Role
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.mover import Mover

@@ -22,14 +22,13 @@ from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.messages import (
     Acknowledged,
     CallerMessage,
-    Dismiss,
-    Emulate,
+    DismissWorker,
+    EmulateDevice,
     EndSession,
     FailureKind,
     Hello,
-    Holder,
-    Inspect,
-    Introduce,
+    InspectWorker,
+    IntroduceWorker,
     KVRefused,
     LoadStage,
     LogRecord,
@@ -47,6 +46,7 @@ from lingualinked.protocol.messages import (
     StepDone,
     StepFailed,
     UnloadModel,
+    WeightHolder,
     WorkerMessage,
     WorkerReport,
     encode,
@@ -58,7 +58,7 @@ from lingualinked.protocol.moving import (
     ForkSession,
     KeepPlan,
     KVChunk,
-    KVTaken,
+    KVReceived,
     MoveSession,
     MovingMessage,
     WeightChunk,
@@ -186,13 +186,13 @@ class Worker:
             case UnloadModel():
                 self._forget_moves(message.model)
                 self._stages.unload(message.model)
-            case Inspect():
+            case InspectWorker():
                 self._answer(message.request, lambda: self._report(message))
-            case Emulate():
+            case EmulateDevice():
                 self._answer(message.request, lambda: self._throttle(message))
-            case Introduce():
+            case IntroduceWorker():
                 self._answer(message.request, lambda: self._introduce(message))
-            case Dismiss():
+            case DismissWorker():
                 self._peers.dismiss(message)
             case MeasureModel():
                 self._answer(message.request, lambda: self._measure(message))
@@ -217,7 +217,7 @@ class Worker:
                 self._answer(message.request, lambda: self._mover.copy(message))
             case KVChunk():
                 self._take_kv(message, delivery)
-            case KVTaken():
+            case KVReceived():
                 self._answer(message.request, lambda: self._mover.go_on(message))
             case MoveSession():
                 self._move_session(message)
@@ -248,7 +248,7 @@ class Worker:
         def loaded(stage: Stage) -> None:
             self._answer(message.request, lambda: self._put_in_service(message, stage))
 
-        def fetch(holder: Holder, parameter: str, first: int) -> None:
+        def fetch(holder: WeightHolder, parameter: str, first: int) -> None:
             self._borrower.fetch(message.request, holder, parameter, first)
 
         self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error), fetch)
@@ -288,9 +288,9 @@ class Worker:
             if copied is not None:
                 self._tell(copied)
         if not message.is_last:
-            self._peers.send(delivery.sender, KVTaken(request=message.request, accepted=accepted))
+            self._peers.send(delivery.sender, KVReceived(request=message.request, accepted=accepted))
 
-    def _report(self, message: Inspect) -> WorkerReport:
+    def _report(self, message: InspectWorker) -> WorkerReport:
         held_bytes = self._stages.held_bytes()
         vitals = self._vitals.look(held_bytes)
         return WorkerReport(
@@ -309,7 +309,7 @@ class Worker:
             stages=self._stages.reports(),
         )
 
-    def _throttle(self, message: Emulate) -> Acknowledged:
+    def _throttle(self, message: EmulateDevice) -> Acknowledged:
         self._emulate(message.emulation)
         return Acknowledged(request=message.request)
 
@@ -320,7 +320,7 @@ class Worker:
             bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
             self._mailbox.shape_link(link.target, bandwidth, link.latency_s)
 
-    def _introduce(self, message: Introduce) -> Acknowledged:
+    def _introduce(self, message: IntroduceWorker) -> Acknowledged:
         self._peers.introduce(message)
         return Acknowledged(request=message.request)
 

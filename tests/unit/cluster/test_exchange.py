@@ -26,12 +26,12 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.protocol.messages import (
     Acknowledged,
     AnyMessage,
-    Dismiss,
+    DismissWorker,
     EndSession,
     FailureKind,
     Hello,
-    Inspect,
-    Introduce,
+    InspectWorker,
+    IntroduceWorker,
     KVRefused,
     LogRecord,
     Progress,
@@ -72,14 +72,14 @@ class Conversation:
         for name in names:
             self.say(name, Hello(pid=1, address=self.workers[name].address))
         for name in self.workers:
-            while isinstance(introduction := self.heard(name), Introduce):
+            while isinstance(introduction := self.heard(name), IntroduceWorker):
                 self.say(name, Acknowledged(request=introduction.request))
 
     def heard(self, name: str) -> AnyMessage | None:
         delivery = self.workers[name].receive(0)
         return None if delivery is None else decode(delivery.payload)
 
-    def ask(self, message: Step | Inspect, devices: Sequence[str] = "ab", model: int = 1) -> Future[object]:
+    def ask(self, message: Step | InspectWorker, devices: Sequence[str] = "ab", model: int = 1) -> Future[object]:
         pending = Pending(
             devices=frozenset(devices),
             asked=devices[-1],
@@ -162,7 +162,7 @@ def test_a_step_goes_to_the_first_stage_and_its_answer_comes_from_the_last(talk:
 def test_a_failure_is_the_error_of_its_kind_with_the_remote_traceback(
     talk: Conversation, kind: FailureKind, error: type[Exception], words: str
 ) -> None:
-    future = talk.ask(Inspect(request=3), "a")
+    future = talk.ask(InspectWorker(request=3), "a")
     talk.say("a", RequestFailed(request=3, kind=kind, cause="ValueError: no", traceback="line 1"))
     with pytest.raises(error, match=words) as caught:
         future.result(0)
@@ -203,8 +203,8 @@ def test_a_device_may_come_later_and_go_again(talk: Conversation, caplog: pytest
     assert not settled.is_set()
     talk.greet("late")
     assert settled.is_set()
-    future = talk.ask(Inspect(request=1), devices=["late"])
-    assert talk.heard("late") == Inspect(request=1)
+    future = talk.ask(InspectWorker(request=1), devices=["late"])
+    assert talk.heard("late") == InspectWorker(request=1)
     for _ in range(2):
         talk.exchange.forget("late")
     with pytest.raises(WorkerDiedError, match="'late' died"):
@@ -270,7 +270,7 @@ def test_log_records_carry_the_device(talk: Conversation, caplog: pytest.LogCapt
     ]
 
 
-@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x92\x01\x02", encode(Inspect(request=1))])
+@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x92\x01\x02", encode(InspectWorker(request=1))])
 def test_what_is_no_message_for_the_caller_is_refused(
     talk: Conversation, caplog: pytest.LogCaptureFixture, payload: bytes
 ) -> None:
@@ -296,7 +296,7 @@ def test_a_progress_bar_that_raises_stops_nothing(talk: Conversation, caplog: py
         deadline=time.monotonic() + 60,
         on_progress=draw,
     )
-    talk.exchange.ask("a", Inspect(request=5), (), ("request", 5, 0), pending)
+    talk.exchange.ask("a", InspectWorker(request=5), (), ("request", 5, 0), pending)
     talk.say("a", Progress(request=5, num_done=3))
     assert "BrokenPipeError" in caplog.text
     talk.say("a", StageLoaded(request=5, weight_bytes=3, num_bytes_read=3))
@@ -338,7 +338,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         timeout_s=60,
         deadline=time.monotonic() + 60,
     )
-    talk.exchange.ask("a", Inspect(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.exchange.ask("a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
     before = talk.caller.num_refused
     talk.say(sender, message)
     if role is None or (kind is Hello and sender != "bystander"):
@@ -357,7 +357,7 @@ def test_an_answer_to_something_else_is_none(talk: Conversation, kind: type[AnyM
     pending = Pending(
         devices=frozenset("a"), asked="a", answer=Hello, model=7, what="", timeout_s=60, deadline=time.monotonic() + 60
     )
-    talk.exchange.ask("a", Inspect(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.exchange.ask("a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
     talk.say("a", example(kind))
     assert talk.caller.num_refused == 1
     assert not pending.future.done()
@@ -370,7 +370,7 @@ def test_an_answer_about_another_model_is_none(talk: Conversation, kind: type[An
     pending = Pending(
         devices=frozenset("a"), asked="a", answer=answer, model=1, what="", timeout_s=60, deadline=time.monotonic() + 60
     )
-    talk.exchange.ask("a", Inspect(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.exchange.ask("a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
     talk.say("a", example(kind))
     assert talk.caller.num_refused == 1
     assert not pending.future.done()
@@ -384,7 +384,7 @@ def test_workers_are_introduced_to_each_other_once_and_are_ready_then() -> None:
     for name, about in (("a", "b"), ("b", "a")):
         introduction = conversation.heard(name)
         other = conversation.workers[about]
-        assert isinstance(introduction, Introduce)
+        assert isinstance(introduction, IntroduceWorker)
         assert (introduction.name, introduction.public_key, introduction.address) == (
             about,
             other.public_key,
@@ -401,7 +401,7 @@ def test_who_dies_before_it_is_introduced_holds_nobody_up() -> None:
     for name in "ab":
         conversation.say(name, Hello(pid=1, address=conversation.workers[name].address))
     introduction = conversation.heard("b")
-    assert isinstance(introduction, Introduce)
+    assert isinstance(introduction, IntroduceWorker)
     conversation.say("b", Acknowledged(request=introduction.request))
     conversation.exchange.bury("a", "killed")
     assert conversation.exchange.settled["b"].is_set()
@@ -410,7 +410,7 @@ def test_who_dies_before_it_is_introduced_holds_nobody_up() -> None:
 
 def test_a_device_that_is_forgotten_is_forgotten_by_all(talk: Conversation) -> None:
     talk.exchange.forget("b")
-    assert talk.heard("a") == Dismiss(name="b")
+    assert talk.heard("a") == DismissWorker(name="b")
 
 
 @pytest.mark.parametrize("address", ["udp://1.2.3.4:5", "pgm://x", "", "inproc://x"])

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from lingualinked.errors import ProtocolError
-from lingualinked.protocol.messages import EndSession, Inspect, Ping, Pong, UnloadModel, encode
-from lingualinked.protocol.moving import KeepPlan, KVTaken
+from lingualinked.protocol.messages import EndSession, InspectWorker, Ping, Pong, UnloadModel, encode
+from lingualinked.protocol.moving import KeepPlan, KVReceived
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.worker.inbox import Inbox
 
-Message = Inspect | UnloadModel | KeepPlan | EndSession | KVTaken | Pong | Ping
+Message = InspectWorker | UnloadModel | KeepPlan | EndSession | KVReceived | Pong | Ping
 
 
 def check(message: object, sender: str) -> None:
-    if isinstance(message, Inspect) and sender != "caller":
+    if isinstance(message, InspectWorker) and sender != "caller":
         raise ProtocolError("not yours")
 
 
@@ -68,16 +68,16 @@ def test_each_senders_messages_keep_their_order(line: Line) -> None:
 
 def test_what_moves_a_model_comes_first(line: Line) -> None:
     line.say("caller", end(1))
-    line.say("a", KVTaken(request=1, accepted=True))
+    line.say("a", KVReceived(request=1, accepted=True))
     line.say("caller", KeepPlan(model=1, plan_version=2))
-    assert {type(line.next()[1]) for _ in range(2)} == {KVTaken, KeepPlan}
+    assert {type(line.next()[1]) for _ in range(2)} == {KVReceived, KeepPlan}
     assert line.next() == ("caller", end(1))
 
 
 def test_whose_turn_it_is(line: Line) -> None:
     for number in range(500):
         line.say("a", Pong(number=number))
-    line.say("caller", Inspect(request=1))
+    line.say("caller", InspectWorker(request=1))
     line.say("b", end(1))
     assert {line.next()[0] for _ in range(3)} == {"a", "b", "caller"}
 
@@ -100,7 +100,7 @@ def test_no_more_than_so_many_bytes_of_one_sender_wait_here(line: Line) -> None:
 
 def test_what_is_refused_is_counted(line: Line) -> None:
     line.others["a"].send("worker", b"no message")
-    line.say("a", Inspect(request=1))
+    line.say("a", InspectWorker(request=1))
     line.say("a", Pong(number=1))
     heard = [line.inbox.next() for _ in range(3)]
     assert [waiting and waiting[0] for waiting in heard] == [None, None, Pong(number=1)]
@@ -109,12 +109,12 @@ def test_what_is_refused_is_counted(line: Line) -> None:
 
 def test_a_flood_of_what_is_refused_holds_up_nobody(line: Line) -> None:
     def check_and_be_sent_more(message: object, sender: str) -> None:
-        if isinstance(message, Inspect):
+        if isinstance(message, InspectWorker):
             line.say("a", message)
         check(message, sender)
 
     line.inbox = Inbox(line.mailbox, check_and_be_sent_more)
-    line.say("a", Inspect(request=1))
+    line.say("a", InspectWorker(request=1))
     line.say("caller", end(1))
     while (waiting := line.inbox.next()) is None:
         pass

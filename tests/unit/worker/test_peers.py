@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from lingualinked.errors import ArgumentError, PeerUnknownError, ProtocolError
-from lingualinked.protocol.messages import Dismiss, Introduce, Pong, decode
+from lingualinked.protocol.messages import DismissWorker, IntroduceWorker, Pong, decode
 from lingualinked.transport import InProcessHub, InProcessMailbox, generate_keypair
 from lingualinked.worker.peers import Peers
 
@@ -24,8 +24,8 @@ def boxes() -> Iterator[dict[str, InProcessMailbox]]:
         box.close()
 
 
-def introduction(box: InProcessMailbox, name: str | None = None) -> Introduce:
-    return Introduce(request=1, name=name or box.name, public_key=box.public_key, address=box.address)
+def introduction(box: InProcessMailbox, name: str | None = None) -> IntroduceWorker:
+    return IntroduceWorker(request=1, name=name or box.name, public_key=box.public_key, address=box.address)
 
 
 def test_who_is_introduced_is_heard_and_reached(boxes: dict[str, InProcessMailbox]) -> None:
@@ -50,8 +50,8 @@ def test_a_name_keeps_its_key_and_address(boxes: dict[str, InProcessMailbox]) ->
     peers.introduce(introduction(other))
     for wrong in (
         introduction(another, "a"),
-        Introduce(request=1, name="a", public_key=other.public_key, address=another.address),
-        Introduce(request=1, name="a", public_key=another.public_key, address=other.address),
+        IntroduceWorker(request=1, name="a", public_key=other.public_key, address=another.address),
+        IntroduceWorker(request=1, name="a", public_key=another.public_key, address=other.address),
         introduction(another, "me"),
     ):
         with pytest.raises(ProtocolError, match="known with another address or key"):
@@ -70,7 +70,7 @@ def test_who_is_dismissed_is_neither_heard_nor_reached(boxes: dict[str, InProces
     other.connect("me", me.address, me.public_key)
     peers.send("a", Pong(number=1))
     for _ in range(2):
-        peers.dismiss(Dismiss(name="a"))
+        peers.dismiss(DismissWorker(name="a"))
     other.send("me", b"still here")
     assert me.receive(0) is None
     assert me.num_refused == 1

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from lingualinked.errors import ProtocolError
-from lingualinked.protocol.message import Message
-from lingualinked.protocol.messages import AnyMessage, EndSession, Introduce, Step
+from lingualinked.protocol.base import Message
+from lingualinked.protocol.messages import AnyMessage, EndSession, IntroduceWorker, Step
 from lingualinked.protocol.moving import AnnounceMove, FetchWeight, KVChunk, StagePlace
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER, Role
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
@@ -49,7 +49,7 @@ def roles() -> Roles:
     peers = Peers(mailbox)
     for name in PARTIES.keys() - {"caller", "unintroduced"}:
         key = generate_keypair().public
-        peers.introduce(Introduce(request=1, name=name, public_key=key, address="inprocess://"))
+        peers.introduce(IntroduceWorker(request=1, name=name, public_key=key, address="inprocess://"))
     stages = HostedStages("cpu", Background(lambda: None))
     for version in (OLD, NEW):
         hosted: Any = SimpleNamespace(previous_name="previous", stage=SimpleNamespace(start=2, end=4))

@@ -1,6 +1,6 @@
-"""The base of all messages.
+"""The base class of all messages.
 
-Knows how they lie on the wire, not what they say.
+Knows how messages are encoded, not what they mean.
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base of all messages: an array on the wire, its first element names the type."""
+    """Base class of all messages, encoded as arrays whose first element names the type."""
