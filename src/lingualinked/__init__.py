@@ -43,9 +43,11 @@ if TYPE_CHECKING:
     from lingualinked.sharded.model import ShardedModel
     from lingualinked.sharded.profiling import estimate_profile, profile_model
     from lingualinked.telemetry.decisions import Decision, Migration, Move
+    from lingualinked.telemetry.endpoint import MetricsEndpoint
     from lingualinked.telemetry.history import Counters, DeviceCounters, History, StepCounters
+    from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
     from lingualinked.telemetry.samples import DeviceSample, StageTiming, StepSample
-    from lingualinked.telemetry.snapshot import StageSnapshot, Telemetry, WorkerSnapshot
+    from lingualinked.telemetry.snapshot import Telemetry
     from lingualinked.workload import Workload
 
 __version__ = "0.1.0"
@@ -71,6 +73,7 @@ _HOMES = {
     "LingualinkedError": "errors",
     "Link": "device",
     "LinkProfile": "profile",
+    "MetricsEndpoint": "telemetry.endpoint",
     "Migration": "telemetry.decisions",
     "ModelProfile": "profile",
     "ModuleTimes": "profile",
@@ -87,7 +90,7 @@ _HOMES = {
     "ShardedModel": "sharded.model",
     "Simulation": "planning.simulation.result",
     "Solved": "planning.plan",
-    "StageSnapshot": "telemetry.snapshot",
+    "StageSnapshot": "telemetry.reports",
     "StageTiming": "telemetry.samples",
     "StepCounters": "telemetry.history",
     "StepSample": "telemetry.samples",
@@ -98,7 +101,7 @@ _HOMES = {
     "UnsupportedOperationError": "errors",
     "WorkerDiedError": "errors",
     "WorkerError": "errors",
-    "WorkerSnapshot": "telemetry.snapshot",
+    "WorkerSnapshot": "telemetry.reports",
     "Workload": "workload",
     "baseline": "planning.planner",
     "estimate_profile": "sharded.profiling",
@@ -129,6 +132,7 @@ __all__ = [
     "LingualinkedError",
     "Link",
     "LinkProfile",
+    "MetricsEndpoint",
     "Migration",
     "ModelProfile",
     "ModuleTimes",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -183,6 +184,7 @@ def test_a_forked_child_is_refused_and_stops_nothing(
     sharded: Any, unsharded: PreTrainedModel, shared_cluster: ll.Cluster
 ) -> None:
     past = sharded(IDS).past_key_values
+    endpoint = sharded.telemetry.serve(0)
     for use in (
         lambda: greedy(sharded),
         lambda: sharded(IDS),
@@ -192,8 +194,10 @@ def test_a_forked_child_is_refused_and_stops_nothing(
         shared_cluster.workers,
     ):
         assert in_child(use).startswith("UnsupportedOperationError: a cluster can't be used in a forked child")
-    for harmless in (past.end, sharded.close, shared_cluster.close, gc.collect):
+    for harmless in (past.end, endpoint.close, sharded.close, shared_cluster.close, gc.collect):
         assert in_child(harmless) == "no error"
+    with endpoint, urllib.request.urlopen(endpoint.url) as metrics:
+        assert metrics.status == 200
     assert sharded(IDS[:, :1], past_key_values=past).logits.shape == (1, 1, 128)
     assert torch.equal(greedy(sharded), greedy(unsharded))
 

@@ -41,6 +41,7 @@ PUBLIC_NAMES = [
     "LingualinkedError",
     "Link",
     "LinkProfile",
+    "MetricsEndpoint",
     "Migration",
     "ModelProfile",
     "ModuleTimes",

@@ -25,10 +25,11 @@ from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, result_of, uninterrupted
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
-from lingualinked.telemetry.snapshot import WorkerSnapshot
+from lingualinked.telemetry.reports import WorkerSnapshot
 
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
+    from lingualinked.telemetry.endpoint import MetricsEndpoint
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
@@ -100,6 +101,8 @@ class Cluster:
         self._max_frame_bytes = max_frame_bytes
         check_start(self.devices)
         ends = contextlib.ExitStack()
+        self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
+        ends.callback(_close_all, self._endpoints)
         self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
         try:
             self._launcher = launcher = uninterrupted(_launch)(ends, _class_names, _forks)
@@ -343,6 +346,11 @@ def _launch(ends: contextlib.ExitStack, class_names: tuple[str, ...], forks: boo
     launcher = Launcher(class_names, forks=forks)
     ends.callback(launcher.stop)
     return launcher
+
+
+def _close_all(endpoints: weakref.WeakSet[MetricsEndpoint]) -> None:
+    for endpoint in list(endpoints):
+        endpoint.close()
 
 
 def _start_engine(

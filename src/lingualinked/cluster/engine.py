@@ -88,6 +88,12 @@ class Engine:
         """Where the caller's inbox listens."""
         return self._mailbox.address
 
+    def check_open(self) -> None:
+        """Raise `ClosedError` if the cluster is closed, or what `check_owner` raises."""
+        self.check_owner()
+        if self._stopping:
+            raise closed()
+
     def check_owner(self) -> None:
         """Raise `UnsupportedOperationError` in a forked child of the process that made the cluster."""
         if os.getpid() != self._owner_pid:

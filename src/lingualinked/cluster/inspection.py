@@ -9,14 +9,18 @@ import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import results_of
 from lingualinked.protocol.messages import InspectWorker, StageReport, WorkerReport
 from lingualinked.telemetry.history import History
+from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
-from lingualinked.telemetry.snapshot import StageSnapshot, Telemetry, WorkerSnapshot
+from lingualinked.telemetry.snapshot import Telemetry
+
+if TYPE_CHECKING:
+    from lingualinked.telemetry.snapshot import LiveServe
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +95,10 @@ def inspection_of(name: str, report: WorkerReport, time_s: float) -> Inspection:
     )
 
 
-def telemetry_of(inspections: Sequence[Inspection], model: int, plan_version: int, history: History) -> Telemetry:
-    """Put together what workers say of one model under one version of its plan, and what is remembered of it."""
+def telemetry_of(
+    inspections: Sequence[Inspection], model: int, plan_version: int, history: History, serve: LiveServe
+) -> Telemetry:
+    """Put together what workers say of one model under one version of its plan, what is remembered of it, and who serves it."""
     reports = [
         (each.worker.device, stage)
         for each in inspections
@@ -117,4 +123,5 @@ def telemetry_of(inspections: Sequence[Inspection], model: int, plan_version: in
         ),
         workers=tuple(each.worker for each in inspections),
         history=history,
+        _live=serve,
     )

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.controller import Controller
 from lingualinked.cluster.engine import Engine, end_with_interpreter
-from lingualinked.cluster.inspection import Inspection, inspect_workers, telemetry_of
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.migration import Migrator
+from lingualinked.cluster.observer import Observer
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
@@ -91,13 +91,19 @@ class Pipeline:
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
         self._correction: Correction | None = None
-        self._inspected: tuple[list[Inspection], int] = ([], 1)
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
         self._migrator = Migrator(
             self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens
         )
         self._controller = Controller(self._engine, self._migrator.run, self._recorder)
-        self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller)
+        self._observer = Observer(
+            self._engine,
+            self._model,
+            self._routes,
+            self._recorder,
+            cluster._endpoints,  # noqa: SLF001 - within the room
+        )
+        self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller, self._observer)
         self._finalizer.atexit = False
 
     @property
@@ -320,19 +326,8 @@ class Pipeline:
         """
         self._engine.check_owner()
         if not self.closed:
-            self._inspect(self.timeout_s)
-        inspections, version = self._inspected
-        return telemetry_of(inspections, self._model, version, self._recorder.history())
-
-    def _inspect(self, timeout_s: float) -> None:
-        """Ask the workers for reports, and keep them."""
-        inspections, route = [], None
-        while route is not self._routes.current:  # its stages may go while they are looked at
-            route = self._routes.current
-            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), timeout_s)
-        for inspection in inspections:
-            self._recorder.add_device(inspection.device)
-        self._inspected = inspections, route.version
+            self._observer.inspect(self.timeout_s)
+        return self._observer.telemetry()
 
     @property
     def closed(self) -> bool:
@@ -343,7 +338,7 @@ class Pipeline:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
         if not self.closed:
             with contextlib.suppress(LingualinkedError):  # for its telemetry, which stays readable
-                self._inspect(min(self.timeout_s, _LAST_REPORT_S))
+                self._observer.inspect(min(self.timeout_s, _LAST_REPORT_S))
         self._finalizer()
         self._controller.join()
 
@@ -355,6 +350,7 @@ def _vocabulary(spec: ModelSpec) -> int | None:
 
 
 @uninterrupted
-def _free(engine: Engine, model: int, controller: Controller) -> None:
+def _free(engine: Engine, model: int, controller: Controller, observer: Observer) -> None:
+    observer.stop()
     controller.stop()
     engine.unload(model)

@@ -278,7 +278,7 @@ class LinkProbed(Message, frozen=True, tag=27):
 
 
 class StageReport(Message, frozen=True):
-    """One hosted stage, with the fields of `lingualinked.telemetry.snapshot.StageSnapshot`."""
+    """One hosted stage, with the fields of `lingualinked.telemetry.reports.StageSnapshot`."""
 
     model: int
     plan_version: int

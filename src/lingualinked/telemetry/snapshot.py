@@ -6,78 +6,29 @@ Knows how to describe itself, not how it was measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lingualinked.errors import ClosedError
 from lingualinked.pretty import pretty_text
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.history import Counters, History
+from lingualinked.telemetry.metrics import Reading, metrics_text
 from lingualinked.telemetry.perfetto import write_trace
 from lingualinked.telemetry.plain import plain
-from lingualinked.telemetry.prometheus import prometheus_text
+from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample, StepSample
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from lingualinked.telemetry.endpoint import MetricsEndpoint
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StageSnapshot:
-    """One stage as its worker reports it.
-
-    Parameters
-    ----------
-    device : str
-        Name of the device that hosts it.
-    start, end : int
-        Its half-open layer range.
-    weight_bytes, kv_bytes : int
-        Bytes of its weights, and of the KV cache that it holds for live sessions.
-    num_sessions, num_steps : int
-        Sessions that hold KV now, and steps run since it was loaded.
-    compute_s : float
-        Seconds spent computing those steps.
-    sent_bytes : int
-        Bytes sent to the next stage (or, from the last one, to the caller) before encryption.
-    """
-
-    device: str
-    start: int
-    end: int
-    weight_bytes: int
-    kv_bytes: int
-    num_sessions: int
-    num_steps: int
-    compute_s: float
-    sent_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSnapshot:
-    """One worker process.
-
-    Parameters
-    ----------
-    device : str
-        Name of its device.
-    pid : int
-        Process id.
-    threads : int
-        Threads that it computes with.
-    resident_bytes, idle_resident_bytes : int
-        Resident memory now, and when it had started and held nothing.
-    num_refused : int
-        Messages that it refused as malformed, unknown or late, and connections that showed no authorised key.
-    """
-
-    device: str
-    pid: int
-    threads: int
-    resident_bytes: int
-    idle_resident_bytes: int
-    num_refused: int
+    LiveServe = Callable[[], Callable[[int, str], MetricsEndpoint] | None]  # a reference that keeps no model alive
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +48,7 @@ class Telemetry:
     stages: tuple[StageSnapshot, ...]
     workers: tuple[WorkerSnapshot, ...]
     history: History = dataclasses.field(default_factory=History)
+    _live: LiveServe | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def steps(self) -> tuple[StepSample, ...]:
@@ -133,7 +85,9 @@ class Telemetry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as nested plain Python data, ready for JSON."""
-        return plain(self)
+        data = plain(dataclasses.replace(self, _live=None))
+        del data["_live"]
+        return data
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a row per step and stage (needs pandas: ``pip install lingualinked[pandas]``).
@@ -170,8 +124,54 @@ class Telemetry:
         return write_trace(self.history, path)
 
     def prometheus(self) -> str:
-        """Return totals and the present state in Prometheus' text format, to be served to its scraper."""
-        return prometheus_text(self)
+        """Return totals and the present state in Prometheus' text format (needs ``pip install lingualinked[metrics]``).
+
+        Raises
+        ------
+        ArgumentError
+            If prometheus_client is not installed.
+        """
+        return metrics_text(Reading(stages=self.stages, workers=self.workers, history=self.history))
+
+    def serve(self, port: int, address: str = "127.0.0.1") -> MetricsEndpoint:
+        """Serve the running model's metrics to Prometheus over HTTP (needs ``pip install lingualinked[metrics]``).
+
+        Each scrape asks the workers anew, for 5 s at most; ``lingualinked_up`` says whether all have answered. The endpoint
+        ends with the model, or its cluster; nobody has to keep it. A model can be served at several ports.
+
+        Parameters
+        ----------
+        port : int
+            Where to listen; 0: a port that is free, which the endpoint names.
+        address : str
+            Of this machine. Whoever reaches it can read the metrics: names of devices and figures, never text or tokens.
+
+        Returns
+        -------
+        MetricsEndpoint
+            With its ``url`` and ``close()``; also a context manager.
+
+        Raises
+        ------
+        ArgumentError
+            If it can't listen there, or prometheus_client is not installed.
+        ClosedError
+            If the model is closed, or this telemetry was taken of none that runs here.
+        UnsupportedOperationError
+            In a forked child of the process that made the cluster.
+        ResourceError
+            If no thread can be started.
+
+        Examples
+        --------
+        >>> endpoint = model.telemetry.serve(9100)  # doctest: +SKIP
+        >>> endpoint.url  # doctest: +SKIP
+        'http://127.0.0.1:9100/metrics'
+        """
+        serve = None if self._live is None else self._live()
+        if serve is None:
+            raise ClosedError("no model runs that this telemetry was taken of: call serve on the telemetry of a model")
+        return serve(port, address)
 
     def plot(self, last_s: float | None = None) -> Figure:
         """Draw stage times, utilisation and tokens per second over time, with the migrations marked.
@@ -191,6 +191,9 @@ class Telemetry:
         from lingualinked.display.telemetry import telemetry_figure  # plain data that can be drawn
 
         return telemetry_figure(self, last_s)
+
+    def __reduce__(self) -> tuple[Callable[[], Telemetry], tuple[()]]:  # a copy is of no running model
+        return functools.partial(Telemetry, stages=self.stages, workers=self.workers, history=self.history), ()
 
     _repr_pretty_ = pretty_text
 

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import lingualinked as ll
 from histories import recorded, step
 from lingualinked.telemetry.history import History
+from lingualinked.telemetry.metrics import Reading
 from lingualinked.telemetry.plain import plain
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.samples import DeviceSample
@@ -114,6 +115,14 @@ def test_without_pandas_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ll.ArgumentError, match=r"lingualinked\[pandas\]"):
         telemetry().to_pandas()
+
+
+def test_without_prometheus_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ll.ArgumentError, match=r"pip install 'lingualinked\[metrics\]'"):
+        telemetry().prometheus()
+    with pytest.raises(ll.ArgumentError, match=r"pip install 'lingualinked\[metrics\]'"):
+        ll.MetricsEndpoint(Reading, 0, "127.0.0.1")
 
 
 def test_prometheus_reads_the_totals() -> None:

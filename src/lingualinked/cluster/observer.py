@@ -1,0 +1,123 @@
+"""What one model's workers say of it: asked now, or as it was known last; served to Prometheus.
+
+It holds neither the pipeline nor the model, so that what it serves keeps none of them alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.inspection import Inspection, inspect_workers, telemetry_of
+from lingualinked.cluster.route import Routes
+from lingualinked.errors import ClosedError, LingualinkedError
+from lingualinked.interrupts import uninterrupted
+from lingualinked.telemetry.metrics import Reading
+from lingualinked.telemetry.recorder import Recorder
+from lingualinked.telemetry.snapshot import Telemetry
+
+if TYPE_CHECKING:
+    from lingualinked.telemetry.endpoint import MetricsEndpoint
+
+_SCRAPE_S = 5.0  # that workers may take to answer a scrape, which waits for 10 unless it is told otherwise
+
+
+class Observer:
+    """Asks the workers of one model how they are.
+
+    Parameters
+    ----------
+    engine : Engine
+        The cluster's I/O thread.
+    model : int
+        The model's number.
+    routes : Routes
+        Says which devices to ask.
+    recorder : Recorder
+        What is remembered of the model's steps; looks at devices are added.
+    cluster_endpoints : WeakSet
+        Of the cluster, which closes them with itself.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: int,
+        routes: Routes,
+        recorder: Recorder,
+        cluster_endpoints: weakref.WeakSet[MetricsEndpoint],
+    ) -> None:
+        self._engine, self._model, self._routes, self._recorder = engine, model, routes, recorder
+        self._inspected: tuple[list[Inspection], int] = ([], 1)
+        self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
+        self._cluster_endpoints = cluster_endpoints
+        self._is_stopped = False
+
+    def inspect(self, timeout_s: float) -> None:
+        """Ask the workers for reports, and keep them.
+
+        Raises
+        ------
+        WorkerDiedError, StepTimeoutError, ClosedError
+            If a worker has ended, or did not answer, or the cluster is closed.
+        """
+        inspections, route = [], None
+        while route is not self._routes.current:  # its stages may go while they are looked at
+            route = self._routes.current
+            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), timeout_s)
+        for inspection in inspections:
+            self._recorder.add_device(inspection.device)
+        self._inspected = inspections, route.version
+
+    def telemetry(self) -> Telemetry:
+        """Return what was known last."""
+        inspections, version = self._inspected
+        serve = weakref.WeakMethod(self.serve)
+        return telemetry_of(inspections, self._model, version, self._recorder.history(), serve)
+
+    @uninterrupted
+    def serve(self, port: int, address: str) -> MetricsEndpoint:
+        """Serve metrics until the endpoint, the model or its cluster is closed.
+
+        Raises
+        ------
+        ArgumentError
+            If they can't be served there, or prometheus_client is not installed.
+        ClosedError, UnsupportedOperationError, ResourceError
+            If the model is closed, if this is a forked child, if no thread can be started.
+        """
+        from lingualinked.telemetry.endpoint import (
+            MetricsEndpoint,  # stands on an HTTP server, which a start may do without
+        )
+
+        self._check_open()
+        endpoint = MetricsEndpoint(self._read, port, address)
+        self._endpoints.add(endpoint)
+        self._cluster_endpoints.add(endpoint)
+        try:
+            self._check_open()  # whoever has closed the model meanwhile may not have seen it
+        except ClosedError:
+            endpoint.close()
+            raise
+        return endpoint
+
+    def stop(self) -> None:
+        """Close what is served; nothing can be served any more."""
+        self._is_stopped = True
+        for endpoint in list(self._endpoints):
+            endpoint.close()
+
+    def _check_open(self) -> None:
+        self._engine.check_open()
+        if self._is_stopped:
+            raise ClosedError("the model is closed, and its metrics can't be served any more: load it again")
+
+    def _read(self) -> Reading:
+        is_current = True
+        try:
+            self.inspect(_SCRAPE_S)
+        except LingualinkedError:  # the reading says so
+            is_current = False
+        known = self.telemetry()
+        return Reading(stages=known.stages, workers=known.workers, history=known.history, is_current=is_current)
