@@ -22,7 +22,7 @@ from transformers import LlamaConfig, PreTrainedModel
 import lingualinked as ll
 from lingualinked.cluster.inspection import inspect_workers
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.sharded.loading import LoadArguments, describe
+from lingualinked.sharded.describing import LoadArguments, describe
 from lingualinked.transport import ZmqMailbox, generate_keypair
 from processes import are_gone, family, fork_server
 from waiting import num_sessions, wait_until

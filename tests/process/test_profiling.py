@@ -23,7 +23,7 @@ from families import reference, save_tiny
 from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
 from lingualinked.profile import ModuleTimes
-from lingualinked.sharded.loading import LoadArguments, describe
+from lingualinked.sharded.describing import LoadArguments, describe
 from profiles import MIB, model_profile
 
 pytestmark = pytest.mark.process

@@ -28,7 +28,8 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     path = ll.sample_model()
     console.print(f"[bold]Sample model[/] {path}\n", soft_wrap=True)
     started = time.perf_counter()
-    from lingualinked.sharded.loading import LoadArguments, describe, place
+    from lingualinked.sharded.describing import LoadArguments, describe
+    from lingualinked.sharded.placing import place
 
     limited = asked.devices
     if devices.isdecimal():

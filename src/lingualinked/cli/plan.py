@@ -62,8 +62,8 @@ def load_format_of(path: str) -> Literal["auto", "dummy"]:
 
 
 def _profile(path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool) -> ll.Profile:
-    from lingualinked.sharded.loading import LoadArguments, describe
-    from lingualinked.sharded.profiling import check_devices, find_profile, saved_profile
+    from lingualinked.sharded.describing import LoadArguments, describe
+    from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
 
     asked = read_devices(devices)
     described = describe(LoadArguments.of(path, None, dtype=dtype, load_format=load_format_of(path)))

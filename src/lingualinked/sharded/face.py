@@ -30,7 +30,6 @@ from lingualinked.sharded.inputs import (
     check_tensor,
     refuse_arguments,
 )
-from lingualinked.sharded.model import ShardedModel
 from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_past_unasked
 from lingualinked.sharded.sealed_config import SealedConfig
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
 
-class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedModel, ShardedGeneration):
+class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGeneration):
     """The part of a sharded model's class that overrides transformers'; stands before the real class."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
@@ -69,7 +68,8 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedMo
         """
         if makes_pipeline_for_device(sys._getframe(1)):  # noqa: SLF001 - of whoever asks
             raise AttributeError("hf_device_map")
-        accelerators = [(stage, self.cluster.device(stage.device).accelerator) for stage in self.plan.stages]
+        device = self._pipeline.cluster.device
+        accelerators = [(stage, device(stage.device).accelerator) for stage in self._pipeline.plan.stages]
         placed = {"": str(self.device)} | dict.fromkeys(self._parts.prologue, accelerators[0][1])
         for stage, accelerator in accelerators:
             for index in range(stage.start, stage.end):
@@ -228,17 +228,17 @@ def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
 
 
 @functools.cache  # one class per real one: types of two models of a kind are equal
-def face_class(real: Any) -> Any:
-    """Make the class whose instances are sharded models and instances of ``real`` both, under its name."""
+def face_class(real: Any, base: type) -> Any:
+    """Make the class whose instances are instances of ``base`` and of ``real`` both, under the name of the latter."""
     namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
     namespace |= {"__module__": real.__module__, "__doc__": real.__doc__}
     namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
     namespace |= {"_output_class": output_class(real)}
-    return type(real.__name__, (ShardedCausalLM, real), namespace)
+    return type(real.__name__, (ShardedCausalLM, base, real), namespace)
 
 
 def wear_face(
-    meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, code: ModelCode, *, owns_cluster: bool
+    meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, code: ModelCode, *, base: type, owns_cluster: bool
 ) -> ShardedCausalLM:
     """Turn a model on the meta device into one that runs in a pipeline.
 
@@ -252,6 +252,8 @@ def wear_face(
         Their names.
     code : ModelCode
         What it runs.
+    base : type
+        What it is an instance of beside the real class.
     owns_cluster : bool
         Whether the cluster ends with the model.
 
@@ -268,5 +270,5 @@ def wear_face(
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta), _sealed_config=SealedConfig(meta.config)
     )
-    model.__class__ = face_class(real)
+    model.__class__ = face_class(real, base)
     return cast("ShardedCausalLM", model)

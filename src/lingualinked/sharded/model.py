@@ -21,6 +21,8 @@ from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import check_interpreter
 from lingualinked.sharded.beforehand import refuse_too_large
+from lingualinked.sharded.placing import fit_plan
+from lingualinked.sharded.rebalancing import decide_from_profile, profile_with
 from lingualinked.workload import Objective, Workload, check_objective
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.model.parts import ModelParts
     from lingualinked.profile import Profile
+    from lingualinked.sharded.describing import Described
     from lingualinked.telemetry.decisions import Decision
     from lingualinked.telemetry.snapshot import Telemetry
 
@@ -176,7 +179,8 @@ class ShardedModel:
         try:
             cluster = given or Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(path, subfolder))
             # Imports torch and transformers, while the workers start.
-            from lingualinked.sharded.loading import LoadArguments, load
+            from lingualinked.sharded.describing import LoadArguments
+            from lingualinked.sharded.loading import load
 
             return load(
                 LoadArguments.of(
@@ -202,7 +206,8 @@ class ShardedModel:
                     attn_implementation=attn_implementation,
                     trust_remote_code=trust_remote_code,
                     **kwargs,
-                )
+                ),
+                ShardedModel,
             )
         except BaseException:
             if given is None and cluster is not None:
@@ -268,8 +273,6 @@ class ShardedModel:
             return self._pipeline.rebalance(None, self._parts.weights, dry_run=dry_run)
         if not isinstance(plan, Plan):
             raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan or None")
-        from lingualinked.sharded.loading import fit_plan
-
         model = None if self.profile is None else self.profile.model
         fitting = fit_plan(plan, self._parts.weights, self.cluster, model, self.plan.workload)
         return self._pipeline.rebalance(fitting, self._parts.weights, dry_run=dry_run)
@@ -325,9 +328,6 @@ class ShardedModel:
         ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
             If its worker does not start, or layers could not be moved; the old plan goes on.
         """
-        from lingualinked.sharded.loading import describe_spec
-        from lingualinked.sharded.rebalancing import profile_with
-
         pipeline, is_new = self._pipeline, isinstance(device, Device)
         pipeline.check_open()
         if not isinstance(device, Device | str):
@@ -342,17 +342,19 @@ class ShardedModel:
         self._measure()
         if isinstance(device, Device):
             self.cluster.add(device, links=links)
-        return pipeline.admit(name, lambda: profile_with(pipeline, describe_spec(pipeline.spec), name))
+        return pipeline.admit(name, lambda: profile_with(pipeline, self._describe(), name))
 
     def _measure(self) -> None:
         """Have the pipeline decide from a profile, if it does not do so already."""
-        from lingualinked.sharded.loading import describe_spec
-        from lingualinked.sharded.rebalancing import decide_from_profile
-
         pipeline = self._pipeline
         pipeline.check_open()
         if not pipeline.decides:
-            decide_from_profile(pipeline, describe_spec(pipeline.spec), None, RebalancePolicy(), is_automatic=False)
+            decide_from_profile(pipeline, self._describe(), None, RebalancePolicy(), is_automatic=False)
+
+    def _describe(self) -> Described:
+        from lingualinked.sharded.describing import describe_spec  # imports torch
+
+        return describe_spec(self._pipeline.spec)
 
     def close(self) -> None:
         """Free the model's stages; its private cluster, if it has one, ends too. Calls under way raise `ClosedError`."""

@@ -1,37 +1,26 @@
-"""Profiles and plans of models on clusters, kept on disk so that only the first start measures and solves.
+"""Profiles of models on clusters: measured, or estimated from what devices are said to do.
 
-Knows checkpoints, clusters and files; what is measured, and how it is solved, is others' business.
+Knows checkpoints and clusters; how layers are measured is the cluster's business.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import platform
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-import psutil
-
+from lingualinked.cluster.cluster import Cluster
 from lingualinked.errors import ArgumentError
 from lingualinked.interrupts import interruptible
-from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.profile import Profile
-from lingualinked.sharded.kept_files import keep, read_kept
-from lingualinked.workload import Objective, Workload
+from lingualinked.sharded.describing import LoadArguments, describe, describe_spec
+from lingualinked.sharded.model import ShardedModel
+from lingualinked.sharded.saved import find_profile
+from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.cluster import Cluster
     from lingualinked.device import Device, Links
-    from lingualinked.model.footprint import Footprint
-    from lingualinked.model.spec import ModelSpec
     from lingualinked.planning.estimate import Figures
-    from lingualinked.sharded.model import ShardedModel
-
-_SOLVER = 2  # to be raised when it decides otherwise: plans of before are then solved again
 
 
 @interruptible
@@ -76,10 +65,6 @@ def profile_model(
     LingualinkedError
         As `ShardedModel.from_pretrained` says of the path and its arguments, and of workers that fail.
     """
-    from lingualinked.cluster.cluster import Cluster
-    from lingualinked.sharded.loading import LoadArguments, describe, describe_spec
-    from lingualinked.sharded.model import ShardedModel
-
     if not isinstance(cluster, Cluster):
         raise ArgumentError(f"cluster is a {type(cluster).__name__}: give a lingualinked.Cluster")
     if isinstance(model_or_path, ShardedModel):
@@ -128,104 +113,4 @@ def estimate_profile(
     LingualinkedError
         As `ShardedModel.from_pretrained` says of the path and its arguments.
     """
-    from lingualinked.sharded.loading import LoadArguments, describe
-
     return describe(LoadArguments.of(os.fspath(path), None, **kwargs)).estimate(devices, figures, links, workload)
-
-
-def find_profile(
-    cluster: Cluster,
-    spec: ModelSpec,
-    footprint: Footprint,
-    workload: Workload,
-    *,
-    refresh: bool = False,
-    without: Collection[str] = (),
-    is_idle: bool = True,
-    progress: bool = False,
-) -> Profile:
-    """Load the profile from disk, or measure it and keep it if it is not doubtful and the devices are ``is_idle``."""
-    devices, links = cluster.devices, cluster.links
-    found = None if refresh else saved_profile(devices, links, footprint, workload)
-    if found is not None:
-        return found.without(*without)
-    from lingualinked.cluster.profiling import num_measurements, profile_devices
-    from lingualinked.sharded.progress import DeviceProgress
-
-    measured = [device for device in devices if device.name not in without]
-    totals = {device.name: num_measurements(device, footprint.profile, workload) for device in measured}
-    with DeviceProgress.of_measuring(totals, shown=progress) as bars:
-        profile = profile_devices(cluster, measured, spec, footprint, workload, bars.update)
-    is_of_these = cluster.devices == devices and not without and not cluster.is_throttled
-    if is_idle and is_of_these and not profile.doubt:
-        keep(_name("profile", _key(devices, links, footprint, workload)), profile.to_json())
-    return profile
-
-
-def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> Profile | None:
-    """Load the profile of a model on these devices from disk; ``None`` if there is none that can be read."""
-    kept = read_kept(_name("profile", _key(devices, links, footprint, workload)))
-    with contextlib.suppress(ArgumentError):
-        return None if kept is None else Profile.from_json(kept)
-    return None
-
-
-def find_plan(
-    cluster: Cluster,
-    spec: ModelSpec,
-    footprint: Footprint,
-    workload: Workload,
-    objective: Objective,
-    *,
-    progress: bool,
-) -> Plan:
-    """Load the plan from disk, or profile, solve and keep it: loading a solver takes as long as loading a small model."""
-    devices = cluster.devices
-    key = [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE, _SOLVER]
-    name = _name("plan", key)
-    kept = read_kept(name)
-    if kept is not None:
-        with contextlib.suppress(ArgumentError):
-            return Plan.from_json(kept)
-    check_devices(footprint, devices, cluster.links, workload)
-    profile = find_profile(cluster, spec, footprint, workload, progress=progress)
-    from lingualinked.planning.planner import solve
-
-    plan = solve(profile, objective=objective, workload=workload)
-    if not profile.doubt and cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
-        keep(name, plan.to_json())
-    return plan
-
-
-def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links, workload: Workload) -> None:
-    """Refuse a model that no plan could place on devices of this machine, before anything is measured.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        As `solve`.
-    """
-    from lingualinked.planning.fitting import check_fits
-
-    on_cpu = [device.name for device in devices if device.accelerator == "cpu"]
-    free = dict.fromkeys(on_cpu, psutil.virtual_memory().available // max(1, len(on_cpu)))
-    check_fits(footprint.profile, devices, links, workload, free_bytes=free, reserve=DEFAULT_RESERVE)
-
-
-def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> list[object]:
-    """Everything that a profile depends on."""
-    from lingualinked.cluster.profiling import library_versions
-
-    known = [(*ends, links[ends]) for ends in sorted(links)]
-    return [footprint.profile, tuple(devices), known, workload, library_versions(), platform.node(), _processor()]
-
-
-def _name(kind: str, key: list[object]) -> str:
-    digest = hashlib.blake2b(msgspec.json.encode(key, order="sorted"), digest_size=16).hexdigest()
-    return f"{kind}-{digest}.json"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        return next((line.strip() for line in lines if line.startswith("model name")), "")
-    return platform.processor()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lingualinked.sharded.profiling import find_profile
+from lingualinked.sharded.saved import find_profile
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.control.policy import RebalancePolicy
     from lingualinked.profile import Profile
-    from lingualinked.sharded.loading import Described
+    from lingualinked.sharded.describing import Described
     from lingualinked.workload import Workload
 
 

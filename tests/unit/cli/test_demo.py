@@ -8,7 +8,7 @@ import pytest
 
 import lingualinked as ll
 from lingualinked.cli.demo import _memory_of_each
-from lingualinked.sharded.loading import LoadArguments, describe
+from lingualinked.sharded.describing import LoadArguments, describe
 from profiles import profile
 
 

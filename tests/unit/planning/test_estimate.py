@@ -16,7 +16,7 @@ from families import FAMILIES, tiny_config
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.estimate import LayerOperations, _num_attended, roofline_profile
-from lingualinked.sharded.loading import Described, describe_spec
+from lingualinked.sharded.describing import Described, describe_spec
 from profiles import MIB, model_profile
 
 SLOW_MEMORY = ll.Figures(flops="1PFLOP/s", memory_bandwidth=10 * MIB)

@@ -96,7 +96,9 @@ class Pair:
             meta = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
         meta.generation_config = copy.deepcopy(original.generation_config)
         self.pipeline: Any = LocalPipeline(original)
-        self.sharded: Any = wear_face(meta, self.pipeline, find_parts(meta), ModelCode(meta), owns_cluster=False)
+        self.sharded: Any = wear_face(
+            meta, self.pipeline, find_parts(meta), ModelCode(meta), base=ll.ShardedModel, owns_cluster=False
+        )
 
 
 def observe(model: Any) -> Any:

@@ -1,0 +1,239 @@
+"""From the arguments of ``from_pretrained`` to a model that is known in every detail but its weights.
+
+Knows checkpoints and configs; neither clusters' messages nor where layers are placed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
+from lingualinked.model.architectures import check_architecture
+from lingualinked.model.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
+from lingualinked.model.footprint import Footprint, measure_footprint
+from lingualinked.model.loading import check_weights
+from lingualinked.model.parts import ModelParts, build_meta, find_parts
+from lingualinked.model.spec import ModelSpec
+from lingualinked.profile import ModelProfile, Profile
+from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, take_config_attributes
+from lingualinked.workload import Objective, Workload
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.cluster import Cluster
+    from lingualinked.control.policy import RebalancePolicy
+    from lingualinked.device import Device, Links
+    from lingualinked.planning.estimate import Figures, LayerOperations
+    from lingualinked.planning.plan import Plan
+
+_HUB_DEFAULTS: Mapping[str, Any] = {
+    "cache_dir": None,
+    "force_download": False,
+    "local_files_only": False,
+    "proxies": None,
+    "revision": "main",
+    "subfolder": "",
+    "token": None,
+}
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+# Attributes of a config that stages take no notice of.
+_ABOUT_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadArguments:
+    """The arguments of `ShardedModel.from_pretrained`, as far as they are checked without torch."""
+
+    path: str
+    cluster: Cluster | None = None
+    owns_cluster: bool = False
+    plan: Plan | Literal["even"] | None = None
+    objective: Objective = "throughput"
+    workload: Workload | None = None
+    max_kv_tokens: int | None = None
+    policy: RebalancePolicy | None = None
+    seed: int = 0
+    load_format: str = "auto"
+    progress: bool = True
+    timeout_s: float | None = None
+    dtype: torch.dtype | str | None = "auto"
+    config: PreTrainedConfig | str | os.PathLike[str] | None = None
+    hub: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.load_format not in ("auto", "dummy"):
+            raise ArgumentError(f"load_format={self.load_format!r} must be 'auto' or 'dummy'")
+
+    @classmethod
+    def of(cls, path: str, cluster: Cluster | None, **arguments: Any) -> LoadArguments:
+        """Sort arguments: those that are fields, those for the hub, and the rest."""
+        fields = {field.name for field in dataclasses.fields(cls)} - {"hub", "extra"}
+        own = {name: value for name, value in arguments.items() if name in fields}
+        hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
+        extra = {name: value for name, value in arguments.items() if name not in fields and name not in hub}
+        return cls(path=path, cluster=cluster, hub=hub, extra=extra, **own)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A model that is known in every detail but its weights.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        What workers are told.
+    meta : PreTrainedModel
+        The whole model on the meta device, with its generation config.
+    parts : ModelParts
+        Its layers and what lies around them.
+    """
+
+    spec: ModelSpec
+    meta: PreTrainedModel
+    parts: ModelParts
+
+    def footprint(self) -> Footprint:
+        """Run the model without data to see what it takes."""
+        return measure_footprint(self.meta, self.parts, self.spec)
+
+    def estimate(
+        self, devices: Sequence[Device], figures: Mapping[str, Figures], links: Links | None, workload: Workload | None
+    ) -> Profile:
+        """Estimate a profile from what devices are said to do."""
+        from lingualinked.planning.estimate import roofline_profile
+
+        model = self.footprint().profile
+        return roofline_profile(model, self.operations(model), devices, figures, links=links, workload=workload)
+
+    def operations(self, model: ModelProfile) -> tuple[LayerOperations, ...]:
+        """Count the operations of one layer of each of the model's kinds."""
+        from lingualinked.model.operations import count_operations
+
+        return count_operations(self.spec, self.parts, model.kind_of_layer)
+
+
+def describe_spec(spec: ModelSpec) -> Described:
+    """Describe a model by its specification."""
+    meta = _build_meta(spec)
+    return Described(spec=spec, meta=meta, parts=find_parts(meta))
+
+
+def describe(arguments: LoadArguments) -> Described:
+    """Read config and headers: everything that comes before plans and weights.
+
+    Raises
+    ------
+    LingualinkedError
+        As `ShardedModel.from_pretrained` says.
+    """
+    check_interpreter()
+    extra = dict(arguments.extra)
+    hub = {**_HUB_DEFAULTS, **arguments.hub}
+    hub |= {name: extra.pop(name) for name in ("force_download", "proxies") if name in extra}
+    if Path(arguments.path).is_dir():  # else the hub is asked, after the config
+        check_fetched(Path(arguments.path) / hub["subfolder"])
+        check_no_adapter(arguments.path, **hub)
+    generation_config = extra.pop("generation_config", None)
+    old_dtype = extra.pop("torch_dtype", None)
+    dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
+    config = _config(arguments, hub, take_config_attributes(extra))
+    class_name = check_architecture(config)
+    dummy = arguments.load_format == "dummy"
+    files = () if dummy else resolve_files(arguments.path, **hub)
+    resolved = resolve_dtype(dtype, config, files)
+    config.dtype = getattr(torch, resolved)
+    config.name_or_path = arguments.path
+    spec = ModelSpec(
+        class_name=class_name,
+        config_json=config.to_json_string(use_diff=False),
+        dtype=resolved,
+        attn_implementation=_attn_implementation(arguments, config),
+        load_format="dummy" if dummy else "safetensors",
+        files=files,
+        seed=arguments.seed,
+    )
+    described = describe_spec(spec)
+    experts = getattr(config, "_experts_implementation", None)
+    if experts != getattr(described.meta.config, "_experts_implementation", None):  # a loaded model's config says it
+        take_config_attributes({"experts_implementation": experts})
+    for name in _ABOUT_OUTPUTS:
+        setattr(described.meta.config, name, getattr(config, name))
+    check_weights(spec, described.meta)
+    _set_generation_config(described.meta, generation_config, arguments, hub)
+    return described
+
+
+def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any]) -> PreTrainedConfig:
+    """Read the config, or copy the one given, and set the attributes that it has."""
+    if isinstance(arguments.config, PreTrainedConfig):
+        config, unused = copy.deepcopy(arguments.config), attributes
+    else:
+        source = arguments.path if arguments.config is None else os.fspath(arguments.config)
+        if Path(source).is_absolute() and not Path(source).exists():
+            raise CheckpointError(f"there is no checkpoint at {source!r}: give a folder with config.json, or a hub id")
+        try:
+            config, unused = AutoConfig.from_pretrained(
+                source,
+                return_unused_kwargs=True,
+                trust_remote_code=arguments.trust_remote_code,
+                **hub,
+                **attributes,
+            )
+        except (OSError, ValueError, StrictDataclassError) as error:
+            raise CheckpointError(f"no usable config.json for {source!r}: {error}") from error
+    unused = {name: value for name, value in unused.items() if name not in ("trust_remote_code", *hub)}
+    if unused:
+        raise ArgumentError(f"unknown argument {next(iter(unused))!r} of ShardedModel.from_pretrained")
+    if arguments.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        raise UncuttableModelError(
+            type(config).__name__,
+            "trust_remote_code=True asks for the checkpoint's own code, and custom code is not cut: leave it out",
+        )
+    return config
+
+
+def _attn_implementation(arguments: LoadArguments, config: PreTrainedConfig) -> str | None:
+    """Settle what is asked for, here or in the config, whose JSON does not tell it."""
+    asked = arguments.attn_implementation
+    return check_attn_implementation(getattr(config, "_attn_implementation", None) if asked is None else asked)
+
+
+def _build_meta(spec: ModelSpec) -> PreTrainedModel:
+    try:
+        return build_meta(spec)
+    except ArgumentError:  # which says it already
+        raise
+    except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        if spec.attn_implementation is not None:
+            raise ArgumentError(
+                f"attn_implementation={spec.attn_implementation!r} can't be used here: {cause}"
+            ) from error
+        raise CheckpointError(f"{spec.class_name} can't be built from its config: {cause}") from error
+
+
+def _set_generation_config(meta: Any, given: object, arguments: LoadArguments, hub: Mapping[str, Any]) -> None:
+    """Take generation_config.json as transformers does, with its fallback on the model's config, or the one given."""
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ArgumentError(f"generation_config is a {type(given).__name__}: give a transformers.GenerationConfig")
+    described = arguments.load_format == "dummy" and isinstance(arguments.config, PreTrainedConfig)
+    if given is None and described and not Path(arguments.path).is_dir():
+        return  # the config says all there is: a hub need not be asked
+    try:
+        meta.adjust_generation_fn(
+            given, True, None, arguments.path, trust_remote_code=arguments.trust_remote_code, **hub
+        )
+    except OSError as error:
+        if arguments.load_format != "dummy":  # for a dummy there need be no files
+            raise CheckpointError(f"no usable generation config for {arguments.path!r}: {error}") from error

@@ -1,0 +1,85 @@
+"""The plan that a model is loaded by: the one given, the even one, or the solver's.
+
+Knows plans, weights' bytes and devices; imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from lingualinked.cluster.cluster import Cluster
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.even import WeightBytes, even_plan
+from lingualinked.planning.plan import Plan, check_plan, check_trust, inexact_because
+from lingualinked.profile import ModelProfile
+from lingualinked.sharded.saved import find_plan
+from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from lingualinked.sharded.describing import Described, LoadArguments
+
+
+def place(described: Described, arguments: LoadArguments) -> Plan:
+    """Give the plan to load by: the one given, the even one, or the solver's from what is measured.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If the layers don't fit, or the plan given is not one for this model and cluster.
+    LingualinkedError
+        If a worker can't measure.
+    """
+    cluster, given, weights = arguments.cluster, arguments.plan, described.parts.weights
+    assert cluster is not None
+    if given is None:
+        footprint = described.footprint()
+        workload = footprint.profile.fit_workload(arguments.workload)
+        return find_plan(cluster, described.spec, footprint, workload, arguments.objective, progress=arguments.progress)
+    if isinstance(given, str):
+        return fit_plan(even_plan(weights, cluster.devices), weights, cluster, None, arguments.workload)
+    profile = None if given.profile is None else described.footprint().profile
+    return fit_plan(given, weights, cluster, profile, arguments.workload)
+
+
+def fit_plan(
+    plan: Plan, weights: WeightBytes, cluster: Cluster, model: ModelProfile | None, workload: Workload | None
+) -> Plan:
+    """Give a plan with what this model and cluster make of it.
+
+    Parameters
+    ----------
+    plan : Plan
+        Any.
+    weights : WeightBytes
+        Of the model.
+    cluster : Cluster
+        Where it is to be placed.
+    model : ModelProfile or None
+        Of the model, to compare a plan's profile with; ``None``: not known.
+    workload : Workload or None
+        What is planned for, unless the plan says so; layers that either keeps on trusted devices stay there.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If it is not a plan for them.
+    """
+    check_plan(plan, len(weights.layers), [device.name for device in cluster.devices])
+    if plan.profile is not None and model is not None and plan.profile.model.fingerprint != model.fingerprint:
+        raise InfeasiblePlanError(
+            f"the plan was made from a profile of another model ({plan.profile.model.name}, "
+            f"{plan.profile.model.dtype}): profile and solve for this one"
+        )
+    stages = tuple(
+        dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
+    )
+    devices = [cluster.device(name) for name in plan.devices]
+    if workload is not None:
+        front, back = (max(pair) for pair in zip(plan.trusted_layers, workload.trusted_layers, strict=True))
+        workload = dataclasses.replace(plan.workload or workload, trusted_layers=(front, back))
+    plan = dataclasses.replace(
+        plan, stages=stages, inexact_because=inexact_because(devices), workload=workload or plan.workload
+    )
+    check_trust(plan, cluster.devices)
+    return plan
