@@ -13,7 +13,6 @@ from lingualinked.cluster.cluster import Cluster
 from lingualinked.errors import ArgumentError
 from lingualinked.interrupts import interruptible
 from lingualinked.profile import Profile
-from lingualinked.sharded.describing import LoadArguments, describe, describe_spec
 from lingualinked.sharded.model import ShardedModel
 from lingualinked.sharded.saved import find_profile
 from lingualinked.workload import Workload
@@ -65,6 +64,8 @@ def profile_model(
     LingualinkedError
         As `ShardedModel.from_pretrained` says of the path and its arguments, and of workers that fail.
     """
+    from lingualinked.sharded.describing import LoadArguments, describe, describe_spec  # imports torch
+
     if not isinstance(cluster, Cluster):
         raise ArgumentError(f"cluster is a {type(cluster).__name__}: give a lingualinked.Cluster")
     if isinstance(model_or_path, ShardedModel):
@@ -113,4 +114,6 @@ def estimate_profile(
     LingualinkedError
         As `ShardedModel.from_pretrained` says of the path and its arguments.
     """
+    from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
+
     return describe(LoadArguments.of(os.fspath(path), None, **kwargs)).estimate(devices, figures, links, workload)
