@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lingualinked as ll
 from lingualinked.cli.samples import Samples, ratios
-from lingualinked.display.console import new_console
-from lingualinked.display.tables import Rows
+from lingualinked.console import new_console
 from lingualinked.model.loading import load_span
 from lingualinked.model.spec import ModelSpec
+from lingualinked.tables import Rows
 
 VOCABULARY = 32000
 SHAPE = {

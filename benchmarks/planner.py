@@ -11,10 +11,10 @@ import math
 import time
 
 from lingualinked.cli.samples import Samples
-from lingualinked.display.console import new_console
-from lingualinked.display.tables import Rows
+from lingualinked.console import new_console
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.quantities import count_text
+from lingualinked.tables import Rows
 from lingualinked.workload import Objective
 from tests.random_problems import random_problem
 

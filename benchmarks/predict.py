@@ -17,8 +17,8 @@ from benchmarks.overhead import SHAPE
 from lingualinked.cli.bench import Speed, draw_prompt, generate
 from lingualinked.cli.samples import Samples, ratios
 from lingualinked.cluster.devices import usable_cores
-from lingualinked.display.console import new_console
-from lingualinked.display.tables import Rows
+from lingualinked.console import new_console
+from lingualinked.tables import Rows
 
 _SPARE_CORES = 0.5
 

@@ -21,10 +21,10 @@ from transformers.utils import logging
 import lingualinked as ll
 from benchmarks.overhead import SHAPE, VOCABULARY, unsharded_dummy
 from lingualinked.cli.samples import Samples, ratios
-from lingualinked.display.console import new_console
+from lingualinked.console import new_console
 from lingualinked.display.decisions import decision_line, migration_line
-from lingualinked.display.tables import Rows
 from lingualinked.quantities import seconds_text
+from lingualinked.tables import Rows
 
 _SLOWDOWN, _FACTOR = 4.0, 4.0
 _SLOW = "b"

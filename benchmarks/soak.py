@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import lingualinked as ll
 from lingualinked.cli.samples import Samples
-from lingualinked.display.console import new_console
-from lingualinked.display.tables import Rows
+from lingualinked.console import new_console
 from lingualinked.quantities import bytes_text, count_text, seconds_text
+from lingualinked.tables import Rows
 
 _DEVICES = ("a", "b", "c")
 _NEW_TOKENS = 60

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lingualinked.cli.samples import Samples, ratios
+from lingualinked.console import new_console
 from lingualinked.device import Device, Link
-from lingualinked.display.console import new_console
-from lingualinked.display.tables import Rows
 from lingualinked.errors import LingualinkedError
 from lingualinked.quantities import count_text
 from lingualinked.sample import sample_model
+from lingualinked.tables import Rows
 
 _PLAIN = """
 import json, time

@@ -6,7 +6,8 @@ import itertools
 
 import lingualinked as ll
 from lingualinked.device import CALLER
-from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, ModuleTimes, Profile, StepTime
+from lingualinked.module_times import ModuleTimes, StepTime
+from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, Profile
 
 MIB = 1024**2
 

@@ -8,167 +8,106 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lingualinked.registry import explanation_of, figure_of, frame_of, tables_of
+
 if TYPE_CHECKING:
-    from lingualinked.cluster.cluster import Cluster
-    from lingualinked.control.policy import RebalancePolicy
-    from lingualinked.device import Device, Link
+    from lingualinked.cluster.cluster import Cluster as Cluster
+    from lingualinked.control.policy import RebalancePolicy as RebalancePolicy
+    from lingualinked.device import Device as Device, Link as Link
     from lingualinked.errors import (
-        ArgumentError,
-        CheckpointError,
-        ClosedError,
-        DeviceMemoryError,
-        InfeasiblePlanError,
-        KVCapacityError,
-        LingualinkedError,
-        OverloadWarning,
-        PeerUnknownError,
-        ProtocolError,
-        ResourceError,
-        StepTimeoutError,
-        UncuttableModelError,
-        UnsupportedOperationError,
-        WorkerDiedError,
-        WorkerError,
+        ArgumentError as ArgumentError,
+        CheckpointError as CheckpointError,
+        ClosedError as ClosedError,
+        DeviceMemoryError as DeviceMemoryError,
+        InfeasiblePlanError as InfeasiblePlanError,
+        KVCapacityError as KVCapacityError,
+        LingualinkedError as LingualinkedError,
+        OverloadWarning as OverloadWarning,
+        PeerUnknownError as PeerUnknownError,
+        ProtocolError as ProtocolError,
+        ResourceError as ResourceError,
+        StepTimeoutError as StepTimeoutError,
+        UncuttableModelError as UncuttableModelError,
+        UnsupportedOperationError as UnsupportedOperationError,
+        WorkerDiedError as WorkerDiedError,
+        WorkerError as WorkerError,
     )
-    from lingualinked.planning.comparison import Comparison
-    from lingualinked.planning.estimate import Figures
-    from lingualinked.planning.explanation import Explanation
-    from lingualinked.planning.plan import Plan, PlannedStage, Solved
-    from lingualinked.planning.planner import baseline, solve
-    from lingualinked.planning.prediction import Prediction
-    from lingualinked.planning.simulation.result import Simulation
-    from lingualinked.planning.simulation.simulate import simulate
-    from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, ModuleTimes, Profile, StepTime
-    from lingualinked.sample import sample_model
-    from lingualinked.sharded.model import ShardedModel
-    from lingualinked.sharded.profiling import estimate_profile, profile_model
-    from lingualinked.telemetry.decisions import Decision, Migration, Move
-    from lingualinked.telemetry.endpoint import MetricsEndpoint
-    from lingualinked.telemetry.history import Counters, DeviceCounters, History, StepCounters
-    from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
-    from lingualinked.telemetry.samples import DeviceSample, StageTiming, StepSample
-    from lingualinked.telemetry.snapshot import Telemetry
-    from lingualinked.workload import Workload
+    from lingualinked.module_times import ModuleTimes as ModuleTimes, StepTime as StepTime
+    from lingualinked.planning.comparison import Comparison as Comparison
+    from lingualinked.planning.estimate import Figures as Figures
+    from lingualinked.planning.explanation import Explanation as Explanation
+    from lingualinked.planning.plan import Plan as Plan
+    from lingualinked.planning.planned_stage import PlannedStage as PlannedStage
+    from lingualinked.planning.planner import baseline as baseline, solve as solve
+    from lingualinked.planning.prediction import Prediction as Prediction
+    from lingualinked.planning.simulation.result import Simulation as Simulation
+    from lingualinked.planning.simulation.simulate import simulate as simulate
+    from lingualinked.planning.solved import Solved as Solved
+    from lingualinked.profile import (
+        DeviceProfile as DeviceProfile,
+        LinkProfile as LinkProfile,
+        ModelProfile as ModelProfile,
+        Profile as Profile,
+    )
+    from lingualinked.sample import sample_model as sample_model
+    from lingualinked.sharded.model import ShardedModel as ShardedModel
+    from lingualinked.sharded.profiling import estimate_profile as estimate_profile, profile_model as profile_model
+    from lingualinked.telemetry.decisions import Decision as Decision, Migration as Migration, Move as Move
+    from lingualinked.telemetry.endpoint import MetricsEndpoint as MetricsEndpoint
+    from lingualinked.telemetry.history import (
+        Counters as Counters,
+        DeviceCounters as DeviceCounters,
+        History as History,
+        StepCounters as StepCounters,
+    )
+    from lingualinked.telemetry.reports import StageSnapshot as StageSnapshot, WorkerSnapshot as WorkerSnapshot
+    from lingualinked.telemetry.samples import (
+        DeviceSample as DeviceSample,
+        StageTiming as StageTiming,
+        StepSample as StepSample,
+    )
+    from lingualinked.telemetry.snapshot import Telemetry as Telemetry
+    from lingualinked.workload import Workload as Workload
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "ArgumentError": "errors",
-    "CheckpointError": "errors",
-    "ClosedError": "errors",
-    "Cluster": "cluster.cluster",
-    "Comparison": "planning.comparison",
-    "Counters": "telemetry.history",
-    "Decision": "telemetry.decisions",
-    "Device": "device",
-    "DeviceCounters": "telemetry.history",
-    "DeviceMemoryError": "errors",
-    "DeviceProfile": "profile",
-    "DeviceSample": "telemetry.samples",
-    "Explanation": "planning.explanation",
-    "Figures": "planning.estimate",
-    "History": "telemetry.history",
-    "InfeasiblePlanError": "errors",
-    "KVCapacityError": "errors",
-    "LingualinkedError": "errors",
-    "Link": "device",
-    "LinkProfile": "profile",
-    "MetricsEndpoint": "telemetry.endpoint",
-    "Migration": "telemetry.decisions",
-    "ModelProfile": "profile",
-    "ModuleTimes": "profile",
-    "Move": "telemetry.decisions",
-    "OverloadWarning": "errors",
-    "PeerUnknownError": "errors",
-    "Plan": "planning.plan",
-    "PlannedStage": "planning.plan",
-    "Prediction": "planning.prediction",
-    "Profile": "profile",
-    "ProtocolError": "errors",
-    "RebalancePolicy": "control.policy",
-    "ResourceError": "errors",
-    "ShardedModel": "sharded.model",
-    "Simulation": "planning.simulation.result",
-    "Solved": "planning.plan",
-    "StageSnapshot": "telemetry.reports",
-    "StageTiming": "telemetry.samples",
-    "StepCounters": "telemetry.history",
-    "StepSample": "telemetry.samples",
-    "StepTime": "profile",
-    "StepTimeoutError": "errors",
-    "Telemetry": "telemetry.snapshot",
-    "UncuttableModelError": "errors",
-    "UnsupportedOperationError": "errors",
-    "WorkerDiedError": "errors",
-    "WorkerError": "errors",
-    "WorkerSnapshot": "telemetry.reports",
-    "Workload": "workload",
-    "baseline": "planning.planner",
-    "estimate_profile": "sharded.profiling",
-    "profile_model": "sharded.profiling",
-    "sample_model": "sample",
-    "simulate": "planning.simulation.simulate",
-    "solve": "planning.planner",
+_NAMES = {
+    "cluster.cluster": "Cluster",
+    "control.policy": "RebalancePolicy",
+    "device": "Device Link",
+    "errors": "ArgumentError CheckpointError ClosedError DeviceMemoryError InfeasiblePlanError KVCapacityError "
+    "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StepTimeoutError UncuttableModelError "
+    "UnsupportedOperationError WorkerDiedError WorkerError",
+    "module_times": "ModuleTimes StepTime",
+    "planning.comparison": "Comparison",
+    "planning.estimate": "Figures",
+    "planning.explanation": "Explanation",
+    "planning.plan": "Plan",
+    "planning.planned_stage": "PlannedStage",
+    "planning.planner": "baseline solve",
+    "planning.prediction": "Prediction",
+    "planning.simulation.result": "Simulation",
+    "planning.simulation.simulate": "simulate",
+    "planning.solved": "Solved",
+    "profile": "DeviceProfile LinkProfile ModelProfile Profile",
+    "sample": "sample_model",
+    "sharded.model": "ShardedModel",
+    "sharded.profiling": "estimate_profile profile_model",
+    "telemetry.decisions": "Decision Migration Move",
+    "telemetry.endpoint": "MetricsEndpoint",
+    "telemetry.history": "Counters DeviceCounters History StepCounters",
+    "telemetry.reports": "StageSnapshot WorkerSnapshot",
+    "telemetry.samples": "DeviceSample StageTiming StepSample",
+    "telemetry.snapshot": "Telemetry",
+    "workload": "Workload",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "ArgumentError",
-    "CheckpointError",
-    "ClosedError",
-    "Cluster",
-    "Comparison",
-    "Counters",
-    "Decision",
-    "Device",
-    "DeviceCounters",
-    "DeviceMemoryError",
-    "DeviceProfile",
-    "DeviceSample",
-    "Explanation",
-    "Figures",
-    "History",
-    "InfeasiblePlanError",
-    "KVCapacityError",
-    "LingualinkedError",
-    "Link",
-    "LinkProfile",
-    "MetricsEndpoint",
-    "Migration",
-    "ModelProfile",
-    "ModuleTimes",
-    "Move",
-    "OverloadWarning",
-    "PeerUnknownError",
-    "Plan",
-    "PlannedStage",
-    "Prediction",
-    "Profile",
-    "ProtocolError",
-    "RebalancePolicy",
-    "ResourceError",
-    "ShardedModel",
-    "Simulation",
-    "Solved",
-    "StageSnapshot",
-    "StageTiming",
-    "StepCounters",
-    "StepSample",
-    "StepTime",
-    "StepTimeoutError",
-    "Telemetry",
-    "UncuttableModelError",
-    "UnsupportedOperationError",
-    "WorkerDiedError",
-    "WorkerError",
-    "WorkerSnapshot",
-    "Workload",
-    "baseline",
-    "estimate_profile",
-    "profile_model",
-    "sample_model",
-    "simulate",
-    "solve",
-]
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of names, each also imported above as itself for type checkers
+
+for _registry in (tables_of, figure_of, frame_of):
+    _registry.load_with(lambda: importlib.import_module("lingualinked.display.registered"))
+explanation_of.load_with(lambda: importlib.import_module("lingualinked.planning.explaining"))
 
 
 def __getattr__(name: str) -> Any:

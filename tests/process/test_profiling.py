@@ -22,7 +22,7 @@ import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
-from lingualinked.profile import ModuleTimes
+from lingualinked.module_times import ModuleTimes
 from lingualinked.sharded.describing import LoadArguments, describe
 from profiles import MIB, model_profile
 

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lingualinked as ll
 from lingualinked.device import check_links, link_between, parse_bytes, parse_rate, parse_seconds

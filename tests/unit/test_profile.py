@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lingualinked as ll
-from lingualinked.profile import LinkProfile, ModuleTimes, Profile, StepTime
+from lingualinked.module_times import ModuleTimes, StepTime
+from lingualinked.profile import LinkProfile, Profile
 from profiles import profile, times
 
 

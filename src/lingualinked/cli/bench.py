@@ -18,10 +18,10 @@ from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.demo import unsharded
 from lingualinked.cli.plan import load_format_of
 from lingualinked.cli.samples import Samples, ratios
-from lingualinked.display.console import new_console
+from lingualinked.console import new_console
 from lingualinked.display.plan import plan_rows
-from lingualinked.display.tables import Rows
 from lingualinked.quantities import count_text
+from lingualinked.tables import Rows
 
 _NUM_STEPS = 12
 _FIRST_ID = 3  # below are often padding, beginning and end

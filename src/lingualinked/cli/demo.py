@@ -13,7 +13,7 @@ from typing import Any
 
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
-from lingualinked.display.console import new_console
+from lingualinked.console import new_console
 from lingualinked.display.plan import plan_rows
 from lingualinked.display.telemetry import telemetry_rows
 from lingualinked.quantities import bytes_text, count_text

@@ -11,9 +11,9 @@ import platform
 import psutil
 
 from lingualinked.cluster.devices import usable_cores
-from lingualinked.display.console import new_console
-from lingualinked.display.tables import Rows
+from lingualinked.console import new_console
 from lingualinked.quantities import bytes_text
+from lingualinked.tables import Rows
 
 _LIBRARIES = ("torch", "transformers", "pyzmq", "safetensors", "msgspec", "scipy", "psutil")
 

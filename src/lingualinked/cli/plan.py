@@ -16,7 +16,7 @@ import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.output import check_picture
 from lingualinked.cluster.devices import as_devices
-from lingualinked.display.console import new_console
+from lingualinked.console import new_console
 from lingualinked.display.plan import plan_rows
 from lingualinked.quantities import count_text
 

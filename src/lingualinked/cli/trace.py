@@ -17,7 +17,7 @@ import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.generate import encode, read_tokenizer
 from lingualinked.cli.output import check_output
-from lingualinked.display.console import new_console
+from lingualinked.console import new_console
 from lingualinked.display.stages import stage_rows
 from lingualinked.quantities import bytes_text, count_text
 

@@ -34,7 +34,8 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.passage.transition import transition
-from lingualinked.planning.plan import Plan, check_memory
+from lingualinked.planning.plan import Plan
+from lingualinked.planning.plan_checks import check_memory
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision, unmeasured
 from lingualinked.telemetry.recorder import Recorder

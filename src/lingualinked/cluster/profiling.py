@@ -19,7 +19,8 @@ from lingualinked.cluster.link_probing import measure_links, tournament
 from lingualinked.cluster.pending import results_of
 from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
-from lingualinked.profile import DeviceProfile, ModuleTimes, Profile, StepTime
+from lingualinked.module_times import ModuleTimes, StepTime
+from lingualinked.profile import DeviceProfile, Profile
 from lingualinked.protocol.messages import MeasuredStep, MeasureModel, ModelMeasured, StepShape
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 from lingualinked.control.speed import SpeedLevel
 from lingualinked.device import CALLER
+from lingualinked.module_times import ModuleTimes
 from lingualinked.planning.workload_costs import HEADER_BYTES, stage_s
-from lingualinked.profile import DeviceProfile, LinkProfile, ModuleTimes, Profile
+from lingualinked.profile import DeviceProfile, LinkProfile, Profile
 from lingualinked.telemetry.samples import StageTiming, StepSample
 
 _CONTEXT_STEP = 32  # tokens of context within which a step is taken to cost the same

@@ -1,18 +1,15 @@
-"""Decisions and migrations as tables, and in a few words.
+"""Decisions and migrations as tables, and in a line each.
 
 Knows the records; not who decides, nor how layers are moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from lingualinked.display.tables import Rows
 from lingualinked.quantities import bytes_text, seconds_text
-
-if TYPE_CHECKING:
-    from lingualinked.telemetry.decisions import Decision, Migration, Move
+from lingualinked.tables import Rows
+from lingualinked.telemetry.decisions import Decision, Migration
 
 
 def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
@@ -79,36 +76,9 @@ def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Row
 
 def decision_line(decision: Decision, start_s: float = 0.0) -> str:
     """Say in a line when it was decided, what, and why."""
-    return f"at {seconds_text(decision.time_s - start_s)}: {decision_text(decision)}"
-
-
-def decision_text(decision: Decision) -> str:
-    """Say in a line what was decided, and why."""
-    action = f"move {moves_text(decision.moves)}" if decision.action == "move" else decision.action
-    return f"{'would ' * decision.dry_run}{action}: {decision.reason} ({decision.trigger})"
-
-
-def decision_html(decision: Decision) -> str:
-    """Draw a decision as tables for a notebook, with its migrations; times are counted from it."""
-    start_s = decision.time_s
-    done = migration_rows(decision.migrations, start_s).to_html() if decision.migrations else ""
-    return f"<div>{decision_rows([decision], start_s).to_html()}{done}</div>"
+    return f"at {seconds_text(decision.time_s - start_s)}: {decision}"
 
 
 def migration_line(migration: Migration, start_s: float = 0.0) -> str:
     """Say in a line when something was moved, what, and what it cost."""
-    return f"at {seconds_text(migration.time_s - start_s)}: {migration_text(migration)}"
-
-
-def migration_text(migration: Migration) -> str:
-    """Say in a line what was moved and what it cost."""
-    moves = moves_text(migration.moves)
-    if not migration.succeeded:
-        return f"could not move {moves}: {migration.error}"
-    took = seconds_text(migration.load_s + migration.copy_s + migration.switch_s)
-    return f"moved {moves} in {took}; longest stall {seconds_text(migration.longest_stall_s)}"
-
-
-def moves_text(moves: Iterable[Move]) -> str:
-    """Write what changes its device: ``"[3, 6) phone → laptop"``."""
-    return ", ".join(f"[{move.start}, {move.end}) {move.source} → {move.target}" for move in moves) or "nothing"
+    return f"at {seconds_text(migration.time_s - start_s)}: {migration}"

@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lingualinked.errors import ArgumentError
+from lingualinked.telemetry.samples import StepSample
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from lingualinked.telemetry.samples import StepSample
 
 STEP_COLUMNS = {
     "time_s": "float64",

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lingualinked.display.decisions import moves_text
 from lingualinked.display.figure import new_figure
 from lingualinked.display.palette import DEVICES, FAILED, MOVED
 from lingualinked.quantities import count_text, seconds_text
-from lingualinked.telemetry.timeline import compute_of, counted_steps, windows_of
+from lingualinked.telemetry.decisions import Migration, moves_text
+from lingualinked.telemetry.history import History
+from lingualinked.telemetry.samples import StepSample
+from lingualinked.telemetry.timeline import Windows, compute_of, counted_steps, windows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lingualinked.telemetry.decisions import Migration
-    from lingualinked.telemetry.history import History
-    from lingualinked.telemetry.samples import StepSample
-    from lingualinked.telemetry.timeline import Windows
 
 MAX_POINTS = 200
 """Up to as many steps are drawn one by one; of more, the median of each window."""

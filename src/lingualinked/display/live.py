@@ -6,7 +6,6 @@ Knows snapshots; neither who takes them nor how often.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group
@@ -16,10 +15,8 @@ from rich.text import Text
 
 from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.quantities import seconds_text
+from lingualinked.telemetry.snapshot import Telemetry
 from lingualinked.telemetry.timeline import windows_of
-
-if TYPE_CHECKING:
-    from lingualinked.telemetry.snapshot import Telemetry
 
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _LEVELS = " ▁▂▃▄▅▆▇█"

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 from lingualinked.display.figure import new_figure
 from lingualinked.display.palette import KV, LIMITING, PLAIN, WEIGHTS, WORKING
 from lingualinked.display.profile import doubt_notes
-from lingualinked.display.tables import Rows
+from lingualinked.planning.comparison import Comparison
+from lingualinked.planning.plan import Plan
+from lingualinked.planning.prediction import Prediction
 from lingualinked.quantities import bytes_text, count_text, seconds_text
+from lingualinked.tables import Rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from lingualinked.planning.comparison import Comparison
-    from lingualinked.planning.plan import Plan
-    from lingualinked.planning.prediction import Prediction
-
-_PLAINLY = 1.05  # times as many tokens per second
 
 
 def plan_rows(plan: Plan) -> Rows:
@@ -56,23 +53,8 @@ def plan_rows(plan: Plan) -> Rows:
             for index, stage in enumerate(predicted.stages)
         ],
         bars=[stage.decode_s / slowest if slowest else 0.0 for stage in predicted.stages],
-        notes=[*_prediction_notes(predicted), *_solver_notes(plan), *doubt_notes(plan.profile)],
+        notes=[*predicted.lines, *_solver_notes(plan), *doubt_notes(plan.profile)],
     )
-
-
-def plan_text(plan: Plan) -> str:
-    """Return the plan as a text table."""
-    return plan_rows(plan).to_text()
-
-
-def plan_html(plan: Plan) -> str:
-    """Return the plan as an HTML table with a bar of each stage's time, or of its bytes."""
-    return plan_rows(plan).to_html()
-
-
-def prediction_text(prediction: Prediction) -> str:
-    """Return a prediction as lines of text."""
-    return "\n".join(_prediction_notes(prediction))
 
 
 def comparison_rows(comparison: Comparison) -> Rows:
@@ -178,27 +160,6 @@ def _add_legend(axes: Any) -> None:
 
 def _place(index: int, stage: Any) -> tuple[str, str, str, str]:
     return stage.device, str(index), f"[{stage.start}, {stage.end})", str(stage.end - stage.start)
-
-
-def _prediction_notes(predicted: Prediction) -> list[str]:
-    workload = predicted.workload
-    hops = sum(hop.latency_s + hop.decode_transfer_s for hop in predicted.hops)
-    sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
-    asked = f"{sessions} of {rows}, {workload.prompt_tokens:,} prompt + {workload.new_tokens:,} new tokens"
-    first, step, between = map(seconds_text, (predicted.first_token_s, predicted.step_s, hops))
-    now, full = predicted.tokens_per_s, predicted.pipeline_tokens_per_s
-    notes = [
-        f"for {asked}, predicted: first token after {first}, then {step} a step, {between} of it between stages",
-        f"{now:.1f} tokens/s with {sessions} in flight, limited by {predicted.limited_by}",
-    ]
-    if workload.num_sessions > 1:
-        notes.append(f"{predicted.stream_tokens_per_s:.1f} tokens/s with 1 session in flight")
-    if predicted.sessions_to_fill > workload.num_sessions and full > _PLAINLY * now:
-        filling = f"from {count_text(predicted.sessions_to_fill, 'session')} on"
-        notes.append(f"{full:.1f} tokens/s with the pipeline full, {filling}, limited by {predicted.bottleneck}")
-    if predicted.joules_per_token is not None:
-        notes.append(f"{predicted.joules_per_token:.3g} J per token")
-    return notes
 
 
 def _solver_notes(plan: Plan) -> list[str]:

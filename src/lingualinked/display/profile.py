@@ -5,13 +5,10 @@ Knows profiles; not how they are measured.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from lingualinked.display.tables import Rows
+from lingualinked.module_times import ModuleTimes, StepTime
+from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.quantities import bytes_text, count_text, seconds_text
-
-if TYPE_CHECKING:
-    from lingualinked.profile import DeviceProfile, ModelProfile, ModuleTimes, Profile, StepTime
+from lingualinked.tables import Rows
 
 
 def profile_rows(profile: Profile) -> Rows:
@@ -30,11 +27,6 @@ def profile_rows(profile: Profile) -> Rows:
             *doubt_notes(profile),
         ],
     )
-
-
-def profile_text(profile: Profile) -> str:
-    """Return the profile as a text table."""
-    return profile_rows(profile).to_text()
 
 
 def doubt_notes(profile: Profile) -> list[str]:

@@ -11,14 +11,13 @@ import numpy as np
 
 from lingualinked.display.figure import new_figure
 from lingualinked.display.palette import DECODE, LIMITING, PLAIN, PREFILL
-from lingualinked.display.tables import Rows
+from lingualinked.planning.simulation.result import BusyInterval, Simulation
 from lingualinked.quantities import count_text, seconds_text
+from lingualinked.tables import Rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lingualinked.planning.simulation.result import BusyInterval, Simulation
 
 MAX_TABLE_ROWS = 20
 MAX_CHART_ROWS = 24
@@ -63,16 +62,6 @@ def server_rows(simulation: Simulation) -> Rows:
         ],
         bars=[simulation.utilisation[name] for name in shown],
     )
-
-
-def simulation_text(simulation: Simulation) -> str:
-    """Return the result as two text tables."""
-    return f"{latency_rows(simulation).to_text()}\n\n{server_rows(simulation).to_text()}"
-
-
-def simulation_html(simulation: Simulation) -> str:
-    """Return the result as two HTML tables, with a bar of each server's utilisation."""
-    return f"<div>{latency_rows(simulation).to_html()}{server_rows(simulation).to_html()}</div>"
 
 
 def simulation_figure(simulation: Simulation) -> Figure:

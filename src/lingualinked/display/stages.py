@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import statistics
 
-from lingualinked.display.tables import Rows
 from lingualinked.quantities import bytes_text, count_text, seconds_text
+from lingualinked.tables import Rows
 from lingualinked.telemetry.history import History
 from lingualinked.telemetry.samples import StageTiming
 from lingualinked.telemetry.timeline import counted_steps

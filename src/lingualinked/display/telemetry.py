@@ -11,14 +11,13 @@ from lingualinked.display.decisions import decision_line, migration_line
 from lingualinked.display.figure import new_figure
 from lingualinked.display.history import history_figure
 from lingualinked.display.palette import KV, PLAIN, WEIGHTS
-from lingualinked.display.tables import Rows
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import bytes_text, count_text, seconds_text
+from lingualinked.tables import Rows
+from lingualinked.telemetry.snapshot import Telemetry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from lingualinked.telemetry.snapshot import Telemetry
 
 NUM_LATEST = 3
 """So many of the last decisions and migrations are told below the table."""
@@ -48,16 +47,6 @@ def telemetry_rows(telemetry: Telemetry) -> Rows:
         bars=[_mean_s(stage.compute_s, stage.num_steps) / longest for stage in telemetry.stages],
         notes=_history_notes(telemetry),
     )
-
-
-def telemetry_text(telemetry: Telemetry) -> str:
-    """Return the snapshot as a text table."""
-    return telemetry_rows(telemetry).to_text()
-
-
-def telemetry_html(telemetry: Telemetry) -> str:
-    """Return the snapshot as an HTML table with a bar of each stage's time."""
-    return telemetry_rows(telemetry).to_html()
 
 
 def telemetry_figure(telemetry: Telemetry, last_s: float | None = None) -> Figure:

@@ -22,8 +22,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
+from transformers.utils import cached_file, logging as transformers_logging
 
 from lingualinked.errors import CheckpointError
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from lingualinked.device import CALLER, Device, Links, check_links, link_between, parse_rate
 from lingualinked.errors import ArgumentError
-from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, ModuleTimes, Profile, StepTime
+from lingualinked.module_times import ModuleTimes, StepTime
+from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, Profile
 from lingualinked.workload import Workload
 
 _FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)FLOP(?:/s|S|s)\s*", re.ASCII)

@@ -12,7 +12,8 @@ from itertools import accumulate
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.plan import Plan, PlannedStage, inexact_because
+from lingualinked.planning.plan import Plan, inexact_because
+from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.quantities import bytes_text, count_text
 
 

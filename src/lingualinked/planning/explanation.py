@@ -1,24 +1,13 @@
-"""What limits a plan, what would help most, and whether another device would: by solving changed problems again.
+"""What limits a plan, what would help most, and whether another device would, as text and figures.
 
-Knows profiles, plans and the solver; nothing of how a text is shown.
+Plain results; knows neither plans nor how they are explained.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from lingualinked.device import CALLER
-from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.planner import solve
-from lingualinked.planning.workload_costs import WorkloadCosts
-from lingualinked.pretty import pretty_text
-from lingualinked.profile import DeviceProfile, ModuleTimes, Profile
-from lingualinked.quantities import count_text
-
-if TYPE_CHECKING:
-    from lingualinked.planning.plan import Plan
+from lingualinked.shown import Printed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +30,7 @@ class WhatIf:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
+class Explanation(Printed):
     """Why a plan is as fast as it is; shows itself as text.
 
     Parameters
@@ -67,8 +56,6 @@ class Explanation:
     tokens_per_s: float
     fewer_devices: str = ""
 
-    _repr_pretty_ = pretty_text
-
     def __str__(self) -> str:
         lines = [self.limit, f"Predicted: {self.tokens_per_s:.1f} tokens/s."]
         if self.fewer_devices:
@@ -88,156 +75,3 @@ class Explanation:
         else:
             lines.append("None of twice the speed, memory or bandwidth of one device would help.")
         return "\n".join(lines)
-
-
-def explain_plan(plan: Plan) -> Explanation:
-    """Explain a plan.
-
-    Raises
-    ------
-    ArgumentError
-        If it has no profile.
-    """
-    profile = plan.measured
-    objective = plan.solved.objective if plan.solved else "throughput"
-    now = _value(plan, objective)
-    what_ifs = []
-    for change, changed in _changes(plan, profile):
-        what_ifs.append(_what_if(change, changed, plan, objective, now))
-    copies = []
-    for name in plan.devices:
-        new_name = _unused_name(f"{name}-2", profile)
-        copies.append(_what_if(f"a second {name!r}", profile.with_copy(name, new_name), plan, objective, now))
-    return Explanation(
-        limit=_limit(plan, objective),
-        another_device=max(copies, key=lambda each: each.gain),
-        what_ifs=tuple(sorted(what_ifs, key=lambda each: -each.gain)),
-        objective=objective,
-        tokens_per_s=_rate(plan, objective),
-        fewer_devices=_fewer_devices(plan) if objective == "throughput" else "",
-    )
-
-
-def _fewer_devices(plan: Plan) -> str:
-    """Say where fewer devices are faster: for the sessions of the workload, or for one at a time."""
-    workload = plan.predicted.workload
-    for num_sessions in dict.fromkeys((workload.num_sessions, 1)):
-        try:
-            best = solve(plan.measured, workload=plan.workload, reserve=plan.reserve, num_sessions=num_sessions)
-        except InfeasiblePlanError:  # what was placed by hand need not respect every limit
-            return ""
-        in_flight = dataclasses.replace(workload, num_sessions=num_sessions)
-        now, then = (each.predict(in_flight).tokens_per_s for each in (plan, best))
-        if len(best.devices) < len(plan.devices) and then > 1.01 * now:
-            only, names = len(best.devices) == 1, ", ".join(map(repr, best.devices))
-            return (
-                f"With {count_text(num_sessions, 'session')} in flight, fewer devices would be faster: {names} "
-                f"{'alone gives' if only else 'give'} {then:.1f} tokens/s instead of {now:.1f}."
-            )
-    return ""
-
-
-def _limit(plan: Plan, objective: str) -> str:
-    predicted = plan.predicted
-    costs = WorkloadCosts(plan.measured, predicted.workload, plan.reserve)
-    layers = enumerate(plan.measured.model.layer_weight_bytes)
-    smallest = min(weight_bytes + costs.layer_kv_bytes(index) for index, weight_bytes in layers)
-    full = [
-        use.device
-        for use in predicted.devices
-        if costs.capacity_bytes(plan.measured.device(use.device)) - use.used_bytes < smallest
-    ]
-    memory = f" The memory of {', '.join(map(repr, full))} is full, which keeps layers elsewhere." if full else ""
-    if objective == "throughput":
-        limit = predicted.limited_by
-        what = f"The {limit}" if limit.startswith("link") else f"The speed of {limit}"
-        said = f"{what} limits it: {predicted.seconds_of(limit) * 1e3:.1f} ms of every step."
-        if limit != predicted.bottleneck or (len(predicted.stages) > 1 and predicted.is_latency_bound):
-            said += (
-                f" A step takes {predicted.latency_s * 1e3:.1f} ms in all, and "
-                f"{count_text(predicted.workload.num_sessions, 'session')} in flight can't keep every device busy."
-            )
-        return said + memory
-    compute = sum(predicted.mean(stage.prefill_s, stage.decode_s) for stage in predicted.stages)
-    hops = predicted.request_s / predicted.workload.new_tokens - compute
-    slowest = max(predicted.stages, key=lambda stage: predicted.mean(stage.prefill_s, stage.decode_s))
-    return (
-        f"A step computes for {compute * 1e3:.1f} ms, most of it on {slowest.device!r}, and is on its way for "
-        f"{hops * 1e3:.1f} ms.{memory}"
-    )
-
-
-def _changes(plan: Plan, profile: Profile) -> Iterator[tuple[str, Profile]]:
-    predicted = plan.predicted
-    for name in plan.devices:
-        yield f"{name!r} twice as fast", _replaced(profile, name, _twice_as_fast(profile.device(name)))
-    for use in predicted.devices:
-        if use.capacity_bytes is not None:
-            device = profile.device(use.device)
-            more = dataclasses.replace(device.device, memory=2 * use.capacity_bytes)
-            freer = dataclasses.replace(device, device=more, free_bytes=None)
-            yield f"{use.device!r} with twice the memory", _replaced(profile, use.device, freer)
-    for name in (*plan.devices,):
-        links = tuple(
-            dataclasses.replace(
-                link,
-                latency_s=link.latency_s / 2,
-                bandwidth_bytes_per_s=link.bandwidth_bytes_per_s and 2 * link.bandwidth_bytes_per_s,
-            )
-            if name in (link.source, link.target)
-            else link
-            for link in profile.links
-        )
-        yield f"links of {name!r} twice as fast", dataclasses.replace(profile, links=links)
-
-
-def _what_if(change: str, changed: Profile, plan: Plan, objective: str, now: float) -> WhatIf:
-    try:
-        best = solve(
-            changed,
-            objective=objective,  # type: ignore[arg-type]
-            workload=plan.workload,
-            reserve=plan.reserve,
-            min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
-        )
-    except InfeasiblePlanError:  # what was placed by hand need not respect every limit
-        return WhatIf(change=change, gain=1.0, tokens_per_s=_rate(plan, objective))
-    return WhatIf(change=change, gain=now / _value(best, objective), tokens_per_s=_rate(best, objective))
-
-
-def _value(plan: Plan, objective: str) -> float:
-    if plan.solved is not None and plan.solved.objective == objective:
-        return plan.solved.value
-    predicted = plan.predicted
-    if objective == "latency":
-        return predicted.latency_s
-    return predicted.interval_s if objective == "throughput" else predicted.joules_per_token or 1.0
-
-
-def _rate(plan: Plan, objective: str) -> float:
-    predicted = plan.predicted
-    return predicted.stream_tokens_per_s if objective == "latency" else predicted.tokens_per_s
-
-
-def _unused_name(name: str, profile: Profile) -> str:
-    while name in (CALLER, *profile.names):
-        name += "'"
-    return name
-
-
-def _replaced(profile: Profile, name: str, changed: DeviceProfile) -> Profile:
-    devices = tuple(changed if each.device.name == name else each for each in profile.devices)
-    return dataclasses.replace(profile, devices=devices)
-
-
-def _twice_as_fast(device: DeviceProfile) -> DeviceProfile:
-    def faster(times: ModuleTimes) -> ModuleTimes:
-        return ModuleTimes(tuple(dataclasses.replace(step, seconds=step.seconds / 2) for step in times.steps))
-
-    return dataclasses.replace(
-        device,
-        layers=tuple(map(faster, device.layers)),
-        stage=faster(device.stage),
-        prologue=faster(device.prologue),
-        epilogue=faster(device.epilogue),
-    )

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
 
 from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.plan import Plan
 from lingualinked.planning.planner import solve
-
-if TYPE_CHECKING:
-    from lingualinked.planning.plan import Plan
 
 _MANY = 10**6  # sessions, as many as fill any pipeline
 _PLAINLY = 1.01  # times as many tokens per second

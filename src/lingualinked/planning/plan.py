@@ -7,92 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import msgspec
 
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
-from lingualinked.pretty import pretty_text
+from lingualinked.planning.comparison import Comparison
+from lingualinked.planning.explanation import Explanation
+from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.planning.prediction import Prediction, predict
+from lingualinked.planning.solved import Solved
 from lingualinked.profile import Profile
-from lingualinked.quantities import bytes_text, count_text
-from lingualinked.workload import Objective, Workload
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from lingualinked.planning.comparison import Comparison
-    from lingualinked.planning.explanation import Explanation
-    from lingualinked.planning.prediction import Prediction
+from lingualinked.quantities import count_text
+from lingualinked.registry import explanation_of, figure_of
+from lingualinked.shown import Shown
+from lingualinked.workload import Workload
 
 DEFAULT_RESERVE = 0.05
 """Share of every device's memory that plans leave free."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedStage:
-    """One position in the pipeline: a span of layers on one device.
-
-    Parameters
-    ----------
-    device : str
-        Name of the device.
-    start, end : int
-        The half-open layer range ``[start, end)``.
-    weight_bytes : int
-        Bytes of the weights that the stage holds, embeddings and head included; 0 if not known.
-    """
-
-    device: str
-    start: int
-    end: int
-    weight_bytes: int = 0
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers of the span."""
-        return self.end - self.start
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Solved:
-    """What the solver says of a plan.
-
-    Parameters
-    ----------
-    objective : {"throughput", "latency", "energy"}
-        What was minimised, of a mean step: the interval between steps with the workload's sessions in flight, the sum
-        over stages and hops, or the energy.
-    value : float
-        Of the objective: seconds, or joules for energy.
-    lower_bound : float
-        No placement has a smaller value; proven.
-    relaxation : float
-        Value of the linear relaxation, in which layers may be split.
-    unused : tuple of str
-        Devices that the plan does without.
-    min_tokens_per_s : float or None
-        Floor that was set for ``"energy"``.
-    num_sessions : int or None
-        Sessions in flight that ``"throughput"`` was solved for; ``None``: those of the plan's workload.
-    """
-
-    objective: Objective
-    value: float
-    lower_bound: float
-    relaxation: float
-    unused: tuple[str, ...] = ()
-    min_tokens_per_s: float | None = None
-    num_sessions: int | None = None
-
-    @property
-    def gap(self) -> float:
-        """How far the value may be from the optimum, at most, as a share of the proven bound."""
-        return self.value / self.lower_bound - 1 if self.lower_bound > 0 else 0.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Shown):
     """Which device runs which layers, in pipeline order.
 
     Parameters
@@ -237,13 +174,9 @@ class Plan:
         ArgumentError
             If the plan has no profile.
         """
-        from lingualinked.planning.prediction import predict
-
         if not isinstance(workload, Workload):
             raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
-        from lingualinked.planning.workload_costs import WorkloadCosts  # both stand on the plan, and on NumPy
-
-        return predict(self.stages, WorkloadCosts(self.measured, workload, self.reserve))
+        return _predict(self, self.measured, workload)
 
     @property
     def measured(self) -> Profile:
@@ -275,10 +208,31 @@ class Plan:
         -------
         Comparison
             Shows itself as a table.
-        """
-        from lingualinked.planning.comparison import compare_plans
 
-        return compare_plans((self, *others), names)
+        Raises
+        ------
+        ArgumentError
+            If a plan is of another number of layers, the names are not as many as the plans, or this one has no profile.
+        """
+        for plan in others:
+            if not isinstance(plan, Plan):
+                raise ArgumentError(
+                    f"a {type(plan).__name__} can't be compared with a plan: give lingualinked.Plan objects"
+                )
+        plans = (self, *others)
+        names = tuple(names) or tuple(f"plan {index}" for index in range(len(plans)))
+        if len(names) != len(plans):
+            raise ArgumentError(
+                f"names={names} for {count_text(len(plans), 'plan')}: give one for each, this plan's first"
+            )
+        workload = self.measured.model.fit_workload(self.workload)
+        for plan in others:
+            if plan.num_layers != self.num_layers:
+                raise ArgumentError(
+                    f"a plan of {count_text(plan.num_layers, 'layer')} can't be compared with one of {self.num_layers}"
+                )
+        predictions = tuple(_predict(plan, plan.profile or self.measured, workload) for plan in plans)
+        return Comparison(names=names, predictions=predictions)
 
     def explain(self) -> Explanation:
         """Say what limits the plan, what would help most, and whether another device would.
@@ -293,15 +247,17 @@ class Plan:
         ArgumentError
             If the plan has no profile.
         """
-        from lingualinked.planning.explanation import explain_plan
+        explanation: Explanation = explanation_of(self)  # by changed problems, solved again
+        return explanation
 
-        return explain_plan(self)
+    def plot(self) -> Any:
+        """Draw layers on devices, with memory and time (needs matplotlib: ``pip install lingualinked[plot]``).
 
-    def plot(self) -> Figure:
-        """Draw layers on devices, with memory and time (needs matplotlib: ``pip install lingualinked[plot]``)."""
-        from lingualinked.display.plan import plan_figure
-
-        return plan_figure(self)
+        Returns
+        -------
+        matplotlib.figure.Figure
+        """
+        return figure_of(self)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -321,17 +277,11 @@ class Plan:
         except msgspec.MsgspecError as error:
             raise ArgumentError(f"not the JSON of a plan: {error}") from error
 
-    _repr_pretty_ = pretty_text
 
-    def __str__(self) -> str:
-        from lingualinked.display.plan import plan_text  # the one upward arrow: plain data that can be drawn
+def _predict(plan: Plan, profile: Profile, workload: Workload) -> Prediction:
+    from lingualinked.planning.workload_costs import WorkloadCosts  # stands on NumPy, which a start may do without
 
-        return plan_text(self)
-
-    def _repr_html_(self) -> str:
-        from lingualinked.display.plan import plan_html
-
-        return plan_html(self)
+    return predict(plan.stages, WorkloadCosts(profile, workload, plan.reserve))
 
 
 def inexact_because(devices: Sequence[Device]) -> str:
@@ -343,66 +293,6 @@ def inexact_because(devices: Sequence[Device]) -> str:
     if kinds == ["cpu"] and len(threads) > 1:
         return f"mixed thread counts ({', '.join(map(str, threads))}) sum in different orders"
     return ""
-
-
-def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
-    """Refuse a plan that puts more weights on a device than its memory limit allows.
-
-    Parameters
-    ----------
-    plan : Plan
-        With the weight bytes of its stages.
-    devices : iterable of Device
-        All that it uses.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If the weights of a device's stages exceed its limit; the message says by how many bytes.
-    """
-    for device in devices:
-        num_bytes = sum(stage.weight_bytes for stage in plan.stages if stage.device == device.name)
-        limit = device.memory_bytes
-        if limit is not None and num_bytes > limit:
-            raise InfeasiblePlanError(
-                f"the plan puts {bytes_text(num_bytes)} of weights on device {device.name!r}, which has "
-                f"{bytes_text(limit)} of memory: {bytes_text(num_bytes - limit, round_up=True)} short; "
-                "raise its memory or give it fewer layers",
-                missing_bytes=num_bytes - limit,
-            )
-
-
-def check_trust(plan: Plan, devices: Iterable[Device]) -> None:
-    """Refuse a plan that puts the ends of the model on devices that are not trusted, once any device is.
-
-    Parameters
-    ----------
-    plan : Plan
-        Any.
-    devices : iterable of Device
-        All of the cluster.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If it does.
-    ArgumentError
-        If layers are to stay on trusted devices and no device is trusted.
-    """
-    trusted_layers = plan.trusted_layers
-    trusted = {device.name for device in devices if device.trusted}
-    if plan.workload is not None:
-        plan.workload.check_trusted(any_trusted=bool(trusted))
-    if not trusted:
-        return
-    front, back = max(1, trusted_layers[0]), plan.num_layers - max(1, trusted_layers[1])
-    for stage in plan.stages:
-        if (stage.start < front or stage.end > back) and stage.device not in trusted:
-            asked = f", and trusted_layers={trusted_layers}" if any(trusted_layers) else ""
-            raise InfeasiblePlanError(
-                f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: the "
-                f"first and the last stage see token ids and logits{asked}; put them on trusted devices"
-            )
 
 
 def check_plan(plan: Plan, num_layers: int, device_names: Iterable[str]) -> None:

@@ -13,7 +13,9 @@ from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Placement, Problem
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.plan import DEFAULT_RESERVE, Plan, PlannedStage, Solved, inexact_because
+from lingualinked.planning.plan import DEFAULT_RESERVE, Plan, inexact_because
+from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.planning.solved import Solved
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.quantities import bytes_text, count_text

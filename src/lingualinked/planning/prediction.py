@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lingualinked.device import CALLER
-from lingualinked.pretty import pretty_text
+from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.quantities import count_text, seconds_text
+from lingualinked.shown import Printed
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
-    from lingualinked.planning.plan import PlannedStage
     from lingualinked.planning.workload_costs import WorkloadCosts
+
+_PLAINLY = 1.05  # times as many tokens per second
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +101,7 @@ class DevicePrediction:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class Prediction(Printed):
     """A plan under a workload.
 
     Parameters
@@ -228,12 +231,30 @@ class Prediction:
         )
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in figures}
 
-    _repr_pretty_ = pretty_text
+    @property
+    def lines(self) -> list[str]:
+        """What is predicted, in sentences."""
+        workload = self.workload
+        hops = sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
+        sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
+        asked = f"{sessions} of {rows}, {workload.prompt_tokens:,} prompt + {workload.new_tokens:,} new tokens"
+        first, step, between = map(seconds_text, (self.first_token_s, self.step_s, hops))
+        now, full = self.tokens_per_s, self.pipeline_tokens_per_s
+        notes = [
+            f"for {asked}, predicted: first token after {first}, then {step} a step, {between} of it between stages",
+            f"{now:.1f} tokens/s with {sessions} in flight, limited by {self.limited_by}",
+        ]
+        if workload.num_sessions > 1:
+            notes.append(f"{self.stream_tokens_per_s:.1f} tokens/s with 1 session in flight")
+        if self.sessions_to_fill > workload.num_sessions and full > _PLAINLY * now:
+            filling = f"from {count_text(self.sessions_to_fill, 'session')} on"
+            notes.append(f"{full:.1f} tokens/s with the pipeline full, {filling}, limited by {self.bottleneck}")
+        if self.joules_per_token is not None:
+            notes.append(f"{self.joules_per_token:.3g} J per token")
+        return notes
 
     def __str__(self) -> str:
-        from lingualinked.display.plan import prediction_text  # plain data that can be drawn
-
-        return prediction_text(self)
+        return "\n".join(self.lines)
 
     @property
     def _spent(self) -> list[tuple[float, str]]:

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from lingualinked.pretty import pretty_text
+from lingualinked.quantities import seconds_text
+from lingualinked.shown import Shown
 
 Span = tuple[str, int, int]
 """Device name, start and end of one stage."""
@@ -34,7 +35,7 @@ class Move:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(Shown):
     """What the balancer decided at one moment, and why.
 
     Parameters
@@ -93,21 +94,13 @@ class Decision:
         """Layers that would change their device."""
         return moves_between(self.spans_before, self.spans_after)
 
-    _repr_pretty_ = pretty_text
-
     def __str__(self) -> str:
-        from lingualinked.display.decisions import decision_text  # plain data that can be drawn
-
-        return decision_text(self)
-
-    def _repr_html_(self) -> str:
-        from lingualinked.display.decisions import decision_html
-
-        return decision_html(self)
+        action = f"move {moves_text(self.moves)}" if self.action == "move" else self.action
+        return f"{'would ' if self.dry_run else ''}{action}: {self.reason} ({self.trigger})"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Migration:
+class Migration(Shown):
     """Layers moved while the pipeline ran, or an attempt at it.
 
     Parameters
@@ -153,17 +146,12 @@ class Migration:
         """Layers that changed their device, or were to."""
         return moves_between(self.spans_before, self.spans_after)
 
-    _repr_pretty_ = pretty_text
-
     def __str__(self) -> str:
-        from lingualinked.display.decisions import migration_text
-
-        return migration_text(self)
-
-    def _repr_html_(self) -> str:
-        from lingualinked.display.decisions import migration_rows
-
-        return migration_rows([self], self.time_s).to_html()
+        moves = moves_text(self.moves)
+        if not self.succeeded:
+            return f"could not move {moves}: {self.error}"
+        took = seconds_text(self.load_s + self.copy_s + self.switch_s)
+        return f"moved {moves} in {took}; longest stall {seconds_text(self.longest_stall_s)}"
 
 
 def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...]) -> Decision:
@@ -199,3 +187,8 @@ def moves_between(before: Iterable[Span], after: Iterable[Span]) -> tuple[Move, 
         else:
             moves.append(Move(start=layer, end=layer + 1, source=source, target=target))
     return tuple(moves)
+
+
+def moves_text(moves: Iterable[Move]) -> str:
+    """Write what changes its device: ``"[3, 6) phone → laptop"``."""
+    return ", ".join(f"[{move.start}, {move.end}) {move.source} → {move.target}" for move in moves) or "nothing"

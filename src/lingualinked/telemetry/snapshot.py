@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lingualinked.errors import ClosedError
-from lingualinked.pretty import pretty_text
+from lingualinked.registry import figure_of, frame_of
+from lingualinked.shown import Shown
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.history import Counters, History
 from lingualinked.telemetry.metrics import Reading, metrics_text
@@ -23,16 +24,13 @@ from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample, StepSample
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
     from lingualinked.telemetry.endpoint import MetricsEndpoint
 
     LiveServe = Callable[[], Callable[[int, str], MetricsEndpoint] | None]  # a reference that keeps no model alive
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Telemetry:
+class Telemetry(Shown):
     """What a model's pipeline is doing, and what it has done: a picture of one moment that does not change any more.
 
     Parameters
@@ -89,7 +87,7 @@ class Telemetry:
         del data["_live"]
         return data
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> Any:
         """Return a row per step and stage (needs pandas: ``pip install lingualinked[pandas]``).
 
         Returns
@@ -104,9 +102,7 @@ class Telemetry:
         ArgumentError
             If pandas is not installed.
         """
-        from lingualinked.display.frame import steps_frame  # as with pictures: plain data calls what knows the library
-
-        return steps_frame(self.steps)
+        return frame_of(self)
 
     def to_perfetto(self, path: str | os.PathLike[str]) -> Path:
         """Write a timeline for https://ui.perfetto.dev: a track per stage, arrows for hops, migrations and decisions.
@@ -173,7 +169,7 @@ class Telemetry:
             raise ClosedError("no model runs that this telemetry was taken of: call serve on the telemetry of a model")
         return serve(port, address)
 
-    def plot(self, last_s: float | None = None) -> Figure:
+    def plot(self, last_s: float | None = None) -> Any:
         """Draw stage times, utilisation and tokens per second over time, with the migrations marked.
 
         Before the first step, memory and compute time per stage. Needs matplotlib: ``pip install lingualinked[plot]``.
@@ -183,26 +179,16 @@ class Telemetry:
         last_s : float, optional
             Seconds before the last step came back to draw; ``None``: all that is remembered.
 
+        Returns
+        -------
+        matplotlib.figure.Figure
+
         Raises
         ------
         ArgumentError
             If matplotlib is not installed, or `last_s` is not above 0.
         """
-        from lingualinked.display.telemetry import telemetry_figure  # plain data that can be drawn
-
-        return telemetry_figure(self, last_s)
+        return figure_of(self, last_s)
 
     def __reduce__(self) -> tuple[Callable[[], Telemetry], tuple[()]]:  # a copy is of no running model
         return functools.partial(Telemetry, stages=self.stages, workers=self.workers, history=self.history), ()
-
-    _repr_pretty_ = pretty_text
-
-    def __str__(self) -> str:
-        from lingualinked.display.telemetry import telemetry_text
-
-        return telemetry_text(self)
-
-    def _repr_html_(self) -> str:
-        from lingualinked.display.telemetry import telemetry_html
-
-        return telemetry_html(self)

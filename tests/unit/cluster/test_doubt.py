@@ -13,7 +13,8 @@ import pytest
 import lingualinked as ll
 from lingualinked.cluster import doubt
 from lingualinked.cluster.doubt import OtherWork, find_doubt
-from lingualinked.profile import DeviceProfile, ModuleTimes, Profile
+from lingualinked.module_times import ModuleTimes
+from lingualinked.profile import DeviceProfile, Profile
 from profiles import profile
 
 

@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lingualinked as ll
 from lingualinked.planning.even import WeightBytes, even_plan, inexact_because

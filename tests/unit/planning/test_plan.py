@@ -6,11 +6,11 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lingualinked as ll
-from lingualinked.planning.plan import check_memory, check_plan, check_trust
+from lingualinked.planning.plan import check_plan
+from lingualinked.planning.plan_checks import check_memory, check_trust
 
 Spans = list[tuple[str, int, int]]
 

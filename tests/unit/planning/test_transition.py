@@ -8,8 +8,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 import lingualinked as ll
 from lingualinked.planning.even import WeightBytes

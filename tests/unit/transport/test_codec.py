@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.transport import codec

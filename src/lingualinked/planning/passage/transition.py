@@ -8,7 +8,8 @@ from __future__ import annotations
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.passage.holdings import Holdings, Ledger, Spans
 from lingualinked.planning.passage.waves import slots_of, waves
-from lingualinked.planning.plan import Plan, PlannedStage, check_plan, inexact_because
+from lingualinked.planning.plan import Plan, check_plan, inexact_because
+from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.quantities import bytes_text
 
 

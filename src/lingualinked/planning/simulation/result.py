@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.simulation.line import StepKind
-from lingualinked.pretty import pretty_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from lingualinked.registry import figure_of
+from lingualinked.shown import Shown
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +64,7 @@ class BusyInterval:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Simulation:
+class Simulation(Shown):
     """A workload that ran through a pipeline on paper.
 
     Parameters
@@ -105,20 +103,11 @@ class Simulation:
         """Return the result as nested plain Python data."""
         return dataclasses.asdict(self)
 
-    def plot(self) -> Figure:
-        """Draw who is busy when, and utilisation (needs matplotlib: ``pip install lingualinked[plot]``)."""
-        from lingualinked.display.simulation import simulation_figure  # plain data that can be drawn
+    def plot(self) -> Any:
+        """Draw who is busy when, and utilisation (needs matplotlib: ``pip install lingualinked[plot]``).
 
-        return simulation_figure(self)
-
-    _repr_pretty_ = pretty_text
-
-    def __str__(self) -> str:
-        from lingualinked.display.simulation import simulation_text
-
-        return simulation_text(self)
-
-    def _repr_html_(self) -> str:
-        from lingualinked.display.simulation import simulation_html
-
-        return simulation_html(self)
+        Returns
+        -------
+        matplotlib.figure.Figure
+        """
+        return figure_of(self)

@@ -12,12 +12,13 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
+from lingualinked.planning.plan import Plan
+from lingualinked.planning.prediction import Prediction
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
 from lingualinked.planning.simulation.recorder import Recorder
 from lingualinked.planning.simulation.requests import Requests
@@ -26,10 +27,6 @@ from lingualinked.planning.simulation.stations import stations_of
 from lingualinked.planning.simulation.stretch import DECODE, PREFILL
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.workload import Workload
-
-if TYPE_CHECKING:
-    from lingualinked.planning.plan import Plan
-    from lingualinked.planning.prediction import Prediction
 
 ARRIVAL = -1  # in place of a station: the session's next step is to be issued
 AFTER_ALL_STEPS = 1 << 62  # of what happens at one instant, arrivals come last,
@@ -84,8 +81,6 @@ def simulate(
     OverloadWarning
         If more requests arrive per second than the pipeline can serve.
     """
-    from lingualinked.planning.plan import Plan
-
     if not isinstance(plan, Plan):
         raise ArgumentError(f"plan is a {type(plan).__name__}: give a lingualinked.Plan")
     predicted = plan.predicted if workload is None else plan.predict(workload)

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lingualinked.display.console import UNLIMITED, terminal_width
+from lingualinked.console import UNLIMITED, terminal_width
 
 _NOTE_WIDTH = 100
 """Columns after which notes are wrapped where there is no terminal."""

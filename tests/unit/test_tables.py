@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 import lingualinked as ll
-from lingualinked.display.console import new_console
-from lingualinked.display.tables import Rows
+from lingualinked.console import new_console
+from lingualinked.tables import Rows
 
 PLAN = ll.Plan(
     stages=(

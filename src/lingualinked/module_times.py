@@ -1,0 +1,101 @@
+"""How long the parts of a model take in steps of several shapes, and in shapes between them.
+
+Plain data; knows neither how it is measured nor what is planned with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from lingualinked.errors import ArgumentError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """How long one step takes.
+
+    Parameters
+    ----------
+    rows, tokens : int
+        Shape of the step: rows of the batch, and new tokens of each.
+    context : int
+        Tokens of each row that are in the KV cache already.
+    seconds : float
+        Median of the repeats.
+    spread_s : float
+        Distance between their quartiles.
+    """
+
+    rows: int
+    tokens: int
+    context: int
+    seconds: float
+    spread_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.seconds) and self.seconds >= 0):
+            raise ArgumentError(f"seconds={self.seconds!r} of a step time must be finite and not negative")
+        if self.rows < 1 or self.tokens < 1 or self.context < 0:
+            raise ArgumentError(
+                f"rows={self.rows}, tokens={self.tokens}, context={self.context} of a step time can't be a step's shape"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModuleTimes:
+    """How long one part of a model takes in steps of several shapes.
+
+    Parameters
+    ----------
+    steps : tuple of StepTime
+        Measured, at least one; decode steps have one token, prefill steps more.
+    """
+
+    steps: tuple[StepTime, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ArgumentError("steps of module times are empty: at least one step must be measured")
+
+    def seconds(self, rows: int, tokens: int, context: float) -> float:
+        """Estimate a step's time from those that were measured.
+
+        Linear in the context for decode steps and in the tokens for prefill steps, then in the rows, between the
+        nearest shapes measured and with their slope beyond. Where one prefill was measured, the line leads through the
+        decode step, which is a pass of one token: what does not depend on the tokens is not multiplied by them.
+
+        Parameters
+        ----------
+        rows, tokens : int
+            Shape of the step.
+        context : float
+            Tokens in the KV cache before it.
+        """
+        decode = tokens == 1
+        steps = [step for step in self.steps if (step.tokens == 1) == decode] or list(self.steps)
+        by_rows = []
+        for measured in sorted({step.rows for step in steps}):
+            points = [
+                (step.context if decode else step.tokens, step.seconds) for step in steps if step.rows == measured
+            ]
+            if not decode and len(points) == 1:
+                one_token = [step for step in self.steps if step.rows == measured and step.tokens == 1]
+                shortest = min(one_token, key=lambda step: step.context, default=None)
+                points += [] if shortest is None else [(1, shortest.seconds)]
+            by_rows.append((measured, _linear(points, context if decode else tokens)))
+        return _linear(by_rows, rows)
+
+
+def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Interpolate between points; beyond them go on with the slope of the nearest two, which does not fall at the far end."""
+    points = sorted(points)
+    if len(points) == 1:
+        return points[0][1]
+    index = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[index - 1 : index + 1]
+    if x1 == x0:
+        return y0
+    slope = (y1 - y0) / (x1 - x0)
+    return y1 + max(0.0, slope) * (x - x1) if x > x1 else max(0.0, y0 + slope * (x - x0))

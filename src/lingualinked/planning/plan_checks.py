@@ -1,0 +1,73 @@
+"""Whether a plan keeps to the limits of a cluster's devices: their memory, and whom token ids and logits may reach.
+
+Knows plans and devices; not how either was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lingualinked.device import Device
+from lingualinked.errors import InfeasiblePlanError
+from lingualinked.planning.plan import Plan
+from lingualinked.quantities import bytes_text
+
+
+def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
+    """Refuse a plan that puts more weights on a device than its memory limit allows.
+
+    Parameters
+    ----------
+    plan : Plan
+        With the weight bytes of its stages.
+    devices : iterable of Device
+        All that it uses.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If the weights of a device's stages exceed its limit; the message says by how many bytes.
+    """
+    for device in devices:
+        num_bytes = sum(stage.weight_bytes for stage in plan.stages if stage.device == device.name)
+        limit = device.memory_bytes
+        if limit is not None and num_bytes > limit:
+            raise InfeasiblePlanError(
+                f"the plan puts {bytes_text(num_bytes)} of weights on device {device.name!r}, which has "
+                f"{bytes_text(limit)} of memory: {bytes_text(num_bytes - limit, round_up=True)} short; "
+                "raise its memory or give it fewer layers",
+                missing_bytes=num_bytes - limit,
+            )
+
+
+def check_trust(plan: Plan, devices: Iterable[Device]) -> None:
+    """Refuse a plan that puts the ends of the model on devices that are not trusted, once any device is.
+
+    Parameters
+    ----------
+    plan : Plan
+        Any.
+    devices : iterable of Device
+        All of the cluster.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If it does.
+    ArgumentError
+        If layers are to stay on trusted devices and no device is trusted.
+    """
+    trusted_layers = plan.trusted_layers
+    trusted = {device.name for device in devices if device.trusted}
+    if plan.workload is not None:
+        plan.workload.check_trusted(any_trusted=bool(trusted))
+    if not trusted:
+        return
+    front, back = max(1, trusted_layers[0]), plan.num_layers - max(1, trusted_layers[1])
+    for stage in plan.stages:
+        if (stage.start < front or stage.end > back) and stage.device not in trusted:
+            asked = f", and trusted_layers={trusted_layers}" if any(trusted_layers) else ""
+            raise InfeasiblePlanError(
+                f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: the "
+                f"first and the last stage see token ids and logits{asked}; put them on trusted devices"
+            )

@@ -1,0 +1,47 @@
+"""What records are asked for and only rooms above them can make: tables, pictures, data frames, explanations.
+
+Such a room registers its functions here; `lingualinked` says where they are. Knows no record and no room.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from lingualinked.tables import Rows
+
+_Result = TypeVar("_Result")
+
+
+class Registry(Generic[_Result]):
+    """A function of a record and further arguments, with an implementation for each kind of record."""
+
+    def __init__(self) -> None:
+        self._function: Any = functools.singledispatch(self._load_and_call)
+        self._load: Callable[[], object] = lambda: None
+
+    def load_with(self, load: Callable[[], object]) -> None:
+        """Set what imports the implementations; it is called with the first record that has none yet."""
+        self._load = load
+
+    def register(self, kind: type, function: Callable[..., _Result]) -> None:
+        """Add the implementation for a kind of record."""
+        self._function.register(kind, function)
+
+    def __call__(self, record: object, *arguments: Any) -> _Result:
+        """Call the implementation for a record."""
+        return self._function(record, *arguments)  # type: ignore[no-any-return]
+
+    def _load_and_call(self, record: object, *arguments: Any) -> _Result:
+        self._load()
+        function = self._function.dispatch(type(record))
+        assert function != self._load_and_call, f"nothing is registered for a {type(record).__name__}"
+        return function(record, *arguments)  # type: ignore[no-any-return]
+
+
+tables_of: Registry[Sequence[Rows]] = Registry()
+figure_of: Registry[Any] = Registry()
+frame_of: Registry[Any] = Registry()
+explanation_of: Registry[Any] = Registry()
