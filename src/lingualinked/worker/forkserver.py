@@ -41,7 +41,8 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)  # no thread pool may exist when this process forks
-        importlib.import_module("lingualinked.worker.server")
+        import lingualinked.worker.server  # noqa: F401 - what every worker stands on
+
         _import_classes(preload.class_names)
     if preload.forks:
         _ForkServer(channel, preload).run()
