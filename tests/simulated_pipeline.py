@@ -1,4 +1,4 @@
-"""A pipeline on paper that obeys a balancer: steps take what speeds and noise make of them, moves take their time."""
+"""A simulated pipeline that obeys a balancer: steps take what speeds and noise make of them, moves take their time."""
 
 from __future__ import annotations
 

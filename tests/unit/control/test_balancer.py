@@ -1,4 +1,4 @@
-"""The balancer on a pipeline on paper: prompt when a device plainly changes, calm under everything else."""
+"""The balancer on a simulated pipeline: prompt when a device plainly changes, calm under everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a workload through a pipeline on paper.
+"""Run a workload through a pipeline in simulation.
 
 Knows seconds and servers; where the seconds come from is a plan's business.
 """

@@ -24,7 +24,7 @@ class Percentiles:
     Parameters
     ----------
     mean, p50, p90, p99 : float
-        Seconds: the mean, and what 50 %, 90 % and 99 % do not pass (interpolated linearly).
+        Seconds: the mean, and what 50 %, 90 % and 99 % do not exceed (interpolated linearly).
     """
 
     mean: float
@@ -65,7 +65,7 @@ class BusyInterval:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation(Shown):
-    """A workload that ran through a pipeline on paper.
+    """What a workload did that ran through a pipeline in simulation.
 
     Parameters
     ----------

@@ -1,11 +1,10 @@
-"""Running a workload through a pipeline on paper: every step of every request, event by event.
+"""Run a workload through a pipeline in simulation: every step of every request.
 
 Knows seconds and servers; not where the seconds come from, and nothing runs.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import operator
@@ -19,18 +18,11 @@ from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction
+from lingualinked.planning.simulation.events import Course, EventHeap
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
-from lingualinked.planning.simulation.recorder import Recorder
-from lingualinked.planning.simulation.requests import Requests
 from lingualinked.planning.simulation.result import Percentiles, Simulation
-from lingualinked.planning.simulation.stations import stations_of
-from lingualinked.planning.simulation.stretch import DECODE, PREFILL
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.workload import Workload
-
-ARRIVAL = -1  # in place of a station: the session's next step is to be issued
-AFTER_ALL_STEPS = 1 << 62  # of what happens at one instant, arrivals come last,
-BEFORE_ALL_STEPS = -AFTER_ALL_STEPS  # and requests that waited from the start come first
 
 
 def simulate(
@@ -43,7 +35,7 @@ def simulate(
     jitter: float = 0.0,
     keep_events: int = 2000,
 ) -> Simulation:
-    """Run a workload through a plan's pipeline, on paper: devices compute, links carry, steps wait for each other.
+    """Run a workload through a plan's pipeline in simulation: devices compute, links carry, steps wait for each other.
 
     Decode steps all take what they are predicted to take at the workload's mean context. Devices and links are the
     servers; `simulate_times` says what is exact about the rest.
@@ -125,20 +117,14 @@ def simulate_times(
     jitter: float = 0.0,
     keep_events: int = 2000,
 ) -> Simulation:
-    """Run a workload through a pipeline, on paper.
+    """Run a workload through a pipeline in simulation.
 
     A request is one prefill step, which gives its first token, and ``new_tokens - 1`` decode steps, each issued when
     the one before is back at the caller. At most ``num_sessions`` requests are in flight; the next one starts at the
     instant at which one is finished. Every server serves one step at a time, first in, first out; steps that reach
     it at the same instant are served in the order in which they were issued.
 
-    This is exact: no fluid limit, no sampling. Between two visits to servers that occur more than once on the
-    line no step overtakes another, and all servers in between are computed together (see `Stretch`); where no server
-    occurs twice, that is the whole line. A step costs a few array operations over the servers, and next to nothing
-    while it waits nowhere: 10,000 requests of 128 tokens through 600 servers take seconds. A device that holds the
-    first and the last stage both costs one event more per step. With `jitter` each visit needs a random number of
-    its own, which takes about five times as long.
-
+    This is exact: no fluid limit, no sampling. Each visit of a step is one event; a million of them take about a second.
     Where steps on a line with repeated servers reach one at the same instant by different ways, but for the rounding
     of sums, rounding decides which is served first.
 
@@ -197,11 +183,16 @@ def simulate_times(
         _warn_of_overload(float(arrivals), times, workload)
     if num_requests is None:
         num_requests = max(16, 4 * workload.num_sessions) if arrivals_s is None else len(arrivals_s)
-    requests = Requests(num_requests, workload.new_tokens, workload.num_sessions, arrivals_s)
-    factors = _factors(jitter, len(times.visits), jitter_seed) if jitter else None
-    recorder = Recorder(keep_events)
-    visit_busy_s = run_requests(times, requests, factors, recorder)
-    return _summary(times, requests, workload.batch_size, visit_busy_s, recorder)
+    events = EventHeap(
+        times,
+        num_requests=num_requests,
+        num_tokens=workload.new_tokens,
+        num_sessions=workload.num_sessions,
+        arrivals_s=None if arrivals_s is None else arrivals_s.tolist(),
+        factors=_factors(jitter, len(times.visits), jitter_seed) if jitter else None,
+        num_kept=keep_events,
+    )
+    return _summary(times, events.run(), workload.batch_size)
 
 
 def _warn_of_overload(arrivals: float, times: PipelineTimes, workload: Workload) -> None:
@@ -223,95 +214,24 @@ def _warn_of_overload(arrivals: float, times: PipelineTimes, workload: Workload)
         )
 
 
-def run_requests(
-    times: PipelineTimes, requests: Requests, factors: Iterator[Floats] | None, recorder: Recorder
-) -> Floats:
-    """Run all requests, one event after the other.
-
-    Parameters
-    ----------
-    times : PipelineTimes
-        The line.
-    requests : Requests
-        Says which steps there are, and is told when each is back.
-    factors : iterator of ndarray or None
-        For each step, in the order of issue, float64 ``[V]``: what its service times are multiplied by.
-    recorder : Recorder
-        Is told when visits start, as long as it wants to know.
-
-    Returns
-    -------
-    ndarray
-        float64 ``[V]``, seconds that all steps together took at each visit.
-    """
-    stations = stations_of(times)
-    num_stations, num_issued = len(stations), 0
-    visit_s = np.array([(visit.prefill_s, visit.decode_s) for visit in times.visits], dtype=np.float64).T.copy()
-    kinds, services = requests.kinds, [visit_s[PREFILL]] * requests.num_sessions
-    total_s = np.zeros(len(times.visits))
-    # What happens next: when, its rank among what happens at that instant, the station that is reached, the session.
-    first_rank = AFTER_ALL_STEPS if requests.arrive else BEFORE_ALL_STEPS
-    heap = [(first_s, first_rank + session, ARRIVAL, session) for session, first_s in enumerate(requests.first_s)]
-    heapq.heapify(heap)
-    while heap:
-        now_s, rank, at, session = heap[0]
-        if at == num_stations:
-            since_s = requests.take_back(session, now_s)
-            if since_s == math.inf:
-                heapq.heappop(heap)
-                continue
-            if since_s >= now_s:
-                arrival = (since_s, AFTER_ALL_STEPS + requests.running[session], ARRIVAL, session)
-                heapq.heapreplace(heap, arrival)
-                continue
-            at = ARRIVAL
-        if at == ARRIVAL:
-            if factors is not None:
-                services[session] = next(factors) * visit_s[kinds[session]]
-                total_s += services[session]
-            heapq.heapreplace(heap, (now_s, num_issued, 0, session))
-            num_issued += 1
-            continue
-        station, kind = stations[at], kinds[session]
-        out_s = station.serve(now_s, kind) if factors is None else station.serve_with(now_s, services[session])
-        heapq.heapreplace(heap, (out_s, rank, at + 1, session))
-        if recorder.wants(now_s):
-            busy_s = visit_s[kind] if factors is None else services[session]
-            recorder.add(
-                station.last_starts(),
-                busy_s[station.visits],
-                station.visits.start,
-                session,
-                requests.running[session],
-                kind,
-            )
-    if factors is None:
-        num_requests, num_tokens = requests.tokens_s().shape
-        total_s = num_requests * (visit_s[PREFILL] + (num_tokens - 1) * visit_s[DECODE])
-    return total_s
-
-
-def _summary(
-    times: PipelineTimes, requests: Requests, batch_size: int, visit_busy_s: Floats, recorder: Recorder
-) -> Simulation:
-    started_s, tokens_s = requests.started_s(), requests.tokens_s()
+def _summary(times: PipelineTimes, course: Course, batch_size: int) -> Simulation:
+    started_s, tokens_s, busy_s = course.started_s, course.tokens_s, course.busy_s
     num_requests, num_tokens = tokens_s.shape
     makespan_s = float(tokens_s.max() - started_s.min())
     if makespan_s <= 0:
         raise ArgumentError("times: no visit takes any time, so no rate can be computed")
-    busy_s = np.bincount([visit.server for visit in times.visits], visit_busy_s, len(times.servers))
     return Simulation(
         num_requests=num_requests,
         num_tokens=tokens_s.size * batch_size,
         makespan_s=makespan_s,
         tokens_per_s=tokens_s.size * batch_size / makespan_s,
         requests_per_s=num_requests / makespan_s,
-        utilisation=dict(zip(times.servers, (busy_s / makespan_s).tolist(), strict=True)),
-        bottleneck=times.servers[int(busy_s.argmax())],
+        utilisation={name: each_s / makespan_s for name, each_s in zip(times.servers, busy_s, strict=True)},
+        bottleneck=times.servers[busy_s.index(max(busy_s))],
         first_token_s=Percentiles.of(tokens_s[:, 0] - started_s),
         request_s=Percentiles.of(tokens_s[:, -1] - started_s),
         inter_token_s=Percentiles.of(np.diff(tokens_s)) if num_tokens > 1 else None,
-        intervals=recorder.intervals(times),
+        intervals=course.intervals,
     )
 
 
