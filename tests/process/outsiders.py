@@ -13,7 +13,8 @@ from typing import Self
 import torch
 
 import lingualinked as ll
-from lingualinked.protocol.messages import Acknowledged, Hello, IntroduceWorker, Ping, Pong, decode, encode
+from lingualinked.protocol.measuring import Ping, Pong
+from lingualinked.protocol.messages import Acknowledged, Hello, IntroduceWorker, decode, encode
 from lingualinked.transport import Delivery, ZmqMailbox, generate_keypair
 from waiting import wait_until
 

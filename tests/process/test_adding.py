@@ -20,7 +20,7 @@ import lingualinked as ll
 from lingualinked.cluster import launch
 from lingualinked.cluster.booting import Booting
 from lingualinked.protocol.boot import Boot
-from lingualinked.protocol.messages import ProbeLink
+from lingualinked.protocol.measuring import ProbeLink
 from processes import are_gone, family, fork_server, stopped
 from waiting import wait_until
 

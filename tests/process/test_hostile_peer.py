@@ -19,6 +19,7 @@ import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.protocol.base import Message
+from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import (
     EndSession,
     FailureKind,
@@ -28,8 +29,6 @@ from lingualinked.protocol.messages import (
     KVEdit,
     KVEditKind,
     LogRecord,
-    Ping,
-    Pong,
     RequestFailed,
     StageTimes,
     Step,

@@ -20,6 +20,7 @@ from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.remote_text import RemoteLog
 from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
+from lingualinked.protocol.measuring import LinkProbed, ModelMeasured, Ping, Pong
 from lingualinked.protocol.messages import (
     Acknowledged,
     AnyMessage,
@@ -28,11 +29,7 @@ from lingualinked.protocol.messages import (
     Hello,
     IntroduceWorker,
     KVRefused,
-    LinkProbed,
     LogRecord,
-    ModelMeasured,
-    Ping,
-    Pong,
     Progress,
     RequestFailed,
     StageLoaded,

@@ -21,7 +21,7 @@ from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.profile import DeviceProfile, Profile
-from lingualinked.protocol.messages import MeasuredStep, MeasureModel, ModelMeasured, StepShape
+from lingualinked.protocol.measuring import MeasuredStep, MeasureModel, ModelMeasured, StepShape
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster

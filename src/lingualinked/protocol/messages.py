@@ -14,6 +14,7 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.base import Message, Natural
 from lingualinked.protocol.boot import Emulation
+from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.moving import (
     AnnounceMove,
     CopyKV,
@@ -96,54 +97,6 @@ class DismissWorker(Message, frozen=True, tag=33):
     """Remove a worker that has ended; another one may be introduced under its name."""
 
     name: str
-
-
-class StepShape(Message, frozen=True):
-    """Rows of the batch, new tokens of each, and tokens of each that are in the KV cache already."""
-
-    rows: int
-    tokens: int
-    context: int
-
-
-class MeasureModel(Message, frozen=True, tag=7):
-    """Measure what the parts of a model cost: run spans of one or two layers with weights that are filled in.
-
-    ``layout`` and ``hidden_size`` describe what crosses a boundary. Steps are repeated so many times, after one that shows
-    what a new shape costs once; more often while their times spread, less often where they are long. No text grows beyond
-    ``max_positions``.
-    """
-
-    request: int
-    spec: ModelSpec
-    spans: tuple[tuple[int, int], ...]
-    kind_of_layer: tuple[int, ...]
-    shapes: tuple[StepShape, ...]
-    layout: tuple[bool, ...] | None
-    hidden_size: int
-    num_prefills: int
-    num_decodes: int
-    max_positions: int | None
-
-
-class ProbeLink(Message, frozen=True, tag=8):
-    """Measure the link to another party: send it ``Ping`` messages with so many bytes beside them, one after the other."""
-
-    request: int
-    target: str
-    sizes: tuple[int, ...]
-
-
-class Ping(Message, frozen=True, tag=9):
-    """Answer with a ``Pong`` at once."""
-
-    number: int
-
-
-class Pong(Message, frozen=True, tag=10):
-    """Answer to a ``Ping``."""
-
-    number: int
 
 
 # --- along the pipeline
@@ -248,33 +201,6 @@ class Acknowledged(Message, frozen=True, tag=25):
     """Answer to `EmulateDevice`, `IntroduceWorker`, `AnnounceMove` and `ForkSession`: done."""
 
     request: int
-
-
-class MeasuredStep(Message, frozen=True):
-    """Seconds that one part of a model took in steps of one shape: median, and distance between the quartiles."""
-
-    shape: StepShape
-    seconds: float
-    spread_s: float
-
-
-class ModelMeasured(Message, frozen=True, tag=26):
-    """Answer to `MeasureModel`: times of each kind of layer that was among the spans, and of the rest."""
-
-    request: int
-    hardware: str
-    free_bytes: int
-    layers: dict[int, tuple[MeasuredStep, ...]]
-    stage: tuple[MeasuredStep, ...]
-    prologue: tuple[MeasuredStep, ...]
-    epilogue: tuple[MeasuredStep, ...]
-
-
-class LinkProbed(Message, frozen=True, tag=27):
-    """Answer to `ProbeLink`: seconds from each ``Ping`` to its ``Pong``, in the order of the sizes."""
-
-    request: int
-    seconds: tuple[float, ...]
 
 
 class StageReport(Message, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from lingualinked.protocol import messages, moving
+from lingualinked.protocol import measuring, messages, moving
 from lingualinked.protocol.base import Message
 
 
@@ -36,15 +36,15 @@ TO_WORKER: Mapping[type[Message], Role] = {
     messages.EmulateDevice: Role.CALLER,
     messages.IntroduceWorker: Role.CALLER,
     messages.DismissWorker: Role.CALLER,
-    messages.MeasureModel: Role.CALLER,
-    messages.ProbeLink: Role.CALLER,
+    measuring.MeasureModel: Role.CALLER,
+    measuring.ProbeLink: Role.CALLER,
     moving.AnnounceMove: Role.CALLER,
     moving.KeepPlan: Role.CALLER,
     moving.CopyKV: Role.CALLER,
     moving.MoveSession: Role.CALLER,
     moving.ForkSession: Role.CALLER,
-    messages.Ping: Role.WORKER,
-    messages.Pong: Role.PROBED,
+    measuring.Ping: Role.WORKER,
+    measuring.Pong: Role.PROBED,
     messages.Step: Role.PREVIOUS,
     messages.EndSession: Role.PREVIOUS,
     moving.KVChunk: Role.KV_SOURCE,
@@ -57,12 +57,12 @@ TO_WORKER: Mapping[type[Message], Role] = {
 TO_CALLER: Mapping[type[Message], Role] = {
     messages.Hello: Role.WORKER,
     messages.LogRecord: Role.WORKER,
-    messages.Ping: Role.WORKER,
+    measuring.Ping: Role.WORKER,
     messages.Progress: Role.ASKED,
     messages.StageLoaded: Role.ASKED,
     messages.Acknowledged: Role.ASKED,
-    messages.ModelMeasured: Role.ASKED,
-    messages.LinkProbed: Role.ASKED,
+    measuring.ModelMeasured: Role.ASKED,
+    measuring.LinkProbed: Role.ASKED,
     messages.WorkerReport: Role.ASKED,
     messages.RequestFailed: Role.ASKED,
     moving.KVCopied: Role.KV_ENDS,
@@ -77,8 +77,8 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     messages.InspectWorker: messages.WorkerReport,
     messages.EmulateDevice: messages.Acknowledged,
     messages.IntroduceWorker: messages.Acknowledged,
-    messages.MeasureModel: messages.ModelMeasured,
-    messages.ProbeLink: messages.LinkProbed,
+    measuring.MeasureModel: measuring.ModelMeasured,
+    measuring.ProbeLink: measuring.LinkProbed,
     moving.AnnounceMove: messages.Acknowledged,
     moving.CopyKV: moving.KVCopied,
     moving.ForkSession: messages.Acknowledged,

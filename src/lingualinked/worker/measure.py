@@ -22,7 +22,8 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.loading import load_span
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage, accelerator_device
-from lingualinked.protocol.messages import MeasuredStep, MeasureModel, Step, StepShape
+from lingualinked.protocol.measuring import MeasuredStep, MeasureModel, StepShape
+from lingualinked.protocol.messages import Step
 from lingualinked.worker.hosted import HostedStage
 from lingualinked.worker.pace import Pace
 

@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 
 import torch
 
-from lingualinked.protocol.messages import LinkProbed, Ping, Pong, ProbeLink
+from lingualinked.protocol.measuring import LinkProbed, Ping, Pong, ProbeLink
 from lingualinked.worker.peers import Peers
 
 

@@ -19,6 +19,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Emulation
+from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.messages import (
     Acknowledged,
     CallerMessage,
@@ -32,12 +33,7 @@ from lingualinked.protocol.messages import (
     KVRefused,
     LoadStage,
     LogRecord,
-    MeasureModel,
-    ModelMeasured,
     PeerMessage,
-    Ping,
-    Pong,
-    ProbeLink,
     Progress,
     RequestFailed,
     StageLoaded,

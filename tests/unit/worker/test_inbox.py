@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lingualinked.errors import ProtocolError
-from lingualinked.protocol.messages import EndSession, InspectWorker, Ping, Pong, UnloadModel, encode
+from lingualinked.protocol.measuring import Ping, Pong
+from lingualinked.protocol.messages import EndSession, InspectWorker, UnloadModel, encode
 from lingualinked.protocol.moving import KeepPlan, KVReceived
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.worker.inbox import Inbox

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from lingualinked.errors import ArgumentError, PeerUnknownError, ProtocolError
-from lingualinked.protocol.messages import DismissWorker, IntroduceWorker, Pong, decode
+from lingualinked.protocol.measuring import Pong
+from lingualinked.protocol.messages import DismissWorker, IntroduceWorker, decode
 from lingualinked.transport import InProcessHub, InProcessMailbox, generate_keypair
 from lingualinked.worker.peers import Peers
 
