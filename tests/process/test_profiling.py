@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import pwd
 import signal
@@ -200,15 +201,19 @@ def test_a_doubtful_profile_is_not_kept_and_the_first_requests_correct_it(
         corrected = model.plan
         steps = model.telemetry.history.steps
         assert model.plan.profile is corrected.profile  # nothing new: nothing is worked out again
-        for stage in corrected.predicted.stages:
-            for is_decode, predicted_s in ((True, stage.decode_s), (False, stage.prefill_s)):
+        for stage, before in zip(corrected.predicted.stages, doubtful.predicted.stages, strict=True):
+            for is_decode, predicted_s, doubtful_s in (
+                (True, stage.decode_s, before.decode_s),
+                (False, stage.prefill_s, before.prefill_s),
+            ):
                 seen_s = statistics.median(
                     timing.compute_s
                     for step in steps
                     for timing in step.stages
                     if step.is_decode == is_decode and timing.device == stage.device
                 )
-                assert predicted_s == pytest.approx(seen_s, rel=0.5)
+                # Nearer by half the orders of magnitude: on a machine that is really busy no two steps take the same time.
+                assert abs(math.log(predicted_s / seen_s)) < abs(math.log(doubtful_s / seen_s)) / 2
         unseen = set(pair.pids) - set(corrected.devices)
         assert bool(corrected.profile.doubt) == bool(unseen)  # who has run no step is doubtful still
         assert corrected.stages == doubtful.stages
