@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
+from lingualinked.checks import as_float, is_integer
 from lingualinked.errors import ArgumentError
 
 _UNITS = {"": 1, "B": 1}
@@ -89,7 +90,7 @@ def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
             )
         bytes_per_s = float(match[1]) * 1000.0 ** " KMGT".index(match[2] or " ") / (1 if match[3] == "B" else 8)
     else:
-        bytes_per_s = _number(rate, f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s")
+        bytes_per_s = as_float(rate, f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s")
     if not 0 < bytes_per_s < math.inf:
         raise ArgumentError(f"{field}={rate!r} must be positive and finite")
     return bytes_per_s
@@ -121,19 +122,10 @@ def parse_seconds(duration: float | str, field: str = "latency") -> float:
             raise ArgumentError(f"{field}={duration!r} is not a valid duration: write seconds, or 3ms, or 250us")
         seconds = float(match[1]) * _SECONDS[match[2]]
     else:
-        seconds = _number(duration, f"{field}={duration!r} is not a valid duration: write seconds, or 3ms")
+        seconds = as_float(duration, f"{field}={duration!r} is not a valid duration: write seconds, or 3ms")
     if not 0 <= seconds < math.inf:
         raise ArgumentError(f"{field}={duration!r} must not be negative, and finite")
     return seconds
-
-
-def _number(value: object, refusal: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentError(refusal)
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,13 +185,11 @@ class Device:
             raise ArgumentError(f"name={self.name!r} is the name of the calling process: choose another")
         if not isinstance(self.accelerator, str) or _ACCELERATOR.fullmatch(self.accelerator) is None:
             raise ArgumentError(f"accelerator={self.accelerator!r} of device {self.name!r} must be cpu, cuda:N or mps")
-        if self.threads is not None and (
-            not isinstance(self.threads, int) or isinstance(self.threads, bool) or self.threads < 1
-        ):
+        if self.threads is not None and not is_integer(self.threads, at_least=1):
             raise ArgumentError(f"threads={self.threads!r} of device {self.name!r} must be a positive integer")
         if self.cpus is not None:
             cpus = tuple(self.cpus) if isinstance(self.cpus, Iterable) else ()
-            are_cores = all(isinstance(cpu, int) and not isinstance(cpu, bool) and cpu >= 0 for cpu in cpus)
+            are_cores = all(is_integer(cpu, at_least=0) for cpu in cpus)
             if not cpus or not are_cores or len(set(cpus)) < len(cpus):
                 raise ArgumentError(f"cpus={self.cpus!r} of device {self.name!r} must be core numbers, each once")
             object.__setattr__(self, "cpus", cpus)
@@ -216,7 +206,9 @@ class Device:
             parse_seconds(self.latency, f"latency of device {self.name!r}")
         if (
             self.watts is not None
-            and not 0 < _number(self.watts, f"watts={self.watts!r} of device {self.name!r} must be a number") < math.inf
+            and not 0
+            < as_float(self.watts, f"watts={self.watts!r} of device {self.name!r} must be a number")
+            < math.inf
         ):
             raise ArgumentError(f"watts={self.watts!r} of device {self.name!r} must be positive and finite")
         if not isinstance(self.trusted, bool):
@@ -337,7 +329,7 @@ def check_slowdown(slowdown: float, name: str) -> float:
         If it is no number, below 1, or not finite.
     """
     field = f"slowdown={slowdown!r} of device {name!r}"
-    if not 1 <= _number(slowdown, f"{field} must be a number") < math.inf:
+    if not 1 <= as_float(slowdown, f"{field} must be a number") < math.inf:
         raise ArgumentError(f"{field} must be at least 1: a worker can't be made faster than its machine")
     return float(slowdown)
 

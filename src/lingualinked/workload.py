@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from lingualinked.checks import is_integer
 from lingualinked.errors import ArgumentError
 
 Objective = Literal["throughput", "latency", "energy"]
@@ -49,7 +50,7 @@ class Workload:
             value = getattr(self, field.name)
             if field.name == "trusted_layers":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_integer(value, at_least=1):
                 raise ArgumentError(f"{field.name}={value!r} of a workload must be a positive integer")
 
     @property
@@ -95,11 +96,7 @@ def check_objective(objective: object) -> None:
 
 def _pair(value: object) -> tuple[int, int]:
     """Check a pair of counts, given as a tuple or as a list of a file."""
-    if (
-        isinstance(value, tuple | list)
-        and len(value) == 2
-        and all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value)
-    ):
+    if isinstance(value, tuple | list) and len(value) == 2 and all(is_integer(each, at_least=0) for each in value):
         return value[0], value[1]
     raise ArgumentError(
         f"trusted_layers={value!r} of a workload must be two counts of layers, (first, last), at least 0 each"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import threading
 import weakref
@@ -16,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from lingualinked.checks import check_positive
 from lingualinked.cluster.devices import as_devices, as_further_device
 from lingualinked.cluster.emulation import delayed_from, emulate, emulation_of
 from lingualinked.cluster.launch import Launcher
@@ -26,6 +26,7 @@ from lingualinked.interrupts import interruptible, result_of, uninterrupted
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
+from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES
 
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
-
-DEFAULT_MAX_FRAME_BYTES = 1024**2
-"""Largest frame on a socket; larger tensors travel in several."""
 
 MIN_FRAME_BYTES = 256 << 10
 """Everything but tensors travels in one frame: a worker's error with its traceback takes most."""
@@ -90,7 +88,7 @@ class Cluster:
         self.links = check_links(links or {}, [device.name for device in self.devices])
         self._behaving = {device.name: device for device in self.devices}  # as the workers do now
         self._changes = threading.Lock()  # one change at a time of what devices there are and how they behave
-        self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else _positive(timeout_s, "timeout_s")
+        self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else check_positive(timeout_s, "timeout_s")
         if not isinstance(max_frame_bytes, int):
             raise ArgumentError(f"max_frame_bytes={max_frame_bytes!r} must be a whole number")
         if max_frame_bytes < MIN_FRAME_BYTES:
@@ -375,9 +373,3 @@ def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
         threading.Thread(target=ends.close, name="closing-lingualinked").start()
     else:
         ends.close()
-
-
-def _positive(value: float, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ArgumentError(f"{field}={value!r} must be a positive, finite number")
-    return value

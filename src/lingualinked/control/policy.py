@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from lingualinked.checks import is_number
 from lingualinked.errors import ArgumentError
 
 
@@ -50,7 +51,7 @@ class RebalancePolicy:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if not is_number(value) or not 0 <= value < math.inf:
                 raise ArgumentError(f"{field.name}={value!r} of a rebalance policy must be finite and not negative")
         for name in ("horizon_s", "confidence", "max_memory", "sample_interval_s"):
             if getattr(self, name) == 0:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from lingualinked.checks import as_float
 from lingualinked.device import CALLER, Device, Links, check_links, link_between, parse_rate
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes, StepTime
@@ -57,12 +58,7 @@ class Figures:
             if match is None:
                 raise ArgumentError(f"flops={self.flops!r} is not a valid rate: write a number, or 2TFLOP/s")
             return float(match[1]) * 1000.0 ** " KMGTP".index(match[2] or " ")
-        if isinstance(self.flops, bool) or not isinstance(self.flops, int | float):
-            raise ArgumentError(f"flops={self.flops!r} is not a valid rate: write a number, or 2TFLOP/s")
-        try:
-            return float(self.flops)
-        except OverflowError:
-            return math.inf
+        return as_float(self.flops, f"flops={self.flops!r} is not a valid rate: write a number, or 2TFLOP/s")
 
     @property
     def memory_bytes_per_s(self) -> float:

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from lingualinked.cluster.cluster import Cluster, _positive
+from lingualinked.checks import check_positive, is_integer
+from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.devices import as_devices
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
@@ -151,10 +152,10 @@ class ShardedModel:
         check_objective(objective)
         if not isinstance(workload, Workload | None):
             raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
-        if max_kv_tokens is not None and (not isinstance(max_kv_tokens, int) or max_kv_tokens < 1):
+        if max_kv_tokens is not None and not is_integer(max_kv_tokens, at_least=1):
             raise ArgumentError(f"max_kv_tokens={max_kv_tokens!r} must be a positive integer")
         if timeout_s is not None:
-            _positive(timeout_s, "timeout_s")
+            check_positive(timeout_s, "timeout_s")
         if not isinstance(rebalance, RebalancePolicy | None) and rebalance != "auto":
             raise ArgumentError(f"rebalance={rebalance!r} must be 'auto', a lingualinked.RebalancePolicy or None")
         if cluster is not None and devices != "auto":

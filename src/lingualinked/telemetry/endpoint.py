@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+from lingualinked.checks import is_integer
 from lingualinked.errors import ArgumentError, ResourceError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.telemetry.metrics import Reading, new_registry
@@ -45,7 +46,7 @@ class MetricsEndpoint:
     """
 
     def __init__(self, read: Callable[[], Reading], port: int, address: str) -> None:
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 2**16:
+        if not is_integer(port, at_least=0) or port >= 2**16:
             raise ArgumentError(f"port={port!r} is not a port: give a whole number up to 65535, or 0 for a free port")
         if not isinstance(address, str) or not address:
             raise ArgumentError(f"address={address!r} is not an address: give a name or number of this machine")

@@ -16,6 +16,13 @@ from torch import Tensor
 
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.quantities import bytes_text, count_text
+from lingualinked.transport.message_limits import (
+    DEFAULT_MAX_FRAME_BYTES,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    MAX_NUM_DIMS,
+    MAX_NUM_FRAMES,
+    MAX_NUM_TENSORS,
+)
 
 if TYPE_CHECKING:
     from lingualinked.transport.shaping import ShapedLink
@@ -23,14 +30,6 @@ if TYPE_CHECKING:
 WIRE_VERSION = 1
 """First byte of every message. The rest of frame 0 is the msgpack array ``[payload, [[dtype code, *shape], ...]]``; on an
 emulated link a third element gives the time at which the message is due, in microseconds of the machine's monotonic clock."""
-
-# A frame is encrypted, sent and decrypted as a whole. With frames of 1 MiB these overlap, so that 32 MiB arrive in half the
-# time that a single frame takes. Smaller frames gain nothing more.
-DEFAULT_MAX_FRAME_BYTES = 1 << 20
-DEFAULT_MAX_MESSAGE_BYTES = 4 << 30
-MAX_NUM_FRAMES = 1 << 16
-MAX_NUM_TENSORS = 1 << 10
-MAX_NUM_DIMS = 16
 
 Frame: TypeAlias = bytes | memoryview
 

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 
 from lingualinked.errors import ArgumentError
 from lingualinked.transport.codec import (
-    DEFAULT_MAX_FRAME_BYTES,
-    DEFAULT_MAX_MESSAGE_BYTES,
     Limits,
     MalformedError,
     decode_message,
@@ -26,6 +24,7 @@ from lingualinked.transport.codec import (
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.keys import KeyPair, authorise, check_authorised, generate_keypair, raw_key
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES
 from lingualinked.transport.refusals import Refusals
 
 if TYPE_CHECKING:

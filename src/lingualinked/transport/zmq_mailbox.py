@@ -23,9 +23,6 @@ import zmq
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import count_text
 from lingualinked.transport.codec import (
-    DEFAULT_MAX_FRAME_BYTES,
-    DEFAULT_MAX_MESSAGE_BYTES,
-    MAX_NUM_FRAMES,
     Limits,
     MalformedError,
     decode_message,
@@ -35,6 +32,7 @@ from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.handshakes import TIMEOUT_MS
 from lingualinked.transport.keys import KeyPair, authorise, check_authorised, raw_key
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES, MAX_NUM_FRAMES
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.socket_folder import make_socket_folder, new_socket_path
 from lingualinked.transport.waker import Waker

@@ -1,0 +1,14 @@
+"""How large messages and their frames may be.
+
+Knows numbers only; imports no torch.
+"""
+
+from __future__ import annotations
+
+# A frame is encrypted, sent and decrypted as a whole. With frames of 1 MiB these overlap, so that 32 MiB arrive in half the
+# time that a single frame takes. Smaller frames gain nothing more.
+DEFAULT_MAX_FRAME_BYTES = 1 << 20
+DEFAULT_MAX_MESSAGE_BYTES = 4 << 30
+MAX_NUM_FRAMES = 1 << 16
+MAX_NUM_TENSORS = 1 << 10
+MAX_NUM_DIMS = 16
