@@ -17,6 +17,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes
 from lingualinked.quantities import count_text
 from lingualinked.shown import Shown
+from lingualinked.weight_bytes import WeightBytes
 from lingualinked.whole_file import write_whole_file
 from lingualinked.workload import Workload
 
@@ -117,12 +118,19 @@ class ModelProfile:
         """Number of decoder layers."""
         return len(self.kind_of_layer)
 
+    @property
+    def weights(self) -> WeightBytes:
+        """Bytes of its weights, by where they are needed."""
+        return WeightBytes(
+            layers=self.layer_weight_bytes,
+            prologue=self.prologue_bytes,
+            epilogue=self.epilogue_bytes,
+            tied=self.tied_bytes,
+        )
+
     def span_bytes(self, start: int, end: int) -> int:
         """Weight bytes of a stage of layers ``[start, end)``."""
-        is_first, is_last = start == 0, end == self.num_layers
-        num_bytes = sum(self.layer_weight_bytes[start:end])
-        num_bytes += self.prologue_bytes * is_first + self.epilogue_bytes * is_last
-        return num_bytes - self.tied_bytes * (is_first and is_last)
+        return self.weights.of_span(start, end)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import lingualinked as ll
-from lingualinked.planning.even import WeightBytes, even_plan
+from lingualinked.planning.even import even_plan
+from lingualinked.weight_bytes import WeightBytes
 from profiles import profile
 
 ROOT = Path(ll.__file__).parent

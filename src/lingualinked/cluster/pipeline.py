@@ -31,7 +31,6 @@ from lingualinked.errors import ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
-from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.passage.transition import transition
 from lingualinked.planning.plan import Plan
@@ -40,6 +39,7 @@ from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision, unmeasured
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
+from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from lingualinked.errors import ArgumentError, UncuttableModelError
 from lingualinked.model import hf_internals
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES, read_config
-from lingualinked.planning.even import WeightBytes
 from lingualinked.quantities import count_text
+from lingualinked.weight_bytes import WeightBytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -5,7 +5,6 @@ Knows bytes only; which device is faster is not asked here.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -15,36 +14,7 @@ from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.plan import Plan, inexact_because
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.quantities import bytes_text, count_text
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WeightBytes:
-    """Bytes of a model's weights, by where they are needed.
-
-    Parameters
-    ----------
-    layers : tuple of int
-        Bytes of each decoder layer.
-    prologue, epilogue : int
-        Bytes that only the first and only the last stage needs; a tied embedding counts in both.
-    tied : int
-        Bytes counted in both, held once by a stage that has both ends.
-    """
-
-    layers: tuple[int, ...]
-    prologue: int
-    epilogue: int
-    tied: int = 0
-
-    def of_span(self, start: int, end: int) -> int:
-        """Bytes of the stage that holds layers ``[start, end)``."""
-        is_first, is_last = start == 0, end == len(self.layers)
-        return (
-            sum(self.layers[start:end])
-            + self.prologue * is_first
-            + self.epilogue * is_last
-            - self.tied * (is_first and is_last)
-        )
+from lingualinked.weight_bytes import WeightBytes
 
 
 def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
@@ -81,7 +51,7 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
 
     def stage_bytes(start: int, end: int) -> int:
         middle = before[end] - before[start]
-        ends = weights.of_span(start, end) - sum(weights.layers[start:end]) if start == 0 or end == num_layers else 0
+        ends = weights.of_ends(has_first=start == 0, has_last=end == num_layers)
         return middle + ends
 
     def size_within_limit(device: int, size: int) -> float:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.even import WeightBytes, even_plan
+from lingualinked.planning.even import even_plan
 from lingualinked.planning.plan import Plan, check_plan, inexact_because
 from lingualinked.planning.plan_checks import check_trust
 from lingualinked.profile import ModelProfile
 from lingualinked.sharded.saved import find_plan
+from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 import lingualinked as ll
-from lingualinked.planning.even import WeightBytes, even_plan, inexact_because
+from lingualinked.planning.even import even_plan
+from lingualinked.planning.plan import inexact_because
+from lingualinked.weight_bytes import WeightBytes
 
 SIZES = st.integers(1, 50)
 

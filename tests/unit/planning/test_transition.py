@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 import lingualinked as ll
-from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.passage.holdings import Holdings, Spans
 from lingualinked.planning.passage.transition import transition
 from lingualinked.planning.passage.waves import merged
+from lingualinked.weight_bytes import WeightBytes
 from profiles import MIB, profile
 
 

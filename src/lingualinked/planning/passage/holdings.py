@@ -13,10 +13,10 @@ from typing import TypeAlias
 
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.even import WeightBytes
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.quantities import count_text
+from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Workload
 
 Spans: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -77,12 +77,7 @@ class Holdings:
         """
         model, costs = profile.model, WorkloadCosts(profile, workload, reserve)
         return cls(
-            weights=WeightBytes(
-                layers=model.layer_weight_bytes,
-                prologue=model.prologue_bytes,
-                epilogue=model.epilogue_bytes,
-                tied=model.tied_bytes,
-            ),
+            weights=model.weights,
             devices=tuple(each.device for each in profile.devices),
             capacity_bytes=tuple(costs.capacity_bytes(each) for each in profile.devices),
             layer_kv=tuple(map(costs.layer_kv_bytes, range(model.num_layers))),
@@ -125,9 +120,7 @@ class Ledger:
             if end > reached:
                 num_bytes += self._before[end] - self._before[max(start, reached)]
                 reached = end
-        has_first, has_last = spans[0][0] == 0, reached == self._num_layers
-        num_bytes += self._weights.prologue * has_first + self._weights.epilogue * has_last
-        num_bytes -= self._weights.tied * (has_first and has_last)
+        num_bytes += self._weights.of_ends(has_first=spans[0][0] == 0, has_last=reached == self._num_layers)
         num_stages = max(sum(name == device for name, _, _ in plan) for plan in plans)
         return num_bytes + self._working * num_stages
 

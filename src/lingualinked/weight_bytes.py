@@ -1,0 +1,36 @@
+"""Bytes of a model's weights, by where they are needed.
+
+Knows numbers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBytes:
+    """Bytes of a model's weights, by where they are needed.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Bytes of each decoder layer.
+    prologue, epilogue : int
+        Bytes that only the first and only the last stage needs; a tied embedding counts in both.
+    tied : int
+        Bytes counted in both, held once by a stage that has both ends.
+    """
+
+    layers: tuple[int, ...]
+    prologue: int
+    epilogue: int
+    tied: int = 0
+
+    def of_span(self, start: int, end: int) -> int:
+        """Return the bytes of the stage that holds layers ``[start, end)``."""
+        return sum(self.layers[start:end]) + self.of_ends(has_first=start == 0, has_last=end == len(self.layers))
+
+    def of_ends(self, *, has_first: bool, has_last: bool) -> int:
+        """Return the bytes beside layers of what holds the first layer, the last one or both: what is tied counts once."""
+        return self.prologue * has_first + self.epilogue * has_last - self.tied * (has_first and has_last)
