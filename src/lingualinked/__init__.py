@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from lingualinked.module_times import ModuleTimes as ModuleTimes, StepTime as StepTime
     from lingualinked.planning.comparison import Comparison as Comparison
-    from lingualinked.planning.estimate import Figures as Figures
+    from lingualinked.planning.estimate import DeviceSpecs as DeviceSpecs
     from lingualinked.planning.explanation import Explanation as Explanation
     from lingualinked.planning.plan import Plan as Plan
     from lingualinked.planning.planned_stage import PlannedStage as PlannedStage
@@ -80,7 +80,7 @@ _NAMES = {
     "UnsupportedOperationError WorkerDiedError WorkerError",
     "module_times": "ModuleTimes StepTime",
     "planning.comparison": "Comparison",
-    "planning.estimate": "Figures",
+    "planning.estimate": "DeviceSpecs",
     "planning.explanation": "Explanation",
     "planning.plan": "Plan",
     "planning.planned_stage": "PlannedStage",

@@ -1,4 +1,4 @@
-"""``lingualinked plan`` prints plans: from measurement, from what is on disk, from stated figures."""
+"""``lingualinked plan`` prints plans: from measurement, from what is on disk, from stated specs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_config_alone_suffices(tiny_llama: str, cluster_file: Path, no_workers
     result = plan(folder, "-d", cluster_file, *SHAPE, "--json")
     assert result.exit_code == 0, result.output
     assert ll.Plan.from_json(result.stdout).num_layers == 4
-    assert json.loads(result.stdout)["profile"]["devices"][0]["hardware"] == "stated figures"
+    assert json.loads(result.stdout)["profile"]["devices"][0]["hardware"] == "stated specs"
 
 
 def test_a_picture(

@@ -13,9 +13,9 @@ from typing import Any
 from lingualinked.cluster.devices import as_devices
 from lingualinked.device import Device, Link, check_links
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.estimate import Figures
+from lingualinked.planning.estimate import DeviceSpecs
 
-_FIGURES = tuple(field.name for field in dataclasses.fields(Figures))
+_SPECS = tuple(field.name for field in dataclasses.fields(DeviceSpecs))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +28,13 @@ class ClusterFile:
         Every ``[[devices]]`` table, with the fields of `Device`.
     links : dict of (str, str) to Link
         Every ``[[links]]`` table: ``source``, ``target``, ``bandwidth``, ``latency``.
-    figures : dict of str to Figures
+    specs : dict of str to DeviceSpecs
         Of the devices that state ``flops`` and ``memory_bandwidth``.
     """
 
     devices: tuple[Device, ...]
     links: dict[tuple[str, str], Link]
-    figures: dict[str, Figures]
+    specs: dict[str, DeviceSpecs]
 
 
 def read_devices(asked: str) -> ClusterFile:
@@ -46,7 +46,7 @@ def read_devices(asked: str) -> ClusterFile:
         If it is neither.
     """
     if asked.isdecimal():
-        return ClusterFile(devices=as_devices(int(asked)), links={}, figures={})
+        return ClusterFile(devices=as_devices(int(asked)), links={}, specs={})
     return read_cluster_file(Path(asked))
 
 
@@ -67,24 +67,24 @@ def read_cluster_file(path: Path) -> ClusterFile:
     if not isinstance(tables, list) or not tables:
         raise ArgumentError(f"{path} has no [[devices]]: a cluster needs at least one")
     devices: list[Device] = []
-    figures: dict[str, Figures] = {}
+    specs: dict[str, DeviceSpecs] = {}
     known = tuple(field.name for field in dataclasses.fields(Device))
     for table in tables:
-        _refuse_unknown(table, (*known, *_FIGURES), f"a [[devices]] table of {path}")
+        _refuse_unknown(table, (*known, *_SPECS), f"a [[devices]] table of {path}")
         if "name" not in table:
             raise ArgumentError(f"a [[devices]] table of {path} has no name")
-        device = Device(**{name: _frozen(value) for name, value in table.items() if name not in _FIGURES})
+        device = Device(**{name: _frozen(value) for name, value in table.items() if name not in _SPECS})
         if any(device.name == other.name for other in devices):
             raise ArgumentError(f"{path} has two devices named {device.name!r}: names must differ")
         devices.append(device)
-        stated = {name: table[name] for name in _FIGURES if name in table}
+        stated = {name: table[name] for name in _SPECS if name in table}
         if stated:
-            missing = [name for name in _FIGURES if name not in stated]
+            missing = [name for name in _SPECS if name not in stated]
             if missing:
                 raise ArgumentError(
                     f"device {device.name!r} of {path} states {', '.join(stated)} and not {', '.join(missing)}"
                 )
-            figures[device.name] = Figures(**stated)
+            specs[device.name] = DeviceSpecs(**stated)
     links: dict[tuple[str, str], Link] = {}
     link_tables = content.get("links", [])
     if not isinstance(link_tables, list):
@@ -98,7 +98,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
             raise ArgumentError(f"{path} has two links from {ends[0]!r} to {ends[1]!r}")
         links[ends] = Link(**{name: value for name, value in table.items() if name not in ("source", "target")})
     return ClusterFile(
-        devices=tuple(devices), links=check_links(links, [device.name for device in devices]), figures=figures
+        devices=tuple(devices), links=check_links(links, [device.name for device in devices]), specs=specs
     )
 
 

@@ -36,7 +36,7 @@ def run_plan(
     explain: bool,
     progress: bool,
 ) -> None:
-    """Print the plan, from a saved profile, from stated figures, or from a measurement made now."""
+    """Print the plan, from a saved profile, from stated specs, or from a measurement made now."""
     if plot is not None:
         check_picture("--plot", plot)
     profile = _profile(path, devices, workload, dtype, progress=progress)
@@ -67,14 +67,14 @@ def _profile(path: str, devices: str, workload: ll.Workload, dtype: str, *, prog
 
     asked = read_devices(devices)
     described = describe(LoadArguments.of(path, None, dtype=dtype, load_format=load_format_of(path)))
-    if asked.figures:
-        silent = [device.name for device in asked.devices if device.name not in asked.figures]
+    if asked.specs:
+        silent = [device.name for device in asked.devices if device.name not in asked.specs]
         if silent:
             raise ll.ArgumentError(
-                f"{devices} states flops and memory_bandwidth for {', '.join(asked.figures)} and not for "
+                f"{devices} states flops and memory_bandwidth for {', '.join(asked.specs)} and not for "
                 f"{', '.join(silent)}: state them for every device, or for none to have all of them measured here"
             )
-        return described.estimate(asked.devices, asked.figures, asked.links, workload)
+        return described.estimate(asked.devices, asked.specs, asked.links, workload)
     footprint = described.footprint()
     workload = footprint.profile.fit_workload(workload)
     filled = as_devices(asked.devices)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.checks import check_positive
-from lingualinked.cluster.devices import as_devices, as_further_device
+from lingualinked.cluster.devices import as_devices, check_added_device
 from lingualinked.cluster.emulation import delayed_from, emulate, emulation_of
 from lingualinked.cluster.launch import Launcher
 from lingualinked.cluster.resources import check_addition, check_start
@@ -226,7 +226,7 @@ class Cluster:
         self._engine.check_owner()  # before the lock, which a fork may have left taken
         with self._changes:
             before = self.devices, self.links, self._behaving
-            device = as_further_device(device, self.devices)
+            device = check_added_device(device, self.devices)
             check_addition(device)
             behaving = {**self._behaving, device.name: device}
             known = {**self.links, **check_links_of(device.name, links or {}, behaving)}

@@ -47,7 +47,7 @@ def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
     return tuple(filled)
 
 
-def as_further_device(device: Device, others: Sequence[Device]) -> Device:
+def check_added_device(device: Device, others: Sequence[Device]) -> Device:
     """Return the device that a cluster of others would have in addition, with its number of threads.
 
     Raises

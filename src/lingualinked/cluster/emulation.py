@@ -35,12 +35,12 @@ def emulation_of(
 ) -> Emulation:
     """Say what a device's worker emulates among all devices of a cluster and the caller, as they are, or will be later."""
     device = devices[name]
-    figures = []
+    emulated_links = []
     for target, other in {CALLER: None, **devices}.items():
         if target != name:
             link = link_between(device, other, links)
             bandwidth = link.bandwidth_bytes_per_s
-            figures.append(
+            emulated_links.append(
                 EmulatedLink(
                     target=target,
                     bandwidth_bytes_per_s=None if bandwidth == math.inf else bandwidth,
@@ -48,7 +48,7 @@ def emulation_of(
                 )
             )
     expected = dict.fromkeys((*delayed_from(name, devices, links), *delayed_from(name, later or devices, links)))
-    return Emulation(slowdown=device.slowdown, links=tuple(figures), delayed_from=tuple(expected))
+    return Emulation(slowdown=device.slowdown, links=tuple(emulated_links), delayed_from=tuple(expected))
 
 
 def emulate(

@@ -16,7 +16,7 @@ def profile_rows(profile: Profile) -> Rows:
     model = profile.model
     rows = [row for device in profile.devices for row in _device_rows(model, device)]
     slowest = max(profile.links, key=lambda link: link.latency_s)
-    measured = "measured" if profile.versions else "from stated figures"
+    measured = "measured" if profile.versions else "from stated specs"
     return Rows(
         title=f"Profile of {model.name}: {count_text(model.num_layers, 'layer')}, {model.dtype}, {measured}",
         columns=("device", "part", "number", "prefill", "spread", "decode", "spread"),

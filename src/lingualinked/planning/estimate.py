@@ -1,6 +1,6 @@
-"""A profile from stated figures instead of measurements: to plan for devices that are not there yet.
+"""Estimates a profile from stated device specifications, to plan for devices that are not there yet.
 
-Knows a model in bytes and operations, and what devices are said to do; nothing is run.
+Knows a model in bytes and operations; runs and measures nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _LENGTHS = tuple(2**exponent for exponent in range(1, 18))  # for which times ar
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What a device is said to do.
+class DeviceSpecs:
+    """The stated compute and memory rates of a device.
+
+    Use it with `estimate_profile` to plan for a device that can't be measured.
 
     Parameters
     ----------
@@ -89,7 +91,7 @@ def roofline_profile(
     model: ModelProfile,
     operations: Sequence[LayerOperations],
     devices: Sequence[Device],
-    figures: Mapping[str, Figures],
+    specs: Mapping[str, DeviceSpecs],
     *,
     links: Links | None = None,
     workload: Workload | None = None,
@@ -103,9 +105,9 @@ def roofline_profile(
     operations : sequence of LayerOperations
         Of one layer of each of its kinds.
     devices : sequence of Device
-        With memory, bandwidth and latency as they are said to be.
-    figures : mapping of str to Figures
-        For each device, by name.
+        With their stated memory, bandwidth and latency.
+    specs : mapping of str to DeviceSpecs
+        Of each device, by name.
     links : mapping of (str, str) to Link, optional
         Links that are other than what their two ends give.
     workload : Workload or None
@@ -119,7 +121,7 @@ def roofline_profile(
     Raises
     ------
     ArgumentError
-        If there is no device, a name occurs twice, figures are missing, a link leads to no device, or the workload's
+        If there is no device, a name occurs twice, specs are missing, a link leads to no device, or the workload's
         texts are longer than the learned positions.
 
     References
@@ -132,10 +134,10 @@ def roofline_profile(
     by_name: dict[str, Device | None] = {CALLER: None}
     profiles = []
     for device in devices:
-        if device.name not in figures:
-            raise ArgumentError(f"figures are missing for device {device.name!r}")
+        if device.name not in specs:
+            raise ArgumentError(f"specs are missing for device {device.name!r}")
         by_name[device.name] = device
-        profiles.append(_device_profile(model, operations, device, figures[device.name], workload))
+        profiles.append(_device_profile(model, operations, device, specs[device.name], workload))
     link_profiles = []
     for source, target in itertools.permutations(by_name, 2):
         link = link_between(by_name[source], by_name[target], links)
@@ -152,12 +154,12 @@ def roofline_profile(
 
 
 def _device_profile(
-    model: ModelProfile, operations: Sequence[LayerOperations], device: Device, figures: Figures, workload: Workload
+    model: ModelProfile, operations: Sequence[LayerOperations], device: Device, specs: DeviceSpecs, workload: Workload
 ) -> DeviceProfile:
     batches = sorted({1, workload.batch_size})
 
     def step_s(flops: float, num_bytes: float) -> float:
-        return max(flops / figures.flops_per_s, num_bytes / figures.memory_bytes_per_s) * device.slowdown
+        return max(flops / specs.flops_per_s, num_bytes / specs.memory_bytes_per_s) * device.slowdown
 
     def layer(kind: int) -> ModuleTimes:
         index = model.kind_of_layer.index(kind)
@@ -187,7 +189,7 @@ def _device_profile(
     num_head_flops = 2 * model.epilogue_bytes / _item_bytes(model)
     return DeviceProfile(
         device=device,
-        hardware="stated figures",
+        hardware="stated specs",
         layers=tuple(layer(kind) for kind in range(len(model.kinds))),
         stage=constant({1: _STAGE_S * device.slowdown}),
         prologue=constant({1: 0.0}),

@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lingualinked.device import Device, Links
-from lingualinked.planning.estimate import Figures, LayerOperations, roofline_profile
+from lingualinked.planning.estimate import DeviceSpecs, LayerOperations, roofline_profile
 from lingualinked.planning.planner import solve
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.workload import Workload
 
-_ANY = Figures(flops="1TFLOP/s", memory_bandwidth="100GB/s")  # what fits does not depend on it
+_ANY = DeviceSpecs(flops="1TFLOP/s", memory_bandwidth="100GB/s")  # what fits does not depend on it
 
 
 def check_fits(

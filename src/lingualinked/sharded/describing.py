@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
     from lingualinked.control.policy import RebalancePolicy
     from lingualinked.device import Device, Links
-    from lingualinked.planning.estimate import Figures, LayerOperations
+    from lingualinked.planning.estimate import DeviceSpecs, LayerOperations
     from lingualinked.planning.plan import Plan
 
 _HUB_DEFAULTS: Mapping[str, Any] = {
@@ -108,13 +108,17 @@ class Described:
         return measure_footprint(self.meta, self.parts, self.spec)
 
     def estimate(
-        self, devices: Sequence[Device], figures: Mapping[str, Figures], links: Links | None, workload: Workload | None
+        self,
+        devices: Sequence[Device],
+        specs: Mapping[str, DeviceSpecs],
+        links: Links | None,
+        workload: Workload | None,
     ) -> Profile:
-        """Estimate a profile from what devices are said to do."""
+        """Estimate a profile from the stated rates of devices."""
         from lingualinked.planning.estimate import roofline_profile
 
         model = self.footprint().profile
-        return roofline_profile(model, self.operations(model), devices, figures, links=links, workload=workload)
+        return roofline_profile(model, self.operations(model), devices, specs, links=links, workload=workload)
 
     def operations(self, model: ModelProfile) -> tuple[LayerOperations, ...]:
         """Count the operations of one layer of each of the model's kinds."""

@@ -19,7 +19,7 @@ from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
     from lingualinked.device import Device, Links
-    from lingualinked.planning.estimate import Figures
+    from lingualinked.planning.estimate import DeviceSpecs
 
 
 @interruptible
@@ -80,21 +80,21 @@ def profile_model(
 def estimate_profile(
     path: str | os.PathLike[str],
     devices: Sequence[Device],
-    figures: Mapping[str, Figures],
+    specs: Mapping[str, DeviceSpecs],
     *,
     links: Links | None = None,
     workload: Workload | None = None,
     **kwargs: Any,
 ) -> Profile:
-    """Estimate a profile from what devices are said to do, to plan for a cluster that is not there yet.
+    """Estimate a profile from the stated rates of devices, to plan for a cluster that is not there yet.
 
     Parameters
     ----------
     path : str or PathLike
         As in `ShardedModel.from_pretrained`; with ``load_format="dummy"`` a ``config.json`` suffices.
     devices : sequence of Device
-        With memory, bandwidth and latency as they are said to be.
-    figures : mapping of str to Figures
+        With their stated memory, bandwidth and latency.
+    specs : mapping of str to DeviceSpecs
         Operations and bytes per second of each device, by name.
     links : mapping of (str, str) to Link, optional
         Links that are other than what their two ends give.
@@ -110,10 +110,10 @@ def estimate_profile(
     Raises
     ------
     ArgumentError
-        If there is no device, a name occurs twice, figures are missing, or a link leads to no device.
+        If there is no device, a name occurs twice, specs are missing, or a link leads to no device.
     LingualinkedError
         As `ShardedModel.from_pretrained` says of the path and its arguments.
     """
     from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
 
-    return describe(LoadArguments.of(os.fspath(path), None, **kwargs)).estimate(devices, figures, links, workload)
+    return describe(LoadArguments.of(os.fspath(path), None, **kwargs)).estimate(devices, specs, links, workload)

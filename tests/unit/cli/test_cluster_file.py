@@ -44,9 +44,9 @@ def test_devices_links_and_figures_are_read(path: Path) -> None:
         ll.Device(name="phone", slowdown=4.0, bandwidth="100Mbit/s", trusted=True),
     )
     assert read.links == {("desktop", "phone"): ll.Link(bandwidth="1Gbit/s", latency="1ms")}
-    assert read.figures == {"desktop": ll.Figures(flops=2e12, memory_bandwidth=5e10)} or (
-        read.figures["desktop"].flops_per_s,
-        read.figures["desktop"].memory_bytes_per_s,
+    assert read.specs == {"desktop": ll.DeviceSpecs(flops=2e12, memory_bandwidth=5e10)} or (
+        read.specs["desktop"].flops_per_s,
+        read.specs["desktop"].memory_bytes_per_s,
     ) == (2e12, 5e10)
 
 

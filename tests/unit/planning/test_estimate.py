@@ -1,4 +1,4 @@
-"""Stated figures give a profile by the roofline model, whose times are those that a person works out by hand."""
+"""Stated specs give a profile by the roofline model, whose times are those that a person works out by hand."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lingualinked.planning.estimate import LayerOperations, _num_attended, roofl
 from lingualinked.sharded.describing import Described, describe_spec
 from profiles import MIB, model_profile
 
-SLOW_MEMORY = ll.Figures(flops="1PFLOP/s", memory_bandwidth=10 * MIB)
-SLOW_COMPUTE = ll.Figures(flops=10 * MIB / 2, memory_bandwidth="1TB/s")
+SLOW_MEMORY = ll.DeviceSpecs(flops="1PFLOP/s", memory_bandwidth=10 * MIB)
+SLOW_COMPUTE = ll.DeviceSpecs(flops=10 * MIB / 2, memory_bandwidth="1TB/s")
 NO_ATTENTION = (LayerOperations(attention_flops=0.0),)
 
 STAGE_S = 1e-3  # of a stage besides its layers, in any step
@@ -40,8 +40,8 @@ def described(config: PreTrainedConfig, dtype: str) -> Described:
     )
 
 
-def predicted(config: PreTrainedConfig, figures: ll.Figures, workload: ll.Workload, dtype: str) -> Any:
-    profile = described(config, dtype).estimate([ll.Device(name="gpu")], {"gpu": figures}, None, workload)
+def predicted(config: PreTrainedConfig, specs: ll.DeviceSpecs, workload: ll.Workload, dtype: str) -> Any:
+    profile = described(config, dtype).estimate([ll.Device(name="gpu")], {"gpu": specs}, None, workload)
     return ll.Plan.from_spans([("gpu", 0, config.num_hidden_layers)], profile=profile, workload=workload).predicted
 
 
@@ -60,7 +60,7 @@ def llama_3_8b() -> LlamaConfig:
 @pytest.mark.parametrize("prompt", [128, 8000])
 def test_llama_3_8b_on_one_gpu_by_hand(prompt: int) -> None:
     """80 TFLOP/s and 900 GB/s, bfloat16: a long prompt is bound by operations, a token by reading the weights."""
-    gpu = ll.Figures(flops="80TFLOP/s", memory_bandwidth="900GB/s")
+    gpu = ll.DeviceSpecs(flops="80TFLOP/s", memory_bandwidth="900GB/s")
     workload = ll.Workload(prompt_tokens=prompt, new_tokens=192)
     seen = predicted(llama_3_8b(), gpu, workload, "bfloat16")
 
@@ -84,7 +84,7 @@ def test_llama_3_8b_on_one_gpu_by_hand(prompt: int) -> None:
 
 def test_other_prompts_than_the_profile_was_made_for() -> None:
     """A profile for prompts of 128 tokens predicts one of 8,000: neither the constant part nor attention goes astray."""
-    gpu = {"gpu": ll.Figures(flops="80TFLOP/s", memory_bandwidth="900GB/s")}
+    gpu = {"gpu": ll.DeviceSpecs(flops="80TFLOP/s", memory_bandwidth="900GB/s")}
     profile = described(llama_3_8b(), "bfloat16").estimate([ll.Device(name="gpu")], gpu, None, None)
     plan = ll.Plan.from_spans([("gpu", 0, 32)], profile=profile)
     other = plan.predict(ll.Workload(prompt_tokens=8000, new_tokens=192))
@@ -96,9 +96,9 @@ def test_other_prompts_than_the_profile_was_made_for() -> None:
 
 def test_two_stages_take_their_constant_part_once_each() -> None:
     workload = ll.Workload(prompt_tokens=4000, new_tokens=2)
-    figures = dict.fromkeys("ab", ll.Figures(flops="80TFLOP/s", memory_bandwidth="900GB/s"))
+    specs = dict.fromkeys("ab", ll.DeviceSpecs(flops="80TFLOP/s", memory_bandwidth="900GB/s"))
     profile = described(llama_3_8b(), "bfloat16").estimate(
-        [ll.Device(name=name) for name in "ab"], figures, None, workload
+        [ll.Device(name=name) for name in "ab"], specs, None, workload
     )
     one, two = (
         ll.Plan.from_spans(spans, profile=profile, workload=workload).predicted
@@ -120,7 +120,7 @@ def test_a_tied_head_is_read_for_every_token_on_a_cpu() -> None:
         tie_word_embeddings=True,
     )
     workload = ll.Workload(prompt_tokens=100, new_tokens=2, batch_size=4)
-    seen = predicted(config, ll.Figures(flops="50GFLOP/s", memory_bandwidth="20GB/s"), workload, "float32")
+    seen = predicted(config, ll.DeviceSpecs(flops="50GFLOP/s", memory_bandwidth="20GB/s"), workload, "float32")
     layers = 2 * (4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512)
     head = 32_000 * 512 + 512
     # A prefill: 400 tokens, each with 8 heads of 64, and the logits of 4 positions: 131 M operations in 2.6 ms, while
@@ -150,7 +150,7 @@ def test_a_mixture_of_experts_by_hand(dtype: str) -> None:
         sliding_window=None,
     )
     workload = ll.Workload(prompt_tokens=500, new_tokens=2)
-    gpu = ll.Figures(flops="10TFLOP/s", memory_bandwidth="500GB/s")
+    gpu = ll.DeviceSpecs(flops="10TFLOP/s", memory_bandwidth="500GB/s")
     seen = predicted(config, gpu, workload, dtype)
     item = {"bfloat16": 2, "float32": 4}[dtype]
     dense = 2 * 1024 * 1024 + 2 * 1024 * 256 + 8 * 1024 + 2 * 1024  # attention, router, norms
@@ -180,8 +180,8 @@ def test_a_sliding_window_bounds_what_is_attended_to_and_read() -> None:
     model = dataclasses.replace(model_profile(1), layer_windows=(64,))
     operations = (LayerOperations(attention_flops=1e6),)
     workload = ll.Workload(prompt_tokens=1000, new_tokens=100)
-    figures = {"m": SLOW_MEMORY, "c": SLOW_COMPUTE}
-    profile = roofline_profile(model, operations, [ll.Device(name=each) for each in "mc"], figures, workload=workload)
+    specs = {"m": SLOW_MEMORY, "c": SLOW_COMPUTE}
+    profile = roofline_profile(model, operations, [ll.Device(name=each) for each in "mc"], specs, workload=workload)
     memory, compute = (each.layers[0] for each in profile.devices)
     # 10 MiB of weights and 64 + 1 tokens of 1 KiB, however long the text is.
     assert memory.seconds(1, 1, 1050) == pytest.approx(1 + 65 * 1024 / (10 * MIB))
@@ -213,9 +213,9 @@ def test_operations_are_counted_whatever_heads_are_called(family: str) -> None:
 def test_a_step_is_bound_by_memory_or_by_compute() -> None:
     model = model_profile(4)
     devices = [ll.Device(name="memory"), ll.Device(name="compute"), ll.Device(name="half", slowdown=2.0)]
-    figures = {"memory": SLOW_MEMORY, "compute": SLOW_COMPUTE, "half": SLOW_MEMORY}
+    specs = {"memory": SLOW_MEMORY, "compute": SLOW_COMPUTE, "half": SLOW_MEMORY}
     workload = ll.Workload(prompt_tokens=100, new_tokens=10)
-    profile = roofline_profile(model, NO_ATTENTION, devices, figures, workload=workload)
+    profile = roofline_profile(model, NO_ATTENTION, devices, specs, workload=workload)
     memory, compute, half = (each.layers[0] for each in profile.devices)
     # 10 MiB of weights at 10 MiB/s, plus the KV that is read; twice as long on a device half as fast.
     assert memory.seconds(1, 1, 0) == pytest.approx(1.0, rel=0.02)
@@ -250,14 +250,14 @@ def test_links_have_what_their_ends_say() -> None:
 )
 def test_figures_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ll.ArgumentError, match=message):
-        ll.Figures(**fields)
+        ll.DeviceSpecs(**fields)
 
 
 def test_what_can_not_be_estimated() -> None:
-    def estimate(devices: list[ll.Device], **figures: ll.Figures) -> None:
-        roofline_profile(model_profile(2), NO_ATTENTION, devices, figures)
+    def estimate(devices: list[ll.Device], **specs: ll.DeviceSpecs) -> None:
+        roofline_profile(model_profile(2), NO_ATTENTION, devices, specs)
 
-    with pytest.raises(ll.ArgumentError, match="figures are missing for device 'b'"):
+    with pytest.raises(ll.ArgumentError, match="specs are missing for device 'b'"):
         estimate([ll.Device(name="a"), ll.Device(name="b")], a=SLOW_MEMORY)
     with pytest.raises(ll.ArgumentError, match="hold 'a' twice"):
         estimate([ll.Device(name="a")] * 2, a=SLOW_MEMORY)
@@ -268,12 +268,12 @@ def test_what_can_not_be_estimated() -> None:
 def test_texts_that_are_too_long_are_refused_wherever_a_workload_meets_a_model() -> None:
     short, long = ll.Workload(prompt_tokens=16, new_tokens=16), ll.Workload(prompt_tokens=16, new_tokens=17)
     model = dataclasses.replace(model_profile(2), max_positions=32)
-    devices, figures = [ll.Device(name="a")], {"a": SLOW_MEMORY}
-    profile = roofline_profile(model, NO_ATTENTION, devices, figures, workload=short)
+    devices, specs = [ll.Device(name="a")], {"a": SLOW_MEMORY}
+    profile = roofline_profile(model, NO_ATTENTION, devices, specs, workload=short)
     plan = ll.solve(profile, workload=short)
     refusal = r"prompt_tokens=16 and new_tokens=17 of the workload are more than the 32 positions"
     for ask in (
-        lambda: roofline_profile(model, NO_ATTENTION, devices, figures, workload=long),
+        lambda: roofline_profile(model, NO_ATTENTION, devices, specs, workload=long),
         lambda: ll.solve(profile, workload=long),
         lambda: plan.predict(long),
         lambda: ll.simulate(plan, long),
