@@ -1,6 +1,6 @@
-"""Where a worker runs, and what lies between two: the plain description of a device and of a link.
+"""Plain descriptions of the devices that workers run on, and of the links between them.
 
-Knows no processes and no tensors; a running worker is told what to do by the cluster, never by changing a device.
+Knows no processes and no tensors; a device is immutable, and the cluster tells a running worker what changes.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _ACCELERATOR = re.compile(r"cpu|mps|cuda:\d+")
 
 
 def parse_bytes(amount: int | str, field: str = "memory") -> int:
-    """Read an amount of memory.
+    """Parse a memory size.
 
     Parameters
     ----------
     amount : int or str
         Bytes, or a number with a unit: ``"512MiB"``, ``"2GiB"``, ``"1.5 GB"``.
     field : str
-        Name to use in the error.
+        Name for the error message.
 
     Returns
     -------
     int
-        The amount, in bytes.
+        Bytes.
 
     Raises
     ------
     ArgumentError
-        If the text does not parse or the amount is not positive.
+        If the text does not parse, or the size is not positive.
     """
     if isinstance(amount, str):
         match = _AMOUNT.fullmatch(amount)
@@ -63,14 +63,14 @@ def parse_bytes(amount: int | str, field: str = "memory") -> int:
 
 
 def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
-    """Read a bandwidth.
+    """Parse a bandwidth.
 
     Parameters
     ----------
     rate : float or str
         Bytes per second, or a number with a unit: ``"100Mbit/s"``, ``"12.5MB/s"`` (decimal prefixes).
     field : str
-        Name to use in the error.
+        Name for the error message.
 
     Returns
     -------
@@ -97,14 +97,14 @@ def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
 
 
 def parse_seconds(duration: float | str, field: str = "latency") -> float:
-    """Read a duration that may be zero.
+    """Parse a duration, which may be zero.
 
     Parameters
     ----------
     duration : float or str
         Seconds, or a number with a unit: ``"3ms"``, ``"250us"``, ``"0.1s"``.
     field : str
-        Name to use in the error.
+        Name for the error message.
 
     Returns
     -------
@@ -124,13 +124,13 @@ def parse_seconds(duration: float | str, field: str = "latency") -> float:
     else:
         seconds = as_float(duration, f"{field}={duration!r} is not a valid duration: write seconds, or 3ms")
     if not 0 <= seconds < math.inf:
-        raise ArgumentError(f"{field}={duration!r} must not be negative, and finite")
+        raise ArgumentError(f"{field}={duration!r} must be finite and not negative")
     return seconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A place where one worker process runs.
+    """A device that runs one worker process.
 
     Parameters
     ----------
@@ -141,23 +141,23 @@ class Device:
     threads : int or None
         Threads that the worker computes with; ``None``: its share of the machine's cores.
     cpus : tuple of int or None
-        Cores that the worker is pinned to; ``None``: any. Where the system has no affinity, giving it is an error.
+        Cores that the worker is pinned to; ``None``: any. It is an error on systems that can't pin processes to cores.
     memory : int, str or None
         Limit on what the worker holds for its stages (weights, KV cache, working memory) beyond an idle worker, in
         bytes or with a unit (``"2GiB"``); ``None``: no limit. It is checked before weights are read and, on
         Linux, enforced by the kernel (``RLIMIT_DATA``).
     slowdown : float
-        Makes the worker behave as a device that computes so many times slower: it rests after every step, in proportion
-        to the CPU time that the step took. At least 1; emulation is for local CPU workers.
+        Makes the worker emulate a device that computes this many times slower: it rests after every step, in proportion
+        to the CPU time that the step took. At least 1; only local CPU workers can emulate.
     bandwidth : float, str or None
-        Of the device's own connection, in bytes per second or with a unit (``"100Mbit/s"``); messages to and from a local
-        worker are held back as they would be on it. ``None``: as fast as it goes.
+        Of the device's network connection, in bytes per second or with a unit (``"100Mbit/s"``); messages to and from a
+        local worker are delayed accordingly. ``None``: not limited.
     latency : float, str or None
-        Of the device's own connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is emulated.
+        Of the device's network connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is emulated.
     watts : float or None
         Power while it computes, for ``objective="energy"``.
     trusted : bool
-        Whether it may see token ids and logits. As soon as one device is marked, only marked ones may.
+        Whether it may see token ids and logits. As soon as one device is marked, only marked devices may.
 
     Raises
     ------
@@ -178,11 +178,11 @@ class Device:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or self.name != self.name.strip():
-            raise ArgumentError(f"name={self.name!r} must be a non-empty text without surrounding blanks")
+            raise ArgumentError(f"name={self.name!r} must be non-empty text without leading or trailing blanks")
         if not self.name.isprintable():
-            raise ArgumentError(f"name={self.name!r} must be printable: it stands in plans, errors and logs")
+            raise ArgumentError(f"name={self.name!r} must be printable: it appears in plans, errors and logs")
         if self.name == CALLER:
-            raise ArgumentError(f"name={self.name!r} is the name of the calling process: choose another")
+            raise ArgumentError(f"name={self.name!r} is reserved for the calling process: choose another")
         if not isinstance(self.accelerator, str) or _ACCELERATOR.fullmatch(self.accelerator) is None:
             raise ArgumentError(f"accelerator={self.accelerator!r} of device {self.name!r} must be cpu, cuda:N or mps")
         if self.threads is not None and not is_integer(self.threads, at_least=1):
@@ -191,7 +191,9 @@ class Device:
             cpus = tuple(self.cpus) if isinstance(self.cpus, Iterable) else ()
             are_cores = all(is_integer(cpu, at_least=0) for cpu in cpus)
             if not cpus or not are_cores or len(set(cpus)) < len(cpus):
-                raise ArgumentError(f"cpus={self.cpus!r} of device {self.name!r} must be core numbers, each once")
+                raise ArgumentError(
+                    f"cpus={self.cpus!r} of device {self.name!r} must be a list of distinct core numbers"
+                )
             object.__setattr__(self, "cpus", cpus)
         if self.memory is not None:
             parse_bytes(self.memory, f"memory of device {self.name!r}")
@@ -221,23 +223,23 @@ class Device:
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
-        """Bandwidth of its own connection, in bytes per second; infinite where none is given."""
+        """Bandwidth of its network connection, in bytes per second; infinite if not given."""
         return math.inf if self.bandwidth is None else parse_rate(self.bandwidth)
 
     @property
     def latency_s(self) -> float:
-        """Latency of its own connection, in seconds; 0 where none is given."""
+        """Latency of its network connection, in seconds; 0 if not given."""
         return 0.0 if self.latency is None else parse_seconds(self.latency)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """What messages from one device to another go through.
+    """Bandwidth and latency of messages from one device to another.
 
     Parameters
     ----------
     bandwidth : float, str or None
-        Bytes per second, or with a unit (``"1Gbit/s"``); ``None``: as fast as it goes.
+        Bytes per second, or with a unit (``"1Gbit/s"``); ``None``: not limited.
     latency : float or str
         One way, in seconds or with a unit (``"2ms"``).
 
@@ -257,7 +259,7 @@ class Link:
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
-        """Bandwidth in bytes per second; infinite where none is given."""
+        """Bandwidth in bytes per second; infinite if not given."""
         return math.inf if self.bandwidth is None else parse_rate(self.bandwidth)
 
     @property
@@ -267,13 +269,13 @@ class Link:
 
 
 Links = Mapping[tuple[str, str], Link]
-"""Links that are known, by the names of source and target; either may be the caller."""
+"""Links by the names of their source and target; either may be the caller."""
 
 
 def link_between(source: Device | None, target: Device | None, links: Links) -> Link:
     """Return the link from one device to another, or from or to the caller (``None``).
 
-    Where `links` does not have it, it has the smaller bandwidth of its two ends and the sum of their latencies.
+    A link that `links` does not name has the smaller bandwidth of its two ends and the sum of their latencies.
     """
     given = links.get((CALLER if source is None else source.name, CALLER if target is None else target.name))
     if given is not None:
@@ -284,49 +286,49 @@ def link_between(source: Device | None, target: Device | None, links: Links) -> 
 
 
 def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
-    """Return a copy of links, once each is known to lead from one known party to another.
+    """Check that every link leads from one known party to another, and return a copy.
 
     Raises
     ------
     ArgumentError
-        If it is no mapping of pairs of names to `Link`, or a name is of no device.
+        If it is not a mapping from pairs of names to `Link`, or a name belongs to no device.
     """
     known = {CALLER, *names}
     if not isinstance(links, Mapping):
-        raise ArgumentError(f"links is a {type(links).__name__}: give a dict of (source, target) to Link")
+        raise ArgumentError(f"links is a {type(links).__name__}: give a dict from (source, target) to Link")
     for ends, link in links.items():
         if not isinstance(ends, tuple) or len(ends) != 2 or not isinstance(link, Link):
             raise ArgumentError(f"links has {ends!r}: {link!r}: give (source, target) names and a lingualinked.Link")
         for name in ends:
             if name not in known:
-                raise ArgumentError(f"links has {ends!r}, but there is no device {name!r}: there are {sorted(known)}")
+                raise ArgumentError(f"links has {ends!r}, but there is no device {name!r}: choose from {sorted(known)}")
         if ends[0] == ends[1]:
-            raise ArgumentError(f"links has {ends!r}: a link leads from one device to another")
+            raise ArgumentError(f"links has {ends!r}: a link connects two different devices")
     return dict(links)
 
 
 def check_links_of(name: str, links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
-    """Return a copy of links, once each is known to lead from or to one device, and from or to another known party.
+    """Check that every link connects one given device with another known party, and return a copy.
 
     Raises
     ------
     ArgumentError
-        As `check_links` does, or if a link is none of the device's.
+        As `check_links`, or if a link does not belong to the device.
     """
     checked = check_links(links, names)
     for ends in checked:
         if name not in ends:
-            raise ArgumentError(f"links has {ends!r}, which is not a link of device {name!r}: it stays as it is")
+            raise ArgumentError(f"links has {ends!r}, which is not a link of device {name!r}: leave it out")
     return checked
 
 
 def check_slowdown(slowdown: float, name: str) -> float:
-    """Return a slowdown that can be emulated.
+    """Check that a slowdown can be emulated, and return it.
 
     Raises
     ------
     ArgumentError
-        If it is no number, below 1, or not finite.
+        If it is not a number, below 1, or not finite.
     """
     field = f"slowdown={slowdown!r} of device {name!r}"
     if not 1 <= as_float(slowdown, f"{field} must be a number") < math.inf:

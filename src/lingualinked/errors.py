@@ -1,6 +1,25 @@
-"""The exception tree: everything that lingualinked raises on purpose.
+"""All exceptions that lingualinked raises on purpose; each message names the value, the cause and the remedy.
 
-Knows no torch, no sockets and no processes; each message names the value, the cause and the remedy.
+::
+
+    LingualinkedError
+    ├── ArgumentError (ValueError)
+    ├── UnsupportedOperationError (NotImplementedError)
+    ├── UncuttableModelError
+    ├── CheckpointError
+    ├── InfeasiblePlanError
+    ├── KVCapacityError (RuntimeError)
+    ├── ResourceError
+    ├── ClosedError
+    ├── ProtocolError
+    │   └── PeerUnknownError
+    ├── WorkerError
+    │   └── DeviceMemoryError (RuntimeError)
+    ├── WorkerDiedError
+    └── StepTimeoutError (TimeoutError)
+    OverloadWarning (UserWarning)
+
+Knows no torch, no sockets and no processes.
 """
 
 
@@ -13,7 +32,7 @@ class ArgumentError(LingualinkedError, ValueError):
 
 
 class UnsupportedOperationError(LingualinkedError, NotImplementedError):
-    """Something transformers can do that a sharded model does not do; the message gives the remedy."""
+    """An operation of transformers that a sharded model does not support; the message gives the remedy."""
 
 
 class UncuttableModelError(LingualinkedError):
@@ -34,7 +53,7 @@ class UncuttableModelError(LingualinkedError):
 
 
 class CheckpointError(LingualinkedError):
-    """A checkpoint is missing, incomplete, damaged, or of a kind that is not supported."""
+    """A checkpoint is missing, incomplete, damaged, or of an unsupported kind."""
 
 
 class InfeasiblePlanError(LingualinkedError):
@@ -54,7 +73,7 @@ class InfeasiblePlanError(LingualinkedError):
 
 
 class ResourceError(LingualinkedError):
-    """The operating system's limits on this process do not suffice: open files, processes and threads, or folders."""
+    """A limit of the operating system is too low or used up: open files, processes and threads, or folders."""
 
 
 class ClosedError(LingualinkedError):
@@ -70,7 +89,7 @@ class PeerUnknownError(ProtocolError):
 
 
 class WorkerError(LingualinkedError):
-    """A worker raised while it served a request.
+    """A worker raised an exception while it served a request.
 
     Parameters
     ----------
@@ -93,10 +112,10 @@ class WorkerError(LingualinkedError):
 
 
 class DeviceMemoryError(WorkerError, RuntimeError):
-    """A device's memory limit would be exceeded; the request was refused and everything else goes on.
+    """A request would have exceeded a device's memory limit and was refused; everything else goes on.
 
-    As `KVCapacityError`, it reads as torch's own errors do where memory does not suffice, a `RuntimeError` that says
-    "out of memory": what tries smaller batches then (accelerate's ``find_executable_batch_size``) looks for both.
+    Like `KVCapacityError` and torch's own out-of-memory errors, it is a `RuntimeError` that says "out of memory": tools
+    that then try a smaller batch (accelerate's ``find_executable_batch_size``) look for both.
     """
 
     def __init__(self, device: str, cause: str, remote_traceback: str = "") -> None:
@@ -105,11 +124,11 @@ class DeviceMemoryError(WorkerError, RuntimeError):
 
 
 class KVCapacityError(LingualinkedError, RuntimeError):
-    """The KV budget of a model (``max_kv_tokens``) would be exceeded; other sessions go on."""
+    """A request would have exceeded the KV budget of its model (``max_kv_tokens``); other sessions go on."""
 
 
 class WorkerDiedError(LingualinkedError):
-    """A worker process is gone; what it served can't go on.
+    """A worker process has died; what it served can't go on.
 
     Parameters
     ----------
@@ -133,4 +152,4 @@ class StepTimeoutError(LingualinkedError, TimeoutError):
 
 
 class OverloadWarning(UserWarning):
-    """More requests arrive in a simulation than the pipeline can serve: they queue without bound."""
+    """More requests arrive in a simulation than the pipeline can serve, so that they queue without bound."""

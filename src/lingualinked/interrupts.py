@@ -1,4 +1,4 @@
-"""No Ctrl-C is lost: what was interrupted ends in `KeyboardInterrupt`, wherever the interrupt arrived.
+"""Makes every interrupted call end in `KeyboardInterrupt`, wherever the interrupt arrived.
 
 Python raises it between any two instructions of the main thread, where a finalizer or a callback may swallow it and an import may
 turn it into another error. Knows signals only, not what is interrupted.
@@ -22,13 +22,13 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _REMIND_EVERY_S = 0.1
-_guard: _Guard | None = None  # the one in force, in the main thread
+_guard: _Guard | None = None  # the active one, of the main thread
 
 
 def interruptible(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a call end in `KeyboardInterrupt` if it is interrupted, whatever becomes of the first exception.
+    """Make an interrupted call end in `KeyboardInterrupt`, even if something swallows the first exception.
 
-    Holds in the main thread while the handler of interrupts is Python's own: a handler that the user has set stays in force,
+    This works in the main thread while Python's own interrupt handler is set: a handler that the user has set stays in force,
     and no other thread is ever interrupted.
     """
 
@@ -44,7 +44,7 @@ def interruptible(function: Callable[_P, _R]) -> Callable[_P, _R]:
             finally:
                 guard.leave()
         except KeyboardInterrupt:
-            guard.leave()  # again: the interrupt may have come just before the first
+            guard.leave()  # again: the interrupt may have come just before the first call
             raise
         except BaseException as error:
             if guard.was_interrupted:
@@ -58,7 +58,7 @@ def interruptible(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def uninterrupted(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a call that takes bounded time run to its end before an interrupt is raised, so that nothing is left half done."""
+    """Make a call run to its end before an interrupt is raised; for short calls that must not be left half done."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -76,9 +76,9 @@ def uninterrupted(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def result_of(future: concurrent.futures.Future[_R]) -> _R:
-    """Wait for a future as its ``result`` does; an interrupt is raised between two waits.
+    """Wait for a future as its ``result`` does, but raise interrupts only between two waits.
 
-    Raised within one, it could leave the future's lock taken, and who is to complete it would wait for ever.
+    An interrupt within a wait could leave the future's lock acquired, and the thread that completes the future would block for ever.
     """
     wait_in_pieces(functools.partial(_is_done, future), math.inf)
     try:
@@ -88,7 +88,7 @@ def result_of(future: concurrent.futures.Future[_R]) -> _R:
 
 
 def wait_for_event(event: threading.Event, timeout_s: float) -> bool:
-    """Wait for an event as its ``wait`` does; an interrupt is raised between two waits, as in `result_of`."""
+    """Wait for an event as its ``wait`` does, but raise interrupts only between two waits, as `result_of` does."""
     return wait_in_pieces(event.wait, timeout_s)
 
 
@@ -101,7 +101,7 @@ def _is_done(future: concurrent.futures.Future[_R], timeout_s: float) -> bool:
 
 
 def wait_in_pieces(wait: Callable[[float], bool], timeout_s: float) -> bool:
-    """Wait for something that says whether it has come within so many seconds; an interrupt is raised between two waits."""
+    """Call ``wait`` with short time-outs until it returns true or the time is up; raise interrupts between two calls."""
     guard = _guard
     if guard is None or guard.thread != _thread.get_ident():
         return wait(min(timeout_s, threading.TIMEOUT_MAX))
@@ -128,30 +128,30 @@ class _Guard:
         self._lock = threading.Lock()
 
     def enter(self) -> None:
-        """Handle interrupts from now on."""
+        """Install the handler."""
         global _guard  # noqa: PLW0603 - as signal handlers are
         _guard = self
         signal.signal(signal.SIGINT, self._handle)
 
     def leave(self) -> None:
-        """Give interrupts back to Python; does nothing the second time."""
+        """Restore Python's handler; a second call does nothing."""
         global _guard  # noqa: PLW0603
-        self.num_deferring += 1  # what comes from here on is noted, and raised once all is as it was
+        self.num_deferring += 1  # an interrupt from here on is recorded, and raised once the state is restored
         with self._lock:
             self._has_left = True
-        time.sleep(0)  # a reminder that is under way arrives here
+        time.sleep(0)  # a pending reminder arrives here
         if _guard is self:
-            if signal.getsignal(signal.SIGINT) == self._handle:  # else a handler has been set meanwhile, and stays
+            if signal.getsignal(signal.SIGINT) == self._handle:  # else another handler has been set meanwhile and stays
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             _guard = None
 
     def raise_if_lost(self) -> None:
-        """Raise the interrupt that has come, unless it is being dealt with or has to wait."""
-        if self.was_interrupted and not self.num_deferring and not self._is_on_its_way_up():
+        """Raise the recorded interrupt, unless it is already propagating or must wait."""
+        if self.was_interrupted and not self.num_deferring and not self._is_propagating():
             raise KeyboardInterrupt
 
-    def _is_on_its_way_up(self) -> bool:
-        """Whether an interrupt is what is being handled, or what that came from."""
+    def _is_propagating(self) -> bool:
+        """Whether the exception being handled is an interrupt or was raised while one was handled."""
         error = sys.exc_info()[1]
         while error is not None and error is not self._handled_before:
             if isinstance(error, KeyboardInterrupt):
@@ -160,26 +160,28 @@ class _Guard:
         return False
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if _guard is not self:  # whoever had set another handler meanwhile has put this one back too late
+        if _guard is not self:  # another handler was set meanwhile, and this one was restored too late
             raise KeyboardInterrupt
         is_reminder, self._is_reminder = self._is_reminder, False
         if not self.was_interrupted:
             self.was_interrupted = True
-            _thread.start_new_thread(self._remind, ())  # the lock of threading may be this thread's, a moment ago
+            _thread.start_new_thread(
+                self._remind, ()
+            )  # not threading.Thread: this thread may hold the lock of threading
         if is_reminder:
             self.raise_if_lost()
         elif not self.num_deferring:
-            raise KeyboardInterrupt  # the user's own second Ctrl-C, too, whatever it interrupts
+            raise KeyboardInterrupt  # also for the user's own second Ctrl-C
 
     def _remind(self) -> None:
-        """Interrupt the main thread again and again until the call has ended: what swallowed the first is over by then."""
+        """Interrupt the main thread repeatedly until the call has ended, in case something swallows the first interrupts."""
         while True:
             time.sleep(_REMIND_EVERY_S)
             with self._lock:
                 if self._has_left or signal.getsignal(signal.SIGINT) != self._handle:
                     return
                 self._is_reminder = True
-                signal.pthread_kill(self.thread, signal.SIGINT)  # to that thread: its waits end only so
+                signal.pthread_kill(self.thread, signal.SIGINT)  # only a signal to that thread ends its waits
 
 
 def _can_guard() -> bool:

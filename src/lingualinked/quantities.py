@@ -1,6 +1,6 @@
-"""Numbers with their units, as people read them in messages, tables and pictures.
+"""Formats numbers with units for messages, tables and figures.
 
-Knows bytes, seconds and how a noun is counted; not what is measured or counted.
+Knows bytes, seconds and counted nouns; not what is measured or counted.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def bytes_text(num_bytes: float, *, round_up: bool = False) -> str:
-    """Write an amount of memory: ``"7.3 MiB"``.
+    """Format a memory size: ``"7.3 MiB"``.
 
     Parameters
     ----------
     num_bytes : float
         Bytes.
     round_up : bool
-        Write three digits and never less than there are: for an amount that has to suffice.
+        Whether to write three digits and round up, for a size that must suffice.
     """
     exponent = 0
     while True:
@@ -31,19 +31,19 @@ def bytes_text(num_bytes: float, *, round_up: bool = False) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Write a duration: ``"12.3 ms"``."""
+    """Format a duration: ``"12.3 ms"``."""
     if abs(seconds) >= 0.99995:
         return f"{seconds:,.2f} s"
     return f"{seconds * 1e3:,.1f} ms" if abs(seconds) >= 0.9995e-3 else f"{seconds * 1e6:,.0f} µs"
 
 
 def count_text(number: int, noun: str) -> str:
-    """Write how many there are of something: ``"1 stage"``, ``"2 stages"``.
+    """Format a count of something: ``"1 stage"``, ``"2 stages"``.
 
     Parameters
     ----------
     number : int
-        How many.
+        The count.
     noun : str
         In the singular; its plural is regular.
     """

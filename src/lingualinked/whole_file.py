@@ -1,6 +1,6 @@
-"""Writes a file whole or not at all.
+"""Writes a file atomically: as a whole or not at all.
 
-Knows nothing of what is in it.
+Knows nothing of its content.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 def write_whole_file(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Write text under another name, and give it the right one; a failure leaves neither, nor harms what was there.
+    """Write text to a temporary file and rename it, so that a failure leaves the old content untouched.
 
     Parameters
     ----------
     path : Path
-        In a folder that exists.
+        The file; its folder must exist.
     text : str
         Written as UTF-8.
     mode : int
@@ -27,7 +27,7 @@ def write_whole_file(path: Path, text: str, *, mode: int = 0o666) -> None:
     OSError
         If it can't be written.
     """
-    # Threads, and containers that share a folder, have equal process ids.
+    # Not the process id: threads share it, and containers that share a folder may have equal ones.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:

@@ -1,4 +1,4 @@
-"""What is planned for: how long prompts and answers are, how many run at once, and what is to be best.
+"""What a plan is made for: the lengths of prompts and answers, how many run at once, and the objective.
 
 Knows numbers only.
 """
@@ -16,21 +16,23 @@ Objective = Literal["throughput", "latency", "energy"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a pipeline is to do, over and over.
+    """The requests that a plan is made for: their shape, and how many are in flight.
+
+    The solver plans for a pipeline that serves such requests continuously.
 
     Parameters
     ----------
     prompt_tokens : int
         Tokens of a prompt.
     new_tokens : int
-        Tokens that are generated after it.
+        Tokens generated after it.
     batch_size : int
         Rows of a session: prompts that one ``generate`` call runs together.
     num_sessions : int
         Sessions in flight at the same time.
     trusted_layers : (int, int)
-        How many layers at the beginning and at the end of the model stay on devices marked ``trusted``. The first and the
-        last layer do so in any case once a device is marked.
+        Numbers of layers at the beginning and at the end of the model that stay on devices marked ``trusted``. Once any
+        device is marked, the first and the last layer do so in any case.
 
     Raises
     ------
@@ -55,7 +57,7 @@ class Workload:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one row at its end: prompt and answer."""
+        """Tokens of one row when it is complete: prompt and answer."""
         return self.prompt_tokens + self.new_tokens
 
     @property
@@ -69,35 +71,35 @@ class Workload:
         return self.batch_size * self.num_sessions
 
     def check_trusted(self, *, any_trusted: bool) -> None:
-        """Check that layers are to stay on trusted devices only where there are any.
+        """Check that `trusted_layers` is zero unless a device is trusted.
 
         Parameters
         ----------
         any_trusted : bool
-            Whether a device is trusted.
+            Whether any device is trusted.
 
         Raises
         ------
         ArgumentError
-            If none is, and `trusted_layers` are asked for.
+            If none is and `trusted_layers` is not zero.
         """
         if any(self.trusted_layers) and not any_trusted:
             raise ArgumentError(
-                f"trusted_layers={self.trusted_layers} of the workload has no effect, as no device is trusted: mark those that "
-                "are, Device(trusted=True)"
+                f"trusted_layers={self.trusted_layers} of the workload has no effect because no device is trusted: "
+                "mark trusted devices with Device(trusted=True)"
             )
 
 
 def check_objective(objective: object) -> None:
-    """Refuse what is not the name of an objective."""
+    """Check that a value is the name of an objective."""
     if objective not in get_args(Objective):
         raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
 
 
 def _pair(value: object) -> tuple[int, int]:
-    """Check a pair of counts, given as a tuple or as a list of a file."""
+    """Check a pair of counts; TOML and JSON files give lists."""
     if isinstance(value, tuple | list) and len(value) == 2 and all(is_integer(each, at_least=0) for each in value):
         return value[0], value[1]
     raise ArgumentError(
-        f"trusted_layers={value!r} of a workload must be two counts of layers, (first, last), at least 0 each"
+        f"trusted_layers={value!r} of a workload must be a pair of layer counts, (first, last), each at least 0"
     )

@@ -61,7 +61,7 @@ def test_prompts_for_a_checkpoint_on_a_cluster_from_a_file(tiny_llama: str, toke
     [
         (["-d", "none.toml"], "no cluster file at"),
         (["-o", "."], "is a folder"),
-        (["one", "two", "-r", "1"], "leaves some of the 2 prompts out"),
+        (["one", "two", "-r", "1"], "is less than the 2 prompts"),
     ],
 )
 def test_what_can_not_be_traced(monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:

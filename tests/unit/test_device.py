@@ -160,7 +160,7 @@ def test_a_link_has_the_smaller_bandwidth_and_the_sum_of_latencies_unless_given(
         ({("a", "b"): 3}, "give .source, target. names and a lingualinked.Link"),
         ({"ab": ll.Link()}, "give .source, target. names"),
         ({("a", "moon"): ll.Link()}, "there is no device 'moon'"),
-        ({("a", "a"): ll.Link()}, "leads from one device to another"),
+        ({("a", "a"): ll.Link()}, "connects two different devices"),
     ],
 )
 def test_links_that_lead_nowhere_are_refused(links: Any, message: str) -> None:

@@ -1,6 +1,6 @@
 """The command line: ``lingualinked demo | generate | plan | bench | trace | doctor``.
 
-Knows how to ask and to print; the work is done by the library that users import.
+Parses options and prints results; the library that users import does the work.
 """
 
 from lingualinked.cli.app import app

@@ -1,6 +1,6 @@
 """The commands and their options.
 
-Knows typer; each command's work lies in a module of its own, imported when it runs.
+Knows typer; each command has a module of its own, which is imported when the command runs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typer.core import TyperGroup
 
 from lingualinked.errors import ArgumentError, LingualinkedError, WorkerError
 
-_INTERRUPTED = 130  # what a shell reports of a process that an interrupt has ended
+_INTERRUPTED = 130  # the exit status that a shell reports for a process ended by an interrupt
 
 
 class _Commands(TyperGroup):
-    """Runs a command: the library's errors become one message, and an interrupt becomes an exit status."""
+    """Turns the library's errors into one message, and an interrupt into an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -43,15 +43,15 @@ Devices = Annotated[
     str, typer.Option("--devices", "-d", help="A number of local CPU workers, or a cluster file (TOML).")
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")]
-PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows of a session.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16, ...")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per session.")]
 NumSessions = Annotated[int, typer.Option(min=1, help="Sessions in flight.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"lingualinked {importlib.metadata.version('lingualinked')}")
         raise typer.Exit
 
@@ -81,7 +81,7 @@ def demo(
         int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most; by default 60.")
     ] = None,
     rebalance: Annotated[
-        bool, typer.Option("--rebalance", help="Slow one of three emulated devices down, and watch layers move.")
+        bool, typer.Option("--rebalance", help="Slow down one of three emulated devices, and watch layers move.")
     ] = False,
     seconds: Annotated[
         float | None, typer.Option(min=4, help="How long to watch, with --rebalance; by default 30.")
@@ -93,7 +93,7 @@ def demo(
         for option, value in (("--devices", devices), ("--max-new-tokens", max_new_tokens)):
             if value is not None:
                 raise ArgumentError(
-                    f"{option} {value} has no effect with --rebalance, whose devices are its own: leave it out"
+                    f"{option} {value} has no effect with --rebalance, which brings its own devices: leave it out"
                 )
         from lingualinked.cli.rebalancing_demo import run_rebalancing_demo
 
@@ -116,9 +116,9 @@ def generate(
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(callback=_check_temperature, help="Of sampling, above 0; by default the model's own."),
+        typer.Option(callback=_check_temperature, help="Sampling temperature, above 0; by default the model's."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Of sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed for sampling.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Print the prompt and special tokens too.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -140,17 +140,19 @@ def plan(
     path: Annotated[str, typer.Argument(help="Folder of a checkpoint or of a config.json alone, or a hub id.")],
     devices: Devices = "2",
     prompt_tokens: PromptTokens = 128,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 128,
     batch_size: BatchSize = 1,
     num_sessions: NumSessions = 1,
     objective: Annotated[str, typer.Option(help="throughput, latency or energy.")] = "throughput",
     dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the plan into this file.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what limits it, and what would help.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the plan to this file.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Explain what limits the plan, and what would help.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say which device should hold which layers, and how fast that would be; loads nothing."""
+    """Show which device should hold which layers, and the predicted speed; loads nothing."""
     from lingualinked.cli.plan import run_plan
     from lingualinked.workload import Workload
 
@@ -176,7 +178,7 @@ def bench(
         typer.Option(help="A file that `lingualinked plan --json` wrote, or even; by default measured and solved."),
     ] = None,
     prompt_tokens: PromptTokens = 128,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 32,
     batch_size: BatchSize = 1,
     num_sessions: NumSessions = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is printed.")] = 3,
@@ -186,7 +188,7 @@ def bench(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time a model cut over your devices: first token, decode step, tokens per second, beside what was predicted."""
+    """Time a model cut over your devices: first token, decode step and tokens per second, next to the prediction."""
     from lingualinked.cli.bench import run_bench
     from lingualinked.workload import Workload
 
@@ -204,7 +206,7 @@ def bench(
 
 @app.command()
 def trace(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, each in a session.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, each in its own session.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder of a checkpoint, or a hub id; without it, the bundled model.")
     ] = None,
@@ -213,14 +215,17 @@ def trace(
     requests: Annotated[
         int | None,
         typer.Option(
-            "--requests", "-r", min=1, help="Sessions at once; else one per prompt, or per device if that is more."
+            "--requests",
+            "-r",
+            min=1,
+            help="Concurrent sessions; by default one per prompt, or per device if there are more devices.",
         ),
     ] = None,
     dtype: Dtype = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("trace.json"),
     quiet: Quiet = False,
 ) -> None:
-    """Write a timeline of a running pipeline, to be opened in the Perfetto UI."""
+    """Write a timeline of a running pipeline for the Perfetto UI."""
     from lingualinked.cli.trace import run_trace
 
     run_trace(model, prompts or [], devices, dtype, max_new_tokens, requests, output, progress=not quiet)
@@ -228,14 +233,14 @@ def trace(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine offers: threads, memory, accelerators, versions."""
+    """Show what this machine offers: cores, memory, accelerators, versions."""
     from lingualinked.cli.doctor import run_doctor
 
     run_doctor()
 
 
 def _message(error: LingualinkedError) -> str:
-    """Return what an error says, without the traceback of a worker."""
+    """Return the message of an error without the remote traceback."""
     text = str(error)
     if isinstance(error, WorkerError) and error.remote_traceback:
         text = text.partition("\n\nRemote traceback")[0]

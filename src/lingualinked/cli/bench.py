@@ -1,6 +1,6 @@
-"""``lingualinked bench``: how fast a model runs on the user's own devices, beside what was predicted.
+"""``lingualinked bench``: how fast a model runs on the user's own devices, next to the prediction.
 
-Knows the public face and cluster files, and prints; the benchmarks of the repository time models in the same way.
+Knows the public API and cluster files; prints. The benchmarks of the repository time models in the same way.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from lingualinked.quantities import count_text
 from lingualinked.tables import Rows
 
 _NUM_STEPS = 12
-_FIRST_ID = 3  # below are often padding, beginning and end
+_FIRST_ID = 3  # lower ids are often padding, beginning and end of text
 
 
 @dataclasses.dataclass(slots=True)
 class Speed:
-    """What a model was timed at, run by run.
+    """The measured speed of a model, run by run.
 
     Parameters
     ----------
     first_token_s, step_s : list of float
-        Seconds to the first token of one session alone, and of its decode steps (the median of a run).
+        Seconds to the first token of a single session, and seconds per decode step (the median of a run).
     tokens_per_s : list of float
         New tokens per second with all sessions of the workload in flight.
     """
@@ -44,7 +44,7 @@ class Speed:
     tokens_per_s: list[float] = dataclasses.field(default_factory=list)
 
     def time_stream(self, model: Any, workload: ll.Workload) -> None:
-        """Time one session alone: its first token, and decode steps after its prompt."""
+        """Time a single session: its first token, and the decode steps after it."""
         ids = draw_prompt(model, workload, 0)
         with torch.inference_mode():
             started = time.perf_counter()
@@ -58,7 +58,7 @@ class Speed:
         self.step_s.append(Samples(steps).median)
 
     def time_sessions(self, model: Any, workload: ll.Workload, num_threads: int) -> None:
-        """Time one answer of every session, as many at once as there are threads."""
+        """Time one answer per session, with as many sessions at once as there are threads."""
 
         def answer(session: int) -> None:
             generate(model, draw_prompt(model, workload, session), workload.new_tokens)
@@ -72,14 +72,14 @@ class Speed:
 
 
 def draw_prompt(model: Any, workload: ll.Workload, seed: int) -> torch.Tensor:
-    """Draw ids of the workload's shape; the same seed draws the same ones."""
+    """Draw random token ids of the workload's shape; equal seeds draw equal ids."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(_FIRST_ID, vocabulary, (workload.batch_size, workload.prompt_tokens), generator=generator)
 
 
 def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> None:
-    """Generate exactly so many tokens, whatever they are."""
+    """Generate exactly ``new_tokens`` tokens, past any end of text."""
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
     )
@@ -96,12 +96,13 @@ def run_bench(
     beside_unsharded: bool,
     progress: bool,
 ) -> None:
-    """Print the plan, and what was predicted and measured of it; beside the unsharded model if that is asked for."""
+    """Print the plan with its predicted and measured speed, and that of the unsharded model if requested."""
     load_format = load_format_of(path)
     if beside_unsharded and load_format == "dummy":
-        raise ll.ArgumentError(f"--unsharded needs weights, and {path!r} has a config.json alone: leave it out")
+        raise ll.ArgumentError(f"--unsharded needs weights, and {path!r} has only a config.json: leave it out")
     asked, given = read_devices(devices), _read_plan(plan)
     console = new_console()
+    # 1) load the model by the given plan, or by one that is solved for
     with (
         ll.Cluster(asked.devices, links=asked.links) as cluster,
         ll.ShardedModel.from_pretrained(
@@ -116,29 +117,32 @@ def run_bench(
     ):
         console.print(plan_rows(model.plan).to_rich())
         console.print()
+        # 2) warm up, so that the first use of each shape is not timed
         sides = {"measured": (model, Speed(), workload.num_sessions)}
         if beside_unsharded:
             sides["unsharded"] = (unsharded(path, dtype), Speed(), 1)
-        for timed, _, _ in sides.values():  # what a shape costs the first time is no part of the speed
+        for timed, _, _ in sides.values():
             generate(timed, draw_prompt(timed, workload, 0), 2)
+        # 3) time both models in turns, since the speed of a machine drifts
         for _ in range(repeats):
             for timed, speed, num_threads in sides.values():
                 speed.time_stream(timed, workload)
                 speed.time_sessions(timed, workload, num_threads)
+        # 4) compare with the prediction
         predicted = None if model.plan.profile is None else model.plan.predict(workload)
     console.print(_rows(workload, predicted, {name: speed for name, (_, speed, _) in sides.items()}, repeats).to_rich())
 
 
 def _read_plan(plan: str | None) -> Any:
-    """Read ``--plan``: nothing, a word that `ShardedModel` knows, or a file that ``lingualinked plan --json`` wrote."""
+    """Read ``--plan``: nothing, "even", or a file that ``lingualinked plan --json`` wrote."""
     if plan is None or plan == "even":
         return plan
     try:
         text = Path(plan).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ll.ArgumentError(
-            f"no plan can be read from --plan {plan!r} ({error}): name a file written by `lingualinked plan --json`, "
-            "or say even"
+            f"no plan can be read from --plan {plan!r} ({error}): give a file written by `lingualinked plan --json`, "
+            "or even"
         ) from error
     return ll.Plan.from_json(text)
 
@@ -159,12 +163,12 @@ def _rows(workload: ll.Workload, predicted: ll.Prediction | None, speeds: dict[s
             row += [theirs.text(1), ratios(ours, theirs).text(2)]
         rows.append(tuple(row))
     columns: tuple[str, ...] = ("what", "predicted", "measured")
-    notes = ["In brackets: the lowest and the highest of the runs."]
+    notes = ["In brackets: the lowest and the highest run."]
     if beside is not None:
         columns += ("unsharded", "ratio")
         notes.append(
             f"The unsharded model runs in this process on {count_text(torch.get_num_threads(), 'thread')}, one session "
-            "after the other; the ratio is the sharded model's figure over its."
+            "after the other; the ratio is the sharded model's value divided by the unsharded model's."
         )
     shape = f"prompts of {workload.prompt_tokens}, answers of {count_text(workload.new_tokens, 'token')}"
     return Rows(f"Speed, {shape}, median of {repeats}", columns, rows, notes=notes)

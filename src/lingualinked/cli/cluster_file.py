@@ -1,6 +1,6 @@
-"""A cluster described in a TOML file: devices, links, and what the devices are said to do.
+"""Reads a cluster file (TOML): devices, links, and the stated rates of devices.
 
-Knows the file's form; what a device or a link may be is theirs to say.
+Knows the form of the file; `Device` and `Link` check their own fields.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SPECS = tuple(field.name for field in dataclasses.fields(DeviceSpecs))
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterFile:
-    """What a cluster file says.
+    """The content of a cluster file.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class ClusterFile:
     links : dict of (str, str) to Link
         Every ``[[links]]`` table: ``source``, ``target``, ``bandwidth``, ``latency``.
     specs : dict of str to DeviceSpecs
-        Of the devices that state ``flops`` and ``memory_bandwidth``.
+        By name, for the devices that state ``flops`` and ``memory_bandwidth``.
     """
 
     devices: tuple[Device, ...]
@@ -38,7 +38,7 @@ class ClusterFile:
 
 
 def read_devices(asked: str) -> ClusterFile:
-    """Read what ``--devices`` says: a number of local CPU workers, or the path of a cluster file.
+    """Read ``--devices``: a number of local CPU workers, or the path of a cluster file.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
     Raises
     ------
     ArgumentError
-        If there is no such file, it is no TOML, or something in it can't be used; the message names it.
+        If there is no such file, it is not TOML, or a value can't be used; the message names it.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -82,18 +82,18 @@ def read_cluster_file(path: Path) -> ClusterFile:
             missing = [name for name in _SPECS if name not in stated]
             if missing:
                 raise ArgumentError(
-                    f"device {device.name!r} of {path} states {', '.join(stated)} and not {', '.join(missing)}"
+                    f"device {device.name!r} of {path} states {', '.join(stated)} but not {', '.join(missing)}: state both or neither"
                 )
             specs[device.name] = DeviceSpecs(**stated)
     links: dict[tuple[str, str], Link] = {}
     link_tables = content.get("links", [])
     if not isinstance(link_tables, list):
-        raise ArgumentError(f"links of {path} are not [[links]] tables")
+        raise ArgumentError(f"links of {path} must be [[links]] tables")
     for table in link_tables:
         _refuse_unknown(table, ("source", "target", "bandwidth", "latency"), f"a [[links]] table of {path}")
         ends = (table.get("source"), table.get("target"))
         if not all(isinstance(end, str) for end in ends):
-            raise ArgumentError(f"a [[links]] table of {path} needs source and target, names of devices: it has {ends}")
+            raise ArgumentError(f"a [[links]] table of {path} must name a source and a target device: it has {ends}")
         if ends in links:
             raise ArgumentError(f"{path} has two links from {ends[0]!r} to {ends[1]!r}")
         links[ends] = Link(**{name: value for name, value in table.items() if name not in ("source", "target")})

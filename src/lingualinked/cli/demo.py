@@ -1,6 +1,6 @@
-"""``lingualinked demo``: the bundled model in worker processes, measured and compared.
+"""``lingualinked demo``: runs the bundled model in worker processes, and compares it with the unsharded one.
 
-Knows the public face, and prints.
+Knows the public API; prints.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ PROMPT = "Once upon a time there lived"
 
 
 def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
-    """Show plan, loading, streamed tokens, speed, bytes per hop, memory, and equality with the unsharded model."""
+    """Show the plan, streamed tokens, speed, bytes per hop, memory, and whether the unsharded model gives the same tokens."""
     asked = read_devices(devices)
     console = new_console()
     path = ll.sample_model()
     console.print(f"[bold]Sample model[/] {path}\n", soft_wrap=True)
     started = time.perf_counter()
+    # 1) limit the memory of each device, so that the model has to be cut
     from lingualinked.sharded.describing import LoadArguments, describe
     from lingualinked.sharded.placing import place
 
@@ -36,21 +37,24 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
         memory = _memory_of_each(describe(LoadArguments.of(path, None)).footprint().profile, len(limited))
         limited = tuple(dataclasses.replace(each, memory=memory) for each in limited)
         if len(limited) > 1:
-            console.print(f"Each device has {bytes_text(memory)} of memory, so that none holds the model alone.\n")
+            console.print(f"Each device has {bytes_text(memory)} of memory, so that none can hold the whole model.\n")
     with ll.Cluster(limited, links=asked.links) as cluster:
+        # 2) measure, solve and load
         arguments = LoadArguments.of(path, cluster)
         plan = place(describe(arguments), arguments)
         console.print(plan_rows(plan).to_rich())
         model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan, progress=progress)
 
+        # 3) generate a first token
         import torch
         from transformers import AutoTokenizer, TextStreamer
 
         tokenizer = AutoTokenizer.from_pretrained(path)
         inputs = tokenizer(PROMPT, return_tensors="pt")
         model.generate(**inputs, max_new_tokens=1)
-        console.print(f"\nfrom nothing to the first token: {time.perf_counter() - started:.1f} s\n")
+        console.print(f"\ntime to the first token, start included: {time.perf_counter() - started:.1f} s\n")
 
+        # 4) stream an answer, and show what it took
         before = model.telemetry
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         decode_started = time.perf_counter()
@@ -63,6 +67,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
         console.print()
         console.print(telemetry_rows(after).to_rich())
 
+        # 5) compare with the unsharded model on as many threads
         torch.set_num_threads(cluster.devices[0].threads or 1)
         expected = unsharded(path).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         equal = torch.equal(tokens, expected)
@@ -75,7 +80,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
 
 
 def _memory_of_each(model: ll.ModelProfile, num_devices: int) -> int:
-    """Bytes that each of some devices needs to hold its part of the model, and not much more."""
+    """Return the bytes that each device needs for its share of the layers, and 10 % more."""
     workload = model.fit_workload(None)
     num_layers = math.ceil(model.num_layers / num_devices)
     layer_bytes = max(model.layer_weight_bytes) + max(model.layer_kv_bytes) * workload.num_tokens
@@ -87,7 +92,7 @@ def _memory_of_each(model: ll.ModelProfile, num_devices: int) -> int:
 
 
 def _bytes_per_hop(before: ll.Telemetry, after: ll.Telemetry, num_tokens: int) -> str:
-    """Bytes of one decode step between stages: the run's, less those of its prefill, which ``before`` ran alone."""
+    """Return the bytes per hop of a decode step: the total less two prefills, of which ``before`` holds one."""
     lines = []
     stages = zip(before.stages, after.stages, strict=True)
     for (old, new), (_, following) in itertools.pairwise(stages):
@@ -97,7 +102,7 @@ def _bytes_per_hop(before: ll.Telemetry, after: ll.Telemetry, num_tokens: int) -
 
 
 def unsharded(path: str, dtype: str = "auto") -> Any:
-    """Load the same model into this process, its weights in aligned memory as the workers' are."""
+    """Load the unsharded model into this process, its weights in aligned memory as in the workers."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar

@@ -1,6 +1,6 @@
-"""``lingualinked doctor``: what this machine offers.
+"""``lingualinked doctor``: shows what this machine offers.
 
-Knows how to look; it starts nothing and changes nothing.
+Inspects only; starts and changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "transformers", "pyzmq", "safetensors", "msgspec", "scipy
 
 
 def run_doctor() -> None:
-    """Print threads, memory, accelerators and versions."""
+    """Print cores, memory, accelerators and versions."""
     import torch
     import zmq
 

@@ -1,6 +1,6 @@
-"""``lingualinked generate``: continue one prompt with any checkpoint.
+"""``lingualinked generate``: continues one prompt with any checkpoint.
 
-Knows the public face, and prints.
+Knows the public API; prints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def run_generate(
     progress: bool,
     **options: Any,
 ) -> None:
-    """Load a checkpoint into workers and stream the continuation, or with ``raw`` all tokens as they are."""
+    """Load a checkpoint into workers and stream the answer; with ``raw``, the prompt and special tokens too."""
     asked = read_devices(devices)
     tokenizer = read_tokenizer(path)
     inputs = encode(tokenizer, prompt)
@@ -41,12 +41,12 @@ def run_generate(
 
 
 def encode(tokenizer: Any, text: str) -> Any:
-    """Turn a text into input ids and a mask.
+    """Tokenize a text into input ids and a mask.
 
     Raises
     ------
     ArgumentError
-        If it has no tokens.
+        If the text has no tokens.
     """
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:

@@ -1,4 +1,4 @@
-"""Files that commands write.
+"""Checks the files that commands will write, before any work is done.
 
 Knows paths; not what is written.
 """
@@ -13,7 +13,7 @@ from lingualinked.errors import ArgumentError
 
 
 def check_output(option: str, path: Path) -> None:
-    """Refuse a file that can't be written, before any work is done for it.
+    """Check that a file can be written.
 
     Raises
     ------
@@ -21,7 +21,7 @@ def check_output(option: str, path: Path) -> None:
         If it is a folder, or its folder is missing or can't be written to; the message names the option.
     """
     if path.is_dir():
-        raise ArgumentError(f"{option} {str(path)!r} is a folder: name a file to write")
+        raise ArgumentError(f"{option} {str(path)!r} is a folder: give the path of a file")
     if not path.parent.is_dir():
         raise ArgumentError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
     try:
@@ -29,23 +29,23 @@ def check_output(option: str, path: Path) -> None:
             pass
     except OSError as error:
         raise ArgumentError(
-            f"{option} {str(path)!r}: no file can be made in the folder {str(path.parent)!r} ({error.strerror}); "
+            f"{option} {str(path)!r}: no file can be created in the folder {str(path.parent)!r} ({error.strerror}); "
             "choose another one"
         ) from error
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Refuse a picture that can't be drawn or written, before any work is done for it.
+    """Check that a picture can be drawn and written.
 
     Raises
     ------
     ArgumentError
-        As `check_output` does; or if matplotlib is not installed, or does not know the kind of file.
+        As `check_output`; or if matplotlib is not installed, or does not support the file type.
     """
     check_output(option, path)
     kinds = new_figure(1, 1).canvas.get_supported_filetypes()
     kind = path.suffix.removeprefix(".").lower()
     if kind and kind not in kinds:
         raise ArgumentError(
-            f"{option} {str(path)!r}: no picture can be a .{kind} file; choose one of {', '.join(kinds)}"
+            f"{option} {str(path)!r}: matplotlib can't write .{kind} files; choose one of {', '.join(kinds)}"
         )

@@ -1,6 +1,6 @@
-"""``lingualinked plan``: where the layers of a model should go, without loading it.
+"""``lingualinked plan``: shows where the layers of a model should go, without loading it.
 
-Knows the public face, saved profiles and cluster files, and prints.
+Knows the public API, saved profiles and cluster files; prints.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ def run_plan(
     explain: bool,
     progress: bool,
 ) -> None:
-    """Print the plan, from a saved profile, from stated specs, or from a measurement made now."""
+    """Print the plan, made from a saved profile, from stated specs, or from a measurement now."""
     if plot is not None:
         check_picture("--plot", plot)
-    profile = _profile(path, devices, workload, dtype, progress=progress)
+    # 1) read, estimate or measure the profile
+    profile = _find_or_estimate_profile(path, devices, workload, dtype, progress=progress)
+    # 2) solve
     plan = ll.solve(profile, objective=objective, workload=workload)
+    # 3) draw and print
     if plot is not None:
         try:
             plan.plot().savefig(plot, dpi=120)
@@ -56,12 +59,14 @@ def run_plan(
 
 
 def load_format_of(path: str) -> Literal["auto", "dummy"]:
-    """Return how a model is loaded: with random weights where a folder holds a ``config.json`` alone."""
+    """Return "dummy" (random weights) for a folder that holds only a ``config.json``, else "auto"."""
     has_weights = any(Path(path).glob("*.safetensors")) or not Path(path).is_dir()
     return "auto" if has_weights else "dummy"
 
 
-def _profile(path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool) -> ll.Profile:
+def _find_or_estimate_profile(
+    path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool
+) -> ll.Profile:
     from lingualinked.sharded.describing import LoadArguments, describe
     from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
 
@@ -71,8 +76,8 @@ def _profile(path: str, devices: str, workload: ll.Workload, dtype: str, *, prog
         silent = [device.name for device in asked.devices if device.name not in asked.specs]
         if silent:
             raise ll.ArgumentError(
-                f"{devices} states flops and memory_bandwidth for {', '.join(asked.specs)} and not for "
-                f"{', '.join(silent)}: state them for every device, or for none to have all of them measured here"
+                f"{devices} states flops and memory_bandwidth for {', '.join(asked.specs)} but not for "
+                f"{', '.join(silent)}: state them for every device, or for none to measure all of them"
             )
         return described.estimate(asked.devices, asked.specs, asked.links, workload)
     footprint = described.footprint()
@@ -89,13 +94,13 @@ def _profile(path: str, devices: str, workload: ll.Workload, dtype: str, *, prog
 
 
 def _announcement(model: ll.ModelProfile, devices: Sequence[ll.Device], workload: ll.Workload) -> str:
-    """Say what is going to be measured, and how to do without."""
+    """Return a text that says what will be measured, and how to avoid it."""
     kinds = count_text(len(model.kinds), "kind")
     return (
         f"Measuring {model.name} ({count_text(model.num_layers, 'layer')} of {kinds}, {model.dtype}) on "
-        f"{', '.join(device.name for device in devices)}: a prefill of {count_text(workload.prompt_tokens, 'token')}, and "
-        f"decode steps after {workload.prompt_tokens:,} and {workload.num_tokens:,}, and the links. It is kept on disk, unless the times turn "
-        "out to be doubtful.\n"
-        "To be answered at once instead, from estimates, state flops and memory_bandwidth of every device in a cluster "
-        "file (--devices cluster.toml)."
+        f"{', '.join(device.name for device in devices)}: a prefill of {count_text(workload.prompt_tokens, 'token')}, "
+        f"decode steps after {workload.prompt_tokens:,} and {workload.num_tokens:,} tokens, and the links. The profile is kept on disk "
+        "unless its times are doubtful.\n"
+        "For an estimate without measuring, state flops and memory_bandwidth of every device in a cluster file "
+        "(--devices cluster.toml)."
     )

@@ -1,6 +1,6 @@
 """``lingualinked demo --rebalance``: a device becomes slow while the bundled model answers, and its layers move away.
 
-Knows the public face, and prints.
+Knows the public API; prints.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from lingualinked.display.decisions import migration_rows
 from lingualinked.display.live import live_view
 from lingualinked.quantities import count_text
 
-_SLOWDOWN = 30.0  # the bundled model is small: so much slower, its stages take as long as those of a large one
+_SLOWDOWN = 30.0  # makes the stages of the small bundled model take as long as those of a large one
 _FACTOR = 4.0
 _NUM_SESSIONS = 4
 _NEW_TOKENS = 60
 _FRAMES_PER_S = 5
-_SPEED_S = 4.0  # over which tokens per second are taken
+_SPEED_S = 4.0  # the window for tokens per second
 
 
 def run_rebalancing_demo(seconds: float, *, progress: bool) -> None:
-    """Show a pipeline live: at half the time its middle device falls to a quarter of its speed.
+    """Show a pipeline live: halfway through, its middle device drops to a quarter of its speed.
 
     Parameters
     ----------
     seconds : float
-        How long it runs.
+        Duration of the demonstration.
     progress : bool
         Whether to show progress bars while the model loads.
 
     Raises
     ------
     LingualinkedError
-        If any answer was not the unsharded model's.
+        If any answer differs from the unsharded model's.
     """
     console = new_console()
     path = ll.sample_model()
@@ -51,14 +51,14 @@ def run_rebalancing_demo(seconds: float, *, progress: bool) -> None:
         )
         slow = model.plan.stages[len(model.plan.stages) // 2].device
         answers = _Answers(model)
-        note, speeds, began_s = "all devices at their usual speed", {}, time.monotonic()
+        note, speeds, began_s = "all devices run at their usual speed", {}, time.monotonic()
         try:
             with Live(console=console, auto_refresh=False) as live:
                 while (elapsed_s := time.monotonic() - began_s) < seconds:
                     if elapsed_s > seconds / 2 and "before" not in speeds:
                         speeds["before"] = model.telemetry.tokens_per_s(_SPEED_S)
                         cluster.throttle(slow, slowdown=_SLOWDOWN * _FACTOR)
-                        note = f"{slow} has fallen to a quarter of its speed, {seconds / 2:.0f} s after the start"
+                        note = f"{slow} dropped to a quarter of its speed {seconds / 2:.0f} s after the start"
                     live.update(
                         live_view(model.telemetry, last_s=seconds, note=note, width=min(console.width, 120)),
                         refresh=True,
@@ -70,7 +70,7 @@ def run_rebalancing_demo(seconds: float, *, progress: bool) -> None:
             answers.stop()
     console.print(migration_rows(telemetry.migrations, telemetry.history.start_s).to_rich())
     console.print(f"\n{speeds['before']:.1f} tokens/s before, {speeds['after']:.1f} at the end")
-    num_equal, wrong = answers.verdict(path)
+    num_equal, wrong = answers.compare(path)
     if wrong:
         raise ll.LingualinkedError(
             f"of {count_text(num_equal + wrong, 'answer')}, {wrong} differ from the unsharded model's: please report this"
@@ -79,7 +79,7 @@ def run_rebalancing_demo(seconds: float, *, progress: bool) -> None:
 
 
 class _Answers:
-    """Threads that have the model answer all the time, until they are stopped."""
+    """Threads that make the model answer until they are stopped."""
 
     def __init__(self, model: Any) -> None:
         from transformers import AutoTokenizer
@@ -87,20 +87,20 @@ class _Answers:
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
         self._inputs = tokenizer(PROMPT, return_tensors="pt")
         self._model = model
-        self._enough = threading.Event()
+        self._is_stopping = threading.Event()
         self._answers: list[Any] = []
         self._threads = [threading.Thread(target=self._run) for _ in range(_NUM_SESSIONS)]
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Let the answers under way be the last ones."""
-        self._enough.set()
+        """Wait for the answers in progress, and start no more."""
+        self._is_stopping.set()
         for thread in self._threads:
             thread.join()
 
-    def verdict(self, path: str) -> tuple[int, int]:
-        """Count the answers that equal the unsharded model's, and those that don't."""
+    def compare(self, path: str) -> tuple[int, int]:
+        """Return the numbers of answers that equal the unsharded model's, and that differ."""
         import torch
 
         torch.set_num_threads(1)
@@ -109,7 +109,7 @@ class _Answers:
         return num_equal, len(self._answers) - num_equal
 
     def _run(self) -> None:
-        while not self._enough.is_set():
+        while not self._is_stopping.is_set():
             self._answers.append(self._generate(self._model))
 
     def _generate(self, model: Any) -> Any:

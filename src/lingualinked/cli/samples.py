@@ -1,4 +1,4 @@
-"""Repeated measurements and what is said of them.
+"""Medians, spreads and ratios of repeated measurements.
 
 Knows numbers only.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Samples:
-    """Repeats of one measurement.
+    """The results of one repeated measurement.
 
     Parameters
     ----------
@@ -24,15 +24,15 @@ class Samples:
 
     @property
     def median(self) -> float:
-        """Middle value."""
+        """The median."""
         return statistics.median(self.values)
 
     def text(self, digits: int = 2, unit: str = "") -> str:
-        """Write median and spread."""
+        """Format the median, and the lowest and highest value."""
         low, high = min(self.values), max(self.values)
         return f"{self.median:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def ratios(left: Samples, right: Samples) -> Samples:
-    """Divide run by run: machines drift, pairs drift together."""
+    """Divide pair by pair: a machine's speed drifts, and both values of a pair drift together."""
     return Samples([a / b for a, b in zip(left.values, right.values, strict=True)])

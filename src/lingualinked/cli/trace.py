@@ -1,6 +1,6 @@
-"""``lingualinked trace``: a timeline of a running pipeline, for the Perfetto UI.
+"""``lingualinked trace``: writes a timeline of a running pipeline, for the Perfetto UI.
 
-Knows the public face and cluster files, and prints.
+Knows the public API and cluster files; prints.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def run_trace(
     *,
     progress: bool,
 ) -> None:
-    """Run sessions at once, write what the pipeline did, and say where, how to look at it, and what a step took."""
+    """Run concurrent sessions, write their trace, and print the times of a step and how to open the trace."""
     check_output("--output", output)
     if num_requests is not None and num_requests < len(prompts):
         raise ll.ArgumentError(
-            f"--requests {num_requests} leaves some of the {count_text(len(prompts), 'prompt')} out: give each a session"
+            f"--requests {num_requests} is less than the {count_text(len(prompts), 'prompt')}: give at least one session per prompt"
         )
     asked = read_devices(devices)
     path = ll.sample_model() if path is None else path
@@ -47,7 +47,7 @@ def run_trace(
     num_requests = num_requests or max(len(prompts), len(asked.devices))
     tokenizer = read_tokenizer(path)
     inputs = [encode(tokenizer, text) for text in texts]
-    # Whatever ends this ends the model first; calls under way raise then, so that no thread is waited for in vain.
+    # On any exit the model is closed first: calls in progress then raise, so that the pool does not wait for ever.
     with ThreadPoolExecutor(num_requests) as pool, ll.Cluster(asked.devices, links=asked.links) as cluster:
         workload = ll.Workload(
             prompt_tokens=max(each["input_ids"].shape[1] for each in inputs),
@@ -73,11 +73,11 @@ def run_trace(
     console.print(
         Text(f"\n{tokens} in {sessions}. The trace of {steps} takes {bytes_text(written.stat().st_size)} and is here:")
     )
-    console.print(str(written), highlight=False, soft_wrap=True, markup=False)  # a path is copied, so never broken
+    console.print(str(written), highlight=False, soft_wrap=True, markup=False)  # so that the path can be copied
     console.print(Text("Drop it on https://ui.perfetto.dev: the browser reads it and sends it nowhere."))
 
 
 def _generate(model: Any, inputs: Any, max_new_tokens: int) -> int:
-    """Answer one prompt; give the number of new tokens."""
+    """Answer one prompt and return the number of new tokens."""
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return int(tokens.shape[1] - inputs["input_ids"].shape[1])

@@ -92,7 +92,7 @@ def test_a_file_that_can_not_be_written_is_refused_first(
         (tmp_path / "new" / "file.png", "there is no folder"),
         (blocked / "file.png", "there is no folder"),
         (tmp_path, "is a folder"),
-        (Path("/proc/file.png"), "no file can be made"),
+        (Path("/proc/file.png"), "no file can be created"),
     ):
         result = run(*STARTS[command], option, path)
         assert result.exit_code == 1

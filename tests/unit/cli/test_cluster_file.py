@@ -62,12 +62,15 @@ def test_devices_links_and_figures_are_read(path: Path) -> None:
         ("[[devices]]\nname = 'a'\nmemory = 'much'", "memory of device 'a'='much'"),
         ("[[devices]]\nname = 'a'\nbandwidth = -1", "bandwidth of device 'a'=-1"),
         ("[[devices]]\nname = 'a'\n[[devices]]\nname = 'a'", "two devices named 'a'"),
-        ("[[devices]]\nname = 'a'\nflops = 3", "states flops and not memory_bandwidth"),
+        ("[[devices]]\nname = 'a'\nflops = 3", "states flops but not memory_bandwidth"),
         ("[[devices]]\nname = 'a'\nflops = 'fast'\nmemory_bandwidth = 1", "flops='fast'"),
         ("[[devices]]\nname = 'a'\n[[links]]\nsource = 'a'\ntarget = 'b'", "no device 'b'"),
         ("[[devices]]\nname = 'a'\n[[links]]\nsource = 'a'\ntarget = 'caller'\nbandwidth = 0", "bandwidth of a link"),
-        ("links = 3\n[[devices]]\nname = 'a'", r"are not \[\[links\]\] tables"),
-        ("[[devices]]\nname = 'a'\n[[links]]\nsource = ['a']\ntarget = 'caller'", "needs source and target"),
+        ("links = 3\n[[devices]]\nname = 'a'", r"must be \[\[links\]\] tables"),
+        (
+            "[[devices]]\nname = 'a'\n[[links]]\nsource = ['a']\ntarget = 'caller'",
+            "must name a source and a target device",
+        ),
         ("[[devices]]\nname = 'a'" + "\n[[links]]\nsource = 'a'\ntarget = 'caller'" * 2, "two links from 'a'"),
     ],
 )
