@@ -295,7 +295,7 @@ def test_an_argument_of_transformers_that_has_no_counterpart(
         ({"input_ids": IDS, "inputs_embeds": torch.zeros(1, 5, 32)}, "input_ids or inputs_embeds"),
         ({"input_ids": IDS, "no_such_argument": 1}, "no_such_argument"),
         ({"input_ids": IDS.to_sparse()}, "layout torch.sparse_coo: give a dense tensor"),
-        ({"input_ids": IDS, "labels": IDS.float()}, "labels are integers"),
+        ({"input_ids": IDS, "labels": IDS.float()}, "labels must be integers"),
     ],
 )
 def test_inputs_that_can_not_be_used(sharded: Any, inputs: dict[str, Any], words: str) -> None:
@@ -363,7 +363,7 @@ def test_a_text_longer_than_the_learned_positions(load: Load, config: PreTrained
         past = model(torch.ones(1, 8, dtype=torch.long)).past_key_values
         for too_long in ({}, {"past_key_values": past}):
             ids = torch.ones(1, 1 if too_long else 9, dtype=torch.long)
-            with pytest.raises(ll.ArgumentError, match="9 tokens are more than the 8 positions"):
+            with pytest.raises(ll.ArgumentError, match="9 tokens exceed the 8 positions"):
                 model(ids, **too_long)
         with pytest.raises(ll.ArgumentError, match="the 8 positions"):
             model.generate(torch.ones(1, 6, dtype=torch.long), max_new_tokens=9, do_sample=False, eos_token_id=None)

@@ -90,8 +90,8 @@ def test_a_cache_that_is_no_empty_one_is_refused_as_it_was(sharded: Any, unshard
     sliding.layers[0] = DynamicCache(config=sliding_config(unsharded)).layers[0]
     static = StaticCache(config=unsharded.config, max_cache_len=16)
     for cache, words in {
-        filled: "has filled",
-        sliding: "other layers",
+        filled: "already holds KV",
+        sliding: "whose layers differ",
         static: "is a StaticCache",
         Own(): "is a Own",
     }.items():

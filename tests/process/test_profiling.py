@@ -302,7 +302,7 @@ def test_what_fits_nowhere_is_refused_before_a_process_starts(tiny_llama: str, m
     small = [ll.Device(name=name, threads=1, memory="20KiB") for name in "ab"]
     for plan in (None, "even", ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])):
         for place in ({"devices": small}, {"cluster": SimpleNamespace(devices=small)}):
-            with pytest.raises(ll.InfeasiblePlanError, match=r"take .* at least, and 'a', 'b' have 40.0 KiB") as caught:
+            with pytest.raises(ll.InfeasiblePlanError, match=r"need at least .*, but 'a', 'b' have 40.0 KiB") as caught:
                 ll.ShardedModel.from_pretrained(tiny_llama, plan=plan, **place)
             assert caught.value.missing_bytes > 0
     large = [ll.Device(name=name, threads=1, memory="1MiB") for name in "ab"]

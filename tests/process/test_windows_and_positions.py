@@ -129,7 +129,7 @@ def test_positions_that_the_model_counts_itself(learned: Pair) -> None:
             return
         with pytest.raises(IndexError):  # from the first token, padding or not
             unsharded(LONG, attention_mask=PADDING)
-        with pytest.raises(ll.ArgumentError, match=f"{LIMIT + 6} tokens are more than the {LIMIT} positions"):
+        with pytest.raises(ll.ArgumentError, match=f"{LIMIT + 6} tokens exceed the {LIMIT} positions"):
             sharded(LONG, attention_mask=PADDING)
         positions = (PADDING.cumsum(-1) - 1).clamp(0)
         logits = [model(LONG, attention_mask=PADDING, position_ids=positions).logits for model in learned]
@@ -138,7 +138,7 @@ def test_positions_that_the_model_counts_itself(learned: Pair) -> None:
 
 def test_text_beyond_learned_positions_is_refused(learned: Pair) -> None:
     sharded, _ = learned
-    needed = f"{LIMIT + 1} tokens are more than the {LIMIT} positions"
+    needed = f"{LIMIT + 1} tokens exceed the {LIMIT} positions"
     one_more = torch.ones((1, LIMIT + 1), dtype=torch.long)
     for call in (
         lambda: sharded(one_more),

@@ -1,4 +1,4 @@
-"""The Hugging Face face of a model that runs in stages.
+"""The transformers-facing API of a model that runs in stages.
 
-Knows transformers' ways of asking; neither processes nor sockets.
+Knows transformers' calls and conventions; neither processes nor sockets.
 """

@@ -1,6 +1,6 @@
-"""What transformers' ``from_pretrained`` takes and a sharded model does not: refused by name, with the remedy.
+"""Refuses by name the arguments of transformers' ``from_pretrained`` that a sharded model does not support.
 
-Knows names and remedies only; what is left are attributes of a config, or unknown.
+Knows names and remedies only. The remaining arguments are config attributes, or unknown.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _REMEDIES = {
     "offload_buffers": "add a device instead",
     "offload_folder": "add a device instead",
     "output_loading_info": "a tensor that is missing or does not fit is an error here; leave it out",
-    "quantization_config": "it is not supported yet; load the weights as they are",
-    "state_dict": "save it with save_pretrained and give the folder",
+    "quantization_config": "quantisation is not supported yet; load the weights as they are",
+    "state_dict": "save it with save_pretrained and load the folder",
     "tp_plan": "use devices= or plan=",
     "tp_size": "use devices= or plan=",
     "tqdm_class": "use progress=",
     "use_kernels": "stages run the model's own forward; leave it out",
-    "use_safetensors": "safetensors is the only format; leave it out",
-    "variant": "give a folder that holds only the wanted files",
+    "use_safetensors": "safetensors is the only supported format; leave it out",
+    "variant": "give a folder that holds only the files of the variant",
 }
-# Values that ask for what is done anyway; of all others None and False do.
+# Values that change nothing here. For all other arguments these are None and False.
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "adapter_kwargs": (None, {}),
     "adapter_name": (None, "default"),
     "disable_mmap": (None, True),
     "use_safetensors": (None, True),
 }
-# transformers takes these without effect on safetensors, and so do we.
+# transformers accepts these, but they have no effect on safetensors checkpoints.
 _WITHOUT_EFFECT = (
     "_commit_hash",
     "_fast_init",
@@ -62,7 +62,7 @@ _WITHOUT_EFFECT = (
 
 
 def check_interpreter() -> None:
-    """Check that Python keeps docstrings, which transformers reads when it imports a model.
+    """Check that Python keeps docstrings, which transformers needs when it imports a model.
 
     Raises
     ------
@@ -71,23 +71,18 @@ def check_interpreter() -> None:
     """
     if sys.flags.optimize > 1:
         raise UnsupportedOperationError(
-            "python -OO (or PYTHONOPTIMIZE=2) strips docstrings, and transformers can't import models without theirs: "
+            "python -OO (or PYTHONOPTIMIZE=2) strips docstrings, and transformers can't import models without them: "
             "run python, or python -O"
         )
 
 
-def take_config_attributes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse what has no sharded counterpart, and return what may be attributes of the config.
-
-    Parameters
-    ----------
-    arguments : mapping of str to object
-        Those of ``from_pretrained`` that it does not name itself.
+def select_config_attributes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse the extra arguments of ``from_pretrained`` that have no sharded counterpart; return the possible config attributes.
 
     Raises
     ------
     UnsupportedOperationError
-        For an argument of transformers, unless its value asks for what is done anyway.
+        For an argument of transformers, unless its value changes nothing.
     """
     for name in _REMEDIES.keys() & arguments.keys():
         value = arguments[name]
@@ -99,19 +94,19 @@ def take_config_attributes(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_attn_implementation(value: object) -> str | None:
-    """Return a name that transformers itself knows what to do with.
+    """Check that an attention implementation is part of transformers, and return it.
 
     Raises
     ------
     UnsupportedOperationError
-        If it names a kernel of the hub, whose code workers would run, a kernel for continuous batching, or several.
+        If it names a kernel on the hub, whose code workers would run; a kernel for continuous batching; or several kernels.
     ArgumentError
-        If it is no name.
+        If it is not a string.
     """
     if isinstance(value, Mapping) or (isinstance(value, str) and ("/" in value or "|" in value)):
         raise UnsupportedOperationError(
             f"attn_implementation={value!r} is not supported by ShardedModel.from_pretrained: "
-            "give one that is part of transformers, such as 'sdpa' or 'eager'"
+            "choose one that is part of transformers, such as 'sdpa' or 'eager'"
         )
     if value is not None and not isinstance(value, str):
         raise ArgumentError(f"attn_implementation={value!r} must be a name, such as 'sdpa' or 'eager'")

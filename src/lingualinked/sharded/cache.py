@@ -1,6 +1,6 @@
-"""``past_key_values`` of a sharded model: a handle on KV that lies in the workers.
+"""``past_key_values`` of a sharded model: a handle on the KV cache in the workers.
 
-Knows transformers' cache interface and one session; it holds no keys and no values.
+Knows transformers' cache interface and one session; holds no keys and no values.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from lingualinked.quantities import count_text
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
-_ANEW = "start anew with past_key_values=None"
+_ANEW = "start again with past_key_values=None"
 
 
 class ShardedCache(DynamicCache):
-    """The KV cache of one session, as transformers' generation code handles it.
+    """The KV cache of one session, with the interface that transformers' generation code uses.
 
-    It is what a sharded model returns as ``past_key_values`` and takes back in the next call. ``copy.deepcopy`` copies
-    the KV in every stage, as a session of its own. The KV is freed in every stage when the handle is no longer
-    referenced, or by `end`.
+    A sharded model returns it as ``past_key_values`` and accepts it in the next call. ``copy.deepcopy`` makes a new
+    session with a copy of the KV in every stage. The KV is freed in every stage by `end`, or when the handle is no
+    longer referenced.
 
     Parameters
     ----------
     pipeline : Pipeline
-        Where to open the session whose KV it stands for.
+        The pipeline to open the session in.
     sliding_window : int or None
-        Tokens that the model's narrowest sliding layer sees, if it has such.
+        Tokens that the model's narrowest sliding layer sees; ``None`` if it has no sliding layer.
     """
 
     def __init__(self, pipeline: Pipeline, sliding_window: int | None = None) -> None:
-        # Not DynamicCache.__init__: there are no layers here.
+        # Not DynamicCache.__init__, which would make layers.
         self.session = pipeline.open_session()
-        self._pipeline = weakref.ref(pipeline)  # a kept handle keeps no model loaded
+        self._pipeline = weakref.ref(pipeline)  # so that a handle does not keep the model loaded
         self._num_layers = pipeline.plan.stages[-1].end
         self._sliding_window = sliding_window
         self._records_past = False
@@ -49,15 +49,7 @@ class ShardedCache(DynamicCache):
 
     @classmethod
     def adopt(cls, empty: DynamicCache, pipeline: Pipeline, sliding_window: int | None) -> ShardedCache:
-        """Turn an empty KV cache of transformers, which a model fills in place, into the handle of a new session.
-
-        Parameters
-        ----------
-        empty : DynamicCache
-            As `check_empty` lets it through; the same object is returned.
-        pipeline, sliding_window
-            As above.
-        """
+        """Turn an empty KV cache of transformers, checked by `check_empty`, into the handle of a new session, in place."""
         records_past = any(getattr(layer, "record_past", False) for layer in empty.layers)
         cache = cast("ShardedCache", empty)
         vars(cache).clear()
@@ -68,12 +60,12 @@ class ShardedCache(DynamicCache):
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedCache:
-        """Copy the KV in every stage, for a text that goes on from here by itself.
+        """Copy the KV in every stage into a new session, to continue the text in two ways.
 
         Raises
         ------
         KVCapacityError
-            If both together exceed the KV budget.
+            If both sessions together exceed the KV budget.
         ClosedError
             If the session has ended, or the model has been closed.
         """
@@ -86,32 +78,32 @@ class ShardedCache(DynamicCache):
     def _open_pipeline(self) -> Pipeline:
         pipeline = self._pipeline()
         if pipeline is None:
-            raise ClosedError("the model of these past_key_values is closed: make a new one with from_pretrained")
+            raise ClosedError("the model of these past_key_values is closed: load it again with from_pretrained")
         pipeline.check_open()
         return pipeline
 
     def check(self, pipeline: Pipeline, num_rows: int) -> None:
-        """Check that the next step of a model can go on from here.
+        """Check that the next step of a model can continue this cache.
 
         Raises
         ------
         ArgumentError
-            If another model has made it, or it has another number of rows.
+            If it belongs to another model, or has another number of rows.
         """
         if self._pipeline() is not pipeline:
-            raise ArgumentError(f"past_key_values are of another model: {_ANEW}")
+            raise ArgumentError(f"past_key_values belong to another model: {_ANEW}")
         if self.is_initialized and num_rows != self.session.num_rows:
             raise ArgumentError(
                 f"past_key_values hold the KV of {count_text(self.session.num_rows, 'row')}, and this step has {num_rows:,}: "
-                "give as many, or use batch_repeat_interleave or batch_select_indices of past_key_values"
+                "pass the same number of rows, or use batch_repeat_interleave or batch_select_indices of past_key_values"
             )
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers hold as many
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - equal for all layers
         """Return the number of tokens whose KV is held."""
         return self.session.num_tokens
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
-        """Return -1: the KV grows."""
+        """Return -1: the KV has no maximal length."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -120,27 +112,27 @@ class ShardedCache(DynamicCache):
         Raises
         ------
         ArgumentError
-            If it is no tensor, or names rows that there are not.
+            If it is not a tensor, or a row does not exist.
         """
         self._select(f"reorder_cache({_text(beam_idx)})", lambda rows: rows.index_select(0, beam_idx.cpu()))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens.
+        """Remove the last ``-tokens_to_remove`` tokens, as transformers' caches do.
 
         Raises
         ------
         ArgumentError
-            If the number is no integer, positive or more than there are, or if a sliding window is full and has not
-            recorded what it would have to bring back.
+            If the number is not an integer, positive, or exceeds the number of tokens; or if a sliding window is full and
+            the tokens before it were not recorded (`activate_past_recording`).
         """
         held = self.session.num_tokens
         try:
             num_removed = -operator.index(tokens_to_remove)
         except TypeError:
-            raise ArgumentError(f"crop({_text(tokens_to_remove)}): give minus the number of tokens to remove") from None
+            raise ArgumentError(f"crop({_text(tokens_to_remove)}): pass minus the number of tokens to remove") from None
         if not 0 <= num_removed <= held:
             raise ArgumentError(
-                f"crop({-num_removed}) of {count_text(held, 'token')}: give minus the number of tokens to remove"
+                f"crop({-num_removed}) of {count_text(held, 'token')}: pass minus the number of tokens to remove"
             )
         if self._sliding_window is not None and held >= self._sliding_window and not self._records_past:
             raise ArgumentError(
@@ -152,7 +144,7 @@ class ShardedCache(DynamicCache):
             self.session.crop(num_removed)
 
     def activate_past_recording(self) -> None:
-        """Have sliding layers keep what a crop needs, from the next step on."""
+        """Make sliding layers keep what `crop` needs, from the next step on."""
         self._records_past = True
         self.session.record_past(True)
 
@@ -162,7 +154,7 @@ class ShardedCache(DynamicCache):
         Raises
         ------
         ArgumentError
-            If it is no positive number.
+            If it is not a positive integer.
         """
         self._select(f"batch_repeat_interleave({_text(repeats)})", lambda rows: rows.repeat_interleave(repeats, dim=0))
 
@@ -172,28 +164,28 @@ class ShardedCache(DynamicCache):
         Raises
         ------
         ArgumentError
-            If they name no rows, or some that there are not.
+            If they name no rows, or a row that does not exist.
         """
         chosen = indices.cpu() if isinstance(indices, Tensor) else indices
         self._select(f"batch_select_indices({_text(indices)})", lambda rows: rows[chosen, ...])
 
     def _select(self, call: str, pick: Callable[[Tensor], Tensor]) -> None:
-        """Keep the rows that are picked of all row numbers as they would be of keys and values; noted only if they can be."""
+        """Keep the rows that ``pick`` selects from the row numbers, once it is known that it can select them."""
         num_rows = self.session.num_rows
         if not self.session.num_tokens:
-            return  # as transformers does before there is anything to pick from
+            return  # as transformers does while the cache is empty
         try:
             rows = pick(torch.arange(num_rows))
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ArgumentError(f"{call} of {count_text(num_rows, 'row')}: {error}") from error
         if rows.ndim != 1 or not len(rows):
             raise ArgumentError(
-                f"{call} of {count_text(num_rows, 'row')} leaves none: name at least one, in one dimension"
+                f"{call} of {count_text(num_rows, 'row')} leaves no rows: select at least one, with indices of one dimension"
             )
         self.session.reorder(rows)
 
     def reset(self) -> None:
-        """Free the KV in every stage, and begin anew.
+        """Free the KV in every stage, and start a new session.
 
         Raises
         ------
@@ -207,7 +199,7 @@ class ShardedCache(DynamicCache):
             self.session.record_past(True)
 
     def end(self) -> None:
-        """Free the KV in every stage; the handle can't be used any more."""
+        """Free the KV in every stage; the handle can no longer be used."""
         self.session.end()
 
     @property
@@ -222,12 +214,12 @@ class ShardedCache(DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether its shapes are static; they are not."""
+        """Whether its shapes are static: no."""
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` leaves no trace."""
+        """Whether `crop` works: yes."""
         return True
 
     def __len__(self) -> int:
@@ -241,29 +233,29 @@ class ShardedCache(DynamicCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse: they are in the workers, and so is whatever else transformers asks of them."""
+        """Refuse: the layers of the cache are in the workers."""
         raise UnsupportedOperationError(
-            "layers of a sharded KV cache: keys and values are in the workers, which alone read and write them"
+            "layers of a sharded KV cache: keys and values are in the workers and can't be read or written here"
         )
 
     def update(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refuse: only the stages write KV."""
-        raise UnsupportedOperationError("update() of a sharded KV cache: its KV is written by the workers alone")
+        raise UnsupportedOperationError("update() of a sharded KV cache: only the workers write KV")
 
     def __reduce__(self) -> Any:
         raise UnsupportedOperationError(
-            "the KV cache of a sharded model can't be pickled: it lies in the workers; "
+            "the KV cache of a sharded model can't be pickled, because it lies in the workers: "
             "run the text again, or use copy.deepcopy, which copies it there"
         )
 
 
 def check_empty(given: object, config: PreTrainedConfig) -> DynamicCache:
-    """Return a KV cache of transformers that a sharded model can take as its own: one that holds nothing yet.
+    """Check that a KV cache of transformers is empty and of the model's own kind, and return it.
 
     Raises
     ------
     UnsupportedOperationError
-        If it is of another kind, holds KV, or would keep other KV than the model's own.
+        If it is of another class, holds KV, or has other layers than the model's own cache.
     """
     kind = type(given).__name__
     if type(given) is not DynamicCache:
@@ -277,14 +269,14 @@ def check_empty(given: object, config: PreTrainedConfig) -> DynamicCache:
         )
     if any(getattr(layer, "is_initialized", False) for layer in given.layers):
         raise UnsupportedOperationError(
-            f"past_key_values is a {kind} that another model has filled: its KV can't be sent to the workers; "
+            f"past_key_values is a {kind} that already holds KV, which can't be sent to the workers: "
             "pass an empty one and run the text again"
         )
     own = _kinds(DynamicCache(config=config))
     if (given.layers and _kinds(given) != own) or (not given.layers and any(window for _, window in own)):
         raise UnsupportedOperationError(
-            f"past_key_values is a {kind} of other layers than the model's, which would keep other KV: "
-            "make it as DynamicCache(config=model.config)"
+            f"past_key_values is a {kind} whose layers differ from the model's, so it would keep other KV: "
+            "make it with DynamicCache(config=model.config)"
         )
     return given
 

@@ -1,4 +1,4 @@
-"""Calls that ask a model to become what it is already, as clients make them to be sure: granted, anything else is refused.
+"""Accepts conversions of a model that would change nothing, such as ``.to(model.device)``; refuses all others.
 
 Knows a model's dtypes, device and sizes; moves and converts nothing.
 """
@@ -15,7 +15,7 @@ logger = logging.getLogger("lingualinked.sharded")
 
 
 class Conversions:
-    """Mixin whose methods return what transformers' do where nothing has to change; stands before the refusals."""
+    """Mixin whose methods succeed where nothing has to change; comes before `UnsupportedOperations` in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         all_tied_weights_keys: dict[str, str]
@@ -29,9 +29,9 @@ class Conversions:
         def device(self) -> torch.device: ...  # noqa: D102
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the model if it is asked for its own device and dtype; refuse to move or convert it."""
+        """Return the model if this is its own device and dtype; refuse to move or convert it."""
         try:
-            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001 - what nn.Module.to reads them with
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001 - as nn.Module.to parses them
         except (RuntimeError, TypeError):
             return super().to(*args, **kwargs)  # type: ignore[misc, no-any-return]
         is_here = device is None or device.type == self.device.type
@@ -40,7 +40,7 @@ class Conversions:
         return super().to(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def cpu(self) -> Self:
-        """Return the model: inputs go in and logits come out on the CPU."""
+        """Return the model, whose inputs and logits are on the CPU."""
         return self
 
     def type(self, dst_type: torch.dtype | str | None = None) -> Self:
@@ -48,7 +48,7 @@ class Conversions:
         try:
             dtype = (
                 torch.empty(0).type(dst_type).dtype if dst_type is not None else None
-            )  # takes "torch.HalfTensor" too
+            )  # also accepts "torch.HalfTensor"
         except (TypeError, ValueError):
             dtype = None
         return self if self._has_dtype(dtype) else super().type(dst_type)  # type: ignore[misc]
@@ -70,7 +70,7 @@ class Conversions:
         return self if self._has_dtype(torch.float64) else super().double()  # type: ignore[misc]
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing if the weights that the config ties are those that are tied already; refuse to tie others."""
+        """Do nothing if the config ties the weights that are tied already; refuse to tie others."""
         asked = self.get_expanded_tied_weights_keys(all_submodels=True)
         if args or kwargs.get("missing_keys") is not None or asked != self.all_tied_weights_keys:
             super().tie_weights(*args, **kwargs)  # type: ignore[misc]
@@ -78,7 +78,7 @@ class Conversions:
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> Any:
-        """Return the embeddings if they have so many rows already; refuse to resize them."""
+        """Return the embeddings if they have this number of rows already; refuse to resize them."""
         embeddings = self.get_input_embeddings()
         held = embeddings.num_embeddings
         if new_num_tokens not in (None, held) or held % (pad_to_multiple_of or 1):
@@ -86,18 +86,18 @@ class Conversions:
         return embeddings
 
     def set_attn_implementation(self, attn_implementation: Any = None, **kwargs: Any) -> None:
-        """Do nothing if it is the one that the stages use; refuse to change it."""
+        """Do nothing if the stages use this implementation; refuse to change it."""
         if attn_implementation is None or attn_implementation != getattr(self.config, "_attn_implementation", None):
             super().set_attn_implementation(attn_implementation, **kwargs)  # type: ignore[misc]
 
     def _has_dtype(self, dtype: object) -> bool:
-        """Tell whether all floating weights have a dtype; if so, name the buffers that transformers would convert."""
+        """Return whether all floating weights have a dtype; if so, log the buffers that transformers would convert."""
         if any(each.is_floating_point() and each.dtype != dtype for each in self.parameters()):
             return False
         others = [name for name, each in self.named_buffers() if each.is_floating_point() and each.dtype != dtype]
         if others:
             logger.warning(
-                "the weights are %s already; transformers would round %s to it too, and the stages keep their precision",
+                "the weights are %s already; transformers would also round %s to it, but the stages keep their precision",
                 dtype,
                 ", ".join(others),
             )

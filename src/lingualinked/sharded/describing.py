@@ -24,7 +24,7 @@ from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
 from lingualinked.profile import ModelProfile, Profile
-from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, take_config_attributes
+from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, select_config_attributes
 from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def describe(arguments: LoadArguments) -> Described:
     generation_config = extra.pop("generation_config", None)
     old_dtype = extra.pop("torch_dtype", None)
     dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
-    config = _config(arguments, hub, take_config_attributes(extra))
+    config = _config(arguments, hub, select_config_attributes(extra))
     class_name = check_architecture(config)
     dummy = arguments.load_format == "dummy"
     files = () if dummy else resolve_files(arguments.path, **hub)
@@ -170,7 +170,7 @@ def describe(arguments: LoadArguments) -> Described:
     described = describe_spec(spec)
     experts = getattr(config, "_experts_implementation", None)
     if experts != getattr(described.meta.config, "_experts_implementation", None):  # a loaded model's config says it
-        take_config_attributes({"experts_implementation": experts})
+        select_config_attributes({"experts_implementation": experts})
     for name in _ABOUT_OUTPUTS:
         setattr(described.meta.config, name, getattr(config, name))
     check_weights(spec, described.meta)

@@ -31,7 +31,7 @@ from lingualinked.sharded.inputs import (
     refuse_arguments,
 )
 from lingualinked.sharded.model_code import ModelCode, check_observers
-from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_past_unasked
+from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.unsupported import UnsupportedOperations
@@ -174,7 +174,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary, **loss_arguments)
-        is_returned = asks_for_kv or (past is not None and self._returns_past_unasked)
+        is_returned = asks_for_kv or (past is not None and self._returns_unrequested_cache)
         output: Any = self._output_class(loss=loss, logits=logits, past_key_values=cache if is_returned else None)
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
@@ -203,9 +203,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         return None if given is None else check_empty(given, self.config)
 
     @functools.cached_property
-    def _returns_past_unasked(self) -> bool:
+    def _returns_unrequested_cache(self) -> bool:
         """Whether the class returns a KV cache that it was given also under ``use_cache=False``."""
-        return returns_past_unasked(self._pipeline.spec)
+        return returns_unrequested_cache(self._pipeline.spec)
 
 
 def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:

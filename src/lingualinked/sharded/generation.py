@@ -1,6 +1,6 @@
-"""What a sharded model does where transformers' ``generate`` would make a cache, compile, or look into layers.
+"""Adapts transformers' ``generate`` to a sharded model: it opens a session instead of a cache, and refuses what needs layers here.
 
-Knows generation configs and sessions; the loops, processors and criteria are transformers' own.
+Knows generation configs and sessions; the decoding loops, processors and criteria are transformers' own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _sessions_of_call: contextvars.ContextVar[list[ShardedCache] | None] = contextva
 )
 _generating: contextvars.ContextVar[object] = contextvars.ContextVar("generating", default=None)  # the model, or None
 
-# Settings of a GenerationConfig that can't have transformers' effect here, and why.
+# Settings of a GenerationConfig that are not supported here, and why.
 _REFUSED = {
     "assistant_early_exit": "the head is on the last stage, so the first layers alone give no tokens",
-    "compile_config": "the layers run in the workers, uncompiled",
+    "compile_config": "the layers run uncompiled in the workers",
     "dola_layers": "it compares hidden states, which stay in the workers",
     "speculation_type": "its draft model reads the embeddings, which are in a worker",
     "use_mtp": "its draft layers read hidden states, which stay in the workers",
@@ -39,7 +39,7 @@ _REFUSED = {
 
 
 class ShardedGeneration:
-    """Mixin that overrides transformers' ``GenerationMixin``, which comes later in the order of classes."""
+    """Mixin that overrides parts of transformers' ``GenerationMixin``; comes before it in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         config: Any
@@ -49,40 +49,43 @@ class ShardedGeneration:
 
     @interruptible
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate token ids: transformers' own ``generate`` with the layers in the workers.
+        """Generate token ids with transformers' own ``generate``, while the layers run in the workers.
 
-        Every argument is that of ``transformers.GenerationMixin.generate``. The sessions that a call opens are freed
-        in every stage when it ends, however it ends; a returned ``past_key_values`` keeps its session.
+        Takes the arguments of ``transformers.GenerationMixin.generate``. When the call ends, normally or not, the KV of
+        its sessions is freed in every stage; only a returned ``past_key_values`` keeps its session.
 
         Raises
         ------
         UnsupportedOperationError
-            If an argument asks for what a sharded model does not do, by name.
+            If an argument asks for something that a sharded model does not support.
         ArgumentError
-            If an argument is unknown, or ids are empty, outside the vocabulary or beyond the learned positions.
+            If an argument is unknown, or ids are empty, outside the vocabulary, or exceed the learned positions.
         WorkerDiedError, WorkerError, StepTimeoutError, ClosedError
-            If a step can't be run.
+            If a step can't be run, or the model is closed.
         """
+        # 1) refuse what can't work before transformers computes anything
         self._pipeline.check_open()
         self._check_unchanged()
         if kwargs.get("cache_implementation") == "paged":
             _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
         check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs)
+        # 2) run transformers' loop, which calls `forward` for each step
         with _checked(self), _ending_sessions() as opened:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
+            # 3) keep the session that the caller gets with the result; the others end here
             opened[:] = [cache for cache in opened if not _may_hold(result, cache)]
             return result
 
     def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
-        """Give what ``forward`` is called with, less what ``generate`` keeps for itself and lets pass by."""
-        passed_by = ("assistant_model", "assistant_tokenizer", "streamer", "tokenizer")
-        arguments = {name: value for name, value in kwargs.items() if name not in passed_by}
+        """Return the arguments for ``forward``, without those that only ``generate`` uses."""
+        only_for_generate = ("assistant_model", "assistant_tokenizer", "streamer", "tokenizer")
+        arguments = {name: value for name, value in kwargs.items() if name not in only_for_generate}
         return super().prepare_inputs_for_generation(**arguments)  # type: ignore[misc, no-any-return]
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Refuse by name, once all that is set anywhere has been brought together."""
+        """Refuse unsupported settings, once transformers has merged those of all sources."""
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
         for name, reason in _REFUSED.items():
             value = getattr(config, name)
@@ -93,7 +96,7 @@ class ShardedGeneration:
         return config, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a manager of continuous batching, which asks for nothing but this before it calls layers by itself."""
+        """Refuse a manager of continuous batching, which calls this without arguments before it runs layers itself."""
         if not args and not kwargs:
             raise UnsupportedOperationError(
                 "continuous batching of a sharded model is not supported yet; call generate with a padded batch"
@@ -114,7 +117,7 @@ class ShardedGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Open a session where transformers would make a cache; stages make room for as many tokens as may come."""
+        """Open a session where transformers would make a cache, and reserve room for the maximal number of tokens."""
         given = model_kwargs.get("past_key_values")
         if given is not None and not isinstance(given, ShardedCache | tuple):
             given = self._as_session(check_empty(given, self.config))
@@ -134,11 +137,11 @@ class ShardedGeneration:
         model_kwargs["past_key_values"] = cache
 
     def _checked_in_call(self) -> bool:
-        """Whether a `generate` of this model is under way, which has checked it once for all steps."""
+        """Whether a `generate` of this model is running, which has checked the model for all its steps."""
         return _generating.get() is self
 
     def _as_session(self, past: DynamicCache) -> ShardedCache:
-        """Return a session's handle as it is; make an empty KV cache that of a new session."""
+        """Return the handle of a session; turn an empty KV cache into that of a new one."""
         if isinstance(past, ShardedCache):
             return past
         return ShardedCache.adopt(past, self._pipeline, self._sliding_window)
@@ -148,7 +151,7 @@ class ShardedGeneration:
 
     @functools.cached_property
     def _sliding_window(self) -> int | None:
-        """Tokens that the narrowest sliding layer sees, if there are such layers."""
+        """Tokens that the narrowest sliding layer sees; ``None`` if there is no sliding layer."""
         layers: list[Any] = DynamicCache(config=self.config).layers
         return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
 
@@ -159,7 +162,7 @@ def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _checked(model: object) -> Iterator[None]:
-    """Remember inside that a model has been checked."""
+    """Record within the context that a model has been checked."""
     token = _generating.set(model)
     try:
         yield
@@ -169,7 +172,7 @@ def _checked(model: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ending_sessions() -> Iterator[list[ShardedCache]]:
-    """Collect the sessions opened inside; end those that are left in the list."""
+    """Collect the sessions opened within the context, and end those left in the list."""
     opened: list[ShardedCache] = []
     token = _sessions_of_call.set(opened)
     try:
@@ -181,7 +184,7 @@ def _ending_sessions() -> Iterator[list[ShardedCache]]:
 
 
 def _may_hold(result: object, cache: ShardedCache) -> bool:
-    """Tell whether the user gets a session with the result of a call."""
+    """Return whether the result of a call may hold a session."""
     if isinstance(result, ModelOutput):
         return cache is result.get("past_key_values")
-    return not isinstance(result, Tensor)  # from a decoding loop of the user's own: there is no telling
+    return not isinstance(result, Tensor)  # a user's own decoding loop may return anything

@@ -1,6 +1,6 @@
 """Checks what a user passes to ``forward`` before anything is sent.
 
-Knows shapes and ranges; nothing here computes.
+Knows shapes and ranges; computes nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedPositions:
-    """The positions that a model has learned embeddings for.
+    """The number of positions that a model has learned embeddings for.
 
     Parameters
     ----------
     num_positions : int
-        How many.
+        That number.
     counted_in_mask : bool
-        Whether the model counts positions in the attention mask, rather than from the first token, padding or not.
+        Whether the model derives positions from the attention mask; otherwise it counts padding too.
     """
 
     num_positions: int
@@ -40,7 +40,7 @@ class LearnedPositions:
 
     @classmethod
     def of(cls, meta: PreTrainedModel) -> LearnedPositions | None:
-        """Look at a model on the meta device; ``None`` where positions are computed (rotary, ALiBi)."""
+        """Inspect a model on the meta device; ``None`` if its positions are computed (rotary, ALiBi)."""
         num_positions = learned_positions(meta)
         if num_positions is None:
             return None
@@ -49,7 +49,7 @@ class LearnedPositions:
         return cls(num_positions=num_positions, counted_in_mask=counted)
 
     def check(self, past: int, num_new: int, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Refuse a step that goes beyond them.
+        """Check that a step does not exceed them.
 
         Raises
         ------
@@ -58,7 +58,7 @@ class LearnedPositions:
         """
         if position_ids is not None:
             if position_ids.is_floating_point() or int(position_ids.min()) < 0:
-                raise ArgumentError("position_ids of a model that has learned its positions must be integers from 0 on")
+                raise ArgumentError("position_ids of a model with learned positions must be integers from 0")
             needed = int(position_ids.max()) + 1
         elif self.counted_in_mask and attention_mask is not None and attention_mask.ndim == 2:
             needed = int((attention_mask.cumsum(-1) * attention_mask)[:, past:].max())
@@ -66,13 +66,13 @@ class LearnedPositions:
             needed = past + num_new
         if needed > self.num_positions:
             raise ArgumentError(
-                f"{needed:,} tokens are more than the {count_text(self.num_positions, 'position')} that this model has learned: "
+                f"{needed:,} tokens exceed the {count_text(self.num_positions, 'position')} that this model has learned: "
                 "shorten the text or generate fewer tokens"
             )
 
 
 def check_inputs(input_ids: object, inputs_embeds: object, vocabulary: int, width: int) -> Tensor:
-    """Return the ids or the embeddings, on the CPU, once they are known to be usable.
+    """Check token ids or embeddings, and return them on the CPU.
 
     Parameters
     ----------
@@ -88,19 +88,19 @@ def check_inputs(input_ids: object, inputs_embeds: object, vocabulary: int, widt
     ArgumentError
         If both or neither is given, the shape is wrong or empty, or an id is outside the vocabulary.
     UnsupportedOperationError
-        If gradients are asked for.
+        If they require gradients.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ArgumentError("give input_ids or inputs_embeds, one of them")
+        raise ArgumentError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None:
         return _check_ids(check_tensor("input_ids", input_ids), vocabulary)
     embeddings = check_tensor("inputs_embeds", inputs_embeds)
     if embeddings.ndim != 3 or embeddings.numel() == 0 or embeddings.shape[2] != width:
         raise ArgumentError(
-            f"inputs_embeds of shape {tuple(embeddings.shape)} must be [rows, tokens, {width}], not empty"
+            f"inputs_embeds of shape {tuple(embeddings.shape)} must be [rows, tokens, {width}] and non-empty"
         )
     if not embeddings.is_floating_point():
-        raise ArgumentError(f"inputs_embeds have dtype {embeddings.dtype}: embeddings are floating-point numbers")
+        raise ArgumentError(f"inputs_embeds have dtype {embeddings.dtype}: embeddings must be floating-point numbers")
     return embeddings
 
 
@@ -108,39 +108,39 @@ def _check_ids(ids: Tensor, vocabulary: int) -> Tensor:
     if ids.ndim != 2 or ids.numel() == 0:
         raise ArgumentError(f"input_ids of shape {tuple(ids.shape)} must have 2 dimensions and be non-empty")
     if ids.is_floating_point() or ids.is_complex():
-        raise ArgumentError(f"input_ids have dtype {ids.dtype}: ids are integers")
+        raise ArgumentError(f"input_ids have dtype {ids.dtype}: ids must be integers")
     ids = ids.long()
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise ArgumentError(
-            f"input_ids range from {low} to {high}, the vocabulary from 0 to {vocabulary - 1}: "
-            "is this the model's own tokenizer?"
+            f"input_ids range from {low} to {high}, but the vocabulary from 0 to {vocabulary - 1}: "
+            "use the model's own tokenizer"
         )
     return ids
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """Return a tensor on the CPU, apart from gradients.
+    """Check that a value is a dense tensor with data, and return it detached and on the CPU.
 
     Raises
     ------
     UnsupportedOperationError
-        For masks per kind of layer, which transformers takes as a dict; if gradients are asked for.
+        For a dict of masks per kind of layer, which transformers accepts; or if the tensor requires gradients.
     ArgumentError
-        If it is something else, or has no data, or is sparse.
+        If it is not a tensor, has no data, or is sparse.
     """
     if isinstance(value, Mapping):
         raise UnsupportedOperationError(f"{name} as a mapping is not supported by a sharded model: give one tensor")
     if not isinstance(value, Tensor):
         raise ArgumentError(f"{name} is a {type(value).__name__}: give a tensor (return_tensors='pt')")
     if value.is_meta:
-        raise ArgumentError(f"{name} is on the meta device, which holds no data: make it on model.device, the CPU")
+        raise ArgumentError(f"{name} is on the meta device, which holds no data: create it on model.device, the CPU")
     if value.layout is not torch.strided:
-        raise ArgumentError(f"{name} has layout {value.layout}: give a dense tensor, as to_dense() makes")
+        raise ArgumentError(f"{name} has layout {value.layout}: give a dense tensor (to_dense())")
     if value.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperationError(
-            f"{name} require gradients, which do not flow through a sharded model: "
-            "call it under torch.no_grad(), or detach them"
+            f"{name} requires gradients, which do not flow through a sharded model: "
+            "call the model under torch.no_grad(), or detach the tensor"
         )
     return value.detach().cpu()
 
@@ -149,21 +149,21 @@ _PROMPT = ("attention_mask", "input_ids", "inputs", "inputs_embeds", "position_i
 
 
 def check_prompt(ids: object, arguments: Mapping[str, Any]) -> None:
-    """Check what ``generate`` is to go on from, before transformers computes with it.
+    """Check the prompt of ``generate`` before transformers computes with it.
 
     Parameters
     ----------
     ids : object
-        Token ids, by whichever name they were given.
+        Token ids, under whichever name they were passed.
     arguments : mapping of str to object
-        Of ``generate``.
+        All other arguments of ``generate``.
 
     Raises
     ------
     ArgumentError
-        If it is no tensor, or one without data, or ids have the wrong number of dimensions or are empty.
+        If a tensor is missing or has no data, or the ids have the wrong number of dimensions or are empty.
     """
-    with torch.no_grad():  # as within generate
+    with torch.no_grad():  # as in generate
         for name, value in {"input_ids": ids, **arguments}.items():
             if (name in _PROMPT and value is not None) or isinstance(value, Tensor):
                 check_tensor(name, value)
@@ -176,16 +176,16 @@ def check_prompt(ids: object, arguments: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """The shape that a step's tensors must fit.
+    """The shape that the tensors of a step must have.
 
     Parameters
     ----------
     rows, past, new : int
-        Rows of the batch, tokens of each that are held, and new ones of each.
+        Rows of the batch; tokens per row in the KV cache; new tokens per row.
     heads : int or None
         Attention heads, if known.
     window : int or None
-        Tokens that the model's narrowest sliding layer sees, if it has such.
+        Tokens that the model's narrowest sliding layer sees; ``None`` if it has no sliding layer.
     """
 
     rows: int
@@ -195,12 +195,12 @@ class StepShape:
     window: int | None = None
 
     def check_mask(self, value: object) -> Tensor | None:
-        """Return the attention mask on the CPU: of two dimensions, or of four that broadcast.
+        """Check an attention mask of two dimensions, or of four that broadcast, and return it on the CPU.
 
         Raises
         ------
         ArgumentError, UnsupportedOperationError
-            If it is no tensor, or one of another shape.
+            If it is not a tensor, or has another shape.
         """
         if value is None:
             return None
@@ -212,48 +212,50 @@ class StepShape:
             fits = all(size in (1, whole) for size, whole in zip(mask.shape[:3], full, strict=False))
             fits = fits and mask.shape[3] in (1, seen, windowed)
             if not fits:
-                raise ArgumentError(f"attention_mask of shape {tuple(mask.shape)} must be {full}, 1 for any of them")
+                raise ArgumentError(
+                    f"attention_mask of shape {tuple(mask.shape)} must be {full}; any dimension may be 1"
+                )
         elif mask.shape != (self.rows, seen):
             raise ArgumentError(
-                f"attention_mask of shape {tuple(mask.shape)} must be {(self.rows, seen)}: rows x tokens held and new"
+                f"attention_mask of shape {tuple(mask.shape)} must be {(self.rows, seen)}: rows x (past + new tokens)"
             )
         return mask
 
     def check_positions(self, value: object) -> Tensor | None:
-        """Return the position ids on the CPU, of one row or of each, for one token or for each.
+        """Check position ids, whose two dimensions may each be 1, and return them on the CPU.
 
         Raises
         ------
         ArgumentError
-            If they are no tensor, or one of another shape.
+            If they are not a tensor, or have another shape.
         """
         if value is None:
             return None
         positions = check_tensor("position_ids", value)
         if positions.ndim != 2 or positions.shape[0] not in (1, self.rows) or positions.shape[1] not in (1, self.new):
             raise ArgumentError(
-                f"position_ids of shape {tuple(positions.shape)} must be {(self.rows, self.new)}, 1 for any of them"
+                f"position_ids of shape {tuple(positions.shape)} must be {(self.rows, self.new)}; any dimension may be 1"
             )
         return positions
 
     def check_cache_position(self, value: object) -> None:
-        """Accept the positions in the KV cache that the new tokens take anyway, as older decoding loops pass them.
+        """Check that ``cache_position``, which older decoding loops pass, holds the positions that the new tokens take anyway.
 
         Raises
         ------
         ArgumentError
-            If they are no tensor.
+            If it is not a tensor.
         UnsupportedOperationError
-            If they are others.
+            If it holds other positions.
         """
         if value is None:
             return
-        told = check_tensor("cache_position", value)
-        taken = torch.arange(self.past, self.past + self.new)
-        if told.shape != taken.shape or not torch.equal(told.long(), taken):
+        given = check_tensor("cache_position", value)
+        expected = torch.arange(self.past, self.past + self.new)
+        if given.shape != expected.shape or not torch.equal(given.long(), expected):
             raise UnsupportedOperationError(
-                f"cache_position={told.tolist()} is not supported by a sharded model: new tokens follow those held, "
-                f"from {self.past} to {self.past + self.new - 1} here; leave it out"
+                f"cache_position={given.tolist()} is not supported by a sharded model: new tokens follow those in the KV cache, "
+                f"here from {self.past} to {self.past + self.new - 1}; leave it out"
             )
 
     def check_labels(self, labels: Tensor, keep: int | Tensor, vocabulary: int, ignored: int) -> None:
@@ -262,27 +264,27 @@ class StepShape:
         Raises
         ------
         ArgumentError
-            If they are no integers, there are too many or too few, or one is outside the vocabulary.
+            If labels are not integers, their number is wrong, or one is outside the vocabulary.
         """
         if labels.is_floating_point() or labels.is_complex():
-            raise ArgumentError(f"labels have dtype {labels.dtype}: labels are integers")
+            raise ArgumentError(f"labels have dtype {labels.dtype}: labels must be integers")
         kept = len(range(self.new)[slice(-keep, None)]) if isinstance(keep, int) else None
         if kept is not None and labels.numel() != self.rows * kept:
             raise ArgumentError(
                 f"labels of shape {tuple(labels.shape)} do not fit the logits of {count_text(self.rows, 'row')} x "
                 f"{count_text(kept, 'token')}: "
-                "give one for each, and leave logits_to_keep out"
+                "give one label per position, and leave logits_to_keep out"
             )
         counted = labels[labels != ignored]
         if counted.numel() and not (int(counted.min()) >= 0 and int(counted.max()) < vocabulary):
             raise ArgumentError(
-                f"labels range from {int(counted.min())} to {int(counted.max())}, the vocabulary from 0 to "
-                f"{vocabulary - 1}: what does not count is labelled {ignored} (ignore_index)"
+                f"labels range from {int(counted.min())} to {int(counted.max())}, but the vocabulary from 0 to "
+                f"{vocabulary - 1}: use {ignored} (ignore_index) for positions without a label"
             )
 
 
 def check_logits_to_keep(value: object) -> int | Tensor:
-    """Return a number of positions, or their indices on the CPU.
+    """Check ``logits_to_keep``: a number of positions, or their indices, which are returned on the CPU.
 
     Raises
     ------
@@ -298,14 +300,14 @@ def check_logits_to_keep(value: object) -> int | Tensor:
 
 
 def refuse_arguments(config: PreTrainedConfig, arguments: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse by name what ``forward`` does not do.
+    """Refuse by name the arguments that ``forward`` does not support.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        What it says of outputs holds where the arguments say nothing.
+        Its settings of outputs apply where the arguments give none.
     arguments : mapping of str to object
-        Those that `ShardedCausalLM.forward` has no use for.
+        Those that `ShardedCausalLM.forward` does not name.
     known : collection of str
         The parameters of the model's own ``forward``.
 
@@ -314,7 +316,7 @@ def refuse_arguments(config: PreTrainedConfig, arguments: Mapping[str, Any], kno
     UnsupportedOperationError
         For an argument that transformers knows.
     ArgumentError
-        For one that it doesn't.
+        For an unknown one.
     """
     for name in _RECORDED:
         value = arguments.get(name)

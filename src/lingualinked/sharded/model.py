@@ -21,7 +21,7 @@ from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import check_interpreter
-from lingualinked.sharded.beforehand import refuse_too_large
+from lingualinked.sharded.memory_check import check_total_memory
 from lingualinked.sharded.placing import fit_plan
 from lingualinked.sharded.rebalancing import decide_from_profile, profile_with
 from lingualinked.workload import Objective, Workload, check_objective
@@ -170,7 +170,7 @@ class ShardedModel:
         given = cluster
         asked = _asked_devices(devices) if given is None else given.devices
         if load_format == "auto" and config is None and not kwargs:  # else the headers do not tell what is loaded
-            refuse_too_large(
+            check_total_memory(
                 Path(path) / subfolder,
                 None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
                 asked,

@@ -1,6 +1,6 @@
-"""The code that a model runs, which workers import anew: what was replaced in the caller they do not know of.
+"""Refuses to run a model whose code was replaced in this process, since workers import the original code.
 
-Knows classes, functions and where they were written; nothing of weights or workers.
+Knows classes, functions and the files that define them; nothing of weights or workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lingualinked.errors import UnsupportedOperationError
 
-_REMEDY = "workers run the code of transformers as it is installed; put it back, or change a copy of the package"
+_REMEDY = (
+    "workers run the code of transformers as it is installed; restore it, or change an installed copy of the package"
+)
 _REGISTRIES = (ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
 _HOOKS = [
     getattr(nn_module, name) for name in vars(nn_module) if name.startswith("_global_") and name.endswith("_hooks")
@@ -39,12 +41,12 @@ class ModelCode:
     Parameters
     ----------
     model : PreTrainedModel
-        Its modules still of their own classes.
+        The model, its modules still of their original classes.
 
     Raises
     ------
     UnsupportedOperationError
-        If one of them was not written where it says that it was.
+        If a class or function is not the one that its source file defines.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -60,7 +62,7 @@ class ModelCode:
             _check_file(f"ROPE_INIT_FUNCTIONS[{name!r}]", function)
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Check that nothing of it has been replaced since, nor the attention that a config names.
+        """Check that neither this code nor the attention function of a config has been replaced.
 
         Raises
         ------
@@ -71,24 +73,24 @@ class ModelCode:
             if vars(namespace) != known:
                 _compare(namespace, known)
         for registry in _REGISTRIES:
-            name = config._attn_implementation  # noqa: SLF001 - as transformers' documentation names it
+            name = config._attn_implementation  # noqa: SLF001 - named so in transformers' documentation
             function = registry.get(name)
             if function is not None:
                 _check_file(f"{type(registry).__name__}[{name!r}]", function)
 
 
 def check_observers() -> None:
-    """Check that nothing is active in the caller which is to see or change what every module or operation does.
+    """Check that nothing in this process intercepts all modules or operations: it would not reach the workers.
 
     Raises
     ------
     UnsupportedOperationError
-        For hooks of all modules, and for modes of torch that intercept operations.
+        For global module hooks, and for torch modes that intercept operations.
     """
     if any(_HOOKS):
         name = next(name for name, value in vars(nn_module).items() if any(value is each for each in _HOOKS) and value)
         raise UnsupportedOperationError(
-            f"hooks of all modules ({name}) would not be called for the layers of a sharded model, which run in the workers: "
+            f"global module hooks ({name}) would not be called for the layers of a sharded model, which run in the workers: "
             "remove them, or hook the whole model"
         )
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():  # noqa: SLF001 - no public name
@@ -96,23 +98,25 @@ def check_observers() -> None:
             if not (isinstance(mode, DeviceContext) and mode.device.type == "cpu"):
                 raise UnsupportedOperationError(
                     f"{type(mode).__name__} would not reach the operations of a sharded model, which run in the workers: "
-                    "call it outside of this context, or use the unsharded model"
+                    "call the model outside of this context, or use the unsharded model"
                 )
 
 
 def _compare(namespace: Any, known: dict[str, Any]) -> None:
-    """Refuse a function that is other than it was; remember the rest, such as what Python keeps in a class."""
+    """Refuse a replaced function; accept all other changes, such as what Python itself stores in a class."""
     state = dict(vars(namespace))
     for name in state.keys() | known.keys():
         before, now = (each.get(name, _ABSENT) for each in (known, state))
         if before is not now and any(_functions(each) for each in (before, now)):
-            raise UnsupportedOperationError(f"{_name(namespace, name)} has been replaced since the load: {_REMEDY}")
+            raise UnsupportedOperationError(
+                f"{_name(namespace, name)} has been replaced since the model was loaded: {_REMEDY}"
+            )
     known.clear()
     known.update(state)
 
 
 def _check_origin(namespace: Any, name: str, value: object) -> None:
-    """Check that what a class or module has is what its source says."""
+    """Check that an attribute of a class or module is the one that its source defines."""
     _check_file(_name(namespace, name), value)
     is_method = isinstance(namespace, type) and (not name.startswith("_") or name.startswith("__"))
     for function in _functions(value)[: int(is_method)]:
@@ -129,7 +133,7 @@ def _check_file(name: str, value: object) -> None:
 
 
 def _functions(value: object) -> list[FunctionType]:
-    """List the Python functions that a callable or a property is made of, those that it wraps included."""
+    """List the Python functions within a callable or property, including those that it wraps."""
     found: list[FunctionType] = []
     inner: tuple[Any, ...] = ()
     if isinstance(value, classmethod | staticmethod):
@@ -150,7 +154,7 @@ def _name(namespace: Any, name: str) -> str:
 
 @functools.cache
 def _folders() -> tuple[str, ...]:
-    """Folders of the packages that models are written in, and of the one whose kernels decorate them."""
+    """Return the folders of the packages that define models, and of ``kernels``, which decorates them."""
     kernels = importlib.util.find_spec("kernels")
     folders = [
         *torch.__path__,

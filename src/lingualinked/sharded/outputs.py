@@ -1,6 +1,6 @@
-"""What the ``forward`` of a transformers class takes for its loss, and what it returns.
+"""Finds out what a transformers class's ``forward`` accepts for its loss, and what it returns.
 
-Read off the classes, none of which is named here; runs nothing with data.
+Inspects classes without naming any; runs nothing with data.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from lingualinked.model.spec import ModelSpec
 
 _LOSS_PARAMETERS = inspect.signature(ForCausalLMLoss).parameters
 LOSS_ARGUMENTS = frozenset(_LOSS_PARAMETERS) - {"logits", "labels", "vocab_size", "kwargs"}
-"""Arguments of ``forward`` that are for the loss alone."""
+"""Arguments of ``forward`` that only the loss uses."""
 IGNORED: int = _LOSS_PARAMETERS["ignore_index"].default
-"""The label of what does not count."""
+"""The label of positions that the loss ignores."""
 
 
 def output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
-    """Return the kind of output that a class's ``forward`` is annotated with."""
+    """Return the output class in the annotation of a class's ``forward``."""
     annotation = inspect.signature(real.forward).return_annotation
     kinds = (annotation, *typing.get_args(annotation))
     return next(each for each in kinds if inspect.isclass(each) and issubclass(each, ModelOutput))
 
 
-def returns_past_unasked(spec: ModelSpec) -> bool:
-    """Tell whether a model returns a KV cache that it was given under ``use_cache=False`` too, from a pass without data."""
-    meta: Any = build_meta(dataclasses.replace(spec, dtype="bfloat16"))  # some kernels know no float32 without data
+def returns_unrequested_cache(spec: ModelSpec) -> bool:
+    """Return whether a model returns a KV cache that it was given even under ``use_cache=False``, by a pass without data."""
+    meta: Any = build_meta(
+        dataclasses.replace(spec, dtype="bfloat16")
+    )  # some kernels can't run float32 on the meta device
     ids = torch.zeros((1, 2), dtype=torch.int64, device="meta")
     with torch.no_grad(), NoData():
         output = meta(input_ids=ids, past_key_values=DynamicCache(config=meta.config), use_cache=False)

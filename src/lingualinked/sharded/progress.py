@@ -16,16 +16,16 @@ from lingualinked.planning.plan import Plan
 
 
 class DeviceProgress:
-    """One bar per device; a context manager.
+    """One progress bar per device; a context manager.
 
     Parameters
     ----------
     titles : mapping of str to str
-        What to write beside each device's bar.
+        Text beside each device's bar.
     totals : mapping of str to int
-        What each device will have done; 0: not known.
+        The final count of each device; 0: unknown.
     options : mapping of str to object
-        Of every bar.
+        Options of tqdm for every bar.
     shown : bool
         Whether to draw anything.
     """
@@ -45,7 +45,7 @@ class DeviceProgress:
 
     @classmethod
     def of_loading(cls, plan: Plan, *, shown: bool) -> Self:
-        """Show the bytes that each device of a plan has loaded."""
+        """Make bars for the bytes that each device of a plan has loaded."""
         layers = {
             device: " ".join(f"[{stage.start}, {stage.end})" for stage in plan.stages if stage.device == device)
             for device in plan.devices
@@ -59,18 +59,18 @@ class DeviceProgress:
 
     @classmethod
     def of_measuring(cls, totals: Mapping[str, int], *, shown: bool) -> Self:
-        """Show how many kinds of steps each device has measured."""
+        """Make bars for the number of kinds of steps that each device has measured."""
         return cls({device: f"measuring {device}" for device in totals}, totals, {"unit": "step"}, shown=shown)
 
     def update(self, device: str, num_done: int) -> None:
-        """Show what a device has done so far."""
+        """Show the count of a device."""
         bar = self._bars.get(device)
         if bar is not None:
             with self._lock:
                 bar.update(num_done - bar.n)
 
     def finish(self) -> None:
-        """Fill every bar: tensors made rather than read (ties, buffers) are not reported."""
+        """Fill every bar, since tensors that are not read (ties, buffers) are not reported."""
         for bar in self._bars.values():
             if bar.total is not None:
                 bar.update(bar.total - bar.n)
@@ -88,7 +88,7 @@ class DeviceProgress:
 
 
 def _tqdm() -> Any:
-    """Jupyter's bar where its widgets are installed, else the plain one."""
+    """Return the class of bars: Jupyter's if its widgets are installed, else the plain one."""
     try:
         from IPython import get_ipython
 
@@ -97,5 +97,5 @@ def _tqdm() -> Any:
         in_notebook = False
     name = "notebook" if in_notebook and importlib.util.find_spec("ipywidgets") is not None else "std"
     tqdm = importlib.import_module(f"tqdm.{name}").tqdm
-    # In the log of a batch job a plain bar would be line after line: it shows itself in a terminal alone.
+    # In the log of a batch job a plain bar would fill line after line, so it is shown in a terminal only.
     return tqdm if in_notebook else functools.partial(tqdm, disable=None)

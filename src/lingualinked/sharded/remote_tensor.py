@@ -1,6 +1,6 @@
-"""Parameters and buffers of a sharded model: everything about them can be read in the caller but their data.
+"""Parameters and buffers of a sharded model: tensors whose data is in a worker and can't be read here.
 
-Knows tensors of torch only; nothing of modules, workers or what the data would be.
+Knows torch's tensors only; nothing of modules, workers or the data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DEVICE = torch.device("cpu")  # where a sharded model takes its inputs; below, 
 _CHANGE = "its data is in a worker: change the checkpoint with transformers first, then load it sharded"
 _TRAIN = "a sharded model is for inference: train the unsharded model"
 
-# What torch does with a tensor without an operation on its data that `__torch_dispatch__` would see.
+# Calls that reach a tensor's data without an operation that `__torch_dispatch__` would see.
 _REACHES_DATA = frozenset(
     {
         "__array__",
@@ -49,16 +49,16 @@ _NEEDS_GRADIENTS = frozenset({"backward", "register_hook", "register_post_accumu
 class RemoteTensor(Tensor):
     """A parameter or buffer whose data lies in a worker.
 
-    Shape, dtype, device and the like read as on the unsharded model, where it would be on the CPU. A conversion to what
-    it is already returns it; ``detach()`` and ``data`` are such tensors too. Whatever else needs the data raises
+    Shape, dtype, device and other metadata read as on the unsharded model on the CPU. A conversion that changes nothing
+    returns the tensor itself; ``detach()`` and ``data`` are remote tensors too. Anything that needs the data raises
     `UnsupportedOperationError`.
     """
 
-    remote_name: str  # of the whole model's; ``name`` is torch's
+    remote_name: str  # its name in the whole model; ``name`` is torch's
 
     @classmethod
     def of(cls, tensor: Tensor, name: str) -> RemoteTensor:
-        """Make the counterpart of a tensor on the meta device.
+        """Make the remote tensor for a tensor on the meta device.
 
         Parameters
         ----------
@@ -69,7 +69,7 @@ class RemoteTensor(Tensor):
         """
         remote = _wrap(tensor, name, requires_grad=tensor.requires_grad)
         if isinstance(tensor, torch.nn.Parameter):
-            vars(remote)["_is_param"] = True  # for torch, it is an nn.Parameter by this
+            vars(remote)["_is_param"] = True  # which makes it an nn.Parameter for torch
         return remote
 
     @classmethod
@@ -80,7 +80,7 @@ class RemoteTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Do what needs no data; refuse the rest under the name by which it was called."""
+        """Run what needs no data; refuse everything else under the name that the user called."""
         name, arguments = _name(func), kwargs or {}
         if name in _REACHES_DATA:
             _refuse(name, args, arguments, _REMEDY)
@@ -95,7 +95,7 @@ class RemoteTensor(Tensor):
                 return func(*args, **arguments)
         except UnsupportedOperationError:  # of `__torch_dispatch__`
             _refuse(name, args, arguments, _REMEDY)
-        except RuntimeError as error:  # of a kernel that is called past it
+        except RuntimeError as error:  # of a kernel that bypasses it
             if any(text in str(error) for text in _NO_DATA):
                 _refuse(name, args, arguments, _REMEDY)
             raise
@@ -104,7 +104,7 @@ class RemoteTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Refuse every operation on data, however it was reached."""
+        """Refuse every operation on data."""
         if func is torch.ops.prim.device.default:
             return _DEVICE
         if func is torch.ops.aten.detach.default:
@@ -122,7 +122,7 @@ class RemoteTensor(Tensor):
 
 
 def _wrap(tensor: Tensor, name: str, *, requires_grad: bool = False) -> RemoteTensor:
-    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - how a subclass of tensors asks without being asked
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - so that the subclass is not called again
         shape, strides, dtype = tensor.shape, tensor.stride(), tensor.dtype
     remote = Tensor._make_wrapper_subclass(  # noqa: SLF001
         RemoteTensor,
@@ -133,21 +133,21 @@ def _wrap(tensor: Tensor, name: str, *, requires_grad: bool = False) -> RemoteTe
         dispatch_device=True,
         requires_grad=requires_grad,
     )
-    # Whatever reaches for the memory itself finds an error there rather than a null pointer.
+    # Access to the memory itself raises an error instead of reading a null pointer.
     torch._C._set_throw_on_mutable_data_ptr(remote)  # noqa: SLF001
     remote.remote_name = name
     return remote
 
 
 def _name(func: Callable[..., Any]) -> str:
-    """Return the name that a user calls a function by, with "=" for the setter of an attribute."""
+    """Return the name under which a user calls a function; an attribute's setter ends in "="."""
     name: str = getattr(func, "__name__", str(func))
     attribute = getattr(getattr(func, "__self__", None), "__name__", "")
     return {"__get__": attribute, "__set__": f"{attribute} = ", "__delete__": f"del {attribute}"}.get(name, name)
 
 
 def _message(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], reason: str) -> str:
-    """Name what is refused, and the first parameter that it was called with."""
+    """Return a message that names the operation and its first remote argument."""
     given = [*args, *kwargs.values()]
     given = [item for each in given for item in (each if isinstance(each, list | tuple) else [each])]
     remote = next((each.remote_name for each in given if isinstance(each, RemoteTensor)), "a parameter")
@@ -159,12 +159,12 @@ def _refuse(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], reason: s
 
 
 def _check_requires_grad(name: str, tensor: Tensor, requires_grad: bool = True) -> None:
-    """Let through what holds, and that a parameter no longer asks for gradients, as none ever flow."""
+    """Accept the current value and ``False``, since no gradients ever flow; refuse to enable gradients."""
     if requires_grad and not tensor.requires_grad:
         _refuse(name, [tensor], {}, _TRAIN)
 
 
 def _check_data(tensor: Tensor, data: Tensor) -> None:
-    """Let a parameter be set to its own data, as a conversion to what a module is already does."""
+    """Accept a parameter's own data, which a conversion that changes nothing assigns; refuse other data."""
     if not isinstance(data, RemoteTensor) or data.remote_name != tensor.remote_name:  # type: ignore[attr-defined]
         _refuse("data =", [tensor], {}, _CHANGE)

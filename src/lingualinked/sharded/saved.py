@@ -18,7 +18,7 @@ import psutil
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.profile import Profile
-from lingualinked.sharded.kept_files import keep, read_kept
+from lingualinked.sharded.disk_cache import read_cached, write_cached
 from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ def find_profile(
         profile = profile_devices(cluster, measured, spec, footprint, workload, bars.update)
     is_of_these = cluster.devices == devices and not without and not cluster.is_throttled
     if is_idle and is_of_these and not profile.doubt:
-        keep(_name("profile", _key(devices, links, footprint, workload)), profile.to_json())
+        write_cached(_name("profile", _key(devices, links, footprint, workload)), profile.to_json())
     return profile
 
 
 def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> Profile | None:
     """Load the profile of a model on these devices from disk; ``None`` if there is none that can be read."""
-    kept = read_kept(_name("profile", _key(devices, links, footprint, workload)))
+    kept = read_cached(_name("profile", _key(devices, links, footprint, workload)))
     with contextlib.suppress(ArgumentError):
         return None if kept is None else Profile.from_json(kept)
     return None
@@ -80,7 +80,7 @@ def find_plan(
     devices = cluster.devices
     key = [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE, _SOLVER]
     name = _name("plan", key)
-    kept = read_kept(name)
+    kept = read_cached(name)
     if kept is not None:
         with contextlib.suppress(ArgumentError):
             return Plan.from_json(kept)
@@ -90,7 +90,7 @@ def find_plan(
 
     plan = solve(profile, objective=objective, workload=workload)
     if not profile.doubt and cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
-        keep(name, plan.to_json())
+        write_cached(name, plan.to_json())
     return plan
 
 

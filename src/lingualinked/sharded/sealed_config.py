@@ -1,6 +1,6 @@
-"""The fields of a config that the stages were built from, which no longer follow it once they are.
+"""Refuses changes to config fields that the stages were built from, since the stages would not follow.
 
-Knows configs of transformers; nothing of modules or workers.
+Knows transformers' configs; nothing of modules or workers.
 """
 
 from __future__ import annotations
@@ -12,34 +12,28 @@ from transformers import PreTrainedConfig
 
 from lingualinked.errors import UnsupportedOperationError
 
-# What every config has is about outputs and tokens, which are the caller's; but for these.
+# The fields that every config has are about outputs and tokens, and only the caller reads them; except these.
 _OF_THE_STAGES = ("_attn_implementation_internal", "_experts_implementation_internal", "dtype")
 _COMMON = vars(PreTrainedConfig()).keys() - set(_OF_THE_STAGES)
-# Further fields that the caller alone reads, for generation and loss. Fields that end in "_token_id" are too.
+# Further fields that only the caller reads, for generation and loss, like those that end in "_token_id".
 _OF_THE_CALLER = ("output_router_logits", "router_aux_loss_coef", "use_cache", "vocab_size")
 _ABSENT = object()
 
 
 class SealedConfig:
-    """A config as it was when the stages were built.
-
-    Parameters
-    ----------
-    config : PreTrainedConfig
-        Of the model.
-    """
+    """The model's config at the time when the stages were built."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._fields: dict[str, Any] = copy.deepcopy(vars(config))
-        self._known = self._fields  # with changes that the stages need not follow
+        self._known = self._fields  # with the accepted changes
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Check that a config still says what the stages were built from.
+        """Check that the fields that the stages were built from are unchanged.
 
         Raises
         ------
         UnsupportedOperationError
-            With the name and both values of a field that was changed.
+            With the name and both values of a changed field.
         """
         fields = vars(config)
         if fields == self._known:
@@ -53,6 +47,6 @@ class SealedConfig:
                 now = "deleted" if value is _ABSENT else f"{value!r} now"
                 raise UnsupportedOperationError(
                     f"config.{shown} was {built!r} when the stages of this sharded model were built, and is {now}, which has "
-                    f"no effect on them: set it back, or give {shown.removeprefix('_')}= to ShardedModel.from_pretrained"
+                    f"no effect on them: set it back, or pass {shown.removeprefix('_')}= to ShardedModel.from_pretrained"
                 )
         self._known = copy.deepcopy(fields)

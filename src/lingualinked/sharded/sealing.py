@@ -1,6 +1,6 @@
-"""The submodules of a sharded model can be looked at and not changed: what runs are their counterparts in the workers.
+"""Makes the submodules of a sharded model read-only, since their counterparts in the workers do the computing.
 
-Knows modules of torch; neither workers nor what a change would do.
+Knows torch's modules; neither workers nor the effect of a change.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
-_ADAPTER = "what wraps a layer, as adapters do, is not supported yet; merge adapters into the weights first"
+_ADAPTER = "wrapping a layer, as adapters do, is not supported yet; merge adapters into the weights first"
 _HOOKS = (
-    "its layers run in the workers, where no hook of the caller's is called; hook the whole model, or the unsharded one"
+    "its layers run in the workers, which do not call hooks of this process; hook the whole model, or the unsharded one"
 )
 _GRADIENTS = "no gradients flow through it; train the unsharded model"
 _USE = "its weights are in a worker; call the whole model, read the checkpoint, or load it unsharded with transformers"
 
 _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
-_SHADOWED = ("_buffers", "_modules", "_parameters")  # by an attribute of the same name
+_SHADOWED = ("_buffers", "_modules", "_parameters")  # an attribute of the same name shadows their entries
 _SCALARS = (bool, int, float, str)
 _OF_THE_CALLER = ("loss_type", "name_or_path")
 _ABSENT = object()
 
 
 class SealedDict(dict[str, Any]):
-    """A registry of a module, of its parameters, submodules or hooks, that nobody adds to or takes from."""
+    """A read-only registry of a module: its parameters, submodules or hooks."""
 
     def __init__(self, content: dict[str, Any], path: str, registry: str) -> None:
         super().__init__(content)
@@ -56,18 +56,18 @@ class SealedDict(dict[str, Any]):
 
 
 class SealedModule:
-    """Mixin of the class of every submodule; stands before the real class."""
+    """Mixin for the class of every submodule; comes before the real class."""
 
     if TYPE_CHECKING:
         _path: str
         _sealed: frozenset[str]
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse, as its forward pass has no data here."""
+        """Refuse: the weights for its forward pass are in a worker."""
         self._refuse("calling", _USE)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let through what holds already, and notes of the user's own, which no forward pass looks at."""
+        """Accept the current value, and new attributes of the user's own, which no forward pass reads."""
         held = getattr(self, name, _ABSENT)
         if held is value or (isinstance(value, _SCALARS) and type(held) is type(value) and held == value):
             return
@@ -89,7 +89,7 @@ class SealedModule:
 
 
 class SealedModel:
-    """Mixin of the class of the whole model, whose own forward pass runs in the caller and can be hooked there."""
+    """Mixin for the class of the whole model, whose own ``forward`` runs in this process and can be hooked."""
 
     _sealed: frozenset[str] = frozenset()
 
@@ -129,25 +129,24 @@ for _name, _why in {"compile": _CHANGE, "load_state_dict": _USE, "state_dict": _
 
 @functools.cache  # one class per real one: types of two modules of a kind are equal
 def _sealed_class(real: Any) -> Any:
-    """Make the class whose instances are sealed and instances of ``real`` both, under its name."""
+    """Return a subclass of `SealedModule` and ``real`` with the name of ``real``."""
     namespace = {"__module__": real.__module__, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
-    # What torch makes by the class of a module, such as a slice of a list, is no part of the model.
+    # Modules that torch creates from this class, such as a slice of a list, do not belong to the model.
     namespace["__new__"] = lambda _, *args, **kwargs: real(*args, **kwargs)
     return type(real.__name__, (SealedModule, real), namespace)
 
 
 class Seal:
-    """The modules of a model as they are when it is sealed.
+    """The modules of a model as they were when it was sealed.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        On the meta device; its parameters and buffers become `RemoteTensor`, and its submodules refuse to be changed and
-        used.
+    Sealing turns parameters and buffers of a model on the meta device into `RemoteTensor`, and makes its submodules
+    read-only.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        remote: dict[int, tuple[Tensor, RemoteTensor]] = {}  # the originals too, which are known by their ids
+        remote: dict[
+            int, tuple[Tensor, RemoteTensor]
+        ] = {}  # with the originals, since ids are unique only among living objects
 
         def replace(value: Any, name: str) -> Any:
             if isinstance(value, Tensor) and id(value) not in remote:
@@ -172,17 +171,17 @@ class Seal:
                 self._states.append((module, dict(state)))
 
     def check(self, model: nn.Module) -> None:
-        """Check that nothing was changed behind the modules' backs.
+        """Check that no change has bypassed the modules' ``__setattr__``.
 
         Parameters
         ----------
         model : nn.Module
-            The model that was sealed, which is not kept here: it keeps this.
+            The sealed model; it refers to this seal, not the reverse.
 
         Raises
         ------
         UnsupportedOperationError
-            With the name of a module and of what was changed of it.
+            With the name of the module and of the changed attribute.
         """
         _check(model, self._registries)
         for module, sealed in self._states:
@@ -191,7 +190,7 @@ class Seal:
 
 
 def _check(module: nn.Module, sealed: Mapping[str, Any]) -> None:
-    """Find out whether a module differs from what was sealed by more than a user's own notes."""
+    """Refuse every difference from the sealed state except a user's own attributes."""
     state, is_submodule = vars(module), isinstance(module, SealedModule)
     changed = [name for name, value in sealed.items() if state.get(name, _ABSENT) is not value]
     if is_submodule:
@@ -205,5 +204,5 @@ def _check(module: nn.Module, sealed: Mapping[str, Any]) -> None:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    """Tell whether an attribute of the whole model is one that a forward pass may look at, rather than the caller."""
+    """Return whether an attribute of the whole model may influence a forward pass in the workers."""
     return not name.startswith("_") and name not in _OF_THE_CALLER and isinstance(value, (*_SCALARS, type(None)))

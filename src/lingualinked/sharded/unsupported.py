@@ -1,4 +1,4 @@
-"""What makes no sense on a model whose layers are elsewhere: refused with the remedy, never half done.
+"""Refuses the operations that a model can't do whose layers are in other processes.
 
 Knows names and remedies only.
 """
@@ -14,8 +14,8 @@ _WEIGHTS = "its weights are in the workers; read them from the checkpoint, or lo
 _MOVE = "its stages stay where the plan puts them; choose devices= and dtype= in ShardedModel.from_pretrained"
 _TRAIN = "it is for inference; train the unsharded model"
 _CHANGE = "change the checkpoint with transformers first, then load it sharded"
-_COMPILE = "its layers run in the workers, uncompiled; call the model itself"
-_ATTENTION = "its stages are loaded; give attn_implementation= to ShardedModel.from_pretrained"
+_COMPILE = "its layers run uncompiled in the workers; call the model itself"
+_ATTENTION = "its stages are loaded already; pass attn_implementation= to ShardedModel.from_pretrained"
 _DEFAULT = "its stages run transformers' default; use the unsharded model for others"
 _ADAPTER = "adapters are not supported yet; merge them into the weights first"
 _BATCH = "continuous batching is not supported yet; call generate with a padded batch"
@@ -95,7 +95,7 @@ _REMEDIES = {
 
 
 def refusal(name: str, remedy: str) -> Callable[..., NoReturn]:
-    """Make a method of a sharded model that refuses to be called, with the remedy."""
+    """Return a method that raises `UnsupportedOperationError` with a remedy."""
 
     def refuse(self: object, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedOperationError(f"{name}() of a sharded model: {remedy}")
@@ -106,7 +106,7 @@ def refusal(name: str, remedy: str) -> Callable[..., NoReturn]:
 
 
 class UnsupportedOperations:
-    """Mixin that overrides what a sharded model can't do."""
+    """Mixin that overrides the methods that a sharded model does not support."""
 
     @property
     def _initialize_hook(self) -> NoReturn:
@@ -114,13 +114,13 @@ class UnsupportedOperations:
         raise UnsupportedOperationError(f"torch.compile() of a sharded model: {_COMPILE}")
 
     def train(self, mode: bool = True) -> Any:
-        """Return the model for ``mode=False``, which it always is; refuse to train."""
+        """Return the model for ``mode=False``, its only mode; refuse to train."""
         if mode:
             raise UnsupportedOperationError(f"train() of a sharded model: {_TRAIN}")
         return super().train(False)  # type: ignore[misc]
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Return the model for ``requires_grad=False``, as it never does; refuse to train."""
+        """Return the model for ``requires_grad=False``, which always holds; refuse to train."""
         if requires_grad:
             raise UnsupportedOperationError(f"requires_grad_() of a sharded model: {_TRAIN}")
         return super().requires_grad_(False)  # type: ignore[misc]

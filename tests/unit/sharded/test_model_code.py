@@ -70,7 +70,9 @@ def test_a_patch_is_refused(
     code = ModelCode(llama)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, value)
-        with pytest.raises(ll.UnsupportedOperationError, match=rf"\.{name} has been replaced since the load: \w"):
+        with pytest.raises(
+            ll.UnsupportedOperationError, match=rf"\.{name} has been replaced since the model was loaded: \w"
+        ):
             code.check(llama.config)
         with pytest.raises(ll.UnsupportedOperationError, match=rf"\.{name} has been replaced by "):
             ModelCode(llama)
@@ -119,7 +121,7 @@ class Logger(TorchDispatchMode):
     [
         (Counter, "Counter"),
         (Logger, "Logger"),
-        (lambda: FlopCounterMode(display=False), "hooks of all modules|FlopCounterMode"),
+        (lambda: FlopCounterMode(display=False), "global module hooks|FlopCounterMode"),
         (lambda: torch.device("meta"), "DeviceContext"),
     ],
 )
@@ -147,7 +149,7 @@ def test_the_cpu_by_default_is_what_holds() -> None:
 def test_a_hook_of_all_modules_is_refused(register: Callable[..., Any]) -> None:
     with (
         register(replacement),
-        pytest.raises(ll.UnsupportedOperationError, match=r"hooks of all modules \(_global_\w+_hooks\)"),
+        pytest.raises(ll.UnsupportedOperationError, match=r"global module hooks \(_global_\w+_hooks\)"),
     ):
         check_observers()
     check_observers()

@@ -1,6 +1,6 @@
-"""Files that later runs of this user read again, where there is a folder for them.
+"""Files in the user's cache folder, which later runs read again.
 
-Knows no profile and no plan; what can't be kept costs the next start time, and no more.
+Knows no profile and no plan. A failure to read or write only costs time, so it is not reported.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from lingualinked.whole_file import write_whole_file
 
 
-def read_kept(name: str) -> bytes | None:
-    """Return what was kept under a name; ``None`` if nothing was, or it can't be read."""
+def read_cached(name: str) -> bytes | None:
+    """Return the content of a file in the cache folder; ``None`` if it can't be read."""
     folder = _folder()
     if folder is not None:
         with contextlib.suppress(OSError):
@@ -21,8 +21,8 @@ def read_kept(name: str) -> bytes | None:
     return None
 
 
-def keep(name: str, text: str) -> None:
-    """Keep text for this user alone, if there is a folder that can be written to."""
+def write_cached(name: str, text: str) -> None:
+    """Write a file that only this user can read, if the cache folder can be written to."""
     folder = _folder()
     if folder is not None:
         with contextlib.suppress(OSError):  # a disk that is full or read-only
@@ -37,5 +37,5 @@ def _folder() -> Path | None:
         return Path(parent) / "lingualinked"
     try:
         return Path.home() / ".cache" / "lingualinked"
-    except RuntimeError:  # the user has no home
+    except RuntimeError:  # the user has no home folder
         return None

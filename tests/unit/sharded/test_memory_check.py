@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import lingualinked as ll
-from lingualinked.sharded.beforehand import refuse_too_large
+from lingualinked.sharded.memory_check import check_total_memory
 from profiles import MIB
 
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -39,17 +39,17 @@ def devices(*memory: int | None) -> list[ll.Device]:
 
 def test_what_is_too_large_is_refused_with_the_bytes_that_are_missing(tmp_path: Path) -> None:
     write(tmp_path, TENSORS)
-    refuse_too_large(tmp_path, None, devices(2 * MIB, 3 * MIB), None, 0.0)
-    with pytest.raises(ll.InfeasiblePlanError, match=r"take 5.0 MiB at least, and 'd0', 'd1' have 4.0 MiB") as caught:
-        refuse_too_large(tmp_path, None, devices(2 * MIB, 2 * MIB), None, 0.0)
+    check_total_memory(tmp_path, None, devices(2 * MIB, 3 * MIB), None, 0.0)
+    with pytest.raises(ll.InfeasiblePlanError, match=r"need at least 5.0 MiB, but 'd0', 'd1' have 4.0 MiB") as caught:
+        check_total_memory(tmp_path, None, devices(2 * MIB, 2 * MIB), None, 0.0)
     assert caught.value.missing_bytes == NEEDED - 4 * MIB
-    assert "1.00 MiB short; add a device of that size, or raise memory" in str(caught.value)
+    assert "1.00 MiB are missing; add a device of that size, or raise memory" in str(caught.value)
 
 
 def test_what_stays_free_counts(tmp_path: Path) -> None:
     write(tmp_path, TENSORS)
     with pytest.raises(ll.InfeasiblePlanError, match="of which 5% stay free") as caught:
-        refuse_too_large(tmp_path, None, devices(NEEDED), None, 0.05)
+        check_total_memory(tmp_path, None, devices(NEEDED), None, 0.05)
     assert caught.value.missing_bytes == pytest.approx(0.05 * NEEDED, abs=1)
 
 
@@ -67,9 +67,9 @@ def test_the_dtype_that_is_loaded_counts(
     tmp_path: Path, dtype: str | None, config: dict[str, str], factor: int
 ) -> None:
     write(tmp_path, TENSORS, **config)
-    refuse_too_large(tmp_path, dtype, devices(factor * NEEDED), None, 0.0)
+    check_total_memory(tmp_path, dtype, devices(factor * NEEDED), None, 0.0)
     with pytest.raises(ll.InfeasiblePlanError) as caught:
-        refuse_too_large(tmp_path, dtype, devices(factor * NEEDED - 7), None, 0.0)
+        check_total_memory(tmp_path, dtype, devices(factor * NEEDED - 7), None, 0.0)
     assert caught.value.missing_bytes == 7
 
 
@@ -78,11 +78,11 @@ def test_the_kv_of_a_workload_counts(tmp_path: Path) -> None:
     write(tmp_path, TENSORS)
     workload = ll.Workload(prompt_tokens=900, new_tokens=100, batch_size=3, num_sessions=4)
     with pytest.raises(ll.InfeasiblePlanError, match="KV of 12 x 1,000 tokens") as caught:
-        refuse_too_large(tmp_path, None, devices(NEEDED), workload, 0.0)
+        check_total_memory(tmp_path, None, devices(NEEDED), workload, 0.0)
     assert caught.value.missing_bytes == 2 * 2 * 2 * 16 * 2 * 12 * 1000
     write(tmp_path, TENSORS, sliding_window=10)
     with pytest.raises(ll.InfeasiblePlanError) as caught:
-        refuse_too_large(tmp_path, None, devices(NEEDED), workload, 0.0)
+        check_total_memory(tmp_path, None, devices(NEEDED), workload, 0.0)
     assert caught.value.missing_bytes == 2 * 2 * 2 * 16 * 2 * 12 * 10
 
 
@@ -94,20 +94,20 @@ def test_what_a_model_may_not_read_does_not_count(tmp_path: Path) -> None:
         "model.layers.2.mlp.up.weight": [4096, 4096],
         "model.layers.0.norm.weight": [1 << 20],
     }
-    refuse_too_large(write(tmp_path, TENSORS | extra), None, devices(NEEDED), None, 0.0)
-    refuse_too_large(write(tmp_path, TENSORS, dtype="I64"), None, devices(1), None, 0.0)
+    check_total_memory(write(tmp_path, TENSORS | extra), None, devices(NEEDED), None, 0.0)
+    check_total_memory(write(tmp_path, TENSORS, dtype="I64"), None, devices(1), None, 0.0)
 
 
 def test_where_memory_is_not_known_nothing_is_refused(tmp_path: Path) -> None:
     write(tmp_path, TENSORS)
     gpu = ll.Device(name="gpu", accelerator="cuda:0")
-    refuse_too_large(tmp_path, None, [*devices(1), gpu], None, 0.0)
-    refuse_too_large(tmp_path, None, devices(1, None), None, 0.0)  # this machine has more than 5 MiB
+    check_total_memory(tmp_path, None, [*devices(1), gpu], None, 0.0)
+    check_total_memory(tmp_path, None, devices(1, None), None, 0.0)  # this machine has more than 5 MiB
 
 
 def test_what_can_not_be_read_is_left_to_the_loader(tmp_path: Path) -> None:
     small = devices(1)
-    refuse_too_large(tmp_path / "none", None, small, None, 0.0)
+    check_total_memory(tmp_path / "none", None, small, None, 0.0)
     write(tmp_path, TENSORS)
     for name, content in (
         ("config.json", b"{"),
@@ -120,9 +120,9 @@ def test_what_can_not_be_read_is_left_to_the_loader(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         if content == json.dumps(CONFIG).encode():
             with pytest.raises(ll.InfeasiblePlanError):
-                refuse_too_large(tmp_path, None, small, None, 0.0)
+                check_total_memory(tmp_path, None, small, None, 0.0)
         else:
-            refuse_too_large(tmp_path, None, small, None, 0.0)
+            check_total_memory(tmp_path, None, small, None, 0.0)
 
 
 def test_every_file_that_an_index_names_counts(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_every_file_that_an_index_names_counts(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").rename(tmp_path / f"part{number}.safetensors")
     index = {"weight_map": {name: f"part{int(names.index(name) >= 2)}.safetensors" for name in names}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuse_too_large(tmp_path, None, devices(NEEDED), None, 0.0)
+    check_total_memory(tmp_path, None, devices(NEEDED), None, 0.0)
     with pytest.raises(ll.InfeasiblePlanError) as caught:
-        refuse_too_large(tmp_path, None, devices(NEEDED - 1), None, 0.0)
+        check_total_memory(tmp_path, None, devices(NEEDED - 1), None, 0.0)
     assert caught.value.missing_bytes == 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lingualinked.sharded.kept_files import keep, read_kept
+from lingualinked.sharded.disk_cache import read_cached, write_cached
 from lingualinked.whole_file import write_whole_file
 
 
@@ -35,33 +35,33 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "lingualinked"
 
 
-def test_kept_files_are_this_users_alone(cache: Path) -> None:
+def test_cached_files_are_this_users_alone(cache: Path) -> None:
     cache.mkdir(mode=0o755)  # as earlier versions made it
-    keep("name", "text")
-    assert read_kept("name") == b"text"
+    write_cached("name", "text")
+    assert read_cached("name") == b"text"
     assert stat.S_IMODE((cache / "name").stat().st_mode) == 0o600
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
 def test_a_full_disk_leaves_nothing_and_harms_nothing(cache: Path) -> None:
-    keep("old", "text")
+    write_cached("old", "text")
     with full_disk():
         for name in ("old", "new"):
-            keep(name, "longer text")
+            write_cached(name, "longer text")
             with pytest.raises(OSError, match="File too large"):
                 write_whole_file(cache / name, "longer text")
     assert [path.name for path in cache.iterdir()] == ["old"]
-    assert read_kept("old") == b"text"
+    assert read_cached("old") == b"text"
 
 
-def test_threads_that_keep_the_same_at_once(cache: Path) -> None:
+def test_threads_that_write_the_same_file_at_once(cache: Path) -> None:
     texts = [str(index) * 200_000 for index in range(8)]
-    threads = [threading.Thread(target=keep, args=("name", text)) for text in texts]
+    threads = [threading.Thread(target=write_cached, args=("name", text)) for text in texts]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (read_kept("name") or b"").decode() in texts
+    assert (read_cached("name") or b"").decode() in texts
     assert len(list(cache.iterdir())) == 1
 
 
@@ -83,6 +83,6 @@ def test_where_there_is_no_folder_nothing_is_kept(home: str | None, monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", home)  # to be ignored, as the specification of the name says
     elif home is not None:
         monkeypatch.setenv("HOME", home)
-    keep("name", "text")
-    assert read_kept("name") is None
+    write_cached("name", "text")
+    assert read_cached("name") is None
     assert not os.path.lexists("relative")

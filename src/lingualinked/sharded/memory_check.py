@@ -1,6 +1,6 @@
-"""Refuses, before any process starts, a model whose weights and KV exceed the memory of all devices together.
+"""Refuses a checkpoint whose weights and KV exceed the memory of all devices together, before any process starts.
 
-Knows config.json and the headers of safetensors files; imports neither torch nor transformers, and refuses only what is sure.
+Knows config.json and the headers of safetensors files; imports neither torch nor transformers. Underestimates rather than overestimates.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _LAYER = re.compile(r"\.(\d+)\.|^(\d+)\.")
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def refuse_too_large(
+def check_total_memory(
     folder: Path, dtype: str | None, devices: Sequence[Device], workload: Workload | None, reserve: float
 ) -> None:
-    """Refuse a local checkpoint that all devices together can't hold, as far as that can be read from its headers.
+    """Check that a local checkpoint can fit all devices together; call it before anything is started.
 
     Parameters
     ----------
     folder : Path
-        Of ``config.json`` and safetensors files; what can't be read here is left to the loader's own messages.
+        The folder of ``config.json`` and safetensors files; unreadable files pass, since the loader reports them.
     dtype : str or None
-        That weights are loaded in; ``None``: the config's, else the one that they are stored in.
+        Dtype to load the weights in; ``None``: the config's, else the stored one.
     devices : sequence of Device
-        Those that may hold layers.
+        Devices that may hold layers.
     workload : Workload or None
-        Whose KV is held; ``None``: no KV is counted.
+        Workload whose KV must fit too; ``None``: none.
     reserve : float
-        Share of every device's memory to leave free.
+        Fraction of every device's memory to leave free.
 
     Raises
     ------
@@ -48,7 +48,9 @@ def refuse_too_large(
         If it can't fit; the message says how many bytes are missing.
     """
     try:
-        offered = (1 - reserve) * _total_memory(devices)  # fails where no file can be opened, which is said later
+        offered = (1 - reserve) * _total_memory(
+            devices
+        )  # raises OSError where no file can be opened, which is reported later
         if math.isinf(offered):
             return
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -66,15 +68,15 @@ def refuse_too_large(
     )
     left = f", of which {reserve:.0%} stay free" if reserve else ""
     raise InfeasiblePlanError(
-        f"the weights of {folder}{tokens} take {bytes_text(weights + kv)} at least, and "
+        f"the weights of {folder}{tokens} need at least {bytes_text(weights + kv)}, but "
         f"{', '.join(repr(device.name) for device in devices)} have {bytes_text(_total_memory(devices))} of memory{left}: "
-        f"{bytes_text(missing, round_up=True)} short; add a device of that size, or raise memory",
+        f"{bytes_text(missing, round_up=True)} are missing; add a device of that size, or raise memory",
         missing_bytes=missing,
     )
 
 
 def _total_memory(devices: Sequence[Device]) -> float:
-    """Add the limits of devices; those on the CPU that have none share this machine's memory."""
+    """Sum the memory limits of devices; CPU devices without a limit share this machine's memory."""
     limits = [device.memory_bytes for device in devices if device.memory_bytes is not None]
     unlimited = [device for device in devices if device.memory_bytes is None]
     if any(device.accelerator != "cpu" for device in unlimited):
@@ -83,7 +85,7 @@ def _total_memory(devices: Sequence[Device]) -> float:
 
 
 def _headers(folder: Path) -> Iterator[dict[str, Any]]:
-    """Read the header of every file that the loader would read."""
+    """Yield the header of every file that the loader would read."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     names = [single.name] if single.exists() else sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -96,13 +98,13 @@ def _headers(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _needed_bytes(headers: Iterator[dict[str, Any]], num_layers: int, item_bytes: int | None) -> Iterator[int]:
-    """Return the bytes of the matrices of every layer, and of one embedding: a head may be the same one."""
+    """Yield the bytes of every layer's matrices, and of the largest matrix outside: embedding and head may be tied."""
     largest_outside = 0
     for header in headers:
         for name, tensor in header.items():
             if name == "__metadata__" or tensor["dtype"] not in _ITEM_BYTES:
                 continue
-            if len(tensor["shape"]) < 2 or name.endswith("bias"):  # such as GPT-2's masks, which are not read
+            if len(tensor["shape"]) < 2 or name.endswith("bias"):  # such as GPT-2's masks, which are not loaded
                 continue
             num_bytes = math.prod(tensor["shape"]) * (item_bytes or _ITEM_BYTES[tensor["dtype"]])
             layer = _LAYER.search(name)
@@ -114,7 +116,7 @@ def _needed_bytes(headers: Iterator[dict[str, Any]], num_layers: int, item_bytes
 
 
 def _kv_bytes(config: dict[str, Any], num_layers: int, item_bytes: int, workload: Workload) -> int:
-    """Return the bytes of the KV at the end of a workload's answers, where the config says how many heads have some."""
+    """Return the KV bytes at the end of a workload's answers; 0 if the config does not give the number of KV heads."""
     if "num_key_value_heads" not in config:
         return 0
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
