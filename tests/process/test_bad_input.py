@@ -114,13 +114,15 @@ def test_a_safetensors_file_cut_short_after_it_was_looked_at(load: Load, checkpo
     """What only a worker notices comes back as the same error, with the worker's own as its cause."""
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.sharded.describing import LoadArguments, describe
-    from lingualinked.sharded.placing import place
+    from lingualinked.sharded.placing import find_or_fit_plan
 
     arguments = LoadArguments(path=str(checkpoint), cluster=sharded.cluster, plan="even", progress=False)
     described = describe(arguments)
     file = checkpoint / "model.safetensors"
     file.write_bytes(truncated(file.read_bytes()))
-    pipeline = Pipeline(sharded.cluster, described.spec, place(described, arguments), max_kv_tokens=None, timeout_s=60)
+    pipeline = Pipeline(
+        sharded.cluster, described.spec, find_or_fit_plan(described, arguments), max_kv_tokens=None, timeout_s=60
+    )
     with pytest.raises(ll.CheckpointError, match=r"device '[abcd]': .*model\.safetensors") as caught:
         pipeline.load(lambda device, num_bytes: None)
     assert isinstance(caught.value.__cause__, ll.WorkerError)
@@ -286,7 +288,7 @@ def test_an_argument_of_transformers_that_has_no_counterpart(
     [
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, "empty"),
         ({"input_ids": torch.empty(0, 3, dtype=torch.long)}, "empty"),
-        ({"input_ids": torch.tensor([[1, 128]])}, "from 1 to 128, the vocabulary from 0 to 127"),
+        ({"input_ids": torch.tensor([[1, 128]])}, "from 1 to 128, but the vocabulary from 0 to 127"),
         ({"input_ids": torch.tensor([[-1, 5]])}, "from -1 to 5"),
         ({"input_ids": torch.tensor([[0.5]])}, "integers"),
         ({"input_ids": torch.tensor([1, 2])}, "dimensions"),

@@ -97,9 +97,7 @@ def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: p
     )
     first = plan(tiny_llama, "-d", 2, *SHAPE, "--json")
     assert first.exit_code == 0, first.output
-    assert (
-        "(4 layers of 1 kind, float32) on worker-0, worker-1: a prefill of 8 tokens, and decode steps" in first.stderr
-    )
+    assert "(4 layers of 1 kind, float32) on worker-0, worker-1: a prefill of 8 tokens, decode steps" in first.stderr
     assert "The profile is kept on disk unless its times are doubtful." in first.stderr
     assert "state flops and memory_bandwidth of every device in a cluster file" in first.stderr
     # A prefill, and decode steps early and late in an answer; of the first two layers, and of the last one.

@@ -132,8 +132,8 @@ def test_what_would_change_the_model_is_refused(sharded: Any, use: Callable[[Any
 @pytest.mark.parametrize(
     ("use", "remedy"),
     [
-        (lambda model: model.compile(), r"^compile\(\) of .*: its layers run in the workers, uncompiled"),
-        (lambda model: model.set_attn_implementation("eager"), "give attn_implementation= to ShardedModel"),
+        (lambda model: model.compile(), r"^compile\(\) of .*: its layers run uncompiled in the workers"),
+        (lambda model: model.set_attn_implementation("eager"), "pass attn_implementation= to ShardedModel"),
         (lambda model: setattr(model, "use_kernels", True), "use the unsharded model for others"),
     ],
 )

@@ -208,13 +208,13 @@ def test_a_checkpoint_replaced_before_its_weights_are_loaded(
     shared_cluster: ll.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
-    place = loading.place
+    find_or_fit_plan = loading.find_or_fit_plan
 
-    def place_late(*arguments: Any) -> ll.Plan:
+    def find_late(*arguments: Any) -> ll.Plan:
         save_other(folder)
-        return place(*arguments)
+        return find_or_fit_plan(*arguments)
 
-    monkeypatch.setattr(loading, "place", place_late)
+    monkeypatch.setattr(loading, "find_or_fit_plan", find_late)
     with pytest.raises(ll.CheckpointError, match=r"model\.safetensors has been replaced or written to since"):
         ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan="even", progress=False)
     monkeypatch.undo()

@@ -30,7 +30,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     started = time.perf_counter()
     # 1) limit the memory of each device, so that the model has to be cut
     from lingualinked.sharded.describing import LoadArguments, describe
-    from lingualinked.sharded.placing import place
+    from lingualinked.sharded.placing import find_or_fit_plan
 
     limited = asked.devices
     if devices.isdecimal():
@@ -41,7 +41,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     with ll.Cluster(limited, links=asked.links) as cluster:
         # 2) measure, solve and load
         arguments = LoadArguments.of(path, cluster)
-        plan = place(describe(arguments), arguments)
+        plan = find_or_fit_plan(describe(arguments), arguments)
         console.print(plan_rows(plan).to_rich())
         model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan, progress=progress)
 

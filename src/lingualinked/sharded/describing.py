@@ -1,6 +1,6 @@
-"""From the arguments of ``from_pretrained`` to a model that is known in every detail but its weights.
+"""Describes a model by the arguments of ``from_pretrained``: config, parts and files, without loading weights.
 
-Knows checkpoints and configs; neither clusters' messages nor where layers are placed.
+Knows checkpoints and configs; neither messages to workers nor where layers are placed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _HUB_DEFAULTS: Mapping[str, Any] = {
     "token": None,
 }
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-# Attributes of a config that stages take no notice of.
+# Attributes of a config that the stages ignore.
 _ABOUT_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoadArguments:
-    """The arguments of `ShardedModel.from_pretrained`, as far as they are checked without torch."""
+    """The arguments of `ShardedModel.from_pretrained`."""
 
     path: str
     cluster: Cluster | None = None
@@ -77,7 +77,7 @@ class LoadArguments:
 
     @classmethod
     def of(cls, path: str, cluster: Cluster | None, **arguments: Any) -> LoadArguments:
-        """Sort arguments: those that are fields, those for the hub, and the rest."""
+        """Sort arguments into fields, arguments for the hub, and the rest."""
         fields = {field.name for field in dataclasses.fields(cls)} - {"hub", "extra"}
         own = {name: value for name, value in arguments.items() if name in fields}
         hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
@@ -87,24 +87,14 @@ class LoadArguments:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
-    """A model that is known in every detail but its weights.
-
-    Parameters
-    ----------
-    spec : ModelSpec
-        What workers are told.
-    meta : PreTrainedModel
-        The whole model on the meta device, with its generation config.
-    parts : ModelParts
-        Its layers and what lies around them.
-    """
+    """A model without its weights: its specification for workers, the whole model on the meta device, and its parts."""
 
     spec: ModelSpec
     meta: PreTrainedModel
     parts: ModelParts
 
     def footprint(self) -> Footprint:
-        """Run the model without data to see what it takes."""
+        """Measure weights, KV and intermediate results by a run without data."""
         return measure_footprint(self.meta, self.parts, self.spec)
 
     def estimate(
@@ -121,38 +111,35 @@ class Described:
         return roofline_profile(model, self.operations(model), devices, specs, links=links, workload=workload)
 
     def operations(self, model: ModelProfile) -> tuple[LayerOperations, ...]:
-        """Count the operations of one layer of each of the model's kinds."""
+        """Count the operations of one layer of each kind."""
         from lingualinked.model.operations import count_operations
 
         return count_operations(self.spec, self.parts, model.kind_of_layer)
 
 
 def describe_spec(spec: ModelSpec) -> Described:
-    """Describe a model by its specification."""
+    """Describe a model from its specification."""
     meta = _build_meta(spec)
     return Described(spec=spec, meta=meta, parts=find_parts(meta))
 
 
 def describe(arguments: LoadArguments) -> Described:
-    """Read config and headers: everything that comes before plans and weights.
-
-    Raises
-    ------
-    LingualinkedError
-        As `ShardedModel.from_pretrained` says.
-    """
+    """Read the config and the headers of a checkpoint; raises like `ShardedModel.from_pretrained`."""
+    # 1) sort the arguments
     check_interpreter()
     extra = dict(arguments.extra)
     hub = {**_HUB_DEFAULTS, **arguments.hub}
     hub |= {name: extra.pop(name) for name in ("force_download", "proxies") if name in extra}
-    if Path(arguments.path).is_dir():  # else the hub is asked, after the config
+    if Path(arguments.path).is_dir():  # else the hub is asked when the config is read
         check_fetched(Path(arguments.path) / hub["subfolder"])
         check_no_adapter(arguments.path, **hub)
     generation_config = extra.pop("generation_config", None)
     old_dtype = extra.pop("torch_dtype", None)
     dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
+    # 2) read the config, and check that its architecture can be cut
     config = _config(arguments, hub, select_config_attributes(extra))
     class_name = check_architecture(config)
+    # 3) find the files, and specify the model for the workers
     dummy = arguments.load_format == "dummy"
     files = () if dummy else resolve_files(arguments.path, **hub)
     resolved = resolve_dtype(dtype, config, files)
@@ -167,6 +154,7 @@ def describe(arguments: LoadArguments) -> Described:
         files=files,
         seed=arguments.seed,
     )
+    # 4) build it on the meta device, and check the weights against it
     described = describe_spec(spec)
     experts = getattr(config, "_experts_implementation", None)
     if experts != getattr(described.meta.config, "_experts_implementation", None):  # a loaded model's config says it
@@ -179,7 +167,7 @@ def describe(arguments: LoadArguments) -> Described:
 
 
 def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any]) -> PreTrainedConfig:
-    """Read the config, or copy the one given, and set the attributes that it has."""
+    """Read the config, or copy the given one, and set its attributes."""
     if isinstance(arguments.config, PreTrainedConfig):
         config, unused = copy.deepcopy(arguments.config), attributes
     else:
@@ -208,7 +196,7 @@ def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[s
 
 
 def _attn_implementation(arguments: LoadArguments, config: PreTrainedConfig) -> str | None:
-    """Settle what is asked for, here or in the config, whose JSON does not tell it."""
+    """Return the requested implementation; else the config's, which its JSON lacks."""
     asked = arguments.attn_implementation
     return check_attn_implementation(getattr(config, "_attn_implementation", None) if asked is None else asked)
 
@@ -216,7 +204,7 @@ def _attn_implementation(arguments: LoadArguments, config: PreTrainedConfig) -> 
 def _build_meta(spec: ModelSpec) -> PreTrainedModel:
     try:
         return build_meta(spec)
-    except ArgumentError:  # which says it already
+    except ArgumentError:  # has a message of its own
         raise
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
         cause = f"{type(error).__name__}: {error}"
@@ -228,16 +216,16 @@ def _build_meta(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _set_generation_config(meta: Any, given: object, arguments: LoadArguments, hub: Mapping[str, Any]) -> None:
-    """Take generation_config.json as transformers does, with its fallback on the model's config, or the one given."""
+    """Set the given generation config, or read it as transformers does, with the model's config as a fallback."""
     if given is not None and not isinstance(given, GenerationConfig):
-        raise ArgumentError(f"generation_config is a {type(given).__name__}: give a transformers.GenerationConfig")
+        raise ArgumentError(f"generation_config is a {type(given).__name__}: pass a transformers.GenerationConfig")
     described = arguments.load_format == "dummy" and isinstance(arguments.config, PreTrainedConfig)
     if given is None and described and not Path(arguments.path).is_dir():
-        return  # the config says all there is: a hub need not be asked
+        return  # everything is in the config, so the hub need not be asked
     try:
         meta.adjust_generation_fn(
             given, True, None, arguments.path, trust_remote_code=arguments.trust_remote_code, **hub
         )
     except OSError as error:
-        if arguments.load_format != "dummy":  # for a dummy there need be no files
+        if arguments.load_format != "dummy":  # a dummy needs no files
             raise CheckpointError(f"no usable generation config for {arguments.path!r}: {error}") from error

@@ -91,7 +91,7 @@ def check_inputs(input_ids: object, inputs_embeds: object, vocabulary: int, widt
         If they require gradients.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ArgumentError("give exactly one of input_ids and inputs_embeds")
+        raise ArgumentError("give exactly one: input_ids or inputs_embeds")
     if input_ids is not None:
         return _check_ids(check_tensor("input_ids", input_ids), vocabulary)
     embeddings = check_tensor("inputs_embeds", inputs_embeds)
@@ -139,7 +139,7 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise ArgumentError(f"{name} has layout {value.layout}: give a dense tensor (to_dense())")
     if value.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperationError(
-            f"{name} requires gradients, which do not flow through a sharded model: "
+            f"{name} require gradients, which do not flow through a sharded model: "
             "call the model under torch.no_grad(), or detach the tensor"
         )
     return value.detach().cpu()

@@ -1,6 +1,6 @@
-"""From the arguments of ``from_pretrained`` to a model in service.
+"""Loads a model: describes it, places its layers, loads the stages, and makes the object that users get.
 
-Knows the order in which that is done; workers are told by the cluster.
+Knows the order of these steps; the pipeline talks to the workers.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import TypeVar, cast
 
 from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.sharded.describing import LoadArguments, describe
-from lingualinked.sharded.face import wear_face
+from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
-from lingualinked.sharded.placing import place
+from lingualinked.sharded.placing import find_or_fit_plan
 from lingualinked.sharded.progress import DeviceProgress
 from lingualinked.sharded.rebalancing import decide_from_profile
 
@@ -19,18 +19,15 @@ _Base = TypeVar("_Base")
 
 
 def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
-    """Load a checkpoint into the workers of a cluster; the model is an instance of ``base`` too.
-
-    Raises
-    ------
-    LingualinkedError
-        As `ShardedModel.from_pretrained` says.
-    """
+    """Load a checkpoint into the workers of a cluster; raises like `ShardedModel.from_pretrained`."""
     cluster = arguments.cluster
     assert cluster is not None
+    # 1) read config and headers
     described = describe(arguments)
     code = ModelCode(described.meta)
-    plan = place(described, arguments)
+    # 2) find the plan: given, kept on disk, or measured and solved
+    plan = find_or_fit_plan(described, arguments)
+    # 3) load the stages
     timeout_s = cluster.timeout_s if arguments.timeout_s is None else arguments.timeout_s
     pipeline = Pipeline(
         cluster,
@@ -43,10 +40,14 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
     try:
         with DeviceProgress.of_loading(plan, shown=arguments.progress) as bars:
             pipeline.load(bars.update)
+        # 4) watch the pipeline, if layers are to move by themselves
         if arguments.policy is not None:
             decide_from_profile(pipeline, described, arguments.workload, arguments.policy, is_automatic=True)
     except BaseException:
         pipeline.unload()
         raise
-    model = wear_face(described.meta, pipeline, described.parts, code, base=base, owns_cluster=arguments.owns_cluster)
+    # 5) turn the model on the meta device into the object that users get
+    model = make_sharded(
+        described.meta, pipeline, described.parts, code, base=base, owns_cluster=arguments.owns_cluster
+    )
     return cast("_Base", model)

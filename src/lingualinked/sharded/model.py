@@ -1,6 +1,6 @@
-"""`ShardedModel`: what users make, and what every sharded model is an instance of.
+"""`ShardedModel`: the class that users load a model with, and the base class of every sharded model.
 
-Knows arguments and who to ask; it imports torch and transformers only when a model is made, after the workers start.
+Knows arguments and delegates the work; imports torch and transformers only when a model is loaded, while the workers start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import check_interpreter
 from lingualinked.sharded.memory_check import check_total_memory
 from lingualinked.sharded.placing import fit_plan
-from lingualinked.sharded.rebalancing import decide_from_profile, profile_with
+from lingualinked.sharded.rebalancing import decide_from_profile, extended_profile
 from lingualinked.workload import Objective, Workload, check_objective
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 class ShardedModel:
     """A Hugging Face causal LM whose layers run in worker processes.
 
-    Made by `from_pretrained`; what that returns is also an instance of the model's own transformers class, so that
-    ``generate``, ``transformers.pipeline`` and evaluation harnesses take it as theirs. It gives the tokens and the
-    logits that the unsharded model gives under the same settings.
+    Load it with `from_pretrained`. The result is also an instance of the model's own transformers class, so it works with
+    ``generate``, ``transformers.pipeline`` and evaluation harnesses. Its tokens and logits are exactly those of the
+    unsharded model under the same settings.
     """
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
@@ -90,39 +90,41 @@ class ShardedModel:
         pretrained_model_name_or_path : str or PathLike
             A folder with ``config.json`` and safetensors files, or a model id of the Hugging Face hub.
         devices : "auto", int or sequence of Device
-            Where to run: every accelerator found, else two CPU workers; so many local CPU workers; or these
-            devices. A cluster is made for the model and ends with it.
+            Where to run: every accelerator found, else two CPU workers; a number of local CPU workers; or the given
+            devices. A cluster is started for the model and closed with it.
         cluster : Cluster or None
-            A cluster to run on instead; its workers are reused, and several models may share them.
+            A running cluster to use instead; several models may share its workers.
         plan : Plan, "even" or None
-            Which device holds which layers. ``None``: model and links are measured, and the best plan is solved for; both
-            are kept on disk, so that only the first start costs that second. ``"even"``: every device gets layers, as
-            even by bytes as they allow, and nothing is measured.
+            Which device holds which layers. ``None``: measure the model and the links, and solve for the best plan; both
+            are kept on disk, so that only the first start takes about a second longer. ``"even"``: split the bytes of the
+            layers as evenly as possible over all devices, without measuring.
         objective : {"throughput", "latency", "energy"}
             What the solver minimises; see `solve`.
         workload : Workload or None
-            What it plans for; ``None``: one session of 128 + 128 tokens. One session is in one stage at a time: a model that
-            one device holds then stays there. ``Workload(num_sessions=8)`` spreads it where eight answers at once gain.
+            The requests to plan for; ``None``: one session of 128 + 128 tokens. One session is in one stage at a time, so a
+            model that fits one device then stays there. ``Workload(num_sessions=8)`` spreads it if eight concurrent answers
+            gain from that.
         max_kv_tokens : int or None
-            Rows x tokens of KV that all sessions together may hold; ``None``: what memory allows.
+            KV budget of all sessions together, in rows x tokens; ``None``: what memory allows.
         rebalance : "auto", RebalancePolicy or None
-            Whether layers move by themselves, while sessions go on, when a device has become slower or faster or its memory
-            runs out: with the default knobs, with these, or not (`rebalance` does it by hand). No token changes by it.
+            Whether layers move automatically, while sessions go on, when a device becomes slower or faster or its memory
+            runs out: with the default policy, with the given one, or not at all (`rebalance` moves them by hand). Tokens do
+            not change.
         seed : int or None
-            Of the random weights of ``load_format="dummy"``; ``None``: 0.
+            Seed of the random weights of ``load_format="dummy"``; ``None``: 0.
         load_format : {"auto", "dummy"}
-            ``"dummy"`` fills seeded random weights from a config alone, the same however the model is cut.
+            ``"dummy"`` fills in seeded random weights from a config alone; they do not depend on how the model is cut.
         progress : bool
             Whether to show a progress bar per worker while it loads.
         timeout_s : float or None
-            Seconds that any one answer of a worker may take; ``None``: the cluster's (600).
+            Maximal seconds for any one answer of a worker; ``None``: the cluster's (600).
         dtype : torch.dtype, str or None
-            Of the weights; ``"auto"`` or ``None``: the config's, else the checkpoint's.
+            Dtype of the weights; ``"auto"`` or ``None``: the config's, else the checkpoint's.
         config, revision, subfolder, token, cache_dir, local_files_only, attn_implementation, trust_remote_code
             As in ``AutoModelForCausalLM.from_pretrained``.
         **kwargs
-            Further attributes of the model's config, as there. What transformers takes and a sharded model does not
-            support is refused by name.
+            Further attributes of the model's config, as there. Arguments of transformers that a sharded model does not
+            support are refused by name.
 
         Returns
         -------
@@ -134,7 +136,7 @@ class ShardedModel:
         ArgumentError
             If an argument is unknown or can't be used.
         UnsupportedOperationError
-            If an argument of transformers has no sharded counterpart, or code of the model was replaced in this process.
+            If an argument of transformers is not supported, or code of the model was replaced in this process.
         UncuttableModelError
             If the architecture can't be cut.
         CheckpointError
@@ -142,8 +144,9 @@ class ShardedModel:
         InfeasiblePlanError
             If the layers don't fit the devices.
         WorkerError, WorkerDiedError, StepTimeoutError
-            If a worker raised, ended, or did not answer while loading.
+            If a worker raises, dies, or does not answer in time while loading.
         """
+        # 1) check the arguments
         check_interpreter()
         if load_format not in ("auto", "dummy"):
             raise ArgumentError(f"load_format={load_format!r} must be 'auto' or 'dummy'")
@@ -151,7 +154,7 @@ class ShardedModel:
             raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan, 'even' or None")
         check_objective(objective)
         if not isinstance(workload, Workload | None):
-            raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
+            raise ArgumentError(f"workload is a {type(workload).__name__}: pass a lingualinked.Workload")
         if max_kv_tokens is not None and not is_integer(max_kv_tokens, at_least=1):
             raise ArgumentError(f"max_kv_tokens={max_kv_tokens!r} must be a positive integer")
         if timeout_s is not None:
@@ -159,17 +162,18 @@ class ShardedModel:
         if not isinstance(rebalance, RebalancePolicy | None) and rebalance != "auto":
             raise ArgumentError(f"rebalance={rebalance!r} must be 'auto', a lingualinked.RebalancePolicy or None")
         if cluster is not None and devices != "auto":
-            raise ArgumentError("give devices= or cluster=, not both: a cluster brings its own devices")
+            raise ArgumentError("pass devices= or cluster=, not both: a cluster has its own devices")
         path = pretrained_model_name_or_path
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             what = repr(path) if isinstance(path, str) else f"of type {type(path).__name__}"
             raise ArgumentError(
-                f"the model to load is {what}: give the folder of a checkpoint or a model id of the hub"
+                f"the model to load is {what}: pass the folder of a checkpoint or a model id of the hub"
             )
         path = os.fspath(path)
         given = cluster
         asked = _asked_devices(devices) if given is None else given.devices
-        if load_format == "auto" and config is None and not kwargs:  # else the headers do not tell what is loaded
+        # 2) refuse what exceeds all memory, before any process starts (only the headers of an unmodified model tell)
+        if load_format == "auto" and config is None and not kwargs:
             check_total_memory(
                 Path(path) / subfolder,
                 None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
@@ -177,9 +181,9 @@ class ShardedModel:
                 workload if plan is None else None,
                 DEFAULT_RESERVE if plan is None else 0.0,
             )
+        # 3) start the workers; while they start, import torch and transformers and load
         try:
             cluster = given or Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(path, subfolder))
-            # Imports torch and transformers, while the workers start.
             from lingualinked.sharded.describing import LoadArguments
             from lingualinked.sharded.loading import load
 
@@ -217,12 +221,12 @@ class ShardedModel:
 
     @property
     def plan(self) -> Plan:
-        """Which device holds which layers; a profile that was doubtful is corrected by the steps since (`Profile.doubt`)."""
+        """Which device holds which layers; a doubtful profile (`Profile.doubt`) is corrected by the steps since."""
         return self._pipeline.corrected_plan
 
     @property
     def profile(self) -> Profile | None:
-        """What the plan was made from; ``None`` if nothing was measured for it."""
+        """The profile that the plan was made from; ``None`` if it was made without one."""
         return self.plan.profile
 
     @property
@@ -232,42 +236,40 @@ class ShardedModel:
 
     @property
     def telemetry(self) -> Telemetry:
-        """What the stages and their workers have done so far, asked of them now, with the recent history.
+        """The state of the stages and their workers, requested from them now, with the recent history.
 
-        Of a closed model, what was known last.
+        If the model is closed, the last known state.
         """
         return self._pipeline.telemetry()
 
     @interruptible
     def rebalance(self, plan: Plan | None = None, *, dry_run: bool = False) -> Decision:
-        """Move layers while sessions go on, KV and all; no token changes.
+        """Move layers with their KV while sessions go on; tokens do not change.
 
-        Devices load what they lack beside their steps and share what they hold already. Each session changes between two
-        of its steps. Should anything fail before all have changed, the old plan goes on.
+        Devices load missing layers in the background and share those that they hold already. Each session switches to the
+        new plan between two of its steps. If anything fails before all have switched, the old plan stays in force.
 
         Parameters
         ----------
         plan : Plan or None
-            Of this model on devices of its cluster: solved for, or written by hand. ``None``: the best plan for devices as
-            they are now, if a mean step takes less time by `RebalancePolicy.min_gain`; the model is measured for that where
-            it has not been.
+            A plan for this model on devices of its cluster. ``None``: solve for the best plan at present speeds, and move if
+            a mean step gets faster by `RebalancePolicy.min_gain`; the model is measured first if it has not been.
         dry_run : bool
-            Whether only to say what would be done, and why.
+            Whether only to return what would be done, and why.
 
         Returns
         -------
         Decision
-            What was decided, with its numbers, and in ``migrations`` what was moved. Printed, it says why. `telemetry`
-            keeps it too.
+            What was decided and why, with its numbers, and in ``migrations`` what was moved. `telemetry` keeps it too.
 
         Raises
         ------
         ArgumentError
-            If it is no plan.
+            If it is not a plan.
         InfeasiblePlanError
-            If the plan is not one for this model and cluster, or its weights pass a device's memory limit.
+            If the plan does not fit this model or cluster, or its weights exceed a device's memory limit.
         ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
-            If it could not be done.
+            If the layers could not be moved.
         """
         if plan is None:
             self._measure()
@@ -280,7 +282,7 @@ class ShardedModel:
 
     @interruptible
     def release(self, device: str) -> Decision:
-        """Move all layers off a device while sessions go on, and place none there again; its worker stays.
+        """Move all layers off a device while sessions go on, and use it no more until `admit`; its worker keeps running.
 
         Parameters
         ----------
@@ -299,7 +301,7 @@ class ShardedModel:
         InfeasiblePlanError
             If the others can't hold the model; the message says how many bytes are missing.
         ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
-            If it could not be done; the device may be used as before then.
+            If the layers could not be moved; the device may then be used as before.
         """
         self.cluster.device(device)
         self._measure()
@@ -307,15 +309,15 @@ class ShardedModel:
 
     @interruptible
     def admit(self, device: Device | str, *, links: Links | None = None) -> Decision:
-        """Bring a device in while sessions go on: start its worker, measure the model on it, use it if that pays.
+        """Add a device while sessions go on: start its worker, measure the model on it, and use it if that pays.
 
         Parameters
         ----------
         device : Device or str
-            A new one, which the model's cluster takes in (`Cluster.add`), or the name of one that the cluster has already:
-            released before, or added by another model.
+            A new device, which is added to the model's cluster (`Cluster.add`); or the name of a device in the cluster that
+            was released before or added by another model.
         links : mapping of (str, str) to Link, optional
-            Links from and to a new device, as in `Cluster`, where they are other than what their two ends give.
+            Links from and to a new device, as in `Cluster`, that differ from what their two ends imply.
 
         Returns
         -------
@@ -325,9 +327,9 @@ class ShardedModel:
         Raises
         ------
         ArgumentError
-            If it is no device, or there is none of that name, or links are given for one that the cluster has already.
+            If it is not a device, there is none of that name, or links are given for a device in the cluster.
         ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
-            If its worker does not start, or layers could not be moved; the old plan goes on.
+            If its worker does not start, or layers could not be moved; the old plan stays in force.
         """
         pipeline, is_new = self._pipeline, isinstance(device, Device)
         pipeline.check_open()
@@ -335,15 +337,17 @@ class ShardedModel:
             raise ArgumentError(f"device={device!r} must be a lingualinked.Device or the name of one in the cluster")
         name = device.name if isinstance(device, Device) else device
         if is_new and any(name == each.name for each in self.cluster.devices):
-            raise ArgumentError(f"device {name!r} is in the cluster already: admit it by its name")
+            raise ArgumentError(f"device {name!r} is in the cluster already: pass its name instead")
         if not is_new:
             self.cluster.device(name)
             if links is not None:
-                raise ArgumentError(f"device {name!r} is in the cluster: links= is for a device that comes new")
+                raise ArgumentError(
+                    f"device {name!r} is in the cluster already: links= is for a new device, leave it out"
+                )
         self._measure()
         if isinstance(device, Device):
             self.cluster.add(device, links=links)
-        return pipeline.admit(name, lambda: profile_with(pipeline, self._describe(), name))
+        return pipeline.admit(name, lambda: extended_profile(pipeline, self._describe(), name))
 
     def _measure(self) -> None:
         """Have the pipeline decide from a profile, if it does not do so already."""
@@ -358,7 +362,7 @@ class ShardedModel:
         return describe_spec(self._pipeline.spec)
 
     def close(self) -> None:
-        """Free the model's stages; its private cluster, if it has one, ends too. Calls under way raise `ClosedError`."""
+        """Free the model's stages, and close its private cluster if it has one. Calls in progress raise `ClosedError`."""
         self._pipeline.unload()
         if self._owns_cluster:
             self._pipeline.cluster.close()
@@ -373,12 +377,12 @@ class ShardedModel:
 
     def __reduce__(self) -> Any:
         raise UnsupportedOperationError(
-            "a sharded model can't be pickled or copied: its layers are in worker processes; make it where it is needed"
+            "a sharded model can't be pickled or copied: its layers are in worker processes; load it where it is needed"
         )
 
 
 def _asked_devices(devices: Literal["auto"] | int | Sequence[Device]) -> tuple[Device, ...]:
-    """Return the devices that a cluster is to be made of."""
+    """Return the devices to start a cluster with."""
     if isinstance(devices, str):
         if devices != "auto":
             raise ArgumentError(
@@ -391,7 +395,7 @@ def _asked_devices(devices: Literal["auto"] | int | Sequence[Device]) -> tuple[D
 
 
 def _class_names(path: str, subfolder: str) -> tuple[str, ...]:
-    """Give the classes that a local checkpoint names, so that workers import them at once; none is no error."""
+    """Return the classes named by a local checkpoint, for workers to import early; empty if it can't be read."""
     try:
         architectures = json.loads((Path(path) / subfolder / "config.json").read_text()).get("architectures")
     except (OSError, ValueError, AttributeError):

@@ -1,6 +1,6 @@
-"""The plan that a model is loaded by: the one given, the even one, or the solver's.
+"""Finds the plan to load a model by: the given one, the even one, or the solver's.
 
-Knows plans, weights' bytes and devices; imports neither torch nor transformers.
+Knows plans, bytes of weights and devices; imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -22,16 +22,8 @@ if TYPE_CHECKING:
     from lingualinked.sharded.describing import Described, LoadArguments
 
 
-def place(described: Described, arguments: LoadArguments) -> Plan:
-    """Give the plan to load by: the one given, the even one, or the solver's from what is measured.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If the layers don't fit, or the plan given is not one for this model and cluster.
-    LingualinkedError
-        If a worker can't measure.
-    """
+def find_or_fit_plan(described: Described, arguments: LoadArguments) -> Plan:
+    """Return the given plan, fitted to this model and cluster; or the even one; or find the solver's plan."""
     cluster, given, weights = arguments.cluster, arguments.plan, described.parts.weights
     assert cluster is not None
     if given is None:
@@ -47,25 +39,25 @@ def place(described: Described, arguments: LoadArguments) -> Plan:
 def fit_plan(
     plan: Plan, weights: WeightBytes, cluster: Cluster, model: ModelProfile | None, workload: Workload | None
 ) -> Plan:
-    """Give a plan with what this model and cluster make of it.
+    """Check a plan against a model and a cluster, and fill in bytes, exactness and workload.
 
     Parameters
     ----------
     plan : Plan
-        Any.
+        The plan to check.
     weights : WeightBytes
-        Of the model.
+        Bytes of the model's weights.
     cluster : Cluster
-        Where it is to be placed.
+        The cluster to place the model on.
     model : ModelProfile or None
-        Of the model, to compare a plan's profile with; ``None``: not known.
+        Profile of the model, to compare with that of the plan; ``None``: unknown.
     workload : Workload or None
-        What is planned for, unless the plan says so; layers that either keeps on trusted devices stay there.
+        Used if the plan has none. Layers that either workload keeps on trusted devices stay there.
 
     Raises
     ------
     InfeasiblePlanError
-        If it is not a plan for them.
+        If the plan does not fit this model or this cluster.
     """
     check_plan(plan, len(weights.layers), [device.name for device in cluster.devices])
     if plan.profile is not None and model is not None and plan.profile.model.fingerprint != model.fingerprint:

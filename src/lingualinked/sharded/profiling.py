@@ -32,24 +32,24 @@ def profile_model(
     progress: bool = False,
     **kwargs: Any,
 ) -> Profile:
-    """Measure what a model's layers cost on every device of a cluster, and what its links carry.
+    """Measure the cost of a model's layers on every device of a cluster, and the latency and bandwidth of its links.
 
-    Each device runs the model's real modules in the workload's shapes, one or two layers at a time with weights that are
-    filled in; no weights are read. The profile is kept on disk (``$XDG_CACHE_HOME/lingualinked``), so that a second call
-    for the same model, dtype, devices, links, workload, machine and versions of the libraries measures nothing. One whose
-    times spread widely, or that was measured while other processes kept the machine busy, says so in ``profile.doubt`` and
-    is not kept.
+    Each device runs the model's real modules in the workload's shapes, one or two layers at a time and with made-up weights;
+    no weights are read. The profile is kept on disk (``$XDG_CACHE_HOME/lingualinked``), so that a second call
+    for the same model, dtype, devices, links, workload, machine and versions of the libraries measures nothing. A profile
+    whose times spread widely, or that was measured while other processes kept the machine busy, says so in ``profile.doubt``
+    and is not kept.
 
     Parameters
     ----------
     model_or_path : ShardedModel, str or PathLike
         A sharded model, or what `ShardedModel.from_pretrained` takes.
     cluster : Cluster
-        Where to measure.
+        The cluster to measure on.
     workload : Workload or None
-        Tells the shapes; ``None``: the default one.
+        Gives the shapes; ``None``: the default workload.
     refresh : bool
-        Whether to measure again what is on disk already.
+        Whether to measure again although a profile is on disk.
     progress : bool
         Whether to show a progress bar per device while it measures.
     **kwargs
@@ -62,12 +62,12 @@ def profile_model(
     Raises
     ------
     LingualinkedError
-        As `ShardedModel.from_pretrained` says of the path and its arguments, and of workers that fail.
+        As in `ShardedModel.from_pretrained`, for the path, its arguments, and workers that fail.
     """
     from lingualinked.sharded.describing import LoadArguments, describe, describe_spec  # imports torch
 
     if not isinstance(cluster, Cluster):
-        raise ArgumentError(f"cluster is a {type(cluster).__name__}: give a lingualinked.Cluster")
+        raise ArgumentError(f"cluster is a {type(cluster).__name__}: pass a lingualinked.Cluster")
     if isinstance(model_or_path, ShardedModel):
         described = describe_spec(model_or_path._pipeline.spec)  # noqa: SLF001 - within the room
     else:
@@ -97,9 +97,9 @@ def estimate_profile(
     specs : mapping of str to DeviceSpecs
         Operations and bytes per second of each device, by name.
     links : mapping of (str, str) to Link, optional
-        Links that are other than what their two ends give.
+        Links that differ from what their two ends imply.
     workload : Workload or None
-        Tells the shapes; ``None``: the default one.
+        Gives the shapes; ``None``: the default workload.
     **kwargs
         As in `ShardedModel.from_pretrained`: ``dtype``, ``config``, ``load_format``, ...
 
@@ -110,9 +110,9 @@ def estimate_profile(
     Raises
     ------
     ArgumentError
-        If there is no device, a name occurs twice, specs are missing, or a link leads to no device.
+        If there is no device, a name occurs twice, specs are missing, or a link names an unknown device.
     LingualinkedError
-        As `ShardedModel.from_pretrained` says of the path and its arguments.
+        As in `ShardedModel.from_pretrained`, for the path and its arguments.
     """
     from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
 

@@ -1,6 +1,6 @@
-"""What a pipeline needs before it can decide where its layers are best: a profile of the model on its devices.
+"""Gets the profile that a pipeline needs before it can rebalance.
 
-Knows models and clusters; what is decided from it, is others' business.
+Knows models and clusters. Does not decide anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def decide_from_profile(
     pipeline: Pipeline, described: Described, workload: Workload | None, policy: RebalancePolicy, *, is_automatic: bool
 ) -> None:
-    """Have a pipeline decide where its layers are best, from the profile of its plan or one that is measured now."""
+    """Enable a pipeline to rebalance, by the profile of its plan or by one that is measured now."""
     plan = pipeline.plan
     profile, given = plan.profile, workload or plan.workload
     if profile is None:
@@ -32,19 +32,13 @@ def decide_from_profile(
             footprint,
             fitting,
             without=pipeline.ended_devices,
-            is_idle=is_automatic,  # then it is measured before the first session; else in the middle of whatever runs
+            is_idle=is_automatic,  # it is measured before the first session; otherwise while sessions may run
         )
     pipeline.decide_from(profile, profile.model.fit_workload(given), policy, is_automatic=is_automatic)
 
 
-def profile_with(pipeline: Pipeline, described: Described, device: str) -> Profile:
-    """Give the profile that a pipeline decides from, with a device of its cluster, which is measured if it is not in it.
-
-    Raises
-    ------
-    LingualinkedError
-        If a worker can't measure.
-    """
+def extended_profile(pipeline: Pipeline, described: Described, device: str) -> Profile:
+    """Return the profile that a pipeline decides from, extended by a device, which is measured if necessary."""
     profile = pipeline.measured
     assert profile is not None, "a pipeline that decides has a profile"
     if device in profile.names:

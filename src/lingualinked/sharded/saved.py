@@ -1,6 +1,6 @@
 """Profiles and plans of models on clusters, kept on disk so that only the first start measures and solves.
 
-Knows footprints, clusters and files; neither checkpoints nor how anything is measured or solved.
+Knows footprints, clusters and files; neither checkpoints nor how profiles are measured and plans solved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lingualinked.model.footprint import Footprint
     from lingualinked.model.spec import ModelSpec
 
-_SOLVER = 2  # to be raised when it decides otherwise: plans of before are then solved again
+_SOLVER = 2  # raise it when the solver decides differently, so that plans on disk are solved again
 
 
 def find_profile(
@@ -41,7 +41,7 @@ def find_profile(
     is_idle: bool = True,
     progress: bool = False,
 ) -> Profile:
-    """Load the profile from disk, or measure it and keep it if it is not doubtful and the devices are ``is_idle``."""
+    """Load the profile from disk, or measure it; keep it unless it is doubtful or was measured under load."""
     devices, links = cluster.devices, cluster.links
     found = None if refresh else saved_profile(devices, links, footprint, workload)
     if found is not None:
@@ -60,7 +60,7 @@ def find_profile(
 
 
 def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> Profile | None:
-    """Load the profile of a model on these devices from disk; ``None`` if there is none that can be read."""
+    """Load the profile of a model on these devices from disk; ``None`` if there is no readable one."""
     kept = read_cached(_name("profile", _key(devices, links, footprint, workload)))
     with contextlib.suppress(ArgumentError):
         return None if kept is None else Profile.from_json(kept)
@@ -76,7 +76,7 @@ def find_plan(
     *,
     progress: bool,
 ) -> Plan:
-    """Load the plan from disk, or profile, solve and keep it: loading a solver takes as long as loading a small model."""
+    """Load the plan from disk, or measure, solve and keep it: importing a solver takes as long as loading a small model."""
     devices = cluster.devices
     key = [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE, _SOLVER]
     name = _name("plan", key)
@@ -89,19 +89,15 @@ def find_plan(
     from lingualinked.planning.planner import solve
 
     plan = solve(profile, objective=objective, workload=workload)
-    if not profile.doubt and cluster.devices == devices and not cluster.is_throttled:  # else it is of other devices
+    if (
+        not profile.doubt and cluster.devices == devices and not cluster.is_throttled
+    ):  # else the devices have changed meanwhile
         write_cached(name, plan.to_json())
     return plan
 
 
 def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links, workload: Workload) -> None:
-    """Refuse a model that no plan could place on devices of this machine, before anything is measured.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        As `solve`.
-    """
+    """Check that some plan fits the devices of this machine, before anything is measured; raises like `solve`."""
     from lingualinked.planning.fitting import check_fits
 
     on_cpu = [device.name for device in devices if device.accelerator == "cpu"]
@@ -110,7 +106,7 @@ def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links,
 
 
 def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> list[object]:
-    """Everything that a profile depends on."""
+    """List everything that a profile depends on."""
     from lingualinked.cluster.profiling import library_versions
 
     known = [(*ends, links[ends]) for ends in sorted(links)]

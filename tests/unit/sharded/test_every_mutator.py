@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
 from lingualinked.model.parts import find_parts
-from lingualinked.sharded.face import wear_face
+from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
 
 pytestmark = pytest.mark.timeout(400)  # thousands of calls, on a machine that may be busy
@@ -96,7 +96,7 @@ class Pair:
             meta = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
         meta.generation_config = copy.deepcopy(original.generation_config)
         self.pipeline: Any = LocalPipeline(original)
-        self.sharded: Any = wear_face(
+        self.sharded: Any = make_sharded(
             meta, self.pipeline, find_parts(meta), ModelCode(meta), base=ll.ShardedModel, owns_cluster=False
         )
 

@@ -52,7 +52,7 @@ def test_a_config_can_be_set_back_and_replaced_by_an_equal_one() -> None:
     config = LlamaConfig()
     sealed = SealedConfig(config)
     config.rms_norm_eps = 1.0
-    with pytest.raises(ll.UnsupportedOperationError, match="give rms_norm_eps= to"):
+    with pytest.raises(ll.UnsupportedOperationError, match="pass rms_norm_eps= to"):
         sealed.check(config)
     config.rms_norm_eps = 1e-6
     sealed.check(config)

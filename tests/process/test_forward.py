@@ -326,7 +326,7 @@ def test_gradients_are_refused(sharded: Any, unsharded: PreTrainedModel) -> None
 
 def test_past_of_another_model_or_of_other_rows(sharded: Any, pair: tuple[Any, PreTrainedModel]) -> None:
     past = run(pair[0]).past_key_values
-    with pytest.raises(ll.ArgumentError, match="of another model"):
+    with pytest.raises(ll.ArgumentError, match="belong to another model"):
         run(sharded, past_key_values=past)
     with pytest.raises(ll.ArgumentError, match="KV of 2 rows, and this step has 1"):
         run(pair[0], input_ids=IDS[:1], past_key_values=past)

@@ -1,6 +1,6 @@
-"""What a sharded model does where transformers would run layers.
+"""Replaces a transformers class's ``forward`` with a step through the pipeline, and makes the class that has it.
 
-Knows transformers' calls and outputs; layers and KV are a pipeline's business.
+Knows transformers' calls and outputs; a pipeline runs the layers and holds the KV.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGeneration):
-    """The part of a sharded model's class that overrides transformers'; stands before the real class."""
+    """The overrides of a sharded model's class; comes before the transformers class in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         loss_function: Any
@@ -56,17 +56,18 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
 
     @property
     def device(self) -> torch.device:
-        """Where ids go in and logits come out: the CPU, wherever the stages compute."""
+        """The device of inputs and logits: the CPU, wherever the stages compute."""
         return torch.device("cpu")
 
     @property
     def hf_device_map(self) -> dict[str, str]:
-        """Accelerator of every layer and of the modules around them, as accelerate puts it.
+        """Accelerator of every layer and of the modules around them, in accelerate's format.
 
-        The first entry is the model's own, where inputs are to be: what reads the map for that takes the first one. A
-        pipeline that is told a device, and then takes no model that has a map, finds none and asks the model to move there.
+        The first entry is the device of the inputs, since code that looks for it reads the first entry.
+        ``transformers.pipeline(device=...)`` refuses models that have such a map: for that call there is none, and the
+        pipeline asks the model to move instead.
         """
-        if makes_pipeline_for_device(sys._getframe(1)):  # noqa: SLF001 - of whoever asks
+        if makes_pipeline_for_device(sys._getframe(1)):  # noqa: SLF001 - the frame of the caller
             raise AttributeError("hf_device_map")
         device = self._pipeline.cluster.device
         accelerators = [(stage, device(stage.device).accelerator) for stage in self._pipeline.plan.stages]
@@ -89,7 +90,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run the model over all stages, with transformers' arguments and result.
+        """Run one step through all stages, with transformers' arguments and result.
 
         Parameters
         ----------
@@ -100,46 +101,47 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         position_ids : Tensor or None
             int64 ``[1 or rows, tokens]``.
         past_key_values : ShardedCache, DynamicCache or None
-            What an earlier call of this model returned, to go on from there; or an empty one, which stands for this text's
-            KV from now on.
+            What an earlier call of this model returned, to continue from there; or an empty ``DynamicCache``, which becomes
+            the handle of this text's KV.
         inputs_embeds : Tensor or None
             Embeddings instead of ids, ``[rows, tokens, hidden]``.
         labels : Tensor or None
-            int64 ``[rows, tokens]``; gives ``loss``, computed here as transformers does.
+            int64 ``[rows, tokens]``; adds ``loss``, which is computed in this process by transformers' loss function.
         use_cache : bool or None
-            Whether to keep KV for a next call; ``None``: the config's word.
+            Whether to keep KV for a next call; ``None``: as the config says.
         return_dict : bool or None
-            Whether to return a ``ModelOutput`` rather than a tuple; ``None``: the config's word.
+            Whether to return a ``ModelOutput`` rather than a tuple; ``None``: as the config says.
         logits_to_keep : int or Tensor
             0 for the logits of all positions, N for the last N, or indices.
         **kwargs
-            What the loss takes beside labels (``num_items_in_batch``, ``ignore_index``, ``shift_labels``), and
-            ``cache_position`` if it says where the new tokens are anyway; all else is refused by name unless ``None``.
+            Further arguments of the loss (``num_items_in_batch``, ``ignore_index``, ``shift_labels``), and
+            ``cache_position`` if it equals the positions of the new tokens; others are refused by name unless ``None``.
 
         Returns
         -------
         ModelOutput
-            The class's own: ``logits`` ``[rows, kept tokens, vocabulary]``, ``past_key_values`` where the class returns
-            them, and ``loss`` if labels are given.
+            The output class of the model: ``logits`` ``[rows, kept tokens, vocabulary]``, ``past_key_values`` if the class
+            returns them, and ``loss`` if labels are given.
 
         Raises
         ------
         ArgumentError
-            If ids are missing, empty, outside the vocabulary or beyond the learned positions, or do not fit the past; if
-            another tensor has the wrong shape, or no data.
+            If ids are missing, empty, outside the vocabulary, exceed the learned positions, or do not fit the past; if
+            another tensor has the wrong shape or no data.
         UnsupportedOperationError
             If an argument has no sharded counterpart, or the model was changed in a way that would have no effect.
         ClosedError
             If the model, its cluster or the session has been closed.
         """
+        # 1) refuse a model that is closed, traced or changed
         self._pipeline.check_open()
-        # Of what the workers answer, nothing but its numbers would be recorded.
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # would record the answer as a constant
             raise UnsupportedOperationError("torch.jit.trace() of a sharded model: call the model itself")
         if self._checked_in_call():
-            check_observers()  # they come and go
+            check_observers()  # `generate` has checked the rest, but these may change between steps
         else:
             self._check_unchanged()
+        # 2) check the arguments
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         for name, value in loss_arguments.items():
             if isinstance(value, Tensor):
@@ -147,7 +149,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         cache_position = kwargs.pop("cache_position", None)
         refuse_arguments(self.config, kwargs, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
-        past = self._past(past_key_values, inputs.shape[0])
+        past = self._check_past(past_key_values, inputs.shape[0])
         shape = StepShape(
             rows=inputs.shape[0],
             past=0 if past is None else past.get_seq_length(),
@@ -162,6 +164,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         targets = None if labels is None else self._check_labels(labels, shape, keep, loss_arguments)
         if self._positions is not None:
             self._positions.check(shape.past, shape.new, mask, positions)
+        # 3) run the step in the session of the given KV cache, or in a new one
         asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
         keeps_kv = past is not None or asks_for_kv
         cache = self._open_session() if past is None else self._as_session(past)
@@ -170,6 +173,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         finally:
             if not keeps_kv:
                 cache.end()
+        # 4) compute the loss here, and return the class's own output
         loss = None
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size
@@ -180,7 +184,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
 
     def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
-        """Check what the loss is computed from; a loss function of the user's own may take any labels."""
+        """Check the labels, unless the user has set a loss function, which may take any."""
         targets = check_tensor("labels", labels)
         if self.loss_function is ForCausalLMLoss:
             shifted, ignored = loss.get("shift_labels"), loss.get("ignore_index", IGNORED)
@@ -189,14 +193,14 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         return targets
 
     def _check_unchanged(self) -> None:
-        """Refuse to run if something was changed in the caller that the workers do not know of."""
+        """Refuse to run if something was changed in this process that would not affect the workers."""
         check_observers()
         self._code.check(self.config)
         self._seal.check(self)  # type: ignore[arg-type]  # a PreTrainedModel by its real class
         self._sealed_config.check(self.config)
 
-    def _past(self, given: object, num_rows: int) -> DynamicCache | None:
-        """Check what is to be gone on from."""
+    def _check_past(self, given: object, num_rows: int) -> DynamicCache | None:
+        """Check and return the KV cache to continue from."""
         if isinstance(given, ShardedCache):
             given.check(self._pipeline, num_rows)
             return given
@@ -204,14 +208,14 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
 
     @functools.cached_property
     def _returns_unrequested_cache(self) -> bool:
-        """Whether the class returns a KV cache that it was given also under ``use_cache=False``."""
+        """Whether the class returns a KV cache that it was given even under ``use_cache=False``."""
         return returns_unrequested_cache(self._pipeline.spec)
 
 
 def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
-    """Give a method of `ShardedCausalLM` the signature that it has in a real class, for transformers to inspect.
+    """Return a method of `ShardedCausalLM` with the signature of the real class, which transformers inspects.
 
-    Families differ in the arguments that they have and in their order.
+    Families differ in their arguments and the order of them.
     """
     ours = getattr(ShardedCausalLM, name)
     signature = inspect.signature(getattr(real, name))
@@ -227,9 +231,9 @@ def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
     return method
 
 
-@functools.cache  # one class per real one: types of two models of a kind are equal
-def face_class(real: Any, base: type) -> Any:
-    """Make the class whose instances are instances of ``base`` and of ``real`` both, under the name of the latter."""
+@functools.cache  # so that two models of a class have equal types
+def sharded_class(real: Any, base: type) -> Any:
+    """Return a subclass of `ShardedCausalLM`, ``base`` and ``real``, with the name of ``real``."""
     namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
     namespace |= {"__module__": real.__module__, "__doc__": real.__doc__}
     namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
@@ -237,30 +241,12 @@ def face_class(real: Any, base: type) -> Any:
     return type(real.__name__, (ShardedCausalLM, base, real), namespace)
 
 
-def wear_face(
+def make_sharded(
     meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, code: ModelCode, *, base: type, owns_cluster: bool
 ) -> ShardedCausalLM:
-    """Turn a model on the meta device into one that runs in a pipeline.
+    """Turn a model on the meta device, in place, into one that runs in a pipeline and is also an instance of ``base``.
 
-    Parameters
-    ----------
-    meta : PreTrainedModel
-        The whole model on the meta device: names, shapes and dtypes, no memory.
-    pipeline : Pipeline
-        Where its layers are.
-    parts : ModelParts
-        Their names.
-    code : ModelCode
-        What it runs.
-    base : type
-        What it is an instance of beside the real class.
-    owns_cluster : bool
-        Whether the cluster ends with the model.
-
-    Returns
-    -------
-    ShardedCausalLM
-        The same object; its submodules can be looked at, and refuse to be used or changed.
+    Its submodules become read-only. ``owns_cluster`` says whether closing the model closes its cluster.
     """
     state = {"_pipeline": pipeline, "_parts": parts, "_code": code, "_owns_cluster": owns_cluster}
     model: Any = meta.eval()
@@ -270,5 +256,5 @@ def wear_face(
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta), _sealed_config=SealedConfig(meta.config)
     )
-    model.__class__ = face_class(real, base)
+    model.__class__ = sharded_class(real, base)
     return cast("ShardedCausalLM", model)
