@@ -239,7 +239,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("path", [None, "", 7, AutoConfig])
 def test_what_is_no_checkpoint(path: Any) -> None:
-    with pytest.raises(ll.ArgumentError, match=r"^the model to load is .*: give the folder of a checkpoint"):
+    with pytest.raises(ll.ArgumentError, match=r"^the model to load is .*: pass the folder of a checkpoint"):
         ll.ShardedModel.from_pretrained(path)
 
 
