@@ -69,9 +69,9 @@ class Whole:
         """Reorder the KV cache."""
         self.cache.reorder_cache(rows)
 
-    def crop(self, num_tokens_to_remove: int) -> None:
-        """Crop the KV cache."""
-        self.cache.crop(num_tokens_to_remove)
+    def crop(self, num_tokens: int) -> None:
+        """Remove tokens at the end of the KV cache."""
+        self.cache.crop(-num_tokens)  # transformers' sign
 
 
 class Cut:
@@ -108,10 +108,10 @@ class Cut:
         for cache in self.caches:
             cache.reorder(rows)
 
-    def crop(self, num_tokens_to_remove: int) -> None:
-        """Crop every stage's KV cache."""
+    def crop(self, num_tokens: int) -> None:
+        """Remove tokens at the end of every stage's KV cache."""
         for cache in self.caches:
-            cache.crop(num_tokens_to_remove)
+            cache.crop(num_tokens)
 
 
 def prompt(num_rows: int, num_tokens: int) -> Tensor:
@@ -159,7 +159,7 @@ def beam_and_back(conversation: Whole | Cut) -> list[Tensor]:
     for num_removed in (2, 1):
         mask = extend(mask, 3)
         logits.append(conversation.step(prompt(3, 3), mask, positions_of(mask, 3)))
-        conversation.crop(-num_removed)
+        conversation.crop(num_removed)
         mask = mask[:, :-num_removed]
     mask = extend(mask, 1)
     logits.append(conversation.step(prompt(3, 1), mask, positions_of(mask, 1), torch.tensor([0])))

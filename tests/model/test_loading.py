@@ -275,7 +275,8 @@ def test_a_file_rewritten_while_it_is_read(family: str, tmp_path: Path) -> None:
         Stage.load(spec, 0, 2, progress=rewrite)
     spec = spec_of(folder)
     stages = [
-        Stage.load(spec, start, start + 2, progress=rewrite, instead=lambda meta: Lent(whole, meta)) for start in (0, 2)
+        Stage.load(spec, start, start + 2, progress=rewrite, fallback=lambda meta: Lent(whole, meta))
+        for start in (0, 2)
     ]
     for ours, theirs in zip(greedy(Cut(stages), 3), expected, strict=True):
         assert torch.equal(ours, theirs)

@@ -64,13 +64,13 @@ class Moving(Cut):
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         for _, copy, _ in self._copies:
-            copy.reorder(rows)
+            copy.record_reorder(rows)
 
-    def crop(self, num_tokens_to_remove: int) -> None:
-        super().crop(num_tokens_to_remove)
-        self._num_tokens += num_tokens_to_remove
+    def crop(self, num_tokens: int) -> None:
+        super().crop(num_tokens)
+        self._num_tokens -= num_tokens
         for _, copy, _ in self._copies:
-            copy.crop()
+            copy.record_crop()
 
     def _prepare(self) -> None:
         """Load the next stages, sharing what their devices hold, and begin to copy KV of layers that change devices."""
@@ -81,7 +81,7 @@ class Moving(Cut):
         }
         self._next_stages = [
             Stage.load(
-                self._spec, start, end, held=[each for each in held[device] if each.start < end and start < each.end]
+                self._spec, start, end, shared=[each for each in held[device] if each.start < end and start < each.end]
             )
             for device, start, end in self._next_spans
         ]
@@ -108,8 +108,8 @@ class Moving(Cut):
             stayed = [
                 old for (other, _, _), old in zip(self._spans, self.caches, strict=True) if other == device and old
             ]
-            cache.adopt(stayed)
-            cache.settle(self._num_tokens, records_past=self.caches[0].records_past)
+            cache.adopt_layers(stayed)
+            cache.complete_adoption(self._num_tokens, records_past=self.caches[0].records_past)
         self._spans, self.stages, self.caches = self._next_spans, self._next_stages, self._next_caches
         self._next_spans, self._copies = [], []
 
@@ -148,17 +148,17 @@ def test_whatever_the_schedule_of_moves(family: str, checkpoint: Checkpoint) -> 
 def test_stages_share_the_weights_of_layers_that_stay(checkpoint: Checkpoint) -> None:
     spec = spec_of(checkpoint("llama"))
     before = Stage.load(spec, 0, 3)
-    after = Stage.load(spec, 1, 4, held=[before])
+    after = Stage.load(spec, 1, 4, shared=[before])
     for index in (1, 2):
         assert after.span.model.model.layers[index] is before.span.model.model.layers[index]
     assert before.weight_bytes > 0
     assert 0 < after.num_bytes_read < before.num_bytes_read
-    assert Stage.load(spec, 1, 3, held=[before, after]).num_bytes_read == 0
+    assert Stage.load(spec, 1, 3, shared=[before, after]).num_bytes_read == 0
 
 
 def test_tied_ends_are_held_once(checkpoint: Checkpoint) -> None:
     spec = spec_of(checkpoint("gpt2"))
-    whole = Stage.load(spec, 0, 4, held=[Stage.load(spec, 0, 2), Stage.load(spec, 2, 4)])
+    whole = Stage.load(spec, 0, 4, shared=[Stage.load(spec, 0, 2), Stage.load(spec, 2, 4)])
     model = whole.span.model
     assert model.lm_head.weight is model.transformer.wte.weight
     assert whole.weight_bytes == Stage.load(spec, 0, 4).weight_bytes

@@ -75,7 +75,7 @@ def test_stages_loaded_anew_before_every_text(family: str, rope_type: str, tmp_p
     old = Stage.load(spec, 0, 2)  # it has seen some of the texts, and shares its layers with new ones
     for index, length in enumerate(LENGTHS):
         tokens = torch.arange(length)[None] % 90 + 3
-        first = Stage.load(spec, 0, 2, held=[old]) if index % 3 else old
+        first = Stage.load(spec, 0, 2, shared=[old]) if index % 3 else old
         states, before = (tokens,), reach.advance(length)
         layout = None
         for stage in (first, Stage.load(spec, 2, 4)):

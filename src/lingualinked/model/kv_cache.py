@@ -115,7 +115,7 @@ class StageCache:
             layer.advance(num_tokens)
         self.num_tokens += num_tokens
 
-    def adopt(self, others: Iterable[StageCache]) -> None:
+    def adopt_layers(self, others: Iterable[StageCache]) -> None:
         """Take over the layers that are owned here from caches of the same session in other stages.
 
         Parameters
@@ -128,7 +128,7 @@ class StageCache:
                 self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
                 self.owned[slot].growth = self._growth
 
-    def settle(self, num_tokens: int, *, records_past: bool) -> None:
+    def complete_adoption(self, num_tokens: int, *, records_past: bool) -> None:
         """Count the tokens of a session whose own layers have come from other stages.
 
         Parameters
@@ -182,22 +182,22 @@ class StageCache:
         """
         self.hf.reorder_cache(cast("torch.LongTensor", rows))
 
-    def crop(self, num_tokens_to_remove: int) -> None:
-        """Drop tokens at the end, as ``Cache.crop`` does.
+    def crop(self, num_tokens: int) -> None:
+        """Remove tokens at the end.
 
         Parameters
         ----------
-        num_tokens_to_remove : int
-            Zero or negative: minus the number of tokens. Zero only drops what was recorded beyond a sliding window.
+        num_tokens : int
+            Number of tokens to remove, at least 0; 0 only drops what was recorded beyond a sliding window.
 
         Raises
         ------
         ArgumentError
-            If positive, or if a sliding window is full and has not recorded what it would have to bring back.
+            If negative, or if a sliding window is full and has not recorded the tokens that it needs again.
         """
-        if num_tokens_to_remove > 0:
+        if num_tokens < 0:
             raise ArgumentError(
-                f"can't crop a KV cache by {num_tokens_to_remove}: pass minus the number of tokens to remove"
+                f"can't crop a KV cache by {num_tokens}: pass the number of tokens to remove, at least 0"
             )
         for layer in self._sliding():
             if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
@@ -206,8 +206,9 @@ class StageCache:
                     f"({count_text(layer.sliding_window, 'token')}) "
                     "is full and its past was not recorded; activate past recording before the prefill"
                 )
-        self.hf.crop(num_tokens_to_remove)
-        self.num_tokens = max(0, self.num_tokens + num_tokens_to_remove)
+        for each in (*self.owned.values(), *self._elsewhere):
+            each.drop_last(num_tokens)
+        self.num_tokens = max(0, self.num_tokens - num_tokens)
 
     def record_past(self, on: bool = True) -> None:
         """Keep what leaves a sliding window until the next crop, so that it can be brought back.

@@ -270,10 +270,10 @@ class GrowingLayer(_Growing, CacheLayer):
         """Position in the text behind the last token held."""
         return self.get_seq_length()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop ``-tokens_to_remove`` tokens at the end."""
+    def drop_last(self, num_tokens: int) -> None:
+        """Remove tokens at the end."""
         for each in self._grown:
-            each.drop_last(-tokens_to_remove)
+            each.drop_last(num_tokens)
 
 
 class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
@@ -321,14 +321,14 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
             grown.keep_last(num_kept)
         return visible
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop ``-tokens_to_remove`` tokens at the end, and what was recorded beyond the window."""
+    def drop_last(self, num_tokens: int) -> None:
+        """Remove tokens at the end, and those that were recorded beyond the window."""
         is_full = self.cumulative_length >= self.sliding_window
         for each in self._grown:
-            each.drop_last(-tokens_to_remove)
-            if is_full and (self.sliding_window > 1 or tokens_to_remove):
+            each.drop_last(num_tokens)
+            if is_full and (self.sliding_window > 1 or num_tokens):
                 each.keep_last(self.sliding_window - 1)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        self.cumulative_length = max(0, self.cumulative_length - num_tokens)
 
 
 class CountingLayer(CacheLayer):
@@ -345,9 +345,9 @@ class CountingLayer(CacheLayer):
         """Give the number of tokens counted."""
         return self.num_tokens
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Count ``-tokens_to_remove`` tokens less."""
-        self.num_tokens = max(0, self.num_tokens + tokens_to_remove)
+    def drop_last(self, num_tokens: int) -> None:
+        """Count fewer tokens."""
+        self.num_tokens = max(0, self.num_tokens - num_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Do nothing: there are no rows."""
@@ -361,9 +361,9 @@ class CountingSlidingLayer(SlidingCacheLayer):
         self.cumulative_length += num_tokens
         self.is_initialized = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Count ``-tokens_to_remove`` tokens less."""
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+    def drop_last(self, num_tokens: int) -> None:
+        """Count fewer tokens."""
+        self.cumulative_length = max(0, self.cumulative_length - num_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Do nothing: there are no rows."""

@@ -79,7 +79,7 @@ def load_span(
     end: int,
     *,
     progress: Callable[[int], None] | None = None,
-    instead: Callable[[PreTrainedModel], WeightSource] | None = None,
+    fallback: Callable[[PreTrainedModel], WeightSource] | None = None,
 ) -> LoadedSpan:
     """Load layers ``[start, end)`` and what must run before or after them.
 
@@ -114,13 +114,13 @@ def load_span(
         with contextlib.closing(_source(spec, whole)) as source:
             return _load_from(source, whole, parts, spec, start, end, progress)
     except FileChangedError as error:
-        if instead is None:
+        if fallback is None:
             raise
         cause = str(error)
     # The error is gone by now, and what was loaded with it; the model has been pruned.
     whole = build_meta(spec)
     try:
-        with contextlib.closing(instead(whole)) as source:
+        with contextlib.closing(fallback(whole)) as source:
             return _load_from(source, whole, parts, spec, start, end, progress)
     except CheckpointError as error:
         raise CheckpointError(

@@ -128,8 +128,8 @@ class Stage:
         *,
         accelerator: str = "cpu",
         progress: Callable[[int], None] | None = None,
-        held: Sequence[Stage] = (),
-        instead: Callable[[PreTrainedModel], WeightSource] | None = None,
+        shared: Sequence[Stage] = (),
+        fallback: Callable[[PreTrainedModel], WeightSource] | None = None,
     ) -> Stage:
         """Load layers ``[start, end)`` of a model; no other weights are read.
 
@@ -164,13 +164,13 @@ class Stage:
         """
         device = accelerator_device(accelerator)
         loaded: list[Stage] = []
-        for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in held]):
+        for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in shared]):
             before = sum(stage.weight_bytes for stage in loaded)
             told = None if progress is None else lambda num_bytes: progress(before + num_bytes)  # noqa: B023
-            loaded.append(cls(load_span(spec, *missing, progress=told, instead=instead), *missing, device))
+            loaded.append(cls(load_span(spec, *missing, progress=told, fallback=fallback), *missing, device))
         if len(loaded) == 1 and (loaded[0].start, loaded[0].end) == (start, end):
             return loaded[0]
-        stage = cls(join_spans([each.span for each in (*held, *loaded)], start, end), start, end, device)
+        stage = cls(join_spans([each.span for each in (*shared, *loaded)], start, end), start, end, device)
         stage.num_bytes_read = sum(each.num_bytes_read for each in loaded)
         return stage
 

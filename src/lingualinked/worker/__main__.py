@@ -1,7 +1,7 @@
-"""Entry of a started process, with the caller's socket as standard input.
+"""Entry point of a started process, whose standard input is the caller's socket.
 
-Knows the first line that it reads there: the caller's import path, as a list. Nothing but the standard library is
-imported before that, for the rest may be found there alone.
+Knows the first line that it reads there: the caller's import path, as a list. Only the standard library is imported
+before that, since the other modules may lie on that path alone.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 def _take_over_import_path() -> None:
     line = b""
     while not line.endswith(b"\n"):
-        byte = os.read(0, 1)  # one at a time: what follows is for others to read
+        byte = os.read(0, 1)  # one at a time: the bytes after this line are read elsewhere
         if not byte:
             sys.exit(0)
         line += byte
@@ -21,6 +21,6 @@ def _take_over_import_path() -> None:
 
 if __name__ == "__main__":
     _take_over_import_path()
-    from lingualinked.worker.forkserver import main
+    from lingualinked.worker.forking import main
 
     main()

@@ -1,6 +1,6 @@
-"""What a worker is told, in the order in which it is to do it.
+"""A worker's received messages, in the order in which it handles them.
 
-Knows messages and one mailbox; not what is done with them.
+Knows messages and one mailbox; not how messages are handled.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lingualinked.protocol.messages import CallerMessage, LoadStage, PeerMessage
 from lingualinked.protocol.moving import MovingMessage
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
-from lingualinked.worker.roles import StaleMessageError
+from lingualinked.worker.sender_check import StaleMessageError
 
-# Of one sender's; more stay in the mailbox, which stops reading from it in turn.
+# Of one sender; further messages stay in the mailbox, which then stops reading from that sender.
 _MAX_WAITING = 1000
 _MAX_WAITING_BYTES = 64 << 20
 
@@ -26,52 +26,48 @@ Waiting = tuple[CallerMessage | PeerMessage, Delivery]
 
 
 class Inbox:
-    """A worker's messages; what moves a model comes first, else those of each sender keep their order.
+    """A worker's messages: those that move a model come first, and otherwise senders take turns, each in order.
 
-    Parameters
-    ----------
-    mailbox : Mailbox
-        Where they come in.
-    check : callable
-        Raises a `ProtocolError` if a message is not its sender's to send.
+    `check_sender` raises a `ProtocolError` if a party may not send a message.
     """
 
-    def __init__(self, mailbox: Mailbox, check: Callable[[Message, str], None]) -> None:
+    def __init__(self, mailbox: Mailbox, check_sender: Callable[[Message, str], None]) -> None:
         self._mailbox = mailbox
-        self._check = check
-        self._moves, self._others = _Turns(), _Turns()
-        self._load: dict[str, tuple[int, int]] = {}  # messages that wait, and their bytes, by sender
+        self._check_sender = check_sender
+        self._moves, self._others = _FairQueue(), _FairQueue()
+        self._load: dict[str, tuple[int, int]] = {}  # waiting messages and their bytes, by sender
 
-    def next(self) -> Waiting | None:
-        """Wait until there is a message, or the mailbox is woken; give the message, ``None`` if there is none."""
+    def next_message(self) -> Waiting | None:
+        """Wait for a message or a wake-up of the mailbox; return the message, or None."""
         delivery = self._mailbox.receive(0 if self._moves or self._others else None)
         while delivery is not None and self._accept(delivery):
             delivery = self._mailbox.receive(0)
-        # A session that moves would wait for the steps of all others here.
+        # Otherwise a session that moves would wait for the steps of all others.
         waiting = (self._moves or self._others).pop()
         if waiting is not None:
             self._count(waiting[1], -1)
         return waiting
 
     def refuse(self, delivery: Delivery, error: Exception, kind: str) -> None:
-        """Say that a message is not served, and why."""
+        """Count and log a message that is not handled, and why."""
         is_expected = isinstance(error, ProtocolError)
         detail = str(error) if is_expected else "".join(traceback.format_exception(error))
         level = logging.DEBUG if isinstance(error, StaleMessageError) else logging.WARNING
         self._mailbox.refuse(delivery.sender, kind, detail, level)
 
     def _accept(self, delivery: Delivery) -> bool:
-        """Add a message to those that wait; return whether to read on at once."""
+        """Queue a message; return whether to read the next one at once."""
         kind = "no message"
         try:
             message = decode(delivery.payload)
             kind = type(message).__name__
-            self._check(message, delivery.sender)
+            self._check_sender(message, delivery.sender)
         except ProtocolError as error:
             self.refuse(delivery, error, kind)
-            return False  # else a flood of such would hold up what waits
+            return False  # otherwise a flood of them would hold up waiting messages
         assert isinstance(message, CallerMessage | PeerMessage)
-        (self._moves if isinstance(message, LoadStage | MovingMessage) else self._others).add((message, delivery))
+        queue = self._moves if isinstance(message, LoadStage | MovingMessage) else self._others
+        queue.add((message, delivery))
         return self._count(delivery, 1)
 
     def _count(self, delivery: Delivery, sign: int) -> bool:
@@ -81,21 +77,21 @@ class Inbox:
         return num < _MAX_WAITING and num_bytes < _MAX_WAITING_BYTES
 
 
-class _Turns:
-    """Messages of several senders, who take turns: none of them can hold up another's."""
+class _FairQueue:
+    """Messages of several senders that take turns, so that none can hold up another."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[Waiting]] = {}  # whose turn is next stands first
+        self._waiting: dict[str, deque[Waiting]] = {}  # by sender; the first one is next
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
     def add(self, waiting: Waiting) -> None:
-        """Add one to those that wait."""
+        """Add a message."""
         self._waiting.setdefault(waiting[1].sender, deque()).append(waiting)
 
     def pop(self) -> Waiting | None:
-        """Take the next one, if any waits."""
+        """Remove the next message and return it, or None if the queue is empty."""
         if not self._waiting:
             return None
         sender = next(iter(self._waiting))

@@ -1,6 +1,6 @@
-"""Sheds what a started process has inherited from its caller's state, and must not depend on.
+"""Resets the state that a started process inherits from its caller and must not depend on.
 
-Knows signals and limits; working folder and umask are set where the process is started.
+Knows signals and limits; the code that starts the process sets its working folder and umask.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def shed_inheritance() -> None:
     for number in signal.valid_signals():
         if signal.getsignal(number) is signal.SIG_IGN and number not in _IGNORED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
     if sys.platform != "win32":
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS calls its limit infinite and takes less
+        with contextlib.suppress(ValueError, OSError):  # macOS reports no limit, and accepts less
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,6 +1,6 @@
-"""Copying the KV of one session's layers to another worker while the session goes on: what is still to be sent, in pieces.
+"""Copies the KV of one session's layers to another worker, in pieces, while the session continues.
 
-Knows KV layers and the message that tells where tokens belong; no sockets.
+Knows KV layers and the message that places tokens; no sockets.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from lingualinked.quantities import count_text
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """A row of tokens of one layer's KV.
+    """Consecutive tokens of one layer's KV; `place` says which.
 
-    Parameters
-    ----------
-    place : KVSlice
-        Which tokens of which layer.
-    keys, values : Tensor
-        [rows, heads, tokens, dim]; of what is to be sent views, valid until the KV cache changes.
+    Keys and values are [rows, heads, tokens, dim]; on the sending side they are views, valid until the KV cache changes.
     """
 
     place: KVSlice
@@ -41,7 +36,7 @@ class Piece:
 
 @dataclasses.dataclass(slots=True)
 class _Sent:
-    """How far a layer's KV has been sent: the position behind the last token, its rows, and how they were reordered since."""
+    """What has been sent of a layer: the position after the last token, the rows, and how they were reordered since."""
 
     stop: int = 0
     num_rows: int = 0
@@ -49,17 +44,10 @@ class _Sent:
 
 
 class KVCopy:
-    """One session's KV in some layers, on its way to another worker.
+    """The copy of one session's KV, in the layers with these cache slots, to another worker.
 
-    What has been sent stays of use whatever happens to the session meanwhile: new tokens are sent later, tokens that were
-    taken back are sent anew, and of rows that are reordered only their order is told.
-
-    Parameters
-    ----------
-    cache : StageCache
-        The session's.
-    slots : iterable of int
-        Slots of the layers, which the stage owns.
+    What has been sent stays valid while the session continues: new tokens are sent later, tokens after a crop are sent
+    again, and of reordered rows only the order is sent.
     """
 
     def __init__(self, cache: StageCache, slots: Iterable[int]) -> None:
@@ -67,22 +55,22 @@ class KVCopy:
         self._sent = {slot: _Sent() for slot in self._layers}
         self.num_bytes = 0
 
-    def reorder(self, rows: Tensor) -> None:
-        """Take note that the session keeps the rows ``rows`` (int64 ``[new rows]``)."""
+    def record_reorder(self, rows: Tensor) -> None:
+        """Record that the session keeps the rows ``rows`` (int64 ``[new rows]``)."""
         for sent in self._sent.values():
-            if len(rows) > sent.num_rows:  # more rows than there are is more than an order: all is sent anew
+            if len(rows) > sent.num_rows:  # repeated rows can't be sent as an order: everything is sent again
                 sent.stop = 0
             sent.rows = rows if sent.rows is None else sent.rows.index_select(0, rows)
 
-    def crop(self) -> None:
-        """Take note that the session has taken tokens back."""
+    def record_crop(self) -> None:
+        """Record that the session has removed tokens at its end."""
         for slot, layer in self._layers.items():
             self._sent[slot].stop = min(self._sent[slot].stop, layer.stop)
 
     def next_pieces(self, max_bytes: int) -> tuple[list[Piece], bool]:
-        """Give what is to be sent next, of about so many bytes, and whether that is all.
+        """Return the next pieces to send, of about `max_bytes`, and whether they are the last ones.
 
-        The last call gives a piece of every layer, with tokens or without: what the layer forgets is told with it.
+        The last call returns a piece of every layer, even an empty one, since it also says which tokens the layer dropped.
         """
         pieces: list[Piece] = []
         for slot, layer in self._layers.items():
@@ -101,7 +89,7 @@ class KVCopy:
         num_left = layer.stop - position
         keys, values = layer.read(position, num_left)
         num_tokens = min(num_left, max(1, max_bytes * num_left // max(1, keys.nbytes + values.nbytes)))
-        is_fresh = position == first  # nothing of what was sent before is kept, in whatever order
+        is_fresh = position == first  # nothing that was sent before is kept
         rows = None if sent.rows is None or is_fresh else tuple(sent.rows.tolist())
         piece = Piece(
             place=KVSlice(slot=slot, first=first, position=position, capacity=layer.capacity, rows=rows),
@@ -115,26 +103,25 @@ class KVCopy:
 
 @torch.inference_mode()
 def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
-    """Add pieces to the KV cache of the session on the receiving side, in the order in which they were given.
+    """Add pieces to the receiver's KV cache, in the order in which they were sent.
 
-    Raises
-    ------
-    ProtocolError
-        If tokens between what is held and a piece are missing, or a piece is none of such a layer.
+    Raises ProtocolError if tokens before a piece are missing, or a piece does not fit its layer.
     """
     for piece in pieces:
         place = piece.place
         layer = cache.owned[place.slot]
         if place.first > place.position:
-            raise ProtocolError(f"KV from token {place.position} on, of a layer that begins at {place.first}")
+            raise ProtocolError(
+                f"KV from token {place.position} on was sent for a layer that begins at token {place.first}"
+            )
         if piece.keys.shape[:3] != piece.values.shape[:3] or piece.keys.dtype != piece.values.dtype:
             raise ProtocolError(
-                f"keys {list(piece.keys.shape)} and values {list(piece.values.shape)} of different tokens"
+                f"keys {list(piece.keys.shape)} and values {list(piece.values.shape)} belong to different tokens"
             )
         if place.rows is not None:
             if not len(place.rows) == len(piece.keys) <= layer.num_rows:
                 raise ProtocolError(
-                    f"an order of {count_text(len(place.rows), 'row')} of KV, where {layer.num_rows} are held"
+                    f"an order of {count_text(len(place.rows), 'row')} of KV was sent, and {layer.num_rows} are held"
                 )
             layer.reorder_cache(torch.tensor(place.rows, dtype=torch.long))
         layer.write(place.first, place.position, piece.keys, piece.values, place.capacity)

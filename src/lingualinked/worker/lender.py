@@ -1,6 +1,6 @@
-"""Gives weights that are held here to workers that have no checkpoint, a part at a time.
+"""Lends weights that this worker holds to workers that have no checkpoint, one part at a time.
 
-Knows stages, messages and which moves are announced; not what the weights are for.
+Knows stages, messages and announced moves; not what the weights are for.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.moving import FetchWeight, WeightChunk
 from lingualinked.quantities import count_text
-from lingualinked.worker.moves import AnnouncedMoves
-from lingualinked.worker.stages import HostedStages, StageKey
+from lingualinked.worker.announced_moves import AnnouncedMoves
+from lingualinked.worker.hosted_stages import HostedStages, StageKey
 
 _CHUNK_BYTES = 1 << 20
-"""Of a weight in one message: a step waits for no more than this, and whoever asks waits for one step a message."""
+"""Bytes of a weight in one message: a step waits for no more than this, and a borrower for one step per message."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Loan:
-    """What one borrower has of a model: the parameter that it fetches, and the receipt of the last part sent."""
+    """One borrower's state: the parameter that it fetches, and the receipt of the last part sent."""
 
     parameter: str
     flat: Tensor
@@ -31,32 +31,23 @@ class _Loan:
 
 
 class Lender:
-    """What one worker lends.
-
-    Parameters
-    ----------
-    stages : HostedStages
-        What the worker hosts.
-    moves : AnnouncedMoves
-        Says to whom.
-    """
+    """The weights that one worker lends, to the borrowers of announced moves."""
 
     def __init__(self, stages: HostedStages, moves: AnnouncedMoves) -> None:
         self._stages = stages
         self._moves = moves
-        self._loans: dict[tuple[int, str], _Loan] = {}  # by model and borrower: one part of one parameter at a time
+        self._loans: dict[tuple[int, str], _Loan] = {}  # by model and borrower: one part at a time
 
-    def lend(self, request: FetchWeight, borrower: str) -> tuple[WeightChunk, tuple[Tensor, ...]]:
-        """Return the answer, and the part of the weight beside it.
+    def lend_part(self, request: FetchWeight, borrower: str) -> tuple[WeightChunk, tuple[Tensor, ...]]:
+        """Return the answer to a request, and the part of the weight to send with it.
 
-        Raises
-        ------
-        ProtocolError
-            If the borrower has not taken the part before: a second one would lie here until it does.
+        Raises ProtocolError if the borrower has not received the part before, since a second one would fill memory here.
         """
         loan = self._loans.setdefault((request.model, borrower), _Loan("", torch.empty(0), 0))
         if request.receipt != loan.receipt:
-            raise ProtocolError(f"{borrower!r} asks for {request.parameter!r} before it has taken the part before")
+            raise ProtocolError(
+                f"{borrower!r} requests more of {request.parameter!r} before it has received what was sent last"
+            )
         loan.receipt = 1 + secrets.randbits(62)
         tensors: tuple[Tensor, ...] = ()
         error = ""
@@ -75,29 +66,29 @@ class Lender:
         return answer, tensors
 
     def borrowers(self, model: int) -> tuple[str, ...]:
-        """To whom weights of a model may be lent."""
+        """Return the workers to which weights of a model may be lent."""
         return self._moves.borrowers(model)
 
-    def forget(self, model: int) -> None:
-        """Hold on to nothing of a model that was lent: what holds it may go."""
+    def drop_model(self, model: int) -> None:
+        """Drop all references to a model's lent weights, so that they can be freed."""
         self._loans = {(number, name): loan for (number, name), loan in self._loans.items() if number != model}
 
     def _part(self, request: FetchWeight, borrower: str, loan: _Loan) -> Tensor:
-        if loan.parameter != request.parameter:  # what is packed is unpacked once for all its parts
-            stage = self._stages.get(StageKey(request.model, request.plan_version, request.stage)).stage
+        if loan.parameter != request.parameter:  # a packed weight is unpacked once for all its parts
+            stage = self._stages.get_stage(StageKey(request.model, request.plan_version, request.stage)).stage
             if not any(
                 stage.span.parts.needs(request.parameter, *span)
-                for span in self._moves.spans_of(request.model, borrower)
+                for span in self._moves.spans_of_party(request.model, borrower)
             ):
-                raise ProtocolError(f"{request.parameter!r} is for none of the layers that move to {borrower!r}")
+                raise ProtocolError(f"{request.parameter!r} belongs to none of the layers that move to {borrower!r}")
             weight = stage.weight(request.parameter)
             if weight is None:
-                raise ProtocolError(f"stage {request.stage} holds no {request.parameter!r}")
+                raise ProtocolError(f"stage {request.stage} does not hold {request.parameter!r}")
             loan.parameter, loan.flat = request.parameter, weight.reshape(-1)
         flat = loan.flat
         if not 0 <= request.first < max(flat.numel(), 1):
             raise ProtocolError(
-                f"{request.parameter!r} has {count_text(flat.numel(), 'element')}, and none at {request.first}"
+                f"element {request.first} of {request.parameter!r} was requested, which has {count_text(flat.numel(), 'element')}"
             )
         part = flat[request.first : request.first + max(1, _CHUNK_BYTES // flat.element_size())]
         if request.first + part.numel() == flat.numel():

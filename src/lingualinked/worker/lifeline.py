@@ -1,4 +1,4 @@
-"""Ends the process when its caller is gone, however the caller went, and removes the folder of its sockets.
+"""Ends the process when its caller has ended, for whatever reason, and removes the folder of its sockets.
 
 Knows two signs: the caller's end of the socket has closed, or the caller's process has ended.
 """
@@ -14,16 +14,10 @@ from typing import NoReturn
 
 
 class Lifeline:
-    """A thread that ends this process as soon as the caller is gone, until it is closed.
+    """A thread that ends this process as soon as the caller has ended; `close` stops it.
 
-    Parameters
-    ----------
-    channel : int
-        Descriptor whose other end the caller holds; hanging up is the first sign.
-    caller_pid : int
-        The caller; its end is the second sign, for when a forked child of it still holds the other end.
-    socket_folder : str
-        Removed before the end.
+    The caller holds the other end of the descriptor `channel`. Its process is watched too, since a forked child of the
+    caller may keep that end open.
     """
 
     def __init__(self, channel: int, caller_pid: int, socket_folder: str) -> None:
@@ -31,7 +25,7 @@ class Lifeline:
         self._stopped, self._stop = os.pipe()
         self._caller: int | None = None
         self._poller = select.poll()
-        # Hang-up is always reported; half of one, where there is a word for it: while workers of the same cluster live.
+        # A hang-up is always reported. A half-closed socket needs a flag: other workers of the cluster may keep it half open.
         self._poller.register(channel, getattr(select, "POLLRDHUP", 0))
         self._poller.register(self._stopped, select.POLLIN)
         if hasattr(os, "pidfd_open"):
@@ -41,12 +35,12 @@ class Lifeline:
             except ProcessLookupError:
                 end_process(socket_folder)
             except OSError:
-                pass  # a kernel without pidfds: the socket alone decides
+                pass  # a kernel without pidfds: only the socket is watched
         self._thread = threading.Thread(target=self._wait, name="lingualinked-lifeline", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, and leave the process alone from now on."""
+        """End the thread; the process no longer depends on the caller."""
         os.close(self._stop)
         self._thread.join()
         os.close(self._stopped)
@@ -62,6 +56,6 @@ class Lifeline:
 
 
 def end_process(socket_folder: str) -> NoReturn:
-    """Remove the folder of the sockets, as others may be doing too, and end this process at once."""
+    """Remove the folder of the sockets, as other processes may do at the same time, and end this process at once."""
     shutil.rmtree(socket_folder, ignore_errors=True)
-    os._exit(0)  # an interpreter that has torch in it takes seconds to end
+    os._exit(0)  # with torch loaded, a normal exit takes seconds

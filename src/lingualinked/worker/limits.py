@@ -1,6 +1,6 @@
-"""What a worker may use of its machine: cores, threads, memory.
+"""The cores, threads and memory that a worker may use, and what it uses of them.
 
-Knows the operating system's calls for it, not what is computed.
+Knows the operating system's calls; not what is computed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import torch
 from lingualinked.model.memory import use_one_heap
 from lingualinked.quantities import count_text
 
-# What a stage needs beyond its weights, KV and activations: message buffers, arenas of the allocator; and per thread,
-# its stack.
+# What a stage needs beyond its weights, KV and activations: message buffers and allocator arenas; and each thread's stack.
 _OVERHEAD_BYTES = 192 * 1024**2
 _THREAD_BYTES = 8 * 1024**2
 
 
 def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int | None) -> None:
-    """Set threads and cores, and have the kernel refuse memory beyond the limit where it can (Linux)."""
+    """Set threads and cores, and make the kernel refuse memory beyond the limit (on Linux)."""
     if cpus is not None:
         os.sched_setaffinity(0, cpus)
     torch.set_num_threads(threads)
-    use_one_heap()  # weights are loaded in a thread of their own
+    use_one_heap()  # weights are loaded in another thread
     if memory_bytes is not None and sys.platform == "linux":
         import resource
 
@@ -38,21 +37,21 @@ def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int |
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, in bytes."""
+    """Return the resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def free_bytes(accelerator: str) -> int:
-    """Memory that stages could still take here, in bytes; of a CPU, all that the machine has available."""
+    """Return the free memory of a device, in bytes; on a CPU, all that the machine has available."""
     if accelerator.startswith("cuda"):
-        if not torch.cuda.is_available():  # loading a stage says so
+        if not torch.cuda.is_available():  # loading a stage will raise
             return 0
         return int(torch.cuda.mem_get_info(accelerator)[0])
     return int(psutil.virtual_memory().available)
 
 
 def spare_bytes(accelerator: str) -> int:
-    """Memory that this worker could still take, in bytes: what is free, within its limit."""
+    """Return the memory that this worker can still allocate, in bytes: free memory within its limit."""
     free = free_bytes(accelerator)
     if accelerator != "cpu" or sys.platform != "linux":
         return free
@@ -63,7 +62,7 @@ def spare_bytes(accelerator: str) -> int:
 
 
 def describe_hardware(accelerator: str) -> str:
-    """Say in a few words what computes here."""
+    """Describe the processor or accelerator in a few words."""
     if accelerator.startswith("cuda"):
         return torch.cuda.get_device_name(accelerator)
     name = platform.processor() or platform.machine()
@@ -73,7 +72,7 @@ def describe_hardware(accelerator: str) -> str:
 
 
 def _data_bytes() -> int:
-    """Private writable memory of this process, as ``RLIMIT_DATA`` counts it."""
+    """Return the private writable memory of this process, as ``RLIMIT_DATA`` counts it."""
     with Path("/proc/self/status").open() as status:
         for line in status:
             if line.startswith("VmData:"):
@@ -82,7 +81,7 @@ def _data_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had."""
+    """Return whether an exception means that memory could not be allocated."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -1,6 +1,6 @@
-"""Measures what the parts of a model cost here, with its real modules in their real shapes.
+"""Measures how long the parts of a model take on this device, with its real modules and shapes.
 
-Knows stages, clocks and hooks; nothing of devices beyond its own, and nothing of plans.
+Knows stages, clocks and hooks; no other devices, and no plans.
 """
 
 from __future__ import annotations
@@ -24,42 +24,31 @@ from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage, accelerator_device
 from lingualinked.protocol.measuring import MeasuredStep, MeasureModel, StepShape
 from lingualinked.protocol.messages import Step
-from lingualinked.worker.hosted import HostedStage
+from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.pace import Pace
 
 if TYPE_CHECKING:
     from lingualinked.model.loading import LoadedSpan
 
 _FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
-_NUM_IDS = 64  # that tokens are chosen from, or all of a smaller vocabulary
-_LONGEST_S = 1.0  # for repeating one shape, unless two steps take longer
-_MOST_TIMES = 2  # as often as wanted, where times spread
-_SPREAD = 0.25  # of a step's time between its quartiles, beyond which it is repeated further
-_LEAST_SPREAD_S = 1e-4  # that does not matter
+_NUM_IDS = 64  # token ids to choose from; fewer if the vocabulary is smaller
+_MAX_REPEAT_S = 1.0  # for one shape, unless two steps take longer
+_MAX_FACTOR = 2  # times the repetitions wanted, if times spread
+_MAX_SPREAD = 0.25  # interquartile range / median, above which a step is repeated further
+_NEGLIGIBLE_SPREAD_S = 1e-4
 
 Part = str | int
-"""What time is spent on: a kind of layer, or ``"prologue"``, ``"epilogue"``, ``"stage"`` (all the rest)."""
+"""A part of a model: a kind of layer, ``"prologue"``, ``"epilogue"``, or ``"stage"`` (everything else)."""
 
 _Sample = dict[Part, float]
-"""Seconds of one step by part."""
+"""Seconds of one step, by part."""
 
 
 class Measurer:
-    """Runs spans of a model and notes where their time goes.
+    """Runs spans of a model and records the time of each part; `on_progress` gets the number of shapes measured.
 
-    Weights are filled in, not read. Two layers run in a row and the second one counts: in a stage all but the first
-    find their code at hand and their weights in memory, not in a cache.
-
-    Parameters
-    ----------
-    request : MeasureModel
-        What to measure.
-    accelerator : str
-        Where to compute.
-    pace : Pace
-        Whose clock to read.
-    on_progress : callable
-        Told how many shapes of all spans are measured.
+    Weights are filled in, not read. Of two layers in a row the second one counts: like all but the first layer of a stage,
+    it finds its code in the processor's caches and its weights in memory.
     """
 
     def __init__(self, request: MeasureModel, accelerator: str, pace: Pace, on_progress: Callable[[int], None]) -> None:
@@ -73,11 +62,11 @@ class Measurer:
         pairs = [end for start, end in request.spans if end - start == self._most_layers]
         self._paired = {request.kind_of_layer[end - 1] for end in pairs}
         self._samples: defaultdict[tuple[Part, StepShape], list[float]] = defaultdict(list)
-        # Read before each step: in service, too, neither weights nor code wait in the processor's caches.
+        # Read before each step: in service, the processor's caches hold neither weights nor code at that time either.
         self._flushing = torch.zeros(_FLUSH_BYTES // 4) if accelerator == "cpu" else None
 
     def run(self) -> dict[Part, tuple[MeasuredStep, ...]]:
-        """Measure every span that the request names; give each part's times by shape."""
+        """Measure every span of the request; return the times of each part by shape."""
         with torch.inference_mode():
             for start, end in self._request.spans:
                 self._measure_span(start, end)
@@ -92,89 +81,87 @@ class Measurer:
         span = load_span(self._request.spec, start, end)
         stage = Stage(span, start, end, self._device)
         hosted = HostedStage(stage, CALLER, CALLER, max_kv_tokens=None)
-        with _Stopwatch(span, start, end, self._clock) as watch:
+        with _ModuleTimer(span, start, end, self._clock_s) as timer:
             for rows in sorted({shape.rows for shape in self._request.shapes}):
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]
                 for shape in shapes:
                     if shape.tokens > 1:
-                        self._repeat(shape, self._request.num_prefills, self._prefill(hosted, watch, shape))
-                decode = self._decode(hosted, watch, rows)
+                        self._repeat_shape(shape, self._request.num_prefills, self._make_prefill(hosted, timer, shape))
+                decode = self._make_decode(hosted, timer, rows)
                 for shape in sorted(shapes, key=lambda shape: shape.context):
                     if shape.tokens == 1:
-                        self._repeat(shape, self._request.num_decodes, functools.partial(decode, shape))
-                hosted.end(0)
+                        self._repeat_shape(shape, self._request.num_decodes, functools.partial(decode, shape))
+                hosted.end_session(0)
 
-    def _prefill(self, hosted: HostedStage, watch: _Stopwatch, shape: StepShape) -> Callable[[], _Sample]:
-        """Return what runs one prefill."""
-        return lambda: self._step(_Session(hosted, self._request, shape.rows), watch, shape)
+    def _make_prefill(self, hosted: HostedStage, timer: _ModuleTimer, shape: StepShape) -> Callable[[], _Sample]:
+        """Return a function that times one prefill."""
+        return lambda: self._time_step(_TrialSession(hosted, self._request, shape.rows), timer, shape)
 
-    def _decode(self, hosted: HostedStage, watch: _Stopwatch, rows: int) -> Callable[[StepShape], _Sample]:
-        """Return what runs one decode step, in a text that grows with each as long as there are positions for it."""
-        session = _Session(hosted, self._request, rows)
+    def _make_decode(self, hosted: HostedStage, timer: _ModuleTimer, rows: int) -> Callable[[StepShape], _Sample]:
+        """Return a function that times one decode step, in a text that grows until it has no more positions."""
+        session = _TrialSession(hosted, self._request, rows)
         limit = self._request.max_positions
 
         def step(shape: StepShape) -> _Sample:
             nonlocal session
             if limit is not None and session.num_tokens >= limit:
-                session = _Session(hosted, self._request, rows)
+                session = _TrialSession(hosted, self._request, rows)
             if shape.context > session.num_tokens:
-                session.step(shape.context - session.num_tokens)
-            return self._step(session, watch, shape)
+                session.run_step(shape.context - session.num_tokens)
+            return self._time_step(session, timer, shape)
 
         return step
 
-    def _repeat(self, shape: StepShape, num_wanted: int, step: Callable[[], _Sample]) -> None:
+    def _repeat_shape(self, shape: StepShape, num_wanted: int, step: Callable[[], _Sample]) -> None:
         for sample in repeat_step(step, num_wanted):
             for part, seconds in sample.items():
                 self._samples[part, shape].append(seconds)
         self._num_done += 1
         self._on_progress(self._num_done)
 
-    def _step(self, session: _Session, watch: _Stopwatch, shape: StepShape) -> _Sample:
-        session.prepare(shape.tokens)
+    def _time_step(self, session: _TrialSession, timer: _ModuleTimer, shape: StepShape) -> _Sample:
+        session.prepare_step(shape.tokens)
         if self._flushing is not None:
             self._flushing.sum()
-        watch.clear()
-        began = self._clock()
-        session.run()
-        rest = self._clock() - began - watch.total
+        timer.clear()
+        began_s = self._clock_s()
+        session.run_prepared()
+        rest_s = self._clock_s() - began_s - timer.total_s
         stage = session.hosted.stage
         kinds = self._request.kind_of_layer[stage.start : stage.end]
         is_pair = len(kinds) == self._most_layers
-        *_, last = watch.layers
+        *_, last_s = timer.layers_s
         sample: _Sample = {}
-        if (
-            is_pair or kinds[-1] not in self._paired
-        ):  # a lone layer is the first one, and counts where there is no other
-            sample[kinds[-1]] = last
+        if is_pair or kinds[-1] not in self._paired:  # a single layer counts only if no pair ends with its kind
+            sample[kinds[-1]] = last_s
         if is_pair:
-            if len(set(kinds)) == 1:  # what the first takes longer is the stage's cost, whatever its layers
-                rest += watch.layers[0] - last
-            sample["stage"] = rest
+            if len(set(kinds)) == 1:  # the first layer's extra time is a cost of the stage
+                rest_s += timer.layers_s[0] - last_s
+            sample["stage"] = rest_s
         if stage.is_first:
-            sample["prologue"] = watch.prologue
+            sample["prologue"] = timer.prologue_s
         if stage.is_last:
-            sample["epilogue"] = watch.epilogue
+            sample["epilogue"] = timer.epilogue_s
         return sample
 
-    def _clock(self) -> float:
+    def _clock_s(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return self._pace.clock()
+        return self._pace.emulated_clock_s()
 
 
 def repeat_step(step: Callable[[], _Sample], num_wanted: int) -> list[_Sample]:
-    """Repeat a step, which tells its seconds by part: more often while they spread, less often where they are many.
+    """Repeat a step, which returns its seconds by part: more often while they spread, less often if the step is long.
 
-    The first one shows what a new shape costs once, and does not count unless that is little of the whole.
+    The first run includes one-time costs of a new shape; it counts only if it is long, so that these hardly matter.
     """
     began_s = time.monotonic()
     samples = [step()]
-    if time.monotonic() - began_s < _LONGEST_S:
+    if time.monotonic() - began_s < _MAX_REPEAT_S:
         samples.clear()
     while len(samples) < 2 or (
-        time.monotonic() - began_s < _LONGEST_S
-        and (len(samples) < num_wanted or (len(samples) < _MOST_TIMES * num_wanted and _is_spread(samples)))
+        time.monotonic() - began_s < _MAX_REPEAT_S
+        and (len(samples) < num_wanted or (len(samples) < _MAX_FACTOR * num_wanted and _is_spread(samples)))
     ):
         samples.append(step())
     return samples
@@ -182,11 +169,11 @@ def repeat_step(step: Callable[[], _Sample], num_wanted: int) -> list[_Sample]:
 
 def _is_spread(samples: list[_Sample]) -> bool:
     low, middle, high = statistics.quantiles([sum(sample.values()) for sample in samples], n=4, method="inclusive")
-    return high - low > max(_SPREAD * middle, _LEAST_SPREAD_S)
+    return high - low > max(_MAX_SPREAD * middle, _NEGLIGIBLE_SPREAD_S)
 
 
-class _Session:
-    """A session on one stage, whose steps are those of service: prompt with its mask, then tokens that extend it."""
+class _TrialSession:
+    """A session on one stage, with steps as in service: a prompt with its mask, then tokens that extend it."""
 
     def __init__(self, hosted: HostedStage, request: MeasureModel, rows: int) -> None:
         self.hosted = hosted
@@ -194,15 +181,15 @@ class _Session:
         self._request = request
         self._rows = rows
         self._number = 0
-        self._pace = Pace(1, 1.0)  # nothing rests while it is measured
+        self._pace = Pace(1, 1.0)  # no slowdown: the emulated clock is read instead
         self._dtype: torch.dtype = getattr(torch, request.spec.dtype)
         config = read_config(request.spec).get_text_config(decoder=True)
         self._num_ids = min(_NUM_IDS, config.vocab_size)
         self._next: tuple[Step, tuple[Tensor, ...]] | None = None
-        hosted.end(0)
+        hosted.end_session(0)
 
-    def prepare(self, num_new: int) -> None:
-        """Make the next step: token ids, or hidden states as the previous stage would give them."""
+    def prepare_step(self, num_new: int) -> None:
+        """Make the next step, with token ids, or with hidden states as from a previous stage."""
         generator = torch.Generator().manual_seed(self.num_tokens)
         stage, is_prompt = self.hosted.stage, self._number == 0
         if stage.is_first:
@@ -232,58 +219,58 @@ class _Session:
         self._number += 1
         self.num_tokens += num_new
 
-    def run(self) -> None:
-        """Run the step that was prepared."""
+    def run_prepared(self) -> None:
+        """Run the prepared step."""
         assert self._next is not None
-        self.hosted.run(*self._next, self._pace)
+        self.hosted.run_step(*self._next, self._pace)
 
-    def step(self, num_new: int) -> None:
+    def run_step(self, num_new: int) -> None:
         """Prepare a step and run it."""
-        self.prepare(num_new)
-        self.run()
+        self.prepare_step(num_new)
+        self.run_prepared()
 
 
-class _Stopwatch:
-    """Notes the time spent in a span's layers, in its prologue and in its epilogue."""
+class _ModuleTimer:
+    """Times a span's layers, its prologue and its epilogue, by hooks on their modules."""
 
-    def __init__(self, span: LoadedSpan, start: int, end: int, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, span: LoadedSpan, start: int, end: int, clock_s: Callable[[], float]) -> None:
+        self._clock_s = clock_s
         self._hooks = contextlib.ExitStack()
-        self.layers: list[float] = []
-        self.prologue = self.epilogue = 0.0
+        self.layers_s: list[float] = []
+        self.prologue_s = self.epilogue_s = 0.0
         layers = span.model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
         for layer in layers[start:end]:
-            self._watch(layer, self.layers.append)
+            self._time_module(layer, self.layers_s.append)
         for path in span.parts.prologue:
-            self._watch(span.model.get_submodule(path), self._add_prologue)
+            self._time_module(span.model.get_submodule(path), self._add_prologue)
         for path in span.parts.epilogue:
-            self._watch(span.model.get_submodule(path), self._add_epilogue)
+            self._time_module(span.model.get_submodule(path), self._add_epilogue)
 
     @property
-    def total(self) -> float:
-        """All that was noted since `clear`."""
-        return sum(self.layers) + self.prologue + self.epilogue
+    def total_s(self) -> float:
+        """Seconds of all modules since `clear`."""
+        return sum(self.layers_s) + self.prologue_s + self.epilogue_s
 
     def clear(self) -> None:
-        """Begin anew."""
-        self.layers.clear()
-        self.prologue = self.epilogue = 0.0
+        """Reset all times."""
+        self.layers_s.clear()
+        self.prologue_s = self.epilogue_s = 0.0
 
     def _add_prologue(self, seconds: float) -> None:
-        self.prologue += seconds
+        self.prologue_s += seconds
 
     def _add_epilogue(self, seconds: float) -> None:
-        self.epilogue += seconds
+        self.epilogue_s += seconds
 
-    def _watch(self, module: nn.Module, note: Callable[[float], None]) -> None:
-        began: list[float] = []
+    def _time_module(self, module: nn.Module, record: Callable[[float], None]) -> None:
+        began_s: list[float] = []
 
         def begin(_module: nn.Module, _arguments: Any) -> None:
-            began.append(self._clock())
+            began_s.append(self._clock_s())
 
         def finish(_module: nn.Module, _arguments: Any, _output: Any) -> None:
-            note(self._clock() - began.pop())
+            record(self._clock_s() - began_s.pop())
 
         self._hooks.callback(module.register_forward_pre_hook(begin).remove)
         self._hooks.callback(module.register_forward_hook(finish).remove)

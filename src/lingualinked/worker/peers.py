@@ -1,6 +1,6 @@
-"""The other workers, as the caller has introduced them: whose messages are taken, and where theirs are sent.
+"""The other workers that the caller has introduced, and the connections to them.
 
-Knows one mailbox, names, keys and addresses; not what is said.
+Knows one mailbox, names, keys and addresses; not what the messages mean.
 """
 
 from __future__ import annotations
@@ -15,31 +15,21 @@ from lingualinked.transport.mailbox import Mailbox
 
 
 class Peers:
-    """Whom one worker may talk to besides the caller.
-
-    Parameters
-    ----------
-    mailbox : Mailbox
-        The worker's.
-    """
+    """The parties, besides the caller, that one worker may exchange messages with."""
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
         self._known = {mailbox.name: (mailbox.address, mailbox.public_key)}  # by name
-        mailbox.authorise(mailbox.name, mailbox.public_key)  # a worker may be the next stage of its own
+        mailbox.authorise(mailbox.name, mailbox.public_key)  # a worker may host the next stage itself
 
     def __contains__(self, name: str) -> bool:
         return name in self._known
 
     def introduce(self, peer: IntroduceWorker) -> None:
-        """Take messages from one more worker. Its own inbox takes ours later: nothing connects to it yet.
+        """Accept messages from one more worker, but do not connect to it: it may not have been introduced to us yet.
 
-        Raises
-        ------
-        ProtocolError
-            If the name is known with another address or key.
-        ArgumentError
-            If the key is none, or another party's.
+        Raises ProtocolError if the name is known with another address or key, ArgumentError if the key is not valid or
+        belongs to another party.
         """
         introduced = peer.address, peer.public_key
         if self._known.get(peer.name, introduced) != introduced:
@@ -48,18 +38,15 @@ class Peers:
         self._known[peer.name] = introduced
 
     def dismiss(self, peer: DismissWorker) -> None:
-        """Forget a worker; does nothing if it is not known."""
+        """Remove a worker and close the connection to it; does nothing if it is not known."""
         if self._known.pop(peer.name, None) is not None:
             self._mailbox.withdraw(peer.name)
             self._mailbox.disconnect(peer.name)
 
     def send(self, name: str, message: PeerMessage, tensors: Sequence[Tensor] = ()) -> int:
-        """Send to a worker, and return the bytes sent; the first time makes the connection.
+        """Send a message to a worker, connecting to it the first time; return the bytes sent.
 
-        Raises
-        ------
-        PeerUnknownError
-            If it has not been introduced.
+        Raises PeerUnknownError if the worker has not been introduced.
         """
         if name in self._known:
             self._mailbox.connect(name, *self._known[name])

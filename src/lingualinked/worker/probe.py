@@ -1,6 +1,6 @@
-"""Measures the links to other parties: messages there, and answers back.
+"""Measures the links to other parties, from the times between messages and their answers.
 
-Knows peers and a clock; the worker's loop hands it the answers.
+Knows peers and a clock; the worker's loop passes the answers to it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ from lingualinked.worker.peers import Peers
 
 
 class _LinkProbe:
-    """One link that is being measured.
-
-    Parameters
-    ----------
-    request : ProbeLink
-        Whom to send to, and what.
-    peers : Peers
-        Sends to the target.
-    """
+    """The measurement of one link."""
 
     def __init__(self, request: ProbeLink, peers: Peers) -> None:
         self._request = request
@@ -31,32 +23,26 @@ class _LinkProbe:
         self._seconds: list[float] = []
         self._sent_s = 0.0
 
-    def send(self) -> None:
-        """Send the next message."""
+    def send_next_ping(self) -> None:
+        """Send the next ``Ping``."""
         number = len(self._seconds)
         payload = torch.zeros(self._request.sizes[number], dtype=torch.uint8)
         self._sent_s = time.perf_counter()
         self._peers.send(self._request.target, Ping(number=number), (payload,))
 
-    def take(self, pong: Pong) -> LinkProbed | None:
-        """Note an answer and go on; give the times once all have come."""
+    def receive_pong(self, pong: Pong) -> LinkProbed | None:
+        """Record an answer and send the next ``Ping``; return the times after the last one."""
         if pong.number != len(self._seconds):
             return None
         self._seconds.append(time.perf_counter() - self._sent_s)
         if len(self._seconds) < len(self._request.sizes):
-            self.send()
+            self.send_next_ping()
             return None
         return LinkProbed(request=self._request.request, seconds=tuple(self._seconds))
 
 
 class LinkProbes:
-    """All links that one worker measures; those to one party one after the other: two would measure each other.
-
-    Parameters
-    ----------
-    peers : Peers
-        Whom they lead to.
-    """
+    """All links that one worker measures; measurements of one link run one after another, so as not to disturb each other."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
@@ -64,32 +50,26 @@ class LinkProbes:
 
     @property
     def targets(self) -> set[str]:
-        """Who was sent a ``Ping`` that is not answered yet."""
+        """The parties with an unanswered ``Ping``."""
         return {target for target, waiting in self._waiting.items() if waiting}
 
-    def begin(self, request: ProbeLink) -> None:
-        """Measure a link, now or when the one before it is done.
-
-        Raises
-        ------
-        PeerUnknownError
-            If the target has not been introduced.
-        """
+    def start_probe(self, request: ProbeLink) -> None:
+        """Measure a link, after earlier measurements of it; raise PeerUnknownError if the target was not introduced."""
         waiting = self._waiting[request.target]
         waiting.append(_LinkProbe(request, self._peers))
         if len(waiting) == 1:
-            waiting[0].send()
+            waiting[0].send_next_ping()
 
-    def answer(self, ping: Ping, sender: str) -> None:
-        """Answer another party, which measures the link to here."""
+    def answer_ping(self, ping: Ping, sender: str) -> None:
+        """Answer a party that measures the link to this worker."""
         self._peers.send(sender, Pong(number=ping.number))
 
-    def take(self, pong: Pong, sender: str) -> LinkProbed | None:
-        """Note an answer of a target; give the times once all of a link have come."""
+    def receive_pong(self, pong: Pong, sender: str) -> LinkProbed | None:
+        """Record a target's answer; return the times after the last answer of a measurement."""
         waiting = self._waiting[sender]
-        answer = waiting[0].take(pong)
+        answer = waiting[0].receive_pong(pong)
         if answer is not None:
             waiting.popleft()
             if waiting:
-                waiting[0].send()
+                waiting[0].send_next_ping()
         return answer

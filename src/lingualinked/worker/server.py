@@ -1,6 +1,6 @@
-"""The worker's loop: take a message, do what it says, pass the result on.
+"""The worker's loop: receive a message, handle it, send the result on.
 
-Knows messages, stages and one mailbox; all of it in one thread, so that nothing here needs a lock.
+Knows messages, stages and one mailbox, all in one thread, so that nothing here needs a lock.
 """
 
 from __future__ import annotations
@@ -64,52 +64,55 @@ from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrower import Borrower
-from lingualinked.worker.failure import failure_of
-from lingualinked.worker.hosted import split_tensors
+from lingualinked.worker.error_report import describe_error
+from lingualinked.worker.hosted_stage import split_tensors
+from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.inbox import Inbox
+from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import Lifeline
 from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
-from lingualinked.worker.mover import Mover
-from lingualinked.worker.moves import AnnouncedMoves
 from lingualinked.worker.pace import Pace
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
-from lingualinked.worker.roles import Roles, StaleMessageError
-from lingualinked.worker.stages import HostedStages, StageKey
+from lingualinked.worker.sender_check import SenderCheck, StaleMessageError
 from lingualinked.worker.vitals import Vitals
 
 logger = logging.getLogger("lingualinked.worker")
 
 
 def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
-    """Be the worker that ``boot`` describes until the caller is gone.
+    """Run the worker that `boot` describes until the caller has ended.
 
     Parameters
     ----------
     boot : Boot
-        Who this worker is, and what it may use.
+        The worker's configuration.
     keys : KeyPair
-        Its own; the caller takes messages under them.
+        The worker's own key pair, which the caller has authorised.
     channel : int
         Descriptor of the socket whose other end the caller holds.
     """
-    apply_limits(boot.threads, boot.cpus, boot.memory_bytes)  # first, since threads inherit their cores
+    # 1) limits first, since threads inherit their cores; then the thread that ends this process with its caller
+    apply_limits(boot.threads, boot.cpus, boot.memory_bytes)
     Lifeline(channel, boot.caller_pid, boot.socket_folder)
+    # 2) the mailbox, and what wakes its loop: log records, and callbacks of background jobs
     handler = forward_logs(boot.log_level)
     mailbox = ZmqMailbox(
         boot.name,
         keys,
-        {boot.caller_key: CALLER},  # the others are introduced when they are ready
+        {boot.caller_key: CALLER},  # the caller introduces other workers later
         socket_folder=boot.socket_folder,
         max_frame_bytes=boot.max_frame_bytes,
     )
     handler.on_record = mailbox.wake
     background = Background(mailbox.wake)
+    # 3) the loop
     try:
         mailbox.connect(CALLER, boot.caller_address, boot.caller_key)
         Worker(boot, mailbox, handler, background).run()
@@ -119,18 +122,9 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
 
 
 class Worker:
-    """Serves the messages of one mailbox.
+    """Handles the messages of one mailbox, which is connected to the caller.
 
-    Parameters
-    ----------
-    boot : Boot
-        Who this worker is, and what it may use.
-    mailbox : Mailbox
-        Connected to the caller.
-    handler : ForwardingHandler
-        Holds the log records that go to the caller.
-    background : Background
-        Where stages are loaded.
+    `handler` collects the log records to send to the caller; `background` is the thread in which stages are loaded.
     """
 
     def __init__(self, boot: Boot, mailbox: Mailbox, handler: ForwardingHandler, background: Background) -> None:
@@ -141,32 +135,35 @@ class Worker:
         self._stages = HostedStages(boot.accelerator, self._background)
         self._peers = Peers(mailbox)
         self._moves = AnnouncedMoves()
-        self._mover = Mover(self._stages, self._peers, self._moves)
+        self._mover = KVMover(self._stages, self._peers, self._moves)
         self._lender = Lender(self._stages, self._moves)
         self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
-        self._early: dict[tuple[int, int, int], tuple[Step, Delivery]] = {}  # steps that wait for word of a move
+        # Steps that wait until their session has moved, by model, plan version and session.
+        self._early: dict[tuple[int, int, int], tuple[Step, Delivery]] = {}
         self._hops = HopClock()
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
-        self._inbox = Inbox(mailbox, Roles(self._peers, self._stages, self._mover, self._lender, self._probes).check)
+        self._inbox = Inbox(
+            mailbox, SenderCheck(self._peers, self._stages, self._mover, self._lender, self._probes).check_sender
+        )
         self._pace = Pace(boot.threads, 1.0)
         self._emulate(boot.emulation)
 
     def run(self) -> NoReturn:
-        """Say hello, then serve for good: the lifeline ends the process."""
-        self._tell(Hello(pid=os.getpid(), address=self._mailbox.address))
+        """Send `Hello`, then handle messages until the lifeline ends the process."""
+        self._send_to_caller(Hello(pid=os.getpid(), address=self._mailbox.address))
         while True:
-            waiting = self._inbox.next()
+            waiting = self._inbox.next_message()
             if waiting is not None:
                 message, delivery = waiting
                 try:
                     self._handle(message, delivery)
-                except Exception as error:  # noqa: BLE001 - it costs that message alone, whatever it is
+                except Exception as error:  # noqa: BLE001 - only this message is lost
                     self._inbox.refuse(delivery, error, type(message).__name__)
             self._background.run_callbacks()
             for level, name, text in self._log_handler.drain():
-                self._tell(LogRecord(level=level, logger=name, text=text))
+                self._send_to_caller(LogRecord(level=level, logger=name, text=text))
 
     def _handle(self, message: CallerMessage | PeerMessage, delivery: Delivery) -> None:
         if isinstance(message, MovingMessage):
@@ -174,121 +171,125 @@ class Worker:
             return
         match message:
             case Step():
-                self._step(message, delivery)
+                self._receive_step(message, delivery)
             case EndSession():
                 self._end_session(message)
             case LoadStage():
-                self._load(message)
+                self._load_stage(message)
             case UnloadModel():
-                self._forget_moves(message.model)
-                self._stages.unload(message.model)
+                self._drop_moves(message.model)
+                self._stages.unload_model(message.model)
             case InspectWorker():
-                self._answer(message.request, lambda: self._report(message))
+                self._answer_request(message.request, lambda: self._make_report(message))
             case EmulateDevice():
-                self._answer(message.request, lambda: self._throttle(message))
+                self._answer_request(message.request, lambda: self._throttle(message))
             case IntroduceWorker():
-                self._answer(message.request, lambda: self._introduce(message))
+                self._answer_request(message.request, lambda: self._introduce(message))
             case DismissWorker():
                 self._peers.dismiss(message)
             case MeasureModel():
-                self._answer(message.request, lambda: self._measure(message))
+                self._answer_request(message.request, lambda: self._measure_model(message))
             case ProbeLink():
-                self._answer(message.request, lambda: self._probes.begin(message))
+                self._answer_request(message.request, lambda: self._probes.start_probe(message))
             case Ping():
-                self._probes.answer(message, delivery.sender)
+                self._probes.answer_ping(message, delivery.sender)
             case Pong():
-                self._probed(message, delivery.sender)
+                self._receive_pong(message, delivery.sender)
 
     def _handle_moving(self, message: MovingMessage, delivery: Delivery) -> None:
         match message:
             case FetchWeight():
-                self._peers.send(delivery.sender, *self._lender.lend(message, delivery.sender))
+                self._peers.send(delivery.sender, *self._lender.lend_part(message, delivery.sender))
             case WeightChunk():
-                self._borrower.receive(message, delivery.sender, delivery.tensors)
+                self._borrower.receive_chunk(message, delivery.sender, delivery.tensors)
             case AnnounceMove():
-                self._forget_moves(message.model)
+                self._drop_moves(message.model)
                 self._moves.announce(message)
-                self._tell(Acknowledged(request=message.request))
+                self._send_to_caller(Acknowledged(request=message.request))
             case CopyKV():
-                self._answer(message.request, lambda: self._mover.copy(message))
+                self._answer_request(message.request, lambda: self._mover.start_copy(message))
             case KVChunk():
-                self._take_kv(message, delivery)
+                self._receive_kv(message, delivery)
             case KVReceived():
-                self._answer(message.request, lambda: self._mover.go_on(message))
+                self._answer_request(message.request, lambda: self._mover.handle_answer(message))
             case MoveSession():
                 self._move_session(message)
             case ForkSession():
-                self._answer(message.request, lambda: self._stages.fork_session(message))
+                self._answer_request(message.request, lambda: self._stages.fork_session(message))
             case KeepPlan():
-                self._forget_moves(message.model)
+                self._drop_moves(message.model)
                 self._stages.keep_plan(message.model, message.plan_version)
 
-    def _answer(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> bool:
-        """Tell the caller what a request comes to, unless another party will; say whether it could be served."""
+    def _answer_request(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> bool:
+        """Send the caller the answer to a request, if this worker has it, or the failure; return whether it succeeded."""
         try:
             answer = serve_request()
-        except Exception as error:  # noqa: BLE001 - the caller raises it
-            self._fail(request, error)
+        except Exception as error:  # noqa: BLE001 - the caller re-raises it
+            self._report_failure(request, error)
             return False
         if answer is not None:
-            self._tell(answer)
+            self._send_to_caller(answer)
         return True
 
-    def _fail(self, request: int, error: Exception) -> None:
-        self._tell(RequestFailed(request=request, **failure_of(error)))
+    def _report_failure(self, request: int, error: Exception) -> None:
+        self._send_to_caller(RequestFailed(request=request, **describe_error(error)))
 
-    def _load(self, message: LoadStage) -> None:
+    def _load_stage(self, message: LoadStage) -> None:
         def progress(num_bytes: int) -> None:
-            self._tell(Progress(request=message.request, num_done=num_bytes))
+            self._send_to_caller(Progress(request=message.request, num_done=num_bytes))
 
         def loaded(stage: Stage) -> None:
-            self._answer(message.request, lambda: self._put_in_service(message, stage))
+            self._answer_request(message.request, lambda: self._describe_loaded(message, stage))
 
-        def fetch(holder: WeightHolder, parameter: str, first: int) -> None:
-            self._borrower.fetch(message.request, holder, parameter, first)
+        def request_part(holder: WeightHolder, parameter: str, first: int) -> None:
+            self._borrower.request_part(message.request, holder, parameter, first)
 
-        self._stages.load(message, progress, loaded, lambda error: self._fail(message.request, error), fetch)
+        self._stages.load_stage(
+            message, progress, loaded, lambda error: self._report_failure(message.request, error), request_part
+        )
 
-    def _put_in_service(self, message: LoadStage, stage: Stage) -> StageLoaded:
+    def _describe_loaded(self, message: LoadStage, stage: Stage) -> StageLoaded:
         weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
         return StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read)
 
-    def _forget_moves(self, model: int) -> None:
-        """End what is under way of a model that moves, or let a move of it begin anew."""
-        self._moves.forget(model)
-        self._mover.forget(model)
-        self._lender.forget(model)
-        self._borrower.forget(model)
+    def _drop_moves(self, model: int) -> None:
+        """End all transfers of a model that moves, and refuse the steps that wait for its sessions to move."""
+        self._moves.drop_model(model)
+        self._mover.drop_model(model)
+        self._lender.drop_model(model)
+        self._borrower.drop_model(model)
         for key in [key for key in self._early if key[0] == model]:
             step, delivery = self._early.pop(key)
-            error = StaleMessageError(f"a step of session {step.session}, which has not moved to its plan version")
+            error = StaleMessageError(
+                f"a step arrived of session {step.session}, which has not moved to the step's plan version"
+            )
             self._inbox.refuse(delivery, error, "Step")
 
     def _move_session(self, message: MoveSession) -> None:
         try:
             self._stages.move_session(message.model, message.session, message.plan_version)
-        except ProtocolError as error:  # it has ended on its way; if not, its next step fails
-            logger.debug("session %d is not moved: %s", message.session, error)
+        except ProtocolError as error:  # it ended while it moved; otherwise its next step fails
+            logger.debug("session %d was not moved: %s", message.session, error)
         early = self._early.pop((message.model, message.plan_version, message.session), None)
         if early is not None:
             self._serve_step(*early)
 
-    def _take_kv(self, message: KVChunk, delivery: Delivery) -> None:
+    def _receive_kv(self, message: KVChunk, delivery: Delivery) -> None:
         accepted = True
         try:
-            copied = self._mover.take(message, delivery.sender, delivery.tensors)
-        except Exception as error:  # noqa: BLE001 - the caller raises it
+            copied = self._mover.receive_chunk(message, delivery.sender, delivery.tensors)
+        except Exception as error:  # noqa: BLE001 - the caller re-raises it
             accepted = False
-            self._tell(KVRefused(request=message.request, model=message.model, **failure_of(error)))
+            self._send_to_caller(KVRefused(request=message.request, model=message.model, **describe_error(error)))
         else:
             if copied is not None:
-                self._tell(copied)
+                self._send_to_caller(copied)
         if not message.is_last:
             self._peers.send(delivery.sender, KVReceived(request=message.request, accepted=accepted))
 
-    def _report(self, message: InspectWorker) -> WorkerReport:
+    def _make_report(self, message: InspectWorker) -> WorkerReport:
         held_bytes = self._stages.held_bytes()
-        vitals = self._vitals.look(held_bytes)
+        vitals = self._vitals.read_vitals(held_bytes)
         return WorkerReport(
             request=message.request,
             pid=os.getpid(),
@@ -320,9 +321,9 @@ class Worker:
         self._peers.introduce(message)
         return Acknowledged(request=message.request)
 
-    def _measure(self, message: MeasureModel) -> ModelMeasured:
+    def _measure_model(self, message: MeasureModel) -> ModelMeasured:
         def progress(num_done: int) -> None:
-            self._tell(Progress(request=message.request, num_done=num_done))
+            self._send_to_caller(Progress(request=message.request, num_done=num_done))
 
         times = Measurer(message, self._boot.accelerator, self._pace, progress).run()
         return ModelMeasured(
@@ -335,12 +336,12 @@ class Worker:
             epilogue=times.get("epilogue", ()),
         )
 
-    def _probed(self, message: Pong, sender: str) -> None:
-        answer = self._probes.take(message, sender)
+    def _receive_pong(self, message: Pong, sender: str) -> None:
+        answer = self._probes.receive_pong(message, sender)
         if answer is not None:
-            self._tell(answer)
+            self._send_to_caller(answer)
 
-    def _step(self, step: Step, delivery: Delivery) -> None:
+    def _receive_step(self, step: Step, delivery: Delivery) -> None:
         if self._stages.is_due(step):
             self._serve_step(step, delivery)
         else:
@@ -349,19 +350,22 @@ class Worker:
     def _serve_step(self, step: Step, delivery: Delivery) -> None:
         try:
             self._run_step(step, delivery)
-        except Exception as error:  # noqa: BLE001 - the caller raises it
-            failure = failure_of(error)
+        except Exception as error:  # noqa: BLE001 - the caller re-raises it
+            failure = describe_error(error)
         else:
             return
-        self._tell(StepFailed(model=step.model, session=step.session, number=step.number, **failure))
+        self._send_to_caller(StepFailed(model=step.model, session=step.session, number=step.number, **failure))
         if failure["kind"] is FailureKind.MEMORY:
-            release_memory(self._boot.accelerator)  # what the step had got; until here its error held it
+            release_memory(self._boot.accelerator)  # of the step; the error referred to it until here
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
+        # 1) how long the step travelled and waited
         hop_us, wait_us = self._hops.split_delay(delivery.sender, step.sent_us, delivery.due_s)
-        hosted = self._stages.get(StageKey(step.model, step.plan_version, step.stage))
-        output, elapsed_s = hosted.run(step, delivery.tensors, self._pace)
-        encode_us = round(self._mailbox.encode_s * 1e6)  # of the message before this one
+        # 2) run it
+        hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))
+        output, elapsed_s = hosted.run_step(step, delivery.tensors, self._pace)
+        # 3) add this stage's times to the step's header
+        encode_us = round(self._mailbox.encode_s * 1e6)  # of the previous message; this one is not encoded yet
         times = StageTimes(
             received_bytes=delivery.num_bytes,
             hop_us=hop_us,
@@ -370,6 +374,7 @@ class Worker:
             codec_us=round(delivery.decode_s * 1e6) + encode_us,
         )
         timings = (*step.timings, times)
+        # 4) send logits to the caller, or hidden states to the next stage
         if hosted.stage.is_last:
             done = StepDone(model=step.model, session=step.session, number=step.number, timings=timings)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
@@ -378,19 +383,19 @@ class Worker:
             step, stage=step.stage + 1, layout=output.layout, timings=timings, sent_us=clock_us() + encode_us
         )
         parts = split_tensors(step, delivery.tensors)
-        tensors = (*output.tensors, *parts.told, *parts.keep)
+        tensors = (*output.tensors, *parts.context, *parts.kept_logits)
         hosted.sent_bytes += self._peers.send(hosted.next_name, onward, tensors)
 
     def _end_session(self, message: EndSession) -> None:
         self._stages.end_session(message.model, message.session, message.plan_version)
         self._early.pop((message.model, message.plan_version, message.session), None)
         try:
-            hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
+            hosted = self._stages.get_stage(StageKey(message.model, message.plan_version, message.stage))
         except ProtocolError:
-            return  # the model went before its session, and took the KV along
+            return  # the model was unloaded, with the session's KV
         if not hosted.stage.is_last:
             onward = msgspec.structs.replace(message, stage=message.stage + 1)
             self._peers.send(hosted.next_name, onward)
 
-    def _tell(self, message: WorkerMessage) -> None:
+    def _send_to_caller(self, message: WorkerMessage) -> None:
         self._mailbox.send(CALLER, encode(message))

@@ -1,6 +1,6 @@
-"""How the machine under a worker is: processor time, memory, temperature, battery.
+"""The state of a worker's machine: processor time, memory, temperature, battery.
 
-Knows what the operating system tells; not what the worker does.
+Knows what the operating system reports; not what the worker does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lingualinked.worker.limits import free_bytes
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VitalSigns:
-    """One look, in the words of `lingualinked.telemetry.samples.DeviceSample`."""
+    """One reading, with the fields of `lingualinked.telemetry.samples.DeviceSample`."""
 
     available_bytes: int
     cpu_percent: float
@@ -24,15 +24,7 @@ class VitalSigns:
 
 
 class Vitals:
-    """Looks at the machine, over and over.
-
-    Parameters
-    ----------
-    accelerator : str
-        What the worker computes on.
-    memory_bytes : int or None
-        Limit on what its stages may hold; ``None``: none of its own.
-    """
+    """Reads the state of the machine; `memory_bytes` limits what the stages may hold (``None``: no limit)."""
 
     def __init__(self, accelerator: str, memory_bytes: int | None) -> None:
         self._accelerator = accelerator
@@ -40,8 +32,8 @@ class Vitals:
         self._process = psutil.Process()
         self._process.cpu_percent(None)  # the first call only starts its clock
 
-    def look(self, held_bytes: int) -> VitalSigns:
-        """Look now, given what the stages hold."""
+    def read_vitals(self, held_bytes: int) -> VitalSigns:
+        """Read the state now, given the bytes that the stages hold."""
         available = free_bytes(self._accelerator)
         if self._memory_bytes is not None:
             available = min(available, max(0, self._memory_bytes - held_bytes))
@@ -56,20 +48,20 @@ class Vitals:
 
 
 def _temperature_c() -> float | None:
-    """Give what the hottest sensor says; None where there is none."""
+    """Return the temperature of the hottest sensor; None if there is none."""
     if not hasattr(psutil, "sensors_temperatures"):  # Linux and FreeBSD have it
         return None
     try:
         sensors = psutil.sensors_temperatures()
     except (OSError, RuntimeError):  # a sensor that can't be read
         return None
-    # Some sensors say 0 or less where they measure nothing.
+    # Some sensors report 0 or less when they measure nothing.
     values = [each.current for group in sensors.values() for each in group if each.current and each.current > 0]
     return max(values, default=None)
 
 
 def _battery() -> tuple[float | None, bool]:
-    """Give the charge in per cent, None where there is no battery, and whether the machine runs from it."""
+    """Return the charge in per cent (None without a battery), and whether the machine runs on battery."""
     if not hasattr(psutil, "sensors_battery"):
         return None, False
     try:

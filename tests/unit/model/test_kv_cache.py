@@ -46,22 +46,22 @@ def test_reorder_may_change_the_number_of_rows() -> None:
 
 def test_crop_reaches_every_layer() -> None:
     cache = filled("gemma2", 9, records=True)
-    cache.crop(-4)
+    cache.crop(4)
     assert cache.num_tokens == 5
     assert [cache.hf.get_seq_length(slot) for slot in range(4)] == [5] * 4
 
 
-def test_crop_refuses_a_positive_number() -> None:
-    with pytest.raises(ArgumentError, match="by 2"):
-        filled("llama", 5).crop(2)
+def test_crop_refuses_a_negative_number() -> None:
+    with pytest.raises(ArgumentError, match="by -2"):
+        filled("llama", 5).crop(-2)
 
 
 def test_crop_refuses_a_full_window_without_its_past_and_changes_nothing() -> None:
     cache = filled("gemma2", 9)
     with pytest.raises(ArgumentError, match="activate past recording before the prefill"):
-        cache.crop(-1)
+        cache.crop(1)
     assert [cache.hf.get_seq_length(slot) for slot in range(4)] == [9] * 4
-    filled("gemma2", 5).crop(-1)
+    filled("gemma2", 5).crop(1)
 
 
 def test_recurrent_states_are_refused() -> None:
@@ -77,13 +77,13 @@ def test_a_copy_goes_on_by_itself(family: str) -> None:
     assert copied.reserved_tokens == 0
     with torch.inference_mode():
         cache.hf.update(states(1) + 1, states(1) + 1, 1)
-    cache.crop(-3)
+    cache.crop(3)
     assert [copied.hf.get_seq_length(slot) for slot in range(4)] == [9] * 4
     assert copied.num_tokens == 9
     assert copied.records_past == cache.records_past
     assert copied.owned[1] is copied.hf.layers[1]
     keys, _ = copied.owned[1].read(0, 9)
     assert not keys.any()
-    copied.crop(-1)
+    copied.crop(1)
     assert [cache.hf.get_seq_length(slot) for slot in (0, 2, 3)] == [6] * 3
     assert [copied.hf.get_seq_length(slot) for slot in range(4)] == [8] * 4

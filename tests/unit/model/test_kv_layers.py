@@ -61,8 +61,9 @@ def check(ours: Any, theirs: Any, counting: Any, edits: list[tuple[str, Any]], *
             for layer in (ours, theirs, counting):
                 layer.reorder_cache(torch.tensor(value))
         elif crops and num_since_crop >= max(value, 1):  # a window that was cropped has forgotten what was before it
-            for layer in (ours, theirs, counting):
-                layer.crop(-value)
+            for layer in (ours, counting):
+                layer.drop_last(value)
+            theirs.crop(-value)  # transformers' sign
             num_since_crop = 0
         assert ours.get_seq_length() == theirs.get_seq_length() == counting.get_seq_length()
         assert ours.is_initialized == theirs.is_initialized

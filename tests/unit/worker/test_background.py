@@ -15,7 +15,7 @@ def test_jobs_run_in_order_and_speak_on_the_loop() -> None:
 
     def job(number: int) -> None:
         threads.add(threading.get_ident())
-        background.call(lambda: said.append((number, threading.current_thread() is threading.main_thread())))
+        background.call_on_loop(lambda: said.append((number, threading.current_thread() is threading.main_thread())))
 
     for number in range(3):
         background.submit(lambda number=number: job(number))

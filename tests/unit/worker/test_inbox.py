@@ -37,7 +37,7 @@ class Line:
         self.others[sender].send("worker", encode(message), tensors)
 
     def next(self) -> tuple[str, Message]:
-        waiting = self.inbox.next()
+        waiting = self.inbox.next_message()
         assert waiting is not None
         return waiting[1].sender, waiting[0]  # type: ignore[return-value]
 
@@ -103,7 +103,7 @@ def test_what_is_refused_is_counted(line: Line) -> None:
     line.others["a"].send("worker", b"no message")
     line.say("a", InspectWorker(request=1))
     line.say("a", Pong(number=1))
-    heard = [line.inbox.next() for _ in range(3)]
+    heard = [line.inbox.next_message() for _ in range(3)]
     assert [waiting and waiting[0] for waiting in heard] == [None, None, Pong(number=1)]
     assert line.mailbox.num_refused == 2
 
@@ -117,7 +117,7 @@ def test_a_flood_of_what_is_refused_holds_up_nobody(line: Line) -> None:
     line.inbox = Inbox(line.mailbox, check_and_be_sent_more)
     line.say("a", InspectWorker(request=1))
     line.say("caller", end(1))
-    while (waiting := line.inbox.next()) is None:
+    while (waiting := line.inbox.next_message()) is None:
         pass
     assert waiting[0] == end(1)
     assert line.mailbox.num_refused < 5

@@ -18,10 +18,10 @@ from lingualinked.model.stage import StageInputs, StageOutput
 from lingualinked.protocol.messages import KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import KVSlice
 from lingualinked.worker.background import Background
-from lingualinked.worker.hosted import HostedStage
+from lingualinked.worker.hosted_stage import HostedStage
+from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.kv_copy import KVCopy, Piece
 from lingualinked.worker.pace import Pace
-from lingualinked.worker.stages import HostedStages, StageKey
 
 CONFIG = LlamaConfig(num_hidden_layers=2)
 PACE = Pace(1, 1.0)
@@ -71,7 +71,7 @@ STEP = Step(
 
 
 def run(hosted: HostedStage, rows: int, tokens: int, **fields: Any) -> None:
-    hosted.run(msgspec.structs.replace(STEP, **fields), (torch.zeros(rows, tokens, dtype=torch.long),), PACE)
+    hosted.run_step(msgspec.structs.replace(STEP, **fields), (torch.zeros(rows, tokens, dtype=torch.long),), PACE)
 
 
 def order(*rows: int) -> KVEdit:
@@ -148,7 +148,7 @@ def test_sessions_beyond_the_budget_are_refused_and_the_others_go_on() -> None:
     assert list(hosted.sessions) == [1]
     run(hosted, 1, 500, session=2, keeps_kv=False)  # which holds none
     run(hosted, 2, 2, session=1, number=1)
-    hosted.end(1)
+    hosted.end_session(1)
     run(hosted, 1, 10, session=3)
 
 
@@ -171,34 +171,34 @@ def piece(rows: tuple[int, ...] | None, num_rows: int, tokens: int, *, position:
 
 def test_an_order_of_more_rows_than_are_held_is_refused() -> None:
     hosted = hosted_stage()
-    hosted.write(1, [piece(None, 2, 3)])
+    hosted.write_kv(1, [piece(None, 2, 3)])
     for wrong in (
         piece((0,) * 100_000, 1, 0, position=3),
         piece((0,) * 100_000, 100_000, 0, position=3),
         piece((0, 1, 0), 3, 1, position=3),
     ):
         with pytest.raises(ProtocolError, match="order of"):
-            hosted.write(1, [wrong])
-    hosted.write(1, [piece((1, 0), 2, 1, position=3)])
+            hosted.write_kv(1, [wrong])
+    hosted.write_kv(1, [piece((1, 0), 2, 1, position=3)])
 
 
 def test_keys_and_values_are_of_the_same_tokens() -> None:
     good = piece(None, 2, 3)
     with pytest.raises(ProtocolError, match="different tokens"):
-        hosted_stage().write(1, [Piece(good.place, good.keys, good.values[:1])])
+        hosted_stage().write_kv(1, [Piece(good.place, good.keys, good.values[:1])])
 
 
 def test_kv_from_elsewhere_counts_too() -> None:
     hosted = hosted_stage(max_kv_tokens=10)
     with pytest.raises(ProtocolError, match="max_kv_tokens=10"):
-        hosted.write(1, [piece(None, 4, 3)])
-    hosted.write(1, [piece(None, 2, 5, capacity=10**9)])  # room is made for what it may hold
-    hosted.write(2, [piece(None, 1, 10)])
+        hosted.write_kv(1, [piece(None, 4, 3)])
+    hosted.write_kv(1, [piece(None, 2, 5, capacity=10**9)])  # room is made for what it may hold
+    hosted.write_kv(2, [piece(None, 1, 10)])
     with pytest.raises(ProtocolError, match="max_kv_tokens=10"):  # more than fits beside the others
-        hosted.write(3, [piece(None, 1, 2)])
-    hosted.end(2)
-    hosted.write(3, [piece(None, 1, 10)])
-    arriving = hosted._arriving[1].cache
+        hosted.write_kv(3, [piece(None, 1, 2)])
+    hosted.end_session(2)
+    hosted.write_kv(3, [piece(None, 1, 10)])
+    arriving = hosted._incoming[1].cache
     assert arriving is not None
     assert arriving.owned[0].capacity <= 64
 
@@ -210,15 +210,15 @@ def test_where_rows_become_more_all_is_sent_anew() -> None:
         layer.update(states, states)
     cache.advance(3)
     copy, receiver = KVCopy(cache, [0, 1]), hosted_stage()
-    receiver.write(1, copy.next_pieces(1 << 20)[0])
+    receiver.write_kv(1, copy.next_pieces(1 << 20)[0])
     rows = torch.tensor([1, 0, 1])
     cache.reorder(rows)
-    copy.reorder(rows)
+    copy.record_reorder(rows)
     pieces, is_last = copy.next_pieces(1 << 20)
     assert is_last
     assert [each.place.rows for each in pieces] == [None, None]
-    receiver.write(1, pieces)
-    arrived = receiver._arriving[1].cache
+    receiver.write_kv(1, pieces)
+    arrived = receiver._incoming[1].cache
     assert arrived is not None
     for slot, layer in cache.owned.items():
         assert torch.equal(arrived.owned[slot].read(0, 3)[0], layer.read(0, 3)[0])
@@ -235,7 +235,7 @@ def stages() -> HostedStages:
 
 
 def test_a_step_that_has_run_is_not_run_again(stages: HostedStages) -> None:
-    with pytest.raises(ProtocolError, match="step 0 of session 1, and 1 is due"):
+    with pytest.raises(ProtocolError, match="step 0 of session 1 arrived, and 1 is due"):
         stages.is_due(msgspec.structs.replace(STEP, plan_version=2))
     assert stages.is_due(msgspec.structs.replace(STEP, plan_version=2, number=1))
 

@@ -1,4 +1,4 @@
-"""One stage in service: its sessions, and the step that runs on it.
+"""One stage in service, with its sessions, and the steps that run on it.
 
 Knows the stage and its sessions' state; neither sockets nor other stages.
 """
@@ -23,25 +23,25 @@ from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
 
-_MAX_ARRIVING = 1 << 16
+_MAX_INCOMING = 1 << 16
 
 
 @dataclasses.dataclass(slots=True)
 class HostedSession:
-    """What a stage knows of one session.
+    """A stage's state of one session.
 
     Parameters
     ----------
     cache : StageCache or None
-        Its KV; ``None``: it keeps none.
+        Its KV; ``None`` if it keeps none.
     context : StepContext
-        Its mask.
+        Its mask and its number of tokens.
     number : int
         Number of its next step.
     num_rows, num_tokens : int
-        What it holds.
+        Size of its KV, as counted against the budget.
     copies : dict of (int, int) to KVCopy
-        Copies of its KV that are being made, by plan version and stage that they are for.
+        Copies of its KV in progress, by the plan version and stage of their target.
     """
 
     cache: StageCache | None
@@ -53,18 +53,9 @@ class HostedSession:
 
 
 class HostedStage:
-    """A loaded stage with the sessions that hold KV in it.
+    """A loaded stage, between two parties, with the sessions that hold KV in it.
 
-    Parameters
-    ----------
-    stage : Stage
-        The loaded stage.
-    previous_name : str
-        From whom its inputs come.
-    next_name : str
-        To whom its outputs go.
-    max_kv_tokens : int or None
-        Rows x tokens of KV that all its sessions together may hold; ``None``: no limit of its own.
+    All sessions together may hold `max_kv_tokens` rows x tokens of KV; ``None``: no limit.
     """
 
     def __init__(self, stage: Stage, previous_name: str, next_name: str, max_kv_tokens: int | None) -> None:
@@ -74,56 +65,31 @@ class HostedStage:
         self.stage = stage
         self.sent_bytes = 0
         self.sessions: dict[int, HostedSession] = {}
-        self._arriving: dict[int, HostedSession] = {}
+        self._incoming: dict[int, HostedSession] = {}
         self._num_steps = 0
         self._compute_s = 0.0
 
-    def run(self, step: Step, tensors: tuple[Tensor, ...], pace: Pace) -> tuple[StageOutput, float]:
-        """Run one step; the session is freed if it raises.
+    def run_step(self, step: Step, tensors: tuple[Tensor, ...], pace: Pace) -> tuple[StageOutput, float]:
+        """Run one step; return its output and its seconds of compute, on the emulated device if there is one.
 
-        Parameters
-        ----------
-        step : Step
-            The step.
-        tensors : tuple of Tensor
-            What travelled beside it.
-        pace : Pace
-            How fast the worker is to be.
-
-        Returns
-        -------
-        StageOutput
-            What goes to the next stage, or the logits.
-        float
-            Seconds of compute, on the device that the worker may emulate.
-
-        Raises
-        ------
-        ProtocolError
-            If the step is not the session's next, or its tensors are not those it announces.
+        Frees the session if it raises: a ProtocolError if the step is not the session's next one, or does not match its tensors.
         """
-        started = pace.start()
-        session = self._session(step)
+        started = pace.start_timer()
+        session = self._find_session(step)
         try:
             output = self._compute(session, step, tensors)
         except BaseException:
-            self.end(step.session)
+            self.end_session(step.session)
             raise
         if not step.keeps_kv:
-            self.end(step.session)
-        elapsed_s = pace.finish(started)
+            self.end_session(step.session)
+        elapsed_s = pace.finish_timer(started)
         self._num_steps += 1
         self._compute_s += elapsed_s
         return output, elapsed_s
 
-    def fork(self, session: int, number: int, fork: int) -> None:
-        """Copy what is known of a session before its step ``number``, KV and all, as that of another.
-
-        Raises
-        ------
-        ProtocolError
-            If the session is not here, or at another step.
-        """
+    def fork_session(self, session: int, number: int, fork: int) -> None:
+        """Copy a session with its KV as session `fork`; raise ProtocolError unless it is here, before step `number`."""
         source = self.sessions.get(session)
         if source is None or source.number != number:
             raise ProtocolError(f"session {session} is not before step {number} on this stage")
@@ -136,87 +102,81 @@ class HostedStage:
             copies={},
         )
 
-    def end(self, session: int) -> None:
-        """Free a session's KV, also what is arriving of it; does nothing if it has none."""
+    def end_session(self, session: int) -> None:
+        """Free a session's KV, including KV received in advance; does nothing if there is none."""
         self.sessions.pop(session, None)
-        self._arriving.pop(session, None)
+        self._incoming.pop(session, None)
 
-    def write(self, session: int, pieces: Sequence[Piece]) -> None:
-        """Take in KV of a session that runs elsewhere as yet.
+    def write_kv(self, session: int, pieces: Sequence[Piece]) -> None:
+        """Write KV of a session that still runs elsewhere.
 
-        Raises
-        ------
-        ProtocolError
-            If the pieces don't fit what has come before, or are of layers that the stage does not hold.
+        Raises ProtocolError if the pieces don't fit those before, or belong to layers that the stage does not hold.
         """
-        if session not in self._arriving:
-            if len(self._arriving) >= _MAX_ARRIVING:
-                raise ProtocolError(f"more than {_MAX_ARRIVING} sessions arrive at once")
-            self._arriving[session] = HostedSession(self._new_cache(), StepContext())
-        arriving = self._arriving[session]
-        cache = arriving.cache
+        if session not in self._incoming:
+            if len(self._incoming) >= _MAX_INCOMING:
+                raise ProtocolError(f"more than {_MAX_INCOMING} sessions move here at once")
+            self._incoming[session] = HostedSession(self._new_cache(), StepContext())
+        incoming = self._incoming[session]
+        cache = incoming.cache
         assert cache is not None
         fitting = []
         for piece in pieces:
             place, num_rows = piece.place, len(piece.keys)
             if place.slot not in cache.owned:
-                raise ProtocolError(f"KV of layer slot {place.slot}, which this stage does not hold")
-            self._check_arriving(arriving, num_rows, place.position + piece.keys.shape[2])
+                raise ProtocolError(f"KV arrived for layer slot {place.slot}, which this stage does not hold")
+            self._check_incoming(incoming, num_rows, place.position + piece.keys.shape[2])
             if self._max_kv_tokens is not None:
                 room = self._max_kv_tokens // max(1, num_rows) + 1
                 place = msgspec.structs.replace(place, capacity=min(place.capacity, room))
             fitting.append(dataclasses.replace(piece, place=place))
         write_pieces(fitting, cache)
 
-    def arrived(
+    def record_state(
         self, session: int, context: StepContext, number: int, *, records_past: bool, reserved_tokens: int
     ) -> None:
-        """Record what else is known of a session that arrives."""
-        arriving = self._arriving[session]
-        arriving.context, arriving.number = context, number
-        assert arriving.cache is not None
-        arriving.cache.record_past(records_past)
-        arriving.cache.reserve(reserved_tokens)
+        """Record the state, apart from KV, of a session that moves here."""
+        incoming = self._incoming[session]
+        incoming.context, incoming.number = context, number
+        assert incoming.cache is not None
+        incoming.cache.record_past(records_past)
+        incoming.cache.reserve(reserved_tokens)
 
-    def awaits(self, session: int) -> bool:
-        """Whether KV of a session has come that runs elsewhere as yet."""
-        return session in self._arriving
+    def is_receiving(self, session: int) -> bool:
+        """Return whether KV has arrived of a session that still runs elsewhere."""
+        return session in self._incoming
 
-    def take_over(self, session: int, others: Iterable[HostedSession]) -> None:
-        """Have a session run here from now on, with what has arrived of it, and what other stages here had of it.
+    def adopt_session(self, session: int, others: Iterable[HostedSession]) -> None:
+        """Run a session here from now on, with the KV that has arrived and that of `others`, its states in other stages here.
 
-        Raises
-        ------
-        ProtocolError
-            If not all of its KV is there.
+        Raises ProtocolError if some of its KV is missing.
         """
         others = list(others)
-        arrived = self._arriving.pop(session, None)
+        arrived = self._incoming.pop(session, None)
         state = HostedSession(self._new_cache(), StepContext()) if arrived is None else arrived
         assert state.cache is not None
         known = others[0] if others else state
-        state.cache.adopt(other.cache for other in others if other.cache is not None)
+        state.cache.adopt_layers(other.cache for other in others if other.cache is not None)
         state.number = known.number
         state.num_rows, state.num_tokens = known.num_rows, known.context.num_tokens
         state.context = StepContext.of(known.context.mask, known.context.num_tokens)
         assert known.cache is not None
         state.cache.reserve(known.cache.reserved_tokens)
-        state.cache.settle(known.context.num_tokens, records_past=known.cache.records_past)
+        state.cache.complete_adoption(known.context.num_tokens, records_past=known.cache.records_past)
         self.sessions[session] = state
 
-    def forget_moves(self) -> None:
-        """Give up whatever KV is on its way to or from here."""
-        self._arriving.clear()
+    def drop_moves(self) -> None:
+        """Drop all copies of KV in progress, to here and from here."""
+        self._incoming.clear()
         for session in self.sessions.values():
             session.copies.clear()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of its weights and of the KV that it holds or takes in."""
+        """Bytes of its weights and of all its KV."""
         return self.stage.weight_bytes + self._kv_bytes()
 
     def report(self, model: int, plan_version: int, index: int) -> StageReport:
-        """Describe the stage, which is one of a model's in a plan, and what it has done."""
+        """Report the stage's place in a plan, its memory, and the work that it has done."""
         return StageReport(
             model=model,
             plan_version=plan_version,
@@ -235,59 +195,64 @@ class HostedStage:
         return self.stage.new_cache(functools.partial(spare_bytes, str(self.stage.device)))
 
     def _kv_bytes(self) -> int:
-        held = (*self.sessions.values(), *self._arriving.values())
+        held = (*self.sessions.values(), *self._incoming.values())
         return sum(session.cache.nbytes for session in held if session.cache is not None)
 
-    def _session(self, step: Step) -> HostedSession:
+    def _find_session(self, step: Step) -> HostedSession:
         session = self.sessions.get(step.session)
         if session is None:
             if step.number != 0:
-                raise ProtocolError(f"step {step.number} of session {step.session}, which has no state here")
+                raise ProtocolError(f"step {step.number} arrived for session {step.session}, which has no state here")
             cache = self._new_cache() if step.keeps_kv else None
             session = self.sessions[step.session] = HostedSession(cache, StepContext())
         elif step.number != session.number:
-            raise ProtocolError(f"step {step.number} of session {step.session} where {session.number} is due")
+            raise ProtocolError(
+                f"step {step.number} of session {step.session} arrived, and step {session.number} is due"
+            )
         session.number += 1
         return session
 
     def _check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
-        """Note what a session comes to hold, and check all together."""
+        """Record the size that a session's KV will have, and check the budget of all sessions."""
         session.num_rows, session.num_tokens = num_rows, num_tokens
         if self._max_kv_tokens is not None:
             self._check_room(sum(each.num_rows * each.num_tokens for each in self.sessions.values()))
 
-    def _check_arriving(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
-        """Check what has come of a session, and all that arrive together; note it."""
+    def _check_incoming(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
+        """Check the budget of the sessions that move here, and record the size of this one's KV."""
         self._check_room(num_rows * num_tokens)
         num_tokens = max(num_tokens, session.num_tokens)
-        others = sum(each.num_rows * each.num_tokens for each in self._arriving.values() if each is not session)
-        # Twice as much: what came ahead may be of sessions that have ended, or been cropped, where they run.
+        others = sum(each.num_rows * each.num_tokens for each in self._incoming.values() if each is not session)
+        # Twice the budget: KV that came in advance may be of sessions that have since ended, or been cropped, elsewhere.
         self._check_room((others + num_rows * num_tokens) // 2)
         session.num_rows, session.num_tokens = num_rows, num_tokens
 
     def _check_room(self, num_tokens: int) -> None:
-        """Refuse more KV, in all rows, than the caller gives room for, from whomever it comes."""
+        """Raise ProtocolError if KV, in all rows, exceeds the caller's budget."""
         if self._max_kv_tokens is not None and num_tokens > self._max_kv_tokens:
             raise ProtocolError(
                 f"KV of {count_text(num_tokens, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
             )
 
     def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:
+        # 1) check the step
         parts = split_tensors(step, tensors)
         num_rows, num_new = parts.inputs[0].shape[:2]
         if step.position_rows not in (0, 1, num_rows):
-            raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} in a step of {num_rows}")
+            raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} arrived in a step of {num_rows}")
         if step.edits and session.cache is None:
-            raise ProtocolError("a step edits the KV of a session that keeps none")
+            raise ProtocolError("a step edits the KV of a session that keeps no KV")
+        # 2) edit the KV; rows are reordered after the budget is checked, since an order may repeat them
         if session.cache is not None:
             for edit in step.edits:
                 if edit.kind is not KVEditKind.REORDER:
-                    _apply(edit, session, session.cache)
+                    _apply_edit(edit, session, session.cache)
             self._check_budget(session, num_rows, session.context.num_tokens + num_new)
-            _reorder(step.edits, session, session.cache, num_rows)  # now: it may make many rows of few
-        keep = parts.keep[0] if step.logits_to_keep is None else step.logits_to_keep
+            _reorder_rows(step.edits, session, session.cache, num_rows)
+        # 3) decode mask and positions, and run the stage
+        keep = parts.kept_logits[0] if step.logits_to_keep is None else step.logits_to_keep
         code = ContextCode(
-            mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=parts.told
+            mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=parts.context
         )
         mask, positions = session.context.decode(code, num_new)
         return self.stage.step(
@@ -306,59 +271,55 @@ class HostedStage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepTensors:
-    """The tensors beside a step, by what they are: the stage's inputs, mask and positions, indices of logits to keep."""
+    """The tensors of a step: the stage's inputs, the mask and positions sent in full, and the indices of logits to keep."""
 
     inputs: tuple[Tensor, ...]
-    told: tuple[Tensor, ...]
-    keep: tuple[Tensor, ...]
+    context: tuple[Tensor, ...]
+    kept_logits: tuple[Tensor, ...]
 
 
 def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
-    """Sort the tensors that came with a step.
-
-    Raises
-    ------
-    ProtocolError
-        If there are fewer than the step announces, or the inputs have no rows or no tokens.
-    """
-    num_told = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL)
-    num_keep = int(step.logits_to_keep is None)
-    num_inputs = len(tensors) - num_told - num_keep
+    """Sort the tensors of a step; raise ProtocolError if some are missing, or the inputs have no rows or no tokens."""
+    num_context = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL)
+    num_kept_logits = int(step.logits_to_keep is None)
+    num_inputs = len(tensors) - num_context - num_kept_logits
     if num_inputs < 1 or tensors[0].ndim < 2 or 0 in tensors[0].shape[:2]:
         raise ProtocolError(
             f"a step arrived with the tensors {[list(tensor.shape) for tensor in tensors[:9]]}, of which "
-            f"{num_told + num_keep} are announced beside its inputs: rows and tokens, at least one of each"
+            f"{num_context + num_kept_logits} are announced besides its inputs: inputs must have rows and tokens, at least one of each"
         )
     return StepTensors(
-        tensors[:num_inputs], tensors[num_inputs : num_inputs + num_told], tensors[num_inputs + num_told :]
+        tensors[:num_inputs], tensors[num_inputs : num_inputs + num_context], tensors[num_inputs + num_context :]
     )
 
 
-def _reorder(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:
-    """Order a session's KV as several orders say, of which only what they come to counts, for a step of so many rows."""
+def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:
+    """Reorder a session's KV by all orders of a step at once; the result must have the step's number of rows."""
     orders = [edit.values for edit in edits if edit.kind is KVEditKind.REORDER]
     if not orders:
         return
-    order = functools.reduce(_chain, orders)  # rows in between may be as many as fit into a message
+    order = functools.reduce(
+        _compose_orders, orders
+    )  # an intermediate order may have as many rows as fit into a message
     if len(order) != num_rows:
-        raise ProtocolError(f"KV of {count_text(len(order), 'row')} in a step of {num_rows}")
+        raise ProtocolError(f"an order of {count_text(len(order), 'row')} of KV arrived in a step of {num_rows}")
     rows = torch.tensor(order, dtype=torch.long)
     cache.reorder(rows)
     session.context.reorder(rows)
     for copy in session.copies.values():
-        copy.reorder(rows)
+        copy.record_reorder(rows)
 
 
-def _chain(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+def _compose_orders(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     if not all(0 <= row < len(rows) for row in order):
-        raise ProtocolError(f"an order of rows that are not among {len(rows)}")
+        raise ProtocolError(f"an order names rows that are not among {len(rows)}")
     return tuple(rows[row] for row in order)
 
 
-def _apply(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
-    """Edit a session's KV but for the order of its rows."""
+def _apply_edit(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
+    """Apply an edit to a session's KV, except for an order of rows."""
     if len(edit.values) != 1:
-        raise ProtocolError(f"{len(edit.values)} values, where an edit of KV has one")
+        raise ProtocolError(f"an edit of KV has {len(edit.values)} values, and must have one")
     (value,) = edit.values
     if edit.kind is KVEditKind.RECORD:
         cache.record_past(bool(value))
@@ -366,9 +327,11 @@ def _apply(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
     if edit.kind is KVEditKind.RESERVE:
         cache.reserve(value)
         return
-    if not 0 <= value <= session.context.num_tokens:  # fewer than none would count against the budget of all
-        raise ProtocolError(f"a crop of {count_text(value, 'token')} of {session.context.num_tokens}")
-    cache.crop(-value)
+    if not 0 <= value <= session.context.num_tokens:  # a negative number would corrupt the budget
+        raise ProtocolError(
+            f"a crop of {count_text(value, 'token')} exceeds the session's {session.context.num_tokens}"
+        )
+    cache.crop(value)
     session.context.crop(value)
     for copy in session.copies.values():
-        copy.crop()
+        copy.record_crop()

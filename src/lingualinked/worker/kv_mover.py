@@ -1,6 +1,6 @@
-"""Carries the KV of sessions from worker to worker: what is sent next, and what is done with what comes.
+"""Sends the KV of sessions to other workers, and receives KV from them.
 
-Knows messages, stages and peers; neither plans nor why anything is moved.
+Knows messages, stages and peers; neither plans nor why KV is moved.
 """
 
 from __future__ import annotations
@@ -14,37 +14,27 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import StepContext
 from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVReceived, SessionState
 from lingualinked.quantities import count_text
-from lingualinked.worker.hosted import HostedSession
+from lingualinked.worker.announced_moves import AnnouncedMoves
+from lingualinked.worker.hosted_stage import HostedSession
+from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.kv_copy import KVCopy, Piece
-from lingualinked.worker.moves import AnnouncedMoves
 from lingualinked.worker.peers import Peers
-from lingualinked.worker.stages import HostedStages, StageKey
 
 _CHUNK_BYTES = 128 << 10
-"""Of KV in one message: one is on its way at a time, so that a step waits for no more than this on the link."""
+"""Bytes of KV in one message. Only one message is in flight, so that a step waits for no more than this on the link."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Transfer:
-    """A copy that is being sent, and of what."""
+    """A copy in progress, with its request and its session."""
 
     request: CopyKV
     session: HostedSession
     copy: KVCopy
 
 
-class Mover:
-    """The moving of KV from and to one worker.
-
-    Parameters
-    ----------
-    stages : HostedStages
-        What the worker hosts.
-    peers : Peers
-        Sends to the other workers.
-    moves : AnnouncedMoves
-        Says who holds what.
-    """
+class KVMover:
+    """Moves KV from and to one worker, between the parties of announced moves."""
 
     def __init__(self, stages: HostedStages, peers: Peers, moves: AnnouncedMoves) -> None:
         self._stages = stages
@@ -52,98 +42,99 @@ class Mover:
         self._moves = moves
         self._transfers: dict[int, _Transfer] = {}
 
-    def copy(self, request: CopyKV) -> KVCopied | None:
-        """Begin to copy a session's KV to another worker; give the answer if there is nothing to copy.
+    def start_copy(self, request: CopyKV) -> KVCopied | None:
+        """Start copying a session's KV to another worker; return the answer if there is nothing to copy.
 
-        Raises
-        ------
-        ProtocolError
-            If the stage is not hosted, or the session is not where the request has it.
+        Raises ProtocolError if the stage is not hosted, or a final copy finds the session missing or at another step.
         """
-        hosted = self._stages.get(StageKey(request.model, request.plan_version, request.stage))
+        hosted = self._stages.get_stage(StageKey(request.model, request.plan_version, request.stage))
         session = hosted.sessions.get(request.session)
         if session is None or session.cache is None:
             if request.is_final:
                 raise ProtocolError(f"session {request.session} has no KV on stage {request.stage}")
-            return KVCopied(request=request.request, model=request.model, num_bytes=0)  # it has ended, or not begun
+            return KVCopied(
+                request=request.request, model=request.model, num_bytes=0
+            )  # the session has ended, or not begun
         if request.is_final and session.number != request.number:
-            raise ProtocolError(f"session {request.session} is at step {session.number}, not at {request.number}")
+            raise ProtocolError(
+                f"session {request.session} is at step {session.number}, and the copy expects step {request.number}"
+            )
         key = (request.target_version, request.target_stage)
         if key not in session.copies:
             session.copies[key] = KVCopy(session.cache, hosted.stage.slots(request.start, request.end))
         self._transfers[request.request] = _Transfer(request, session, session.copies[key])
-        self._send(request.request)
+        self._send_next_chunk(request.request)
         return None
 
-    def go_on(self, answer: KVReceived) -> None:
-        """Send the next chunk, if the last one was of use and anything is left."""
+    def handle_answer(self, answer: KVReceived) -> None:
+        """Send the next chunk, unless the last one was not accepted or nothing is left."""
         if not answer.accepted:
             self._transfers.pop(answer.request, None)
         elif answer.request in self._transfers:
-            self._send(answer.request)
+            self._send_next_chunk(answer.request)
 
-    def sources(self, chunk: KVChunk) -> set[str]:
-        """Who may send KV of a stage: those that hold layers of it under the other version of a move."""
-        return {name for name, _, _ in self._sources(chunk)}
+    def kv_senders(self, chunk: KVChunk) -> set[str]:
+        """Return who may send KV of a stage: the holders of its layers under the other version of a move."""
+        return {name for name, _, _ in self._sending_spans(chunk)}
 
-    def targets(self, request: int) -> tuple[str, ...]:
-        """To whom the KV of a request is being sent."""
+    def kv_targets(self, request: int) -> tuple[str, ...]:
+        """Return the worker to which the KV of a request is being sent."""
         return (self._transfers[request].request.target_name,) if request in self._transfers else ()
 
-    def take(self, chunk: KVChunk, sender: str, tensors: Sequence[Tensor]) -> KVCopied | None:
-        """Take in a chunk of another worker's; give the answer for the caller if it was the last one.
+    def receive_chunk(self, chunk: KVChunk, sender: str, tensors: Sequence[Tensor]) -> KVCopied | None:
+        """Write a chunk from another worker; return the answer for the caller after the last one.
 
-        Raises
-        ------
-        ProtocolError
-            If it does not fit what has come before, or is for a stage that is not hosted.
+        Raises ProtocolError if the chunk does not fit those before it, or its stage is not hosted.
         """
+        # 1) check the chunk's tensors, and that its layers move from the sender to here
         num_kv = 2 * len(chunk.slices)
         has_mask = chunk.state is not None and chunk.state.has_mask
         if len(tensors) != num_kv + has_mask or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
             raise ProtocolError(
                 f"{count_text(len(tensors), 'tensor')} arrived with KV of {count_text(len(chunk.slices), 'layer')}"
             )
-        hosted = self._stages.get(StageKey(chunk.model, chunk.plan_version, chunk.stage))
+        hosted = self._stages.get_stage(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
-        moving = [hosted.stage.slots(start, end) for name, start, end in self._sources(chunk) if name == sender]
+        moving = [hosted.stage.slots(start, end) for name, start, end in self._sending_spans(chunk) if name == sender]
         slots = frozenset().union(*moving)
         if any(place.slot not in slots for place in chunk.slices):
-            raise ProtocolError(f"KV from {sender!r} of layers that do not move from there to here")
+            raise ProtocolError(f"{sender!r} sent KV of layers that do not move from there to here")
+        # 2) write its KV, and the session's state if the chunk has it; a session that has ended needs neither
         pieces = [
             Piece(place=place, keys=tensors[2 * index].to(device), values=tensors[2 * index + 1].to(device))
             for index, place in enumerate(chunk.slices)
         ]
         if not self._stages.has_ended(chunk.model, chunk.session):
-            hosted.write(chunk.session, pieces)
+            hosted.write_kv(chunk.session, pieces)
             if chunk.state is not None:
                 context = StepContext.of(tensors[-1] if has_mask else None, chunk.state.num_tokens)
-                hosted.arrived(
+                hosted.record_state(
                     chunk.session,
                     context,
                     chunk.state.number,
                     records_past=chunk.state.records_past,
                     reserved_tokens=chunk.state.reserved_tokens,
                 )
+        # 3) after the last chunk, tell the caller
         if not chunk.is_last:
             return None
         return KVCopied(request=chunk.request, model=chunk.model, num_bytes=chunk.num_bytes)
 
-    def forget(self, model: int) -> None:
+    def drop_model(self, model: int) -> None:
         """Send nothing more of a model's sessions."""
         for number in [number for number, each in self._transfers.items() if each.request.model == model]:
             del self._transfers[number]
 
-    def _sources(self, chunk: KVChunk) -> list[tuple[str, int, int]]:
-        """Whose layers move to a stage: who held them, and which."""
-        span = self._stages.span(StageKey(chunk.model, chunk.plan_version, chunk.stage))
+    def _sending_spans(self, chunk: KVChunk) -> list[tuple[str, int, int]]:
+        """Return (name, start, end) of each party whose layers move to a stage."""
+        span = self._stages.span_of(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         held = [
             (name, max(start, span[0]), min(end, span[1]))
-            for name, start, end in self._moves.spans(chunk.model, chunk.plan_version)
+            for name, start, end in self._moves.spans_of_other_version(chunk.model, chunk.plan_version)
         ]
         return [(name, start, end) for name, start, end in held if start < end]
 
-    def _send(self, number: int) -> None:
+    def _send_next_chunk(self, number: int) -> None:
         transfer = self._transfers[number]
         request, session = transfer.request, transfer.session
         pieces, is_last = transfer.copy.next_pieces(_CHUNK_BYTES)

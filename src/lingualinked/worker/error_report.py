@@ -1,6 +1,6 @@
-"""An exception in the words of the messages that tell of it.
+"""Describes an exception in the fields of the messages that report it to the caller.
 
-Knows the kinds of failure that the caller tells apart.
+Knows the kinds of failure that the caller distinguishes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lingualinked.worker.limits import is_out_of_memory
 _MAX_CHARACTERS = 16_000
 
 
-class Failure(TypedDict):
-    """The fields that `RequestFailed` and `StepFailed` share."""
+class ErrorReport(TypedDict):
+    """The fields that `RequestFailed`, `KVRefused` and `StepFailed` share."""
 
     kind: FailureKind
     cause: str
     traceback: str
 
 
-def failure_of(error: Exception) -> Failure:
-    """Put an exception into words."""
+def describe_error(error: Exception) -> ErrorReport:
+    """Return the kind, the message and the traceback of an exception, clipped to fit into a message."""
     kind = FailureKind.ERROR
     if is_out_of_memory(error):
         kind = FailureKind.MEMORY
@@ -40,6 +40,6 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _clip(text: str) -> str:
-    """Leave out the middle of a text that would not fit into a message."""
+    """Cut out the middle of a text that is too long."""
     half = _MAX_CHARACTERS // 2
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]}\n[...]\n{text[-half:]}"

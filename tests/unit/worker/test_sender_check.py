@@ -16,14 +16,14 @@ from lingualinked.protocol.moving import AnnounceMove, FetchWeight, KVChunk, Sta
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER, Role
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.transport.keys import generate_keypair
+from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
+from lingualinked.worker.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
-from lingualinked.worker.mover import Mover
-from lingualinked.worker.moves import AnnouncedMoves
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
-from lingualinked.worker.roles import Roles, StaleMessageError
-from lingualinked.worker.stages import HostedStages, StageKey
+from lingualinked.worker.sender_check import SenderCheck, StaleMessageError
 from message_examples import TYPES, example
 
 MODEL, OLD, NEW, STAGE, REQUEST = 7, 1, 2, 1, 7
@@ -44,7 +44,7 @@ PARTIES = {
 
 
 @pytest.fixture
-def roles() -> Roles:
+def roles() -> SenderCheck:
     mailbox = InProcessMailbox(InProcessHub(), "me")
     peers = Peers(mailbox)
     for name in PARTIES.keys() - {"caller", "unintroduced"}:
@@ -54,7 +54,7 @@ def roles() -> Roles:
     for version in (OLD, NEW):
         hosted: Any = SimpleNamespace(previous_name="previous", stage=SimpleNamespace(start=2, end=4))
         stages._stages[StageKey(MODEL, version, STAGE)] = hosted
-    asked: Any = SimpleNamespace(asked="lender")
+    asked: Any = SimpleNamespace(last_asked="lender")
     stages._borrowed[REQUEST] = StageKey(MODEL, NEW, STAGE), asked
     moves = AnnouncedMoves()
     held = [("previous", OLD, 0, 2), ("me", OLD, 2, 4), ("next", OLD, 4, 6)]
@@ -63,17 +63,17 @@ def roles() -> Roles:
         StagePlace(name=name, plan_version=at, start=start, end=end) for name, at, start, end in held + moved
     )
     moves.announce(AnnounceMove(request=1, model=MODEL, stages=places, borrowers=("borrower",)))
-    mover, lender, probes = Mover(stages, peers, moves), Lender(stages, moves), LinkProbes(peers)
+    mover, lender, probes = KVMover(stages, peers, moves), Lender(stages, moves), LinkProbes(peers)
     transfer: Any = SimpleNamespace(request=SimpleNamespace(target_name="target"))
     mover._transfers[REQUEST] = transfer
     probe: Any = None
     probes._waiting["probed"] = deque([probe])
-    return Roles(peers, stages, mover, lender, probes)
+    return SenderCheck(peers, stages, mover, lender, probes)
 
 
-def is_taken(roles: Roles, message: Message, sender: str) -> bool:
+def is_taken(roles: SenderCheck, message: Message, sender: str) -> bool:
     try:
-        roles.check(message, sender)
+        roles.check_sender(message, sender)
     except ProtocolError:
         return False
     return True
@@ -93,7 +93,7 @@ def test_the_tables_are_whole() -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
-def test_each_message_is_taken_from_whose_it_is_to_send_alone(roles: Roles, kind: type[AnyMessage]) -> None:
+def test_each_message_is_taken_from_whose_it_is_to_send_alone(roles: SenderCheck, kind: type[AnyMessage]) -> None:
     taken = {name for name in PARTIES if is_taken(roles, aimed(kind), name)}
     assert taken == {name for name, held in PARTIES.items() if TO_WORKER.get(kind) in held}
 
@@ -101,30 +101,30 @@ def test_each_message_is_taken_from_whose_it_is_to_send_alone(roles: Roles, kind
 @pytest.mark.parametrize("version", [0, 3, 10**9])
 @pytest.mark.parametrize("kind", [Step, EndSession])
 def test_a_version_that_is_not_hosted_has_no_stage_before_it(
-    roles: Roles, kind: type[AnyMessage], version: int
+    roles: SenderCheck, kind: type[AnyMessage], version: int
 ) -> None:
     assert not is_taken(roles, aimed(kind, plan_version=version), "previous")
 
 
-def test_what_was_on_its_way_when_a_stage_went_is_no_cause_for_alarm(roles: Roles) -> None:
+def test_what_was_on_its_way_when_a_stage_went_is_no_cause_for_alarm(roles: SenderCheck) -> None:
     for stale in (aimed(EndSession, plan_version=9), aimed(KVChunk, model=MODEL + 1), aimed(FetchWeight, model=9)):
         with pytest.raises(StaleMessageError):
-            roles.check(stale, "previous")
+            roles.check_sender(stale, "previous")
     with pytest.raises(ProtocolError) as caught:
-        roles.check(aimed(EndSession), "next")
+        roles.check_sender(aimed(EndSession), "next")
     assert not isinstance(caught.value, StaleMessageError)
 
 
-def test_each_stage_has_a_party_of_its_own_before_it(roles: Roles) -> None:
+def test_each_stage_has_a_party_of_its_own_before_it(roles: SenderCheck) -> None:
     for fields in ({"stage": 0}, {"stage": 2}, {"model": MODEL + 1}):
         assert not is_taken(roles, aimed(Step, **fields), "previous")
 
 
-def test_kv_comes_from_who_holds_the_layers_under_the_other_version(roles: Roles) -> None:
+def test_kv_comes_from_who_holds_the_layers_under_the_other_version(roles: SenderCheck) -> None:
     assert is_taken(roles, aimed(KVChunk, plan_version=OLD), "source")
     for fields in ({"plan_version": NEW}, {"stage": 0}, {"model": MODEL + 1}, {"plan_version": 9}):
         assert not is_taken(roles, aimed(KVChunk, **fields), "source")
 
 
-def test_weights_are_lent_of_the_model_that_moves(roles: Roles) -> None:
+def test_weights_are_lent_of_the_model_that_moves(roles: SenderCheck) -> None:
     assert not is_taken(roles, aimed(FetchWeight, model=MODEL + 1), "borrower")

@@ -1,4 +1,4 @@
-"""All stages that a worker hosts, of every model and plan version; loading them, and moving sessions from one to another.
+"""All stages that a worker hosts, of every model and plan version: loads them, and moves sessions between them.
 
 Knows stages and a thread to load them in; no sockets.
 """
@@ -19,8 +19,8 @@ from lingualinked.model.stage import Stage
 from lingualinked.protocol.messages import Acknowledged, LoadStage, StageReport, Step
 from lingualinked.protocol.moving import ForkSession, WeightChunk
 from lingualinked.worker.background import Background
-from lingualinked.worker.borrowed_weights import Ask, BorrowedWeights
-from lingualinked.worker.hosted import HostedStage
+from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
+from lingualinked.worker.hosted_stage import HostedStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,65 +31,62 @@ _MAX_SESSIONS = 1 << 16
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class StageKey:
-    """Which stage: of a model, in a plan, at a position."""
+    """Identifies a stage: its model, the plan version, and its position in the plan."""
 
     model: int
     plan_version: int
     index: int
 
 
-class NotWantedError(Exception):
-    """What is being loaded has been unloaded before it was there."""
+class LoadCancelledError(Exception):
+    """A stage was unloaded before it had been loaded."""
 
 
 class HostedStages:
-    """The stages of one worker.
-
-    Parameters
-    ----------
-    accelerator : str
-        Where they compute.
-    background : Background
-        Where they are loaded.
-    """
+    """The stages of one worker, which compute on `accelerator` and are loaded in `background`."""
 
     def __init__(self, accelerator: str, background: Background) -> None:
         self._accelerator = accelerator
         self._background = background
         self._stages: dict[StageKey, HostedStage] = {}
         self._wanted: set[StageKey] = set()
-        self._ended: dict[int, set[int]] = {}  # sessions, by number of the model
-        self._borrowed: dict[int, tuple[StageKey, BorrowedWeights]] = {}  # by number of the request
+        self._ended: dict[int, set[int]] = {}  # sessions, by the model's number
+        self._borrowed: dict[int, tuple[StageKey, BorrowedWeights]] = {}  # by the request's number
 
-    def load(
+    def load_stage(
         self,
         request: LoadStage,
         on_progress: Callable[[int], None],
         on_loaded: Callable[[Stage], None],
         on_error: Callable[[Exception], None],
-        fetch: Ask,
+        request_part: RequestPart,
     ) -> None:
-        """Load a stage beside whatever else is done; the callbacks are called on the worker's loop."""
+        """Load a stage in the background; the callbacks run on the worker's loop."""
+        # 1) on the loop: register the stage as wanted; unloading its model, or keeping another plan, cancels it
         key = StageKey(request.model, request.plan_version, request.stage)
         self._wanted.add(key)
 
-        def check_wanted() -> None:
+        def check_cancelled() -> None:
             if key not in self._wanted:
-                raise NotWantedError
+                raise LoadCancelledError
 
         def borrow(meta_model: PreTrainedModel) -> BorrowedWeights:
             borrowed = BorrowedWeights(
-                meta_model, request, lambda *asked: self._background.call(lambda: fetch(*asked)), check_wanted
+                meta_model,
+                request,
+                lambda *part: self._background.call_on_loop(lambda: request_part(*part)),
+                check_cancelled,
             )
             self._borrowed[request.request] = key, borrowed
             return borrowed
 
         def progress(num_bytes: int) -> None:
-            check_wanted()
-            self._background.call(lambda: on_progress(num_bytes))
+            check_cancelled()
+            self._background.call_on_loop(lambda: on_progress(num_bytes))
 
-        def work() -> None:
-            held = [hosted.stage for other, hosted in list(self._stages.items()) if other.model == request.model]
+        def load_in_background() -> None:
+            # 2) in the background: load the layers that no stage here holds, from the checkpoint or from other workers
+            own = [hosted.stage for other, hosted in list(self._stages.items()) if other.model == request.model]
             try:
                 stage = Stage.load(
                     request.spec,
@@ -97,45 +94,40 @@ class HostedStages:
                     request.end,
                     accelerator=self._accelerator,
                     progress=progress,
-                    held=[each for each in held if each.start < request.end and request.start < each.end],
-                    instead=borrow if request.holders else None,
+                    shared=[each for each in own if each.start < request.end and request.start < each.end],
+                    fallback=borrow if request.holders else None,
                 )
-            except NotWantedError:
-                self._background.call(lambda: release_memory(self._accelerator))
+            except LoadCancelledError:
+                self._background.call_on_loop(lambda: release_memory(self._accelerator))
             except Exception as error:  # noqa: BLE001 - the caller raises it
-                self._background.call(functools.partial(on_error, error))
+                self._background.call_on_loop(functools.partial(on_error, error))
             else:
+                # 3) on the loop again: put the stage in service, if it is still wanted
                 hosted = HostedStage(stage, request.previous_name, request.next_name, request.max_kv_tokens)
-                self._background.call(functools.partial(self._enter, key, hosted, on_loaded))
+                self._background.call_on_loop(functools.partial(self._put_in_service, key, hosted, on_loaded))
             finally:
                 self._borrowed.pop(request.request, None)
 
-        self._background.submit(work)
+        self._background.submit(load_in_background)
 
-    def sources(self, model: int, plan_version: int, stage: int) -> tuple[str, ...]:
-        """Who may send what a stage runs besides the caller: the party before it."""
+    def step_senders(self, model: int, plan_version: int, stage: int) -> tuple[str, ...]:
+        """Return who may send steps to a stage, besides the caller: the party before it."""
         hosted = self._stages.get(StageKey(model, plan_version, stage))
         return () if hosted is None else (hosted.previous_name,)
 
     def lenders(self, request: int) -> tuple[str, ...]:
-        """Who was asked for the weights of a stage that is being loaded."""
+        """Return the worker that a part of a weight was last requested from, for a stage that is being loaded."""
         borrowed = self._borrowed.get(request)
-        return () if borrowed is None else (borrowed[1].asked,)
+        return () if borrowed is None else (borrowed[1].last_asked,)
 
-    def take_weight(self, chunk: WeightChunk, tensors: tuple[Tensor, ...]) -> None:
-        """Hand a part of a weight to whoever waits for it; nobody may any more."""
+    def deliver_weight(self, chunk: WeightChunk, tensors: tuple[Tensor, ...]) -> None:
+        """Deliver a part of a weight to the stage that is loading; do nothing if none is any more."""
         borrowed = self._borrowed.get(chunk.request)
         if borrowed is not None:
-            borrowed[1].take(chunk, tensors)
+            borrowed[1].deliver_chunk(chunk, tensors)
 
-    def get(self, key: StageKey) -> HostedStage:
-        """Return a stage.
-
-        Raises
-        ------
-        ProtocolError
-            If it is not hosted.
-        """
+    def get_stage(self, key: StageKey) -> HostedStage:
+        """Return a stage, or raise ProtocolError if it is not hosted here."""
         hosted = self._stages.get(key)
         if hosted is None:
             raise ProtocolError(
@@ -143,18 +135,15 @@ class HostedStages:
             )
         return hosted
 
-    def span(self, key: StageKey) -> tuple[int, int]:
-        """Which layers a stage has; none if it is not hosted."""
+    def span_of(self, key: StageKey) -> tuple[int, int]:
+        """Return the span of a stage; an empty one if it is not hosted here."""
         hosted = self._stages.get(key)
         return (0, 0) if hosted is None else (hosted.stage.start, hosted.stage.end)
 
     def is_due(self, step: Step) -> bool:
-        """Whether a step can run, or fail, now; if not, word that its session has moved is still to come.
+        """Return whether a step can run, or fail, now; if not, it must wait until its session has moved to this version.
 
-        Raises
-        ------
-        ProtocolError
-            If it has run already, or the session it would begin runs under another plan version.
+        Raises ProtocolError if the step has run already, or is the first one of a session that runs under another version.
         """
         hosted = self._stages.get(StageKey(step.model, step.plan_version, step.stage))
         if hosted is None:
@@ -162,7 +151,9 @@ class HostedStages:
         session = hosted.sessions.get(step.session)
         if session is not None:
             if step.number < session.number:
-                raise ProtocolError(f"step {step.number} of session {step.session}, and {session.number} is due")
+                raise ProtocolError(
+                    f"step {step.number} of session {step.session} arrived, and {session.number} is due"
+                )
             return True
         is_elsewhere = any(
             step.session in other.sessions
@@ -170,100 +161,99 @@ class HostedStages:
             if key.model == step.model and key.plan_version != step.plan_version
         )
         if is_elsewhere and step.number == 0:
-            raise ProtocolError(f"the first step of session {step.session}, which runs under another plan version")
-        return not is_elsewhere and not hosted.awaits(step.session)
+            raise ProtocolError(
+                f"the first step arrived of session {step.session}, which runs under another plan version"
+            )
+        return not is_elsewhere and not hosted.is_receiving(step.session)
 
     def move_session(self, model: int, session: int, plan_version: int) -> None:
-        """Have a session run in the stages of a plan version from now on; does nothing if it does so already.
+        """Run a session under a plan version from now on; does nothing if it already does.
 
-        Raises
-        ------
-        ProtocolError
-            If not all of its KV is there.
+        Raises ProtocolError if some of its KV is missing.
         """
+        # 1) do nothing if the session has ended while it was moving
         if self.has_ended(model, session):
             return
+        # 2) find its state in the stages of other versions
         own = [(key, hosted) for key, hosted in self._stages.items() if key.model == model]
         others = [hosted for key, hosted in own if key.plan_version != plan_version]
         leaving = [hosted.sessions[session] for hosted in others if session in hosted.sessions]
+        # 3) put that, and the KV that has arrived, into the stages of this version
         for key, hosted in own:
             if (
                 key.plan_version == plan_version
                 and session not in hosted.sessions
-                and (leaving or hosted.awaits(session))
+                and (leaving or hosted.is_receiving(session))
             ):
-                hosted.take_over(session, leaving)
+                hosted.adopt_session(session, leaving)
+        # 4) free it in the others
         for hosted in others:
-            hosted.end(session)
+            hosted.end_session(session)
 
     def fork_session(self, message: ForkSession) -> Acknowledged:
-        """Copy a session's KV in a stage under another number.
-
-        Raises
-        ------
-        ProtocolError
-            If the session is not there, or at another step.
-        """
-        hosted = self.get(StageKey(message.model, message.plan_version, message.stage))
-        hosted.fork(message.session, message.number, message.fork)
+        """Copy a session within a stage under another number; raise ProtocolError if it is missing, or at another step."""
+        hosted = self.get_stage(StageKey(message.model, message.plan_version, message.stage))
+        hosted.fork_session(message.session, message.number, message.fork)
         return Acknowledged(request=message.request)
 
     def end_session(self, model: int, session: int, plan_version: int) -> None:
-        """Free a session's KV under every plan version; while it may be moving, nothing more of it is taken in.
+        """Free a session's KV under every plan version, and accept no more of it while it may be moving.
 
-        Where it runs under a later version than its end is said for, it has moved on, and stays there.
+        A session that runs under a later version than this one has moved on, and stays.
         """
         own = [(key.plan_version, hosted) for key, hosted in self._stages.items() if key.model == model]
         if not any(version > plan_version and session in hosted.sessions for version, hosted in own):
             for _, hosted in own:
-                hosted.end(session)
+                hosted.end_session(session)
         if (
             len({version for version, _ in own}) > 1 and len(self._ended.get(model, ())) < _MAX_SESSIONS
-        ):  # the rest of its KV, and word of its move, may come only after word of its end
+        ):  # the rest of its KV, and the message that it has moved, may arrive later
             self._ended.setdefault(model, set()).add(session)
 
     def has_ended(self, model: int, session: int) -> bool:
-        """Whether a session has ended while it may have been moving."""
+        """Return whether a session ended while it may have been moving."""
         return session in self._ended.get(model, ())
 
     def keep_plan(self, model: int, plan_version: int) -> None:
-        """Free every stage of a model that is of another plan version, and what was under way between the two."""
+        """Free every stage of a model that has another plan version, and drop all copies in progress."""
         for key, hosted in self._stages.items():
             if key.model == model:
-                hosted.forget_moves()
+                hosted.drop_moves()
         self._ended.pop(model, None)
-        self._drop({key for key in self._known() if key.model == model and key.plan_version != plan_version})
+        self._drop_stages(
+            {key for key in self._known_keys() if key.model == model and key.plan_version != plan_version}
+        )
 
-    def unload(self, model: int) -> None:
+    def unload_model(self, model: int) -> None:
         """Free every stage of a model, with all its sessions."""
         self._ended.pop(model, None)
-        self._drop({key for key in self._known() if key.model == model})
+        self._drop_stages({key for key in self._known_keys() if key.model == model})
 
     def reports(self) -> tuple[StageReport, ...]:
-        """Describe all stages."""
+        """Report on all stages."""
         return tuple(
             hosted.report(key.model, key.plan_version, key.index) for key, hosted in sorted(self._stages.items())
         )
 
     def held_bytes(self) -> int:
-        """Weights and KV of all models; of one that is being moved, under the plan version that holds more of it.
+        """Return the bytes of weights and KV of all models.
 
-        The two versions share most layers, so that both together would be counted twice.
+        Of a model that moves, only the larger of the two versions counts, since they share most layers.
         """
         held: defaultdict[int, defaultdict[int, int]] = defaultdict(lambda: defaultdict(int))
         for key, hosted in self._stages.items():
             held[key.model][key.plan_version] += hosted.held_bytes
         return sum(max(versions.values()) for versions in held.values())
 
-    def _known(self) -> set[StageKey]:
+    def _known_keys(self) -> set[StageKey]:
         return self._wanted | self._stages.keys()
 
-    def _enter(self, key: StageKey, hosted: HostedStage, on_loaded: Callable[[Stage], None]) -> None:
+    def _put_in_service(self, key: StageKey, hosted: HostedStage, on_loaded: Callable[[Stage], None]) -> None:
         if key in self._wanted:
             self._stages[key] = hosted
             on_loaded(hosted.stage)
 
-    def _drop(self, keys: set[StageKey]) -> None:
+    def _drop_stages(self, keys: set[StageKey]) -> None:
         self._wanted -= keys
         for key, borrowed in list(self._borrowed.values()):
             if key in keys:
