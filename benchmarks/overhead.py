@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lingualinked as ll
 from lingualinked.cli.samples import Samples, ratios
 from lingualinked.console import new_console
-from lingualinked.model.loading import load_span
+from lingualinked.model.span_loading import load_span
 from lingualinked.model.spec import ModelSpec
 from lingualinked.tables import Rows
 

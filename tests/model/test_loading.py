@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 from conversations import Cut, Whole, greedy, load_stages, spec_of
 from families import reference, save_tiny, tiny_config, tiny_model
 from lingualinked.errors import CheckpointError
-from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import build_meta, find_parts
+from lingualinked.model.span_loading import check_weights
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage
 from lingualinked.model.weights import untied_parameters

@@ -90,7 +90,7 @@ class Moving(Cut):
         for index, (source, first, stop) in enumerate(self._spans):
             for (target, start, end), cache in zip(self._next_spans, self._next_caches, strict=True):
                 if source != target and max(first, start) < min(stop, end):
-                    slots = self.stages[index].slots(max(first, start), min(stop, end))
+                    slots = self.stages[index].cache_slots(max(first, start), min(stop, end))
                     self._copies.append((index, KVCopy(self.caches[index], slots), cache))
 
     def _send(self, *, finally_all: bool) -> None:

@@ -21,7 +21,7 @@ from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.profile import DeviceProfile, Profile
-from lingualinked.protocol.measuring import MeasuredStep, MeasureModel, ModelMeasured, StepShape
+from lingualinked.protocol.measuring import MeasuredShape, MeasuredStep, MeasureModel, ModelMeasured
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
@@ -158,7 +158,7 @@ def extend_profile(
     )
 
 
-def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[StepShape, ...]:
+def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[MeasuredShape, ...]:
     """Give the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer.
 
     The last token of a text needs a position as well: where they are learned, one must be left for it.
@@ -168,7 +168,7 @@ def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[S
         late = min(late, max_positions - 1)
     steps = [(max(2, workload.prompt_tokens), 0), *((1, context) for context in sorted({early, late}))]
     return tuple(
-        StepShape(rows=rows, tokens=tokens, context=context)
+        MeasuredShape(rows=rows, tokens=tokens, context=context)
         for rows in sorted({1, workload.batch_size})
         for tokens, context in steps
     )
@@ -248,7 +248,7 @@ def _as_measured(known: DeviceProfile) -> ModelMeasured:
     def steps(times: ModuleTimes) -> tuple[MeasuredStep, ...]:
         return tuple(
             MeasuredStep(
-                shape=StepShape(rows=step.rows, tokens=step.tokens, context=step.context),
+                shape=MeasuredShape(rows=step.rows, tokens=step.tokens, context=step.context),
                 seconds=step.seconds,
                 spread_s=step.spread_s,
             )
@@ -297,7 +297,7 @@ def _device_profile(
 
 def _times(answers: Iterable[Sequence[MeasuredStep]]) -> ModuleTimes | None:
     """Take together what devices that are alike have measured; ``None`` if they have not."""
-    by_shape: defaultdict[StepShape, list[MeasuredStep]] = defaultdict(list)
+    by_shape: defaultdict[MeasuredShape, list[MeasuredStep]] = defaultdict(list)
     for steps in answers:
         for step in steps:
             by_shape[step.shape].append(step)

@@ -1,6 +1,6 @@
-"""Which architectures can be cut, and the refusal by name of the others.
+"""The architectures that can be cut, and the errors for all others.
 
-Knows configurations only: no weights, no modules, no spans.
+Knows configurations only; no weights, no modules, no spans.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lingualinked.model.spec import ModelSpec
 
-# An architecture enters this list together with its configurations in tests/families.py, which prove it bit-equal.
+# To add an architecture, add its configurations to tests/families.py, whose tests show that it is bit-equal.
 SUPPORTED_ARCHITECTURES = {
     "bloom": "BloomForCausalLM",
     "cohere": "CohereForCausalLM",
@@ -53,12 +53,12 @@ SUPPORTED_ARCHITECTURES = {
 
 
 def check_architecture(config: PreTrainedConfig) -> str:
-    """Name the transformers class that runs a configuration as a causal LM, if it is one that can be cut.
+    """Return the transformers class that runs a configuration as a causal LM, after checking that it can be cut.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        As ``AutoConfig.from_pretrained`` gives it.
+        As ``AutoConfig.from_pretrained`` returns it.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def check_architecture(config: PreTrainedConfig) -> str:
     Raises
     ------
     UncuttableModelError
-        For encoders, encoder-decoders, custom code, and every architecture that is not proven exact.
+        For encoders, encoder-decoders, custom code, and every architecture that is not tested to be exact.
     CheckpointError
         If the weights are quantised (a ``quantization_config``).
     """
@@ -79,7 +79,7 @@ def check_architecture(config: PreTrainedConfig) -> str:
             name, "it is an encoder-decoder model, and only decoder-only causal language models have one stack to cut"
         )
     if model_type not in SUPPORTED_ARCHITECTURES:
-        raise UncuttableModelError(name, _refusal(config))
+        raise UncuttableModelError(name, _refusal_reason(config))
     if getattr(config, "add_cross_attention", False):
         raise UncuttableModelError(
             name,
@@ -95,17 +95,17 @@ def check_architecture(config: PreTrainedConfig) -> str:
     return SUPPORTED_ARCHITECTURES[model_type]
 
 
-def _refusal(config: PreTrainedConfig) -> str:
-    """Say why a model type outside the list is not run."""
+def _refusal_reason(config: PreTrainedConfig) -> str:
+    """Return why a model type outside the list is refused."""
     model_type = config.model_type
     if model_type not in CONFIG_MAPPING:
         return (
-            f"its code is not part of transformers (model_type {model_type!r}), and custom code is not cut: "
-            "use a checkpoint of an architecture that transformers has built in"
+            f"its code is not part of transformers (model_type {model_type!r}), and custom code can't be cut: "
+            "use a checkpoint of an architecture that is part of transformers"
         )
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return (
-            f"{model_type!r} is an encoder-only architecture, which predicts masked tokens and generates nothing: "
+            f"{model_type!r} is an encoder-only architecture, which predicts masked tokens and can't generate text: "
             "use a decoder-only causal language model"
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -117,12 +117,12 @@ def _refusal(config: PreTrainedConfig) -> str:
 
 
 def read_config(spec: ModelSpec) -> PreTrainedConfig:
-    """Rebuild the configuration that a spec carries.
+    """Rebuild the configuration of a spec.
 
     Returns
     -------
     PreTrainedConfig
-        A fresh object; what only concerns the caller's output (recorded hidden states, tuples for outputs) is off.
+        A new object, with the options that only concern the caller's output (hidden states, attentions, tuples) turned off.
     """
     fields = json.loads(spec.config_json)
     config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)

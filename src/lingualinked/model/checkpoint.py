@@ -1,6 +1,6 @@
-"""Find the files of a checkpoint, and the dtype that its weights are to have.
+"""Finds the files of a checkpoint, and the dtype that its weights are loaded in.
 
-Looks at names, indices and headers; reads no weights and knows no model.
+Reads names, indices and headers; reads no weights and knows no model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from lingualinked.errors import ArgumentError, CheckpointError
 from lingualinked.model import hf_internals
-from lingualinked.model.safetensors_file import SafetensorsFile, identify
+from lingualinked.model.safetensors_file import SafetensorsFile, identify_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,12 +31,12 @@ _OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model
 
 
 def check_no_adapter(path: str, **hub: Any) -> None:
-    """Refuse a checkpoint that only changes another one.
+    """Refuse a checkpoint that is an adapter to another one.
 
     Raises
     ------
     CheckpointError
-        If it is an adapter, or can't be looked at.
+        If it is an adapter, or can't be read.
     """
     if _find(path, _ADAPTER, hub) is not None:
         raise CheckpointError(
@@ -46,29 +46,29 @@ def check_no_adapter(path: str, **hub: Any) -> None:
 
 
 def check_fetched(folder: Path) -> None:
-    """Check that a checkpoint's files are there themselves, rather than what git-lfs leaves in their places.
+    """Check that a folder contains a checkpoint's files, not git-lfs pointers to them.
 
     Parameters
     ----------
     folder : Path
-        Where it lies; nothing is checked if there is no such folder.
+        Folder of the checkpoint; nothing is checked if it does not exist.
 
     Raises
     ------
     CheckpointError
-        With the names of the files that are not.
+        If files are pointers, with their names.
     """
     files = sorted(path for path in folder.glob("*") if path.suffix in _FETCHED and path.is_file())
     pointers = [path.name for path in files if _is_pointer(path)]
     if pointers:
         raise CheckpointError(
-            f"git-lfs pointers stand in {folder} for {', '.join(pointers)}: run 'git lfs pull' there, or download the "
+            f"{folder} has git-lfs pointers in place of {', '.join(pointers)}: run 'git lfs pull' there, or download the "
             "checkpoint again"
         )
 
 
 def _is_pointer(path: Path) -> bool:
-    with contextlib.suppress(OSError), path.open("rb") as file:  # what can't be read is named by who reads it
+    with contextlib.suppress(OSError), path.open("rb") as file:  # if it can't be read, reading it later raises
         return file.read(len(_POINTER)) == _POINTER
     return False
 
@@ -87,7 +87,7 @@ def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[CheckpointF
     Returns
     -------
     tuple of CheckpointFile
-        As they are now: what is put in their place later is not read.
+        The files as they are now: a file that replaces one of them later is not read.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[CheckpointF
     check_no_adapter(path, **hub)
     single = _find(path, _WEIGHTS, hub)
     if single is not None:
-        return (identify(single),)
+        return (identify_file(single),)
     index = _find(path, _INDEX, hub)
     if index is not None:
         return tuple(_shard(path, name, index, hub) for name in _shard_names(index))
@@ -110,11 +110,11 @@ def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[CheckpointF
             )
     if Path(path).is_dir() or not _may_be_hub_id(path):
         raise CheckpointError(
-            f"no checkpoint at {path!r}: there is neither {_WEIGHTS} nor {_INDEX}; give the folder that save_pretrained wrote"
+            f"no checkpoint at {path!r}: there is neither {_WEIGHTS} nor {_INDEX}; pass the folder that save_pretrained wrote"
         )
     raise CheckpointError(
-        f"{path!r} is neither a local folder nor a model with safetensors weights that the Hugging Face hub, or its "
-        "local cache, gives: check the name, the revision and the connection"
+        f"{path!r} is neither a local folder nor a model with safetensors weights on the Hugging Face hub or in its "
+        "local cache: check the name, the revision and the connection"
     )
 
 
@@ -132,7 +132,7 @@ def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
 
 
 def _shard_names(index: str) -> list[str]:
-    """Read the names of the files that an index names, within its own folder."""
+    """Return the names of the files in an index, which must lie in its own folder."""
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -151,16 +151,16 @@ def _shard(path: str, name: str, index: str, hub: dict[str, Any]) -> CheckpointF
         raise CheckpointError(
             f"{name}, a shard that {index} names, is missing: copy or download the whole checkpoint again"
         )
-    return identify(found)
+    return identify_file(found)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, files: Sequence[CheckpointFile]) -> str:
-    """Settle the dtype of the weights with transformers' meaning.
+    """Resolve the dtype of the weights as transformers does.
 
     Parameters
     ----------
     dtype : str, torch.dtype or None
-        ``"auto"`` or None: the configuration's, else that of the checkpoint's first floating tensor, else torch's default.
+        ``"auto"`` or None: that of the configuration, else of the checkpoint's first floating-point tensor, else torch's default.
     config : PreTrainedConfig
     files : sequence of CheckpointFile
         Safetensors files; empty for dummy weights.
@@ -188,6 +188,6 @@ def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, fil
 
 
 def _dtype_of_files(files: Sequence[CheckpointFile]) -> torch.dtype | None:
-    """Give the dtype of the first floating tensor of the first file."""
+    """Return the dtype of the first floating-point tensor in the first file."""
     entries = SafetensorsFile(files[0]).entries.values() if files else ()
     return next((entry.dtype for entry in entries if entry.dtype.is_floating_point), None)

@@ -1,6 +1,6 @@
-"""How a step's attention mask and position ids are told in a few bytes, whatever the length of the text.
+"""Encodes a step's attention mask and position ids in a few bytes, whatever the length of the text.
 
-Both ends keep the same state, so that a decode step sends neither; knows no sockets and no model.
+Sender and receiver keep the same state, so that a decode step sends neither tensor. Knows no sockets and no model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class MaskMode(enum.IntEnum):
-    """How a step's attention mask is told: not at all, as the last one plus ones, or as it is."""
+    """How a step's attention mask is sent: there is none, as the last mask extended by ones, or in full."""
 
     NONE = 0
     EXTEND = 1
@@ -21,7 +21,7 @@ class MaskMode(enum.IntEnum):
 
 
 class PositionMode(enum.IntEnum):
-    """How a step's position ids are told: not at all, as consecutive, as counted in the mask, or as they are."""
+    """How a step's position ids are sent: there are none, as consecutive, as counted in the mask, or in full."""
 
     NONE = 0
     RANGE = 1
@@ -31,14 +31,14 @@ class PositionMode(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ContextCode:
-    """A step's mask and positions as they travel.
+    """A step's mask and positions, encoded.
 
     Parameters
     ----------
     mask : MaskMode
-        How the mask is told.
+        How the mask is sent.
     positions : PositionMode
-        How the positions are told.
+        How the positions are sent.
     position_rows : int
         Rows of the position ids (1, or the batch).
     tensors : tuple of Tensor
@@ -52,14 +52,14 @@ class ContextCode:
 
 
 class StepContext:
-    """The attention mask of one session, kept alike by the caller and by every stage."""
+    """The attention mask and the number of tokens of one session; the caller and every stage keep the same state."""
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._num_tokens = 0
 
     def encode(self, mask: Tensor | None, positions: Tensor | None, num_new: int) -> ContextCode:
-        """Tell a step's mask and positions, and take them as seen.
+        """Encode a step's mask and positions, and record them as seen.
 
         Parameters
         ----------
@@ -73,7 +73,7 @@ class StepContext:
         Returns
         -------
         ContextCode
-            What to send; `decode` on the other end gives back equal tensors.
+            What to send; `decode` at the other end returns equal tensors.
         """
         tensors: list[Tensor] = []
         mask_mode = MaskMode.NONE
@@ -87,23 +87,23 @@ class StepContext:
         position_mode, position_rows = PositionMode.NONE, 0
         if positions is not None:
             position_rows = positions.shape[0]
-            if _same(positions, self._consecutive(position_rows, num_new)):
+            if _is_equal(positions, self._consecutive(position_rows, num_new)):
                 position_mode = PositionMode.RANGE
-            elif mask is not None and _same(positions, _counted(mask, num_new)):
+            elif mask is not None and _is_equal(positions, _counted(mask, num_new)):
                 position_mode = PositionMode.FROM_MASK
             else:
                 position_mode = PositionMode.FULL
                 tensors.append(positions)
-        self._take(mask, num_new)
+        self._record_seen(mask, num_new)
         return ContextCode(mask=mask_mode, positions=position_mode, position_rows=position_rows, tensors=tuple(tensors))
 
     def decode(self, code: ContextCode, num_new: int) -> tuple[Tensor | None, Tensor | None]:
-        """Give back the mask and the positions that `encode` told, and take them as seen.
+        """Return the mask and the positions that `encode` was given, and record them as seen.
 
         Raises
         ------
         ValueError
-            If the mask is told as an extension and there is none to extend, or a tensor is missing.
+            If the mask extends one that this session does not have, or a tensor is missing.
         """
         tensors = list(code.tensors)
         if len(tensors) != (code.mask is MaskMode.FULL) + (code.positions is PositionMode.FULL):
@@ -120,23 +120,23 @@ class StepContext:
             positions = self._consecutive(code.position_rows, num_new)
         elif code.positions is PositionMode.FROM_MASK:
             if mask is None:
-                raise ValueError("a step counts positions in a mask that it does not have")
+                raise ValueError("a step counts positions in a mask, and has no mask")
             positions = _counted(mask, num_new)
         elif code.positions is PositionMode.FULL:
             positions = tensors.pop(0)
-        self._take(mask, num_new)
+        self._record_seen(mask, num_new)
         return mask, positions
 
     @classmethod
     def of(cls, mask: Tensor | None, num_tokens: int) -> StepContext:
-        """Make the context of a session that has seen so many tokens, under such a mask."""
+        """Make the context of a session that has seen `num_tokens` tokens, with this mask."""
         context = cls()
         context._mask, context._num_tokens = mask, num_tokens
         return context
 
     @property
     def mask(self) -> Tensor | None:
-        """The mask over the whole text, if there is one that can be extended."""
+        """The mask of the whole text, if there is one that can be extended."""
         return self._mask
 
     @property
@@ -145,12 +145,12 @@ class StepContext:
         return self._num_tokens
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep the mask rows ``rows`` (int64 ``[new rows]``), as beam search does with the KV cache."""
+        """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask, as beam search does with the KV cache."""
         if self._mask is not None:
             self._mask = self._mask.index_select(0, rows)
 
     def crop(self, num_tokens: int) -> None:
-        """Forget the last ``num_tokens`` tokens."""
+        """Remove the last ``num_tokens`` tokens."""
         self._num_tokens -= num_tokens
         if self._mask is not None and num_tokens:
             self._mask = self._mask[..., :-num_tokens]
@@ -164,20 +164,20 @@ class StepContext:
         positions = torch.arange(self._num_tokens, self._num_tokens + num_new, dtype=torch.long)
         return positions.unsqueeze(0).expand(num_rows, -1).contiguous()
 
-    def _take(self, mask: Tensor | None, num_new: int) -> None:
+    def _record_seen(self, mask: Tensor | None, num_new: int) -> None:
         self._num_tokens += num_new
-        # Only a padding mask over the whole text can be extended by ones.
+        # Only a padding mask of the whole text can be extended by ones.
         fits = mask is not None and mask.ndim == 2 and mask.shape[-1] == self._num_tokens
         self._mask = mask if fits else None
 
 
 def _counted(mask: Tensor, num_new: int) -> Tensor | None:
-    """Positions as transformers counts them in a padding mask, of the last ``num_new`` tokens."""
+    """Return the positions of the last ``num_new`` tokens as transformers counts them in a padding mask."""
     if mask.ndim != 2 or mask.is_floating_point():
         return None
     positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
     return positions[:, -num_new:].contiguous()
 
 
-def _same(left: Tensor, right: Tensor | None) -> bool:
+def _is_equal(left: Tensor, right: Tensor | None) -> bool:
     return right is not None and left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)

@@ -1,6 +1,6 @@
-"""Cut a model class to one span: its own forward, with stand-ins for the modules that other stages hold.
+"""Cuts a model class to one span: its own forward, with stand-ins for the modules that other stages hold.
 
-Knows modules, not weights: nothing of checkpoints, caches or devices.
+Knows modules; no weights, checkpoints, caches or devices.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ if TYPE_CHECKING:
 RawOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
-class SpanLeft(Exception):  # noqa: N818 - it ends a forward pass and is no error
-    """The forward pass has come to the first layer after the span."""
+class SpanLeft(Exception):  # noqa: N818 - it ends a forward pass and is not an error
+    """The forward pass has reached the first layer after the span."""
 
 
 class Boundary:
-    """What crosses the ends of a span during one forward pass: raw layer outputs.
+    """The raw layer outputs that cross the ends of a span during one forward pass.
 
     Attributes
     ----------
     incoming : Tensor or tuple
-        What the last layer before the span returned on the previous stage.
+        Output of the last layer before the span, on the previous stage.
     outgoing : Tensor or tuple
-        What the last layer of the span returned.
+        Output of the last layer of the span.
     """
 
     def __init__(self) -> None:
         self.incoming: RawOutput | None = None
         self.outgoing: RawOutput | None = None
 
-    def capture(self, _layer: nn.Module, _arguments: Any, output: RawOutput) -> None:
+    def capture_output(self, _layer: nn.Module, _arguments: Any, output: RawOutput) -> None:
         """Keep the output of the last layer; a forward hook."""
         self.outgoing = output
 
     def clear(self) -> None:
-        """Hold on to no tensor between steps."""
+        """Drop both tensors, so that they can be freed between steps."""
         self.incoming = self.outgoing = None
 
 
 class StandIn(nn.Module):
-    """Takes the place of a module that another stage holds."""
+    """Replaces a module that another stage holds."""
 
 
 class ReplayLayer(StandIn):
-    """Stands in for a layer before the span: returns, whole, what the previous stage's last layer returned."""
+    """Replaces a layer before the span: returns the complete output of the previous stage's last layer."""
 
     def __init__(self, boundary: Boundary) -> None:
         super().__init__()
         self.boundary = boundary
 
     def forward(self, *_args: Any, **_kwargs: Any) -> RawOutput | None:
-        """Ignore the dummy that came this far."""
+        """Ignore the input, which is a dummy, and return the incoming output."""
         return self.boundary.incoming
 
 
 class ExitLayer(StandIn):
-    """Stands in for a layer after the span: ends the forward pass on entry.
+    """Replaces a layer after the span: ends the forward pass on entry.
 
-    Whatever the model does between two layers has happened by then.
+    Anything that the model does between two layers has been done by then.
     """
 
     def forward(self, *_args: Any, **_kwargs: Any) -> None:
@@ -76,7 +76,7 @@ class ExitLayer(StandIn):
 
 
 class PassThrough(StandIn):
-    """Stands in for a norm, a projection or the head: returns its first argument."""
+    """Replaces a norm, a projection or the head: returns its first argument."""
 
     def forward(self, first: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         """Return `first`."""
@@ -84,7 +84,7 @@ class PassThrough(StandIn):
 
 
 class ZeroEmbedding(StandIn):
-    """Stands in for an embedding on a later stage, where its result is discarded: zeros of a shape that broadcasts."""
+    """Replaces an embedding on a later stage, where its result is discarded: returns zeros of a shape that broadcasts."""
 
     def __init__(self, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class ZeroEmbedding(StandIn):
 def cut_class(
     cls: type[PreTrainedModel], parts: ModelParts, start: int, end: int, boundary: Boundary
 ) -> type[PreTrainedModel]:
-    """Derive a class whose instances hold layers ``[start, end)`` alone, and what must run before or after them.
+    """Derive a class whose instances hold only layers ``[start, end)``, and what must run before or after them.
 
-    The full model is built and then pruned, so that layer indices and per-layer types stay right. Name and module are
-    those of `cls`, as transformers looks up much by them.
+    The full model is built and then pruned, so that layer indices and per-layer types stay correct. The class keeps the
+    name and module of `cls`, by which transformers looks things up.
 
     Parameters
     ----------
@@ -111,12 +111,12 @@ def cut_class(
     start, end : int
         Half-open layer range.
     boundary : Boundary
-        Where the stand-ins of every instance take from and give to.
+        Through which the stand-ins of every instance receive and return outputs.
 
     Returns
     -------
     type
-        To be built on the meta device, as ``from_pretrained`` does.
+        The class, to be built on the meta device, as ``from_pretrained`` does.
     """
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -134,7 +134,7 @@ def cut_class(
 
 
 def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, boundary: Boundary) -> None:
-    """Replace what a stage of layers ``[start, end)`` does not hold by stand-ins, in place."""
+    """Replace the modules that a stage of layers ``[start, end)`` does not hold by stand-ins, in place."""
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     replay, leave = ReplayLayer(boundary), ExitLayer()

@@ -1,6 +1,6 @@
-"""Random weights for experiments without a checkpoint, the same for a seed and a parameter however the model is cut.
+"""Random weights for experiments without a checkpoint; they depend on seed and parameter, not on the cut.
 
-Knows names and shapes only; nothing of files.
+Knows names and shapes only; no files.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _BLANK_ELEMENTS = 1 << 18
 class DummyWeights:
     """Seeded random values for every parameter of a model.
 
-    Matrices are uniform with mean 0 and the standard deviation that models are initialised with; vectors are likewise
-    but for norms' weights, which lie around 1. Parameters of another dtype than the model's own are rounded from it.
+    All are uniform with the standard deviation of a model's initialisation, around 0, or around 1 for the weights of norms.
+    Each parameter is generated in its own dtype.
 
     Parameters
     ----------
@@ -58,15 +58,15 @@ class DummyWeights:
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
         centre = 1.0 if self._like[name].ndim == 1 and name.endswith("weight") else 0.0
-        reach = _STD * 3**0.5  # a uniform distribution's half width, by its standard deviation
-        return tensor.uniform_(centre - reach, centre + reach, generator=generator)
+        half_width = _STD * 3**0.5  # of a uniform distribution with this standard deviation
+        return tensor.uniform_(centre - half_width, centre + half_width, generator=generator)
 
     def close(self) -> None:
         """Do nothing: there is no file."""
 
 
 class BlankWeights(DummyWeights):
-    """Weights to measure times with, made fast: of a large tensor a first part is random, and the rest repeats it."""
+    """Weights for measuring times, made quickly: the first part of a large tensor is random, and the rest repeats it."""
 
     def read(self, name: str) -> torch.Tensor:
         """Fill one parameter."""

@@ -1,6 +1,6 @@
-"""What a model's parts take in bytes beside their weights, and which of its layers are of the same kind.
+"""Measures the bytes of a model's KV and hidden states, and finds which of its layers are of the same kind.
 
-Works on the meta device, without weights; knows nothing of stages or devices.
+Works on the meta device, without weights; knows no stages and no devices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from lingualinked.errors import UncuttableModelError
 from lingualinked.model.parts import ModelParts, NoData, build_meta, learned_positions
-from lingualinked.model.stage import flatten
+from lingualinked.model.stage import flatten_output
 from lingualinked.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from lingualinked.model.cut import RawOutput
     from lingualinked.model.spec import ModelSpec
 
-_TOKENS = 2  # of the forward pass
+_NUM_TOKENS = 2  # of the forward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What a model takes, and what crosses a boundary between two of its layers.
+    """The sizes of a model, and of what crosses a boundary between two of its layers.
 
     Parameters
     ----------
     profile : ModelProfile
-        The model in bytes.
+        The sizes of the model's parts, in bytes.
     layout : tuple of bool or None
         As in `StageInputs`.
     hidden_size : int
@@ -48,16 +48,16 @@ class Footprint:
 
 
 def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: ModelSpec) -> Footprint:
-    """Describe a model in bytes, from one forward pass without data.
+    """Measure a model in bytes, from one forward pass without data.
 
     Parameters
     ----------
     meta_model : PreTrainedModel
-        As `build_meta` gives it; left as it was.
+        As `build_meta` returns it; not changed.
     parts : ModelParts
-        As `find_parts` gives them.
+        As `find_parts` returns them.
     spec : ModelSpec
-        What it was built from.
+        The spec that it was built from.
 
     Returns
     -------
@@ -72,14 +72,16 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     assert isinstance(layers, nn.ModuleList)
     itemsize: int = getattr(torch, spec.dtype).itemsize
     try:
-        cache, output, logits = _pass_without_data(meta_model, layers)
-    except UncuttableModelError:  # some kernels know no float32 without data; the shapes are those of bfloat16
+        cache, output, logits = _run_without_data(meta_model, layers)
+    except (
+        UncuttableModelError
+    ):  # some kernels do not support float32 on the meta device; shapes are the same in bfloat16
         if spec.dtype == "bfloat16":
             raise
         other = build_meta(replace(spec, dtype="bfloat16"))
         other_layers = other.get_submodule(parts.layers)
         assert isinstance(other_layers, nn.ModuleList)
-        cache, output, logits = _pass_without_data(other, other_layers)
+        cache, output, logits = _run_without_data(other, other_layers)
     kv_bytes, windows, kinds = [], [], []
     for layer in layers:
         slots = {index for module in layer.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
@@ -94,8 +96,8 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], tuple(shapes)))
     distinct = list(dict.fromkeys(kinds))
     widest = max(max(parameter.shape) for layer in layers for parameter in layer.parameters())
-    (hidden,), layout = flatten(output)
-    hidden_bytes = hidden.numel() * itemsize // _TOKENS
+    (hidden,), layout = flatten_output(output)
+    hidden_bytes = hidden.numel() * itemsize // _NUM_TOKENS
     profile = ModelProfile(
         name=str(meta_model.config.name_or_path or spec.class_name),
         fingerprint=_fingerprint(spec),
@@ -109,8 +111,8 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         epilogue_bytes=parts.epilogue_bytes,
         tied_bytes=parts.tied_bytes,
         hidden_bytes=hidden_bytes,
-        logits_bytes=logits.numel() * itemsize // _TOKENS,
-        # An estimate: a few copies of the hidden states, in part in float32, and a gated block's three widest results.
+        logits_bytes=logits.numel() * itemsize // _NUM_TOKENS,
+        # An estimate: a few copies of the hidden states, partly in float32, and the three widest results of a gated block.
         working_bytes=12 * hidden_bytes + 3 * widest * itemsize,
         max_positions=learned_positions(meta_model),
     )
@@ -118,7 +120,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
 
 
 def _fingerprint(spec: ModelSpec) -> str:
-    """Digest what a model's shapes and times depend on; where its files are is not among it."""
+    """Return a digest of everything that a model's shapes and times depend on, which excludes the place of its files."""
     config = json.loads(spec.config_json)
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
@@ -126,14 +128,14 @@ def _fingerprint(spec: ModelSpec) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _pass_without_data(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Any, RawOutput, Tensor]:
-    """Run the whole model on the meta device; give its KV cache, the last layer's raw output, and the logits."""
+def _run_without_data(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Any, RawOutput, Tensor]:
+    """Run the whole model on the meta device; return its KV cache, the last layer's raw output, and the logits."""
     outputs: list[Any] = []
     hook = layers[-1].register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
     cache = DynamicCache(config=model.config)
     try:
         with torch.no_grad(), NoData():
-            ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+            ids = torch.zeros((1, _NUM_TOKENS), dtype=torch.int64, device="meta")
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
     except Exception as error:
         raise UncuttableModelError(

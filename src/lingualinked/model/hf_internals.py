@@ -1,6 +1,6 @@
-"""The one file that touches names which transformers does not document: each has a test of its own.
+"""The only file that uses undocumented names of transformers; each of them has a test.
 
-Knows how transformers 5 builds, renames and loads; knows nothing of spans or stages.
+Knows how transformers 5 builds, renames and loads; no spans and no stages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 GLOBAL_STATE = threading.RLock()
 """Held while transformers constructs a model, and while a stage computes.
 
-Constructing sets torch's default dtype and replaces functions of torch for the whole process, other threads included.
+Construction sets torch's default dtype and replaces functions of torch for the whole process, including other threads.
 """
 
 _SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -51,7 +51,7 @@ def model_class(name: str) -> type[PreTrainedModel]:
 def build_on_meta(
     cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """Build a model without memory, with the dtype and the attention that loading would give it."""
+    """Build a model without memory, with the dtype and the attention implementation that loading would give it."""
     arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with GLOBAL_STATE, torch.device("meta"):
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
@@ -60,7 +60,7 @@ def build_on_meta(
 
 
 def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
-    """Give a ``get_init_context`` for a class derived from `cls`: what it sets for the whole process is set alone."""
+    """Return a ``get_init_context`` for a class derived from `cls` that holds `GLOBAL_STATE` during construction."""
 
     def get_init_context(_derived: type, *args: Any, **kwargs: Any) -> list[Any]:
         return [GLOBAL_STATE, *cls.get_init_context(*args, **kwargs)]
@@ -69,14 +69,14 @@ def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
 
 
 def makes_pipeline_for_device(frame: FrameType | None) -> bool:
-    """Tell whether a frame makes a ``transformers.pipeline`` for a device given by name, which refuses models with a map."""
+    """Return whether a frame makes a ``transformers.pipeline`` with a device, which refuses models with a device map."""
     if frame is None or frame.f_globals.get("__name__") != "transformers.pipelines.base":
         return False
     return frame.f_code.co_qualname == "Pipeline.__init__" and frame.f_locals.get("device") is not None
 
 
 def find_file(path: str, name: str, **hub: Any) -> str | None:
-    """Find one file of a folder or of a model on the hub, downloading it if need be; None if there is none."""
+    """Find a file in a folder or a model on the hub, downloading it if necessary; return None if there is none."""
     found: str | None = cached_file(
         path,
         name,
@@ -89,19 +89,19 @@ def find_file(path: str, name: str, **hub: Any) -> str | None:
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
-    """Give the tied parameters of a model, as ``{target: source}``."""
+    """Return the tied parameters of a model, as ``{target: source}``."""
     return dict(model.all_tied_weights_keys)
 
 
 class DynamicRope:
-    """A rotary embedding that is stretched by the texts it sees, and stays so.
+    """A rotary embedding that long texts stretch, and that stays stretched.
 
     Parameters
     ----------
     module : nn.Module
         The embedding.
     layer_type : str or None
-        Of layers, where it has frequencies for several types of them.
+        The type of layers, if the embedding has frequencies for several types.
     """
 
     def __init__(self, module: torch.nn.Module, layer_type: str | None) -> None:
@@ -110,17 +110,17 @@ class DynamicRope:
         self._prefix = "" if layer_type is None else f"{layer_type}_"
 
     def stretch(self, num_tokens: int, device: torch.device) -> None:
-        """Make it what it is after a text so long, whatever it has seen before."""
+        """Put the embedding into its state after a text of `num_tokens` tokens, whatever its present state."""
         module: Any = self._module
         reach = getattr(module, f"{self._prefix}max_seq_len_cached", module.max_seq_len_cached)
         if int(reach) != num_tokens:
-            for position in (0, num_tokens - 1):  # a short text takes back what others have stretched
+            for position in (0, num_tokens - 1):  # a short text first, which resets the stretching
                 positions = torch.tensor([[position]], device=device)
                 module(torch.empty(0, device=device), positions, **self._arguments)
 
 
 def dynamic_ropes(model: torch.nn.Module) -> list[DynamicRope]:
-    """Find the rotary embeddings that keep something from one forward pass to the next."""
+    """Find the rotary embeddings that keep state from one forward pass to the next."""
     found = []
     for module in model.modules():
         kinds = getattr(module, "rope_type", None) if hasattr(module, "max_seq_len_cached") else None
@@ -130,20 +130,20 @@ def dynamic_ropes(model: torch.nn.Module) -> list[DynamicRope]:
 
 
 def set_ties(model: PreTrainedModel, tied: dict[str, str]) -> None:
-    """Tell the loader which parameters it is to tie."""
+    """Set the parameters that the loader ties."""
     model.all_tied_weights_keys = tied
 
 
 @dataclass(frozen=True, slots=True)
 class MappedKey:
-    """What transformers' loader makes of one tensor of a checkpoint.
+    """The parameters that transformers' loader makes from one tensor of a checkpoint.
 
     Parameters
     ----------
     names : tuple of str
-        The parameters: several where it splits the tensor, none where the model has no use for it.
+        The parameters: several if the loader splits the tensor, none if the model does not use it.
     is_converted : bool
-        Whether they are other than the tensor itself: fused, split or transposed.
+        Whether the tensor is fused, split or transposed.
     """
 
     names: tuple[str, ...]
@@ -151,7 +151,7 @@ class MappedKey:
 
 
 def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey]:
-    """Tell what transformers' loader makes of the keys of a checkpoint.
+    """Map the keys of a checkpoint to the parameters that transformers' loader makes from them.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey
     converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     mapped: dict[str, MappedKey] = {}
-    # In the loader's own order, as some renamings wait for the key that triggers them.
+    # In the loader's order, since some renamings are triggered by an earlier key.
     for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -184,7 +184,7 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey
     return mapped
 
 
-def load(
+def load_model(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,
     weights: Mapping[str, Any],
@@ -192,14 +192,14 @@ def load(
     dtype: torch.dtype,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    """Build a model and load it as ``from_pretrained`` does, from tensors that are materialised one at a time.
+    """Build and load a model as ``from_pretrained`` does, from tensors that are materialised one at a time.
 
     Parameters
     ----------
     cls : type
     config : PreTrainedConfig
     weights : mapping of str to object
-        By checkpoint key; ``value[...]`` gives the tensor.
+        By checkpoint key; ``value[...]`` returns the tensor.
     dtype : torch.dtype
     attn_implementation : str or None
 
@@ -211,7 +211,7 @@ def load(
     Raises
     ------
     CheckpointError
-        If a parameter was not loaded: transformers would leave random values there.
+        If a parameter was not loaded, where transformers would leave random values.
     """
     arguments: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     loader: Any = cls
@@ -222,7 +222,7 @@ def load(
                 config=config,
                 state_dict=dict(weights),
                 dtype=dtype,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # mismatched sizes are refused below, by name
                 output_loading_info=True,
                 **arguments,
             )
@@ -232,7 +232,7 @@ def load(
             raise CheckpointError(
                 f"the weights of {cls.__name__} can't be converted: {error}\n{reports[-1]}"
             ) from error
-    buffers = {name for name, _ in model.named_buffers()}  # those a checkpoint lacks are computed
+    buffers = {name for name, _ in model.named_buffers()}  # buffers that a checkpoint lacks are computed
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         wrong = sorted(str(each) for each in info[what] if each not in buffers)
         if wrong:
@@ -246,14 +246,14 @@ def load(
 
 @contextlib.contextmanager
 def _quiet_sequential_loading() -> Iterator[list[str]]:
-    """Load without progress bar or report on the screen, one tensor at a time, in the calling thread.
+    """Make loading sequential, in the calling thread, without a progress bar or a report on the screen.
 
-    Reading ahead in a thread pool would hold tensors twice while they are fused, and would call back from other threads.
+    Reading ahead in a thread pool would hold tensors twice while they are fused, and call back from other threads.
 
     Yields
     ------
     list of str
-        What the loader would have reported.
+        The reports of the loader.
     """
     reports: list[str] = []
 
@@ -280,7 +280,7 @@ def _quiet_sequential_loading() -> Iterator[list[str]]:
 
 
 class CacheLayer(DynamicLayer):
-    """Base of KV layers that must not register themselves as the kind that every later cache is built from."""
+    """Base of full-attention KV layers; unlike transformers' own, subclasses do not register as default layer types."""
 
     _layer_type: Any = None
 
@@ -289,7 +289,7 @@ class CacheLayer(DynamicLayer):
 
 
 class SlidingCacheLayer(DynamicSlidingWindowLayer):
-    """As `CacheLayer`, for layers that attend to a sliding window."""
+    """Base of sliding-window KV layers, as `CacheLayer`."""
 
     _layer_type: Any = None
 

@@ -1,6 +1,6 @@
-"""Join cut models that hold neighbouring spans into one, sharing their weights; those that it is made from stay usable.
+"""Joins cut models into one that shares their weights; the original models stay usable.
 
-Knows modules and which of them are stand-ins; nothing of files, caches or sessions.
+Knows modules, and which of them are stand-ins; no files, caches or sessions.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import nn
 
 from lingualinked.model import hf_internals
 from lingualinked.model.cut import Boundary, StandIn, prune
-from lingualinked.model.loading import LoadedSpan
 from lingualinked.model.packed_linear import PackedLinear
+from lingualinked.model.span_loading import LoadedSpan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -24,36 +24,36 @@ if TYPE_CHECKING:
 
 
 def join_spans(spans: Sequence[LoadedSpan], start: int, end: int) -> LoadedSpan:
-    """Make the cut model of layers ``[start, end)`` from cut models that hold them among themselves.
+    """Make the cut model of layers ``[start, end)`` from cut models that together hold these layers.
 
     Parameters
     ----------
     spans : sequence of LoadedSpan
-        Of the same model, on the same device. Each layer, and each end, is taken from the first that has it.
+        Spans of the same model, on the same device. Each layer, and each end, is taken from the first span that holds it.
     start, end : int
         Half-open layer range.
 
     Returns
     -------
     LoadedSpan
-        Its weights are theirs.
+        A cut model that shares the weights of the others.
     """
     like = spans[0]
     parts, boundary = like.parts, Boundary()
     owned = [f"{parts.layers}.{index}" for index in range(start, end)]
     owned += (parts.prologue if start == 0 else ()) + (parts.epilogue if end == parts.num_layers else ())
-    found = {path: _find(path, spans) for path in owned}
-    with hf_internals.GLOBAL_STATE:  # nothing is copied in the middle of a step
-        model = _shell(like.model, parts)
+    found = {path: _find_module(path, spans) for path in owned}
+    with hf_internals.GLOBAL_STATE:  # so that no module is copied in the middle of a step
+        model = _copy_tree(like.model, parts)
     for path, module in found.items():
         model.set_submodule(path, module)
     hf_internals.set_ties(model, dict(like.tied))
     prune(model, parts, start, end, boundary)
-    _tie(model, hf_internals.ties(model), {id(module) for module in found.values()})
+    _tie_parameters(model, hf_internals.ties(model), {id(module) for module in found.values()})
     return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=like.tied, num_bytes_read=0)
 
 
-def _find(path: str, spans: Iterable[LoadedSpan]) -> nn.Module:
+def _find_module(path: str, spans: Iterable[LoadedSpan]) -> nn.Module:
     for span in spans:
         module = span.model.get_submodule(path)
         if not isinstance(module, StandIn):
@@ -61,16 +61,16 @@ def _find(path: str, spans: Iterable[LoadedSpan]) -> nn.Module:
     raise AssertionError(f"none of the spans holds {path}")
 
 
-def _shell(model: PreTrainedModel, parts: ModelParts) -> PreTrainedModel:
-    """Copy a model's tree, but for configurations and for what a cut may replace, which both then share."""
+def _copy_tree(model: PreTrainedModel, parts: ModelParts) -> PreTrainedModel:
+    """Copy a model's tree of modules; share its configurations, and the modules that a cut may replace."""
     layers = (f"{parts.layers}.{index}" for index in range(parts.num_layers))
     shared: list[object] = [model.get_submodule(path) for path in (*layers, *parts.prologue, *parts.epilogue)]
     shared += [model.config, model.generation_config]
     return copy.deepcopy(model, {id(each): each for each in shared})
 
 
-def _tie(model: PreTrainedModel, tied: Mapping[str, str], shared: set[int]) -> None:
-    """Have both names of a tied parameter mean one, where both ends of the model are held: it is then held once."""
+def _tie_parameters(model: PreTrainedModel, tied: Mapping[str, str], shared: set[int]) -> None:
+    """Make both names of a tied parameter refer to one tensor, if the model holds both ends."""
     for target, source in tied.items():
         path, _, name = target.rpartition(".")
         owner, parameter = model.get_submodule(path), model.get_parameter(source)
@@ -85,7 +85,7 @@ def _tie(model: PreTrainedModel, tied: Mapping[str, str], shared: set[int]) -> N
 
 
 def _copy_of(module: nn.Module) -> nn.Module:
-    """Copy a module, not what it holds."""
+    """Copy a module, but not its parameters and children."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)  # noqa: SLF001 - copy.copy shares the dictionary
     return twin

@@ -1,6 +1,6 @@
-"""The KV cache of one session on one stage: growing layers where the stage owns them, counting ones elsewhere.
+"""The KV cache of one session on one stage: growing layers for the stage's own layers, counting ones for the others.
 
-Knows one model's layer kinds; nothing of sessions' owners, budgets or the other stages.
+Knows the kinds of layers; no sessions' owners, budgets or other stages.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ OwnedLayer = GrowingLayer | GrowingSlidingLayer
 class StageCache:
     """Keys and values of one session in the layers of one stage.
 
-    Made by `Stage.new_cache`.
+    Create it with `Stage.new_cache`.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        Of the model; tells each layer's kind.
+        The model's configuration, which determines the kind of each layer.
     owned : collection of int
-        The cache slots of the stage's own layers.
+        Cache slots of the stage's own layers.
     spare_bytes : callable, optional
-        Returns the bytes that can still be had where the stage computes; by default there is no limit.
+        Returns the bytes that can still be allocated where the stage computes; by default without limit.
 
     Attributes
     ----------
     hf : Cache
-        What the model's forward is given as ``past_key_values``.
+        The cache to pass to the model's forward as ``past_key_values``. Don't call its ``crop``.
     num_tokens : int
         Tokens seen by the session, padding included.
     owned : dict of int to GrowingLayer or GrowingSlidingLayer
@@ -94,7 +94,7 @@ class StageCache:
 
     @torch.inference_mode()
     def copy(self) -> StageCache:
-        """Return the KV cache of a session that goes on from here by itself."""
+        """Return an independent copy, for a session that continues from here."""
         growth = copy.copy(self._growth)
         owned = {slot: layer.copy(growth) for slot, layer in self.owned.items()}
         layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
@@ -105,75 +105,48 @@ class StageCache:
         return copied
 
     def advance(self, num_tokens: int) -> None:
-        """Count the tokens of a finished step for the layers held elsewhere; `Stage.step` does it.
-
-        Parameters
-        ----------
-        num_tokens : int
-        """
+        """Count the tokens of a finished step for the layers held elsewhere; called by `Stage.step`."""
         for layer in self._elsewhere:
             layer.advance(num_tokens)
         self.num_tokens += num_tokens
 
     def adopt_layers(self, others: Iterable[StageCache]) -> None:
-        """Take over the layers that are owned here from caches of the same session in other stages.
-
-        Parameters
-        ----------
-        others : iterable of StageCache
-            Their layers change hands; not usable any more.
-        """
+        """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
         for other in others:
             for slot in self.owned.keys() & other.owned.keys():
                 self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
                 self.owned[slot].growth = self._growth
 
     def complete_adoption(self, num_tokens: int, *, records_past: bool) -> None:
-        """Count the tokens of a session whose own layers have come from other stages.
+        """Set the number of tokens that the session has seen, after all layers have been adopted or written.
 
-        Parameters
-        ----------
-        num_tokens : int
-            Tokens seen by the session.
-        records_past : bool
-            Whether sliding layers keep what leaves their window.
-
-        Raises
-        ------
-        ProtocolError
-            If an own layer has seen another number of tokens.
+        Raises ProtocolError if one of the stage's own layers has seen another number of tokens.
         """
         for slot, layer in self.owned.items():
             if layer.stop != num_tokens:
                 raise ProtocolError(
-                    f"KV of layer slot {slot} ends at token {layer.stop}, and the session at {num_tokens}"
+                    f"KV of layer slot {slot} ends at token {layer.stop}, and the session has {num_tokens}"
                 )
         self.advance(num_tokens - self.num_tokens)
         self.record_past(records_past)
 
     @property
     def records_past(self) -> bool:
-        """Whether sliding layers keep what leaves their window."""
-        return any(layer.record_past for layer in self._sliding())
+        """Whether sliding layers keep the tokens that leave their window."""
+        return any(layer.record_past for layer in self._sliding_layers())
 
     @property
     def reserved_tokens(self) -> int:
-        """Tokens per row that the session is expected to come to; 0: not known."""
+        """Tokens per row that the session is expected to reach; 0: not known."""
         return self._growth.reserved_tokens
 
     def reserve(self, num_tokens: int) -> None:
-        """Expect so many tokens per row: once half of them are held, there is room for all and for no more.
-
-        Parameters
-        ----------
-        num_tokens : int
-            In all; 0: not known.
-        """
+        """Expect `num_tokens` tokens per row in total (0: not known); once half are held, allocate exactly this many."""
         self._growth.reserved_tokens = num_tokens
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
-        """Keep the rows that the indices name, in their order; beam search does it after every step.
+        """Keep the rows with these indices, in this order, as beam search does after every step.
 
         Parameters
         ----------
@@ -199,7 +172,7 @@ class StageCache:
             raise ArgumentError(
                 f"can't crop a KV cache by {num_tokens}: pass the number of tokens to remove, at least 0"
             )
-        for layer in self._sliding():
+        for layer in self._sliding_layers():
             if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
                 raise ArgumentError(
                     f"can't crop a KV cache of {count_text(self.num_tokens, 'token')}: the sliding window "
@@ -211,16 +184,11 @@ class StageCache:
         self.num_tokens = max(0, self.num_tokens - num_tokens)
 
     def record_past(self, on: bool = True) -> None:
-        """Keep what leaves a sliding window until the next crop, so that it can be brought back.
-
-        Parameters
-        ----------
-        on : bool, default=True
-        """
-        for layer in self._sliding():
+        """Keep tokens that leave a sliding window until the next crop, which may need them again."""
+        for layer in self._sliding_layers():
             layer.record_past = on
 
-    def _sliding(self) -> list[GrowingSlidingLayer | CountingSlidingLayer]:
+    def _sliding_layers(self) -> list[GrowingSlidingLayer | CountingSlidingLayer]:
         return [
             layer
             for layer in (*self.owned.values(), *self._elsewhere)

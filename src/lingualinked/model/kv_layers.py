@@ -1,6 +1,6 @@
-"""KV layers: owned ones that grow, and stand-ins that only count for layers held elsewhere.
+"""KV layers: growing ones that a stage owns, and counting ones in place of layers held elsewhere.
 
-Each answers as the layer of transformers' DynamicCache that it replaces; knows nothing of stages or sessions.
+Each replaces a layer of transformers' DynamicCache, except for `crop`: call `drop_last`. Knows no stages and no sessions.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _GRANULE_TOKENS = 64
 
 
 class Growth:
-    """How much room the KV of one session in one stage is given when it has to grow.
+    """How much memory to allocate when the KV of one session in one stage has to grow.
 
     Parameters
     ----------
     num_tensors : int
-        Keys and values of all layers, which grow together.
+        Number of tensors, keys and values of all layers, which grow together.
     spare_bytes : callable
-        Returns the bytes that can still be had.
+        Returns the bytes that can still be allocated.
 
     Attributes
     ----------
     reserved_tokens : int
-        Tokens per row that the session is expected to come to; 0: not known.
+        Tokens per row that the session is expected to reach; 0: not known.
     """
 
     def __init__(self, num_tensors: int, spare_bytes: Callable[[], float]) -> None:
@@ -41,21 +41,21 @@ class Growth:
         self._spare_bytes = spare_bytes
 
     def expected(self, num_held: int, num_seen: int) -> int:
-        """Return the tokens per row that a tensor will hold at the end, of a layer that has seen so many; 0: not known."""
+        """Return the tokens per row that a tensor will finally hold, given those held and seen now; 0: not known."""
         return num_held + self.reserved_tokens - num_seen if self.reserved_tokens else 0
 
     def capacity(self, needed: int, capacity: int, expected: int, token_bytes: int) -> int:
-        """Return the tokens per row to make room for.
+        """Return the tokens per row to allocate.
 
-        Room for all that is expected is made once half of it is needed, so that a long text that may end early takes no
-        more than it would with buffers that double. Beyond what is expected, and where memory is short, little is added.
+        Once half of the expected tokens are needed, allocate all of them, so that a long text that may end early takes no
+        more memory than with doubling buffers. Beyond the expected number, and if memory is short, add only an eighth.
 
         Parameters
         ----------
         needed : int
-            Tokens per row that there must be room for.
+            Tokens per row that are needed now.
         capacity : int
-            Tokens per row that there is room for.
+            Tokens per row that are allocated now.
         expected : int
             As `expected` returns it.
         token_bytes : int
@@ -72,7 +72,7 @@ class Growth:
 class GrowingTensor:
     """Keys or values of one layer, [rows, heads, tokens, dim], with room to append.
 
-    Attention reads views of the filled part: bit-equal to concatenation, without its copy of everything per token.
+    Attention reads views of the filled part: bit-equal to concatenation, which would copy everything for each token.
     """
 
     __slots__ = ("_buffer", "_start", "_stop")
@@ -82,7 +82,7 @@ class GrowingTensor:
         self._start = self._stop = 0
 
     def __len__(self) -> int:
-        """Give the number of tokens held."""
+        """Return the number of tokens held."""
         return self._stop - self._start
 
     @property
@@ -97,19 +97,19 @@ class GrowingTensor:
 
     @property
     def capacity(self) -> int:
-        """Tokens per row that there is room for."""
+        """Tokens per row that are allocated."""
         return self._buffer.shape[2]
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for so many tokens while none is held."""
+        """Allocate room for `num_tokens` tokens; only while none is held."""
         self._allocate(self._buffer.shape[0], num_tokens)
 
     def append(self, states: Tensor, growth: Growth, expected: int) -> Tensor:
-        """Add [rows, heads, new tokens, dim] at the end, in the wider dtype as `torch.cat` does; return `view`.
+        """Append [rows, heads, new tokens, dim], in the wider dtype as `torch.cat` does; return `view`.
 
-        Where there is no room for them, it is made as `growth` says, where so many tokens are expected in the end.
+        If there is no room, `growth` decides how much to allocate, given the tokens expected in the end.
         """
-        if states.dtype != self._buffer.dtype:  # autocast has come or gone since
+        if states.dtype != self._buffer.dtype:  # autocast was turned on or off since
             self._buffer = self._buffer.to(torch.promote_types(states.dtype, self._buffer.dtype))
         num_new = states.shape[2]
         if self._stop + num_new > self._buffer.shape[2]:
@@ -120,7 +120,7 @@ class GrowingTensor:
 
     def _make_room(self, num_new: int, growth: Growth, expected: int) -> None:
         held, source, capacity = len(self), self.view, self._buffer.shape[2]
-        # Where enough was dropped in front, moving there without overlap does.
+        # If enough was dropped in front, the tokens fit there without overlap.
         if self._start < held or held + num_new > capacity:
             rows, heads, _, dim = self._buffer.shape
             token_bytes = rows * heads * dim * self._buffer.element_size()
@@ -137,7 +137,7 @@ class GrowingTensor:
         self._buffer.narrow(2, 0, self._stop).copy_(states)
 
     def replace(self, states: Tensor) -> None:
-        """Hold a copy of these tokens and nothing else."""
+        """Replace all tokens by a copy of these."""
         self._allocate(states.shape[0], states.shape[2])
         self._fill(states)
 
@@ -148,44 +148,44 @@ class GrowingTensor:
         return copied
 
     def keep_last(self, num_tokens: int) -> None:
-        """Drop tokens in front until at most `num_tokens` are left."""
+        """Remove tokens at the start until at most `num_tokens` are left."""
         self._start = max(self._start, self._stop - num_tokens)
 
     def drop_last(self, num_tokens: int) -> None:
-        """Drop tokens at the end."""
+        """Remove tokens at the end."""
         self._stop = max(self._start, self._stop - num_tokens)
 
     def splice(self, num_kept: int, num_dropped: int, states: Tensor, growth: Growth, expected: int) -> None:
-        """Keep so many tokens before the last so many, which are dropped, and add others at the end."""
+        """Remove the last `num_dropped` tokens, keep the last `num_kept` of the others, and append new ones."""
         self.drop_last(num_dropped)
         self.keep_last(num_kept)
         self.append(states, growth, expected)
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep the rows that the indices name, in their order."""
+        """Keep the rows with these indices, in this order."""
         states = self.view.index_select(0, rows.to(self._buffer.device))
         self._allocate(len(rows), self._buffer.shape[2])
         self._fill(states)
 
 
 class _Growing(abc.ABC):
-    """What the growing layers share: keys and values in growing tensors (the attributes `keys`, `values` stay None)."""
+    """Base of the growing layers, with keys and values in growing tensors (transformers' `keys` and `values` stay None)."""
 
     _grown: tuple[GrowingTensor, ...] = ()
-    growth: Growth  # of the session in the stage, which the layer may change
+    growth: Growth  # of the session in the stage; changes when another stage adopts the layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn shapes, dtype and device from the first states."""
+        """Set shapes, dtype and device from the first states."""
         self._grown = (GrowingTensor(key_states), GrowingTensor(value_states))
         self.is_initialized = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows that `beam_idx` names, in its order."""
+        """Keep the rows with the indices `beam_idx`, in this order."""
         for each in self._grown:
             each.reorder(beam_idx)
 
     def copy(self, growth: Growth) -> Self:
-        """Return a layer that holds copies of the same tokens, and grows by itself."""
+        """Return an independent layer that holds copies of the same tokens."""
         copied = copy.copy(self)
         vars(copied).update(growth=growth, _grown=tuple(each.copy() for each in self._grown))
         return copied
@@ -203,47 +203,45 @@ class _Growing(abc.ABC):
     @property
     @abc.abstractmethod
     def stop(self) -> int:
-        """Position in the text behind the last token held."""
+        """Position in the text after the last token held."""
 
-    def _seen(self, num_tokens: int) -> None:  # noqa: B027 - not every layer counts
-        """Take note that the layer has seen so many tokens in all."""
+    def _record_seen(self, num_tokens: int) -> None:  # noqa: B027 - not every layer counts
+        """Record how many tokens the layer has seen in total."""
 
     def read(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Give keys and values of tokens from a position on, [rows, heads, tokens, dim]; valid until the next change."""
+        """Return keys and values of tokens from a position on, [rows, heads, tokens, dim]; valid until the next change."""
         offset = position - self.first
         keys, values = (each.view.narrow(2, offset, num_tokens) for each in self._grown)
         return keys, values
 
     @property
     def capacity(self) -> int:
-        """Tokens per row that there is room for."""
+        """Tokens per row that are allocated."""
         return self._grown[0].capacity if self._grown else 0
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch that are held."""
+        """Number of rows held."""
         return self._grown[0].view.shape[0] if self._grown else 0
 
     def write(self, first: int, position: int, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Hold the tokens from `first` to `position` that are held already, and these from there on; nothing else.
+        """Keep the held tokens from `first` to `position`, append these, and remove all others.
 
-        Room is made for `capacity` tokens, as there is where they come from.
-
-        Raises
-        ------
-        ProtocolError
-            If tokens between them are not held.
+        A layer without tokens to keep allocates `capacity` tokens per row, as its source has. Raises ProtocolError if
+        tokens to keep are missing.
         """
         num_kept, stop = position - first, self.stop
         if num_kept and not (self._grown and self.first <= first and position <= stop):
-            raise ProtocolError(f"KV from token {position} on arrived at a layer that holds [{self.first}, {stop})")
+            raise ProtocolError(
+                f"KV from token {position} on arrived at a layer that holds tokens [{self.first}, {stop})"
+            )
         if not num_kept:
             self.lazy_initialization(keys, values)
             for grown in self._grown:
                 grown.reserve(capacity)
         for grown, states in zip(self._grown, (keys, values), strict=True):
             grown.splice(num_kept, max(0, stop - position) if num_kept else 0, states, self.growth, capacity)
-        self._seen(position + keys.shape[2])
+        self._record_seen(position + keys.shape[2])
 
 
 class GrowingLayer(_Growing, CacheLayer):
@@ -254,7 +252,7 @@ class GrowingLayer(_Growing, CacheLayer):
         self.growth = growth
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [rows, heads, new tokens, dim] to keys and values; give all tokens of both."""
+        """Append [rows, heads, new tokens, dim] to keys and values; return all tokens of both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._grown
@@ -262,12 +260,12 @@ class GrowingLayer(_Growing, CacheLayer):
         return keys.append(key_states, self.growth, expected), values.append(value_states, self.growth, expected)
 
     def get_seq_length(self) -> int:
-        """Give the number of tokens held."""
+        """Return the number of tokens held."""
         return len(self._grown[0]) if self._grown else 0
 
     @property
     def stop(self) -> int:
-        """Position in the text behind the last token held."""
+        """Position in the text after the last token held."""
         return self.get_seq_length()
 
     def drop_last(self, num_tokens: int) -> None:
@@ -279,7 +277,7 @@ class GrowingLayer(_Growing, CacheLayer):
 class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
     """Sliding window attention: keeps the last ``window - 1`` tokens, or all of them while the past is recorded.
 
-    A window of one token keeps all as well, since transformers cuts with ``[-window + 1:]``.
+    A window of one token keeps all tokens as well, since transformers slices with ``[-window + 1:]``.
     """
 
     def __init__(self, sliding_window: int, growth: Growth) -> None:
@@ -287,7 +285,7 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
         self.growth = growth
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [rows, heads, new tokens, dim] to keys and values; give those that a new token may attend to."""
+        """Append [rows, heads, new tokens, dim] to keys and values; return those that a new token may attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
@@ -296,10 +294,10 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
 
     @property
     def stop(self) -> int:
-        """Position in the text behind the last token held."""
+        """Position in the text after the last token held."""
         return self.cumulative_length
 
-    def _seen(self, num_tokens: int) -> None:
+    def _record_seen(self, num_tokens: int) -> None:
         self.cumulative_length = num_tokens
 
     def _append(self, grown: GrowingTensor, states: Tensor) -> Tensor:
@@ -309,11 +307,11 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
             held = grown.append(states, self.growth, expected)
             num_visible = min(held.shape[2], num_kept + num_new)
             return held.narrow(2, held.shape[2] - num_visible, num_visible)
-        if num_new > num_kept > 0:  # a long prompt: nearly all of it would be dropped again, so no room is made for it
+        if num_new > num_kept > 0:  # a long prompt: nearly all of it would be removed again
             visible = torch.cat([grown.view, states], dim=2)
             grown.replace(states.narrow(2, num_new - num_kept, num_kept))
             return visible
-        if num_kept:  # with more room than this, what has left the window makes way
+        if num_kept:  # with more room than this, tokens that have left the window are overwritten
             most = 2 * num_kept + num_new
             expected = min(expected or most, most)
         visible = grown.append(states, self.growth, expected)
@@ -332,7 +330,7 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
 
 
 class CountingLayer(CacheLayer):
-    """Stands in for full attention held elsewhere: answers for lengths and mask sizes."""
+    """Replaces full attention held elsewhere: returns lengths and mask sizes."""
 
     num_tokens = 0
 
@@ -342,7 +340,7 @@ class CountingLayer(CacheLayer):
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        """Give the number of tokens counted."""
+        """Return the number of tokens counted."""
         return self.num_tokens
 
     def drop_last(self, num_tokens: int) -> None:
@@ -354,7 +352,7 @@ class CountingLayer(CacheLayer):
 
 
 class CountingSlidingLayer(SlidingCacheLayer):
-    """Stands in for sliding window attention held elsewhere."""
+    """Replaces sliding window attention held elsewhere: returns lengths and mask sizes."""
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that the real layer has seen."""

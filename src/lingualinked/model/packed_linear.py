@@ -1,7 +1,7 @@
-"""Linear layers whose weight lies in the order in which the processor's matrix kernel reads it.
+"""Linear layers whose weight is stored in the order in which the processor's matrix kernel reads it.
 
-On a CPU, torch hands a bfloat16 product to oneDNN, which copies the weight into that order at every call; for a few rows
-the copy takes longer than the product. Knows nothing of models or stages.
+On a CPU, torch computes a bfloat16 product with oneDNN, which copies the weight into that order at every call; for a few
+rows the copy takes longer than the product. Knows no models and no stages.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from lingualinked.model.memory import trim_heap
 
 _MIN_ELEMENTS = (
     1 << 13
-)  # of a weight: torch itself multiplies small ones, in an order of its own, and packing gains nothing
-_PROBED_ELEMENTS = 1 << 20  # of a weight that is probed in its full size; a larger one is probed with fewer outputs
+)  # of a weight; torch multiplies smaller ones itself, in another order, and packing gains nothing
+_PROBED_ELEMENTS = 1 << 20  # of a weight that is probed at full size; a larger one is probed with fewer outputs
 _BLOCK_OUTPUTS = 64
-_DIFFERENT = 64  # rows and outputs of a probe; the others repeat them
+_NUM_DISTINCT = 64  # rows and outputs of a probe; the others repeat them
 _TRIM_BYTES = 8 << 20
 
 
 class PackedLinear(nn.Module):
-    """Gives the bits of an `nn.Linear`, from a packed copy of its weight that takes the weight's place.
+    """Computes exactly what an `nn.Linear` computes, with a packed weight in place of the plain one.
 
-    For each number of rows it is found out once per process whether the product with the packed weight rounds in the
-    same order (`_is_exact`); where it does not, the weight is unpacked for the call.
+    For each number of rows, a probe (`_is_exact`), made once per process, decides whether the product with the packed
+    weight rounds in the same order; if it does not, the weight is unpacked for the call.
 
     Parameters
     ----------
     linear : nn.Linear
-        On the CPU, in bfloat16; not used any more.
+        On the CPU, in bfloat16; not used afterwards.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        # No buffer: what walks over those copies, converts and compares, and this is opaque.
+        # Not a buffer: code that walks over buffers copies, converts and compares them, and this tensor is opaque.
         self._packed = _pack(linear.weight.detach())
 
     def forward(self, states: Tensor) -> Tensor:
         """Multiply ``[..., in features]`` to ``[..., out features]``."""
         if states.dtype is not torch.bfloat16 or torch.is_autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():  # noqa: SLF001
             return functional.linear(states, self.weight(), self.bias)
-        # What does not lie in one piece torch multiplies in another way: a bias is then added to a product that has
-        # been rounded, and several rows of each batch go to a batched kernel.
+        # torch multiplies non-contiguous inputs differently: it adds the bias to a rounded product, and uses a batched
+        # kernel for several rows of each batch.
         if states.is_contiguous() or (self.bias is None and states.shape[-2] == 1):
             rows = states.reshape(-1, self.in_features)
             if _is_exact(*_shape(self, len(rows))):
@@ -56,19 +56,19 @@ class PackedLinear(nn.Module):
         return functional.linear(states, self.weight(), self.bias)
 
     def weight(self) -> Tensor:
-        """Unpack the weight, ``[out features, in features]``."""
+        """Return the unpacked weight, ``[out features, in features]``."""
         weight: Tensor = self._packed.to_dense()
         return weight
 
     def plain(self) -> nn.Linear:
-        """Give a linear layer with this one's bias, whose weight is still to be set."""
+        """Return a linear layer with the same bias, and a weight that is still to be set."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.bias = self.bias
         return linear.eval()
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the linear layers of a model by packed ones, in place, where that changes no bit and holds nothing twice.
+    """Replace linear layers of a model by packed ones, in place, where the result is exact and no weight is held twice.
 
     Parameters
     ----------
@@ -79,19 +79,17 @@ def pack_linears(model: nn.Module) -> None:
         id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
     )
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    num_unpacked_bytes = 0
-    for name in names:  # by name: a list of the layers would keep all plain weights to the end
+    num_replaced_bytes = 0
+    for name in names:  # by name: a list of layers would keep all plain weights alive
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         if linear.weight.dtype is torch.bfloat16 and counts[id(linear.weight)] == 1 and _is_exact(*_shape(linear, 1)):
             model.set_submodule(name, PackedLinear(linear))
-            num_unpacked_bytes += linear.weight.nbytes
+            num_replaced_bytes += linear.weight.nbytes
             del linear
-            if (
-                num_unpacked_bytes >= _TRIM_BYTES
-            ):  # the heap would keep the plain weights' place, and take more for packed ones
+            if num_replaced_bytes >= _TRIM_BYTES:  # the heap would keep the memory of the plain weights
                 trim_heap()
-                num_unpacked_bytes = 0
+                num_replaced_bytes = 0
 
 
 def _shape(layer: nn.Linear | PackedLinear, num_rows: int) -> tuple[int, int, int, bool, int]:
@@ -109,10 +107,10 @@ def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _is_exact(num_rows: int, in_features: int, out_features: int, has_bias: bool, num_threads: int) -> bool:  # noqa: ARG001 - the kernel that torch chooses depends on it
-    """Find out whether a product with a packed weight has the bits of the plain one, in these shapes.
+def _is_exact(num_rows: int, in_features: int, out_features: int, has_bias: bool, num_threads: int) -> bool:  # noqa: ARG001 - torch's choice of kernel depends on it
+    """Probe whether a product with a packed weight is bit-equal to the plain one, in these shapes.
 
-    Of a large weight fewer outputs are tried, as many beyond a multiple of the blocks in which kernels compute them.
+    A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels.
     """
     if in_features * out_features < _MIN_ELEMENTS:
         return False
@@ -137,16 +135,16 @@ Product = tuple[Tensor, Tensor, Tensor | None]
 def cancelling_product(
     num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
 ) -> Product:
-    """Make a product in which any other order of summation shows in nearly every output.
+    """Make a product in which any other order of summation changes nearly every output.
 
-    Each term, the bias among them, is taken back by an equal one at a random place; what is left are the rounding errors
-    on the way. Terms are of many magnitudes, so that there are such errors.
+    Each term, including the bias, is cancelled by an equal one at a random place, so that only rounding errors remain.
+    The terms have many magnitudes, so that there are such errors.
     """
     num_pairs = (in_features - has_bias) // 2
     back = torch.randperm(num_pairs, generator=generator)
     magnitudes = 2.0 ** torch.randint(-6, 7, (num_pairs,), generator=generator)
-    inputs = magnitudes * torch.randn((min(num_rows, _DIFFERENT), num_pairs), generator=generator)
-    weights = torch.randn((min(out_features, _DIFFERENT), num_pairs), generator=generator)
+    inputs = magnitudes * torch.randn((min(num_rows, _NUM_DISTINCT), num_pairs), generator=generator)
+    weights = torch.randn((min(out_features, _NUM_DISTINCT), num_pairs), generator=generator)
     bias = torch.randn(len(weights), generator=generator).bfloat16() if has_bias else None
     rest = torch.full((1, in_features - has_bias - 2 * num_pairs), 2.0**-14)
     rows = [inputs, -inputs[:, back], rest.expand(len(inputs), -1)]
@@ -156,20 +154,20 @@ def cancelling_product(
         columns.append(-bias[:, None].float())
     places = torch.randperm(in_features, generator=generator)
     weight = torch.cat(columns, dim=1)[:, places]
-    return _repeated(num_rows, out_features, torch.cat(rows, dim=1)[:, places], weight, bias)
+    return _repeat_distinct(num_rows, out_features, torch.cat(rows, dim=1)[:, places], weight, bias)
 
 
 def tied_product(
     num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
 ) -> Product:
-    """Make a product of small integers: exact in any order until it is rounded once, often from halfway between two."""
-    rows = torch.randint(-8, 9, (min(num_rows, _DIFFERENT), in_features), generator=generator)
-    weight = torch.randint(-8, 9, (min(out_features, _DIFFERENT), in_features), generator=generator)
+    """Make a product of small integers: exact in any order, then rounded once, often from halfway between two values."""
+    rows = torch.randint(-8, 9, (min(num_rows, _NUM_DISTINCT), in_features), generator=generator)
+    weight = torch.randint(-8, 9, (min(out_features, _NUM_DISTINCT), in_features), generator=generator)
     bias = torch.randint(-256, 257, (len(weight),), generator=generator) if has_bias else None
-    return _repeated(num_rows, out_features, rows, weight, bias)
+    return _repeat_distinct(num_rows, out_features, rows, weight, bias)
 
 
-def _repeated(num_rows: int, out_features: int, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+def _repeat_distinct(num_rows: int, out_features: int, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
     outputs = torch.arange(out_features) % len(weight)
     return (
         rows.bfloat16()[torch.arange(num_rows) % len(rows)],

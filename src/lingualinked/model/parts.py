@@ -1,6 +1,6 @@
-"""Find the parts of a model that a cut must know: its layers, and what runs before and after them, in bytes.
+"""Finds the parts of a model: its layers, and what runs before and after them, with their bytes.
 
-Works on the meta device, without weights; knows nothing of stages, devices or checkpoints.
+Works on the meta device, without weights; knows no stages, devices or checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelParts:
-    """Where a model's layers are, and what its parts weigh.
+    """Where a model's parts are, and the bytes of their weights.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class ModelParts:
     epilogue_bytes : int
         Includes a head whose weight is tied to the embedding.
     tied_bytes : int
-        Counted in both prologue and epilogue; a stage that has both ends holds them once.
+        Counted in both prologue and epilogue; a stage with both ends holds them once.
     """
 
     layers: str
@@ -57,7 +57,7 @@ class ModelParts:
     tied_bytes: int
 
     def span_bytes(self, start: int, end: int) -> int:
-        """Give the weight bytes that a stage of layers ``[start, end)`` holds.
+        """Return the weight bytes that a stage of layers ``[start, end)`` holds.
 
         Parameters
         ----------
@@ -77,18 +77,18 @@ class ModelParts:
         return self.weights.of_span(start, end)
 
     def needs(self, name: str, start: int, end: int) -> bool:
-        """Whether a stage of layers ``[start, end)`` needs a parameter: of its layers, or, at either end, of what is around."""
+        """Return whether a stage of layers ``[start, end)`` may need a parameter, of its layers or of the ends of the model."""
         layer = self.layer_of(name)
         return start <= layer < end if layer is not None else start == 0 or end == self.num_layers
 
     def layer_of(self, name: str) -> int | None:
-        """Return the layer that a parameter of the whole model belongs to, or None if it is around the layers."""
+        """Return the layer of a parameter of the whole model, or None if it belongs to no layer."""
         path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
         return int(path) if name.startswith(f"{self.layers}.") and rest and path.isdecimal() else None
 
     @property
     def weights(self) -> WeightBytes:
-        """The same bytes, as the planner takes them."""
+        """The same bytes, in the planner's type."""
         return WeightBytes(
             layers=self.layer_bytes, prologue=self.prologue_bytes, epilogue=self.epilogue_bytes, tied=self.tied_bytes
         )
@@ -103,7 +103,7 @@ def check_span(start: int, end: int, num_layers: int) -> None:
 
 
 def build_meta(spec: ModelSpec) -> PreTrainedModel:
-    """Build the full model on the meta device: every module and shape, no memory.
+    """Build the full model on the meta device, with all modules and shapes, but without memory.
 
     Parameters
     ----------
@@ -117,9 +117,9 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
     Raises
     ------
     UncuttableModelError
-        If the class is none that can be cut.
+        If the class can't be cut.
     ArgumentError
-        If the attention implementation is unknown to transformers, or can't be had here.
+        If the attention implementation is unknown to transformers, or not available here.
     """
     if spec.class_name not in SUPPORTED_ARCHITECTURES.values():
         raise UncuttableModelError(
@@ -139,12 +139,12 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
 def find_parts(meta_model: PreTrainedModel) -> ModelParts:
     """Find the layers of a causal LM and what runs before and after them.
 
-    One forward pass on the meta device, stopped on entry to the first layer, tells the modules that ran until then.
+    One forward pass on the meta device, stopped at the first layer, shows which modules run before the layers.
 
     Parameters
     ----------
     meta_model : PreTrainedModel
-        As `build_meta` gives it; left as it was.
+        As `build_meta` returns it; not changed.
 
     Returns
     -------
@@ -154,7 +154,7 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
     ------
     UncuttableModelError
         If no module list holds the layers, if weights lie outside modules that can be cut off, or if a forward pass does
-        not come to the first layer.
+        not reach the first layer.
     """
     name = type(meta_model).__name__
     path, layers = _find_layers(meta_model)
@@ -186,17 +186,17 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
 
 
 def learned_positions(meta_model: PreTrainedModel) -> int | None:
-    """Give the number of positions that a model has learned embeddings for.
+    """Return the number of positions that a model has learned embeddings for.
 
     Parameters
     ----------
     meta_model : PreTrainedModel
-        As `build_meta` gives it.
+        As `build_meta` returns it.
 
     Returns
     -------
     int or None
-        The longest text that the model can take, in tokens; None where positions are computed (rotary, ALiBi).
+        The longest text that the model accepts, in tokens; None if positions are computed (rotary, ALiBi).
     """
     words = meta_model.get_input_embeddings()
     if any(isinstance(module, nn.Embedding) and module is not words for module in meta_model.modules()):
@@ -205,7 +205,7 @@ def learned_positions(meta_model: PreTrainedModel) -> int | None:
 
 
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the largest module list that is as long as the decoder is deep."""
+    """Find the largest module list with as many modules as the decoder has layers."""
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     candidates = [
         (path, module)
@@ -219,19 +219,19 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(candidates, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
 
 
-class _LayersReached(Exception):  # noqa: N818 - it ends a forward pass and is no error
-    """The forward pass has come to the first layer."""
+class _LayersReached(Exception):  # noqa: N818 - it ends a forward pass and is not an error
+    """The forward pass has reached the first layer."""
 
 
 class _ProbeLayer(nn.Module):
-    """Stands in for the first layer during the probe."""
+    """Replaces the first layer during the probe."""
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         raise _LayersReached
 
 
 class NoData(TorchFunctionMode):
-    """Answers "no" where a forward pass on the meta device asks for the values of a tensor."""
+    """Makes tensors on the meta device false, and empty of values, so that a forward pass can test them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -242,7 +242,7 @@ class NoData(TorchFunctionMode):
 
 
 def _called_before_layers(model: PreTrainedModel, layers: nn.ModuleList, watched: list[nn.Module]) -> set[nn.Module]:
-    """Run the model up to its first layer; give the watched modules that were called."""
+    """Run the model up to its first layer; return the watched modules that were called."""
     called: set[nn.Module] = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in watched]
     first, layers[0] = layers[0], _ProbeLayer()
@@ -267,7 +267,7 @@ def _holds_parameters(module: nn.Module) -> bool:
 
 
 def _own_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Give the parameters that modules hold directly, by full name, tied ones under each of their names."""
+    """Return the parameters that modules hold directly, by full name; tied ones under each of their names."""
     return {
         f"{path}.{name}": parameter
         for path, module in modules.items()

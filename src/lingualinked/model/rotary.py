@@ -1,7 +1,7 @@
 """How far rotary embeddings of the type "dynamic" are stretched, which outlasts a forward pass and a session.
 
-transformers keeps it in the module, for whatever text comes next: here the caller keeps it and every step tells it, so
-that each stage, however new, rotates as the uncut model would. Knows configurations; no modules, no messages.
+transformers keeps this state in the module, for whatever text comes next. Here the caller keeps it and sends it with every
+step, so that each stage, even a new one, rotates as the unsharded model would. Knows configurations; no modules, no messages.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class RopeReach:
     """The length of text that a model's rotary embeddings are stretched for.
 
-    A longer text stretches them further; one within the model's own positions takes all of it back.
+    A longer text stretches them further; a text within the model's own positions resets them.
 
     Parameters
     ----------
     spec : ModelSpec
-        Of the model.
+        Spec of the model.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -32,21 +32,21 @@ class RopeReach:
         self._lock = threading.Lock()
 
     def advance(self, num_tokens: int) -> int:
-        """Return how far they are stretched before a step, and count the step.
+        """Return how far the embeddings are stretched before a step, then record the step.
 
         Parameters
         ----------
         num_tokens : int
-            Of the text at the end of the step: its highest position plus one.
+            Length of the text at the end of the step: its highest position plus one.
 
         Returns
         -------
         int
-            Tokens; 0 where nothing is ever stretched.
+            Tokens; 0 if the embeddings are never stretched.
         """
         if not self._unstretched:
             return 0
-        with self._lock:  # sessions step in many threads; what each step is told makes an order of them
+        with self._lock:  # sessions step in many threads; the lock puts their steps in one order
             reach = self._reach
             if num_tokens > reach:
                 self._reach = num_tokens
@@ -56,7 +56,7 @@ class RopeReach:
 
 
 def _is_dynamic(parameters: Any) -> bool:
-    """Whether the parameters, for all layers or by their type, ask for what depends on the texts before."""
+    """Return whether rope parameters, for all layers or by type of layer, have the type "dynamic"."""
     if not isinstance(parameters, dict):
         return False
     if "rope_type" in parameters:

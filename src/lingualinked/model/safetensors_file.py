@@ -1,6 +1,6 @@
-"""One safetensors file: its header, checked against its size, and single tensors read into aligned memory.
+"""Reads a safetensors file: its header, checked against its size, and single tensors, into aligned memory.
 
-Knows the file format; nothing of models, or of which file of a checkpoint holds what.
+Knows the file format; no models, and not which file of a checkpoint holds which tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies in its file: bytes ``[start, stop)``."""
+    """A tensor's place in its file: bytes ``[start, stop)``."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -51,16 +51,16 @@ class TensorEntry:
 
 
 class FileChangedError(CheckpointError):
-    """A file is not any more what it was when the checkpoint was first read."""
+    """A file has changed since the checkpoint was first read, or can't be read here."""
 
 
-def identify(path: str) -> CheckpointFile:
+def identify_file(path: str) -> CheckpointFile:
     """Describe a file as it is now.
 
     Raises
     ------
     CheckpointError
-        If it is missing or can't be looked at.
+        If it is missing or can't be read.
     """
     try:
         return _identity(path, Path(path).stat())
@@ -69,24 +69,24 @@ def identify(path: str) -> CheckpointFile:
 
 
 class SafetensorsFile:
-    """A safetensors file, its header read and checked, its tensors not.
+    """A safetensors file, whose header is read and checked, and whose tensors are read on request.
 
     Parameters
     ----------
     file : CheckpointFile
-        Nothing is taken from a file that has been put in its place, or that is being written to.
+        The file as it was first read; if it has been replaced or written to, reading raises.
 
     Attributes
     ----------
     entries : dict of str to TensorEntry
         By tensor name, in the order of the header.
     header_bytes : int
-        Read so far, to know the entries.
+        Bytes of the header.
 
     Raises
     ------
     FileChangedError
-        If the file is not any more what it was, or can't be read here.
+        If the file has changed, or can't be read here.
     CheckpointError
         If the file is truncated or not a safetensors file.
     """
@@ -104,7 +104,7 @@ class SafetensorsFile:
                     )
                 header = opened.read(header_length)
         finally:
-            self.close()  # a checkpoint may have more files than a process may hold open
+            self.close()  # a checkpoint may have more files than a process may open
         self.header_bytes = 8 + header_length
         self.entries = self._parse(header)
         expected_bytes = max((entry.stop for entry in self.entries.values()), default=self.header_bytes)
@@ -114,12 +114,12 @@ class SafetensorsFile:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor straight into new, aligned memory: nothing is held twice, and no page of the file is mapped.
+        """Read one tensor into new, aligned memory, without a second copy and without mapping the file.
 
         Raises
         ------
         FileChangedError
-            If the file is not any more what it was, before or after the tensor has been read.
+            If the file has changed, before or while the tensor was read.
         CheckpointError
             If the file ends early.
         """
@@ -138,25 +138,25 @@ class SafetensorsFile:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[FileIO]:
-        """Open the file, if it is not; what has been read inside is of no use if the file is another one by the end."""
+        """Open the file if necessary; raise FileChangedError if it has changed, on entry or on exit."""
         try:
             if self._file is None:
                 self._file = Path(self.path).open("rb", buffering=0)  # noqa: SIM115 - closed by close()
-            self._check(self._file)
+            self._check_unchanged(self._file)
             try:
                 yield self._file
             except CheckpointError:
-                self._check(self._file)  # what has been replaced is not damaged
+                self._check_unchanged(self._file)  # a file that was replaced is not a damaged one
                 raise
-            self._check(self._file)
+            self._check_unchanged(self._file)
         except OSError as error:
             raise FileChangedError(_unreadable(self.path, error)) from error
 
-    def _check(self, opened: FileIO) -> None:
+    def _check_unchanged(self, opened: FileIO) -> None:
         if _identity(self.path, os.fstat(opened.fileno())) != self._expected:
             raise FileChangedError(
                 f"{self.path} has been replaced or written to since the checkpoint was first read, so that its weights "
-                "may be of another model: load anew, once nobody writes there"
+                "may be of another model: load the model again once nothing writes to this file"
             )
 
     def close(self) -> None:

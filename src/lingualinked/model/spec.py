@@ -1,6 +1,6 @@
-"""What a worker must be told to build any stage of a model: plain data that travels.
+"""Everything that a worker needs to build any stage of a model, as plain data that is sent to it.
 
-Knows neither torch nor transformers, and nothing of spans or devices.
+Knows neither torch nor transformers; no spans and no devices.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFile:
-    """A file of weights, and what tells whether it is still the one that was read first.
+    """A file of weights, with the attributes that show whether it has changed since it was first read.
 
     Parameters
     ----------
     path : str
         Absolute and local.
     device, inode : int
-        Which file it is, symbolic links followed.
+        Identity of the file, after following symbolic links.
     num_bytes : int
         Its size.
     mtime_ns, ctime_ns : int
-        When it was last written to, in nanoseconds, and when that or anything else about it last changed: whoever
-        replaces or rewrites a file may set the one back, not the other.
+        Times of its last modification and of the last change of its attributes, in nanoseconds. A program that replaces
+        or rewrites a file can reset the first, not the second.
     """
 
     path: str
@@ -45,13 +45,13 @@ class ModelSpec:
     dtype : str
         Name of the floating torch dtype of the weights, already resolved: ``"bfloat16"``, never ``"auto"``.
     attn_implementation : str or None
-        As the user asked for; None is transformers' default.
+        As the user requested it; None is transformers' default.
     load_format : {"safetensors", "dummy", "blank"}
-        Read the weights from `files`, fill in seeded random ones, or any that serve to measure times with.
+        Read the weights from `files`, use seeded random ones, or use arbitrary ones for measuring times.
     files : tuple of CheckpointFile
-        The safetensors files, as they were when the checkpoint was first read; empty but for ``"safetensors"``.
+        The safetensors files, as they were when the checkpoint was first read; empty unless ``"safetensors"``.
     seed : int, default=0
-        Of the dummy weights.
+        Seed of the dummy weights.
     """
 
     class_name: str

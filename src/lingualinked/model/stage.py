@@ -1,6 +1,6 @@
 """One stage: a model's own forward pass over its span of layers.
 
-Knows what comes in and goes out of a span; nothing of sockets, sessions' owners or the other stages.
+Knows the inputs and outputs of a span; no sockets, sessions' owners or other stages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lingualinked.model import hf_internals
 from lingualinked.model.cut import SpanLeft
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
-from lingualinked.model.loading import LoadedSpan, load_span
 from lingualinked.model.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.torch_settings import TorchSettings, torch_settings
 from lingualinked.quantities import count_text
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class StageInputs:
-    """What one step gives a stage.
+    """The inputs of a stage in one step.
 
     Parameters
     ----------
@@ -42,17 +42,17 @@ class StageInputs:
         First stage: token ids [rows, tokens] int64, or embeddings [rows, tokens, hidden]. Later: the tensors of the
         previous stage's output.
     layout : tuple of bool or None
-        Of a later stage's input: None for a bare tensor, else which items of a tuple are tensors (the others are None).
+        Form of a later stage's input: None for a single tensor, else which items of a tuple are tensors, not None.
     attention_mask : Tensor or None
         [rows, past + tokens] int64.
     position_ids : Tensor or None
         [rows or 1, tokens] int64.
     logits_to_keep : int or Tensor, default=0
-        Of the last stage, with transformers' meaning: the last so many positions, 0 for all, or their indices.
+        For the last stage, as in transformers: the number of last positions, 0 for all, or their indices.
     rope_reach : int, default=0
         How far the model's rotary embeddings are stretched before the step (`RopeReach`); 0 leaves them as they are.
     torch_settings : mapping of str to bool, int or str
-        Under which the caller called, as `read_torch_settings` returns them.
+        The caller's settings, as `read_torch_settings` returns them.
     """
 
     tensors: tuple[Tensor, ...]
@@ -66,7 +66,7 @@ class StageInputs:
 
 @dataclass(slots=True, kw_only=True)
 class StageOutput:
-    """What one step gives back, on the CPU.
+    """The outputs of a stage in one step, on the CPU.
 
     Parameters
     ----------
@@ -83,24 +83,24 @@ class StageOutput:
 class Stage:
     """Layers ``[start, end)`` of a model, with what must run before or after them.
 
-    Made by `Stage.load`; used by one thread at a time.
+    Create it with `Stage.load`; only one thread at a time may use it.
 
     Attributes
     ----------
     start, end : int
         Half-open layer range.
     num_layers : int
-        Of the whole model.
+        Number of layers of the whole model.
     is_first, is_last : bool
-        Whether it takes token ids; whether it gives logits.
+        Whether its inputs are token ids; whether its outputs are logits.
     weight_bytes : int
-        Held.
+        Bytes of the weights that it holds.
     num_bytes_read : int
-        From files to load it, their headers included.
+        Bytes read from files to load it, including headers.
     span : LoadedSpan
         Its cut model, for stages that share layers with it.
     device : torch.device
-        Where it computes.
+        The device that it computes on.
     """
 
     def __init__(self, span: LoadedSpan, start: int, end: int, device: torch.device) -> None:
@@ -116,7 +116,7 @@ class Stage:
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers
-        self._slots = self.slots(start, end)
+        self._slots = self.cache_slots(start, end)
         self._ropes = hf_internals.dynamic_ropes(self._model)
 
     @classmethod
@@ -131,9 +131,9 @@ class Stage:
         shared: Sequence[Stage] = (),
         fallback: Callable[[PreTrainedModel], WeightSource] | None = None,
     ) -> Stage:
-        """Load layers ``[start, end)`` of a model; no other weights are read.
+        """Load layers ``[start, end)`` of a model; read no other weights.
 
-        What stages in `held` have of it is shared with them instead; they stay usable.
+        Layers that the stages in `shared` hold are shared with them, not loaded; those stages stay usable.
 
         Parameters
         ----------
@@ -144,10 +144,10 @@ class Stage:
             ``"cpu"``, ``"cuda:N"`` or ``"mps"``.
         progress : callable, optional
             Called in the calling thread with the bytes of weights loaded so far.
-        held : sequence of Stage, optional
+        shared : sequence of Stage, optional
             Other stages of the model on the same accelerator.
-        instead : callable, optional
-            Makes the source to take weights from where files can't be read here, or have changed; see `load_span`.
+        fallback : callable, optional
+            Makes another source of weights, for when files can't be read here or have changed; see `load_span`.
 
         Returns
         -------
@@ -163,24 +163,26 @@ class Stage:
             If the architecture can't be cut.
         """
         device = accelerator_device(accelerator)
+        # 1) load the layers that no shared stage holds
         loaded: list[Stage] = []
         for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in shared]):
             before = sum(stage.weight_bytes for stage in loaded)
-            told = None if progress is None else lambda num_bytes: progress(before + num_bytes)  # noqa: B023
-            loaded.append(cls(load_span(spec, *missing, progress=told, fallback=fallback), *missing, device))
+            report = None if progress is None else lambda num_bytes: progress(before + num_bytes)  # noqa: B023
+            loaded.append(cls(load_span(spec, *missing, progress=report, fallback=fallback), *missing, device))
+        # 2) join them with the shared ones
         if len(loaded) == 1 and (loaded[0].start, loaded[0].end) == (start, end):
             return loaded[0]
         stage = cls(join_spans([each.span for each in (*shared, *loaded)], start, end), start, end, device)
         stage.num_bytes_read = sum(each.num_bytes_read for each in loaded)
         return stage
 
-    def weight(self, name: str) -> Tensor | None:
-        """Give a parameter of the whole model as it is held here, on whatever device, or None if it is not.
+    def find_weight(self, name: str) -> Tensor | None:
+        """Return a parameter of the whole model, on the stage's device, or None if the stage does not hold it.
 
         Parameters
         ----------
         name : str
-            In the whole model; of tied parameters, that of the source.
+            Name in the whole model; for tied parameters, that of their source.
         """
         for known in (name, *(target for target, source in self.span.tied.items() if source == name)):
             path, _, attribute = known.rpartition(".")
@@ -190,13 +192,13 @@ class Stage:
                 continue
             if isinstance(module, PackedLinear) and attribute == "weight":
                 return module.weight()
-            held = module._parameters.get(attribute)  # noqa: SLF001 - whatever else is called so is no weight
+            held = module._parameters.get(attribute)  # noqa: SLF001 - other attributes of this name are not weights
             if held is not None:
                 return held.detach()
         return None
 
-    def slots(self, start: int, end: int) -> frozenset[int]:
-        """Give the slots in the KV cache of layers ``[start, end)``, which the stage holds."""
+    def cache_slots(self, start: int, end: int) -> frozenset[int]:
+        """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
         indices = (
             getattr(module, "layer_idx", None) for layer in self._layers[start:end] for module in layer.modules()
         )
@@ -208,7 +210,7 @@ class Stage:
         Parameters
         ----------
         spare_bytes : callable, optional
-            Returns the bytes that can still be had; by default there is no limit.
+            Returns the bytes that can still be allocated; by default without limit.
 
         Returns
         -------
@@ -224,7 +226,7 @@ class Stage:
         ----------
         inputs : StageInputs
         cache : StageCache or None
-            Of the step's session; None to keep no keys and values. Not usable any more if the step raises.
+            KV cache of the step's session; None to keep no keys and values. Unusable after a step that raises.
 
         Returns
         -------
@@ -237,28 +239,30 @@ class Stage:
         ValueError
             If a setting of torch is unknown.
         """
+        # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {
-            "attention_mask": self._placed(inputs.attention_mask),
+            "attention_mask": self._to_device(inputs.attention_mask),
             "past_key_values": None if cache is None else cache.hf,
             "use_cache": cache is not None,
         }
         if inputs.position_ids is not None:
-            arguments["position_ids"] = self._placed(inputs.position_ids)
+            arguments["position_ids"] = self._to_device(inputs.position_ids)
         if self.is_first and not states.is_floating_point():
             arguments["input_ids"] = states
         elif self.is_first:
             arguments["inputs_embeds"] = states
-        else:  # it gives shape and dtype alone, what the prologue makes of it is discarded; under autocast states have others
+        else:  # only their shape and dtype count, since the prologue's result is discarded; autocast may change the states' dtype
             arguments["inputs_embeds"] = states.to(self._config.dtype)
         if not self.is_first:
-            self._boundary.incoming = _unflatten(tensors, inputs.layout)
+            self._boundary.incoming = _unflatten_output(tensors, inputs.layout)
         if self.is_last:
-            arguments["logits_to_keep"] = self._placed(inputs.logits_to_keep)
+            arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
+        # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
-        # The hook is for this pass alone: stages that share the layer have hooks of their own.
-        hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture)
+        # The hook is for this pass only: stages that share the layer have their own hooks.
+        hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)
         try:
             with hf_internals.GLOBAL_STATE, torch_settings(inputs.torch_settings):
                 if inputs.rope_reach:
@@ -266,20 +270,21 @@ class Stage:
                         rope.stretch(inputs.rope_reach, self.device)
                 outputs: tuple[Tensor, ...] = (self._model(**arguments).logits,)
         except SpanLeft:
-            outputs, layout = flatten(self._boundary.outgoing)
+            outputs, layout = flatten_output(self._boundary.outgoing)
         finally:
             hook.remove()
             self._boundary.clear()
+        # 3) count the tokens
         if cache is not None:
             cache.advance(states.shape[1])
         return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout)
 
-    def _placed(self, value: Any) -> Any:
+    def _to_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
 
 
 def missing_spans(start: int, end: int, held: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give the spans of ``[start, end)`` that none of those held covers, in order."""
+    """Return the spans of ``[start, end)`` that no span in `held` covers, in order."""
     missing, position = [], start
     for first, stop in sorted(held):
         if position < min(first, end):
@@ -291,7 +296,7 @@ def missing_spans(start: int, end: int, held: Iterable[tuple[int, int]]) -> list
 
 
 def accelerator_device(accelerator: str) -> torch.device:
-    """Return torch's device for an accelerator's name.
+    """Return torch's device for the name of an accelerator.
 
     Raises
     ------
@@ -303,17 +308,17 @@ def accelerator_device(accelerator: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(
-            f"torch can't compute on accelerator {accelerator!r} ({error}): use 'cpu', 'cuda:N' or 'mps', as this "
+            f"torch can't compute on accelerator {accelerator!r} ({error}): use 'cpu', 'cuda:N' or 'mps', if this "
             "machine and this build of torch have it"
         ) from error
     return device
 
 
-def flatten(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None]:
-    """Take the tensors that cross the boundary out of a layer's raw output.
+def flatten_output(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None]:
+    """Return the tensors of a layer's raw output that cross the boundary, and the layout of the output.
 
-    Of a tuple only the hidden states do: in every supported architecture the rest is attention weights, which the next
-    layer does not see, and which are as large as the square of the text.
+    Only the hidden states of a tuple do: in every supported architecture the other items are attention weights, which the
+    next layer does not use, and whose size grows with the square of the text.
     """
     assert output is not None
     if isinstance(output, Tensor):
@@ -322,11 +327,11 @@ def flatten(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, .
     return (output[0],), (True,) + (False,) * (len(output) - 1)
 
 
-def _unflatten(tensors: tuple[Tensor, ...], layout: tuple[bool, ...] | None) -> RawOutput:
+def _unflatten_output(tensors: tuple[Tensor, ...], layout: tuple[bool, ...] | None) -> RawOutput:
     """Rebuild the raw output of the previous stage's last layer."""
     if len(tensors) != (1 if layout is None else sum(layout)):
         raise ArgumentError(
-            f"{count_text(len(tensors), 'tensor')} arrived at a stage whose layout {layout} announces others"
+            f"{count_text(len(tensors), 'tensor')} arrived at a stage, which does not match the layout {layout}"
         )
     if layout is None:
         return tensors[0]

@@ -1,6 +1,6 @@
-"""The settings of torch that decide which kernels and dtypes a forward pass uses: read in one process, applied in another.
+"""The settings of torch that determine the kernels and dtypes of a forward pass: read in one process, applied in another.
 
-Knows torch only; nothing of models, steps or who sends what.
+Knows torch only; no models and no steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import backends
 
 TorchSettings = Mapping[str, bool | int | str]
-"""Values by name, of those settings alone that are not torch's defaults."""
+"""Values by name, of the settings that differ from torch's defaults."""
 
 
 class _Setting(NamedTuple):
@@ -47,13 +47,13 @@ def _sdp(name: str) -> _Setting:
 def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it is set by the newer names alone, which are read below
+    except RuntimeError:  # set by its newer names, which are read below
         return "highest"
 
 
 def _flushes_denormals() -> bool:
     smallest_normal = sys.float_info.min
-    return bool(operator.truediv(smallest_normal, 2) == 0.0)  # computed here and now, in the mode of this thread
+    return bool(operator.truediv(smallest_normal, 2) == 0.0)  # computed at run time, in the mode of this thread
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -63,11 +63,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch has no dtype {name!r}")
+        raise ValueError(f"{name!r} is not a dtype of torch")
     return dtype
 
 
-# In this order they are applied and taken back: the first of the precisions of float32 sets the others too.
+# They are applied and restored in this order: the first precision of float32 sets the others too.
 _SETTINGS: dict[str, _Setting] = {
     "autocast.cpu": _autocast("cpu"),
     "autocast.cuda": _autocast("cuda"),
@@ -98,12 +98,12 @@ _SETTINGS: dict[str, _Setting] = {
 
 
 def read_torch_settings() -> dict[str, bool | int | str]:
-    """Return the settings in force in this thread that are not torch's defaults.
+    """Return the settings of this thread that differ from torch's defaults.
 
     Returns
     -------
     dict of str to bool, int or str
-        By name; empty where nobody has changed any.
+        By name; empty if all have their defaults.
     """
     values = {name: setting.read() for name, setting in _SETTINGS.items()}
     return {name: value for name, value in values.items() if value != _SETTINGS[name].default}
@@ -111,7 +111,7 @@ def read_torch_settings() -> dict[str, bool | int | str]:
 
 @contextlib.contextmanager
 def torch_settings(settings: TorchSettings) -> Iterator[None]:
-    """Put settings in force inside; those that are not given keep torch's defaults.
+    """Apply settings within the context; settings that are not given are left at torch's defaults.
 
     Parameters
     ----------
@@ -121,11 +121,11 @@ def torch_settings(settings: TorchSettings) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If a setting or a value is unknown, or can't be had on this machine.
+        If a setting or a value is unknown, or not available on this machine.
     """
     unknown = settings.keys() - _SETTINGS.keys()
     if unknown:
-        raise ValueError(f"unknown setting of torch {min(unknown)!r}")
+        raise ValueError(f"{min(unknown)!r} is not a known setting of torch")
     before = {name: setting.read() for name, setting in _SETTINGS.items()} if settings else {}
     try:
         for name in [name for name in _SETTINGS if name in settings]:

@@ -1,6 +1,6 @@
-"""Weights that are known by name and shape, and materialised one at a time when the loader asks.
+"""Sources of weights, which know names and shapes, and materialise one tensor at a time.
 
-Knows where they come from; not which stage needs which.
+Knows where weights come from; not which stage needs which.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 
 class WeightSource(Protocol):
-    """A checkpoint, of files or imagined."""
+    """A source of weights: a checkpoint's files, generated values, or other workers."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Of every tensor, by name."""
+        """The shape of every tensor, by name."""
 
     @property
     def num_bytes_read(self) -> int:
-        """From files, so far."""
+        """Bytes read so far."""
 
     def read(self, name: str) -> torch.Tensor:
         """Materialise one tensor in new, aligned CPU memory."""
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all files."""
 
 
 def untied_parameters(meta_model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Give the parameters of a model by name; tied ones under their source's name alone, as in a checkpoint."""
+    """Return the parameters of a model by name; tied ones only under their source's name, as in a checkpoint."""
     tied = hf_internals.ties(meta_model)
     return {
         name: parameter for name, parameter in meta_model.named_parameters(remove_duplicate=False) if name not in tied
@@ -54,9 +54,9 @@ class LazyTensor:
     ----------
     source : WeightSource
     name : str
-        In the source.
+        Name in the source.
     on_read : callable
-        Called with the number of elements once it is materialised.
+        Called with the number of elements after it has been materialised.
     """
 
     def __init__(self, source: WeightSource, name: str, on_read: Callable[[int], None]) -> None:
@@ -81,14 +81,14 @@ class CheckpointWeights:
     shapes : dict of str to tuple of int
         By tensor name.
     num_bytes_read : int
-        So far, headers included.
+        Bytes read so far, including headers.
 
     Raises
     ------
     FileChangedError
-        If a file is not any more what it was when the checkpoint was first read, here or while it is read.
+        If a file has changed since the checkpoint was first read, now or when a tensor is read.
     CheckpointError
-        If a file is truncated or no safetensors file.
+        If a file is truncated or not a safetensors file.
     """
 
     def __init__(self, files: Sequence[CheckpointFile]) -> None:
@@ -98,7 +98,7 @@ class CheckpointWeights:
         self.num_bytes_read = sum(file.header_bytes for file in self._files)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor; only its own bytes are read."""
+        """Read one tensor, and only its own bytes."""
         tensor = self._file_of[name].read(name)
         self.num_bytes_read += tensor.nbytes
         return tensor

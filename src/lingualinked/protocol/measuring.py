@@ -1,4 +1,4 @@
-"""The messages that measure: what a model's parts cost on a worker, and what the links between parties carry.
+"""The messages with which the caller measures a model's parts on a worker, and the links between parties.
 
 Knows neither who sends them nor over what.
 """
@@ -9,8 +9,8 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.base import Message
 
 
-class StepShape(Message, frozen=True):
-    """Rows of the batch, new tokens of each, and tokens of each that are in the KV cache already."""
+class MeasuredShape(Message, frozen=True):
+    """The shape of a step: rows of the batch, new tokens per row, and tokens per row that the KV cache already holds."""
 
     rows: int
     tokens: int
@@ -18,18 +18,18 @@ class StepShape(Message, frozen=True):
 
 
 class MeasureModel(Message, frozen=True, tag=7):
-    """Measure what the parts of a model cost: run spans of one or two layers with weights that are filled in.
+    """Time the parts of a model by running spans of one or two layers with arbitrary weights.
 
-    ``layout`` and ``hidden_size`` describe what crosses a boundary. Steps are repeated so many times, after one that shows
-    what a new shape costs once; more often while their times spread, less often where they are long. No text grows beyond
-    ``max_positions``.
+    ``layout`` and ``hidden_size`` describe the tensors that cross a boundary. Steps of a shape are repeated
+    ``num_prefills`` or ``num_decodes`` times after a first one that includes one-time costs: more often while their times
+    spread, less often if they are long. No text grows beyond ``max_positions``.
     """
 
     request: int
     spec: ModelSpec
     spans: tuple[tuple[int, int], ...]
     kind_of_layer: tuple[int, ...]
-    shapes: tuple[StepShape, ...]
+    shapes: tuple[MeasuredShape, ...]
     layout: tuple[bool, ...] | None
     hidden_size: int
     num_prefills: int
@@ -38,15 +38,15 @@ class MeasureModel(Message, frozen=True, tag=7):
 
 
 class MeasuredStep(Message, frozen=True):
-    """Seconds that one part of a model took in steps of one shape: median, and distance between the quartiles."""
+    """The time of one part of a model in steps of one shape: median and interquartile range, in seconds."""
 
-    shape: StepShape
+    shape: MeasuredShape
     seconds: float
     spread_s: float
 
 
 class ModelMeasured(Message, frozen=True, tag=26):
-    """Answer to `MeasureModel`: times of each kind of layer that was among the spans, and of the rest."""
+    """Answer to `MeasureModel`: the times of each kind of layer in the spans, and of the other parts."""
 
     request: int
     hardware: str
@@ -58,7 +58,7 @@ class ModelMeasured(Message, frozen=True, tag=26):
 
 
 class ProbeLink(Message, frozen=True, tag=8):
-    """Measure the link to another party: send it ``Ping`` messages with so many bytes beside them, one after the other."""
+    """Measure the link to another party: send it ``Ping`` messages with these numbers of bytes, one after another."""
 
     request: int
     target: str
@@ -66,14 +66,14 @@ class ProbeLink(Message, frozen=True, tag=8):
 
 
 class LinkProbed(Message, frozen=True, tag=27):
-    """Answer to `ProbeLink`: seconds from each ``Ping`` to its ``Pong``, in the order of the sizes."""
+    """Answer to `ProbeLink`: the seconds from each ``Ping`` to its ``Pong``, in the order of the sizes."""
 
     request: int
     seconds: tuple[float, ...]
 
 
 class Ping(Message, frozen=True, tag=9):
-    """Answer with a ``Pong`` at once."""
+    """Request for an immediate ``Pong``."""
 
     number: int
 

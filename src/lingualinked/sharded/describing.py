@@ -20,8 +20,8 @@ from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelE
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
 from lingualinked.model.footprint import Footprint, measure_footprint
-from lingualinked.model.loading import check_weights
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
+from lingualinked.model.span_loading import check_weights
 from lingualinked.model.spec import ModelSpec
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, select_config_attributes

@@ -298,9 +298,7 @@ def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageC
     orders = [edit.values for edit in edits if edit.kind is KVEditKind.REORDER]
     if not orders:
         return
-    order = functools.reduce(
-        _compose_orders, orders
-    )  # an intermediate order may have as many rows as fit into a message
+    order = functools.reduce(_compose_orders, orders)  # intermediate orders may have any number of rows
     if len(order) != num_rows:
         raise ProtocolError(f"an order of {count_text(len(order), 'row')} of KV arrived in a step of {num_rows}")
     rows = torch.tensor(order, dtype=torch.long)

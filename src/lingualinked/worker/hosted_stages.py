@@ -99,7 +99,7 @@ class HostedStages:
                 )
             except LoadCancelledError:
                 self._background.call_on_loop(lambda: release_memory(self._accelerator))
-            except Exception as error:  # noqa: BLE001 - the caller raises it
+            except Exception as error:  # noqa: BLE001 - the caller re-raises it
                 self._background.call_on_loop(functools.partial(on_error, error))
             else:
                 # 3) on the loop again: put the stage in service, if it is still wanted
@@ -121,7 +121,7 @@ class HostedStages:
         return () if borrowed is None else (borrowed[1].last_asked,)
 
     def deliver_weight(self, chunk: WeightChunk, tensors: tuple[Tensor, ...]) -> None:
-        """Deliver a part of a weight to the stage that is loading; do nothing if none is any more."""
+        """Deliver a part of a weight to the stage that is being loaded; does nothing if its loading has ended."""
         borrowed = self._borrowed.get(chunk.request)
         if borrowed is not None:
             borrowed[1].deliver_chunk(chunk, tensors)
@@ -205,9 +205,9 @@ class HostedStages:
         if not any(version > plan_version and session in hosted.sessions for version, hosted in own):
             for _, hosted in own:
                 hosted.end_session(session)
-        if (
-            len({version for version, _ in own}) > 1 and len(self._ended.get(model, ())) < _MAX_SESSIONS
-        ):  # the rest of its KV, and the message that it has moved, may arrive later
+        # While a model moves, the rest of the session's KV, and the message that it has moved, may arrive later.
+        is_moving = len({version for version, _ in own}) > 1
+        if is_moving and len(self._ended.get(model, ())) < _MAX_SESSIONS:
             self._ended.setdefault(model, set()).add(session)
 
     def has_ended(self, model: int, session: int) -> bool:

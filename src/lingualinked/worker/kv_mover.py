@@ -52,16 +52,15 @@ class KVMover:
         if session is None or session.cache is None:
             if request.is_final:
                 raise ProtocolError(f"session {request.session} has no KV on stage {request.stage}")
-            return KVCopied(
-                request=request.request, model=request.model, num_bytes=0
-            )  # the session has ended, or not begun
+            # The session has ended, or has not begun.
+            return KVCopied(request=request.request, model=request.model, num_bytes=0)
         if request.is_final and session.number != request.number:
             raise ProtocolError(
                 f"session {request.session} is at step {session.number}, and the copy expects step {request.number}"
             )
         key = (request.target_version, request.target_stage)
         if key not in session.copies:
-            session.copies[key] = KVCopy(session.cache, hosted.stage.slots(request.start, request.end))
+            session.copies[key] = KVCopy(session.cache, hosted.stage.cache_slots(request.start, request.end))
         self._transfers[request.request] = _Transfer(request, session, session.copies[key])
         self._send_next_chunk(request.request)
         return None
@@ -95,7 +94,9 @@ class KVMover:
             )
         hosted = self._stages.get_stage(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
-        moving = [hosted.stage.slots(start, end) for name, start, end in self._sending_spans(chunk) if name == sender]
+        moving = [
+            hosted.stage.cache_slots(start, end) for name, start, end in self._sending_spans(chunk) if name == sender
+        ]
         slots = frozenset().union(*moving)
         if any(place.slot not in slots for place in chunk.slices):
             raise ProtocolError(f"{sender!r} sent KV of layers that do not move from there to here")

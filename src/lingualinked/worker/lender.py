@@ -46,7 +46,7 @@ class Lender:
         loan = self._loans.setdefault((request.model, borrower), _Loan("", torch.empty(0), 0))
         if request.receipt != loan.receipt:
             raise ProtocolError(
-                f"{borrower!r} requests more of {request.parameter!r} before it has received what was sent last"
+                f"{borrower!r} asked for more of {request.parameter!r} before it had received what was sent last"
             )
         loan.receipt = 1 + secrets.randbits(62)
         tensors: tuple[Tensor, ...] = ()
@@ -81,7 +81,7 @@ class Lender:
                 for span in self._moves.spans_of_party(request.model, borrower)
             ):
                 raise ProtocolError(f"{request.parameter!r} belongs to none of the layers that move to {borrower!r}")
-            weight = stage.weight(request.parameter)
+            weight = stage.find_weight(request.parameter)
             if weight is None:
                 raise ProtocolError(f"stage {request.stage} does not hold {request.parameter!r}")
             loan.parameter, loan.flat = request.parameter, weight.reshape(-1)

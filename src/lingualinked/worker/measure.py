@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from lingualinked.device import CALLER
 from lingualinked.model.architectures import read_config
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.loading import load_span
 from lingualinked.model.memory import release_memory
+from lingualinked.model.span_loading import load_span
 from lingualinked.model.stage import Stage, accelerator_device
-from lingualinked.protocol.measuring import MeasuredStep, MeasureModel, StepShape
+from lingualinked.protocol.measuring import MeasuredShape, MeasuredStep, MeasureModel
 from lingualinked.protocol.messages import Step
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.pace import Pace
 
 if TYPE_CHECKING:
-    from lingualinked.model.loading import LoadedSpan
+    from lingualinked.model.span_loading import LoadedSpan
 
 _FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
 _NUM_IDS = 64  # token ids to choose from; fewer if the vocabulary is smaller
@@ -61,7 +61,7 @@ class Measurer:
         self._most_layers = max(end - start for start, end in request.spans)
         pairs = [end for start, end in request.spans if end - start == self._most_layers]
         self._paired = {request.kind_of_layer[end - 1] for end in pairs}
-        self._samples: defaultdict[tuple[Part, StepShape], list[float]] = defaultdict(list)
+        self._samples: defaultdict[tuple[Part, MeasuredShape], list[float]] = defaultdict(list)
         # Read before each step: in service, the processor's caches hold neither weights nor code at that time either.
         self._flushing = torch.zeros(_FLUSH_BYTES // 4) if accelerator == "cpu" else None
 
@@ -93,16 +93,16 @@ class Measurer:
                         self._repeat_shape(shape, self._request.num_decodes, functools.partial(decode, shape))
                 hosted.end_session(0)
 
-    def _make_prefill(self, hosted: HostedStage, timer: _ModuleTimer, shape: StepShape) -> Callable[[], _Sample]:
+    def _make_prefill(self, hosted: HostedStage, timer: _ModuleTimer, shape: MeasuredShape) -> Callable[[], _Sample]:
         """Return a function that times one prefill."""
         return lambda: self._time_step(_TrialSession(hosted, self._request, shape.rows), timer, shape)
 
-    def _make_decode(self, hosted: HostedStage, timer: _ModuleTimer, rows: int) -> Callable[[StepShape], _Sample]:
+    def _make_decode(self, hosted: HostedStage, timer: _ModuleTimer, rows: int) -> Callable[[MeasuredShape], _Sample]:
         """Return a function that times one decode step, in a text that grows until it has no more positions."""
         session = _TrialSession(hosted, self._request, rows)
         limit = self._request.max_positions
 
-        def step(shape: StepShape) -> _Sample:
+        def step(shape: MeasuredShape) -> _Sample:
             nonlocal session
             if limit is not None and session.num_tokens >= limit:
                 session = _TrialSession(hosted, self._request, rows)
@@ -112,14 +112,14 @@ class Measurer:
 
         return step
 
-    def _repeat_shape(self, shape: StepShape, num_wanted: int, step: Callable[[], _Sample]) -> None:
+    def _repeat_shape(self, shape: MeasuredShape, num_wanted: int, step: Callable[[], _Sample]) -> None:
         for sample in repeat_step(step, num_wanted):
             for part, seconds in sample.items():
                 self._samples[part, shape].append(seconds)
         self._num_done += 1
         self._on_progress(self._num_done)
 
-    def _time_step(self, session: _TrialSession, timer: _ModuleTimer, shape: StepShape) -> _Sample:
+    def _time_step(self, session: _TrialSession, timer: _ModuleTimer, shape: MeasuredShape) -> _Sample:
         session.prepare_step(shape.tokens)
         if self._flushing is not None:
             self._flushing.sum()

@@ -77,7 +77,7 @@ def test_hf_deactivate_async_load_makes_the_loader_sequential(monkeypatch: pytes
 
     monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", no_threads)
     model = tiny_model("llama", torch.float32)
-    loaded = hf_internals.load(
+    loaded = hf_internals.load_model(
         LlamaForCausalLM, model.config, model.state_dict(), dtype=torch.float32, attn_implementation=None
     )
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
@@ -124,7 +124,7 @@ def test_output_loading_info_names_what_is_wrong(change: str) -> None:
     else:
         state["model.norm.weight.of.another"] = torch.zeros(5)
     with pytest.raises(CheckpointError, match=f"{change} keys .*model.norm.weight"):
-        hf_internals.load(LlamaForCausalLM, model.config, state, dtype=torch.float32, attn_implementation=None)
+        hf_internals.load_model(LlamaForCausalLM, model.config, state, dtype=torch.float32, attn_implementation=None)
 
 
 def test_cached_file_gives_none_for_what_is_not_there(tmp_path: Path) -> None:

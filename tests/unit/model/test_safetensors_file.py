@@ -14,7 +14,7 @@ from hypothesis import given
 from safetensors.torch import save_file
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model.safetensors_file import FileChangedError, SafetensorsFile, identify
+from lingualinked.model.safetensors_file import FileChangedError, SafetensorsFile, identify_file
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 def test_tensors_are_read_bit_for_bit_into_aligned_memory(path: Path) -> None:
     from safetensors.torch import load_file
 
-    file = SafetensorsFile(identify(str(path)))
+    file = SafetensorsFile(identify_file(str(path)))
     expected = load_file(path)
     assert set(file.entries) == set(expected)
     for name, tensor in expected.items():
@@ -47,7 +47,7 @@ def test_tensors_are_read_bit_for_bit_into_aligned_memory(path: Path) -> None:
 
 
 def test_opening_reads_the_header_alone(path: Path) -> None:
-    file = SafetensorsFile(identify(str(path)))
+    file = SafetensorsFile(identify_file(str(path)))
     assert file.header_bytes == 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
@@ -79,7 +79,7 @@ def test_damaged_files_are_refused_with_the_cause(content: bytes, cause: str, tm
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"bad.safetensors is truncated or not a safetensors file: .*{cause}"):
-        SafetensorsFile(identify(str(path)))
+        SafetensorsFile(identify_file(str(path)))
 
 
 @given(st.binary(max_size=64))
@@ -88,14 +88,14 @@ def test_no_content_is_met_with_another_error(content: bytes) -> None:
         path = Path(folder) / "any.safetensors"
         path.write_bytes(content)
         with contextlib.suppress(CheckpointError):
-            SafetensorsFile(identify(str(path)))
+            SafetensorsFile(identify_file(str(path)))
 
 
 def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     path.write_bytes(with_header({"a": ENTRY | {"dtype": "F4"}}, b"\0" * 8))
     with pytest.raises(CheckpointError, match=r"a in .*odd.safetensors has the dtype F4"):
-        SafetensorsFile(identify(str(path)))
+        SafetensorsFile(identify_file(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
 def test_what_is_no_file_is_refused(break_it: Callable[[Path], object], cause: str, path: Path) -> None:
     break_it(path)
     with pytest.raises(CheckpointError, match=f"some.safetensors {cause}"):
-        SafetensorsFile(identify(str(path)))
+        SafetensorsFile(identify_file(str(path)))
 
 
 def replace(path: Path) -> None:
@@ -147,7 +147,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_takes_a_files_place_is_not_read(change: Callable[[Path], object], path: Path) -> None:
-    known = identify(str(path))
+    known = identify_file(str(path))
     with contextlib.closing(SafetensorsFile(known)) as file:
         change(path)
         with pytest.raises(FileChangedError, match=r"some.safetensors (is missing|has been replaced or written to)"):
@@ -164,14 +164,14 @@ def test_a_file_that_changes_while_it_is_read(change: Callable[[Path], object], 
             change(path)
             return num_read
 
-    with contextlib.closing(SafetensorsFile(identify(str(path)))) as file:
+    with contextlib.closing(SafetensorsFile(identify_file(str(path)))) as file:
         file._file = ChangingMeanwhile(path)
         with pytest.raises(FileChangedError, match="has been replaced or written to"):
             file.read("matrix")
 
 
 def test_reading_and_backing_up_a_file_is_no_change(path: Path) -> None:
-    with contextlib.closing(SafetensorsFile(identify(str(path)))) as file:
+    with contextlib.closing(SafetensorsFile(identify_file(str(path)))) as file:
         shutil.copy2(path, path.with_name("backup"))
         path.read_bytes()
         assert file.read("counts").tolist() == list(range(9))

@@ -61,7 +61,7 @@ def test_only_the_logits_asked_for_are_given(spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize("layout", [(True, True), (False,), (True, False, True)])
 def test_a_layout_of_other_tensors_is_refused(spec: ModelSpec, layout: tuple[bool, ...]) -> None:
-    with pytest.raises(ArgumentError, match="1 tensor arrived at a stage whose layout"):
+    with pytest.raises(ArgumentError, match="1 tensor arrived at a stage, which does not match the layout"):
         Stage.load(spec, 2, 4).step(inputs(torch.zeros(1, 2, 32), layout=layout), None)
 
 

@@ -1,6 +1,6 @@
-"""Load one span: choose its tensors by the loader's own renamings, then let transformers build, rename, fuse and tie.
+"""Loads one span: chooses its tensors by the loader's renamings, then makes transformers build, rename, fuse and tie.
 
-Knows weight sources and cut classes; nothing of devices or steps.
+Knows weight sources and cut classes; no devices and no steps.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class LoadedSpan:
     model : PreTrainedModel
         On the CPU, in evaluation mode.
     boundary : Boundary
-        Of its stand-ins.
+        The boundary of its stand-ins.
     parts : ModelParts
-        Of the whole model.
+        The parts of the whole model.
     tied : mapping of str to str
         Tied parameters of the whole model, as ``{target: source}``.
     num_bytes_read : int
-        From files, headers included.
+        Bytes read from files, including headers.
     """
 
     model: PreTrainedModel
@@ -56,20 +56,20 @@ class LoadedSpan:
 
 
 def check_weights(spec: ModelSpec, meta_model: PreTrainedModel) -> None:
-    """Check from the files' headers alone that a checkpoint is whole and fits a model; read no weights.
+    """Check that a checkpoint is complete and fits a model, from the files' headers alone.
 
     Parameters
     ----------
     spec : ModelSpec
     meta_model : PreTrainedModel
-        As `build_meta` gives it.
+        As `build_meta` returns it.
 
     Raises
     ------
     CheckpointError
         If a file is missing or damaged, or tensors are missing or of another shape.
     """
-    with contextlib.closing(_source(spec, meta_model)) as source:
+    with contextlib.closing(_open_source(spec, meta_model)) as source:
         _map_weights(meta_model, source.shapes)
 
 
@@ -90,9 +90,9 @@ def load_span(
         Half-open layer range.
     progress : callable, optional
         Called in the calling thread with the bytes of weights loaded so far.
-    instead : callable, optional
-        Makes the source to take weights from, given the whole model on the meta device, where files can't be read here
-        or are not any more what they were when the checkpoint was first read.
+    fallback : callable, optional
+        Makes another source of weights, given the whole model on the meta device, for when files can't be read here or
+        have changed since the checkpoint was first read.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def load_span(
     ArgumentError
         If the span is not within the model.
     CheckpointError
-        If a file is missing, damaged or not any more what it was, or tensors are missing or of another shape.
+        If a file is missing, damaged or changed, or tensors are missing or of another shape.
     UncuttableModelError
         If the architecture can't be cut.
     """
@@ -111,20 +111,20 @@ def load_span(
     parts = find_parts(whole)
     check_span(start, end, parts.num_layers)
     try:
-        with contextlib.closing(_source(spec, whole)) as source:
+        with contextlib.closing(_open_source(spec, whole)) as source:
             return _load_from(source, whole, parts, spec, start, end, progress)
     except FileChangedError as error:
         if fallback is None:
             raise
         cause = str(error)
-    # The error is gone by now, and what was loaded with it; the model has been pruned.
+    # Only now, when the error no longer refers to what was loaded. The model was pruned: build it anew.
     whole = build_meta(spec)
     try:
         with contextlib.closing(fallback(whole)) as source:
             return _load_from(source, whole, parts, spec, start, end, progress)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{cause}; nor can the weights be had from the workers that run the model: {error}"
+            f"{cause}; nor can the weights be fetched from the workers that run the model: {error}"
         ) from error
 
 
@@ -137,7 +137,7 @@ def _load_from(
     end: int,
     progress: Callable[[int], None] | None,
 ) -> LoadedSpan:
-    """Load a span from one source; the whole model, on the meta device, is pruned to it."""
+    """Load a span from one source; prunes the whole model, which is on the meta device."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     num_loaded = 0
 
@@ -147,12 +147,14 @@ def _load_from(
         if progress is not None:
             progress(num_loaded * dtype.itemsize)
 
+    # 1) choose the tensors that the span needs
     mapped = _map_weights(whole, source.shapes)
     tied = hf_internals.ties(whole)
     prune(whole, parts, start, end, Boundary())
-    chosen = _choose(mapped, tied, set(whole.state_dict()))
+    chosen = _choose_keys(mapped, tied, set(whole.state_dict()))
+    # 2) make transformers build the cut class and load them
     boundary = Boundary()
-    model = hf_internals.load(
+    model = hf_internals.load_model(
         cut_class(type(whole), parts, start, end, boundary),
         read_config(spec),
         {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
@@ -162,14 +164,14 @@ def _load_from(
     return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=tied, num_bytes_read=source.num_bytes_read)
 
 
-def _source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:
+def _open_source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:
     if spec.load_format == "safetensors":
         return CheckpointWeights(spec.files)
     return (DummyWeights if spec.load_format == "dummy" else BlankWeights)(meta_model, spec.seed)
 
 
 def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MappedKey]:
-    """Map a checkpoint's keys to the parameters of a model; refuse what is missing or does not fit."""
+    """Map a checkpoint's keys to the parameters of a model; raise if tensors are missing or do not fit."""
     name = type(meta_model).__name__
     mapped = hf_internals.map_keys(meta_model, shapes)
     parameters = dict(meta_model.named_parameters(remove_duplicate=False))
@@ -180,7 +182,7 @@ def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ..
     missing = [parameter for parameter in parameters if parameter not in made]
     if missing:
         raise CheckpointError(
-            f"the checkpoint lacks {count_text(len(missing), 'tensor')} that {name} needs ({_listed(missing)}): "
+            f"the checkpoint lacks {count_text(len(missing), 'tensor')} that {name} needs ({_list_names(missing)}): "
             "it is incomplete, or of another model, or of a base model without its head"
         )
     unfit = [
@@ -192,25 +194,25 @@ def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ..
     if unfit:
         raise CheckpointError(
             f"the shapes of {count_text(len(unfit), 'tensor')} in the checkpoint are not those of {name} with this config "
-            f"({_listed(unfit)}): the weights and config.json are of different models"
+            f"({_list_names(unfit)}): the weights and config.json are of different models"
         )
     return mapped
 
 
-def _choose(mapped: Mapping[str, MappedKey], tied: Mapping[str, str], held: set[str]) -> dict[str, str]:
-    """Choose the keys that a pruned model needs, each by the name that the loader is to be given."""
+def _choose_keys(mapped: Mapping[str, MappedKey], tied: Mapping[str, str], held: set[str]) -> dict[str, str]:
+    """Return the keys that a pruned model needs, by the name under which to pass them to the loader."""
     chosen = {key: key for key, each in mapped.items() if not held.isdisjoint(each.names)}
     made = {parameter for key in chosen for parameter in mapped[key].names}
     key_of = {parameter: key for key, each in mapped.items() for parameter in each.names}
     for target, source in tied.items():
         for parameter, partner in ((target, source), (source, target)):
-            # The loader ties within the stage; a partner that another stage holds has to be read under our own name.
+            # The loader ties within the stage; a tied parameter whose partner is on another stage is read under its own name.
             if parameter in held and parameter not in made and partner not in held:
                 chosen[parameter] = key_of[partner]
     return chosen
 
 
-def _listed(names: Iterable[str], limit: int = 5) -> str:
+def _list_names(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
