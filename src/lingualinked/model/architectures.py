@@ -117,13 +117,7 @@ def _refusal_reason(config: PreTrainedConfig) -> str:
 
 
 def read_config(spec: ModelSpec) -> PreTrainedConfig:
-    """Rebuild the configuration of a spec.
-
-    Returns
-    -------
-    PreTrainedConfig
-        A new object, with the options that only concern the caller's output (hidden states, attentions, tuples) turned off.
-    """
+    """Rebuild the configuration of a spec, with options that only concern the caller's output turned off."""
     fields = json.loads(spec.config_json)
     config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     config.output_hidden_states = False

@@ -31,13 +31,7 @@ _OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model
 
 
 def check_no_adapter(path: str, **hub: Any) -> None:
-    """Refuse a checkpoint that is an adapter to another one.
-
-    Raises
-    ------
-    CheckpointError
-        If it is an adapter, or can't be read.
-    """
+    """Raise CheckpointError if a checkpoint is an adapter to another one."""
     if _find(path, _ADAPTER, hub) is not None:
         raise CheckpointError(
             f"{path} holds an adapter (PEFT, {_ADAPTER}), and adapters are not supported yet: merge it into the base model "
@@ -46,18 +40,7 @@ def check_no_adapter(path: str, **hub: Any) -> None:
 
 
 def check_fetched(folder: Path) -> None:
-    """Check that a folder contains a checkpoint's files, not git-lfs pointers to them.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder of the checkpoint; nothing is checked if it does not exist.
-
-    Raises
-    ------
-    CheckpointError
-        If files are pointers, with their names.
-    """
+    """Raise CheckpointError if a checkpoint's folder, if it exists, contains git-lfs pointers instead of files."""
     files = sorted(path for path in folder.glob("*") if path.suffix in _FETCHED and path.is_file())
     pointers = [path.name for path in files if _is_pointer(path)]
     if pointers:

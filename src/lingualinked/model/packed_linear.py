@@ -68,13 +68,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace linear layers of a model by packed ones, in place, where the result is exact and no weight is held twice.
-
-    Parameters
-    ----------
-    model : nn.Module
-        On the CPU.
-    """
+    """Replace linear layers of a CPU model by packed ones, in place, where that is exact and holds no weight twice."""
     counts = collections.Counter(
         id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
     )

@@ -57,22 +57,7 @@ class ModelParts:
     tied_bytes: int
 
     def span_bytes(self, start: int, end: int) -> int:
-        """Return the weight bytes that a stage of layers ``[start, end)`` holds.
-
-        Parameters
-        ----------
-        start, end : int
-            Half-open layer range.
-
-        Returns
-        -------
-        int
-
-        Raises
-        ------
-        ArgumentError
-            If the span is empty or not within the model.
-        """
+        """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""
         check_span(start, end, self.num_layers)
         return self.weights.of_span(start, end)
 

@@ -32,17 +32,9 @@ class RopeReach:
         self._lock = threading.Lock()
 
     def advance(self, num_tokens: int) -> int:
-        """Return how far the embeddings are stretched before a step, then record the step.
+        """Return how far the embeddings are stretched before a step (tokens; 0: never), then record the step.
 
-        Parameters
-        ----------
-        num_tokens : int
-            Length of the text at the end of the step: its highest position plus one.
-
-        Returns
-        -------
-        int
-            Tokens; 0 if the embeddings are never stretched.
+        `num_tokens` is the length of the text at the end of the step: its highest position plus one.
         """
         if not self._unstretched:
             return 0

@@ -55,13 +55,7 @@ class FileChangedError(CheckpointError):
 
 
 def identify_file(path: str) -> CheckpointFile:
-    """Describe a file as it is now.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing or can't be read.
-    """
+    """Describe a file as it is now; raise CheckpointError if it is missing or can't be read."""
     try:
         return _identity(path, Path(path).stat())
     except OSError as error:

@@ -56,19 +56,7 @@ class LoadedSpan:
 
 
 def check_weights(spec: ModelSpec, meta_model: PreTrainedModel) -> None:
-    """Check that a checkpoint is complete and fits a model, from the files' headers alone.
-
-    Parameters
-    ----------
-    spec : ModelSpec
-    meta_model : PreTrainedModel
-        As `build_meta` returns it.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing or damaged, or tensors are missing or of another shape.
-    """
+    """Check from the files' headers alone that a checkpoint is complete and fits a model; raise CheckpointError if not."""
     with contextlib.closing(_open_source(spec, meta_model)) as source:
         _map_weights(meta_model, source.shapes)
 

@@ -177,13 +177,7 @@ class Stage:
         return stage
 
     def find_weight(self, name: str) -> Tensor | None:
-        """Return a parameter of the whole model, on the stage's device, or None if the stage does not hold it.
-
-        Parameters
-        ----------
-        name : str
-            Name in the whole model; for tied parameters, that of their source.
-        """
+        """Return a parameter of the whole model (of tied ones, the source), or None if the stage does not hold it."""
         for known in (name, *(target for target, source in self.span.tied.items() if source == name)):
             path, _, attribute = known.rpartition(".")
             try:
@@ -205,17 +199,7 @@ class Stage:
         return frozenset(index for index in indices if isinstance(index, int))
 
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf) -> StageCache:
-        """Make the KV cache of a new session.
-
-        Parameters
-        ----------
-        spare_bytes : callable, optional
-            Returns the bytes that can still be allocated; by default without limit.
-
-        Returns
-        -------
-        StageCache
-        """
+        """Make the KV cache of a new session; `spare_bytes` returns the bytes that can still be allocated."""
         return StageCache(self._config, self._slots, spare_bytes)
 
     @torch.inference_mode()
@@ -296,13 +280,7 @@ def missing_spans(start: int, end: int, held: Iterable[tuple[int, int]]) -> list
 
 
 def accelerator_device(accelerator: str) -> torch.device:
-    """Return torch's device for the name of an accelerator.
-
-    Raises
-    ------
-    ArgumentError
-        If torch can't compute there.
-    """
+    """Return torch's device for the name of an accelerator, or raise ArgumentError if torch can't compute on it."""
     try:
         device = torch.device(accelerator)
         torch.empty(0, device=device)

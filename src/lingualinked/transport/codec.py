@@ -100,12 +100,7 @@ class Limits:
 class MalformedError(ProtocolError):
     """Received frames are not a valid message; mailboxes count and log this, and nobody outside this room sees it.
 
-    Parameters
-    ----------
-    kind : str
-        The rule that the frames break; one of a fixed set of words.
-    detail : str
-        What is wrong, with the values.
+    `kind` is one of a fixed set of words, `detail` says what is wrong, with the values.
     """
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -115,16 +110,9 @@ class MalformedError(ProtocolError):
 
 
 class DecodedMessage(NamedTuple):
-    """A message as its receiver decodes it.
+    """A message as its receiver decodes it; the tensors are aligned, contiguous copies on the CPU.
 
-    Parameters
-    ----------
-    payload : bytes
-        The sender's payload.
-    tensors : tuple of torch.Tensor
-        Aligned, contiguous copies on the CPU.
-    due_us : int
-        When it would have arrived on the link that the sender emulates (monotonic microseconds); 0: it is due now.
+    `due_us` is when it would have arrived on the link that the sender emulates (monotonic microseconds); 0: it is due now.
     """
 
     payload: bytes

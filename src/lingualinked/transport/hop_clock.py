@@ -35,14 +35,8 @@ class HopClock:
     def split_delay(self, sender: str, sent_us: int, due_s: float) -> tuple[int, int]:
         """Return the microseconds that a message travelled, and those that it has waited here until now.
 
-        Parameters
-        ----------
-        sender : str
-            Name of the sender.
-        sent_us : int
-            The sender's `clock_us` when it sent the message.
-        due_s : float
-            When it was due on an emulated link (monotonic seconds), which gives both exactly; 0 on other links.
+        `sent_us` is the sender's `clock_us` when it sent the message. `due_s` is when the message was due on an emulated
+        link (monotonic seconds), which gives both exactly; 0 on other links.
         """
         now_us = clock_us()
         delay_us = (now_us - sent_us + _WRAP_US // 2) % _WRAP_US - _WRAP_US // 2

@@ -74,18 +74,7 @@ def generate_keypair() -> KeyPair:
 
 
 def raw_key(public_key: str) -> bytes:
-    """Return the 32 bytes of a public key.
-
-    Parameters
-    ----------
-    public_key : str
-        40 characters of Z85 text.
-
-    Raises
-    ------
-    ArgumentError
-        If the text is not a valid key.
-    """
+    """Return the 32 bytes of a public key in Z85 text, or raise ArgumentError if it is not a valid one."""
     try:
         raw = z85.decode(public_key)
     except (KeyError, ValueError, struct.error):
@@ -100,15 +89,7 @@ def raw_key(public_key: str) -> bytes:
 def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
     """Check the public keys and names of the parties that may connect, and return a copy.
 
-    Parameters
-    ----------
-    authorised : mapping of str to str
-        Public key and name of each party.
-
-    Raises
-    ------
-    ArgumentError
-        If a key is not valid, or two keys have the same name, so that their senders could not be distinguished.
+    Raises ArgumentError if a key is not valid, or two keys have one name, so that their senders could not be distinguished.
     """
     owners: dict[str, str] = {}
     for key, name in authorised.items():
@@ -121,21 +102,9 @@ def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
 
 
 def authorise(authorised: dict[str, str], name: str, public_key: str) -> str | None:
-    """Add a party to those that may connect; return the key that had its name before, if any.
+    """Add a party to those that may connect, which other threads may read; return the key that had its name before, if any.
 
-    Parameters
-    ----------
-    authorised : dict of str to str
-        Public key and name of each party. Other threads may read it meanwhile.
-    name : str
-        The party's name.
-    public_key : str
-        Its key.
-
-    Raises
-    ------
-    ArgumentError
-        If the key is not valid, or is authorised under another name.
+    Raises ArgumentError if the key is not valid, or is authorised under another name.
     """
     raw_key(public_key)
     owner = authorised.get(public_key)

@@ -12,13 +12,7 @@ logger = logging.getLogger("lingualinked.transport")
 
 
 class Refusals:
-    """Counter of refused input; for use from any thread.
-
-    Parameters
-    ----------
-    owner : str
-        Name of the mailbox, for the log.
-    """
+    """Counter of refused input; for use from any thread. `owner` is the name of the mailbox, for the log."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -29,16 +23,7 @@ class Refusals:
     def add(self, sender: str, kind: str, detail: str, level: int = logging.WARNING) -> None:
         """Count a refusal, and log it if it is the first of its kind from this sender.
 
-        Parameters
-        ----------
-        sender : str
-            Name of the sender; one word stands for all unknown senders, so that they can't fill the memory.
-        kind : str
-            One of a fixed set of words.
-        detail : str
-            What was wrong, with the values.
-        level : int
-            Level of the log record.
+        Senders and kinds must come from fixed sets, so that they can't fill the memory: pass one word for all unknown senders.
         """
         with self._lock:
             self.num += 1

@@ -17,15 +17,7 @@ _MAX_SLEEP_S = 2e-3  # a poll waits whole milliseconds: shorter waits are slept
 
 
 class ShapedLink:
-    """A link that transmits one message at a time, with a bandwidth and a latency.
-
-    Parameters
-    ----------
-    bandwidth_bytes_per_s : float
-        May be infinite.
-    latency_s : float
-        Seconds from the departure of the last byte to its arrival.
-    """
+    """A link that transmits one message at a time, with a bandwidth (may be infinite) and a latency after the last byte."""
 
     def __init__(self, bandwidth_bytes_per_s: float, latency_s: float) -> None:
         self._bandwidth_bytes_per_s = bandwidth_bytes_per_s

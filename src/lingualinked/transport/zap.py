@@ -35,14 +35,8 @@ class ZapHandler:
     Terminating a context may block without limit. The thread does it, so that `stop` can wait with a time-out. The thread
     holds no reference to a mailbox.
 
-    Parameters
-    ----------
-    context : zmq.Context
-        The context to serve, and to terminate in the end. None of its sockets may be bound yet.
-    authorised : mapping of bytes to str
-        Raw public key of each party, and the user id that its frames will carry.
-    refusals : Refusals
-        Counts the refused connections.
+    No socket of the context may be bound yet. `authorised` maps the raw public key of each party to the user id that its
+    frames will carry.
 
     References
     ----------
