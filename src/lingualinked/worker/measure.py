@@ -22,9 +22,10 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.memory import release_memory
 from lingualinked.model.span_loading import load_span
 from lingualinked.model.stage import Stage, accelerator_device
-from lingualinked.protocol.measuring import MeasuredShape, MeasuredStep, MeasureModel
+from lingualinked.protocol.measuring import MeasuredShape, MeasuredStep, MeasureModel, ModelMeasured
 from lingualinked.protocol.messages import Step
 from lingualinked.worker.hosted_stage import HostedStage
+from lingualinked.worker.limits import describe_hardware, free_bytes
 from lingualinked.worker.pace import Pace
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class Measurer:
         # Read before each step: in service, the processor's caches hold neither weights nor code at that time either.
         self._flushing = torch.zeros(_FLUSH_BYTES // 4) if accelerator == "cpu" else None
 
-    def run(self) -> dict[Part, tuple[MeasuredStep, ...]]:
-        """Measure every span of the request; return the times of each part by shape."""
+    def run(self) -> ModelMeasured:
+        """Measure every span of the request."""
         with torch.inference_mode():
             for start, end in self._request.spans:
                 self._measure_span(start, end)
@@ -75,7 +76,15 @@ class Measurer:
         for (part, shape), seconds in self._samples.items():
             low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
             parts[part].append(MeasuredStep(shape=shape, seconds=max(middle, 0.0), spread_s=max(high - low, 0.0)))
-        return {part: tuple(steps) for part, steps in parts.items()}
+        return ModelMeasured(
+            request=self._request.request,
+            hardware=describe_hardware(self._accelerator),
+            free_bytes=free_bytes(self._accelerator),
+            layers={part: tuple(steps) for part, steps in parts.items() if isinstance(part, int)},
+            stage=tuple(parts["stage"]),
+            prologue=tuple(parts["prologue"]),
+            epilogue=tuple(parts["epilogue"]),
+        )
 
     def _measure_span(self, start: int, end: int) -> None:
         span = load_span(self._request.spec, start, end)

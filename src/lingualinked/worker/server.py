@@ -74,7 +74,7 @@ from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import Lifeline
-from lingualinked.worker.limits import apply_limits, describe_hardware, free_bytes, resident_bytes
+from lingualinked.worker.limits import apply_limits, resident_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
 from lingualinked.worker.pace import Pace
@@ -220,16 +220,15 @@ class Worker:
                 self._drop_moves(message.model)
                 self._stages.keep_plan(message.model, message.plan_version)
 
-    def _answer_request(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> bool:
-        """Send the caller the answer to a request, if this worker has it, or the failure; return whether it succeeded."""
+    def _answer_request(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> None:
+        """Send the caller the answer to a request, or its failure; another party may have to answer instead."""
         try:
             answer = serve_request()
         except Exception as error:  # noqa: BLE001 - the caller re-raises it
             self._report_failure(request, error)
-            return False
+            return
         if answer is not None:
             self._send_to_caller(answer)
-        return True
 
     def _report_failure(self, request: int, error: Exception) -> None:
         self._send_to_caller(RequestFailed(request=request, **describe_error(error)))
@@ -325,16 +324,7 @@ class Worker:
         def progress(num_done: int) -> None:
             self._send_to_caller(Progress(request=message.request, num_done=num_done))
 
-        times = Measurer(message, self._boot.accelerator, self._pace, progress).run()
-        return ModelMeasured(
-            request=message.request,
-            hardware=describe_hardware(self._boot.accelerator),
-            free_bytes=free_bytes(self._boot.accelerator),
-            layers={part: steps for part, steps in times.items() if isinstance(part, int)},
-            stage=times.get("stage", ()),
-            prologue=times.get("prologue", ()),
-            epilogue=times.get("epilogue", ()),
-        )
+        return Measurer(message, self._boot.accelerator, self._pace, progress).run()
 
     def _receive_pong(self, message: Pong, sender: str) -> None:
         answer = self._probes.receive_pong(message, sender)
