@@ -54,7 +54,7 @@ class Whole:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor = 0) -> Tensor:
-        """Give the logits of new tokens."""
+        """Return the logits of new tokens."""
         which = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         return self.model(
             **{which: tokens},
@@ -86,7 +86,7 @@ class Cut:
                 cache.record_past(True)
 
     def step(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor = 0) -> Tensor:
-        """Give the logits of new tokens; only what a stage gives back travels to the next."""
+        """Return the logits of new tokens; only a stage's output reaches the next one."""
         tensors: tuple[Tensor, ...] = (tokens,)
         layout = None
         for stage, cache in zip(self.stages, self.caches, strict=True):
@@ -131,7 +131,7 @@ def extend(mask: Tensor, num_new: int) -> Tensor:
 
 
 def greedy(conversation: Whole | Cut, num_new: int = 16) -> list[Tensor]:
-    """Prefill one row and decode greedily; give all logits."""
+    """Prefill one row and decode greedily; return all logits."""
     tokens = prompt(1, 9)
     mask = torch.ones_like(tokens)
     logits = [conversation.step(tokens, mask, positions_of(mask, 9))]

@@ -1,4 +1,4 @@
-"""Mailboxes that know each other, over each of the three ways there are."""
+"""Mailboxes that know each other, over each of the three transports."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ WAIT_S = 30.0  # of what is sure to come: a bound, never reached
 
 
 class Network:
-    """Opens mailboxes, knows everybody's keys, and closes what is open in the end."""
+    """Opens mailboxes, knows all keys, and closes all mailboxes in the end."""
 
     def __init__(self, kind: Literal["inprocess", "ipc", "tcp"]) -> None:
         self.kind = kind

@@ -80,7 +80,7 @@ def speak(mailbox: Any, data: bytes) -> None:
 
 
 def await_count(mailbox: Any, num_refused: int) -> None:
-    """Wait until so many refusals are counted, and no more."""
+    """Wait until exactly this number of refusals is counted."""
     while mailbox.num_refused < num_refused:  # bounded by the time limit
         assert mailbox.receive(0.005) is None
     assert mailbox.num_refused == num_refused
@@ -290,7 +290,7 @@ def test_an_interrupted_receive_does_not_spoil_the_next_message(zmq_network: Net
 
 
 def test_the_handlers_own_thread_may_close(zmq_network: Network) -> None:
-    """As it happens when the garbage collector runs a finalizer in there."""
+    """As when the garbage collector runs a finalizer in the middle of the call."""
     b = zmq_network.open("b", [])
     outsider = zmq_network.open("outsider", [])
     done = threading.Event()
@@ -345,7 +345,7 @@ def test_a_socket_lies_in_the_folder_that_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_nothing_but_mailboxes_is_connected_to(tmp_path: Path, address: str) -> None:
-    """Some transports of libzmq end the process; names are looked up; other sockets are nobody's business."""
+    """Some transports of libzmq abort the process, names would be looked up, and other sockets are off limits."""
     keys = generate_keypair()
     with ZmqMailbox("me", keys, {}, socket_folder=str(tmp_path)) as mailbox:
         with pytest.raises(ArgumentError, match="does not connect to 'other'"):

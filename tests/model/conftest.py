@@ -13,7 +13,7 @@ from families import save_tiny
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Path]:
-    """Give the folder of a family's tiny checkpoint."""
+    """Return the folder of a family's tiny checkpoint."""
     folders: dict[tuple[str, torch.dtype], Path] = {}
 
     def folder(family: str, dtype: torch.dtype = torch.float32) -> Path:

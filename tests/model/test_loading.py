@@ -1,4 +1,4 @@
-"""A stage reads, holds and is told apart by its own tensors; what a checkpoint lacks is an error that names it."""
+"""A stage reads and holds only its own tensors, and a missing tensor raises an error that names it."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_a_file_that_vanished_is_refused_by_name(tmp_path: Path) -> None:
 
 
 class Lent:
-    """The weights of a model that is held somewhere."""
+    """The weights of a model that is loaded elsewhere."""
 
     def __init__(self, whole: PreTrainedModel, meta_model: PreTrainedModel) -> None:
         self._parameters = whole.state_dict()

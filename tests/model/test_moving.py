@@ -1,4 +1,4 @@
-"""Layers that change stages in the middle of a conversation, KV and all, change no bit: every family."""
+"""Layers that move between stages in the middle of a conversation, with their KV, change no bit: every family."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def as_received(piece: Piece) -> Piece:
 
 
 class Moving(Cut):
-    """A conversation whose stages change before some of its steps; KV is copied ahead in between, in small pieces."""
+    """A conversation whose stages change before some of its steps; KV is copied in advance, in small pieces."""
 
     def __init__(self, spec: ModelSpec, rng: random.Random, *, records_past: bool = False) -> None:
         self._spec, self._rng = spec, rng

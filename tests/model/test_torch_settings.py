@@ -104,7 +104,7 @@ def test_bits_are_those_under_the_same_settings(
 
 
 def test_settings_change_bits(checkpoint: Callable[..., Path]) -> None:
-    """What they are told for: of those here, each changes some model's bits, but for one that this processor has no use for."""
+    """The reason for sending them: each of these changes some model's bits, except one without effect on this processor."""
     plain: Make = contextlib.nullcontext
     changing = set()
     for family, dtype in (("mixtral", torch.float32), ("falcon-40b", torch.float32), ("falcon-7b", torch.bfloat16)):

@@ -1,4 +1,4 @@
-"""What modules keep from one forward pass to the next, the KV cache aside, is known, and new stages are given it."""
+"""State that modules keep between forward passes, apart from the KV cache, is known, and new stages receive it."""
 
 from __future__ import annotations
 

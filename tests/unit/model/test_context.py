@@ -1,4 +1,4 @@
-"""Masks and positions told in a few bytes come out as they went in, on every end that has seen the same steps."""
+"""Encoded masks and positions decode to the originals, at every party that has seen the same steps."""
 
 from __future__ import annotations
 

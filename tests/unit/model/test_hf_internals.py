@@ -1,4 +1,4 @@
-"""Each name that transformers does not document, as this version has it: what fails here is what an upgrade broke."""
+"""Each undocumented name of transformers works as expected: a failure here shows what an upgrade broke."""
 
 from __future__ import annotations
 

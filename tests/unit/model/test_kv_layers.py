@@ -1,4 +1,4 @@
-"""Growing layers give attention what transformers' concatenating ones give it, whatever is done to them."""
+"""Growing layers return the same tensors as transformers' concatenating layers, after any sequence of edits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A packed linear layer gives the bits of the plain one; on a processor without the kernel nothing is packed at all."""
+"""A packed linear layer is bit-equal to the plain one; on a processor without the kernel nothing is packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far rotary embeddings are stretched is counted as transformers' own modules do it."""
+"""The stretching of rotary embeddings is counted as transformers' own modules count it."""
 
 from __future__ import annotations
 

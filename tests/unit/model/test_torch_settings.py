@@ -1,4 +1,4 @@
-"""Settings of torch are read where they are not the defaults, put in force elsewhere, and taken back."""
+"""Settings of torch that differ from the defaults are read, applied elsewhere, and restored."""
 
 from __future__ import annotations
 

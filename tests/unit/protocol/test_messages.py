@@ -59,7 +59,7 @@ def test_what_ended_a_worker_once(payload: bytes) -> None:
 
 
 def damaged(rng: random.Random, payload: bytes) -> bytes:
-    """Bytes like those of a message: some changed, left out, repeated, exchanged for what nests or promises much."""
+    """Corrupted bytes of a message: some changed, left out, repeated, or replaced by deep nesting or huge lengths."""
     wrong = bytearray(payload)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(wrong) + 1)

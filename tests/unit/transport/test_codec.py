@@ -1,4 +1,4 @@
-"""The wire format: what is encoded comes back, and what is not of it is refused and nothing else."""
+"""The wire format: encoded messages decode to the originals, and malformed ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting the connections that failed in the handshake, from events that don't say whose success they tell."""
+"""Failed handshakes are counted, although an event of success does not name its connection."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_was_counted_elsewhere_is_not_counted() -> None:
 
 
 def test_any_mixture_is_counted_exactly_in_the_end_and_never_too_high() -> None:
-    """Descriptors are used again; connections that succeed may stay open, as may those that are about to fail."""
+    """Descriptors are reused; connections may stay open after success, and before failure."""
     chance = random.Random(0)
     handshakes = Handshakes()
     in_handshake: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""What a message was on its way is parted from what it waited."""
+"""A message's delay is split into travel and waiting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lingualinked.transport.hop_clock import HopClock
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Microseconds that the receiver's clock says; a test sets them."""
+    """The receiver's clock in microseconds, which a test sets."""
     clock = [0]
     monkeypatch.setattr(hop_clock.time, "monotonic_ns", lambda: clock[0] * 1000)
     monkeypatch.setattr(hop_clock.time, "monotonic", lambda: clock[0] / 1e6)

@@ -40,7 +40,7 @@ def test_setting_a_closed_one_does_nothing() -> None:
 
 
 def test_a_set_in_the_middle_of_clear_is_not_lost() -> None:
-    """As a finalizer does that runs in there."""
+    """As from a finalizer that runs in the middle of the call."""
     waker = Waker()
     reader = waker._reader
 

@@ -1,4 +1,4 @@
-"""Jobs run beside the loop, in order; what they have to say is said on it."""
+"""Jobs run in order beside the loop, and their callbacks run on it."""
 
 from __future__ import annotations
 

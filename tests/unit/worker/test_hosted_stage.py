@@ -1,4 +1,4 @@
-"""What a step, or KV from elsewhere, can make a stage hold is bounded, and a step of the past changes nothing."""
+"""Steps and KV from other workers can't make a stage exceed its bounds, and a repeated step changes nothing."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_positions_of_rows_that_are_not_there_are_refused() -> None:
 
 @pytest.mark.parametrize(("rows", "tokens"), [(0, 1), (1, 0)])
 def test_steps_of_nothing_begin_no_sessions(rows: int, tokens: int) -> None:
-    """They would cost no budget, however many there are."""
+    """They would not count against the budget, however many there are."""
     hosted = hosted_stage(max_kv_tokens=10)
     with pytest.raises(ProtocolError, match="at least one of each"):
         run(hosted, rows, tokens)

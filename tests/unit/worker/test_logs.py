@@ -1,4 +1,4 @@
-"""Whatever a worker's process has to say is kept for the caller."""
+"""All log records and warnings of a worker's process are kept for the caller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lingualinked.worker.logs import ForwardingHandler, forward_logs
 
 @pytest.fixture
 def forwarding() -> Iterator[ForwardingHandler]:
-    """Take over this process's logging, as a worker does, and give it back."""
+    """Redirect this process's logging, as a worker does, and restore it."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     loggers = [each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger)]

@@ -9,7 +9,7 @@ from lingualinked.worker.measure import repeat_step
 
 
 class Steps:
-    """Steps that take these times on a clock of their own; the last of them for ever."""
+    """Steps that take these times on a fake clock; the last time repeats."""
 
     def __init__(self, *seconds: float) -> None:
         self._seconds = list(seconds)

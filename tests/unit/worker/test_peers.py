@@ -1,4 +1,4 @@
-"""Whom a worker talks to is what the caller has introduced, once."""
+"""A worker exchanges messages only with workers that the caller has introduced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every message that a worker takes, from everyone whose it is not to send."""
+"""Each message to a worker, from every party that may not send it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def is_taken(roles: SenderCheck, message: Message, sender: str) -> bool:
 
 
 def aimed(kind: type[Message], **fields: Any) -> Any:
-    """A message about what the worker really has."""
+    """A message about something that the worker has."""
     message = example(kind)  # type: ignore[arg-type]
     known = {"model": MODEL, "plan_version": OLD, "stage": STAGE, "request": REQUEST} | fields
     return msgspec.structs.replace(
