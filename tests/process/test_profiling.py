@@ -24,6 +24,7 @@ from families import reference, save_tiny
 from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
 from lingualinked.module_times import ModuleTimes
+from lingualinked.sharded import saved
 from lingualinked.sharded.describing import LoadArguments, describe
 from profiles import MIB, model_profile
 
@@ -163,7 +164,7 @@ def test_a_second_start_measures_nothing(cache: Path, pair: ll.Cluster, tiny_lla
     def refuse(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(profiling, "profile_devices", refuse)
+    monkeypatch.setattr(saved, "profile_devices", refuse)
     assert ll.profile_model(tiny_llama, pair, workload=WORKLOAD) == first
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
         assert model.plan == plan
@@ -192,7 +193,7 @@ def test_a_doubtful_profile_is_not_kept_and_the_first_requests_correct_it(
         ]
         return dataclasses.replace(made, devices=tuple(devices), doubt="other processes kept 2.0 of 2 cores busy")
 
-    monkeypatch.setattr(profiling, "profile_devices", measured_while_busy)
+    monkeypatch.setattr(saved, "profile_devices", measured_while_busy)
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, workload=WORKLOAD, progress=False) as model:
         assert list(cache.glob("*")) == []
         doubtful = model.plan

@@ -123,3 +123,22 @@ def test_no_exception_is_listed() -> None:
     assert "exclude_type_checking_imports" not in settings
     for contract in settings["contracts"]:
         assert not contract.keys() & {"ignore_imports", "allow_indirect_imports"}, contract["name"]
+
+
+def test_a_late_import_says_why() -> None:
+    silent = []
+    for module, path in MODULES.items():
+        if module == "lingualinked.cli.app":  # its header says it of all commands
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for function in ast.walk(tree_of(module)):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else []
+                names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+                if any(name in MODULES for name in names) and "#" not in "".join(
+                    lines[node.lineno - 3 : node.end_lineno]
+                ):
+                    silent.append(f"{module}:{node.lineno}")
+    assert silent == []

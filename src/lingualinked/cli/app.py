@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from lingualinked.errors import ArgumentError, LingualinkedError, WorkerError
+from lingualinked.workload import Workload
 
 _INTERRUPTED = 130  # the exit status that a shell reports for a process ended by an interrupt
 
@@ -154,7 +155,6 @@ def plan(
 ) -> None:
     """Show which device should hold which layers, and the predicted speed; loads nothing."""
     from lingualinked.cli.plan import run_plan
-    from lingualinked.workload import Workload
 
     run_plan(
         path,
@@ -190,7 +190,6 @@ def bench(
 ) -> None:
     """Time a model cut over your devices: first token, decode step and tokens per second, next to the prediction."""
     from lingualinked.cli.bench import run_bench
-    from lingualinked.workload import Workload
 
     run_bench(
         path,

@@ -17,6 +17,7 @@ from lingualinked.console import new_console
 from lingualinked.display.plan import plan_rows
 from lingualinked.display.telemetry import telemetry_rows
 from lingualinked.quantities import bytes_text, count_text
+from lingualinked.sharded.placing import find_or_fit_plan
 
 PROMPT = "Once upon a time there lived"
 
@@ -29,8 +30,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     console.print(f"[bold]Sample model[/] {path}\n", soft_wrap=True)
     started = time.perf_counter()
     # 1) limit the memory of each device, so that the model has to be cut
-    from lingualinked.sharded.describing import LoadArguments, describe
-    from lingualinked.sharded.placing import find_or_fit_plan
+    from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
 
     limited = asked.devices
     if devices.isdecimal():

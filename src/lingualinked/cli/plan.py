@@ -19,6 +19,7 @@ from lingualinked.cluster.devices import as_devices
 from lingualinked.console import new_console
 from lingualinked.display.plan import plan_rows
 from lingualinked.quantities import count_text
+from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
 
 if TYPE_CHECKING:
     from lingualinked.workload import Objective
@@ -67,8 +68,7 @@ def load_format_of(path: str) -> Literal["auto", "dummy"]:
 def _find_or_estimate_profile(
     path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool
 ) -> ll.Profile:
-    from lingualinked.sharded.describing import LoadArguments, describe
-    from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
+    from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
 
     asked = read_devices(devices)
     described = describe(LoadArguments.of(path, None, dtype=dtype, load_format=load_format_of(path)))

@@ -19,6 +19,7 @@ from lingualinked.checks import check_positive
 from lingualinked.cluster.devices import as_devices, check_added_device
 from lingualinked.cluster.emulation import delayed_from, emulate, emulation_of
 from lingualinked.cluster.launch import Launcher
+from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
@@ -292,8 +293,6 @@ class Cluster:
         ClosedError, WorkerDiedError, StepTimeoutError
             If a worker can't be told.
         """
-        from lingualinked.cluster.pending import results_of
-
         self.device(name)
         self._engine.check_owner()
         with self._changes:
@@ -321,7 +320,7 @@ class Cluster:
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""
-        from lingualinked.cluster.inspection import inspect_workers
+        from lingualinked.cluster.inspection import inspect_workers  # imports torch
 
         self.wait()
         names = [device.name for device in self.devices]
@@ -357,7 +356,7 @@ def _start_engine(
     socket_folder: str,
     max_frame_bytes: int,
 ) -> Engine:
-    from lingualinked.cluster.engine import Engine
+    from lingualinked.cluster.engine import Engine  # imports torch and zmq
 
     engine = Engine(devices, socket_folder, max_frame_bytes)
     ends.callback(engine.stop)

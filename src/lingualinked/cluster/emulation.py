@@ -55,7 +55,7 @@ def emulate(
     name: str, devices: Mapping[str, Device], links: Links, later: Mapping[str, Device] | None = None
 ) -> Callable[[int], EmulateDevice]:
     """Return what makes the message, from a request number, that tells a running worker so."""
-    from lingualinked.protocol.messages import EmulateDevice
+    from lingualinked.protocol.messages import EmulateDevice  # imports torch
 
     emulation = emulation_of(name, devices, links, later)
     return lambda number: EmulateDevice(request=number, emulation=emulation)

@@ -87,9 +87,7 @@ class Observer:
         ClosedError, UnsupportedOperationError, ResourceError
             If the model is closed, if this is a forked child, if no thread can be started.
         """
-        from lingualinked.telemetry.endpoint import (
-            MetricsEndpoint,  # stands on an HTTP server, which a start may do without
-        )
+        from lingualinked.telemetry.endpoint import MetricsEndpoint  # imports an HTTP server
 
         self._check_open()
         endpoint = MetricsEndpoint(self._read, port, address)

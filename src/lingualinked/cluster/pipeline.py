@@ -118,7 +118,7 @@ class Pipeline:
         plan = self.plan
         if plan.profile is None or not plan.profile.doubt:
             return plan
-        from lingualinked.control.correction import Correction  # stands on NumPy, which a start may do without
+        from lingualinked.control.correction import Correction  # imports NumPy
 
         correction = self._correction
         if correction is None or correction.measured is not plan.profile:
@@ -202,7 +202,7 @@ class Pipeline:
         is_automatic : bool
             Whether the pipeline decides of its own accord, in a thread, from now on.
         """
-        from lingualinked.control.balancer import Balancer  # stands on the solver, which a start may do without
+        from lingualinked.control.balancer import Balancer  # imports scipy
 
         def balancer() -> Balancer:
             plan = dataclasses.replace(self.plan, profile=profile, workload=self.plan.workload or workload)

@@ -185,7 +185,7 @@ def _left_out(plan: Plan) -> list[str]:
     assert plan.solved is not None
     if plan.solved.objective != "throughput":
         return list(plan.solved.unused)
-    from lingualinked.planning.left_out import sessions_to_pay  # loads the solver
+    from lingualinked.planning.left_out import sessions_to_pay  # imports scipy
 
     return [
         f"{name} (would not pay, however many sessions are in flight)"

@@ -279,7 +279,7 @@ class Plan(Shown):
 
 
 def _predict(plan: Plan, profile: Profile, workload: Workload) -> Prediction:
-    from lingualinked.planning.workload_costs import WorkloadCosts  # stands on NumPy, which a start may do without
+    from lingualinked.planning.workload_costs import WorkloadCosts  # imports NumPy
 
     return predict(plan.stages, WorkloadCosts(profile, workload, plan.reserve))
 

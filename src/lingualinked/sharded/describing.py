@@ -20,9 +20,11 @@ from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelE
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
 from lingualinked.model.footprint import Footprint, measure_footprint
+from lingualinked.model.operations import count_operations
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.span_loading import check_weights
 from lingualinked.model.spec import ModelSpec
+from lingualinked.planning.estimate import DeviceSpecs, LayerOperations, roofline_profile
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, select_config_attributes
 from lingualinked.workload import Objective, Workload
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
     from lingualinked.control.policy import RebalancePolicy
     from lingualinked.device import Device, Links
-    from lingualinked.planning.estimate import DeviceSpecs, LayerOperations
     from lingualinked.planning.plan import Plan
 
 _HUB_DEFAULTS: Mapping[str, Any] = {
@@ -105,15 +106,11 @@ class Described:
         workload: Workload | None,
     ) -> Profile:
         """Estimate a profile from the stated rates of devices."""
-        from lingualinked.planning.estimate import roofline_profile
-
         model = self.footprint().profile
         return roofline_profile(model, self.operations(model), devices, specs, links=links, workload=workload)
 
     def operations(self, model: ModelProfile) -> tuple[LayerOperations, ...]:
         """Count the operations of one layer of each kind."""
-        from lingualinked.model.operations import count_operations
-
         return count_operations(self.spec, self.parts, model.kind_of_layer)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from lingualinked.checks import check_positive, is_integer
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.devices import as_devices
+from lingualinked.cluster.discovery import local_devices
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
@@ -388,8 +389,6 @@ def _asked_devices(devices: Literal["auto"] | int | Sequence[Device]) -> tuple[D
             raise ArgumentError(
                 f"devices={devices!r} must be 'auto', a number of local workers or a sequence of Device"
             )
-        from lingualinked.cluster.discovery import local_devices
-
         devices = local_devices()
     return as_devices(devices)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lingualinked.cluster.profiling import extend_profile
 from lingualinked.sharded.saved import find_profile
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def extended_profile(pipeline: Pipeline, described: Described, device: str) -> P
     assert profile is not None, "a pipeline that decides has a profile"
     if device in profile.names:
         return profile
-    from lingualinked.cluster.profiling import extend_profile
-
     footprint = described.footprint()
     workload = footprint.profile.fit_workload(pipeline.plan.workload)
     living = profile.without(*(name for name in profile.names if name in pipeline.ended_devices))

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 
+from lingualinked.cluster.profiling import library_versions, num_measurements, profile_devices
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.profile import Profile
 from lingualinked.sharded.disk_cache import read_cached, write_cached
+from lingualinked.sharded.progress import DeviceProgress
 from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
@@ -46,9 +48,6 @@ def find_profile(
     found = None if refresh else saved_profile(devices, links, footprint, workload)
     if found is not None:
         return found.without(*without)
-    from lingualinked.cluster.profiling import num_measurements, profile_devices
-    from lingualinked.sharded.progress import DeviceProgress
-
     measured = [device for device in devices if device.name not in without]
     totals = {device.name: num_measurements(device, footprint.profile, workload) for device in measured}
     with DeviceProgress.of_measuring(totals, shown=progress) as bars:
@@ -86,7 +85,7 @@ def find_plan(
             return Plan.from_json(kept)
     check_devices(footprint, devices, cluster.links, workload)
     profile = find_profile(cluster, spec, footprint, workload, progress=progress)
-    from lingualinked.planning.planner import solve
+    from lingualinked.planning.planner import solve  # imports scipy
 
     plan = solve(profile, objective=objective, workload=workload)
     if (
@@ -98,7 +97,7 @@ def find_plan(
 
 def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links, workload: Workload) -> None:
     """Check that some plan fits the devices of this machine, before anything is measured; raises like `solve`."""
-    from lingualinked.planning.fitting import check_fits
+    from lingualinked.planning.fitting import check_fits  # imports scipy
 
     on_cpu = [device.name for device in devices if device.accelerator == "cpu"]
     free = dict.fromkeys(on_cpu, psutil.virtual_memory().available // max(1, len(on_cpu)))
@@ -107,8 +106,6 @@ def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links,
 
 def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> list[object]:
     """List everything that a profile depends on."""
-    from lingualinked.cluster.profiling import library_versions
-
     known = [(*ends, links[ends]) for ends in sorted(links)]
     return [footprint.profile, tuple(devices), known, workload, library_versions(), platform.node(), _processor()]
 

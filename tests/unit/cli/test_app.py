@@ -194,7 +194,7 @@ def test_quiet_shows_no_progress_bars(command: str, monkeypatch: pytest.MonkeyPa
         raise StartedError
 
     monkeypatch.setattr(ll.ShardedModel, "from_pretrained", load)
-    monkeypatch.setattr("lingualinked.sharded.placing.find_or_fit_plan", lambda *_: ll.Plan.from_spans([("a", 0, 8)]))
+    monkeypatch.setattr("lingualinked.cli.demo.find_or_fit_plan", lambda *_: ll.Plan.from_spans([("a", 0, 8)]))
     monkeypatch.setattr(ll, "Cluster", lambda *_, **__: contextlib.nullcontext(enter_result=Cluster))
     for quiet in ([], ["--quiet"]):
         assert run(*STARTS[command], *quiet).exit_code == 1
