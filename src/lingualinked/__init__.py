@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lingualinked.registry import explanation_of, figure_of, frame_of, tables_of
+from lingualinked import registry as _registry
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster as Cluster
@@ -105,9 +105,9 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of names, each also imported above as itself for type checkers
 
-for _registry in (tables_of, figure_of, frame_of):
-    _registry.load_with(lambda: importlib.import_module("lingualinked.display.registered"))
-explanation_of.load_with(lambda: importlib.import_module("lingualinked.planning.explaining"))
+for _shown in (_registry.tables_of, _registry.figure_of, _registry.frame_of):
+    _shown.load_with(lambda: importlib.import_module("lingualinked.display.registered"))
+_registry.explanation_of.load_with(lambda: importlib.import_module("lingualinked.planning.explaining"))
 
 
 def __getattr__(name: str) -> Any:
