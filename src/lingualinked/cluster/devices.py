@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Literal
 
-from lingualinked.cluster.discovery import check_accelerator
+from lingualinked.cluster.discovery import check_accelerator, local_devices
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError
 
@@ -84,3 +85,14 @@ def _check_local(device: Device) -> None:
                 f"cpus={device.cpus} of device {device.name!r}: cores {foreign} are not among those this process "
                 f"may use ({sorted(os.sched_getaffinity(0))})"
             )
+
+
+def asked_devices(devices: Literal["auto"] | int | Sequence[Device]) -> tuple[Device, ...]:
+    """Return the devices of a cluster that is made for a model: those found here, so many local ones, or these."""
+    if isinstance(devices, str):
+        if devices != "auto":
+            raise ArgumentError(
+                f"devices={devices!r} must be 'auto', a number of local workers or a sequence of Device"
+            )
+        devices = local_devices()
+    return as_devices(devices)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lingualinked.checks import check_positive, is_integer
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.devices import as_devices
-from lingualinked.cluster.discovery import local_devices
+from lingualinked.cluster.devices import asked_devices
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
@@ -172,7 +171,7 @@ class ShardedModel:
             )
         path = os.fspath(path)
         given = cluster
-        asked = _asked_devices(devices) if given is None else given.devices
+        asked = asked_devices(devices) if given is None else given.devices
         # 2) refuse what exceeds all memory, before any process starts (only the headers of an unmodified model tell)
         if load_format == "auto" and config is None and not kwargs:
             check_total_memory(
@@ -380,17 +379,6 @@ class ShardedModel:
         raise UnsupportedOperationError(
             "a sharded model can't be pickled or copied: its layers are in worker processes; load it where it is needed"
         )
-
-
-def _asked_devices(devices: Literal["auto"] | int | Sequence[Device]) -> tuple[Device, ...]:
-    """Return the devices to start a cluster with."""
-    if isinstance(devices, str):
-        if devices != "auto":
-            raise ArgumentError(
-                f"devices={devices!r} must be 'auto', a number of local workers or a sequence of Device"
-            )
-        devices = local_devices()
-    return as_devices(devices)
 
 
 def _class_names(path: str, subfolder: str) -> tuple[str, ...]:
