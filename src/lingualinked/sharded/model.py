@@ -184,8 +184,8 @@ class ShardedModel:
         # 3) start the workers; while they start, import torch and transformers and load
         try:
             cluster = given or Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(path, subfolder))
-            from lingualinked.sharded.describing import LoadArguments
-            from lingualinked.sharded.loading import load
+            from lingualinked.sharded.describing import LoadArguments  # imports torch
+            from lingualinked.sharded.loading import load  # imports torch
 
             return load(
                 LoadArguments.of(
