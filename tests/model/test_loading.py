@@ -252,7 +252,7 @@ class Lent:
         self.shapes = {name: tuple(each.shape) for name, each in untied_parameters(meta_model).items()}
         self.num_bytes_read = 0
 
-    def read(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         return self._parameters[name].clone()
 
     def close(self) -> None:

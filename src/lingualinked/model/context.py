@@ -107,7 +107,7 @@ class StepContext:
         """
         tensors = list(code.tensors)
         if len(tensors) != (code.mask is MaskMode.FULL) + (code.positions is PositionMode.FULL):
-            raise ValueError("the tensors beside a step do not match the announced mask and positions")
+            raise ValueError("the tensors of a step do not match the announced mask and positions")
         mask: Tensor | None = None
         if code.mask is MaskMode.FULL:
             mask = tensors.pop(0)

@@ -49,7 +49,7 @@ class DummyWeights:
         }
         self.num_bytes_read = 0
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         """Generate one parameter."""
         like = self._like[name]
         return self._fill(name, torch.empty(like.shape, dtype=like.dtype))
@@ -68,7 +68,7 @@ class DummyWeights:
 class BlankWeights(DummyWeights):
     """Weights for measuring times, made quickly: the first part of a large tensor is random, and the rest repeats it."""
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         """Fill one parameter."""
         like = self._like[name]
         tensor = torch.empty(like.shape, dtype=like.dtype)

@@ -208,7 +208,7 @@ class _Growing(abc.ABC):
     def _record_seen(self, num_tokens: int) -> None:  # noqa: B027 - not every layer counts
         """Record how many tokens the layer has seen in total."""
 
-    def read(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def read_tokens(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of tokens from a position on, [rows, heads, tokens, dim]; valid until the next change."""
         offset = position - self.first
         keys, values = (each.view.narrow(2, offset, num_tokens) for each in self._grown)
@@ -224,7 +224,7 @@ class _Growing(abc.ABC):
         """Number of rows held."""
         return self._grown[0].view.shape[0] if self._grown else 0
 
-    def write(self, first: int, position: int, keys: Tensor, values: Tensor, capacity: int) -> None:
+    def write_tokens(self, first: int, position: int, keys: Tensor, values: Tensor, capacity: int) -> None:
         """Keep the held tokens from `first` to `position`, append these, and remove all others.
 
         A layer without tokens to keep allocates `capacity` tokens per row, as its source has. Raises ProtocolError if

@@ -216,7 +216,7 @@ class _ProbeLayer(nn.Module):
 
 
 class NoData(TorchFunctionMode):
-    """Makes tensors on the meta device false, and empty of values, so that a forward pass can test them."""
+    """Makes tests of a tensor's values (``bool``, ``in``) return False, so that a forward pass runs on the meta device."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None

@@ -107,7 +107,7 @@ class SafetensorsFile:
                 f"it has {count_text(file.num_bytes, 'byte')} where its header announces {expected_bytes:,}"
             )
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into new, aligned memory, without a second copy and without mapping the file.
 
         Raises

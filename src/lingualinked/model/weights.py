@@ -32,7 +32,7 @@ class WeightSource(Protocol):
     def num_bytes_read(self) -> int:
         """Bytes read so far."""
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         """Materialise one tensor in new, aligned CPU memory."""
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class LazyTensor:
 
     def __getitem__(self, index: object) -> torch.Tensor:
         assert index is Ellipsis, "only whole tensors are read"
-        tensor = self._source.read(self._name)
+        tensor = self._source.read_tensor(self._name)
         self._on_read(tensor.numel())
         return tensor
 
@@ -97,9 +97,9 @@ class CheckpointWeights:
         self.shapes: Mapping[str, Shape] = {name: file.entries[name].shape for name, file in self._file_of.items()}
         self.num_bytes_read = sum(file.header_bytes for file in self._files)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, and only its own bytes."""
-        tensor = self._file_of[name].read(name)
+        tensor = self._file_of[name].read_tensor(name)
         self.num_bytes_read += tensor.nbytes
         return tensor
 

@@ -20,9 +20,8 @@ class Handshakes:
     """
 
     def __init__(self) -> None:
-        self._undecided: dict[
-            int, float
-        ] = {}  # by descriptor, oldest first: when it counts as successful if it is still open
+        # By descriptor, oldest first: when a connection counts as successful if it is still open.
+        self._undecided: dict[int, float] = {}
         self.num_open = 0  # connections, before and after their handshake
         self._num_accepted = 0
         self._num_succeeded = 0

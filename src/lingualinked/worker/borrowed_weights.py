@@ -51,7 +51,7 @@ class BorrowedWeights:
         self.num_bytes_read = 0
         self.last_asked = ""
 
-    def read(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         """Fetch one parameter, or raise CheckpointError if no worker holds it or the received parts do not fit."""
         like = self._like[name]
         tensor = torch.empty(like.shape, dtype=like.dtype)

@@ -87,7 +87,7 @@ class KVCopy:
         sent, first = self._sent[slot], layer.first
         position = max(sent.stop, first)
         num_left = layer.stop - position
-        keys, values = layer.read(position, num_left)
+        keys, values = layer.read_tokens(position, num_left)
         num_tokens = min(num_left, max(1, max_bytes * num_left // max(1, keys.nbytes + values.nbytes)))
         is_fresh = position == first  # nothing that was sent before is kept
         rows = None if sent.rows is None or is_fresh else tuple(sent.rows.tolist())
@@ -124,4 +124,4 @@ def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
                     f"an order of {count_text(len(place.rows), 'row')} of KV was sent, and {layer.num_rows} are held"
                 )
             layer.reorder_cache(torch.tensor(place.rows, dtype=torch.long))
-        layer.write(place.first, place.position, piece.keys, piece.values, place.capacity)
+        layer.write_tokens(place.first, place.position, piece.keys, piece.values, place.capacity)

@@ -14,25 +14,25 @@ def weights(family: str, seed: int, dtype: torch.dtype = torch.float32) -> Dummy
 
 def test_seed_and_name_decide() -> None:
     name, other = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"
-    assert torch.equal(weights("llama", 5).read(name), weights("llama", 5).read(name))
-    assert not torch.equal(weights("llama", 5).read(name), weights("llama", 6).read(name))
-    assert not torch.equal(weights("llama", 5).read(name), weights("llama", 5).read(other))
+    assert torch.equal(weights("llama", 5).read_tensor(name), weights("llama", 5).read_tensor(name))
+    assert not torch.equal(weights("llama", 5).read_tensor(name), weights("llama", 6).read_tensor(name))
+    assert not torch.equal(weights("llama", 5).read_tensor(name), weights("llama", 5).read_tensor(other))
 
 
 def test_values_stay_the_same_between_versions_and_machines() -> None:
-    values = weights("llama", 0).read("model.norm.weight")[:3]
+    values = weights("llama", 0).read_tensor("model.norm.weight")[:3]
     assert torch.allclose(values, torch.tensor(GOLDEN))
 
 
 def test_matrices_lie_around_zero_and_norms_around_one() -> None:
     source = weights("llama", 0)
-    assert abs(source.read("lm_head.weight").mean()) < 1e-3
-    assert abs(source.read("lm_head.weight").std() - 0.02) < 1e-3
-    assert abs(source.read("model.norm.weight").mean() - 1) < 0.02
+    assert abs(source.read_tensor("lm_head.weight").mean()) < 1e-3
+    assert abs(source.read_tensor("lm_head.weight").std() - 0.02) < 1e-3
+    assert abs(source.read_tensor("model.norm.weight").mean() - 1) < 0.02
 
 
 def test_values_have_the_models_dtype() -> None:
-    assert weights("llama", 0, torch.bfloat16).read("lm_head.weight").dtype == torch.bfloat16
+    assert weights("llama", 0, torch.bfloat16).read_tensor("lm_head.weight").dtype == torch.bfloat16
 
 
 def test_a_tied_parameter_is_there_once() -> None:

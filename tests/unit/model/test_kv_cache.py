@@ -82,7 +82,7 @@ def test_a_copy_goes_on_by_itself(family: str) -> None:
     assert copied.num_tokens == 9
     assert copied.records_past == cache.records_past
     assert copied.owned[1] is copied.hf.layers[1]
-    keys, _ = copied.owned[1].read(0, 9)
+    keys, _ = copied.owned[1].read_tokens(0, 9)
     assert not keys.any()
     copied.crop(1)
     assert [cache.hf.get_seq_length(slot) for slot in (0, 2, 3)] == [6] * 3

@@ -39,7 +39,7 @@ def test_tensors_are_read_bit_for_bit_into_aligned_memory(path: Path) -> None:
     expected = load_file(path)
     assert set(file.entries) == set(expected)
     for name, tensor in expected.items():
-        ours = file.read(name)
+        ours = file.read_tensor(name)
         assert (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(ours.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
         assert ours.data_ptr() % 64 == 0
@@ -151,7 +151,7 @@ def test_what_takes_a_files_place_is_not_read(change: Callable[[Path], object], 
     with contextlib.closing(SafetensorsFile(known)) as file:
         change(path)
         with pytest.raises(FileChangedError, match=r"some.safetensors (is missing|has been replaced or written to)"):
-            file.read("matrix")
+            file.read_tensor("matrix")
     with pytest.raises(FileChangedError):
         SafetensorsFile(known)
 
@@ -167,11 +167,11 @@ def test_a_file_that_changes_while_it_is_read(change: Callable[[Path], object], 
     with contextlib.closing(SafetensorsFile(identify_file(str(path)))) as file:
         file._file = ChangingMeanwhile(path)
         with pytest.raises(FileChangedError, match="has been replaced or written to"):
-            file.read("matrix")
+            file.read_tensor("matrix")
 
 
 def test_reading_and_backing_up_a_file_is_no_change(path: Path) -> None:
     with contextlib.closing(SafetensorsFile(identify_file(str(path)))) as file:
         shutil.copy2(path, path.with_name("backup"))
         path.read_bytes()
-        assert file.read("counts").tolist() == list(range(9))
+        assert file.read_tensor("counts").tolist() == list(range(9))

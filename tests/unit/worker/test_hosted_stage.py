@@ -221,7 +221,7 @@ def test_where_rows_become_more_all_is_sent_anew() -> None:
     arrived = receiver._incoming[1].cache
     assert arrived is not None
     for slot, layer in cache.owned.items():
-        assert torch.equal(arrived.owned[slot].read(0, 3)[0], layer.read(0, 3)[0])
+        assert torch.equal(arrived.owned[slot].read_tokens(0, 3)[0], layer.read_tokens(0, 3)[0])
 
 
 @pytest.fixture
