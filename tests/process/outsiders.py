@@ -33,6 +33,7 @@ class Outsider:
         address, key = engine.peer("caller")
         keys = generate_keypair()
         self.mailbox = ZmqMailbox(self.name, keys, {key: "caller"}, socket_folder=cluster._launcher.socket_folder)
+        engine.expect(self.name)
         engine.admit(self.name, keys.public)
         self.mailbox.connect("caller", address, key)
         self.send("caller", encode(Hello(pid=1, address=self.mailbox.address)))

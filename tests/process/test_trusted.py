@@ -18,12 +18,12 @@ TAP = """
 import json, os
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
-take = ZmqMailbox._take
+receive_one = ZmqMailbox._receive_one
 
 def tapped(self):
-    before = [delivery for *_, delivery in self._held._heap]
-    delivery = take(self)
-    new = [each for *_, each in self._held._heap if not any(each is old for old in before)]
+    before = [delivery for *_, delivery in self._delayed._heap]
+    delivery = receive_one(self)
+    new = [each for *_, each in self._delayed._heap if not any(each is old for old in before)]
     for each in ([] if delivery is None else [delivery]) + new:
         with open(os.path.join(os.environ["TAP_FOLDER"], self.name + ".jsonl"), "a") as log:
             tensors = [[str(tensor.dtype), list(tensor.shape), tensor.reshape(-1)[:4096].double().tolist()]
@@ -31,7 +31,7 @@ def tapped(self):
             log.write(json.dumps({"payload": each.payload.hex(), "sender": each.sender, "tensors": tensors}) + "\\n")
     return delivery
 
-ZmqMailbox._take = tapped
+ZmqMailbox._receive_one = tapped
 """
 
 RUN = """
@@ -47,8 +47,12 @@ devices = [
 ids = torch.tensor([[101, 55, 77, 99, 11, 13, 17, 19, 23, 29, 31, 37]])
 with ll.Cluster(devices) as cluster:
     workload = ll.Workload(num_sessions=8)  # which keep all three busy
-    profile = ll.profile_model(path, cluster, workload=workload)
-    model = ll.ShardedModel.from_pretrained(path, cluster=cluster, workload=workload, progress=False)
+    ll.profile_model(path, cluster, workload=workload)  # what it makes workers say, strangers hear, too
+    # The plan is made from stated speeds: what is measured on a busy machine may say that one device is the best.
+    speed = ll.DeviceSpecs(flops=1e9, memory_bandwidth="1GB/s")
+    stated = ll.estimate_profile(path, devices, dict.fromkeys(("stranger", "mine", "other"), speed), workload=workload)
+    plan = ll.solve(stated, workload=workload)
+    model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan, progress=False)
     assert model.plan.stages[0].device == model.plan.stages[-1].device == "mine", str(model.plan)
     assert set(model.plan.devices) == {"stranger", "mine", "other"}, str(model.plan)
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
