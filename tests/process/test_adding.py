@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
-from lingualinked.cluster import launch
+from lingualinked.cluster import forked_workers, spawned_workers
 from lingualinked.cluster.booting import Booting
+from lingualinked.cluster.forked_workers import ForkedWorkers
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.measuring import ProbeLink
 from processes import are_gone, family, fork_server, stopped
@@ -179,7 +180,8 @@ def test_a_worker_that_can_not_start_leaves_the_cluster_as_it_was(
     with load(cluster, tiny_llama, OLD) as model:
         for _ in range(2):
             with monkeypatch.context() as patch:
-                patch.setattr(launch, "Booting", spoil)
+                for way in (forked_workers, spawned_workers):
+                    patch.setattr(way, "Booting", spoil)
                 with pytest.raises(ll.WorkerDiedError, match=r"'late' died \(exit status 1.*last words") as caught:
                     cluster.add(LATE, links={("late", "a"): ll.Link(latency="1ms")})
             assert caught.value.device == "late"
@@ -236,7 +238,7 @@ def test_a_plain_worker_that_is_killed_while_it_starts(tiny_llama: str, unsharde
 
 def test_a_cluster_whose_fork_server_has_died_says_so(own_fork_server: None, cluster: ll.Cluster) -> None:
     before = state(cluster)
-    if cluster._launcher._fork_server is None:
+    if not isinstance(cluster._launcher._starter, ForkedWorkers):
         pytest.skip("nothing is forked here")
     fork_server(cluster).kill()
     for _ in range(2):

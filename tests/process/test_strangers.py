@@ -117,7 +117,7 @@ import lingualinked as ll
 
 with ll.Cluster(2) as cluster:
     cluster.add(ll.Device(name="late", threads=1))
-    server = cluster._launcher._fork_server.process.pid
+    server = cluster._launcher._starter.server.process.pid
     pids = {**cluster.pids, "caller": os.getpid(), "fork server": server}
     print(json.dumps([pids, cluster._engine.public_keys]), flush=True)
     sys.stdin.read()

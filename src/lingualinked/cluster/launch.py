@@ -1,6 +1,6 @@
 """Starts worker processes, notices when they end, and ends them.
 
-Knows processes and pipes only: no torch, no zmq, so that workers can start before the caller has imported either.
+Knows no torch and no zmq, so that workers can start before the caller has imported either; nor which way they start.
 """
 
 from __future__ import annotations
@@ -8,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
-import signal
 import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from lingualinked.cluster.booting import Booting
-from lingualinked.cluster.fork_server import ForkChannel, ForkServer, fork_servers
+from lingualinked.cluster.fork_server import fork_servers
+from lingualinked.cluster.forked_workers import ForkedWorkers
 from lingualinked.cluster.resources import start_thread
-from lingualinked.cluster.server_process import ErrorFile, ServerProcess, how_it_ended, open_pidfd, wait_for_end
-from lingualinked.protocol.boot import GRACE_S, Boot, Preload, WorkerEnded, WorkerForked
-from lingualinked.transport.socket_folder import make_socket_folder
+from lingualinked.cluster.server_process import open_pidfd
+from lingualinked.cluster.spawned_workers import SpawnedWorkers
+from lingualinked.cluster.worker_starter import WorkerProcess, WorkerStarter
+from lingualinked.protocol.boot import GRACE_S, Boot
 
 _POLL_MS = 200
 
@@ -52,11 +53,6 @@ class Launcher:
     forks : bool or None
         Whether to use a fork server; ``None``: on Linux.
 
-    Attributes
-    ----------
-    socket_folder : str
-        Where the sockets of the cluster are to lie; it goes with the launcher.
-
     Raises
     ------
     ResourceError
@@ -64,33 +60,30 @@ class Launcher:
     """
 
     def __init__(self, class_names: tuple[str, ...] = (), *, forks: bool | None = None) -> None:
-        self._class_names = class_names
         self._lock = threading.Lock()
         self._stop_lock = threading.RLock()
         self._stopping = False
-        self._processes: list[_Process] = []
+        self._processes: list[WorkerProcess] = []
         self._admit: Callable[[str, str], None] = lambda name, public_key: None
         self._on_end: Callable[[str, str], None] = lambda name, how: None
         self._thread: threading.Thread | None = None
-        self._fork_server: ForkServer | None = None
-        self._channel: ForkChannel | None = None
-        with contextlib.ExitStack() as undo:
-            if _can_fork() if forks is None else forks:
-                self._fork_server = server = fork_servers.acquire(class_names)
-                undo.callback(fork_servers.release, server)
-                self.socket_folder = server.make_folder()
-            else:
-                self.socket_folder = make_socket_folder()
-            undo.callback(shutil.rmtree, self.socket_folder, ignore_errors=True)
-            self._errors = undo.enter_context(contextlib.closing(ErrorFile(self.socket_folder)))
+        self._starter: WorkerStarter[Any]
+        if _can_fork() if forks is None else forks:
+            self._starter = ForkedWorkers(class_names)
+        else:
+            self._starter = SpawnedWorkers(class_names)
+        try:
             self._woken, self._wake = socket.socketpair()
-            undo.callback(self._woken.close)
-            undo.callback(self._wake.close)
-            self._wake.setblocking(False)
-            if self._fork_server is not None:
-                self._channel = ForkChannel(self._fork_server, self._errors)
-            undo.pop_all()
+        except BaseException:
+            self._starter.close_by(time.monotonic())
+            raise
+        self._wake.setblocking(False)
         _launchers.add(self)
+
+    @property
+    def socket_folder(self) -> str:
+        """Where the sockets of the cluster are to lie; it goes with the launcher."""
+        return self._starter.socket_folder
 
     def start(self, boots: list[Boot], admit: Callable[[str, str], None], on_end: Callable[[str, str], None]) -> None:
         """Start one worker per boot record.
@@ -106,7 +99,7 @@ class Launcher:
         """
         self._admit, self._on_end = admit, on_end
         for boot in boots:
-            self._begin(boot)
+            self._starter.start(boot, self._register)
         thread = threading.Thread(target=self._watch, name="lingualinked-processes", daemon=True)
         start_thread(thread)
         self._thread = thread  # only now: what did not start can't be joined
@@ -115,7 +108,7 @@ class Launcher:
         """Start one more worker beside those that run; does nothing once stopped."""
         with self._stop_lock:
             if not self._stopping:
-                self._begin(boot)
+                self._starter.start(boot, self._register)
                 self._wake_watcher()
 
     def remove(self, name: str) -> None:
@@ -146,56 +139,31 @@ class Launcher:
             if self._stopping:
                 return
             self._stopping = True
-            if self._channel is not None:
-                self._channel.hang_up()
-            for process in self._processes:
-                process.hang_up()
+            self._starter.hang_up(self._processes)
             self._wake.close()
             if self._thread is not None and self._thread is not threading.current_thread():
                 self._thread.join(GRACE_S)
             deadline = time.monotonic() + GRACE_S
             for process in self._processes:
                 process.end_by(deadline)
-            if self._channel is not None:
-                self._channel.close_by(deadline)
-            if self._fork_server is not None:
-                fork_servers.release(self._fork_server)
+            self._starter.close_by(deadline)
             self._woken.close()
-            self._errors.close()
-            shutil.rmtree(self.socket_folder, ignore_errors=True)
 
     def abandon(self) -> None:
         """Let go of the workers in a forked child of the caller: they belong to the parent."""
         self._stopping = True
         self._stop_lock = threading.RLock()  # whoever held it is not in this process
-        if self._channel is not None:
-            self._channel.abandon()
+        self._starter.abandon()
         for process in self._processes:
             process.abandon()
         self._wake.close()
         self._woken.close()
-        self._errors.close()
 
-    def _begin(self, boot: Boot) -> None:
-        if self._channel is not None:
-            ours, theirs = socket.socketpair()
-            with self._lock:
-                self._processes.append(_Process(Booting(ours, boot), boot.name, None))
-            self._channel.fork(boot.name, self._class_names, theirs)
-        else:
-            plain = ServerProcess(
-                Preload(
-                    caller_pid=os.getpid(),
-                    forks=False,
-                    socket_folder=self.socket_folder,
-                    class_names=self._class_names,
-                ),
-                self._errors,
-            )
-            with self._lock:
-                self._processes.append(_Process(Booting(plain.channel.dup(), boot), boot.name, plain))
+    def _register(self, process: WorkerProcess) -> None:
+        with self._lock:
+            self._processes.append(process)
 
-    def _kept(self) -> list[_Process]:
+    def _kept(self) -> list[WorkerProcess]:
         with self._lock:
             return [process for process in self._processes if not process.given_up]
 
@@ -204,13 +172,13 @@ class Launcher:
             self._wake.send(b"\0")
 
     def _watch(self) -> None:
-        """Read what the fork server says and see processes end, until `stop`."""
+        """Let workers in, and see them end, until `stop`."""
         while True:
-            server = self._fork_server
-            server_has_ended = server is not None and server.process.ended  # asked first: all that it said can be read
+            # 1) wait for a word of a worker that starts, for the end of one, or for who wants this thread to look again
             poller = select.poll()
             poller.register(self._woken, select.POLLIN)
-            descriptors = self._descriptors(server_has_ended)
+            with self._lock:
+                descriptors = self._starter.descriptors([each for each in self._processes if not each.ended])
             booting = self._booting()
             for descriptor in (*descriptors, *booting):
                 if descriptor is not None:
@@ -221,25 +189,14 @@ class Launcher:
                 return
             if self._woken.fileno() in ready:
                 self._woken.recv(4096)
+            # 2) let those in that have said their key
             for descriptor in ready & booting.keys():
                 booting[descriptor].answer(self._admit)
-            if self._channel is not None and self._channel.fileno() in ready:
-                for line, handle in self._channel.read():
-                    self._note(line, handle)
-                server_has_ended = False  # for now: it may have said more
-            for name, how in self._newly_ended(ready, server_has_ended):
-                tail = self._errors.tail()
+            # 3) tell of those that have ended
+            for name, how in self._newly_ended(ready):
+                tail = self._starter.errors.tail()
                 self._on_end(name, f"{how}; last words of this cluster's workers:\n{tail}" if tail else how)
-            self._clear_away()
-
-    def _descriptors(self, server_has_ended: bool) -> list[int | None]:
-        """Say what to wait for: while the fork server lives it tells of ends, and of how; then only pidfds do."""
-        with self._lock:
-            handles = [process.handle for process in self._processes if not process.ended]
-        if self._fork_server is None or self._channel is None:
-            return handles
-        channel = [] if self._channel.hung_up else [self._channel.fileno()]
-        return [*channel, *(handles if server_has_ended else [self._fork_server.process.handle])]
+            self._reap()
 
     def _booting(self) -> dict[int, Booting]:
         """Return the conversations with workers that are not yet told who they are, by descriptor."""
@@ -250,30 +207,19 @@ class Launcher:
                 if not process.given_up and process.booting.fileno() >= 0
             }
 
-    def _note(self, line: WorkerForked | WorkerEnded, handle: int | None) -> None:
-        with self._lock:
-            if isinstance(line, WorkerForked):  # in the order in which they were asked for
-                process = next(each for each in self._processes if each.name == line.name and each.pid is None)
-                process.pid, process.handle = line.pid, handle
-                if process.given_up:
-                    process.kill()
-                return
-            for process in self._processes:
-                if process.pid == line.pid:
-                    process.how = how_it_ended(line.status)
-
-    def _newly_ended(self, ready: set[int], server_has_ended: bool) -> list[tuple[str, str]]:
+    def _newly_ended(self, ready: set[int]) -> list[tuple[str, str]]:
         ended = []
         with self._lock:
+            self._starter.read(ready, self._processes)
             for process in self._processes:
-                how = None if process.ended else self._how(process, ready, server_has_ended)
+                how = None if process.ended else self._starter.how_ended(process, ready)
                 if how is not None:
                     process.ended = True
                     if not process.given_up:
                         ended.append((process.name, how))
         return ended
 
-    def _clear_away(self) -> None:
+    def _reap(self) -> None:
         """Forget the workers that were given up and have ended; only here, where no poll holds their descriptors."""
         with self._lock:
             done = [process for process in self._processes if process.given_up and process.ended]
@@ -282,69 +228,6 @@ class Launcher:
         for process in done:
             process.end_by(time.monotonic())
             process.gone.set()
-
-    def _how(self, process: _Process, ready: set[int], server_has_ended: bool) -> str | None:
-        if process.how is not None:
-            return process.how
-        if process.plain is not None:
-            return how_it_ended(process.plain.status) if process.plain.ended else None
-        if process.handle is not None:
-            return how_it_ended(None) if server_has_ended and process.handle in ready else None
-        if server_has_ended and self._fork_server is not None:
-            tail = self._fork_server.errors.tail()
-            last_words = f"; its last words:\n{tail}" if tail else ""
-            how = how_it_ended(self._fork_server.process.status)
-            return f"it was not started: the process that forks this cluster's workers had ended, {how}{last_words}"
-        return None
-
-
-class _Process:
-    """One worker, if known: started plainly, or forked and known once the fork server says so."""
-
-    def __init__(self, booting: Booting, name: str, plain: ServerProcess | None) -> None:
-        self.booting = booting
-        self.name = name
-        self.plain = plain
-        self.pid = None if plain is None else plain.pid
-        self.handle = None if plain is None else plain.handle  # pidfd: readable once it has ended
-        self.how: str | None = None
-        self.ended = False
-        self.given_up = False  # nobody is told of its end
-        self.gone = threading.Event()
-
-    def hang_up(self) -> None:
-        """Let a plain worker see that the caller is done with it; forked ones see it by their cluster's channel."""
-        if self.plain is not None:
-            self.plain.hang_up()
-
-    def kill(self) -> None:
-        """Force its end, if it has begun."""
-        if self.plain is not None:
-            self.plain.kill()
-        elif self.handle is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-
-    def end_by(self, deadline: float) -> None:
-        """Wait for its end until ``deadline`` (monotonic seconds), then force it."""
-        self.booting.close()
-        if self.plain is not None:
-            self.plain.end_by(deadline)
-        elif self.handle is not None:
-            if not wait_for_end(self.handle, deadline):
-                self.kill()
-                wait_for_end(self.handle, time.monotonic() + GRACE_S)
-            os.close(self.handle)
-        self.handle = None
-
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller."""
-        self.booting.close()
-        if self.plain is not None:
-            self.plain.abandon()
-        elif self.handle is not None:
-            os.close(self.handle)
-        self.handle = None
 
 
 def _can_fork() -> bool:

@@ -1,0 +1,79 @@
+"""What a way of starting workers offers to who watches them.
+
+Knows neither of the two ways: `lingualinked.cluster.forked_workers` and `lingualinked.cluster.spawned_workers`.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+from lingualinked.cluster.booting import Booting
+from lingualinked.cluster.server_process import ErrorFile
+from lingualinked.protocol.boot import Boot
+
+
+class WorkerProcess(abc.ABC):
+    """One worker, if known: `pid` and `handle`, a pidfd where there is such a thing, are ``None`` until it is."""
+
+    def __init__(self, booting: Booting, name: str, pid: int | None = None, handle: int | None = None) -> None:
+        self.booting = booting
+        self.name = name
+        self.pid = pid
+        self.handle = handle  # readable once it has ended
+        self.ended = False
+        self.given_up = False  # nobody is told of its end
+        self.gone = threading.Event()
+
+    @abc.abstractmethod
+    def kill(self) -> None:
+        """Force its end, if it has begun."""
+
+    @abc.abstractmethod
+    def end_by(self, deadline: float) -> None:
+        """Wait for its end until ``deadline`` (monotonic seconds), then force it."""
+
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """Let go of it in a forked child of the caller."""
+
+
+P = TypeVar("P", bound=WorkerProcess)
+
+
+class WorkerStarter(Protocol[P]):
+    """A way of starting the workers of one cluster, and of learning how they end.
+
+    Attributes
+    ----------
+    socket_folder : str
+        Where the sockets of the cluster are to lie; it goes with the starter.
+    errors : ErrorFile
+        What the workers write to their standard output and error.
+    """
+
+    socket_folder: str
+    errors: ErrorFile
+
+    def start(self, boot: Boot, register: Callable[[P], None]) -> None:
+        """Start one worker; it is registered before anything can be heard of it."""
+
+    def descriptors(self, living: Iterable[P]) -> list[int | None]:
+        """Say what becomes readable when one of these ends; ``None``: something of which only time can tell."""
+
+    def read(self, ready: set[int], workers: Iterable[P]) -> None:
+        """Note what is said of workers on those of `descriptors` that are readable."""
+
+    def how_ended(self, worker: P, ready: set[int]) -> str | None:
+        """Say in words how a worker has ended, once `read` has noted what there is; ``None``: as far as is known it lives."""
+
+    def hang_up(self, workers: Iterable[P]) -> None:
+        """Let the workers see that the caller is done with them."""
+
+    def close_by(self, deadline: float) -> None:
+        """Let go of what the workers shared, which have ended or do so until ``deadline`` (monotonic seconds)."""
+
+    def abandon(self) -> None:
+        """Let go of all but the workers in a forked child of the caller."""
