@@ -115,7 +115,7 @@ def test_links_to_and_from_it_are_emulated(cluster: ll.Cluster) -> None:
     def round_trip_s(source: str, target: str) -> float:
         answer: Any = engine.request(
             source,
-            lambda number: ProbeLink(request=number, target=target, sizes=(8, 8, 8)),
+            ProbeLink(request=engine.next_request(), target=target, sizes=(8, 8, 8)),
             "a probe",
             30,
         ).result(30)

@@ -244,7 +244,7 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
     def num_refused(of: str) -> int:
         if of == "caller":
             return engine._mailbox.num_refused
-        report: Any = engine.request(of, lambda number: InspectWorker(request=number), "a look", 60).result(60)
+        report: Any = engine.request(of, InspectWorker(request=engine.next_request()), "a look", 60).result(60)
         assert isinstance(report, WorkerReport)
         return report.num_refused
 

@@ -90,9 +90,9 @@ def test_a_profile_is_extended_by_a_device_that_is_added(pair: ll.Cluster, tiny_
     asked: list[tuple[str, str]] = []
     request = pair._engine.request
 
-    def note(device: str, build: Any, what: str, *rest: Any, **more: Any) -> Any:
+    def note(device: str, message: Any, what: str, *rest: Any, **more: Any) -> Any:
         asked.append((device, what))
-        return request(device, build, what, *rest, **more)
+        return request(device, message, what, *rest, **more)
 
     spec, footprint = footprint_of(tiny_llama)
     pair._engine.request = note  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from lingualinked.checks import check_positive
 from lingualinked.cluster.devices import as_devices, check_added_device
-from lingualinked.cluster.emulation import delayed_from, emulate, emulation_of
+from lingualinked.cluster.emulation import delayed_from, emulation_of
 from lingualinked.cluster.launch import Launcher
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.resources import check_addition, check_start
@@ -248,12 +248,14 @@ class Cluster:
 
     def _announce(self, behaving: Mapping[str, Device], links: Links) -> None:
         """Tell every worker that lives of the link to a new one."""
+        from lingualinked.protocol.messages import EmulateDevice  # imports torch
+
         told = []
         for other in (device.name for device in self.devices):
             with contextlib.suppress(WorkerDiedError):
                 self._engine.wait_for_worker(other, self.timeout_s)
-            build = emulate(other, behaving, links)
-            told.append(self._engine.request(other, build, "the announcement of a new device", self.timeout_s))
+            message = EmulateDevice(request=self._engine.next_request(), emulation=emulation_of(other, behaving, links))
+            told.append(self._engine.request(other, message, "the announcement of a new device", self.timeout_s))
         while told:  # not held here: a future would lead from its error to this frame and back
             with contextlib.suppress(WorkerDiedError):
                 result_of(told.pop(0))
@@ -293,6 +295,8 @@ class Cluster:
         ClosedError, WorkerDiedError, StepTimeoutError
             If a worker can't be told.
         """
+        from lingualinked.protocol.messages import EmulateDevice  # imports torch
+
         self.device(name)
         self._engine.check_owner()
         with self._changes:
@@ -311,7 +315,13 @@ class Cluster:
                 results_of(
                     [
                         self._engine.request(
-                            each, emulate(each, now, self.links, later), "a change of pace", self.timeout_s
+                            each,
+                            EmulateDevice(
+                                request=self._engine.next_request(),
+                                emulation=emulation_of(each, now, self.links, later),
+                            ),
+                            "a change of pace",
+                            self.timeout_s,
                         )
                         for each in behaving
                     ]

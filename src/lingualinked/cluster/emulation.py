@@ -6,14 +6,10 @@ Knows devices, links and the words for it; not when it is said.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from lingualinked.device import CALLER, Device, Link, Links, link_between
 from lingualinked.protocol.boot import EmulatedLink, Emulation
-
-if TYPE_CHECKING:
-    from lingualinked.protocol.messages import EmulateDevice
 
 
 def delayed_from(name: str, devices: Mapping[str, Device], links: Links) -> tuple[str, ...]:
@@ -49,13 +45,3 @@ def emulation_of(
             )
     expected = dict.fromkeys((*delayed_from(name, devices, links), *delayed_from(name, later or devices, links)))
     return Emulation(slowdown=device.slowdown, links=tuple(emulated_links), delayed_from=tuple(expected))
-
-
-def emulate(
-    name: str, devices: Mapping[str, Device], links: Links, later: Mapping[str, Device] | None = None
-) -> Callable[[int], EmulateDevice]:
-    """Return what makes the message, from a request number, that tells a running worker so."""
-    from lingualinked.protocol.messages import EmulateDevice  # imports torch
-
-    emulation = emulation_of(name, devices, links, later)
-    return lambda number: EmulateDevice(request=number, emulation=emulation)

@@ -23,7 +23,7 @@ from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_for_event
-from lingualinked.protocol.messages import CallerMessage, EndSession, LoadStage, Step
+from lingualinked.protocol.messages import EndSession, LoadStage, Request, Step, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
 from lingualinked.protocol.roles import ANSWERS
 from lingualinked.transport.keys import generate_keypair
@@ -170,10 +170,14 @@ class Engine:
         """Whether one device may give weights that it holds to another: what trusted ones hold stays on such."""
         return lender not in self.trusted or borrower in self.trusted
 
+    def next_request(self) -> int:
+        """Return a number for the message of a `request`; each is given once."""
+        return next(self._requests)
+
     def request(
         self,
         device: str,
-        build: Callable[[int], CallerMessage],
+        message: Request,
         what: str,
         timeout_s: float,
         on_progress: Callable[[int], None] | None = None,
@@ -185,8 +189,8 @@ class Engine:
         ----------
         device : str
             The worker's device.
-        build : callable
-            Makes the message from a request number.
+        message : message
+            With a number of its own (`next_request`).
         what : str
             What is asked, for the time-out's message.
         timeout_s : float
@@ -200,9 +204,13 @@ class Engine:
         -------
         Future
             Of the worker's answer; fails with the library's errors.
+
+        Raises
+        ------
+        ProtocolError
+            If a field of the message has a wrong type: a worker would drop it, and the wait would be for nothing.
         """
-        number = next(self._requests)
-        message = build(number)
+        check(message)
         pending = Pending(
             devices=frozenset([device, *helpers]),
             asked=device,
@@ -213,7 +221,7 @@ class Engine:
             deadline=time.monotonic() + timeout_s,
             on_progress=on_progress,
         )
-        self._post(lambda: self._exchange.ask(device, message, (), ("request", number, 0), pending))
+        self._post(lambda: self._exchange.ask(device, message, (), ("request", message.request, 0), pending))
         return pending.future
 
     def step(

@@ -255,9 +255,7 @@ class Exchange:
             self.ask(to, introduction, (), ("request", number, 0), pending)
 
     def _send(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...]) -> None:
-        payload = encode(message)
-        decode(payload)  # a field of a wrong type fails here, where it is noticed, not at a worker, which drops it
-        self._mailbox.send(device, payload, tensors)
+        self._mailbox.send(device, encode(message), tensors)
 
 
 def _key(message: AnyMessage) -> Key:

@@ -116,7 +116,7 @@ def _probe(cluster: Cluster, source: str, target: str, sizes: tuple[int, ...]) -
     engine = cluster._engine  # noqa: SLF001 - within the room
     return engine.request(
         source,
-        lambda number: ProbeLink(request=number, target=target, sizes=sizes),
+        ProbeLink(request=engine.next_request(), target=target, sizes=sizes),
         f"measuring the link to {target!r}",
         cluster.timeout_s,
         helpers=() if target == CALLER else [target],

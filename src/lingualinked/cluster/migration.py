@@ -160,11 +160,9 @@ class Migrator:
 
         def request(device: str) -> concurrent.futures.Future[object]:
             borrowers = tuple(name for name in target.devices if self._engine.lends(device, name))
-
-            def build(number: int) -> AnnounceMove:
-                return AnnounceMove(request=number, model=self._model, stages=stages, borrowers=borrowers)
-
-            return self._engine.request(device, build, "the announcement of a move", self._timeout_s)
+            number = self._engine.next_request()
+            message = AnnounceMove(request=number, model=self._model, stages=stages, borrowers=borrowers)
+            return self._engine.request(device, message, "the announcement of a move", self._timeout_s)
 
         devices = dict.fromkeys((*source.devices, *target.devices))
         return [request(device) for device in devices if device not in self._engine.ended_devices()]

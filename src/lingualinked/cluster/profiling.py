@@ -211,10 +211,11 @@ def _measure_models(
     blank = dataclasses.replace(spec, load_format="blank", files=())
 
     def request(device: Device) -> concurrent.futures.Future[object]:
-        return cluster._engine.request(  # noqa: SLF001 - within the room
+        engine = cluster._engine  # noqa: SLF001 - within the room
+        return engine.request(
             device.name,
-            lambda number: MeasureModel(
-                request=number,
+            MeasureModel(
+                request=engine.next_request(),
                 spec=blank,
                 spans=measured_spans(model, device.memory_bytes),
                 kind_of_layer=model.kind_of_layer,

@@ -208,8 +208,8 @@ class Session:
         return [
             self._engine.request(
                 device,
-                lambda request, stage=stage: ForkSession(  # type: ignore[misc]
-                    request=request,
+                ForkSession(
+                    request=self._engine.next_request(),
                     model=self._model,
                     plan_version=route.version,
                     stage=stage,
@@ -299,8 +299,8 @@ class Session:
         held, wanted = source.plan.stages[old], target.plan.stages[new]
         return self._engine.request(
             held.device,
-            lambda request: CopyKV(
-                request=request,
+            CopyKV(
+                request=self._engine.next_request(),
                 model=self._model,
                 plan_version=source.version,
                 stage=old,

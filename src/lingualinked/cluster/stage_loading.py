@@ -56,29 +56,26 @@ def request_stages(
     ends = (CALLER, *route.devices, CALLER)
     futures = []
     for index, stage in enumerate(route.plan.stages):
-
-        def build(number: int, index: int = index) -> LoadStage:
-            planned = route.plan.stages[index]
-            return LoadStage(
-                request=number,
-                model=model,
-                plan_version=route.version,
-                stage=index,
-                spec=spec,
-                start=planned.start,
-                end=planned.end,
-                previous_name=ends[index],
-                next_name=ends[index + 2],
-                max_kv_tokens=max_kv_tokens,
-                holders=() if held is None else tuple(_holders(engine, model, held, planned.device)),
-            )
+        message = LoadStage(
+            request=engine.next_request(),
+            model=model,
+            plan_version=route.version,
+            stage=index,
+            spec=spec,
+            start=stage.start,
+            end=stage.end,
+            previous_name=ends[index],
+            next_name=ends[index + 2],
+            max_kv_tokens=max_kv_tokens,
+            holders=() if held is None else tuple(_holders(engine, model, held, stage.device)),
+        )
 
         def progress(num_bytes: int, device: str = stage.device) -> None:
             if on_progress is not None:
                 on_progress(device, num_bytes)
 
         what = f"loading layers [{stage.start}, {stage.end})"
-        futures.append(engine.request(stage.device, build, what, timeout_s, progress, helpers))
+        futures.append(engine.request(stage.device, message, what, timeout_s, progress, helpers))
     return futures
 
 

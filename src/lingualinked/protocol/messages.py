@@ -162,6 +162,11 @@ class Step(Message, frozen=True, tag=4):
     timings: tuple[StageTimes, ...]
     torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
 
+    def __post_init__(self) -> None:
+        # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).
+        if self.logits_to_keep is not None and not isinstance(self.logits_to_keep, int):
+            raise ProtocolError(f"logits_to_keep={self.logits_to_keep!r} must be an int or None")
+
 
 class EndSession(Message, frozen=True, tag=5):
     """Free a session's KV on stage ``stage`` and forward this message; it is sent after the session's last step."""
@@ -315,6 +320,7 @@ CallerMessage = (
     | Step
     | EndSession
 )
+Request = LoadStage | InspectWorker | EmulateDevice | MeasureModel | ProbeLink | AnnounceMove | CopyKV | ForkSession
 WorkerMessage = (
     Hello
     | Progress
@@ -341,6 +347,17 @@ _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessa
 def encode(message: AnyMessage) -> bytes:
     """Encode a message."""
     return _encoder.encode(message)
+
+
+def check(message: AnyMessage) -> None:
+    """Refuse a message that its receiver would not understand, where it is made.
+
+    Raises
+    ------
+    ProtocolError
+        If a field has the wrong type.
+    """
+    decode(encode(message))
 
 
 def decode(payload: bytes) -> AnyMessage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -101,6 +102,14 @@ def test_wrong_types_are_refused() -> None:
         wrong = [*fields[:index], {"a": 1}, *fields[index + 1 :]]
         with pytest.raises(ProtocolError):
             decode(msgspec.msgpack.encode(wrong))
+
+
+@pytest.mark.parametrize("kind", get_args(messages.Request), ids=lambda kind: kind.__name__)
+def test_a_request_of_a_wrong_type_is_refused_where_it_is_made(kind: type[messages.Request]) -> None:
+    messages.check(example(kind))
+    for name in kind.__struct_fields__:
+        with pytest.raises(ProtocolError):
+            messages.check(msgspec.structs.replace(example(kind), **{name: {"a": 1}}))
 
 
 def test_a_decode_steps_header_is_small() -> None:
