@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import platform
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,6 +17,7 @@ import psutil
 from lingualinked.cluster.profiling import library_versions, num_measurements, profile_devices
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
+from lingualinked.processor import processor_name
 from lingualinked.profile import Profile
 from lingualinked.sharded.disk_cache import read_cached, write_cached
 from lingualinked.sharded.progress import DeviceProgress
@@ -107,15 +107,9 @@ def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links,
 def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> list[object]:
     """List everything that a profile depends on."""
     known = [(*ends, links[ends]) for ends in sorted(links)]
-    return [footprint.profile, tuple(devices), known, workload, library_versions(), platform.node(), _processor()]
+    return [footprint.profile, tuple(devices), known, workload, library_versions(), platform.node(), processor_name()]
 
 
 def _name(kind: str, key: list[object]) -> str:
     digest = hashlib.blake2b(msgspec.json.encode(key, order="sorted"), digest_size=16).hexdigest()
     return f"{kind}-{digest}.json"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        return next((line.strip() for line in lines if line.startswith("model name")), "")
-    return platform.processor()

@@ -5,10 +5,8 @@ Knows the operating system's calls; not what is computed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import psutil
 import torch
 
 from lingualinked.model.memory import use_one_heap
+from lingualinked.processor import processor_name
 from lingualinked.quantities import count_text
 
 # What a stage needs beyond its weights, KV and activations: message buffers and allocator arenas; and each thread's stack.
@@ -65,10 +64,7 @@ def describe_hardware(accelerator: str) -> str:
     """Describe the processor or accelerator in a few words."""
     if accelerator.startswith("cuda"):
         return torch.cuda.get_device_name(accelerator)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {count_text(torch.get_num_threads(), 'thread')}"
+    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}, {count_text(torch.get_num_threads(), 'thread')}"
 
 
 def _data_bytes() -> int:
