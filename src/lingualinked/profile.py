@@ -151,6 +151,15 @@ class DeviceProfile:
         Of what runs before the first and after the last layer.
     free_bytes : int or None
         Memory that there was for it; its limit, if it has one, is in `device`.
+    measured_watts : float or None
+        Mean power while its parts were measured; ``None`` where the machine did not say.
+    power_source : str
+        What measured it, or why nothing did; empty where nothing was asked.
+
+    Raises
+    ------
+    ArgumentError
+        If `measured_watts` is not positive and finite.
     """
 
     device: Device
@@ -160,6 +169,19 @@ class DeviceProfile:
     prologue: ModuleTimes
     epilogue: ModuleTimes
     free_bytes: int | None = None
+    measured_watts: float | None = None
+    power_source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.measured_watts is not None and not 0 < self.measured_watts < math.inf:
+            raise ArgumentError(
+                f"measured_watts={self.measured_watts!r} of device {self.device.name!r} must be positive and finite"
+            )
+
+    @property
+    def watts(self) -> float | None:
+        """Power while it computes: what `Device.watts` says, or else what was measured; ``None`` if neither is known."""
+        return self.measured_watts if self.device.watts is None else self.device.watts
 
     @property
     def capacity_bytes(self) -> float:

@@ -26,6 +26,7 @@ from lingualinked.cluster.profiling import measured_spans
 from lingualinked.module_times import ModuleTimes
 from lingualinked.sharded import saved
 from lingualinked.sharded.describing import LoadArguments, describe
+from lingualinked.worker.power import RaplCounter
 from profiles import MIB, model_profile
 
 pytestmark = pytest.mark.process
@@ -59,6 +60,7 @@ def test_every_device_and_link_is_measured(cache: Path, pair: ll.Cluster, tiny_l
         assert all(step.seconds > 0 for step in device.layers[0].steps)
         assert all(step.spread_s > 0 for step in device.layers[0].steps)  # each was measured more than once
         assert device.free_bytes is not None
+        assert (device.measured_watts is None) == (device.power_source != RaplCounter.source)  # or why there are none
     assert len(profile.links) == 6
     for link in profile.links:
         emulated = 2e-3 if "there" in (link.source, link.target) else 0.0

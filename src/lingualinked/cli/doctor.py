@@ -31,6 +31,7 @@ def run_doctor() -> None:
         ("CPU capability of torch", torch.backends.cpu.get_cpu_capability()),
         ("memory", f"{bytes_text(memory.available)} available of {bytes_text(memory.total)}"),
         ("accelerators", ", ".join(_accelerators()) or "none: stages run on the CPU"),
+        ("energy counters", _energy_counters()),
         ("encryption (CURVE)", "yes" if zmq.has("curve") else "no: workers can't authenticate; install a pyzmq wheel"),
         ("local sockets (ipc)", "yes" if zmq.has("ipc") else "no: tcp on loopback is used"),
     ]
@@ -39,6 +40,14 @@ def run_doctor() -> None:
     console = new_console()
     console.print(Rows("This machine", ("what", "found"), facts).to_rich())
     console.print(Rows("Versions", ("library", "version"), versions).to_rich())
+
+
+def _energy_counters() -> str:
+    """Say what measures the power of processors here, or why nothing does."""
+    from lingualinked.worker.power import UnknownPowerError, find_counter
+
+    counter = find_counter("cpu")
+    return f"none: {counter}" if isinstance(counter, UnknownPowerError) else counter.source
 
 
 def _accelerators() -> list[str]:

@@ -264,6 +264,8 @@ def _as_measured(known: DeviceProfile) -> ModelMeasured:
         stage=steps(known.stage),
         prologue=steps(known.prologue),
         epilogue=steps(known.epilogue),
+        watts=known.measured_watts,
+        power_source=known.power_source,
     )
 
 
@@ -285,6 +287,8 @@ def _device_profile(
             )
         )
 
+    watts = [answer.watts for answer in alike if answer.watts is not None]
+    sources = [answer.power_source for answer in alike if (answer.watts is None) == (not watts)]
     return DeviceProfile(
         device=device,
         hardware=alike[0].hardware,
@@ -293,6 +297,8 @@ def _device_profile(
         prologue=_times(answer.prologue for answer in alike) or estimated(0),
         epilogue=_times(answer.epilogue for answer in alike) or estimated(model.epilogue_bytes),
         free_bytes=free_bytes,
+        measured_watts=statistics.median(watts) if watts else None,
+        power_source=sources[0],
     )
 
 

@@ -24,6 +24,7 @@ def profile_rows(profile: Profile) -> Rows:
         notes=[
             f"Shapes: {_shapes(profile)} (rows x new tokens, after tokens in the KV cache)",
             f"Longest latency: {seconds_text(slowest.latency_s)}, from {slowest.source} to {slowest.target}",
+            *_power_notes(profile),
             *doubt_notes(profile),
         ],
     )
@@ -34,6 +35,18 @@ def doubt_notes(profile: Profile) -> list[str]:
     if not profile.doubt:
         return []
     return [f"Doubtful: {profile.doubt}; it is not kept on disk, and the first requests correct a model's plan"]
+
+
+def _power_notes(profile: Profile) -> list[str]:
+    """Say what devices draw where that is known, and whether it was measured."""
+    known = [(each, each.watts) for each in profile.devices if each.watts is not None]
+    if not known:
+        return []
+    drawn = (
+        f"{each.device.name} {watts:.3g} W ({f'measured: {each.power_source}' if each.device.watts is None else 'given'})"
+        for each, watts in known
+    )
+    return [f"Power while computing: {', '.join(drawn)}"]
 
 
 def _device_rows(model: ModelProfile, device: DeviceProfile) -> list[tuple[str, ...]]:

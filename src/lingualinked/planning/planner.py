@@ -196,8 +196,9 @@ def _check_arguments(profile: object, objective: object, min_tokens_per_s: objec
         raise ArgumentError(f"min_tokens_per_s={min_tokens_per_s!r} must be a positive, finite number")
     if objective == "energy":
         for each in profile.devices:
-            if each.device.watts is None:
-                raise ArgumentError(f'objective="energy" needs watts= of device {each.device.name!r}')
+            if each.watts is None:
+                unmeasured = f", whose power was not measured: {each.power_source}" if each.power_source else ""
+                raise ArgumentError(f'objective="energy" needs watts= of device {each.device.name!r}{unmeasured}')
 
 
 def _indices(order: Sequence[str] | None, profile: Profile) -> tuple[int, ...] | None:

@@ -85,7 +85,7 @@ class DevicePrediction:
     busy_s : float
         Seconds of compute of a mean step.
     watts : float or None
-        Power while it computes.
+        Power while it computes, given or measured.
     """
 
     device: str
@@ -343,5 +343,5 @@ def _device(name: str, stages: Sequence[StagePrediction], costs: WorkloadCosts) 
         used_bytes=used,
         capacity_bytes=None if capacity == math.inf else int(capacity),
         busy_s=sum(costs.mean(stage.prefill_s, stage.decode_s) for stage in stages),
-        watts=profile.device.watts,
+        watts=profile.watts,
     )

@@ -132,7 +132,7 @@ class WorkloadCosts:
             may_be_first=trusted,
             may_be_last=trusted,
             may_close=closing,
-            watts=np.array([math.nan if each.device.watts is None else each.device.watts for each in devices]),
+            watts=np.array([math.nan if each.watts is None else each.watts for each in devices]),
             num_sessions=self.workload.num_sessions,
             num_front=min(max(1, front), model.num_layers),
             num_back=min(max(1, back), model.num_layers),

@@ -46,7 +46,10 @@ class MeasuredStep(Message, frozen=True):
 
 
 class ModelMeasured(Message, frozen=True, tag=26):
-    """Answer to `MeasureModel`: the times of each kind of layer in the spans, and of the other parts."""
+    """Answer to `MeasureModel`: the times of each kind of layer in the spans, and of the other parts.
+
+    ``watts`` is the mean power meanwhile; ``power_source`` says what measured it, or why it is ``None``.
+    """
 
     request: int
     hardware: str
@@ -55,6 +58,8 @@ class ModelMeasured(Message, frozen=True, tag=26):
     stage: tuple[MeasuredStep, ...]
     prologue: tuple[MeasuredStep, ...]
     epilogue: tuple[MeasuredStep, ...]
+    watts: float | None
+    power_source: str
 
 
 class ProbeLink(Message, frozen=True, tag=8):

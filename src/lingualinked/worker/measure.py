@@ -27,6 +27,7 @@ from lingualinked.protocol.messages import Step
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.limits import describe_hardware, free_bytes
 from lingualinked.worker.pace import Pace
+from lingualinked.worker.power import PowerMeter, find_counter
 
 if TYPE_CHECKING:
     from lingualinked.model.span_loading import LoadedSpan
@@ -65,6 +66,7 @@ class Measurer:
         self._samples: defaultdict[tuple[Part, MeasuredShape], list[float]] = defaultdict(list)
         # Read before each step: in service, the processor's caches hold neither weights nor code at that time either.
         self._flushing = torch.zeros(_FLUSH_BYTES // 4) if accelerator == "cpu" else None
+        self._power = PowerMeter(find_counter(accelerator), self._clock_s)
 
     def run(self) -> ModelMeasured:
         """Measure every span of the request."""
@@ -76,6 +78,7 @@ class Measurer:
         for (part, shape), seconds in self._samples.items():
             low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
             parts[part].append(MeasuredStep(shape=shape, seconds=max(middle, 0.0), spread_s=max(high - low, 0.0)))
+        watts, power_source = self._power.result()
         return ModelMeasured(
             request=self._request.request,
             hardware=describe_hardware(self._accelerator),
@@ -84,13 +87,15 @@ class Measurer:
             stage=tuple(parts["stage"]),
             prologue=tuple(parts["prologue"]),
             epilogue=tuple(parts["epilogue"]),
+            watts=watts,
+            power_source=power_source,
         )
 
     def _measure_span(self, start: int, end: int) -> None:
         span = load_span(self._request.spec, start, end)
         stage = Stage(span, start, end, self._device)
         hosted = HostedStage(stage, CALLER, CALLER, max_kv_tokens=None)
-        with _ModuleTimer(span, start, end, self._clock_s) as timer:
+        with _ModuleTimer(span, start, end, self._clock_s) as timer, self._power.measure():
             for rows in sorted({shape.rows for shape in self._request.shapes}):
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]
                 for shape in shapes:

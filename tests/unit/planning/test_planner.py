@@ -68,6 +68,38 @@ def test_energy_keeps_to_the_floor() -> None:
     assert bound.solved.value > free.solved.value
 
 
+def drawing(made: ll.Profile, **watts: float) -> ll.Profile:
+    """A profile of devices of which some were measured to draw so much, and the others could not be."""
+    return dataclasses.replace(
+        made,
+        devices=tuple(
+            dataclasses.replace(each, measured_watts=watts[each.device.name], power_source="RAPL")
+            if each.device.name in watts
+            else dataclasses.replace(each, power_source="no counter")
+            for each in made.devices
+        ),
+    )
+
+
+def test_measured_power_stands_in_for_what_is_not_given() -> None:
+    hungry, frugal = ll.Device(name="hungry"), ll.Device(name="frugal", slowdown=4.0, watts=5.0)
+    made = drawing(profile(hungry, frugal), hungry=100.0, frugal=1e6)  # what is given counts
+    given = profile(dataclasses.replace(hungry, watts=100.0), frugal)
+    plans = [solve(each, workload=WORKLOAD, objective="energy") for each in (made, given)]
+    assert plans[0].stages == plans[1].stages
+    assert plans[0].predicted.joules_per_token == plans[1].predicted.joules_per_token
+    assert "Power while computing: hungry 100 W (measured: RAPL), frugal 5 W (given)" in str(made)
+    assert ll.Profile.from_json(made.to_json()) == made
+
+
+def test_power_that_could_not_be_measured_is_asked_for_with_the_reason() -> None:
+    with pytest.raises(ll.ArgumentError, match=r"needs watts= of device 'b', whose power was not measured: no counter"):
+        solve(drawing(profile(), a=3.0), objective="energy")
+    for watts in (0.0, math.nan, math.inf):
+        with pytest.raises(ll.ArgumentError, match=r"measured_watts=.* of device 'a' must be positive and finite"):
+            drawing(profile(), a=watts)
+
+
 def test_memory_holds_weights_kv_and_working_memory_under_the_reserve() -> None:
     made = profile(*devices(1.0, 2.0, memory="80MiB"), num_layers=8)
     plan = solve(made, workload=WORKLOAD, reserve=0.1)
