@@ -1,4 +1,4 @@
-"""Where text goes: a terminal, whose width it fits, or a file or pipe, where nothing is wrapped or cut.
+"""Makes consoles: text fits a terminal's width, and is never wrapped or cut in a file or pipe.
 
 Knows rich; not what is printed.
 """
@@ -13,7 +13,7 @@ from typing import TextIO
 from rich.console import Console
 
 UNLIMITED = 10_000
-"""Columns that no line reaches."""
+"""More columns than any line has."""
 
 
 def new_console() -> Console:
@@ -22,7 +22,7 @@ def new_console() -> Console:
 
 
 def terminal_width(stream: TextIO) -> int | None:
-    """Return the columns of the terminal behind a stream, or those that ``COLUMNS`` asks for; ``None`` without both."""
+    """Return the columns of a stream's terminal, or those in ``COLUMNS``; ``None`` without either."""
     if os.environ.get("COLUMNS", "").isdecimal() or stream.isatty():
         return shutil.get_terminal_size().columns
     return None

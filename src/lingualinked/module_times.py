@@ -1,4 +1,4 @@
-"""How long the parts of a model take in steps of several shapes, and in shapes between them.
+"""Measured times of a model's parts in steps of several shapes, and estimates for other shapes.
 
 Plain data; knows neither how it is measured nor what is planned with it.
 """
@@ -14,18 +14,18 @@ from lingualinked.errors import ArgumentError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """How long one step takes.
+    """The measured time of one step.
 
     Parameters
     ----------
     rows, tokens : int
-        Shape of the step: rows of the batch, and new tokens of each.
+        Shape of the step: rows of the batch, and new tokens per row.
     context : int
-        Tokens of each row that are in the KV cache already.
+        Tokens per row that are in the KV cache before the step.
     seconds : float
         Median of the repeats.
     spread_s : float
-        Distance between their quartiles.
+        Interquartile range of the repeats.
     """
 
     rows: int
@@ -39,18 +39,18 @@ class StepTime:
             raise ArgumentError(f"seconds={self.seconds!r} of a step time must be finite and not negative")
         if self.rows < 1 or self.tokens < 1 or self.context < 0:
             raise ArgumentError(
-                f"rows={self.rows}, tokens={self.tokens}, context={self.context} of a step time can't be a step's shape"
+                f"rows={self.rows}, tokens={self.tokens}, context={self.context} of a step time must be at least 1, 1 and 0"
             )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModuleTimes:
-    """How long one part of a model takes in steps of several shapes.
+    """The measured times of one part of a model in steps of several shapes.
 
     Parameters
     ----------
     steps : tuple of StepTime
-        Measured, at least one; decode steps have one token, prefill steps more.
+        At least one; decode steps have one token, prefill steps more.
     """
 
     steps: tuple[StepTime, ...]
@@ -60,11 +60,12 @@ class ModuleTimes:
             raise ArgumentError("steps of module times are empty: at least one step must be measured")
 
     def seconds(self, rows: int, tokens: int, context: float) -> float:
-        """Estimate a step's time from those that were measured.
+        """Estimate the seconds of a step from the measured ones.
 
-        Linear in the context for decode steps and in the tokens for prefill steps, then in the rows, between the
-        nearest shapes measured and with their slope beyond. Where one prefill was measured, the line leads through the
-        decode step, which is a pass of one token: what does not depend on the tokens is not multiplied by them.
+        The estimate is linear in the context for decode steps and in the tokens for prefill steps, then in the rows:
+        interpolated between the nearest measured shapes, and extrapolated with their slope. If only one prefill was
+        measured, the line goes through the decode step, a pass of one token, so that constant costs are not multiplied by
+        the number of tokens.
 
         Parameters
         ----------
@@ -89,7 +90,7 @@ class ModuleTimes:
 
 
 def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate between points; beyond them go on with the slope of the nearest two, which does not fall at the far end."""
+    """Interpolate between points, and extrapolate with the slope of the nearest two, or 0 if it falls at the far end."""
     points = sorted(points)
     if len(points) == 1:
         return points[0][1]

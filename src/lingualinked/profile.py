@@ -1,6 +1,6 @@
-"""What is measured before a plan is made: what layers cost on each device, and what each link carries.
+"""The measurements that a plan is made from: times of layers on each device, latency and bandwidth of each link.
 
-Plain data that is saved as JSON; knows neither how it is measured nor what is planned with it.
+Plain data, saved as JSON; knows neither how it is measured nor what is planned with it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lingualinked.workload import Workload
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """A model in bytes, layer by layer.
+    """The sizes of a model in bytes, layer by layer.
 
     Parameters
     ----------
     name : str
-        Path or hub id that it was made from.
+        Path or hub id of the model.
     fingerprint : str
-        Of configuration and dtype: profiles of the same fingerprint are of the same model.
+        Hash of configuration and dtype: equal for profiles of the same model.
     dtype : str
-        Of the weights.
+        Dtype of the weights.
     kinds : tuple of str
-        The distinct kinds of layers, described.
+        Descriptions of the distinct kinds of layers.
     kind_of_layer : tuple of int
         Index into `kinds`, for each layer.
     layer_weight_bytes, layer_kv_bytes : tuple of int
@@ -43,13 +43,13 @@ class ModelProfile:
     layer_windows : tuple of int or None
         Tokens that each layer's KV holds at most; ``None``: all.
     prologue_bytes, epilogue_bytes, tied_bytes : int
-        Weights that only the first and only the last stage needs, and what of both is the same.
+        Weights that only the first stage and only the last stage needs, and weights that both share.
     hidden_bytes, logits_bytes : int
-        Bytes of one row and token that cross a hop, and that go back to the caller.
+        Bytes per row and token that cross a hop, and bytes per row that return to the caller.
     working_bytes : int
         Bytes of intermediate results per row and token of a step.
     max_positions : int or None
-        Tokens that a text may have where positions are learned; ``None`` where they are computed.
+        Maximal tokens of a text if positions are learned; ``None`` if they are computed.
     """
 
     name: str
@@ -73,10 +73,10 @@ class ModelProfile:
         for name in ("layer_weight_bytes", "layer_kv_bytes", "layer_windows"):
             if len(getattr(self, name)) != num_layers or not num_layers:
                 raise ArgumentError(
-                    f"{name} of a model profile are {len(getattr(self, name))}, for {count_text(num_layers, 'layer')}"
+                    f"{name} of a model profile has {count_text(len(getattr(self, name)), 'value')} for {count_text(num_layers, 'layer')}: give one per layer"
                 )
         if not all(0 <= kind < len(self.kinds) for kind in self.kind_of_layer):
-            raise ArgumentError(f"kind_of_layer of a model profile names kinds beyond its {len(self.kinds)}")
+            raise ArgumentError(f"kind_of_layer of a model profile must be indices into its {len(self.kinds)} kinds")
         sizes = (
             *self.layer_weight_bytes,
             *self.layer_kv_bytes,
@@ -88,10 +88,10 @@ class ModelProfile:
             self.working_bytes,
         )
         if min(sizes) < 0:
-            raise ArgumentError(f"a size of a model profile is {min(sizes)}: sizes are not negative")
+            raise ArgumentError(f"a size of a model profile is {min(sizes)}: sizes must not be negative")
 
     def fit_workload(self, workload: Workload | None) -> Workload:
-        """Return the workload, once the model is known to be able to run it; or else the default one, made to fit.
+        """Check that the model can run a workload, and return it; for ``None``, return the default one, shortened if necessary.
 
         Raises
         ------
@@ -105,11 +105,11 @@ class ModelProfile:
             prompt_tokens = max(1, limit // 2)
             return dataclasses.replace(default, prompt_tokens=prompt_tokens, new_tokens=max(1, limit - prompt_tokens))
         if not isinstance(workload, Workload):
-            raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
+            raise ArgumentError(f"workload is a {type(workload).__name__}: pass a lingualinked.Workload")
         if limit is not None and workload.num_tokens > limit:
             raise ArgumentError(
-                f"prompt_tokens={workload.prompt_tokens} and new_tokens={workload.new_tokens} of the workload are more "
-                f"than the {count_text(limit, 'position')} that the model has learned: plan for shorter texts"
+                f"prompt_tokens={workload.prompt_tokens} and new_tokens={workload.new_tokens} of the workload exceed "
+                f"the {count_text(limit, 'position')} that the model has learned: plan for shorter texts"
             )
         return workload
 
@@ -135,26 +135,26 @@ class ModelProfile:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """What a model's parts cost on one device.
+    """The measured times of a model's parts on one device.
 
     Parameters
     ----------
     device : Device
-        The device, as the cluster has it.
+        The device, as in the cluster.
     hardware : str
-        What it computes with, described.
+        Description of its processor.
     layers : tuple of ModuleTimes
-        Of one layer of each of the model's kinds.
+        Times of one layer of each kind.
     stage : ModuleTimes
-        Of what a stage does besides its modules.
+        Times of a stage's work outside its modules.
     prologue, epilogue : ModuleTimes
-        Of what runs before the first and after the last layer.
+        Times of the modules before the first and after the last layer.
     free_bytes : int or None
-        Memory that there was for it; its limit, if it has one, is in `device`.
+        Free memory during the measurement; a limit, if any, is in `device`.
     measured_watts : float or None
-        Mean power while its parts were measured; ``None`` where the machine did not say.
+        Mean power during the measurement; ``None`` if the machine does not report it.
     power_source : str
-        What measured it, or why nothing did; empty where nothing was asked.
+        What measured the power, or why nothing did; empty if it was not requested.
 
     Raises
     ------
@@ -185,12 +185,12 @@ class DeviceProfile:
 
     @property
     def capacity_bytes(self) -> float:
-        """Memory that may be planned with: the limit or what was free, whichever is less; infinite if neither is known."""
+        """Memory to plan with: the limit or the free memory, whichever is less; infinite if neither is known."""
         known = [each for each in (self.device.memory_bytes, self.free_bytes) if each is not None]
         return min(known, default=math.inf)
 
     def whole_step_s(self, model: ModelProfile, *, is_decode: bool) -> tuple[float, float]:
-        """Return the seconds of the largest step that was measured, with all layers here, and their spread."""
+        """Return seconds and spread of the largest measured step, with all layers on this device."""
         shapes = [each for each in self.layers[0].steps if (each.tokens == 1) == is_decode] or self.layers[0].steps
         rows, tokens, context = max((each.rows, each.tokens, each.context) for each in shapes)
         parts = [(times, model.kind_of_layer.count(kind)) for kind, times in enumerate(self.layers)]
@@ -205,16 +205,16 @@ class DeviceProfile:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
-    """What one link carries.
+    """The measured latency and bandwidth of one link.
 
     Parameters
     ----------
     source, target : str
         Names of devices, or of the caller.
     latency_s : float
-        From one party's hands to the other's, of a small message.
+        Seconds of a small message, from sending to receiving.
     bandwidth_bytes_per_s : float or None
-        Rate of large ones; ``None``: no limit.
+        Rate of large messages; ``None``: no limit.
     """
 
     source: str
@@ -230,7 +230,7 @@ class LinkProfile:
             raise ArgumentError(f"bandwidth_bytes_per_s={self.bandwidth_bytes_per_s!r} {link} must be positive")
 
     def transfer_s(self, num_bytes: float) -> float:
-        """Seconds in which so many bytes keep the link busy."""
+        """Return the seconds for which a number of bytes occupies the link."""
         return 0.0 if self.bandwidth_bytes_per_s is None else num_bytes / self.bandwidth_bytes_per_s
 
 
@@ -245,17 +245,17 @@ class Profile(Shown):
     devices : tuple of DeviceProfile
         Every device, each once.
     links : tuple of LinkProfile
-        Every link between two of them, and between each and the caller, both ways.
+        Every link between two devices, and between each device and the caller, in both directions.
     versions : dict of str to str
-        Of the libraries that it was measured with; empty where figures are stated rather than measured.
+        Versions of the libraries used; empty if times are estimated rather than measured.
     doubt : str
-        Why the measured times can't be trusted; empty if they can. Such a profile is not kept on disk.
+        Why the measured times are doubtful; empty if they are not. A doubtful profile is not kept on disk.
 
     Raises
     ------
     ArgumentError
-        If there is no device, a name occurs twice, times are missing for a kind of layer, or a link is missing or leads
-        to a device that is not there.
+        If there is no device, a name occurs twice, times of a kind of layer are missing, or a link is missing or names an
+        unknown device.
     """
 
     model: ModelProfile
@@ -267,7 +267,7 @@ class Profile(Shown):
     def __post_init__(self) -> None:
         names = self.names
         if not names:
-            raise ArgumentError("devices of a profile are empty: a plan needs at least one")
+            raise ArgumentError("devices of a profile are empty: give at least one")
         for name in names:
             if names.count(name) > 1:
                 raise ArgumentError(f"devices of a profile hold {name!r} twice: names must differ")
@@ -275,17 +275,19 @@ class Profile(Shown):
             if len(each.layers) != len(self.model.kinds):
                 raise ArgumentError(
                     f"layers of device {each.device.name!r} are of {count_text(len(each.layers), 'kind')}, "
-                    f"and the model has {len(self.model.kinds)}"
+                    f"but the model has {len(self.model.kinds)}"
                 )
         known = {(link.source, link.target) for link in self.links}
         for source, target in sorted(known):
             for name in (source, target):
                 if name not in (CALLER, *names):
-                    raise ArgumentError(f"a link leads from {source!r} to {target!r}, and there is no device {name!r}")
+                    raise ArgumentError(f"a link connects {source!r} with {target!r}, but there is no device {name!r}")
         for source in (CALLER, *names):
             for target in (CALLER, *names):
                 if source != target and (source, target) not in known:
-                    raise ArgumentError(f"links of a profile have none from {source!r} to {target!r}")
+                    raise ArgumentError(
+                        f"the link from {source!r} to {target!r} is missing in a profile: give all links"
+                    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -319,7 +321,7 @@ class Profile(Shown):
         raise ArgumentError(f"no link from {source!r} to {target!r} in this profile")
 
     def without(self, *names: str) -> Profile:
-        """Return the profile without some devices, to ask what would be if they were not there."""
+        """Return the profile without some devices, for example to plan without them."""
         for name in names:
             self.device(name)
         return dataclasses.replace(
@@ -329,7 +331,7 @@ class Profile(Shown):
         )
 
     def with_copy(self, name: str, new_name: str) -> Profile:
-        """Return the profile with another device just like one that it has, to ask what a second one would bring."""
+        """Return the profile with a copy of a device, for example to see what a second one would gain."""
         like = self.device(name)
         copy = dataclasses.replace(like, device=dataclasses.replace(like.device, name=new_name))
         links = [
@@ -341,7 +343,7 @@ class Profile(Shown):
             for each in self.links
             if name in (each.source, each.target)
         ]
-        # Between the two: as between the one and its fastest neighbour.
+        # The link between the two is like the fastest link of the device.
         between = [self.link(name, other) for other in self.names if other != name] or [self.link(name, CALLER)]
         best = min(between, key=lambda link: (link.latency_s, -(link.bandwidth_bytes_per_s or math.inf)))
         links += [
@@ -361,7 +363,7 @@ class Profile(Shown):
         Raises
         ------
         ArgumentError
-            If the text is no profile.
+            If the text is not a profile.
         """
         try:
             return msgspec.json.decode(text, type=cls)
@@ -369,7 +371,7 @@ class Profile(Shown):
             raise ArgumentError(f"not the JSON of a profile: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile to a file, whole or not at all."""
+        """Write the profile to a file, atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole_file(path, self.to_json())

@@ -1,6 +1,6 @@
-"""What records are asked for and only rooms above them can make: tables, pictures, data frames, explanations.
+"""Lets records use functions of higher packages without importing them: tables, figures, data frames, explanations.
 
-Such a room registers its functions here; `lingualinked` says where they are. Knows no record and no room.
+A higher package registers its functions here; `lingualinked` says where they are. Knows no record and no package.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _Result = TypeVar("_Result")
 
 
 class Registry(Generic[_Result]):
-    """A function of a record and further arguments, with an implementation for each kind of record."""
+    """A function of a record and further arguments, with one implementation per kind of record."""
 
     def __init__(self) -> None:
         self._function: Any = functools.singledispatch(self._load_and_call)
         self._load: Callable[[], object] = lambda: None
 
     def load_with(self, load: Callable[[], object]) -> None:
-        """Set what imports the implementations; it is called with the first record that has none yet."""
+        """Set the function that imports the implementations; it is called for the first record without one."""
         self._load = load
 
     def register(self, kind: type, function: Callable[..., _Result]) -> None:

@@ -1,6 +1,6 @@
-"""Records that show themselves, to print and to IPython, as what display makes of them.
+"""Base classes of records that ``print`` and IPython show as tables.
 
-Knows IPython's protocols for that; not IPython, and no record.
+Knows IPython's protocols; does not import IPython, and knows no record.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from lingualinked.registry import tables_of
 
 
 class Printer(Protocol):
-    """What IPython passes: a pretty-printer that knows how far its line is indented."""
+    """The pretty-printer that IPython passes, which keeps the indentation."""
 
     def text(self, obj: str) -> None:
-        """Write within the line."""
+        """Write text on the current line."""
 
     def break_(self) -> None:
-        """Start a new line at the present indentation."""
+        """Start a new line at the current indentation."""
 
 
 class Printed:
-    """Base of records that IPython writes, alone or within a list, as print writes them."""
+    """Base of records that IPython shows as ``print`` does, alone or within a list."""
 
     __slots__ = ()
 
     def __init_subclass__(cls) -> None:
-        # IPython would take a dataclass's own __repr__ before what its base says.
+        # IPython prefers a dataclass's own __repr__ to an inherited _repr_pretty_.
         cls._repr_pretty_ = Printed._repr_pretty_  # type: ignore[method-assign]
 
     def _repr_pretty_(self, printer: Printer, _is_cycle: bool) -> None:
@@ -37,7 +37,7 @@ class Printed:
 
 
 class Shown(Printed):
-    """Base of records that are shown as the tables that display makes of them."""
+    """Base of records that are shown as the tables that `lingualinked.display` makes of them."""
 
     __slots__ = ()
 

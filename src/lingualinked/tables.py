@@ -1,4 +1,4 @@
-"""Tables as text for a terminal and as HTML for a notebook, from the same rows.
+"""Tables, which are shown as text in a terminal and as HTML in a notebook.
 
 Knows rows and columns, not what they mean.
 """
@@ -21,23 +21,23 @@ from rich.text import Text
 from lingualinked.console import UNLIMITED, terminal_width
 
 _NOTE_WIDTH = 100
-"""Columns after which notes are wrapped where there is no terminal."""
+"""Columns after which notes are wrapped if there is no terminal."""
 _TABLE = "border-collapse:collapse;border:none;table-layout:auto;margin:0.2em 0;color:inherit;background:transparent"
 _CELL = "padding:0.2em 0.8em 0.2em 0;border:none;white-space:nowrap;font-variant-numeric:tabular-nums"
 _SHADE = "rgba(128,128,128,0.35)"
-"""Of lines and bars: seen on white and on black."""
+"""Colour of lines and bars, visible on white and on black."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """A table to draw.
+    """A table.
 
     Parameters
     ----------
     title : str
-        Above the table.
+        Text above the table.
     columns : sequence of str
-        Headings; those after the first are aligned to the right.
+        Headings; columns after the first are aligned to the right.
     rows : sequence of sequence of str
         Cells.
     bars : sequence of float
@@ -53,7 +53,7 @@ class Rows:
     notes: Sequence[str] = ()
 
     def to_rich(self) -> Group:
-        """Return title, table and notes for a rich console; where the table is too wide, each row becomes a block."""
+        """Return title, table and notes for a rich console; in a narrow one, each row becomes a block."""
         return Group(Text(self.title, style="bold"), _Fitted(self), *map(Text, self.notes))
 
     def to_text(self, width: int | None = None) -> str:
@@ -62,8 +62,7 @@ class Rows:
         Parameters
         ----------
         width : int, optional
-            Columns that it has to fit. ``None``: those of the terminal that is written to; without one, as many as the
-            table needs.
+            Columns to fit; ``None``: those of the terminal, or as many as needed if there is no terminal.
         """
         if width is None:
             width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self.width)
@@ -72,7 +71,7 @@ class Rows:
         return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
 
     def to_html(self) -> str:
-        """Return the table as HTML that needs no style sheet, on a light or a dark background."""
+        """Return the table as HTML without a style sheet, for light and dark backgrounds."""
         head = "".join(
             f"<th style='{_CELL};border-bottom:1px solid {_SHADE};text-align:{_side(index)}'>{html.escape(column)}</th>"
             for index, column in enumerate(self.columns)
@@ -102,12 +101,12 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """Columns that the table takes as a table."""
+        """The columns that the table needs."""
         console = Console(file=io.StringIO(), width=UNLIMITED, force_jupyter=False)
         return Measurement.get(console, console.options, self.table()).maximum
 
     def table(self) -> Table:
-        """Make the table, each row on a line of its own, however wide it is."""
+        """Make the rich table, with one line per row, however wide it is."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -116,7 +115,7 @@ class Rows:
         return table
 
     def blocks(self) -> Iterator[RenderableType]:
-        """Make a block of each row, for narrow terminals: the first cell, and below it a line for each other one."""
+        """Yield a block for each row, for narrow terminals: the first cell, then a line for each other cell."""
         for row in self.rows:
             if len(row) == 2:
                 yield Text(row[0], style="bold")
@@ -135,7 +134,7 @@ class Rows:
 
 
 class _Fitted:
-    """Draws rows as a table where there is room for it, else as blocks."""
+    """Draws a table if there is room for it, else blocks."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows

@@ -101,7 +101,7 @@ def test_an_endpoint_is_closed_by_many_at_once_and_by_a_thread_of_ours() -> None
 
 @pytest.mark.parametrize(("port", "address"), [(-1, "127.0.0.1"), (2**16, "::1"), (True, "::1"), ("9", "::1"), (0, "")])
 def test_what_is_no_port_or_address_is_refused(port: Any, address: str) -> None:
-    with pytest.raises(ll.ArgumentError, match=f"{port!r} is not a port|'' is not an address"):
+    with pytest.raises(ll.ArgumentError, match=f"{port!r} is not a valid port|'' is not a valid address"):
         MetricsEndpoint(Reading, port, address)
 
 
@@ -177,5 +177,5 @@ def test_a_copy_of_a_telemetry_is_plain_data(sharded: Any) -> None:
     assert list(telemetry.to_dict()) == ["stages", "workers", "history"]
     assert "live" not in repr(telemetry)
     for of_none in (again, ll.Telemetry(stages=(), workers=())):
-        with pytest.raises(ll.ClosedError, match="no model runs"):
+        with pytest.raises(ll.ClosedError, match="the model of this telemetry is not running"):
             of_none.serve(0)

@@ -128,7 +128,7 @@ def test_texts_longer_than_the_learned_positions(
     for devices in (2, cluster_file):
         result = plan(path, "-d", devices, "--prompt-tokens", 60, "--new-tokens", 5)
         assert result.exit_code == 1
-        assert "prompt_tokens=60 and new_tokens=5 of the workload are more than the 64 positions" in result.output
+        assert "prompt_tokens=60 and new_tokens=5 of the workload exceed the 64 positions" in result.output
 
 
 def test_what_fits_nowhere_is_refused_before_a_worker_starts(

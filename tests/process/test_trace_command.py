@@ -31,7 +31,7 @@ def test_sessions_of_the_bundled_model(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert str(path) in result.stdout
     assert "https://ui.perfetto.dev" in result.stdout
-    assert "What a decode step took in each stage, median of 9" in result.stdout
+    assert "Times of a decode step in each stage, median of 9" in result.stdout
     assert "3 sessions at once" in result.stdout
     steps = slices(path, "total_s")
     assert len(steps) == 12

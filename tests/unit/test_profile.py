@@ -99,7 +99,7 @@ def test_a_profile_must_be_whole() -> None:
         dataclasses.replace(made, devices=())
     with pytest.raises(ll.ArgumentError, match="hold 'a' twice"):
         dataclasses.replace(made, devices=(made.devices[0], made.devices[0]))
-    with pytest.raises(ll.ArgumentError, match="none from 'caller' to 'a'"):
+    with pytest.raises(ll.ArgumentError, match="the link from 'caller' to 'a' is missing"):
         dataclasses.replace(made, links=made.links[1:])
     foreign = LinkProfile(source="a", target="moon", latency_s=1.3, bandwidth_bytes_per_s=None)
     with pytest.raises(ll.ArgumentError, match="no device 'moon'"):

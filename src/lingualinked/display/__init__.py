@@ -1,4 +1,4 @@
-"""Drawing plain data: tables, HTML, pictures.
+"""Draws plain data: tables, HTML, figures.
 
-Knows rich and, behind an extra, matplotlib; nothing is decided or measured here.
+Knows rich and, behind an extra, matplotlib; decides and measures nothing.
 """

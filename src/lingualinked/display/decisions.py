@@ -1,4 +1,4 @@
-"""Decisions and migrations as tables, and in a line each.
+"""Formats decisions and migrations, as tables and as single lines.
 
 Knows the records; not who decides, nor how layers are moved.
 """
@@ -13,14 +13,14 @@ from lingualinked.telemetry.decisions import Decision, Migration
 
 
 def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
-    """Put decisions into rows, with the reason of each below.
+    """Make a table of decisions, with their reasons as notes.
 
     Parameters
     ----------
     decisions : sequence of Decision
-        What to show.
+        The rows.
     start_s : float
-        From when times are counted: `History.start_s`.
+        Origin of the times: `History.start_s`.
     """
     return Rows(
         title="Decisions",
@@ -28,7 +28,7 @@ def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
         rows=[
             (
                 seconds_text(each.time_s - start_s),
-                f"{'would ' * each.dry_run}{each.action}",
+                f"would {each.action}" if each.dry_run else each.action,
                 seconds_text(each.before_s),
                 seconds_text(each.after_s),
                 seconds_text(each.gain_s),
@@ -43,14 +43,14 @@ def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
 
 
 def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Rows:
-    """Put migrations into rows, with what was moved, or why it was not, below.
+    """Make a table of migrations, with the moved layers or the error as notes.
 
     Parameters
     ----------
     migrations : sequence of Migration
-        What to show.
+        The rows.
     start_s : float
-        From when times are counted: `History.start_s`.
+        Origin of the times: `History.start_s`.
     """
     return Rows(
         title="Migrations",
@@ -75,10 +75,10 @@ def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Row
 
 
 def decision_line(decision: Decision, start_s: float = 0.0) -> str:
-    """Say in a line when it was decided, what, and why."""
+    """Format a decision, its time and its reason in one line."""
     return f"at {seconds_text(decision.time_s - start_s)}: {decision}"
 
 
 def migration_line(migration: Migration, start_s: float = 0.0) -> str:
-    """Say in a line when something was moved, what, and what it cost."""
+    """Format a migration, its time and its duration in one line."""
     return f"at {seconds_text(migration.time_s - start_s)}: {migration}"

@@ -1,6 +1,6 @@
-"""A figure that a notebook shows without pyplot, whose registry would keep every figure ever drawn.
+"""Figures that notebooks show without pyplot, which would keep every figure in memory.
 
-Knows matplotlib, an extra: imported only when a picture is drawn.
+Knows matplotlib, an extra that is imported only to draw.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    """Make an empty figure that draws itself where it is the last value of a cell.
+    """Make an empty figure that a notebook shows if it is the last value of a cell.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def _figure_class() -> type[Figure]:
         raise ArgumentError("plot() needs matplotlib: pip install 'lingualinked[plot]'") from error
 
     class NotebookFigure(Figure):
-        """Draws itself as PNG."""
+        """A figure that notebooks show as PNG."""
 
         def _repr_png_(self) -> bytes:
             buffer = io.BytesIO()

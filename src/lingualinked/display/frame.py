@@ -1,6 +1,6 @@
-"""Steps as a pandas data frame.
+"""Converts steps to a pandas data frame.
 
-Knows pandas, an extra: imported only when a frame is asked for.
+Knows pandas, an extra that is imported only for this.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STAGE_COLUMNS = {
 
 
 def steps_frame(steps: Iterable[StepSample]) -> pd.DataFrame:
-    """Put steps into a data frame, a row per step and stage.
+    """Make a data frame with one row per step and stage.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The history of a pipeline as a picture: stage times, utilisation and tokens per second over time.
+"""Draws the history of a pipeline: stage times, utilisation and tokens per second over time.
 
 Knows histories; not how they are recorded.
 """
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_POINTS = 200
-"""Up to as many steps are drawn one by one; of more, the median of each window."""
+"""Up to this number, steps are drawn individually; beyond it, the median of each window."""
 LEGEND_COLUMNS = 6
 MAX_LABELS = 6
-"""Up to as many migrations are labelled with what they moved."""
+"""Up to this number, migrations are labelled with what they moved."""
 
 
 def history_figure(history: History, last_s: float | None = None) -> Figure:
-    """Draw a history that has steps.
+    """Draw a history with at least one step.
 
     Parameters
     ----------
     history : History
-        What is remembered.
+        The history.
     last_s : float, optional
-        Seconds before the last step came back to draw, above 0; ``None``: all.
+        Seconds before the last completed step to draw, above 0; ``None``: all.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def history_figure(history: History, last_s: float | None = None) -> Figure:
 def _draw_compute(
     axes: Axes, steps: Sequence[StepSample], windows: Windows, colours: dict[str, str], start_s: float
 ) -> None:
-    """Draw a line per device: single steps, or the medians of many."""
+    """Draw a line per device: its steps, or medians if there are many."""
     counted = counted_steps(steps)
     kind = "decode" if counted[-1].is_decode else "prefill"
     highest_ms = 0.0
@@ -101,7 +101,7 @@ def _draw_compute(
         if finite:
             highest_ms = max(highest_ms, min(finite[-1], 3 * finite[int(0.95 * (len(finite) - 1))]))
     legend_rows = math.ceil(len(colours) / LEGEND_COLUMNS)
-    axes.set_ylim(0, (1.05 + 0.12 * legend_rows) * highest_ms or 1.0)  # the lines stay below the legend
+    axes.set_ylim(0, (1.05 + 0.12 * legend_rows) * highest_ms or 1.0)  # so that the lines stay below the legend
     axes.set_ylabel("ms")
     axes.set_title(f"compute of a {kind} step", loc="left", fontsize=10)
     if colours:
@@ -115,17 +115,17 @@ def _end_of(step: StepSample) -> float:
 
 
 def _medians(windows: Windows, device: str, start_s: float) -> list[tuple[float, float]]:
-    """Return the middle of each window in which some step came back, with this device's median or NaN."""
+    """Return the middle of each window with completed steps, and this device's median or NaN."""
     points = []
     for index, seconds in enumerate(windows.compute_s[device]):
         if all(math.isnan(row[index]) for row in windows.compute_s.values()):
-            continue  # nothing ran: the line leads on
+            continue  # no step: the line continues
         points.append(((windows.edges_s[index] + windows.edges_s[index + 1]) / 2 - start_s, seconds))
     return points
 
 
 def _draw_utilisation(axes: Axes, windows: Windows, colours: dict[str, str], start_s: float) -> None:
-    """Draw a row per device whose filled height is how busy it was."""
+    """Draw a row per device, filled in proportion to its utilisation."""
     edges_s = [edge_s - start_s for edge_s in windows.edges_s]
     for row, (device, busy) in enumerate(windows.utilisation.items()):
         base, height = row + 0.4, 0.8
@@ -143,7 +143,7 @@ def _draw_utilisation(axes: Axes, windows: Windows, colours: dict[str, str], sta
     axes.set_yticks(range(len(colours)), list(colours))
     axes.set_ylim(max(len(colours), 1) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    axes.set_title("busy: full height is all of the time; at the right, on average", loc="left", fontsize=10)
+    axes.set_title("utilisation: full height is 100 %; averages at the right", loc="left", fontsize=10)
 
 
 def _draw_rate(axes: Axes, windows: Windows, start_s: float, kind: str) -> None:
@@ -156,7 +156,7 @@ def _draw_rate(axes: Axes, windows: Windows, start_s: float, kind: str) -> None:
 
 
 def _mark_migrations(axes: Sequence[Axes], migrations: Sequence[Migration], start_s: float) -> None:
-    """Draw a band for the time that each took and a line where the new plan was in force, with what was moved above."""
+    """Mark each migration by a band, a line at its end, and a label with the moved layers."""
     left_s, right_s = axes[0].get_xlim()
     for number, each in enumerate(migrations):
         colour = MOVED if each.succeeded else FAILED
@@ -180,7 +180,7 @@ def _mark_migrations(axes: Sequence[Axes], migrations: Sequence[Migration], star
 
 
 def _explain_marks(axes: Axes, migrations: Sequence[Migration]) -> None:
-    """Say in a legend what bands and dashed lines mean."""
+    """Add a legend for bands and dashed lines."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -202,7 +202,7 @@ def _explain_marks(axes: Axes, migrations: Sequence[Migration]) -> None:
 
 
 def _side(place: float) -> Literal["left", "center", "right"]:
-    """Say how a label is aligned so that it stays within a picture."""
+    """Return the alignment that keeps a label within the figure."""
     return "left" if place < 0.3 else "right" if place > 0.7 else "center"
 
 

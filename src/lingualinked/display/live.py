@@ -1,4 +1,4 @@
-"""A running pipeline as a picture in a terminal: stages with their layers, speed over time, the last decisions.
+"""Draws a running pipeline in a terminal: stages with their layers, speed over time, recent decisions.
 
 Knows snapshots; neither who takes them nor how often.
 """
@@ -24,30 +24,30 @@ _NUM_WINDOWS = 60
 _BUSY_WIDTH = 12
 _BORDER = 4
 """Columns of the panel itself."""
-_BESIDE_BAR = 40
-"""Columns of layers, time and load, with what lies between."""
-_LEAST_BAR_WIDTH = 8
-_BESIDE_SPEED = 17
-_LATELY_S = 2.0
+_COLUMNS_BESIDE_BAR = 40
+"""Columns of layers, time and utilisation, with the gaps."""
+_MIN_BAR_WIDTH = 8
+_COLUMNS_BESIDE_SPEED = 17
+_RECENT_S = 2.0
 
 
 def live_view(
     telemetry: Telemetry, *, last_s: float = 30.0, num_events: int = 4, note: str = "", width: int = 100
 ) -> Panel:
-    """Draw what a pipeline does now.
+    """Draw the present state of a pipeline.
 
     Parameters
     ----------
     telemetry : Telemetry
-        The moment to draw.
+        The snapshot to draw.
     last_s : float
         Seconds of speed to draw.
     num_events : int
-        So many of the last decisions and migrations are told.
+        Number of recent decisions and migrations to list.
     note : str
-        A line above all.
+        A line at the top.
     width : int
-        Columns to fit, at least 40; bars are left out where there is no room for them.
+        Columns to fit, at least 40; bars are omitted if there is no room for them.
 
     Returns
     -------
@@ -56,18 +56,18 @@ def live_view(
     """
     history = telemetry.history
     end_s = max(history.end_s, history.start_s + 1e-3)
-    devices = sorted({worker.device for worker in telemetry.workers} | set(_seen(telemetry)))
+    devices = sorted({worker.device for worker in telemetry.workers} | set(_sampled_devices(telemetry)))
     colours = {device: _COLOURS[index % len(_COLOURS)] for index, device in enumerate(devices)}
-    lately = windows_of(history.steps, end_s - _LATELY_S, end_s, 1)
+    recent = windows_of(history.steps, end_s - _RECENT_S, end_s, 1)
     num_layers = max((stage.end for stage in telemetry.stages), default=0)
-    room = width - _BORDER - _BESIDE_BAR - max(map(len, devices), default=0)
-    bar_width = min(num_layers, room) if room >= _LEAST_BAR_WIDTH else 0
+    room = width - _BORDER - _COLUMNS_BESIDE_BAR - max(map(len, devices), default=0)
+    bar_width = min(num_layers, room) if room >= _MIN_BAR_WIDTH else 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in ("device", "layers", "", "a step", "busy") if bar_width else ("device", "layers", "a step", "busy"):
         table.add_column(column, no_wrap=True)
     for stage in telemetry.stages:
-        compute_s = lately.compute_s.get(stage.device, (math.nan,))[0]
-        busy = lately.utilisation.get(stage.device, (0.0,))[0]
+        compute_s = recent.compute_s.get(stage.device, (math.nan,))[0]
+        busy = recent.utilisation.get(stage.device, (0.0,))[0]
         colour = colours[stage.device]
         name, span = Text(stage.device, style=colour), f"[{stage.start}, {stage.end})"
         took = "-" if math.isnan(compute_s) else seconds_text(compute_s)
@@ -77,22 +77,22 @@ def live_view(
         else:
             table.add_row(name, span, took, f"{busy:.0%}")
     begin_s = max(history.start_s, end_s - last_s)
-    num_windows = min(_NUM_WINDOWS, width - _BORDER - _BESIDE_SPEED)
+    num_windows = min(_NUM_WINDOWS, width - _BORDER - _COLUMNS_BESIDE_SPEED)
     rates = windows_of(history.steps, begin_s, begin_s + last_s, num_windows).tokens_per_s
-    speed = Text(f"{telemetry.tokens_per_s(_LATELY_S):6.1f} tokens/s  ", style="bold").append(_spark(rates), "cyan")
+    speed = Text(f"{telemetry.tokens_per_s(_RECENT_S):6.1f} tokens/s  ", style="bold").append(_spark(rates), "cyan")
     drawn = Group(Text(note), Text(), table, Text(), speed, Text(), *_events(telemetry, num_events))
     return Panel(drawn, width=width)
 
 
 def _bar(begin: float, end: float, width: int, colour: str, empty: str) -> Text:
-    """Fill a share of a bar of some columns."""
+    """Draw a bar of ``width`` columns that is filled from ``begin`` to ``end``, fractions of its length."""
     first = min(round(begin * width), width - 1)
     last = max(round(end * width), first + (end > begin))
     bar = Text(empty * first, style="dim").append("█" * (last - first), style=colour)
     return bar.append(empty * (width - last), style="dim")
 
 
-def _seen(telemetry: Telemetry) -> list[str]:
+def _sampled_devices(telemetry: Telemetry) -> list[str]:
     return [sample.device for sample in telemetry.device_samples]
 
 
@@ -103,10 +103,10 @@ def _spark(values: tuple[float, ...]) -> str:
 
 def _events(telemetry: Telemetry, num_events: int) -> list[Text]:
     start_s = telemetry.history.start_s
-    told = [(each.time_s, Text(decision_line(each, start_s))) for each in telemetry.decisions]
-    told += [
+    events = [(each.time_s, Text(decision_line(each, start_s))) for each in telemetry.decisions]
+    events += [
         (each.time_s, Text(migration_line(each, start_s), style="bold green" if each.succeeded else "bold red"))
         for each in telemetry.migrations
     ]
-    told.sort(key=lambda pair: pair[0])
-    return [line for _, line in told[-num_events:]]
+    events.sort(key=lambda pair: pair[0])
+    return [line for _, line in events[-num_events:]]

@@ -1,4 +1,4 @@
-"""A plan, its prediction and comparisons as tables, and a plan as a picture.
+"""Formats plans, predictions and comparisons as tables, and draws plans.
 
 Knows plans; not how they are made.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def plan_rows(plan: Plan) -> Rows:
-    """Put a plan into rows: stage, device, layers, bytes, and what is predicted of it."""
+    """Make a table of a plan: devices, stages, layers, bytes, and predicted times."""
     exact = "exact" if plan.exact else f"not exact: {plan.inexact_because}"
     title = f"Plan: {count_text(plan.num_layers, 'layer')} in {count_text(len(plan.stages), 'stage')} ({exact})"
     if plan.profile is None:
@@ -58,7 +58,7 @@ def plan_rows(plan: Plan) -> Rows:
 
 
 def comparison_rows(comparison: Comparison) -> Rows:
-    """Put plans side by side, each figure with its ratio to the first plan's."""
+    """Make a table that compares plans, with ratios to the first plan."""
     figures = (
         ("for the workload, tokens/s", "tokens_per_s"),
         ("full pipeline, tokens/s", "pipeline_tokens_per_s"),
@@ -74,14 +74,14 @@ def comparison_rows(comparison: Comparison) -> Rows:
         rows.append((title, *(f"{value:.1f} ({ratio:.2f})" for value, ratio in zip(values, ratios, strict=True))))
     rows.append(("limited by", *(prediction.limited_by for prediction in comparison.predictions)))
     return Rows(
-        title=f"Plans compared; in parentheses, as a share of {comparison.names[0]}",
+        title=f"Comparison of plans; in parentheses, the ratio to {comparison.names[0]}",
         columns=("predicted", *comparison.names),
         rows=rows,
     )
 
 
 def plan_figure(plan: Plan) -> Figure:
-    """Draw a plan: layers on devices; with a profile, each device's memory and time besides.
+    """Draw a plan: layers on devices and, with a profile, each device's memory and time.
 
     Raises
     ------

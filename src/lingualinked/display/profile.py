@@ -1,4 +1,4 @@
-"""A profile as a table: what each part of a model takes on each device, and how far repeats lay apart.
+"""Formats a profile as a table: the time of each part of a model on each device, and its spread.
 
 Knows profiles; not how they are measured.
 """
@@ -12,7 +12,7 @@ from lingualinked.tables import Rows
 
 
 def profile_rows(profile: Profile) -> Rows:
-    """Put a profile into rows: a device's parts, each with the first prefill and decode step of most rows."""
+    """Make a table of a profile: the parts of each device, with the first prefill and decode step of the largest batch."""
     model = profile.model
     rows = [row for device in profile.devices for row in _device_rows(model, device)]
     slowest = max(profile.links, key=lambda link: link.latency_s)
@@ -31,10 +31,10 @@ def profile_rows(profile: Profile) -> Rows:
 
 
 def doubt_notes(profile: Profile) -> list[str]:
-    """Say why a profile's times can't be trusted, and what corrects them; nothing where they can."""
+    """Return a note that says why a profile is doubtful, and what corrects it; none if it is not."""
     if not profile.doubt:
         return []
-    return [f"Doubtful: {profile.doubt}; it is not kept on disk, and the first requests correct a model's plan"]
+    return [f"Doubtful: {profile.doubt}; it is not kept on disk, and the first requests of a model correct it"]
 
 
 def _power_notes(profile: Profile) -> list[str]:

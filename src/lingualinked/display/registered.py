@@ -1,6 +1,6 @@
-"""Which record is shown how: registers the tables, pictures and data frames of records.
+"""Registers the functions that make tables, figures and data frames of records.
 
-Knows them all; draws none itself.
+Knows all of them; draws nothing itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lingualinked.telemetry.snapshot import Telemetry
 
 
 def _decision_tables(decision: Decision) -> list[Rows]:
-    """Make a table of a decision, and one of its migrations; times are counted from it."""
+    """Make tables of a decision and of its migrations; times are relative to the decision."""
     done = [migration_rows(decision.migrations, decision.time_s)] if decision.migrations else []
     return [decision_rows([decision], decision.time_s), *done]
 

@@ -1,6 +1,6 @@
-"""A simulated pipeline as tables and as a picture: who is busy when, and how busy.
+"""Formats the result of a simulation as tables, and draws when each server is busy.
 
-Knows the result of a simulation; not how it came about.
+Knows the result of a simulation; not how it is computed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MAX_TABLE_ROWS = 20
 MAX_CHART_ROWS = 24
 SHADES = {"prefill": PREFILL, "decode": DECODE}
 NUM_BINS = 240
-"""Of a chart whose visits are too short to be seen one by one."""
+"""Of a chart whose visits are too short to be drawn individually."""
 
 
 def latency_rows(simulation: Simulation) -> Rows:
-    """Put rates and latencies into rows."""
+    """Make a table of rates and latencies."""
     durations = {
         "first token": simulation.first_token_s,
         "between tokens": simulation.inter_token_s,
@@ -46,7 +46,7 @@ def latency_rows(simulation: Simulation) -> Rows:
 
 
 def server_rows(simulation: Simulation) -> Rows:
-    """Put utilisation into rows, one per server; of very many servers the busiest."""
+    """Make a table of the utilisation of each server, or of the busiest ones."""
     shown, title = _busiest(simulation, MAX_TABLE_ROWS)
     return Rows(
         title=title,
@@ -65,7 +65,7 @@ def server_rows(simulation: Simulation) -> Rows:
 
 
 def simulation_figure(simulation: Simulation) -> Figure:
-    """Draw a Gantt chart of the first visits, and beside it the utilisation over the whole run.
+    """Draw a Gantt chart of the first visits, and the utilisation over the whole run.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def simulation_figure(simulation: Simulation) -> Figure:
             fontsize=8,
             color="white" if inside else "black",
         )
-    bars.set(xlim=(0, 1), xlabel="share of the whole run")
+    bars.set(xlim=(0, 1), xlabel="fraction of the whole run")
     bars.set_title(title, fontsize=10)
     for axes in (chart, bars):
         axes.spines[["top", "right"]].set_visible(False)
@@ -135,11 +135,13 @@ def _draw_intervals(axes: Axes, simulation: Simulation, shown: list[str]) -> Non
     axes.set_yticks(range(len(shown)), shown)
     axes.set(xlim=(start_s, end_s), ylim=(len(shown) - 0.5, -0.5), xlabel="seconds")
     width = seconds_text((end_s - start_s) / NUM_BINS)
-    axes.set_title(f"busy: full height is all of each {width}" if is_binned else "busy when", loc="left", fontsize=10)
+    axes.set_title(
+        f"utilisation: full height is 100 % of each {width}" if is_binned else "visits", loc="left", fontsize=10
+    )
 
 
 def _are_too_fine(intervals: list[BusyInterval], window_s: float) -> bool:
-    """Whether half of all work is in visits that are narrower than a bin."""
+    """Return whether half of all work is in visits shorter than a bin."""
     lengths_s = sorted(interval.end_s - interval.start_s for interval in intervals)
     total_s, sum_s = sum(lengths_s), 0.0
     for length_s in lengths_s:
@@ -150,7 +152,7 @@ def _are_too_fine(intervals: list[BusyInterval], window_s: float) -> bool:
 
 
 def _draw_shares(axes: Axes, intervals: list[BusyInterval], rows: dict[str, int], start_s: float, end_s: float) -> None:
-    """Fill each bin of a row as high as it was busy, decode steps on top of prefills."""
+    """Fill each bin of a row in proportion to its utilisation, decode steps on top of prefills."""
     edges_s = np.linspace(start_s, end_s, NUM_BINS + 1)
     for name, row in rows.items():
         bottom = np.full(NUM_BINS, row + 0.36)
@@ -167,7 +169,7 @@ def _draw_shares(axes: Axes, intervals: list[BusyInterval], rows: dict[str, int]
 
 
 def _draw_visits(axes: Axes, intervals: list[BusyInterval], rows: dict[str, int], start_s: float, end_s: float) -> None:
-    """Draw each visit, in its session's shade, with the session's number where there is room."""
+    """Draw each visit in the shade of its session, with the session's number if there is room."""
     seen: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for interval in intervals:
         shade = interval.session % len(SHADES[interval.kind])
@@ -194,7 +196,7 @@ def _draw_visits(axes: Axes, intervals: list[BusyInterval], rows: dict[str, int]
 
 
 def _window(simulation: Simulation) -> tuple[float, float]:
-    """Return the seconds that the intervals cover without a gap."""
+    """Return the time span in which all visits are recorded."""
     intervals = simulation.intervals
     if not intervals:
         return 0.0, simulation.makespan_s
@@ -202,7 +204,7 @@ def _window(simulation: Simulation) -> tuple[float, float]:
     kept_s = sum(interval.end_s - interval.start_s for interval in intervals)
     all_s = sum(simulation.utilisation.values()) * simulation.makespan_s
     if kept_s < all_s * (1 - 1e-9) and intervals[-1].start_s > start_s:
-        end_s = intervals[-1].start_s  # what starts later is not known
+        end_s = intervals[-1].start_s  # later visits are not recorded
     return start_s, end_s if end_s > start_s else start_s + simulation.makespan_s
 
 

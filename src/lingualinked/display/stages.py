@@ -1,6 +1,6 @@
-"""What a step took in each stage, as a table.
+"""Formats the times of a step in each stage as a table.
 
-Knows a pipeline's history; not how it is recorded.
+Knows histories; not how they are recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lingualinked.telemetry.timeline import counted_steps
 
 
 def stage_rows(history: History) -> Rows:
-    """Put medians over the remembered decode steps into rows, one per stage; below, how the stages overlapped."""
+    """Make a table of median times of decode steps per stage, with notes on the overlap of stages."""
     steps = counted_steps(history.steps)
     visits: dict[tuple[str, int, int], list[StageTiming]] = {}
     for step in steps:
@@ -25,14 +25,14 @@ def stage_rows(history: History) -> Rows:
     notes = []
     if steps:
         notes = [
-            f"from the caller and back: {seconds_text(statistics.median(step.total_s for step in steps))}",
+            f"from request to answer: {seconds_text(statistics.median(step.total_s for step in steps))}",
             f"{history.tokens_per_s():.1f} tokens/s; {sum(busy.values()):.1f} of {count_text(len(busy), 'device')} busy on average",
         ]
     computed = {place: statistics.median(each.compute_s for each in timings) for place, timings in visits.items()}
     longest = max(computed.values(), default=0.0) or 1.0
     return Rows(
-        title=f"What a {_kind(history)} took in each stage, median of {len(steps)}",
-        columns=("device", "layers", "way there", "waits", "computes", "codec", "sent", "busy"),
+        title=f"Times of a {_kind(history)} in each stage, median of {len(steps)}",
+        columns=("device", "layers", "hop", "wait", "compute", "codec", "sent", "busy"),
         rows=[
             (
                 device,

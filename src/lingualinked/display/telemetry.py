@@ -1,6 +1,6 @@
-"""A telemetry snapshot as a table and as a picture.
+"""Formats a telemetry snapshot as a table, and draws it.
 
-Knows snapshots; not how they are taken, nor how a history is drawn.
+Knows snapshots; not how they are taken.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_LATEST = 3
-"""So many of the last decisions and migrations are told below the table."""
+"""The number of decisions and migrations that are listed below the table."""
 
 
 def telemetry_rows(telemetry: Telemetry) -> Rows:
-    """Put a snapshot into rows, one per stage; below, how fast it was lately, and what was decided and moved last."""
+    """Make a table of a snapshot, a row per stage, with notes on recent speed, decisions and migrations."""
     workers = {worker.device: worker for worker in telemetry.workers}
     longest = max((_mean_s(stage.compute_s, stage.num_steps) for stage in telemetry.stages), default=0.0) or 1.0
     return Rows(
-        title="Stages and their workers: memory, and time and bytes sent of a step",
+        title="Stages and their workers: memory, and time and bytes per step",
         columns=("device", "layers", "weights", "KV", "resident", "over idle", "steps", "a step", "sent"),
         rows=[
             (
@@ -50,14 +50,14 @@ def telemetry_rows(telemetry: Telemetry) -> Rows:
 
 
 def telemetry_figure(telemetry: Telemetry, last_s: float | None = None) -> Figure:
-    """Draw what went on over time; before the first step, memory and compute time per stage.
+    """Draw the history over time; before the first step, memory and compute time per stage.
 
     Parameters
     ----------
     telemetry : Telemetry
-        What to draw.
+        The snapshot.
     last_s : float, optional
-        Seconds before the last step came back to draw; ``None``: all that is remembered.
+        Seconds before the last completed step to draw; ``None``: the whole history.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def telemetry_figure(telemetry: Telemetry, last_s: float | None = None) -> Figur
         If matplotlib is not installed, or `last_s` is not above 0.
     """
     if last_s is not None and not last_s > 0:
-        raise ArgumentError(f"last_s={last_s} leaves nothing to draw; give seconds above 0, or None for all")
+        raise ArgumentError(f"last_s={last_s} leaves nothing to draw: give seconds above 0, or None for all")
     return history_figure(telemetry.history, last_s) if telemetry.steps else _stages_figure(telemetry)
 
 
@@ -96,7 +96,7 @@ def _history_notes(telemetry: Telemetry) -> list[str]:
     notes = []
     if telemetry.steps:
         busy = ", ".join(f"{device} {share:.0%}" for device, share in telemetry.utilisation().items())
-        notes.append(f"in the last 10 s of steps: {telemetry.tokens_per_s():.1f} tokens/s; busy: {busy}")
+        notes.append(f"in the last 10 s: {telemetry.tokens_per_s():.1f} tokens/s; busy: {busy}")
     start_s = telemetry.history.start_s
     notes += [f"decided {decision_line(each, start_s)}" for each in telemetry.decisions[-NUM_LATEST:]]
     notes += [f"migration {migration_line(each, start_s)}" for each in telemetry.migrations[-NUM_LATEST:]]

@@ -1,4 +1,4 @@
-"""What running workers report about themselves, as plain data.
+"""Records of a running pipeline: samples, decisions, migrations and totals, and their export.
 
 Knows no sockets and no tensors.
 """

@@ -1,6 +1,6 @@
-"""What was decided about a pipeline and what was done: every decision with its numbers, every migration with its times.
+"""Records of the balancer's decisions, with their numbers, and of migrations, with their times.
 
-Plain records; knows neither who decides nor how layers are moved.
+Plain data; does not decide or move anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Span = tuple[str, int, int]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """Layers that change their device.
+    """A range of layers that moves from one device to another.
 
     Parameters
     ----------
@@ -36,36 +36,36 @@ class Move:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Decision(Shown):
-    """What the balancer decided at one moment, and why.
+    """A decision of the balancer to move layers or to stay, and the reason.
 
     Parameters
     ----------
     time_s : float
-        When, on the caller's monotonic clock.
+        Time of the decision, on the caller's monotonic clock.
     action : {"move", "stay"}
-        What it decided.
+        The decision.
     trigger : str
-        What made it decide, e.g. ``"device 'phone' is 4.1 times slower than before"``.
+        What caused the decision, e.g. ``"a step on 'phone' takes 4.10 times as long as before"``.
     reason : str
-        Why it decided so, in plain words with the numbers.
+        Why, in words, with the numbers.
     spans_before : tuple of (str, int, int)
-        The stages as they are.
+        The present stages.
     spans_after : tuple of (str, int, int)
-        The best stages that it knows; the same if there are none better.
+        The best stages found; equal to `spans_before` if none are better.
     before_s, after_s : float
-        Seconds of a mean step under the plan's objective, predicted from live speeds, as it is and after.
+        Predicted seconds of a mean step under the plan's objective, at present speeds, before and after the move.
     gain_s, cost_s : float
-        Seconds that moving would save over the horizon, and seconds that it would cost.
+        Seconds that the move would save within the horizon, and seconds that it would cost.
     horizon_s : float
-        For how long present speeds are expected to last.
+        Seconds for which present speeds are expected to last.
     moved_bytes : int
-        Weights and KV that would have to be moved.
+        Bytes of weights and KV to move.
     slowdowns : mapping of str to float
-        How many times slower than in the profile each device is now.
+        Present slowdown of each device relative to its profile.
     dry_run : bool
-        Whether it was only asked what would be done.
+        Whether the user only asked what would be done.
     migrations : tuple of Migration
-        What was done about it, a migration per plan on the way; empty until it is done, and where nothing is.
+        The migrations that carried it out, one per intermediate plan; empty before that, and if nothing moves.
     """
 
     time_s: float
@@ -86,12 +86,12 @@ class Decision(Shown):
 
     @property
     def migration(self) -> Migration | None:
-        """The last of its migrations; ``None`` if there is none."""
+        """The last migration; ``None`` if there is none."""
         return self.migrations[-1] if self.migrations else None
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """Layers that would change their device."""
+        """The layers to move."""
         return moves_between(self.spans_before, self.spans_after)
 
     def __str__(self) -> str:
@@ -101,26 +101,26 @@ class Decision(Shown):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Migration(Shown):
-    """Layers moved while the pipeline ran, or an attempt at it.
+    """A completed or failed move of layers while the pipeline runs.
 
     Parameters
     ----------
     time_s : float
-        When it began, on the caller's monotonic clock.
+        Start, on the caller's monotonic clock.
     plan_version : int
-        Epoch of the plan that it led to.
+        Version of the new plan.
     spans_before, spans_after : tuple of (str, int, int)
         The stages before and after.
     weight_bytes, kv_bytes : int
-        Weights loaded, and KV sent, for it.
+        Bytes of weights loaded, and of KV sent.
     load_s, copy_s, switch_s : float
-        Seconds of loading weights in the background, of copying KV ahead, and until the last session had switched.
+        Seconds of loading weights in the background; of copying KV ahead; until the last session had switched.
     longest_stall_s : float
-        The longest that one session waited, between two of its steps, for its switch.
+        The longest wait of one session for its switch, between two of its steps.
     num_sessions : int
-        Sessions that were moved along.
+        Sessions that were moved.
     error : str
-        Why it was rolled back; empty if it succeeded.
+        Why the migration was rolled back; empty if it succeeded.
     """
 
     time_s: float
@@ -143,7 +143,7 @@ class Migration(Shown):
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """Layers that changed their device, or were to."""
+        """The layers that moved, or were to move."""
         return moves_between(self.spans_before, self.spans_after)
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ class Migration(Shown):
 
 
 def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...]) -> Decision:
-    """Return the decision for a plan that was given where nothing is measured: all its figures are 0."""
+    """Return the decision for a plan given by the user while nothing is measured: all its numbers are 0."""
     return Decision(
         time_s=time_s,
         action="stay" if before == after else "move",
@@ -174,7 +174,7 @@ def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...])
 
 
 def moves_between(before: Iterable[Span], after: Iterable[Span]) -> tuple[Move, ...]:
-    """Return the layers that are on another device after than before, as ranges with one source and one target each."""
+    """Return the ranges of layers whose device differs, each with one source and one target."""
     old = [device for device, start, end in before for _ in range(start, end)]
     new = [device for device, start, end in after for _ in range(start, end)]
     moves: list[Move] = []
@@ -190,5 +190,5 @@ def moves_between(before: Iterable[Span], after: Iterable[Span]) -> tuple[Move, 
 
 
 def moves_text(moves: Iterable[Move]) -> str:
-    """Write what changes its device: ``"[3, 6) phone → laptop"``."""
+    """Format moves: ``"[3, 6) phone → laptop"``."""
     return ", ".join(f"[{move.start}, {move.end}) {move.source} → {move.target}" for move in moves) or "nothing"

@@ -1,6 +1,6 @@
 """An HTTP endpoint that serves a pipeline's metrics to Prometheus.
 
-Knows HTTP and threads; what it serves is read anew for each scrape, and what that means is not its business.
+Knows HTTP and threads; gets new metrics for each scrape, and does not interpret them.
 """
 
 from __future__ import annotations
@@ -24,32 +24,36 @@ from lingualinked.telemetry.metrics import Reading, new_registry
 
 logger = logging.getLogger("lingualinked.telemetry")
 
-_MAX_REQUESTS = 16  # at the same time; more connections are closed at once
-_SILENCE_S = 10.0  # that a client may keep a request waiting for its next byte
-_STOP_S = 5.0  # that a request under way may take once the endpoint is closing
+_MAX_REQUESTS = 16  # at the same time; further connections are closed immediately
+_SILENCE_S = 10.0  # the longest pause of a client within its request
+_STOP_S = 5.0  # the longest that closing waits for a request in progress
 
 
 class MetricsEndpoint:
-    """Where Prometheus scrapes a model's metrics, until it is closed or the model is.
+    """An HTTP endpoint with a model's metrics, which runs until it or the model is closed.
 
-    Made by `Telemetry.serve`. Every scrape asks the workers anew. Any path answers, ``/metrics`` by convention. Also a
+    Start it with `Telemetry.serve`. Every scrape queries the workers. Any path answers; ``/metrics`` is the convention. Also a
     context manager.
 
     Attributes
     ----------
     address : str
-        Where it listens.
+        The address that it listens on.
     port : int
-        Its port; the one that was free where 0 was asked for.
+        Its port; the chosen one if 0 was requested.
     url : str
-        What to tell Prometheus.
+        The URL for Prometheus to scrape.
     """
 
     def __init__(self, read: Callable[[], Reading], port: int, address: str) -> None:
         if not is_integer(port, at_least=0) or port >= 2**16:
-            raise ArgumentError(f"port={port!r} is not a port: give a whole number up to 65535, or 0 for a free port")
+            raise ArgumentError(
+                f"port={port!r} is not a valid port: pass an integer from 1 to 65535, or 0 for a free port"
+            )
         if not isinstance(address, str) or not address:
-            raise ArgumentError(f"address={address!r} is not an address: give a name or number of this machine")
+            raise ArgumentError(
+                f"address={address!r} is not a valid address: pass a host name or IP address of this machine"
+            )
         registry = new_registry(read)
         from prometheus_client import make_wsgi_app
 
@@ -57,21 +61,23 @@ class MetricsEndpoint:
             self._server = _Server(address, port)
         except OSError as error:
             raise ArgumentError(
-                f"no metrics can be served at port {port} of {address!r}: {error.strerror or error}; give another port, "
-                "0 for one that is free, or another address of this machine"
+                f"metrics can't be served at port {port} of {address!r}: {error.strerror or error}; pass another port, "
+                "0 for a free one, or another address of this machine"
             ) from error
         self._server.set_app(make_wsgi_app(registry))
         self._owner_pid = os.getpid()
         self.address = address
         self.port = self._server.server_port
         self.url = f"http://{f'[{address}]' if ':' in address else address}:{self.port}/metrics"
-        # Its thread alone keeps it: whoever serves need not hold it, and it goes once it is closed.
+        # Only its thread refers to it, so the user need not keep it, and it is freed once it is closed.
         self._thread = threading.Thread(target=self._run, name="lingualinked-metrics", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
             self._server.server_close()
-            raise ResourceError("no thread can be started to serve metrics: raise the limit, or end others") from error
+            raise ResourceError(
+                "can't start a thread to serve metrics: raise the limit of threads, or end other threads"
+            ) from error
 
     def _run(self) -> None:
         self._server.serve_forever()
@@ -83,9 +89,9 @@ class MetricsEndpoint:
 
     @uninterrupted
     def close(self) -> None:
-        """Stop serving; returns once its port is free and its threads have ended. Does nothing the second time."""
+        """Stop serving; returns when the port is free and all threads have ended. A second call does nothing."""
         self._server.is_closing = True
-        if os.getpid() != self._owner_pid:  # a forked child has the socket and none of the threads
+        if os.getpid() != self._owner_pid:  # a forked child has the socket but none of the threads
             self._server.server_close()
         elif threading.current_thread().name.startswith("lingualinked-"):
             # A finalizer ran on a thread of ours, which can't wait for its own end.
@@ -117,9 +123,9 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """Answers each request on a thread of its own, and knows them all, so that none outlives it."""
+    """Answers each request in its own thread, and tracks these threads, so that none outlives the server."""
 
-    daemon_threads = True  # an interpreter that ends waits for no client
+    daemon_threads = True  # so that no client delays the end of the interpreter
 
     def __init__(self, address: str, port: int) -> None:
         self.is_closing = False
@@ -129,7 +135,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().__init__((address, port), _Handler)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server for this machine's name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's own would query a name server
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
         self.setup_environ()
 
@@ -148,7 +154,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             thread.start()
         except RuntimeError:
             del self._requests[thread]
-            raise  # the loop closes the connection, and goes on
+            raise  # the loop closes the connection and goes on
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -160,9 +166,9 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         logger.debug("a request for metrics from %s has failed: %s", client_address, sys.exc_info()[1])
 
     def stop(self) -> None:
-        """End the loop, then the requests: their clients are hung up on, and what is asked of workers is waited for."""
+        """End the loop, then disconnect the clients and wait for their requests."""
         with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the loop, which would look up twice a second only
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the loop, which polls only twice a second
         self.shutdown()
         self.server_close()
         for thread, request in list(self._requests.items()):

@@ -1,6 +1,6 @@
-"""What is remembered of a running pipeline: recent samples and decisions, and totals since it was started.
+"""The history of a running pipeline: recent samples and decisions, and totals since the start.
 
-Plain data; knows neither how it is collected nor how it is shown.
+Plain data; knows neither how it is collected nor how it is displayed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lingualinked.telemetry.timeline import counted_steps, stage_intervals
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounters:
-    """Steps of one kind since the pipeline was started.
+    """Totals of one kind of step since the pipeline was started.
 
     Parameters
     ----------
     num_steps : int
-        Steps that came back.
+        Completed steps.
     num_tokens : int
-        Tokens that they ran, over all rows.
+        Tokens of these steps, over all rows.
     total_s : float
-        Seconds from issue to answer, summed over the steps.
+        Sum of the seconds from request to answer.
     """
 
     num_steps: int = 0
@@ -34,16 +34,16 @@ class StepCounters:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCounters:
-    """What a device did since the pipeline was started, over all stages that it has hosted.
+    """Totals of a device since the pipeline was started, over all stages that it has hosted.
 
     Parameters
     ----------
     num_visits : int
-        Steps, each counted once per stage.
+        Steps, counted once per stage.
     hop_s, wait_s, compute_s, codec_s : float
-        Seconds of messages to it, of their wait, of compute, and of reading and writing messages.
+        Seconds of transmission to the device, of waiting, of compute, and of encoding and decoding.
     sent_bytes : int
-        Bytes sent on, before encryption.
+        Bytes sent to the next stage, before encryption.
     """
 
     num_visits: int = 0
@@ -56,22 +56,22 @@ class DeviceCounters:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Totals since the pipeline was started; they only grow, whatever the history forgets.
+    """Totals since the pipeline was started; they never decrease, unlike the bounded history.
 
     Parameters
     ----------
     decode, prefill : StepCounters
-        Steps of one new token per row, and the others.
+        Steps of one new token per row, and all others.
     devices : mapping of str to DeviceCounters
         By the name of the device.
     num_moves, num_stays : int
-        Decisions to move layers, and decisions not to.
+        Decisions to move layers, and decisions to stay.
     num_migrations, num_failed_migrations : int
-        Migrations that succeeded, and those that were rolled back.
+        Migrations that succeeded, and that were rolled back.
     num_moved_layers : int
-        Layers moved by those that succeeded.
+        Layers moved by successful migrations.
     stall_s : float
-        The longest that one session waited for its switch, summed over the migrations.
+        The longest wait of a session for its switch, summed over the migrations.
     """
 
     decode: StepCounters = StepCounters()
@@ -86,12 +86,12 @@ class Counters:
 
     @property
     def num_steps(self) -> int:
-        """Steps that came back."""
+        """Completed steps."""
         return self.decode.num_steps + self.prefill.num_steps
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were run, over all rows."""
+        """Tokens of all steps, over all rows."""
         return self.decode.num_tokens + self.prefill.num_tokens
 
 
@@ -102,15 +102,15 @@ class History:
     Parameters
     ----------
     start_s : float
-        When recording began, on the caller's monotonic clock, as all times here.
+        Start of the recording, on the caller's monotonic clock, like all times here.
     steps : tuple of StepSample
-        In the order in which they came back.
+        In the order of completion.
     devices : tuple of DeviceSample
-        Looks at devices.
+        Samples of devices: memory, CPU, temperature, battery.
     decisions : tuple of Decision
-        Every decision, ``"stay"`` too.
+        Every decision, including ``"stay"``.
     migrations : tuple of Migration
-        Migrations and attempts at them.
+        Successful and failed migrations.
     counters : Counters
         Totals since `start_s`.
     """
@@ -124,23 +124,23 @@ class History:
 
     @property
     def end_s(self) -> float:
-        """When the last step came back; `start_s` if none has."""
+        """Time of the last completed step; `start_s` if there is none."""
         return max((step.time_s + step.total_s for step in self.steps), default=self.start_s)
 
     def tokens_per_s(self, window_s: float = 10.0) -> float:
-        """Return the new tokens per second, in the seconds before the last step came back.
+        """Return the new tokens per second, over the seconds before the last completed step.
 
-        Tokens of decode steps are counted; where none is remembered, those of all steps.
+        Counts the tokens of decode steps; if the history has none, those of all steps.
 
         Parameters
         ----------
         window_s : float
-            Seconds to look back; not beyond the first step that is remembered.
+            Length of the window in seconds; it does not begin before the first step in the history.
 
         Returns
         -------
         float
-            Tokens per second over all rows and sessions; 0 if nothing is remembered.
+            Tokens per second over all rows and sessions; 0 without steps.
         """
         begin_s, end_s = self._window(window_s)
         tokens = sum(
@@ -150,17 +150,17 @@ class History:
         return tokens / (end_s - begin_s) if end_s > begin_s else 0.0
 
     def utilisation(self, window_s: float = 10.0) -> dict[str, float]:
-        """Return the share of time that each device was busy, in the seconds before the last step came back.
+        """Return the fraction of time that each device was busy, over the seconds before the last completed step.
 
         Parameters
         ----------
         window_s : float
-            Seconds to look back; not beyond the first step that is remembered.
+            Length of the window in seconds; it does not begin before the first step in the history.
 
         Returns
         -------
         dict of str to float
-            Between 0 and 1, of each device that a remembered step has passed; in pipeline order.
+            Between 0 and 1, for each device in the steps of the history; in pipeline order.
         """
         begin_s, end_s = self._window(window_s)
         busy_s: dict[str, float] = {}
@@ -172,7 +172,7 @@ class History:
         return {device: min(1.0, each_s / length_s) if length_s > 0 else 0.0 for device, each_s in busy_s.items()}
 
     def latest_devices(self) -> dict[str, DeviceSample]:
-        """Return the last look at each device, by its name."""
+        """Return the latest sample of each device, by its name."""
         return {sample.device: sample for sample in self.devices}
 
     def _window(self, window_s: float) -> tuple[float, float]:
@@ -182,7 +182,7 @@ class History:
 
 
 def _share(start_s: float, stop_s: float, begin_s: float, end_s: float) -> float:
-    """Return the part of one interval that lies in another; of an instant, all or nothing."""
+    """Return the fraction of an interval that lies in another; an instant is all or nothing."""
     if stop_s <= start_s:
         return 1.0 if begin_s <= start_s <= end_s else 0.0
     return max(0.0, min(stop_s, end_s) - max(start_s, begin_s)) / (stop_s - start_s)

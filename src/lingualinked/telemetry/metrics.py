@@ -1,6 +1,6 @@
 """Counters and gauges of a pipeline, as metric families of prometheus_client.
 
-Knows that library, an extra which is imported when metrics are asked for; neither who asks nor where they are served.
+Knows that library, an extra that is imported on first use; neither who asks for metrics nor where they are served.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 # Names and units follow https://prometheus.io/docs/practices/naming. Labels are names of devices, positions of stages, and
 # the words written here, so that there are never more series than devices, times stages at most.
 _METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "up": ("1 if every worker answered this scrape; 0: what workers say of themselves is what was known last.", ()),
-    "steps_total": ("Steps that came back.", ("kind",)),
-    "tokens_total": ("Tokens that steps ran, over all rows.", ("kind",)),
-    "step_seconds_total": ("Seconds from issue to answer, over all steps.", ("kind",)),
-    "visits_total": ("Stages that steps went through.", ("device",)),
+    "up": ("1 if every worker answered this scrape; 0 if metrics of workers are the last known ones.", ()),
+    "steps_total": ("Completed steps.", ("kind",)),
+    "tokens_total": ("Tokens of all steps, over all rows.", ("kind",)),
+    "step_seconds_total": ("Seconds from request to answer, over all steps.", ("kind",)),
+    "visits_total": ("Stages that steps passed through.", ("device",)),
     "stage_seconds_total": ("Seconds that steps spent on a device, by part.", ("device", "part")),
-    "sent_bytes_total": ("Bytes sent on by a device, before encryption.", ("device",)),
+    "sent_bytes_total": ("Bytes sent by a device to the next stage, before encryption.", ("device",)),
     "decisions_total": ("Decisions of the balancer.", ("action",)),
     "migrations_total": ("Migrations that ended.", ("outcome",)),
     "moved_layers_total": ("Layers moved between devices.", ()),
     "migration_stall_seconds_total": (
-        "Seconds that the session held up longest waited for its switch, over all migrations.",
+        "Longest wait of a session for its switch, summed over all migrations.",
         (),
     ),
     "stage_layers": ("Layers of a stage.", ("stage", "device")),
-    "stage_first_layer": ("Number of its first layer.", ("stage", "device")),
+    "stage_first_layer": ("Index of its first layer.", ("stage", "device")),
     "stage_weight_bytes": ("Bytes of its weights.", ("stage", "device")),
     "stage_kv_bytes": ("Bytes of its KV cache.", ("stage", "device")),
     "stage_sessions": ("Sessions that hold KV there.", ("stage", "device")),
@@ -47,20 +47,20 @@ _METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "device_cpu_ratio": ("Cores kept busy by a worker.", ("device",)),
     "device_temperature_celsius": ("Temperature of the hottest sensor.", ("device",)),
     "device_battery_ratio": ("Charge of the battery.", ("device",)),
-    "device_on_battery": ("1 if it runs from its battery.", ("device",)),
+    "device_on_battery": ("1 if the device runs on battery.", ("device",)),
 }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What metrics are made from.
+    """The records that metrics are computed from.
 
     Parameters
     ----------
     stages, workers, history
         As in `lingualinked.Telemetry`.
     is_current : bool or None
-        Whether the workers have just answered; ``None``: it is not known.
+        Whether all workers have just answered; ``None``: unknown.
     """
 
     stages: tuple[StageSnapshot, ...] = ()
@@ -70,7 +70,7 @@ class Reading:
 
 
 def new_registry(read: Callable[[], Reading]) -> CollectorRegistry:
-    """Make a registry of its own for one pipeline, which reads it anew whenever it is collected.
+    """Make a registry for one pipeline, which calls ``read`` for each collection.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def new_registry(read: Callable[[], Reading]) -> CollectorRegistry:
 
 
 def metrics_text(reading: Reading) -> str:
-    """Write metrics in Prometheus' text format.
+    """Format metrics as Prometheus' text.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def metrics_text(reading: Reading) -> str:
 
 
 class _Page:
-    """All families, to which samples are added."""
+    """All metric families, to which samples are added."""
 
     def __init__(self) -> None:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

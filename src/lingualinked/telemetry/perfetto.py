@@ -1,6 +1,6 @@
-"""A history as a timeline that the Perfetto UI opens.
+"""Exports a history as a timeline for the Perfetto UI.
 
-Knows the trace-event format, and no clock but the caller's.
+Knows the trace-event format; uses only the caller's clock.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lingualinked.telemetry.timeline import stage_intervals, windows_of
 from lingualinked.whole_file import write_whole_file
 
 PIPELINE, LIVE = 1, 2
-"""The two groups of tracks: what happened, and what was counted."""
+"""The two groups of tracks: events, and counters."""
 
 MIN_SLICE_NS = 2
-"""So that a slice has an inside, where the end of an arrow can lie."""
+"""The shortest slice that the end of an arrow can lie in."""
 
 MIN_WAIT_S = 1e-6
 """Shorter waits are not drawn."""
@@ -35,26 +35,26 @@ _Place = tuple[str, int, int]
 
 
 def trace_of(history: History) -> dict[str, Any]:
-    """Put a history into the trace-event format.
+    """Convert a history to the trace-event format.
 
-    Each stage has a track with a slice for compute and one for encoding and decoding, beside it tracks for the steps that
-    wait for it; the caller has a track for whole steps, or as many as there are steps in flight; arrows lead along the
-    hops. Decisions are instants and migrations slices on a track of their own; tokens per second, memory and temperature
-    are counters. What ended before the first step that is remembered is left out.
+    Each stage has a track with slices for compute and for encoding and decoding, and tracks for the steps that wait for it.
+    The caller has a track for whole steps, or one per concurrent step. Arrows mark the hops. Decisions are instants and
+    migrations are slices, each on their own track; tokens per second, memory and temperature are counters. Events that
+    ended before the first step in the history are omitted.
 
-    Times are the caller's, rebuilt from durations (see `stage_intervals`). Where by their errors two steps would compute at
-    once on one stage, the later one's slice begins where the earlier one's ends: slices of a track may not overlap. The
-    measured seconds are among a slice's arguments.
+    Times are on the caller's clock, reconstructed from durations (see `stage_intervals`). If measurement errors would make
+    two steps overlap on one stage, the later slice begins where the earlier one ends, because slices of a track must not
+    overlap. The measured seconds are arguments of each slice.
 
     Parameters
     ----------
     history : History
-        What is remembered.
+        The history to convert.
 
     Returns
     -------
     dict
-        The JSON object format: ``traceEvents`` in order of time, in microseconds since recording began.
+        The JSON object format: ``traceEvents`` ordered by time, in microseconds since the start of the recording.
 
     References
     ----------
@@ -64,7 +64,7 @@ def trace_of(history: History) -> dict[str, Any]:
 
 
 def write_trace(history: History, path: str | os.PathLike[str]) -> Path:
-    """Write a history as a trace, whole or not at all, over what is there.
+    """Write a history as a trace file, atomically; an existing file is replaced.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def write_trace(history: History, path: str | os.PathLike[str]) -> Path:
 
 @dataclasses.dataclass(slots=True)
 class _Visit:
-    """A stage's part in a step as it is drawn: its wait, compute and codec begin, its work ends; integer nanoseconds."""
+    """A stage's part in a step as drawn, in integer nanoseconds: starts of wait, compute and codec, and the end."""
 
     timing: StageTiming
     wait_ns: int
@@ -89,7 +89,7 @@ class _Visit:
 
 
 class _Trace:
-    """Collects the events of one history, then gives them in order of time."""
+    """Collects the events of one history and sorts them by time."""
 
     def __init__(self, history: History) -> None:
         times_s = [
@@ -112,7 +112,7 @@ class _Trace:
         self._add_devices(history.devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the trace; a slice stands before what is inside it."""
+        """Return the trace; a slice comes before the slices within it."""
         self._events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
         return {
             "traceEvents": self._metadata + self._events,
@@ -138,7 +138,7 @@ class _Trace:
             if visit.timing.wait_s >= MIN_WAIT_S:
                 waits[_place(visit.timing)].append((visit.wait_ns, visit.start_ns))
         tracks, queues = {}, {}
-        for place, spans in waits.items():  # in the order in which the first step of each plan passes them
+        for place, spans in waits.items():  # in the order in which the first step of each plan visits them
             tracks[place] = self._track(_name(place))
             queues[place] = iter(self._lanes(f"{_name(place)} waiting", spans))
         for step, each, (start_ns, end_ns), lane in zip(steps, visits, spans_ns, caller, strict=True):
@@ -161,9 +161,9 @@ class _Trace:
                 self._add_arrow(tail, (lane, end_ns - 1))
 
     def _visits(self, steps: Sequence[StepSample]) -> list[list[_Visit]]:
-        """Lay out every stage's part in every step so that nothing overlaps and every hop leads forwards."""
+        """Lay out every stage's part in every step so that slices don't overlap and hops lead forwards in time."""
         parts = [stage_intervals(step) for step in steps]
-        # Earliest first over all steps, a step's stages in their order: what a part has to follow is then known.
+        # Earliest first over all steps, and stages in order: then everything that must come before a part is placed already.
         order = sorted(
             (interval.start_s, index, stage) for index, part in enumerate(parts) for stage, interval in enumerate(part)
         )
@@ -195,7 +195,7 @@ class _Trace:
             for decision in decided:
                 self._events.append(
                     {
-                        "name": f"{'would ' * decision.dry_run}{decision.action}",
+                        "name": f"would {decision.action}" if decision.dry_run else decision.action,
                         "cat": "decision",
                         "ph": "i",
                         "s": "t",
@@ -237,7 +237,7 @@ class _Trace:
                 self._add_counter(f"{sample.device}: battery, %", sample.time_s, sample.battery_percent)
 
     def _lanes(self, name: str, spans_ns: Sequence[tuple[int, int]]) -> list[int]:
-        """Put each interval on a track where it overlaps no other, with as few tracks as possible."""
+        """Assign each interval to a track without overlaps, using as few tracks as possible."""
         chosen = [0] * len(spans_ns)
         lanes: list[int] = []
         busy: list[tuple[int, int]] = []

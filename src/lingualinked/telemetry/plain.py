@@ -1,6 +1,6 @@
-"""Records as nested plain data, ready for JSON.
+"""Converts records to nested plain data, ready for JSON.
 
-Knows nothing of what they mean.
+Does not know what they mean.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 
 def plain(record: Any) -> dict[str, Any]:
-    """Turn a dataclass into dictionaries, tuples, numbers and strings, all the way down."""
+    """Convert a dataclass recursively to dictionaries, tuples, numbers and strings."""
     data: dict[str, Any] = msgspec.to_builtins(record, enc_hook=_as_dict)
     return data
 

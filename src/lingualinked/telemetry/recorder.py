@@ -1,6 +1,6 @@
-"""Collects what a running pipeline tells: the recent past as it was, all of it in totals.
+"""Records what happens in a running pipeline: recent events in full, and totals of everything.
 
-Knows neither who tells it nor who asks.
+Knows neither who reports events nor who reads them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lingualinked.telemetry.samples import DeviceSample, StepSample
 
 
 class Recorder:
-    """A bounded history of one pipeline; any thread may add to it, and any may ask.
+    """A bounded history of one pipeline; all methods are thread-safe.
 
     Parameters
     ----------
     max_steps : int
-        Steps that it remembers.
+        Number of steps to keep.
     max_device_samples, max_decisions, max_migrations : int
-        Looks at devices, decisions and migrations that it remembers.
+        Numbers of device samples, decisions and migrations to keep.
     start_s : float, optional
-        When the pipeline was started, on the caller's monotonic clock; ``None``: now.
+        Start of the pipeline, on the caller's monotonic clock; ``None``: now.
 
     Raises
     ------
@@ -46,7 +46,7 @@ class Recorder:
     ) -> None:
         for bound in (max_steps, max_device_samples, max_decisions, max_migrations):
             if bound < 0:
-                raise ArgumentError(f"a history can't remember {count_text(bound, 'sample')}; give 0 or more")
+                raise ArgumentError(f"a history can't keep {count_text(bound, 'sample')}: give 0 or more")
         self._start_s = time.monotonic() if start_s is None else start_s
         self._lock = threading.Lock()
         self._steps: deque[StepSample] = deque(maxlen=max_steps)
@@ -61,7 +61,7 @@ class Recorder:
         self._stall_s = 0.0
 
     def add_step(self, sample: StepSample) -> None:
-        """Remember a step that came back."""
+        """Record a completed step."""
         with self._lock:
             self._steps.append(sample)
             tokens = sample.tokens
@@ -82,7 +82,7 @@ class Recorder:
                 totals.sent_bytes += stage.sent_bytes
 
     def steps_since(self, number: int) -> tuple[int, list[StepSample]]:
-        """Return the number of steps so far, and those beyond a number of them, oldest first, that are still in the history."""
+        """Return the number of steps so far, and the steps after a given number that are still in the history, oldest first."""
         with self._lock:
             count = self._decode.num_steps + self._prefill.num_steps
             num_new = min(count - number, len(self._steps))
@@ -90,12 +90,12 @@ class Recorder:
         return count, newest[::-1]
 
     def add_device(self, sample: DeviceSample) -> None:
-        """Remember a look at a device."""
+        """Record a sample of a device."""
         with self._lock:
             self._device_samples.append(sample)
 
     def add_decision(self, decision: Decision) -> None:
-        """Remember a decision."""
+        """Record a decision."""
         with self._lock:
             self._decisions.append(decision)
             if decision.dry_run:
@@ -106,7 +106,7 @@ class Recorder:
                 self._num_stays += 1
 
     def complete_decision(self, decision: Decision, done: Decision) -> None:
-        """Remember a decision, which is remembered already, with what was done about it."""
+        """Replace a recorded decision by the same one with its migrations."""
         with self._lock:
             for index in reversed(range(len(self._decisions))):
                 if self._decisions[index] is decision:
@@ -114,7 +114,7 @@ class Recorder:
                     return
 
     def add_migration(self, migration: Migration) -> None:
-        """Remember a migration, or an attempt at one, that has ended."""
+        """Record a completed or failed migration."""
         num_moved_layers = sum(move.end - move.start for move in migration.moves)
         with self._lock:
             self._migrations.append(migration)
@@ -126,7 +126,7 @@ class Recorder:
                 self._num_failed_migrations += 1
 
     def history(self) -> History:
-        """Return what is remembered now; nothing added later changes it."""
+        """Return a snapshot of the history, which does not change later."""
         with self._lock:
             return History(
                 start_s=self._start_s,
@@ -149,7 +149,7 @@ class Recorder:
 
 
 class _StepTotals:
-    """Steps of one kind; grows in place, since it is on the way of every step."""
+    """Totals of one kind of step; mutable, because every step updates them."""
 
     __slots__ = ("num_steps", "num_tokens", "total_s")
 
@@ -162,7 +162,7 @@ class _StepTotals:
 
 
 class _DeviceTotals:
-    """What one device did; grows in place."""
+    """Totals of one device; mutable."""
 
     __slots__ = ("codec_s", "compute_s", "hop_s", "num_visits", "sent_bytes", "wait_s")
 

@@ -1,6 +1,6 @@
-"""What workers report of themselves and of the stages that they host.
+"""Snapshots that workers report of themselves and of their stages.
 
-Plain data; knows neither how it is asked for nor how it is shown.
+Plain data; knows neither how it is requested nor how it is displayed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StageSnapshot:
-    """One stage as its worker reports it.
+    """A stage, as reported by its worker.
 
     Parameters
     ----------
@@ -19,13 +19,13 @@ class StageSnapshot:
     start, end : int
         Its half-open layer range.
     weight_bytes, kv_bytes : int
-        Bytes of its weights, and of the KV cache that it holds for live sessions.
+        Bytes of its weights, and of the KV cache of live sessions.
     num_sessions, num_steps : int
-        Sessions that hold KV now, and steps run since it was loaded.
+        Sessions with KV at present, and steps since it was loaded.
     compute_s : float
-        Seconds spent computing those steps.
+        Seconds of compute in these steps.
     sent_bytes : int
-        Bytes sent to the next stage (or, from the last one, to the caller) before encryption.
+        Bytes sent to the next stage (by the last one: to the caller), before encryption.
     """
 
     device: str
@@ -41,7 +41,7 @@ class StageSnapshot:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSnapshot:
-    """One worker process.
+    """A worker process, as reported by itself.
 
     Parameters
     ----------
@@ -52,9 +52,9 @@ class WorkerSnapshot:
     threads : int
         Threads that it computes with.
     resident_bytes, idle_resident_bytes : int
-        Resident memory now, and when it had started and held nothing.
+        Resident memory now, and after the start, before anything was loaded.
     num_refused : int
-        Messages that it refused as malformed, unknown or late, and connections that showed no authorised key.
+        Messages refused as malformed, unknown or late, and connections without an authorised key.
     """
 
     device: str

@@ -1,6 +1,6 @@
-"""What one step, and one look at a device, tell: the samples that everything live is made from.
+"""Samples of steps and devices, from which all live figures are computed.
 
-Knows numbers only; seconds of one clock each, never compared across machines.
+Plain data. Each duration is measured on one clock; clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class StageTiming:
     start, end : int
         Its half-open layer range.
     hop_s : float
-        Seconds that the step's message was on its way to the stage.
+        Seconds of transmission of the step's message to the stage.
     wait_s : float
-        Seconds that it waited there for the stage to be free.
+        Seconds that the message waited for the stage to be free.
     compute_s : float
         Seconds of compute.
     codec_s : float
-        Seconds spent reading the message and writing the next one.
+        Seconds of decoding the message and encoding the next one.
     sent_bytes : int
-        Bytes of the message that it sent on, before encryption.
+        Bytes of the message to the next stage, before encryption.
     """
 
     device: str
@@ -41,7 +41,7 @@ class StageTiming:
 
     @property
     def total_s(self) -> float:
-        """Seconds from the party before to the end of this stage's work."""
+        """Seconds from sending by the previous party to the end of this stage's work."""
         return self.hop_s + self.wait_s + self.compute_s + self.codec_s
 
 
@@ -52,15 +52,15 @@ class StepSample:
     Parameters
     ----------
     time_s : float
-        When the caller issued it, on its monotonic clock.
+        Time of the request, on the caller's monotonic clock.
     session, number : int
-        The session, and the number of the step in it.
+        The session, and the number of the step within it.
     plan_version : int
-        Epoch of the plan that it ran under.
+        Version of the plan that it ran under.
     rows, tokens, context : int
-        Rows of the batch, new tokens of each, and tokens of each that were in the KV cache already.
+        Rows of the batch, new tokens per row, and tokens per row that were in the KV cache before.
     total_s : float
-        Seconds from issue to answer, on the caller's clock.
+        Seconds from request to answer, on the caller's clock.
     stages : tuple of StageTiming
         In pipeline order.
     """
@@ -77,38 +77,38 @@ class StepSample:
 
     @property
     def return_s(self) -> float:
-        """Seconds of the way back to the caller, and of whatever no stage accounts for."""
+        """Seconds of the return to the caller, and of everything that no stage accounts for."""
         return max(0.0, self.total_s - sum(stage.total_s for stage in self.stages))
 
     @property
     def is_decode(self) -> bool:
-        """Whether it ran one new token per row."""
+        """Whether it had one new token per row."""
         return self.tokens == 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSample:
-    """One look at a device and its worker.
+    """A sample of a device and its worker.
 
     Parameters
     ----------
     time_s : float
-        When it was asked for, on the caller's monotonic clock.
+        Time of the request, on the caller's monotonic clock.
     device : str
-        Its name.
+        Name of the device.
     held_bytes : int
-        Weights and KV of the stages that its worker hosts, of all models.
+        Bytes of weights and KV of all stages that its worker hosts.
     available_bytes : int
-        Memory that its stages could still take: what the device's limit leaves, or what the machine has free, whichever is
+        Bytes that its stages could still use: the rest of the device's limit, or the machine's free memory, whichever is
         less.
     cpu_percent : float
-        Of one core, by the worker, since the look before.
+        CPU usage of the worker since the previous sample, in per cent of one core.
     temperature_c : float or None
-        Of the hottest sensor; ``None`` where the machine reports none.
+        Temperature of the hottest sensor; ``None`` if the machine reports none.
     battery_percent : float or None
-        ``None`` where there is none.
+        Charge of the battery; ``None`` if there is none.
     on_battery : bool
-        Whether it runs from its battery.
+        Whether the device runs on battery.
     """
 
     time_s: float

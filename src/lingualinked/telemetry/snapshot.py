@@ -1,6 +1,6 @@
-"""A snapshot of a model's stages and the workers that host them, with the history that led there.
+"""A snapshot of a model's stages and workers, with the recent history.
 
-Knows how to describe itself, not how it was measured.
+Knows its exports; not how it was measured.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ from lingualinked.telemetry.samples import DeviceSample, StepSample
 if TYPE_CHECKING:
     from lingualinked.telemetry.endpoint import MetricsEndpoint
 
-    LiveServe = Callable[[], Callable[[int, str], MetricsEndpoint] | None]  # a reference that keeps no model alive
+    LiveServe = Callable[
+        [], Callable[[int, str], MetricsEndpoint] | None
+    ]  # a weak reference, which does not keep the model alive
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Telemetry(Shown):
-    """What a model's pipeline is doing, and what it has done: a picture of one moment that does not change any more.
+    """The state and recent history of a model's pipeline at one moment; immutable.
+
+    Get it from `ShardedModel.telemetry`.
 
     Parameters
     ----------
     stages : tuple of StageSnapshot
         In pipeline order.
     workers : tuple of WorkerSnapshot
-        The workers that host them, each once.
+        The workers that host the stages, each once.
     history : History
-        Recent steps, looks at devices, decisions and migrations, and totals since the pipeline was started.
+        Recent steps, device samples, decisions and migrations, and totals since the pipeline was started.
     """
 
     stages: tuple[StageSnapshot, ...]
@@ -55,30 +59,30 @@ class Telemetry(Shown):
 
     @property
     def device_samples(self) -> tuple[DeviceSample, ...]:
-        """Recent looks at devices: memory, CPU, temperature, battery; oldest first."""
+        """Recent samples of devices: memory, CPU, temperature, battery; oldest first."""
         return self.history.devices
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """What was decided about moving layers, ``"stay"`` too, with the numbers; oldest first."""
+        """Recent decisions to move layers or to stay, with their numbers; oldest first."""
         return self.history.decisions
 
     @property
     def migrations(self) -> tuple[Migration, ...]:
-        """Layers moved while the pipeline ran, and attempts at it; oldest first."""
+        """Recent migrations, successful and failed; oldest first."""
         return self.history.migrations
 
     @property
     def counters(self) -> Counters:
-        """Totals since the pipeline was started, beyond what is remembered of single steps."""
+        """Totals since the pipeline was started."""
         return self.history.counters
 
     def tokens_per_s(self, window_s: float = 10.0) -> float:
-        """Return the new tokens per second, over all rows and sessions, in the seconds before the last step came back."""
+        """Return the new tokens per second of all rows and sessions, over the seconds before the last completed step."""
         return self.history.tokens_per_s(window_s)
 
     def utilisation(self, window_s: float = 10.0) -> dict[str, float]:
-        """Return the share of time that each device was busy, in the seconds before the last step came back."""
+        """Return the fraction of time that each device was busy, over the seconds before the last completed step."""
         return self.history.utilisation(window_s)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +114,7 @@ class Telemetry(Shown):
         Parameters
         ----------
         path : path-like
-            JSON file to write; one that is there is replaced.
+            JSON file to write; an existing file is replaced.
 
         Returns
         -------
@@ -120,7 +124,7 @@ class Telemetry(Shown):
         return write_trace(self.history, path)
 
     def prometheus(self) -> str:
-        """Return totals and the present state in Prometheus' text format (needs ``pip install lingualinked[metrics]``).
+        """Return totals and the present state as Prometheus' text (needs ``pip install lingualinked[metrics]``).
 
         Raises
         ------
@@ -132,15 +136,16 @@ class Telemetry(Shown):
     def serve(self, port: int, address: str = "127.0.0.1") -> MetricsEndpoint:
         """Serve the running model's metrics to Prometheus over HTTP (needs ``pip install lingualinked[metrics]``).
 
-        Each scrape asks the workers anew, for 5 s at most; ``lingualinked_up`` says whether all have answered. The endpoint
-        ends with the model, or its cluster; nobody has to keep it. A model can be served at several ports.
+        Each scrape queries the workers, for at most 5 s; ``lingualinked_up`` says whether all have answered. The endpoint ends
+        with the model or its cluster; you need not keep a reference. A model can be served at several ports.
 
         Parameters
         ----------
         port : int
-            Where to listen; 0: a port that is free, which the endpoint names.
+            Port to listen on; 0: a free one, see ``url`` of the endpoint.
         address : str
-            Of this machine. Whoever reaches it can read the metrics: names of devices and figures, never text or tokens.
+            Address of this machine to listen on. Anyone who can reach it can read the metrics: device names and numbers,
+            never text or tokens.
 
         Returns
         -------
@@ -152,7 +157,7 @@ class Telemetry(Shown):
         ArgumentError
             If it can't listen there, or prometheus_client is not installed.
         ClosedError
-            If the model is closed, or this telemetry was taken of none that runs here.
+            If the model is closed, or this telemetry does not belong to a running model of this process.
         UnsupportedOperationError
             In a forked child of the process that made the cluster.
         ResourceError
@@ -166,7 +171,9 @@ class Telemetry(Shown):
         """
         serve = None if self._live is None else self._live()
         if serve is None:
-            raise ClosedError("no model runs that this telemetry was taken of: call serve on the telemetry of a model")
+            raise ClosedError(
+                "the model of this telemetry is not running here: call serve on the telemetry of a running model"
+            )
         return serve(port, address)
 
     def plot(self, last_s: float | None = None) -> Any:
@@ -177,7 +184,7 @@ class Telemetry(Shown):
         Parameters
         ----------
         last_s : float, optional
-            Seconds before the last step came back to draw; ``None``: all that is remembered.
+            Seconds before the last completed step to draw; ``None``: the whole history.
 
         Returns
         -------
@@ -190,5 +197,5 @@ class Telemetry(Shown):
         """
         return figure_of(self, last_s)
 
-    def __reduce__(self) -> tuple[Callable[[], Telemetry], tuple[()]]:  # a copy is of no running model
+    def __reduce__(self) -> tuple[Callable[[], Telemetry], tuple[()]]:  # a copy does not belong to a running model
         return functools.partial(Telemetry, stages=self.stages, workers=self.workers, history=self.history), ()

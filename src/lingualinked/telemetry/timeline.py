@@ -1,6 +1,6 @@
-"""When each stage was busy, on the caller's clock, and how busy over time.
+"""Reconstructs when each stage was busy, on the caller's clock, and utilisation over time.
 
-Knows steps; a stage's times follow from when its step was issued and how long everything before it took.
+Knows steps. A stage's times follow from the time of the request and the durations before it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lingualinked.telemetry.samples import StepSample
 
 
 class StageInterval(NamedTuple):
-    """A stage's part in a step: its message arrives, its work starts and ends; seconds of the caller's clock."""
+    """A stage's part in a step: arrival of its message, start and end of its work; seconds on the caller's clock."""
 
     device: str
     arrival_s: float
@@ -25,15 +25,15 @@ class StageInterval(NamedTuple):
 
 
 def stage_intervals(step: StepSample) -> list[StageInterval]:
-    """Say when each stage of a step was busy.
+    """Return when each stage of a step was busy.
 
-    The durations are laid end to end from the moment of issue: no two clocks are compared. Where they add up to more than
-    the caller measured, by errors of their own, all of them are shortened alike.
+    The durations are laid end to end from the time of the request, so no two clocks are compared. If measurement errors
+    make their sum exceed the caller's total, all are scaled down.
 
     Parameters
     ----------
     step : StepSample
-        What was measured.
+        The step.
 
     Returns
     -------
@@ -54,18 +54,18 @@ def stage_intervals(step: StepSample) -> list[StageInterval]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Equal windows of time, and what went on in each.
+    """Speed, utilisation and compute time in equal windows of time.
 
     Parameters
     ----------
     edges_s : tuple of float
-        Where they begin, and where the last one ends.
+        Starts of the windows, and the end of the last one.
     tokens_per_s : tuple of float
         Tokens per second of `counted_steps`.
     utilisation : dict of str to tuple of float
-        Share of each window, between 0 and 1, that a device was busy.
+        Fraction of each window that a device was busy.
     compute_s : dict of str to tuple of float
-        Median seconds that one of `counted_steps` computed on a device; NaN where none came back.
+        Median compute seconds of `counted_steps` on a device; NaN in windows in which none was completed.
     """
 
     edges_s: tuple[float, ...]
@@ -75,21 +75,21 @@ class Windows:
 
 
 def windows_of(steps: Sequence[StepSample], begin_s: float, end_s: float, num_windows: int) -> Windows:
-    """Divide time into windows and say what went on in each.
+    """Divide a time span into windows, and compute speed, utilisation and compute time in each.
 
     Parameters
     ----------
     steps : sequence of StepSample
-        Steps; a part of one that lies outside is not counted.
+        Steps; parts outside the time span are not counted.
     begin_s, end_s : float
-        The time to divide.
+        The time span.
     num_windows : int
-        Into how many windows.
+        Number of windows.
 
     Returns
     -------
     Windows
-        Devices in the order in which steps pass them.
+        With devices in the order in which steps visit them.
     """
     width_s = (end_s - begin_s) / num_windows
     edges_s = (*(begin_s + width_s * index for index in range(num_windows)), end_s)
@@ -120,17 +120,17 @@ def windows_of(steps: Sequence[StepSample], begin_s: float, end_s: float, num_wi
 
 
 def counted_steps(steps: Sequence[StepSample]) -> Sequence[StepSample]:
-    """Return the steps whose tokens are counted as speed: decode steps; where there are none, all."""
+    """Return the steps whose tokens count as speed: decode steps, or all if there are none."""
     return [step for step in steps if step.is_decode] or steps
 
 
 def devices_of(steps: Iterable[StepSample]) -> list[str]:
-    """List the devices that steps pass: first those of the first plan, in its order, then those that came later."""
+    """List the devices that steps visit: those of the first plan in its order, then later ones."""
     return list(dict.fromkeys(stage.device for step in steps for stage in step.stages))
 
 
 def compute_of(step: StepSample) -> dict[str, float]:
-    """Return the seconds that a step computed on each device, over all of its stages there."""
+    """Return the compute seconds of a step on each device, summed over its stages there."""
     seconds: dict[str, float] = {}
     for stage in step.stages:
         seconds[stage.device] = seconds.get(stage.device, 0.0) + stage.compute_s
@@ -138,7 +138,7 @@ def compute_of(step: StepSample) -> dict[str, float]:
 
 
 def _spread(into: list[float], edges_s: tuple[float, ...], start_s: float, stop_s: float, amount: float) -> None:
-    """Add an amount to the windows that an interval covers, to each its share."""
+    """Distribute an amount over the windows that an interval covers, in proportion to the overlap."""
     if stop_s <= edges_s[0] or start_s >= edges_s[-1] or stop_s <= start_s:
         return
     index = max(bisect.bisect_right(edges_s, start_s) - 1, 0)

@@ -98,7 +98,7 @@ def test_a_long_simulation_is_binned() -> None:
     assert not chart.collections
     assert not chart.texts
     assert len(chart.patches) <= 2 * len(simulation.utilisation)
-    assert "full height is all of each" in chart.get_title(loc="left")
+    assert "full height is 100 % of each" in chart.get_title(loc="left")
     filled_s = 0.0
     for patch in chart.patches:
         top, edges, baseline = patch.get_data()

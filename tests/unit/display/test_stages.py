@@ -24,10 +24,10 @@ def test_a_row_per_stage_of_every_plan() -> None:
 def test_medians_of_decode_steps_alone() -> None:
     history = History(steps=(step(number=0, tokens=16), step(number=1), step(number=2)))
     rows = stage_rows(history)
-    assert rows.title == "What a decode step took in each stage, median of 2"
+    assert rows.title == "Times of a decode step in each stage, median of 2"
     assert rows.rows[0][2:7] == ("1.0 ms", "2.0 ms", "10.0 ms", "500 µs", "4.0 KiB")
 
 
 def test_prompts_alone_and_nothing_at_all() -> None:
-    assert stage_rows(History(steps=(step(tokens=16),))).title == "What a step took in each stage, median of 1"
+    assert stage_rows(History(steps=(step(tokens=16),))).title == "Times of a step in each stage, median of 1"
     assert stage_rows(History()).rows == []

@@ -271,7 +271,7 @@ def test_texts_that_are_too_long_are_refused_wherever_a_workload_meets_a_model()
     devices, specs = [ll.Device(name="a")], {"a": SLOW_MEMORY}
     profile = roofline_profile(model, NO_ATTENTION, devices, specs, workload=short)
     plan = ll.solve(profile, workload=short)
-    refusal = r"prompt_tokens=16 and new_tokens=17 of the workload are more than the 32 positions"
+    refusal = r"prompt_tokens=16 and new_tokens=17 of the workload exceed the 32 positions"
     for ask in (
         lambda: roofline_profile(model, NO_ATTENTION, devices, specs, workload=long),
         lambda: ll.solve(profile, workload=long),

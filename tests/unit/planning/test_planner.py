@@ -210,9 +210,9 @@ def test_wrong_types_are_refused_by_name() -> None:
         plan.compare(plan).ratios("stages")
     with pytest.raises(ll.ArgumentError, match="reserve=7"):
         dataclasses.replace(plan, reserve=7)
-    with pytest.raises(ll.ArgumentError, match="sizes are not negative"):
+    with pytest.raises(ll.ArgumentError, match="sizes must not be negative"):
         dataclasses.replace(profile().model, prologue_bytes=-1)
-    with pytest.raises(ll.ArgumentError, match="layer_kv_bytes of a model profile are 1, for 8 layers"):
+    with pytest.raises(ll.ArgumentError, match="layer_kv_bytes of a model profile has 1 value for 8 layers"):
         dataclasses.replace(profile().model, layer_kv_bytes=(1,))
 
 
