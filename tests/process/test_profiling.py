@@ -137,7 +137,7 @@ def test_what_can_not_be_extended(pair: ll.Cluster, tiny_llama: str, cache: Path
     with pytest.raises(ll.ArgumentError, match="no device 'moon'"):
         extend(profile, "moon", WORKLOAD)
     other = dataclasses.replace(profile, model=dataclasses.replace(profile.model, fingerprint="other"))
-    with pytest.raises(ll.ArgumentError, match="belong to another model"):
+    with pytest.raises(ll.ArgumentError, match="the profile is of another model"):
         extend(other.without("there"), "there", WORKLOAD)
     os.kill(pair.pids["here"], signal.SIGKILL)
     with pytest.raises(ll.WorkerDiedError, match="'here'"):
