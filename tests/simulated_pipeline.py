@@ -41,7 +41,13 @@ class SimulatedPipeline:
     ) -> None:
         self.profile = profile
         self.plan = plan
-        self.balancer = Balancer(plan, profile, policy or ll.RebalancePolicy(), objective, is_automatic=is_automatic)  # type: ignore[arg-type]
+        self.balancer = Balancer(
+            profile,
+            policy or ll.RebalancePolicy(),
+            objective,  # type: ignore[arg-type]
+            plan.workload,
+            is_automatic=is_automatic,
+        )
         self.num_sessions = 1 if plan.workload is None else plan.workload.num_sessions
         self.time_s = 100.0
         self.num_steps = 0
@@ -57,7 +63,8 @@ class SimulatedPipeline:
         """Run decode steps, or prefill steps of so many tokens."""
         for _ in range(num_steps):
             sample = self._step(speeds, tokens)
-            self.tell(StepObserved(sample=sample))
+            if self._ends is None:  # nothing is told while layers move
+                self.tell(StepObserved(sample=sample))
             self.time_s += sample.total_s / self.num_sessions
             self.num_steps += 1
             if self._ends is not None and self.time_s >= self._ends[0]:
@@ -72,7 +79,7 @@ class SimulatedPipeline:
 
     def tell(self, event: Event) -> Decision | None:
         """Tell the balancer, and do what it says."""
-        instruction = self.balancer.handle(event)
+        instruction = self.balancer.handle(event, self.plan)
         if instruction is None:
             return None
         self.decisions.append(instruction.decision)
@@ -96,7 +103,7 @@ class SimulatedPipeline:
         _, plan = self._ends
         self._ends = None
         if self._fails(len(self.moved_at)):
-            self.tell(MigrationFailed(time_s=self.time_s, plan=self.plan, error="a worker died"))
+            self.tell(MigrationFailed(time_s=self.time_s, error="a worker died"))
             return
         before = tuple(self.spans())
         self.plan = plan
@@ -113,7 +120,7 @@ class SimulatedPipeline:
             longest_stall_s=0.01,
             num_sessions=1,
         )
-        self.tell(MigrationDone(time_s=self.time_s, plan=plan, migration=migration))
+        self.tell(MigrationDone(time_s=self.time_s, migration=migration))
 
     def _step(self, speeds: Speeds, tokens: int) -> StepSample:
         context = 100 if tokens == 1 else 0

@@ -7,9 +7,7 @@ turn it into another error. Knows signals only, not what is interrupted.
 from __future__ import annotations
 
 import _thread
-import concurrent.futures
 import functools
-import math
 import signal
 import sys
 import threading
@@ -75,29 +73,9 @@ def uninterrupted(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return interruptible(call)
 
 
-def result_of(future: concurrent.futures.Future[_R]) -> _R:
-    """Wait for a future as its ``result`` does, but raise interrupts only between two waits.
-
-    An interrupt within a wait could leave the future's lock acquired, and the thread that completes the future would block for ever.
-    """
-    wait_in_pieces(functools.partial(_is_done, future), math.inf)
-    try:
-        return future.result()
-    finally:
-        del future  # its error would lead to this frame and back, and only the collector would free it
-
-
 def wait_for_event(event: threading.Event, timeout_s: float) -> bool:
-    """Wait for an event as its ``wait`` does, but raise interrupts only between two waits, as `result_of` does."""
+    """Wait for an event as its ``wait`` does, but raise interrupts only between two waits."""
     return wait_in_pieces(event.wait, timeout_s)
-
-
-def _is_done(future: concurrent.futures.Future[_R], timeout_s: float) -> bool:
-    try:
-        future.exception(timeout_s)
-    except TimeoutError:
-        return future.done()
-    return True
 
 
 def wait_in_pieces(wait: Callable[[float], bool], timeout_s: float) -> bool:

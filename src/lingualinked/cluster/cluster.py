@@ -19,11 +19,11 @@ from lingualinked.checks import check_positive
 from lingualinked.cluster.devices import as_devices, check_added_device
 from lingualinked.cluster.emulation import delayed_from, emulation_of
 from lingualinked.cluster.launch import Launcher
-from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
-from lingualinked.interrupts import interruptible, result_of, uninterrupted
+from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
@@ -256,7 +256,7 @@ class Cluster:
                 self._engine.wait_for_worker(other, self.timeout_s)
             message = EmulateDevice(request=self._engine.next_request(), emulation=emulation_of(other, behaving, links))
             told.append(self._engine.request(other, message, "the announcement of a new device", self.timeout_s))
-        while told:  # not held here: a future would lead from its error to this frame and back
+        while told:
             with contextlib.suppress(WorkerDiedError):
                 result_of(told.pop(0))
 

@@ -1,4 +1,4 @@
-"""Steers one pipeline: tells its balancer what happens, and does what that decides.
+"""Steers one pipeline: tells its balancer what happens, and executes what that decides.
 
 Knows events, instructions and migrations; neither what a plan is worth nor what tokens are.
 """
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import inspection_of, request_report
+from lingualinked.cluster.pending import result_of, settle
 from lingualinked.cluster.resources import start_thread
+from lingualinked.cluster.route import Routes
 from lingualinked.control.events import (
     DeviceLost,
     DeviceObserved,
@@ -28,7 +30,6 @@ from lingualinked.control.events import (
     StepObserved,
 )
 from lingualinked.errors import ClosedError, LingualinkedError
-from lingualinked.interrupts import result_of
 from lingualinked.planning.plan import Plan
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.recorder import Recorder
@@ -55,19 +56,23 @@ class Controller:
     ----------
     engine : Engine
         Asks workers how they are.
+    routes : Routes
+        Say which plan is in force.
     migrate : callable
-        Moves to a plan; gives what was moved, and why the old plan goes on if it does.
+        Moves to a plan, and appends what was moved to a list; raises if the old plan goes on.
     recorder : Recorder
-        Where steps come from, and where decisions and looks go.
+        Where steps come from, and where decisions and looks at devices go.
     """
 
     def __init__(
         self,
         engine: Engine,
-        migrate: Callable[[Plan], tuple[Migration, LingualinkedError | None]],
+        routes: Routes,
+        migrate: Callable[[Plan, list[Migration]], None],
         recorder: Recorder,
     ) -> None:
         self._engine = engine
+        self._routes = routes
         self._migrate = migrate
         self._recorder = recorder
         self._balancer: Balancer | None = None
@@ -88,11 +93,11 @@ class Controller:
         """What decides; ``None`` until something had to be decided."""
         return self._balancer
 
-    def decide_with(self, make_balancer: Callable[[], Balancer]) -> None:
-        """Take a balancer, unless there is one; it is made while no plan changes."""
+    def set_balancer(self, balancer: Balancer) -> None:
+        """Let a balancer decide from now on, unless one with a profile does so already."""
         with self._deciding:
-            if self._balancer is None:
-                self._balancer = make_balancer()
+            if self._balancer is None or self._balancer.profile is None:
+                self._balancer = balancer
                 count, _ = self._recorder.steps_since(0)
                 self._num_told = max(0, count - _MOST_STEPS)
 
@@ -110,7 +115,7 @@ class Controller:
         self._thread = thread  # only now: what did not start can't be joined
 
     def stop(self) -> None:
-        """Have the thread end once what it does is done; does not wait for it."""
+        """Let the thread end once what it does is done; does not wait for it."""
         self._is_stopped = True
         self._wakes.put(None)
 
@@ -119,20 +124,20 @@ class Controller:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_STOP_S)
 
-    def watch(self, sample: StepSample) -> None:
-        """Take in a step; called by every session."""
+    def record_step(self, sample: StepSample) -> None:
+        """Record a step; called by every session."""
         self._recorder.add_step(sample)
         self._num_steps += 1  # may miss one of another thread: it says only when to look
         if self._thread is not None and self._num_steps % _WAKE_EVERY == 0:
             self._wakes.put(None)
 
     def tell(self, make_event: Callable[[float], Event]) -> Decision:
-        """Tell the balancer something at the user's wish, and do what it decides.
+        """Tell the balancer what the user wants, and execute what it decides.
 
         Parameters
         ----------
         make_event : callable
-            Makes the event from the time in seconds.
+            Makes the event from the time in seconds, which is taken when no migration runs.
 
         Returns
         -------
@@ -144,47 +149,16 @@ class Controller:
         LingualinkedError
             If it can't be done, or could not.
         """
-        assert self._balancer is not None
-        return self._apart(lambda: self._tell(make_event))
+        # On a thread of its own: an interrupt of the caller's must not end a migration half way.
+        return result_of(_in_thread(lambda: self._decide(make_event)))
 
-    def move_through(
-        self, make_plans: Callable[[], tuple[Plan, ...]], make_decision: Callable[[], Decision]
-    ) -> Decision:
-        """Move through plans to the last of them with no balancer to ask.
-
-        Parameters
-        ----------
-        make_plans, make_decision : callable
-            Make the plans and the decision, while no plan changes.
-
-        Raises
-        ------
-        LingualinkedError
-            If it could not be done; the old plan goes on, or one on the way.
-        """
-
-        def move() -> Decision:
-            with self._deciding:
-                return self._follow(Migrate(plans=make_plans(), decision=make_decision()))
-
-        return self._apart(move)
-
-    def _apart(self, work: Callable[[], Decision]) -> Decision:
-        """Do something on a thread of its own: an interrupt of the caller's must not end a migration half way."""
-        outcome: concurrent.futures.Future[Decision] = concurrent.futures.Future()
-        start_thread(threading.Thread(target=_settle, args=(outcome, work), name="lingualinked-migration", daemon=True))
-        try:
-            return result_of(outcome)
-        finally:
-            del outcome  # it would lead from its error to this frame and back, and only the collector would free it
-
-    def _tell(self, make_event: Callable[[float], Event]) -> Decision:
+    def _decide(self, make_event: Callable[[float], Event]) -> Decision:
         assert self._balancer is not None
         with self._deciding:
             self._catch_up()
-            instruction = self._balancer.handle(make_event(time.monotonic()))
+            instruction = self._balancer.handle(make_event(time.monotonic()), self._routes.current.plan)
             assert instruction is not None
-            return self._follow(instruction)
+            return self._execute(instruction)
 
     def _run(self) -> None:
         try:
@@ -196,10 +170,10 @@ class Controller:
                 if self._is_stopped:
                     return
                 if time.monotonic() >= look_s:
-                    self._look()
+                    self._request_reports()
                     look_s = time.monotonic() + self._interval_s
                 with self._deciding:
-                    self._take_looks()
+                    self._read_reports()
                     self._catch_up()
         except ClosedError as error:
             logger.debug("nothing is rebalanced any more: %s", error)
@@ -207,28 +181,28 @@ class Controller:
             logger.exception("nothing is rebalanced any more")
 
     def _catch_up(self) -> None:
-        """Tell the balancer of steps and devices since the last time, and do what it says."""
+        """Tell the balancer of steps and lost devices since the last time, and execute what it decides."""
         assert self._balancer is not None
         for device in self._engine.ended_devices() - self._lost:
             self._lost.add(device)
-            if device in self._balancer.profile.names:
-                self._obey(self._balancer.handle(DeviceLost(time_s=time.monotonic(), device=device)))
+            if self._balancer.profile is not None and device in self._balancer.profile.names:
+                self._tell_balancer(DeviceLost(time_s=time.monotonic(), device=device))
         self._num_told, samples = self._recorder.steps_since(self._num_told)
         for sample in samples:
-            self._obey(self._balancer.handle(StepObserved(sample=sample)))
+            self._tell_balancer(StepObserved(sample=sample))
 
-    def _look(self) -> None:
+    def _request_reports(self) -> None:
         """Ask the devices how they are; one that is busy may answer later."""
         assert self._balancer is not None
+        assert self._balancer.profile is not None, "without a profile nothing is decided automatically"
         names = set(self._balancer.profile.names) - self._engine.ended_devices() - self._asked.keys()
         for name in sorted(names):
             report = request_report(self._engine, name, _LONGEST_LOOK_S)
             self._asked[name] = time.monotonic(), report
             report.add_done_callback(lambda _: self._wakes.put(None))
 
-    def _take_looks(self) -> None:
+    def _read_reports(self) -> None:
         """Tell the balancer what devices have answered."""
-        assert self._balancer is not None
         for name, (time_s, report) in list(self._asked.items()):
             if not report.done():
                 continue
@@ -236,21 +210,23 @@ class Controller:
             if report.exception() is None:  # else it has just ended, or was too busy
                 device = inspection_of(name, cast("WorkerReport", report.result()), time_s).device
                 self._recorder.add_device(device)
-                self._obey(self._balancer.handle(DeviceObserved(sample=device)))
+                self._tell_balancer(DeviceObserved(sample=device))
 
-    def _obey(self, instruction: Instruction | None) -> None:
-        """Do what was decided with nobody to tell but the log."""
+    def _tell_balancer(self, event: Event) -> None:
+        """Tell the balancer of an event, and execute what it decides; a failure is logged."""
+        assert self._balancer is not None
+        instruction = self._balancer.handle(event, self._routes.current.plan)
         if instruction is None:
             return
         try:
-            self._follow(instruction)
+            self._execute(instruction)
         except ClosedError:
             raise
         except LingualinkedError as error:
             logger.warning("layers could not be moved, and the plan goes on as it is: %s", error)
 
-    def _follow(self, instruction: Instruction) -> Decision:
-        """Do what an instruction says; give the decision with what was done.
+    def _execute(self, instruction: Instruction) -> Decision:
+        """Execute an instruction; return the decision with what was done.
 
         Raises
         ------
@@ -263,35 +239,25 @@ class Controller:
         log("%s", decision)
         if not isinstance(instruction, Migrate):
             return decision
+        assert self._balancer is not None
         migrations: list[Migration] = []
-        error, reached = None, None
-        for plan in instruction.plans:
-            migration, error = self._migrate(plan)
-            migrations.append(migration)
-            if error is not None:
-                break
-            reached = plan
-        if self._balancer is not None:
-            now = time.monotonic()
-            if error is None:
-                event: Event = MigrationDone(time_s=now, plan=instruction.plans[-1], migration=migrations[-1])
-            else:
-                event = MigrationFailed(time_s=now, plan=reached or self._balancer.plan, error=str(error))
-            self._balancer.handle(event)
-        done = dataclasses.replace(decision, migrations=tuple(migrations))
-        self._recorder.complete_decision(decision, done)
         try:
-            if error is not None:
-                raise error
+            for plan in instruction.plans:
+                self._migrate(plan, migrations)
         finally:
-            del error  # it would lead to this frame and back, and only the collector would free it
+            last, now = migrations[-1], time.monotonic()
+            event: Event = (
+                MigrationDone(time_s=now, migration=last)
+                if last.succeeded
+                else MigrationFailed(time_s=now, error=last.error)
+            )
+            self._balancer.handle(event, self._routes.current.plan)
+            done = dataclasses.replace(decision, migrations=tuple(migrations))
+            self._recorder.complete_decision(decision, done)
         return done
 
 
-def _settle(outcome: concurrent.futures.Future[Decision], work: Callable[[], Decision]) -> None:
-    try:
-        outcome.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - who waits raises it
-        outcome.set_exception(error)
-    finally:
-        del outcome
+def _in_thread(work: Callable[[], Decision]) -> concurrent.futures.Future[Decision]:
+    outcome: concurrent.futures.Future[Decision] = concurrent.futures.Future()
+    start_thread(threading.Thread(target=settle, args=(outcome, work), name="lingualinked-migration", daemon=True))
+    return outcome

@@ -17,7 +17,6 @@ from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.stage_loading import request_stages
-from lingualinked.errors import LingualinkedError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.messages import StageLoaded
@@ -30,9 +29,9 @@ class Migrator:
     """Moves one model, one migration after the other.
 
     The workers load what they lack for the new plan beside their steps, sharing what they hold, and KV is copied ahead.
-    Then every session changes between two of its steps, for itself: what has changed of its KV is sent, and its next step
+    Then every session switches between two of its steps, by itself: what has changed of its KV is sent, and its next step
     runs in the stages of the new plan. Stages of the old one are freed when no session is left there. Until then
-    whatever fails leads back: sessions that have changed change again, and the new stages are freed.
+    whatever fails leads back: sessions that have switched switch again, and the new stages are freed.
 
     Parameters
     ----------
@@ -88,67 +87,82 @@ class Migrator:
             self._num_moved += 1
             self._moved_bytes += num_bytes
 
-    def run(self, plan: Plan) -> tuple[Migration, LingualinkedError | None]:
-        """Move to a plan; give what was moved, and why the old plan goes on if it does."""
-        with self._migrating:
-            migration, error = self._run(Route(next(self._versions), plan))
-        self._recorder.add_migration(migration)
-        return migration, error
+    def run(self, plan: Plan, migrations: list[Migration]) -> None:
+        """Move to a plan.
 
-    def _run(self, target: Route) -> tuple[Migration, LingualinkedError | None]:
-        source, times = self._routes.current, _Stopwatch()
-        weight_bytes = kv_bytes = 0
-        error: LingualinkedError | None = None
-        kept = source
-        with self._lock:
-            self._longest_stall_s = 0.0
-            self._num_moved = self._moved_bytes = 0
-        try:
-            for device in target.devices:
-                self._engine.wait_for_worker(device, self._timeout_s)
-            results_of(self._announce(source, target))
-            loaded = results_of(
-                request_stages(
-                    self._engine,
-                    self._model,
-                    self._spec,
-                    target,
-                    self._timeout_s,
-                    max_kv_tokens=self._max_kv_tokens,
-                    held=source,
+        Parameters
+        ----------
+        plan : Plan
+            What is to be in force.
+        migrations : list of Migration
+            What was moved is appended, also where it could not be done.
+
+        Raises
+        ------
+        LingualinkedError
+            If it could not be done; the old plan is in force.
+        """
+        with self._migrating:
+            source, target = self._routes.current, Route(next(self._versions), plan)
+            with self._lock:
+                self._longest_stall_s = 0.0
+                self._num_moved = self._moved_bytes = 0
+            progress, error = _Progress(), ""
+            try:
+                self._move(source, target, progress)
+            except BaseException as failure:
+                error = str(failure) or type(failure).__name__
+                raise
+            finally:
+                # 5) free the stages of the other route, whichever that is
+                for device in dict.fromkeys((*source.devices, *target.devices)):
+                    self._engine.tell(device, KeepPlan(model=self._model, plan_version=self._routes.current.version))
+                migration = Migration(
+                    time_s=progress.began_s,
+                    plan_version=target.version,
+                    spans_before=source.plan.spans,
+                    spans_after=target.plan.spans,
+                    weight_bytes=progress.weight_bytes,
+                    kv_bytes=progress.kv_bytes + self._moved_bytes,
+                    load_s=progress.lap_s(0),
+                    copy_s=progress.lap_s(1),
+                    switch_s=progress.lap_s(2),
+                    longest_stall_s=self._longest_stall_s,
+                    num_sessions=self._num_moved,
+                    error=error,
                 )
+                self._recorder.add_migration(migration)
+                migrations.append(migration)
+
+    def _move(self, source: Route, target: Route, progress: _Progress) -> None:
+        # 1) tell every worker what may move
+        for device in target.devices:
+            self._engine.wait_for_worker(device, self._timeout_s)
+        results_of(self._announce(source, target))
+        # 2) load what the new plan lacks
+        loaded = results_of(
+            request_stages(
+                self._engine,
+                self._model,
+                self._spec,
+                target,
+                self._timeout_s,
+                max_kv_tokens=self._max_kv_tokens,
+                held=source,
             )
-            weight_bytes = sum(cast("StageLoaded", each).num_bytes_read for each in loaded)
-            times.lap()
-            kv_bytes = self._copy_ahead(target)
-            times.lap()
-            self._routes.begin(target)
-            error = self._change_sessions()
-            times.lap()
-            kept = self._routes.target
-            self._routes.settle()
-        except LingualinkedError as failure:
-            error = failure.with_traceback(None)  # which would lead to this frame and back
-        finally:
-            for device in dict.fromkeys((*source.devices, *target.devices)):
-                self._engine.tell(device, KeepPlan(model=self._model, plan_version=kept.version))
-        return (
-            Migration(
-                time_s=times.began_s,
-                plan_version=target.version,
-                spans_before=source.plan.spans,
-                spans_after=target.plan.spans,
-                weight_bytes=weight_bytes,
-                kv_bytes=kv_bytes + self._moved_bytes,
-                load_s=times[0],
-                copy_s=times[1],
-                switch_s=times[2],
-                longest_stall_s=self._longest_stall_s,
-                num_sessions=self._num_moved,
-                error="" if error is None else str(error),
-            ),
-            error,
         )
+        progress.weight_bytes = sum(cast("StageLoaded", each).num_bytes_read for each in loaded)
+        progress.end_lap()
+        # 3) copy KV ahead, while sessions go on
+        progress.kv_bytes = self._copy_ahead(target)
+        progress.end_lap()
+        # 4) switch every session between two of its steps; one that can't leads all of them back
+        self._routes.begin(target)
+        self._switch_sessions()
+        progress.end_lap()
+        if self._routes.error is not None:
+            raise self._routes.pop_error()
+        self._routes.settle()
 
     def _announce(self, source: Route, target: Route) -> list[concurrent.futures.Future[object]]:
         """Tell workers that the model may move, there or back, until they are told which plan to keep."""
@@ -172,28 +186,29 @@ class Migrator:
             return list(self._sessions)
 
     def _copy_ahead(self, target: Route) -> int:
-        """Copy the KV of all sessions while they go on; give its bytes."""
+        """Copy the KV of all sessions while they go on; return its bytes."""
         futures = [future for session in self._living_sessions() for future in session.copy_ahead(target)]
         return sum(answer.num_bytes for answer in results_of(futures))  # type: ignore[attr-defined]
 
-    def _change_sessions(self) -> LingualinkedError | None:
-        """See every session through its change; those that run do it themselves. Give the error if one could not."""
+    def _switch_sessions(self) -> None:
+        """Wait until every session is on the target route, or back; those that run switch by themselves."""
         while waiting := [each for each in self._living_sessions() if not each.is_on(self._routes.target)]:
             for session in waiting:
                 session.follow()
-        return self._routes.error
 
 
-class _Stopwatch:
-    """Times of what is done one after the other; 0 for what was not done."""
+class _Progress:
+    """What a migration has taken so far: bytes, and the seconds of its laps, 0 of those that were not run."""
 
     def __init__(self) -> None:
+        self.weight_bytes = self.kv_bytes = 0
         self.began_s = time.monotonic()
-        self._laps = [self.began_s]
+        self._ends_s = [self.began_s]
 
-    def lap(self) -> None:
-        """Take note that something is done."""
-        self._laps.append(time.monotonic())
+    def end_lap(self) -> None:
+        """Record that one thing is done, and the next begins."""
+        self._ends_s.append(time.monotonic())
 
-    def __getitem__(self, index: int) -> float:
-        return self._laps[index + 1] - self._laps[index] if index + 1 < len(self._laps) else 0.0
+    def lap_s(self, index: int) -> float:
+        """Return the seconds of a lap."""
+        return self._ends_s[index + 1] - self._ends_s[index] if index + 1 < len(self._ends_s) else 0.0

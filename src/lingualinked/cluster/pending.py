@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from lingualinked.errors import LingualinkedError, StepTimeoutError
 from lingualinked.interrupts import wait_in_pieces
 
+_T = TypeVar("_T")
 Key = tuple[str, int, int]
 """What an answer is told by: its kind and two numbers."""
 
@@ -54,17 +57,35 @@ class Pending:
     future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
-def results_of(futures: list[concurrent.futures.Future[object]]) -> list[object]:
-    """Wait for futures and give their results; the first that fails ends the wait for the others.
+def result_of(future: concurrent.futures.Future[_T]) -> _T:
+    """Wait for a future as its ``result`` does, but raise interrupts only between two waits.
+
+    An interrupt within a wait could leave the future's lock acquired, and the thread that completes the future would block for
+    ever.
+
+    An error leads through its traceback to every frame that it has passed, and a variable there that holds the future leads
+    back to the error. Such a circle, with all that those frames hold, tensors too, would last until Python's collector
+    runs. So no frame between here and whoever handles the error may name the future, and neither does one that calls this:
+    what makes the future stands in the call itself.
+    """
+    wait_in_pieces(functools.partial(_is_done, future), math.inf)
+    try:
+        return future.result()
+    finally:
+        del future
+
+
+def results_of(futures: list[concurrent.futures.Future[_T]]) -> list[_T]:
+    """Wait for futures and return their results; the first that fails ends the wait for the others.
 
     Parameters
     ----------
     futures : list of Future
-        Emptied: a future would lead from its error to this frame and back, and only the collector would free it.
+        Emptied, so that no future is named where its error passes (`result_of`).
 
     Returns
     -------
-    list of object
+    list
         In the order of the futures.
     """
 
@@ -73,20 +94,37 @@ def results_of(futures: list[concurrent.futures.Future[object]]) -> list[object]
         return not left or any(future.exception() is not None for future in done)
 
     wait_in_pieces(is_decided, math.inf)
-    error = next((error for future in futures if future.done() and (error := future.exception()) is not None), None)
+    has_failed = [future.done() and future.exception() is not None for future in futures]
+    if any(has_failed):
+        futures[:] = [futures[has_failed.index(True)]]
+    results = []
+    while futures:
+        results.append(result_of(futures.pop(0)))
+    return results
+
+
+def settle(future: concurrent.futures.Future[_T], work: Callable[[], _T]) -> None:
+    """Do some work and put its result, or its error, in a future, which is not named while the error passes (`result_of`)."""
     try:
-        if error is not None:
-            raise error
-        return [future.result() for future in futures]
+        future.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - the waiter raises it again
+        future.set_exception(error)
     finally:
-        futures.clear()
-        del error
+        del future
+
+
+def _is_done(future: concurrent.futures.Future[_T], timeout_s: float) -> bool:
+    try:
+        future.exception(timeout_s)
+    except TimeoutError:
+        return future.done()
+    return True
 
 
 class PendingAnswers:
     """All answers that are due; used by one thread.
 
-    Every failed future gets an error of its own, made by the callable that is passed: one that were raised in several
+    Every failed future gets an error of its own, made by the callable that is passed: one that was raised in several
     threads would collect all their frames.
     """
 

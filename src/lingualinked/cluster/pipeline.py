@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -32,11 +31,10 @@ from lingualinked.interrupts import uninterrupted
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.passage.holdings import Holdings
-from lingualinked.planning.passage.transition import transition
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.plan_checks import check_memory
 from lingualinked.profile import Profile
-from lingualinked.telemetry.decisions import Decision, unmeasured
+from lingualinked.telemetry.decisions import Decision
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
 from lingualinked.weight_bytes import WeightBytes
@@ -96,7 +94,7 @@ class Pipeline:
         self._migrator = Migrator(
             self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens
         )
-        self._controller = Controller(self._engine, self._migrator.run, self._recorder)
+        self._controller = Controller(self._engine, self._routes, self._migrator.run, self._recorder)
         self._observer = Observer(
             self._engine,
             self._model,
@@ -169,7 +167,7 @@ class Pipeline:
             self._routes,
             self._budget,
             self._reach,
-            self._controller.watch,
+            self._controller.record_step,
             self._migrator.record_move,
             self.timeout_s,
             self._vocabulary,
@@ -181,15 +179,16 @@ class Pipeline:
     def measured(self) -> Profile | None:
         """The profile that decisions are made from; ``None`` if nothing is measured yet."""
         balancer = self._controller.balancer
-        return self.plan.profile if balancer is None else balancer.profile
+        return self.plan.profile if balancer is None or balancer.profile is None else balancer.profile
 
     @property
     def decides(self) -> bool:
         """Whether it can decide where layers are best (`decide_from`)."""
-        return self._controller.balancer is not None
+        balancer = self._controller.balancer
+        return balancer is not None and balancer.profile is not None
 
     def decide_from(self, profile: Profile, workload: Workload, policy: RebalancePolicy, *, is_automatic: bool) -> None:
-        """Have what is decided about layers decided from a profile; does nothing if it is already.
+        """Decide about layers from a profile from now on; does nothing if one is decided from already.
 
         Parameters
         ----------
@@ -204,11 +203,9 @@ class Pipeline:
         """
         from lingualinked.control.balancer import Balancer  # imports scipy
 
-        def balancer() -> Balancer:
-            plan = dataclasses.replace(self.plan, profile=profile, workload=self.plan.workload or workload)
-            return Balancer(plan, profile, policy, self._objective, is_automatic=is_automatic)
-
-        self._controller.decide_with(balancer)
+        workload = self.plan.workload or workload
+        balancer = Balancer(profile, policy, self._objective, workload, is_automatic=is_automatic)
+        self._controller.set_balancer(balancer)
         if is_automatic:
             self._controller.start(policy.sample_interval_s)
 
@@ -240,24 +237,15 @@ class Pipeline:
         self.check_open()
         if plan is not None:
             check_memory(plan, self.cluster.devices)
-        if self._controller.balancer is not None:
-            return self._controller.tell(lambda now: RebalanceAsked(time_s=now, plan=plan, dry_run=dry_run))
-        assert plan is not None, "without a profile there is nothing to decide from"
+        holdings = None
+        if plan is not None and not self.decides:
+            from lingualinked.control.balancer import Balancer  # stands on the solver, which a start may do without
 
-        def decision() -> Decision:
-            return unmeasured(time.monotonic(), self.plan.spans, plan.spans)
-
-        def plans() -> tuple[Plan, ...]:
-            if self.plan.spans == plan.spans:
-                return ()
-            named, ended = {*self.plan.devices, *plan.devices}, self.ended_devices
-            living = [each for each in self.cluster.devices if each.name in named or each.name not in ended]
-            return transition(self.plan, plan, Holdings.of_devices(weights, living))
-
-        if dry_run:
-            plans()  # says so if there is no way
-            return dataclasses.replace(decision(), dry_run=True)
-        return self._controller.move_through(plans, decision)
+            self._controller.set_balancer(Balancer(None, RebalancePolicy(), self._objective, is_automatic=False))
+            holdings = Holdings.of_devices(weights, self.cluster.devices)
+        return self._controller.tell(
+            lambda now: RebalanceAsked(time_s=now, plan=plan, dry_run=dry_run, holdings=holdings)
+        )
 
     def release(self, device: str) -> Decision:
         """Move all layers off a device, and place none there again.

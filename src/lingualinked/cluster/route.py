@@ -36,6 +36,8 @@ class Route:
 class Routes:
     """The route in force and the one that sessions are to change to; used by many threads.
 
+    This is the one place that says which plan is in force: a migrator sets it, and whoever decides about layers reads it.
+
     Parameters
     ----------
     first : Route
@@ -59,6 +61,12 @@ class Routes:
             if self.target is target and target is not self.current:
                 self.target, self.error = self.current, error
             return target is not self.current
+
+    def pop_error(self) -> LingualinkedError:
+        """Return why the last target was rejected, which is then no longer kept (`pending.result_of`)."""
+        error, self.error = self.error, None
+        assert error is not None, "no target was rejected"
+        return error
 
     def settle(self) -> None:
         """Put the route in force that all sessions have changed to."""

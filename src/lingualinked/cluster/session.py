@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.kv_budget import KVBudget
-from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
-from lingualinked.interrupts import result_of, uninterrupted
+from lingualinked.interrupts import uninterrupted
 from lingualinked.model.context import StepContext
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.torch_settings import read_torch_settings
@@ -99,7 +99,7 @@ class Session:
         self._running = threading.Lock()
         self._changing = threading.Lock()  # held during a step, and while it changes to another route
         self._broken_by = ""
-        self._unsaid: LingualinkedError | None = None  # what broke it between two steps, until a step says so
+        self._unsaid: list[LingualinkedError] = []  # what broke it between two steps, until a step raises it
         self._finalizer = weakref.finalize(self, _end, engine, model, number, self._place, budget)
         self._finalizer.atexit = False
 
@@ -260,7 +260,7 @@ class Session:
                 if self.ended:  # while its KV was being copied: that is no failure of the migration
                     return
                 if not self._routes.reject(target, error.with_traceback(None)):
-                    self._unsaid = error
+                    self._unsaid.append(error)
                     self._broken_by = f" with {type(error).__name__}, on its way back from a migration that failed"
                     self.end()
                 return
@@ -320,10 +320,9 @@ class Session:
 
     def _check_open(self) -> None:
         if self.ended:
-            unsaid, self._unsaid = self._unsaid, None
-            raise unsaid or ClosedError(
-                f"this session has ended{self._broken_by}: start anew with past_key_values=None"
-            )
+            if self._unsaid:
+                raise self._unsaid.pop()
+            raise ClosedError(f"this session has ended{self._broken_by}: start anew with past_key_values=None")
 
     def _step(
         self,
@@ -364,7 +363,6 @@ class Session:
         self._next_step += 1
         began_s = time.monotonic()
         try:
-            # Neither the future nor the error is kept: each would lead back here, and only the collector would free it.
             tensors = (inputs, *code.tensors, *keep)
             reply = cast("StepReply", result_of(self._engine.step(route.devices, step, tensors, self._timeout_s)))
             logits = check_reply(reply, route.devices, inputs, logits_to_keep, self._vocabulary)

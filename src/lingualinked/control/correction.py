@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from lingualinked.control.beliefs import Beliefs
+from lingualinked.control.live_profile import LiveProfile
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.profile import Profile
 from lingualinked.telemetry.samples import StepSample
@@ -28,7 +28,7 @@ class Correction:
     def __init__(self, profile: Profile) -> None:
         policy = RebalancePolicy()
         self._lock = threading.Lock()
-        self._beliefs = Beliefs(profile, policy.confidence, policy.horizon_s)
+        self._live = LiveProfile(profile, policy.confidence, policy.horizon_s)
         self._corrected = self.measured = profile
         self.num_steps = 0
 
@@ -37,7 +37,7 @@ class Correction:
         with self._lock:
             new = samples[max(0, len(samples) - (num_steps - self.num_steps)) :]  # another thread may have been first
             for sample in new[-_MOST_STEPS:]:
-                self._beliefs.observe(sample)
+                self._live.observe(sample)
             if num_steps > self.num_steps:
-                self._corrected, self.num_steps = self._beliefs.profile(), num_steps
+                self._corrected, self.num_steps = self._live.profile(), num_steps
             return self._corrected

@@ -1,4 +1,4 @@
-"""What the balancer is told, and what it asks for.
+"""What happens to a pipeline, as its balancer hears of it, and what the balancer asks for.
 
 Plain data; the time is part of every event, since the balancer has no other clock.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Plan
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision, Migration
@@ -64,11 +65,14 @@ class RebalanceAsked:
         What to move to; ``None``: what the solver finds, if it is plainly better.
     dry_run : bool
         Whether only to say what would be done.
+    holdings : Holdings or None
+        What layers take and devices have, for a plan that is given where nothing is measured.
     """
 
     time_s: float
     plan: Plan | None = None
     dry_run: bool = False
+    holdings: Holdings | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +80,14 @@ class MigrationDone:
     """The plan that was asked for is in force."""
 
     time_s: float
-    plan: Plan
     migration: Migration
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationFailed:
-    """The plan that was asked for could not be put in force; another one goes on: the old one, or one on the way."""
+    """The plan that was asked for could not be put in force; another one is: the old one, or one on the way."""
 
     time_s: float
-    plan: Plan
     error: str
 
 
@@ -102,7 +104,7 @@ Event = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class Stay:
     """Keep a decision; nothing is to be done."""
 
     decision: Decision
@@ -124,4 +126,4 @@ class Migrate:
     decision: Decision
 
 
-Instruction = Record | Migrate
+Instruction = Stay | Migrate

@@ -1,6 +1,6 @@
-"""The best plan for what is believed now, and what moving to it would save and cost.
+"""The best plan for the speeds of now, and what moving to it would save and cost.
 
-Knows plans and profiles; whether it is worth it, is decided elsewhere.
+Knows plans and profiles; not whether the move is worth it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lingualinked.telemetry.decisions import Migration, moves_between
 from lingualinked.workload import Objective, Workload
 
 _STALL_STEPS = 2.0  # that sessions wait at the switch, about
-_LOAD_BYTES_PER_S = 5e8  # until a migration has told
+_LOAD_BYTES_PER_S = 5e8  # until a migration has shown it
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +51,14 @@ class Proposal:
     moved_bytes: int
 
 
-class Rates:
-    """How fast layers have been loaded, learned from migrations."""
+class LoadRate:
+    """How fast weights are loaded, learned from migrations."""
 
     def __init__(self) -> None:
         self._load_bytes_per_s = _LOAD_BYTES_PER_S
 
     def learn(self, migration: Migration) -> None:
-        """Take in what a migration took."""
+        """Learn from a migration."""
         if migration.weight_bytes > 0 and migration.load_s > 0:
             self._load_bytes_per_s = migration.weight_bytes / migration.load_s
 
@@ -72,7 +72,7 @@ def propose(
     live: Profile,
     unusable: Sequence[str],
     objective: Objective,
-    rates: Rates,
+    load_rate: LoadRate,
     min_gain: float,
     num_sessions: int,
     *,
@@ -94,7 +94,7 @@ def propose(
         Devices on which nothing may be placed.
     objective : {"throughput", "latency", "energy"}
         What is minimised.
-    rates : Rates
+    load_rate : LoadRate
         What moving costs.
     min_gain : float
         Share of the objective's value from which on a plan is plainly better.
@@ -127,15 +127,17 @@ def propose(
         if not may_lose_exactness or len(pool) == len(usable):
             raise
         best = best_in(usable)
-    return weigh(now, best, live, objective, rates, num_sessions)
+    return weigh(now, best, live, objective, load_rate, num_sessions)
 
 
-def weigh(current: Plan, other: Plan, live: Profile, objective: Objective, rates: Rates, num_sessions: int) -> Proposal:
-    """Tell what moving from one plan to another would save and cost, with some sessions in flight."""
+def weigh(
+    current: Plan, other: Plan, live: Profile, objective: Objective, load_rate: LoadRate, num_sessions: int
+) -> Proposal:
+    """Return what moving from one plan to another would save and cost, with some sessions in flight."""
     workload = _in_flight(current, live, num_sessions)
     before, after = (dataclasses.replace(plan, profile=live).predict(workload) for plan in (current, other))
     old, new = value(before, objective), value(after, objective)
-    cost_s, moved_bytes = _cost(current, other, live, before, rates)
+    cost_s, moved_bytes = _cost(current, other, live, before, load_rate)
     return Proposal(
         plan=other,
         before_s=_step_s(before, objective),
@@ -147,7 +149,7 @@ def weigh(current: Plan, other: Plan, live: Profile, objective: Objective, rates
 
 
 def value(predicted: Prediction, objective: Objective) -> float:
-    """Give what the objective minimises."""
+    """Return what the objective minimises."""
     joules = predicted.joules_per_token
     return joules if objective == "energy" and joules is not None else _step_s(predicted, objective)
 
@@ -198,12 +200,12 @@ def _in_flight(plan: Plan, live: Profile, num_sessions: int) -> Workload:
 
 
 def _rounding(device: Device) -> tuple[str, int | None]:
-    """Give what the last bits of a device's results depend on, as far as it is known."""
+    """Return what the last bits of a device's results depend on, if known."""
     kind = device.accelerator.split(":")[0]
     return kind, device.threads if kind == "cpu" else None
 
 
-def _cost(current: Plan, other: Plan, live: Profile, before: Prediction, rates: Rates) -> tuple[float, int]:
+def _cost(current: Plan, other: Plan, live: Profile, before: Prediction, load_rate: LoadRate) -> tuple[float, int]:
     moves = moves_between(current.spans, other.spans)
     if not moves:
         return 0.0, 0
@@ -216,5 +218,5 @@ def _cost(current: Plan, other: Plan, live: Profile, before: Prediction, rates: 
         link = live.link(move.source, move.target)
         kv_bytes += num_bytes
         copy_s += link.latency_s + link.transfer_s(num_bytes)
-    cost_s = max(map(rates.load_s, loaded.values()), default=0.0) + copy_s + _STALL_STEPS * before.step_s
+    cost_s = max(map(load_rate.load_s, loaded.values()), default=0.0) + copy_s + _STALL_STEPS * before.step_s
     return cost_s if math.isfinite(cost_s) else math.inf, sum(loaded.values()) + kv_bytes

@@ -30,7 +30,7 @@ class SessionLevel:
     planned : int
         Sessions that are expected; they count until steps tell otherwise.
     horizon_s : float
-        Seconds for which a number is expected to last that has not changed lately; a window is a 24th of it.
+        Seconds for which a number is expected to last that has not changed recently; a window is a 24th of it.
     """
 
     def __init__(self, planned: int, horizon_s: float) -> None:
@@ -43,10 +43,10 @@ class SessionLevel:
 
     @property
     def num_sessions(self) -> int:
-        """The number that holds."""
+        """The number that holds now."""
         return self._num_sessions
 
-    def persistence_s(self, time_s: float) -> float:
+    def expected_stable_s(self, time_s: float) -> float:
         """Return the seconds for which the number is expected to hold: as long as it did, before or until now.
 
         Parameters
@@ -60,7 +60,7 @@ class SessionLevel:
         return min(self._horizon_s, max(shortest_s, time_s - self._changes[-1]))
 
     def observe(self, sample: StepSample) -> bool:
-        """Take in a step that has come back; say whether the number has changed."""
+        """Learn from a step that has come back; return whether the number has changed."""
         done_s = sample.time_s + sample.total_s
         self._in_flight_s += sample.total_s
         self._busy_s += max(0.0, done_s - max(self._last_done_s, sample.time_s))

@@ -1,6 +1,6 @@
 """How much slower than it was measured a device is now, told from noisy step times: a level, and when it shifted.
 
-Knows numbers and times that it is told; nothing of devices, plans or what is done about it.
+Knows numbers and times; nothing of devices, plans or what is done about it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean, of nor
 _MAD_SCALE = 1.4826  # standard deviation over median absolute deviation, likewise
 _LEAST_NOISE = 0.03  # of step times: fewer samples than it takes to know better show less by chance
 _FEWEST = 8  # samples from which noise is estimated
-_FIRST_NOISE = 0.2  # taken for granted before that, and counted as so many samples later
+_FIRST_NOISE = 0.2  # assumed before that, and counted as so many samples later
 _FIRST_WEIGHT = 2
 _MOST_SHIFTS = 16
 
@@ -72,15 +72,15 @@ class SpeedLevel:
         """Whether there have been enough samples to know the level."""
         return self._is_settled
 
-    def persistence_s(self, time_s: float, horizon_s: float, size: float) -> float:
-        """Give the seconds for which it is expected not to shift much: as long as it did not, before or until now.
+    def expected_stable_s(self, time_s: float, horizon_s: float, size: float) -> float:
+        """Return the seconds for which it is expected not to shift much: as long as it did not, before or until now.
 
         Parameters
         ----------
         time_s : float
             Now.
         horizon_s : float
-            What is expected of a device that has not shifted much of late; it is also how long a shift counts as of late.
+            What is expected of a device that has not shifted much recently; it is also how long a shift counts as recent.
         size : float
             Logarithm of the factor from which on a shift is much.
         """
@@ -91,7 +91,7 @@ class SpeedLevel:
         return min(horizon_s, max(shortest_s, time_s - times_s[-1]))
 
     def add(self, time_s: float, observed_s: float, predicted_s: float) -> bool:
-        """Take in one step's time; say whether the level has shifted.
+        """Learn from one step's time; return whether the level has shifted.
 
         Parameters
         ----------
@@ -102,7 +102,7 @@ class SpeedLevel:
         """
         if not (observed_s > 0 and predicted_s > 0):
             return False
-        self._take(math.log(observed_s / predicted_s))
+        self._add_sample(math.log(observed_s / predicted_s))
         shift = self._shift()
         if shift is None:
             if len(self._sorted) >= _FEWEST:
@@ -120,7 +120,7 @@ class SpeedLevel:
         self._sorted = sorted(self._samples)
         return True
 
-    def _take(self, sample: float) -> None:
+    def _add_sample(self, sample: float) -> None:
         self._count += 1
         self._samples.append(sample)
         bisect.insort(self._sorted, sample)
@@ -128,7 +128,7 @@ class SpeedLevel:
             del self._sorted[bisect.bisect_left(self._sorted, self._samples.popleft())]
 
     def _shift(self) -> tuple[int, float] | None:
-        """Give the shortest window that shows a shift, and the level that it shows; None if none does."""
+        """Return the shortest window that shows a shift, and the level that it shows; None if none does."""
         if not self._is_settled:
             return None
         for window in _WINDOWS:

@@ -45,7 +45,7 @@ class Decision(Shown):
     action : {"move", "stay"}
         The decision.
     trigger : str
-        What caused the decision, e.g. ``"a step on 'phone' takes 4.10 times as long as before"``.
+        What caused the decision, e.g. ``"device 'phone' takes 4.10 times as long as before"``.
     reason : str
         Why, in words, with the numbers.
     spans_before : tuple of (str, int, int)
@@ -152,25 +152,6 @@ class Migration(Shown):
             return f"could not move {moves}: {self.error}"
         took = seconds_text(self.load_s + self.copy_s + self.switch_s)
         return f"moved {moves} in {took}; longest stall {seconds_text(self.longest_stall_s)}"
-
-
-def unmeasured(time_s: float, before: tuple[Span, ...], after: tuple[Span, ...]) -> Decision:
-    """Return the decision for a plan given by the user while nothing is measured: all its numbers are 0."""
-    return Decision(
-        time_s=time_s,
-        action="stay" if before == after else "move",
-        trigger="rebalance was called with a plan",
-        reason="the plan was given",
-        spans_before=before,
-        spans_after=after,
-        before_s=0.0,
-        after_s=0.0,
-        gain_s=0.0,
-        cost_s=0.0,
-        horizon_s=0.0,
-        moved_bytes=0,
-        slowdowns={},
-    )
 
 
 def moves_between(before: Iterable[Span], after: Iterable[Span]) -> tuple[Move, ...]:

@@ -229,7 +229,7 @@ def test_a_released_device_is_emptied_whatever_it_costs_and_stays_empty() -> Non
     line.run(500, slow_from("a", 300))
     assert line.num_layers("b") == 0
     line.tell(DeviceJoined(time_s=line.time_s, device="b", profile=THREE))
-    assert line.balancer.handle(RebalanceAsked(time_s=line.time_s, dry_run=True)) is not None
+    assert line.balancer.handle(RebalanceAsked(time_s=line.time_s, dry_run=True), line.plan) is not None
 
 
 def test_a_device_that_is_needed_can_not_be_released() -> None:
@@ -297,7 +297,7 @@ def test_an_exact_plan_is_left_only_for_one_that_is() -> None:
     line.run(500, slow_from("b", 100))
     assert line.moved_at
     assert line.num_layers("c") == 0
-    assert line.balancer.plan.exact
+    assert line.plan.exact
 
 
 def test_prefill_alone_tells_speeds_too() -> None:
@@ -314,7 +314,7 @@ def test_while_layers_move_nothing_else_is_asked_for() -> None:
     said = line.tell(RebalanceAsked(time_s=line.time_s, plan=ll.Plan.from_spans([("a", 0, 24)])))
     assert said is not None
     for _ in range(10):
-        instruction = line.balancer.handle(RebalanceAsked(time_s=line.time_s, dry_run=True))
+        instruction = line.balancer.handle(RebalanceAsked(time_s=line.time_s, dry_run=True), line.plan)
         assert not isinstance(instruction, Migrate)
 
 
@@ -354,7 +354,7 @@ def test_a_plan_that_memory_leaves_no_way_to_is_refused_by_name() -> None:
     plan = ll.Plan.from_spans([("a", 0, 12), ("b", 12, 24)], profile=tight)
     balancer = SimulatedPipeline(tight, plan, is_automatic=False).balancer
     with pytest.raises(InfeasiblePlanError, match=r"device '[ab]' would hold .* short, .* order \(a, b\)") as caught:
-        balancer.handle(RebalanceAsked(time_s=1.0, plan=swapped))
+        balancer.handle(RebalanceAsked(time_s=1.0, plan=swapped), plan)
     assert caught.value.missing_bytes is not None
     assert 100 * MIB < caught.value.missing_bytes < 136 * MIB
 

@@ -8,8 +8,8 @@ import pytest
 
 import lingualinked as ll
 from histories import timing
-from lingualinked.control.beliefs import Beliefs
 from lingualinked.control.correction import Correction
+from lingualinked.control.live_profile import LiveProfile
 from lingualinked.planning.workload_costs import stage_s
 from lingualinked.profile import Profile
 from lingualinked.telemetry.samples import StepSample
@@ -73,13 +73,13 @@ def test_steps_count_once_whoever_asks() -> None:
     assert correction.observe(8, steps[:8]) is first
     assert correction.observe(13, [*steps[6:], step(12, slowdown=0.5)]) is not first
     assert correction.num_steps == 13
-    assert correction._beliefs["a"].decode.num_samples == 13
+    assert correction._live["a"].decode.num_samples == 13
 
 
 def test_a_profile_without_doubt_is_not_corrected_by_single_steps() -> None:
-    beliefs = Beliefs(MADE, confidence=5.0, horizon_s=60.0)
-    beliefs.observe(step(0, slowdown=40.0, tokens=64))
+    live = LiveProfile(MADE, confidence=5.0, horizon_s=60.0)
+    live.observe(step(0, slowdown=40.0, tokens=64))
     for number in range(1, 10):
-        beliefs.observe(step(number, slowdown=1.0))
-    assert layer_s(beliefs.profile(), "a", 64) == pytest.approx(layer_s(MADE, "a", 64))
-    assert beliefs.profile().doubt == ""
+        live.observe(step(number, slowdown=1.0))
+    assert layer_s(live.profile(), "a", 64) == pytest.approx(layer_s(MADE, "a", 64))
+    assert live.profile().doubt == ""

@@ -84,11 +84,11 @@ def test_a_short_burst_changes_nothing() -> None:
 def test_what_keeps_changing_is_expected_to_change_again() -> None:
     level = SessionLevel(1, horizon_s=60.0)
     time_s = 0.0
-    assert level.persistence_s(time_s) == 60.0
+    assert level.expected_stable_s(time_s) == 60.0
     for num_sessions in (1, 8, 1, 8):
         time_s = run(level, num_sessions, time_s, 10.0)
-    assert level.persistence_s(time_s) < 15.0
-    assert level.persistence_s(time_s + 100.0) == 60.0
+    assert level.expected_stable_s(time_s) < 15.0
+    assert level.expected_stable_s(time_s + 100.0) == 60.0
 
 
 def pipeline(num_sessions: int, **arguments: object) -> SimulatedPipeline:

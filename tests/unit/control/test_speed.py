@@ -68,12 +68,12 @@ def test_a_first_step_that_is_slow_moves_nothing() -> None:
 def test_a_speed_lasts_as_long_as_speeds_did_of_late() -> None:
     level, rng = SpeedLevel(5.0), random.Random(0)
     feed(level, 1.0, 100, NOISES["3 %"], rng)
-    assert level.persistence_s(100, 60, 0.5) == 60
+    assert level.expected_stable_s(100, 60, 0.5) == 60
     for turn in range(4):
         feed(level, 4.0 if turn % 2 == 0 else 1.0, 15, NOISES["3 %"], rng, 100 + 15 * turn)
-    assert level.persistence_s(160, 60, 0.5) < 20
-    assert level.persistence_s(160, 60, 3.0) == 60  # by so much it did not shift
-    assert level.persistence_s(300, 60, 0.5) == 60  # it has been steady since
+    assert level.expected_stable_s(160, 60, 0.5) < 20
+    assert level.expected_stable_s(160, 60, 3.0) == 60  # by so much it did not shift
+    assert level.expected_stable_s(300, 60, 0.5) == 60  # it has been steady since
 
 
 @pytest.mark.parametrize(("observed_s", "predicted_s"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])

@@ -1,6 +1,6 @@
-"""What is believed of devices and links now, from what steps and looks have told: a live profile.
+"""A profile that follows what running steps show: how devices and links are now.
 
-Knows profiles and samples; nothing is decided here.
+Knows profiles and samples; decides nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CONTEXT_STEP = 32  # tokens of context within which a step is taken to cost the
 _MOST_SHAPES = 4096  # of steps, whose predicted times are remembered
 
 
-class DeviceBelief:
+class DeviceEstimate:
     """One device: its speed in either phase, its memory, and whether it may be used.
 
     Parameters
@@ -27,7 +27,7 @@ class DeviceBelief:
     confidence : float
         Of its `SpeedLevel`.
     horizon_s : float
-        Seconds for which its speed counts once it is not used any more; twice as many each time that it is tried again.
+        Seconds for which its speed counts after its last step; twice as many each time that it is tried again.
     """
 
     def __init__(self, confidence: float, horizon_s: float) -> None:
@@ -50,15 +50,15 @@ class DeviceBelief:
         """Whether its speed is known."""
         return self.level.is_settled and not self.is_forgotten
 
-    def see(self, time_s: float) -> None:
-        """Take note that it has run a step."""
+    def record_step(self, time_s: float) -> None:
+        """Record that it has run a step."""
         self.seen_s = time_s
         if self.is_forgotten:
             self.is_forgotten = False
             self.remembered_s *= 2
 
-    def forget(self, time_s: float) -> bool:
-        """Forget its speed if it was seen long ago; say whether that is so now and was not before."""
+    def forget_if_unseen(self, time_s: float) -> bool:
+        """Forget its speed if its last step was long ago; return whether that is so now and was not before."""
         if self.is_forgotten or self.seen_s is None or time_s - self.seen_s <= self.remembered_s:
             return False
         self.is_forgotten = True
@@ -79,8 +79,8 @@ class DeviceBelief:
         return prefill, decode
 
 
-class Beliefs:
-    """All devices and links of a profile, as they are believed to be.
+class LiveProfile:
+    """The devices and links of a profile, as steps have shown them since.
 
     Parameters
     ----------
@@ -89,44 +89,44 @@ class Beliefs:
     confidence : float
         Of each `SpeedLevel`.
     horizon_s : float
-        Of each `DeviceBelief`.
+        Of each `DeviceEstimate`.
     """
 
     def __init__(self, profile: Profile, confidence: float, horizon_s: float) -> None:
         self._confidence = confidence
         self._horizon_s = horizon_s
-        self._devices: dict[str, DeviceBelief] = {}
+        self._devices: dict[str, DeviceEstimate] = {}
         self._links: dict[tuple[str, str], SpeedLevel] = {}
         self._predicted_s: dict[tuple[object, ...], float] = {}
         self.extend(profile)
 
-    def __getitem__(self, device: str) -> DeviceBelief:
+    def __getitem__(self, device: str) -> DeviceEstimate:
         return self._devices[device]
 
     def __contains__(self, device: str) -> bool:
         return device in self._devices
 
     def extend(self, profile: Profile) -> None:
-        """Take a profile that has more devices; those that are there already keep what is believed of them."""
+        """Go on with a profile that has more devices; of those that are there already, estimates stay."""
         self.measured = profile
         self._measured_links = {(link.source, link.target): link for link in profile.links}
         self._predicted_s.clear()
         for name in profile.names:
-            self._devices.setdefault(name, DeviceBelief(self._confidence, self._horizon_s))
+            self._devices.setdefault(name, DeviceEstimate(self._confidence, self._horizon_s))
         for ends in self._measured_links:
             self._links.setdefault(ends, SpeedLevel(self._confidence))
 
     def observe(self, sample: StepSample) -> dict[str, float]:
-        """Take in a step; give the devices whose speed has shifted, and how many times as long they take now."""
+        """Learn from a step; return the devices whose speed has shifted, and how many times as long they take now."""
         shifted: dict[str, float] = {}
         done_s = sample.time_s + sample.total_s
         source, num_bytes = CALLER, HEADER_BYTES
         for stage in sample.stages:
-            belief = self._devices.get(stage.device)
-            if belief is None:
+            estimate = self._devices.get(stage.device)
+            if estimate is None:
                 return shifted
-            belief.see(done_s)
-            level = belief.decode if sample.is_decode else belief.prefill
+            estimate.record_step(done_s)
+            level = estimate.decode if sample.is_decode else estimate.prefill
             before, was_settled = level.slowdown, level.is_settled
             if level.add(done_s, stage.compute_s, self._stage_s(stage, sample)) and was_settled:
                 shifted[stage.device] = level.slowdown / before
@@ -137,25 +137,25 @@ class Beliefs:
             source, num_bytes = stage.device, stage.sent_bytes
         return shifted
 
-    def forget(self, time_s: float, used: Iterable[str]) -> list[str]:
-        """Forget the speeds of devices that are not used and were seen long ago: they may be faster by now; say which."""
+    def forget_unused(self, time_s: float, used: Iterable[str]) -> list[str]:
+        """Forget the speeds of devices that are not used and were seen long ago: they may be faster by now; return which."""
         idle = self._devices.keys() - set(used)
-        return sorted(name for name in idle if self._devices[name].forget(time_s))
+        return sorted(name for name in idle if self._devices[name].forget_if_unseen(time_s))
 
-    def persistence_s(self, time_s: float, horizon_s: float, size: float) -> float:
-        """Give the seconds for which no device is expected to shift by ``size`` (`SpeedLevel.persistence_s`)."""
-        return min(belief.level.persistence_s(time_s, horizon_s, size) for belief in self._devices.values())
+    def expected_stable_s(self, time_s: float, horizon_s: float, size: float) -> float:
+        """Return the seconds for which no device is expected to shift by ``size`` (`SpeedLevel.expected_stable_s`)."""
+        return min(estimate.level.expected_stable_s(time_s, horizon_s, size) for estimate in self._devices.values())
 
     def error(self, devices: Iterable[str]) -> float:
-        """Give the largest standard error of the devices' speeds, as a share."""
+        """Return the largest standard error of the devices' speeds, as a share."""
         return max(self._devices[name].level.error for name in devices)
 
     def slowdowns(self) -> dict[str, float]:
-        """Give how many times slower than measured each device decodes; one that was never seen as the best of the others."""
+        """Return how many times slower than measured each device decodes; of one that was never seen, what the best of the others has."""
         return {name: decode for name, (_, decode) in self._all_slowdowns().items()}
 
     def profile(self) -> Profile:
-        """Give the profile of now."""
+        """Return the profile of now."""
         slowdowns = self._all_slowdowns()
         return dataclasses.replace(
             self.measured,
@@ -165,18 +165,18 @@ class Beliefs:
         )
 
     def unusable(self) -> tuple[str, ...]:
-        """Give the devices on which nothing may be placed."""
-        return tuple(name for name, belief in self._devices.items() if not belief.is_usable)
+        """Return the devices on which nothing may be placed."""
+        return tuple(name for name, estimate in self._devices.items() if not estimate.is_usable)
 
     def _all_slowdowns(self) -> dict[str, tuple[float, float]]:
         # Steps cost more in a pipeline than where layers are measured alone, on every device alike.
         unseen = min((each.level.slowdown for each in self._devices.values() if each.is_settled), default=1.0)
         is_doubtful = bool(self.measured.doubt)
-        return {name: belief.slowdowns(unseen, is_doubtful=is_doubtful) for name, belief in self._devices.items()}
+        return {name: estimate.slowdowns(unseen, is_doubtful=is_doubtful) for name, estimate in self._devices.items()}
 
     def _doubt(self) -> str:
         """Say why the profile can't be trusted yet: steps settle the devices that run them."""
-        settled = [name for name, belief in self._devices.items() if belief.is_settled]
+        settled = [name for name, estimate in self._devices.items() if estimate.is_settled]
         if not self.measured.doubt or len(settled) == len(self._devices):
             return ""
         corrected = f"; steps have corrected {', '.join(settled)} since" if settled else ""
