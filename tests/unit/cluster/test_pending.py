@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from lingualinked.cluster.pending import Pending, PendingAnswers
+from lingualinked.cluster.pending import Pending, PendingAnswers, result_of, results_of, settle
 from lingualinked.errors import ClosedError, StepTimeoutError, WorkerDiedError
 
 STEP, OTHER = ("step", 1, 0), ("step", 2, 0)
@@ -100,3 +105,45 @@ def test_every_waiting_thread_gets_an_error_of_its_own(answers: PendingAnswers) 
     first, second = (future.exception(0) for future in futures)
     assert isinstance(first, ClosedError)
     assert first is not second
+
+
+class Large:
+    """What a frame holds, as a tensor would be."""
+
+
+def test_an_error_that_is_raised_keeps_no_frame_alive() -> None:
+    def fail() -> None:
+        raise ClosedError("closed")
+
+    def failed() -> Future[None]:
+        future: Future[None] = Future()
+        settle(future, fail)
+        return future
+
+    def step(large: Large, wait: Callable[[], object]) -> None:
+        wait()
+
+    large = Large()
+    held, was_enabled = weakref.ref(large), gc.isenabled()
+    gc.disable()
+    try:
+        for wait in (lambda: result_of(failed()), lambda: results_of([failed(), failed()])):
+            with contextlib.suppress(ClosedError):
+                step(large, wait)
+        del large
+        assert held() is None
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def test_results_come_in_order_and_the_first_error_ends_the_wait() -> None:
+    done: list[Future[int]] = [Future(), Future()]
+    done[1].set_result(2)
+    done[0].set_result(1)
+    assert results_of(done) == [1, 2]
+    assert not done
+    failed: Future[int] = Future()
+    failed.set_exception(ClosedError("closed"))
+    with pytest.raises(ClosedError):
+        results_of([Future(), failed])
