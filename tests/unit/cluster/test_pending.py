@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -117,7 +118,9 @@ def test_an_error_that_is_raised_keeps_no_frame_alive() -> None:
 
     def failed() -> Future[None]:
         future: Future[None] = Future()
-        settle(future, fail)
+        thread = threading.Thread(target=settle, args=(future, fail))
+        thread.start()
+        thread.join()
         return future
 
     def step(large: Large, wait: Callable[[], object]) -> None:
