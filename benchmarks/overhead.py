@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lingualinked as ll
-from lingualinked.cli.samples import Samples, ratios
+from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.model.span_loading import load_span
 from lingualinked.model.spec import ModelSpec
@@ -98,7 +98,7 @@ def _measure(sharded: Any, unsharded: Any, context: int, new_tokens: int, repeat
         speeds["unsharded"].append(_tokens_per_s(unsharded, ids, new_tokens))
         speeds["sharded"].append(_tokens_per_s(sharded, ids, new_tokens))
         hops_us.append(_hop_us(sharded, ids))
-    ours, theirs = Samples(speeds["sharded"]), Samples(speeds["unsharded"])
+    ours, theirs = Repeats(speeds["sharded"]), Repeats(speeds["unsharded"])
     return Rows(
         f"Decode at context {context}, 2 workers x 1 thread against 1 thread, median of {repeats}",
         ("what", "measured"),
@@ -106,7 +106,7 @@ def _measure(sharded: Any, unsharded: Any, context: int, new_tokens: int, repeat
             ("unsharded, tokens/s", theirs.text()),
             ("sharded, tokens/s", ours.text()),
             ("ratio", ratios(ours, theirs).text(3)),
-            ("one of 3 hops", Samples(hops_us).text(0, " µs")),
+            ("one of 3 hops", Repeats(hops_us).text(0, " µs")),
         ],
     )
 
@@ -125,7 +125,7 @@ def _measure_watching(plain: Any, watched: Any, context: int, repeats: int) -> R
             speeds[name].append(_tokens_per_s(model, ids, _WATCHED_TOKENS))
             if model is watched:
                 shares.append(100 * (_control_s() - used_s) / (time.perf_counter() - began_s))
-    with_it, without = Samples(speeds["watched"]), Samples(speeds["plain"])
+    with_it, without = Repeats(speeds["watched"]), Repeats(speeds["plain"])
     return Rows(
         f"Decode watched for rebalancing against not, {_WATCHED_TOKENS} tokens, median of {2 * repeats}",
         ("what", "measured"),
@@ -133,7 +133,7 @@ def _measure_watching(plain: Any, watched: Any, context: int, repeats: int) -> R
             ("not watched, tokens/s", without.text()),
             ("watched, tokens/s", with_it.text()),
             ("ratio", ratios(with_it, without).text(3)),
-            ("processor time of the thread that decides", Samples(shares).text(2, " %")),
+            ("processor time of the thread that decides", Repeats(shares).text(2, " %")),
         ],
     )
 
@@ -161,7 +161,7 @@ def _hop_us(sharded: Any, ids: torch.Tensor) -> float:
         elapsed_us = (time.perf_counter() - started) * 1e6
         computed_us = [stage.compute_s * 1e6 for stage in past.session.last_step.stages]
         hops.append((elapsed_us - sum(computed_us)) / (len(computed_us) + 1))
-    return Samples(hops).median
+    return Repeats(hops).median
 
 
 class _Clock:

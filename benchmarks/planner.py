@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 
-from lingualinked.cli.samples import Samples
+from lingualinked.cli.repeats import Repeats
 from lingualinked.console import new_console
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.quantities import count_text
@@ -58,7 +58,7 @@ def _times(repeats: int) -> Rows:
             gaps.append(100 * (solution.value / solution.lower_bound - 1))
         of = "full pipeline" if math.isinf(num_sessions) else count_text(int(num_sessions), "session")
         what = f"{num_layers} x {num_devices}, {'fixed' if fixed else 'free'} order, {objective}, {of}"
-        rows.append((what, Samples(seconds).text(2, " s"), Samples(gaps).text(2, " %")))
+        rows.append((what, Repeats(seconds).text(2, " s"), Repeats(gaps).text(2, " %")))
     return Rows(f"Time to solve, median of {repeats} (fastest to slowest)", ("layers x devices", "time", "gap"), rows)
 
 
@@ -78,8 +78,8 @@ def _gaps() -> Rows:
             (
                 str(num_kinds or "all"),
                 str(len(gaps[num_kinds])),
-                Samples(gaps[num_kinds]).text(2, " %"),
-                Samples(above[num_kinds]).text(1, " %"),
+                Repeats(gaps[num_kinds]).text(2, " %"),
+                Repeats(above[num_kinds]).text(1, " %"),
             )
             for num_kinds in (1, 2, 3, 0)
         ],

@@ -15,7 +15,7 @@ import torch
 import lingualinked as ll
 from benchmarks.overhead import SHAPE
 from lingualinked.cli.bench import Speed, draw_prompt, generate
-from lingualinked.cli.samples import Samples, ratios
+from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.cluster.devices import usable_cores
 from lingualinked.console import new_console
 from lingualinked.tables import Rows
@@ -89,7 +89,7 @@ def _figures(plan: ll.Plan, measured: Speed, workload: ll.Workload) -> Any:
         ("first token, ms", measured.first_token_s, predicted.first_token_s, None, 1e3),
         ("full pipeline, tokens/s", measured.tokens_per_s, predicted.tokens_per_s, simulated.tokens_per_s, 1.0),
     ):
-        found = Samples([scale * value for value in values])
+        found = Repeats([scale * value for value in values])
         rows.append(
             (
                 what,
@@ -103,10 +103,10 @@ def _figures(plan: ll.Plan, measured: Speed, workload: ll.Workload) -> Any:
 
 
 def _worth(plans: dict[str, ll.Plan], measured: dict[str, Speed]) -> Any:
-    solved = Samples(measured["solved"].tokens_per_s)
+    solved = Repeats(measured["solved"].tokens_per_s)
     rows = []
     for name, plan in plans.items():
-        found = Samples(measured[name].tokens_per_s)
+        found = Repeats(measured[name].tokens_per_s)
         spans = ", ".join(f"{stage.device} {stage.num_layers}" for stage in plan.stages)
         rows.append((name, spans, f"{plan.predicted.tokens_per_s:.1f}", found.text(1), ratios(solved, found).text(2)))
     return ("plan", "layers", "predicted", "measured", "solved over it"), rows

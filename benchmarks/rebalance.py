@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 import lingualinked as ll
 from benchmarks.overhead import SHAPE, VOCABULARY, unsharded_dummy
-from lingualinked.cli.samples import Samples, ratios
+from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
-from lingualinked.display.decisions import decision_line, migration_line
+from lingualinked.display.decisions_view import decision_line, migration_line
 from lingualinked.quantities import seconds_text
 from lingualinked.tables import Rows
 
@@ -125,8 +125,8 @@ def _speeds(before: float, seen: dict[str, list[float]], spans: dict[str, str], 
     rows += [
         (
             name,
-            Samples(values).text(1),
-            ratios(Samples(seen["rebalanced"]), Samples(values)).text(),
+            Repeats(values).text(1),
+            ratios(Repeats(seen["rebalanced"]), Repeats(values)).text(),
             spans[name],
         )
         for name, values in seen.items()
@@ -148,7 +148,7 @@ def _move(telemetry: ll.Telemetry, slowed_s: float) -> Rows:
     ends = sorted((step.time_s + step.total_s, step) for step in telemetry.steps if step.is_decode)
     all_ends = sorted(step.time_s + step.total_s for step in telemetry.steps)
     num_steps = sum(slowed_s <= end <= moves[0].time_s for end, _ in ends)
-    normal_s = Samples([step.total_s for end, step in ends if end < slowed_s]).median
+    normal_s = Repeats([step.total_s for end, step in ends if end < slowed_s]).median
     stalls, waits = [], []
     for migration in migrations:
         took_s = migration.load_s + migration.copy_s + migration.switch_s

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lingualinked as ll
-from lingualinked.cli.samples import Samples
+from lingualinked.cli.repeats import Repeats
 from lingualinked.console import new_console
 from lingualinked.quantities import bytes_text, count_text, seconds_text
 from lingualinked.tables import Rows
@@ -134,7 +134,7 @@ def _resident_bytes(cluster: ll.Cluster) -> int:
 
 def _table(migrations: Any, load: _Load, resident: list[int], elapsed_s: float) -> Rows:
     def times(values: list[float]) -> str:
-        return f"{seconds_text(Samples(values).median)}, at most {seconds_text(max(values))}"
+        return f"{seconds_text(Repeats(values).median)}, at most {seconds_text(max(values))}"
 
     rows = [
         (

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lingualinked.cli.samples import Samples, ratios
+from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.device import Device, Link
 from lingualinked.errors import LingualinkedError
@@ -106,7 +106,7 @@ def run_planned_start(devices: Sequence[Device], links: Mapping[tuple[str, str],
             for times, script in ((even, even_script), (first, planned_script), (again, planned_script)):
                 times.append(_timed(script, {"XDG_CACHE_HOME": str(kept)})["first"])
     rows = [
-        ("split evenly, nothing measured", Samples(even).text(unit=" s")),
+        ("split evenly, nothing measured", Repeats(even).text(unit=" s")),
         ("measured and solved, added", _differences(first, even).text(unit=" s")),
         ("read from disk, added", _differences(again, even).text(unit=" s")),
     ]
@@ -114,8 +114,8 @@ def run_planned_start(devices: Sequence[Device], links: Mapping[tuple[str, str],
     new_console().print(Rows(title, ("what", "measured"), rows).to_rich())
 
 
-def _differences(left: list[float], right: list[float]) -> Samples:
-    return Samples([a - b for a, b in zip(left, right, strict=True)])
+def _differences(left: list[float], right: list[float]) -> Repeats:
+    return Repeats([a - b for a, b in zip(left, right, strict=True)])
 
 
 def run_start(devices: Sequence[Device], links: Mapping[tuple[str, str], Link], repeats: int) -> None:
@@ -131,10 +131,10 @@ def run_start(devices: Sequence[Device], links: Mapping[tuple[str, str], Link], 
         sharded.append(times["first"])
         second.append(times["second"])
     rows = [
-        ("one plain process", Samples(plain).text(unit=" s")),
-        (f"{count_text(len(devices), 'worker')}, from nothing", Samples(sharded).text(unit=" s")),
-        ("ratio", ratios(Samples(sharded), Samples(plain)).text()),
-        ("a second model on the same cluster", Samples(second).text(unit=" s")),
+        ("one plain process", Repeats(plain).text(unit=" s")),
+        (f"{count_text(len(devices), 'worker')}, from nothing", Repeats(sharded).text(unit=" s")),
+        ("ratio", ratios(Repeats(sharded), Repeats(plain)).text()),
+        ("a second model on the same cluster", Repeats(second).text(unit=" s")),
     ]
     new_console().print(Rows(f"Time to the first token, median of {repeats}", ("what", "measured"), rows).to_rich())
 

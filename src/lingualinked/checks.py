@@ -1,6 +1,6 @@
-"""Whether a value is a number that can be used. True and False are none, although Python counts them as integers.
+"""Checks of numbers that users pass. True and False are refused, although Python treats them as integers.
 
-Knows no field: whoever refuses a value says what it is.
+Knows no field; callers pass its name or the whole message.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from lingualinked.errors import ArgumentError
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is an integer or a float, which may be infinite or not a number."""
+    """Return whether a value is an integer or a float, including infinity and NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_integer(value: object, *, at_least: int) -> TypeGuard[int]:
-    """Whether it is an integer from so many on."""
+    """Return whether a value is an integer of at least ``at_least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
 def check_positive(value: object, field: str) -> float:
-    """Return a positive, finite number; refuse anything else, by the name of its field."""
+    """Check that a value is a positive, finite number, and return it; ``field`` is its name in the error."""
     if not is_number(value) or not 0 < value < math.inf:
         raise ArgumentError(f"{field}={value!r} must be a positive, finite number")
     return value
 
 
 def as_float(value: object, refusal: str) -> float:
-    """Return a number as a float, an integer beyond all floats as infinity; refuse anything else with these words."""
+    """Return a number as a float, or infinity for an integer beyond all floats; for other values raise ``refusal``."""
     if not is_number(value):
         raise ArgumentError(refusal)
     try:

@@ -155,8 +155,8 @@ class Device:
     latency : float, str or None
         Of the device's network connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is emulated.
     watts : float or None
-        Power while it computes, for ``objective="energy"``; ``None``: measured with the model where the machine says it,
-        by RAPL for processors and by NVML for NVIDIA's GPUs (`DeviceProfile.watts`).
+        Power while it computes, for ``objective="energy"``; ``None``: measured with the model if the machine has
+        counters, by RAPL for processors and by NVML for NVIDIA's GPUs (`DeviceProfile.watts`).
     trusted : bool
         Whether it may see token ids and logits. As soon as one device is marked, only marked devices may.
 

@@ -1,6 +1,6 @@
-"""What this machine's processor is called.
+"""Finds the name of this machine's processor.
 
-Knows the operating system's word for it, not what it can do.
+Knows what the operating system reports, not what the processor can do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """Return the model of the processor, or its architecture where the system says no more."""
+    """Return the model of the processor, or its architecture if the system reports no model."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
             if line.startswith("model name"):

@@ -180,7 +180,7 @@ class DeviceProfile:
 
     @property
     def watts(self) -> float | None:
-        """Power while it computes: what `Device.watts` says, or else what was measured; ``None`` if neither is known."""
+        """Power while computing: `Device.watts` if given, else the measured power; ``None`` if neither is known."""
         return self.measured_watts if self.device.watts is None else self.device.watts
 
     @property

@@ -19,7 +19,7 @@ class WeightBytes:
     prologue, epilogue : int
         Bytes that only the first and only the last stage needs; a tied embedding counts in both.
     tied : int
-        Bytes counted in both, held once by a stage that has both ends.
+        Bytes counted in both, which a stage with both ends holds once.
     """
 
     layers: tuple[int, ...]
@@ -32,5 +32,5 @@ class WeightBytes:
         return sum(self.layers[start:end]) + self.of_ends(has_first=start == 0, has_last=end == len(self.layers))
 
     def of_ends(self, *, has_first: bool, has_last: bool) -> int:
-        """Return the bytes beside layers of what holds the first layer, the last one or both: what is tied counts once."""
+        """Return the bytes of prologue and epilogue in a stage; tied weights count once."""
         return self.prologue * has_first + self.epilogue * has_last - self.tied * (has_first and has_last)

@@ -92,7 +92,7 @@ def test_no_circle_among_modules() -> None:
 
 def test_the_layers_are_the_contracts() -> None:
     assert place_of("lingualinked.cli.app") < place_of(FACE) < place_of("lingualinked.sharded.model")
-    assert not is_downward("lingualinked.planning.plan", "lingualinked.display.plan")
+    assert not is_downward("lingualinked.planning.plan", "lingualinked.display.plan_view")
     assert not is_downward("lingualinked.planning.plan", "lingualinked.telemetry.samples")  # side by side
 
 

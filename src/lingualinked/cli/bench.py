@@ -17,9 +17,9 @@ import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.demo import unsharded
 from lingualinked.cli.plan import load_format_of
-from lingualinked.cli.samples import Samples, ratios
+from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
-from lingualinked.display.plan import plan_rows
+from lingualinked.display.plan_view import plan_rows
 from lingualinked.quantities import count_text
 from lingualinked.tables import Rows
 
@@ -55,7 +55,7 @@ class Speed:
                 started = time.perf_counter()
                 model(ids[:, -1:], past_key_values=past)
                 steps.append(time.perf_counter() - started)
-        self.step_s.append(Samples(steps).median)
+        self.step_s.append(Repeats(steps).median)
 
     def time_sessions(self, model: Any, workload: ll.Workload, num_threads: int) -> None:
         """Time one answer per session, with as many sessions at once as there are threads."""
@@ -156,10 +156,10 @@ def _rows(workload: ll.Workload, predicted: ll.Prediction | None, speeds: dict[s
         ("decode step, ms", "step_s", 1e3),
         (f"tokens/s with {sessions}", "tokens_per_s", 1.0),
     ):
-        ours = Samples([scale * value for value in getattr(measured, name)])
+        ours = Repeats([scale * value for value in getattr(measured, name)])
         row = [what, "" if predicted is None else f"{scale * getattr(predicted, name):.1f}", ours.text(1)]
         if beside is not None:
-            theirs = Samples([scale * value for value in getattr(beside, name)])
+            theirs = Repeats([scale * value for value in getattr(beside, name)])
             row += [theirs.text(1), ratios(ours, theirs).text(2)]
         rows.append(tuple(row))
     columns: tuple[str, ...] = ("what", "predicted", "measured")

@@ -14,8 +14,8 @@ from typing import Any
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
 from lingualinked.console import new_console
-from lingualinked.display.plan import plan_rows
-from lingualinked.display.telemetry import telemetry_rows
+from lingualinked.display.plan_view import plan_rows
+from lingualinked.display.telemetry_view import telemetry_rows
 from lingualinked.quantities import bytes_text, count_text
 from lingualinked.sharded.placing import find_or_fit_plan
 

@@ -14,6 +14,7 @@ from lingualinked.cluster.devices import usable_cores
 from lingualinked.console import new_console
 from lingualinked.quantities import bytes_text
 from lingualinked.tables import Rows
+from lingualinked.worker.power import UnknownPowerError, find_counter
 
 _LIBRARIES = ("torch", "transformers", "pyzmq", "safetensors", "msgspec", "scipy", "psutil")
 
@@ -43,9 +44,7 @@ def run_doctor() -> None:
 
 
 def _energy_counters() -> str:
-    """Say what measures the power of processors here, or why nothing does."""
-    from lingualinked.worker.power import UnknownPowerError, find_counter
-
+    """Return what measures the power of processors here, or why nothing does."""
     counter = find_counter("cpu")
     return f"none: {counter}" if isinstance(counter, UnknownPowerError) else counter.source
 

@@ -17,7 +17,7 @@ from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.output import check_picture
 from lingualinked.cluster.devices import as_devices
 from lingualinked.console import new_console
-from lingualinked.display.plan import plan_rows
+from lingualinked.display.plan_view import plan_rows
 from lingualinked.quantities import count_text
 from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
 

@@ -14,7 +14,7 @@ from rich.live import Live
 import lingualinked as ll
 from lingualinked.cli.demo import PROMPT, unsharded
 from lingualinked.console import new_console
-from lingualinked.display.decisions import migration_rows
+from lingualinked.display.decisions_view import migration_rows
 from lingualinked.display.live import live_view
 from lingualinked.quantities import count_text
 

@@ -18,7 +18,7 @@ from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.generate import encode, read_tokenizer
 from lingualinked.cli.output import check_output
 from lingualinked.console import new_console
-from lingualinked.display.stages import stage_rows
+from lingualinked.display.stages_view import stage_rows
 from lingualinked.quantities import bytes_text, count_text
 
 PROMPTS = ("Once upon a time there lived", "The little dog ran", "One day a girl went to", "Deep in the forest")

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lingualinked.display.decisions import decision_line, migration_line
+from lingualinked.display.decisions_view import decision_line, migration_line
 from lingualinked.quantities import seconds_text
 from lingualinked.telemetry.snapshot import Telemetry
 from lingualinked.telemetry.timeline import windows_of

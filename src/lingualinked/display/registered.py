@@ -5,12 +5,12 @@ Knows all of them; draws nothing itself.
 
 from __future__ import annotations
 
-from lingualinked.display.decisions import decision_rows, migration_rows
+from lingualinked.display.decisions_view import decision_rows, migration_rows
 from lingualinked.display.frame import steps_frame
-from lingualinked.display.plan import comparison_rows, plan_figure, plan_rows
-from lingualinked.display.profile import profile_rows
-from lingualinked.display.simulation import latency_rows, server_rows, simulation_figure
-from lingualinked.display.telemetry import telemetry_figure, telemetry_rows
+from lingualinked.display.plan_view import comparison_rows, plan_figure, plan_rows
+from lingualinked.display.profile_view import profile_rows
+from lingualinked.display.simulation_view import latency_rows, server_rows, simulation_figure
+from lingualinked.display.telemetry_view import telemetry_figure, telemetry_rows
 from lingualinked.planning.comparison import Comparison
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.simulation.result import Simulation

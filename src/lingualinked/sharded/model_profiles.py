@@ -1,6 +1,6 @@
-"""Profiles of models on clusters: measured, or estimated from what devices are said to do.
+"""`profile_model` and `estimate_profile`: the measured and the estimated profile of a model.
 
-Knows checkpoints and clusters; how layers are measured is the cluster's business.
+Knows checkpoints and clusters; not how layers are measured.
 """
 
 from __future__ import annotations

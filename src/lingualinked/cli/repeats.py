@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Samples:
+class Repeats:
     """The results of one repeated measurement.
 
     Parameters
@@ -33,6 +33,6 @@ class Samples:
         return f"{self.median:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def ratios(left: Samples, right: Samples) -> Samples:
+def ratios(left: Repeats, right: Repeats) -> Repeats:
     """Divide pair by pair: a machine's speed drifts, and both values of a pair drift together."""
-    return Samples([a / b for a, b in zip(left.values, right.values, strict=True)])
+    return Repeats([a / b for a, b in zip(left.values, right.values, strict=True)])

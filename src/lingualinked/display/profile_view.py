@@ -38,7 +38,7 @@ def doubt_notes(profile: Profile) -> list[str]:
 
 
 def _power_notes(profile: Profile) -> list[str]:
-    """Say what devices draw where that is known, and whether it was measured."""
+    """Return a note with the known powers of devices, and whether they were measured."""
     known = [(each, each.watts) for each in profile.devices if each.watts is not None]
     if not known:
         return []

@@ -10,7 +10,7 @@ import pytest
 
 import lingualinked as ll
 from histories import START_S, decision, migration, recorded
-from lingualinked.display.decisions import decision_rows, migration_rows
+from lingualinked.display.decisions_view import decision_rows, migration_rows
 from lingualinked.display.figure import _figure_class, new_figure
 from lingualinked.telemetry.decisions import moves_text
 from lingualinked.telemetry.history import History

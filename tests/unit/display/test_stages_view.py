@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from histories import recorded, step
-from lingualinked.display.stages import stage_rows
+from lingualinked.display.stages_view import stage_rows
 from lingualinked.telemetry.history import History
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lingualinked.display.decisions import decision_line, migration_line
+from lingualinked.display.decisions_view import decision_line, migration_line
 from lingualinked.display.figure import new_figure
-from lingualinked.display.history import history_figure
+from lingualinked.display.history_view import history_figure
 from lingualinked.display.palette import KV, PLAIN, WEIGHTS
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import bytes_text, count_text, seconds_text

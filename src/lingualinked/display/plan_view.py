@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.display.figure import new_figure
 from lingualinked.display.palette import KV, LIMITING, PLAIN, WEIGHTS, WORKING
-from lingualinked.display.profile import doubt_notes
+from lingualinked.display.profile_view import doubt_notes
 from lingualinked.planning.comparison import Comparison
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction
