@@ -77,7 +77,7 @@ class Controller:
         self._recorder = recorder
         self._balancer: Balancer | None = None
         self._deciding = threading.Lock()  # held from an event until what it led to is done
-        self._num_told = 0  # steps that the balancer has been told
+        self._num_told = 0  # steps that the balancer has been told of
         self._lost: set[str] = set()
         self._thread: threading.Thread | None = None
         self._interval_s = 0.0

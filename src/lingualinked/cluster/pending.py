@@ -1,6 +1,6 @@
 """The answers that the caller waits for, and what makes them fail.
 
-Knows futures, devices and deadlines, and the time only as it is told; neither messages nor sockets.
+Knows futures, devices and deadlines, and the time from its arguments; neither messages nor sockets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lingualinked.interrupts import wait_in_pieces
 
 _T = TypeVar("_T")
 Key = tuple[str, int, int]
-"""What an answer is told by: its kind and two numbers."""
+"""What an answer is recognised by: its kind and two numbers."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -65,8 +65,8 @@ def result_of(future: concurrent.futures.Future[_T]) -> _T:
 
     An error leads through its traceback to every frame that it has passed, and a variable there that holds the future leads
     back to the error. Such a circle, with all that those frames hold, tensors too, would last until Python's collector
-    runs. So no frame between here and whoever handles the error may name the future, and neither does one that calls this:
-    what makes the future stands in the call itself.
+    runs. So no frame that the error passes may name the future: here it is deleted, and callers write what makes the future in
+    the call itself.
     """
     wait_in_pieces(functools.partial(_is_done, future), math.inf)
     try:
@@ -144,7 +144,7 @@ class PendingAnswers:
         return self._pending.get(key)
 
     def complete(self, key: Key, answer: object) -> None:
-        """Give an answer to who waits for it; does nothing if nobody does any more."""
+        """Complete the future of an answer; does nothing if nobody waits for it any more."""
         pending = self._pending.pop(key, None)
         if pending is not None:
             pending.future.set_result(answer)

@@ -36,7 +36,7 @@ class Route:
 class Routes:
     """The route in force and the one that sessions are to change to; used by many threads.
 
-    This is the one place that says which plan is in force: a migrator sets it, and whoever decides about layers reads it.
+    This is the one place that says which plan is in force: the migrator sets it, the balancer is told it with each event.
 
     Parameters
     ----------

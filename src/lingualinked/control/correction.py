@@ -33,7 +33,7 @@ class Correction:
         self.num_steps = 0
 
     def observe(self, num_steps: int, samples: Sequence[StepSample]) -> Profile:
-        """Take in steps, ``num_steps`` being those so far, and return the profile that they leave."""
+        """Learn from steps, ``num_steps`` being those so far, and return the profile that follows."""
         with self._lock:
             new = samples[max(0, len(samples) - (num_steps - self.num_steps)) :]  # another thread may have been first
             for sample in new[-_MOST_STEPS:]:

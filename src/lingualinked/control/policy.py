@@ -21,7 +21,7 @@ class RebalancePolicy:
     min_gain : float
         A plan is better only if a mean step takes at least this share less time (hysteresis).
     horizon_s : float
-        Seconds for which speeds are expected to last when no device has changed much lately; one that keeps changing is
+        Seconds for which speeds are expected to last when no device has changed much recently; one that keeps changing is
         expected to change again as soon as it did before.
     margin : float
         Moving must save this many times what it costs, over the horizon.

@@ -81,29 +81,9 @@ def propose(
 ) -> Proposal:
     """Solve for the speeds of now, and compare the plan in force with what was found.
 
-    Devices keep their order, in which fewer layers move, unless another one is plainly better. A plan that is exact is
-    left only for one that is, on devices that round alike: those in use.
-
-    Parameters
-    ----------
-    current : Plan
-        In force, with its workload.
-    live : Profile
-        As devices and links are now.
-    unusable : sequence of str
-        Devices on which nothing may be placed.
-    objective : {"throughput", "latency", "energy"}
-        What is minimised.
-    load_rate : LoadRate
-        What moving costs.
-    min_gain : float
-        Share of the objective's value from which on a plan is plainly better.
-    num_sessions : int
-        Sessions in flight, to be fast for; memory is planned for those of the workload.
-    keep_order : bool
-        Whether devices keep their order in any case.
-    may_lose_exactness : bool
-        Whether exactness is given up where nothing else fits.
+    Devices keep their order, in which fewer layers move, unless another one is better by `min_gain`. An exact plan is left
+    only for an exact one, on devices that round alike, unless nothing else fits and exactness may be lost. Plans are to be
+    fast for `num_sessions` in flight; memory is planned for those of the workload.
 
     Raises
     ------

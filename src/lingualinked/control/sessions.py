@@ -1,4 +1,4 @@
-"""How many sessions are in flight, told from steps: a number that holds until two looks in a row say otherwise.
+"""How many sessions are in flight, estimated from steps: a number that holds until two windows in a row differ from it.
 
 Knows steps and their times; nothing of devices, plans or what is done about it.
 """

@@ -1,4 +1,4 @@
-"""How much slower than it was measured a device is now, told from noisy step times: a level, and when it shifted.
+"""How much slower than it was measured a device is now, estimated from noisy step times: a level, and when it shifted.
 
 Knows numbers and times; nothing of devices, plans or what is done about it.
 """
