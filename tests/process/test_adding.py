@@ -289,7 +289,7 @@ def test_closing_while_a_device_is_added_ends_both(own_fork_server: None) -> Non
         (ll.Device(name="late", cpus=(10**6,)), None, r"cores \[1000000\] are not among"),
         (LATE, {("late", "moon"): ll.Link()}, "there is no device 'moon'"),
         (LATE, {("a", "b"): ll.Link()}, r"\('a', 'b'\), which is not a link of device 'late'"),
-        (LATE, {("late", "late"): ll.Link()}, "from one device to another"),
+        (LATE, {("late", "late"): ll.Link()}, "two different devices"),
         (LATE, {("late", "a"): 3}, "give \\(source, target\\) names"),
         (LATE, 3, "links is a int"),
     ],
