@@ -142,3 +142,8 @@ def test_a_late_import_says_why() -> None:
                 ):
                     silent.append(f"{module}:{node.lineno}")
     assert silent == []
+
+
+def test_no_file_is_long() -> None:
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
+    assert {module: length for module, length in lengths.items() if length > 400} == {}
