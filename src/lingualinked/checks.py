@@ -6,6 +6,8 @@ Knows no field; callers pass its name or the whole message.
 from __future__ import annotations
 
 import math
+import operator
+from numbers import Real
 from typing import TypeGuard
 
 from lingualinked.errors import ArgumentError
@@ -19,6 +21,20 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_integer(value: object, *, at_least: int) -> TypeGuard[int]:
     """Return whether a value is an integer of at least ``at_least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, NumPy's included."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_integer(value: object, *, at_least: int) -> int | None:
+    """Return an integer, NumPy's included, as Python's own; ``None`` if it is none or less than that."""
+    try:
+        integer = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return None if isinstance(value, bool) or integer < at_least else integer
 
 
 def check_positive(value: object, field: str) -> float:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import operator
-from numbers import Real
 from typing import Literal, TypeAlias
 
+from lingualinked.checks import as_integer, is_real
 from lingualinked.errors import ArgumentError
 
 StepKind: TypeAlias = Literal["prefill", "decode"]
@@ -42,15 +41,11 @@ class Visit:
     delay_s: float = 0.0
 
     def __post_init__(self) -> None:
-        try:
-            index = operator.index(self.server)
-        except TypeError:
-            index = -1
-        if index < 0 or isinstance(self.server, bool):
+        if as_integer(self.server, at_least=0) is None:
             raise ArgumentError(f"server={self.server!r} of a visit must be the index of a server, from 0 on")
         for name in ("prefill_s", "decode_s", "delay_s"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
+            if not is_real(value) or not 0 <= float(value) < math.inf:
                 raise ArgumentError(f"{name}={value!r} of a visit must be a finite number of seconds, at least 0")
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Real
 
 import numpy as np
 
+from lingualinked.checks import as_integer, is_real
 from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.plan import Plan
@@ -173,7 +173,7 @@ def simulate_times(
     """
     keep_events = _count("keep_events", keep_events, at_least=0)
     seed = _count("seed", seed, at_least=0)
-    if not isinstance(jitter, Real) or isinstance(jitter, bool) or not 0 <= jitter < math.inf:
+    if not is_real(jitter) or not 0 <= jitter < math.inf:
         raise ArgumentError(f"jitter={jitter!r} must be a finite number, at least 0")
     if num_requests is not None:
         num_requests = _count("num_requests", num_requests, at_least=1)
@@ -267,10 +267,7 @@ def _factors(jitter: float, num_visits: int, seed: np.random.SeedSequence) -> It
 
 
 def _count(name: str, value: int, *, at_least: int) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = at_least - 1
-    if count < at_least or isinstance(value, bool):
+    count = as_integer(value, at_least=at_least)
+    if count is None:
         raise ArgumentError(f"{name}={value!r} must be an integer, at least {at_least}")
     return count
