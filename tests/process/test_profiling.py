@@ -310,7 +310,7 @@ def test_what_fits_nowhere_is_refused_before_a_process_starts(tiny_llama: str, m
             assert caught.value.missing_bytes > 0
     large = [ll.Device(name=name, threads=1, memory="1MiB") for name in "ab"]
     workload = ll.Workload(prompt_tokens=10_000, new_tokens=10_000)
-    with pytest.raises(ll.InfeasiblePlanError, match="the KV of 1 x 20,000 tokens take"):
+    with pytest.raises(ll.InfeasiblePlanError, match="the KV of 1 x 20,000 tokens need"):
         ll.ShardedModel.from_pretrained(tiny_llama, devices=large, workload=workload)
 
 
