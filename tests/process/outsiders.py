@@ -33,8 +33,8 @@ class Outsider:
         address, key = engine.peer("caller")
         keys = generate_keypair()
         self.mailbox = ZmqMailbox(self.name, keys, {key: "caller"}, socket_folder=cluster._launcher.socket_folder)
-        engine.expect(self.name)
-        engine.admit(self.name, keys.public)
+        engine.expect_worker(self.name)
+        engine.authorise_worker(self.name, keys.public)
         self.mailbox.connect("caller", address, key)
         self.send("caller", encode(Hello(pid=1, address=self.mailbox.address)))
         while len(self.mailbox._peers) <= self.num_workers:
@@ -71,5 +71,5 @@ class Outsider:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._engine.forget(self.name)
+        self._engine.drop_worker(self.name)
         self.mailbox.close()

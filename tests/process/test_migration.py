@@ -153,7 +153,7 @@ def test_what_fails_to_load_leads_back(
     with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as model:
         past, expected = model(IDS).past_key_values, unsharded(IDS).past_key_values
         os.truncate(folder / "model.safetensors", 1000)
-        monkeypatch.setattr(Engine, "lends", lambda *names: False)  # nor do other workers give the weights
+        monkeypatch.setattr(Engine, "may_lend", lambda *names: False)  # nor do other workers give the weights
         with pytest.raises(ll.CheckpointError):
             model.rebalance(ll.Plan.from_spans([("a", 0, 1), ("b", 1, 4)]))
         assert model.plan.stages[0].end == 2

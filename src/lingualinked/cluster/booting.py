@@ -36,7 +36,7 @@ class Booting:
         return self._channel.fileno()
 
     def answer(self, admit: Callable[[str, str], None]) -> None:
-        """Read the worker's key; once it is whole, have its messages taken under it, and send its `Boot`."""
+        """Read the worker's key; once it is complete, authorise it and send the worker its `Boot`."""
         try:
             self._text += (data := self._channel.recv(4096))
             if data and not self._text.endswith(b"\n"):
@@ -49,6 +49,6 @@ class Booting:
         self.close()
 
     def close(self) -> None:
-        """Say nothing more; a worker without a `Boot` ends."""
+        """Close the conversation; a worker without a `Boot` ends."""
         with contextlib.suppress(OSError):
             self._channel.close()

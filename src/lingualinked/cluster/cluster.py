@@ -114,11 +114,11 @@ class Cluster:
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
             engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
             for device in self.devices:
-                engine.shape(device.name, link_between(None, device, self.links))
+                engine.shape_link(device.name, link_between(None, device, self.links))
             boots = [
                 self._boot(device, emulation_of(device.name, self._behaving, self.links)) for device in self.devices
             ]
-            uninterrupted(launcher.start)(boots, engine.admit, engine.worker_ended)
+            uninterrupted(launcher.start)(boots, engine.authorise_worker, engine.mark_dead)
         except BaseException:
             self._finalizer()
             raise
@@ -191,7 +191,7 @@ class Cluster:
 
     @interruptible
     def add(self, device: Device, *, links: Links | None = None) -> None:
-        """Take in one more device while models run on the others; returns once its worker is ready.
+        """Add a device while models run on the others; return once its worker is ready.
 
         From then on it is the last of `devices`, and is treated as if it had been there from the start. Models that run
         stay where they are; those that are loaded or rebalanced later may use it.
@@ -232,8 +232,8 @@ class Cluster:
             behaving = {**self._behaving, device.name: device}
             known = {**self.links, **check_links_of(device.name, links or {}, behaving)}
             try:
-                self._engine.expect(device.name)
-                self._engine.shape(device.name, link_between(None, device, known))
+                self._engine.expect_worker(device.name)
+                self._engine.shape_link(device.name, link_between(None, device, known))
                 self._engine.expect_delays(delayed_from(CALLER, behaving, known))
                 self._announce(behaving, known)
                 self._launcher.add(self._boot(device, emulation_of(device.name, behaving, known)))
@@ -243,11 +243,11 @@ class Cluster:
             except BaseException:
                 self.devices, self.links, self._behaving = before
                 uninterrupted(self._launcher.remove)(device.name)
-                uninterrupted(self._engine.forget)(device.name)
+                uninterrupted(self._engine.drop_worker)(device.name)
                 raise
 
     def _announce(self, behaving: Mapping[str, Device], links: Links) -> None:
-        """Tell every worker that lives of the link to a new one."""
+        """Tell every living worker about the link to a new one."""
         from lingualinked.protocol.messages import EmulateDevice  # imports torch
 
         told = []
@@ -266,7 +266,7 @@ class Cluster:
         return self._behaving != {device.name: device for device in self.devices}
 
     def as_it_behaves(self, device: Device) -> Device:
-        """Give a device as its worker behaves (`throttle`)."""
+        """Return a device as its worker behaves now (`throttle`)."""
         return self._behaving[device.name]
 
     def throttle(
@@ -277,7 +277,7 @@ class Cluster:
         bandwidth: float | str | None = None,
         latency: float | str | None = None,
     ) -> None:
-        """Have a worker behave as a slower or faster device from now on; what is not given stays as it is.
+        """Make a worker emulate a slower or faster device from now on; what is not given stays as it is.
 
         `devices` says what each was made as: what has changed is for telemetry to find out, as it is with a real device.
 
@@ -326,7 +326,7 @@ class Cluster:
                         for each in behaving
                     ]
                 )
-            self._engine.shape(name, link_between(None, changed, self.links))
+            self._engine.shape_link(name, link_between(None, changed, self.links))
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""

@@ -65,7 +65,7 @@ def check_added_device(device: Device, others: Sequence[Device]) -> Device:
 
 
 def _filled(device: Device, num_devices: int) -> Device:
-    """Give a device its share of the cores if it does not say how many threads it has."""
+    """Return a device with its share of the cores as threads, unless it states their number."""
     _check_local(device)
     check_accelerator(device)
     share = max(1, usable_cores() // num_devices)

@@ -57,7 +57,7 @@ class OtherWork:
 
 
 def find_doubt(model: ModelProfile, devices: Sequence[DeviceProfile], other_cores: float) -> str:
-    """Say why times that were measured can't be trusted; empty if they can.
+    """Explain why measured times can't be trusted; an empty text if they can.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ from lingualinked.protocol.boot import EmulatedLink, Emulation
 
 
 def delayed_from(name: str, devices: Mapping[str, Device], links: Links) -> tuple[str, ...]:
-    """Say whose messages to a device, or to the caller, go through a link that is emulated."""
+    """List the parties whose messages to a device, or to the caller, go through an emulated link."""
     parties: dict[str, Device | None] = {CALLER: None, **devices}
     return tuple(
         source

@@ -106,18 +106,18 @@ class Engine:
         """Public keys of the caller and of all workers, by name."""
         return {CALLER: self._mailbox.public_key, **self._exchange.public_keys}
 
-    def expect(self, device: str) -> None:
-        """Expect the worker of one more device.
+    def expect_worker(self, device: str) -> None:
+        """Prepare for the worker of a device that is added.
 
         Raises
         ------
         ClosedError
             If the cluster is closed.
         """
-        self._call(lambda: self._exchange.expect(device))
+        self._call(lambda: self._exchange.expect_worker(device))
 
-    def admit(self, device: str, public_key: str) -> None:
-        """Take messages under a key from the worker of a device; returns once they are taken.
+    def authorise_worker(self, device: str, public_key: str) -> None:
+        """Accept messages that come with a key as those of a device's worker; return once they are accepted.
 
         Raises
         ------
@@ -126,12 +126,12 @@ class Engine:
         ClosedError
             If the cluster is closed.
         """
-        self._call(lambda: self._exchange.admit(device, public_key))
+        self._call(lambda: self._exchange.authorise_worker(device, public_key))
 
-    def forget(self, device: str) -> None:
-        """Expect nothing more of a device; does nothing once the engine is stopped, or in a forked child."""
+    def drop_worker(self, device: str) -> None:
+        """Drop a device and its worker; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
-            self._call(lambda: self._exchange.forget(device))
+            self._call(lambda: self._exchange.drop_worker(device))
 
     def wait_for_worker(self, name: str, timeout_s: float) -> None:
         """Wait until a worker is ready.
@@ -166,7 +166,7 @@ class Engine:
             return self.address, self._mailbox.public_key
         return self._exchange.addresses[name], self._exchange.public_keys[name]
 
-    def lends(self, lender: str, borrower: str) -> bool:
+    def may_lend(self, lender: str, borrower: str) -> bool:
         """Whether one device may give weights that it holds to another: what trusted ones hold stays on such."""
         return lender not in self.trusted or borrower in self.trusted
 
@@ -221,7 +221,7 @@ class Engine:
             deadline=time.monotonic() + timeout_s,
             on_progress=on_progress,
         )
-        self._post(lambda: self._exchange.ask(device, message, (), ("request", message.request, 0), pending))
+        self._post(lambda: self._exchange.send_request(device, message, (), ("request", message.request, 0), pending))
         return pending.future
 
     def step(
@@ -249,31 +249,33 @@ class Engine:
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
         )
-        self._post(lambda: self._exchange.ask(devices[0], step, tensors, ("step", step.session, step.number), pending))
+        self._post(
+            lambda: self._exchange.send_request(devices[0], step, tensors, ("step", step.session, step.number), pending)
+        )
         return pending.future
 
-    def tell(self, device: str, message: EndSession | MoveSession | KeepPlan) -> None:
-        """Say something about a model that has no answer; does nothing once the engine is stopped, or in a forked child."""
+    def send_command(self, device: str, message: EndSession | MoveSession | KeepPlan) -> None:
+        """Send a command that has no answer; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
-            self._post(lambda: self._exchange.tell(device, message, message.model))
+            self._post(lambda: self._exchange.send_command(device, message, message.model))
 
-    def unload(self, model: int) -> None:
+    def unload_model(self, model: int) -> None:
         """Free a model on all devices; what waits for it fails with `ClosedError`. Does nothing as `tell` does."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
-            self._post(lambda: self._exchange.unload(model))
+            self._post(lambda: self._exchange.unload_model(model))
 
-    def shape(self, device: str, link: Link) -> None:
-        """Have messages to a worker go through a link, from now on."""
-        self._post(lambda: self._exchange.shape(device, link.bandwidth_bytes_per_s, link.latency_s))
+    def shape_link(self, device: str, link: Link) -> None:
+        """Send messages to a worker through an emulated link from now on."""
+        self._post(lambda: self._exchange.shape_link(device, link.bandwidth_bytes_per_s, link.latency_s))
 
     def expect_delays(self, devices: Sequence[str]) -> None:
-        """Let messages of these devices come late, as on the links that they emulate."""
+        """Accept delayed messages from these devices, as the links that they emulate require."""
         self._post(lambda: self._mailbox.expect_delays(devices))
 
-    def worker_ended(self, device: str, how: str) -> None:
-        """Take note that a worker process has ended: whatever needs it fails."""
+    def mark_dead(self, device: str, how: str) -> None:
+        """Mark a worker as dead and fail every pending answer that depends on it."""
         with contextlib.suppress(ClosedError):
-            self._post(lambda: self._exchange.bury(device, how))
+            self._post(lambda: self._exchange.mark_dead(device, how))
 
     def stop(self) -> None:
         """End the I/O thread; whatever is pending fails with `ClosedError`."""
@@ -300,7 +302,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._run_commands()
-                exchange.wait(0 if self._commands else None)
+                exchange.handle_next(0 if self._commands else None)
         except BaseException:
             logger.exception("the I/O thread failed")
             raise
@@ -318,7 +320,7 @@ class Engine:
                 logger.exception("a message could not be sent")
 
     def _call(self, command: Callable[[], None]) -> None:
-        """Have the I/O thread do something, and wait until it has."""
+        """Run a command on the I/O thread and wait until it is done."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def call() -> None:

@@ -50,7 +50,7 @@ logger = logging.getLogger("lingualinked.cluster")
 
 
 class Exchange:
-    """What one cluster's caller sends and awaits.
+    """The requests that a cluster's caller has sent, and the answers that it awaits.
 
     Parameters
     ----------
@@ -82,12 +82,12 @@ class Exchange:
         self._logs: dict[str, RemoteLog] = {}
         self._introductions = itertools.count(-1, -1)  # as numbers of requests; those of the others count upwards
 
-    def expect(self, device: str) -> None:
-        """Expect the worker of one more device."""
+    def expect_worker(self, device: str) -> None:
+        """Prepare for the worker of a device that is added."""
         self.settled[device] = threading.Event()
 
-    def admit(self, device: str, public_key: str) -> None:
-        """Take messages from the worker of a device; does nothing if none is expected any more.
+    def authorise_worker(self, device: str, public_key: str) -> None:
+        """Accept messages that come with a key as those of a device's worker; does nothing if the device has been dropped.
 
         Raises
         ------
@@ -98,8 +98,8 @@ class Exchange:
             self._mailbox.authorise(device, public_key)
             self.public_keys[device] = public_key
 
-    def forget(self, device: str) -> None:
-        """Expect nothing more of a device; what needs it fails. Does nothing if it is not known."""
+    def drop_worker(self, device: str) -> None:
+        """Drop a device: pending answers that depend on it fail. Does nothing if it is not known."""
         settled = self.settled.pop(device, None)
         if settled is None:
             return
@@ -113,16 +113,16 @@ class Exchange:
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
         settled.set()
 
-    def wait(self, timeout_s: float | None) -> None:
-        """Wait for one message, no longer than until an answer is late or ``timeout_s``, and take it."""
+    def handle_next(self, timeout_s: float | None) -> None:
+        """Wait for one message, until an answer is late or ``timeout_s`` is over, and handle it."""
         left_s = self._pending.time_left(time.monotonic())
         delivery = self._mailbox.receive(left_s if timeout_s is None else timeout_s)
         if delivery is not None:
-            self.take(delivery)
+            self.handle_delivery(delivery)
         self._pending.expire(time.monotonic())
 
-    def take(self, delivery: Delivery) -> None:
-        """Do what a message says; what is wrong with it is counted, logged, and nobody else's concern."""
+    def handle_delivery(self, delivery: Delivery) -> None:
+        """Handle a message; one that can't be handled is counted and logged, and affects nothing else."""
         if delivery.sender not in self.settled:
             return  # of a device that is forgotten: said before its worker ended
         kind = "no message"
@@ -138,8 +138,10 @@ class Exchange:
             self._mailbox.refuse(delivery.sender, kind, f"{type(error).__name__}: {error}")
             logger.debug("a message from %r could not be handled", delivery.sender, exc_info=True)
 
-    def ask(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...], key: Key, pending: Pending) -> None:
-        """Send what an answer is due for, or fail it at once."""
+    def send_request(
+        self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...], key: Key, pending: Pending
+    ) -> None:
+        """Send a message that has an answer, and register the answer; fail it at once if it can't come."""
         try:
             if pending.model in self._unloaded:
                 raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
@@ -151,24 +153,24 @@ class Exchange:
         else:
             self._pending.add(key, pending)
 
-    def tell(self, device: str, message: CallerMessage, model: int) -> None:
-        """Send what has no answer; nothing is sent to a worker that is not there, or about a model that is unloaded."""
+    def send_command(self, device: str, message: CallerMessage, model: int) -> None:
+        """Send a message that has no answer, unless its worker is not there or its model is unloaded."""
         if device in self.addresses and device not in self.ended and model not in self._unloaded:
             self._send(device, message, ())
 
-    def unload(self, model: int) -> None:
-        """Have workers free a model; what waits for it fails."""
+    def unload_model(self, model: int) -> None:
+        """Make all workers free a model, and fail pending answers for it."""
         for device in self.addresses:
-            self.tell(device, UnloadModel(model=model), model)
+            self.send_command(device, UnloadModel(model=model), model)
         self._unloaded.add(model)
         self._pending.fail_model(model, lambda: ClosedError("the model was closed while it was in use"))
 
-    def shape(self, device: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
+    def shape_link(self, device: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
         """Emulate a slower link to a worker."""
         self._mailbox.shape_link(device, bandwidth_bytes_per_s, latency_s)
 
-    def bury(self, device: str, how: str) -> None:
-        """Take note that a worker has ended; what needs it fails."""
+    def mark_dead(self, device: str, how: str) -> None:
+        """Mark a worker as dead and fail every pending answer that depends on it."""
         if device not in self.settled:
             return
         self.ended[device] = how
@@ -177,7 +179,7 @@ class Exchange:
         self.settled[device].set()
 
     def close(self) -> None:
-        """Fail all that is awaited, and close the mailbox."""
+        """Fail all pending answers, and close the mailbox."""
         self._pending.fail_all(closed)
         for event in self.settled.values():
             event.set()
@@ -207,7 +209,7 @@ class Exchange:
                 self._logs.setdefault(sender, RemoteLog(sender)).write(message)
 
     def _check_role(self, message: AnyMessage, sender: str) -> None:
-        """Refuse a message that is not its sender's to send, or answers something else than was asked."""
+        """Refuse a message that its sender may not send, or that does not answer what was asked."""
         role = TO_CALLER.get(type(message))
         if role is None:
             raise ProtocolError(f"{type(message).__name__} is not for the caller")
@@ -223,7 +225,7 @@ class Exchange:
             raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
 
     def _introduce(self, device: str) -> None:
-        """Make a worker and those that are there known to each other; it is ready once all have taken note."""
+        """Introduce a worker and those that are there to each other; it is ready once all have acknowledged it."""
         settled = self.settled[device]
         others = self.addresses.keys() - self.ended.keys() - {device}
         waiting = {(to, about) for other in others for to, about in ((other, device), (device, other))}
@@ -252,14 +254,14 @@ class Exchange:
             introduction = IntroduceWorker(
                 request=number, name=about, public_key=self.public_keys[about], address=self.addresses[about]
             )
-            self.ask(to, introduction, (), ("request", number, 0), pending)
+            self.send_request(to, introduction, (), ("request", number, 0), pending)
 
     def _send(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...]) -> None:
         self._mailbox.send(device, encode(message), tensors)
 
 
 def _key(message: AnyMessage) -> Key:
-    """Return what the answer is told by that a message gives, fails, or reports progress of."""
+    """Return the key of the pending answer that a message completes, fails, or reports progress of."""
     if isinstance(message, StepDone | StepFailed):
         return "step", message.session, message.number
     return "request", message.request, 0  # type: ignore[union-attr]

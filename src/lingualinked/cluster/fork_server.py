@@ -67,9 +67,9 @@ class ForkServer:
         self.errors.close()
         shutil.rmtree(self.socket_folder, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller."""
-        self.process.abandon()
+    def detach_after_fork(self) -> None:
+        """Close this process's descriptors of it in a forked child of the caller."""
+        self.process.detach_after_fork()
         self.errors.close()
 
 
@@ -97,7 +97,7 @@ class _Servers:
             return server
 
     def release(self, server: ForkServer) -> None:
-        """Give up one use of a server; the last one ends it."""
+        """Release a server; its last user ends it."""
         with self._lock:
             server.num_users -= 1
             if server.num_users:
@@ -106,11 +106,11 @@ class _Servers:
                 del self._by_key[key]
         server.end()
 
-    def abandon(self) -> None:
-        """Let go of all servers in a forked child of this process."""
+    def detach_after_fork(self) -> None:
+        """Close the descriptors of all servers in a forked child of this process."""
         self._lock = threading.RLock()  # whoever held it is not in this process
         while self._by_key:
-            self._by_key.popitem()[1].abandon()
+            self._by_key.popitem()[1].detach_after_fork()
 
 
 fork_servers = _Servers()
@@ -176,9 +176,9 @@ class ForkChannel:
         poller.register(self._socket, 0)
         if self._server.has_forked:
             poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        self.abandon()
+        self.detach_after_fork()
 
-    def abandon(self) -> None:
+    def detach_after_fork(self) -> None:
         """Close what this process holds."""
         self._socket.close()
         while self._handles:  # of workers whose line had not come whole

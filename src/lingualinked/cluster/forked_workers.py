@@ -98,9 +98,9 @@ class ForkedWorkers:
         self.errors.close()
         shutil.rmtree(self.socket_folder, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller."""
-        self._channel.abandon()
+    def detach_after_fork(self) -> None:
+        """Close its descriptors in a forked child of the caller."""
+        self._channel.detach_after_fork()
         self.errors.close()
 
 
@@ -125,8 +125,8 @@ class ForkedWorker(WorkerProcess):
             os.close(self.handle)
             self.handle = None
 
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller."""
+    def detach_after_fork(self) -> None:
+        """Close its descriptors in a forked child of the caller."""
         self.booting.close()
         if self.handle is not None:
             os.close(self.handle)

@@ -66,7 +66,7 @@ def inspect_workers(engine: Engine, names: Sequence[str], timeout_s: float) -> l
 
 
 def request_report(engine: Engine, name: str, timeout_s: float) -> concurrent.futures.Future[object]:
-    """Ask one worker; give the future of its `WorkerReport`."""
+    """Ask one worker; return the future of its `WorkerReport`."""
     return engine.request(name, InspectWorker(request=engine.next_request()), "a report", timeout_s)
 
 

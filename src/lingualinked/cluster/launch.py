@@ -30,14 +30,14 @@ _POLL_MS = 200
 _launchers: weakref.WeakSet[Launcher] = weakref.WeakSet()
 
 
-def _abandon_in_forked_child() -> None:
+def _detach_after_fork() -> None:
     for launcher in _launchers:
-        launcher.abandon()
-    fork_servers.abandon()
+        launcher.detach_after_fork()
+    fork_servers.detach_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_in_forked_child)
+    os.register_at_fork(after_in_child=_detach_after_fork)
 
 
 class Launcher:
@@ -149,13 +149,13 @@ class Launcher:
             self._starter.close_by(deadline)
             self._woken.close()
 
-    def abandon(self) -> None:
-        """Let go of the workers in a forked child of the caller: they belong to the parent."""
+    def detach_after_fork(self) -> None:
+        """Close the workers' descriptors in a forked child of the caller: the workers belong to the parent."""
         self._stopping = True
         self._stop_lock = threading.RLock()  # whoever held it is not in this process
-        self._starter.abandon()
+        self._starter.detach_after_fork()
         for process in self._processes:
-            process.abandon()
+            process.detach_after_fork()
         self._wake.close()
         self._woken.close()
 

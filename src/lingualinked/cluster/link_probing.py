@@ -91,7 +91,7 @@ def measure_links(
 
 
 def tournament(names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
-    """Give all pairs in rounds of disjoint ones: each party is in one pair at a time."""
+    """Return all pairs in rounds of disjoint pairs: each party is in one pair at a time."""
     seats: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
     for _ in range(len(seats) - 1):
         pairs = zip(seats[: len(seats) // 2], reversed(seats[len(seats) // 2 :]), strict=True)

@@ -76,12 +76,12 @@ class Migrator:
         self._lock = threading.RLock()  # a session may be collected, and leave, in the middle of anything
 
     def add_session(self, session: Session) -> None:
-        """Count a session among those that change along."""
+        """Register a session, which will switch routes in every migration."""
         with self._lock:
             self._sessions.add(session)
 
     def record_move(self, stall_s: float, num_bytes: int) -> None:
-        """Count a session that has changed, after a wait of so many seconds and with so many bytes of KV sent at last."""
+        """Count a session that has switched: the seconds it waited, and the bytes of its final copy of KV."""
         with self._lock:
             self._longest_stall_s = max(self._longest_stall_s, stall_s)
             self._num_moved += 1
@@ -115,8 +115,10 @@ class Migrator:
                 raise
             finally:
                 # 5) free the stages of the other route, whichever that is
-                for device in dict.fromkeys((*source.devices, *target.devices)):
-                    self._engine.tell(device, KeepPlan(model=self._model, plan_version=self._routes.current.version))
+                for device in dict.fromkeys((*source.stage_devices, *target.stage_devices)):
+                    self._engine.send_command(
+                        device, KeepPlan(model=self._model, plan_version=self._routes.current.version)
+                    )
                 migration = Migration(
                     time_s=progress.began_s,
                     plan_version=target.version,
@@ -136,7 +138,7 @@ class Migrator:
 
     def _move(self, source: Route, target: Route, progress: _Progress) -> None:
         # 1) tell every worker what may move
-        for device in target.devices:
+        for device in target.stage_devices:
             self._engine.wait_for_worker(device, self._timeout_s)
         results_of(self._announce(source, target))
         # 2) load what the new plan lacks
@@ -157,15 +159,15 @@ class Migrator:
         progress.kv_bytes = self._copy_ahead(target)
         progress.end_lap()
         # 4) switch every session between two of its steps; one that can't leads all of them back
-        self._routes.begin(target)
+        self._routes.begin_switch(target)
         self._switch_sessions()
         progress.end_lap()
         if self._routes.error is not None:
             raise self._routes.pop_error()
-        self._routes.settle()
+        self._routes.adopt_target()
 
     def _announce(self, source: Route, target: Route) -> list[concurrent.futures.Future[object]]:
-        """Tell workers that the model may move, there or back, until they are told which plan to keep."""
+        """Announce to the workers what may move between two routes, until they are told which plan to keep."""
         stages = tuple(
             StagePlace(name=stage.device, plan_version=route.version, start=stage.start, end=stage.end)
             for route in (source, target)
@@ -173,12 +175,12 @@ class Migrator:
         )
 
         def request(device: str) -> concurrent.futures.Future[object]:
-            borrowers = tuple(name for name in target.devices if self._engine.lends(device, name))
+            borrowers = tuple(name for name in target.stage_devices if self._engine.may_lend(device, name))
             number = self._engine.next_request()
             message = AnnounceMove(request=number, model=self._model, stages=stages, borrowers=borrowers)
             return self._engine.request(device, message, "the announcement of a move", self._timeout_s)
 
-        devices = dict.fromkeys((*source.devices, *target.devices))
+        devices = dict.fromkeys((*source.stage_devices, *target.stage_devices))
         return [request(device) for device in devices if device not in self._engine.ended_devices()]
 
     def _living_sessions(self) -> list[Session]:
@@ -187,14 +189,14 @@ class Migrator:
 
     def _copy_ahead(self, target: Route) -> int:
         """Copy the KV of all sessions while they go on; return its bytes."""
-        futures = [future for session in self._living_sessions() for future in session.copy_ahead(target)]
+        futures = [future for session in self._living_sessions() for future in session.copy_kv_ahead(target)]
         return sum(answer.num_bytes for answer in results_of(futures))  # type: ignore[attr-defined]
 
     def _switch_sessions(self) -> None:
         """Wait until every session is on the target route, or back; those that run switch by themselves."""
-        while waiting := [each for each in self._living_sessions() if not each.is_on(self._routes.target)]:
+        while waiting := [each for each in self._living_sessions() if not each.runs_on(self._routes.target)]:
             for session in waiting:
-                session.follow()
+                session.switch_route()
 
 
 class _Progress:

@@ -65,7 +65,7 @@ class Observer:
         inspections, route = [], None
         while route is not self._routes.current:  # its stages may go while they are looked at
             route = self._routes.current
-            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.devices)), timeout_s)
+            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.stage_devices)), timeout_s)
         for inspection in inspections:
             self._recorder.add_device(inspection.device)
         self._inspected = inspections, route.version

@@ -150,13 +150,13 @@ class PendingAnswers:
             pending.future.set_result(answer)
 
     def fail(self, key: Key, error: Exception) -> None:
-        """Fail one answer; does nothing if nobody waits for it any more."""
+        """Fail one answer; does nothing if it is no longer pending."""
         pending = self._pending.pop(key, None)
         if pending is not None:
             pending.future.set_exception(error)
 
     def progress(self, key: Key, num_done: int, now: float) -> None:
-        """Pass progress on, and start the time allowed anew."""
+        """Report progress, and restart the answer's time-out."""
         pending = self._pending.get(key)
         if pending is not None:
             pending.deadline = now + pending.timeout_s

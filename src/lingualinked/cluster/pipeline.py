@@ -342,4 +342,4 @@ def _vocabulary(spec: ModelSpec) -> int | None:
 def _free(engine: Engine, model: int, controller: Controller, observer: Observer) -> None:
     observer.stop()
     controller.stop()
-    engine.unload(model)
+    engine.unload_model(model)

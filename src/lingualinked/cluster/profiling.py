@@ -36,7 +36,7 @@ _LIBRARIES = ("lingualinked", "torch", "transformers")
 
 
 def library_versions() -> dict[str, str]:
-    """Give the versions that a profile depends on."""
+    """Return the versions of the libraries that a profile depends on."""
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
@@ -159,7 +159,7 @@ def extend_profile(
 
 
 def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[MeasuredShape, ...]:
-    """Give the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer.
+    """Return the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer.
 
     The last token of a text needs a position as well: where they are learned, one must be left for it.
     """
@@ -303,7 +303,7 @@ def _device_profile(
 
 
 def _times(answers: Iterable[Sequence[MeasuredStep]]) -> ModuleTimes | None:
-    """Take together what devices that are alike have measured; ``None`` if they have not."""
+    """Combine the times that like devices have measured; ``None`` if there are none."""
     by_shape: defaultdict[MeasuredShape, list[MeasuredStep]] = defaultdict(list)
     for steps in answers:
         for step in steps:

@@ -127,7 +127,7 @@ def _check_tasks(num_needed: int) -> None:
 
 
 def _task_limits() -> str:
-    """Say in parentheses what may limit the number of threads and processes."""
+    """List in parentheses the limits on threads and processes that may apply."""
     limits = []
     if sys.platform != "win32":
         import resource

@@ -28,13 +28,13 @@ class Route:
     plan: Plan
 
     @property
-    def devices(self) -> tuple[str, ...]:
+    def stage_devices(self) -> tuple[str, ...]:
         """Devices of all stages, in pipeline order."""
         return tuple(stage.device for stage in self.plan.stages)
 
 
 class Routes:
-    """The route in force and the one that sessions are to change to; used by many threads.
+    """The route in force and the one that sessions switch to; used by many threads.
 
     This is the one place that says which plan is in force: the migrator sets it, the balancer is told it with each event.
 
@@ -50,13 +50,13 @@ class Routes:
         self.error: LingualinkedError | None = None  # why the last target was rejected, if it was
         self._lock = threading.RLock()  # a finalizer may come here in the middle of anything
 
-    def begin(self, target: Route) -> None:
-        """Make sessions change to another route, each between two of its steps."""
+    def begin_switch(self, target: Route) -> None:
+        """Make sessions switch to another route, each between two of its steps."""
         with self._lock:
             self.target, self.error = target, None
 
-    def reject(self, target: Route, error: LingualinkedError) -> bool:
-        """Make sessions change back, since one of them could not change; return whether there is a way back."""
+    def reject_target(self, target: Route, error: LingualinkedError) -> bool:
+        """Make sessions switch back, since one of them could not switch; return whether there is a way back."""
         with self._lock:
             if self.target is target and target is not self.current:
                 self.target, self.error = self.current, error
@@ -68,7 +68,7 @@ class Routes:
         assert error is not None, "no target was rejected"
         return error
 
-    def settle(self) -> None:
-        """Put the route in force that all sessions have changed to."""
+    def adopt_target(self) -> None:
+        """Put the target route in force, once all sessions have switched to it."""
         with self._lock:
             self.current = self.target

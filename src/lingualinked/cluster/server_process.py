@@ -75,7 +75,7 @@ class ServerProcess:
         return None if code is None else -code if code < 0 else code << 8
 
     def hang_up(self) -> None:
-        """Let the process see that the caller is done with it."""
+        """Hang up, which ends the process."""
         with contextlib.suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)  # closing would not be seen while a child of ours holds a copy
 
@@ -97,8 +97,8 @@ class ServerProcess:
             self.kill()
             self._popen.wait()
 
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller: it is the parent's."""
+    def detach_after_fork(self) -> None:
+        """Close its descriptors in a forked child of the caller: the process belongs to the parent."""
         self.channel.close()
         if self.handle is not None:
             os.close(self.handle)

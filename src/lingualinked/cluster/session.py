@@ -34,7 +34,7 @@ from lingualinked.transport.hop_clock import clock_us
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """Where a session is: apart from it, so that its finalizer can end it there."""
+    """Where a session runs, apart from the session, so that its finalizer can end it there."""
 
     route: Route
 
@@ -150,7 +150,7 @@ class Session:
             raise ArgumentError("past_key_values is in use by another thread: a session runs one step at a time")
         try:
             with self._changing:
-                self._follow()
+                self._switch_route()
                 return self._step(inputs, attention_mask, position_ids, logits_to_keep, keeps_kv)
         finally:
             self._running.release()
@@ -186,9 +186,9 @@ class Session:
             raise ArgumentError("past_key_values is in use by another thread: copy it between two steps")
         try:
             with self._changing, other._changing:
-                self._follow()
+                self._switch_route()
                 self._check_open()
-                self._tell_moved()
+                self._announce_switch()
                 other._place.route = self._place.route
                 if self._holds_kv:
                     self._budget.hold_as_much(other._number, self._number)  # stages copy what edits are still to drop
@@ -220,68 +220,71 @@ class Session:
                 "copying KV",
                 self._timeout_s,
             )
-            for stage, device in enumerate(route.devices)
+            for stage, device in enumerate(route.stage_devices)
         ]
 
     def record_past(self, on: bool) -> None:
-        """Have sliding layers keep what a later crop may need, or no longer."""
+        """Make sliding layers keep what a later crop may need, or stop keeping it."""
         self._edits.append(KVEdit(kind=KVEditKind.RECORD, values=(int(on),)))
 
     def reserve(self, num_tokens: int) -> None:
-        """Expect so many tokens per row in all: the stages make room for them and for no more."""
+        """Reserve room for so many tokens per row in all, and for no more."""
         self._edits.append(KVEdit(kind=KVEditKind.RESERVE, values=(num_tokens,)))
 
     def end(self) -> None:
         """Free the session's KV in every stage."""
         self._finalizer()
 
-    def is_on(self, route: Route) -> bool:
-        """Whether it runs on a route, or not at all any more."""
+    def runs_on(self, route: Route) -> bool:
+        """Whether it runs on a route, or has ended."""
         return self.ended or self._place.route is route
 
-    def copy_ahead(self, target: Route) -> list[concurrent.futures.Future[object]]:
-        """Have its KV copied to the stages of another route, while it goes on; give the futures of the answers."""
+    def copy_kv_ahead(self, target: Route) -> list[concurrent.futures.Future[object]]:
+        """Copy its KV to the stages of another route while it goes on; return the futures of the answers."""
         return [] if self.ended or not self._holds_kv else self._copy_kv(target, is_final=False)
 
-    def follow(self) -> None:
-        """Change to the route that sessions are to run on, after the step that runs now; stay if that fails."""
+    def switch_route(self) -> None:
+        """Switch to the target route after the step in progress; stay if that fails."""
         with self._changing:
-            self._follow()
+            self._switch_route()
 
-    def _follow(self) -> None:
+    def _switch_route(self) -> None:
         source, target = self._place.route, self._routes.target
         if source is target or self.ended:
             return
         if self._holds_kv:
+            # 1) a final copy sends what has changed of its KV
             began_s = time.monotonic()
             try:
                 answers = results_of(self._copy_kv(target, is_final=True))
             except LingualinkedError as error:
                 if self.ended:  # while its KV was being copied: that is no failure of the migration
                     return
-                if not self._routes.reject(target, error.with_traceback(None)):
+                if not self._routes.reject_target(target, error.with_traceback(None)):
                     self._unsaid.append(error)
                     self._broken_by = f" with {type(error).__name__}, on its way back from a migration that failed"
                     self.end()
                 return
+            # 2) tell the workers: the next step runs in the new stages
             self._moved_from = source
             self._place.route = target
-            self._tell_moved()
+            self._announce_switch()
             num_bytes = sum(cast("KVCopied", answer).num_bytes for answer in answers)
             self._record_move(time.monotonic() - began_s, num_bytes)
         self._place.route = target
-        if self.ended:  # meanwhile: it has been ended where it was, perhaps after it had gone
-            for index, device in enumerate(target.devices):
+        # 3) it may have been ended meanwhile, in the stages that it has left
+        if self.ended:
+            for index, device in enumerate(target.stage_devices):
                 end = EndSession(model=self._model, plan_version=target.version, stage=index, session=self._number)
-                self._engine.tell(device, end)
+                self._engine.send_command(device, end)
 
-    def _tell_moved(self) -> None:
-        """Tell workers that the session runs elsewhere now; done again by the next step where an interrupt came between."""
+    def _announce_switch(self) -> None:
+        """Tell workers that the session has switched; the next step does it if an interrupt prevented it."""
         if self._moved_from is not None:
             route = self._place.route
-            for device in dict.fromkeys((*self._moved_from.devices, *route.devices)):
+            for device in dict.fromkeys((*self._moved_from.stage_devices, *route.stage_devices)):
                 move = MoveSession(model=self._model, session=self._number, plan_version=route.version)
-                self._engine.tell(device, move)
+                self._engine.send_command(device, move)
             self._moved_from = None
 
     def _copy_kv(self, target: Route, *, is_final: bool) -> list[concurrent.futures.Future[object]]:
@@ -333,7 +336,8 @@ class Session:
         keeps_kv: bool,
     ) -> Tensor:
         self._check_open()
-        self._tell_moved()
+        self._announce_switch()
+        # 1) count its KV, and encode what travels beside the inputs
         num_rows, num_new = inputs.shape[:2]
         if keeps_kv:
             self._budget.hold(self._number, num_rows * (self.num_tokens + num_new))
@@ -361,16 +365,18 @@ class Session:
         )
         self._edits.clear()
         self._next_step += 1
+        # 2) send it to the first stage, and wait for the logits of the last one
         began_s = time.monotonic()
         try:
             tensors = (inputs, *code.tensors, *keep)
-            reply = cast("StepReply", result_of(self._engine.step(route.devices, step, tensors, self._timeout_s)))
-            logits = check_reply(reply, route.devices, inputs, logits_to_keep, self._vocabulary)
+            reply = cast("StepReply", result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s)))
+            logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             end_with_interpreter()
             self._broken_by = f" with {type(error).__name__}"
             self.end()
             raise
+        # 3) count what the stages hold now, and report the timings
         self.last_step = sample_of(step, route, reply, began_s, num_rows, num_new, self.num_tokens)
         self._watch(self.last_step)
         self._holds_kv = keeps_kv
@@ -383,5 +389,5 @@ class Session:
 def _end(engine: Engine, model: int, number: int, place: _Place, budget: KVBudget) -> None:
     route = place.route
     message = EndSession(model=model, plan_version=route.version, stage=0, session=number)
-    engine.tell(route.devices[0], message)
+    engine.send_command(route.stage_devices[0], message)
     budget.release(number)  # not before: what then takes its room goes behind it, and workers count too

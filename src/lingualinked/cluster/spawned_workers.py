@@ -67,8 +67,8 @@ class SpawnedWorkers:
         self.errors.close()
         shutil.rmtree(self.socket_folder, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller."""
+    def detach_after_fork(self) -> None:
+        """Close its descriptors in a forked child of the caller."""
         self.errors.close()
 
 
@@ -89,8 +89,8 @@ class SpawnedWorker(WorkerProcess):
         self.process.end_by(deadline)
         self.handle = None
 
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller."""
+    def detach_after_fork(self) -> None:
+        """Close its descriptors in a forked child of the caller."""
         self.booting.close()
-        self.process.abandon()
+        self.process.detach_after_fork()
         self.handle = None

@@ -52,8 +52,8 @@ def request_stages(
     list of Future
         Of each stage's `StageLoaded`.
     """
-    helpers = () if held is None else held.devices
-    ends = (CALLER, *route.devices, CALLER)
+    helpers = () if held is None else held.stage_devices
+    ends = (CALLER, *route.stage_devices, CALLER)
     futures = []
     for index, stage in enumerate(route.plan.stages):
         message = LoadStage(
@@ -88,5 +88,5 @@ def _holders(engine: Engine, model: int, route: Route, borrower: str) -> Iterato
             stage=index,
             start=stage.start,
             end=stage.end,
-            lends=engine.lends(stage.device, borrower),
+            lends=engine.may_lend(stage.device, borrower),
         )

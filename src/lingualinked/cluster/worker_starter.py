@@ -36,8 +36,8 @@ class WorkerProcess(abc.ABC):
         """Wait for its end until ``deadline`` (monotonic seconds), then force it."""
 
     @abc.abstractmethod
-    def abandon(self) -> None:
-        """Let go of it in a forked child of the caller."""
+    def detach_after_fork(self) -> None:
+        """Close its descriptors in a forked child of the caller."""
 
 
 P = TypeVar("P", bound=WorkerProcess)
@@ -75,5 +75,5 @@ class WorkerStarter(Protocol[P]):
     def close_by(self, deadline: float) -> None:
         """Let go of what the workers shared, which have ended or do so until ``deadline`` (monotonic seconds)."""
 
-    def abandon(self) -> None:
-        """Let go of all but the workers in a forked child of the caller."""
+    def detach_after_fork(self) -> None:
+        """Close all descriptors in a forked child of the caller; the workers belong to the parent."""

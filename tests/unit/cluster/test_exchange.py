@@ -61,12 +61,12 @@ class Conversation:
         self.workers = {name: InProcessMailbox(hub, name) for name in "ab"}
         self.exchange = Exchange(self.caller, self.workers)
         for name, worker in self.workers.items():
-            self.exchange.admit(name, worker.public_key)
+            self.exchange.authorise_worker(name, worker.public_key)
             worker.connect("caller", self.caller.address, self.caller.public_key)
 
     def say(self, sender: str, message: AnyMessage, *tensors: torch.Tensor) -> None:
         self.workers[sender].send("caller", encode(message), tensors)
-        self.exchange.wait(0)
+        self.exchange.handle_next(0)
 
     def greet(self, *names: str) -> None:
         for name in names:
@@ -92,7 +92,7 @@ class Conversation:
         key = (
             ("step", message.session, message.number) if isinstance(message, Step) else ("request", message.request, 0)
         )
-        self.exchange.ask(devices[0], message, (), key, pending)
+        self.exchange.send_request(devices[0], message, (), key, pending)
         return pending.future
 
 
@@ -129,7 +129,7 @@ def step(session: int = 1, *, model: int = 1, logits_to_keep: int | None = 1) ->
 def test_a_worker_is_there_once_it_says_hello() -> None:
     conversation = Conversation()
     assert not conversation.exchange.settled["a"].is_set()
-    conversation.exchange.unload(7)  # nobody to tell
+    conversation.exchange.unload_model(7)  # nobody to tell
     conversation.greet("a")
     assert conversation.exchange.settled["a"].is_set()
     assert not conversation.exchange.settled["b"].is_set()
@@ -180,13 +180,13 @@ def test_a_failed_step_fails_alone(talk: Conversation) -> None:
 
 def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> None:
     both, alone = talk.ask(step(1)), talk.ask(step(2), "a")
-    talk.exchange.bury("b", "killed")
+    talk.exchange.mark_dead("b", "killed")
     with pytest.raises(WorkerDiedError, match=r"'b' died.*killed"):
         both.result(0)
     assert not alone.done()
     with pytest.raises(WorkerDiedError, match=r"'b' died"):
         talk.ask(step(3)).result(0)
-    talk.exchange.tell("b", EndSession(model=1, plan_version=1, stage=0, session=1), 1)
+    talk.exchange.send_command("b", EndSession(model=1, plan_version=1, stage=0, session=1), 1)
     assert talk.heard("b") is None
 
 
@@ -195,10 +195,10 @@ def test_a_device_may_come_later_and_go_again(talk: Conversation, caplog: pytest
     late.connect("caller", talk.caller.address, talk.caller.public_key)
     talk.greet("late")  # nobody expects it
     assert "late" not in talk.exchange.addresses
-    talk.exchange.admit("late", late.public_key)  # of one that nobody waits for any more
+    talk.exchange.authorise_worker("late", late.public_key)  # of one that nobody waits for any more
     assert "late" not in talk.exchange.public_keys
-    talk.exchange.expect("late")
-    talk.exchange.admit("late", late.public_key)
+    talk.exchange.expect_worker("late")
+    talk.exchange.authorise_worker("late", late.public_key)
     settled = talk.exchange.settled["late"]
     assert not settled.is_set()
     talk.greet("late")
@@ -206,23 +206,23 @@ def test_a_device_may_come_later_and_go_again(talk: Conversation, caplog: pytest
     future = talk.ask(InspectWorker(request=1), devices=["late"])
     assert talk.heard("late") == InspectWorker(request=1)
     for _ in range(2):
-        talk.exchange.forget("late")
+        talk.exchange.drop_worker("late")
     with pytest.raises(WorkerDiedError, match="'late' died"):
         future.result(0)
     talk.greet("late")
-    talk.exchange.bury("late", "killed")
+    talk.exchange.mark_dead("late", "killed")
     assert not {"late"} & {*talk.exchange.addresses, *talk.exchange.ended, *talk.exchange.settled}
     assert caplog.records == []
 
 
 def test_a_device_that_failed_may_come_again_with_another_key(talk: Conversation) -> None:
-    talk.exchange.expect("late")
-    talk.exchange.admit("late", talk.keys["first"].public)
-    talk.exchange.bury("late", "killed")
+    talk.exchange.expect_worker("late")
+    talk.exchange.authorise_worker("late", talk.keys["first"].public)
+    talk.exchange.mark_dead("late", "killed")
     assert "late" in talk.exchange.ended
-    talk.exchange.forget("late")
-    talk.exchange.expect("late")
-    talk.exchange.admit("late", talk.keys["second"].public)
+    talk.exchange.drop_worker("late")
+    talk.exchange.expect_worker("late")
+    talk.exchange.authorise_worker("late", talk.keys["second"].public)
     assert "late" not in talk.exchange.ended
     assert not talk.exchange.settled["late"].is_set()
     assert talk.exchange.public_keys["late"] == talk.keys["second"].public
@@ -230,13 +230,13 @@ def test_a_device_that_failed_may_come_again_with_another_key(talk: Conversation
 
 def test_a_model_that_is_unloaded_fails_what_waits_and_what_comes(talk: Conversation) -> None:
     ours, other = talk.ask(step(1)), talk.ask(step(2, model=2), model=2)
-    talk.exchange.unload(1)
+    talk.exchange.unload_model(1)
     with pytest.raises(ClosedError, match="closed while it was in use"):
         ours.result(0)
     assert not other.done()
     with pytest.raises(ClosedError, match="is closed"):
         talk.ask(step(3)).result(0)
-    talk.exchange.tell(
+    talk.exchange.send_command(
         "a", EndSession(model=1, plan_version=1, stage=0, session=1), 1
     )  # a handle on KV that outlived the model
     assert [talk.heard("a") for _ in range(4)] == [
@@ -276,7 +276,7 @@ def test_what_is_no_message_for_the_caller_is_refused(
 ) -> None:
     future = talk.ask(step())
     talk.workers["a"].send("caller", payload)
-    talk.exchange.wait(0)
+    talk.exchange.handle_next(0)
     assert "mailbox 'caller' refused input from a (" in caplog.text
     assert talk.caller.num_refused == 1
     assert not future.done()
@@ -296,7 +296,7 @@ def test_a_progress_bar_that_raises_stops_nothing(talk: Conversation, caplog: py
         deadline=time.monotonic() + 60,
         on_progress=draw,
     )
-    talk.exchange.ask("a", InspectWorker(request=5), (), ("request", 5, 0), pending)
+    talk.exchange.send_request("a", InspectWorker(request=5), (), ("request", 5, 0), pending)
     talk.say("a", Progress(request=5, num_done=3))
     assert "BrokenPipeError" in caplog.text
     talk.say("a", StageLoaded(request=5, weight_bytes=3, num_bytes_read=3))
@@ -320,8 +320,8 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
     """A step goes from a to b, KV is copied from a to b, whatever else is asked for is a's to answer."""
     talk.workers["bystander"] = other = InProcessMailbox(talk.hub, "bystander")
     other.connect("caller", talk.caller.address, talk.caller.public_key)
-    talk.exchange.expect("bystander")
-    talk.exchange.admit("bystander", other.public_key)
+    talk.exchange.expect_worker("bystander")
+    talk.exchange.authorise_worker("bystander", other.public_key)
     if kind is not Hello:
         talk.greet("bystander")
     role, message = TO_CALLER.get(kind), example(kind)
@@ -338,7 +338,9 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         timeout_s=60,
         deadline=time.monotonic() + 60,
     )
-    talk.exchange.ask("a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.exchange.send_request(
+        "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending
+    )
     before = talk.caller.num_refused
     talk.say(sender, message)
     if role is None or (kind is Hello and sender != "bystander"):
@@ -357,7 +359,9 @@ def test_an_answer_to_something_else_is_none(talk: Conversation, kind: type[AnyM
     pending = Pending(
         devices=frozenset("a"), asked="a", answer=Hello, model=7, what="", timeout_s=60, deadline=time.monotonic() + 60
     )
-    talk.exchange.ask("a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.exchange.send_request(
+        "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending
+    )
     talk.say("a", example(kind))
     assert talk.caller.num_refused == 1
     assert not pending.future.done()
@@ -370,7 +374,9 @@ def test_an_answer_about_another_model_is_none(talk: Conversation, kind: type[An
     pending = Pending(
         devices=frozenset("a"), asked="a", answer=answer, model=1, what="", timeout_s=60, deadline=time.monotonic() + 60
     )
-    talk.exchange.ask("a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending)
+    talk.exchange.send_request(
+        "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending
+    )
     talk.say("a", example(kind))
     assert talk.caller.num_refused == 1
     assert not pending.future.done()
@@ -403,13 +409,13 @@ def test_who_dies_before_it_is_introduced_holds_nobody_up() -> None:
     introduction = conversation.heard("b")
     assert isinstance(introduction, IntroduceWorker)
     conversation.say("b", Acknowledged(request=introduction.request))
-    conversation.exchange.bury("a", "killed")
+    conversation.exchange.mark_dead("a", "killed")
     assert conversation.exchange.settled["b"].is_set()
     conversation.exchange.close()
 
 
 def test_a_device_that_is_forgotten_is_forgotten_by_all(talk: Conversation) -> None:
-    talk.exchange.forget("b")
+    talk.exchange.drop_worker("b")
     assert talk.heard("a") == DismissWorker(name="b")
 
 
