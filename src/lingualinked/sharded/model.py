@@ -267,7 +267,8 @@ class ShardedModel:
         ArgumentError
             If it is not a plan.
         InfeasiblePlanError
-            If the plan does not fit this model or cluster, or its weights exceed a device's memory limit.
+            If the plan does not fit this model or cluster, its weights exceed a device's memory limit, or full devices that
+            change their order would wait for each other: then the message names the bytes that are missing, and where.
         ClosedError, WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
             If the layers could not be moved.
         """
