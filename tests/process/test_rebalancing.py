@@ -174,7 +174,11 @@ def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: 
         assert slow.action == "stay"
         assert "slow" not in model.plan.devices
         assert answers_alike(model, whole)
-        for device, words in (("nobody", "no device 'nobody'"), (3, "device=3"), (ll.Device(name="a"), "by its name")):
+        for device, words in (
+            ("nobody", "no device 'nobody'"),
+            (3, "device=3"),
+            (ll.Device(name="a"), "pass its name"),
+        ):
             with pytest.raises(ll.ArgumentError, match=words):
                 model.admit(device)
 
