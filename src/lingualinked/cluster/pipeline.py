@@ -176,30 +176,32 @@ class Pipeline:
         return session
 
     @property
-    def measured(self) -> Profile | None:
-        """The profile that decisions are made from; ``None`` if nothing is measured yet."""
+    def profile(self) -> Profile | None:
+        """The profile that decisions use; ``None`` if nothing has been measured."""
         balancer = self._controller.balancer
         return self.plan.profile if balancer is None or balancer.profile is None else balancer.profile
 
     @property
-    def decides(self) -> bool:
-        """Whether it can decide where layers are best (`decide_from`)."""
+    def is_rebalancing_enabled(self) -> bool:
+        """Whether it has a profile by which it can find better plans (`enable_rebalancing`)."""
         balancer = self._controller.balancer
         return balancer is not None and balancer.profile is not None
 
-    def decide_from(self, profile: Profile, workload: Workload, policy: RebalancePolicy, *, is_automatic: bool) -> None:
-        """Decide about layers from a profile from now on; does nothing if one is decided from already.
+    def enable_rebalancing(
+        self, profile: Profile, workload: Workload, policy: RebalancePolicy, *, is_automatic: bool
+    ) -> None:
+        """Find better plans by a profile from now on; does nothing if that is enabled already.
 
         Parameters
         ----------
         profile : Profile
-            Of the model on the cluster's devices.
+            Profile of the model on the cluster's devices.
         workload : Workload
-            What is planned for, unless the plan in force says so.
+            Used if the plan in force has none.
         policy : RebalancePolicy
             When layers are moved.
         is_automatic : bool
-            Whether the pipeline decides of its own accord, in a thread, from now on.
+            Whether the pipeline moves layers automatically, in a thread, from now on.
         """
         from lingualinked.control.balancer import Balancer  # imports scipy
 
@@ -216,7 +218,7 @@ class Pipeline:
         ----------
         plan : Plan or None
             Of the same model, on devices of the cluster; ``None``: the best one, if it is worth it, which needs a
-            profile (`decide_from`).
+            profile (`enable_rebalancing`).
         weights : WeightBytes
             Of the model.
         dry_run : bool
@@ -238,7 +240,7 @@ class Pipeline:
         if plan is not None:
             check_memory(plan, self.cluster.devices)
         holdings = None
-        if plan is not None and not self.decides:
+        if plan is not None and not self.is_rebalancing_enabled:
             from lingualinked.control.balancer import Balancer  # stands on the solver, which a start may do without
 
             self._controller.set_balancer(Balancer(None, RebalancePolicy(), self._objective, is_automatic=False))

@@ -29,7 +29,7 @@ class Route:
 
     @property
     def stage_devices(self) -> tuple[str, ...]:
-        """Devices of all stages, in pipeline order."""
+        """The device of each stage, in pipeline order; a device may occur twice."""
         return tuple(stage.device for stage in self.plan.stages)
 
 

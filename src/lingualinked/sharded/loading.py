@@ -13,7 +13,7 @@ from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
 from lingualinked.sharded.placing import find_or_fit_plan
 from lingualinked.sharded.progress import DeviceProgress
-from lingualinked.sharded.rebalancing import decide_from_profile
+from lingualinked.sharded.rebalancing import enable_rebalancing
 
 _Base = TypeVar("_Base")
 
@@ -42,7 +42,7 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
             pipeline.load(bars.update)
         # 4) watch the pipeline, if layers are to move by themselves
         if arguments.policy is not None:
-            decide_from_profile(pipeline, described, arguments.workload, arguments.policy, is_automatic=True)
+            enable_rebalancing(pipeline, described, arguments.workload, arguments.policy, is_automatic=True)
     except BaseException:
         pipeline.unload()
         raise

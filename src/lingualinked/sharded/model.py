@@ -23,7 +23,7 @@ from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import check_interpreter
 from lingualinked.sharded.memory_check import check_total_memory
 from lingualinked.sharded.placing import fit_plan
-from lingualinked.sharded.rebalancing import decide_from_profile, extended_profile
+from lingualinked.sharded.rebalancing import enable_rebalancing, extended_profile
 from lingualinked.workload import Objective, Workload, check_objective
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ class ShardedModel:
             If the layers could not be moved.
         """
         if plan is None:
-            self._measure()
+            self._enable_rebalancing()
             return self._pipeline.rebalance(None, self._parts.weights, dry_run=dry_run)
         if not isinstance(plan, Plan):
             raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan or None")
@@ -305,7 +305,7 @@ class ShardedModel:
             If the layers could not be moved; the device may then be used as before.
         """
         self.cluster.device(device)
-        self._measure()
+        self._enable_rebalancing()
         return self._pipeline.release(device)
 
     @interruptible
@@ -345,17 +345,17 @@ class ShardedModel:
                 raise ArgumentError(
                     f"device {name!r} is in the cluster already: links= is for a new device, leave it out"
                 )
-        self._measure()
+        self._enable_rebalancing()
         if isinstance(device, Device):
             self.cluster.add(device, links=links)
         return pipeline.admit(name, lambda: extended_profile(pipeline, self._describe(), name))
 
-    def _measure(self) -> None:
-        """Have the pipeline decide from a profile, if it does not do so already."""
+    def _enable_rebalancing(self) -> None:
+        """Get the profile that rebalancing needs, unless the pipeline has it already."""
         pipeline = self._pipeline
         pipeline.check_open()
-        if not pipeline.decides:
-            decide_from_profile(pipeline, self._describe(), None, RebalancePolicy(), is_automatic=False)
+        if not pipeline.is_rebalancing_enabled:
+            enable_rebalancing(pipeline, self._describe(), None, RebalancePolicy(), is_automatic=False)
 
     def _describe(self) -> Described:
         from lingualinked.sharded.describing import describe_spec  # imports torch

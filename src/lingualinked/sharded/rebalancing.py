@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lingualinked.workload import Workload
 
 
-def decide_from_profile(
+def enable_rebalancing(
     pipeline: Pipeline, described: Described, workload: Workload | None, policy: RebalancePolicy, *, is_automatic: bool
 ) -> None:
     """Enable a pipeline to rebalance, by the profile of its plan or by one that is measured now."""
@@ -35,12 +35,12 @@ def decide_from_profile(
             without=pipeline.ended_devices,
             is_idle=is_automatic,  # it is measured before the first session; otherwise while sessions may run
         )
-    pipeline.decide_from(profile, profile.model.fit_workload(given), policy, is_automatic=is_automatic)
+    pipeline.enable_rebalancing(profile, profile.model.fit_workload(given), policy, is_automatic=is_automatic)
 
 
 def extended_profile(pipeline: Pipeline, described: Described, device: str) -> Profile:
     """Return the profile that a pipeline decides from, extended by a device, which is measured if necessary."""
-    profile = pipeline.measured
+    profile = pipeline.profile
     assert profile is not None, "a pipeline that decides has a profile"
     if device in profile.names:
         return profile
