@@ -230,7 +230,7 @@ def test_a_model_of_few_positions_and_words_is_measured(
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     for workload in (ll.Workload(prompt_tokens=1, new_tokens=3), ll.Workload(prompt_tokens=3, new_tokens=1)):
         assert ll.profile_model(tmp_path, shared_cluster, workload=workload).model.max_positions == 4
-    with pytest.raises(ll.ArgumentError, match="more than the 4 positions"):
+    with pytest.raises(ll.ArgumentError, match="exceed the 4 positions"):
         ll.profile_model(tmp_path, shared_cluster, workload=ll.Workload(prompt_tokens=3, new_tokens=2))
 
 
