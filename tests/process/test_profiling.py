@@ -362,7 +362,7 @@ def test_models_of_few_positions_and_of_experts_are_planned_by_default(
             ll.Workload(prompt_tokens=1, new_tokens=limit - 1),
         ):
             ll.profile_model(path, shared_cluster, workload=exact)
-        with pytest.raises(ll.ArgumentError, match=f"more than the {limit} positions"):
+        with pytest.raises(ll.ArgumentError, match=f"exceed the {limit} positions"):
             ll.profile_model(path, shared_cluster, workload=ll.Workload(prompt_tokens=limit, new_tokens=1))
 
 
