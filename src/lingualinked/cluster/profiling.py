@@ -14,9 +14,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
+import msgspec
+
 from lingualinked.cluster.doubt import OtherWork, find_doubt
 from lingualinked.cluster.link_probing import measure_links, tournament
 from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.remote_text import readable
 from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes, StepTime
@@ -231,7 +234,13 @@ def _measure_models(
             functools.partial(on_progress, device.name),
         )
 
-    return cast("list[ModelMeasured]", results_of([request(device) for device in devices]))
+    answers = cast("list[ModelMeasured]", results_of([request(device) for device in devices]))
+    return [
+        msgspec.structs.replace(
+            each, hardware=readable(each.hardware), power_source=readable(each.power_source)
+        )  # they are shown as they are from here on
+        for each in answers
+    ]
 
 
 def _likeness(device: Device, hardware: str) -> object:

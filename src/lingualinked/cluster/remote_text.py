@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
-from lingualinked.protocol.messages import LogRecord
+if TYPE_CHECKING:  # it imports torch
+    from lingualinked.protocol.messages import LogRecord
+
 
 _LOGGERS = frozenset({"lingualinked.worker", "lingualinked.transport"})
 _MAX_CHARACTERS = 20_000
