@@ -22,7 +22,8 @@ from lingualinked.protocol.boot import GRACE_S, ForkWorker, Preload, WorkerEnded
 from lingualinked.transport.socket_folder import make_socket_folder
 
 _MOST_HANDLES = 64
-_SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR",)  # when it is imported: no wish of anybody's
+# Libraries set these as they go, torch when it is imported and pytest for each test: workers read neither.
+_SET_ON_THE_WAY = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
 _Key = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 
 
@@ -117,7 +118,7 @@ fork_servers = _Servers()
 
 
 def _wishes() -> dict[str, str]:
-    return {name: value for name, value in worker_environment().items() if name not in _SET_BY_TORCH}
+    return {name: value for name, value in worker_environment().items() if name not in _SET_ON_THE_WAY}
 
 
 class ForkChannel:
