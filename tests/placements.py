@@ -38,7 +38,7 @@ def draw_problem(
     num_sessions: float = math.inf,
     kept: tuple[int, int] = (1, 1),
 ) -> Problem:
-    """Draw numbers: whole ones (many ties), tight memory, missing links and permissions, rings."""
+    """Draw numbers: whole ones (many ties), tight memory, missing permissions, rings."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int, high: float = 10.0) -> np.ndarray:
@@ -53,9 +53,6 @@ def draw_problem(
     hop_s, busy_s = draw(num_devices, num_devices), draw(num_devices, num_devices, high=15)
     enter_s, leave_s = draw(num_devices, high=5), draw(num_devices, high=5)
     missing = 0.3 if gaps else 0.0
-    hop_s[rng.random(hop_s.shape) < missing] = np.inf
-    enter_s[rng.random(num_devices) < missing / 2] = np.inf
-    leave_s[rng.random(num_devices) < missing / 2] = np.inf
     return Problem(
         names=tuple(f"d{index}" for index in range(num_devices)),
         layer_s=draw(num_devices, num_layers) + (1 if whole else 0.01),

@@ -6,6 +6,7 @@ Plain data, saved as JSON; knows neither how it is measured nor what is planned 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from pathlib import Path
@@ -234,7 +235,7 @@ class LinkProfile:
         return 0.0 if self.bandwidth_bytes_per_s is None else num_bytes / self.bandwidth_bytes_per_s
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)  # no slots: look-ups are kept
 class Profile(Shown):
     """A model measured on the devices and links of a cluster.
 
@@ -289,6 +290,14 @@ class Profile(Shown):
                         f"the link from {source!r} to {target!r} is missing in a profile: give all links"
                     )
 
+    @functools.cached_property
+    def _by_name(self) -> dict[str, DeviceProfile]:
+        return {each.device.name: each for each in self.devices}
+
+    @functools.cached_property
+    def _by_ends(self) -> dict[tuple[str, str], LinkProfile]:
+        return {(each.source, each.target): each for each in self.links}
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the devices."""
@@ -302,9 +311,9 @@ class Profile(Shown):
         ArgumentError
             If there is none of that name.
         """
-        for each in self.devices:
-            if each.device.name == name:
-                return each
+        found = self._by_name.get(name)
+        if found is not None:
+            return found
         raise ArgumentError(f"no device {name!r} in this profile: it has {list(self.names)}")
 
     def link(self, source: str, target: str) -> LinkProfile:
@@ -315,9 +324,9 @@ class Profile(Shown):
         ArgumentError
             If there is none.
         """
-        for each in self.links:
-            if (each.source, each.target) == (source, target):
-                return each
+        found = self._by_ends.get((source, target))
+        if found is not None:
+            return found
         raise ArgumentError(f"no link from {source!r} to {target!r} in this profile")
 
     def without(self, *names: str) -> Profile:

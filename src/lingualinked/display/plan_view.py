@@ -166,15 +166,14 @@ def _solver_notes(plan: Plan) -> list[str]:
     solved = plan.solved
     if solved is None:
         return []
-    figures = (solved.value, solved.lower_bound, solved.relaxation)
-    value, bound, relaxation = (
-        f"{each:.3g} J" if solved.objective == "energy" else seconds_text(each) for each in figures
+    value, bound = (
+        f"{each:.3g} J" if solved.objective == "energy" else seconds_text(each)
+        for each in (solved.value, solved.lower_bound)
     )
-    gap = f"gap {100 * solved.gap:.1f} %; linear relaxation {relaxation}"
     of = "between steps" if solved.objective == "throughput" else "a step"
     if solved.num_sessions is not None:
         of += f" with {count_text(solved.num_sessions, 'session')} in flight"
-    notes = [f"{solved.objective}: {value} {of}; none is better than {bound} ({gap})"]
+    notes = [f"{solved.objective}: {value} {of}; none is better than {bound} (gap {100 * solved.gap:.1f} %)"]
     if solved.unused:
         notes.append(f"not used: {', '.join(_left_out(plan))}")
     return notes

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Placement, Problem
-from lingualinked.planning.placement.solver import solve_problem
+from lingualinked.planning.placement.solver import fits, solve_problem
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan, inexact_because
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.planning.solved import Solved
@@ -53,7 +53,7 @@ def solve(
       bottleneck leaves at least ``min_tokens_per_s``;
 
     subject to weights, KV of all sessions and working memory of each device staying within its memory less the reserve,
-    to links that exist, and, once any device is ``trusted``, to the first and the last span lying on such.
+    and, once any device is ``trusted``, to the first and the last span lying on such.
     `lingualinked.planning.placement.solver.solve_problem` says how.
 
     Parameters
@@ -105,7 +105,8 @@ def solve(
         solution = solve_problem(problem, objective, order=indices, max_bottleneck_s=floor_s)
     except InfeasiblePlanError as error:
         if floor_s is not None and _fits(profile, workload, reserve):
-            fastest = workload.batch_size / solve_problem(_pipelined(problem), order=indices).value
+            full = dataclasses.replace(problem, num_sessions=math.inf)
+            fastest = workload.batch_size / solve_problem(full, order=indices).value
             raise InfeasiblePlanError(
                 f"no plan gives min_tokens_per_s={min_tokens_per_s:g}: the fastest gives {fastest:.1f} tokens/s with its "
                 "pipeline full; ask for less, or add a device"
@@ -116,7 +117,6 @@ def solve(
         objective=objective,
         value=solution.value,
         lower_bound=solution.lower_bound,
-        relaxation=solution.relaxation,
         unused=tuple(name for index, name in enumerate(problem.names) if index not in used),
         min_tokens_per_s=min_tokens_per_s,
         num_sessions=num_sessions,
@@ -259,16 +259,7 @@ def _of_trusted(workload: Workload, most: int) -> Workload:
 
 
 def _fits(profile: Profile, workload: Workload, reserve: float) -> bool:
-    try:
-        solve_problem(_pipelined(WorkloadCosts(profile, workload, reserve).problem()))
-    except InfeasiblePlanError:
-        return False
-    return True
-
-
-def _pipelined(problem: Problem) -> Problem:
-    """Take the pipeline to be full, which is solved soonest."""
-    return dataclasses.replace(problem, num_sessions=math.inf)
+    return fits(WorkloadCosts(profile, workload, reserve).problem())
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -287,7 +278,7 @@ def _extra_memory(profile: Profile, workload: Workload, reserve: float) -> int |
         return None
     wider = profile.with_copy(profile.names[0], name)
 
-    def fits(num_bytes: int) -> bool:
+    def suffices(num_bytes: int) -> bool:
         devices = tuple(
             dataclasses.replace(
                 each,
@@ -305,10 +296,10 @@ def _extra_memory(profile: Profile, workload: Workload, reserve: float) -> int |
     model = profile.model
     total = model.span_bytes(0, model.num_layers) + costs.kv_bytes(0, model.num_layers) + costs.working_bytes()
     high = math.ceil(total / (1 - reserve)) + 1
-    if not fits(high):
+    if not suffices(high):
         return None
     low = 0
     while high - low > max(1, high // 200):
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
+        low, high = (low, middle) if suffices(middle) else (middle, high)
     return high

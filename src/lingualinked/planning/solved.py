@@ -23,8 +23,6 @@ class Solved:
         Of the objective: seconds, or joules for energy.
     lower_bound : float
         No placement has a smaller value; proven.
-    relaxation : float
-        Value of the linear relaxation, in which layers may be split.
     unused : tuple of str
         Devices that the plan does without.
     min_tokens_per_s : float or None
@@ -36,7 +34,6 @@ class Solved:
     objective: Objective
     value: float
     lower_bound: float
-    relaxation: float
     unused: tuple[str, ...] = ()
     min_tokens_per_s: float | None = None
     num_sessions: int | None = None

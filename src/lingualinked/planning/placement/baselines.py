@@ -5,7 +5,6 @@ Knows one problem, and its devices in the order given; what the planner would do
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.problem import Floats, Placement, Problem, Span, device_bytes
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.placement.spans import TOLERANCE
+from lingualinked.planning.placement.tables import TOLERANCE
 from lingualinked.quantities import bytes_text, count_text
 
 
@@ -33,7 +32,7 @@ def even(problem: Problem) -> Placement:
     Raises
     ------
     InfeasiblePlanError
-        If there are more devices than layers, or a device lacks memory, a permission or a link for its share.
+        If there are more devices than layers, or a device lacks memory or a permission for its share.
     """
     return _in_shares(problem, np.ones(problem.num_devices))
 
@@ -54,7 +53,7 @@ def by_memory(problem: Problem) -> Placement:
     Raises
     ------
     InfeasiblePlanError
-        If there are more devices than layers, or a device lacks memory, a permission or a link for its share.
+        If there are more devices than layers, or a device lacks memory or a permission for its share.
     """
     capacity = problem.capacity_bytes
     return _in_shares(problem, capacity if np.isfinite(capacity).all() else np.ones(problem.num_devices))
@@ -116,17 +115,6 @@ def _check(problem: Problem, placement: Placement) -> None:
             raise InfeasiblePlanError(
                 f"device {problem.names[device]!r} may not hold the {what} stage; put a trusted device there"
             )
-    ways = [
-        ("the caller", problem.names[first], problem.enter_s[first]),
-        (problem.names[last], "the caller", problem.leave_s[last]),
-    ]
-    ways += [
-        (problem.names[here.device], problem.names[there.device], problem.hop_s[here.device, there.device])
-        for here, there in itertools.pairwise(placement)
-    ]
-    for here, there, seconds in ways:
-        if math.isinf(seconds):
-            raise InfeasiblePlanError(f"there is no link from {here} to {there}; add one, or reorder the devices")
     for span in placement:
         missing = device_bytes(problem, placement, span.device) - problem.capacity_bytes[span.device]
         if missing > TOLERANCE * problem.capacity_bytes[span.device]:

@@ -11,19 +11,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.placement.costs import Costs, excess_costs
-from lingualinked.planning.placement.orders import Route
-from lingualinked.planning.placement.problem import Problem, device_bytes
-from lingualinked.planning.placement.spans import SpanTables
+from lingualinked.planning.placement.problem import Placement, Problem, device_bytes
 from lingualinked.quantities import bytes_text, count_text
 
 
 def explain_infeasible(
     problem: Problem,
-    tables: SpanTables,
     devices: Sequence[int],
     max_bottleneck_s: float,
-    best: Callable[[Costs], Route | None],
+    closest: Callable[[], tuple[Placement, float]],
 ) -> InfeasiblePlanError:
     """Find what prevents every placement.
 
@@ -31,52 +27,44 @@ def explain_infeasible(
     ----------
     problem : Problem
         A problem without a placement.
-    tables : SpanTables
-        Of it.
     devices : sequence of int
         Those that may be used.
     max_bottleneck_s : float
         The limit on the bottleneck; ``inf`` if there is none.
-    best : callable
-        The search that failed; with bytes that are missing as costs it finds the placement that is closest to fitting.
+    closest : callable
+        Finds the placement that is closest to fitting, and the most bytes that a device lacks in it.
 
     Returns
     -------
     InfeasiblePlanError
         To be raised.
     """
-    for allowed, link_s, what, verb in (
-        (problem.may_be_first, problem.enter_s, "first", "see token ids"),
-        (problem.may_be_last, problem.leave_s, "last", "see logits"),
+    for allowed, what, verb in (
+        (problem.may_be_first, "first", "see token ids"),
+        (problem.may_be_last, "last", "see logits"),
     ):
-        permitted = [device for device in devices if allowed[device]]
-        if not permitted:
+        if not any(allowed[device] for device in devices):
             return InfeasiblePlanError(
                 f"no device may hold the {what} stage: none of {_names(problem, devices)} may {verb}; mark one as trusted"
             )
-        if not np.isfinite(link_s[permitted]).any():
-            return InfeasiblePlanError(
-                f"there is no link between the caller and any device that may hold the {what} stage "
-                f"({_names(problem, permitted)}); add one"
-            )
-    closest = best(excess_costs(problem, tables))
-    if closest is None:
+    placement, excess = closest()
+    if not placement:
         return InfeasiblePlanError(
-            f"the links and the permissions of {_names(problem, devices)} join no first stage to a last stage over "
-            f"{count_text(problem.num_layers, 'layer')}; add a link, or permit another device to hold an end"
+            f"the permissions of {_names(problem, devices)} join no first stage to a last stage over "
+            f"{count_text(problem.num_layers, 'layer')}; permit another device to hold an end"
         )
-    if closest.value > 0:
-        return _memory(problem, devices, closest)
+    if excess > 0:
+        return _memory(problem, devices, placement)
     limit = "" if math.isinf(max_bottleneck_s) else f" within max_bottleneck_s={max_bottleneck_s:.6g}"
     return InfeasiblePlanError(
         f"the weights fit on {_names(problem, devices)}, but no placement keeps each device and link{limit}; raise the limit"
     )
 
 
-def _memory(problem: Problem, devices: Sequence[int], closest: Route) -> InfeasiblePlanError:
+def _memory(problem: Problem, devices: Sequence[int], placement: Placement) -> InfeasiblePlanError:
     missing_of = {
-        device: device_bytes(problem, closest.placement, device) - problem.capacity_bytes[device]
-        for device in closest.order
+        device: device_bytes(problem, placement, device) - problem.capacity_bytes[device]
+        for device in {span.device: None for span in placement}
     }
     tightest = max(missing_of, key=lambda device: missing_of[device])
     missing = math.ceil(missing_of[tightest])

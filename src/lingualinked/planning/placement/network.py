@@ -1,6 +1,6 @@
-"""The layered network of all placements along one order of devices, and the distances in it.
+"""The network whose paths are the placements, and the shortest distances in it.
 
-Knows costs by position and layer; no linear programme, and not where the order comes from.
+Knows costs by device and layer; no linear programme.
 """
 
 from __future__ import annotations
@@ -10,160 +10,213 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lingualinked.planning.placement.costs import Costs
-from lingualinked.planning.placement.problem import Floats, Placement, Span
+from lingualinked.planning.placement.problem import Flags, Floats, Ints, Placement, Span
+from lingualinked.planning.placement.tables import Costs
+
+_BATCH = 32  # orders whose networks are laid out at a time
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ring:
-    """The start of a placement that returns to its first device: layers ``[0, end)`` on that device."""
-
-    device: int
-    end: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Network:
-    """A layered acyclic network: each path from source to sink is a placement, and each placement is a path.
+    """A layered network without cycles, in C copies: each placement is a path in one of them.
 
-    Node ``in(p, i)``: the device at position p of the order starts at layer i; node ``out(p, j)``: it has ended before
-    layer j. Arcs: spans ``in(p, i) -> out(p, j)``, hops ``out(p, i) -> in(q, i)`` for ``p < q``, and those from the
-    source and to the sink. In the network of a ring the source stands behind the first half on the closing device
-    and the sink before its second half.
+    Nodes ``in(c, d, b)`` and ``out(c, d, b)``: in copy c, device d starts at layer b, or has ended before it. Spans lead
+    from ``in(c, d, i)`` to ``out(c, d, j)``, hops from ``out(c, d, b)`` to ``in(c, k, b)``. In a plain copy the source
+    leads to ``in(c, d, 0)`` and ``out(c, d, L)`` to the sink. A ring's copy has a closing device: for it the source leads
+    to ``out(c, d, a)``, its first half, and ``in(c, d, b)`` to the sink, its second half.
+
+    A path may use a device more than once; what forbids that is not known here.
 
     Parameters
     ----------
-    devices : tuple of int
-        The order, of n devices.
-    ring : Ring or None
-        What every placement of the network starts with, if it is a ring.
     combine : ufunc
-        See `Costs`.
-    source, sink : ndarray
-        float64 ``[n, L+1]``, costs of the arcs from the source to ``in(p, i)``, and from ``out(p, j)`` to the sink.
+        ``np.add`` or ``np.maximum``; 0 is neutral for both.
     span : ndarray
-        float64 ``[n, L+1, L+1]``.
+        float64 ``[D, L+1, L+1]``.
     hop : ndarray
-        float64 ``[n, n]``; ``inf`` unless ``p < q``.
+        float64 ``[C, D, D]``.
+    enter, leave : ndarray
+        float64 ``[C, D]``; ``inf`` in the copies of rings.
+    ring : ndarray
+        int64 ``[C]``, the closing device, -1 in plain copies.
+    front, close : ndarray
+        float64 ``[C, L+1]``; ``inf`` in plain copies.
     """
 
-    devices: tuple[int, ...]
-    ring: Ring | None
     combine: np.ufunc
-    source: Floats
-    sink: Floats
     span: Floats
     hop: Floats
+    enter: Floats
+    leave: Floats
+    ring: Ints
+    front: Floats
+    close: Floats
 
     @classmethod
-    def of(cls, costs: Costs, devices: Sequence[int], ring: Ring | None = None) -> Network:
-        """Lay out the placements along an order; any device of it may be skipped.
+    def of(cls, costs: Costs, order: Sequence[int] | None = None) -> Network:
+        """Lay out all placements on some devices, with one copy for each device that may close a ring.
 
         Parameters
         ----------
         costs : Costs
-            Of the objective.
-        devices : sequence of int
-            The order; without the ring's device.
-        ring : Ring, optional
-            What the placement starts with; None: with a device of the order.
-
-        Returns
-        -------
-        Network
-            With 2 n (L+1) nodes besides source and sink.
+            Additive ones.
+        order : sequence of int or None
+            Devices in pipeline order: hops lead forward alone, and back to the closing device. ``None``: all devices
+            in any order.
         """
-        order = np.array(devices, dtype=int)
-        size = (len(order), costs.num_layers + 1)
-        source, sink = np.full(size, np.inf), np.full(size, np.inf)
-        if ring is None:
-            source[:, 0] = costs.enter[order]
-            sink[:, -1] = costs.leave[order]
-        else:
-            source[:, ring.end] = costs.combine(costs.front[ring.device, ring.end], costs.hop[ring.device, order])
-            sink = costs.combine(costs.hop[order, ring.device][:, None], costs.close[ring.device, ring.end][None, :])
-        hop = costs.hop[np.ix_(order, order)].copy()
-        hop[np.tri(len(order), dtype=bool)] = np.inf
-        return cls(tuple(devices), ring, costs.combine, source, sink, costs.span[order], hop)
+        copies = [_plain(costs, order)]
+        for device, table in costs.close.items():
+            if order is None or device in order:
+                halves = np.asarray(np.isfinite(table).any(axis=1))
+                copies.append(_ring(costs, order, device, halves, table.min(axis=0)))
+        return cls._joined(np.add, costs, copies)
 
     @classmethod
-    def relaxed_ring(cls, costs: Costs, devices: Sequence[int], device: int) -> Network:
-        """Lay out the rings on a device for all first halves at once, each second half at its cheapest.
+    def along(cls, costs: Costs, orders: Sequence[Sequence[int]], combine: np.ufunc) -> Network:
+        """Lay out the placements along some orders, with one copy for each order and first half of a ring."""
+        copies = []
+        for order in orders:
+            copies.append(_plain(costs, order))
+            for device, table in costs.close.items():
+                ends = np.flatnonzero(np.isfinite(table).any(axis=1)) if device in order else ()
+                copies += [_ring(costs, order, device, np.arange(len(table)) == end, table[end]) for end in ends]
+        return cls._joined(combine, costs, copies)
 
-        Parameters
-        ----------
-        costs : Costs
-            Of the objective.
-        devices : sequence of int
-            The order between the two halves.
-        device : int
-            The closing device.
+    @classmethod
+    def _joined(cls, combine: np.ufunc, costs: Costs, copies: list[dict[str, Floats | int]]) -> Network:
+        fields = {name: np.stack([np.asarray(copy[name]) for copy in copies]) for name in copies[0]}
+        return cls(combine=combine, span=costs.span, **fields)
 
-        Returns
-        -------
-        Network
-            Its distances bound those of every single ring's network from below.
-        """
-        order = np.array(devices, dtype=int)
-        front = np.where(np.isfinite(costs.close[device]).any(axis=1), costs.front[device], np.inf)
-        source = costs.combine(front[None, :], costs.hop[device, order][:, None])
-        sink = costs.combine(costs.hop[order, device][:, None], costs.close[device].min(axis=0)[None, :])
-        hop = costs.hop[np.ix_(order, order)].copy()
-        hop[np.tri(len(order), dtype=bool)] = np.inf
-        return cls(tuple(devices), Ring(device, 0), costs.combine, source, sink, costs.span[order], hop)
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.span.shape[1]) - 1
+
+    @property
+    def leads_everywhere(self) -> Flags:
+        """Say from which devices hops lead to all others at no cost, bool ``[C, D]``."""
+        return np.asarray(((self.hop == 0) | np.eye(self.hop.shape[1], dtype=bool)).all(axis=2))
+
+    @property
+    def ceiling(self) -> float:
+        """What no path that uses each device once costs more than; at least a little."""
+
+        def most(costs: Floats) -> float:
+            return float(np.where(np.isfinite(costs), costs, 0.0).max(initial=0.0))
+
+        ends = sum(map(most, (self.enter, self.leave, self.front, self.close)))
+        return 2 * (ends + sum(map(most, self.span)) + most(self.hop) * (self.hop.shape[1] + 1)) or 1.0
+
+    def priced(self, prices: Floats, front: Floats, close: Floats) -> Network:
+        """Return the network in which every stage of a device costs a price besides, and rings' halves others."""
+        device_prices = np.where(self.ring < 0, 0.0, prices[self.ring])[:, None]
+        return dataclasses.replace(
+            self,
+            span=self.span + prices[:, None, None],
+            front=self.front + device_prices + front,
+            close=self.close + close,
+        )
 
     def from_source(self) -> tuple[Floats, Floats]:
-        """Give the distance from the source to every node.
-
-        Returns
-        -------
-        tuple of ndarray
-            float64 ``[n, L+1]`` each, of ``in`` and of ``out``.
-        """
-        into, out = self.source.copy(), np.empty_like(self.source)
-        for p in range(len(self.devices)):
-            if p:
-                np.minimum(into[p], self.combine(out[:p], self.hop[:p, p, None]).min(axis=0), out=into[p])
-            out[p] = self.combine(into[p][:, None], self.span[p]).min(axis=0)
+        """Return the distances from the source to every ``in`` and to every ``out``, float64 ``[C, D, L+1]`` each."""
+        rings = np.flatnonzero(self.ring >= 0)
+        closing = self.ring[rings]
+        size = (*self.enter.shape, self.num_layers + 1)
+        into, out = np.full(size, np.inf), np.full(size, np.inf)
+        into[:, :, 0] = self.enter
+        for layer in range(1, self.num_layers + 1):
+            ended = self.combine(into[:, :, :layer], self.span[:, :layer, layer]).min(axis=2)
+            ended[rings, closing] = self.front[rings, layer]
+            out[:, :, layer] = ended
+            into[:, :, layer] = self.combine(ended[:, :, None], self.hop).min(axis=1)
         return into, out
 
     def to_sink(self) -> tuple[Floats, Floats]:
-        """Give the distance from every node to the sink.
-
-        Returns
-        -------
-        tuple of ndarray
-            float64 ``[n, L+1]`` each, of ``in`` and of ``out``.
-        """
-        into, out = np.empty_like(self.sink), self.sink.copy()
-        for p in reversed(range(len(self.devices))):
-            if p + 1 < len(self.devices):
-                rest = self.combine(into[p + 1 :], self.hop[p, p + 1 :, None]).min(axis=0)
-                np.minimum(out[p], rest, out=out[p])
-            into[p] = self.combine(self.span[p], out[p][None, :]).min(axis=1)
+        """Return the distances from every ``in`` and from every ``out`` to the sink, float64 ``[C, D, L+1]`` each."""
+        rings = np.flatnonzero(self.ring >= 0)
+        closing = self.ring[rings]
+        size = (*self.enter.shape, self.num_layers + 1)
+        into, out = np.full(size, np.inf), np.full(size, np.inf)
+        out[:, :, -1] = self.leave
+        for layer in reversed(range(self.num_layers)):
+            started = self.combine(self.span[:, layer, layer + 1 :], out[:, :, layer + 1 :]).min(axis=2)
+            started[rings, closing] = self.close[rings, layer]
+            into[:, :, layer] = started
+            out[:, :, layer] = self.combine(self.hop, started[:, None, :]).min(axis=2)
         return into, out
 
-    def best(self) -> float:
-        """Give the length of the shortest path; ``inf`` if there is none."""
-        if not self.devices:
-            return np.inf
-        out = self.from_source()[1]
-        return float(self.combine(out, self.sink).min())
-
-    def shortest(self) -> Placement:
-        """Give a shortest path as spans; the network must have a path."""
+    def shortest(self) -> tuple[float, Placement]:
+        """Return the length of a shortest path and its spans; ``inf`` and none if there is no path."""
         into, out = self.to_sink()
-        totals = self.combine(self.source, into)
-        position, layer = (int(index) for index in np.unravel_index(totals.argmin(), totals.shape))
-        spans = [] if self.ring is None else [Span(self.ring.device, 0, self.ring.end)]
-        while True:
-            end = int(self.combine(self.span[position, layer], out[position]).argmin())
-            spans.append(Span(self.devices[position], layer, end))
-            onward = self.combine(self.hop[position], into[:, end])
-            following = int(onward.argmin())
-            if self.sink[position, end] <= onward[following]:
-                break
-            position, layer = following, end
-        if self.ring is not None:
-            spans.append(Span(self.ring.device, end, self.source.shape[1] - 1))
-        return tuple(spans)
+        starts = np.where(self.ring < 0, self.combine(self.enter, into[:, :, 0]).min(axis=1), np.inf)
+        rings = np.flatnonzero(self.ring >= 0)
+        halves = self.combine(self.front[rings], out[rings, self.ring[rings]])
+        starts[rings] = halves.min(axis=1)
+        copy = int(starts.argmin())
+        if starts[copy] == np.inf:
+            return np.inf, ()
+        spans, layer, closing = [], 0, int(self.ring[copy])
+        if closing < 0:
+            device = int(self.combine(self.enter[copy], into[copy, :, 0]).argmin())
+        else:
+            layer = int(halves[int(np.flatnonzero(rings == copy)[0])].argmin())
+            spans.append(Span(closing, 0, layer))
+            device = int(self.combine(self.hop[copy, closing], into[copy, :, layer]).argmin())
+        while device != closing:
+            end = int(self.combine(self.span[device, layer], out[copy, device]).argmin())
+            spans.append(Span(device, layer, end))
+            layer = end
+            if end == self.num_layers:
+                return float(starts[copy]), tuple(spans)
+            device = int(self.combine(self.hop[copy, device], into[copy, :, end]).argmin())
+        return float(starts[copy]), (*spans, Span(closing, layer, self.num_layers))
+
+
+def shortest_along(
+    costs: Costs, orders: Sequence[Sequence[int]], combine: np.ufunc = np.add
+) -> tuple[float, Placement]:
+    """Find the cheapest placement whose devices keep one of some orders, by dynamic programming; any may be skipped.
+
+    The device of a ring comes before the others that the ring uses. Its halves share memory and time, so each first half
+    has a copy of the network of its own.
+
+    Returns
+    -------
+    tuple of float and tuple of Span
+        Its cost and the placement; ``inf`` and an empty one if the orders allow none.
+    """
+    value: float = np.inf
+    placement: Placement = ()
+    for start in range(0, len(orders), _BATCH):
+        found = Network.along(costs, orders[start : start + _BATCH], combine).shortest()
+        if found[0] < value:
+            value, placement = found
+    return value, placement
+
+
+def _hops(costs: Costs, order: Sequence[int] | None, closing: int = -1) -> Floats:
+    """Return the hops that lead forward in an order, or back to the closing device; all of them where there is none."""
+    if order is None:
+        return costs.hop
+    place = np.full(len(costs.hop), -1)
+    place[list(order)] = np.arange(len(order))
+    is_allowed = (place[:, None] < place) & (place[:, None] >= 0)
+    if closing >= 0:
+        is_allowed[:, closing] |= place > place[closing]
+    return np.where(is_allowed, costs.hop, np.inf)
+
+
+def _plain(costs: Costs, order: Sequence[int] | None) -> dict[str, Floats | int]:
+    is_used = np.full(len(costs.hop), order is None)
+    is_used[list(order or ())] = True
+    none = np.full(costs.front.shape[1], np.inf)
+    enter, leave = (np.where(is_used, cost, np.inf) for cost in (costs.enter, costs.leave))
+    return {"hop": _hops(costs, order), "enter": enter, "leave": leave, "ring": -1, "front": none, "close": none}
+
+
+def _ring(
+    costs: Costs, order: Sequence[int] | None, device: int, halves: Flags, close: Floats
+) -> dict[str, Floats | int]:
+    hop, none = _hops(costs, order, device), np.full(len(costs.hop), np.inf)
+    front = np.where(halves, costs.front[device], np.inf)
+    return {"hop": hop, "enter": none, "leave": none, "ring": device, "front": front, "close": close}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
+Ints: TypeAlias = NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,14 +122,11 @@ class Solution:
         Of the objective: seconds between steps (throughput), seconds of a step (latency), joules of a step (energy).
     lower_bound : float
         No placement has a smaller value; proven.
-    relaxation : float
-        Value of the linear relaxation.
     """
 
     placement: Placement
     value: float
     lower_bound: float
-    relaxation: float
 
 
 def bottleneck_s(problem: Problem, placement: Placement) -> float:

@@ -1,6 +1,50 @@
-"""The linear programme that reads the spans off a network: one unit of flow on its cheapest path.
+r"""The linear programme that places the layers: one unit of flow from the caller through the devices and back.
 
-Knows networks and how to minimise over their flows; not where the networks come from, nor what their costs mean.
+Knows costs of spans and hops; not what they stand for, nor where a cap on them comes from.
+
+**Nodes.** :math:`(d, b, \text{in})` and :math:`(d, b, \text{out})` for each device d and boundary :math:`0 \le b \le L`:
+d starts at layer b, or has ended before it; a source and a sink, which are the caller.
+
+**Variables.** One flow :math:`x_a \ge 0` on each arc. A *span* leads from :math:`(d, i, \text{in})` to
+:math:`(d, j, \text{out})` for :math:`i < j`; it exists where layers :math:`[i, j)` fit into the memory of d, where d is
+trusted enough for them, and where a cap allows the time that they take. A *hop* leads from :math:`(d, b, \text{out})` to
+:math:`(e, b, \text{in})`, for all pairs of devices or, in a fixed order, to later ones alone. Arcs from the source enter at
+layer 0, arcs to the sink leave behind layer L. For each device r that may hold both ends (a *ring*) there is a copy
+of all this, in which the flow starts with a first half :math:`f^r_a`, layers :math:`[0, a)` on r, and ends with a second half
+:math:`g^r_b`, layers :math:`[b, L)` on r.
+
+**Programme.** With the costs c, the arcs :math:`\delta^\pm(v)` into and out of a node, and the supply s, 1 at the source
+and -1 at the sink,
+
+.. math::
+
+    \min \sum_a c_a x_a \quad\text{subject to}\quad
+    & \sum_{a \in \delta^+(v)} x_a - \sum_{a \in \delta^-(v)} x_a = s_v \quad \text{for each node } v, \\
+    & \sum_{a \text{ a span of } d} x_a + \sum_a f^d_a \le 1 \quad \text{for each device } d, \\
+    & \sum_{b < \beta_r(a)} g^r_b \le \sum_{a' < a} f^r_{a'} \quad \text{for each ring } r \text{ and } a,
+
+where :math:`\beta_r(a)` is the first b at which the second half fits beside :math:`[0, a)` into the memory of r and under
+the cap. Memory and time grow with a and fall with b, so :math:`\beta_r` does not decrease, and the last rows say exactly
+which halves go together. A path goes forward in the layers, so there are no cycles, and each integral solution is one
+placement. Its optimum bounds all placements from below; where the optimal flow is integral, it is the plan. Where it is
+not, the same matrices with ``integrality=1`` are solved.
+
+**What is left out, and why that is safe.** At prices :math:`y \ge 0` of the rows for devices and rings, the length of the
+shortest path whose spans cost :math:`c_a + y_d` (and halves of rings accordingly), less :math:`\sum_d y_d`, is at most the
+cost of any placement: a placement is a path that uses each device at most once. So an arc with no such path through it
+up to some limit belongs to no placement that costs at most the limit. Distances without cycles take milliseconds, so
+`linprog` is given the arcs that are left under the cost of a placement that is known, first those on the shortest
+paths, and its own dual prices tell which ones it lacks [1]_. Integral programmes get the arcs of paths that are up to
+0.25 % longer than the bound, then more: an optimum within the limit proves itself, as none of its arcs was left out.
+
+**Tolerances.** Costs are scaled to about 1, `linprog` keeps rows and reduced costs to 1e-10, and its flow is rounded to a
+path whose cost is then summed up anew; arcs exist or not, so no tolerance lets a device exceed its memory. A bound within
+1e-9 of the value counts as equal to it.
+
+References
+----------
+.. [1] R. K. Ahuja, T. L. Magnanti, J. B. Orlin, "Network Flows: Theory, Algorithms, and Applications", Prentice Hall,
+   1993, chapters 16 (Lagrangian relaxation) and 17.
 """
 
 from __future__ import annotations
@@ -8,214 +52,248 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import sparse
+from scipy import optimize, sparse
 
-from lingualinked.errors import InfeasiblePlanError, LingualinkedError
-from lingualinked.planning.placement.linear import INFEASIBLE, OPTIMAL, minimise
+from lingualinked.errors import LingualinkedError
+from lingualinked.planning.placement.arcs import CLOSE, FRONT, SINK, SOURCE, SPAN, Arcs, arcs_within
 from lingualinked.planning.placement.network import Network
-from lingualinked.planning.placement.problem import Floats, Placement, Span
+from lingualinked.planning.placement.problem import Floats, Placement
+from lingualinked.planning.placement.tables import Costs
 
-MAX_ARCS = 4000
-"""Arcs that a programme may have; HiGHS takes some 0.1 s for as many."""
+PROVEN = 1e-9
+"""Relative distance of a value and its bound that counts as none; see the tolerances above."""
 
-TIGHT = 1e-11
-"""Relative slack of an arc that counts as none: distances are sums of a few hundred terms, rounded at 1e-16 each."""
+SIMPLEX_ARCS = 2000
+"""From so many arcs on, the interior point method is faster than the dual simplex method: 0.3 s to minutes for 10,000."""
 
-FEASIBILITY = 1e-10
-"""The smallest tolerance that HiGHS takes; costs are scaled so that the optimum is 1."""
+MAX_SECONDS = 5.0
+"""For one integral programme. It may stop one on large problems alone, whose plan then comes with a gap."""
 
+MAX_TIED_ARCS = 60000
+"""Arcs among which ties are broken; beyond, the first placement found is kept."""
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Arcs:
-    """Arcs between numbered nodes: ends ``[A, 2]``, costs ``[A]``, slacks ``[A]``, and whose span ``[A, 4]`` each is."""
+_INTEGRAL = 1e-6  # HiGHS keeps integrality to that
+_FEASIBILITY = 1e-10  # the smallest tolerance that HiGHS accepts
+_INTEGRAL_SCALE = 1000.0  # branch and bound stops at an absolute gap of 1e-6: 1e-9 of this
+_EXCESS = 10.0  # what a second stage on a device costs, in limits, while arcs are still missing
 
-    ends: NDArray[np.int64]
-    cost: Floats
-    slack: Floats
-    span: NDArray[np.int64]
-
-
-def solve_programme(networks: Sequence[Network]) -> Placement:
-    """Find the cheapest placement of some networks by linear programming.
-
-    Minimise ``sum_a c_a x_a`` over flows ``x >= 0`` with ``N x = b``, where N is the node-arc incidence matrix (1 in the
-    row of an arc's tail, -1 in that of its head) and b is 1 at the source, -1 at the sink and 0 elsewhere. N is totally
-    unimodular, so every vertex of the polytope is integral: the unit of flow runs along one path, and the arcs that
-    carry it are the placement [1]_. The dual simplex method ends in a vertex.
-
-    Where there are more than `MAX_ARCS` arcs, those that are worst by reduced cost are fixed to zero beforehand. The
-    reduced costs are those of an optimal dual solution (the distances from the source and to the sink), so an arc of
-    an optimal path has none, and fixing others cuts off no optimum.
-
-    Parameters
-    ----------
-    networks : sequence of Network
-        With additive costs, all in one programme: it chooses among the networks as well.
-
-    Returns
-    -------
-    tuple of Span
-        The arcs of the vertex that are spans, in pipeline order.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If no network has a path, or linprog finds no flow (status 2).
-    LingualinkedError
-        If linprog stops at a limit (status 1), finds the programme unbounded (3) or meets numerical difficulties (4),
-        or if its solution is not integral: in exact arithmetic none can happen to a shortest path.
-
-    References
-    ----------
-    .. [1] R. K. Ahuja, T. L. Magnanti, J. B. Orlin, "Network Flows: Theory, Algorithms, and Applications", Prentice
-       Hall, 1993, chapters 4, 5 and 11.
-    """
-    values = [network.best() for network in networks]
-    best = min(values, default=math.inf)
-    if best == math.inf:
-        raise InfeasiblePlanError("no placement: the network has no path from source to sink")
-    winner = values.index(best)
-    parts = [
-        _arcs_of(network, number, networks[winner].shortest() if number == winner else None)
-        for number, network in enumerate(networks)
-        if values[number] < math.inf
-    ]
-    arcs = _Arcs(*(np.concatenate(columns) for columns in zip(*map(dataclasses.astuple, parts), strict=True)))
-    if len(arcs.cost) > MAX_ARCS:
-        keep = np.argpartition(arcs.slack, MAX_ARCS)[:MAX_ARCS]
-        arcs = _Arcs(arcs.ends[keep], arcs.cost[keep], arcs.slack[keep], arcs.span[keep])
-    chosen = arcs.span[_unit_flow(arcs, best if best > 0 else 1.0)]
-    return _placement(chosen, networks)
+OPTIMAL, STOPPED, INFEASIBLE = 0, 1, 2
+"""Status codes of linprog; 3, unbounded, can't be, and 4 means numerical difficulties."""
 
 
-def tight_networks(networks: Sequence[Network], second: Sequence[Network], best: float) -> list[Network]:
-    """Keep of the second networks the arcs that lie on a cheapest path of the first.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prices:
+    """Prices of the rows: float64 ``[D]`` of each device's stages, and ``[C, L+1]`` of each ring's halves."""
 
-    A path of such arcs is a cheapest path, and every cheapest path consists of them, so that minimising the second cost
-    over what is kept breaks ties of the first.
+    device: Floats
+    ring: Floats
+
+    def towards(self, other: Prices, step: float) -> Prices:
+        """Return the prices some part of the way to others."""
+        return Prices(self.device + step * (other.device - self.device), self.ring + step * (other.ring - self.ring))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What a programme found: a placement or none, what no placement costs less than, and the prices that prove it."""
+
+    placement: Placement
+    bound: float
+    prices: Prices
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flow:
+    """What linprog found: its status, the flow ``[A]`` if there is one, its cost, and a bound and prices."""
+
+    status: int
+    x: Floats
+    value: float
+    bound: float
+    prices: Prices
+    is_integral: bool
+    message: str
+
+
+class Programme:
+    """The placements at some additive costs, in any order of devices or in a given one.
 
     Parameters
     ----------
-    networks, second : sequence of Network
-        The same networks with two additive costs.
-    best : float
-        Least first cost.
-
-    Returns
-    -------
-    list of Network
-        With the second costs.
+    costs : Costs
+        Of spans and hops.
+    order : sequence of int or None
+        Devices in pipeline order, any of which may be skipped; ``None``: all devices in any order.
     """
-    limit = best + TIGHT * abs(best)
-    kept = []
-    for network, other in zip(networks, second, strict=True):
-        source, sink, span, hop = (lengths <= limit for lengths in _through(network))
-        kept.append(
-            dataclasses.replace(
-                other,
-                source=np.where(source, other.source, np.inf),
-                sink=np.where(sink, other.sink, np.inf),
-                span=np.where(span, other.span, np.inf),
-                hop=np.where(hop.any(axis=2), other.hop, np.inf),
-            )
+
+    def __init__(self, costs: Costs, order: Sequence[int] | None = None) -> None:
+        self.costs, self.order = costs, order
+        self._network = Network.of(costs, order)
+        size = self._network.num_layers + 1
+        self._least = np.full((len(self._network.ring), size), size)
+        for copy, device in enumerate(self._network.ring.tolist()):
+            if device >= 0:
+                fits = np.isfinite(costs.close[device])
+                self._least[copy] = np.where(fits.any(axis=1), fits.argmax(axis=1), size)
+
+    def fit(self) -> tuple[bool, tuple[int, ...]]:
+        """Say whether the relaxation has a solution, and in which order it has the devices."""
+        arcs, _ = self.arcs(self.no_prices(), self._network.ceiling)
+        if not len(arcs):
+            return False, ()
+        arcs = arcs.without_dominated(self._network.leads_everywhere)
+        flow = self.minimise(arcs, 1.0)
+        if flow.status == INFEASIBLE:
+            return False, ()
+        return True, arcs.order(flow.x)
+
+    def any_placement(self) -> Answer:
+        """Find a placement; the bound is infinite if there is none, and minus infinity if that stays unknown."""
+        if not self._network.leads_everywhere.all():
+            return Answer((), -math.inf, self.no_prices())  # too many arcs for an integral programme
+        arcs, _ = self.arcs(self.no_prices(), self._network.ceiling)
+        arcs = arcs.without_dominated(self._network.leads_everywhere)
+        flow = self.minimise(arcs, 1.0, integral=True)
+        placement = arcs.placement(flow.x) if flow.is_integral else ()
+        return Answer(placement, flow.bound if placement or flow.status == INFEASIBLE else -math.inf, self.no_prices())
+
+    def tied(self, value: float, prices: Prices, second: Programme) -> Placement:
+        """Find the placement that is cheapest by other costs among those that cost no more than a value here."""
+        arcs, _ = self.arcs(prices, value * (1 + PROVEN), hubs=False)
+        if not 0 < len(arcs) <= MAX_TIED_ARCS:
+            return ()
+        cost = arcs.costs_in(second._network)
+        row = arcs.costs_in(self._network) / (value * (1 + PROVEN)) if value > 0 else None
+        for integral in (False, True):
+            flow = self.minimise(arcs, second._network.ceiling, cost=cost, within=row, integral=integral)
+            if flow.is_integral:
+                return arcs.placement(flow.x)
+        return ()
+
+    @property
+    def ceiling(self) -> float:
+        """What no placement costs more than."""
+        return self._network.ceiling
+
+    def no_prices(self) -> Prices:
+        """Return prices of zero."""
+        return Prices(np.zeros(self._network.enter.shape[1]), np.zeros(self._least.shape))
+
+    def arcs(self, prices: Prices, limit: float, *, hubs: bool = True) -> tuple[Arcs, float]:
+        """List the arcs on placements that may cost at most a limit, and a bound on what any placement costs."""
+        later = prices.ring[:, ::-1].cumsum(axis=1)[:, ::-1] - prices.ring
+        layers = np.arange(self._least.shape[1])
+        close = ((self._least[:, None, :] > layers[:, None]) * prices.ring[:, None, :]).sum(axis=2)
+        priced = self._network.priced(prices.device, -later, close)
+        given = float(prices.device.sum())
+        arcs, shortest = arcs_within(self._network, priced, limit + given, hubs=hubs)
+        return arcs, shortest - given
+
+    def minimise(
+        self,
+        arcs: Arcs,
+        scale: float,
+        *,
+        cost: Floats | None = None,
+        within: Floats | None = None,
+        integral: bool = False,
+        may_exceed: bool = False,
+    ) -> Flow:
+        """Solve the programme over some arcs, at other costs or within a row of costs up to 1 if those are given."""
+        scale = scale or self._network.ceiling
+        # 1) the flow is kept at every node
+        num_arcs, num_devices = len(arcs), self._network.enter.shape[1]
+        nodes, ends = np.unique(np.concatenate([arcs.tail, arcs.head]), return_inverse=True)
+        columns = np.tile(np.arange(num_arcs), 2)
+        flow = sparse.csr_matrix((np.repeat([1.0, -1.0], num_arcs), (ends, columns)), (len(nodes), num_arcs))
+        supply = (nodes == SOURCE).astype(float) - (nodes == SINK)
+        # 2) one stage on each device, and halves of rings that go together
+        stages = np.flatnonzero((arcs.kind == SPAN) | (arcs.kind == FRONT))
+        rows = [(arcs.device[stages], stages, np.ones(len(stages)))]
+        most = [1.0] * num_devices
+        ring_rows = []
+        for copy in np.flatnonzero(self._network.ring >= 0):
+            fronts = np.flatnonzero((arcs.kind == FRONT) & (arcs.copy == copy))
+            closes = np.flatnonzero((arcs.kind == CLOSE) & (arcs.copy == copy))
+            ends_of = np.unique(arcs.end[fronts])
+            for end in ends_of[np.diff(self._least[copy, ends_of], prepend=0) > 0]:
+                early = closes[arcs.start[closes] < self._least[copy, end]]
+                before = fronts[arcs.end[fronts] < end]
+                if len(early):
+                    both = np.concatenate([early, before])
+                    signs = np.repeat([1.0, -1.0], [len(early), len(before)])
+                    rows.append((np.full(len(both), len(most)), both, signs))
+                    most.append(0.0)
+                    ring_rows.append((copy, end))
+        if within is not None:
+            rows.append((np.full(num_arcs, len(most)), np.arange(num_arcs), within))
+            most.append(1.0)
+        unit = _INTEGRAL_SCALE if integral else 1.0
+        cost = (arcs.costs_in(self._network) if cost is None else cost) * (unit / scale)
+        num_columns = num_arcs
+        if may_exceed:
+            extra = np.arange(num_devices)
+            rows.append((extra, num_arcs + extra, -np.ones(num_devices)))
+            cost = np.concatenate([cost, np.full(num_devices, _EXCESS)])
+            num_columns += num_devices
+            flow = sparse.hstack([flow, sparse.csr_matrix((len(nodes), num_devices))], format="csr")
+        row, column, entries = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        upper = sparse.csr_matrix((entries, (row, column)), (len(most), num_columns))
+        # 3) the answer
+        bounds = np.tile([0.0, 1.0 if integral else math.inf], (num_columns, 1))
+        result = _linprog(cost, upper, np.array(most), flow, supply, bounds, integral=integral)
+        x = np.empty(0) if result.x is None else result.x[:num_arcs]
+        is_whole = result.x is not None and bool(np.abs(result.x - result.x.round()).max() < _INTEGRAL)
+        prices = self.no_prices()
+        if not integral and result.status == OPTIMAL:
+            dual = np.maximum(-result.ineqlin.marginals, 0.0) * scale
+            prices.device[:] = dual[:num_devices]
+            for (copy, end), price in zip(ring_rows, dual[num_devices:], strict=False):
+                prices.ring[copy, end] = price
+        bound = result.get("mip_dual_bound") if integral else result.fun
+        value = math.inf if result.fun is None else result.fun * scale / unit
+        is_integral = is_whole and not (may_exceed and result.x[num_arcs:].max() > _INTEGRAL)
+        return Flow(
+            status=result.status,
+            x=x,
+            value=float(cost[:num_arcs][x > 0.5].sum()) * scale / unit if is_integral else value,
+            bound=math.inf if result.status == INFEASIBLE else -math.inf if bound is None else bound * scale / unit,
+            prices=prices,
+            is_integral=is_integral,
+            message=str(result.message),
         )
-    return kept
 
 
-def _through(network: Network) -> tuple[Floats, Floats, Floats, Floats]:
-    """Length of the cheapest path through each arc: source, sink, span, and hop ``[n, n, L+1]``."""
-    into_from, out_from = network.from_source()
-    into_to, out_to = network.to_sink()
-    return (
-        network.source + into_to,
-        out_from + network.sink,
-        into_from[:, :, None] + network.span + out_to[:, None, :],
-        out_from[:, None, :] + network.hop[:, :, None] + into_to[None, :, :],
-    )
-
-
-def _arcs_of(network: Network, number: int, path: Placement | None) -> _Arcs:
-    source, sink, span, hop = lengths = _through(network)
-    if path is not None:
-        _protect(network, path, lengths)
-    num_positions, num_nodes = network.source.shape
-    base = 2 + number * 2 * 10**6  # a network has far fewer than a million nodes of a kind
-
-    def node(position: NDArray[np.int64], layer: NDArray[np.int64], kind: int) -> NDArray[np.int64]:
-        return np.asarray(base + 2 * (position * num_nodes + layer) + kind)
-
-    assert num_positions * num_nodes < 10**6
-    p, i = np.nonzero(np.isfinite(source))
-    sources = (np.zeros_like(p), node(p, i, 0), network.source[p, i], source[p, i], _no_span(p))
-    p, j = np.nonzero(np.isfinite(sink))
-    sinks = (node(p, j, 1), np.ones_like(p), network.sink[p, j], sink[p, j], _no_span(p))
-    p, i, j = np.nonzero(np.isfinite(span))
-    span_columns = np.stack([np.full_like(p, number), p, i, j], axis=1)
-    spans = (node(p, i, 0), node(p, j, 1), network.span[p, i, j], span[p, i, j], span_columns)
-    p, q, i = np.nonzero(np.isfinite(hop))
-    hops = (node(p, i, 1), node(q, i, 0), network.hop[p, q], hop[p, q, i], _no_span(p))
-    tail, head, cost, slack, columns = (
-        np.concatenate(parts) for parts in zip(sources, sinks, spans, hops, strict=True)
-    )
-    return _Arcs(np.stack([tail, head], axis=1), cost, slack, columns)
-
-
-def _no_span(like: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.full((len(like), 4), -1)
-
-
-def _protect(network: Network, path: Placement, lengths: tuple[Floats, Floats, Floats, Floats]) -> None:
-    """Put the arcs of one cheapest path before all others, so that ties can't leave only pieces of paths."""
-    source, sink, span, hop = lengths
-    inner = path if network.ring is None else path[1:-1]
-    positions = [network.devices.index(part.device) for part in inner]
-    source[positions[0], inner[0].start] = sink[positions[-1], inner[-1].end] = -np.inf
-    for position, part in zip(positions, inner, strict=True):
-        span[position, part.start, part.end] = -np.inf
-    for here, there, part in zip(positions, positions[1:], inner, strict=False):
-        hop[here, there, part.end] = -np.inf
-    for table in lengths:
-        np.copyto(table, -1.0, where=np.isneginf(table))
-
-
-def _unit_flow(arcs: _Arcs, scale: float) -> NDArray[np.int64]:
-    """Solve the programme; give the arcs that carry the flow."""
-    nodes, ends = np.unique(arcs.ends, return_inverse=True)
-    ends = ends.reshape(arcs.ends.shape)
-    num_arcs = len(arcs.cost)
-    incidence = sparse.csr_matrix(
-        (np.repeat([1.0, -1.0], num_arcs), (ends.T.ravel(), np.tile(np.arange(num_arcs), 2))),
-        shape=(len(nodes), num_arcs),
-    )
-    supply = np.zeros(len(nodes))
-    supply[0], supply[1] = 1.0, -1.0  # nodes 0 and 1 are source and sink
-    answer = minimise(arcs.cost / scale, equal=[(incidence, supply)], tolerance=FEASIBILITY)
-    if answer.status == INFEASIBLE:
-        raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({answer.message})")
-    if answer.status != OPTIMAL:
-        raise LingualinkedError(
-            f"linprog stopped with status {answer.status} ({answer.message}) on a shortest path of {num_arcs} arcs; "
-            "check the profile for costs that differ by more than ten orders of magnitude"
+def _linprog(
+    cost: Floats, upper: Any, most: Floats, equal: Any, supply: Floats, bounds: Floats, *, integral: bool
+) -> Any:
+    """Call linprog; a fractional programme is tried by another method where one meets numerical difficulties."""
+    options: dict[str, Any] = {
+        "primal_feasibility_tolerance": _FEASIBILITY,
+        "dual_feasibility_tolerance": _FEASIBILITY,
+    }
+    methods = ["highs-ds", "highs-ipm"] if len(cost) < SIMPLEX_ARCS else ["highs-ipm", "highs-ds"]
+    if integral:
+        options, methods = {"mip_rel_gap": 0.0, "time_limit": MAX_SECONDS}, ["highs"]
+    for method in methods:
+        call: Any = optimize.linprog  # looked up on each call, so that a test can take its place
+        result = call(
+            cost,
+            A_ub=upper,
+            b_ub=most,
+            A_eq=equal,
+            b_eq=supply,
+            bounds=bounds,
+            integrality=np.ones(len(cost)) if integral else None,
+            method=method,
+            options=options,
         )
-    flow = answer.x
-    carried = np.round(flow)
-    if np.abs(flow - carried).max() > 1e-6:
-        raise LingualinkedError(
-            f"the vertex that linprog gives is not integral (off by {np.abs(flow - carried).max():.1e}); "
-            "check the profile for costs that differ by more than ten orders of magnitude"
-        )
-    return np.flatnonzero(carried == 1)
-
-
-def _placement(chosen: NDArray[np.int64], networks: Sequence[Network]) -> Placement:
-    rows = sorted((int(start), int(end), int(p), int(number)) for number, p, start, end in chosen if number >= 0)
-    network = networks[rows[0][3]]
-    spans = [Span(network.devices[p], start, end) for start, end, p, _ in rows]
-    if network.ring is not None:
-        num_layers = network.source.shape[1] - 1
-        device = network.ring.device
-        spans = [Span(device, 0, network.ring.end), *spans, Span(device, spans[-1].end, num_layers)]
-    return tuple(spans)
+        if result.status in (OPTIMAL, INFEASIBLE) or (integral and result.status == STOPPED):
+            return result
+    raise LingualinkedError(
+        f"linprog stopped with status {result.status} ({result.message}) on {len(cost)} arcs; "
+        "check the profile for costs that differ by more than ten orders of magnitude"
+    )

@@ -1,178 +1,186 @@
-"""Orders of many devices: found by beam search and local improvement, not proven best.
+"""The search for the cheapest placement of a linear programme: few arcs first, all that matter, whole ones.
 
-Knows costs and the searches along one order; no linear programme.
+Knows programmes and their prices; not what the costs stand for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lingualinked.planning.placement.beam import find_order
-from lingualinked.planning.placement.bound import bottleneck_bound, progress_of
-from lingualinked.planning.placement.costs import Costs
-from lingualinked.planning.placement.orders import Route, best_along
-from lingualinked.planning.placement.prices import priced_order, prices_of
-from lingualinked.planning.placement.problem import Floats
-from lingualinked.planning.placement.windows import Windows, thresholds
+from lingualinked.errors import InfeasiblePlanError, LingualinkedError
+from lingualinked.planning.placement.arcs import Arcs
+from lingualinked.planning.placement.network import shortest_along
+from lingualinked.planning.placement.problem import Placement
+from lingualinked.planning.placement.programme import INFEASIBLE, PROVEN, STOPPED, Answer, Flow, Prices, Programme
+from lingualinked.planning.placement.tables import TOLERANCE
 
-WIDTH = 2000
-"""States that the beam keeps after each device."""
+MAX_ARCS = 6000
+"""Arcs that a programme is given at once; the interior point method takes some 0.1 s for as many."""
 
-CLOSE = 1e-3
-"""Relative distance from the bound at which the beam is not widened."""
+MAX_ROUNDS = 20
+"""Programmes after which prices are as good as they get; four to six are common."""
 
-MAX_WIDENED = 20
-"""Devices up to which a wider beam takes no more than a few seconds."""
+FIRST_SHARE, GROWTH = 2.5e-3, 1.6
+"""Share of the bound by which paths of the first integral programme may be longer, and its factor from one to the next."""
 
-MAX_DEVICES = 64
-"""That the beam searches over: a state's devices are the bits of one word."""
-
-PRICED_WIDTH = 2000
-"""States that the beam guided by prices keeps."""
-
-MAX_MOVES = 600
-"""Orders that local improvement tries."""
+MAX_INTEGRAL_ARCS = 60000
+"""Arcs of an integral programme; where a gap is accepted, a twentieth of them, which takes less than a second."""
 
 
-def search_bottleneck(costs: Costs, devices: Sequence[int]) -> tuple[Route | None, float]:
-    """Search the order whose dearest part is cheapest.
+def cheapest(
+    programme: Programme, limit: float, known: Placement = (), *, prices: Prices | None = None, gap: float = 0.0
+) -> Answer:
+    """Find the cheapest placement, if it costs at most a limit.
 
     Parameters
     ----------
-    costs : Costs
-        Combined by the maximum.
-    devices : sequence of int
-        Those that may be used.
+    programme : Programme
+        Of its costs.
+    limit : float
+        What the placement may cost at most; ``inf``: anything.
+    known : tuple of Span
+        A placement within the limit, if one is known: returned if nothing better is found in time.
+    prices : Prices, optional
+        To begin with, from a similar programme.
+    gap : float
+        Share of the cost that may remain between it and its proven bound.
 
     Returns
     -------
-    tuple of Route or None, and float
-        The best that was found, and a proven lower bound on all there are.
+    Answer
+        Without a placement if none is found; its bound is the limit or more if there is none.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If linprog finds no flow (status 2) although a placement is known.
+    LingualinkedError
+        If linprog stops with another status than 0, or ends an integral programme with a fractional flow.
     """
-    found = min(
-        filter(None, (best_along(costs, order) for order in _sorted_orders(costs, devices))), key=_value, default=None
-    )
-    progress = progress_of(costs, devices)
-    bound = bottleneck_bound(costs, devices, _value(found))
-
-    for width in (WIDTH, 8 * WIDTH) if len(devices) <= MAX_WIDENED else (WIDTH,):
-        if _value(found) > bound * (1 + CLOSE):
-            found = _bisect(costs, devices, progress, bound, found, width)
-    return found, bound
-
-
-def _bisect(
-    costs: Costs, devices: Sequence[int], progress: Floats, bound: float, found: Route | None, width: int
-) -> Route | None:
-    """Search the least threshold at which the beam finds an order, near the bound first."""
-
-    def attempt(threshold: float, *, thorough: bool = False) -> Route | None:
-        windows = Windows.within(costs, devices, threshold)
-        if len(devices) > MAX_DEVICES:
-            strongest = np.argsort(-windows.gains(progress), kind="stable")[:MAX_DEVICES]
-            windows = Windows.within(costs, [devices[index] for index in sorted(strongest)], threshold)
-        order = find_order(windows, progress, width, thorough=thorough)
-        return None if order is None else best_along(costs, order)
-
-    values = thresholds(costs, devices, bound * (1 - 1e-12), _value(found) * (1 - 1e-12))
-    low, high, step = 0, len(values), 1
-    while low < high:
-        probe = min(low + step - 1, (low + high) // 2) if high < len(values) else min(low + step - 1, high - 1)
-        route = attempt(float(values[probe]))
-        if route is None:
-            low, step = probe + 1, step * 4
-            continue
-        high = probe
-        if found is None or route.value < found.value:
-            found = route
-            high = min(probe, int(np.searchsorted(values, route.value * (1 - 1e-12))))
-    if found is None and len(values):
-        found = attempt(float(values[-1]), thorough=True)
-    return found
+    search = _Search(programme, min(limit, programme.ceiling) * (1 + TOLERANCE), known, gap, prices)
+    # 1) prices at which few arcs are left
+    arcs, flow = search.price()
+    # 2) the relaxation over all of them
+    if flow is None:
+        arcs, flow = search.relax(arcs)
+    # 3) whole arcs, where the flow is fractional
+    if flow is not None:
+        search.branch()
+    bound = limit if not search.found and search.is_done else search.bound
+    return Answer(search.found, bound, search.prices)
 
 
-def search_sum(costs: Costs, devices: Sequence[int], start: Route | None = None) -> tuple[Route | None, float]:
-    """Search the order whose parts cost least together.
+class _Search:
+    """The state of a search for the cheapest placement: the best so far, the limit that it sets, and the bound."""
 
-    Starts from a few sorted orders, a given one, and a beam search guided by prices; then devices are inserted, moved
-    and swapped while that helps. Any device of an order may be skipped, so that an insertion replaces others as well.
+    def __init__(self, programme: Programme, limit: float, known: Placement, gap: float, prices: Prices | None) -> None:
+        self._programme, self._gap = programme, max(gap, PROVEN)
+        self.limit, self.found = limit, known
+        self.prices = prices or programme.no_prices()
+        self.bound = -math.inf
+        self._used = np.empty(0, dtype=int)  # keys of arcs that some flow used
+        self._is_read = self._gap > PROVEN  # whether the best was read off a flow; with a gap it need not be
 
-    Parameters
-    ----------
-    costs : Costs
-        Combined by addition.
-    devices : sequence of int
-        Those that may be used.
-    start : Route, optional
-        Some placement, to start from.
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing that is better by more than the gap can be left."""
+        return self.bound >= self.limit * (1 - self._gap)
 
-    Returns
-    -------
-    tuple of Route or None, and float
-        The best that was found, and a proven lower bound on all there are; 0 if there are too many windows for one.
-    """
-    routes = [best_along(costs, order) for order in _sorted_orders(costs, devices)]
-    if start is not None:
-        routes.append(best_along(costs, start.order))
-    found = min(filter(None, routes), key=_value, default=None)
-    prices = prices_of(costs, devices)
-    if prices is not None and len(devices) <= MAX_DEVICES and prices.bound < _value(found):
-        order = priced_order(costs, devices, prices, _value(found), PRICED_WIDTH)
-        found = found if order is None else best_along(costs, order)
-    return _improved(costs, devices, found), 0.0 if prices is None else prices.bound
-
-
-def _improved(costs: Costs, devices: Sequence[int], found: Route | None) -> Route | None:
-    moves_left, improved = MAX_MOVES, found is not None
-    while improved and found is not None:
-        improved = False
-        for order in _neighbours(found.order, devices):
-            moves_left -= 1
-            if moves_left < 0:
-                return found
-            route = best_along(costs, order)
-            if route is not None and route.value < found.value * (1 - 1e-12):
-                found, improved = route, True
+    def price(self) -> tuple[Arcs, Flow | None]:
+        """Solve programmes over some of the arcs until their prices leave few; return the last arcs and flow."""
+        programme = self._programme
+        arcs, self.bound = programme.arcs(self.prices, self.limit)
+        most, some, flow, pool = MAX_ARCS, arcs, None, np.empty(0, dtype=int)
+        for _ in range(MAX_ROUNDS):
+            if len(arcs) <= most:
+                return arcs, None
+            some = arcs[arcs.nearest(most) | np.isin(arcs.keys, pool)]
+            flow = programme.minimise(some, self.limit, may_exceed=True)
+            if flow.status == INFEASIBLE:  # among equally short paths, no whole one was taken
+                most *= 2
+                continue
+            self._round(some, flow)
+            if self.is_done or self.bound >= flow.value * (1 - self._gap):
                 break
-    return found
+            self._used = np.union1d(self._used, some.keys[flow.x > PROVEN])
+            pool = np.union1d(pool, self._used)
+            for step in (1.0, 0.5, 0.25, 0.1):
+                trial = self.prices.towards(flow.prices, step)
+                others, length = programme.arcs(trial, self.limit)
+                if step == 1.0:
+                    pool = np.union1d(pool, others[others.nearest(MAX_ARCS // 2)].keys)
+                if length > self.bound:
+                    self.prices, self.bound, arcs = trial, length, others
+                    break
+            else:
+                arcs, _ = programme.arcs(self.prices, self.limit)
+        return some, flow
 
+    def relax(self, arcs: Arcs) -> tuple[Arcs, Flow | None]:
+        """Solve the relaxation over all arcs that may matter."""
+        flow = self._programme.minimise(arcs, self.limit) if len(arcs) else None
+        if flow is None or flow.status == INFEASIBLE:
+            if flow is not None and self.found:
+                raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({flow.message})")
+            self.bound = self.limit
+            return arcs, None
+        if flow.is_integral:
+            self.found, self.bound = arcs.placement(flow.x), max(self.bound, flow.bound)
+            return arcs, None
+        _, length = self._programme.arcs(flow.prices, self.limit)
+        if length > self.bound:
+            self.prices, self.bound = flow.prices, length
+        self.bound = max(self.bound, flow.bound)
+        return arcs, flow
 
-def _value(route: Route | None) -> float:
-    return math.inf if route is None else route.value
+    def branch(self) -> None:
+        """Solve integral programmes over the arcs of longer and longer paths."""
+        if self._gap > PROVEN and not self.is_done:
+            self._restrict()
+        share = FIRST_SHARE
+        while not (self.is_done and self._is_read):
+            within = min(self.limit, self.bound + share * max(abs(self.bound), self.limit / 100))
+            arcs, _ = self._programme.arcs(self.prices, within)
+            if len(arcs) > (MAX_INTEGRAL_ARCS if self._gap == PROVEN else MAX_ARCS // 2):
+                break
+            if not len(arcs):
+                self.bound, share = within, share * GROWTH
+                if within >= self.limit:
+                    break
+                continue
+            flow = self._programme.minimise(arcs, within, integral=True)
+            if len(flow.x) and not flow.is_integral:
+                raise LingualinkedError(f"the flow that linprog ends with is not integral ({flow.message})")
+            if flow.is_integral:
+                self.found, self.limit = arcs.placement(flow.x), min(self.limit, flow.value)
+                self._is_read = True
+            if flow.status == STOPPED or (flow.status == INFEASIBLE and within >= self.limit):
+                self.bound = max(self.bound, within if flow.status == INFEASIBLE else flow.bound)
+                break
+            self.bound = max(self.bound, min(within, flow.bound))
+            share *= GROWTH
 
+    def _accept(self, value: float, placement: Placement) -> bool:
+        if not placement or value >= self.limit:
+            return False
+        self.found, self.limit = placement, value * (1 + TOLERANCE)
+        return True
 
-def _sorted_orders(costs: Costs, devices: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Give the devices as they come, and by cost, with those in front and at the end that may be there."""
-    yield tuple(devices)
-    layers = np.arange(costs.num_layers)
-    single = costs.span[:, layers, layers + 1]
-    mean = np.where(np.isfinite(single), single, np.nan)
-    price = {d: float(np.nanmean(mean[d])) if np.isfinite(single[d]).any() else math.inf for d in devices}
-    held = {d: int((np.isfinite(costs.span[d])).sum(axis=1).max()) for d in devices}
-    for key in (lambda d: price[d], lambda d: -price[d], lambda d: price[d] / max(held[d], 1), lambda d: -held[d]):
-        order = sorted(devices, key=key)
-        yield tuple(order)
-        firsts = [d for d in order if np.isfinite(costs.span[d, 0]).any() and costs.enter[d] < math.inf]
-        lasts = [d for d in order if np.isfinite(costs.span[d, :, -1]).any() and costs.leave[d] < math.inf]
-        if firsts and lasts:
-            last = next((d for d in lasts if d != firsts[0]), lasts[0])
-            inner = [d for d in order if d not in (firsts[0], last)]
-            yield tuple(dict.fromkeys([firsts[0], *inner, last]))
+    def _round(self, arcs: Arcs, flow: Flow) -> None:
+        """Take an integral flow, or the cheapest placement in the order in which a fractional one has the devices."""
+        if flow.is_integral:
+            self._is_read |= self._accept(flow.value, arcs.placement(flow.x))
+        elif self._programme.order is None:
+            value, placement = shortest_along(self._programme.costs, [arcs.order(flow.x)])
+            if self._accept(value, placement):
+                self._is_read = self._gap > PROVEN
 
-
-def _neighbours(order: tuple[int, ...], devices: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    used = set(order)
-    for device in devices:
-        rest = tuple(d for d in order if d != device)
-        for position in range(len(rest) + 1):
-            moved = (*rest[:position], device, *rest[position:])
-            if device not in used or moved != order:
-                yield moved
-    for here in range(len(order)):
-        for there in range(here + 1, len(order)):
-            swapped = list(order)
-            swapped[here], swapped[there] = swapped[there], swapped[here]
-            yield tuple(swapped)
+    def _restrict(self) -> None:
+        """Solve the integral programme over what the fractional flows used, and the shortest paths."""
+        arcs, _ = self._programme.arcs(self.prices, self.limit)
+        arcs = arcs[arcs.nearest(MAX_ARCS // 4) | np.isin(arcs.keys, self._used)]
+        flow = self._programme.minimise(arcs, self.limit, integral=True)
+        if flow.is_integral:
+            self._accept(flow.value, arcs.placement(flow.x))

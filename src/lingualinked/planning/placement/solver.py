@@ -1,49 +1,53 @@
 """Solve a placement problem: which device holds which layers, and how far from the best that can be.
 
-Knows problems in numbers and the searches for them; no model, no profile and no process.
+Knows problems in numbers, the linear programme and its caps; no model, no profile and no process.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.placement.costs import Costs, bottleneck_costs, energy_costs, latency_costs
 from lingualinked.planning.placement.infeasible import explain_infeasible
-from lingualinked.planning.placement.interval import search_interval
-from lingualinked.planning.placement.network import Network
-from lingualinked.planning.placement.orders import Route, best_along, rings_within
+from lingualinked.planning.placement.network import shortest_along
 from lingualinked.planning.placement.problem import (
+    Floats,
     Placement,
     Problem,
     Solution,
-    bottleneck_s,
     energy_j,
     interval_s,
     latency_s,
 )
-from lingualinked.planning.placement.programme import solve_programme, tight_networks
-from lingualinked.planning.placement.relaxation import relaxation_value
-from lingualinked.planning.placement.search import search_bottleneck, search_sum
-from lingualinked.planning.placement.spans import TOLERANCE, SpanTables
-from lingualinked.planning.placement.subsets import best_of_subsets, work_of
+from lingualinked.planning.placement.programme import PROVEN, Answer, Programme
+from lingualinked.planning.placement.search import cheapest
 from lingualinked.planning.placement.symmetry import in_listed_order
-from lingualinked.workload import Objective, check_objective
+from lingualinked.planning.placement.tables import (
+    TOLERANCE,
+    Costs,
+    SpanTables,
+    bottleneck_costs,
+    excess_costs,
+    sum_costs,
+)
+from lingualinked.workload import Objective
 
-Search: TypeAlias = Callable[[Costs], Route | None]
+STRICTLY = 1e-11
+"""Relative. A bottleneck within this share of an interval counts as equal to it."""
 
-MAX_WORK = 1.2e8
-"""Additions up to which all orders are searched: less than a second."""
+EXACT_SIZE = 1536
+"""Devices times layers up to which no gap is accepted; 16 devices hold 80 layers in seconds."""
 
-MAX_SEARCHES = 8
-"""For the least latency of many devices in any order, within one cap each: half a second for 80 layers on 16."""
+TIES_SIZE = 256
+"""Devices times layers up to which ties in throughput are broken over all orders; beyond, along the order found."""
 
-LATENCY_PRICE = 1e-10
-"""Of the energy: what the whole latency of a placement costs where it only breaks ties."""
+LARGE_GAP = 0.01
+"""Share of the value at which the search ends for more; it may end with a larger one, which is stated."""
 
 
 def solve_problem(
@@ -53,7 +57,7 @@ def solve_problem(
     order: Sequence[int] | None = None,
     max_bottleneck_s: float | None = None,
 ) -> Solution:
-    """Place contiguous layer ranges on devices so that an objective is least.
+    r"""Place contiguous layer ranges on devices so that an objective is least.
 
     Parameters
     ----------
@@ -73,100 +77,74 @@ def solve_problem(
     Returns
     -------
     Solution
-        Placement, value, proven lower bound, and value of the linear relaxation.
+        Placement, value and proven lower bound.
 
     Raises
     ------
     InfeasiblePlanError
-        If there is no placement; the message says how many bytes are missing and on which device, or which permission,
-        link or limit prevents it.
+        If there is no placement; the message says how many bytes are missing and on which device, or which permission
+        or limit prevents it.
     ArgumentError
         If the objective is not one of the three, the order is empty or names a device twice or one that is not there,
         the limit is not positive, or energy is asked for and a device's power is not known.
     LingualinkedError
-        If linprog stops with a status that a shortest path can't have; see Notes.
+        If linprog stops with a status that it can't have; see `programme`.
 
     Notes
     -----
-    **Variables.** For an order of devices, the nodes of a layered acyclic network are ``in(d, i)`` (device d starts at
-    layer i) and ``out(d, j)`` (it has ended before layer j). Its arcs are spans ``in(d, i) -> out(d, j)`` with ``i < j``,
-    hops ``out(d, i) -> in(e, i)`` to later devices, and those from and to the caller. One variable ``x_a >= 0`` per arc
-    is the flow on it.
+    One programme, `programme.Programme`, serves all objectives; its solution is the placement, its optimum the bound.
 
-    **Constraints.** One unit of flow leaves the caller, returns to it, and is kept at every node: ``N x = b``. Memory
-    (bytes), permissions, missing links and the bottleneck (seconds) are properties of single arcs, and decide which
-    exist. A ring, whose first and last stage share one device's memory and time, has one network per first half
-    ``[0, a)``, in which the second halves that exist are those that fit beside it.
+    **Latency and energy** are sums over spans and hops, which are the costs of its arcs. Among placements of the same
+    energy, a second one finds the lowest latency with the first one's costs as a row.
 
-    **Objective.** ``sum_a c_a x_a`` in seconds (latency) or joules (energy). For throughput the least interval
-    ``T*`` is found first. A full pipeline's is the least bottleneck, by the same shortest-path recursion over (min,
-    max) instead of (min, +): exact, no bisection to a tolerance [2]_ [3]_. With S sessions it is the least of
-    ``max(bottleneck, latency / S)``, by least latencies within caps on the bottleneck (see `interval.search_interval`);
-    one session's is the least latency. The programme then has the arcs that are busy for at most ``T*`` and minimises
-    latency.
+    **The bottleneck** B is a cap: only spans and links remain that are busy for at most T seconds, and B is the least T
+    for which there is a placement, T being one of the finitely many times that a span or link takes. Below B the
+    relaxation itself is infeasible, as a rule, so that `linprog` proves the value; the placement is the one of least
+    latency within the cap. Where only existence is asked, spans that could go on are left out
+    (`arcs.Arcs.without_dominated`), and hops cost nothing.
 
-    **Why the solution is integral.** N has one 1 and one -1 per column, so it is totally unimodular and every vertex
-    of ``{x >= 0, N x = b}`` is integral [1]_. The dual simplex method of HiGHS ends in a vertex; its path is the
-    placement.
+    **The interval** with S sessions in flight is :math:`\\max(B, \\text{latency} / S)`. The least latency
+    :math:`l(T)` within a cap T falls as T rises. For any T, a placement has a bottleneck above T or takes at least
+    :math:`l(T) / S`; so each programme halves the caps at which a better one can be, and the last one proves the value.
 
-    **Status codes of linprog.** 0: solved. 2, infeasible: `InfeasiblePlanError`. 1 (limit), 3 (unbounded), 4 (numerical
-    difficulties): `LingualinkedError`. Branch and bound for a lower bound may stop at its time limit (1): the bound
-    proven by then is used.
+    **Upper bounds** that the programme starts from come from a dynamic programme along some orders of devices,
+    `network.shortest_along`, which also finds the bottleneck in a fixed order: there it is exact [1]_ [2]_.
 
-    **Orders.** Where the order is free and devices are few, a programme over subsets of devices covers all orders, and
-    the solution is optimal: ``lower_bound == value``. For more, orders come from a beam search, and
-    `Solution.lower_bound` tells how much could be left; ties are then broken along the order found. LinguaLinked [4]_
-    minimises the sum of costs; that is the latency here, which never rewards that
-    stages work at the same time.
+    LinguaLinked [3]_ minimises the sum of costs; that is the latency here, which never rewards that stages work at the
+    same time.
 
     References
     ----------
-    .. [1] R. K. Ahuja, T. L. Magnanti, J. B. Orlin, "Network Flows: Theory, Algorithms, and Applications", Prentice
-       Hall, 1993.
-    .. [2] S. H. Bokhari, "Partitioning problems in parallel, pipelined, and distributed computing", IEEE Trans.
+    .. [1] S. H. Bokhari, "Partitioning problems in parallel, pipelined, and distributed computing", IEEE Trans.
        Computers 37 (1988), 48-57.
-    .. [3] A. Pinar, C. Aykanat, "Fast optimal load balancing algorithms for 1D partitioning", J. Parallel Distrib.
+    .. [2] A. Pinar, C. Aykanat, "Fast optimal load balancing algorithms for 1D partitioning", J. Parallel Distrib.
        Comput. 64 (2004), 974-996.
-    .. [4] J. Zhao et al., "LinguaLinked: A Distributed Large Language Model Inference System for Mobile Devices",
+    .. [3] J. Zhao et al., "LinguaLinked: A Distributed Large Language Model Inference System for Mobile Devices",
        arXiv:2312.00388, 2023.
     """
     devices = _checked(problem, objective, order, max_bottleneck_s)
-    limit = math.inf if max_bottleneck_s is None else max_bottleneck_s
-    tables = SpanTables.of(problem)
-    costs = _costs(problem, tables, objective, limit)
-    exact, bound = _exact_search(problem, devices, fixed=order is not None), 0.0
-    if objective == "throughput" and math.isfinite(problem.num_sessions):
-        route, bound = _search_interval(problem, tables, devices, limit, exact)
-    elif exact is not None:
-        route = exact(costs)
+    solver = _Solver(problem, order, math.inf if max_bottleneck_s is None else max_bottleneck_s)
+    value_of = {"throughput": interval_s, "latency": latency_s, "energy": energy_j}[objective]
+    if objective == "throughput":
+        placement, bound = solver.least_interval()
     else:
-        route, bound = _search(problem, tables, costs, devices, limit)
-    if route is None or (
-        costs.combine is np.maximum and bottleneck_s(problem, route.placement) > limit * (1 + TOLERANCE)
-    ):
-        raise explain_infeasible(
-            problem, tables, devices, limit, exact or (lambda other: search_bottleneck(other, devices)[0])
-        )
-    along = tuple(order) if order is not None else None
-    placement = _decide(problem, tables, objective, limit, route, exact, along)
-    if along is None:
+        placement, bound = solver.least_sum(problem.watts if objective == "energy" else None)
+    if not placement:
+        raise explain_infeasible(problem, devices, solver.limit, solver.closest)
+    if order is None:
         placement = in_listed_order(problem, placement)
-    value = {"throughput": interval_s, "latency": latency_s, "energy": energy_j}[objective](problem, placement)
-    relaxation = min(value, relaxation_value(problem, objective, devices, limit))
-    if exact is not None:
-        bound = value
-    elif not bound:
-        bound = relaxation_value(problem, objective, devices, limit, integral=True)
+    value = value_of(problem, placement)
     return Solution(
-        placement=placement, value=value, lower_bound=min(value, max(bound, relaxation)), relaxation=relaxation
+        placement=placement, value=value, lower_bound=value if bound >= value * (1 - 10 * PROVEN) else bound
     )
 
 
 def _checked(
     problem: Problem, objective: Objective, order: Sequence[int] | None, max_bottleneck_s: float | None
 ) -> tuple[int, ...]:
-    """Check the arguments; give the devices that may be used."""
-    check_objective(objective)
+    """Check the arguments; return the devices that may be used."""
+    if objective not in get_args(Objective):
+        raise ArgumentError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}")
     if max_bottleneck_s is not None and not max_bottleneck_s > 0:
         raise ArgumentError(f"max_bottleneck_s={max_bottleneck_s!r} must be a positive number of seconds")
     devices = tuple(range(problem.num_devices)) if order is None else tuple(order)
@@ -180,88 +158,165 @@ def _checked(
     return devices
 
 
-def _costs(problem: Problem, tables: SpanTables, objective: Objective, limit: float) -> Costs:
-    if objective == "throughput":
-        return bottleneck_costs(problem, tables)
-    return (latency_costs if objective == "latency" else energy_costs)(problem, tables, limit)
+class _Solver:
+    def __init__(self, problem: Problem, order: Sequence[int] | None, limit: float) -> None:
+        self.problem, self.order, self.limit = problem, order, limit
+        self.gap = 0.0 if problem.num_devices * problem.num_layers <= EXACT_SIZE else LARGE_GAP
+        self.tables = SpanTables.of(problem)
+        self.busy = bottleneck_costs(problem, self.tables)
+        if math.isfinite(limit):
+            self.busy = self.busy.at_most(limit)
+        self.orders = [tuple(order)] if order is not None else list(_orders(problem))
+
+    def within(self, cap: float) -> Costs:
+        return sum_costs(self.problem, self.busy.at_most(cap), self.tables)
+
+    def least_sum(self, watts: Floats | None) -> tuple[Placement, float]:
+        costs = sum_costs(self.problem, self.busy, self.tables, watts=watts)
+        programme = Programme(costs, self.order)
+        limit, known = shortest_along(costs, self.orders)
+        answer = cheapest(programme, limit, known, gap=self.gap)
+        placement = answer.placement
+        if placement and watts is not None:
+            seconds = Programme(sum_costs(self.problem, self.busy, self.tables), self.order)
+            value = energy_j(self.problem, placement)
+            tied = programme.tied(value, answer.prices, seconds)
+            if (
+                tied
+                and energy_j(self.problem, tied) <= value * (1 + TOLERANCE)
+                and latency_s(self.problem, tied) < latency_s(self.problem, placement)
+            ):
+                placement = tied
+        return placement, answer.bound
+
+    def least_maximum(self, costs: Costs, best_within: Callable[[float, Placement], Answer]) -> tuple[Placement, float]:
+        """Return the placement whose costliest part costs least, and a proven lower bound on that.
+
+        Parameters
+        ----------
+        costs : Costs
+            Of which the largest counts.
+        best_within : callable
+            From a cap on them to a placement within it that is best in another respect.
+        """
+        value, known = shortest_along(costs, self.orders, np.maximum)
+        if self.order is not None:
+            return (best_within(value, known).placement, value) if known else ((), math.inf)
+        caps = _caps(costs, value)
+        # 1) the least cap within which the relaxation has a solution, seeking from the best known downwards
+        low, high, step = 0, len(caps), 1
+        while low < high:
+            probe = max(low, high - step) if low == 0 else (low + high) // 2
+            fits, along = Programme(costs.at_most(caps[probe]).of_stages(), self.order).fit()
+            least, placement = shortest_along(costs, [along], np.maximum) if fits else (math.inf, ())
+            if least < value:
+                known, value = placement, least
+                probe = min(probe, int(np.searchsorted(caps, value * (1 - TOLERANCE))))
+            if fits:
+                high, step = probe, step * 4
+            else:
+                low = probe + 1
+        # 2) from there on the least cap within which there is a placement
+        bound, high, step = value, int(np.searchsorted(caps, value * (1 - TOLERANCE))), 1
+        while low < high:
+            probe = min(low + step - 1, (low + high) // 2)
+            answer = Programme(costs.at_most(caps[probe]).of_stages(), self.order).any_placement()
+            if answer.bound == -math.inf:
+                answer = best_within(float(caps[probe]), ())
+            if answer.placement:
+                known, value = answer.placement, costs.costliest(answer.placement)
+                high = min(probe, int(np.searchsorted(caps, value * (1 - TOLERANCE))))
+            elif math.isinf(answer.bound):
+                low, step = probe + 1, step * 2
+            else:
+                bound = float(caps[low])
+                break
+        return (best_within(value, known).placement, min(bound, value)) if known else ((), math.inf)
+
+    def least_interval(self) -> tuple[Placement, float]:
+        sessions = self.problem.num_sessions
+        if math.isinf(sessions):
+            return self.least_maximum(self.busy, self.quickest)
+        costs = self.within(math.inf)
+        limit, known = shortest_along(costs, self.orders)
+        answer = cheapest(Programme(costs, self.order), limit, known, gap=self.gap)
+        if not answer.placement:
+            return (), math.inf
+        found, bound = answer.placement, answer.bound / sessions
+        value = interval_s(self.problem, found)
+        if value > bound * (1 + PROVEN):
+            _, other = shortest_along(self.busy, self.orders, np.maximum)
+            if other and interval_s(self.problem, other) < value:
+                found, value = other, interval_s(self.problem, other)
+        caps = _caps(self.busy, value)
+        # a placement may be busy for less than the bound: the last cap below it counts
+        low, high = max(0, int(np.searchsorted(caps, bound * (1 - TOLERANCE))) - 1), len(caps)
+        prices, least_latency, open_bound = answer.prices, answer.bound, math.inf
+        is_first = True
+        while low < high and min(open_bound, caps[low]) < value * (1 - 2 * self.gap):
+            probe = high - 1 if is_first else (low + high) // 2
+            is_first = False
+            costs = self.within(caps[probe])
+            answer = cheapest(
+                Programme(costs, self.order), value * sessions * (1 - STRICTLY), prices=prices, gap=self.gap
+            )
+            prices = answer.prices
+            if answer.placement and interval_s(self.problem, answer.placement) < value:
+                found, value = answer.placement, interval_s(self.problem, answer.placement)
+            least = min(answer.bound / sessions, value)
+            if least < value * (1 - PROVEN) and least > caps[probe]:
+                open_bound = min(open_bound, least)
+            if least > caps[probe]:
+                low = probe + 1
+            else:
+                high = probe
+            high = min(high, int(np.searchsorted(caps, value * (1 - TOLERANCE))))
+        if latency_s(self.problem, found) > least_latency * (1 + PROVEN):
+            found = self.quickest(value, found).placement
+        return found, min(value, open_bound, caps[low] if low < high else value)
+
+    def quickest(self, cap: float, known: Placement = ()) -> Answer:
+        limit, order = latency_s(self.problem, known) if known else math.inf, self.order
+        if known and self.problem.num_devices * self.problem.num_layers > TIES_SIZE:
+            order = tuple(dict.fromkeys(span.device for span in known))
+        return cheapest(Programme(self.within(cap), order), limit, known, gap=self.gap)
+
+    def closest(self) -> tuple[Placement, float]:
+        costs = excess_costs(self.problem, self.tables)
+
+        def any_within(cap: float, known: Placement) -> Answer:
+            limit = float(len(known) or math.inf)
+            return cheapest(Programme(costs.at_most(cap).of_stages(), self.order), limit, known)
+
+        placement, _ = self.least_maximum(costs, any_within)
+        return placement, costs.costliest(placement) if placement else math.inf
 
 
-def _exact_search(problem: Problem, devices: Sequence[int], *, fixed: bool) -> Search | None:
-    """Give the search that finds the optimum: always along a fixed order, for few devices in any."""
-    if fixed:
-        return lambda costs: best_along(costs, devices)
-    closers = int((problem.may_close & problem.may_be_first & problem.may_be_last)[list(devices)].sum())
-    halves = 1 + closers * (problem.num_layers - 1) / 2  # half the subsets leave a device out
-    if work_of(len(devices), problem.num_layers) * halves > MAX_WORK:
-        return None
-    return lambda costs: best_of_subsets(costs, devices)
+def fits(problem: Problem) -> bool:
+    """Say whether there is a placement at all, however slow."""
+    costs, orders = excess_costs(problem, SpanTables.of(problem)), list(_orders(problem))
+    if shortest_along(costs, orders, np.maximum)[0] == 0:
+        return True
+    programme = Programme(costs.at_most(0.0).of_stages())
+    return programme.fit()[0] and bool(cheapest(programme, math.inf).placement)
 
 
-def _search(
-    problem: Problem, tables: SpanTables, costs: Costs, devices: Sequence[int], limit: float
-) -> tuple[Route | None, float]:
-    """Search the orders of many devices; a proven lower bound comes along, 0 if there is none."""
-    if costs.combine is np.maximum:
-        return search_bottleneck(costs, devices)
-    start = search_bottleneck(bottleneck_costs(problem, tables), devices)[0]
-    if start is not None and start.value > limit * (1 + TOLERANCE):
-        start = None
-    return search_sum(costs, devices, start)
+def _caps(costs: Costs, below: float) -> Floats:
+    """List the costs of all parts, those below a value."""
+    parts = (costs.span, costs.hop, costs.enter, costs.leave, *costs.close.values())
+    values = np.unique(np.concatenate([part.ravel() for part in parts]))
+    return values[values < min(below * (1 - STRICTLY), math.inf)]
 
 
-def _search_interval(
-    problem: Problem, tables: SpanTables, devices: Sequence[int], limit: float, exact: Search | None
-) -> tuple[Route | None, float]:
-    """Search the least interval with the problem's sessions in flight; a proven lower bound comes along."""
-    start: tuple[Route | None, float] = None, 0.0
-    if problem.num_sessions > 1 or exact is None:  # among many devices it also finds what fits at all
-        costs = bottleneck_costs(problem, tables)
-        start = search_bottleneck(costs, devices) if exact is None else _proven(exact(costs))
-        if start[0] is None or start[0].value > limit * (1 + TOLERANCE):
-            return None, 0.0
-
-    def quickest(cap: float) -> tuple[Route | None, float]:
-        costs = latency_costs(problem, tables, cap)
-        return search_sum(costs, devices, start[0]) if exact is None else _proven(exact(costs))
-
-    return search_interval(problem, tables, quickest, start, limit, MAX_SEARCHES if exact is None else math.inf)
-
-
-def _proven(route: Route | None) -> tuple[Route | None, float]:
-    return route, math.inf if route is None else route.value
-
-
-def _decide(
-    problem: Problem,
-    tables: SpanTables,
-    objective: Objective,
-    limit: float,
-    route: Route,
-    exact: Search | None,
-    along: tuple[int, ...] | None,
-) -> Placement:
-    """Let the linear programme choose the spans along the order that was found, ties going to the lower latency."""
-    if objective == "energy":
-        joules_per_s = LATENCY_PRICE * (route.value or 1.0) / latency_s(problem, route.placement)
-        priced = energy_costs(problem, tables, limit, joules_per_s)
-        route = (exact(priced) if exact is not None else None) or route
-        networks = _networks(energy_costs(problem, tables, limit), along or route.order)
-        quickest = latency_costs(problem, tables, limit)
-        least_j = energy_j(problem, solve_programme(networks))
-        second = [Network.of(quickest, network.devices, network.ring) for network in networks]
-        return solve_programme(tight_networks(networks, second, least_j))
-    if objective == "throughput":
-        limit = min(limit, route.value)
-        costs = latency_costs(problem, tables, limit)
-        route = (exact(costs) if exact is not None else None) or route
-    else:
-        costs = latency_costs(problem, tables, limit)
-    return solve_programme(_networks(costs, along or route.order))
-
-
-def _networks(costs: Costs, order: Sequence[int]) -> list[Network]:
-    """Give the networks along an order that may hold the cheapest placement: the plain one and the best rings."""
-    plain = Network.of(costs, order)
-    rings = list(rings_within(costs, order, plain.best()))
-    best = min([plain.best(), *(value for _, value in rings)])
-    return [plain, *(network for network, value in rings if value <= best * (1 + 1e-9))]
+def _orders(problem: Problem) -> Iterator[tuple[int, ...]]:
+    devices = range(problem.num_devices)
+    if len(devices) <= 4:
+        yield from itertools.permutations(devices)
+        return
+    speed = problem.layer_s.sum(axis=1)
+    for key in (None, speed, -speed, -problem.capacity_bytes, speed / problem.capacity_bytes):
+        order = list(devices) if key is None else np.argsort(key, kind="stable").tolist()
+        firsts = [device for device in order if problem.may_be_first[device]] or order
+        lasts = [device for device in order if problem.may_be_last[device]] or order
+        last = next((device for device in lasts if device != firsts[0]), lasts[-1])
+        yield tuple(dict.fromkeys([firsts[0], *(device for device in order if device != last), last]))
