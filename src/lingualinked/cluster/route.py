@@ -36,7 +36,7 @@ class Route:
 class Routes:
     """The route in force and the one that sessions switch to; used by many threads.
 
-    This is the one place that says which plan is in force: the migrator sets it, the balancer is told it with each event.
+    The only place where the plan in force is kept: the migrator sets it, and each event tells it to the balancer.
 
     Parameters
     ----------
