@@ -77,9 +77,7 @@ class ModelProfile:
                     f"{name} of a model profile has {count_text(len(getattr(self, name)), 'value')} for {count_text(num_layers, 'layer')}: give one per layer"
                 )
         if not all(0 <= kind < len(self.kinds) for kind in self.kind_of_layer):
-            raise ArgumentError(
-                f"kind_of_layer of a model profile must index its {count_text(len(self.kinds), 'kind')}"
-            )
+            raise ArgumentError(f"kind_of_layer must hold indices into {count_text(len(self.kinds), 'kind')} of layers")
         sizes = (
             *self.layer_weight_bytes,
             *self.layer_kv_bytes,
