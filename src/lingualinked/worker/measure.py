@@ -66,6 +66,8 @@ class Measurer:
         self._samples: defaultdict[tuple[Part, MeasuredShape], list[float]] = defaultdict(list)
         # Read before each step: in service, the processor's caches hold neither weights nor code at that time either.
         self._flushing = torch.zeros(_FLUSH_BYTES // 4) if accelerator == "cpu" else None
+        # No method: the meter would refer back to this object, and keep its memory until the collector runs.
+        self._clock_s = functools.partial(_read_clock_s, self._device, pace)
         self._power = PowerMeter(find_counter(accelerator), self._clock_s)
 
     def run(self) -> ModelMeasured:
@@ -158,10 +160,11 @@ class Measurer:
             sample["epilogue"] = timer.epilogue_s
         return sample
 
-    def _clock_s(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return self._pace.emulated_clock_s()
+
+def _read_clock_s(device: torch.device, pace: Pace) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return pace.emulated_clock_s()
 
 
 def repeat_step(step: Callable[[], _Sample], num_wanted: int) -> list[_Sample]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from lingualinked.worker import measure
-from lingualinked.worker.measure import repeat_step
+from lingualinked.worker.measure import Measurer, repeat_step
+from lingualinked.worker.pace import Pace
 
 
 class Steps:
@@ -53,3 +59,16 @@ def test_long_steps_are_repeated_less_often_but_never_measured_once(
 
 def test_the_first_of_very_long_ones_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert repeated(monkeypatch, 70.0, 60.0, 50.0) == [70.0, 60.0]
+
+
+def test_what_measured_is_freed_at_once() -> None:
+    """It holds 64 MiB, which a worker would be said to need."""
+    request: Any = SimpleNamespace(spans=((0, 1),), kind_of_layer=(0,), shapes=())
+    measurer = Measurer(request, "cpu", Pace(1, 1.0), lambda num_done: None)
+    freed = weakref.ref(measurer)
+    gc.disable()
+    try:
+        del measurer
+        assert freed() is None
+    finally:
+        gc.enable()
