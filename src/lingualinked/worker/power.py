@@ -77,7 +77,7 @@ class PowerMeter:
         try:
             yield
         except UnknownPowerError as error:
-            self._counter = error
+            self._counter = error.with_traceback(None)
 
     def result(self) -> tuple[float | None, str]:
         """Return watts and their source; ``None``, and why, where they can't be known."""
@@ -96,7 +96,7 @@ def find_counter(accelerator: str, folder: Path = POWERCAP) -> EnergyCounter | U
         if accelerator.startswith("cuda"):
             return NvmlCounter(accelerator)
     except UnknownPowerError as error:
-        return error
+        return error.with_traceback(None)  # its frames would keep alive what measures
     return UnknownPowerError(f"there is no energy counter for {accelerator}")
 
 
