@@ -24,6 +24,7 @@ from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
+from lingualinked.own_threads import close_from_here
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
@@ -377,8 +378,4 @@ def _start_engine(
 def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return  # a forked child: the workers are the parent's
-    if threading.current_thread().name.startswith("lingualinked-"):
-        # The last reference went on a thread of ours, which can't wait for its own end.
-        threading.Thread(target=ends.close, name="closing-lingualinked").start()
-    else:
-        ends.close()
+    close_from_here(ends.close)

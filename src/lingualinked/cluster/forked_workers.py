@@ -21,18 +21,7 @@ from lingualinked.protocol.boot import GRACE_S, Boot, WorkerForked
 
 
 class ForkedWorkers:
-    """Has every worker forked by the fork server for this environment, which tells of their ends while it lives.
-
-    Parameters
-    ----------
-    class_names : tuple of str
-        transformers classes whose code the workers will need.
-
-    Raises
-    ------
-    ResourceError
-        If there is no folder for sockets.
-    """
+    """Has every worker forked by the fork server for this environment, which tells of their ends while it lives."""
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self._class_names = class_names

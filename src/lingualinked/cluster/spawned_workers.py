@@ -18,18 +18,7 @@ from lingualinked.transport.socket_folder import make_socket_folder
 
 
 class SpawnedWorkers:
-    """Starts every worker plainly: each imports torch and transformers for itself.
-
-    Parameters
-    ----------
-    class_names : tuple of str
-        transformers classes whose code the workers will need.
-
-    Raises
-    ------
-    ResourceError
-        If there is no folder for sockets.
-    """
+    """Starts every worker plainly: each imports torch and transformers for itself."""
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self._class_names = class_names

@@ -46,6 +46,9 @@ P = TypeVar("P", bound=WorkerProcess)
 class WorkerStarter(Protocol[P]):
     """A way of starting the workers of one cluster, and of learning how they end.
 
+    Each takes the transformers classes whose code the workers will need, and raises `ResourceError` if there is no folder
+    for sockets.
+
     Attributes
     ----------
     socket_folder : str

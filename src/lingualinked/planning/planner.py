@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+from lingualinked.checks import is_integer, is_number
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Placement, Problem
@@ -91,9 +92,7 @@ def solve(
     arXiv:2312.00388, whose objective is the sum; it never rewards a pipeline's overlap.
     """
     _check_arguments(profile, objective, min_tokens_per_s, reserve)
-    if num_sessions is not None and (
-        not isinstance(num_sessions, int) or isinstance(num_sessions, bool) or num_sessions < 1
-    ):
+    if num_sessions is not None and not is_integer(num_sessions, at_least=1):
         raise ArgumentError(f"num_sessions={num_sessions!r} must be a positive integer")
     workload = profile.model.fit_workload(workload)
     problem = WorkloadCosts(profile, workload, reserve).problem()
@@ -186,13 +185,9 @@ def _check_arguments(profile: object, objective: object, min_tokens_per_s: objec
             f"profile is a {type(profile).__name__}: give a lingualinked.Profile (profile_model makes one)"
         )
     check_objective(objective)
-    if not isinstance(reserve, int | float) or isinstance(reserve, bool) or not 0 <= reserve < 1:
+    if not is_number(reserve) or not 0 <= reserve < 1:
         raise ArgumentError(f"reserve={reserve!r} must be a share of memory, from 0 to below 1")
-    if min_tokens_per_s is not None and (
-        not isinstance(min_tokens_per_s, int | float)
-        or isinstance(min_tokens_per_s, bool)
-        or not 0 < min_tokens_per_s < _FASTEST
-    ):
+    if min_tokens_per_s is not None and (not is_number(min_tokens_per_s) or not 0 < min_tokens_per_s < _FASTEST):
         raise ArgumentError(f"min_tokens_per_s={min_tokens_per_s!r} must be a positive, finite number")
     if objective == "energy":
         for each in profile.devices:

@@ -20,6 +20,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from lingualinked.checks import is_integer
 from lingualinked.errors import ArgumentError, ResourceError
 from lingualinked.interrupts import uninterrupted
+from lingualinked.own_threads import close_from_here
 from lingualinked.telemetry.metrics import Reading, new_registry
 
 logger = logging.getLogger("lingualinked.telemetry")
@@ -93,11 +94,8 @@ class MetricsEndpoint:
         self._server.is_closing = True
         if os.getpid() != self._owner_pid:  # a forked child has the socket but none of the threads
             self._server.server_close()
-        elif threading.current_thread().name.startswith("lingualinked-"):
-            # A finalizer ran on a thread of ours, which can't wait for its own end.
-            threading.Thread(target=self._close, name="closing-lingualinked").start()
         else:
-            self._close()
+            close_from_here(self._close)
 
     def _close(self) -> None:
         self._server.stop()

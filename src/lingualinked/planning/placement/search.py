@@ -61,12 +61,9 @@ def cheapest(
     """
     search = _Search(programme, min(limit, programme.ceiling) * (1 + TOLERANCE), known, gap, prices)
     # 1) prices at which few arcs are left
-    arcs, flow = search.price()
-    # 2) the relaxation over all of them
-    if flow is None:
-        arcs, flow = search.relax(arcs)
-    # 3) whole arcs, where the flow is fractional
-    if flow is not None:
+    arcs = search.price()
+    # 2) the relaxation over all of them; 3) whole arcs, where the flow is fractional
+    if arcs is None or not search.relax(arcs):
         search.branch()
     bound = limit if not search.found and search.is_done else search.bound
     return Answer(search.found, bound, search.prices)
@@ -88,14 +85,14 @@ class _Search:
         """Whether nothing that is better by more than the gap can be left."""
         return self.bound >= self.limit * (1 - self._gap)
 
-    def price(self) -> tuple[Arcs, Flow | None]:
-        """Solve programmes over some of the arcs until their prices leave few; return the last arcs and flow."""
+    def price(self) -> Arcs | None:
+        """Solve programmes over some of the arcs until their prices leave few, and return those."""
         programme = self._programme
         arcs, self.bound = programme.arcs(self.prices, self.limit)
-        most, some, flow, pool = MAX_ARCS, arcs, None, np.empty(0, dtype=int)
+        most, pool = MAX_ARCS, np.empty(0, dtype=int)
         for _ in range(MAX_ROUNDS):
             if len(arcs) <= most:
-                return arcs, None
+                return arcs
             some = arcs[arcs.nearest(most) | np.isin(arcs.keys, pool)]
             flow = programme.minimise(some, self.limit, may_exceed=True)
             if flow.status == INFEASIBLE:  # among equally short paths, no whole one was taken
@@ -116,24 +113,24 @@ class _Search:
                     break
             else:
                 arcs, _ = programme.arcs(self.prices, self.limit)
-        return some, flow
+        return None
 
-    def relax(self, arcs: Arcs) -> tuple[Arcs, Flow | None]:
-        """Solve the relaxation over all arcs that may matter."""
+    def relax(self, arcs: Arcs) -> bool:
+        """Solve the relaxation over all arcs that may matter; return whether that settles it."""
         flow = self._programme.minimise(arcs, self.limit) if len(arcs) else None
         if flow is None or flow.status == INFEASIBLE:
             if flow is not None and self.found:
                 raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({flow.message})")
             self.bound = self.limit
-            return arcs, None
+            return True
         if flow.is_integral:
             self.found, self.bound = arcs.placement(flow.x), max(self.bound, flow.bound)
-            return arcs, None
+            return True
         _, length = self._programme.arcs(flow.prices, self.limit)
         if length > self.bound:
             self.prices, self.bound = flow.prices, length
         self.bound = max(self.bound, flow.bound)
-        return arcs, flow
+        return False
 
     def branch(self) -> None:
         """Solve integral programmes over the arcs of longer and longer paths."""

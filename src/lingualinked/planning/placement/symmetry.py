@@ -16,8 +16,7 @@ from lingualinked.planning.placement.problem import (
     energy_j,
     latency_s,
 )
-
-_TOLERANCE = 1e-12  # sums of the same numbers in another order
+from lingualinked.planning.placement.tables import TOLERANCE
 
 
 def in_listed_order(problem: Problem, placement: Placement) -> Placement:
@@ -63,4 +62,4 @@ def _is_as_good(problem: Problem, listed: Placement, placement: Placement) -> bo
     measures = [bottleneck_s, latency_s]
     if all(problem.watts[span.device] > 0 for span in placement):
         measures.append(energy_j)
-    return all(measure(problem, listed) <= measure(problem, placement) * (1 + _TOLERANCE) for measure in measures)
+    return all(measure(problem, listed) <= measure(problem, placement) * (1 + TOLERANCE) for measure in measures)

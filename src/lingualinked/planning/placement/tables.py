@@ -110,17 +110,13 @@ class Costs:
 
     def of_stages(self) -> Costs:
         """Return costs that count the stages of a placement, of what is allowed here."""
-
-        def allowed(like: Floats, cost: float) -> Floats:
-            return np.where(np.isfinite(like), cost, np.inf)
-
         return Costs(
-            span=allowed(self.span, 1.0),
-            hop=allowed(self.hop, 0.0),
-            enter=allowed(self.enter, 0.0),
-            leave=allowed(self.leave, 0.0),
-            front=allowed(self.front, 1.0),
-            close={device: allowed(table, 1.0) for device, table in self.close.items()},
+            span=_allowed(self.span, 1.0),
+            hop=_allowed(self.hop, 0.0),
+            enter=_allowed(self.enter, 0.0),
+            leave=_allowed(self.leave, 0.0),
+            front=_allowed(self.front, 1.0),
+            close={device: _allowed(table, 1.0) for device, table in self.close.items()},
         )
 
     def costliest(self, placement: Placement) -> float:
@@ -166,20 +162,16 @@ def sum_costs(problem: Problem, busy: Costs, tables: SpanTables, *, watts: Float
     """
     weight = np.ones(problem.num_devices) if watts is None else watts
     on_links = 1.0 if watts is None else 0.0
-
-    def allowed(like: Floats, cost: Floats) -> Floats:
-        return np.where(np.isfinite(like), cost, np.inf)
-
     seconds = np.where(np.isfinite(tables.seconds), tables.seconds, 0.0)
     leave = on_links * problem.leave_s
     return Costs(
-        span=allowed(busy.span, weight[:, None, None] * seconds),
-        hop=allowed(busy.hop, on_links * problem.hop_s),
-        enter=allowed(busy.enter, on_links * problem.enter_s),
-        leave=allowed(busy.leave, leave),
-        front=allowed(busy.front, (on_links * problem.enter_s)[:, None] + weight[:, None] * seconds[:, 0, :]),
+        span=_allowed(busy.span, weight[:, None, None] * seconds),
+        hop=_allowed(busy.hop, on_links * problem.hop_s),
+        enter=_allowed(busy.enter, on_links * problem.enter_s),
+        leave=_allowed(busy.leave, leave),
+        front=_allowed(busy.front, (on_links * problem.enter_s)[:, None] + weight[:, None] * seconds[:, 0, :]),
         close={
-            device: allowed(table, (weight[device] * seconds[device, :, -1] + leave[device])[None, :])
+            device: _allowed(table, (weight[device] * seconds[device, :, -1] + leave[device])[None, :])
             for device, table in busy.close.items()
         },
     )
@@ -196,6 +188,10 @@ def excess_costs(problem: Problem, tables: SpanTables) -> Costs:
         front=np.zeros(tables.seconds.shape[:2]),
         close=tables.ring_excess_bytes,
     )
+
+
+def _allowed(like: Floats, cost: Floats | float) -> Floats:
+    return np.where(np.isfinite(like), cost, np.inf)
 
 
 def _window_sums(values: Floats) -> Floats:
