@@ -25,25 +25,7 @@ _ACCELERATOR = re.compile(r"cpu|mps|cuda:\d+")
 
 
 def parse_bytes(amount: int | str, field: str = "memory") -> int:
-    """Parse a memory size.
-
-    Parameters
-    ----------
-    amount : int or str
-        Bytes, or a number with a unit: ``"512MiB"``, ``"2GiB"``, ``"1.5 GB"``.
-    field : str
-        Name for the error message.
-
-    Returns
-    -------
-    int
-        Bytes.
-
-    Raises
-    ------
-    ArgumentError
-        If the text does not parse, or the size is not positive.
-    """
+    """Parse a memory size in bytes or with a unit (``"512MiB"``, ``"1.5 GB"``); an error names ``field``."""
     if isinstance(amount, str):
         match = _AMOUNT.fullmatch(amount)
         if match is None:
@@ -63,25 +45,7 @@ def parse_bytes(amount: int | str, field: str = "memory") -> int:
 
 
 def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
-    """Parse a bandwidth.
-
-    Parameters
-    ----------
-    rate : float or str
-        Bytes per second, or a number with a unit: ``"100Mbit/s"``, ``"12.5MB/s"`` (decimal prefixes).
-    field : str
-        Name for the error message.
-
-    Returns
-    -------
-    float
-        Bytes per second.
-
-    Raises
-    ------
-    ArgumentError
-        If the text does not parse, or the rate is not positive and finite.
-    """
+    """Parse bytes per second, or a number with a unit (``"100Mbit/s"``, ``"12.5MB/s"``; decimal prefixes)."""
     if isinstance(rate, str):
         match = _RATE.fullmatch(rate)
         if match is None:
@@ -97,25 +61,7 @@ def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
 
 
 def parse_seconds(duration: float | str, field: str = "latency") -> float:
-    """Parse a duration, which may be zero.
-
-    Parameters
-    ----------
-    duration : float or str
-        Seconds, or a number with a unit: ``"3ms"``, ``"250us"``, ``"0.1s"``.
-    field : str
-        Name for the error message.
-
-    Returns
-    -------
-    float
-        Seconds.
-
-    Raises
-    ------
-    ArgumentError
-        If the text does not parse, or the duration is negative or infinite.
-    """
+    """Parse a duration in seconds or with a unit (``"3ms"``, ``"250us"``), which may be zero."""
     if isinstance(duration, str):
         match = _DURATION.fullmatch(duration)
         if match is None:
@@ -287,13 +233,7 @@ def link_between(source: Device | None, target: Device | None, links: Links) -> 
 
 
 def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
-    """Check that every link leads from one known party to another, and return a copy.
-
-    Raises
-    ------
-    ArgumentError
-        If it is not a mapping from pairs of names to `Link`, or a name belongs to no device.
-    """
+    """Check that every link leads from one known party to another, and return a copy."""
     known = {CALLER, *names}
     if not isinstance(links, Mapping):
         raise ArgumentError(f"links is a {type(links).__name__}: give a dict from (source, target) to Link")
@@ -309,13 +249,7 @@ def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Li
 
 
 def check_links_of(name: str, links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
-    """Check that every link connects one given device with another known party, and return a copy.
-
-    Raises
-    ------
-    ArgumentError
-        As `check_links`, or if a link does not belong to the device.
-    """
+    """Check that every link connects one given device with another known party, and return a copy."""
     checked = check_links(links, names)
     for ends in checked:
         if name not in ends:
@@ -324,13 +258,7 @@ def check_links_of(name: str, links: object, names: Iterable[str]) -> dict[tuple
 
 
 def check_slowdown(slowdown: float, name: str) -> float:
-    """Check that a slowdown can be emulated, and return it.
-
-    Raises
-    ------
-    ArgumentError
-        If it is not a number, below 1, or not finite.
-    """
+    """Check that a slowdown can be emulated, and return it."""
     field = f"slowdown={slowdown!r} of device {name!r}"
     if not 1 <= as_float(slowdown, f"{field} must be a number") < math.inf:
         raise ArgumentError(f"{field} must be at least 1: a worker can't be made faster than its machine")

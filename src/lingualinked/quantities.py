@@ -11,15 +11,7 @@ _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def bytes_text(num_bytes: float, *, round_up: bool = False) -> str:
-    """Format a memory size: ``"7.3 MiB"``.
-
-    Parameters
-    ----------
-    num_bytes : float
-        Bytes.
-    round_up : bool
-        Whether to write three digits and round up, for a size that must suffice.
-    """
+    """Format a memory size: ``"7.3 MiB"``; ``round_up`` writes three digits of a size that must suffice."""
     exponent = 0
     while True:
         size = num_bytes / 1024**exponent
@@ -38,13 +30,5 @@ def seconds_text(seconds: float) -> str:
 
 
 def count_text(number: int, noun: str) -> str:
-    """Format a count of something: ``"1 stage"``, ``"2 stages"``.
-
-    Parameters
-    ----------
-    number : int
-        The count.
-    noun : str
-        In the singular; its plural is regular.
-    """
+    """Format a count of something, given in the singular: ``"1 stage"``, ``"2 stages"``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

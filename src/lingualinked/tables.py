@@ -57,13 +57,7 @@ class Rows:
         return Group(Text(self.title, style="bold"), _Fitted(self), *map(Text, self.notes))
 
     def to_text(self, width: int | None = None) -> str:
-        """Return the table as plain text.
-
-        Parameters
-        ----------
-        width : int, optional
-            Columns to fit; ``None``: those of the terminal, or as many as needed if there is no terminal.
-        """
+        """Return the table as text in ``width`` columns; by default the terminal's, or as many as needed without one."""
         if width is None:
             width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self.width)
         buffer = io.StringIO()

@@ -11,22 +11,7 @@ from pathlib import Path
 
 
 def write_whole_file(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Write text to a temporary file and rename it, so that a failure leaves the old content untouched.
-
-    Parameters
-    ----------
-    path : Path
-        The file; its folder must exist.
-    text : str
-        Written as UTF-8.
-    mode : int
-        Permissions of the file, before the umask.
-
-    Raises
-    ------
-    OSError
-        If it can't be written.
-    """
+    """Write UTF-8 text to a temporary file and rename it, so that a failure leaves the old content untouched."""
     # Not the process id: threads share it, and containers that share a folder may have equal ones.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -71,18 +71,7 @@ class Workload:
         return self.batch_size * self.num_sessions
 
     def check_trusted(self, *, any_trusted: bool) -> None:
-        """Check that `trusted_layers` is zero unless a device is trusted.
-
-        Parameters
-        ----------
-        any_trusted : bool
-            Whether any device is trusted.
-
-        Raises
-        ------
-        ArgumentError
-            If none is and `trusted_layers` is not zero.
-        """
+        """Raise ArgumentError if `trusted_layers` is not zero although no device is trusted."""
         if any(self.trusted_layers) and not any_trusted:
             raise ArgumentError(
                 f"trusted_layers={self.trusted_layers} of the workload has no effect because no device is trusted: "

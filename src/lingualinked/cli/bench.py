@@ -29,19 +29,11 @@ _FIRST_ID = 3  # lower ids are often padding, beginning and end of text
 
 @dataclasses.dataclass(slots=True)
 class Speed:
-    """The measured speed of a model, run by run.
+    """The measured speed of a model, run by run."""
 
-    Parameters
-    ----------
-    first_token_s, step_s : list of float
-        Seconds to the first token of a single session, and seconds per decode step (the median of a run).
-    tokens_per_s : list of float
-        New tokens per second with all sessions of the workload in flight.
-    """
-
-    first_token_s: list[float] = dataclasses.field(default_factory=list)
-    step_s: list[float] = dataclasses.field(default_factory=list)
-    tokens_per_s: list[float] = dataclasses.field(default_factory=list)
+    first_token_s: list[float] = dataclasses.field(default_factory=list)  # of a single session
+    step_s: list[float] = dataclasses.field(default_factory=list)  # the median decode step of a run
+    tokens_per_s: list[float] = dataclasses.field(default_factory=list)  # new ones, of all sessions together
 
     def time_stream(self, model: Any, workload: ll.Workload) -> None:
         """Time a single session: its first token, and the decode steps after it."""

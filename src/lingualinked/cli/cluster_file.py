@@ -20,44 +20,22 @@ _SPECS = tuple(field.name for field in dataclasses.fields(DeviceSpecs))
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterFile:
-    """The content of a cluster file.
-
-    Parameters
-    ----------
-    devices : tuple of Device
-        Every ``[[devices]]`` table, with the fields of `Device`.
-    links : dict of (str, str) to Link
-        Every ``[[links]]`` table: ``source``, ``target``, ``bandwidth``, ``latency``.
-    specs : dict of str to DeviceSpecs
-        By name, for the devices that state ``flops`` and ``memory_bandwidth``.
-    """
+    """The contents of a cluster file."""
 
     devices: tuple[Device, ...]
     links: dict[tuple[str, str], Link]
-    specs: dict[str, DeviceSpecs]
+    specs: dict[str, DeviceSpecs]  # by name, for the devices that state ``flops`` and ``memory_bandwidth``
 
 
 def read_devices(asked: str) -> ClusterFile:
-    """Read ``--devices``: a number of local CPU workers, or the path of a cluster file.
-
-    Raises
-    ------
-    ArgumentError
-        If it is neither.
-    """
+    """Read ``--devices``: a number of local CPU workers, or the path of a cluster file."""
     if asked.isdecimal():
         return ClusterFile(devices=as_devices(int(asked)), links={}, specs={})
     return read_cluster_file(Path(asked))
 
 
 def read_cluster_file(path: Path) -> ClusterFile:
-    """Read a cluster file.
-
-    Raises
-    ------
-    ArgumentError
-        If there is no such file, it is not TOML, or a value can't be used; the message names it.
-    """
+    """Read a cluster file; an error names the value that can't be used."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -41,13 +41,7 @@ def run_generate(
 
 
 def encode(tokenizer: Any, text: str) -> Any:
-    """Tokenize a text into input ids and a mask.
-
-    Raises
-    ------
-    ArgumentError
-        If the text has no tokens.
-    """
+    """Tokenize a text, which must have tokens, into input ids and a mask."""
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise ll.ArgumentError(f"the prompt {text!r} has no tokens: give a text to continue")
@@ -55,13 +49,7 @@ def encode(tokenizer: Any, text: str) -> Any:
 
 
 def read_tokenizer(path: str) -> Any:
-    """Read the tokenizer of a checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none.
-    """
+    """Read the tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
 
     from lingualinked.model.checkpoint import check_fetched  # imports torch

@@ -13,13 +13,7 @@ from lingualinked.errors import ArgumentError
 
 
 def check_output(option: str, path: Path) -> None:
-    """Check that a file can be written.
-
-    Raises
-    ------
-    ArgumentError
-        If it is a folder, or its folder is missing or can't be written to; the message names the option.
-    """
+    """Check that a file can be written; an error names the option."""
     if path.is_dir():
         raise ArgumentError(f"{option} {str(path)!r} is a folder: give the path of a file")
     if not path.parent.is_dir():
@@ -35,13 +29,7 @@ def check_output(option: str, path: Path) -> None:
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Check that a picture can be drawn and written.
-
-    Raises
-    ------
-    ArgumentError
-        As `check_output`; or if matplotlib is not installed, or does not support the file type.
-    """
+    """Check that a picture can be drawn and written in the format of its suffix."""
     check_output(option, path)
     kinds = new_figure(1, 1).canvas.get_supported_filetypes()
     kind = path.suffix.removeprefix(".").lower()

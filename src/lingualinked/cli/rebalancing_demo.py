@@ -27,20 +27,7 @@ _SPEED_S = 4.0  # the window for tokens per second
 
 
 def run_rebalancing_demo(seconds: float, *, progress: bool) -> None:
-    """Show a pipeline live: halfway through, its middle device drops to a quarter of its speed.
-
-    Parameters
-    ----------
-    seconds : float
-        Duration of the demonstration.
-    progress : bool
-        Whether to show progress bars while the model loads.
-
-    Raises
-    ------
-    LingualinkedError
-        If any answer differs from the unsharded model's.
-    """
+    """Show a pipeline live: halfway through, its middle device drops to a quarter of its speed."""
     console = new_console()
     path = ll.sample_model()
     devices = [ll.Device(name=name, threads=1, slowdown=_SLOWDOWN) for name in ("laptop", "phone", "tablet")]

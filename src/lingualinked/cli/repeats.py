@@ -12,13 +12,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Repeats:
-    """The results of one repeated measurement.
-
-    Parameters
-    ----------
-    values : sequence of float
-        In the order of the runs.
-    """
+    """The results of one repeated measurement, in the order of the runs."""
 
     values: Sequence[float]
 

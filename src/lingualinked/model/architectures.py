@@ -53,25 +53,7 @@ SUPPORTED_ARCHITECTURES = {
 
 
 def check_architecture(config: PreTrainedConfig) -> str:
-    """Return the transformers class that runs a configuration as a causal LM, after checking that it can be cut.
-
-    Parameters
-    ----------
-    config : PreTrainedConfig
-        As ``AutoConfig.from_pretrained`` returns it.
-
-    Returns
-    -------
-    str
-        The class name, e.g. ``"LlamaForCausalLM"``.
-
-    Raises
-    ------
-    UncuttableModelError
-        For encoders, encoder-decoders, custom code, and every architecture that is not tested to be exact.
-    CheckpointError
-        If the weights are quantised (a ``quantization_config``).
-    """
+    """Return the transformers class that runs a configuration as a causal LM, after checking that it can be cut."""
     model_type = config.model_type
     name = (config.architectures or [model_type or type(config).__name__])[0]
     if config.is_encoder_decoder:

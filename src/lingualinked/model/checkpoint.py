@@ -57,25 +57,9 @@ def _is_pointer(path: Path) -> bool:
 
 
 def resolve_files(path: str | os.PathLike[str], **hub: Any) -> tuple[CheckpointFile, ...]:
-    """Find the safetensors files of a checkpoint: one file, or those that an index names.
+    """Find the safetensors files of a folder or a hub id: one file, or those that an index names.
 
-    Parameters
-    ----------
-    path : str or PathLike
-        A folder, or a model id of the Hugging Face hub, whose files are downloaded into its cache.
-    **hub
-        As in ``from_pretrained``: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
-        ``force_download``, ``proxies``.
-
-    Returns
-    -------
-    tuple of CheckpointFile
-        The files as they are now: a file that replaces one of them later is not read.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no checkpoint, a shard is missing, or the checkpoint is an adapter or of another format.
+    They are recorded as they are now: a file that replaces one of them later is not read.
     """
     path = os.fspath(path)
     check_no_adapter(path, **hub)
@@ -138,28 +122,7 @@ def _shard(path: str, name: str, index: str, hub: dict[str, Any]) -> CheckpointF
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, files: Sequence[CheckpointFile]) -> str:
-    """Resolve the dtype of the weights as transformers does.
-
-    Parameters
-    ----------
-    dtype : str, torch.dtype or None
-        ``"auto"`` or None: that of the configuration, else of the checkpoint's first floating-point tensor, else torch's default.
-    config : PreTrainedConfig
-    files : sequence of CheckpointFile
-        Safetensors files; empty for dummy weights.
-
-    Returns
-    -------
-    str
-        Name of a torch dtype, e.g. ``"bfloat16"``.
-
-    Raises
-    ------
-    ArgumentError
-        If it is not a floating-point dtype of torch.
-    CheckpointError
-        If a file's header is needed and can't be read.
-    """
+    """Resolve the name of the weights' dtype as transformers does; ``files`` are empty for dummy weights."""
     if dtype is None or dtype == "auto":
         dtype = config.dtype or _dtype_of_files(files) or torch.get_default_dtype()
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -31,24 +31,12 @@ class PositionMode(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ContextCode:
-    """A step's mask and positions, encoded.
-
-    Parameters
-    ----------
-    mask : MaskMode
-        How the mask is sent.
-    positions : PositionMode
-        How the positions are sent.
-    position_rows : int
-        Rows of the position ids (1, or the batch).
-    tensors : tuple of Tensor
-        The mask if `MaskMode.FULL`, then the positions if `PositionMode.FULL`.
-    """
+    """A step's mask and positions, encoded."""
 
     mask: MaskMode
     positions: PositionMode
-    position_rows: int
-    tensors: tuple[Tensor, ...]
+    position_rows: int  # 1, or the batch
+    tensors: tuple[Tensor, ...]  # the mask if `MaskMode.FULL`, then the positions if `PositionMode.FULL`
 
 
 class StepContext:
@@ -59,21 +47,9 @@ class StepContext:
         self._num_tokens = 0
 
     def encode(self, mask: Tensor | None, positions: Tensor | None, num_new: int) -> ContextCode:
-        """Encode a step's mask and positions, and record them as seen.
+        """Encode a step's mask and positions, and record them as seen; `decode` at the other end returns equal tensors.
 
-        Parameters
-        ----------
-        mask : Tensor or None
-            What transformers passes to ``forward``: usually int64 ``[rows, past + num_new]``.
-        positions : Tensor or None
-            int64 ``[1 or rows, num_new]``.
-        num_new : int
-            Tokens of this step.
-
-        Returns
-        -------
-        ContextCode
-            What to send; `decode` at the other end returns equal tensors.
+        The mask is usually int64 ``[rows, past + num_new]``, the positions are int64 ``[1 or rows, num_new]``.
         """
         tensors: list[Tensor] = []
         mask_mode = MaskMode.NONE
@@ -98,13 +74,7 @@ class StepContext:
         return ContextCode(mask=mask_mode, positions=position_mode, position_rows=position_rows, tensors=tuple(tensors))
 
     def decode(self, code: ContextCode, num_new: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return the mask and the positions that `encode` was given, and record them as seen.
-
-        Raises
-        ------
-        ValueError
-            If the mask extends one that this session does not have, or a tensor is missing.
-        """
+        """Return the mask and positions that `encode` was given, and record them as seen; raise ValueError for others."""
         tensors = list(code.tensors)
         if len(tensors) != (code.mask is MaskMode.FULL) + (code.positions is PositionMode.FULL):
             raise ValueError("the tensors of a step do not match the announced mask and positions")

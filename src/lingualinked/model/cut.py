@@ -25,19 +25,11 @@ class SpanLeft(Exception):  # noqa: N818 - it ends a forward pass and is not an 
 
 
 class Boundary:
-    """The raw layer outputs that cross the ends of a span during one forward pass.
-
-    Attributes
-    ----------
-    incoming : Tensor or tuple
-        Output of the last layer before the span, on the previous stage.
-    outgoing : Tensor or tuple
-        Output of the last layer of the span.
-    """
+    """The raw layer outputs that enter and leave a span during one forward pass."""
 
     def __init__(self) -> None:
-        self.incoming: RawOutput | None = None
-        self.outgoing: RawOutput | None = None
+        self.incoming: RawOutput | None = None  # of the last layer before the span, on the previous stage
+        self.outgoing: RawOutput | None = None  # of the last layer of the span
 
     def capture_output(self, _layer: nn.Module, _arguments: Any, output: RawOutput) -> None:
         """Keep the output of the last layer; a forward hook."""
@@ -100,23 +92,8 @@ def cut_class(
 ) -> type[PreTrainedModel]:
     """Derive a class whose instances hold only layers ``[start, end)``, and what must run before or after them.
 
-    The full model is built and then pruned, so that layer indices and per-layer types stay correct. The class keeps the
-    name and module of `cls`, by which transformers looks things up.
-
-    Parameters
-    ----------
-    cls : type
-        A causal LM class of transformers.
-    parts : ModelParts
-    start, end : int
-        Half-open layer range.
-    boundary : Boundary
-        Through which the stand-ins of every instance receive and return outputs.
-
-    Returns
-    -------
-    type
-        The class, to be built on the meta device, as ``from_pretrained`` does.
+    The full model is built, on the meta device, and then pruned, so that layer indices and per-layer types stay correct. The
+    class keeps the name and module of `cls`, by which transformers looks things up.
     """
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807

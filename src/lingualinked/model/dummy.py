@@ -22,23 +22,10 @@ _BLANK_ELEMENTS = 1 << 18
 
 
 class DummyWeights:
-    """Seeded random values for every parameter of a model.
+    """Seeded random values for every parameter of a model; tied ones under their source's name alone.
 
     All are uniform with the standard deviation of a model's initialisation, around 0, or around 1 for the weights of norms.
     Each parameter is generated in its own dtype.
-
-    Parameters
-    ----------
-    meta_model : PreTrainedModel
-        The whole model, on the meta device.
-    seed : int
-
-    Attributes
-    ----------
-    shapes : dict of str to tuple of int
-        By parameter name; tied parameters under their source's name alone, as in a checkpoint.
-    num_bytes_read : int
-        Always 0.
     """
 
     def __init__(self, meta_model: PreTrainedModel, seed: int) -> None:

@@ -30,44 +30,15 @@ _NUM_TOKENS = 2  # of the forward pass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """The sizes of a model, and of what crosses a boundary between two of its layers.
-
-    Parameters
-    ----------
-    profile : ModelProfile
-        The sizes of the model's parts, in bytes.
-    layout : tuple of bool or None
-        As in `StageInputs`.
-    hidden_size : int
-        Last dimension of the hidden states.
-    """
+    """The sizes of a model, and of what crosses a boundary between two of its layers."""
 
     profile: ModelProfile
-    layout: tuple[bool, ...] | None
-    hidden_size: int
+    layout: tuple[bool, ...] | None  # as in `StageInputs`
+    hidden_size: int  # last dimension of the hidden states
 
 
 def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: ModelSpec) -> Footprint:
-    """Measure a model in bytes, from one forward pass without data.
-
-    Parameters
-    ----------
-    meta_model : PreTrainedModel
-        As `build_meta` returns it; not changed.
-    parts : ModelParts
-        As `find_parts` returns them.
-    spec : ModelSpec
-        The spec that it was built from.
-
-    Returns
-    -------
-    Footprint
-
-    Raises
-    ------
-    UncuttableModelError
-        If the forward pass fails.
-    """
+    """Measure a model in bytes, from one forward pass on the meta device without data."""
     layers = meta_model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     itemsize: int = getattr(torch, spec.dtype).itemsize

@@ -94,15 +94,7 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 
 
 class DynamicRope:
-    """A rotary embedding that long texts stretch, and that stays stretched.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The embedding.
-    layer_type : str or None
-        The type of layers, if the embedding has frequencies for several types.
-    """
+    """A rotary embedding, of one type of layers or of all, that long texts stretch, and that stays stretched."""
 
     def __init__(self, module: torch.nn.Module, layer_type: str | None) -> None:
         self._module = module
@@ -136,33 +128,14 @@ def set_ties(model: PreTrainedModel, tied: dict[str, str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MappedKey:
-    """The parameters that transformers' loader makes from one tensor of a checkpoint.
+    """The parameters that transformers' loader makes from one tensor of a checkpoint."""
 
-    Parameters
-    ----------
-    names : tuple of str
-        The parameters: several if the loader splits the tensor, none if the model does not use it.
-    is_converted : bool
-        Whether the tensor is fused, split or transposed.
-    """
-
-    names: tuple[str, ...]
-    is_converted: bool
+    names: tuple[str, ...]  # several if the loader splits the tensor, none if the model does not use it
+    is_converted: bool  # whether the tensor is fused, split or transposed
 
 
 def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey]:
-    """Map the keys of a checkpoint to the parameters that transformers' loader makes from them.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The whole model, on any device.
-    keys : iterable of str
-
-    Returns
-    -------
-    dict of str to MappedKey
-    """
+    """Map the keys of a checkpoint to the parameters that transformers' loader makes from them."""
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
@@ -192,26 +165,9 @@ def load_model(
     dtype: torch.dtype,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    """Build and load a model as ``from_pretrained`` does, from tensors that are materialised one at a time.
+    """Build and load a model on the CPU as ``from_pretrained`` does; ``weights[key][...]`` materialises one tensor.
 
-    Parameters
-    ----------
-    cls : type
-    config : PreTrainedConfig
-    weights : mapping of str to object
-        By checkpoint key; ``value[...]`` returns the tensor.
-    dtype : torch.dtype
-    attn_implementation : str or None
-
-    Returns
-    -------
-    PreTrainedModel
-        On the CPU, in evaluation mode.
-
-    Raises
-    ------
-    CheckpointError
-        If a parameter was not loaded, where transformers would leave random values.
+    Raises CheckpointError if a parameter was not loaded, where transformers would leave random values.
     """
     arguments: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     loader: Any = cls
@@ -246,14 +202,9 @@ def load_model(
 
 @contextlib.contextmanager
 def _quiet_sequential_loading() -> Iterator[list[str]]:
-    """Make loading sequential, in the calling thread, without a progress bar or a report on the screen.
+    """Make loading sequential, in the calling thread, without a progress bar; yield the loader's reports.
 
     Reading ahead in a thread pool would hold tensors twice while they are fused, and call back from other threads.
-
-    Yields
-    ------
-    list of str
-        The reports of the loader.
     """
     reports: list[str] = []
 

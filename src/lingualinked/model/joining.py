@@ -24,19 +24,9 @@ if TYPE_CHECKING:
 
 
 def join_spans(spans: Sequence[LoadedSpan], start: int, end: int) -> LoadedSpan:
-    """Make the cut model of layers ``[start, end)`` from cut models that together hold these layers.
+    """Make the cut model of layers ``[start, end)`` from cut models that together hold these layers; share their weights.
 
-    Parameters
-    ----------
-    spans : sequence of LoadedSpan
-        Spans of the same model, on the same device. Each layer, and each end, is taken from the first span that holds it.
-    start, end : int
-        Half-open layer range.
-
-    Returns
-    -------
-    LoadedSpan
-        A cut model that shares the weights of the others.
+    Each layer, and each end, is taken from the first span that holds it. All spans must be on the same device.
     """
     like = spans[0]
     parts, boundary = like.parts, Boundary()

@@ -34,27 +34,10 @@ OwnedLayer = GrowingLayer | GrowingSlidingLayer
 
 
 class StageCache:
-    """Keys and values of one session in the layers of one stage.
+    """Keys and values of one session in the layers of one stage; `Stage.new_cache` makes it.
 
-    Create it with `Stage.new_cache`.
-
-    Parameters
-    ----------
-    config : PreTrainedConfig
-        The model's configuration, which determines the kind of each layer.
-    owned : collection of int
-        Cache slots of the stage's own layers.
-    spare_bytes : callable, optional
-        Returns the bytes that can still be allocated where the stage computes; by default without limit.
-
-    Attributes
-    ----------
-    hf : Cache
-        The cache to pass to the model's forward as ``past_key_values``. Don't call its ``crop``.
-    num_tokens : int
-        Tokens seen by the session, padding included.
-    owned : dict of int to GrowingLayer or GrowingSlidingLayer
-        The stage's own layers, by slot.
+    `hf` is what the model's forward gets as ``past_key_values`` (don't call its ``crop``), `owned` the stage's own layers by
+    slot, and `num_tokens` counts padding too.
     """
 
     def __init__(
@@ -118,10 +101,7 @@ class StageCache:
                 self.owned[slot].growth = self._growth
 
     def complete_adoption(self, num_tokens: int, *, records_past: bool) -> None:
-        """Set the number of tokens that the session has seen, after all layers have been adopted or written.
-
-        Raises ProtocolError if one of the stage's own layers has seen another number of tokens.
-        """
+        """Set the number of tokens that the session, and so each layer, adopted or written, has seen."""
         for slot, layer in self.owned.items():
             if layer.stop != num_tokens:
                 raise ProtocolError(
@@ -146,27 +126,13 @@ class StageCache:
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
-        """Keep the rows with these indices, in this order, as beam search does after every step.
-
-        Parameters
-        ----------
-        rows : Tensor
-            [new rows] int64, on any device; repeats allowed.
-        """
+        """Keep the rows with these indices (int64, on any device; repeats allowed), in this order, as beam search does."""
         self.hf.reorder_cache(cast("torch.LongTensor", rows))
 
     def crop(self, num_tokens: int) -> None:
-        """Remove tokens at the end.
+        """Remove tokens at the end; 0 only drops what was recorded beyond a sliding window.
 
-        Parameters
-        ----------
-        num_tokens : int
-            Number of tokens to remove, at least 0; 0 only drops what was recorded beyond a sliding window.
-
-        Raises
-        ------
-        ArgumentError
-            If negative, or if a sliding window is full and has not recorded the tokens that it needs again.
+        Raises ArgumentError if a sliding window is full and has not recorded the tokens that it needs again.
         """
         if num_tokens < 0:
             raise ArgumentError(

@@ -22,17 +22,7 @@ _GRANULE_TOKENS = 64
 class Growth:
     """How much memory to allocate when the KV of one session in one stage has to grow.
 
-    Parameters
-    ----------
-    num_tensors : int
-        Number of tensors, keys and values of all layers, which grow together.
-    spare_bytes : callable
-        Returns the bytes that can still be allocated.
-
-    Attributes
-    ----------
-    reserved_tokens : int
-        Tokens per row that the session is expected to reach; 0: not known.
+    Keys and values of all layers, `num_tensors`, grow together. `reserved_tokens` per row are expected; 0: not known.
     """
 
     def __init__(self, num_tensors: int, spare_bytes: Callable[[], float]) -> None:
@@ -45,21 +35,10 @@ class Growth:
         return num_held + self.reserved_tokens - num_seen if self.reserved_tokens else 0
 
     def capacity(self, needed: int, capacity: int, expected: int, token_bytes: int) -> int:
-        """Return the tokens per row to allocate.
+        """Return the tokens per row to allocate; `token_bytes` is that of one token of all rows in one tensor.
 
         Once half of the expected tokens are needed, allocate all of them, so that a long text that may end early takes no
         more memory than with doubling buffers. Beyond the expected number, and if memory is short, add only an eighth.
-
-        Parameters
-        ----------
-        needed : int
-            Tokens per row that are needed now.
-        capacity : int
-            Tokens per row that are allocated now.
-        expected : int
-            As `expected` returns it.
-        token_bytes : int
-            Bytes of a token of all rows in one tensor.
         """
         roomy, scanty = max(needed, 2 * capacity), needed + needed // 8
         if expected:

@@ -32,19 +32,6 @@ def count_operations(spec: ModelSpec, parts: ModelParts, kind_of_layer: Sequence
 
     Operations that grow with the square of the tokens are attention, whatever its modules are called: without a KV cache,
     every token is multiplied with all others.
-
-    Parameters
-    ----------
-    spec : ModelSpec
-        The model to build; its weights are not read.
-    parts : ModelParts
-        As `find_parts` returns them.
-    kind_of_layer : sequence of int
-        As in `ModelProfile`.
-
-    Returns
-    -------
-    tuple of LayerOperations
     """
     # The number of operations does not depend on the dtype, and all kernels support bfloat16 on the meta device.
     model = build_meta(replace(spec, dtype="bfloat16"))

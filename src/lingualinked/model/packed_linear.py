@@ -25,15 +25,10 @@ _TRIM_BYTES = 8 << 20
 
 
 class PackedLinear(nn.Module):
-    """Computes exactly what an `nn.Linear` computes, with a packed weight in place of the plain one.
+    """Computes exactly what an `nn.Linear` on the CPU in bfloat16 computes, with a packed weight in place of its own.
 
     For each number of rows, a probe (`_is_exact`), made once per process, decides whether the product with the packed
     weight rounds in the same order; if it does not, the weight is unpacked for the call.
-
-    Parameters
-    ----------
-    linear : nn.Linear
-        On the CPU, in bfloat16; not used afterwards.
     """
 
     def __init__(self, linear: nn.Linear) -> None:

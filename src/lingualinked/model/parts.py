@@ -27,34 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelParts:
-    """Where a model's parts are, and the bytes of their weights.
+    """Where a model's parts are, as dotted paths of modules, and the bytes of their weights."""
 
-    Parameters
-    ----------
-    layers : str
-        Dotted path of the decoder's module list, e.g. ``"model.layers"``.
-    num_layers : int
-    prologue : tuple of str
-        Dotted paths of the modules with weights that run before the first layer, e.g. ``("model.embed_tokens",)``.
-    epilogue : tuple of str
-        Likewise after the last layer, e.g. ``("model.norm", "lm_head")``.
-    layer_bytes : tuple of int
-        Weight bytes of each layer.
-    prologue_bytes : int
-    epilogue_bytes : int
-        Includes a head whose weight is tied to the embedding.
-    tied_bytes : int
-        Counted in both prologue and epilogue; a stage with both ends holds them once.
-    """
-
-    layers: str
+    layers: str  # the decoder's module list: "model.layers"
     num_layers: int
-    prologue: tuple[str, ...]
-    epilogue: tuple[str, ...]
+    prologue: tuple[str, ...]  # modules with weights that run before the first layer: ("model.embed_tokens",)
+    epilogue: tuple[str, ...]  # likewise after the last layer: ("model.norm", "lm_head")
     layer_bytes: tuple[int, ...]
     prologue_bytes: int
-    epilogue_bytes: int
-    tied_bytes: int
+    epilogue_bytes: int  # includes a head whose weight is tied to the embedding
+    tied_bytes: int  # counted in both prologue and epilogue; a stage with both ends holds them once
 
     def span_bytes(self, start: int, end: int) -> int:
         """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""
@@ -88,24 +70,7 @@ def check_span(start: int, end: int, num_layers: int) -> None:
 
 
 def build_meta(spec: ModelSpec) -> PreTrainedModel:
-    """Build the full model on the meta device, with all modules and shapes, but without memory.
-
-    Parameters
-    ----------
-    spec : ModelSpec
-
-    Returns
-    -------
-    PreTrainedModel
-        In evaluation mode, at the spec's dtype.
-
-    Raises
-    ------
-    UncuttableModelError
-        If the class can't be cut.
-    ArgumentError
-        If the attention implementation is unknown to transformers, or not available here.
-    """
+    """Build the full model on the meta device, in evaluation mode, with all modules and shapes, but without memory."""
     if spec.class_name not in SUPPORTED_ARCHITECTURES.values():
         raise UncuttableModelError(
             spec.class_name, "it is not among the architectures that are tested to be exact when cut"
@@ -122,24 +87,9 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
 
 
 def find_parts(meta_model: PreTrainedModel) -> ModelParts:
-    """Find the layers of a causal LM and what runs before and after them.
+    """Find the layers of a causal LM on the meta device and what runs before and after them.
 
-    One forward pass on the meta device, stopped at the first layer, shows which modules run before the layers.
-
-    Parameters
-    ----------
-    meta_model : PreTrainedModel
-        As `build_meta` returns it; not changed.
-
-    Returns
-    -------
-    ModelParts
-
-    Raises
-    ------
-    UncuttableModelError
-        If no module list holds the layers, if weights lie outside modules that can be cut off, or if a forward pass does
-        not reach the first layer.
+    One forward pass, stopped at the first layer, shows which modules run before the layers.
     """
     name = type(meta_model).__name__
     path, layers = _find_layers(meta_model)
@@ -171,18 +121,7 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
 
 
 def learned_positions(meta_model: PreTrainedModel) -> int | None:
-    """Return the number of positions that a model has learned embeddings for.
-
-    Parameters
-    ----------
-    meta_model : PreTrainedModel
-        As `build_meta` returns it.
-
-    Returns
-    -------
-    int or None
-        The longest text that the model accepts, in tokens; None if positions are computed (rotary, ALiBi).
-    """
+    """Return how many positions a model has learned embeddings for; None if positions are computed (rotary, ALiBi)."""
     words = meta_model.get_input_embeddings()
     if any(isinstance(module, nn.Embedding) and module is not words for module in meta_model.modules()):
         return int(meta_model.config.get_text_config(decoder=True).max_position_embeddings)

@@ -18,11 +18,6 @@ class RopeReach:
     """The length of text that a model's rotary embeddings are stretched for.
 
     A longer text stretches them further; a text within the model's own positions resets them.
-
-    Parameters
-    ----------
-    spec : ModelSpec
-        Spec of the model.
     """
 
     def __init__(self, spec: ModelSpec) -> None:

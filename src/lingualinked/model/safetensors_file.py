@@ -65,24 +65,7 @@ def identify_file(path: str) -> CheckpointFile:
 class SafetensorsFile:
     """A safetensors file, whose header is read and checked, and whose tensors are read on request.
 
-    Parameters
-    ----------
-    file : CheckpointFile
-        The file as it was first read; if it has been replaced or written to, reading raises.
-
-    Attributes
-    ----------
-    entries : dict of str to TensorEntry
-        By tensor name, in the order of the header.
-    header_bytes : int
-        Bytes of the header.
-
-    Raises
-    ------
-    FileChangedError
-        If the file has changed, or can't be read here.
-    CheckpointError
-        If the file is truncated or not a safetensors file.
+    Raises FileChangedError if it has been replaced or written to since ``file`` was made, now or when a tensor is read.
     """
 
     def __init__(self, file: CheckpointFile) -> None:
@@ -108,15 +91,7 @@ class SafetensorsFile:
             )
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor into new, aligned memory, without a second copy and without mapping the file.
-
-        Raises
-        ------
-        FileChangedError
-            If the file has changed, before or while the tensor was read.
-        CheckpointError
-            If the file ends early.
-        """
+        """Read one tensor into new, aligned memory, without a second copy and without mapping the file."""
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         values: Any = tensor.reshape(-1).view(torch.uint8).numpy()

@@ -32,27 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedSpan:
-    """A cut model with its weights.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        On the CPU, in evaluation mode.
-    boundary : Boundary
-        The boundary of its stand-ins.
-    parts : ModelParts
-        The parts of the whole model.
-    tied : mapping of str to str
-        Tied parameters of the whole model, as ``{target: source}``.
-    num_bytes_read : int
-        Bytes read from files, including headers.
-    """
+    """A cut model with its weights, on the CPU, and the facts of the whole model that joining needs."""
 
     model: PreTrainedModel
-    boundary: Boundary
+    boundary: Boundary  # of its stand-ins
     parts: ModelParts
-    tied: Mapping[str, str]
-    num_bytes_read: int
+    tied: Mapping[str, str]  # {target: source}
+    num_bytes_read: int  # from files, including headers
 
 
 def check_weights(spec: ModelSpec, meta_model: PreTrainedModel) -> None:
@@ -71,29 +57,8 @@ def load_span(
 ) -> LoadedSpan:
     """Load layers ``[start, end)`` and what must run before or after them.
 
-    Parameters
-    ----------
-    spec : ModelSpec
-    start, end : int
-        Half-open layer range.
-    progress : callable, optional
-        Called in the calling thread with the bytes of weights loaded so far.
-    fallback : callable, optional
-        Makes another source of weights, given the whole model on the meta device, for when files can't be read here or
-        have changed since the checkpoint was first read.
-
-    Returns
-    -------
-    LoadedSpan
-
-    Raises
-    ------
-    ArgumentError
-        If the span is not within the model.
-    CheckpointError
-        If a file is missing, damaged or changed, or tensors are missing or of another shape.
-    UncuttableModelError
-        If the architecture can't be cut.
+    ``progress`` is called in this thread with the bytes of weights loaded so far. ``fallback`` makes another source of
+    weights, from the whole model on the meta device, for when files can't be read here or have changed.
     """
     whole = build_meta(spec)
     parts = find_parts(whole)

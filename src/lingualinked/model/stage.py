@@ -34,74 +34,28 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class StageInputs:
-    """The inputs of a stage in one step.
+    """The inputs of a stage in one step."""
 
-    Parameters
-    ----------
-    tensors : tuple of Tensor
-        First stage: token ids [rows, tokens] int64, or embeddings [rows, tokens, hidden]. Later: the tensors of the
-        previous stage's output.
-    layout : tuple of bool or None
-        Form of a later stage's input: None for a single tensor, else which items of a tuple are tensors, not None.
-    attention_mask : Tensor or None
-        [rows, past + tokens] int64.
-    position_ids : Tensor or None
-        [rows or 1, tokens] int64.
-    logits_to_keep : int or Tensor, default=0
-        For the last stage, as in transformers: the number of last positions, 0 for all, or their indices.
-    rope_reach : int, default=0
-        How far the model's rotary embeddings are stretched before the step (`RopeReach`); 0 leaves them as they are.
-    torch_settings : mapping of str to bool, int or str
-        The caller's settings, as `read_torch_settings` returns them.
-    """
-
+    # First stage: token ids [rows, tokens] int64, or embeddings [rows, tokens, hidden]. Later: the previous stage's output.
     tensors: tuple[Tensor, ...]
-    layout: tuple[bool, ...] | None
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    logits_to_keep: int | Tensor = 0
-    rope_reach: int = 0
-    torch_settings: TorchSettings = field(default_factory=dict)
+    layout: tuple[bool, ...] | None  # None for a single tensor, else which items of a tuple are tensors, not None
+    attention_mask: Tensor | None  # [rows, past + tokens] int64
+    position_ids: Tensor | None  # [rows or 1, tokens] int64
+    logits_to_keep: int | Tensor = 0  # for the last stage: the number of last positions, 0 for all, or indices
+    rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
+    torch_settings: TorchSettings = field(default_factory=dict)  # the caller's
 
 
 @dataclass(slots=True, kw_only=True)
 class StageOutput:
-    """The outputs of a stage in one step, on the CPU.
+    """The outputs of a stage in one step, on the CPU."""
 
-    Parameters
-    ----------
-    tensors : tuple of Tensor
-        ``(logits,)`` from the last stage, [rows, kept tokens, vocabulary]; else the tensors of the last layer's output.
-    layout : tuple of bool or None
-        As in `StageInputs`.
-    """
-
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
     layout: tuple[bool, ...] | None
 
 
 class Stage:
-    """Layers ``[start, end)`` of a model, with what must run before or after them.
-
-    Create it with `Stage.load`; only one thread at a time may use it.
-
-    Attributes
-    ----------
-    start, end : int
-        Half-open layer range.
-    num_layers : int
-        Number of layers of the whole model.
-    is_first, is_last : bool
-        Whether its inputs are token ids; whether its outputs are logits.
-    weight_bytes : int
-        Bytes of the weights that it holds.
-    num_bytes_read : int
-        Bytes read from files to load it, including headers.
-    span : LoadedSpan
-        Its cut model, for stages that share layers with it.
-    device : torch.device
-        The device that it computes on.
-    """
+    """Layers ``[start, end)`` of a model, with what must run before or after them; for one thread at a time."""
 
     def __init__(self, span: LoadedSpan, start: int, end: int, device: torch.device) -> None:
         self.start, self.end, self.num_layers = start, end, span.parts.num_layers
@@ -109,7 +63,7 @@ class Stage:
         model: nn.Module = span.model
         self.span, self._model, self._config = span, model.to(device), span.model.config
         self._boundary, self.device = span.boundary, device
-        self.num_bytes_read = span.num_bytes_read
+        self.num_bytes_read = span.num_bytes_read  # from files, including headers
         self.weight_bytes = span.parts.span_bytes(start, end)
         if device.type == "cpu":
             pack_linears(self._model)
@@ -133,34 +87,8 @@ class Stage:
     ) -> Stage:
         """Load layers ``[start, end)`` of a model; read no other weights.
 
-        Layers that the stages in `shared` hold are shared with them, not loaded; those stages stay usable.
-
-        Parameters
-        ----------
-        spec : ModelSpec
-        start, end : int
-            Half-open layer range.
-        accelerator : str, default="cpu"
-            ``"cpu"``, ``"cuda:N"`` or ``"mps"``.
-        progress : callable, optional
-            Called in the calling thread with the bytes of weights loaded so far.
-        shared : sequence of Stage, optional
-            Other stages of the model on the same accelerator.
-        fallback : callable, optional
-            Makes another source of weights, for when files can't be read here or have changed; see `load_span`.
-
-        Returns
-        -------
-        Stage
-
-        Raises
-        ------
-        ArgumentError
-            If the span is not within the model, or torch can't compute on the accelerator.
-        CheckpointError
-            If a file is missing or damaged, or tensors are missing or of another shape.
-        UncuttableModelError
-            If the architecture can't be cut.
+        Layers that the stages in `shared`, on the same accelerator, hold are shared with them, not loaded; those stages stay
+        usable. `progress` and `fallback` are those of `load_span`.
         """
         device = accelerator_device(accelerator)
         # 1) load the layers that no shared stage holds
@@ -204,24 +132,9 @@ class Stage:
 
     @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
-        """Run the model's forward pass over the span, and count its tokens in the KV cache.
+        """Run the model's forward pass over the span, and count its tokens in the KV cache, if there is one.
 
-        Parameters
-        ----------
-        inputs : StageInputs
-        cache : StageCache or None
-            KV cache of the step's session; None to keep no keys and values. Unusable after a step that raises.
-
-        Returns
-        -------
-        StageOutput
-
-        Raises
-        ------
-        ArgumentError
-            If the layout does not match the tensors.
-        ValueError
-            If a setting of torch is unknown.
+        The KV cache is unusable after a step that raises.
         """
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)

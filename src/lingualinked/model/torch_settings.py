@@ -98,13 +98,7 @@ _SETTINGS: dict[str, _Setting] = {
 
 
 def read_torch_settings() -> dict[str, bool | int | str]:
-    """Return the settings of this thread that differ from torch's defaults.
-
-    Returns
-    -------
-    dict of str to bool, int or str
-        By name; empty if all have their defaults.
-    """
+    """Return the settings of this thread that differ from torch's defaults."""
     values = {name: setting.read() for name, setting in _SETTINGS.items()}
     return {name: value for name, value in values.items() if value != _SETTINGS[name].default}
 
@@ -113,15 +107,7 @@ def read_torch_settings() -> dict[str, bool | int | str]:
 def torch_settings(settings: TorchSettings) -> Iterator[None]:
     """Apply settings within the context; settings that are not given are left at torch's defaults.
 
-    Parameters
-    ----------
-    settings : mapping of str to bool, int or str
-        As `read_torch_settings` returns them.
-
-    Raises
-    ------
-    ValueError
-        If a setting or a value is unknown, or not available on this machine.
+    Raises ValueError if one is unknown or not available on this machine.
     """
     unknown = settings.keys() - _SETTINGS.keys()
     if unknown:

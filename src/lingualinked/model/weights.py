@@ -48,16 +48,7 @@ def untied_parameters(meta_model: PreTrainedModel) -> dict[str, torch.nn.Paramet
 
 
 class LazyTensor:
-    """A tensor that transformers' loader materialises by ``tensor[...]``.
-
-    Parameters
-    ----------
-    source : WeightSource
-    name : str
-        Name in the source.
-    on_read : callable
-        Called with the number of elements after it has been materialised.
-    """
+    """A tensor that transformers' loader materialises by ``tensor[...]``, which reports the number of its elements."""
 
     def __init__(self, source: WeightSource, name: str, on_read: Callable[[int], None]) -> None:
         self._source, self._name, self._on_read = source, name, on_read
@@ -70,26 +61,7 @@ class LazyTensor:
 
 
 class CheckpointWeights:
-    """The tensors of a checkpoint's safetensors files.
-
-    Parameters
-    ----------
-    files : sequence of CheckpointFile
-
-    Attributes
-    ----------
-    shapes : dict of str to tuple of int
-        By tensor name.
-    num_bytes_read : int
-        Bytes read so far, including headers.
-
-    Raises
-    ------
-    FileChangedError
-        If a file has changed since the checkpoint was first read, now or when a tensor is read.
-    CheckpointError
-        If a file is truncated or not a safetensors file.
-    """
+    """The tensors of a checkpoint's safetensors files; `num_bytes_read` includes headers."""
 
     def __init__(self, files: Sequence[CheckpointFile]) -> None:
         self._files = [SafetensorsFile(file) for file in files]

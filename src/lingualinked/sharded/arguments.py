@@ -62,13 +62,7 @@ _WITHOUT_EFFECT = (
 
 
 def check_interpreter() -> None:
-    """Check that Python keeps docstrings, which transformers needs when it imports a model.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        Under ``python -OO``, or ``PYTHONOPTIMIZE=2``.
-    """
+    """Check that Python keeps docstrings, which transformers needs when it imports a model."""
     if sys.flags.optimize > 1:
         raise UnsupportedOperationError(
             "python -OO (or PYTHONOPTIMIZE=2) strips docstrings, and transformers can't import models without them: "
@@ -77,13 +71,7 @@ def check_interpreter() -> None:
 
 
 def select_config_attributes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse the extra arguments of ``from_pretrained`` that have no sharded counterpart; return the possible config attributes.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        For an argument of transformers, unless its value changes nothing.
-    """
+    """Refuse arguments of ``from_pretrained`` that have no sharded counterpart; return the possible config attributes."""
     for name in _REMEDIES.keys() & arguments.keys():
         value = arguments[name]
         if not any(type(value) is type(each) and value == each for each in _HARMLESS.get(name, (None, False))):
@@ -94,15 +82,7 @@ def select_config_attributes(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_attn_implementation(value: object) -> str | None:
-    """Check that an attention implementation is part of transformers, and return it.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        If it names a kernel on the hub, whose code workers would run; a kernel for continuous batching; or several kernels.
-    ArgumentError
-        If it is not a string.
-    """
+    """Check that an attention implementation is part of transformers, since workers run no other code; return it."""
     if isinstance(value, Mapping) or (isinstance(value, str) and ("/" in value or "|" in value)):
         raise UnsupportedOperationError(
             f"attn_implementation={value!r} is not supported by ShardedModel.from_pretrained: "

@@ -29,13 +29,6 @@ class ShardedCache(DynamicCache):
     A sharded model returns it as ``past_key_values`` and accepts it in the next call. ``copy.deepcopy`` makes a new
     session with a copy of the KV in every stage. The KV is freed in every stage by `end`, or when the handle is no
     longer referenced.
-
-    Parameters
-    ----------
-    pipeline : Pipeline
-        The pipeline to open the session in.
-    sliding_window : int or None
-        Tokens that the model's narrowest sliding layer sees; ``None`` if it has no sliding layer.
     """
 
     def __init__(self, pipeline: Pipeline, sliding_window: int | None = None) -> None:
@@ -60,15 +53,7 @@ class ShardedCache(DynamicCache):
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedCache:
-        """Copy the KV in every stage into a new session, to continue the text in two ways.
-
-        Raises
-        ------
-        KVCapacityError
-            If both sessions together exceed the KV budget.
-        ClosedError
-            If the session has ended, or the model has been closed.
-        """
+        """Copy the KV in every stage into a new session, to continue the text in two ways."""
         copied = type(self)(self._open_pipeline(), self._sliding_window)
         self.session.copy_to(copied.session)
         copied._records_past, copied._is_user_defined = self._records_past, self._is_user_defined  # noqa: SLF001 - its own
@@ -83,13 +68,7 @@ class ShardedCache(DynamicCache):
         return pipeline
 
     def check(self, pipeline: Pipeline, num_rows: int) -> None:
-        """Check that the next step of a model can continue this cache.
-
-        Raises
-        ------
-        ArgumentError
-            If it belongs to another model, or has another number of rows.
-        """
+        """Raise ArgumentError unless the next step of a model can continue this cache."""
         if self._pipeline() is not pipeline:
             raise ArgumentError(f"past_key_values belong to another model: {_ANEW}")
         if self.is_initialized and num_rows != self.session.num_rows:
@@ -107,23 +86,13 @@ class ShardedCache(DynamicCache):
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows ``beam_idx`` (int64 ``[rows]``), for beam search.
-
-        Raises
-        ------
-        ArgumentError
-            If it is not a tensor, or a row does not exist.
-        """
+        """Keep the rows ``beam_idx`` (int64 ``[rows]``), for beam search."""
         self._select(f"reorder_cache({_text(beam_idx)})", lambda rows: rows.index_select(0, beam_idx.cpu()))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens, as transformers' caches do.
 
-        Raises
-        ------
-        ArgumentError
-            If the number is not an integer, positive, or exceeds the number of tokens; or if a sliding window is full and
-            the tokens before it were not recorded (`activate_past_recording`).
+        Once a sliding window is full, this needs the tokens before it (`activate_past_recording`).
         """
         held = self.session.num_tokens
         try:
@@ -149,23 +118,11 @@ class ShardedCache(DynamicCache):
         self.session.record_past(True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times.
-
-        Raises
-        ------
-        ArgumentError
-            If it is not a positive integer.
-        """
+        """Repeat every row ``repeats`` times."""
         self._select(f"batch_repeat_interleave({_text(repeats)})", lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` (int64, or a mask).
-
-        Raises
-        ------
-        ArgumentError
-            If they name no rows, or a row that does not exist.
-        """
+        """Keep the rows ``indices`` (int64, or a mask)."""
         chosen = indices.cpu() if isinstance(indices, Tensor) else indices
         self._select(f"batch_select_indices({_text(indices)})", lambda rows: rows[chosen, ...])
 
@@ -185,13 +142,7 @@ class ShardedCache(DynamicCache):
         self.session.reorder(rows)
 
     def reset(self) -> None:
-        """Free the KV in every stage, and start a new session.
-
-        Raises
-        ------
-        ClosedError
-            If the model has been closed.
-        """
+        """Free the KV in every stage, and start a new session."""
         pipeline = self._open_pipeline()
         self.session.end()
         self.session = pipeline.open_session()
@@ -250,13 +201,7 @@ class ShardedCache(DynamicCache):
 
 
 def check_empty(given: object, config: PreTrainedConfig) -> DynamicCache:
-    """Check that a KV cache of transformers is empty and of the model's own kind, and return it.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        If it is of another class, holds KV, or has other layers than the model's own cache.
-    """
+    """Check that a KV cache of transformers is empty and of the model's own kind, and return it."""
     kind = type(given).__name__
     if type(given) is not DynamicCache:
         raise UnsupportedOperationError(

@@ -25,18 +25,10 @@ _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedPositions:
-    """The number of positions that a model has learned embeddings for.
-
-    Parameters
-    ----------
-    num_positions : int
-        That number.
-    counted_in_mask : bool
-        Whether the model derives positions from the attention mask; otherwise it counts padding too.
-    """
+    """The number of positions that a model has learned embeddings for."""
 
     num_positions: int
-    counted_in_mask: bool
+    counted_in_mask: bool  # whether the model derives positions from the attention mask; else it counts padding too
 
     @classmethod
     def of(cls, meta: PreTrainedModel) -> LearnedPositions | None:
@@ -49,13 +41,7 @@ class LearnedPositions:
         return cls(num_positions=num_positions, counted_in_mask=counted)
 
     def check(self, past: int, num_new: int, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Check that a step does not exceed them.
-
-        Raises
-        ------
-        ArgumentError
-            With the number of positions that the step would need.
-        """
+        """Raise ArgumentError if a step would need more positions."""
         if position_ids is not None:
             if position_ids.is_floating_point() or int(position_ids.min()) < 0:
                 raise ArgumentError("position_ids of a model with learned positions must be integers from 0")
@@ -72,24 +58,7 @@ class LearnedPositions:
 
 
 def check_inputs(input_ids: object, inputs_embeds: object, vocabulary: int, width: int) -> Tensor:
-    """Check token ids or embeddings, and return them on the CPU.
-
-    Parameters
-    ----------
-    input_ids : Tensor or None
-        Integers ``[rows, tokens]``.
-    inputs_embeds : Tensor or None
-        Floating, ``[rows, tokens, width]``.
-    vocabulary, width : int
-        Rows and columns of the embedding.
-
-    Raises
-    ------
-    ArgumentError
-        If both or neither is given, the shape is wrong or empty, or an id is outside the vocabulary.
-    UnsupportedOperationError
-        If they require gradients.
-    """
+    """Check ids ``[rows, tokens]`` or embeddings ``[rows, tokens, width]``; return them on the CPU."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError("give exactly one: input_ids or inputs_embeds")
     if input_ids is not None:
@@ -120,15 +89,7 @@ def _check_ids(ids: Tensor, vocabulary: int) -> Tensor:
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """Check that a value is a dense tensor with data, and return it detached and on the CPU.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        For a dict of masks per kind of layer, which transformers accepts; or if the tensor requires gradients.
-    ArgumentError
-        If it is not a tensor, has no data, or is sparse.
-    """
+    """Check that a value is a dense tensor with data and without gradients, and return it on the CPU."""
     if isinstance(value, Mapping):
         raise UnsupportedOperationError(f"{name} as a mapping is not supported by a sharded model: give one tensor")
     if not isinstance(value, Tensor):
@@ -149,20 +110,7 @@ _PROMPT = ("attention_mask", "input_ids", "inputs", "inputs_embeds", "position_i
 
 
 def check_prompt(ids: object, arguments: Mapping[str, Any]) -> None:
-    """Check the prompt of ``generate`` before transformers computes with it.
-
-    Parameters
-    ----------
-    ids : object
-        Token ids, under whichever name they were passed.
-    arguments : mapping of str to object
-        All other arguments of ``generate``.
-
-    Raises
-    ------
-    ArgumentError
-        If a tensor is missing or has no data, or the ids have the wrong number of dimensions or are empty.
-    """
+    """Check the prompt of ``generate``, ids under any name or embeddings, before transformers computes with it."""
     with torch.no_grad():  # as in generate
         for name, value in {"input_ids": ids, **arguments}.items():
             if (name in _PROMPT and value is not None) or isinstance(value, Tensor):
@@ -176,32 +124,16 @@ def check_prompt(ids: object, arguments: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """The shape that the tensors of a step must have.
-
-    Parameters
-    ----------
-    rows, past, new : int
-        Rows of the batch; tokens per row in the KV cache; new tokens per row.
-    heads : int or None
-        Attention heads, if known.
-    window : int or None
-        Tokens that the model's narrowest sliding layer sees; ``None`` if it has no sliding layer.
-    """
+    """The shape that the tensors of a step must have."""
 
     rows: int
-    past: int
-    new: int
-    heads: int | None = None
-    window: int | None = None
+    past: int  # tokens per row in the KV cache
+    new: int  # tokens per row
+    heads: int | None = None  # of attention, if known
+    window: int | None = None  # tokens that the narrowest sliding layer sees; None without one
 
     def check_mask(self, value: object) -> Tensor | None:
-        """Check an attention mask of two dimensions, or of four that broadcast, and return it on the CPU.
-
-        Raises
-        ------
-        ArgumentError, UnsupportedOperationError
-            If it is not a tensor, or has another shape.
-        """
+        """Check an attention mask of two dimensions, or of four that broadcast, and return it on the CPU."""
         if value is None:
             return None
         mask = check_tensor("attention_mask", value)
@@ -222,13 +154,7 @@ class StepShape:
         return mask
 
     def check_positions(self, value: object) -> Tensor | None:
-        """Check position ids, whose two dimensions may each be 1, and return them on the CPU.
-
-        Raises
-        ------
-        ArgumentError
-            If they are not a tensor, or have another shape.
-        """
+        """Check position ids, whose two dimensions may each be 1, and return them on the CPU."""
         if value is None:
             return None
         positions = check_tensor("position_ids", value)
@@ -239,15 +165,7 @@ class StepShape:
         return positions
 
     def check_cache_position(self, value: object) -> None:
-        """Check that ``cache_position``, which older decoding loops pass, holds the positions that the new tokens take anyway.
-
-        Raises
-        ------
-        ArgumentError
-            If it is not a tensor.
-        UnsupportedOperationError
-            If it holds other positions.
-        """
+        """Check that ``cache_position``, from older decoding loops, holds the positions that the new tokens take anyway."""
         if value is None:
             return
         given = check_tensor("cache_position", value)
@@ -259,13 +177,7 @@ class StepShape:
             )
 
     def check_labels(self, labels: Tensor, keep: int | Tensor, vocabulary: int, ignored: int) -> None:
-        """Check that there is one label for each position whose logits are kept.
-
-        Raises
-        ------
-        ArgumentError
-            If labels are not integers, their number is wrong, or one is outside the vocabulary.
-        """
+        """Check that there is one label for each position whose logits are kept."""
         if labels.is_floating_point() or labels.is_complex():
             raise ArgumentError(f"labels have dtype {labels.dtype}: labels must be integers")
         kept = len(range(self.new)[slice(-keep, None)]) if isinstance(keep, int) else None
@@ -284,13 +196,7 @@ class StepShape:
 
 
 def check_logits_to_keep(value: object) -> int | Tensor:
-    """Check ``logits_to_keep``: a number of positions, or their indices, which are returned on the CPU.
-
-    Raises
-    ------
-    ArgumentError
-        If it is neither an integer nor a tensor.
-    """
+    """Check ``logits_to_keep``: a number of positions, or their indices, which are returned on the CPU."""
     if isinstance(value, Tensor):
         return check_tensor("logits_to_keep", value)
     try:
@@ -300,23 +206,9 @@ def check_logits_to_keep(value: object) -> int | Tensor:
 
 
 def refuse_arguments(config: PreTrainedConfig, arguments: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse by name the arguments that ``forward`` does not support.
+    """Refuse by name the arguments that `ShardedCausalLM.forward` does not name.
 
-    Parameters
-    ----------
-    config : PreTrainedConfig
-        Its settings of outputs apply where the arguments give none.
-    arguments : mapping of str to object
-        Those that `ShardedCausalLM.forward` does not name.
-    known : collection of str
-        The parameters of the model's own ``forward``.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        For an argument that transformers knows.
-    ArgumentError
-        For an unknown one.
+    ``known`` are the parameters of the model's own ``forward``; settings of outputs that are not given are the config's.
     """
     for name in _RECORDED:
         value = arguments.get(name)

@@ -27,25 +27,9 @@ _MAX_HEADER_BYTES = 100_000_000
 def check_total_memory(
     folder: Path, dtype: str | None, devices: Sequence[Device], workload: Workload | None, reserve: float
 ) -> None:
-    """Check that a local checkpoint can fit all devices together; call it before anything is started.
+    """Raise InfeasiblePlanError if a local checkpoint exceeds the memory of all devices together.
 
-    Parameters
-    ----------
-    folder : Path
-        The folder of ``config.json`` and safetensors files; unreadable files pass, since the loader reports them.
-    dtype : str or None
-        Dtype to load the weights in; ``None``: the config's, else the stored one.
-    devices : sequence of Device
-        Devices that may hold layers.
-    workload : Workload or None
-        Workload whose KV must fit too; ``None``: none.
-    reserve : float
-        Fraction of every device's memory to leave free.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If it can't fit; the message says how many bytes are missing.
+    ``reserve`` is the fraction of every device's memory that stays free. Unreadable files pass: the loader reports them.
     """
     try:
         offered = (1 - reserve) * _total_memory(

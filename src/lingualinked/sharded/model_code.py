@@ -36,17 +36,9 @@ _ABSENT = object()
 
 
 class ModelCode:
-    """The classes and functions of a model as they were when it was loaded.
+    """The classes and functions of a model as they were when it was loaded, which its source files must define.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model, its modules still of their original classes.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        If a class or function is not the one that its source file defines.
+    Made while the model's modules are still of their original classes.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -62,13 +54,7 @@ class ModelCode:
             _check_file(f"ROPE_INIT_FUNCTIONS[{name!r}]", function)
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Check that neither this code nor the attention function of a config has been replaced.
-
-        Raises
-        ------
-        UnsupportedOperationError
-            With the name of what was replaced.
-        """
+        """Check that neither this code nor the attention function of a config has been replaced."""
         for namespace, known in self._namespaces:
             if vars(namespace) != known:
                 _compare(namespace, known)
@@ -80,13 +66,7 @@ class ModelCode:
 
 
 def check_observers() -> None:
-    """Check that nothing in this process intercepts all modules or operations: it would not reach the workers.
-
-    Raises
-    ------
-    UnsupportedOperationError
-        For global module hooks, and for torch modes that intercept operations.
-    """
+    """Check that nothing in this process intercepts all modules or operations: it would not reach the workers."""
     if any(_HOOKS):
         name = next(name for name, value in vars(nn_module).items() if any(value is each for each in _HOOKS) and value)
         raise UnsupportedOperationError(

@@ -41,23 +41,7 @@ def fit_plan(
 ) -> Plan:
     """Check a plan against a model and a cluster, and fill in bytes, exactness and workload.
 
-    Parameters
-    ----------
-    plan : Plan
-        The plan to check.
-    weights : WeightBytes
-        Bytes of the model's weights.
-    cluster : Cluster
-        The cluster to place the model on.
-    model : ModelProfile or None
-        Profile of the model, to compare with that of the plan; ``None``: unknown.
-    workload : Workload or None
-        Used if the plan has none. Layers that either workload keeps on trusted devices stay there.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If the plan does not fit this model or this cluster.
+    The plan's own workload comes before the given one; layers that either keeps on trusted devices stay there.
     """
     check_plan(plan, len(weights.layers), [device.name for device in cluster.devices])
     if plan.profile is not None and model is not None and plan.profile.model.fingerprint != model.fingerprint:

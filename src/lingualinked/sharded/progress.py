@@ -16,19 +16,7 @@ from lingualinked.planning.plan import Plan
 
 
 class DeviceProgress:
-    """One progress bar per device; a context manager.
-
-    Parameters
-    ----------
-    titles : mapping of str to str
-        Text beside each device's bar.
-    totals : mapping of str to int
-        The final count of each device; 0: unknown.
-    options : mapping of str to object
-        Options of tqdm for every bar.
-    shown : bool
-        Whether to draw anything.
-    """
+    """One progress bar per device, with tqdm's ``options``; a context manager. A total of 0 is unknown."""
 
     def __init__(
         self, titles: Mapping[str, str], totals: Mapping[str, int], options: Mapping[str, Any], *, shown: bool

@@ -58,15 +58,7 @@ class RemoteTensor(Tensor):
 
     @classmethod
     def of(cls, tensor: Tensor, name: str) -> RemoteTensor:
-        """Make the remote tensor for a tensor on the meta device.
-
-        Parameters
-        ----------
-        tensor : Tensor
-            A parameter or a buffer.
-        name : str
-            Its name in the whole model, for messages.
-        """
+        """Make the remote tensor for a tensor on the meta device and its name in the whole model."""
         remote = _wrap(tensor, name, requires_grad=tensor.requires_grad)
         if isinstance(tensor, torch.nn.Parameter):
             vars(remote)["_is_param"] = True  # which makes it an nn.Parameter for torch

@@ -171,18 +171,7 @@ class Seal:
                 self._states.append((module, dict(state)))
 
     def check(self, model: nn.Module) -> None:
-        """Check that no change has bypassed the modules' ``__setattr__``.
-
-        Parameters
-        ----------
-        model : nn.Module
-            The sealed model; it refers to this seal, not the reverse.
-
-        Raises
-        ------
-        UnsupportedOperationError
-            With the name of the module and of the changed attribute.
-        """
+        """Check that no change has bypassed the modules' ``__setattr__``; the model refers to this seal, not the reverse."""
         _check(model, self._registries)
         for module, sealed in self._states:
             if module.__dict__ != sealed:
