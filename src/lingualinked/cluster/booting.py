@@ -16,15 +16,7 @@ from lingualinked.protocol.boot import Boot, WorkerKey
 
 
 class Booting:
-    """The caller's end of the conversation with a worker that starts.
-
-    Parameters
-    ----------
-    channel : socket
-        The worker is at the other end; closed when all is said.
-    boot : Boot
-        Who the worker will be.
-    """
+    """The caller's end of the conversation with a worker that starts; the channel is closed once all is said."""
 
     def __init__(self, channel: socket.socket, boot: Boot) -> None:
         self._channel = channel

@@ -48,20 +48,9 @@ _STOP_S = 5.0
 
 
 class Controller:
-    """One pipeline's controller.
+    """One pipeline's controller, which holds neither pipeline nor model, so that its thread keeps none of them alive.
 
-    It holds neither the pipeline nor the model, so that its thread keeps none of them alive.
-
-    Parameters
-    ----------
-    engine : Engine
-        Asks workers how they are.
-    routes : Routes
-        Say which plan is in force.
-    migrate : callable
-        Moves to a plan, and appends what was moved to a list; raises if the old plan goes on.
-    recorder : Recorder
-        Where steps come from, and where decisions and looks at devices go.
+    ``migrate`` moves to a plan and appends what was moved to a list; it raises if the old plan goes on.
     """
 
     def __init__(
@@ -102,13 +91,7 @@ class Controller:
                 self._num_told = max(0, count - _MOST_STEPS)
 
     def start(self, interval_s: float) -> None:
-        """Decide of its own accord from now on, in a thread.
-
-        Parameters
-        ----------
-        interval_s : float
-            Seconds between two looks at the devices while steps run.
-        """
+        """Decide in a thread from now on, which looks at the devices every ``interval_s`` while steps run."""
         self._interval_s = interval_s
         thread = threading.Thread(target=self._run, name="lingualinked-control", daemon=True)
         start_thread(thread)
@@ -132,22 +115,9 @@ class Controller:
             self._wakes.put(None)
 
     def tell(self, make_event: Callable[[float], Event]) -> Decision:
-        """Tell the balancer what the user wants, and execute what it decides.
+        """Tell the balancer what the user wants, and execute what it decides; return what was decided and done.
 
-        Parameters
-        ----------
-        make_event : callable
-            Makes the event from the time in seconds, which is taken when no migration runs.
-
-        Returns
-        -------
-        Decision
-            With what was done about it.
-
-        Raises
-        ------
-        LingualinkedError
-            If it can't be done, or could not.
+        ``make_event`` gets the time in seconds, which is read when no migration runs.
         """
         # On a thread of its own: an interrupt of the caller's must not end a migration half way.
         return result_of(_in_thread(lambda: self._decide(make_event)))
@@ -226,13 +196,7 @@ class Controller:
             logger.warning("layers could not be moved, and the plan goes on as it is: %s", error)
 
     def _execute(self, instruction: Instruction) -> Decision:
-        """Execute an instruction; return the decision with what was done.
-
-        Raises
-        ------
-        LingualinkedError
-            If it could not be done; the balancer has been told.
-        """
+        """Execute an instruction; return the decision with what was done. If that fails, the balancer is told."""
         decision = instruction.decision
         self._recorder.add_decision(decision)
         log = logger.info if decision.action == "move" else logger.debug

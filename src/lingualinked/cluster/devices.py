@@ -23,13 +23,7 @@ def usable_cores() -> int:
 
 
 def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
-    """Return the devices that a cluster would have: so many local ones, or these, each with its number of threads.
-
-    Raises
-    ------
-    ArgumentError
-        If there is none, a name occurs twice, a core is not this process's to use, or there is no such accelerator.
-    """
+    """Return the devices that a cluster would have: so many local ones, or these, each with its number of threads."""
     if isinstance(devices, bool) or not isinstance(devices, int | Sequence) or isinstance(devices, str):
         raise ArgumentError(f"devices={devices!r} must be a number of local workers or a sequence of Device")
     if isinstance(devices, int):
@@ -49,13 +43,7 @@ def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
 
 
 def check_added_device(device: Device, others: Sequence[Device]) -> Device:
-    """Return the device that a cluster of others would have in addition, with its number of threads.
-
-    Raises
-    ------
-    ArgumentError
-        If it is no device, its name is taken, a core is not this process's to use, or there is no such accelerator.
-    """
+    """Return the device that a cluster of others would have in addition, with its number of threads."""
     if not isinstance(device, Device):
         raise ArgumentError(f"device={device!r} is not a lingualinked.Device")
     names = [other.name for other in others]

@@ -20,13 +20,7 @@ _OTHER_GPUS = ("dxg", "kfd", "nvmap", "nvhost-gpu")  # device files of WSL, ROCm
 
 
 def local_devices() -> list[Device]:
-    """Return one device per accelerator that torch finds, else two CPU workers.
-
-    Returns
-    -------
-    list of Device
-        ``cuda:0``, ``cuda:1``, ...; or ``mps``; or two CPU devices.
-    """
+    """Return one device per accelerator that torch finds, else two CPU workers."""
     if _most_accelerators("cuda") != 0 or _most_accelerators("mps") != 0:
         import torch
 
@@ -43,11 +37,6 @@ def check_accelerator(device: Device) -> None:
     """Refuse a device whose accelerator this machine can't have.
 
     Torch is asked where it is loaded; else only what is sure without it is refused, and workers say the rest.
-
-    Raises
-    ------
-    ArgumentError
-        If there is no such accelerator; the message says which there are.
     """
     kind, _, index = device.accelerator.partition(":")
     if kind == "cpu":

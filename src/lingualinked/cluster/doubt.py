@@ -21,13 +21,7 @@ _LEAST_CORES = 0.3  # of other processes, that do not matter; CPU time is counte
 
 
 class OtherWork:
-    """Counts the cores that other processes of this machine keep busy while it is open; a context manager.
-
-    Parameters
-    ----------
-    pids : iterable of int
-        Processes that do not count, nor does this one.
-    """
+    """Counts the cores that processes other than ``pids`` and this one keep busy while it is open; a context manager."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = (*pids, os.getpid())
@@ -57,17 +51,7 @@ class OtherWork:
 
 
 def find_doubt(model: ModelProfile, devices: Sequence[DeviceProfile], other_cores: float) -> str:
-    """Explain why measured times can't be trusted; an empty text if they can.
-
-    Parameters
-    ----------
-    model : ModelProfile
-        Of which model.
-    devices : sequence of DeviceProfile
-        What was measured.
-    other_cores : float
-        Cores that other processes kept busy meanwhile.
-    """
+    """Explain why times measured while others kept so many cores busy can't be trusted; an empty text if they can."""
     reasons = []
     num_cores = psutil.cpu_count() or 1
     needed = sum((each.device.threads or 1) if each.device.accelerator == "cpu" else 1 for each in devices)

@@ -43,27 +43,12 @@ def end_with_interpreter() -> None:
 
 
 class Engine:
-    """Everything that one cluster sends and receives, on one thread.
-
-    Parameters
-    ----------
-    devices : iterable of str
-        Names of the devices whose workers are expected.
-    socket_folder : str
-        Where its socket lies.
-    max_frame_bytes : int
-        Largest frame that it sends or takes.
-
-    Attributes
-    ----------
-    trusted : frozenset of str
-        Devices that are trusted; the cluster says which.
-    """
+    """Everything that one cluster sends and receives, on one thread."""
 
     def __init__(self, devices: Iterable[str], socket_folder: str, max_frame_bytes: int) -> None:
         self._socket_folder = socket_folder
         self._max_frame_bytes = max_frame_bytes
-        self.trusted: frozenset[str] = frozenset()
+        self.trusted: frozenset[str] = frozenset()  # devices; the cluster says which
         self._owner_pid = os.getpid()
         # Reentrant: a finalizer posts, and the garbage collector may run one in the middle of a post.
         self._lock = threading.RLock()
@@ -107,25 +92,11 @@ class Engine:
         return {CALLER: self._mailbox.public_key, **self._exchange.public_keys}
 
     def expect_worker(self, device: str) -> None:
-        """Prepare for the worker of a device that is added.
-
-        Raises
-        ------
-        ClosedError
-            If the cluster is closed.
-        """
+        """Prepare for the worker of a device that is added."""
         self._call(lambda: self._exchange.expect_worker(device))
 
     def authorise_worker(self, device: str, public_key: str) -> None:
-        """Accept messages that come with a key as those of a device's worker; return once they are accepted.
-
-        Raises
-        ------
-        ArgumentError
-            If the key can't be used.
-        ClosedError
-            If the cluster is closed.
-        """
+        """Accept messages that come with a key as those of a device's worker; return once they are accepted."""
         self._call(lambda: self._exchange.authorise_worker(device, public_key))
 
     def drop_worker(self, device: str) -> None:
@@ -134,17 +105,7 @@ class Engine:
             self._call(lambda: self._exchange.drop_worker(device))
 
     def wait_for_worker(self, name: str, timeout_s: float) -> None:
-        """Wait until a worker is ready.
-
-        Raises
-        ------
-        WorkerDiedError
-            If it has ended.
-        StepTimeoutError
-            If it was not ready in time.
-        ClosedError
-            If the cluster was closed meanwhile.
-        """
+        """Wait until a worker is ready."""
         self.check_owner()
         in_time = wait_for_event(self._exchange.settled[name], timeout_s)
         if self._stopping:
@@ -183,34 +144,13 @@ class Engine:
         on_progress: Callable[[int], None] | None = None,
         helpers: Sequence[str] = (),
     ) -> concurrent.futures.Future[object]:
-        """Ask one worker for something.
+        """Ask one worker for something; the future fails with the library's errors.
 
-        Parameters
-        ----------
-        device : str
-            The worker's device.
-        message : message
-            With a number of its own (`next_request`).
-        what : str
-            What is asked, for the time-out's message.
-        timeout_s : float
-            Seconds until the future fails; each progress report starts them anew.
-        on_progress : callable or None
-            Told the bytes loaded so far, on the I/O thread.
-        helpers : sequence of str
-            Devices of other workers, without which the answer can't come.
-
-        Returns
-        -------
-        Future
-            Of the worker's answer; fails with the library's errors.
-
-        Raises
-        ------
-        ProtocolError
-            If a field of the message has a wrong type: a worker would drop it, and the wait would be for nothing.
+        ``what`` is for the time-out's message. ``on_progress`` is told the bytes loaded so far, on the I/O thread, and
+        each report starts the time-out anew. ``helpers`` are the devices of other workers without which the answer
+        can't come.
         """
-        check(message)
+        check(message)  # a worker would drop one with a field of a wrong type, and the wait would be for nothing
         pending = Pending(
             devices=frozenset([device, *helpers]),
             asked=device,
@@ -227,19 +167,7 @@ class Engine:
     def step(
         self, devices: Sequence[str], step: Step, tensors: tuple[Tensor, ...], timeout_s: float
     ) -> concurrent.futures.Future[object]:
-        """Send a step to the first stage; the future gives the last stage's `StepReply`.
-
-        Parameters
-        ----------
-        devices : sequence of str
-            Devices of all stages, in pipeline order.
-        step : Step
-            The step.
-        tensors : tuple of Tensor
-            What travels beside it.
-        timeout_s : float
-            Seconds until the future fails.
-        """
+        """Send a step through the stages on these devices; the future gives the last stage's `StepReply`."""
         pending = Pending(
             devices=frozenset(devices),
             asked=devices[-1],
@@ -260,7 +188,7 @@ class Engine:
             self._post(lambda: self._exchange.send_command(device, message, message.model))
 
     def unload_model(self, model: int) -> None:
-        """Free a model on all devices; what waits for it fails with `ClosedError`. Does nothing as `tell` does."""
+        """Free a model on all devices, unless `send_command` would do nothing; what waits for it fails with `ClosedError`."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.unload_model(model))
 

@@ -52,30 +52,14 @@ logger = logging.getLogger("lingualinked.cluster")
 class Exchange:
     """The requests that a cluster's caller has sent, and the answers that it awaits.
 
-    Parameters
-    ----------
-    mailbox : Mailbox
-        The caller's.
-    devices : iterable of str
-        Names of the devices whose workers are expected.
-
-    Attributes
-    ----------
-    public_keys : dict of str to str
-        Public keys of the workers that have one by now; other threads may read it.
-    addresses : dict of str to str
-        Where workers listen, of those that have said hello; other threads may read it.
-    ended : dict of str to str
-        How workers ended, of those that have; other threads may read it.
-    settled : dict of str to Event
-        Set for each device once its worker is ready, or never will be.
+    Other threads may read `addresses`, `ended`, `public_keys` and `settled`.
     """
 
     def __init__(self, mailbox: Mailbox, devices: Iterable[str]) -> None:
-        self.addresses: dict[str, str] = {}
-        self.ended: dict[str, str] = {}
-        self.settled = {name: threading.Event() for name in devices}
-        self.public_keys: dict[str, str] = {}
+        self.addresses: dict[str, str] = {}  # where workers listen, of those that have said hello
+        self.ended: dict[str, str] = {}  # how workers ended, of those that have
+        self.settled = {name: threading.Event() for name in devices}  # set once ready, or never to be
+        self.public_keys: dict[str, str] = {}  # of the workers that have one by now
         self._mailbox = mailbox
         self._pending = PendingAnswers()
         self._unloaded: set[int] = set()
@@ -87,13 +71,7 @@ class Exchange:
         self.settled[device] = threading.Event()
 
     def authorise_worker(self, device: str, public_key: str) -> None:
-        """Accept messages that come with a key as those of a device's worker; does nothing if the device has been dropped.
-
-        Raises
-        ------
-        ArgumentError
-            If the key can't be used.
-        """
+        """Accept messages that come with a key as those of a device's worker, unless the device has been dropped."""
         if device in self.settled:
             self._mailbox.authorise(device, public_key)
             self.public_keys[device] = public_key

@@ -11,20 +11,7 @@ from lingualinked.protocol.messages import FailureKind, KVRefused, RequestFailed
 
 
 def error_of(device: str, failure: RequestFailed | KVRefused | StepFailed) -> LingualinkedError:
-    """Make the error that a worker's failure is to the caller.
-
-    Parameters
-    ----------
-    device : str
-        Name of the worker's device.
-    failure : RequestFailed, KVRefused or StepFailed
-        What it said.
-
-    Returns
-    -------
-    LingualinkedError
-        Where what was asked for is at fault, an error that says so, with the worker's own as its cause.
-    """
+    """Make the caller's error of a worker's failure; if what was asked for is at fault, the worker's own is its cause."""
     cause, traceback = readable(failure.cause), readable(failure.traceback)
     if failure.kind is FailureKind.MEMORY:
         return DeviceMemoryError(device, cause, traceback)

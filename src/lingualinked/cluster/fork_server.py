@@ -28,18 +28,7 @@ _Key = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 
 
 class ForkServer:
-    """A process that has imported torch and forks workers, with the number of its users.
-
-    Parameters
-    ----------
-    class_names : tuple of str
-        transformers classes to import at once.
-
-    Raises
-    ------
-    ResourceError
-        If there is no folder for its sockets.
-    """
+    """A process that has imported torch and forks workers, with the number of its users."""
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.num_users = 0
@@ -122,15 +111,7 @@ def _wishes() -> dict[str, str]:
 
 
 class ForkChannel:
-    """One cluster's conversation with a fork server, and the lifeline of its workers.
-
-    Parameters
-    ----------
-    server : ForkServer
-        Which one.
-    errors : ErrorFile
-        Where the workers' standard output and error go.
-    """
+    """One cluster's conversation with a fork server, and the lifeline of its workers."""
 
     def __init__(self, server: ForkServer, errors: ErrorFile) -> None:
         self._server = server

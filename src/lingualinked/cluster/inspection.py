@@ -25,17 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What one worker says of itself.
-
-    Parameters
-    ----------
-    worker : WorkerSnapshot
-        Its process.
-    device : DeviceSample
-        Its machine.
-    stages : tuple of StageReport
-        Its stages, of all models.
-    """
+    """What one worker says of itself."""
 
     worker: WorkerSnapshot
     device: DeviceSample
@@ -43,22 +33,7 @@ class Inspection:
 
 
 def inspect_workers(engine: Engine, names: Sequence[str], timeout_s: float) -> list[Inspection]:
-    """Ask workers for a report, all at once.
-
-    Parameters
-    ----------
-    engine : Engine
-        The cluster's I/O thread.
-    names : sequence of str
-        Devices to ask.
-    timeout_s : float
-        Seconds that an answer may take.
-
-    Returns
-    -------
-    list of Inspection
-        In the order of ``names``.
-    """
+    """Ask workers for a report, all at once; return what they say in the order of the names."""
     time_s = time.monotonic()
     futures = [request_report(engine, name, timeout_s) for name in names]
     reports = cast("list[WorkerReport]", results_of(futures))

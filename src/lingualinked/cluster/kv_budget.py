@@ -12,13 +12,7 @@ from lingualinked.quantities import count_text
 
 
 class KVBudget:
-    """Rows x tokens of KV that all sessions of a model may hold together.
-
-    Parameters
-    ----------
-    max_tokens : int or None
-        The limit; ``None``: none.
-    """
+    """Rows x tokens of KV that all sessions of a model may hold together; ``None``: without a limit."""
 
     def __init__(self, max_tokens: int | None) -> None:
         self._max_tokens = max_tokens
@@ -28,10 +22,7 @@ class KVBudget:
     def hold(self, session: int, num_tokens: int) -> None:
         """Let a session hold so many row-tokens in all.
 
-        Raises
-        ------
-        KVCapacityError
-            If all together would exceed the limit; nothing changes then.
+        Raises KVCapacityError if all together would exceed the limit; nothing changes then.
         """
         if self._max_tokens is None:
             return
@@ -45,13 +36,7 @@ class KVBudget:
             self._held[session] = num_tokens
 
     def hold_as_much(self, session: int, other: int) -> None:
-        """Let a session hold as much as another does.
-
-        Raises
-        ------
-        KVCapacityError
-            As `hold`.
-        """
+        """Let a session hold as much as another does."""
         with self._lock:
             self.hold(session, self._held.get(other, 0))
 

@@ -45,18 +45,6 @@ class Launcher:
 
     On Linux a fork server imports torch and transformers once and forks every worker, for all clusters of this process;
     elsewhere, where forking a process that has loaded such libraries is unsafe, every worker is started plainly.
-
-    Parameters
-    ----------
-    class_names : tuple of str
-        transformers classes whose code the workers will need.
-    forks : bool or None
-        Whether to use a fork server; ``None``: on Linux.
-
-    Raises
-    ------
-    ResourceError
-        If there is no folder for sockets.
     """
 
     def __init__(self, class_names: tuple[str, ...] = (), *, forks: bool | None = None) -> None:
@@ -88,14 +76,8 @@ class Launcher:
     def start(self, boots: list[Boot], admit: Callable[[str, str], None], on_end: Callable[[str, str], None]) -> None:
         """Start one worker per boot record.
 
-        Parameters
-        ----------
-        boots : list of Boot
-            Who each worker is.
-        admit : callable
-            Lets a worker connect, by name and public key, before it is told who it is; on a thread of this launcher.
-        on_end : callable
-            Told the name of a worker that ended, and how, on a thread of this launcher.
+        On a thread of this launcher, ``admit`` lets a worker connect, by name and public key, before it is told who it
+        is, and ``on_end`` is told the name of a worker that has ended, and how.
         """
         self._admit, self._on_end = admit, on_end
         for boot in boots:

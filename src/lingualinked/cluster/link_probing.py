@@ -28,28 +28,10 @@ _LONGEST_PROBE_S = 0.05  # that one large message may be on an emulated link
 def measure_links(
     cluster: Cluster, rounds: Iterable[Sequence[tuple[str, str]]], known: Sequence[LinkProfile] = ()
 ) -> tuple[LinkProfile, ...]:
-    """Probe pairs of parties, those of one round at the same time.
+    """Probe pairs of parties, those of one round at the same time; return their links, there and back.
 
-    A link is taken to be as slow back as there, but for what is known to be emulated.
-
-    Parameters
-    ----------
-    cluster : Cluster
-        Whose workers probe.
-    rounds : iterable of sequence of (str, str)
-        Names of the two parties of each pair; either may be the caller.
-    known : sequence of LinkProfile
-        What has been measured before: it counts for links that are alike.
-
-    Returns
-    -------
-    tuple of LinkProfile
-        Of each pair, there and back, in the order of the cluster's devices.
-
-    Raises
-    ------
-    WorkerError, WorkerDiedError, StepTimeoutError, ClosedError
-        If a worker raised, ended, or did not answer.
+    A link is taken to be as slow back as there, but for what is known to be emulated. What is ``known`` from before
+    counts for links that are alike.
     """
     by_name: dict[str, Device | None] = {CALLER: None} | {device.name: device for device in cluster.devices}
 

@@ -32,23 +32,6 @@ class Migrator:
     Then every session switches between two of its steps, by itself: what has changed of its KV is sent, and its next step
     runs in the stages of the new plan. Stages of the old one are freed when no session is left there. Until then
     whatever fails leads back: sessions that have switched switch again, and the new stages are freed.
-
-    Parameters
-    ----------
-    engine : Engine
-        Sends the messages.
-    model : int
-        Number of the model.
-    spec : ModelSpec
-        What to load.
-    routes : Routes
-        Where the sessions are.
-    recorder : Recorder
-        Keeps what was done.
-    timeout_s : float
-        Seconds that any one answer of a worker may take.
-    max_kv_tokens : int or None
-        Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
     """
 
     def __init__(
@@ -88,19 +71,9 @@ class Migrator:
             self._moved_bytes += num_bytes
 
     def run(self, plan: Plan, migrations: list[Migration]) -> None:
-        """Move to a plan.
+        """Move to a plan; if that raises, the old one is in force.
 
-        Parameters
-        ----------
-        plan : Plan
-            What is to be in force.
-        migrations : list of Migration
-            What was moved is appended, also where it could not be done.
-
-        Raises
-        ------
-        LingualinkedError
-            If it could not be done; the old plan is in force.
+        What was moved is appended to the list of migrations, also where it failed.
         """
         with self._migrating:
             source, target = self._routes.current, Route(next(self._versions), plan)

@@ -24,21 +24,7 @@ _SCRAPE_S = 5.0  # that workers may take to answer a scrape, which waits for 10 
 
 
 class Observer:
-    """Asks the workers of one model how they are.
-
-    Parameters
-    ----------
-    engine : Engine
-        The cluster's I/O thread.
-    model : int
-        The model's number.
-    routes : Routes
-        Says which devices to ask.
-    recorder : Recorder
-        What is remembered of the model's steps; looks at devices are added.
-    cluster_endpoints : WeakSet
-        Of the cluster, which closes them with itself.
-    """
+    """Asks the workers of one model how they are."""
 
     def __init__(
         self,
@@ -51,17 +37,11 @@ class Observer:
         self._engine, self._model, self._routes, self._recorder = engine, model, routes, recorder
         self._inspected: tuple[list[Inspection], int] = ([], 1)
         self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
-        self._cluster_endpoints = cluster_endpoints
+        self._cluster_endpoints = cluster_endpoints  # the cluster closes them with itself
         self._is_stopped = False
 
     def inspect(self, timeout_s: float) -> None:
-        """Ask the workers for reports, and keep them.
-
-        Raises
-        ------
-        WorkerDiedError, StepTimeoutError, ClosedError
-            If a worker has ended, or did not answer, or the cluster is closed.
-        """
+        """Ask the workers for reports, and keep them."""
         inspections, route = [], None
         while route is not self._routes.current:  # its stages may go while they are looked at
             route = self._routes.current
@@ -78,15 +58,7 @@ class Observer:
 
     @uninterrupted
     def serve(self, port: int, address: str) -> MetricsEndpoint:
-        """Serve metrics until the endpoint, the model or its cluster is closed.
-
-        Raises
-        ------
-        ArgumentError
-            If they can't be served there, or prometheus_client is not installed.
-        ClosedError, UnsupportedOperationError, ResourceError
-            If the model is closed, if this is a forked child, if no thread can be started.
-        """
+        """Serve metrics until the endpoint, the model or its cluster is closed."""
         from lingualinked.telemetry.endpoint import MetricsEndpoint  # imports an HTTP server
 
         self._check_open()

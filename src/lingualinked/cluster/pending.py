@@ -22,38 +22,16 @@ Key = tuple[str, int, int]
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Pending:
-    """One answer that is due.
+    """One answer that is due."""
 
-    Parameters
-    ----------
-    devices : frozenset of str
-        The devices without which it can't come.
-    asked : str
-        The device that is to give it.
-    answer : type
-        What kind of message it is.
-    model : int or None
-        The model that it is for; it is of no use once that is unloaded.
-    what : str
-        What was asked, for the time-out's message.
-    timeout_s : float
-        Seconds that it may take.
-    deadline : float
-        When it is late, in monotonic seconds.
-    on_progress : callable or None
-        Told the bytes loaded so far.
-    future : Future
-        Gives the answer.
-    """
-
-    devices: frozenset[str]
-    asked: str
-    answer: type
-    model: int | None
-    what: str
+    devices: frozenset[str]  # without which it can't come
+    asked: str  # the device that is to give it
+    answer: type  # of message
+    model: int | None  # it is of no use once that is unloaded
+    what: str  # was asked, for the time-out's message
     timeout_s: float
-    deadline: float
-    on_progress: Callable[[int], None] | None = None
+    deadline: float  # in monotonic seconds
+    on_progress: Callable[[int], None] | None = None  # told the bytes loaded so far
     future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
@@ -78,15 +56,7 @@ def result_of(future: concurrent.futures.Future[_T]) -> _T:
 def results_of(futures: list[concurrent.futures.Future[_T]]) -> list[_T]:
     """Wait for futures and return their results; the first that fails ends the wait for the others.
 
-    Parameters
-    ----------
-    futures : list of Future
-        Emptied, so that no future is named where its error passes (`result_of`).
-
-    Returns
-    -------
-    list
-        In the order of the futures.
+    The list is emptied, so that no future is named where its error passes (`result_of`).
     """
 
     def is_decided(timeout_s: float) -> bool:

@@ -49,22 +49,9 @@ _sessions = itertools.count(1)  # of all models: answers to steps are told by se
 
 
 class Pipeline:
-    """The stages of one model on the workers of a cluster.
+    """The stages of one model on the workers of a cluster, which it keeps alive.
 
-    Parameters
-    ----------
-    cluster : Cluster
-        Whose workers hold it; the pipeline keeps the cluster alive.
-    spec : ModelSpec
-        What to load.
-    plan : Plan
-        Where.
-    objective : {"throughput", "latency", "energy"}
-        What is minimised when layers are moved.
-    max_kv_tokens : int or None
-        Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
-    timeout_s : float
-        Seconds that any one answer of a worker may take.
+    All sessions together may hold ``max_kv_tokens`` rows x tokens of KV; ``None``: no limit of its own.
     """
 
     def __init__(
@@ -81,7 +68,7 @@ class Pipeline:
         self.timeout_s = timeout_s
         self._engine: Engine = cluster._engine  # noqa: SLF001 - within the room
         self.spec = spec
-        self._objective = objective
+        self._objective = objective  # of moves
         self._model = next(_models)
         self._budget = KVBudget(max_kv_tokens)
         self._reach = RopeReach(spec)
@@ -126,21 +113,7 @@ class Pipeline:
     def load(self, on_progress: Callable[[str, int], None]) -> None:
         """Load every stage, all workers at once; the first that fails ends the wait for the others.
 
-        Parameters
-        ----------
-        on_progress : callable
-            Told a device's name and the bytes that it has loaded so far, on the cluster's I/O thread.
-
-        Raises
-        ------
-        CheckpointError
-            If a tensor that a stage needs is missing or damaged.
-        InfeasiblePlanError
-            If the weights of a stage exceed its device's memory limit; nothing has been read then.
-        DeviceMemoryError
-            If a worker's memory does not suffice.
-        WorkerError, WorkerDiedError, StepTimeoutError
-            If a worker raised, ended, or did not answer.
+        ``on_progress`` is told a device's name and the bytes that it has loaded so far, on the cluster's I/O thread.
         """
         check_memory(self.plan, self.cluster.devices)
         for name in self.plan.devices:
@@ -190,18 +163,9 @@ class Pipeline:
     def enable_rebalancing(
         self, profile: Profile, workload: Workload, policy: RebalancePolicy, *, is_automatic: bool
     ) -> None:
-        """Find better plans by a profile from now on; does nothing if that is enabled already.
+        """Find better plans by a profile from now on, in a thread if automatic; does nothing if that is enabled already.
 
-        Parameters
-        ----------
-        profile : Profile
-            Profile of the model on the cluster's devices.
-        workload : Workload
-            Used if the plan in force has none.
-        policy : RebalancePolicy
-            When layers are moved.
-        is_automatic : bool
-            Whether the pipeline moves layers automatically, in a thread, from now on.
+        The workload is used if the plan in force has none.
         """
         from lingualinked.control.balancer import Balancer  # imports scipy
 
@@ -212,29 +176,9 @@ class Pipeline:
             self._controller.start(policy.sample_interval_s)
 
     def rebalance(self, plan: Plan | None, weights: WeightBytes, *, dry_run: bool = False) -> Decision:
-        """Move to another plan while sessions go on; their tokens stay the same.
+        """Move to another plan while sessions go on; if that raises, the old plan goes on.
 
-        Parameters
-        ----------
-        plan : Plan or None
-            Of the same model, on devices of the cluster; ``None``: the best one, if it is worth it, which needs a
-            profile (`enable_rebalancing`).
-        weights : WeightBytes
-            Of the model.
-        dry_run : bool
-            Whether only to say what would be done.
-
-        Returns
-        -------
-        Decision
-            With the migration that followed.
-
-        Raises
-        ------
-        ClosedError
-            If the model has been unloaded, or its cluster closed.
-        LingualinkedError
-            If it could not be done; the old plan goes on.
+        Without a plan, it moves to the best one, if it is worth it, which needs a profile (`enable_rebalancing`).
         """
         self.check_open()
         if plan is not None:
@@ -250,33 +194,12 @@ class Pipeline:
         )
 
     def release(self, device: str) -> Decision:
-        """Move all layers off a device, and place none there again.
-
-        Raises
-        ------
-        InfeasiblePlanError
-            If the others can't hold the model.
-        LingualinkedError
-            As `rebalance`.
-        """
+        """Move all layers off a device, and place none there again."""
         self.check_open()
         return self._controller.tell(lambda now: DeviceReleased(time_s=now, device=device))
 
     def admit(self, device: str, measure: Callable[[], Profile]) -> Decision:
-        """Use a device from now on, if that pays.
-
-        Parameters
-        ----------
-        device : str
-            Its name; the cluster has it.
-        measure : callable
-            Gives a profile that has it too.
-
-        Raises
-        ------
-        LingualinkedError
-            As `rebalance`.
-        """
+        """Use a device of the cluster from now on, if that pays; ``measure`` returns a profile that has it too."""
         self.check_open()
         self._engine.wait_for_worker(device, self.timeout_s)
         with self._admitting:
@@ -289,15 +212,7 @@ class Pipeline:
         return self._engine.ended_devices()
 
     def check_open(self) -> None:
-        """Refuse to go on with what is closed.
-
-        Raises
-        ------
-        ClosedError
-            If the model has been unloaded, or its cluster closed.
-        UnsupportedOperationError
-            In a forked child of the process that made the cluster.
-        """
+        """Raise ClosedError if the model has been unloaded or its cluster closed, or what `Engine.check_owner` raises."""
         self._engine.check_owner()
         if self.closed:
             end_with_interpreter()
@@ -307,13 +222,6 @@ class Pipeline:
         """Ask the workers what they have done for this model, and add what is remembered of its steps.
 
         Once the model has been unloaded, or its cluster closed, that is what was known last.
-
-        Raises
-        ------
-        WorkerDiedError, StepTimeoutError
-            If a worker has ended, or did not answer.
-        UnsupportedOperationError
-            In a forked child of the process that made the cluster.
         """
         self._engine.check_owner()
         if not self.closed:

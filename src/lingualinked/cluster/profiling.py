@@ -54,32 +54,8 @@ def profile_devices(
     """Measure a model on devices of a cluster, all at the same time, and then every link between them and the caller.
 
     What devices that are alike have measured is taken together, and so with links: with equal devices it is the
-    machine's noise that differs.
-
-    Parameters
-    ----------
-    cluster : Cluster
-        That has them.
-    devices : sequence of Device
-        Where to measure.
-    spec : ModelSpec
-        What to measure; its weights are not read.
-    footprint : Footprint
-        Its layers' kinds and bytes.
-    workload : Workload
-        Tells the shapes that matter.
-    on_progress : callable
-        Told a device's name and how many of its `num_measurements` are done, on the cluster's I/O thread.
-
-    Returns
-    -------
-    Profile
-        With its `Profile.doubt`.
-
-    Raises
-    ------
-    WorkerError, WorkerDiedError, StepTimeoutError, ClosedError
-        If a worker raised, ended, or did not answer.
+    machine's noise that differs. ``on_progress`` is told a device's name and how many of its `num_measurements` are
+    done, on the cluster's I/O thread.
     """
     for device in devices:
         cluster._engine.wait_for_worker(device.name, cluster.timeout_s)  # noqa: SLF001 - within the room
@@ -110,34 +86,6 @@ def extend_profile(
 
     No other device measures anything; what they are doing goes on. As in `profile_devices`, what devices or links that are
     alike have measured is taken together, and what the profile has of such counts; that itself stays as it is.
-
-    Parameters
-    ----------
-    cluster : Cluster
-        Where to measure.
-    spec : ModelSpec
-        What to measure; its weights are not read.
-    footprint : Footprint
-        Its layers' kinds and bytes.
-    profile : Profile
-        Of the model on other devices of the cluster, not necessarily all.
-    device_name : str
-        The device that it lacks.
-    workload : Workload
-        Tells the shapes that matter.
-
-    Returns
-    -------
-    Profile
-        With the device behind the others.
-
-    Raises
-    ------
-    ArgumentError
-        If the profile is of another model, has the device already, or has one that is not in the cluster, or if the
-        cluster lacks the device.
-    WorkerError, WorkerDiedError, StepTimeoutError, ClosedError
-        If the worker, or one that it has a link to, raised, ended, or did not answer.
     """
     if profile.model != footprint.profile:
         raise ArgumentError("the profile is of another model than the one to measure: profile that one first")

@@ -26,13 +26,7 @@ def readable(text: str) -> str:
 
 
 class RemoteLog:
-    """Writes one device's log records to loggers here.
-
-    Parameters
-    ----------
-    device : str
-        The device.
-    """
+    """Writes one device's log records to loggers here."""
 
     def __init__(self, device: str) -> None:
         self._device = device

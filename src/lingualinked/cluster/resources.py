@@ -24,43 +24,20 @@ _TASKS_PER_WORKER = 6  # beside its compute threads
 
 
 def check_start(devices: Sequence[Device]) -> None:
-    """Check that a cluster can start.
-
-    Parameters
-    ----------
-    devices : sequence of Device
-        Where its workers are to run.
-
-    Raises
-    ------
-    ResourceError
-        If descriptors, threads or processes are too few, or the working folder is gone.
-    """
+    """Raise ResourceError unless a cluster can start with workers on these devices."""
     _check_working_folder()
     _check_descriptors(_DESCRIPTORS + _DESCRIPTORS_PER_WORKER * len(devices))
     _check_tasks(_TASKS + sum(map(_tasks_of, devices)))
 
 
 def check_addition(device: Device) -> None:
-    """Check that one more worker can start.
-
-    Raises
-    ------
-    ResourceError
-        If descriptors, threads or processes are too few.
-    """
+    """Raise ResourceError unless one more worker can start."""
     _check_descriptors(_DESCRIPTORS_TO_ADD)
     _check_tasks(_tasks_of(device))
 
 
 def start_thread(thread: threading.Thread) -> None:
-    """Start a thread.
-
-    Raises
-    ------
-    ResourceError
-        If there may be no more threads.
-    """
+    """Start a thread, or raise ResourceError if there may be no more."""
     try:
         thread.start()
     except RuntimeError as error:

@@ -14,15 +14,7 @@ from lingualinked.planning.plan import Plan
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """A plan whose stages workers host, and the version under which they know it.
-
-    Parameters
-    ----------
-    version : int
-        Its epoch: no two plans of a model have the same.
-    plan : Plan
-        Which device hosts which layers.
-    """
+    """A plan whose stages workers host, and the version under which they know it: no two have the same."""
 
     version: int
     plan: Plan
@@ -37,11 +29,6 @@ class Routes:
     """The route in force and the one that sessions switch to; used by many threads.
 
     The only place where the plan in force is kept: the migrator sets it, and each event tells it to the balancer.
-
-    Parameters
-    ----------
-    first : Route
-        In force to begin with.
     """
 
     def __init__(self, first: Route) -> None:

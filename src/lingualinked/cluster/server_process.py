@@ -26,15 +26,7 @@ _ENTRY = str(Path(__file__).parents[1] / "worker" / "__main__.py")
 
 
 class ServerProcess:
-    """A process started by `subprocess`: a fork server, or a worker of its own.
-
-    Parameters
-    ----------
-    preload : Preload
-        What it is told first.
-    errors : ErrorFile
-        Where its standard output and error go.
-    """
+    """A process started by `subprocess`: a fork server, or a worker of its own."""
 
     def __init__(self, preload: Preload, errors: ErrorFile) -> None:
         self.channel, theirs = socket.socketpair()
@@ -111,13 +103,7 @@ class ServerProcess:
 
 
 class ErrorFile:
-    """What processes write to their standard error, kept in a file without a name.
-
-    Parameters
-    ----------
-    folder : str
-        A folder that can be written to.
-    """
+    """What processes write to their standard error, kept in a file without a name."""
 
     def __init__(self, folder: str) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as those that write to it

@@ -42,26 +42,8 @@ class _Place:
 class Session:
     """One conversation through all stages; used by one thread at a time.
 
-    Parameters
-    ----------
-    engine : Engine
-        Sends its steps.
-    model, number : int
-        Who it is.
-    routes : Routes
-        Tells which stages it is to run in.
-    budget : KVBudget
-        What its KV counts against.
-    reach : RopeReach
-        How far the model's rotary embeddings are stretched by all sessions.
-    watch : callable
-        Told a `StepSample` of every step.
-    record_move : callable
-        Told of every change to another route how many seconds the session waited, and the bytes of KV sent at last.
-    timeout_s : float
-        Seconds that a step may take.
-    vocabulary : int or None
-        Logits that the model gives for each token; ``None``: not known.
+    ``watch`` is told a `StepSample` of every step, and ``record_move``, at every change to another route, how many
+    seconds the session waited, and the bytes of KV sent at last.
     """
 
     def __init__(
@@ -117,34 +99,14 @@ class Session:
         *,
         keeps_kv: bool = True,
     ) -> Tensor:
-        """Run one step through all stages.
+        """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``.
 
-        Parameters
-        ----------
-        inputs : Tensor
-            Token ids, int64 ``[rows, tokens]``, or embeddings, ``[rows, tokens, hidden]``.
-        attention_mask : Tensor or None
-            int64 ``[rows, past + tokens]``.
-        position_ids : Tensor or None
-            int64 ``[1 or rows, tokens]``.
-        logits_to_keep : int or Tensor
-            As in transformers: 0 for all positions, N for the last N, or indices.
-        keeps_kv : bool
-            Whether later steps follow.
+        Inputs are token ids, int64 ``[rows, tokens]``, or embeddings, ``[rows, tokens, hidden]``; the mask is int64
+        ``[rows, past + tokens]``, and positions are int64 ``[1 or rows, tokens]``. ``logits_to_keep`` is as in
+        transformers: 0 for all positions, N for the last N, or indices. ``keeps_kv`` tells whether later steps follow.
 
-        Returns
-        -------
-        Tensor
-            Logits, ``[rows, kept tokens, vocabulary]``.
-
-        Raises
-        ------
-        ClosedError
-            If the session has ended or broken off; what broke it between two steps is raised itself, once.
-        KVCapacityError
-            If the KV budget would be exceeded; the session goes on as it was.
-        WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
-            If a worker raised, ended, or did not answer; the session has ended then.
+        If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has
+        ended. What broke it between two steps is raised by the next one itself, once.
         """
         if not self._running.acquire(blocking=False):
             raise ArgumentError("past_key_values is in use by another thread: a session runs one step at a time")
@@ -171,16 +133,7 @@ class Session:
     def copy_to(self, other: Session) -> None:
         """Make a session that has just been opened go on from here by itself, with a copy of the KV in every stage.
 
-        Raises
-        ------
-        ArgumentError
-            If another thread runs a step of this one.
-        ClosedError
-            If this one has ended.
-        KVCapacityError
-            If both together exceed the KV budget.
-        WorkerError, DeviceMemoryError, WorkerDiedError, StepTimeoutError
-            If a worker raised, ended, or did not answer; the other session has ended then.
+        If that fails, the other session has ended.
         """
         if not self._running.acquire(blocking=False):
             raise ArgumentError("past_key_values is in use by another thread: copy it between two steps")

@@ -26,31 +26,10 @@ def request_stages(
     on_progress: Callable[[str, int], None] | None = None,
     held: Route | None = None,
 ) -> list[concurrent.futures.Future[object]]:
-    """Ask workers to load the stages of a route.
+    """Ask workers to load the stages of a route; return the futures of each stage's `StageLoaded`.
 
-    Parameters
-    ----------
-    engine : Engine
-        Sends the requests.
-    model : int
-        Number of the model.
-    spec : ModelSpec
-        What to load.
-    route : Route
-        Where.
-    timeout_s : float
-        Seconds that a worker may be silent.
-    max_kv_tokens : int or None
-        Rows x tokens of KV that all sessions together may hold; ``None``: no limit of its own.
-    on_progress : callable or None
-        Told a device's name and the bytes that it has loaded so far, on the I/O thread.
-    held : Route or None
-        Whose stages hold the weights already, for workers that can't read them from files.
-
-    Returns
-    -------
-    list of Future
-        Of each stage's `StageLoaded`.
+    ``on_progress`` is told a device's name and the bytes that it has loaded so far, on the I/O thread. The stages of
+    ``held`` hold the weights already, for workers that can't read them from files.
     """
     helpers = () if held is None else held.stage_devices
     ends = (CALLER, *route.stage_devices, CALLER)

@@ -20,17 +20,7 @@ from lingualinked.telemetry.samples import StageTiming, StepSample
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepReply:
-    """The last stage's answer to a step.
-
-    Parameters
-    ----------
-    tensors : tuple of Tensor
-        The logits.
-    timings : tuple of StageTimes
-        What each stage tells of the step.
-    num_bytes : int
-        Bytes of the answer.
-    """
+    """The last stage's answer to a step: the logits, what each stage tells of the step, and the bytes of the answer."""
 
     tensors: tuple[Tensor, ...]
     timings: tuple[StageTimes, ...]
@@ -44,25 +34,9 @@ def check_reply(
     logits_to_keep: int | Tensor,
     vocabulary: int | None,
 ) -> Tensor:
-    """Return the logits of an answer.
+    """Return the logits of an answer, or raise a WorkerError of a ProtocolError if it is not what was asked for.
 
-    Parameters
-    ----------
-    reply : StepReply
-        The answer.
-    devices : tuple of str
-        Devices of all stages, in pipeline order.
-    inputs : Tensor
-        Of the step, ``[rows, tokens, ...]``.
-    logits_to_keep : int or Tensor
-        Of the step.
-    vocabulary : int or None
-        Logits of each token; ``None``: not known.
-
-    Raises
-    ------
-    WorkerError
-        Of a `ProtocolError`, if it is not what was asked for.
+    ``vocabulary`` is how many logits each token has, if that is known.
     """
     shape = _kept_shape(inputs.shape[0], inputs.shape[1], logits_to_keep)
     logits = reply.tensors[0] if len(reply.tensors) == 1 else torch.empty(0)

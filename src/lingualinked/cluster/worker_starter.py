@@ -48,17 +48,10 @@ class WorkerStarter(Protocol[P]):
 
     Each takes the transformers classes whose code the workers will need, and raises `ResourceError` if there is no folder
     for sockets.
-
-    Attributes
-    ----------
-    socket_folder : str
-        Where the sockets of the cluster are to lie; it goes with the starter.
-    errors : ErrorFile
-        What the workers write to their standard output and error.
     """
 
-    socket_folder: str
-    errors: ErrorFile
+    socket_folder: str  # where the sockets of the cluster are to lie; it goes with the starter
+    errors: ErrorFile  # what the workers write to their standard output and error
 
     def start(self, boot: Boot, register: Callable[[P], None]) -> None:
         """Start one worker; it is registered before anything can be heard of it."""

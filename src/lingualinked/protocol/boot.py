@@ -12,130 +12,58 @@ GRACE_S = 2.0
 
 
 class Preload(msgspec.Struct, frozen=True, kw_only=True):
-    """The first message to a started process: what to import before it forks workers, or becomes one.
+    """The first message to a started process: what to import before it forks workers, or becomes one."""
 
-    Parameters
-    ----------
-    caller_pid : int
-        The process whose end ends this one.
-    forks : bool
-        Whether the process forks workers for the clusters whose sockets follow, or becomes a single worker.
-    socket_folder : str
-        The folder to remove once the caller has ended.
-    class_names : tuple of str
-        transformers classes whose code the workers will need.
-    """
-
-    caller_pid: int
-    forks: bool
-    socket_folder: str
-    class_names: tuple[str, ...] = ()
+    caller_pid: int  # the process whose end ends this one
+    forks: bool  # workers for the clusters whose sockets follow; or it becomes a single worker
+    socket_folder: str  # to remove once the caller has ended
+    class_names: tuple[str, ...] = ()  # transformers classes whose code the workers will need
 
 
 class ForkWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """A cluster's request to fork one worker, sent with the socket over which that worker alone receives its `Boot`.
-
-    Parameters
-    ----------
-    name : str
-        The device's name.
-    class_names : tuple of str
-        transformers classes to import before the worker is forked.
-    """
+    """A cluster's request to fork one worker, sent with the socket over which that worker alone receives its `Boot`."""
 
     name: str
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # transformers classes to import before the worker is forked
 
 
 class EmulatedLink(msgspec.Struct, frozen=True, kw_only=True):
-    """An emulated link to another party.
-
-    Parameters
-    ----------
-    target : str
-        The party's name.
-    bandwidth_bytes_per_s : float or None
-        ``None``: unlimited (JSON has no infinity).
-    latency_s : float
-        One way.
-    """
+    """An emulated link to another party."""
 
     target: str
-    bandwidth_bytes_per_s: float | None
-    latency_s: float
+    bandwidth_bytes_per_s: float | None  # None: unlimited (JSON has no infinity)
+    latency_s: float  # one way
 
 
 class Emulation(msgspec.Struct, frozen=True, kw_only=True):
-    """The slower device that a worker emulates.
+    """The slower device that a worker emulates."""
 
-    Parameters
-    ----------
-    slowdown : float
-        How many times slower it computes.
-    links : tuple of EmulatedLink
-        Its outgoing links.
-    delayed_from : tuple of str
-        Parties whose messages the worker holds until they would have arrived.
-    """
-
-    slowdown: float
-    links: tuple[EmulatedLink, ...]
-    delayed_from: tuple[str, ...]
+    slowdown: float  # how many times slower it computes
+    links: tuple[EmulatedLink, ...]  # outgoing
+    delayed_from: tuple[str, ...]  # parties whose messages the worker holds until they would have arrived
 
 
 class WorkerKey(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's first message: the caller authorises this key and answers with the worker's `Boot`.
+    """A worker's first message: the caller authorises this key and answers with the worker's `Boot`."""
 
-    Parameters
-    ----------
-    public_key : str
-        Public half of a new CURVE key pair (Z85 text). The secret half never leaves the process.
-    """
-
-    public_key: str
+    public_key: str  # of a new CURVE key pair (Z85 text); the secret half never leaves the process
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker's configuration, sent to that worker alone: its identity, its caller and its limits.
-
-    Parameters
-    ----------
-    name : str
-        The device's name.
-    socket_folder : str
-        Where to create its own socket; the worker removes the folder once the caller has ended.
-    caller_address, caller_key : str
-        Where the caller's inbox listens, and its public key.
-    caller_pid : int
-        The process whose end ends this worker.
-    accelerator : str
-        The device that its stages compute on.
-    threads : int
-        Number of threads that it computes with.
-    cpus : tuple of int or None
-        Cores that it is pinned to.
-    memory_bytes : int or None
-        Limit on its memory beyond that of an idle worker; ``None``: no limit.
-    max_frame_bytes : int
-        Largest frame that it sends or receives.
-    log_level : int
-        Lowest level of the log records that it sends to the caller.
-    emulation : Emulation
-        The device that it emulates at first.
-    """
+    """One worker's configuration, sent to that worker alone: its identity, its caller and its limits."""
 
     name: str
-    socket_folder: str
+    socket_folder: str  # of its socket; the worker removes the folder once the caller has ended
     caller_address: str
     caller_key: str
-    caller_pid: int
+    caller_pid: int  # the process whose end ends this worker
     accelerator: str
     threads: int
-    cpus: tuple[int, ...] | None
-    memory_bytes: int | None
+    cpus: tuple[int, ...] | None  # cores that it is pinned to
+    memory_bytes: int | None  # limit beyond the memory of an idle worker
     max_frame_bytes: int
-    log_level: int
-    emulation: Emulation
+    log_level: int  # lowest level of the log records that it sends to the caller
+    emulation: Emulation  # at first
 
 
 class WorkerForked(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -350,24 +350,12 @@ def encode(message: AnyMessage) -> bytes:
 
 
 def check(message: AnyMessage) -> None:
-    """Refuse a message that its receiver would not understand, where it is made.
-
-    Raises
-    ------
-    ProtocolError
-        If a field has the wrong type.
-    """
+    """Refuse a message that its receiver would not understand, where it is made: raise ProtocolError."""
     decode(encode(message))
 
 
 def decode(payload: bytes) -> AnyMessage:
-    """Decode a message.
-
-    Raises
-    ------
-    ProtocolError
-        If the bytes are not a known message, or a field has the wrong type.
-    """
+    """Decode a message, or raise ProtocolError if it is not a known one, or a field has the wrong type."""
     try:
         return _decoder.decode(payload)
     except Exception as error:  # msgspec also raises errors of text decoding and of deep nesting

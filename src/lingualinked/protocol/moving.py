@@ -59,27 +59,13 @@ class CopyKV(Message, frozen=True, tag=12):
 
 
 class KVSlice(Message, frozen=True):
-    """Some tokens of one layer's KV; keys and values are sent with the message.
+    """Some tokens of one layer's KV; keys and values are sent with the message."""
 
-    Parameters
-    ----------
-    slot : int
-        The layer's slot in the KV cache.
-    first : int
-        Position of the first token that the layer holds: the target drops earlier tokens.
-    position : int
-        Position of the first token sent here: tokens from there on that were sent before are no longer valid.
-    capacity : int
-        Tokens that the layer has room for.
-    rows : tuple of int or None
-        Rows to keep, in this order, of the tokens sent before, before these are added; ``None``: keep all rows.
-    """
-
-    slot: Natural
-    first: Natural
-    position: Natural
-    capacity: Natural
-    rows: tuple[int, ...] | None
+    slot: Natural  # of the layer in the KV cache
+    first: Natural  # position of the first token that the layer holds: the target drops earlier ones
+    position: Natural  # of the first token sent here: what was sent before from there on is no longer valid
+    capacity: Natural  # tokens that the layer has room for
+    rows: tuple[int, ...] | None  # to keep, in this order, of what was sent before, before this is added; None: all
 
 
 class SessionState(Message, frozen=True):

@@ -71,23 +71,10 @@ _decoder = msgspec.msgpack.Decoder(_Envelope)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits on the size of a message; a sender and its receivers must have the same ones.
+    """The limits on the size of a message; a sender and its receivers must have the same ones."""
 
-    Parameters
-    ----------
-    max_frame_bytes : int
-        Bytes of one frame. Larger tensors are split; a payload is not, and must fit into one frame.
-    max_message_bytes : int
-        Bytes of all frames of a message.
-
-    Raises
-    ------
-    ArgumentError
-        If a limit is not positive, or a frame may be larger than its message.
-    """
-
-    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES  # larger tensors are split; a payload must fit into one frame
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES  # of all frames
 
     def __post_init__(self) -> None:
         if not 0 < self.max_frame_bytes <= self.max_message_bytes:
@@ -123,29 +110,9 @@ class DecodedMessage(NamedTuple):
 def encode_message(
     payload: bytes, tensors: Sequence[Tensor], limits: Limits, link: ShapedLink | None = None
 ) -> list[Frame]:
-    """Encode a payload and tensors as the frames of one message.
+    """Encode a payload and dense tensors as the frames of one message, or raise ProtocolError if they can't be sent.
 
-    Parameters
-    ----------
-    payload : bytes
-        Anything.
-    tensors : sequence of torch.Tensor
-        Dense tensors of any shape, strides and device; their dtypes must have a code.
-    limits : Limits
-        Limits on the size of the message.
-    link : ShapedLink, optional
-        The link to emulate.
-
-    Returns
-    -------
-    list of bytes or memoryview
-        Frame 0 and the frames of the tensors. They may share memory with the tensors: copy the frames before
-        anything changes the tensors.
-
-    Raises
-    ------
-    ProtocolError
-        If a tensor is of a kind that can't be sent, or a limit is exceeded.
+    The frames may share memory with the tensors: copy the frames before anything changes the tensors.
     """
     # 1) describe the tensors in frame 0, and refuse what exceeds the limits
     descriptors = [_describe(tensor) for tensor in tensors]
@@ -163,26 +130,10 @@ def encode_message(
 
 
 def decode_message(frames: Sequence[Frame], limits: Limits) -> DecodedMessage:
-    """Decode the frames of one message into its payload and tensors.
+    """Decode the frames of one message, or raise MalformedError if they are not a valid one, or exceed the limits.
 
-    The frames are not trusted: memory is allocated only after the descriptors have been found to match the bytes received.
-
-    Parameters
-    ----------
-    frames : sequence of bytes or memoryview
-        All frames of the message; memoryviews must be of unsigned bytes.
-    limits : Limits
-        Limits on the size of the message. The sender may have split tensors at another `max_frame_bytes`.
-
-    Returns
-    -------
-    DecodedMessage
-        Its payload, its tensors, and when it is due.
-
-    Raises
-    ------
-    MalformedError
-        If the frames are not a valid message, or exceed the limits.
+    The frames are not trusted: memory is allocated only after the descriptors have been found to match the bytes
+    received. Memoryviews must be of unsigned bytes. The sender may have split tensors at another `max_frame_bytes`.
     """
     # 1) check sizes and version before anything is decoded
     num_tensor_bytes = _check_sizes(frames, limits)

@@ -21,11 +21,8 @@ class HopClock:
     """Splits the delay of each message into travel and waiting.
 
     The shortest recent delay belongs to a message that did not wait, and includes the offset between the two clocks;
-    anything beyond it is waiting. Processes of one machine share one clock.
-
-    References
-    ----------
-    S. Shalunov et al., "Low Extra Delay Background Transport (LEDBAT)", RFC 6817, whose queuing delay this is.
+    anything beyond it is waiting. Processes of one machine share one clock. This is the queuing delay of S. Shalunov et
+    al., "Low Extra Delay Background Transport (LEDBAT)", RFC 6817.
     """
 
     def __init__(self) -> None:

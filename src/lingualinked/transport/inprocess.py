@@ -63,23 +63,8 @@ class InProcessHub:
 class InProcessMailbox(Mailbox):
     """A mailbox that other mailboxes of the same hub can reach, from any thread of this process.
 
-    Parameters
-    ----------
-    hub : InProcessHub
-        Where other mailboxes find it.
-    name : str
-        The party's own name.
-    keys : KeyPair, optional
-        Its keys; by default new ones. Nothing is encrypted: keys only identify senders.
-    authorised : mapping of str to str, optional
-        Public key and name of each party that may connect; by default every mailbox of the hub, under its own name.
-    max_frame_bytes, max_message_bytes : int
-        Limits on each message that is sent or received.
-
-    Raises
-    ------
-    ArgumentError
-        If a key or a limit can't be used, or two keys are authorised under one name.
+    Nothing is encrypted: keys only identify senders. By default every mailbox of the hub may connect, under its own
+    name.
     """
 
     def __init__(
@@ -150,15 +135,7 @@ class InProcessMailbox(Mailbox):
         return False
 
     def accept_frames(self, sender_key: str, frames: Sequence[bytes]) -> None:
-        """Queue frames as they are; tests call this to send malformed messages.
-
-        Parameters
-        ----------
-        sender_key : str
-            Public key of the sender; if it is not authorised, the frames are refused.
-        frames : sequence of bytes
-            Frame 0 and the frames after it.
-        """
+        """Queue frames as they are, unless the key is not authorised; tests call this to send malformed messages."""
         if self._name_of(sender_key) is None:
             self._refuse_key("a message", sender_key)
         elif not self._closed:

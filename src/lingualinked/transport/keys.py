@@ -17,23 +17,9 @@ from lingualinked.errors import ArgumentError, ProtocolError
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """The two halves of one party's CURVE key.
+    """The two halves of one party's CURVE key, each 40 characters of Z85 text; peers identify it by the public one.
 
-    Parameters
-    ----------
-    public : str
-        The public key, 40 characters of Z85 text, by which peers identify the party.
-    secret : str
-        The secret key, 40 characters of Z85 text; not part of the representation.
-
-    Raises
-    ------
-    ArgumentError
-        If the two halves do not belong together.
-
-    References
-    ----------
-    `RFC 26/CURVEZMQ <https://rfc.zeromq.org/spec/26/>`_, `RFC 32/Z85 <https://rfc.zeromq.org/spec/32/>`_.
+    See `RFC 26/CURVEZMQ <https://rfc.zeromq.org/spec/26/>`_ and `RFC 32/Z85 <https://rfc.zeromq.org/spec/32/>`_.
     """
 
     public: str
@@ -52,18 +38,7 @@ class KeyPair:
 
 
 def generate_keypair() -> KeyPair:
-    """Make a new random key pair.
-
-    Returns
-    -------
-    KeyPair
-        The pair, in Z85 text.
-
-    Raises
-    ------
-    ProtocolError
-        If the installed libzmq was built without CURVE.
-    """
+    """Make a new random key pair, or raise ProtocolError if the installed libzmq was built without CURVE."""
     if not zmq.has("curve"):
         raise ProtocolError(
             f"libzmq {zmq.zmq_version()} was built without CURVE, and lingualinked sends nothing unencrypted: "

@@ -37,22 +37,11 @@ class Mailbox(abc.ABC):
     Messages from one sender arrive in the order in which they were sent, and no sender can starve another. Messages
     that have not left when either side closes or disconnects are dropped silently. Only the application bounds how
     much is in flight.
-
-    Attributes
-    ----------
-    name : str
-        The party's own name, for error messages; other parties choose what they call it.
-    public_key : str
-        What others pass to `connect`, with the address.
-    address : str
-        Where others connect to. Never reused after the mailbox is closed.
-    encode_s : float
-        Seconds that the last `send` took.
     """
 
-    name: str
-    public_key: str
-    address: str
+    name: str  # for error messages; other parties choose what they call it
+    public_key: str  # what others pass to `connect`, with the address
+    address: str  # where others connect to; never reused after the mailbox is closed
     _refusals: Refusals
     _authorised: dict[str, str]  # public key -> name
     _peers: dict[str, tuple[str, str]]  # name -> address, public key
@@ -66,7 +55,7 @@ class Mailbox(abc.ABC):
         self._delayed = DelayQueue()
         self._delayed_from: frozenset[str] = frozenset()
         self._closed = False
-        self.encode_s = 0.0
+        self.encode_s = 0.0  # of the last `send`
 
     @property
     def num_refused(self) -> int:
@@ -79,16 +68,7 @@ class Mailbox(abc.ABC):
     def refuse(self, sender: str, kind: str, detail: str, level: int = logging.WARNING) -> None:
         """Count a delivered message as unusable, and log it if it is the first of its kind from its sender.
 
-        Parameters
-        ----------
-        sender : str
-            Name of the sender.
-        kind : str
-            One of a fixed set of words.
-        detail : str
-            What was wrong, with the values.
-        level : int
-            Level of the log record.
+        The kind is one of a fixed set of words.
         """
         self._refusals.add(sender, kind, detail, level)
 
@@ -96,33 +76,14 @@ class Mailbox(abc.ABC):
         """Let the holder of a key connect from now on. Does nothing if the key is authorised under this name already.
 
         A key that had the name before loses it, and its messages are dropped. A connection that has been refused stays
-        refused: its maker has to `disconnect` and `connect` again.
-
-        Parameters
-        ----------
-        name : str
-            The name of the sender of all messages that come with the key.
-        public_key : str
-            The key; no other party may have it.
-
-        Raises
-        ------
-        ArgumentError
-            If the key is not valid, or is authorised under another name.
-        ClosedError
-            If the mailbox is closed.
+        refused: its maker has to `disconnect` and `connect` again. Raises ArgumentError if the key is authorised under
+        another name.
         """
         self._check_open()
         self._authorise(name, public_key)
 
     def withdraw(self, name: str) -> None:
-        """Receive nothing more from a party. Does nothing if no party is authorised under this name.
-
-        Raises
-        ------
-        ClosedError
-            If the mailbox is closed.
-        """
+        """Receive nothing more from a party. Does nothing if no party is authorised under this name."""
         self._check_open()
         for key in [key for key, owner in self._authorised.items() if owner == name]:
             del self._authorised[key]
@@ -132,23 +93,8 @@ class Mailbox(abc.ABC):
         """Connect to a peer, so that messages can be sent to it. Does nothing if it is connected already.
 
         Returns at once; messages that are sent before the connection is established wait for it. The peer must have
-        authorised this mailbox's key *before*: a refusal is final.
-
-        Parameters
-        ----------
-        name : str
-            What to call the peer in `send`.
-        address : str
-            Its mailbox's `address`.
-        public_key : str
-            Its public key; only the holder of the secret half can read what is sent.
-
-        Raises
-        ------
-        ArgumentError
-            If the name is connected to another address or key, or if address or key is not valid.
-        ClosedError
-            If the mailbox is closed.
+        authorised this mailbox's key *before*: a refusal is final. Raises ArgumentError if the name is connected to
+        another address or key, or if address or key is not valid.
         """
         self._check_open()
         known = self._peers.get(name)
@@ -163,13 +109,7 @@ class Mailbox(abc.ABC):
         self._peers[name] = (address, public_key)
 
     def disconnect(self, name: str) -> None:
-        """Disconnect from a peer, and drop the messages that wait to be sent to it. Does nothing if it is not connected.
-
-        Raises
-        ------
-        ClosedError
-            If the mailbox is closed.
-        """
+        """Disconnect from a peer, if connected, and drop the messages that wait to be sent to it."""
         self._check_open()
         if self._peers.pop(name, None) is not None:
             self._disconnect(name)
@@ -177,14 +117,8 @@ class Mailbox(abc.ABC):
     def shape_link(self, name: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
         """Emulate a slower link to a peer, from the next message on. The peer need not be connected yet.
 
-        Parameters
-        ----------
-        name : str
-            The peer, as in `send`. It must be on the same machine, whose clock determines when messages are due.
-        bandwidth_bytes_per_s : float
-            Bandwidth of the link, which transmits one message at a time; may be infinite.
-        latency_s : float
-            Seconds from the end of a transmission to the arrival.
+        The peer must be on the same machine, whose clock determines when messages are due. The link transmits one
+        message at a time; its latency counts from the end of a transmission to the arrival.
         """
         link = self._links.get(name)
         if link is not None:
@@ -193,67 +127,24 @@ class Mailbox(abc.ABC):
             self._links[name] = ShapedLink(bandwidth_bytes_per_s, latency_s)
 
     def expect_delays(self, names: Iterable[str]) -> None:
-        """Hold messages from these senders, in addition to earlier ones, until they would have arrived on the link that they emulate.
-
-        Parameters
-        ----------
-        names : iterable of str
-            The senders, by the names under which they are authorised.
-        """
+        """Hold messages from these senders too until they would have arrived on the link that they emulate."""
         self._delayed_from |= frozenset(names)
 
     @abc.abstractmethod
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:
-        """Send a message to a peer without blocking.
+        """Send a message to a peer without blocking; return the bytes of all frames, before encryption.
 
-        The caller may change the tensors as soon as the call returns.
-
-        Parameters
-        ----------
-        name : str
-            The peer, by the name under which it was connected.
-        payload : bytes
-            Anything, of at most about `max_frame_bytes`.
-        tensors : sequence of torch.Tensor
-            Dense tensors of any shape, strides and device; `codec` lists the dtypes.
-
-        Returns
-        -------
-        int
-            Bytes of all frames, before encryption.
-
-        Raises
-        ------
-        PeerUnknownError
-            If no peer of that name is connected.
-        ProtocolError
-            If the message is too large or holds something that can't be sent (nothing is sent then), or if the peer refused
-            the connection because it had not authorised this mailbox's key.
-        ClosedError
-            If the mailbox is closed.
+        The caller may change the tensors as soon as the call returns. Raises PeerUnknownError if no peer of that name
+        is connected, and ProtocolError if the message is too large or holds something that can't be sent (nothing is
+        sent then), or if the peer refused the connection because it had not authorised this mailbox's key.
         """
 
     @abc.abstractmethod
     def receive(self, timeout_s: float | None) -> Delivery | None:
-        """Wait for the next message, and return it. Malformed messages are dropped, counted and logged.
+        """Wait for the next message, and return it; return None after the time-out, if any, or after a `wake`.
 
-        A signal handler's exception (``KeyboardInterrupt``) propagates; the message that was being received at that
-        moment may be lost, but none after it.
-
-        Parameters
-        ----------
-        timeout_s : float or None
-            Longest time to wait, in seconds; 0 returns only a message that is there, None waits for a message or a `wake`.
-
-        Returns
-        -------
-        Delivery or None
-            The message; None after the time-out, or after a `wake`.
-
-        Raises
-        ------
-        ClosedError
-            If the mailbox is closed.
+        Malformed messages are dropped, counted and logged. A signal handler's exception (``KeyboardInterrupt``)
+        propagates; the message that was being received at that moment may be lost, but none after it.
         """
 
     @abc.abstractmethod

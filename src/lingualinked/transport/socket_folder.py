@@ -24,18 +24,7 @@ _LAST_RESORT = "/tmp"  # noqa: S108 - the folder made there is closed to others
 
 
 def make_socket_folder() -> str:
-    """Make a folder that no other user can enter, in ``XDG_RUNTIME_DIR`` if it is private, else among temporary files.
-
-    Returns
-    -------
-    str
-        Its absolute path.
-
-    Raises
-    ------
-    ResourceError
-        If no folder has a path that is short enough and is writable.
-    """
+    """Make a folder that no other user can enter, in ``XDG_RUNTIME_DIR`` if it is private, else among temporary files."""
     obstacles = []
     for parent in _parents():
         if len(os.fsencode(parent)) + _NAME_BYTES > _MAX_ADDRESS_BYTES:

@@ -32,15 +32,11 @@ _OPEN_PER_KEY = 4  # connections, on average, below which more are accepted; eac
 class ZapHandler:
     """Accepts connections from holders of authorised keys until it is stopped, then terminates the context.
 
-    Terminating a context may block without limit. The thread does it, so that `stop` can wait with a time-out. The thread
-    holds no reference to a mailbox.
+    Terminating a context may block without limit. The thread does it, so that `stop` can wait with a time-out. The
+    thread holds no reference to a mailbox.
 
-    No socket of the context may be bound yet. `authorised` maps the raw public key of each party to the user id that its
-    frames will carry.
-
-    References
-    ----------
-    `RFC 27/ZAP <https://rfc.zeromq.org/spec/27/>`_.
+    No socket of the context may be bound yet. `authorised` maps the raw public key of each party to the user id that
+    its frames will carry (see `RFC 27/ZAP <https://rfc.zeromq.org/spec/27/>`_).
     """
 
     def __init__(

@@ -57,34 +57,17 @@ _MAX_POLL_MS = 2**31 - 1
 class ZmqMailbox(Mailbox):
     """A mailbox that processes of one machine reach over ipc or loopback.
 
-    Everything is encrypted. Only holders of authorised keys can connect: others, and peers without encryption, fail
-    in the handshake, before anything that they send is read. If the address is that of a unix socket, other users of
-    the machine can't connect at all, since its folder is closed to them.
+    Everything is encrypted. Only holders of authorised keys can connect: others, and peers without encryption, fail in
+    the handshake, before anything that they send is read. If the address is that of a unix socket, other users of the
+    machine can't connect at all, since its folder is closed to them.
 
-    Parameters
-    ----------
-    name : str
-        The party's own name, for error messages.
-    keys : KeyPair
-        Its keys; others connect with the public half.
-    authorised : mapping of str to str
-        Public key and name of each party that may connect at first. A refusal is final: a party must be authorised, here
-        or by `authorise`, before it connects.
-    address : {"ipc", "tcp"}, optional
-        What to listen on: a unix socket, or a free port of 127.0.0.1. By default a unix socket where libzmq supports it.
-    socket_folder : str, optional
-        The folder for its unix socket; by default a new one, which is removed when the mailbox is closed.
-    max_frame_bytes, max_message_bytes : int
-        Limits on each message that is sent or received, before encryption; the same for all parties. A frame that exceeds
-        its limit is not read, and its sender loses the connection. A message is compared with its limit when it is
-        received: until then it is in memory, as is everything that authorised peers send.
+    `authorised` has the public keys and names of the parties that may connect at first: a refusal is final, so a party
+    must be authorised before it connects. It listens on a unix socket where libzmq supports it, in `socket_folder`, or
+    else in a new folder that is removed when the mailbox is closed; with ``"tcp"``, on a free port of 127.0.0.1.
 
-    Raises
-    ------
-    ArgumentError
-        If a key, a limit or the kind of address can't be used, or two keys are authorised under one name.
-    ResourceError
-        If no folder can hold its socket.
+    Limits apply before encryption, and are the same for all parties. A frame that exceeds its limit is not read, and
+    its sender loses the connection. A message is compared with its limit when it is received: until then it is in
+    memory, as is everything that authorised peers send.
     """
 
     def __init__(

@@ -28,27 +28,14 @@ _MAX_INCOMING = 1 << 16
 
 @dataclasses.dataclass(slots=True)
 class HostedSession:
-    """A stage's state of one session.
+    """A stage's state of one session."""
 
-    Parameters
-    ----------
-    cache : StageCache or None
-        Its KV; ``None`` if it keeps none.
-    context : StepContext
-        Its mask and its number of tokens.
-    number : int
-        Number of its next step.
-    num_rows, num_tokens : int
-        Size of its KV, as counted against the budget.
-    copies : dict of (int, int) to KVCopy
-        Copies of its KV in progress, by the plan version and stage of their target.
-    """
-
-    cache: StageCache | None
+    cache: StageCache | None  # its KV; None if it keeps none
     context: StepContext
-    number: int = 0
-    num_rows: int = 0
+    number: int = 0  # of its next step
+    num_rows: int = 0  # with num_tokens the size of its KV, as counted against the budget
     num_tokens: int = 0
+    # In progress, by the plan version and stage of their target.
     copies: dict[tuple[int, int], KVCopy] = dataclasses.field(default_factory=dict)
 
 

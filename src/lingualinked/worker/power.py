@@ -22,15 +22,9 @@ class UnknownPowerError(Exception):
 
 
 class EnergyCounter(Protocol):
-    """Counts the energy of one worker.
+    """Counts the energy of one worker."""
 
-    Attributes
-    ----------
-    source : str
-        What counts, in a few words.
-    """
-
-    source: str
+    source: str  # what counts, in a few words
 
     def start(self) -> None:
         """Begin to count, or raise `UnknownPowerError` if it can't be read any more."""
@@ -42,12 +36,7 @@ class EnergyCounter(Protocol):
 class PowerMeter:
     """Mean power of a worker over all stretches of computing that are measured.
 
-    Parameters
-    ----------
-    counter : EnergyCounter or UnknownPowerError
-        What counts energy, or why nothing does.
-    clock : callable
-        Seconds, as those of the steps are counted: an emulated device that is slower draws as much less as it takes longer.
+    Seconds are counted as those of the steps: an emulated device that is slower draws as much less as it takes longer.
     """
 
     def __init__(self, counter: EnergyCounter | UnknownPowerError, clock: Callable[[], float]) -> None:
@@ -113,28 +102,14 @@ def cpu_seconds() -> tuple[float, float]:
 class RaplCounter:
     """A part of what the processors and their memory use: that of this process.
 
-    A package's energy is that of all its cores and of whatever runs there, other workers too. It is attributed by CPU time:
-    of the joules of all packages, a worker has the share that its CPU seconds are of all CPU seconds of the machine. What
-    an idle package draws is thereby shared out in the same way. Of the domains within a package, cores and graphics are
-    part of its count and are left out; memory (``dram``) is not, and is added. ``psys``, which contains the packages, is
-    left out.
+    A package's energy is that of all its cores and of whatever runs there, other workers too. It is attributed by CPU
+    time: of the joules of all packages, a worker has the share that its CPU seconds are of all CPU seconds of the
+    machine. What an idle package draws is thereby shared out in the same way. Of the domains within a package, cores
+    and graphics are part of its count and are left out; memory (``dram``) is not, and is added. ``psys``, which
+    contains the packages, is left out.
 
-    Parameters
-    ----------
-    folder : Path
-        Where the counters are listed.
-    read_cpu_seconds : callable
-        CPU seconds of this process, and of the machine.
-
-    Raises
-    ------
-    UnknownPowerError
-        If there is no counter, or it may not be read.
-
-    References
-    ----------
-    https://docs.kernel.org/power/powercap/powercap.html, and for what the domains contain: Intel 64 and IA-32 Architectures
-    Software Developer's Manual, volume 3B, section "Platform specific power management support".
+    See https://docs.kernel.org/power/powercap/powercap.html, and for what the domains contain: Intel 64 and IA-32
+    Architectures Software Developer's Manual, volume 3B, section "Platform specific power management support".
     """
 
     source = "RAPL, by share of CPU time"
@@ -192,18 +167,7 @@ def _read_uj(path: Path) -> int:
 
 
 class NvmlCounter:
-    """What a GPU uses, whoever computes there: workers that share one are each told all of it.
-
-    Parameters
-    ----------
-    accelerator : str
-        ``"cuda:N"``.
-
-    Raises
-    ------
-    UnknownPowerError
-        If nvidia-ml-py is not installed, or the driver does not count energy (it does from Volta on).
-    """
+    """What a GPU uses, whoever computes there: workers that share one are each told all of it."""
 
     source = "NVML, of the whole GPU"
 

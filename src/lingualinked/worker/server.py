@@ -87,17 +87,7 @@ logger = logging.getLogger("lingualinked.worker")
 
 
 def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
-    """Run the worker that `boot` describes until the caller has ended.
-
-    Parameters
-    ----------
-    boot : Boot
-        The worker's configuration.
-    keys : KeyPair
-        The worker's own key pair, which the caller has authorised.
-    channel : int
-        Descriptor of the socket whose other end the caller holds.
-    """
+    """Run a worker until the caller, who holds the other end of the socket `channel`, has ended."""
     # 1) limits first, since threads inherit their cores; then the thread that ends this process with its caller
     apply_limits(boot.threads, boot.cpus, boot.memory_bytes)
     Lifeline(channel, boot.caller_pid, boot.socket_folder)
