@@ -54,18 +54,8 @@ class Balancer:
     ``horizon_s`` may be faster by now, and is tried again; where the user asks, ``min_gain`` alone counts. Every decision
     comes out with its numbers, those to stay as well.
 
-    Parameters
-    ----------
-    profile : Profile or None
-        Of the devices as they were measured; ``None``: only plans that are given are answered.
-    policy : RebalancePolicy
-        Its knobs.
-    objective : {"throughput", "latency", "energy"}
-        What is minimised.
-    workload : Workload or None
-        What is planned for, where the plan in force does not say so.
-    is_automatic : bool
-        Whether steps and looks at devices may make it move; else only what the user asks.
+    Without a profile, only plans that are given are answered; unless it ``is_automatic``, only what the user asks moves
+    layers. ``workload`` is what is planned for where the plan in force does not say so.
     """
 
     def __init__(
@@ -104,17 +94,8 @@ class Balancer:
     def handle(self, event: Event, plan: Plan) -> Instruction | None:
         """Learn from an event; return what is to be done, if anything.
 
-        Parameters
-        ----------
-        event : Event
-            Later than those before; none comes while layers move.
-        plan : Plan
-            In force.
-
-        Raises
-        ------
-        InfeasiblePlanError
-            If the user asks for what no plan can give, or for a plan that memory leaves no way to.
+        Events come in order of time, none while layers move. Raises InfeasiblePlanError if the user asks for what no plan can
+        give, or for a plan that memory leaves no way to.
         """
         match event:
             case RebalanceAsked(plan=Plan() as given):

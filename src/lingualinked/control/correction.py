@@ -17,13 +17,7 @@ _MOST_STEPS = 512  # that are looked back to
 
 
 class Correction:
-    """What steps say of one profile; any thread may add to it.
-
-    Parameters
-    ----------
-    profile : Profile
-        As measured, with its doubt.
-    """
+    """What steps say of one profile, as measured and doubtful; any thread may add to it."""
 
     def __init__(self, profile: Profile) -> None:
         policy = RebalancePolicy()

@@ -55,24 +55,12 @@ class DeviceLost:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceAsked:
-    """The user asks whether there is a better plan, or asks for one of his own.
-
-    Parameters
-    ----------
-    time_s : float
-        When.
-    plan : Plan or None
-        What to move to; ``None``: what the solver finds, if it is plainly better.
-    dry_run : bool
-        Whether only to say what would be done.
-    holdings : Holdings or None
-        What layers take and devices have, for a plan that is given where nothing is measured.
-    """
+    """The user asks whether there is a better plan, or asks for one of his own."""
 
     time_s: float
-    plan: Plan | None = None
-    dry_run: bool = False
-    holdings: Holdings | None = None
+    plan: Plan | None = None  # what to move to; None: what the solver finds, if it is plainly better
+    dry_run: bool = False  # only say what would be done
+    holdings: Holdings | None = None  # for a plan that is given where nothing is measured
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +100,9 @@ class Stay:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Migrate:
-    """Put plans in force, and then say `MigrationDone` or `MigrationFailed`; until then nothing else is asked for.
+    """Put plans in force, and then say `MigrationDone` or `MigrationFailed`; until then nothing else is asked for."""
 
-    Parameters
-    ----------
-    plans : tuple of Plan
-        One after the other: the last is what is wanted, those before it are on the way, so that memory suffices.
-    decision : Decision
-        To be kept.
-    """
-
-    plans: tuple[Plan, ...]
+    plans: tuple[Plan, ...]  # the last is what is wanted, those before it are on the way, so that memory suffices
     decision: Decision
 
 

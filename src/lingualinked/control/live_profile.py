@@ -20,15 +20,7 @@ _MOST_SHAPES = 4096  # of steps, whose predicted times are remembered
 
 
 class DeviceEstimate:
-    """One device: its speed in either phase, its memory, and whether it may be used.
-
-    Parameters
-    ----------
-    confidence : float
-        Of its `SpeedLevel`.
-    horizon_s : float
-        Seconds for which its speed counts after its last step; twice as many each time that it is tried again.
-    """
+    """One device: its speed in either phase, its memory, and whether it may be used."""
 
     def __init__(self, confidence: float, horizon_s: float) -> None:
         self.decode = SpeedLevel(confidence)
@@ -65,7 +57,7 @@ class DeviceEstimate:
         return True
 
     def slowdowns(self, unseen: float, *, is_doubtful: bool) -> tuple[float, float]:
-        """Return the slowdown of prefill and of decode; ``unseen`` where nothing was seen.
+        """Return the slowdown of prefill and of decode, ``unseen`` where nothing was seen.
 
         One step tells more than a measurement that ``is_doubtful``.
         """
@@ -80,17 +72,7 @@ class DeviceEstimate:
 
 
 class LiveProfile:
-    """The devices and links of a profile, as steps have shown them since.
-
-    Parameters
-    ----------
-    profile : Profile
-        As measured.
-    confidence : float
-        Of each `SpeedLevel`.
-    horizon_s : float
-        Of each `DeviceEstimate`.
-    """
+    """The devices and links of a profile, as steps have shown them since."""
 
     def __init__(self, profile: Profile, confidence: float, horizon_s: float) -> None:
         self._confidence = confidence

@@ -27,28 +27,14 @@ _LOAD_BYTES_PER_S = 5e8  # until a migration has shown it
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A plan to move to, with figures of a mean step under the objective.
+    """A plan to move to, with figures of a mean step under the objective."""
 
-    Parameters
-    ----------
-    plan : Plan
-        The best one that is known; the one in force if there is none better.
-    before_s, after_s : float
-        Seconds of a mean step: from one to the next, or on the way of one for the objective ``"latency"``.
-    saved : float
-        Share of the objective's value that it saves.
-    cost_s : float
-        Seconds of the pipeline's time that moving costs.
-    moved_bytes : int
-        Weights and KV that have to be moved.
-    """
-
-    plan: Plan
-    before_s: float
+    plan: Plan  # the best one that is known; the one in force if there is none better
+    before_s: float  # from one step to the next, or on the way of one for the objective "latency"
     after_s: float
-    saved: float
-    cost_s: float
-    moved_bytes: int
+    saved: float  # share of the objective's value
+    cost_s: float  # seconds of the pipeline's time that moving costs
+    moved_bytes: int  # weights and KV
 
 
 class LoadRate:
@@ -81,14 +67,9 @@ def propose(
 ) -> Proposal:
     """Solve for the speeds of now, and compare the plan in force with what was found.
 
-    Devices keep their order, in which fewer layers move, unless another one is better by `min_gain`. An exact plan is left
-    only for an exact one, on devices that round alike, unless nothing else fits and exactness may be lost. Plans are to be
-    fast for `num_sessions` in flight; memory is planned for those of the workload.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If nothing fits.
+    Devices keep their order, in which fewer layers move, unless another one is better by ``min_gain``. An exact plan is
+    left only for an exact one, on devices that round alike, unless nothing else fits and exactness may be lost. Plans are
+    to be fast for ``num_sessions`` in flight; memory is planned for those of the workload.
     """
     now = dataclasses.replace(current, profile=live)
     usable = [name for name in live.names if name not in unusable]

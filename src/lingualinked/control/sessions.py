@@ -23,14 +23,7 @@ class SessionLevel:
 
     Steps in flight at the same time are averaged over windows of time in which there was any: a session that computes
     between its steps counts a little less, and one after the other counts as one. The number changes where two windows
-    in a row lie plainly above it, or below.
-
-    Parameters
-    ----------
-    planned : int
-        Sessions that are expected; they count until steps tell otherwise.
-    horizon_s : float
-        Seconds for which a number is expected to last that has not changed recently; a window is a 24th of it.
+    in a row, a 24th of the horizon each, lie plainly above it, or below. ``planned`` counts until steps tell otherwise.
     """
 
     def __init__(self, planned: int, horizon_s: float) -> None:
@@ -47,13 +40,7 @@ class SessionLevel:
         return self._num_sessions
 
     def expected_stable_s(self, time_s: float) -> float:
-        """Return the seconds for which the number is expected to hold: as long as it did, before or until now.
-
-        Parameters
-        ----------
-        time_s : float
-            Now.
-        """
+        """Return the seconds for which the number is expected to hold: as long as it did, before or until now."""
         if len(self._changes) < 2 or time_s - self._changes[-1] > self._horizon_s:
             return self._horizon_s
         shortest_s = min(after - before for before, after in itertools.pairwise(self._changes))

@@ -31,11 +31,6 @@ class SpeedLevel:
     shift counts when a median differs by more than ``confidence`` standard errors. Between shifts the level follows the
     median of all samples since the last one.
 
-    Parameters
-    ----------
-    confidence : float
-        Standard errors beyond which a shift counts.
-
     References
     ----------
     E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954, whose question this is; P. J. Rousseeuw and
@@ -75,14 +70,7 @@ class SpeedLevel:
     def expected_stable_s(self, time_s: float, horizon_s: float, size: float) -> float:
         """Return the seconds for which it is expected not to shift much: as long as it did not, before or until now.
 
-        Parameters
-        ----------
-        time_s : float
-            Now.
-        horizon_s : float
-            What is expected of a device that has not shifted much recently; it is also how long a shift counts as recent.
-        size : float
-            Logarithm of the factor from which on a shift is much.
+        A shift is much from ``size`` on, the logarithm of a factor, and recent for ``horizon_s``.
         """
         times_s = [at_s for at_s, shift in self._shifts if abs(shift) >= size]
         if len(times_s) < 2 or time_s - times_s[-1] > horizon_s:  # when the first level began, nobody saw
@@ -91,15 +79,7 @@ class SpeedLevel:
         return min(horizon_s, max(shortest_s, time_s - times_s[-1]))
 
     def add(self, time_s: float, observed_s: float, predicted_s: float) -> bool:
-        """Learn from one step's time; return whether the level has shifted.
-
-        Parameters
-        ----------
-        time_s : float
-            When the step was.
-        observed_s, predicted_s : float
-            Its seconds, and what they would be at the speed that was measured; both positive, or it tells nothing.
-        """
+        """Learn from one step's time; return whether the level has shifted. Seconds that are not positive tell nothing."""
         if not (observed_s > 0 and predicted_s > 0):
             return False
         self._add_sample(math.log(observed_s / predicted_s))

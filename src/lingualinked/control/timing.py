@@ -13,21 +13,13 @@ _MINOR_PAUSE_S = 5.0  # between decisions because of minor changes: each takes t
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trigger:
-    """What has happened, so that something is to be decided.
+    """What has happened, so that something is to be decided."""
 
-    Parameters
-    ----------
-    text : str
-        In plain words; a decision quotes it.
-    requires_move : bool
-        Whether layers have to move, whatever it costs.
-    is_large : bool
-        Whether it is decided at once; a minor change waits until the pause after the last decision is over.
-    """
-
-    text: str
-    requires_move: bool = False
-    is_large: bool = False
+    text: str  # in plain words; a decision quotes it
+    requires_move: bool = False  # layers have to move, whatever it costs
+    is_large: bool = (
+        False  # it is decided at once; a minor change waits until the pause after the last decision is over
+    )
 
     def beside(self, waiting: Trigger | None) -> Trigger:
         """Return what is to be decided where another trigger waits already: this one, as urgent as both."""
@@ -41,15 +33,7 @@ class Trigger:
 
 
 class Timing:
-    """When the balancer may decide of its own accord: not soon after a migration, and ever later after failures.
-
-    Parameters
-    ----------
-    cooldown_s : float
-        Seconds after a migration in which nothing is decided.
-    horizon_s : float
-        The longest wait, unless the cooldown is longer.
-    """
+    """When the balancer may decide of its own accord: not soon after a migration, and ever later after failures."""
 
     def __init__(self, cooldown_s: float, horizon_s: float) -> None:
         self._cooldown_s = cooldown_s

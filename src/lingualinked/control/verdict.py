@@ -17,21 +17,11 @@ _SURE_ERRORS = 2.0  # standard errors of a speed that a gain must exceed besides
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What becomes of a proposal.
-
-    Parameters
-    ----------
-    is_worth_it : bool
-        Whether layers are to move.
-    reason : str
-        Why, with the numbers.
-    may_change : bool
-        Whether time alone may change the answer.
-    """
+    """What becomes of a proposal."""
 
     is_worth_it: bool
-    reason: str
-    may_change: bool = False
+    reason: str  # with the numbers
+    may_change: bool = False  # time alone may change the answer
 
 
 def judge(
@@ -46,8 +36,7 @@ def judge(
 ) -> Verdict:
     """Hold a proposal against the plan in force; who asks for a move bears its cost.
 
-    ``speed_error`` is the standard error of the speeds, as a share; ``lasts_s`` is for how long what is saved is expected to
-    be saved.
+    ``speed_error`` is the standard error of the speeds, as a share; what is saved is expected to be saved for ``lasts_s``.
     """
     if proposal.plan.spans == plan.spans:
         return Verdict(is_worth_it=False, reason="the plan in force is the best one")

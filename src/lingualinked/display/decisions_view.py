@@ -13,15 +13,7 @@ from lingualinked.telemetry.decisions import Decision, Migration
 
 
 def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
-    """Make a table of decisions, with their reasons as notes.
-
-    Parameters
-    ----------
-    decisions : sequence of Decision
-        The rows.
-    start_s : float
-        Origin of the times: `History.start_s`.
-    """
+    """Make a table of decisions, with their reasons as notes; times are since ``start_s``."""
     return Rows(
         title="Decisions",
         columns=("at", "action", "step", "would be", "gain", "cost", "horizon", "to move"),
@@ -43,15 +35,7 @@ def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
 
 
 def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Rows:
-    """Make a table of migrations, with the moved layers or the error as notes.
-
-    Parameters
-    ----------
-    migrations : sequence of Migration
-        The rows.
-    start_s : float
-        Origin of the times: `History.start_s`.
-    """
+    """Make a table of migrations, with the moved layers or the error as notes; times are since ``start_s``."""
     return Rows(
         title="Migrations",
         columns=("at", "plan", "layers", "weights", "KV", "load", "copy", "switch", "longest stall", "sessions"),

@@ -16,18 +16,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    """Make an empty figure that a notebook shows if it is the last value of a cell.
-
-    Parameters
-    ----------
-    width_in, height_in : float
-        Inches.
-
-    Raises
-    ------
-    ArgumentError
-        If matplotlib is not installed.
-    """
+    """Make an empty figure, of a size in inches, that a notebook shows if it is the last value of a cell."""
     return _figure_class()(figsize=(width_in, height_in), layout="constrained")
 
 

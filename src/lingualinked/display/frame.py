@@ -37,13 +37,7 @@ STAGE_COLUMNS = {
 
 
 def steps_frame(steps: Iterable[StepSample]) -> pd.DataFrame:
-    """Make a data frame with one row per step and stage.
-
-    Raises
-    ------
-    ArgumentError
-        If pandas is not installed.
-    """
+    """Make a data frame with one row per step and stage."""
     try:
         import pandas as pd
     except ImportError as error:

@@ -30,20 +30,7 @@ MAX_LABELS = 6
 
 
 def history_figure(history: History, last_s: float | None = None) -> Figure:
-    """Draw a history with at least one step.
-
-    Parameters
-    ----------
-    history : History
-        The history.
-    last_s : float, optional
-        Seconds before the last completed step to draw, above 0; ``None``: all.
-
-    Raises
-    ------
-    ArgumentError
-        If matplotlib is not installed.
-    """
+    """Draw a history with at least one step: its last seconds before the last completed step, or all of it."""
     last_step_s = history.end_s
     begin_s = min(step.time_s for step in history.steps)
     if last_s is not None:

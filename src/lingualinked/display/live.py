@@ -34,26 +34,7 @@ _RECENT_S = 2.0
 def live_view(
     telemetry: Telemetry, *, last_s: float = 30.0, num_events: int = 4, note: str = "", width: int = 100
 ) -> Panel:
-    """Draw the present state of a pipeline.
-
-    Parameters
-    ----------
-    telemetry : Telemetry
-        The snapshot to draw.
-    last_s : float
-        Seconds of speed to draw.
-    num_events : int
-        Number of recent decisions and migrations to list.
-    note : str
-        A line at the top.
-    width : int
-        Columns to fit, at least 40; bars are omitted if there is no room for them.
-
-    Returns
-    -------
-    rich.panel.Panel
-        For a console, or for ``rich.live.Live``.
-    """
+    """Draw the present state of a pipeline on so many columns, at least 40, with a note at the top."""
     history = telemetry.history
     end_s = max(history.end_s, history.start_s + 1e-3)
     devices = sorted({worker.device for worker in telemetry.workers} | set(_sampled_devices(telemetry)))

@@ -81,13 +81,7 @@ def comparison_rows(comparison: Comparison) -> Rows:
 
 
 def plan_figure(plan: Plan) -> Figure:
-    """Draw a plan: layers on devices and, with a profile, each device's memory and time.
-
-    Raises
-    ------
-    ArgumentError
-        If matplotlib is not installed.
-    """
+    """Draw a plan: layers on devices and, with a profile, each device's memory and time."""
     names = list(plan.devices) + list(plan.solved.unused if plan.solved else ())
     predicted = None if plan.profile is None else plan.predicted
     figure = new_figure(5 if predicted is None else 12.6, 1.9 + 0.45 * len(names))

@@ -65,13 +65,7 @@ def server_rows(simulation: Simulation) -> Rows:
 
 
 def simulation_figure(simulation: Simulation) -> Figure:
-    """Draw a Gantt chart of the first visits, and the utilisation over the whole run.
-
-    Raises
-    ------
-    ArgumentError
-        If matplotlib is not installed.
-    """
+    """Draw a Gantt chart of the first visits, and the utilisation over the whole run."""
     shown, title = _busiest(simulation, MAX_CHART_ROWS)
     figure = new_figure(11, 2.3 + 0.32 * len(shown))
     figure.suptitle(_rates(simulation), fontsize=11)

@@ -50,20 +50,7 @@ def telemetry_rows(telemetry: Telemetry) -> Rows:
 
 
 def telemetry_figure(telemetry: Telemetry, last_s: float | None = None) -> Figure:
-    """Draw the history over time; before the first step, memory and compute time per stage.
-
-    Parameters
-    ----------
-    telemetry : Telemetry
-        The snapshot.
-    last_s : float, optional
-        Seconds before the last completed step to draw; ``None``: the whole history.
-
-    Raises
-    ------
-    ArgumentError
-        If matplotlib is not installed, or `last_s` is not above 0.
-    """
+    """Draw the history over time, or its last seconds; before the first step, memory and compute time per stage."""
     if last_s is not None and not last_s > 0:
         raise ArgumentError(f"last_s={last_s} leaves nothing to draw: give seconds above 0, or None for all")
     return history_figure(telemetry.history, last_s) if telemetry.steps else _stages_figure(telemetry)

@@ -70,21 +70,11 @@ class DeviceSpecs:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOperations:
-    """What the weights of a layer do not tell of its operations.
+    """What the weights of a layer do not tell of its operations."""
 
-    Parameters
-    ----------
-    attention_flops : float
-        Floating-point operations per new token and token that it attends to: those of all query heads.
-    expert_bytes : int
-        Weights of its routed experts, all together; 0 for a dense layer.
-    expert_share : float
-        Share of the routed experts that one token goes through.
-    """
-
-    attention_flops: float
-    expert_bytes: int = 0
-    expert_share: float = 1.0
+    attention_flops: float  # of all query heads, per new token and token that it attends to
+    expert_bytes: int = 0  # of all routed experts; 0 for a dense layer
+    expert_share: float = 1.0  # of the routed experts, that one token goes through
 
 
 def roofline_profile(
@@ -98,31 +88,7 @@ def roofline_profile(
 ) -> Profile:
     """Estimate a profile by the roofline model: a step takes as long as its operations, or as reading what it needs.
 
-    Parameters
-    ----------
-    model : ModelProfile
-        The model in bytes.
-    operations : sequence of LayerOperations
-        Of one layer of each of its kinds.
-    devices : sequence of Device
-        With their stated memory, bandwidth and latency.
-    specs : mapping of str to DeviceSpecs
-        Of each device, by name.
-    links : mapping of (str, str) to Link, optional
-        Links that are other than what their two ends give.
-    workload : Workload or None
-        Tells the shapes; ``None``: the default one.
-
-    Returns
-    -------
-    Profile
-        With no versions, since nothing was measured.
-
-    Raises
-    ------
-    ArgumentError
-        If there is no device, a name occurs twice, specs are missing, a link leads to no device, or the workload's
-        texts are longer than the learned positions.
+    ``operations`` are those of one layer of each kind of the model. The profile has no versions, since nothing was measured.
 
     References
     ----------

@@ -22,23 +22,6 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
 
     Minimises the largest stage over all contiguous splits in which every device holds at least one layer and no
     device exceeds its memory limit, by dynamic programming over (devices used, layers placed).
-
-    Parameters
-    ----------
-    weights : WeightBytes
-        What each part of the model weighs.
-    devices : sequence of Device
-        Where to place it, in pipeline order.
-
-    Returns
-    -------
-    Plan
-        One stage per device.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If there are more devices than layers, or the weights don't fit; the message says how many bytes are missing.
     """
     num_layers, num_devices = len(weights.layers), len(devices)
     if num_devices > num_layers:

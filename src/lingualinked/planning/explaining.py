@@ -21,13 +21,7 @@ from lingualinked.registry import explanation_of
 
 
 def explain_plan(plan: Plan) -> Explanation:
-    """Explain a plan.
-
-    Raises
-    ------
-    ArgumentError
-        If it has no profile.
-    """
+    """Explain a plan that has a profile."""
     profile = plan.measured
     objective = plan.solved.objective if plan.solved else "throughput"
     now = _value(plan, objective)

@@ -28,28 +28,7 @@ def check_fits(
     free_bytes: Mapping[str, int],
     reserve: float,
 ) -> None:
-    """Refuse a model that no plan could place.
-
-    Parameters
-    ----------
-    model : ModelProfile
-        In bytes.
-    devices : sequence of Device
-        With their limits.
-    links : mapping of (str, str) to Link
-        Links that are other than what their two ends give.
-    workload : Workload
-        Whose KV is held.
-    free_bytes : mapping of str to int
-        Memory that is free for devices, by name, where it is known.
-    reserve : float
-        Share of every device's memory to leave free.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        As `solve`.
-    """
+    """Refuse a model that no plan could place, with the error of `solve`; free bytes are by device, if known."""
     operations = [LayerOperations(attention_flops=0.0) for _ in model.kinds]
     stated = {device.name: _ANY for device in devices}
     profile = roofline_profile(model, operations, devices, stated, links=links, workload=workload)

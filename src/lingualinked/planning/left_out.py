@@ -17,25 +17,10 @@ _PLAINLY = 1.01  # times as many tokens per second
 
 
 def sessions_to_pay(plan: Plan) -> dict[str, int | None]:
-    """Find, for each device that a plan leaves out, the sessions in flight from which on it would be used.
+    """Find, for each device that a plan leaves out, the sessions in flight from which on it would be used; ``None``: never.
 
     Plans are solved along the order in which a full pipeline has its devices, for more and more sessions; memory is planned
     for those of the workload, as in the plan.
-
-    Parameters
-    ----------
-    plan : Plan
-        With its profile.
-
-    Returns
-    -------
-    dict of str to int or None
-        By the name of the device, in the profile's order; ``None``: it pays with no number of sessions.
-
-    Raises
-    ------
-    ArgumentError
-        If the plan has no profile.
     """
     profile = plan.measured
     left_out = [name for name in profile.names if name not in plan.devices]

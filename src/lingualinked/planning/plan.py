@@ -296,13 +296,7 @@ def inexact_because(devices: Sequence[Device]) -> str:
 
 
 def check_plan(plan: Plan, num_layers: int, device_names: Iterable[str]) -> None:
-    """Refuse a plan that is not one for this model and these devices.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If the number of layers differs, or a device is not in the cluster.
-    """
+    """Refuse a plan with another number of layers, or with a device that is not in the cluster."""
     if plan.num_layers != num_layers:
         raise InfeasiblePlanError(f"the plan places {count_text(plan.num_layers, 'layer')}, the model has {num_layers}")
     known = set(device_names)

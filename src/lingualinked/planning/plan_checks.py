@@ -14,20 +14,7 @@ from lingualinked.quantities import bytes_text
 
 
 def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
-    """Refuse a plan that puts more weights on a device than its memory limit allows.
-
-    Parameters
-    ----------
-    plan : Plan
-        With the weight bytes of its stages.
-    devices : iterable of Device
-        All that it uses.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If the weights of a device's stages exceed its limit; the message says by how many bytes.
-    """
+    """Refuse a plan that puts more weights on a device than its memory limit allows, and say how many bytes are missing."""
     for device in devices:
         num_bytes = sum(stage.weight_bytes for stage in plan.stages if stage.device == device.name)
         limit = device.memory_bytes
@@ -41,21 +28,9 @@ def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
 
 
 def check_trust(plan: Plan, devices: Iterable[Device]) -> None:
-    """Refuse a plan that puts the ends of the model on devices that are not trusted, once any device is.
+    """Refuse a plan that puts the ends of the model on devices that are not trusted, once any device of the cluster is.
 
-    Parameters
-    ----------
-    plan : Plan
-        Any.
-    devices : iterable of Device
-        All of the cluster.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If it does.
-    ArgumentError
-        If layers are to stay on trusted devices and no device is trusted.
+    Also refuses ``trusted_layers`` of its workload where no device is trusted.
     """
     trusted_layers = plan.trusted_layers
     trusted = {device.name for device in devices if device.trusted}

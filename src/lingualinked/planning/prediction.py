@@ -276,24 +276,7 @@ class Prediction(Printed):
 
 
 def predict(stages: Sequence[PlannedStage], costs: WorkloadCosts) -> Prediction:
-    """Predict what stages do.
-
-    Parameters
-    ----------
-    stages : sequence of PlannedStage
-        In pipeline order.
-    costs : WorkloadCosts
-        What their parts cost.
-
-    Returns
-    -------
-    Prediction
-
-    Raises
-    ------
-    ArgumentError
-        If a stage's device is not in the profile.
-    """
+    """Predict what stages do, in pipeline order."""
     profile, model = costs.profile, costs.profile.model
     predicted = []
     for stage in stages:

@@ -22,22 +22,7 @@ _KV_GRANULE_TOKENS = 64
 
 
 class WorkloadCosts:
-    """What a profile says a workload costs.
-
-    Parameters
-    ----------
-    profile : Profile
-        Of a model on devices.
-    workload : Workload
-        Shapes of the steps, and how much KV is held.
-    reserve : float
-        Share of every device's memory that is left free.
-
-    Raises
-    ------
-    ArgumentError
-        If the workload's texts are longer than the model's learned positions.
-    """
+    """What a profile says a workload costs, with a share of every device's memory left free."""
 
     def __init__(self, profile: Profile, workload: Workload, reserve: float) -> None:
         self.profile = profile

@@ -53,30 +53,16 @@ _METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """The records that metrics are computed from.
-
-    Parameters
-    ----------
-    stages, workers, history
-        As in `lingualinked.Telemetry`.
-    is_current : bool or None
-        Whether all workers have just answered; ``None``: unknown.
-    """
+    """The records that metrics are computed from, as in `lingualinked.Telemetry`."""
 
     stages: tuple[StageSnapshot, ...] = ()
     workers: tuple[WorkerSnapshot, ...] = ()
     history: History = dataclasses.field(default_factory=History)
-    is_current: bool | None = None
+    is_current: bool | None = None  # whether all workers have just answered; None: unknown
 
 
 def new_registry(read: Callable[[], Reading]) -> CollectorRegistry:
-    """Make a registry for one pipeline, which calls ``read`` for each collection.
-
-    Raises
-    ------
-    ArgumentError
-        If prometheus_client is not installed.
-    """
+    """Make a registry for one pipeline, which calls ``read`` for each collection."""
     try:
         from prometheus_client import CollectorRegistry
         from prometheus_client.registry import Collector
@@ -96,13 +82,7 @@ def new_registry(read: Callable[[], Reading]) -> CollectorRegistry:
 
 
 def metrics_text(reading: Reading) -> str:
-    """Format metrics as Prometheus' text.
-
-    Raises
-    ------
-    ArgumentError
-        If prometheus_client is not installed.
-    """
+    """Format metrics as Prometheus' text."""
     registry = new_registry(lambda: reading)
     from prometheus_client import generate_latest
 

@@ -35,7 +35,7 @@ _Place = tuple[str, int, int]
 
 
 def trace_of(history: History) -> dict[str, Any]:
-    """Convert a history to the trace-event format.
+    """Convert a history to the trace-event format, in microseconds since the start of the recording.
 
     Each stage has a track with slices for compute and for encoding and decoding, and tracks for the steps that wait for it.
     The caller has a track for whole steps, or one per concurrent step. Arrows mark the hops. Decisions are instants and
@@ -46,16 +46,6 @@ def trace_of(history: History) -> dict[str, Any]:
     two steps overlap on one stage, the later slice begins where the earlier one ends, because slices of a track must not
     overlap. The measured seconds are arguments of each slice.
 
-    Parameters
-    ----------
-    history : History
-        The history to convert.
-
-    Returns
-    -------
-    dict
-        The JSON object format: ``traceEvents`` ordered by time, in microseconds since the start of the recording.
-
     References
     ----------
     Trace Event Format, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
@@ -64,13 +54,7 @@ def trace_of(history: History) -> dict[str, Any]:
 
 
 def write_trace(history: History, path: str | os.PathLike[str]) -> Path:
-    """Write a history as a trace file, atomically; an existing file is replaced.
-
-    Returns
-    -------
-    Path
-        The file.
-    """
+    """Write a history as a trace file, atomically; an existing file is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole_file(path, msgspec.json.encode(trace_of(history)).decode())

@@ -18,22 +18,7 @@ from lingualinked.telemetry.samples import DeviceSample, StepSample
 
 
 class Recorder:
-    """A bounded history of one pipeline; all methods are thread-safe.
-
-    Parameters
-    ----------
-    max_steps : int
-        Number of steps to keep.
-    max_device_samples, max_decisions, max_migrations : int
-        Numbers of device samples, decisions and migrations to keep.
-    start_s : float, optional
-        Start of the pipeline, on the caller's monotonic clock; ``None``: now.
-
-    Raises
-    ------
-    ArgumentError
-        If a bound is negative.
-    """
+    """A bounded history of one pipeline; all methods are thread-safe. ``start_s`` is on the caller's monotonic clock."""
 
     def __init__(
         self,

@@ -25,20 +25,10 @@ class StageInterval(NamedTuple):
 
 
 def stage_intervals(step: StepSample) -> list[StageInterval]:
-    """Return when each stage of a step was busy.
+    """Return when each stage of a step was busy, in pipeline order.
 
     The durations are laid end to end from the time of the request, so no two clocks are compared. If measurement errors
     make their sum exceed the caller's total, all are scaled down.
-
-    Parameters
-    ----------
-    step : StepSample
-        The step.
-
-    Returns
-    -------
-    list of StageInterval
-        In pipeline order; each ends before the next one's message arrives, and the last before the answer.
     """
     accounted_s = sum(stage.total_s for stage in step.stages)
     scale = min(1.0, step.total_s / accounted_s) if accounted_s > 0 else 1.0
@@ -54,43 +44,16 @@ def stage_intervals(step: StepSample) -> list[StageInterval]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Speed, utilisation and compute time in equal windows of time.
+    """Speed, utilisation and compute time in equal windows of time."""
 
-    Parameters
-    ----------
-    edges_s : tuple of float
-        Starts of the windows, and the end of the last one.
-    tokens_per_s : tuple of float
-        Tokens per second of `counted_steps`.
-    utilisation : dict of str to tuple of float
-        Fraction of each window that a device was busy.
-    compute_s : dict of str to tuple of float
-        Median compute seconds of `counted_steps` on a device; NaN in windows in which none was completed.
-    """
-
-    edges_s: tuple[float, ...]
-    tokens_per_s: tuple[float, ...]
-    utilisation: dict[str, tuple[float, ...]]
-    compute_s: dict[str, tuple[float, ...]]
+    edges_s: tuple[float, ...]  # starts of the windows, and the end of the last one
+    tokens_per_s: tuple[float, ...]  # of `counted_steps`
+    utilisation: dict[str, tuple[float, ...]]  # by device
+    compute_s: dict[str, tuple[float, ...]]  # by device, medians of `counted_steps`; NaN where none was completed
 
 
 def windows_of(steps: Sequence[StepSample], begin_s: float, end_s: float, num_windows: int) -> Windows:
-    """Divide a time span into windows, and compute speed, utilisation and compute time in each.
-
-    Parameters
-    ----------
-    steps : sequence of StepSample
-        Steps; parts outside the time span are not counted.
-    begin_s, end_s : float
-        The time span.
-    num_windows : int
-        Number of windows.
-
-    Returns
-    -------
-    Windows
-        With devices in the order in which steps visit them.
-    """
+    """Divide a time span into windows, and compute the figures of each; devices in the order in which steps visit them."""
     width_s = (end_s - begin_s) / num_windows
     edges_s = (*(begin_s + width_s * index for index in range(num_windows)), end_s)
     tokens = [0.0] * num_windows

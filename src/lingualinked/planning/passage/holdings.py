@@ -25,32 +25,13 @@ Spans: TypeAlias = tuple[tuple[str, int, int], ...]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
-    """What layers take of memory, and what devices have.
-
-    Parameters
-    ----------
-    weights : WeightBytes
-        Of the model.
-    devices : tuple of Device
-        All that may be used.
-    capacity_bytes : tuple of float
-        Memory of each of them; infinite if it is not known.
-    layer_kv : tuple of int
-        Bytes of each layer's KV of all sessions; empty if not known.
-    working : int
-        Bytes of a stage's intermediate results.
-
-    Raises
-    ------
-    ArgumentError
-        If numbers of devices or layers don't agree.
-    """
+    """What layers take of memory, and what devices have."""
 
     weights: WeightBytes
     devices: tuple[Device, ...]
-    capacity_bytes: tuple[float, ...]
-    layer_kv: tuple[int, ...] = ()
-    working: int = 0
+    capacity_bytes: tuple[float, ...]  # of each device; infinite if it is not known
+    layer_kv: tuple[int, ...] = ()  # bytes of each layer's KV of all sessions; empty if not known
+    working: int = 0  # bytes of a stage's intermediate results
 
     def __post_init__(self) -> None:
         if len(self.devices) != len(self.capacity_bytes):
@@ -64,17 +45,7 @@ class Holdings:
 
     @classmethod
     def of_profile(cls, profile: Profile, workload: Workload, reserve: float = 0.0) -> Holdings:
-        """Make holdings from a profile, with the KV and the steps of a workload.
-
-        Parameters
-        ----------
-        profile : Profile
-            Of the model on the cluster's devices.
-        workload : Workload
-            Sessions whose KV is held.
-        reserve : float
-            Share of every device's memory that is left free. What plans leave free may be used while layers move.
-        """
+        """Make holdings from a profile, with a workload's KV and steps; what plans leave free may be used while layers move."""
         model, costs = profile.model, WorkloadCosts(profile, workload, reserve)
         return cls(
             weights=model.weights,

@@ -14,34 +14,17 @@ from lingualinked.quantities import bytes_text
 
 
 def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...]:
-    r"""Find the plans to go through from one plan to another, so that each fits beside the one before.
+    r"""Find the plans to go through from one plan to another, so that each fits beside the one before; ``after`` is the last.
 
     While layers move from a plan :math:`P` to a plan :math:`Q`, a device holds its layers of both, those that are in both
     once, with their KV; embeddings and head if it has the first or the last stage in either; and one stage's
     intermediate results, for it computes one at a time. That must not exceed its memory; or, where it exceeds it under
-    `before` already, not become more than that.
+    ``before`` already, not become more than that.
 
     Where both plans fit at once, layers move at once, in whatever order the devices stand. Else every layer moves straight
     to its new device as soon as that has room (`passage.waves.waves`), which always leads from one plan to another along
-    one order of devices. Where devices change their order, or one holds both ends, they may wait for each other.
-
-    Parameters
-    ----------
-    before, after : Plan
-        Of the same model.
-    holdings : Holdings
-        What layers take and devices have.
-
-    Returns
-    -------
-    tuple of Plan
-        The plans to move to, one after the other, `after` last; only `after` if nothing is in the way. Under all of them
-        each layer lies on its device of `before` or on that of `after`.
-
-    Raises
-    ------
-    InfeasiblePlanError
-        If `after` does not fit, or devices wait for each other.
+    one order of devices. Where devices change their order, or one holds both ends, they may wait for each other: then, and
+    if ``after`` does not fit, an InfeasiblePlanError is raised.
     """
     names = [device.name for device in holdings.devices]
     for plan in (before, after):

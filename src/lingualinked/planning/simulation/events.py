@@ -24,41 +24,20 @@ _AFTER_ALL_STEPS = 1 << 62  # the rank of arrivals among what happens at one ins
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Course:
-    """What happened in a simulation of R requests of T tokens.
+    """What happened in a simulation of R requests of T tokens."""
 
-    Parameters
-    ----------
-    started_s : ndarray
-        float64 ``[R]``, when each request arrived or, where requests always wait, was issued.
-    tokens_s : ndarray
-        float64 ``[R, T]``, when each token was at the caller.
-    busy_s : list of float
-        Seconds for which each server was busy.
-    intervals : tuple of BusyInterval
-        The visits that started first, in that order.
-    """
-
-    started_s: Floats
-    tokens_s: Floats
-    busy_s: list[float]
-    intervals: tuple[BusyInterval, ...]
+    started_s: Floats  # [R], when each request arrived or, where requests always wait, was issued
+    tokens_s: Floats  # [R, T], when each token was at the caller
+    busy_s: list[float]  # of each server
+    intervals: tuple[BusyInterval, ...]  # the visits that started first, in that order
 
 
 class EventHeap:
     """What is still to happen, in order of time; of what happens at one instant, the step that was issued first.
 
-    Parameters
-    ----------
-    times : PipelineTimes
-        What a step visits, and for how long. Every server serves one step at a time, first in, first out.
-    num_requests, num_tokens, num_sessions : int
-        Requests, tokens of each, and how many requests are in flight at most.
-    arrivals_s : list of float or None
-        When requests arrive, ascending; None if all wait from the start.
-    factors : iterator of ndarray or None
-        For each step, in the order of issue, float64 ``[V]``: what its seconds at each visit are multiplied by.
-    num_kept : int
-        Of so many visits, those that start first, the intervals are kept.
+    Every server serves one step at a time, first in, first out. ``arrivals_s`` ascend; ``None``: all requests wait from the
+    start. ``factors`` are float64 ``[V]`` for each step in the order of issue, and multiply its seconds at each visit;
+    ``num_kept`` visits, those that start first, are kept as intervals.
     """
 
     def __init__(
