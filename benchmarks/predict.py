@@ -14,7 +14,7 @@ import torch
 
 import lingualinked as ll
 from benchmarks.overhead import SHAPE
-from lingualinked.cli.bench import Speed, draw_prompt, generate
+from lingualinked.cli.bench_command import Speed, draw_prompt, generate
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.cluster.devices import usable_cores
 from lingualinked.console import new_console

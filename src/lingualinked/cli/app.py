@@ -102,7 +102,7 @@ def demo(
         return
     if seconds is not None:
         raise ArgumentError(f"--seconds {seconds:g} has no effect without --rebalance: leave it out")
-    from lingualinked.cli.demo import run_demo
+    from lingualinked.cli.demo_command import run_demo
 
     run_demo("3" if devices is None else devices, max_new_tokens or 60, progress=not quiet)
 
@@ -124,7 +124,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Continue a prompt with any checkpoint, streaming the answer."""
-    from lingualinked.cli.generate import run_generate
+    from lingualinked.cli.generate_command import run_generate
 
     if temperature is not None and not sample:
         raise ArgumentError(f"--temperature {temperature:g} has no effect without --sample: add it, or leave this out")
@@ -154,7 +154,7 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Show which device should hold which layers, and the predicted speed; loads nothing."""
-    from lingualinked.cli.plan import run_plan
+    from lingualinked.cli.plan_command import run_plan
 
     run_plan(
         path,
@@ -189,7 +189,7 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time a model cut over your devices: first token, decode step and tokens per second, next to the prediction."""
-    from lingualinked.cli.bench import run_bench
+    from lingualinked.cli.bench_command import run_bench
 
     run_bench(
         path,
@@ -225,7 +225,7 @@ def trace(
     quiet: Quiet = False,
 ) -> None:
     """Write a timeline of a running pipeline for the Perfetto UI."""
-    from lingualinked.cli.trace import run_trace
+    from lingualinked.cli.trace_command import run_trace
 
     run_trace(model, prompts or [], devices, dtype, max_new_tokens, requests, output, progress=not quiet)
 
@@ -233,7 +233,7 @@ def trace(
 @app.command()
 def doctor() -> None:
     """Show what this machine offers: cores, memory, accelerators, versions."""
-    from lingualinked.cli.doctor import run_doctor
+    from lingualinked.cli.doctor_command import run_doctor
 
     run_doctor()
 

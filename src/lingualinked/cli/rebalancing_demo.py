@@ -12,7 +12,7 @@ from typing import Any
 from rich.live import Live
 
 import lingualinked as ll
-from lingualinked.cli.demo import PROMPT, unsharded
+from lingualinked.cli.demo_command import PROMPT, unsharded
 from lingualinked.console import new_console
 from lingualinked.display.decisions_view import migration_rows
 from lingualinked.display.live import live_view

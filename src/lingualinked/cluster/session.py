@@ -147,7 +147,7 @@ class Session:
                     self._budget.hold_as_much(other._number, self._number)  # stages copy what edits are still to drop
                     results_of(self._fork(other._number))
                 other.num_rows, other.num_tokens = self.num_rows, self.num_tokens
-                other._context = StepContext.of(self._context.mask, self._context.num_tokens)
+                other._context = StepContext(self._context.mask, self._context.num_tokens)
                 other._edits, other._next_step, other._holds_kv = [*self._edits], self._next_step, self._holds_kv
         except BaseException:
             other.end()

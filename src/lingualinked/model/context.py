@@ -42,9 +42,9 @@ class ContextCode:
 class StepContext:
     """The attention mask and the number of tokens of one session; the caller and every stage keep the same state."""
 
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._num_tokens = 0
+    def __init__(self, mask: Tensor | None = None, num_tokens: int = 0) -> None:
+        self.mask = mask  # of the whole text, if there is one that can be extended
+        self.num_tokens = num_tokens  # seen so far
 
     def encode(self, mask: Tensor | None, positions: Tensor | None, num_new: int) -> ContextCode:
         """Encode a step's mask and positions, and record them as seen; `decode` at the other end returns equal tensors.
@@ -97,48 +97,31 @@ class StepContext:
         self._record_seen(mask, num_new)
         return mask, positions
 
-    @classmethod
-    def of(cls, mask: Tensor | None, num_tokens: int) -> StepContext:
-        """Make the context of a session that has seen `num_tokens` tokens, with this mask."""
-        context = cls()
-        context._mask, context._num_tokens = mask, num_tokens
-        return context
-
-    @property
-    def mask(self) -> Tensor | None:
-        """The mask of the whole text, if there is one that can be extended."""
-        return self._mask
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens seen."""
-        return self._num_tokens
-
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask, as beam search does with the KV cache."""
-        if self._mask is not None:
-            self._mask = self._mask.index_select(0, rows)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, rows)
 
     def crop(self, num_tokens: int) -> None:
         """Remove the last ``num_tokens`` tokens."""
-        self._num_tokens -= num_tokens
-        if self._mask is not None and num_tokens:
-            self._mask = self._mask[..., :-num_tokens]
+        self.num_tokens -= num_tokens
+        if self.mask is not None and num_tokens:
+            self.mask = self.mask[..., :-num_tokens]
 
     def _extended(self, num_new: int) -> Tensor | None:
-        if self._mask is None:
+        if self.mask is None:
             return None
-        return torch.cat([self._mask, self._mask.new_ones((*self._mask.shape[:-1], num_new))], dim=-1)
+        return torch.cat([self.mask, self.mask.new_ones((*self.mask.shape[:-1], num_new))], dim=-1)
 
     def _consecutive(self, num_rows: int, num_new: int) -> Tensor:
-        positions = torch.arange(self._num_tokens, self._num_tokens + num_new, dtype=torch.long)
+        positions = torch.arange(self.num_tokens, self.num_tokens + num_new, dtype=torch.long)
         return positions.unsqueeze(0).expand(num_rows, -1).contiguous()
 
     def _record_seen(self, mask: Tensor | None, num_new: int) -> None:
-        self._num_tokens += num_new
+        self.num_tokens += num_new
         # Only a padding mask of the whole text can be extended by ones.
-        fits = mask is not None and mask.ndim == 2 and mask.shape[-1] == self._num_tokens
-        self._mask = mask if fits else None
+        fits = mask is not None and mask.ndim == 2 and mask.shape[-1] == self.num_tokens
+        self.mask = mask if fits else None
 
 
 def _counted(mask: Tensor, num_new: int) -> Tensor | None:

@@ -5,19 +5,17 @@ Works on the meta device, without weights; knows no devices and no speeds.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lingualinked.model.parts import NoData, build_meta
 from lingualinked.planning.estimate import LayerOperations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
@@ -35,14 +33,13 @@ def count_operations(spec: ModelSpec, parts: ModelParts, kind_of_layer: Sequence
     """
     # The number of operations does not depend on the dtype, and all kernels support bfloat16 on the meta device.
     model = build_meta(replace(spec, dtype="bfloat16"))
-    layers = model.get_submodule(parts.layers)
-    assert isinstance(layers, nn.ModuleList)
-    examples = [layers[kind_of_layer.index(kind)] for kind in range(max(kind_of_layer) + 1)]
+    examples = [f"{parts.layers}.{kind_of_layer.index(kind)}" for kind in range(max(kind_of_layer) + 1)]
     short, long = (_count_flops(model, examples, num_tokens) for num_tokens in (_NUM_TOKENS, 2 * _NUM_TOKENS))
     experts_per_token: int = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", 0)
     itemsize: int = getattr(torch, spec.dtype).itemsize
     operations = []
-    for layer, few, many in zip(examples, short, long, strict=True):
+    for path, few, many in zip(examples, short, long, strict=True):
+        layer = model.get_submodule(path)
         stacked = [weight for weight in layer.parameters() if weight.ndim == 3]  # routed experts, stacked
         routed = bool(stacked) and experts_per_token > 0
         operations.append(
@@ -56,26 +53,9 @@ def count_operations(spec: ModelSpec, parts: ModelParts, kind_of_layer: Sequence
     return tuple(operations)
 
 
-def _count_flops(model: PreTrainedModel, layers: Sequence[nn.Module], num_tokens: int) -> list[int]:
-    """Count the floating-point operations of each layer in a forward pass of `num_tokens` tokens."""
-    counters = [FlopCounterMode(display=False) for _ in layers]
-    with contextlib.ExitStack() as hooks, torch.no_grad(), NoData():
-        for layer, counter in zip(layers, counters, strict=True):
-            hooks.callback(layer.register_forward_pre_hook(_enter(counter)).remove)
-            hooks.callback(layer.register_forward_hook(_leave(counter)).remove)
+def _count_flops(model: PreTrainedModel, paths: Sequence[str], num_tokens: int) -> list[int]:
+    """Count the floating-point operations of some modules in a forward pass of `num_tokens` tokens."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), NoData():
         model(input_ids=torch.zeros((1, num_tokens), dtype=torch.int64, device="meta"), use_cache=False)
-    return [counter.get_total_flops() for counter in counters]
-
-
-def _enter(counter: FlopCounterMode) -> Callable[..., None]:
-    def enter(*_: object) -> None:
-        counter.__enter__()
-
-    return enter
-
-
-def _leave(counter: FlopCounterMode) -> Callable[..., None]:
-    def leave(*_: object) -> None:
-        counter.__exit__(None, None, None)
-
-    return leave
+    counts = counter.get_flop_counts()  # by path and operation; the model's own path is the name of its class
+    return [sum(counts[f"{type(model).__name__}.{path}"].values()) for path in paths]

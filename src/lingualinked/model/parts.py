@@ -33,10 +33,7 @@ class ModelParts:
     num_layers: int
     prologue: tuple[str, ...]  # modules with weights that run before the first layer: ("model.embed_tokens",)
     epilogue: tuple[str, ...]  # likewise after the last layer: ("model.norm", "lm_head")
-    layer_bytes: tuple[int, ...]
-    prologue_bytes: int
-    epilogue_bytes: int  # includes a head whose weight is tied to the embedding
-    tied_bytes: int  # counted in both prologue and epilogue; a stage with both ends holds them once
+    weights: WeightBytes
 
     def span_bytes(self, start: int, end: int) -> int:
         """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""
@@ -52,13 +49,6 @@ class ModelParts:
         """Return the layer of a parameter of the whole model, or None if it belongs to no layer."""
         path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
         return int(path) if name.startswith(f"{self.layers}.") and rest and path.isdecimal() else None
-
-    @property
-    def weights(self) -> WeightBytes:
-        """The same bytes, in the planner's type."""
-        return WeightBytes(
-            layers=self.layer_bytes, prologue=self.prologue_bytes, epilogue=self.epilogue_bytes, tied=self.tied_bytes
-        )
 
 
 def check_span(start: int, end: int, num_layers: int) -> None:
@@ -113,10 +103,12 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
         num_layers=len(layers),
         prologue=tuple(prologue),
         epilogue=tuple(epilogue),
-        layer_bytes=tuple(_num_bytes(layer.parameters()) for layer in layers),
-        prologue_bytes=_num_bytes(in_prologue.values()),
-        epilogue_bytes=_num_bytes(in_epilogue.values()),
-        tied_bytes=_num_bytes(in_epilogue[target] for target in in_both),
+        weights=WeightBytes(
+            layers=tuple(_num_bytes(layer.parameters()) for layer in layers),
+            prologue=_num_bytes(in_prologue.values()),
+            epilogue=_num_bytes(in_epilogue.values()),
+            tied=_num_bytes(in_epilogue[target] for target in in_both),
+        ),
     )
 
 

@@ -46,28 +46,11 @@ class Conversions:
     def type(self, dst_type: torch.dtype | str | None = None) -> Self:
         """Return the model if its weights have this dtype; refuse to convert it."""
         try:
-            dtype = (
-                torch.empty(0).type(dst_type).dtype if dst_type is not None else None
-            )  # also accepts "torch.HalfTensor"
+            # A tensor converts itself, since the type may be the name of a class of tensors ("torch.HalfTensor").
+            dtype = None if dst_type is None else torch.empty(0).type(dst_type).dtype
         except (TypeError, ValueError):
             dtype = None
         return self if self._has_dtype(dtype) else super().type(dst_type)  # type: ignore[misc]
-
-    def bfloat16(self) -> Self:
-        """Return the model if its weights are bfloat16; refuse to convert it."""
-        return self if self._has_dtype(torch.bfloat16) else super().bfloat16()  # type: ignore[misc]
-
-    def half(self, *args: Any) -> Self:
-        """Return the model if its weights are float16; refuse to convert it."""
-        return self if self._has_dtype(torch.float16) else super().half(*args)  # type: ignore[misc]
-
-    def float(self, *args: Any) -> Self:
-        """Return the model if its weights are float32; refuse to convert it."""
-        return self if self._has_dtype(torch.float32) else super().float(*args)  # type: ignore[misc]
-
-    def double(self) -> Self:
-        """Return the model if its weights are float64; refuse to convert it."""
-        return self if self._has_dtype(torch.float64) else super().double()  # type: ignore[misc]
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing if the config ties the weights that are tied already; refuse to tie others."""
@@ -102,3 +85,16 @@ class Conversions:
                 ", ".join(others),
             )
         return True
+
+
+def _conversion(name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    def convert(self: Conversions, *args: Any) -> Any:
+        return self if self._has_dtype(dtype) else getattr(super(Conversions, self), name)(*args)
+
+    convert.__name__ = name
+    convert.__doc__ = f"Return the model if its weights are {dtype}; refuse to convert it."
+    return convert
+
+
+for _name in ("bfloat16", "double", "float", "half"):
+    setattr(Conversions, _name, _conversion(_name, getattr(torch, _name)))

@@ -85,7 +85,7 @@ class HostedStage:
         self.sessions[fork] = dataclasses.replace(
             source,
             cache=None if source.cache is None else source.cache.copy(),
-            context=StepContext.of(source.context.mask, source.context.num_tokens),
+            context=StepContext(source.context.mask, source.context.num_tokens),
             copies={},
         )
 
@@ -145,7 +145,7 @@ class HostedStage:
         state.cache.adopt_layers(other.cache for other in others if other.cache is not None)
         state.number = known.number
         state.num_rows, state.num_tokens = known.num_rows, known.context.num_tokens
-        state.context = StepContext.of(known.context.mask, known.context.num_tokens)
+        state.context = StepContext(known.context.mask, known.context.num_tokens)
         assert known.cache is not None
         state.cache.reserve(known.cache.reserved_tokens)
         state.cache.complete_adoption(known.context.num_tokens, records_past=known.cache.records_past)

@@ -108,7 +108,7 @@ class KVMover:
         if not self._stages.has_ended(chunk.model, chunk.session):
             hosted.write_kv(chunk.session, pieces)
             if chunk.state is not None:
-                context = StepContext.of(tensors[-1] if has_mask else None, chunk.state.num_tokens)
+                context = StepContext(tensors[-1] if has_mask else None, chunk.state.num_tokens)
                 hosted.record_state(
                     chunk.session,
                     context,

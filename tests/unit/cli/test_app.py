@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import lingualinked as ll
 import lingualinked.cli
-from lingualinked.cli import doctor
+from lingualinked.cli import doctor_command
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.sharded.progress import DeviceProgress
@@ -152,7 +152,7 @@ def test_every_error_is_one_message(kind: type[ll.LingualinkedError], monkeypatc
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(doctor, "run_doctor", fail)
+    monkeypatch.setattr(doctor_command, "run_doctor", fail)
     result = run("doctor")
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -166,7 +166,7 @@ def test_an_interrupt_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "run_doctor", interrupt)
+    monkeypatch.setattr(doctor_command, "run_doctor", interrupt)
     result = run("doctor")
     assert (result.exit_code, result.output) == (130, "")
 
@@ -194,7 +194,7 @@ def test_quiet_shows_no_progress_bars(command: str, monkeypatch: pytest.MonkeyPa
         raise StartedError
 
     monkeypatch.setattr(ll.ShardedModel, "from_pretrained", load)
-    monkeypatch.setattr("lingualinked.cli.demo.find_or_fit_plan", lambda *_: ll.Plan.from_spans([("a", 0, 8)]))
+    monkeypatch.setattr("lingualinked.cli.demo_command.find_or_fit_plan", lambda *_: ll.Plan.from_spans([("a", 0, 8)]))
     monkeypatch.setattr(ll, "Cluster", lambda *_, **__: contextlib.nullcontext(enter_result=Cluster))
     for quiet in ([], ["--quiet"]):
         assert run(*STARTS[command], *quiet).exit_code == 1

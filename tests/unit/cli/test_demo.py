@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import lingualinked as ll
-from lingualinked.cli.demo import _memory_of_each
+from lingualinked.cli.demo_command import _memory_of_each
 from lingualinked.sharded.describing import LoadArguments, describe
 from profiles import profile
 

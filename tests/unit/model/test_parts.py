@@ -34,8 +34,8 @@ def test_the_parts_of_a_llama() -> None:
     assert parts.prologue == ("model.embed_tokens",)
     assert parts.epilogue == ("model.norm", "lm_head")
     attention, mlp, norms = (32 + 16 + 16 + 32) * 32, 3 * 32 * 48, 2 * 32
-    assert parts.layer_bytes == (2 * (attention + mlp + norms),) * 4
-    assert (parts.prologue_bytes, parts.epilogue_bytes, parts.tied_bytes) == (2 * 97 * 32, 2 * (97 * 32 + 32), 0)
+    assert parts.weights.layers == (2 * (attention + mlp + norms),) * 4
+    assert (parts.weights.prologue, parts.weights.epilogue, parts.weights.tied) == (2 * 97 * 32, 2 * (97 * 32 + 32), 0)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_parts_are_the_whole(family: str) -> None:
     parts = find_parts(model)
     assert parts.span_bytes(0, parts.num_layers) == sum(parameter.nbytes for parameter in model.parameters())
     halves = parts.span_bytes(0, 2) + parts.span_bytes(2, 4)
-    assert halves == parts.span_bytes(0, 4) + parts.tied_bytes
+    assert halves == parts.span_bytes(0, 4) + parts.weights.tied
     assert parts.weights.of_span(1, 4) == parts.span_bytes(1, 4)
     assert [name for name, _ in model.named_modules()] == before
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -66,7 +66,7 @@ def test_the_parts_are_the_whole(family: str) -> None:
 
 def test_a_tied_embedding_counts_in_both_ends() -> None:
     parts = find_parts(meta_model("llama-tied"))
-    assert parts.tied_bytes == parts.prologue_bytes == 4 * 97 * 32
+    assert parts.weights.tied == parts.weights.prologue == 4 * 97 * 32
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 5), (-1, 2), (2, 2), (3, 1)])

@@ -15,8 +15,8 @@ import torch
 
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
-from lingualinked.cli.demo import unsharded
-from lingualinked.cli.plan import load_format_of
+from lingualinked.cli.demo_command import unsharded
+from lingualinked.cli.plan_command import load_format_of
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows

@@ -15,7 +15,7 @@ from rich.text import Text
 
 import lingualinked as ll
 from lingualinked.cli.cluster_file import read_devices
-from lingualinked.cli.generate import encode, read_tokenizer
+from lingualinked.cli.generate_command import encode, read_tokenizer
 from lingualinked.cli.output import check_output
 from lingualinked.console import new_console
 from lingualinked.display.stages_view import stage_rows
