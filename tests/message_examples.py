@@ -15,6 +15,8 @@ from lingualinked.protocol import messages
 from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.messages import StageTimes, Step
 from lingualinked.protocol.moving import KVSlice, SessionState
+from lingualinked.telemetry.reports import WorkerSnapshot
+from lingualinked.telemetry.samples import DeviceSample
 
 TYPES = [
     kind
@@ -57,8 +59,12 @@ VALUES = {
     "layout": None,
     "max_kv_tokens": None,
     "logits_to_keep": 1,
-    "temperature_c": 40.5,
-    "battery_percent": None,
+    "worker": WorkerSnapshot(
+        device="a", pid=7, threads=1, resident_bytes=2**40, idle_resident_bytes=2**30, num_refused=0
+    ),
+    "device": DeviceSample(
+        time_s=0.5, device="a", held_bytes=0, available_bytes=9, cpu_percent=0.5, temperature_c=40.5
+    ),
 }
 BY_TYPE = {"int": 7, "str": "text", "bool": True, "float": 0.5}
 

@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 import zmq
 
-from lingualinked.transport import InProcessHub, InProcessMailbox, KeyPair, Mailbox, ZmqMailbox, generate_keypair
+from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
+from lingualinked.transport.keys import KeyPair, generate_keypair
+from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
 WAIT_S = 30.0  # of what is sure to come: a bound, never reached
 

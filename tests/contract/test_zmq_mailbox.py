@@ -20,7 +20,8 @@ import zmq
 from contract.network import WAIT_S, Network
 from contract.test_mailbox import VALID, take
 from lingualinked.errors import ArgumentError, ProtocolError
-from lingualinked.transport import KeyPair, ZmqMailbox, generate_keypair
+from lingualinked.transport.keys import KeyPair, generate_keypair
+from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
 
 class Interrupted:
@@ -371,7 +372,8 @@ def test_what_fails_in_the_making_leaves_nothing(monkeypatch: pytest.MonkeyPatch
 def test_a_process_ends_without_closing_and_a_forked_child_harms_nobody() -> None:
     script = """
         import os, threading
-        from lingualinked.transport import ZmqMailbox, generate_keypair
+        from lingualinked.transport.keys import generate_keypair
+        from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
         keys = generate_keypair()
         box = ZmqMailbox("a", keys, {keys.public: "a"})

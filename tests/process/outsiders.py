@@ -15,7 +15,9 @@ import torch
 import lingualinked as ll
 from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import Acknowledged, Hello, IntroduceWorker, decode, encode
-from lingualinked.transport import Delivery, ZmqMailbox, generate_keypair
+from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from waiting import wait_until
 
 

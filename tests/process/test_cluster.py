@@ -23,7 +23,8 @@ import lingualinked as ll
 from lingualinked.cluster.inspection import inspect_workers
 from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.sharded.describing import LoadArguments, describe
-from lingualinked.transport import ZmqMailbox, generate_keypair
+from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from processes import are_gone, family, fork_server
 from waiting import num_sessions, wait_until
 

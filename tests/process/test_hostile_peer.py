@@ -246,7 +246,7 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
             return engine._mailbox.num_refused
         report: Any = engine.request(of, InspectWorker(request=engine.next_request()), "a look", 60).result(60)
         assert isinstance(report, WorkerReport)
-        return report.num_refused
+        return report.worker.num_refused
 
     enough, counts = threading.Event(), {"caller": {}, "b": {}}
 

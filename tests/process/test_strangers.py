@@ -50,7 +50,7 @@ print(*refusals)
 
 
 def socket_paths(cluster: ll.Cluster) -> list[Path]:
-    addresses = [cluster._engine.address, *cluster._engine._exchange.addresses.values()]
+    addresses = [cluster._engine._mailbox.address, *cluster._engine._exchange.addresses.values()]
     return [Path(address.removeprefix("ipc://")) for address in addresses]
 
 
@@ -119,7 +119,7 @@ with ll.Cluster(2) as cluster:
     cluster.add(ll.Device(name="late", threads=1))
     server = cluster._launcher._starter.server.process.pid
     pids = {**cluster.pids, "caller": os.getpid(), "fork server": server}
-    print(json.dumps([pids, cluster._engine.public_keys]), flush=True)
+    print(json.dumps([pids, {"caller": cluster._engine._mailbox.public_key, **cluster._engine._exchange.public_keys}]), flush=True)
     sys.stdin.read()
 """
 

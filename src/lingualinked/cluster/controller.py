@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.inspection import inspection_of, request_report
+from lingualinked.cluster.inspection import attribute_report, request_report
 from lingualinked.cluster.pending import result_of, settle
 from lingualinked.cluster.resources import start_thread
 from lingualinked.cluster.route import Routes
@@ -178,7 +178,7 @@ class Controller:
                 continue
             del self._asked[name]
             if report.exception() is None:  # else it has just ended, or was too busy
-                device = inspection_of(name, cast("WorkerReport", report.result()), time_s).device
+                device = attribute_report(cast("WorkerReport", report.result()), name, time_s).device
                 self._recorder.add_device(device)
                 self._tell_balancer(DeviceObserved(sample=device))
 

@@ -68,11 +68,6 @@ class Engine:
             ready.add_done_callback(lambda done: None if done.exception() else self._mailbox.wake())
             raise
 
-    @property
-    def address(self) -> str:
-        """Where the caller's inbox listens."""
-        return self._mailbox.address
-
     def check_open(self) -> None:
         """Raise `ClosedError` if the cluster is closed, or what `check_owner` raises."""
         self.check_owner()
@@ -85,11 +80,6 @@ class Engine:
             raise UnsupportedOperationError(
                 "a cluster can't be used in a forked child of the process that made it: make one there, or use threads"
             )
-
-    @property
-    def public_keys(self) -> dict[str, str]:
-        """Public keys of the caller and of all workers, by name."""
-        return {CALLER: self._mailbox.public_key, **self._exchange.public_keys}
 
     def expect_worker(self, device: str) -> None:
         """Prepare for the worker of a device that is added."""
@@ -124,7 +114,7 @@ class Engine:
     def peer(self, name: str) -> tuple[str, str]:
         """Address and public key of a worker that is ready, or of the caller."""
         if name == CALLER:
-            return self.address, self._mailbox.public_key
+            return self._mailbox.address, self._mailbox.public_key
         return self._exchange.addresses[name], self._exchange.public_keys[name]
 
     def may_lend(self, lender: str, borrower: str) -> bool:

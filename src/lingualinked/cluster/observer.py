@@ -9,10 +9,11 @@ import weakref
 from typing import TYPE_CHECKING
 
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.inspection import Inspection, inspect_workers, telemetry_of
+from lingualinked.cluster.inspection import inspect_workers
 from lingualinked.cluster.route import Routes
 from lingualinked.errors import ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
+from lingualinked.protocol.messages import WorkerReport
 from lingualinked.telemetry.metrics import Reading
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
@@ -35,26 +36,36 @@ class Observer:
         cluster_endpoints: weakref.WeakSet[MetricsEndpoint],
     ) -> None:
         self._engine, self._model, self._routes, self._recorder = engine, model, routes, recorder
-        self._inspected: tuple[list[Inspection], int] = ([], 1)
+        self._inspected: tuple[list[WorkerReport], int] = ([], 1)  # with the plan version then in force
         self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
         self._cluster_endpoints = cluster_endpoints  # the cluster closes them with itself
         self._is_stopped = False
 
     def inspect(self, timeout_s: float) -> None:
         """Ask the workers for reports, and keep them."""
-        inspections, route = [], None
+        reports, route = [], None
         while route is not self._routes.current:  # its stages may go while they are looked at
             route = self._routes.current
-            inspections = inspect_workers(self._engine, list(dict.fromkeys(route.stage_devices)), timeout_s)
-        for inspection in inspections:
-            self._recorder.add_device(inspection.device)
-        self._inspected = inspections, route.version
+            reports = inspect_workers(self._engine, list(dict.fromkeys(route.stage_devices)), timeout_s)
+        for report in reports:
+            self._recorder.add_device(report.device)
+        self._inspected = reports, route.version
 
     def telemetry(self) -> Telemetry:
         """Return what was known last."""
-        inspections, version = self._inspected
-        serve = weakref.WeakMethod(self.serve)
-        return telemetry_of(inspections, self._model, version, self._recorder.history(), serve)
+        reports, version = self._inspected
+        stages = [
+            stage.snapshot
+            for report in reports
+            for stage in report.stages
+            if (stage.model, stage.plan_version) == (self._model, version)
+        ]
+        return Telemetry(
+            stages=tuple(sorted(stages, key=lambda stage: stage.start)),
+            workers=tuple(report.worker for report in reports),
+            history=self._recorder.history(),
+            _live=weakref.WeakMethod(self.serve),
+        )
 
     @uninterrupted
     def serve(self, port: int, address: str) -> MetricsEndpoint:

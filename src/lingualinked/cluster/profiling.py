@@ -24,7 +24,7 @@ from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.profile import DeviceProfile, Profile
-from lingualinked.protocol.measuring import MeasuredShape, MeasuredStep, MeasureModel, ModelMeasured
+from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMeasured
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
@@ -202,25 +202,14 @@ def _num_sharing(device: Device, devices: Sequence[Device]) -> int:
 
 def _as_measured(known: DeviceProfile) -> ModelMeasured:
     """Put what a profile has of a device into the words in which its worker said it."""
-
-    def steps(times: ModuleTimes) -> tuple[MeasuredStep, ...]:
-        return tuple(
-            MeasuredStep(
-                shape=MeasuredShape(rows=step.rows, tokens=step.tokens, context=step.context),
-                seconds=step.seconds,
-                spread_s=step.spread_s,
-            )
-            for step in times.steps
-        )
-
     return ModelMeasured(
         request=0,
         hardware=known.hardware,
         free_bytes=known.free_bytes or 0,
-        layers={kind: steps(times) for kind, times in enumerate(known.layers)},
-        stage=steps(known.stage),
-        prologue=steps(known.prologue),
-        epilogue=steps(known.epilogue),
+        layers=dict(enumerate(known.layers)),
+        stage=known.stage,
+        prologue=known.prologue,
+        epilogue=known.epilogue,
         watts=known.measured_watts,
         power_source=known.power_source,
     )
@@ -229,7 +218,7 @@ def _as_measured(known: DeviceProfile) -> ModelMeasured:
 def _device_profile(
     device: Device, alike: Sequence[ModelMeasured], model: ModelProfile, free_bytes: int
 ) -> DeviceProfile:
-    layers = [_times(answer.layers.get(kind, ()) for answer in alike) for kind in range(len(model.kinds))]
+    layers = [_times(answer.layers.get(kind) for answer in alike) for kind in range(len(model.kinds))]
     layer_bytes = [model.layer_weight_bytes[model.kind_of_layer.index(kind)] for kind in range(len(model.kinds))]
     known = next(kind for kind, times in enumerate(layers) if times is not None)
 
@@ -259,23 +248,20 @@ def _device_profile(
     )
 
 
-def _times(answers: Iterable[Sequence[MeasuredStep]]) -> ModuleTimes | None:
+def _times(answers: Iterable[ModuleTimes | None]) -> ModuleTimes | None:
     """Combine the times that like devices have measured; ``None`` if there are none."""
-    by_shape: defaultdict[MeasuredShape, list[MeasuredStep]] = defaultdict(list)
-    for steps in answers:
-        for step in steps:
-            by_shape[step.shape].append(step)
+    by_shape: defaultdict[tuple[int, int, int], list[StepTime]] = defaultdict(list)
+    for times in answers:
+        for step in () if times is None else times.steps:
+            by_shape[step.rows, step.tokens, step.context].append(step)
     if not by_shape:
         return None
-    return ModuleTimes(
-        tuple(
-            StepTime(
-                rows=shape.rows,
-                tokens=shape.tokens,
-                context=shape.context,
-                seconds=statistics.median(step.seconds for step in steps),
-                spread_s=statistics.median(step.spread_s for step in steps),
-            )
-            for shape, steps in by_shape.items()
+    combined = (
+        dataclasses.replace(
+            steps[0],
+            seconds=statistics.median(step.seconds for step in steps),
+            spread_s=statistics.median(step.spread_s for step in steps),
         )
+        for steps in by_shape.values()
     )
+    return ModuleTimes(tuple(combined))

@@ -6,6 +6,7 @@ Knows neither who sends them nor over what.
 from __future__ import annotations
 
 from lingualinked.model.spec import ModelSpec
+from lingualinked.module_times import ModuleTimes
 from lingualinked.protocol.base import Message
 
 
@@ -37,16 +38,8 @@ class MeasureModel(Message, frozen=True, tag=7):
     max_positions: int | None
 
 
-class MeasuredStep(Message, frozen=True):
-    """The time of one part of a model in steps of one shape: median and interquartile range, in seconds."""
-
-    shape: MeasuredShape
-    seconds: float
-    spread_s: float
-
-
 class ModelMeasured(Message, frozen=True, tag=26):
-    """Answer to `MeasureModel`: the times of each kind of layer in the spans, and of the other parts.
+    """Answer to `MeasureModel`: the times of each kind of layer in the spans, and of the other parts if they were there.
 
     ``watts`` is the mean power meanwhile; ``power_source`` says what measured it, or why it is ``None``.
     """
@@ -54,10 +47,10 @@ class ModelMeasured(Message, frozen=True, tag=26):
     request: int
     hardware: str
     free_bytes: int
-    layers: dict[int, tuple[MeasuredStep, ...]]
-    stage: tuple[MeasuredStep, ...]
-    prologue: tuple[MeasuredStep, ...]
-    epilogue: tuple[MeasuredStep, ...]
+    layers: dict[int, ModuleTimes]
+    stage: ModuleTimes | None
+    prologue: ModuleTimes | None
+    epilogue: ModuleTimes | None
     watts: float | None
     power_source: str
 

@@ -27,6 +27,8 @@ from lingualinked.protocol.moving import (
     MoveSession,
     WeightChunk,
 )
+from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
+from lingualinked.telemetry.samples import DeviceSample
 
 # --- from the caller, about a worker and its stages
 
@@ -209,36 +211,19 @@ class Acknowledged(Message, frozen=True, tag=25):
 
 
 class StageReport(Message, frozen=True):
-    """One hosted stage, with the fields of `lingualinked.telemetry.reports.StageSnapshot`."""
+    """One hosted stage, of a model under a plan version."""
 
     model: int
     plan_version: int
-    stage: int
-    start: int
-    end: int
-    weight_bytes: int
-    kv_bytes: int
-    num_sessions: int
-    num_steps: int
-    compute_us: int
-    sent_bytes: int
+    snapshot: StageSnapshot
 
 
 class WorkerReport(Message, frozen=True, tag=20):
-    """Answer to `InspectWorker`."""
+    """Answer to `InspectWorker`; the caller, which knows whom it asked and when, fills in the device's name and the time."""
 
     request: int
-    pid: int
-    threads: int
-    resident_bytes: int
-    idle_resident_bytes: int
-    num_refused: int
-    held_bytes: int
-    available_bytes: int
-    cpu_percent: float
-    temperature_c: float | None
-    battery_percent: float | None
-    on_battery: bool
+    worker: WorkerSnapshot
+    device: DeviceSample
     stages: tuple[StageReport, ...]
 
 

@@ -17,8 +17,9 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
-from lingualinked.protocol.messages import KVEdit, KVEditKind, StageReport, Step
+from lingualinked.protocol.messages import KVEdit, KVEditKind, Step
 from lingualinked.quantities import count_text
+from lingualinked.telemetry.reports import StageSnapshot
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
@@ -162,19 +163,17 @@ class HostedStage:
         """Bytes of its weights and of all its KV."""
         return self.stage.weight_bytes + self._kv_bytes()
 
-    def report(self, model: int, plan_version: int, index: int) -> StageReport:
-        """Report the stage's place in a plan, its memory, and the work that it has done."""
-        return StageReport(
-            model=model,
-            plan_version=plan_version,
-            stage=index,
+    def snapshot(self) -> StageSnapshot:
+        """Return the stage's span, its memory, and the work that it has done."""
+        return StageSnapshot(
+            device="",  # for the caller to fill in
             start=self.stage.start,
             end=self.stage.end,
             weight_bytes=self.stage.weight_bytes,
             kv_bytes=self._kv_bytes(),
             num_sessions=len(self.sessions),
             num_steps=self._num_steps,
-            compute_us=round(self._compute_s * 1e6),
+            compute_s=self._compute_s,
             sent_bytes=self.sent_bytes,
         )
 

@@ -232,7 +232,8 @@ class HostedStages:
     def reports(self) -> tuple[StageReport, ...]:
         """Report on all stages."""
         return tuple(
-            hosted.report(key.model, key.plan_version, key.index) for key, hosted in sorted(self._stages.items())
+            StageReport(model=key.model, plan_version=key.plan_version, snapshot=hosted.snapshot())
+            for key, hosted in sorted(self._stages.items())
         )
 
     def held_bytes(self) -> int:

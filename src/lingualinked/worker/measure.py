@@ -22,7 +22,8 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.memory import release_memory
 from lingualinked.model.span_loading import load_span
 from lingualinked.model.stage import Stage, accelerator_device
-from lingualinked.protocol.measuring import MeasuredShape, MeasuredStep, MeasureModel, ModelMeasured
+from lingualinked.module_times import ModuleTimes, StepTime
+from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMeasured
 from lingualinked.protocol.messages import Step
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.limits import describe_hardware, free_bytes
@@ -76,19 +77,28 @@ class Measurer:
             for start, end in self._request.spans:
                 self._measure_span(start, end)
                 release_memory(self._accelerator)
-        parts: defaultdict[Part, list[MeasuredStep]] = defaultdict(list)
+        steps: defaultdict[Part, list[StepTime]] = defaultdict(list)
         for (part, shape), seconds in self._samples.items():
             low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-            parts[part].append(MeasuredStep(shape=shape, seconds=max(middle, 0.0), spread_s=max(high - low, 0.0)))
+            steps[part].append(
+                StepTime(
+                    rows=shape.rows,
+                    tokens=shape.tokens,
+                    context=shape.context,
+                    seconds=max(middle, 0.0),
+                    spread_s=max(high - low, 0.0),
+                )
+            )
+        parts = {part: ModuleTimes(tuple(times)) for part, times in steps.items()}
         watts, power_source = self._power.result()
         return ModelMeasured(
             request=self._request.request,
             hardware=describe_hardware(self._accelerator),
             free_bytes=free_bytes(self._accelerator),
-            layers={part: tuple(steps) for part, steps in parts.items() if isinstance(part, int)},
-            stage=tuple(parts["stage"]),
-            prologue=tuple(parts["prologue"]),
-            epilogue=tuple(parts["epilogue"]),
+            layers={part: times for part, times in parts.items() if isinstance(part, int)},
+            stage=parts.get("stage"),
+            prologue=parts.get("prologue"),
+            epilogue=parts.get("epilogue"),
             watts=watts,
             power_source=power_source,
         )

@@ -59,6 +59,7 @@ from lingualinked.protocol.moving import (
     MovingMessage,
     WeightChunk,
 )
+from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.keys import KeyPair
@@ -228,7 +229,9 @@ class Worker:
             self._send_to_caller(Progress(request=message.request, num_done=num_bytes))
 
         def loaded(stage: Stage) -> None:
-            self._answer_request(message.request, lambda: self._describe_loaded(message, stage))
+            weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
+            answer = StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read)
+            self._send_to_caller(answer)
 
         def request_part(holder: WeightHolder, parameter: str, first: int) -> None:
             self._borrower.request_part(message.request, holder, parameter, first)
@@ -236,10 +239,6 @@ class Worker:
         self._stages.load_stage(
             message, progress, loaded, lambda error: self._report_failure(message.request, error), request_part
         )
-
-    def _describe_loaded(self, message: LoadStage, stage: Stage) -> StageLoaded:
-        weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
-        return StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read)
 
     def _drop_moves(self, model: int) -> None:
         """End all transfers of a model that moves, and refuse the steps that wait for its sessions to move."""
@@ -277,21 +276,18 @@ class Worker:
             self._peers.send(delivery.sender, KVReceived(request=message.request, accepted=accepted))
 
     def _make_report(self, message: InspectWorker) -> WorkerReport:
-        held_bytes = self._stages.held_bytes()
-        vitals = self._vitals.read_vitals(held_bytes)
-        return WorkerReport(
-            request=message.request,
+        worker = WorkerSnapshot(
+            device=self._boot.name,
             pid=os.getpid(),
             threads=torch.get_num_threads(),
             resident_bytes=resident_bytes(),
             idle_resident_bytes=self._idle_resident_bytes,
             num_refused=self._mailbox.num_refused,
-            held_bytes=held_bytes,
-            available_bytes=vitals.available_bytes,
-            cpu_percent=vitals.cpu_percent,
-            temperature_c=vitals.temperature_c,
-            battery_percent=vitals.battery_percent,
-            on_battery=vitals.on_battery,
+        )
+        return WorkerReport(
+            request=message.request,
+            worker=worker,
+            device=self._vitals.read_vitals(self._stages.held_bytes()),
             stages=self._stages.reports(),
         )
 

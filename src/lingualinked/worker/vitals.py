@@ -5,22 +5,10 @@ Knows what the operating system reports; not what the worker does.
 
 from __future__ import annotations
 
-import dataclasses
-
 import psutil
 
+from lingualinked.telemetry.samples import DeviceSample
 from lingualinked.worker.limits import free_bytes
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class VitalSigns:
-    """One reading, with the fields of `lingualinked.telemetry.samples.DeviceSample`."""
-
-    available_bytes: int
-    cpu_percent: float
-    temperature_c: float | None
-    battery_percent: float | None
-    on_battery: bool
 
 
 class Vitals:
@@ -32,13 +20,16 @@ class Vitals:
         self._process = psutil.Process()
         self._process.cpu_percent(None)  # the first call only starts its clock
 
-    def read_vitals(self, held_bytes: int) -> VitalSigns:
+    def read_vitals(self, held_bytes: int) -> DeviceSample:
         """Read the state now, given the bytes that the stages hold."""
         available = free_bytes(self._accelerator)
         if self._memory_bytes is not None:
             available = min(available, max(0, self._memory_bytes - held_bytes))
         percent, on_battery = _battery()
-        return VitalSigns(
+        return DeviceSample(
+            time_s=0.0,  # this and the name are for the caller to fill in
+            device="",
+            held_bytes=held_bytes,
             available_bytes=available,
             cpu_percent=self._process.cpu_percent(None),
             temperature_c=_temperature_c(),

@@ -47,7 +47,8 @@ from lingualinked.protocol.messages import (
 )
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
-from lingualinked.transport import InProcessHub, InProcessMailbox, generate_keypair
+from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
+from lingualinked.transport.keys import generate_keypair
 from message_examples import TYPES, example
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from lingualinked.transport import InProcessHub, InProcessMailbox
+from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 
 
 def test_without_keys_everybody_of_the_hub_is_known_by_the_own_name() -> None:

@@ -7,8 +7,7 @@ import pytest
 import zmq
 
 from lingualinked.errors import ArgumentError, ProtocolError
-from lingualinked.transport import KeyPair, generate_keypair
-from lingualinked.transport.keys import authorise, check_authorised, raw_key
+from lingualinked.transport.keys import KeyPair, authorise, check_authorised, generate_keypair, raw_key
 
 
 def test_pairs_are_new_each_time_and_hide_the_secret() -> None:

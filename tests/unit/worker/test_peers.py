@@ -9,7 +9,8 @@ import pytest
 from lingualinked.errors import ArgumentError, PeerUnknownError, ProtocolError
 from lingualinked.protocol.measuring import Pong
 from lingualinked.protocol.messages import DismissWorker, IntroduceWorker, decode
-from lingualinked.transport import InProcessHub, InProcessMailbox, generate_keypair
+from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
+from lingualinked.transport.keys import generate_keypair
 from lingualinked.worker.peers import Peers
 
 
