@@ -65,9 +65,9 @@ def run_overhead(contexts: tuple[int, ...], new_tokens: int, repeats: int) -> No
             with load() as sharded:
                 unsharded = unsharded_dummy(folder)
                 for context in contexts:
-                    console.print(_measure(sharded, unsharded, context, new_tokens, repeats).to_rich())
+                    console.print(_measure(sharded, unsharded, context, new_tokens, repeats))
                 with load(rebalance=_WATCH_ONLY) as watched:
-                    console.print(_measure_watching(sharded, watched, contexts[0], repeats).to_rich())
+                    console.print(_measure_watching(sharded, watched, contexts[0], repeats))
 
 
 def unsharded_dummy(folder: str) -> Any:

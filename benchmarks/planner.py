@@ -41,8 +41,8 @@ NUM_INSTANCES = 100
 def run_planner(repeats: int) -> None:
     """Print seconds by size, and gaps between value and proven bound by number of kinds of layer."""
     console = new_console()
-    console.print(_times(repeats).to_rich())
-    console.print(_gaps().to_rich())
+    console.print(_times(repeats))
+    console.print(_gaps())
 
 
 def _times(repeats: int) -> Rows:

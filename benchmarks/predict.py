@@ -54,8 +54,8 @@ def run_predict(repeats: int, new_tokens: int, prompt_tokens: int) -> None:
         workload = ll.Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_sessions=2 * len(devices))
         rows, worth = _measure_cluster(devices, workload, repeats)
         cores = f"{load:.2f} of {usable_cores()} cores busy"
-        console.print(Rows(f"{title.capitalize()}, {cores}, median of {repeats}", *rows).to_rich())
-        console.print(Rows("Tokens/s with the pipeline full, of other plans", *worth).to_rich())
+        console.print(Rows(f"{title.capitalize()}, {cores}, median of {repeats}", *rows))
+        console.print(Rows("Tokens/s with the pipeline full, of other plans", *worth))
 
 
 def _measure_cluster(devices: tuple[ll.Device, ...], workload: ll.Workload, repeats: int) -> Any:

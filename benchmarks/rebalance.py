@@ -77,8 +77,8 @@ def run_rebalance(num_sessions: int, new_tokens: int, repeats: int) -> None:
                     time.sleep(_WINDOW_S)
                     seen[name].append(model.telemetry.tokens_per_s(_WINDOW_S * 2 / 3))
         spans = {name: _layers(model.plan) for name, model in models.items()}
-    console.print(_speeds(before, seen, spans, plan).to_rich())
-    console.print(_move(telemetry, slowed_s).to_rich())
+    console.print(_speeds(before, seen, spans, plan))
+    console.print(_move(telemetry, slowed_s))
 
 
 def _plan(folder: str, devices: list[ll.Device], workload: ll.Workload) -> ll.Plan:

@@ -71,7 +71,7 @@ def run_soak(num_migrations: int, seed: int) -> None:
         elapsed_s = time.monotonic() - began_s
         migrations = model.telemetry.migrations
         model.close()
-    console.print(_table(migrations, load, resident, elapsed_s).to_rich())
+    console.print(_table(migrations, load, resident, elapsed_s))
     if load.wrong:
         raise ll.LingualinkedError(
             f"{count_text(len(load.wrong), 'answer')} wrong or lost: {load.wrong[0]}; please report this"

@@ -111,7 +111,7 @@ def run_planned_start(devices: Sequence[Device], links: Mapping[tuple[str, str],
         ("read from disk, added", _differences(again, even).text(unit=" s")),
     ]
     title = f"Start of a 500 MB model on {count_text(len(devices), 'worker')}, median of {repeats}"
-    new_console().print(Rows(title, ("what", "measured"), rows).to_rich())
+    new_console().print(Rows(title, ("what", "measured"), rows))
 
 
 def _differences(left: list[float], right: list[float]) -> Repeats:
@@ -136,7 +136,7 @@ def run_start(devices: Sequence[Device], links: Mapping[tuple[str, str], Link], 
         ("ratio", ratios(Repeats(sharded), Repeats(plain)).text()),
         ("a second model on the same cluster", Repeats(second).text(unit=" s")),
     ]
-    new_console().print(Rows(f"Time to the first token, median of {repeats}", ("what", "measured"), rows).to_rich())
+    new_console().print(Rows(f"Time to the first token, median of {repeats}", ("what", "measured"), rows))
 
 
 def _timed(script: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:

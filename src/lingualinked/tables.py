@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
@@ -52,16 +52,22 @@ class Rows:
     bars: Sequence[float] = ()
     notes: Sequence[str] = ()
 
-    def to_rich(self) -> Group:
-        """Return title, table and notes for a rich console; in a narrow one, each row becomes a block."""
-        return Group(Text(self.title, style="bold"), _Fitted(self), *map(Text, self.notes))
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw title, table and notes on a rich console; on a narrow one, each row becomes a block."""
+        yield Text(self.title, style="bold")
+        if self._width <= options.max_width:
+            yield self._table()
+        else:
+            yield from self._blocks()
+            yield Text()
+        yield from map(Text, self.notes)
 
     def to_text(self, width: int | None = None) -> str:
         """Return the table as text in ``width`` columns; by default the terminal's, or as many as needed without one."""
         if width is None:
-            width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self.width)
+            width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self._width)
         buffer = io.StringIO()
-        Console(file=buffer, width=width, color_system=None, force_jupyter=False).print(self.to_rich())
+        Console(file=buffer, width=width, color_system=None, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
 
     def to_html(self) -> str:
@@ -94,12 +100,12 @@ class Rows:
         )
 
     @property
-    def width(self) -> int:
+    def _width(self) -> int:
         """The columns that the table needs."""
         console = Console(file=io.StringIO(), width=UNLIMITED, force_jupyter=False)
-        return Measurement.get(console, console.options, self.table()).maximum
+        return Measurement.get(console, console.options, self._table()).maximum
 
-    def table(self) -> Table:
+    def _table(self) -> Table:
         """Make the rich table, with one line per row, however wide it is."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
         for index, column in enumerate(self.columns):
@@ -108,7 +114,7 @@ class Rows:
             table.add_row(*map(Text, row))
         return table
 
-    def blocks(self) -> Iterator[RenderableType]:
+    def _blocks(self) -> Iterator[RenderableType]:
         """Yield a block for each row, for narrow terminals: the first cell, then a line for each other cell."""
         for row in self.rows:
             if len(row) == 2:
@@ -125,20 +131,6 @@ class Rows:
                 if cell:
                     grid.add_row(Text(f"  {column}"), Text(cell))
             yield grid
-
-
-class _Fitted:
-    """Draws a table if there is room for it, else blocks."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self._rows.width <= options.max_width:
-            yield self._rows.table()
-        else:
-            yield from self._rows.blocks()
-            yield Text()
 
 
 def _side(index: int) -> str:

@@ -95,7 +95,7 @@ def test_tables_fit_the_width_and_lose_nothing(width: int, monkeypatch: pytest.M
         assert "".join(cell.split()) in told
     stream = io.StringIO()
     console = Console(file=stream, width=width)
-    console.print(rows.to_rich())
+    console.print(rows)
     assert "".join(stream.getvalue().split()) == told
 
 
@@ -107,7 +107,7 @@ def test_without_a_terminal_nothing_is_wrapped_or_cut(
     text = rows.to_text()
     assert len(text.splitlines()) == 6
     assert all(cell in text.splitlines()[3] for cell in rows.rows[0])
-    new_console().print(rows.to_rich())
+    new_console().print(rows)
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == text.splitlines()
 
 

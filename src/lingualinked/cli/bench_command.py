@@ -107,7 +107,7 @@ def run_bench(
             progress=progress,
         ) as model,
     ):
-        console.print(plan_rows(model.plan).to_rich())
+        console.print(plan_rows(model.plan))
         console.print()
         # 2) warm up, so that the first use of each shape is not timed
         sides = {"measured": (model, Speed(), workload.num_sessions)}
@@ -122,7 +122,7 @@ def run_bench(
                 speed.time_sessions(timed, workload, num_threads)
         # 4) compare with the prediction
         predicted = None if model.plan.profile is None else model.plan.predict(workload)
-    console.print(_rows(workload, predicted, {name: speed for name, (_, speed, _) in sides.items()}, repeats).to_rich())
+    console.print(_rows(workload, predicted, {name: speed for name, (_, speed, _) in sides.items()}, repeats))
 
 
 def _read_plan(plan: str | None) -> Any:

@@ -42,7 +42,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
         # 2) measure, solve and load
         arguments = LoadArguments.of(path, cluster)
         plan = find_or_fit_plan(describe(arguments), arguments)
-        console.print(plan_rows(plan).to_rich())
+        console.print(plan_rows(plan))
         model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan, progress=progress)
 
         # 3) generate a first token
@@ -65,7 +65,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
         console.print(f"\n{count_text(num_new, 'token')}, {num_new / elapsed_s:.1f} tokens/s")
         console.print(_bytes_per_hop(before, after, num_new))
         console.print()
-        console.print(telemetry_rows(after).to_rich())
+        console.print(telemetry_rows(after))
 
         # 5) compare with the unsharded model on as many threads
         torch.set_num_threads(cluster.devices[0].threads or 1)

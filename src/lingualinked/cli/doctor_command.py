@@ -39,8 +39,8 @@ def run_doctor() -> None:
     versions = [("lingualinked", importlib.metadata.version("lingualinked"))]
     versions += [(name, importlib.metadata.version(name)) for name in _LIBRARIES]
     console = new_console()
-    console.print(Rows("This machine", ("what", "found"), facts).to_rich())
-    console.print(Rows("Versions", ("library", "version"), versions).to_rich())
+    console.print(Rows("This machine", ("what", "found"), facts))
+    console.print(Rows("Versions", ("library", "version"), versions))
 
 
 def _energy_counters() -> str:

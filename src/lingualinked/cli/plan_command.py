@@ -54,7 +54,7 @@ def run_plan(
         print(plan.to_json())  # noqa: T201 - not the console's to wrap
         return
     console = new_console()
-    console.print(plan_rows(plan).to_rich())
+    console.print(plan_rows(plan))
     if explain:
         console.print(Text(f"\n{plan.explain()}"))
 

@@ -55,7 +55,7 @@ def run_rebalancing_demo(seconds: float, *, progress: bool) -> None:
             speeds["after"] = telemetry.tokens_per_s(_SPEED_S)
         finally:
             answers.stop()
-    console.print(migration_rows(telemetry.migrations, telemetry.history.start_s).to_rich())
+    console.print(migration_rows(telemetry.migrations, telemetry.history.start_s))
     console.print(f"\n{speeds['before']:.1f} tokens/s before, {speeds['after']:.1f} at the end")
     num_equal, wrong = answers.compare(path)
     if wrong:

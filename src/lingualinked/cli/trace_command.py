@@ -67,7 +67,7 @@ def run_trace(
     except OSError as error:
         raise ll.ArgumentError(f"no trace can be written to --output {str(output)!r}: {error}") from error
     console = new_console()
-    console.print(stage_rows(telemetry.history).to_rich())
+    console.print(stage_rows(telemetry.history))
     tokens, steps = count_text(num_tokens, "token"), count_text(len(telemetry.steps), "step")
     sessions = count_text(num_requests, "session") + " at once" * (num_requests > 1)
     console.print(
