@@ -22,7 +22,8 @@ from transformers import LlamaConfig, PreTrainedModel
 import lingualinked as ll
 from lingualinked.cluster.inspection import inspect_workers
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.sharded.describing import LoadArguments, describe
+from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.describing import describe
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from processes import are_gone, family, fork_server

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 import lingualinked as ll
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.sharded.describing import LoadArguments, describe
+from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.describing import describe
 from processes import are_gone, family, fork_server, stopped
 from waiting import num_sessions, wait_until
 

@@ -25,7 +25,8 @@ from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
 from lingualinked.module_times import ModuleTimes
 from lingualinked.sharded import saved
-from lingualinked.sharded.describing import LoadArguments, describe
+from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.describing import describe
 from lingualinked.worker.power import RaplCounter
 from profiles import MIB, model_profile
 

@@ -17,6 +17,7 @@ from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows
 from lingualinked.display.telemetry_view import telemetry_rows
 from lingualinked.quantities import bytes_text, count_text
+from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.placing import find_or_fit_plan
 
 PROMPT = "Once upon a time there lived"
@@ -30,17 +31,17 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     console.print(f"[bold]Sample model[/] {path}\n", soft_wrap=True)
     started = time.perf_counter()
     # 1) limit the memory of each device, so that the model has to be cut
-    from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
+    from lingualinked.sharded.describing import describe  # imports torch
 
     limited = asked.devices
     if devices.isdecimal():
-        memory = _memory_of_each(describe(LoadArguments.of(path, None)).footprint().profile, len(limited))
+        memory = _memory_of_each(describe(LoadArguments.of(path)).footprint().profile, len(limited))
         limited = tuple(dataclasses.replace(each, memory=memory) for each in limited)
         if len(limited) > 1:
             console.print(f"Each device has {bytes_text(memory)} of memory, so that none can hold the whole model.\n")
     with ll.Cluster(limited, links=asked.links) as cluster:
         # 2) measure, solve and load
-        arguments = LoadArguments.of(path, cluster)
+        arguments = LoadArguments.of(path, cluster=cluster)
         plan = find_or_fit_plan(describe(arguments), arguments)
         console.print(plan_rows(plan))
         model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan, progress=progress)

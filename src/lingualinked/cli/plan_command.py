@@ -19,6 +19,7 @@ from lingualinked.cluster.devices import as_devices
 from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows
 from lingualinked.quantities import count_text
+from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
 
 if TYPE_CHECKING:
@@ -68,10 +69,10 @@ def load_format_of(path: str) -> Literal["auto", "dummy"]:
 def _find_or_estimate_profile(
     path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool
 ) -> ll.Profile:
-    from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
+    from lingualinked.sharded.describing import describe  # imports torch
 
     asked = read_devices(devices)
-    described = describe(LoadArguments.of(path, None, dtype=dtype, load_format=load_format_of(path)))
+    described = describe(LoadArguments.of(path, dtype=dtype, load_format=load_format_of(path)))
     if asked.specs:
         silent = [device.name for device in asked.devices if device.name not in asked.specs]
         if silent:

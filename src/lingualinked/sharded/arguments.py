@@ -1,16 +1,29 @@
-"""Refuses by name the arguments of transformers' ``from_pretrained`` that a sharded model does not support.
+"""The arguments of ``from_pretrained``: checks them, and refuses by name those of transformers that are not supported.
 
-Knows names and remedies only. The remaining arguments are config attributes, or unknown.
+Knows values, names and remedies; imports neither torch nor transformers. The remaining arguments are config attributes, or unknown.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from lingualinked.checks import check_positive, is_integer
+from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.planning.plan import Plan
+from lingualinked.workload import Objective, Workload, check_objective
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+    from lingualinked.cluster.cluster import Cluster
+
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _REMEDIES = {
     "adapter_kwargs": "merge the adapter into the weights first",
     "adapter_name": "merge the adapter into the weights first",
@@ -61,7 +74,61 @@ _WITHOUT_EFFECT = (
 )
 
 
-def check_interpreter() -> None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadArguments:
+    """The arguments of `ShardedModel.from_pretrained`."""
+
+    path: str
+    cluster: Cluster | None = None
+    owns_cluster: bool = False
+    plan: Plan | Literal["even"] | None = None
+    objective: Objective = "throughput"
+    workload: Workload | None = None
+    max_kv_tokens: int | None = None
+    rebalance: Literal["auto"] | RebalancePolicy | None = None
+    seed: int = 0
+    load_format: str = "auto"
+    progress: bool = True
+    timeout_s: float | None = None
+    dtype: torch.dtype | str | None = "auto"
+    config: PreTrainedConfig | str | os.PathLike[str] | None = None
+    hub: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_interpreter()
+        if self.load_format not in ("auto", "dummy"):
+            raise ArgumentError(f"load_format={self.load_format!r} must be 'auto' or 'dummy'")
+        if not isinstance(self.plan, Plan | None) and self.plan != "even":
+            raise ArgumentError(f"plan={self.plan!r} must be a lingualinked.Plan, 'even' or None")
+        check_objective(self.objective)
+        if not isinstance(self.workload, Workload | None):
+            raise ArgumentError(f"workload is a {type(self.workload).__name__}: pass a lingualinked.Workload")
+        if self.max_kv_tokens is not None and not is_integer(self.max_kv_tokens, at_least=1):
+            raise ArgumentError(f"max_kv_tokens={self.max_kv_tokens!r} must be a positive integer")
+        if self.timeout_s is not None:
+            check_positive(self.timeout_s, "timeout_s")
+        if not isinstance(self.rebalance, RebalancePolicy | None) and self.rebalance != "auto":
+            raise ArgumentError(f"rebalance={self.rebalance!r} must be 'auto', a lingualinked.RebalancePolicy or None")
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], **arguments: Any) -> LoadArguments:
+        """Check a path, and sort the other arguments into fields, arguments for the hub, and the rest."""
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            what = repr(path) if isinstance(path, str) else f"of type {type(path).__name__}"
+            raise ArgumentError(
+                f"the model to load is {what}: pass the folder of a checkpoint or a model id of the hub"
+            )
+        fields = {field.name for field in dataclasses.fields(cls)} - {"owns_cluster", "hub", "extra"}
+        own = {name: value for name, value in arguments.items() if name in fields}
+        hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
+        extra = {name: value for name, value in arguments.items() if name not in fields and name not in hub}
+        return cls(path=os.fspath(path), hub=hub, extra=extra, **own)
+
+
+def _check_interpreter() -> None:
     """Check that Python keeps docstrings, which transformers needs when it imports a model."""
     if sys.flags.optimize > 1:
         raise UnsupportedOperationError(

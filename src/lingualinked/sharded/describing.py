@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -26,14 +26,11 @@ from lingualinked.model.span_loading import check_weights
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.estimate import DeviceSpecs, LayerOperations, roofline_profile
 from lingualinked.profile import ModelProfile, Profile
-from lingualinked.sharded.arguments import check_attn_implementation, check_interpreter, select_config_attributes
-from lingualinked.workload import Objective, Workload
+from lingualinked.sharded.arguments import LoadArguments, check_attn_implementation, select_config_attributes
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.cluster import Cluster
-    from lingualinked.control.policy import RebalancePolicy
     from lingualinked.device import Device, Links
-    from lingualinked.planning.plan import Plan
+    from lingualinked.workload import Workload
 
 _HUB_DEFAULTS: Mapping[str, Any] = {
     "cache_dir": None,
@@ -44,46 +41,8 @@ _HUB_DEFAULTS: Mapping[str, Any] = {
     "subfolder": "",
     "token": None,
 }
-_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 # Attributes of a config that the stages ignore.
 _ABOUT_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LoadArguments:
-    """The arguments of `ShardedModel.from_pretrained`."""
-
-    path: str
-    cluster: Cluster | None = None
-    owns_cluster: bool = False
-    plan: Plan | Literal["even"] | None = None
-    objective: Objective = "throughput"
-    workload: Workload | None = None
-    max_kv_tokens: int | None = None
-    policy: RebalancePolicy | None = None
-    seed: int = 0
-    load_format: str = "auto"
-    progress: bool = True
-    timeout_s: float | None = None
-    dtype: torch.dtype | str | None = "auto"
-    config: PreTrainedConfig | str | os.PathLike[str] | None = None
-    hub: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.load_format not in ("auto", "dummy"):
-            raise ArgumentError(f"load_format={self.load_format!r} must be 'auto' or 'dummy'")
-
-    @classmethod
-    def of(cls, path: str, cluster: Cluster | None, **arguments: Any) -> LoadArguments:
-        """Sort arguments into fields, arguments for the hub, and the rest."""
-        fields = {field.name for field in dataclasses.fields(cls)} - {"hub", "extra"}
-        own = {name: value for name, value in arguments.items() if name in fields}
-        hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
-        extra = {name: value for name, value in arguments.items() if name not in fields and name not in hub}
-        return cls(path=path, cluster=cluster, hub=hub, extra=extra, **own)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +82,6 @@ def describe_spec(spec: ModelSpec) -> Described:
 def describe(arguments: LoadArguments) -> Described:
     """Read the config and the headers of a checkpoint; raises like `ShardedModel.from_pretrained`."""
     # 1) sort the arguments
-    check_interpreter()
     extra = dict(arguments.extra)
     hub = {**_HUB_DEFAULTS, **arguments.hub}
     hub |= {name: extra.pop(name) for name in ("force_download", "proxies") if name in extra}

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import TypeVar, cast
 
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.sharded.describing import LoadArguments, describe
+from lingualinked.control.policy import RebalancePolicy
+from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.describing import describe
 from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
 from lingualinked.sharded.placing import find_or_fit_plan
@@ -41,8 +43,9 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
         with DeviceProgress.of_loading(plan, shown=arguments.progress) as bars:
             pipeline.load(bars.update)
         # 4) watch the pipeline, if layers are to move by themselves
-        if arguments.policy is not None:
-            enable_rebalancing(pipeline, described, arguments.workload, arguments.policy, is_automatic=True)
+        policy = RebalancePolicy() if isinstance(arguments.rebalance, str) else arguments.rebalance
+        if policy is not None:
+            enable_rebalancing(pipeline, described, arguments.workload, policy, is_automatic=True)
     except BaseException:
         pipeline.unload()
         raise

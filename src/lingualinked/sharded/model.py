@@ -5,6 +5,7 @@ Knows arguments and delegates the work; imports torch and transformers only when
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from lingualinked.checks import check_positive, is_integer
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.devices import asked_devices
 from lingualinked.control.policy import RebalancePolicy
@@ -20,11 +20,11 @@ from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
-from lingualinked.sharded.arguments import check_interpreter
+from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.memory_check import check_total_memory
 from lingualinked.sharded.placing import fit_plan
 from lingualinked.sharded.rebalancing import enable_rebalancing, extended_profile
-from lingualinked.workload import Objective, Workload, check_objective
+from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -147,76 +147,52 @@ class ShardedModel:
             If a worker raises, dies, or does not answer in time while loading.
         """
         # 1) check the arguments
-        check_interpreter()
-        if load_format not in ("auto", "dummy"):
-            raise ArgumentError(f"load_format={load_format!r} must be 'auto' or 'dummy'")
-        if not isinstance(plan, Plan | None) and plan != "even":
-            raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan, 'even' or None")
-        check_objective(objective)
-        if not isinstance(workload, Workload | None):
-            raise ArgumentError(f"workload is a {type(workload).__name__}: pass a lingualinked.Workload")
-        if max_kv_tokens is not None and not is_integer(max_kv_tokens, at_least=1):
-            raise ArgumentError(f"max_kv_tokens={max_kv_tokens!r} must be a positive integer")
-        if timeout_s is not None:
-            check_positive(timeout_s, "timeout_s")
-        if not isinstance(rebalance, RebalancePolicy | None) and rebalance != "auto":
-            raise ArgumentError(f"rebalance={rebalance!r} must be 'auto', a lingualinked.RebalancePolicy or None")
+        arguments = LoadArguments.of(
+            pretrained_model_name_or_path,
+            plan=plan,
+            objective=objective,
+            workload=workload,
+            max_kv_tokens=max_kv_tokens,
+            rebalance=rebalance,
+            seed=0 if seed is None else seed,
+            load_format=load_format,
+            progress=progress,
+            timeout_s=timeout_s,
+            dtype=dtype,
+            config=config,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
         if cluster is not None and devices != "auto":
             raise ArgumentError("pass devices= or cluster=, not both: a cluster has its own devices")
-        path = pretrained_model_name_or_path
-        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            what = repr(path) if isinstance(path, str) else f"of type {type(path).__name__}"
-            raise ArgumentError(
-                f"the model to load is {what}: pass the folder of a checkpoint or a model id of the hub"
-            )
-        path = os.fspath(path)
-        given = cluster
-        asked = asked_devices(devices) if given is None else given.devices
+        folder = Path(arguments.path) / subfolder
+        asked = asked_devices(devices) if cluster is None else cluster.devices
         # 2) refuse what exceeds all memory, before any process starts (only the headers of an unmodified model tell)
         if load_format == "auto" and config is None and not kwargs:
             check_total_memory(
-                Path(path) / subfolder,
+                folder,
                 None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
                 asked,
                 workload if plan is None else None,
                 DEFAULT_RESERVE if plan is None else 0.0,
             )
         # 3) start the workers; while they start, import torch and transformers and load
+        own = None
         try:
-            cluster = given or Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(path, subfolder))
-            from lingualinked.sharded.describing import LoadArguments  # imports torch
+            if cluster is None:
+                cluster = own = Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(folder))
             from lingualinked.sharded.loading import load  # imports torch
 
-            return load(
-                LoadArguments.of(
-                    path,
-                    cluster,
-                    owns_cluster=given is None,
-                    plan=plan,
-                    objective=objective,
-                    workload=workload,
-                    max_kv_tokens=max_kv_tokens,
-                    policy=RebalancePolicy() if isinstance(rebalance, str) else rebalance,
-                    seed=0 if seed is None else seed,
-                    load_format=load_format,
-                    progress=progress,
-                    timeout_s=timeout_s,
-                    dtype=dtype,
-                    config=config,
-                    revision=revision,
-                    subfolder=subfolder,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    attn_implementation=attn_implementation,
-                    trust_remote_code=trust_remote_code,
-                    **kwargs,
-                ),
-                ShardedModel,
-            )
+            return load(dataclasses.replace(arguments, cluster=cluster, owns_cluster=own is not None), ShardedModel)
         except BaseException:
-            if given is None and cluster is not None:
-                cluster.close()
+            if own is not None:
+                own.close()
             raise
 
     @property
@@ -382,10 +358,10 @@ class ShardedModel:
         )
 
 
-def _class_names(path: str, subfolder: str) -> tuple[str, ...]:
+def _class_names(folder: Path) -> tuple[str, ...]:
     """Return the classes named by a local checkpoint, for workers to import early; empty if it can't be read."""
     try:
-        architectures = json.loads((Path(path) / subfolder / "config.json").read_text()).get("architectures")
+        architectures = json.loads((folder / "config.json").read_text()).get("architectures")
     except (OSError, ValueError, AttributeError):
         return ()
     return tuple(name for name in architectures or () if isinstance(name, str))

@@ -13,6 +13,7 @@ from lingualinked.cluster.cluster import Cluster
 from lingualinked.errors import ArgumentError
 from lingualinked.interrupts import interruptible
 from lingualinked.profile import Profile
+from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.model import ShardedModel
 from lingualinked.sharded.saved import find_profile
 from lingualinked.workload import Workload
@@ -64,14 +65,14 @@ def profile_model(
     LingualinkedError
         As in `ShardedModel.from_pretrained`, for the path, its arguments, and workers that fail.
     """
-    from lingualinked.sharded.describing import LoadArguments, describe, describe_spec  # imports torch
+    from lingualinked.sharded.describing import describe, describe_spec  # imports torch
 
     if not isinstance(cluster, Cluster):
         raise ArgumentError(f"cluster is a {type(cluster).__name__}: pass a lingualinked.Cluster")
     if isinstance(model_or_path, ShardedModel):
         described = describe_spec(model_or_path._pipeline.spec)  # noqa: SLF001 - within the room
     else:
-        described = describe(LoadArguments.of(os.fspath(model_or_path), cluster, **kwargs))
+        described = describe(LoadArguments.of(model_or_path, cluster=cluster, **kwargs))
     footprint = described.footprint()
     fitting = footprint.profile.fit_workload(workload)
     return find_profile(cluster, described.spec, footprint, fitting, refresh=refresh, progress=progress)
@@ -114,6 +115,6 @@ def estimate_profile(
     LingualinkedError
         As in `ShardedModel.from_pretrained`, for the path and its arguments.
     """
-    from lingualinked.sharded.describing import LoadArguments, describe  # imports torch
+    from lingualinked.sharded.describing import describe  # imports torch
 
-    return describe(LoadArguments.of(os.fspath(path), None, **kwargs)).estimate(devices, specs, links, workload)
+    return describe(LoadArguments.of(path, **kwargs)).estimate(devices, specs, links, workload)

@@ -19,7 +19,8 @@ from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
-    from lingualinked.sharded.describing import Described, LoadArguments
+    from lingualinked.sharded.arguments import LoadArguments
+    from lingualinked.sharded.describing import Described
 
 
 def find_or_fit_plan(described: Described, arguments: LoadArguments) -> Plan:

@@ -8,13 +8,14 @@ import pytest
 
 import lingualinked as ll
 from lingualinked.cli.demo_command import _memory_of_each
-from lingualinked.sharded.describing import LoadArguments, describe
+from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.describing import describe
 from profiles import profile
 
 
 @pytest.fixture(scope="module")
 def model() -> ll.ModelProfile:
-    return describe(LoadArguments.of(ll.sample_model(), None)).footprint().profile
+    return describe(LoadArguments.of(ll.sample_model())).footprint().profile
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
