@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from lingualinked.control.speed import SpeedLevel
 from lingualinked.device import CALLER
-from lingualinked.module_times import ModuleTimes
+from lingualinked.planning.scaling import scaled
 from lingualinked.planning.workload_costs import HEADER_BYTES, stage_s
 from lingualinked.profile import DeviceProfile, LinkProfile, Profile
 from lingualinked.telemetry.samples import StageTiming, StepSample
@@ -165,16 +165,9 @@ class LiveProfile:
         return self.measured.doubt + corrected
 
     def _device(self, device: DeviceProfile, prefill: float, decode: float) -> DeviceProfile:
+        now = scaled(device, prefill=prefill, decode=decode)
         cap = self._devices[device.device.name].cap_bytes
-        free = device.capacity_bytes if cap is None else min(cap, device.capacity_bytes)
-        return dataclasses.replace(
-            device,
-            layers=tuple(_scaled(each, prefill, decode) for each in device.layers),
-            stage=_scaled(device.stage, prefill, decode),
-            prologue=_scaled(device.prologue, prefill, decode),
-            epilogue=_scaled(device.epilogue, prefill, decode),
-            free_bytes=device.free_bytes if cap is None else int(free),
-        )
+        return now if cap is None else dataclasses.replace(now, free_bytes=int(min(cap, device.capacity_bytes)))
 
     def _link(self, link: LinkProfile) -> LinkProfile:
         level = self._links[link.source, link.target]
@@ -198,12 +191,3 @@ class LiveProfile:
             seconds = stage_s(self.measured.model, device, stage.start, stage.end, rows, tokens, sample.context)
             self._predicted_s[shape] = seconds
         return seconds
-
-
-def _scaled(times: ModuleTimes, prefill: float, decode: float) -> ModuleTimes:
-    return ModuleTimes(
-        tuple(
-            dataclasses.replace(step, seconds=step.seconds * (decode if step.tokens == 1 else prefill))
-            for step in times.steps
-        )
-    )

@@ -15,7 +15,7 @@ from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.planner import solve
-from lingualinked.planning.prediction import Prediction
+from lingualinked.planning.prediction import Prediction, step_s_of, value_of
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Migration, moves_between
@@ -97,26 +97,16 @@ def weigh(
     """Return what moving from one plan to another would save and cost, with some sessions in flight."""
     workload = _in_flight(current, live, num_sessions)
     before, after = (dataclasses.replace(plan, profile=live).predict(workload) for plan in (current, other))
-    old, new = value(before, objective), value(after, objective)
+    old, new = value_of(before, objective), value_of(after, objective)
     cost_s, moved_bytes = _cost(current, other, live, before, load_rate)
     return Proposal(
         plan=other,
-        before_s=_step_s(before, objective),
-        after_s=_step_s(after, objective),
+        before_s=step_s_of(before, objective),
+        after_s=step_s_of(after, objective),
         saved=1 - new / old if old > 0 else 0.0,
         cost_s=cost_s,
         moved_bytes=moved_bytes,
     )
-
-
-def value(predicted: Prediction, objective: Objective) -> float:
-    """Return what the objective minimises."""
-    joules = predicted.joules_per_token
-    return joules if objective == "energy" and joules is not None else _step_s(predicted, objective)
-
-
-def _step_s(predicted: Prediction, objective: Objective) -> float:
-    return predicted.latency_s if objective == "latency" else predicted.interval_s
 
 
 def _best(
@@ -149,7 +139,7 @@ def _best(
     if best.devices != tuple(name for name in order if name in best.devices):
         with contextlib.suppress(InfeasiblePlanError):
             ordered = solved(order=order)
-            least, other = (value(plan.predict(workload), objective) for plan in (best, ordered))
+            least, other = (value_of(plan.predict(workload), objective) for plan in (best, ordered))
             if least > (1 - min_gain) * other:
                 return ordered
     return best

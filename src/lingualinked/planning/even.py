@@ -11,8 +11,7 @@ from itertools import accumulate
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.plan import Plan, inexact_because
-from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.planning.plan import Plan, weighed
 from lingualinked.quantities import bytes_text, count_text
 from lingualinked.weight_bytes import WeightBytes
 
@@ -33,9 +32,8 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
     before = [0, *accumulate(weights.layers)]
 
     def stage_bytes(start: int, end: int) -> int:
-        middle = before[end] - before[start]
         ends = weights.of_ends(has_first=start == 0, has_last=end == num_layers)
-        return middle + ends
+        return before[end] - before[start] + ends
 
     def size_within_limit(device: int, size: int) -> float:
         limit = limits[device]
@@ -68,13 +66,8 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
     boundaries = search(size_within_limit)
     if boundaries is None:
         raise _does_not_fit(weights, devices, search(excess) or [])
-    return Plan(
-        stages=tuple(
-            PlannedStage(device=device.name, start=start, end=end, weight_bytes=stage_bytes(start, end))
-            for device, start, end in zip(devices, boundaries[:-1], boundaries[1:], strict=True)
-        ),
-        inexact_because=inexact_because(devices),
-    )
+    spans = zip([device.name for device in devices], boundaries[:-1], boundaries[1:], strict=True)
+    return weighed(Plan.from_spans(spans), weights, devices)
 
 
 def _does_not_fit(weights: WeightBytes, devices: Sequence[Device], closest: Sequence[int]) -> InfeasiblePlanError:

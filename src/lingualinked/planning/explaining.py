@@ -6,36 +6,41 @@ Knows profiles, plans and the solver; nothing of how a text is shown.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from lingualinked.device import CALLER
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.module_times import ModuleTimes
 from lingualinked.planning.explanation import Explanation, WhatIf
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.planner import solve
+from lingualinked.planning.prediction import value_of
+from lingualinked.planning.scaling import scaled
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import DeviceProfile, Profile
 from lingualinked.quantities import count_text
 from lingualinked.registry import explanation_of
+from lingualinked.workload import Objective
 
 
 def explain_plan(plan: Plan) -> Explanation:
     """Explain a plan that has a profile."""
     profile = plan.measured
-    objective = plan.solved.objective if plan.solved else "throughput"
+    objective: Objective = plan.solved.objective if plan.solved else "throughput"
     now = _value(plan, objective)
-    what_ifs = []
-    for change, changed in _changes(plan, profile):
-        what_ifs.append(_what_if(change, changed, plan, objective, now))
-    copies = []
-    for name in plan.devices:
-        new_name = _unused_name(f"{name}-2", profile)
-        copies.append(_what_if(f"a second {name!r}", profile.with_copy(name, new_name), plan, objective, now))
+
+    def what_if(change: str, changed: Profile) -> WhatIf:
+        return _what_if(change, changed, plan, objective, now)
+
+    copies = [
+        what_if(f"a second {name!r}", profile.with_copy(name, _unused_name(f"{name}-2", profile)))
+        for name in plan.devices
+    ]
+    what_ifs = itertools.starmap(what_if, _changes(plan, profile))
     return Explanation(
         limit=_limit(plan, objective),
         another_device=max(copies, key=lambda each: each.gain),
-        what_ifs=tuple(sorted(what_ifs, key=lambda each: -each.gain)),
+        what_ifs=tuple(sorted(what_ifs, key=lambda each: each.gain, reverse=True)),
         objective=objective,
         tokens_per_s=_rate(plan, objective),
         fewer_devices=_fewer_devices(plan) if objective == "throughput" else "",
@@ -61,7 +66,7 @@ def _fewer_devices(plan: Plan) -> str:
     return ""
 
 
-def _limit(plan: Plan, objective: str) -> str:
+def _limit(plan: Plan, objective: Objective) -> str:
     predicted = plan.predicted
     costs = WorkloadCosts(plan.measured, predicted.workload, plan.reserve)
     layers = enumerate(plan.measured.model.layer_weight_bytes)
@@ -92,16 +97,16 @@ def _limit(plan: Plan, objective: str) -> str:
 
 
 def _changes(plan: Plan, profile: Profile) -> Iterator[tuple[str, Profile]]:
-    predicted = plan.predicted
     for name in plan.devices:
-        yield f"{name!r} twice as fast", _replaced(profile, name, _twice_as_fast(profile.device(name)))
-    for use in predicted.devices:
+        faster = scaled(profile.device(name), prefill=0.5, decode=0.5)
+        yield f"{name!r} twice as fast", _replaced(profile, name, faster)
+    for use in plan.predicted.devices:
         if use.capacity_bytes is not None:
             device = profile.device(use.device)
             more = dataclasses.replace(device.device, memory=2 * use.capacity_bytes)
             freer = dataclasses.replace(device, device=more, free_bytes=None)
             yield f"{use.device!r} with twice the memory", _replaced(profile, use.device, freer)
-    for name in (*plan.devices,):
+    for name in plan.devices:
         links = tuple(
             dataclasses.replace(
                 link,
@@ -115,11 +120,11 @@ def _changes(plan: Plan, profile: Profile) -> Iterator[tuple[str, Profile]]:
         yield f"links of {name!r} twice as fast", dataclasses.replace(profile, links=links)
 
 
-def _what_if(change: str, changed: Profile, plan: Plan, objective: str, now: float) -> WhatIf:
+def _what_if(change: str, changed: Profile, plan: Plan, objective: Objective, now: float) -> WhatIf:
     try:
         best = solve(
             changed,
-            objective=objective,  # type: ignore[arg-type]
+            objective=objective,
             workload=plan.workload,
             reserve=plan.reserve,
             min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
@@ -129,16 +134,13 @@ def _what_if(change: str, changed: Profile, plan: Plan, objective: str, now: flo
     return WhatIf(change=change, gain=now / _value(best, objective), tokens_per_s=_rate(best, objective))
 
 
-def _value(plan: Plan, objective: str) -> float:
+def _value(plan: Plan, objective: Objective) -> float:
     if plan.solved is not None and plan.solved.objective == objective:
         return plan.solved.value
-    predicted = plan.predicted
-    if objective == "latency":
-        return predicted.latency_s
-    return predicted.interval_s if objective == "throughput" else predicted.joules_per_token or 1.0
+    return value_of(plan.predicted, objective)
 
 
-def _rate(plan: Plan, objective: str) -> float:
+def _rate(plan: Plan, objective: Objective) -> float:
     predicted = plan.predicted
     return predicted.stream_tokens_per_s if objective == "latency" else predicted.tokens_per_s
 
@@ -152,19 +154,6 @@ def _unused_name(name: str, profile: Profile) -> str:
 def _replaced(profile: Profile, name: str, changed: DeviceProfile) -> Profile:
     devices = tuple(changed if each.device.name == name else each for each in profile.devices)
     return dataclasses.replace(profile, devices=devices)
-
-
-def _twice_as_fast(device: DeviceProfile) -> DeviceProfile:
-    def faster(times: ModuleTimes) -> ModuleTimes:
-        return ModuleTimes(tuple(dataclasses.replace(step, seconds=step.seconds / 2) for step in times.steps))
-
-    return dataclasses.replace(
-        device,
-        layers=tuple(map(faster, device.layers)),
-        stage=faster(device.stage),
-        prologue=faster(device.prologue),
-        epilogue=faster(device.epilogue),
-    )
 
 
 explanation_of.register(Plan, explain_plan)

@@ -5,6 +5,7 @@ Knows plans and the solver; nothing of how a text is shown.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 
@@ -38,17 +39,14 @@ def sessions_to_pay(plan: Plan) -> dict[str, int | None]:
         gain = _rate(other, num_sessions) / _rate(plan, num_sessions)
         return frozenset(other.devices) if gain > _PLAINLY else frozenset()
 
-    found: dict[str, int | None] = {}
-    for name in left_out:
-        low, high = now.num_sessions, max(now.num_sessions, full.predicted.sessions_to_fill) + 1
-        if name not in used(high):
-            found[name] = None
-            continue
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if name in used(middle) else (middle, high)
-        found[name] = high
-    return found
+    tried = range(now.num_sessions + 1, max(now.num_sessions, full.predicted.sessions_to_fill) + 2)
+
+    def first_to_use(name: str) -> int | None:
+        if name not in used(tried[-1]):
+            return None
+        return tried[bisect.bisect_left(tried, True, key=lambda number: name in used(number))]
+
+    return {name: first_to_use(name) for name in left_out}
 
 
 def _rate(plan: Plan, num_sessions: int) -> float:

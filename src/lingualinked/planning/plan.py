@@ -16,12 +16,13 @@ from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.comparison import Comparison
 from lingualinked.planning.explanation import Explanation
 from lingualinked.planning.planned_stage import PlannedStage
-from lingualinked.planning.prediction import Prediction, predict
+from lingualinked.planning.prediction import Prediction
 from lingualinked.planning.solved import Solved
 from lingualinked.profile import Profile
 from lingualinked.quantities import count_text
 from lingualinked.registry import explanation_of, figure_of
 from lingualinked.shown import Shown
+from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Workload
 
 DEFAULT_RESERVE = 0.05
@@ -115,20 +116,13 @@ class Plan(Shown):
         >>> Plan.from_spans([("a", 0, 4), ("b", 4, 12)]).num_layers
         12
         """
-        plan = cls(stages=tuple(PlannedStage(device=device, start=start, end=end) for device, start, end in spans))
+        stages = tuple(PlannedStage(device=device, start=start, end=end) for device, start, end in spans)
+        plan = cls(stages=stages, workload=workload)
         if profile is None:
-            return dataclasses.replace(plan, workload=workload)
+            return plan
         check_plan(plan, profile.model.num_layers, profile.names)
-        return dataclasses.replace(
-            plan,
-            stages=tuple(
-                dataclasses.replace(stage, weight_bytes=profile.model.span_bytes(stage.start, stage.end))
-                for stage in plan.stages
-            ),
-            inexact_because=inexact_because([profile.device(name).device for name in plan.devices]),
-            profile=profile,
-            workload=profile.model.fit_workload(workload),
-        )
+        plan = dataclasses.replace(plan, profile=profile, workload=profile.model.fit_workload(workload))
+        return weighed(plan, profile.model.weights, [each.device for each in profile.devices])
 
     @property
     def num_layers(self) -> int:
@@ -279,9 +273,21 @@ class Plan(Shown):
 
 
 def _predict(plan: Plan, profile: Profile, workload: Workload) -> Prediction:
-    from lingualinked.planning.workload_costs import WorkloadCosts  # imports NumPy
+    from lingualinked.planning.predicting import predict  # imports NumPy
 
-    return predict(plan.stages, WorkloadCosts(profile, workload, plan.reserve))
+    return predict(plan.stages, profile, workload, plan.reserve)
+
+
+def weighed(plan: Plan, weights: WeightBytes, devices: Iterable[Device]) -> Plan:
+    """Fill in the bytes of a plan's stages, and whether its devices give the unsharded model's bits."""
+    by_name = {device.name: device for device in devices}
+    return dataclasses.replace(
+        plan,
+        stages=tuple(
+            dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
+        ),
+        inexact_because=inexact_because([by_name[name] for name in plan.devices]),
+    )
 
 
 def inexact_because(devices: Sequence[Device]) -> str:

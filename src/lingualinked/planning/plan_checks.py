@@ -17,14 +17,19 @@ def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
     """Refuse a plan that puts more weights on a device than its memory limit allows, and say how many bytes are missing."""
     for device in devices:
         num_bytes = sum(stage.weight_bytes for stage in plan.stages if stage.device == device.name)
-        limit = device.memory_bytes
-        if limit is not None and num_bytes > limit:
-            raise InfeasiblePlanError(
-                f"the plan puts {bytes_text(num_bytes)} of weights on device {device.name!r}, which has "
-                f"{bytes_text(limit)} of memory: {bytes_text(num_bytes - limit, round_up=True)} short; "
-                "raise its memory or give it fewer layers",
-                missing_bytes=num_bytes - limit,
-            )
+        if device.memory_bytes is not None:
+            refuse_overfull(device.name, num_bytes, device.memory_bytes, "weights")
+
+
+def refuse_overfull(device: str, num_bytes: int, limit: float, held: str) -> None:
+    """Refuse a plan under which a device would hold more bytes than it can; ``held`` says of what."""
+    if num_bytes > limit:
+        missing = int(num_bytes - limit)
+        raise InfeasiblePlanError(
+            f"the plan puts {bytes_text(num_bytes)} of {held} on device {device!r}, which has {bytes_text(limit)}: "
+            f"{bytes_text(missing, round_up=True)} short; raise its memory or give it fewer layers",
+            missing_bytes=missing,
+        )
 
 
 def check_trust(plan: Plan, devices: Iterable[Device]) -> None:

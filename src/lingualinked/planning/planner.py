@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lingualinked.checks import is_integer, is_number
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Placement, Problem
-from lingualinked.planning.placement.solver import fits, solve_problem
-from lingualinked.planning.plan import DEFAULT_RESERVE, Plan, inexact_because
-from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.planning.placement.solver import solve_problem
+from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
+from lingualinked.planning.remedy import model_fits, with_remedy
 from lingualinked.planning.solved import Solved
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
-from lingualinked.quantities import bytes_text, count_text
 from lingualinked.workload import Objective, Workload, check_objective
 
 _BASELINES = {"even": even, "by_memory": by_memory, "sum_objective": sum_objective}
@@ -103,14 +102,14 @@ def solve(
     try:
         solution = solve_problem(problem, objective, order=indices, max_bottleneck_s=floor_s)
     except InfeasiblePlanError as error:
-        if floor_s is not None and _fits(profile, workload, reserve):
+        if floor_s is not None and model_fits(profile, workload, reserve):
             full = dataclasses.replace(problem, num_sessions=math.inf)
             fastest = workload.batch_size / solve_problem(full, order=indices).value
             raise InfeasiblePlanError(
                 f"no plan gives min_tokens_per_s={min_tokens_per_s:g}: the fastest gives {fastest:.1f} tokens/s with its "
                 "pipeline full; ask for less, or add a device"
             ) from error
-        raise _with_remedy(error, profile, workload, reserve) from error
+        raise with_remedy(error, profile, workload, reserve) from error
     used = {span.device for span in solution.placement}
     solved = Solved(
         objective=objective,
@@ -160,23 +159,8 @@ def baseline(
 
 
 def _plan(problem: Problem, placement: Placement, profile: Profile, workload: Workload, reserve: float) -> Plan:
-    stages = tuple(
-        PlannedStage(
-            device=problem.names[span.device],
-            start=span.start,
-            end=span.end,
-            weight_bytes=profile.model.span_bytes(span.start, span.end),
-        )
-        for span in placement
-    )
-    devices = [profile.device(stage.device).device for stage in stages]
-    return Plan(
-        stages=stages,
-        inexact_because=inexact_because(devices),
-        profile=profile,
-        workload=workload,
-        reserve=reserve,
-    )
+    spans = [(problem.names[span.device], span.start, span.end) for span in placement]
+    return dataclasses.replace(Plan.from_spans(spans, profile=profile, workload=workload), reserve=reserve)
 
 
 def _check_arguments(profile: object, objective: object, min_tokens_per_s: object, reserve: object) -> None:
@@ -208,93 +192,3 @@ def _indices(order: Sequence[str] | None, profile: Profile) -> tuple[int, ...] |
     if not order:
         raise ArgumentError("order is empty: a plan needs at least one device")
     return tuple(profile.names.index(name) for name in order)
-
-
-def _with_remedy(
-    error: InfeasiblePlanError, profile: Profile, workload: Workload, reserve: float
-) -> InfeasiblePlanError:
-    """Add to the refusal what would fit: a shorter text, a smaller batch, or one more device of some size."""
-    remedies = []
-    tokens = _largest(workload.num_tokens - 1, lambda num: _fits(profile, _of_tokens(workload, num), reserve))
-    if tokens >= 2:
-        remedies.append(f"texts of {count_text(tokens, 'token')} instead of {workload.num_tokens}")
-    rows = _largest(workload.batch_size - 1, lambda num: _fits(profile, _of_rows(workload, num), reserve))
-    if rows:
-        remedies.append(f"batch_size={rows} instead of {workload.batch_size}")
-    sessions = _largest(workload.num_sessions - 1, lambda num: _fits(profile, _of_sessions(workload, num), reserve))
-    if sessions:
-        remedies.append(f"num_sessions={sessions} instead of {workload.num_sessions}")
-    front, back = workload.trusted_layers
-    fewer = _largest(max(front, back) - 1, lambda num: _fits(profile, _of_trusted(workload, num), reserve))
-    if max(front, back) > 1 and _fits(profile, _of_trusted(workload, fewer), reserve):
-        remedies.append(f"trusted_layers={_of_trusted(workload, fewer).trusted_layers} instead of {(front, back)}")
-    added = _extra_memory(profile, workload, reserve)
-    if added is not None:
-        remedies.append(f"one more device of at least {bytes_text(added, round_up=True)}")
-    text = f"{error}; what would fit: {', or '.join(remedies)}" if remedies else str(error)
-    return InfeasiblePlanError(text, missing_bytes=error.missing_bytes)
-
-
-def _of_tokens(workload: Workload, num_tokens: int) -> Workload:
-    prompt = max(1, min(workload.prompt_tokens, num_tokens - 1))
-    return dataclasses.replace(workload, prompt_tokens=prompt, new_tokens=max(1, num_tokens - prompt))
-
-
-def _of_rows(workload: Workload, batch_size: int) -> Workload:
-    return dataclasses.replace(workload, batch_size=batch_size)
-
-
-def _of_sessions(workload: Workload, num_sessions: int) -> Workload:
-    return dataclasses.replace(workload, num_sessions=num_sessions)
-
-
-def _of_trusted(workload: Workload, most: int) -> Workload:
-    front, back = workload.trusted_layers
-    return dataclasses.replace(workload, trusted_layers=(min(front, most), min(back, most)))
-
-
-def _fits(profile: Profile, workload: Workload, reserve: float) -> bool:
-    return fits(WorkloadCosts(profile, workload, reserve).problem())
-
-
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """Find the largest number from 1 to ``most`` that fits, given that all smaller ones do too; 0 if none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def _extra_memory(profile: Profile, workload: Workload, reserve: float) -> int | None:
-    """Give the bytes of the smallest further device, trusted and like the first one, with which the model fits."""
-    name = "one more"
-    if name in profile.names:
-        return None
-    wider = profile.with_copy(profile.names[0], name)
-
-    def suffices(num_bytes: int) -> bool:
-        devices = tuple(
-            dataclasses.replace(
-                each,
-                device=dataclasses.replace(each.device, memory=num_bytes, trusted=each.device.trusted or trusted),
-                free_bytes=None,
-            )
-            if each.device.name == name
-            else each
-            for each in wider.devices
-        )
-        return _fits(dataclasses.replace(wider, devices=devices), workload, reserve)
-
-    trusted = any(each.device.trusted for each in profile.devices)
-    costs = WorkloadCosts(profile, workload, reserve)
-    model = profile.model
-    total = model.span_bytes(0, model.num_layers) + costs.kv_bytes(0, model.num_layers) + costs.working_bytes()
-    high = math.ceil(total / (1 - reserve)) + 1
-    if not suffices(high):
-        return None
-    low = 0
-    while high - low > max(1, high // 200):
-        middle = (low + high) // 2
-        low, high = (low, middle) if suffices(middle) else (middle, high)
-    return high

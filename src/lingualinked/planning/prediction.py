@@ -1,24 +1,17 @@
 """What a plan is predicted to do: seconds and bytes of its stages, hops and devices under one workload.
 
-Plain results, and how they follow from costs; knows no solver.
+Plain results, and what follows from them; knows neither plans nor what parts cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lingualinked.device import CALLER
-from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.shown import Printed
-from lingualinked.workload import Workload
-
-if TYPE_CHECKING:
-    from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.workload import Objective, Workload
 
 _PLAINLY = 1.05  # times as many tokens per second
 
@@ -141,12 +134,12 @@ class Prediction(Printed):
     @property
     def bottleneck_s(self) -> float:
         """Seconds of a mean step that the busiest device or link needs; a full pipeline gives one step per so long."""
-        return self._bottleneck[0]
+        return max(self._seconds())[0]
 
     @property
     def bottleneck(self) -> str:
         """The busiest device or link."""
-        return self._bottleneck[1]
+        return max(self._seconds())[1]
 
     @property
     def is_latency_bound(self) -> bool:
@@ -159,11 +152,11 @@ class Prediction(Printed):
 
         The busiest one where the sessions keep it busy all the time; else the one on which a step spends most time.
         """
-        return max(self._spent)[1] if self.is_latency_bound else self.bottleneck
+        return max(self._seconds(with_latency=True))[1] if self.is_latency_bound else self.bottleneck
 
     def seconds_of(self, part: str) -> float:
         """Seconds of a mean step on a device or link, by its name as in `limited_by`."""
-        return next(seconds for seconds, name in self._spent if name == part)
+        return next(seconds for seconds, name in self._seconds(with_latency=True) if name == part)
 
     @property
     def stream_tokens_per_s(self) -> float:
@@ -256,75 +249,22 @@ class Prediction(Printed):
     def __str__(self) -> str:
         return "\n".join(self.lines)
 
-    @property
-    def _spent(self) -> list[tuple[float, str]]:
-        """Seconds that a mean step spends on each device and each link."""
-        spent = [(device.busy_s, f"device {device.device!r}") for device in self.devices]
+    def _seconds(self, *, with_latency: bool = False) -> list[tuple[float, str]]:
+        """List the seconds of a mean step on each device and each link; latency keeps no link busy."""
+        seconds = [(device.busy_s, f"device {device.device!r}") for device in self.devices]
         for hop in self.hops:
-            seconds = hop.latency_s + self.mean(hop.prefill_transfer_s, hop.decode_transfer_s)
-            spent.append((seconds, f"link {hop.source!r} -> {hop.target!r}"))
-        return spent
-
-    @property
-    def _bottleneck(self) -> tuple[float, str]:
-        busy = [(device.busy_s, f"device {device.device!r}") for device in self.devices]
-        busy += [
-            (self.mean(hop.prefill_transfer_s, hop.decode_transfer_s), f"link {hop.source!r} -> {hop.target!r}")
-            for hop in self.hops
-        ]
-        return max(busy)
+            busy_s = self.mean(hop.prefill_transfer_s, hop.decode_transfer_s)
+            name = f"link {hop.source!r} -> {hop.target!r}"
+            seconds.append((hop.latency_s + busy_s if with_latency else busy_s, name))
+        return seconds
 
 
-def predict(stages: Sequence[PlannedStage], costs: WorkloadCosts) -> Prediction:
-    """Predict what stages do, in pipeline order."""
-    profile, model = costs.profile, costs.profile.model
-    predicted = []
-    for stage in stages:
-        device = profile.device(stage.device)
-        predicted.append(
-            StagePrediction(
-                device=stage.device,
-                start=stage.start,
-                end=stage.end,
-                prefill_s=costs.prefill_s(device, stage.start, stage.end),
-                decode_s=costs.decode_s(device, stage.start, stage.end),
-                weight_bytes=model.span_bytes(stage.start, stage.end),
-                kv_bytes=costs.kv_bytes(stage.start, stage.end),
-                working_bytes=costs.working_bytes(),
-            )
-        )
-    parties = [CALLER, *(stage.device for stage in stages), CALLER]
-    hops = tuple(
-        HopPrediction(
-            source=source,
-            target=target,
-            latency_s=profile.link(source, target).latency_s,
-            prefill_transfer_s=costs.transfer_s(source, target, costs.workload.prompt_tokens),
-            decode_transfer_s=costs.transfer_s(source, target, 1),
-        )
-        for source, target in itertools.pairwise(parties)
-    )
-    return Prediction(
-        workload=costs.workload,
-        stages=tuple(predicted),
-        hops=hops,
-        devices=tuple(
-            _device(name, [each for each in predicted if each.device == name], costs)
-            for name in dict.fromkeys(stage.device for stage in stages)
-        ),
-    )
+def value_of(predicted: Prediction, objective: Objective) -> float:
+    """Return what an objective minimises, of a mean step: joules where powers are known, else seconds."""
+    joules = predicted.joules_per_token
+    return joules if objective == "energy" and joules is not None else step_s_of(predicted, objective)
 
 
-def _device(name: str, stages: Sequence[StagePrediction], costs: WorkloadCosts) -> DevicePrediction:
-    profile = costs.profile.device(name)
-    used = sum(stage.weight_bytes + stage.kv_bytes + stage.working_bytes for stage in stages)
-    if len(stages) > 1:  # the first and the last: what is tied is held once
-        used -= costs.profile.model.tied_bytes
-    capacity = profile.capacity_bytes
-    return DevicePrediction(
-        device=name,
-        used_bytes=used,
-        capacity_bytes=None if capacity == math.inf else int(capacity),
-        busy_s=sum(costs.mean(stage.prefill_s, stage.decode_s) for stage in stages),
-        watts=profile.watts,
-    )
+def step_s_of(predicted: Prediction, objective: Objective) -> float:
+    """Return the seconds of a mean step: on its way for latency, else from one to the next."""
+    return predicted.latency_s if objective == "latency" else predicted.interval_s

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from lingualinked.device import CALLER
+from lingualinked.module_times import ModuleTimes
 from lingualinked.planning.placement.problem import Floats, Problem
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.workload import Workload
@@ -88,13 +89,13 @@ class WorkloadCosts:
         front, back = self.workload.trusted_layers
 
         def per_device(part: str) -> Floats:
-            return np.array([self._part_s(each, part) for each in devices])
+            return np.array([self._mean_s(getattr(each, part)) for each in devices])
 
         def hops(busy: bool) -> Floats:
             between = self._mean_busy_s if busy else self._mean_hop_s
             return np.array([[0.0 if a == b else between(a, b) for b in names] for a in names])
 
-        kinds = np.array([[self._layer_s(each, kind) for kind in range(len(model.kinds))] for each in devices])
+        kinds = np.array([[self._mean_s(times) for times in each.layers] for each in devices])
         layer_bytes = [weight + self.layer_kv_bytes(i) for i, weight in enumerate(model.layer_weight_bytes)]
         return Problem(
             names=names,
@@ -126,14 +127,8 @@ class WorkloadCosts:
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:
         return stage_s(self.profile.model, device, start, end, self.workload.batch_size, tokens, context)
 
-    def _layer_s(self, device: DeviceProfile, kind: int) -> float:
+    def _mean_s(self, times: ModuleTimes) -> float:
         rows, prompt = self.workload.batch_size, self.workload.prompt_tokens
-        times = device.layers[kind]
-        return self.mean(times.seconds(rows, prompt, 0), times.seconds(rows, 1, self.workload.mean_context))
-
-    def _part_s(self, device: DeviceProfile, part: str) -> float:
-        rows, prompt = self.workload.batch_size, self.workload.prompt_tokens
-        times = getattr(device, part)
         return self.mean(times.seconds(rows, prompt, 0), times.seconds(rows, 1, self.workload.mean_context))
 
     def _mean_hop_s(self, source: str, target: str) -> float:

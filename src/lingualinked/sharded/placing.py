@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.even import even_plan
-from lingualinked.planning.plan import Plan, check_plan, inexact_because
+from lingualinked.planning.plan import Plan, check_plan, weighed
 from lingualinked.planning.plan_checks import check_trust
 from lingualinked.profile import ModelProfile
 from lingualinked.sharded.saved import find_plan
@@ -50,15 +50,9 @@ def fit_plan(
             f"the plan was made from a profile of another model ({plan.profile.model.name}, "
             f"{plan.profile.model.dtype}): profile and solve for this one"
         )
-    stages = tuple(
-        dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
-    )
-    devices = [cluster.device(name) for name in plan.devices]
     if workload is not None:
         front, back = (max(pair) for pair in zip(plan.trusted_layers, workload.trusted_layers, strict=True))
         workload = dataclasses.replace(plan.workload or workload, trusted_layers=(front, back))
-    plan = dataclasses.replace(
-        plan, stages=stages, inexact_because=inexact_because(devices), workload=workload or plan.workload
-    )
+    plan = dataclasses.replace(weighed(plan, weights, cluster.devices), workload=workload or plan.workload)
     check_trust(plan, cluster.devices)
     return plan

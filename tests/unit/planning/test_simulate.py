@@ -17,7 +17,7 @@ from simpy.core import EventPriority
 
 from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
-from lingualinked.planning.simulation.events import Course, EventHeap
+from lingualinked.planning.simulation.event_heap import Course, EventHeap
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
 from lingualinked.planning.simulation.simulate import simulate_times
 from lingualinked.workload import Workload

@@ -5,11 +5,13 @@ Knows plans and bytes; neither what a migration does nor how long it takes.
 
 from __future__ import annotations
 
+import dataclasses
+
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.passage.holdings import Holdings, Ledger, Spans
 from lingualinked.planning.passage.waves import slots_of, waves
-from lingualinked.planning.plan import Plan, check_plan, inexact_because
-from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.planning.plan import Plan, check_plan, weighed
+from lingualinked.planning.plan_checks import refuse_overfull
 from lingualinked.quantities import bytes_text
 
 
@@ -32,36 +34,14 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
     origin, target = before.spans, after.spans
     ledger = Ledger(holdings, origin)
     for device in after.devices:
-        _refuse_overfull(device, ledger, target)
+        held = "weights, KV and intermediate results"
+        refuse_overfull(device, ledger.held_bytes(device, target), ledger.limits[device], held)
     path = waves(origin, target, ledger)
     if path is None:
         raise _no_way(origin, target, ledger)
-    return (*(_plan(spans, after, holdings) for spans in path[:-1]), after)
-
-
-def _plan(spans: Spans, after: Plan, holdings: Holdings) -> Plan:
-    devices = {device.name: device for device in holdings.devices}
-    return Plan(
-        stages=tuple(
-            PlannedStage(device=device, start=start, end=end, weight_bytes=holdings.weights.of_span(start, end))
-            for device, start, end in spans
-        ),
-        inexact_because=inexact_because([devices[name] for name in dict.fromkeys(slots_of(spans))]),
-        profile=after.profile,
-        workload=after.workload,
-        reserve=after.reserve,
-    )
-
-
-def _refuse_overfull(device: str, ledger: Ledger, target: Spans) -> None:
-    held, limit = ledger.held_bytes(device, target), ledger.limits[device]
-    if held > limit:
-        missing = int(held - limit)
-        raise InfeasiblePlanError(
-            f"the plan puts {bytes_text(held)} of weights, KV and intermediate results on device {device!r}, which has "
-            f"{bytes_text(limit)}: {bytes_text(missing, round_up=True)} short; raise its memory or give it fewer layers",
-            missing_bytes=missing,
-        )
+    stages = [Plan.from_spans(spans).stages for spans in path[:-1]]
+    between = (dataclasses.replace(after, stages=each, solved=None) for each in stages)
+    return (*(weighed(plan, holdings.weights, holdings.devices) for plan in between), after)
 
 
 def _no_way(origin: Spans, target: Spans, ledger: Ledger) -> InfeasiblePlanError:

@@ -18,7 +18,7 @@ from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction
-from lingualinked.planning.simulation.events import Course, EventHeap
+from lingualinked.planning.simulation.event_heap import Course, EventHeap
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
 from lingualinked.planning.simulation.result import Percentiles, Simulation
 from lingualinked.quantities import count_text, seconds_text
