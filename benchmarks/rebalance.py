@@ -22,7 +22,7 @@ import lingualinked as ll
 from benchmarks.overhead import SHAPE, VOCABULARY, unsharded_dummy
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
-from lingualinked.display.decisions_view import decision_line, migration_line
+from lingualinked.display.decisions_view import record_line
 from lingualinked.quantities import seconds_text
 from lingualinked.tables import Rows
 
@@ -151,7 +151,7 @@ def _move(telemetry: ll.Telemetry, slowed_s: float) -> Rows:
     normal_s = Repeats([step.total_s for end, step in ends if end < slowed_s]).median
     stalls, waits = [], []
     for migration in migrations:
-        took_s = migration.load_s + migration.copy_s + migration.switch_s
+        took_s = migration.total_s
         last_s = migration.time_s + took_s + normal_s
         tokens = [end for end in all_ends if migration.time_s - normal_s <= end <= last_s]
         gaps = [after - before for before, after in itertools.pairwise(tokens)]
@@ -167,7 +167,7 @@ def _move(telemetry: ll.Telemetry, slowed_s: float) -> Rows:
             ("longest that one session waited", f"{seconds_text(max(waits))}: {max(waits) / normal_s:.2f} steps"),
         ],
         notes=[
-            *(decision_line(each, history.start_s) for each in telemetry.decisions if each.time_s >= slowed_s),
-            *(migration_line(each, history.start_s) for each in migrations),
+            *(record_line(each, history.start_s) for each in telemetry.decisions if each.time_s >= slowed_s),
+            *(record_line(each, history.start_s) for each in migrations),
         ],
     )

@@ -30,7 +30,7 @@ def decision_rows(decisions: Sequence[Decision], start_s: float = 0.0) -> Rows:
             )
             for each in decisions
         ],
-        notes=[decision_line(each, start_s) for each in decisions],
+        notes=[record_line(each, start_s) for each in decisions],
     )
 
 
@@ -54,15 +54,10 @@ def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Row
             )
             for each in migrations
         ],
-        notes=[migration_line(each, start_s) for each in migrations],
+        notes=[record_line(each, start_s) for each in migrations],
     )
 
 
-def decision_line(decision: Decision, start_s: float = 0.0) -> str:
-    """Format a decision, its time and its reason in one line."""
-    return f"at {seconds_text(decision.time_s - start_s)}: {decision}"
-
-
-def migration_line(migration: Migration, start_s: float = 0.0) -> str:
-    """Format a migration, its time and its duration in one line."""
-    return f"at {seconds_text(migration.time_s - start_s)}: {migration}"
+def record_line(record: Decision | Migration, start_s: float = 0.0) -> str:
+    """Format a decision or a migration and its time, since ``start_s``, in one line."""
+    return f"at {seconds_text(record.time_s - start_s)}: {record}"

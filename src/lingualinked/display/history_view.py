@@ -36,11 +36,11 @@ def history_figure(history: History, last_s: float | None = None) -> Figure:
     if last_s is not None:
         begin_s = max(begin_s, last_step_s - last_s)
     end_s = max(
-        [last_step_s, begin_s + 1e-6, *(_end_s(each) for each in history.migrations if each.time_s <= last_step_s)]
+        [last_step_s, begin_s + 1e-6, *(each.end_s for each in history.migrations if each.time_s <= last_step_s)]
     )
-    steps = [step for step in history.steps if _end_of(step) >= begin_s]
+    steps = [step for step in history.steps if step.end_s >= begin_s]
     windows = windows_of(steps, begin_s, end_s, min(120, max(12, len(steps) // 8)))
-    migrations = [each for each in history.migrations if _end_s(each) >= begin_s and each.time_s <= end_s]
+    migrations = [each for each in history.migrations if each.end_s >= begin_s and each.time_s <= end_s]
     colours = {device: DEVICES[index % len(DEVICES)] for index, device in enumerate(windows.utilisation)}
 
     busy_in = 0.5 + 0.42 * len(colours)
@@ -78,7 +78,7 @@ def _draw_compute(
     highest_ms = 0.0
     for device, colour in colours.items():
         if len(counted) <= MAX_POINTS:
-            points = [(_end_of(step) - start_s, compute_of(step).get(device, math.nan)) for step in counted]
+            points = [(step.end_s - start_s, compute_of(step).get(device, math.nan)) for step in counted]
         else:
             points = _medians(windows, device, start_s)
         times_s, values_ms = [time_s for time_s, _ in points], [1e3 * seconds for _, seconds in points]
@@ -95,10 +95,6 @@ def _draw_compute(
         axes.legend(
             loc="upper left", ncols=min(len(colours), LEGEND_COLUMNS), frameon=False, fontsize=8, borderaxespad=0.2
         )
-
-
-def _end_of(step: StepSample) -> float:
-    return step.time_s + step.total_s
 
 
 def _medians(windows: Windows, device: str, start_s: float) -> list[tuple[float, float]]:
@@ -147,7 +143,7 @@ def _mark_migrations(axes: Sequence[Axes], migrations: Sequence[Migration], star
     left_s, right_s = axes[0].get_xlim()
     for number, each in enumerate(migrations):
         colour = MOVED if each.succeeded else FAILED
-        begin_s, end_s = each.time_s - start_s, _end_s(each) - start_s
+        begin_s, end_s = each.time_s - start_s, each.end_s - start_s
         for part in axes:
             part.axvspan(begin_s, end_s, color=colour, alpha=0.25, linewidth=0, zorder=0.5)
             part.axvline(end_s, color="black" if each.succeeded else FAILED, linewidth=1, linestyle="--", zorder=3)
@@ -191,7 +187,3 @@ def _explain_marks(axes: Axes, migrations: Sequence[Migration]) -> None:
 def _side(place: float) -> Literal["left", "center", "right"]:
     """Return the alignment that keeps a label within the figure."""
     return "left" if place < 0.3 else "right" if place > 0.7 else "center"
-
-
-def _end_s(migration: Migration) -> float:
-    return migration.time_s + migration.load_s + migration.copy_s + migration.switch_s

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lingualinked.display.decisions_view import decision_line, migration_line
+from lingualinked.display.decisions_view import record_line
 from lingualinked.quantities import seconds_text
 from lingualinked.telemetry.snapshot import Telemetry
 from lingualinked.telemetry.timeline import windows_of
@@ -84,9 +84,9 @@ def _spark(values: tuple[float, ...]) -> str:
 
 def _events(telemetry: Telemetry, num_events: int) -> list[Text]:
     start_s = telemetry.history.start_s
-    events = [(each.time_s, Text(decision_line(each, start_s))) for each in telemetry.decisions]
+    events = [(each.time_s, Text(record_line(each, start_s))) for each in telemetry.decisions]
     events += [
-        (each.time_s, Text(migration_line(each, start_s), style="bold green" if each.succeeded else "bold red"))
+        (each.time_s, Text(record_line(each, start_s), style="bold green" if each.succeeded else "bold red"))
         for each in telemetry.migrations
     ]
     events.sort(key=lambda pair: pair[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lingualinked.display.decisions_view import decision_line, migration_line
+from lingualinked.display.decisions_view import record_line
 from lingualinked.display.figure import new_figure
 from lingualinked.display.history_view import history_figure
 from lingualinked.display.palette import KV, PLAIN, WEIGHTS
@@ -85,8 +85,8 @@ def _history_notes(telemetry: Telemetry) -> list[str]:
         busy = ", ".join(f"{device} {share:.0%}" for device, share in telemetry.utilisation().items())
         notes.append(f"in the last 10 s: {telemetry.tokens_per_s():.1f} tokens/s; busy: {busy}")
     start_s = telemetry.history.start_s
-    notes += [f"decided {decision_line(each, start_s)}" for each in telemetry.decisions[-NUM_LATEST:]]
-    notes += [f"migration {migration_line(each, start_s)}" for each in telemetry.migrations[-NUM_LATEST:]]
+    notes += [f"decided {record_line(each, start_s)}" for each in telemetry.decisions[-NUM_LATEST:]]
+    notes += [f"migration {record_line(each, start_s)}" for each in telemetry.migrations[-NUM_LATEST:]]
     return notes
 
 

@@ -137,6 +137,16 @@ class Migration(Shown):
     error: str = ""
 
     @property
+    def total_s(self) -> float:
+        """Seconds from the start until the last session had switched."""
+        return self.load_s + self.copy_s + self.switch_s
+
+    @property
+    def end_s(self) -> float:
+        """End, on the clock of `time_s`."""
+        return self.time_s + self.total_s
+
+    @property
     def succeeded(self) -> bool:
         """Whether the new plan is in force."""
         return not self.error
@@ -150,8 +160,7 @@ class Migration(Shown):
         moves = moves_text(self.moves)
         if not self.succeeded:
             return f"could not move {moves}: {self.error}"
-        took = seconds_text(self.load_s + self.copy_s + self.switch_s)
-        return f"moved {moves} in {took}; longest stall {seconds_text(self.longest_stall_s)}"
+        return f"moved {moves} in {seconds_text(self.total_s)}; longest stall {seconds_text(self.longest_stall_s)}"
 
 
 def moves_between(before: Iterable[Span], after: Iterable[Span]) -> tuple[Move, ...]:

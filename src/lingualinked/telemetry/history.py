@@ -125,7 +125,7 @@ class History:
     @property
     def end_s(self) -> float:
         """Time of the last completed step; `start_s` if there is none."""
-        return max((step.time_s + step.total_s for step in self.steps), default=self.start_s)
+        return max((step.end_s for step in self.steps), default=self.start_s)
 
     def tokens_per_s(self, window_s: float = 10.0) -> float:
         """Return the new tokens per second, over the seconds before the last completed step.
@@ -144,7 +144,7 @@ class History:
         """
         begin_s, end_s = self._window(window_s)
         tokens = sum(
-            step.rows * step.tokens * _share(step.time_s, step.time_s + step.total_s, begin_s, end_s)
+            step.rows * step.tokens * _share(step.time_s, step.end_s, begin_s, end_s)
             for step in counted_steps(self.steps)
         )
         return tokens / (end_s - begin_s) if end_s > begin_s else 0.0

@@ -108,7 +108,7 @@ class _Trace:
         visits = self._visits(steps)
         ends_ns = [
             max(
-                self._ns(step.time_s + step.total_s),
+                self._ns(step.end_s),
                 self._ns(step.time_s) + MIN_SLICE_NS,
                 *(visit.end_ns + MIN_SLICE_NS for visit in each),
             )
@@ -172,7 +172,7 @@ class _Trace:
         return visits
 
     def _add_changes(self, decisions: Iterable[Decision], migrations: Iterable[Migration]) -> None:
-        moved = [each for each in migrations if self._end_s(each) >= self._first_s]
+        moved = [each for each in migrations if each.end_s >= self._first_s]
         decided = [each for each in decisions if each.time_s >= self._first_s]
         if decided:
             track = self._track("decisions")
@@ -190,16 +190,12 @@ class _Trace:
                     }
                 )
         spans_ns = [
-            (start_ns, max(self._ns(self._end_s(each)), start_ns + MIN_SLICE_NS))
+            (start_ns, max(self._ns(each.end_s), start_ns + MIN_SLICE_NS))
             for each in moved
             for start_ns in (self._ns(each.time_s),)
         ]
         for each, span_ns, lane in zip(moved, spans_ns, self._lanes("migrations", spans_ns), strict=True):
             self._add_slice(lane, "migration" if each.succeeded else "failed migration", *span_ns, _arguments(each))
-
-    @staticmethod
-    def _end_s(migration: Migration) -> float:
-        return migration.time_s + migration.load_s + migration.copy_s + migration.switch_s
 
     def _add_rates(self, history: History) -> None:
         if history.end_s <= self._first_s or not history.steps:

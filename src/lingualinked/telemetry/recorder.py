@@ -5,13 +5,13 @@ Knows neither who reports events nor who reads them.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
 from collections import deque
+from types import SimpleNamespace
 
-from lingualinked.errors import ArgumentError
-from lingualinked.quantities import count_text
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.history import Counters, DeviceCounters, History, StepCounters
 from lingualinked.telemetry.samples import DeviceSample, StepSample
@@ -29,36 +29,28 @@ class Recorder:
         max_migrations: int = 1_000,
         start_s: float | None = None,
     ) -> None:
-        for bound in (max_steps, max_device_samples, max_decisions, max_migrations):
-            if bound < 0:
-                raise ArgumentError(f"a history can't keep {count_text(bound, 'sample')}: give 0 or more")
         self._start_s = time.monotonic() if start_s is None else start_s
         self._lock = threading.Lock()
         self._steps: deque[StepSample] = deque(maxlen=max_steps)
         self._device_samples: deque[DeviceSample] = deque(maxlen=max_device_samples)
         self._decisions: deque[Decision] = deque(maxlen=max_decisions)
         self._migrations: deque[Migration] = deque(maxlen=max_migrations)
-        self._decode = _StepTotals()
-        self._prefill = _StepTotals()
-        self._devices: dict[str, _DeviceTotals] = {}
-        self._num_moves = self._num_stays = 0
-        self._num_migrations = self._num_failed_migrations = self._num_moved_layers = 0
-        self._stall_s = 0.0
+        self._decode, self._prefill = _mutable(StepCounters()), _mutable(StepCounters())
+        self._devices: dict[str, SimpleNamespace] = {}
+        self._others = Counters()  # of what is seldom: decisions and migrations
 
     def add_step(self, sample: StepSample) -> None:
         """Record a completed step."""
         with self._lock:
             self._steps.append(sample)
-            tokens = sample.tokens
-            kind = self._decode if tokens == 1 else self._prefill
+            kind = self._decode if sample.is_decode else self._prefill
             kind.num_steps += 1
-            kind.num_tokens += sample.rows * tokens
+            kind.num_tokens += sample.rows * sample.tokens
             kind.total_s += sample.total_s
-            devices = self._devices
             for stage in sample.stages:
-                totals = devices.get(stage.device)
+                totals = self._devices.get(stage.device)
                 if totals is None:
-                    totals = devices[stage.device] = _DeviceTotals()
+                    totals = self._devices[stage.device] = _mutable(DeviceCounters())
                 totals.num_visits += 1
                 totals.hop_s += stage.hop_s
                 totals.wait_s += stage.wait_s
@@ -69,7 +61,7 @@ class Recorder:
     def steps_since(self, number: int) -> tuple[int, list[StepSample]]:
         """Return the number of steps so far, and the steps after a given number that are still in the history, oldest first."""
         with self._lock:
-            count = self._decode.num_steps + self._prefill.num_steps
+            count: int = self._decode.num_steps + self._prefill.num_steps
             num_new = min(count - number, len(self._steps))
             newest = list(itertools.islice(reversed(self._steps), num_new))
         return count, newest[::-1]
@@ -83,12 +75,8 @@ class Recorder:
         """Record a decision."""
         with self._lock:
             self._decisions.append(decision)
-            if decision.dry_run:
-                return
-            if decision.action == "move":
-                self._num_moves += 1
-            else:
-                self._num_stays += 1
+            if not decision.dry_run:
+                self._count(num_moves=decision.action == "move", num_stays=decision.action == "stay")
 
     def complete_decision(self, decision: Decision, done: Decision) -> None:
         """Replace a recorded decision by the same one with its migrations."""
@@ -100,15 +88,15 @@ class Recorder:
 
     def add_migration(self, migration: Migration) -> None:
         """Record a completed or failed migration."""
-        num_moved_layers = sum(move.end - move.start for move in migration.moves)
+        num_layers = sum(move.end - move.start for move in migration.moves)
         with self._lock:
             self._migrations.append(migration)
-            self._stall_s += migration.longest_stall_s
-            if migration.succeeded:
-                self._num_migrations += 1
-                self._num_moved_layers += num_moved_layers
-            else:
-                self._num_failed_migrations += 1
+            self._count(
+                num_migrations=migration.succeeded,
+                num_failed_migrations=not migration.succeeded,
+                num_moved_layers=num_layers * migration.succeeded,
+                stall_s=migration.longest_stall_s,
+            )
 
     def history(self) -> History:
         """Return a snapshot of the history, which does not change later."""
@@ -119,48 +107,19 @@ class Recorder:
                 devices=tuple(self._device_samples),
                 decisions=tuple(self._decisions),
                 migrations=tuple(self._migrations),
-                counters=Counters(
-                    decode=self._decode.frozen(),
-                    prefill=self._prefill.frozen(),
-                    devices={device: totals.frozen() for device, totals in self._devices.items()},
-                    num_moves=self._num_moves,
-                    num_stays=self._num_stays,
-                    num_migrations=self._num_migrations,
-                    num_failed_migrations=self._num_failed_migrations,
-                    num_moved_layers=self._num_moved_layers,
-                    stall_s=self._stall_s,
+                counters=dataclasses.replace(
+                    self._others,
+                    decode=StepCounters(**vars(self._decode)),
+                    prefill=StepCounters(**vars(self._prefill)),
+                    devices={device: DeviceCounters(**vars(totals)) for device, totals in self._devices.items()},
                 ),
             )
 
-
-class _StepTotals:
-    """Totals of one kind of step; mutable, because every step updates them."""
-
-    __slots__ = ("num_steps", "num_tokens", "total_s")
-
-    def __init__(self) -> None:
-        self.num_steps = self.num_tokens = 0
-        self.total_s = 0.0
-
-    def frozen(self) -> StepCounters:
-        return StepCounters(num_steps=self.num_steps, num_tokens=self.num_tokens, total_s=self.total_s)
+    def _count(self, **added: float) -> None:
+        totals = {name: getattr(self._others, name) + number for name, number in added.items()}
+        self._others = dataclasses.replace(self._others, **totals)
 
 
-class _DeviceTotals:
-    """Totals of one device; mutable."""
-
-    __slots__ = ("codec_s", "compute_s", "hop_s", "num_visits", "sent_bytes", "wait_s")
-
-    def __init__(self) -> None:
-        self.num_visits = self.sent_bytes = 0
-        self.hop_s = self.wait_s = self.compute_s = self.codec_s = 0.0
-
-    def frozen(self) -> DeviceCounters:
-        return DeviceCounters(
-            num_visits=self.num_visits,
-            hop_s=self.hop_s,
-            wait_s=self.wait_s,
-            compute_s=self.compute_s,
-            codec_s=self.codec_s,
-            sent_bytes=self.sent_bytes,
-        )
+def _mutable(totals: StepCounters | DeviceCounters) -> SimpleNamespace:
+    """Return counters that every step can add to, faster than new ones can be made."""
+    return SimpleNamespace(**dataclasses.asdict(totals))

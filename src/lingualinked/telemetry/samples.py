@@ -76,6 +76,11 @@ class StepSample:
     stages: tuple[StageTiming, ...]
 
     @property
+    def end_s(self) -> float:
+        """Time of the answer."""
+        return self.time_s + self.total_s
+
+    @property
     def return_s(self) -> float:
         """Seconds of the return to the caller, and of everything that no stage accounts for."""
         return max(0.0, self.total_s - sum(stage.total_s for stage in self.stages))

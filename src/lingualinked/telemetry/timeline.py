@@ -65,10 +65,9 @@ def windows_of(steps: Sequence[StepSample], begin_s: float, end_s: float, num_wi
                 busy_s[interval.device], edges_s, interval.start_s, interval.end_s, interval.end_s - interval.start_s
             )
     for step in counted_steps(steps):
-        stop_s = step.time_s + step.total_s
-        _spread(tokens, edges_s, step.time_s, stop_s, step.rows * step.tokens)
-        if begin_s <= stop_s <= end_s:
-            index = min(bisect.bisect_right(edges_s, stop_s) - 1, num_windows - 1)
+        _spread(tokens, edges_s, step.time_s, step.end_s, step.rows * step.tokens)
+        if begin_s <= step.end_s <= end_s:
+            index = min(bisect.bisect_right(edges_s, step.end_s) - 1, num_windows - 1)
             for device, seconds in compute_of(step).items():
                 computed[device][index].append(seconds)
     return Windows(
