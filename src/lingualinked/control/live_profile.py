@@ -101,7 +101,7 @@ class LiveProfile:
     def observe(self, sample: StepSample) -> dict[str, float]:
         """Learn from a step; return the devices whose speed has shifted, and how many times as long they take now."""
         shifted: dict[str, float] = {}
-        done_s = sample.time_s + sample.total_s
+        done_s = sample.end_s
         source, num_bytes = CALLER, HEADER_BYTES
         for stage in sample.stages:
             estimate = self._devices.get(stage.device)

@@ -5,10 +5,10 @@ Knows steps and their times; nothing of devices, plans or what is done about it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 
+from lingualinked.control.stability import expected_stable_s
 from lingualinked.telemetry.samples import StepSample
 
 _WINDOWS_PER_HORIZON = 24
@@ -40,15 +40,12 @@ class SessionLevel:
         return self._num_sessions
 
     def expected_stable_s(self, time_s: float) -> float:
-        """Return the seconds for which the number is expected to hold: as long as it did, before or until now."""
-        if len(self._changes) < 2 or time_s - self._changes[-1] > self._horizon_s:
-            return self._horizon_s
-        shortest_s = min(after - before for before, after in itertools.pairwise(self._changes))
-        return min(self._horizon_s, max(shortest_s, time_s - self._changes[-1]))
+        """Return the seconds for which the number is expected to hold."""
+        return expected_stable_s(self._changes, time_s, self._horizon_s)
 
     def observe(self, sample: StepSample) -> bool:
         """Learn from a step that has come back; return whether the number has changed."""
-        done_s = sample.time_s + sample.total_s
+        done_s = sample.end_s
         self._in_flight_s += sample.total_s
         self._busy_s += max(0.0, done_s - max(self._last_done_s, sample.time_s))
         self._last_done_s = max(self._last_done_s, done_s)

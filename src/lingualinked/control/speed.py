@@ -11,6 +11,8 @@ import math
 import statistics
 from collections import deque
 
+from lingualinked.control.stability import expected_stable_s
+
 _WINDOWS = (5, 8, 16, 32, 64)
 _MOST_SAMPLES = 256  # since the last shift, that the level stands on
 _NOISE_EVERY = 16  # samples after which noise is estimated anew, once there are twice as many
@@ -68,15 +70,8 @@ class SpeedLevel:
         return self._is_settled
 
     def expected_stable_s(self, time_s: float, horizon_s: float, size: float) -> float:
-        """Return the seconds for which it is expected not to shift much: as long as it did not, before or until now.
-
-        A shift is much from ``size`` on, the logarithm of a factor, and recent for ``horizon_s``.
-        """
-        times_s = [at_s for at_s, shift in self._shifts if abs(shift) >= size]
-        if len(times_s) < 2 or time_s - times_s[-1] > horizon_s:  # when the first level began, nobody saw
-            return horizon_s
-        shortest_s = min(after - before for before, after in itertools.pairwise(times_s))
-        return min(horizon_s, max(shortest_s, time_s - times_s[-1]))
+        """Return the seconds for which it is expected not to shift by ``size``, the logarithm of a factor."""
+        return expected_stable_s([at_s for at_s, shift in self._shifts if abs(shift) >= size], time_s, horizon_s)
 
     def add(self, time_s: float, observed_s: float, predicted_s: float) -> bool:
         """Learn from one step's time; return whether the level has shifted. Seconds that are not positive tell nothing."""
