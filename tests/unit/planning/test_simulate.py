@@ -342,22 +342,6 @@ def test_times_that_are_no_seconds_are_refused(name: str, value: Any) -> None:
         Visit(**{"server": 0, "prefill_s": 1.0, "decode_s": 1.0, "delay_s": 0.0, name: value})
 
 
-@pytest.mark.parametrize("server", [-1, 0.5, True, "a"])
-def test_servers_that_are_no_index_are_refused(server: Any) -> None:
-    with pytest.raises(ArgumentError, match="server="):
-        Visit(server=server, prefill_s=1, decode_s=1)
-
-
-def test_lines_that_are_none_are_refused() -> None:
-    visit = Visit(server=1, prefill_s=1, decode_s=1)
-    with pytest.raises(ArgumentError, match="visits is empty"):
-        PipelineTimes(servers=("a",), visits=())
-    with pytest.raises(ArgumentError, match=r"server=1 of visits\[0\] is unknown: the servers are 0 to 0"):
-        PipelineTimes(servers=("a",), visits=(visit,))
-    with pytest.raises(ArgumentError, match=r"servers has \['a'\] more than once"):
-        PipelineTimes(servers=("a", "a"), visits=(visit,))
-
-
 @pytest.mark.parametrize(
     "options",
     [

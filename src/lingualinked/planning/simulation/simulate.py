@@ -37,8 +37,15 @@ def simulate(
 ) -> Simulation:
     """Run a workload through a plan's pipeline in simulation: devices compute, links carry, steps wait for each other.
 
-    Decode steps all take what they are predicted to take at the workload's mean context. Devices and links are the
-    servers; `simulate_times` says what is exact about the rest.
+    A request is one prefill step, which gives its first token, and ``new_tokens - 1`` decode steps, each issued when
+    the one before is back at the caller. At most ``num_sessions`` requests are in flight; the next one starts at the
+    instant at which one is finished. Devices and links are the servers: each serves one step at a time, first in, first
+    out; steps that reach it at the same instant are served in the order in which they were issued. Decode steps all take
+    what they are predicted to take at the workload's mean context.
+
+    Given these times, this is exact: no fluid limit, no sampling. Each visit of a step is one event; a million of them take
+    about a second. Where steps on a line with repeated servers reach one at the same instant by different ways, but for the
+    rounding of sums, rounding decides which is served first.
 
     Parameters
     ----------
@@ -47,16 +54,18 @@ def simulate(
     workload : Workload or None
         What to run; ``None``: what the plan was made for.
     num_requests : int, optional
-        How many to run; by default enough for steady figures.
+        How many to run. By default all that `arrivals` lists; else so many that what comes of filling and draining
+        the pipeline hardly shows (4 per session and at least 16; of random arrivals 16 per session and at least 512).
     arrivals : float or sequence of float, optional
-        Requests per second that arrive at random (Poisson), or the seconds at which they arrive. By default there is
-        always a request that waits.
+        A number: requests arrive at random (Poisson), so many a second. A sequence: the seconds at which they arrive,
+        in ascending order. They wait, first in, first out, until fewer than ``num_sessions`` are in flight. By
+        default there is always a request that waits.
     seed : int
         Of the random arrivals and of the jitter.
     jitter : float
-        Relative standard deviation of all times, which are then log-normal.
+        Relative standard deviation of all service times, which are then log-normal around what is predicted as their mean.
     keep_events : int
-        Visits whose intervals are kept for the Gantt chart.
+        Of so many visits, those that start first, the result holds the intervals, for the Gantt chart.
 
     Returns
     -------
@@ -66,7 +75,8 @@ def simulate(
     Raises
     ------
     ArgumentError
-        If the plan has no profile, or a number is out of range.
+        If the plan has no profile, a number is out of range, the arrivals are not in ascending order or fewer than
+        `num_requests`, or nothing takes any time. The message names the argument.
 
     Warns
     -----
@@ -117,60 +127,7 @@ def simulate_times(
     jitter: float = 0.0,
     keep_events: int = 2000,
 ) -> Simulation:
-    """Run a workload through a pipeline in simulation.
-
-    A request is one prefill step, which gives its first token, and ``new_tokens - 1`` decode steps, each issued when
-    the one before is back at the caller. At most ``num_sessions`` requests are in flight; the next one starts at the
-    instant at which one is finished. Every server serves one step at a time, first in, first out; steps that reach
-    it at the same instant are served in the order in which they were issued.
-
-    This is exact: no fluid limit, no sampling. Each visit of a step is one event; a million of them take about a second.
-    Where steps on a line with repeated servers reach one at the same instant by different ways, but for the rounding
-    of sums, rounding decides which is served first.
-
-    Parameters
-    ----------
-    times : PipelineTimes
-        What a step visits, and for how long.
-    workload : Workload
-        Tokens, rows and sessions. The length of the prompt is in `times` already.
-    num_requests : int, optional
-        How many to run. By default all that `arrivals` lists; else so many that what comes of filling and draining
-        the pipeline hardly shows (4 per session and at least 16; of random arrivals 16 per session and at least 512).
-    arrivals : float or sequence of float, optional
-        A number: requests arrive at random (Poisson), so many a second. A sequence: the seconds at which they arrive,
-        in ascending order. They wait, first in, first out, until fewer than ``num_sessions`` are in flight. By
-        default there is always a request that waits.
-    seed : int
-        Of the random arrivals and of the jitter.
-    jitter : float
-        Relative standard deviation of all service times, which are then log-normal around what `times` says as their mean.
-    keep_events : int
-        Of so many visits, those that start first, the result holds the intervals, for the Gantt chart.
-
-    Returns
-    -------
-    Simulation
-        Rates, utilisation, latencies.
-
-    Raises
-    ------
-    ArgumentError
-        If a number is out of range, the arrivals are not in ascending order or fewer than `num_requests`, or nothing
-        in `times` takes any time. The message names the argument.
-
-    Warns
-    -----
-    OverloadWarning
-        If more requests arrive per second than the pipeline can serve.
-
-    Examples
-    --------
-    >>> from lingualinked.planning.simulation.line import Visit
-    >>> line = PipelineTimes(servers=("a",), visits=(Visit(server=0, prefill_s=0.5, decode_s=0.25),))
-    >>> simulate_times(line, Workload(new_tokens=3), num_requests=2).makespan_s
-    2.0
-    """
+    """Run a workload, whose prompt's length is in the times already, as `simulate` does."""
     keep_events = _count("keep_events", keep_events, at_least=0)
     seed = _count("seed", seed, at_least=0)
     if not is_real(jitter) or not 0 <= jitter < math.inf:
