@@ -26,12 +26,8 @@ _ACCELERATOR = re.compile(r"cpu|mps|cuda:\d+")
 
 def parse_bytes(amount: int | str, field: str = "memory") -> int:
     """Parse a memory size in bytes or with a unit (``"512MiB"``, ``"1.5 GB"``); an error names ``field``."""
-    if isinstance(amount, str):
-        match = _AMOUNT.fullmatch(amount)
-        if match is None:
-            raise ArgumentError(
-                f"{field}={amount!r} is not a valid memory size: write bytes, or a number with a unit (2GiB)"
-            )
+    match = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
+    if match is not None:
         number_of_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").upper()])
     elif isinstance(amount, int) and not isinstance(amount, bool):
         number_of_bytes = amount
@@ -46,15 +42,12 @@ def parse_bytes(amount: int | str, field: str = "memory") -> int:
 
 def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
     """Parse bytes per second, or a number with a unit (``"100Mbit/s"``, ``"12.5MB/s"``; decimal prefixes)."""
-    if isinstance(rate, str):
-        match = _RATE.fullmatch(rate)
-        if match is None:
-            raise ArgumentError(
-                f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s, or 12.5MB/s"
-            )
+    match = _RATE.fullmatch(rate) if isinstance(rate, str) else None
+    if match is not None:
         bytes_per_s = float(match[1]) * 1000.0 ** " KMGT".index(match[2] or " ") / (1 if match[3] == "B" else 8)
     else:
-        bytes_per_s = as_float(rate, f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s")
+        refusal = f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s, or 12.5MB/s"
+        bytes_per_s = as_float(rate, refusal)
     if not 0 < bytes_per_s < math.inf:
         raise ArgumentError(f"{field}={rate!r} must be positive and finite")
     return bytes_per_s
@@ -62,13 +55,12 @@ def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
 
 def parse_seconds(duration: float | str, field: str = "latency") -> float:
     """Parse a duration in seconds or with a unit (``"3ms"``, ``"250us"``), which may be zero."""
-    if isinstance(duration, str):
-        match = _DURATION.fullmatch(duration)
-        if match is None:
-            raise ArgumentError(f"{field}={duration!r} is not a valid duration: write seconds, or 3ms, or 250us")
+    match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
+    if match is not None:
         seconds = float(match[1]) * _SECONDS[match[2]]
     else:
-        seconds = as_float(duration, f"{field}={duration!r} is not a valid duration: write seconds, or 3ms")
+        refusal = f"{field}={duration!r} is not a valid duration: write seconds, or 3ms, or 250us"
+        seconds = as_float(duration, refusal)
     if not 0 <= seconds < math.inf:
         raise ArgumentError(f"{field}={duration!r} must be finite and not negative")
     return seconds
@@ -144,24 +136,24 @@ class Device:
             object.__setattr__(self, "cpus", cpus)
         if self.memory is not None:
             parse_bytes(self.memory, f"memory of device {self.name!r}")
-        check_slowdown(self.slowdown, self.name)
-        if self.slowdown != 1 and self.accelerator != "cpu":
-            raise ArgumentError(
-                f"slowdown={self.slowdown!r} of device {self.name!r}: only a CPU worker can emulate a slower device"
-            )
+        self._check_slowdown()
         if self.bandwidth is not None:
             parse_rate(self.bandwidth, f"bandwidth of device {self.name!r}")
         if self.latency is not None:
             parse_seconds(self.latency, f"latency of device {self.name!r}")
-        if (
-            self.watts is not None
-            and not 0
-            < as_float(self.watts, f"watts={self.watts!r} of device {self.name!r} must be a number")
-            < math.inf
-        ):
-            raise ArgumentError(f"watts={self.watts!r} of device {self.name!r} must be positive and finite")
+        if self.watts is not None:
+            field = f"watts={self.watts!r} of device {self.name!r}"
+            if not 0 < as_float(self.watts, f"{field} must be a number") < math.inf:
+                raise ArgumentError(f"{field} must be positive and finite")
         if not isinstance(self.trusted, bool):
             raise ArgumentError(f"trusted={self.trusted!r} of device {self.name!r} must be True or False")
+
+    def _check_slowdown(self) -> None:
+        field = f"slowdown={self.slowdown!r} of device {self.name!r}"
+        if not 1 <= as_float(self.slowdown, f"{field} must be a number") < math.inf:
+            raise ArgumentError(f"{field} must be at least 1: a worker can't be made faster than its machine")
+        if self.slowdown != 1 and self.accelerator != "cpu":
+            raise ArgumentError(f"{field}: only a CPU worker can emulate a slower device")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -232,8 +224,8 @@ def link_between(source: Device | None, target: Device | None, links: Links) -> 
     return Link(bandwidth=None if bandwidth == math.inf else bandwidth, latency=sum(end.latency_s for end in ends))
 
 
-def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
-    """Check that every link leads from one known party to another, and return a copy."""
+def check_links(links: object, names: Iterable[str], end: str | None = None) -> dict[tuple[str, str], Link]:
+    """Check that every link leads from one known party to another, with one end at a given one; return a copy."""
     known = {CALLER, *names}
     if not isinstance(links, Mapping):
         raise ArgumentError(f"links is a {type(links).__name__}: give a dict from (source, target) to Link")
@@ -245,24 +237,9 @@ def check_links(links: object, names: Iterable[str]) -> dict[tuple[str, str], Li
                 raise ArgumentError(f"links has {ends!r}, but there is no device {name!r}: choose from {sorted(known)}")
         if ends[0] == ends[1]:
             raise ArgumentError(f"links has {ends!r}: a link connects two different devices")
+        if end not in (None, *ends):
+            raise ArgumentError(f"links has {ends!r}, which is not a link of device {end!r}: leave it out")
     return dict(links)
-
-
-def check_links_of(name: str, links: object, names: Iterable[str]) -> dict[tuple[str, str], Link]:
-    """Check that every link connects one given device with another known party, and return a copy."""
-    checked = check_links(links, names)
-    for ends in checked:
-        if name not in ends:
-            raise ArgumentError(f"links has {ends!r}, which is not a link of device {name!r}: leave it out")
-    return checked
-
-
-def check_slowdown(slowdown: float, name: str) -> float:
-    """Check that a slowdown can be emulated, and return it."""
-    field = f"slowdown={slowdown!r} of device {name!r}"
-    if not 1 <= as_float(slowdown, f"{field} must be a number") < math.inf:
-        raise ArgumentError(f"{field} must be at least 1: a worker can't be made faster than its machine")
-    return float(slowdown)
 
 
 CALLER = "caller"

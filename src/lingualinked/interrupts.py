@@ -143,9 +143,8 @@ class _Guard:
         is_reminder, self._is_reminder = self._is_reminder, False
         if not self.was_interrupted:
             self.was_interrupted = True
-            _thread.start_new_thread(
-                self._remind, ()
-            )  # not threading.Thread: this thread may hold the lock of threading
+            # Not threading.Thread: this thread may hold the lock of threading.
+            _thread.start_new_thread(self._remind, ())
         if is_reminder:
             self.raise_if_lost()
         elif not self.num_deferring:

@@ -48,12 +48,10 @@ class Workload:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trusted_layers", _pair(self.trusted_layers))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "trusted_layers":
-                continue
+        for name in ("prompt_tokens", "new_tokens", "batch_size", "num_sessions"):
+            value = getattr(self, name)
             if not is_integer(value, at_least=1):
-                raise ArgumentError(f"{field.name}={value!r} of a workload must be a positive integer")
+                raise ArgumentError(f"{name}={value!r} of a workload must be a positive integer")
 
     @property
     def num_tokens(self) -> int:

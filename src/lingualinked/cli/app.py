@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lingualinked.errors import ArgumentError, LingualinkedError, WorkerError
+from lingualinked.errors import ArgumentError, LingualinkedError
 from lingualinked.workload import Workload
 
 _INTERRUPTED = 130  # the exit status that a shell reports for a process ended by an interrupt
@@ -26,7 +26,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except LingualinkedError as error:
-            typer.secho(f"{type(error).__name__}: {_message(error)}", fg="red", err=True)
+            message = str(error).partition("\n\nRemote traceback")[0]
+            typer.secho(f"{type(error).__name__}: {message}", fg="red", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
@@ -236,11 +237,3 @@ def doctor() -> None:
     from lingualinked.cli.doctor_command import run_doctor
 
     run_doctor()
-
-
-def _message(error: LingualinkedError) -> str:
-    """Return the message of an error without the remote traceback."""
-    text = str(error)
-    if isinstance(error, WorkerError) and error.remote_traceback:
-        text = text.partition("\n\nRemote traceback")[0]
-    return text

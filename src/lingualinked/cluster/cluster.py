@@ -21,7 +21,7 @@ from lingualinked.cluster.emulation import delayed_from, emulation_of
 from lingualinked.cluster.launch import Launcher
 from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.resources import check_addition, check_start
-from lingualinked.device import CALLER, Device, Links, check_links, check_links_of, link_between
+from lingualinked.device import CALLER, Device, Links, check_links, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.own_threads import close_from_here
@@ -231,7 +231,7 @@ class Cluster:
             device = check_added_device(device, self.devices)
             check_addition(device)
             behaving = {**self._behaving, device.name: device}
-            known = {**self.links, **check_links_of(device.name, links or {}, behaving)}
+            known = {**self.links, **check_links(links or {}, behaving, device.name)}
             try:
                 self._engine.expect_worker(device.name)
                 self._engine.shape_link(device.name, link_between(None, device, known))

@@ -43,16 +43,12 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     assert isinstance(layers, nn.ModuleList)
     itemsize: int = getattr(torch, spec.dtype).itemsize
     try:
-        cache, output, logits = _run_without_data(meta_model, layers)
-    except (
-        UncuttableModelError
-    ):  # some kernels do not support float32 on the meta device; shapes are the same in bfloat16
+        cache, output, logits = _run_without_data(meta_model, parts)
+    except UncuttableModelError:
         if spec.dtype == "bfloat16":
             raise
-        other = build_meta(replace(spec, dtype="bfloat16"))
-        other_layers = other.get_submodule(parts.layers)
-        assert isinstance(other_layers, nn.ModuleList)
-        cache, output, logits = _run_without_data(other, other_layers)
+        # Some kernels do not support float32 on the meta device; shapes are the same in bfloat16.
+        cache, output, logits = _run_without_data(build_meta(replace(spec, dtype="bfloat16")), parts)
     kv_bytes, windows, kinds = [], [], []
     for layer in layers:
         slots = {index for module in layer.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
@@ -99,10 +95,11 @@ def _fingerprint(spec: ModelSpec) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _run_without_data(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Any, RawOutput, Tensor]:
+def _run_without_data(model: PreTrainedModel, parts: ModelParts) -> tuple[Any, RawOutput, Tensor]:
     """Run the whole model on the meta device; return its KV cache, the last layer's raw output, and the logits."""
     outputs: list[Any] = []
-    hook = layers[-1].register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
+    last = model.get_submodule(f"{parts.layers}.{parts.num_layers - 1}")
+    hook = last.register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
     cache = DynamicCache(config=model.config)
     try:
         with torch.no_grad(), NoData():

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -40,12 +39,6 @@ Construction sets torch's default dtype and replaces functions of torch for the 
 
 _SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 _REPORT_LOGGER = "transformers.modeling_utils"
-
-
-def model_class(name: str) -> type[PreTrainedModel]:
-    """Look up a model class of transformers by its name."""
-    cls: type[PreTrainedModel] = getattr(transformers, name)
-    return cls
 
 
 def build_on_meta(

@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from lingualinked.model.memory import trim_heap
 
-_MIN_ELEMENTS = (
-    1 << 13
-)  # of a weight; torch multiplies smaller ones itself, in another order, and packing gains nothing
+# Of a weight; torch multiplies smaller ones itself, in another order, and packing gains nothing.
+_MIN_ELEMENTS = 1 << 13
 _PROBED_ELEMENTS = 1 << 20  # of a weight that is probed at full size; a larger one is probed with fewer outputs
 _BLOCK_OUTPUTS = 64
 _NUM_DISTINCT = 64  # rows and outputs of a probe; the others repeat them

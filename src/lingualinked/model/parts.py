@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from lingualinked.errors import ArgumentError, UncuttableModelError
+from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model import hf_internals
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES, read_config
 from lingualinked.quantities import count_text
@@ -65,15 +67,16 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
         raise UncuttableModelError(
             spec.class_name, "it is not among the architectures that are tested to be exact when cut"
         )
-    cls, config = hf_internals.model_class(spec.class_name), read_config(spec)
+    cls: type[PreTrainedModel] = getattr(transformers, spec.class_name)
     try:
-        return hf_internals.build_on_meta(cls, config, getattr(torch, spec.dtype), spec.attn_implementation)
-    except (ImportError, ValueError) as error:
-        if spec.attn_implementation is None:
-            raise
-        raise ArgumentError(
-            f"attn_implementation={spec.attn_implementation!r} can't be used with {spec.class_name} here: {error}"
-        ) from error
+        return hf_internals.build_on_meta(cls, read_config(spec), getattr(torch, spec.dtype), spec.attn_implementation)
+    except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        if spec.attn_implementation is not None:
+            raise ArgumentError(
+                f"attn_implementation={spec.attn_implementation!r} can't be used with {spec.class_name} here: {cause}"
+            ) from error
+        raise CheckpointError(f"{spec.class_name} can't be built from its config: {cause}") from error
 
 
 def find_parts(meta_model: PreTrainedModel) -> ModelParts:

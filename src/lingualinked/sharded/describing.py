@@ -75,7 +75,7 @@ class Described:
 
 def describe_spec(spec: ModelSpec) -> Described:
     """Describe a model from its specification."""
-    meta = _build_meta(spec)
+    meta = build_meta(spec)
     return Described(spec=spec, meta=meta, parts=find_parts(meta))
 
 
@@ -100,11 +100,14 @@ def describe(arguments: LoadArguments) -> Described:
     resolved = resolve_dtype(dtype, config, files)
     config.dtype = getattr(torch, resolved)
     config.name_or_path = arguments.path
+    asked = arguments.attn_implementation
+    if asked is None:
+        asked = getattr(config, "_attn_implementation", None)  # which the config's JSON lacks
     spec = ModelSpec(
         class_name=class_name,
         config_json=config.to_json_string(use_diff=False),
         dtype=resolved,
-        attn_implementation=_attn_implementation(arguments, config),
+        attn_implementation=check_attn_implementation(asked),
         load_format="dummy" if dummy else "safetensors",
         files=files,
         seed=arguments.seed,
@@ -148,26 +151,6 @@ def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[s
             "trust_remote_code=True asks for the checkpoint's own code, and custom code is not cut: leave it out",
         )
     return config
-
-
-def _attn_implementation(arguments: LoadArguments, config: PreTrainedConfig) -> str | None:
-    """Return the requested implementation; else the config's, which its JSON lacks."""
-    asked = arguments.attn_implementation
-    return check_attn_implementation(getattr(config, "_attn_implementation", None) if asked is None else asked)
-
-
-def _build_meta(spec: ModelSpec) -> PreTrainedModel:
-    try:
-        return build_meta(spec)
-    except ArgumentError:  # has a message of its own
-        raise
-    except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        if spec.attn_implementation is not None:
-            raise ArgumentError(
-                f"attn_implementation={spec.attn_implementation!r} can't be used here: {cause}"
-            ) from error
-        raise CheckpointError(f"{spec.class_name} can't be built from its config: {cause}") from error
 
 
 def _set_generation_config(meta: Any, given: object, arguments: LoadArguments, hub: Mapping[str, Any]) -> None:

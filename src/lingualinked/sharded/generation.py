@@ -23,10 +23,8 @@ from lingualinked.sharded.inputs import check_prompt
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
-_sessions_of_call: contextvars.ContextVar[list[ShardedCache] | None] = contextvars.ContextVar(
-    "sessions_of_call", default=None
-)
-_generating: contextvars.ContextVar[object] = contextvars.ContextVar("generating", default=None)  # the model, or None
+# The model that generates in this context, and the sessions that it has opened; None outside of `generate`.
+_call: contextvars.ContextVar[tuple[object, list[ShardedCache]] | None] = contextvars.ContextVar("call", default=None)
 
 # Settings of a GenerationConfig that are not supported here, and why.
 _REFUSED = {
@@ -70,7 +68,7 @@ class ShardedGeneration:
             _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
         check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs)
         # 2) run transformers' loop, which calls `forward` for each step
-        with _checked(self), _ending_sessions() as opened:
+        with _generating(self) as opened:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
             # 3) keep the session that the caller gets with the result; the others end here
             opened[:] = [cache for cache in opened if not _may_hold(result, cache)]
@@ -131,14 +129,15 @@ class ShardedGeneration:
         cache.session.reserve(max_cache_length)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        opened = _sessions_of_call.get()
-        if opened is not None:
-            opened.append(cache)
+        call = _call.get()
+        if call is not None:
+            call[1].append(cache)
         model_kwargs["past_key_values"] = cache
 
     def _checked_in_call(self) -> bool:
         """Whether a `generate` of this model is running, which has checked the model for all its steps."""
-        return _generating.get() is self
+        call = _call.get()
+        return call is not None and call[0] is self
 
     def _as_session(self, past: DynamicCache) -> ShardedCache:
         """Return the handle of a session; turn an empty KV cache into that of a new one."""
@@ -161,24 +160,14 @@ def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _checked(model: object) -> Iterator[None]:
-    """Record within the context that a model has been checked."""
-    token = _generating.set(model)
-    try:
-        yield
-    finally:
-        _generating.reset(token)
-
-
-@contextlib.contextmanager
-def _ending_sessions() -> Iterator[list[ShardedCache]]:
-    """Collect the sessions opened within the context, and end those left in the list."""
+def _generating(model: object) -> Iterator[list[ShardedCache]]:
+    """Record that a model, which has been checked, generates; at the end, end the sessions left in the list."""
     opened: list[ShardedCache] = []
-    token = _sessions_of_call.set(opened)
+    token = _call.set((model, opened))
     try:
         yield opened
     finally:
-        _sessions_of_call.reset(token)
+        _call.reset(token)
         for cache in opened:
             cache.end()
 

@@ -32,9 +32,8 @@ def check_total_memory(
     ``reserve`` is the fraction of every device's memory that stays free. Unreadable files pass: the loader reports them.
     """
     try:
-        offered = (1 - reserve) * _total_memory(
-            devices
-        )  # raises OSError where no file can be opened, which is reported later
+        # It raises OSError where no file can be opened, which is reported later.
+        offered = (1 - reserve) * _total_memory(devices)
         if math.isinf(offered):
             return
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

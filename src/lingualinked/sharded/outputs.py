@@ -34,9 +34,8 @@ def output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
 
 def returns_unrequested_cache(spec: ModelSpec) -> bool:
     """Return whether a model returns a KV cache that it was given even under ``use_cache=False``, by a pass without data."""
-    meta: Any = build_meta(
-        dataclasses.replace(spec, dtype="bfloat16")
-    )  # some kernels can't run float32 on the meta device
+    # Some kernels can't run float32 on the meta device.
+    meta: Any = build_meta(dataclasses.replace(spec, dtype="bfloat16"))
     ids = torch.zeros((1, 2), dtype=torch.int64, device="meta")
     with torch.no_grad(), NoData():
         output = meta(input_ids=ids, past_key_values=DynamicCache(config=meta.config), use_cache=False)

@@ -88,9 +88,8 @@ def find_plan(
     from lingualinked.planning.planner import solve  # imports scipy
 
     plan = solve(profile, objective=objective, workload=workload)
-    if (
-        not profile.doubt and cluster.devices == devices and not cluster.is_throttled
-    ):  # else the devices have changed meanwhile
+    is_of_these = cluster.devices == devices and not cluster.is_throttled  # else they have changed meanwhile
+    if is_of_these and not profile.doubt:
         write_cached(name, plan.to_json())
     return plan
 

@@ -144,9 +144,8 @@ class Seal:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        remote: dict[
-            int, tuple[Tensor, RemoteTensor]
-        ] = {}  # with the originals, since ids are unique only among living objects
+        # With the originals, since ids are unique only among living objects.
+        remote: dict[int, tuple[Tensor, RemoteTensor]] = {}
 
         def replace(value: Any, name: str) -> Any:
             if isinstance(value, Tensor) and id(value) not in remote:
