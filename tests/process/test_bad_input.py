@@ -45,7 +45,7 @@ def nothing_is_hosted_that_was_not(shared_cluster: ll.Cluster, sharded: Any) -> 
 def hosted(cluster: ll.Cluster) -> list[tuple[int, int]]:
     names = [device.name for device in cluster.devices]
     reports = inspect_workers(cluster._engine, names, 30)
-    return [(stage.model, stage.stage) for report in reports for stage in report.stages]
+    return [(stage.model, stage.snapshot.start) for report in reports for stage in report.stages]
 
 
 Load = Callable[..., Any]
