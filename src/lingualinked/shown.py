@@ -5,19 +5,9 @@ Knows IPython's protocols; does not import IPython, and knows no record.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 from lingualinked.registry import tables_of
-
-
-class Printer(Protocol):
-    """The pretty-printer that IPython passes, which keeps the indentation."""
-
-    def text(self, obj: str) -> None:
-        """Write text on the current line."""
-
-    def break_(self) -> None:
-        """Start a new line at the current indentation."""
 
 
 class Printed:
@@ -29,7 +19,7 @@ class Printed:
         # IPython prefers a dataclass's own __repr__ to an inherited _repr_pretty_.
         cls._repr_pretty_ = Printed._repr_pretty_  # type: ignore[method-assign]
 
-    def _repr_pretty_(self, printer: Printer, _is_cycle: bool) -> None:
+    def _repr_pretty_(self, printer: Any, _is_cycle: bool) -> None:
         for number, line in enumerate(str(self).splitlines()):
             if number:
                 printer.break_()

@@ -30,27 +30,13 @@ _SHADE = "rgba(128,128,128,0.35)"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """A table.
-
-    Parameters
-    ----------
-    title : str
-        Text above the table.
-    columns : sequence of str
-        Headings; columns after the first are aligned to the right.
-    rows : sequence of sequence of str
-        Cells.
-    bars : sequence of float
-        One number between 0 and 1 per row, drawn as a bar in HTML; may be empty.
-    notes : sequence of str
-        Lines below the table.
-    """
+    """A table with text above and below it."""
 
     title: str
-    columns: Sequence[str]
+    columns: Sequence[str]  # those after the first are aligned to the right
     rows: Sequence[Sequence[str]]
-    bars: Sequence[float] = ()
-    notes: Sequence[str] = ()
+    bars: Sequence[float] = ()  # empty, or a number between 0 and 1 per row, drawn as a bar in HTML
+    notes: Sequence[str] = ()  # a line each
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw title, table and notes on a rich console; on a narrow one, each row becomes a block."""
@@ -62,10 +48,9 @@ class Rows:
             yield Text()
         yield from map(Text, self.notes)
 
-    def to_text(self, width: int | None = None) -> str:
-        """Return the table as text in ``width`` columns; by default the terminal's, or as many as needed without one."""
-        if width is None:
-            width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self._width)
+    def to_text(self) -> str:
+        """Return the table as text in the columns of the terminal, or in as many as needed without one."""
+        width = terminal_width(sys.stdout) or max(_NOTE_WIDTH, self._width)
         buffer = io.StringIO()
         Console(file=buffer, width=width, color_system=None, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))

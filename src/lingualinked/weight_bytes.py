@@ -10,22 +10,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBytes:
-    """Bytes of a model's weights, by where they are needed.
-
-    Parameters
-    ----------
-    layers : tuple of int
-        Bytes of each decoder layer.
-    prologue, epilogue : int
-        Bytes that only the first and only the last stage needs; a tied embedding counts in both.
-    tied : int
-        Bytes counted in both, which a stage with both ends holds once.
-    """
+    """Bytes of a model's weights, by where they are needed."""
 
     layers: tuple[int, ...]
-    prologue: int
-    epilogue: int
-    tied: int = 0
+    prologue: int  # that only the first stage needs
+    epilogue: int  # that only the last stage needs; a tied embedding counts in both
+    tied: int = 0  # counted in both, which a stage with both ends holds once
 
     def of_span(self, start: int, end: int) -> int:
         """Return the bytes of the stage that holds layers ``[start, end)``."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -32,9 +31,7 @@ class OtherWork:
         self._began_s, self._own_s, self._all_s = time.monotonic(), self._own_cpu_s(), _all_cpu_s()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         seconds = max(time.monotonic() - self._began_s, 1e-3)
         others_s = _all_cpu_s() - self._all_s - (self._own_cpu_s() - self._own_s)
         self.num_cores = max(0.0, others_s / seconds)

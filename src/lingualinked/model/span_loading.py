@@ -22,12 +22,14 @@ from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSour
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from lingualinked.model.hf_internals import MappedKey
     from lingualinked.model.spec import ModelSpec
+
+_MAX_NAMES = 5  # in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +167,6 @@ def _choose_keys(mapped: Mapping[str, MappedKey], tied: Mapping[str, str], held:
     return chosen
 
 
-def _list_names(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

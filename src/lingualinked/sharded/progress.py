@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from lingualinked.planning.plan import Plan
@@ -57,21 +56,13 @@ class DeviceProgress:
             with self._lock:
                 bar.update(num_done - bar.n)
 
-    def finish(self) -> None:
-        """Fill every bar, since tensors that are not read (ties, buffers) are not reported."""
-        for bar in self._bars.values():
-            if bar.total is not None:
-                bar.update(bar.total - bar.n)
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.finish()
+    def __exit__(self, kind: object, *_: object) -> None:
         for bar in self._bars.values():
+            if kind is None and bar.total is not None:  # tensors that are not read (ties, buffers) are not reported
+                bar.update(bar.total - bar.n)
             bar.close()
 
 

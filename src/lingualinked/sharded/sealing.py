@@ -6,7 +6,7 @@ Knows torch's modules; neither workers nor the effect of a change.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor, nn
@@ -109,22 +109,13 @@ def _reason(name: str) -> str:
     return _HOOKS if "hook" in name else _CHANGE
 
 
-def _refusing(name: str, reason: str) -> Callable[..., NoReturn]:
-    def refuse(self: SealedModule, *_: Any, **__: Any) -> NoReturn:
-        self._refuse(f"{name}() of", reason)
-
-    refuse.__name__ = name
-    refuse.__doc__ = f"Refuse: {reason}."
-    return refuse
-
-
 for _name in dir(nn.Module):
     if _name.startswith(("add_", "register_")):
-        setattr(SealedModule, _name, _refusing(_name, _reason(_name)))
+        setattr(SealedModule, _name, refusal(_name, _reason(_name)))
         if not _name.startswith("register_forward_"):
             setattr(SealedModel, _name, refusal(_name, _reason(_name)))
 for _name, _why in {"compile": _CHANGE, "load_state_dict": _USE, "state_dict": _USE}.items():
-    setattr(SealedModule, _name, _refusing(_name, _why))
+    setattr(SealedModule, _name, refusal(_name, _why))
 
 
 @functools.cache  # one class per real one: types of two modules of a kind are equal

@@ -95,10 +95,12 @@ _REMEDIES = {
 
 
 def refusal(name: str, remedy: str) -> Callable[..., NoReturn]:
-    """Return a method that raises `UnsupportedOperationError` with a remedy."""
+    """Return a method, of the whole model or of a sealed submodule, that raises `UnsupportedOperationError` with a remedy."""
 
     def refuse(self: object, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedOperationError(f"{name}() of a sharded model: {remedy}")
+        path = vars(self).get("_path")
+        submodule = "" if path is None else f"{path} ({type(self).__name__}) of "
+        raise UnsupportedOperationError(f"{name}() of {submodule}a sharded model: {remedy}")
 
     refuse.__name__ = name
     refuse.__doc__ = f"Refuse: {remedy}."

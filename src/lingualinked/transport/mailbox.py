@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
@@ -227,9 +226,7 @@ class Mailbox(abc.ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
