@@ -95,18 +95,6 @@ class Arcs:
         used = np.flatnonzero(share)
         return tuple(used[np.argsort(middle[used] / share[used], kind="stable")].tolist())
 
-    def without_dominated(self, leads_everywhere: Flags) -> Arcs:
-        """Leave out spans that could go on, for a programme that asks only whether there is a placement.
-
-        From a device that a hop leaves to every other one, ending further is never worse: whoever holds the layers after
-        an end can hold those after a later one, and who holds none of them any more is skipped.
-        """
-        inner = (self.kind == SPAN) & (self.head != SINK) & leads_everywhere[self.copy, self.device]
-        inner &= self.end < self.end[self.kind == SPAN].max(initial=0)
-        furthest = np.full(int(self.tail.max(initial=0)) + 1, -1)
-        np.maximum.at(furthest, self.tail[inner], self.end[inner])
-        return self[~inner | (self.end == furthest[self.tail])]
-
 
 def arcs_within(network: Network, priced: Network, limit: float, *, hubs: bool) -> tuple[Arcs, float]:
     """List the arcs of a network on whose shortest path, at other costs, is no longer than a limit.

@@ -5,9 +5,10 @@ Knows problems in numbers, the linear programme and its caps; no model, no profi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 import numpy as np
@@ -25,7 +26,8 @@ from lingualinked.planning.placement.problem import (
     latency_s,
 )
 from lingualinked.planning.placement.programme import PROVEN, Answer, Programme
-from lingualinked.planning.placement.search import cheapest
+from lingualinked.planning.placement.search import WIDTHS, cheapest
+from lingualinked.planning.placement.sweep import STRICTLY, sweep_caps
 from lingualinked.planning.placement.symmetry import in_listed_order
 from lingualinked.planning.placement.tables import (
     TOLERANCE,
@@ -37,14 +39,11 @@ from lingualinked.planning.placement.tables import (
 )
 from lingualinked.workload import Objective
 
-STRICTLY = 1e-11
-"""Relative. A bottleneck within this share of an interval counts as equal to it."""
-
 EXACT_SIZE = 1536
 """Devices times layers up to which no gap is accepted; 16 devices hold 80 layers in seconds."""
 
 TIES_SIZE = 256
-"""Devices times layers up to which ties in throughput are broken over all orders; beyond, along the order found."""
+"""Devices times layers up to which ties are broken over all orders; beyond, along the order found."""
 
 LARGE_GAP = 0.01
 """Share of the value at which the search ends for more; it may end with a larger one, which is stated."""
@@ -93,6 +92,7 @@ def solve_problem(
     Notes
     -----
     One programme, `programme.Programme`, serves all objectives; its solution is the placement, its optimum the bound.
+    Where its optimal flow is fractional, its prices guide a search for the best whole path, `elementary.Elementary`.
 
     **Latency and energy** are sums over spans and hops, which are the costs of its arcs. Among placements of the same
     energy, a second one finds the lowest latency with the first one's costs as a row.
@@ -101,14 +101,15 @@ def solve_problem(
     for which there is a placement, T being one of the finitely many times that a span or link takes. Below B the
     relaxation itself is infeasible, as a rule, so that `linprog` proves the value; the placement is the one of least
     latency within the cap. Where only existence is asked, spans that could go on are left out
-    (`arcs.Arcs.without_dominated`), and hops cost nothing.
+    (`tables.Costs.of_stages`), and hops cost nothing.
 
     **The interval** with S sessions in flight is :math:`\\max(B, \\text{latency} / S)`. The least latency
     :math:`l(T)` within a cap T falls as T rises. For any T, a placement has a bottleneck above T or takes at least
-    :math:`l(T) / S`; so each programme halves the caps at which a better one can be, and the last one proves the value.
+    :math:`l(T) / S`; so each programme halves the caps at which a better one can be, and the last one proves the value
+    (`sweep.sweep_caps`).
 
     **Upper bounds** that the programme starts from come from a dynamic programme along some orders of devices,
-    `network.shortest_along`, which also finds the bottleneck in a fixed order: there it is exact [1]_ [2]_.
+    `network.shortest_along` [1]_ [2]_.
 
     LinguaLinked [3]_ minimises the sum of costs; that is the latency here, which never rewards that stages work at the
     same time.
@@ -168,144 +169,100 @@ class _Solver:
             self.busy = self.busy.at_most(limit)
         self.orders = [tuple(order)] if order is not None else list(_orders(problem))
 
-    def within(self, cap: float) -> Costs:
-        return sum_costs(self.problem, self.busy.at_most(cap), self.tables)
-
     def least_sum(self, watts: Floats | None) -> tuple[Placement, float]:
-        costs = sum_costs(self.problem, self.busy, self.tables, watts=watts)
-        programme = Programme(costs, self.order)
-        limit, known = shortest_along(costs, self.orders)
-        answer = cheapest(programme, limit, known, gap=self.gap)
-        placement = answer.placement
-        if placement and watts is not None:
-            seconds = Programme(sum_costs(self.problem, self.busy, self.tables), self.order)
-            value = energy_j(self.problem, placement)
-            tied = programme.tied(value, answer.prices, seconds)
-            if (
-                tied
-                and energy_j(self.problem, tied) <= value * (1 + TOLERANCE)
-                and latency_s(self.problem, tied) < latency_s(self.problem, placement)
-            ):
-                placement = tied
-        return placement, answer.bound
-
-    def least_maximum(self, costs: Costs, best_within: Callable[[float, Placement], Answer]) -> tuple[Placement, float]:
-        """Return the placement whose costliest part costs least, and a proven lower bound on that.
-
-        Parameters
-        ----------
-        costs : Costs
-            Of which the largest counts.
-        best_within : callable
-            From a cap on them to a placement within it that is best in another respect.
-        """
-        value, known = shortest_along(costs, self.orders, np.maximum)
-        if self.order is not None:
-            return (best_within(value, known).placement, value) if known else ((), math.inf)
-        caps = _caps(costs, value)
-        # 1) the least cap within which the relaxation has a solution, seeking from the best known downwards
-        low, high, step = 0, len(caps), 1
-        while low < high:
-            probe = max(low, high - step) if low == 0 else (low + high) // 2
-            fits, along = Programme(costs.at_most(caps[probe]).of_stages(), self.order).fit()
-            least, placement = shortest_along(costs, [along], np.maximum) if fits else (math.inf, ())
-            if least < value:
-                known, value = placement, least
-                probe = min(probe, int(np.searchsorted(caps, value * (1 - TOLERANCE))))
-            if fits:
-                high, step = probe, step * 4
-            else:
-                low = probe + 1
-        # 2) from there on the least cap within which there is a placement
-        bound, high, step = value, int(np.searchsorted(caps, value * (1 - TOLERANCE))), 1
-        while low < high:
-            probe = min(low + step - 1, (low + high) // 2)
-            answer = Programme(costs.at_most(caps[probe]).of_stages(), self.order).any_placement()
-            if answer.bound == -math.inf:
-                answer = best_within(float(caps[probe]), ())
-            if answer.placement:
-                known, value = answer.placement, costs.costliest(answer.placement)
-                high = min(probe, int(np.searchsorted(caps, value * (1 - TOLERANCE))))
-            elif math.isinf(answer.bound):
-                low, step = probe + 1, step * 2
-            else:
-                bound = float(caps[low])
-                break
-        return (best_within(value, known).placement, min(bound, value)) if known else ((), math.inf)
+        """Return the placement of least latency or energy, and a proven lower bound on that."""
+        answer = self._cheapest(watts)
+        if not answer.placement or watts is None:
+            return answer.placement, answer.bound
+        costs, seconds = (sum_costs(self.problem, self.busy, self.tables, watts=each) for each in (watts, None))
+        value, order = energy_j(self.problem, answer.placement), self._order_of_ties(answer.placement)
+        tied = Programme(costs, order).tied(value, answer.prices, Programme(seconds, order))
+        is_better = (
+            tied
+            and energy_j(self.problem, tied) <= value * (1 + TOLERANCE)
+            and latency_s(self.problem, tied) < latency_s(self.problem, answer.placement)
+        )
+        return tied if is_better else answer.placement, answer.bound
 
     def least_interval(self) -> tuple[Placement, float]:
-        sessions = self.problem.num_sessions
-        if math.isinf(sessions):
-            return self.least_maximum(self.busy, self.quickest)
-        costs = self.within(math.inf)
-        limit, known = shortest_along(costs, self.orders)
-        answer = cheapest(Programme(costs, self.order), limit, known, gap=self.gap)
-        if not answer.placement:
-            return (), math.inf
-        found, bound = answer.placement, answer.bound / sessions
-        value = interval_s(self.problem, found)
-        if value > bound * (1 + PROVEN):
-            _, other = shortest_along(self.busy, self.orders, np.maximum)
-            if other and interval_s(self.problem, other) < value:
-                found, value = other, interval_s(self.problem, other)
-        caps = _caps(self.busy, value)
-        # a placement may be busy for less than the bound: the last cap below it counts
-        low, high = max(0, int(np.searchsorted(caps, bound * (1 - TOLERANCE))) - 1), len(caps)
-        prices, least_latency, open_bound = answer.prices, answer.bound, math.inf
-        is_first = True
-        while low < high and min(open_bound, caps[low]) < value * (1 - 2 * self.gap):
-            probe = high - 1 if is_first else (low + high) // 2
-            is_first = False
-            costs = self.within(caps[probe])
-            answer = cheapest(
-                Programme(costs, self.order), value * sessions * (1 - STRICTLY), prices=prices, gap=self.gap
-            )
-            prices = answer.prices
-            if answer.placement and interval_s(self.problem, answer.placement) < value:
-                found, value = answer.placement, interval_s(self.problem, answer.placement)
-            least = min(answer.bound / sessions, value)
-            if least < value * (1 - PROVEN) and least > caps[probe]:
-                open_bound = min(open_bound, least)
-            if least > caps[probe]:
-                low = probe + 1
-            else:
-                high = probe
-            high = min(high, int(np.searchsorted(caps, value * (1 - TOLERANCE))))
-        if latency_s(self.problem, found) > least_latency * (1 + PROVEN):
-            found = self.quickest(value, found).placement
-        return found, min(value, open_bound, caps[low] if low < high else value)
+        """Return the placement of least interval, of those the one of least latency, and a proven lower bound."""
+        sessions, problem = self.problem.num_sessions, self.problem
+        interval = functools.partial(interval_s, problem)
+        _, known = shortest_along(self.busy, self.orders, np.maximum)
+        # 1) the least latency is a bound, unless sessions without end hide it
+        least_s, prices = 0.0, None
+        if math.isfinite(sessions):
+            fastest = self._cheapest(None)
+            least_s, prices = fastest.bound, fastest.prices
+            known = min((each for each in (fastest.placement, known) if each), key=interval, default=())
 
-    def quickest(self, cap: float, known: Placement = ()) -> Answer:
-        limit, order = latency_s(self.problem, known) if known else math.inf, self.order
-        if known and self.problem.num_devices * self.problem.num_layers > TIES_SIZE:
-            order = tuple(dict.fromkeys(span.device for span in known))
-        return cheapest(Programme(self.within(cap), order), limit, known, gap=self.gap)
+        # 2) caps on the bottleneck, within which the latency is least
+        def quicker(cap: float, value: float) -> tuple[Placement, float]:
+            nonlocal prices
+            if math.isinf(sessions):
+                return self._any_within(self.busy, cap)
+            programme, limit = Programme(self._seconds(cap), self.order), value * sessions * (1 - STRICTLY)
+            answer = cheapest(programme, limit, prices=prices, gap=self.gap)
+            prices = answer.prices
+            return answer.placement, answer.bound / sessions
+
+        found, bound = sweep_caps(self.busy, known, interval, quicker, bound=least_s / sessions, gap=self.gap)
+        # 3) of placements that are as good, the quickest one
+        if found and latency_s(problem, found) > least_s * (1 + PROVEN):
+            programme = Programme(self._seconds(interval(found)), self._order_of_ties(found))
+            found = cheapest(programme, latency_s(problem, found), found, gap=self.gap).placement
+        return found, bound
+
+    @property
+    def has_placement(self) -> bool:
+        """Whether memory allows any."""
+        costs = excess_costs(self.problem, self.tables)
+        return shortest_along(costs, self.orders, np.maximum)[0] == 0 or bool(self._any_within(costs, 0.0)[0])
 
     def closest(self) -> tuple[Placement, float]:
+        """Return the placement that exceeds memory by least, and by how many bytes at most on one device."""
         costs = excess_costs(self.problem, self.tables)
+        _, known = shortest_along(costs, self.orders, np.maximum)
+        found, _ = sweep_caps(costs, known, costs.costliest, lambda cap, _: self._any_within(costs, cap), gap=self.gap)
+        return found, costs.costliest(found) if found else math.inf
 
-        def any_within(cap: float, known: Placement) -> Answer:
-            limit = float(len(known) or math.inf)
-            return cheapest(Programme(costs.at_most(cap).of_stages(), self.order), limit, known)
+    def _order_of_ties(self, placement: Placement) -> Sequence[int] | None:
+        if self.problem.num_devices * self.problem.num_layers <= TIES_SIZE:
+            return self.order
+        return tuple(dict.fromkeys(span.device for span in placement))
 
-        placement, _ = self.least_maximum(costs, any_within)
-        return placement, costs.costliest(placement) if placement else math.inf
+    def _seconds(self, cap: float) -> Costs:
+        return sum_costs(self.problem, self.busy.at_most(cap), self.tables)
+
+    def _cheapest(self, watts: Floats | None) -> Answer:
+        costs = sum_costs(self.problem, self.busy, self.tables, watts=watts)
+        limit, known = shortest_along(costs, self.orders)
+        return cheapest(Programme(costs, self.order), limit, known, gap=self.gap)
+
+    def _any_within(self, costs: Costs, cap: float) -> tuple[Placement, float]:
+        """Find a placement whose parts cost no more than a cap; infinity follows where there is none, or 0."""
+        allowed = costs.at_most(cap)
+        programme = Programme(allowed.of_stages(), self.order)
+        # 1) as if any two devices had a link: then few spans matter
+        flow = Programme(allowed.with_every_hop().of_stages(), self.order).relaxed()
+        if flow is None:
+            return (), math.inf
+        # 2) the order of devices in the flow, and paths along its prices
+        value, placement = shortest_along(costs, [flow.order], np.maximum)
+        if value <= cap * (1 + TOLERANCE):
+            return placement, 0.0
+        for width in WIDTHS if self.gap == 0 else WIDTHS[:-1]:
+            _, placement, bound = programme.elementary(flow.prices).search(programme.ceiling, width)
+            if placement or bound >= programme.ceiling:
+                return placement, 0.0 if placement else math.inf
+        # 3) the links that there are
+        is_possible = self.gap > 0 or programme.relaxed() is not None
+        return (), 0.0 if is_possible else math.inf
 
 
 def fits(problem: Problem) -> bool:
     """Say whether there is a placement at all, however slow."""
-    costs, orders = excess_costs(problem, SpanTables.of(problem)), list(_orders(problem))
-    if shortest_along(costs, orders, np.maximum)[0] == 0:
-        return True
-    programme = Programme(costs.at_most(0.0).of_stages())
-    return programme.fit()[0] and bool(cheapest(programme, math.inf).placement)
-
-
-def _caps(costs: Costs, below: float) -> Floats:
-    """List the costs of all parts, those below a value."""
-    parts = (costs.span, costs.hop, costs.enter, costs.leave, *costs.close.values())
-    values = np.unique(np.concatenate([part.ravel() for part in parts]))
-    return values[values < min(below * (1 - STRICTLY), math.inf)]
+    return _Solver(problem, None, math.inf).has_placement
 
 
 def _orders(problem: Problem) -> Iterator[tuple[int, ...]]:

@@ -108,10 +108,22 @@ class Costs:
         names = ("span", "hop", "enter", "leave", "front")
         return Costs(close=close, **{name: within(getattr(self, name)) for name in names})
 
+    def with_every_hop(self) -> Costs:
+        """Return the same costs as if there were a link between any two devices."""
+        return dataclasses.replace(self, hop=_between(np.zeros_like(self.hop)))
+
     def of_stages(self) -> Costs:
-        """Return costs that count the stages of a placement, of what is allowed here."""
+        """Return costs that count the stages of a placement, of what is allowed here and could not go on.
+
+        From a device that a hop leads from to every other one, ending further is never worse: whoever holds the layers
+        after an end can hold those after a later one, and who holds none of them any more is skipped.
+        """
+        ends = np.arange(self.span.shape[2])
+        furthest = np.where(np.isfinite(self.span[:, :, :-1]), ends[:-1], -1).max(axis=2, keepdims=True)
+        leads_everywhere = np.asarray((np.isfinite(self.hop) | np.eye(len(self.hop), dtype=bool)).all(axis=1))
+        goes_on = leads_everywhere[:, None, None] & (ends != furthest) & (ends != ends[-1])
         return Costs(
-            span=_allowed(self.span, 1.0),
+            span=_allowed(np.where(goes_on, np.inf, self.span), 1.0),
             hop=_allowed(self.hop, 0.0),
             enter=_allowed(self.enter, 0.0),
             leave=_allowed(self.leave, 0.0),
