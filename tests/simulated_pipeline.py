@@ -103,7 +103,7 @@ class SimulatedPipeline:
         _, plan = self._ends
         self._ends = None
         if self._fails(len(self.moved_at)):
-            self.tell(MigrationFailed(time_s=self.time_s, error="a worker died"))
+            self.tell(MigrationFailed(time_s=self.time_s))
             return
         before = tuple(self.spans())
         self.plan = plan

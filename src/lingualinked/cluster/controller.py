@@ -210,11 +210,7 @@ class Controller:
                 self._migrate(plan, migrations)
         finally:
             last, now = migrations[-1], time.monotonic()
-            event: Event = (
-                MigrationDone(time_s=now, migration=last)
-                if last.succeeded
-                else MigrationFailed(time_s=now, error=last.error)
-            )
+            event: Event = MigrationDone(time_s=now, migration=last) if last.succeeded else MigrationFailed(time_s=now)
             self._balancer.handle(event, self._routes.current.plan)
             done = dataclasses.replace(decision, migrations=tuple(migrations))
             self._recorder.complete_decision(decision, done)

@@ -76,7 +76,6 @@ class MigrationFailed:
     """The plan that was asked for could not be put in force; another one is: the old one, or one on the way."""
 
     time_s: float
-    error: str
 
 
 Event = (

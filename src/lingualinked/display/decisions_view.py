@@ -58,6 +58,6 @@ def migration_rows(migrations: Sequence[Migration], start_s: float = 0.0) -> Row
     )
 
 
-def record_line(record: Decision | Migration, start_s: float = 0.0) -> str:
+def record_line(record: Decision | Migration, start_s: float) -> str:
     """Format a decision or a migration and its time, since ``start_s``, in one line."""
     return f"at {seconds_text(record.time_s - start_s)}: {record}"

@@ -29,15 +29,15 @@ _COLUMNS_BESIDE_BAR = 40
 _MIN_BAR_WIDTH = 8
 _COLUMNS_BESIDE_SPEED = 17
 _RECENT_S = 2.0
+_NUM_EVENTS = 4  # recent decisions and migrations that are listed
 
 
-def live_view(
-    telemetry: Telemetry, *, last_s: float = 30.0, num_events: int = 4, note: str = "", width: int = 100
-) -> Panel:
+def live_view(telemetry: Telemetry, *, last_s: float = 30.0, note: str = "", width: int = 100) -> Panel:
     """Draw the present state of a pipeline on so many columns, at least 40, with a note at the top."""
     history = telemetry.history
     end_s = max(history.end_s, history.start_s + 1e-3)
-    devices = sorted({worker.device for worker in telemetry.workers} | set(_sampled_devices(telemetry)))
+    sampled = {sample.device for sample in telemetry.device_samples}
+    devices = sorted(sampled | {worker.device for worker in telemetry.workers})
     colours = {device: _COLOURS[index % len(_COLOURS)] for index, device in enumerate(devices)}
     recent = windows_of(history.steps, end_s - _RECENT_S, end_s, 1)
     num_layers = max((stage.end for stage in telemetry.stages), default=0)
@@ -61,7 +61,7 @@ def live_view(
     num_windows = min(_NUM_WINDOWS, width - _BORDER - _COLUMNS_BESIDE_SPEED)
     rates = windows_of(history.steps, begin_s, begin_s + last_s, num_windows).tokens_per_s
     speed = Text(f"{telemetry.tokens_per_s(_RECENT_S):6.1f} tokens/s  ", style="bold").append(_spark(rates), "cyan")
-    drawn = Group(Text(note), Text(), table, Text(), speed, Text(), *_events(telemetry, num_events))
+    drawn = Group(Text(note), Text(), table, Text(), speed, Text(), *_events(telemetry))
     return Panel(drawn, width=width)
 
 
@@ -73,16 +73,12 @@ def _bar(begin: float, end: float, width: int, colour: str, empty: str) -> Text:
     return bar.append(empty * (width - last), style="dim")
 
 
-def _sampled_devices(telemetry: Telemetry) -> list[str]:
-    return [sample.device for sample in telemetry.device_samples]
-
-
 def _spark(values: tuple[float, ...]) -> str:
     highest = max(values, default=0.0) or 1.0
     return "".join(_LEVELS[round(value / highest * (len(_LEVELS) - 1))] for value in values)
 
 
-def _events(telemetry: Telemetry, num_events: int) -> list[Text]:
+def _events(telemetry: Telemetry) -> list[Text]:
     start_s = telemetry.history.start_s
     events = [(each.time_s, Text(record_line(each, start_s))) for each in telemetry.decisions]
     events += [
@@ -90,4 +86,4 @@ def _events(telemetry: Telemetry, num_events: int) -> list[Text]:
         for each in telemetry.migrations
     ]
     events.sort(key=lambda pair: pair[0])
-    return [line for _, line in events[-num_events:]]
+    return [line for _, line in events[-_NUM_EVENTS:]]

@@ -291,17 +291,12 @@ def test_memory_as_a_profile_says_it() -> None:
     assert len(plans) == 2
     assert plans[0].profile is measured
     assert plans[0].workload is workload
-    assert Holdings.of_profile(measured, workload, 0.5).capacity_bytes[0] == 30 * MIB
 
 
 def test_memory_as_devices_say_it() -> None:
     weights = WeightBytes(layers=(10,) * 4, prologue=0, epilogue=0)
     room = Holdings.of_devices(weights, [ll.Device(name="a", memory=40), ll.Device(name="b")])
     assert room.capacity_bytes == (40, math.inf)
-    with pytest.raises(ll.ArgumentError, match="capacity_bytes are 1, for 2 devices"):
-        dataclasses.replace(room, capacity_bytes=(1.0,))
-    with pytest.raises(ll.ArgumentError, match="layer_kv are 3, for 4 layers"):
-        dataclasses.replace(room, layer_kv=(1, 2, 3))
 
 
 def test_a_large_model_on_many_devices() -> None:

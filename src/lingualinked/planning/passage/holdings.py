@@ -12,10 +12,8 @@ from itertools import accumulate
 from typing import TypeAlias
 
 from lingualinked.device import Device
-from lingualinked.errors import ArgumentError
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
-from lingualinked.quantities import count_text
 from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Workload
 
@@ -33,20 +31,10 @@ class Holdings:
     layer_kv: tuple[int, ...] = ()  # bytes of each layer's KV of all sessions; empty if not known
     working: int = 0  # bytes of a stage's intermediate results
 
-    def __post_init__(self) -> None:
-        if len(self.devices) != len(self.capacity_bytes):
-            raise ArgumentError(
-                f"capacity_bytes are {len(self.capacity_bytes)}, for {count_text(len(self.devices), 'device')}"
-            )
-        if self.layer_kv and len(self.layer_kv) != len(self.weights.layers):
-            raise ArgumentError(
-                f"layer_kv are {len(self.layer_kv)}, for {count_text(len(self.weights.layers), 'layer')}"
-            )
-
     @classmethod
-    def of_profile(cls, profile: Profile, workload: Workload, reserve: float = 0.0) -> Holdings:
+    def of_profile(cls, profile: Profile, workload: Workload) -> Holdings:
         """Make holdings from a profile, with a workload's KV and steps; what plans leave free may be used while layers move."""
-        model, costs = profile.model, WorkloadCosts(profile, workload, reserve)
+        model, costs = profile.model, WorkloadCosts(profile, workload, 0.0)
         return cls(
             weights=model.weights,
             devices=tuple(each.device for each in profile.devices),
