@@ -88,7 +88,7 @@ class Balancer:
         """
         match event:
             case RebalanceAsked(plan=Plan() as given):
-                return self._decider.answer(event, plan, given)
+                return self._decider.move_to_given(event, plan, given)
             case MigrationDone():
                 self._on_done(event)
             case MigrationFailed():
@@ -111,7 +111,7 @@ class Balancer:
                 self._live[event.device].is_usable = False
                 lost = event.device in plan.devices
                 reason = "its layers and their KV are gone" if lost else "it held no layer"
-                return self._decider.stay(event.time_s, plan, f"device {event.device!r} is lost", reason)
+                return self._decider.decide_to_stay(event.time_s, plan, f"device {event.device!r} is lost", reason)
             case RebalanceAsked():
                 asked = Trigger("rebalance was called")
                 return self._decide(event.time_s, plan, asked, is_asked=True, dry_run=event.dry_run)
@@ -140,7 +140,7 @@ class Balancer:
         elif forgotten:
             trigger = Trigger(f"device {forgotten[0]!r} has not been used for long, and may be faster by now")
         elif self._waiting is None:
-            trigger = self._drift.trigger({name: self._live[name].level for name in plan.devices})
+            trigger = self._drift.find_trigger({name: self._live[name].level for name in plan.devices})
         if trigger is not None:
             self._waiting = trigger.beside(self._waiting)
         return self._decide_in_time(sample.end_s, plan)
@@ -169,7 +169,7 @@ class Balancer:
         if event.device in self._live:
             self._live[event.device].is_usable = False
         if event.device not in plan.devices:
-            return self._decider.stay(event.time_s, plan, text, "it holds no layer")
+            return self._decider.decide_to_stay(event.time_s, plan, text, "it holds no layer")
         self._releasing = event.device
         try:
             return self._decide(event.time_s, plan, Trigger(text, requires_move=True), is_release=True)
@@ -184,7 +184,7 @@ class Balancer:
         self._releasing = ""
 
     def _on_done(self, event: MigrationDone) -> None:
-        self._decider.learn(event.migration)
+        self._decider.learn_cost(event.migration)
         self._timing.record_migration(event.time_s)
         self._waiting, self._releasing = None, ""
 

@@ -54,9 +54,9 @@ class Decider:
         assert self._live_profile is not None, "without a profile, only plans that are given are answered"
         return self._live_profile
 
-    def learn(self, migration: Migration) -> None:
+    def learn_cost(self, migration: Migration) -> None:
         """Learn what moving costs."""
-        self._proposer.learn(migration)
+        self._proposer.learn_load_rate(migration)
 
     def decide(
         self,
@@ -76,7 +76,7 @@ class Decider:
         except InfeasiblePlanError as error:
             if is_release:
                 raise
-            return self.stay(time_s, plan, trigger.text, f"no plan fits: {error}"), True
+            return self.decide_to_stay(time_s, plan, trigger.text, f"no plan fits: {error}"), True
         verdict = self._judge(time_s, plan, proposal, trigger, is_asked=is_asked)
         # 2) find the way there; if memory leaves none, take the best plan in the present order of devices
         plans: tuple[Plan, ...] = ()
@@ -98,7 +98,7 @@ class Decider:
         done = self._conclude(time_s, plan, trigger.text, verdict.reason, proposal, plans, dry_run=dry_run)
         return done, verdict.may_change
 
-    def answer(self, event: RebalanceAsked, plan: Plan, given: Plan) -> Instruction:
+    def move_to_given(self, event: RebalanceAsked, plan: Plan, given: Plan) -> Instruction:
         """Return how to move to a plan that the user gives."""
         live = None if self._live_profile is None else self._live_profile.profile()
         for name in given.devices:
@@ -110,7 +110,7 @@ class Decider:
         trigger, proposal = "rebalance was called with a plan", self._weigh(plan, given, live)
         return self._conclude(event.time_s, plan, trigger, reason, proposal, plans, dry_run=event.dry_run)
 
-    def stay(self, time_s: float, plan: Plan, trigger: str, reason: str) -> Instruction:
+    def decide_to_stay(self, time_s: float, plan: Plan, trigger: str, reason: str) -> Instruction:
         """Return the decision to go on as it is."""
         return self._conclude(time_s, plan, trigger, reason, self._weigh(plan, plan, self.live.profile()))
 

@@ -29,7 +29,7 @@ class SpeedDrift:
         """Record that a speed has changed: it has to become known well again."""
         self._are_sure = False
 
-    def trigger(self, levels: Mapping[str, SpeedLevel]) -> Trigger | None:
+    def find_trigger(self, levels: Mapping[str, SpeedLevel]) -> Trigger | None:
         """Return why to decide again by the speeds of devices, if they are known well; ``None`` if there is no need."""
         if any(level.num_samples < _MANY_STEPS for level in levels.values()):
             return None

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from lingualinked.control.speed import SpeedLevel
 from lingualinked.device import CALLER
-from lingualinked.planning.scaling import scaled
+from lingualinked.planning.scaling import scale_times
 from lingualinked.planning.workload_costs import HEADER_BYTES, stage_s
 from lingualinked.profile import DeviceProfile, LinkProfile, Profile
 from lingualinked.telemetry.samples import StageTiming, StepSample
@@ -165,7 +165,7 @@ class LiveProfile:
         return self.measured.doubt + corrected
 
     def _device(self, device: DeviceProfile, prefill: float, decode: float) -> DeviceProfile:
-        now = scaled(device, prefill=prefill, decode=decode)
+        now = scale_times(device, prefill=prefill, decode=decode)
         cap = self._devices[device.device.name].cap_bytes
         return now if cap is None else dataclasses.replace(now, free_bytes=int(min(cap, device.capacity_bytes)))
 

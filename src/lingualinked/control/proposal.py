@@ -47,7 +47,7 @@ class Proposer:
         self._min_gain = min_gain
         self._load_bytes_per_s = _LOAD_BYTES_PER_S
 
-    def learn(self, migration: Migration) -> None:
+    def learn_load_rate(self, migration: Migration) -> None:
         """Learn from a migration how fast weights are loaded."""
         if migration.weight_bytes > 0 and migration.load_s > 0:
             self._load_bytes_per_s = migration.weight_bytes / migration.load_s

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
-from lingualinked.planning.plan import Plan, weighed
+from lingualinked.planning.plan import Plan, complete_plan
 from lingualinked.quantities import bytes_text, count_text
 from lingualinked.weight_bytes import WeightBytes
 
@@ -67,7 +67,7 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
     if boundaries is None:
         raise _does_not_fit(weights, devices, search(excess) or [])
     spans = zip([device.name for device in devices], boundaries[:-1], boundaries[1:], strict=True)
-    return weighed(Plan.from_spans(spans), weights, devices)
+    return complete_plan(Plan.from_spans(spans), weights, devices)
 
 
 def _does_not_fit(weights: WeightBytes, devices: Sequence[Device], closest: Sequence[int]) -> InfeasiblePlanError:

@@ -15,7 +15,7 @@ from lingualinked.planning.explanation import Explanation, WhatIf
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.planner import solve
 from lingualinked.planning.prediction import value_of
-from lingualinked.planning.scaling import scaled
+from lingualinked.planning.scaling import scale_times
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import DeviceProfile, Profile
 from lingualinked.quantities import count_text
@@ -98,7 +98,7 @@ def _limit(plan: Plan, objective: Objective) -> str:
 
 def _changes(plan: Plan, profile: Profile) -> Iterator[tuple[str, Profile]]:
     for name in plan.devices:
-        faster = scaled(profile.device(name), prefill=0.5, decode=0.5)
+        faster = scale_times(profile.device(name), prefill=0.5, decode=0.5)
         yield f"{name!r} twice as fast", _replaced(profile, name, faster)
     for use in plan.predicted.devices:
         if use.capacity_bytes is not None:

@@ -122,7 +122,7 @@ class Plan(Shown):
             return plan
         check_plan(plan, profile.model.num_layers, profile.names)
         plan = dataclasses.replace(plan, profile=profile, workload=profile.model.fit_workload(workload))
-        return weighed(plan, profile.model.weights, [each.device for each in profile.devices])
+        return complete_plan(plan, profile.model.weights, [each.device for each in profile.devices])
 
     @property
     def num_layers(self) -> int:
@@ -278,7 +278,7 @@ def _predict(plan: Plan, profile: Profile, workload: Workload) -> Prediction:
     return predict(plan.stages, profile, workload, plan.reserve)
 
 
-def weighed(plan: Plan, weights: WeightBytes, devices: Iterable[Device]) -> Plan:
+def complete_plan(plan: Plan, weights: WeightBytes, devices: Iterable[Device]) -> Plan:
     """Fill in the bytes of a plan's stages, and whether its devices give the unsharded model's bits."""
     by_name = {device.name: device for device in devices}
     return dataclasses.replace(

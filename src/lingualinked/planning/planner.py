@@ -15,7 +15,7 @@ from lingualinked.planning.placement.baselines import by_memory, even, sum_objec
 from lingualinked.planning.placement.problem import Placement, Problem
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
-from lingualinked.planning.remedy import model_fits, with_remedy
+from lingualinked.planning.remedy import add_remedy, model_fits
 from lingualinked.planning.solved import Solved
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
@@ -109,7 +109,7 @@ def solve(
                 f"no plan gives min_tokens_per_s={min_tokens_per_s:g}: the fastest gives {fastest:.1f} tokens/s with its "
                 "pipeline full; ask for less, or add a device"
             ) from error
-        raise with_remedy(error, profile, workload, reserve) from error
+        raise add_remedy(error, profile, workload, reserve) from error
     used = {span.device for span in solution.placement}
     solved = Solved(
         objective=objective,

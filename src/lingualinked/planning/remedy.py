@@ -24,9 +24,7 @@ def model_fits(profile: Profile, workload: Workload, reserve: float) -> bool:
     return fits(WorkloadCosts(profile, workload, reserve).problem())
 
 
-def with_remedy(
-    error: InfeasiblePlanError, profile: Profile, workload: Workload, reserve: float
-) -> InfeasiblePlanError:
+def add_remedy(error: InfeasiblePlanError, profile: Profile, workload: Workload, reserve: float) -> InfeasiblePlanError:
     """Add to a refusal what would fit."""
 
     def is_too_much(changed: Workload) -> bool:

@@ -11,7 +11,7 @@ from lingualinked.module_times import ModuleTimes
 from lingualinked.profile import DeviceProfile
 
 
-def scaled(device: DeviceProfile, *, prefill: float, decode: float) -> DeviceProfile:
+def scale_times(device: DeviceProfile, *, prefill: float, decode: float) -> DeviceProfile:
     """Multiply the times of all parts, those of steps of one token per row by ``decode``."""
 
     def times(part: ModuleTimes) -> ModuleTimes:

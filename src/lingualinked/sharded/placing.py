@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.even import even_plan
-from lingualinked.planning.plan import Plan, check_plan, weighed
+from lingualinked.planning.plan import Plan, check_plan, complete_plan
 from lingualinked.planning.plan_checks import check_trust
 from lingualinked.profile import ModelProfile
 from lingualinked.sharded.saved import find_plan
@@ -53,6 +53,6 @@ def fit_plan(
     if workload is not None:
         front, back = (max(pair) for pair in zip(plan.trusted_layers, workload.trusted_layers, strict=True))
         workload = dataclasses.replace(plan.workload or workload, trusted_layers=(front, back))
-    plan = dataclasses.replace(weighed(plan, weights, cluster.devices), workload=workload or plan.workload)
+    plan = dataclasses.replace(complete_plan(plan, weights, cluster.devices), workload=workload or plan.workload)
     check_trust(plan, cluster.devices)
     return plan

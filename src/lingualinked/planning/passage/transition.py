@@ -10,7 +10,7 @@ import dataclasses
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.passage.holdings import Holdings, Ledger, Spans
 from lingualinked.planning.passage.waves import slots_of, waves
-from lingualinked.planning.plan import Plan, check_plan, weighed
+from lingualinked.planning.plan import Plan, check_plan, complete_plan
 from lingualinked.planning.plan_checks import refuse_overfull
 from lingualinked.quantities import bytes_text
 
@@ -41,7 +41,7 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
         raise _no_way(origin, target, ledger)
     stages = [Plan.from_spans(spans).stages for spans in path[:-1]]
     between = (dataclasses.replace(after, stages=each, solved=None) for each in stages)
-    return (*(weighed(plan, holdings.weights, holdings.devices) for plan in between), after)
+    return (*(complete_plan(plan, holdings.weights, holdings.devices) for plan in between), after)
 
 
 def _no_way(origin: Spans, target: Spans, ledger: Ledger) -> InfeasiblePlanError:
