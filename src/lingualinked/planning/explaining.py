@@ -30,7 +30,17 @@ def explain_plan(plan: Plan) -> Explanation:
     now = _value(plan, objective)
 
     def what_if(change: str, changed: Profile) -> WhatIf:
-        return _what_if(change, changed, plan, objective, now)
+        try:
+            best = solve(
+                changed,
+                objective=objective,
+                workload=plan.workload,
+                reserve=plan.reserve,
+                min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
+            )
+        except InfeasiblePlanError:  # what was placed by hand need not respect every limit
+            return WhatIf(change=change, gain=1.0, tokens_per_s=_rate(plan, objective))
+        return WhatIf(change=change, gain=now / _value(best, objective), tokens_per_s=_rate(best, objective))
 
     copies = [
         what_if(f"a second {name!r}", profile.with_copy(name, _unused_name(f"{name}-2", profile)))
@@ -118,20 +128,6 @@ def _changes(plan: Plan, profile: Profile) -> Iterator[tuple[str, Profile]]:
             for link in profile.links
         )
         yield f"links of {name!r} twice as fast", dataclasses.replace(profile, links=links)
-
-
-def _what_if(change: str, changed: Profile, plan: Plan, objective: Objective, now: float) -> WhatIf:
-    try:
-        best = solve(
-            changed,
-            objective=objective,
-            workload=plan.workload,
-            reserve=plan.reserve,
-            min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
-        )
-    except InfeasiblePlanError:  # what was placed by hand need not respect every limit
-        return WhatIf(change=change, gain=1.0, tokens_per_s=_rate(plan, objective))
-    return WhatIf(change=change, gain=now / _value(best, objective), tokens_per_s=_rate(best, objective))
 
 
 def _value(plan: Plan, objective: Objective) -> float:
