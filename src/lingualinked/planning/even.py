@@ -5,9 +5,9 @@ Knows bytes only; which device is faster is not asked here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
@@ -28,20 +28,18 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
             f"{count_text(num_devices, 'stage')} for {count_text(num_layers, 'layer')}: a stage holds at least one layer, "
             f"so use at most {count_text(num_layers, 'device')}"
         )
-    limits = [device.memory_bytes for device in devices]
-    before = [0, *accumulate(weights.layers)]
+    limits = _limits(devices)
+    before = [0, *itertools.accumulate(weights.layers)]
 
     def stage_bytes(start: int, end: int) -> int:
         ends = weights.of_ends(has_first=start == 0, has_last=end == num_layers)
         return before[end] - before[start] + ends
 
     def size_within_limit(device: int, size: int) -> float:
-        limit = limits[device]
-        return size if limit is None or size <= limit else math.inf
+        return size if size <= limits[device] else math.inf
 
     def excess(device: int, size: int) -> float:
-        limit = limits[device]
-        return 0 if limit is None else max(0, size - limit)
+        return max(0, size - limits[device])
 
     def search(cost: Callable[[int, int], float]) -> list[int] | None:
         """Find the boundaries whose costliest stage costs least; ``None`` if that is infinitely much."""
@@ -70,35 +68,34 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
     return complete_plan(Plan.from_spans(spans), weights, devices)
 
 
+def _limits(devices: Sequence[Device]) -> list[float]:
+    return [math.inf if device.memory_bytes is None else device.memory_bytes for device in devices]
+
+
 def _does_not_fit(weights: WeightBytes, devices: Sequence[Device], closest: Sequence[int]) -> InfeasiblePlanError:
     total = weights.of_span(0, len(weights.layers)) + weights.tied * (len(devices) > 1)
-    limits = [device.memory_bytes for device in devices]
-    smallest_layer = min(weights.layers)
+    limits, smallest_layer = _limits(devices), min(weights.layers)
     for device, limit in zip(devices, limits, strict=True):
-        if limit is not None and limit < smallest_layer:
+        if limit < smallest_layer:
+            missing = int(smallest_layer - limit)
             return InfeasiblePlanError(
                 f"device {device.name!r} has {bytes_text(limit)} of memory and the smallest layer takes "
-                f"{bytes_text(smallest_layer)}: {bytes_text(smallest_layer - limit, round_up=True)} short; "
+                f"{bytes_text(smallest_layer)}: {bytes_text(missing, round_up=True)} short; "
                 "raise its memory or leave it out",
-                missing_bytes=smallest_layer - limit,
+                missing_bytes=missing,
             )
-    if all(limit is not None for limit in limits):
-        available = sum(limit for limit in limits if limit is not None)
-        if available < total:
-            return InfeasiblePlanError(
-                f"the weights take {bytes_text(total)} and {count_text(len(devices), 'device')} offer "
-                f"{bytes_text(available)}: {bytes_text(total - available, round_up=True)} short; "
-                "add a device, or raise memory",
-                missing_bytes=total - available,
-            )
-    excess = [
-        (weights.of_span(start, end) - limit, device.name)
-        for device, limit, start, end in zip(devices, limits, closest[:-1], closest[1:], strict=True)
-        if limit is not None
-    ]
-    missing, name = max(excess)
+    available = sum(limits)
+    if available < total:
+        missing = int(total - available)
+        return InfeasiblePlanError(
+            f"the weights take {bytes_text(total)} and {count_text(len(devices), 'device')} offer "
+            f"{bytes_text(available)}: {bytes_text(missing, round_up=True)} short; add a device, or raise memory",
+            missing_bytes=missing,
+        )
+    held = itertools.starmap(weights.of_span, itertools.pairwise(closest))
+    excess, name = max((size - limit, device.name) for size, limit, device in zip(held, limits, devices, strict=True))
     return InfeasiblePlanError(
-        f"no contiguous split fits: in the closest one device {name!r} is {bytes_text(missing, round_up=True)} "
+        f"no contiguous split fits: in the closest one device {name!r} is {bytes_text(int(excess), round_up=True)} "
         "short; raise its memory, reorder the devices, or add one",
-        missing_bytes=missing,
+        missing_bytes=int(excess),
     )
