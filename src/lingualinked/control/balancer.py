@@ -88,7 +88,7 @@ class Balancer:
         """
         match event:
             case RebalanceAsked(plan=Plan() as given):
-                return self._decider.move_to_given(event, plan, given)
+                return self._decider.move_to_given(event.time_s, plan, given, event.holdings, dry_run=event.dry_run)
             case MigrationDone():
                 self._on_done(event)
             case MigrationFailed():

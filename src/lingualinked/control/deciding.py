@@ -1,6 +1,6 @@
 """Decides between the plan in force and others, for the speeds and the sessions of now.
 
-Knows profiles, plans and the policy; neither events, nor when something is to be decided.
+Knows profiles, plans and the policy; neither what has happened, nor when something is to be decided.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lingualinked.control.events import Instruction, Migrate, RebalanceAsked, Stay
+from lingualinked.control.events import Instruction, Migrate, Stay
 from lingualinked.control.live_profile import LiveProfile
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.control.proposal import Proposal, Proposer
@@ -98,17 +98,19 @@ class Decider:
         done = self._conclude(time_s, plan, trigger.text, verdict.reason, proposal, plans, dry_run=dry_run)
         return done, verdict.may_change
 
-    def move_to_given(self, event: RebalanceAsked, plan: Plan, given: Plan) -> Instruction:
-        """Return how to move to a plan that the user gives."""
+    def move_to_given(
+        self, time_s: float, plan: Plan, given: Plan, holdings: Holdings | None, *, dry_run: bool
+    ) -> Instruction:
+        """Return how to move to a plan that the user gives; ``holdings`` count where nothing is measured."""
         live = None if self._live_profile is None else self._live_profile.profile()
         for name in given.devices:
             if live is not None and name not in live.names:
                 raise InfeasiblePlanError(f"device {name!r} has not been measured for this model: admit it first")
         is_current = given.spans == plan.spans
-        plans = () if is_current else self._way(plan, given, live, event.holdings)
+        plans = () if is_current else self._way(plan, given, live, holdings)
         reason = "the plan is the one in force" if is_current else "the plan was given"
         trigger, proposal = "rebalance was called with a plan", self._weigh(plan, given, live)
-        return self._conclude(event.time_s, plan, trigger, reason, proposal, plans, dry_run=event.dry_run)
+        return self._conclude(time_s, plan, trigger, reason, proposal, plans, dry_run=dry_run)
 
     def decide_to_stay(self, time_s: float, plan: Plan, trigger: str, reason: str) -> Instruction:
         """Return the decision to go on as it is."""

@@ -213,6 +213,10 @@ class Plan(Shown):
                 raise ArgumentError(
                     f"a {type(plan).__name__} can't be compared with a plan: give lingualinked.Plan objects"
                 )
+            if plan.num_layers != self.num_layers:
+                raise ArgumentError(
+                    f"a plan of {count_text(plan.num_layers, 'layer')} can't be compared with one of {self.num_layers}"
+                )
         plans = (self, *others)
         names = tuple(names) or tuple(f"plan {index}" for index in range(len(plans)))
         if len(names) != len(plans):
@@ -220,11 +224,6 @@ class Plan(Shown):
                 f"names={names} for {count_text(len(plans), 'plan')}: give one for each, this plan's first"
             )
         workload = self.measured.model.fit_workload(self.workload)
-        for plan in others:
-            if plan.num_layers != self.num_layers:
-                raise ArgumentError(
-                    f"a plan of {count_text(plan.num_layers, 'layer')} can't be compared with one of {self.num_layers}"
-                )
         predictions = tuple(_predict(plan, plan.profile or self.measured, workload) for plan in plans)
         return Comparison(names=names, predictions=predictions)
 
