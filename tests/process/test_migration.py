@@ -193,7 +193,7 @@ def test_a_device_that_dies_while_it_is_moved_to_leads_back(tiny_llama: str, uns
 
 def kv_bytes_on(cluster: ll.Cluster, device: str) -> int:
     (found,) = inspect_workers(cluster._engine, [device], 30.0)
-    return sum(stage.kv_bytes for stage in found.stages)
+    return sum(stage.snapshot.kv_bytes for stage in found.stages)
 
 
 @pytest.mark.parametrize("victim", ["source", "target"])
