@@ -177,18 +177,9 @@ class _Trace:
         if decided:
             track = self._track("decisions")
             for decision in decided:
-                self._events.append(
-                    {
-                        "name": f"would {decision.action}" if decision.dry_run else decision.action,
-                        "cat": "decision",
-                        "ph": "i",
-                        "s": "t",
-                        "ts": self._ns(decision.time_s) / 1e3,
-                        "pid": PIPELINE,
-                        "tid": track,
-                        "args": _arguments(decision),
-                    }
-                )
+                name = f"would {decision.action}" if decision.dry_run else decision.action
+                at_ns, arguments = self._ns(decision.time_s), _arguments(decision)
+                self._add_event(name, "i", track, at_ns, cat="decision", s="t", args=arguments)
         spans_ns = [
             (start_ns, max(self._ns(each.end_s), start_ns + MIN_SLICE_NS))
             for each in moved
@@ -243,29 +234,18 @@ class _Trace:
         self._metadata.append({"name": kind, "ph": "M", "pid": group, "tid": track, "args": {"name": name}})
 
     def _add_slice(self, track: int, name: str, start_ns: int, end_ns: int, arguments: Event) -> None:
-        self._events.append(
-            {
-                "name": name,
-                "cat": "pipeline",
-                "ph": "X",
-                "ts": start_ns / 1e3,
-                "dur": (end_ns - start_ns) / 1e3,
-                "pid": PIPELINE,
-                "tid": track,
-                "args": arguments,
-            }
-        )
+        self._add_event(name, "X", track, start_ns, dur=(end_ns - start_ns) / 1e3, cat="pipeline", args=arguments)
 
     def _add_arrow(self, tail: tuple[int, int], head: tuple[int, int]) -> None:
         self._num_arrows += 1
-        common = {"name": "hop", "cat": "hop", "id": self._num_arrows, "pid": PIPELINE}
-        self._events.append(common | {"ph": "s", "tid": tail[0], "ts": tail[1] / 1e3})
-        self._events.append(common | {"ph": "f", "bp": "e", "tid": head[0], "ts": head[1] / 1e3})
+        self._add_event("hop", "s", *tail, cat="hop", id=self._num_arrows)
+        self._add_event("hop", "f", *head, cat="hop", id=self._num_arrows, bp="e")
 
     def _add_counter(self, name: str, time_s: float, value: float) -> None:
-        self._events.append(
-            {"name": name, "ph": "C", "ts": self._ns(time_s) / 1e3, "pid": LIVE, "tid": 0, "args": {"value": value}}
-        )
+        self._add_event(name, "C", 0, self._ns(time_s), pid=LIVE, args={"value": value})
+
+    def _add_event(self, name: str, phase: str, track: int, time_ns: int, **fields: Any) -> None:
+        self._events.append({"name": name, "ph": phase, "ts": time_ns / 1e3, "pid": PIPELINE, "tid": track} | fields)
 
     def _ns(self, time_s: float) -> int:
         return round((time_s - self._origin_s) * 1e9)
