@@ -23,6 +23,7 @@ import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.cluster import profiling
 from lingualinked.cluster.profiling import measured_spans
+from lingualinked.model.footprint import Footprint
 from lingualinked.module_times import ModuleTimes
 from lingualinked.sharded import saved
 from lingualinked.sharded.arguments import LoadArguments
@@ -82,9 +83,8 @@ def test_a_link_may_be_slower_one_way(cache: Path, tiny_llama: str) -> None:
     assert back.bandwidth_bytes_per_s is None or back.bandwidth_bytes_per_s > there.bandwidth_bytes_per_s
 
 
-def footprint_of(path: str) -> tuple[Any, Any]:
-    described = describe(LoadArguments(path=path))
-    return described.spec, described.footprint()
+def footprint_of(path: str) -> Footprint:
+    return describe(LoadArguments(path=path)).footprint()
 
 
 def test_a_profile_is_extended_by_a_device_that_is_added(pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
@@ -98,9 +98,9 @@ def test_a_profile_is_extended_by_a_device_that_is_added(pair: ll.Cluster, tiny_
         asked.append((device, what))
         return request(device, message, what, *rest, **more)
 
-    spec, footprint = footprint_of(tiny_llama)
+    footprint = footprint_of(tiny_llama)
     pair._engine.request = note  # type: ignore[method-assign]
-    extended = profiling.extend_profile(pair, spec, footprint, profile, "late", WORKLOAD)
+    extended = profiling.extend_profile(pair, footprint, profile, "late", WORKLOAD)
     assert asked == [
         ("late", "measuring a model's parts"),
         ("late", "measuring the link to 'caller'"),
@@ -115,7 +115,7 @@ def test_a_profile_is_extended_by_a_device_that_is_added(pair: ll.Cluster, tiny_
     assert 0.003 <= extended.link("here", "late").latency_s < 0.04
     assert extended.link("late", "there").latency_s >= 0.005
     assert extended.link("caller", "late").latency_s >= 0.003
-    plan = ll.solve(profiling.extend_profile(pair, spec, footprint, extended, "later", WORKLOAD), workload=WORKLOAD)
+    plan = ll.solve(profiling.extend_profile(pair, footprint, extended, "later", WORKLOAD), workload=WORKLOAD)
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, plan=plan, progress=False) as model:
         assert model(torch.tensor([[5, 9]])).logits.shape == (1, 2, 128)
 
@@ -124,7 +124,7 @@ def test_devices_and_links_that_are_alike_are_taken_together(tiny_llama: str, ca
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abc"]) as cluster:
         profile = ll.profile_model(tiny_llama, cluster, workload=WORKLOAD)
         cluster.add(ll.Device(name="d", threads=1))
-        extended = profiling.extend_profile(cluster, *footprint_of(tiny_llama), profile, "d", WORKLOAD)
+        extended = profiling.extend_profile(cluster, footprint_of(tiny_llama), profile, "d", WORKLOAD)
     # Three have the same figures, and one measurement more does not outvote them.
     assert extended.device("d").layers == extended.device("a").layers
     assert extended.link("d", "a").latency_s == profile.link("a", "b").latency_s
@@ -132,8 +132,8 @@ def test_devices_and_links_that_are_alike_are_taken_together(tiny_llama: str, ca
 
 def test_what_can_not_be_extended(pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
     profile = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
-    spec, footprint = footprint_of(tiny_llama)
-    extend = functools.partial(profiling.extend_profile, pair, spec, footprint)
+    footprint = footprint_of(tiny_llama)
+    extend = functools.partial(profiling.extend_profile, pair, footprint)
     with pytest.raises(ll.ArgumentError, match="'there' is in the profile already"):
         extend(profile, "there", WORKLOAD)
     with pytest.raises(ll.ArgumentError, match="no device 'moon'"):

@@ -91,7 +91,7 @@ def _find_or_estimate_profile(
     if progress:
         typer.echo(_announcement(footprint.profile, filled, workload), err=True)
     with ll.Cluster(filled, links=asked.links) as cluster:
-        return find_profile(cluster, described.spec, footprint, workload, progress=progress)
+        return find_profile(cluster, footprint, workload, progress=progress)
 
 
 def _announcement(model: ll.ModelProfile, devices: Sequence[ll.Device], workload: ll.Workload) -> str:

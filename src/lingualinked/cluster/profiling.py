@@ -29,7 +29,6 @@ from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMe
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
     from lingualinked.model.footprint import Footprint
-    from lingualinked.model.spec import ModelSpec
     from lingualinked.profile import ModelProfile
     from lingualinked.workload import Workload
 
@@ -46,7 +45,6 @@ def library_versions() -> dict[str, str]:
 def profile_devices(
     cluster: Cluster,
     devices: Sequence[Device],
-    spec: ModelSpec,
     footprint: Footprint,
     workload: Workload,
     on_progress: Callable[[str, int], None],
@@ -60,7 +58,7 @@ def profile_devices(
     for device in devices:
         cluster._engine.wait_for_worker(device.name, cluster.timeout_s)  # noqa: SLF001 - within the room
     with OtherWork(cluster.pids.values()) as others:
-        answers = _measure_models(cluster, devices, spec, footprint, workload, on_progress)
+        answers = _measure_models(cluster, devices, footprint, workload, on_progress)
     groups: defaultdict[object, list[ModelMeasured]] = defaultdict(list)
     for device, answer in zip(devices, answers, strict=True):
         groups[_likeness(cluster.as_it_behaves(device), answer.hardware)].append(answer)
@@ -80,7 +78,7 @@ def profile_devices(
 
 
 def extend_profile(
-    cluster: Cluster, spec: ModelSpec, footprint: Footprint, profile: Profile, device_name: str, workload: Workload
+    cluster: Cluster, footprint: Footprint, profile: Profile, device_name: str, workload: Workload
 ) -> Profile:
     """Measure a model on one more device, and the links between it and those that a profile has.
 
@@ -95,7 +93,7 @@ def extend_profile(
     others = [cluster.device(name) for name in profile.names]
     for each in (device, *others):
         cluster._engine.wait_for_worker(each.name, cluster.timeout_s)  # noqa: SLF001 - within the room
-    (answer,) = _measure_models(cluster, [device], spec, footprint, workload, lambda _device, _num_done: None)
+    (answer,) = _measure_models(cluster, [device], footprint, workload, lambda _device, _num_done: None)
     likeness = _likeness(cluster.as_it_behaves(device), answer.hardware)
     known = [each for each in profile.devices if _likeness(each.device, each.hardware) == likeness]
     alike = [answer, *map(_as_measured, known)]
@@ -152,14 +150,13 @@ def num_measurements(device: Device, model: ModelProfile, workload: Workload) ->
 def _measure_models(
     cluster: Cluster,
     devices: Sequence[Device],
-    spec: ModelSpec,
     footprint: Footprint,
     workload: Workload,
     on_progress: Callable[[str, int], None],
 ) -> list[ModelMeasured]:
     model = footprint.profile
     workload = model.fit_workload(workload)
-    blank = dataclasses.replace(spec, load_format="blank", files=())
+    blank = dataclasses.replace(footprint.spec, load_format="blank", files=())
 
     def request(device: Device) -> concurrent.futures.Future[object]:
         engine = cluster._engine  # noqa: SLF001 - within the room

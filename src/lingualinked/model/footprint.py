@@ -32,6 +32,7 @@ _NUM_TOKENS = 2  # of the forward pass
 class Footprint:
     """The sizes of a model, and of what crosses a boundary between two of its layers."""
 
+    spec: ModelSpec
     profile: ModelProfile
     layout: tuple[bool, ...] | None  # as in `StageInputs`
     hidden_size: int  # last dimension of the hidden states
@@ -83,7 +84,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         working_bytes=12 * hidden_bytes + 3 * widest * itemsize,
         max_positions=learned_positions(meta_model),
     )
-    return Footprint(profile=profile, layout=layout, hidden_size=hidden.shape[-1])
+    return Footprint(spec=spec, profile=profile, layout=layout, hidden_size=hidden.shape[-1])
 
 
 def _fingerprint(spec: ModelSpec) -> str:

@@ -5,10 +5,9 @@ Each replaces a layer of transformers' DynamicCache, except for `crop`: call `dr
 
 from __future__ import annotations
 
-import abc
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -134,12 +133,6 @@ class GrowingTensor:
         """Remove tokens at the end."""
         self._stop = max(self._start, self._stop - num_tokens)
 
-    def splice(self, num_kept: int, num_dropped: int, states: Tensor, growth: Growth, expected: int) -> None:
-        """Remove the last `num_dropped` tokens, keep the last `num_kept` of the others, and append new ones."""
-        self.drop_last(num_dropped)
-        self.keep_last(num_kept)
-        self.append(states, growth, expected)
-
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows with these indices, in this order."""
         states = self.view.index_select(0, rows.to(self._buffer.device))
@@ -147,11 +140,15 @@ class GrowingTensor:
         self._fill(states)
 
 
-class _Growing(abc.ABC):
+class _Growing:
     """Base of the growing layers, with keys and values in growing tensors (transformers' `keys` and `values` stay None)."""
 
     _grown: tuple[GrowingTensor, ...] = ()
     growth: Growth  # of the session in the stage; changes when another stage adopts the layer
+
+    if TYPE_CHECKING:
+
+        def get_seq_length(self) -> int: ...
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set shapes, dtype and device from the first states."""
@@ -180,11 +177,11 @@ class _Growing(abc.ABC):
         return self.stop - len(self._grown[0]) if self._grown else 0
 
     @property
-    @abc.abstractmethod
     def stop(self) -> int:
         """Position in the text after the last token held."""
+        return self.get_seq_length()
 
-    def _record_seen(self, num_tokens: int) -> None:  # noqa: B027 - not every layer counts
+    def _record_seen(self, num_tokens: int) -> None:
         """Record how many tokens the layer has seen in total."""
 
     def read_tokens(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -219,7 +216,10 @@ class _Growing(abc.ABC):
             for grown in self._grown:
                 grown.reserve(capacity)
         for grown, states in zip(self._grown, (keys, values), strict=True):
-            grown.splice(num_kept, max(0, stop - position) if num_kept else 0, states, self.growth, capacity)
+            if num_kept:
+                grown.drop_last(max(0, stop - position))
+                grown.keep_last(num_kept)
+            grown.append(states, self.growth, capacity)
         self._record_seen(position + keys.shape[2])
 
 
@@ -241,11 +241,6 @@ class GrowingLayer(_Growing, CacheLayer):
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
         return len(self._grown[0]) if self._grown else 0
-
-    @property
-    def stop(self) -> int:
-        """Position in the text after the last token held."""
-        return self.get_seq_length()
 
     def drop_last(self, num_tokens: int) -> None:
         """Remove tokens at the end."""
@@ -270,11 +265,6 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
         self.cumulative_length += key_states.shape[2]
         keys, values = self._grown
         return self._append(keys, key_states), self._append(values, value_states)
-
-    @property
-    def stop(self) -> int:
-        """Position in the text after the last token held."""
-        return self.cumulative_length
 
     def _record_seen(self, num_tokens: int) -> None:
         self.cumulative_length = num_tokens
@@ -308,30 +298,11 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
         self.cumulative_length = max(0, self.cumulative_length - num_tokens)
 
 
-class CountingLayer(CacheLayer):
-    """Replaces full attention held elsewhere: returns lengths and mask sizes."""
+class _Counting:
+    """Base of the layers in place of those held elsewhere, which return lengths and mask sizes."""
 
-    num_tokens = 0
-
-    def advance(self, num_tokens: int) -> None:
-        """Count tokens that the real layer has seen."""
-        self.num_tokens += num_tokens
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens counted."""
-        return self.num_tokens
-
-    def drop_last(self, num_tokens: int) -> None:
-        """Count fewer tokens."""
-        self.num_tokens = max(0, self.num_tokens - num_tokens)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Do nothing: there are no rows."""
-
-
-class CountingSlidingLayer(SlidingCacheLayer):
-    """Replaces sliding window attention held elsewhere: returns lengths and mask sizes."""
+    cumulative_length = 0
+    is_initialized = False
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that the real layer has seen."""
@@ -344,3 +315,15 @@ class CountingSlidingLayer(SlidingCacheLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Do nothing: there are no rows."""
+
+
+class CountingLayer(_Counting, CacheLayer):
+    """Replaces full attention held elsewhere."""
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens counted."""
+        return self.cumulative_length
+
+
+class CountingSlidingLayer(_Counting, SlidingCacheLayer):
+    """Replaces sliding window attention held elsewhere."""

@@ -75,7 +75,7 @@ def profile_model(
         described = describe(LoadArguments.of(model_or_path, cluster=cluster, **kwargs))
     footprint = described.footprint()
     fitting = footprint.profile.fit_workload(workload)
-    return find_profile(cluster, described.spec, footprint, fitting, refresh=refresh, progress=progress)
+    return find_profile(cluster, footprint, fitting, refresh=refresh, progress=progress)
 
 
 def estimate_profile(

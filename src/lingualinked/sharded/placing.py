@@ -30,7 +30,7 @@ def find_or_fit_plan(described: Described, arguments: LoadArguments) -> Plan:
     if given is None:
         footprint = described.footprint()
         workload = footprint.profile.fit_workload(arguments.workload)
-        return find_plan(cluster, described.spec, footprint, workload, arguments.objective, progress=arguments.progress)
+        return find_plan(cluster, footprint, workload, arguments.objective, progress=arguments.progress)
     if isinstance(given, str):
         return fit_plan(even_plan(weights, cluster.devices), weights, cluster, None, arguments.workload)
     profile = None if given.profile is None else described.footprint().profile

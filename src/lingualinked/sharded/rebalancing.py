@@ -29,7 +29,6 @@ def enable_rebalancing(
         fitting = footprint.profile.fit_workload(given)
         profile = find_profile(
             pipeline.cluster,
-            described.spec,
             footprint,
             fitting,
             without=pipeline.ended_devices,
@@ -47,4 +46,4 @@ def extended_profile(pipeline: Pipeline, described: Described, device: str) -> P
     footprint = described.footprint()
     workload = footprint.profile.fit_workload(pipeline.plan.workload)
     living = profile.without(*(name for name in profile.names if name in pipeline.ended_devices))
-    return extend_profile(pipeline.cluster, described.spec, footprint, living, device, workload)
+    return extend_profile(pipeline.cluster, footprint, living, device, workload)

@@ -27,14 +27,12 @@ if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
     from lingualinked.device import Device, Links
     from lingualinked.model.footprint import Footprint
-    from lingualinked.model.spec import ModelSpec
 
 _SOLVER = 2  # raise it when the solver decides differently, so that plans on disk are solved again
 
 
 def find_profile(
     cluster: Cluster,
-    spec: ModelSpec,
     footprint: Footprint,
     workload: Workload,
     *,
@@ -51,16 +49,16 @@ def find_profile(
     measured = [device for device in devices if device.name not in without]
     totals = {device.name: num_measurements(device, footprint.profile, workload) for device in measured}
     with DeviceProgress.of_measuring(totals, shown=progress) as bars:
-        profile = profile_devices(cluster, measured, spec, footprint, workload, bars.update)
+        profile = profile_devices(cluster, measured, footprint, workload, bars.update)
     is_of_these = cluster.devices == devices and not without and not cluster.is_throttled
     if is_idle and is_of_these and not profile.doubt:
-        write_cached(_name("profile", _key(devices, links, footprint, workload)), profile.to_json())
+        write_cached(_name("profile", devices, links, footprint, workload), profile.to_json())
     return profile
 
 
 def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> Profile | None:
     """Load the profile of a model on these devices from disk; ``None`` if there is no readable one."""
-    kept = read_cached(_name("profile", _key(devices, links, footprint, workload)))
+    kept = read_cached(_name("profile", devices, links, footprint, workload))
     with contextlib.suppress(ArgumentError):
         return None if kept is None else Profile.from_json(kept)
     return None
@@ -68,7 +66,6 @@ def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint,
 
 def find_plan(
     cluster: Cluster,
-    spec: ModelSpec,
     footprint: Footprint,
     workload: Workload,
     objective: Objective,
@@ -77,14 +74,13 @@ def find_plan(
 ) -> Plan:
     """Load the plan from disk, or measure, solve and keep it: importing a solver takes as long as loading a small model."""
     devices = cluster.devices
-    key = [*_key(devices, cluster.links, footprint, workload), objective, DEFAULT_RESERVE, _SOLVER]
-    name = _name("plan", key)
+    name = _name("plan", devices, cluster.links, footprint, workload, objective, DEFAULT_RESERVE, _SOLVER)
     kept = read_cached(name)
     if kept is not None:
         with contextlib.suppress(ArgumentError):
             return Plan.from_json(kept)
     check_devices(footprint, devices, cluster.links, workload)
-    profile = find_profile(cluster, spec, footprint, workload, progress=progress)
+    profile = find_profile(cluster, footprint, workload, progress=progress)
     from lingualinked.planning.planner import solve  # imports scipy
 
     plan = solve(profile, objective=objective, workload=workload)
@@ -103,12 +99,12 @@ def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links,
     check_fits(footprint.profile, devices, links, workload, free_bytes=free, reserve=DEFAULT_RESERVE)
 
 
-def _key(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> list[object]:
-    """List everything that a profile depends on."""
+def _name(
+    kind: str, devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload, *others: object
+) -> str:
+    """Name a file by a digest of everything that its content depends on."""
     known = [(*ends, links[ends]) for ends in sorted(links)]
-    return [footprint.profile, tuple(devices), known, workload, library_versions(), platform.node(), processor_name()]
-
-
-def _name(kind: str, key: list[object]) -> str:
+    machine = library_versions(), platform.node(), processor_name()
+    key = [footprint.profile, tuple(devices), known, workload, *machine, *others]
     digest = hashlib.blake2b(msgspec.json.encode(key, order="sorted"), digest_size=16).hexdigest()
     return f"{kind}-{digest}.json"
