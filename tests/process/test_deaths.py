@@ -66,7 +66,7 @@ def greedy(model: Any, num_tokens: int = 12) -> torch.Tensor:
 
 
 def num_pending(cluster: ll.Cluster) -> int:
-    return len(cluster._engine._exchange._pending)
+    return len(cluster._engine._exchange._pending._pending)
 
 
 def dies(future: Future[Any], device: str) -> ll.WorkerDiedError:

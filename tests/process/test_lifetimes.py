@@ -131,7 +131,7 @@ def test_an_interrupt_while_a_model_loads(shared_cluster: ll.Cluster, tiny_llama
     stopped(pid)
 
     def interrupt() -> None:
-        wait_until(lambda: len(engine._exchange._pending) == 1)  # three stages are loaded, the last one waits
+        wait_until(lambda: len(engine._exchange._pending._pending) == 1)  # three stages are loaded, the last one waits
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

@@ -5,6 +5,7 @@ Knows devices and processes; models are placed on it by `lingualinked.cluster.pi
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -248,17 +249,20 @@ class Cluster:
 
     def _announce(self, behaving: Mapping[str, Device], links: Links) -> None:
         """Tell every living worker about the link to a new one."""
-        from lingualinked.protocol.messages import EmulateDevice  # imports torch
-
         told = []
         for other in (device.name for device in self.devices):
             with contextlib.suppress(WorkerDiedError):
                 self._engine.wait_for_worker(other, self.timeout_s)
-            message = EmulateDevice(request=self._engine.next_request(), emulation=emulation_of(other, behaving, links))
-            told.append(self._engine.request(other, message, "the announcement of a new device", self.timeout_s))
+            told.append(self._emulate(other, emulation_of(other, behaving, links), "the announcement of a new device"))
         while told:
             with contextlib.suppress(WorkerDiedError):
                 result_of(told.pop(0))
+
+    def _emulate(self, name: str, emulation: Emulation, what: str) -> concurrent.futures.Future[object]:
+        from lingualinked.protocol.messages import EmulateDevice  # imports torch
+
+        message = EmulateDevice(request=self._engine.next_request(), emulation=emulation)
+        return self._engine.request(name, message, what, self.timeout_s)
 
     @property
     def is_throttled(self) -> bool:
@@ -295,8 +299,6 @@ class Cluster:
         ClosedError, WorkerDiedError, StepTimeoutError
             If a worker can't be told.
         """
-        from lingualinked.protocol.messages import EmulateDevice  # imports torch
-
         self.device(name)
         self._engine.check_owner()
         with self._changes:
@@ -314,15 +316,7 @@ class Cluster:
             for now, later in ((before, behaving), (behaving, None)):
                 results_of(
                     [
-                        self._engine.request(
-                            each,
-                            EmulateDevice(
-                                request=self._engine.next_request(),
-                                emulation=emulation_of(each, now, self.links, later),
-                            ),
-                            "a change of pace",
-                            self.timeout_s,
-                        )
+                        self._emulate(each, emulation_of(each, now, self.links, later), "a change of pace")
                         for each in behaving
                     ]
                 )

@@ -184,7 +184,7 @@ class Engine:
 
     def shape_link(self, device: str, link: Link) -> None:
         """Send messages to a worker through an emulated link from now on."""
-        self._post(lambda: self._exchange.shape_link(device, link.bandwidth_bytes_per_s, link.latency_s))
+        self._post(lambda: self._mailbox.shape_link(device, link.bandwidth_bytes_per_s, link.latency_s))
 
     def expect_delays(self, devices: Sequence[str]) -> None:
         """Accept delayed messages from these devices, as the links that they emulate require."""

@@ -143,10 +143,6 @@ class Exchange:
         self._unloaded.add(model)
         self._pending.fail_model(model, lambda: ClosedError("the model was closed while it was in use"))
 
-    def shape_link(self, device: str, bandwidth_bytes_per_s: float, latency_s: float) -> None:
-        """Emulate a slower link to a worker."""
-        self._mailbox.shape_link(device, bandwidth_bytes_per_s, latency_s)
-
     def mark_dead(self, device: str, how: str) -> None:
         """Mark a worker as dead and fail every pending answer that depends on it."""
         if device not in self.settled:

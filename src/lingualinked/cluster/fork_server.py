@@ -73,7 +73,8 @@ class _Servers:
 
     def acquire(self, class_names: tuple[str, ...]) -> ForkServer:
         """Return the server for workers as this process would start them now; a new one if there is none that lives."""
-        key = (tuple(import_path()), tuple(sorted(_wishes().items())))
+        wishes = sorted(each for each in worker_environment().items() if each[0] not in _SET_ON_THE_WAY)
+        key = (tuple(import_path()), tuple(wishes))
         with self._lock:
             server = self._by_key.get(key)
             if server is not None:
@@ -104,10 +105,6 @@ class _Servers:
 
 
 fork_servers = _Servers()
-
-
-def _wishes() -> dict[str, str]:
-    return {name: value for name, value in worker_environment().items() if name not in _SET_ON_THE_WAY}
 
 
 class ForkChannel:

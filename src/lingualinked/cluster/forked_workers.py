@@ -107,12 +107,10 @@ class ForkedWorker(WorkerProcess):
     def end_by(self, deadline: float) -> None:
         """Wait for its end until ``deadline``, then force it."""
         self.booting.close()
-        if self.handle is not None:
-            if not wait_for_end(self.handle, deadline):
-                self.kill()
-                wait_for_end(self.handle, time.monotonic() + GRACE_S)
-            os.close(self.handle)
-            self.handle = None
+        if self.handle is not None and not wait_for_end(self.handle, deadline):
+            self.kill()
+            wait_for_end(self.handle, time.monotonic() + GRACE_S)
+        self.detach_after_fork()
 
     def detach_after_fork(self) -> None:
         """Close its descriptors in a forked child of the caller."""

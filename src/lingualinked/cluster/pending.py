@@ -101,9 +101,6 @@ class PendingAnswers:
     def __init__(self) -> None:
         self._pending: dict[Key, Pending] = {}
 
-    def __len__(self) -> int:
-        return len(self._pending)
-
     def add(self, key: Key, pending: Pending) -> None:
         """Await an answer."""
         assert key not in self._pending

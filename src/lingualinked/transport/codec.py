@@ -125,7 +125,8 @@ def encode_message(
     frames: list[Frame] = [head]
     for tensor in tensors:
         if tensor.numel():
-            frames.extend(_split(_bytes_of(tensor), limits.max_frame_bytes))
+            data, size = _bytes_of(tensor), limits.max_frame_bytes
+            frames.extend(data[start : start + size] for start in range(0, len(data), size))
     return frames
 
 
@@ -223,14 +224,6 @@ def _memory_of(tensor: Tensor) -> memoryview:
     memory = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
     memory.tensor = tensor  # type: ignore[attr-defined]  # a ctypes array accepts attributes; this one keeps the tensor alive
     return memoryview(memory).cast("B")
-
-
-def _split(data: memoryview, max_frame_bytes: int) -> Iterator[memoryview]:
-    if len(data) <= max_frame_bytes:
-        yield data
-        return
-    for start in range(0, len(data), max_frame_bytes):
-        yield data[start : start + max_frame_bytes]
 
 
 def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:

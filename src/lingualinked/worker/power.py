@@ -122,8 +122,7 @@ class RaplCounter:
         if not zones:
             raise UnknownPowerError(f"{folder} lists no processor package: this machine has no RAPL, or hides it")
         self._ranges_uj = {zone: _read_uj(zone / "max_energy_range_uj") for zone in zones}
-        self._before_uj = self._energy_uj()
-        self._cpu_before_s = self._read_cpu_seconds()
+        self.start()  # raises if a counter may not be read
 
     def start(self) -> None:
         """Begin to count."""
@@ -186,7 +185,7 @@ class NvmlCounter:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         except pynvml.NVMLError as error:
             raise UnknownPowerError(f"NVML: {error}") from error
-        self._before_mj = self._energy_mj()
+        self.start()  # raises if the driver does not count energy
 
     def start(self) -> None:
         """Begin to count."""
