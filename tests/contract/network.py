@@ -32,13 +32,14 @@ class Network:
 
     def open(self, name: str, authorised: Sequence[str], **limits: int) -> Any:
         """Open one mailbox, not connected to anyone."""
-        owners = {self.keys[other].public: other for other in authorised}
         mailbox: Mailbox
         if self.kind == "inprocess":
-            mailbox = InProcessMailbox(self._hub, name, self.keys[name], owners, **limits)
+            mailbox = InProcessMailbox(self._hub, name, self.keys[name], is_open=False, **limits)
         else:
-            mailbox = ZmqMailbox(name, self.keys[name], owners, self.kind, **limits)
+            mailbox = ZmqMailbox(name, self.keys[name], self.kind, **limits)
         self._mailboxes.append(mailbox)
+        for other in authorised:
+            mailbox.authorise(other, self.keys[other].public)
         return mailbox
 
     def open_all(self, *names: str, **limits: int) -> list[Any]:

@@ -541,10 +541,3 @@ def test_another_thread_may_close_once_the_owner_has_ended(network: Network) -> 
         mailbox.close()
     with pytest.raises(ClosedError):
         owned[0].receive(0)
-
-
-def test_two_keys_under_one_name_are_an_error(network: Network) -> None:
-    a = network.open("a", [])
-    owners = {network.keys["x"].public: "same", network.keys["y"].public: "same"}
-    with pytest.raises(ArgumentError, match="two keys are authorised as 'same'"):
-        type(a)(*([network._hub] if network.kind == "inprocess" else []), "b", network.keys["b"], owners)

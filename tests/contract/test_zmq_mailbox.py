@@ -319,7 +319,7 @@ def test_ipc_addresses_are_in_a_private_folder_and_tcp_ones_local(zmq_network: N
 
 
 def test_a_socket_lies_in_the_folder_that_is_named(tmp_path: Path) -> None:
-    with ZmqMailbox("a", generate_keypair(), {}, socket_folder=str(tmp_path)) as a:
+    with ZmqMailbox("a", generate_keypair(), socket_folder=str(tmp_path)) as a:
         assert [f"ipc://{path}" for path in tmp_path.iterdir()] == [a.address]
     assert list(tmp_path.iterdir()) == []
 
@@ -348,7 +348,7 @@ def test_a_socket_lies_in_the_folder_that_is_named(tmp_path: Path) -> None:
 def test_nothing_but_mailboxes_is_connected_to(tmp_path: Path, address: str) -> None:
     """Some transports of libzmq abort the process, names would be looked up, and other sockets are off limits."""
     keys = generate_keypair()
-    with ZmqMailbox("me", keys, {}, socket_folder=str(tmp_path)) as mailbox:
+    with ZmqMailbox("me", keys, socket_folder=str(tmp_path)) as mailbox:
         with pytest.raises(ArgumentError, match="does not connect to 'other'"):
             mailbox.connect("other", address, keys.public)
         mailbox.connect("near", f"ipc://{tmp_path}/01234567", keys.public)
@@ -357,16 +357,16 @@ def test_nothing_but_mailboxes_is_connected_to(tmp_path: Path, address: str) -> 
 
 def test_another_kind_of_address_is_an_error() -> None:
     with pytest.raises(ArgumentError, match="address='udp' can't be used"):
-        ZmqMailbox("a", generate_keypair(), {}, "udp")  # type: ignore[arg-type]
+        ZmqMailbox("a", generate_keypair(), "udp")  # type: ignore[arg-type]
 
 
 def test_what_fails_in_the_making_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lingualinked.transport.zmq_mailbox._LOOPBACK", "tcp://256.0.0.1:*")
     with pytest.raises(zmq.ZMQError):
-        ZmqMailbox("a", generate_keypair(), {}, "tcp")
+        ZmqMailbox("a", generate_keypair(), "tcp")
     monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no more threads")))
     with pytest.raises(RuntimeError, match="no more threads"):
-        ZmqMailbox("a", generate_keypair(), {})
+        ZmqMailbox("a", generate_keypair())
 
 
 def test_a_process_ends_without_closing_and_a_forked_child_harms_nobody() -> None:
@@ -376,7 +376,8 @@ def test_a_process_ends_without_closing_and_a_forked_child_harms_nobody() -> Non
         from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
         keys = generate_keypair()
-        box = ZmqMailbox("a", keys, {keys.public: "a"})
+        box = ZmqMailbox("a", keys)
+        box.authorise("a", keys.public)
         box.connect("a", box.address, keys.public)
         child = os.fork()
         if child == 0:

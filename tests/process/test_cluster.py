@@ -329,7 +329,7 @@ def test_a_stranger_is_refused_and_the_caller_hears_of_it(
 ) -> None:
     shared_cluster.wait()
     address, key = shared_cluster._engine.peer("c")
-    with ZmqMailbox("stranger", generate_keypair(), {}) as stranger:
+    with ZmqMailbox("stranger", generate_keypair()) as stranger:
         stranger.connect("c", address, key)
         wait_until(lambda: bool(caplog.records))  # though worker c is idle, and its own thread asleep
     assert caplog.records[0].device == "c"  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ class Controller:
         self._routes = routes
         self._migrate = migrate
         self._recorder = recorder
-        self._balancer: Balancer | None = None
+        self.balancer: Balancer | None = None  # what decides; None until something had to be decided
         self._deciding = threading.Lock()  # held from an event until what it led to is done
         self._num_told = 0  # steps that the balancer has been told of
         self._lost: set[str] = set()
@@ -77,16 +77,11 @@ class Controller:
         self._is_stopped = False
         self._num_steps = 0
 
-    @property
-    def balancer(self) -> Balancer | None:
-        """What decides; ``None`` until something had to be decided."""
-        return self._balancer
-
     def set_balancer(self, balancer: Balancer) -> None:
         """Let a balancer decide from now on, unless one with a profile does so already."""
         with self._deciding:
-            if self._balancer is None or self._balancer.profile is None:
-                self._balancer = balancer
+            if self.balancer is None or self.balancer.profile is None:
+                self.balancer = balancer
                 count, _ = self._recorder.steps_since(0)
                 self._num_told = max(0, count - _MOST_STEPS)
 
@@ -123,10 +118,10 @@ class Controller:
         return result_of(_in_thread(lambda: self._decide(make_event)))
 
     def _decide(self, make_event: Callable[[float], Event]) -> Decision:
-        assert self._balancer is not None
+        assert self.balancer is not None
         with self._deciding:
             self._catch_up()
-            instruction = self._balancer.handle(make_event(time.monotonic()), self._routes.current.plan)
+            instruction = self.balancer.handle(make_event(time.monotonic()), self._routes.current.plan)
             assert instruction is not None
             return self._execute(instruction)
 
@@ -152,10 +147,10 @@ class Controller:
 
     def _catch_up(self) -> None:
         """Tell the balancer of steps and lost devices since the last time, and execute what it decides."""
-        assert self._balancer is not None
+        assert self.balancer is not None
         for device in self._engine.ended_devices() - self._lost:
             self._lost.add(device)
-            if self._balancer.profile is not None and device in self._balancer.profile.names:
+            if self.balancer.profile is not None and device in self.balancer.profile.names:
                 self._tell_balancer(DeviceLost(time_s=time.monotonic(), device=device))
         self._num_told, samples = self._recorder.steps_since(self._num_told)
         for sample in samples:
@@ -163,9 +158,9 @@ class Controller:
 
     def _request_reports(self) -> None:
         """Ask the devices how they are; one that is busy may answer later."""
-        assert self._balancer is not None
-        assert self._balancer.profile is not None, "without a profile nothing is decided automatically"
-        names = set(self._balancer.profile.names) - self._engine.ended_devices() - self._asked.keys()
+        assert self.balancer is not None
+        assert self.balancer.profile is not None, "without a profile nothing is decided automatically"
+        names = set(self.balancer.profile.names) - self._engine.ended_devices() - self._asked.keys()
         for name in sorted(names):
             report = request_report(self._engine, name, _LONGEST_LOOK_S)
             self._asked[name] = time.monotonic(), report
@@ -184,8 +179,8 @@ class Controller:
 
     def _tell_balancer(self, event: Event) -> None:
         """Tell the balancer of an event, and execute what it decides; a failure is logged."""
-        assert self._balancer is not None
-        instruction = self._balancer.handle(event, self._routes.current.plan)
+        assert self.balancer is not None
+        instruction = self.balancer.handle(event, self._routes.current.plan)
         if instruction is None:
             return
         try:
@@ -203,7 +198,7 @@ class Controller:
         log("%s", decision)
         if not isinstance(instruction, Migrate):
             return decision
-        assert self._balancer is not None
+        assert self.balancer is not None
         migrations: list[Migration] = []
         try:
             for plan in instruction.plans:
@@ -211,7 +206,7 @@ class Controller:
         finally:
             last, now = migrations[-1], time.monotonic()
             event: Event = MigrationDone(time_s=now, migration=last) if last.succeeded else MigrationFailed(time_s=now)
-            self._balancer.handle(event, self._routes.current.plan)
+            self.balancer.handle(event, self._routes.current.plan)
             done = dataclasses.replace(decision, migrations=tuple(migrations))
             self._recorder.complete_decision(decision, done)
         return done

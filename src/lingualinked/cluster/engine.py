@@ -208,7 +208,6 @@ class Engine:
             self._mailbox = ZmqMailbox(
                 CALLER,
                 generate_keypair(),
-                {},  # workers make keys of their own
                 socket_folder=self._socket_folder,
                 max_frame_bytes=self._max_frame_bytes,
             )

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lingualinked.errors import ArgumentError
@@ -22,7 +22,7 @@ from lingualinked.transport.codec import (
     encode_message,
 )
 from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.keys import KeyPair, authorise, check_authorised, generate_keypair, raw_key
+from lingualinked.transport.keys import KeyPair, generate_keypair, raw_key
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES
 from lingualinked.transport.refusals import Refusals
@@ -63,7 +63,7 @@ class InProcessHub:
 class InProcessMailbox(Mailbox):
     """A mailbox that other mailboxes of the same hub can reach, from any thread of this process.
 
-    Nothing is encrypted: keys only identify senders. By default every mailbox of the hub may connect, under its own
+    Nothing is encrypted: keys only identify senders. If it is open, every mailbox of the hub may connect, under its own
     name.
     """
 
@@ -72,15 +72,14 @@ class InProcessMailbox(Mailbox):
         hub: InProcessHub,
         name: str,
         keys: KeyPair | None = None,
-        authorised: Mapping[str, str] | None = None,
         *,
+        is_open: bool = True,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         super().__init__(name, (keys or generate_keypair()).public, Refusals(name))
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
-        self._authorises_all = authorised is None
-        self._authorised = check_authorised(authorised or {})
+        self._is_open = is_open
         self._refused_peers: set[str] = set()
         # A signal handler or finalizer may call its put(), even in the middle of a get(). None means: check _is_woken.
         self._queue: queue.SimpleQueue[tuple[str, Sequence[bytes]] | None] = queue.SimpleQueue()
@@ -143,7 +142,7 @@ class InProcessMailbox(Mailbox):
 
     def _name_of(self, public_key: str) -> str | None:
         name = self._authorised.get(public_key)
-        return self._hub.name_of(public_key) if name is None and self._authorises_all else name
+        return self._hub.name_of(public_key) if name is None and self._is_open else name
 
     def _decode(self, sender_key: str, frames: Sequence[bytes]) -> Delivery | None:
         sender = self._name_of(sender_key)
@@ -158,11 +157,11 @@ class InProcessMailbox(Mailbox):
         num_bytes = sum(map(len, frames))
         return self._hold_until_due(Delivery(sender, message.payload, message.tensors, num_bytes), message.due_us)
 
-    def _authorise(self, name: str, public_key: str) -> None:
-        authorise(self._authorised, name, public_key)
+    def _authorise(self, public_key: str) -> None:
+        pass  # the sender of each message is looked up when it is received
 
     def _withdraw(self, public_key: str) -> None:
-        pass  # the sender of each message is looked up when it is received
+        pass
 
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)

@@ -6,7 +6,6 @@ Knows no sockets and no messages.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import zmq
@@ -59,21 +58,6 @@ def raw_key(public_key: str) -> bytes:
             f"{public_key!r} is not a public key: a key is 40 characters of Z85 text, as generate_keypair() makes them"
         )
     return raw
-
-
-def check_authorised(authorised: Mapping[str, str]) -> dict[str, str]:
-    """Check the public keys and names of the parties that may connect, and return a copy.
-
-    Raises ArgumentError if a key is not valid, or two keys have one name, so that their senders could not be distinguished.
-    """
-    owners: dict[str, str] = {}
-    for key, name in authorised.items():
-        raw_key(key)
-        if owners.setdefault(name, key) != key:
-            raise ArgumentError(
-                f"two keys are authorised as {name!r} ({owners[name]!r} and {key!r}): give each party its own name"
-            )
-    return dict(authorised)
 
 
 def authorise(authorised: dict[str, str], name: str, public_key: str) -> str | None:

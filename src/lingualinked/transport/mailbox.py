@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
 from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.keys import authorise
 from lingualinked.transport.shaping import DelayQueue, ShapedLink
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Mailbox(abc.ABC):
         self.name = name
         self.public_key = public_key
         self._refusals = refusals
+        self._authorised = {}
         self._peers = {}
         self._links: dict[str, ShapedLink] = {}
         self._delayed = DelayQueue()
@@ -79,7 +81,10 @@ class Mailbox(abc.ABC):
         another name.
         """
         self._check_open()
-        self._authorise(name, public_key)
+        before = authorise(self._authorised, name, public_key)
+        self._authorise(public_key)
+        if before is not None:
+            self._withdraw(before)
 
     def withdraw(self, name: str) -> None:
         """Receive nothing more from a party. Does nothing if no party is authorised under this name."""
@@ -158,7 +163,7 @@ class Mailbox(abc.ABC):
         """Give up the address and drop all waiting messages, within bounded time. Does nothing the second time."""
 
     @abc.abstractmethod
-    def _authorise(self, name: str, public_key: str) -> None:
+    def _authorise(self, public_key: str) -> None:
         """Accept connections from the holder of a key."""
 
     @abc.abstractmethod

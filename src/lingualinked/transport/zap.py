@@ -35,19 +35,16 @@ class ZapHandler:
     Terminating a context may block without limit. The thread does it, so that `stop` can wait with a time-out. The
     thread holds no reference to a mailbox.
 
-    No socket of the context may be bound yet. `authorised` maps the raw public key of each party to the user id that
-    its frames will carry (see `RFC 27/ZAP <https://rfc.zeromq.org/spec/27/>`_).
+    No socket of the context may be bound yet. See `RFC 27/ZAP <https://rfc.zeromq.org/spec/27/>`_.
     """
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], authorised: Mapping[bytes, str], refusals: Refusals
-    ) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], refusals: Refusals) -> None:
         requests: zmq.Socket[bytes] = context.socket(zmq.REP)
         # Once this socket's queue of events is full, libzmq's thread waits, and with it whoever floods it with connections.
         events: zmq.Socket[bytes] = context.socket(zmq.PAIR)
         requests.linger = events.linger = 0
         self._stop = Waker()
-        self._authorised = dict(authorised)  # shared with the thread; each change is of one entry
+        self._authorised: dict[bytes, str] = {}  # shared with the thread; each change is of one entry
         self._thread = threading.Thread(
             target=_serve_requests,
             args=(context, requests, events, self._stop, self._authorised, refusals),
@@ -67,7 +64,7 @@ class ZapHandler:
         inbox.monitor(_MONITOR_ENDPOINT, EVENTS)
 
     def authorise(self, key: bytes, user_id: str) -> None:
-        """Accept connections from the holder of a key."""
+        """Accept connections from the holder of a raw public key, whose frames will carry this user id."""
         self._authorised[key] = user_id
 
     def withdraw(self, key: bytes) -> None:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +30,7 @@ from lingualinked.transport.codec import (
 )
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.handshakes import TIMEOUT_MS
-from lingualinked.transport.keys import KeyPair, authorise, check_authorised, raw_key
+from lingualinked.transport.keys import KeyPair, raw_key
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES, MAX_NUM_FRAMES
 from lingualinked.transport.refusals import Refusals
@@ -61,9 +61,8 @@ class ZmqMailbox(Mailbox):
     the handshake, before anything that they send is read. If the address is that of a unix socket, other users of the
     machine can't connect at all, since its folder is closed to them.
 
-    `authorised` has the public keys and names of the parties that may connect at first: a refusal is final, so a party
-    must be authorised before it connects. It listens on a unix socket where libzmq supports it, in `socket_folder`, or
-    else in a new folder that is removed when the mailbox is closed; with ``"tcp"``, on a free port of 127.0.0.1.
+    It listens on a unix socket where libzmq supports it, in `socket_folder`, or else in a new folder that is removed
+    when the mailbox is closed; with ``"tcp"``, on a free port of 127.0.0.1.
 
     Limits apply before encryption, and are the same for all parties. A frame that exceeds its limit is not read, and
     its sender loses the connection. A message is compared with its limit when it is received: until then it is in
@@ -74,7 +73,6 @@ class ZmqMailbox(Mailbox):
         self,
         name: str,
         keys: KeyPair,
-        authorised: Mapping[str, str],
         address: Literal["ipc", "tcp"] | None = None,
         *,
         socket_folder: str | None = None,
@@ -85,9 +83,8 @@ class ZmqMailbox(Mailbox):
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
         self._keys = keys
         self._socket_folder = socket_folder
-        self._authorised = check_authorised(authorised)
         kind = _kind_of_address(address)
-        self._sockets = _Sockets(self._authorised, self._refusals)
+        self._sockets = _Sockets(self._refusals)
         # The finalizer must not refer to the mailbox. Not at exit: the thread that owns the sockets may still run then.
         self._finalizer = weakref.finalize(self, self._sockets.close)
         self._finalizer.atexit = False
@@ -152,11 +149,8 @@ class ZmqMailbox(Mailbox):
         self._peers.clear()
         self._finalizer()
 
-    def _authorise(self, name: str, public_key: str) -> None:
-        before = authorise(self._authorised, name, public_key)
+    def _authorise(self, public_key: str) -> None:
         self._sockets.authorise(public_key)
-        if before is not None:
-            self._sockets.withdraw(before)
 
     def _withdraw(self, public_key: str) -> None:
         self._sockets.withdraw(public_key)
@@ -236,7 +230,7 @@ class ZmqMailbox(Mailbox):
 class _Sockets:
     """The mailbox's sockets and files: apart from the mailbox, so that its finalizer can close them."""
 
-    def __init__(self, authorised: Mapping[str, str], refusals: Refusals) -> None:
+    def __init__(self, refusals: Refusals) -> None:
         self._pid = os.getpid()
         self.outboxes: dict[str, zmq.Socket[bytes]] = {}
         self._files = contextlib.ExitStack()
@@ -244,8 +238,7 @@ class _Sockets:
             self.waker = Waker()
             undo.callback(self.waker.close)
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-            # Frames carry the key as user id, not the name: libzmq ends a user id at the first zero byte.
-            self._zap = ZapHandler(self._context, {raw_key(key): key for key in authorised}, refusals)
+            self._zap = ZapHandler(self._context, refusals)
             undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
             self.inbox = self._socket(zmq.PULL)
             undo.callback(self.inbox.close)
@@ -275,6 +268,7 @@ class _Sockets:
         return bound.decode().rstrip("\0")
 
     def authorise(self, public_key: str) -> None:
+        # Frames carry the key as user id, not the name: libzmq ends a user id at the first zero byte.
         self._zap.authorise(raw_key(public_key), public_key)
 
     def withdraw(self, public_key: str) -> None:

@@ -222,8 +222,8 @@ class HostedStage:
 
     def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:
         # 1) check the step
-        parts = split_tensors(step, tensors)
-        num_rows, num_new = parts.inputs[0].shape[:2]
+        inputs, shared = split_tensors(step, tensors)
+        num_rows, num_new = inputs[0].shape[:2]
         if step.position_rows not in (0, 1, num_rows):
             raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} arrived in a step of {num_rows}")
         if step.edits and session.cache is None:
@@ -236,14 +236,12 @@ class HostedStage:
             self._check_budget(session, num_rows, session.context.num_tokens + num_new)
             _reorder_rows(step.edits, session, session.cache, num_rows)
         # 3) decode mask and positions, and run the stage
-        keep = parts.kept_logits[0] if step.logits_to_keep is None else step.logits_to_keep
-        code = ContextCode(
-            mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=parts.context
-        )
+        keep, context = (shared[-1], shared[:-1]) if step.logits_to_keep is None else (step.logits_to_keep, shared)
+        code = ContextCode(mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=context)
         mask, positions = session.context.decode(code, num_new)
         return self.stage.step(
             StageInputs(
-                tensors=parts.inputs,
+                tensors=inputs,
                 layout=step.layout,
                 attention_mask=mask,
                 position_ids=positions,
@@ -255,28 +253,19 @@ class HostedStage:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepTensors:
-    """The tensors of a step: the stage's inputs, the mask and positions sent in full, and the indices of logits to keep."""
+def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Split the tensors of a step into the stage's inputs, and what is for all stages: mask, positions, logits to keep.
 
-    inputs: tuple[Tensor, ...]
-    context: tuple[Tensor, ...]
-    kept_logits: tuple[Tensor, ...]
-
-
-def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> StepTensors:
-    """Sort the tensors of a step; raise ProtocolError if some are missing, or the inputs have no rows or no tokens."""
-    num_context = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL)
-    num_kept_logits = int(step.logits_to_keep is None)
-    num_inputs = len(tensors) - num_context - num_kept_logits
+    Raises ProtocolError if some are missing, or the inputs have no rows or no tokens.
+    """
+    num_shared = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL) + (step.logits_to_keep is None)
+    num_inputs = len(tensors) - num_shared
     if num_inputs < 1 or tensors[0].ndim < 2 or 0 in tensors[0].shape[:2]:
         raise ProtocolError(
             f"a step arrived with the tensors {[list(tensor.shape) for tensor in tensors[:9]]}, of which "
-            f"{num_context + num_kept_logits} are announced besides its inputs: inputs must have rows and tokens, at least one of each"
+            f"{num_shared} are announced besides its inputs: inputs must have rows and tokens, at least one of each"
         )
-    return StepTensors(
-        tensors[:num_inputs], tensors[num_inputs : num_inputs + num_context], tensors[num_inputs + num_context :]
-    )
+    return tensors[:num_inputs], tensors[num_inputs:]
 
 
 def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.messages import Acknowledged, LoadStage, StageReport, Step
+from lingualinked.protocol.messages import LoadStage, StageReport, Step
 from lingualinked.protocol.moving import ForkSession, WeightChunk
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
@@ -190,11 +190,10 @@ class HostedStages:
         for hosted in others:
             hosted.end_session(session)
 
-    def fork_session(self, message: ForkSession) -> Acknowledged:
+    def fork_session(self, message: ForkSession) -> None:
         """Copy a session within a stage under another number; raise ProtocolError if it is missing, or at another step."""
         hosted = self.get_stage(StageKey(message.model, message.plan_version, message.stage))
         hosted.fork_session(message.session, message.number, message.fork)
-        return Acknowledged(request=message.request)
 
     def end_session(self, model: int, session: int, plan_version: int) -> None:
         """Free a session's KV under every plan version, and accept no more of it while it may be moving.

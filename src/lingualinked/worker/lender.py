@@ -65,10 +65,6 @@ class Lender:
         )
         return answer, tensors
 
-    def borrowers(self, model: int) -> tuple[str, ...]:
-        """Return the workers to which weights of a model may be lent."""
-        return self._moves.borrowers(model)
-
     def drop_model(self, model: int) -> None:
         """Drop all references to a model's lent weights, so that they can be freed."""
         self._loans = {(number, name): loan for (number, name), loan in self._loans.items() if number != model}

@@ -12,9 +12,9 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.roles import TO_WORKER, Role
+from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.hosted_stages import HostedStages
 from lingualinked.worker.kv_mover import KVMover
-from lingualinked.worker.lender import Lender
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
 
@@ -26,13 +26,15 @@ class StaleMessageError(ProtocolError):
 class SenderCheck:
     """The roles that parties have towards one worker at the moment, as the other objects of the worker know them."""
 
-    def __init__(self, peers: Peers, stages: HostedStages, mover: KVMover, lender: Lender, probes: LinkProbes) -> None:
+    def __init__(
+        self, peers: Peers, stages: HostedStages, mover: KVMover, moves: AnnouncedMoves, probes: LinkProbes
+    ) -> None:
         self._peers = peers
         self._parties: Mapping[Role, Callable[[Any], Collection[str]]] = {
             Role.PREVIOUS: lambda message: stages.step_senders(message.model, message.plan_version, message.stage),
             Role.KV_SOURCE: mover.kv_senders,
             Role.KV_TARGET: lambda message: mover.kv_targets(message.request),
-            Role.BORROWER: lambda message: lender.borrowers(message.model),
+            Role.BORROWER: lambda message: moves.borrowers(message.model),
             Role.LENDER: lambda message: stages.lenders(message.request),
             Role.PROBED: lambda message: probes.targets,
         }

@@ -97,7 +97,6 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     mailbox = ZmqMailbox(
         boot.name,
         keys,
-        {boot.caller_key: CALLER},  # the caller introduces other workers later
         socket_folder=boot.socket_folder,
         max_frame_bytes=boot.max_frame_bytes,
     )
@@ -105,6 +104,7 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     background = Background(mailbox.wake)
     # 3) the loop
     try:
+        mailbox.authorise(CALLER, boot.caller_key)  # it introduces the other workers later
         mailbox.connect(CALLER, boot.caller_address, boot.caller_key)
         Worker(boot, mailbox, handler, background).run()
     finally:
@@ -136,7 +136,7 @@ class Worker:
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
         self._inbox = Inbox(
-            mailbox, SenderCheck(self._peers, self._stages, self._mover, self._lender, self._probes).check_sender
+            mailbox, SenderCheck(self._peers, self._stages, self._mover, self._moves, self._probes).check_sender
         )
         self._pace = Pace(boot.threads, 1.0)
         self._emulate(boot.emulation)
@@ -173,9 +173,9 @@ class Worker:
             case InspectWorker():
                 self._answer_request(message.request, lambda: self._make_report(message))
             case EmulateDevice():
-                self._answer_request(message.request, lambda: self._throttle(message))
+                self._acknowledge(message.request, lambda: self._emulate(message.emulation))
             case IntroduceWorker():
-                self._answer_request(message.request, lambda: self._introduce(message))
+                self._acknowledge(message.request, lambda: self._peers.introduce(message))
             case DismissWorker():
                 self._peers.dismiss(message)
             case MeasureModel():
@@ -206,7 +206,7 @@ class Worker:
             case MoveSession():
                 self._move_session(message)
             case ForkSession():
-                self._answer_request(message.request, lambda: self._stages.fork_session(message))
+                self._acknowledge(message.request, lambda: self._stages.fork_session(message))
             case KeepPlan():
                 self._drop_moves(message.model)
                 self._stages.keep_plan(message.model, message.plan_version)
@@ -220,6 +220,13 @@ class Worker:
             return
         if answer is not None:
             self._send_to_caller(answer)
+
+    def _acknowledge(self, request: int, do: Callable[[], None]) -> None:
+        def acknowledged() -> Acknowledged:
+            do()
+            return Acknowledged(request=request)
+
+        self._answer_request(request, acknowledged)
 
     def _report_failure(self, request: int, error: Exception) -> None:
         self._send_to_caller(RequestFailed(request=request, **describe_error(error)))
@@ -291,20 +298,12 @@ class Worker:
             stages=self._stages.reports(),
         )
 
-    def _throttle(self, message: EmulateDevice) -> Acknowledged:
-        self._emulate(message.emulation)
-        return Acknowledged(request=message.request)
-
     def _emulate(self, emulation: Emulation) -> None:
         self._pace.slowdown = emulation.slowdown
         self._mailbox.expect_delays(emulation.delayed_from)
         for link in emulation.links:
             bandwidth = math.inf if link.bandwidth_bytes_per_s is None else link.bandwidth_bytes_per_s
             self._mailbox.shape_link(link.target, bandwidth, link.latency_s)
-
-    def _introduce(self, message: IntroduceWorker) -> Acknowledged:
-        self._peers.introduce(message)
-        return Acknowledged(request=message.request)
 
     def _measure_model(self, message: MeasureModel) -> ModelMeasured:
         def progress(num_done: int) -> None:
@@ -358,9 +357,8 @@ class Worker:
         onward = msgspec.structs.replace(
             step, stage=step.stage + 1, layout=output.layout, timings=timings, sent_us=clock_us() + encode_us
         )
-        parts = split_tensors(step, delivery.tensors)
-        tensors = (*output.tensors, *parts.context, *parts.kept_logits)
-        hosted.sent_bytes += self._peers.send(hosted.next_name, onward, tensors)
+        _, shared = split_tensors(step, delivery.tensors)
+        hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
 
     def _end_session(self, message: EndSession) -> None:
         self._stages.end_session(message.model, message.session, message.plan_version)

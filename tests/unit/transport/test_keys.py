@@ -7,7 +7,7 @@ import pytest
 import zmq
 
 from lingualinked.errors import ArgumentError, ProtocolError
-from lingualinked.transport.keys import KeyPair, authorise, check_authorised, generate_keypair, raw_key
+from lingualinked.transport.keys import KeyPair, authorise, generate_keypair, raw_key
 
 
 def test_pairs_are_new_each_time_and_hide_the_secret() -> None:
@@ -47,17 +47,6 @@ def test_without_curve_there_are_no_keys(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(zmq, "has", lambda _: False)
     with pytest.raises(ProtocolError, match="built without CURVE"):
         generate_keypair()
-
-
-def test_authorised_keys_are_checked_and_copied() -> None:
-    a, b = generate_keypair().public, generate_keypair().public
-    given = {a: "a", b: "b"}
-    assert check_authorised(given) == given
-    assert check_authorised(given) is not given
-    with pytest.raises(ArgumentError, match="two keys are authorised as 'a'"):
-        check_authorised({a: "a", b: "a"})
-    with pytest.raises(ArgumentError, match="'c' is not a public key"):
-        check_authorised({"c": "c"})
 
 
 def test_a_key_is_added_and_takes_its_name_from_another() -> None:

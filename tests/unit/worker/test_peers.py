@@ -18,9 +18,9 @@ from lingualinked.worker.peers import Peers
 def boxes() -> Iterator[dict[str, InProcessMailbox]]:
     hub = InProcessHub()
     keys = {name: generate_keypair() for name in ("me", "caller", "a", "b")}
-    everyone = {pair.public: name for name, pair in keys.items()}
-    boxes = {name: InProcessMailbox(hub, name, keys[name], everyone) for name in ("caller", "a", "b")}
-    boxes["me"] = InProcessMailbox(hub, "me", keys["me"], {keys["caller"].public: "caller"})
+    boxes = {name: InProcessMailbox(hub, name, keys[name]) for name in ("caller", "a", "b")}
+    boxes["me"] = InProcessMailbox(hub, "me", keys["me"], is_open=False)
+    boxes["me"].authorise("caller", keys["caller"].public)
     yield boxes
     for box in boxes.values():
         box.close()

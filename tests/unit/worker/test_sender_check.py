@@ -20,7 +20,6 @@ from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.kv_mover import KVMover
-from lingualinked.worker.lender import Lender
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
 from lingualinked.worker.sender_check import SenderCheck, StaleMessageError
@@ -63,12 +62,12 @@ def roles() -> SenderCheck:
         StagePlace(name=name, plan_version=at, start=start, end=end) for name, at, start, end in held + moved
     )
     moves.announce(AnnounceMove(request=1, model=MODEL, stages=places, borrowers=("borrower",)))
-    mover, lender, probes = KVMover(stages, peers, moves), Lender(stages, moves), LinkProbes(peers)
+    mover, probes = KVMover(stages, peers, moves), LinkProbes(peers)
     transfer: Any = SimpleNamespace(request=SimpleNamespace(target_name="target"))
     mover._transfers[REQUEST] = transfer
     probe: Any = None
     probes._waiting["probed"] = deque([probe])
-    return SenderCheck(peers, stages, mover, lender, probes)
+    return SenderCheck(peers, stages, mover, moves, probes)
 
 
 def is_taken(roles: SenderCheck, message: Message, sender: str) -> bool:
