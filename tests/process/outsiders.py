@@ -40,15 +40,18 @@ class Outsider:
         engine.authorise_worker(self.name, keys.public)
         self.mailbox.connect("caller", address, key)
         self.send("caller", encode(Hello(pid=1, address=self.mailbox.address)))
-        while len(self.mailbox._peers) <= self.num_workers:
+        introductions: list[IntroduceWorker] = []
+        while len(introductions) < self.num_workers:
             delivery = self.mailbox.receive(30)
             assert delivery is not None
             introduction = decode(delivery.payload)
             assert isinstance(introduction, IntroduceWorker)
             self.mailbox.authorise(introduction.name, introduction.public_key)
-            self.mailbox.connect(introduction.name, introduction.address, introduction.public_key)
             self.send("caller", encode(Acknowledged(request=introduction.request)))
+            introductions.append(introduction)
         wait_until(engine._exchange.settled[self.name].is_set)
+        for introduction in introductions:  # only now do all know this one's key: a refusal is final
+            self.mailbox.connect(introduction.name, introduction.address, introduction.public_key)
 
     def send(self, to: str, payload: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
         self.mailbox.send(to, payload, tensors)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from lingualinked.cluster.exchange import Exchange, closed
-from lingualinked.cluster.pending import Pending
+from lingualinked.cluster.pending import Pending, settle
 from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
@@ -239,16 +239,7 @@ class Engine:
     def _call(self, command: Callable[[], None]) -> None:
         """Run a command on the I/O thread and wait until it is done."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-        def call() -> None:
-            try:
-                command()
-            except Exception as error:  # noqa: BLE001 - whoever waits raises it
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._post(call)
+        self._post(lambda: settle(done, command))
         done.result(_START_S)
 
     def _post(self, command: Callable[[], None]) -> None:

@@ -60,20 +60,20 @@ class ForkedWorkers:
             else:
                 for worker in workers:
                     if worker.pid == line.pid:
-                        worker.status = line.status
+                        worker.exit_code = line.exit_code
         self._server_had_ended = False  # for now: it may have said more
 
     def how_ended(self, worker: ForkedWorker, ready: set[int]) -> str | None:
         """Say how a worker has ended, if it has."""
-        if worker.status is not None:
-            return how_it_ended(worker.status)
+        if worker.exit_code is not None:
+            return how_it_ended(worker.exit_code)
         if not self._server_had_ended:
             return None
         if worker.handle is not None:
             return how_it_ended(None) if worker.handle in ready else None
         tail = self.server.errors.tail()
         last_words = f"; its last words:\n{tail}" if tail else ""
-        how = how_it_ended(self.server.process.status)
+        how = how_it_ended(self.server.process.exit_code)
         return f"it was not started: the process that forks this cluster's workers had ended, {how}{last_words}"
 
     def hang_up(self, workers: Iterable[ForkedWorker]) -> None:  # noqa: ARG002 - their channel is one for all
@@ -94,9 +94,9 @@ class ForkedWorkers:
 
 
 class ForkedWorker(WorkerProcess):
-    """One of them; its process is known once the fork server says so, as is its end, with the status of ``waitpid``."""
+    """One of them; its process is known once the fork server says so, as is its end, with the exit code."""
 
-    status: int | None = None
+    exit_code: int | None = None
 
     def kill(self) -> None:
         """Force its end, if it has begun."""

@@ -61,10 +61,9 @@ class ServerProcess:
         return self._popen.poll() is not None
 
     @property
-    def status(self) -> int | None:
-        """How it ended, as ``waitpid`` would put it."""
-        code = self._popen.poll()
-        return None if code is None else -code if code < 0 else code << 8
+    def exit_code(self) -> int | None:
+        """Its exit code, or minus the number of the signal that ended it; ``None`` while it runs."""
+        return self._popen.poll()
 
     def hang_up(self) -> None:
         """Hang up, which ends the process."""
@@ -142,15 +141,14 @@ def wait_for_end(handle: int, deadline: float) -> bool:
     return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
 
-def how_it_ended(status: int | None) -> str:
-    """Put a ``waitpid`` status into words."""
-    if status is None:
+def how_it_ended(exit_code: int | None) -> str:
+    """Put an exit code, or minus the number of a signal, into words; ``None``: neither is known."""
+    if exit_code is None:
         return "it ended"
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        hint = ", as when memory runs out" if number == signal.SIGKILL else ""
-        return f"killed by signal {number}, {signal.strsignal(number)}{hint}"
-    return f"exit status {os.WEXITSTATUS(status)}"
+    if exit_code < 0:
+        hint = ", as when memory runs out" if exit_code == -signal.SIGKILL else ""
+        return f"killed by signal {-exit_code}, {signal.strsignal(-exit_code)}{hint}"
+    return f"exit status {exit_code}"
 
 
 def import_path() -> list[str]:

@@ -44,7 +44,7 @@ class SpawnedWorkers:
 
     def how_ended(self, worker: SpawnedWorker, ready: set[int]) -> str | None:  # noqa: ARG002 - the system knows
         """Say how a worker has ended, if it has."""
-        return how_it_ended(worker.process.status) if worker.process.ended else None
+        return how_it_ended(worker.process.exit_code) if worker.process.ended else None
 
     def hang_up(self, workers: Iterable[SpawnedWorker]) -> None:
         """Let the workers see that the caller is done with them."""

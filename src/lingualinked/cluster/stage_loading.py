@@ -6,6 +6,7 @@ Knows routes and the message; neither when stages are loaded nor what runs in th
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 from collections.abc import Callable, Iterator
 
 from lingualinked.cluster.engine import Engine
@@ -48,11 +49,7 @@ def request_stages(
             max_kv_tokens=max_kv_tokens,
             holders=() if held is None else tuple(_holders(engine, model, held, stage.device)),
         )
-
-        def progress(num_bytes: int, device: str = stage.device) -> None:
-            if on_progress is not None:
-                on_progress(device, num_bytes)
-
+        progress = None if on_progress is None else functools.partial(on_progress, stage.device)
         what = f"loading layers [{stage.start}, {stage.end})"
         futures.append(engine.request(stage.device, message, what, timeout_s, progress, helpers))
     return futures

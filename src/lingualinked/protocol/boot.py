@@ -74,7 +74,7 @@ class WorkerForked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WorkerEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A forked worker has ended, with the status that ``waitpid`` returned."""
+    """A forked worker has ended, with this exit code, or minus the number of the signal that ended it."""
 
     pid: int
-    status: int
+    exit_code: int

@@ -251,7 +251,7 @@ class _WorkerForker:
             for cluster in self._clusters:
                 if pid in cluster.children:
                     cluster.children.discard(pid)
-                    cluster.send_message(WorkerEnded(pid=pid, status=status))
+                    cluster.send_message(WorkerEnded(pid=pid, exit_code=os.waitstatus_to_exitcode(status)))
 
     def _wait_for_children(self) -> None:
         """Wait for the workers, which notice by themselves that the caller has ended; kill those that do not end."""
