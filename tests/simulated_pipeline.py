@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import lingualinked as ll
 from lingualinked.control.balancer import Balancer
-from lingualinked.control.events import DeviceObserved, Event, Migrate, MigrationDone, MigrationFailed, StepObserved
+from lingualinked.control.events import Event, Migrate, MigrationDone, MigrationFailed
 from lingualinked.planning.workload_costs import stage_s
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision, Migration
@@ -64,7 +64,7 @@ class SimulatedPipeline:
         for _ in range(num_steps):
             sample = self._step(speeds, tokens)
             if self._ends is None:  # nothing is told while layers move
-                self.tell(StepObserved(sample=sample))
+                self.tell(sample)
             self.time_s += sample.total_s / self.num_sessions
             self.num_steps += 1
             if self._ends is not None and self.time_s >= self._ends[0]:
@@ -75,7 +75,7 @@ class SimulatedPipeline:
         sample = DeviceSample(
             time_s=self.time_s, device=device, held_bytes=held, available_bytes=available, cpu_percent=50.0
         )
-        self.tell(DeviceObserved(sample=sample))
+        self.tell(sample)
 
     def tell(self, event: Event) -> Decision | None:
         """Tell the balancer, and do what it says."""

@@ -21,13 +21,11 @@ from lingualinked.cluster.resources import start_thread
 from lingualinked.cluster.route import Routes
 from lingualinked.control.events import (
     DeviceLost,
-    DeviceObserved,
     Event,
     Instruction,
     Migrate,
     MigrationDone,
     MigrationFailed,
-    StepObserved,
 )
 from lingualinked.errors import ClosedError, LingualinkedError
 from lingualinked.planning.plan import Plan
@@ -154,7 +152,7 @@ class Controller:
                 self._tell_balancer(DeviceLost(time_s=time.monotonic(), device=device))
         self._num_told, samples = self._recorder.steps_since(self._num_told)
         for sample in samples:
-            self._tell_balancer(StepObserved(sample=sample))
+            self._tell_balancer(sample)
 
     def _request_reports(self) -> None:
         """Ask the devices how they are; one that is busy may answer later."""
@@ -175,7 +173,7 @@ class Controller:
             if report.exception() is None:  # else it has just ended, or was too busy
                 device = attribute_report(cast("WorkerReport", report.result()), name, time_s).device
                 self._recorder.add_device(device)
-                self._tell_balancer(DeviceObserved(sample=device))
+                self._tell_balancer(device)
 
     def _tell_balancer(self, event: Event) -> None:
         """Tell the balancer of an event, and execute what it decides; a failure is logged."""

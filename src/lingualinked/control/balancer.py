@@ -13,14 +13,12 @@ from lingualinked.control.drift import SpeedDrift
 from lingualinked.control.events import (
     DeviceJoined,
     DeviceLost,
-    DeviceObserved,
     DeviceReleased,
     Event,
     Instruction,
     MigrationDone,
     MigrationFailed,
     RebalanceAsked,
-    StepObserved,
 )
 from lingualinked.control.live_profile import LiveProfile
 from lingualinked.control.policy import RebalancePolicy
@@ -96,10 +94,10 @@ class Balancer:
                 self._keep_released()
             case _ if self._live_profile is None:
                 return None
-            case StepObserved():
-                return self._on_step(event.sample, plan)
-            case DeviceObserved():
-                return self._on_device(event.sample, plan)
+            case StepSample():
+                return self._on_step(event, plan)
+            case DeviceSample():
+                return self._on_device(event, plan)
             case DeviceJoined():
                 self._live.extend(event.profile)
                 self._live[event.device].is_usable = True

@@ -15,20 +15,6 @@ from lingualinked.telemetry.samples import DeviceSample, StepSample
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepObserved:
-    """A step has come back."""
-
-    sample: StepSample
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceObserved:
-    """A device has been looked at."""
-
-    sample: DeviceSample
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceJoined:
     """A device may be used from now on; the profile has it, and all that it had before."""
 
@@ -79,8 +65,8 @@ class MigrationFailed:
 
 
 Event = (
-    StepObserved
-    | DeviceObserved
+    StepSample  # a step has come back
+    | DeviceSample  # a device has been looked at
     | DeviceJoined
     | DeviceReleased
     | DeviceLost

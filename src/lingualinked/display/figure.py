@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lingualinked.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "borderaxespad": 0.2}
+"""Style of legends."""
+ABOVE_RIGHT: dict[str, Any] = {**LEGEND, "loc": "lower right", "bbox_to_anchor": (1, 1)}
+"""Style of legends above the right corner."""
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lingualinked.display.figure import new_figure
+from lingualinked.display.figure import ABOVE_RIGHT, LEGEND, new_figure
 from lingualinked.display.palette import DEVICES, FAILED, MOVED
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.telemetry.decisions import Migration, moves_text
@@ -92,9 +92,7 @@ def _draw_compute(
     axes.set_ylabel("ms")
     axes.set_title(f"compute of a {kind} step", loc="left", fontsize=10)
     if colours:
-        axes.legend(
-            loc="upper left", ncols=min(len(colours), LEGEND_COLUMNS), frameon=False, fontsize=8, borderaxespad=0.2
-        )
+        axes.legend(loc="upper left", ncols=min(len(colours), LEGEND_COLUMNS), **LEGEND)
 
 
 def _medians(windows: Windows, device: str, start_s: float) -> list[tuple[float, float]]:
@@ -173,15 +171,7 @@ def _explain_marks(axes: Axes, migrations: Sequence[Migration]) -> None:
         marks.append(Line2D([], [], color="black", linewidth=1, linestyle="--", label="a new plan is in force"))
     if not all(each.succeeded for each in migrations):
         marks.append(Patch(color=FAILED, alpha=0.25, linewidth=0, label="a move failed"))
-    axes.legend(
-        handles=marks,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderaxespad=0.2,
-        ncols=len(marks),
-        frameon=False,
-        fontsize=8,
-    )
+    axes.legend(handles=marks, ncols=len(marks), **ABOVE_RIGHT)
 
 
 def _side(place: float) -> Literal["left", "center", "right"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lingualinked.display.figure import new_figure
+from lingualinked.display.figure import ABOVE_RIGHT, new_figure
 from lingualinked.display.palette import DECODE, LIMITING, PLAIN, PREFILL
 from lingualinked.planning.simulation.result import BusyInterval, Simulation
 from lingualinked.quantities import count_text, seconds_text
@@ -111,20 +111,15 @@ def _draw_intervals(axes: Axes, simulation: Simulation, shown: list[str]) -> Non
     kinds = [kind for kind in SHADES if any(interval.kind == kind for interval in simulation.intervals)]
     num_shades = min(4, 1 + max((each.session for each in simulation.intervals), default=0))
     shades = slice(1, 2) if is_binned else slice(num_shades)
+    patches = [tuple(Patch(color=colour) for colour in SHADES[kind][shades]) for kind in kinds]
+    meaning = " (shade and number: session)" if num_shades > 1 and not is_binned else ""
     axes.legend(
-        [*(tuple(Patch(color=colour) for colour in SHADES[kind][shades]) for kind in kinds), Patch(color=LIMITING)],
-        [
-            *(f"{kind} (shade and number: session)" if num_shades > 1 and not is_binned else kind for kind in kinds),
-            "bottleneck",
-        ],
+        [*patches, Patch(color=LIMITING)],
+        [*(f"{kind}{meaning}" for kind in kinds), "bottleneck"],
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         handlelength=3,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderaxespad=0.2,
         ncols=3,
-        frameon=False,
-        fontsize=8,
+        **ABOVE_RIGHT,
     )
     axes.set_yticks(range(len(shown)), shown)
     axes.set(xlim=(start_s, end_s), ylim=(len(shown) - 0.5, -0.5), xlabel="seconds")
