@@ -73,11 +73,6 @@ def uninterrupted(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return interruptible(call)
 
 
-def wait_for_event(event: threading.Event, timeout_s: float) -> bool:
-    """Wait for an event as its ``wait`` does, but raise interrupts only between two waits."""
-    return wait_in_pieces(event.wait, timeout_s)
-
-
 def wait_in_pieces(wait: Callable[[float], bool], timeout_s: float) -> bool:
     """Call ``wait`` with short time-outs until it returns true or the time is up; raise interrupts between two calls."""
     guard = _guard

@@ -22,7 +22,7 @@ from lingualinked.cluster.pending import Pending, settle
 from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
-from lingualinked.interrupts import wait_for_event
+from lingualinked.interrupts import wait_in_pieces
 from lingualinked.protocol.messages import EndSession, LoadStage, Request, Step, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
 from lingualinked.protocol.roles import ANSWERS
@@ -97,7 +97,7 @@ class Engine:
     def wait_for_worker(self, name: str, timeout_s: float) -> None:
         """Wait until a worker is ready."""
         self.check_owner()
-        in_time = wait_for_event(self._exchange.settled[name], timeout_s)
+        in_time = wait_in_pieces(self._exchange.settled[name].wait, timeout_s)
         if self._stopping:
             raise closed()
         if name in self._exchange.ended:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lingualinked.errors import UncuttableModelError
-from lingualinked.model.parts import ModelParts, NoData, build_meta, learned_positions
+from lingualinked.model.parts import ModelParts, NoData, build_meta, cache_slots, learned_positions
 from lingualinked.model.stage import flatten_output
 from lingualinked.profile import ModelProfile
 
@@ -52,8 +52,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         cache, output, logits = _run_without_data(build_meta(replace(spec, dtype="bfloat16")), parts)
     kv_bytes, windows, kinds = [], [], []
     for layer in layers:
-        slots = {index for module in layer.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
-        kept = [cache.layers[slot] for slot in sorted(slots) if slot < len(cache.layers)]
+        kept = [cache.layers[slot] for slot in sorted(cache_slots([layer])) if slot < len(cache.layers)]
         kv_bytes.append(
             sum(itemsize * (each.keys.numel() + each.values.numel()) // each.keys.shape[2] for each in kept)
         )

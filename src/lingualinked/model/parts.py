@@ -115,6 +115,12 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
     )
 
 
+def cache_slots(layers: Iterable[nn.Module]) -> frozenset[int]:
+    """Return the slots of a KV cache of transformers that layers write to."""
+    indices = (getattr(module, "layer_idx", None) for layer in layers for module in layer.modules())
+    return frozenset(index for index in indices if isinstance(index, int))
+
+
 def learned_positions(meta_model: PreTrainedModel) -> int | None:
     """Return how many positions a model has learned embeddings for; None if positions are computed (rotary, ALiBi)."""
     words = meta_model.get_input_embeddings()

@@ -83,7 +83,7 @@ class SafetensorsFile:
         finally:
             self.close()  # a checkpoint may have more files than a process may open
         self.header_bytes = 8 + header_length
-        self.entries = self._parse(header)
+        self.entries = self._parse(header)  # by name, in the order of the header
         expected_bytes = max((entry.stop for entry in self.entries.values()), default=self.header_bytes)
         if expected_bytes != file.num_bytes:
             raise self._damaged(

@@ -18,6 +18,7 @@ from lingualinked.model.cut import SpanLeft
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.parts import cache_slots
 from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.torch_settings import TorchSettings, torch_settings
 from lingualinked.quantities import count_text
@@ -121,10 +122,7 @@ class Stage:
 
     def cache_slots(self, start: int, end: int) -> frozenset[int]:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
-        indices = (
-            getattr(module, "layer_idx", None) for layer in self._layers[start:end] for module in layer.modules()
-        )
-        return frozenset(index for index in indices if isinstance(index, int))
+        return cache_slots(self._layers[start:end])
 
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf) -> StageCache:
         """Make the KV cache of a new session; `spare_bytes` returns the bytes that can still be allocated."""
