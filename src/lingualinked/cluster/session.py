@@ -241,38 +241,33 @@ class Session:
             self._moved_from = None
 
     def _copy_kv(self, target: Route, *, is_final: bool) -> list[concurrent.futures.Future[object]]:
+        """Copy the KV of all layers that have another device on a route; return the futures of the answers."""
         source = self._place.route
-        return [
-            self._request_copy(source, target, old, new, is_final=is_final)
-            for old, held in enumerate(source.plan.stages)
-            for new, wanted in enumerate(target.plan.stages)
-            if held.device != wanted.device and max(held.start, wanted.start) < min(held.end, wanted.end)
-        ]
-
-    def _request_copy(
-        self, source: Route, target: Route, old: int, new: int, *, is_final: bool
-    ) -> concurrent.futures.Future[object]:
-        held, wanted = source.plan.stages[old], target.plan.stages[new]
-        return self._engine.request(
-            held.device,
-            CopyKV(
-                request=self._engine.next_request(),
-                model=self._model,
-                plan_version=source.version,
-                stage=old,
-                session=self._number,
-                number=self._next_step,
-                start=max(held.start, wanted.start),
-                end=min(held.end, wanted.end),
-                target_version=target.version,
-                target_stage=new,
-                target_name=wanted.device,
-                is_final=is_final,
-            ),
-            f"copying KV from device {held.device!r}",
-            self._timeout_s,
-            helpers=[wanted.device],
-        )
+        futures = []
+        for old, held in enumerate(source.plan.stages):
+            for new, wanted in enumerate(target.plan.stages):
+                start, end = max(held.start, wanted.start), min(held.end, wanted.end)
+                if held.device == wanted.device or start >= end:
+                    continue
+                message = CopyKV(
+                    request=self._engine.next_request(),
+                    model=self._model,
+                    plan_version=source.version,
+                    stage=old,
+                    session=self._number,
+                    number=self._next_step,
+                    start=start,
+                    end=end,
+                    target_version=target.version,
+                    target_stage=new,
+                    target_name=wanted.device,
+                    is_final=is_final,
+                )
+                what = f"copying KV from device {held.device!r}"
+                futures.append(
+                    self._engine.request(held.device, message, what, self._timeout_s, helpers=[wanted.device])
+                )
+        return futures
 
     def _check_open(self) -> None:
         if self.ended:
