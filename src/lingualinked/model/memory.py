@@ -1,4 +1,4 @@
-"""Returns freed memory to the operating system, which allocators would keep.
+"""Returns freed memory to the operating system, which allocators would keep, and asks it for larger pages.
 
 Knows allocators only.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterable
 
 import torch
 
 _M_ARENA_MAX = -8  # of malloc.h
+_MADV_COLLAPSE = 25  # of Linux 6.1's mman.h; an older kernel refuses it
+_HUGE_PAGE_BYTES = 2 << 20
+_MAX_GAP_BYTES = 64 << 10  # between ranges that share a page
 
 
 def release_memory(accelerator: str = "cpu") -> None:
@@ -34,3 +38,24 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def use_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
+    """Put addresses and sizes of memory in use into pages of 2 MiB, where the system can; contents stay.
+
+    A processor that reads weights once per token spends a third of the time on looking up pages of 4 KiB.
+    """
+    if sys.platform != "linux":
+        return
+    advise = ctypes.CDLL(None).madvise
+    joined: list[list[int]] = []
+    for address, num_bytes in sorted(ranges):
+        if joined and address - joined[-1][1] <= _MAX_GAP_BYTES:
+            joined[-1][1] = address + num_bytes
+        else:
+            joined.append([address, address + num_bytes])
+    for start, end in joined:
+        first = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        size = end // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES - first
+        if size > 0:
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)

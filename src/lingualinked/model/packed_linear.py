@@ -1,19 +1,22 @@
 """Linear layers whose weight is stored in the order in which the processor's matrix kernel reads it.
 
 On a CPU, torch computes a bfloat16 product with oneDNN, which copies the weight into that order at every call; for a few
-rows the copy takes longer than the product. Knows no models and no stages.
+rows the copy takes longer than the product. Few rows have a kernel of their own, which reads the same packed weight as
+fast as memory gives it. Knows no models and no stages.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lingualinked.model.memory import trim_heap
+from lingualinked.kernels import few_rows
+from lingualinked.model.memory import trim_heap, use_huge_pages
 
 # Of a weight; torch multiplies smaller ones itself, in another order, and packing gains nothing.
 _MIN_ELEMENTS = 1 << 13
@@ -23,11 +26,15 @@ _NUM_DISTINCT = 64  # rows and outputs of a probe; the others repeat them
 _TRIM_BYTES = 8 << 20
 
 
+Kernel = Callable[["PackedLinear", Tensor], Tensor]
+"""From a layer and contiguous rows ``[M, in features]`` to their product ``[M, out features]``."""
+
+
 class PackedLinear(nn.Module):
     """Computes exactly what an `nn.Linear` on the CPU in bfloat16 computes, with a packed weight in place of its own.
 
-    For each number of rows, a probe (`_is_exact`), made once per process, decides whether the product with the packed
-    weight rounds in the same order; if it does not, the weight is unpacked for the call.
+    For each number of rows, a probe (`_exact_kernel`), made once per process, decides which product with the packed weight
+    rounds in the same order; if none does, the weight is unpacked for the call.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -35,7 +42,8 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         # Not a buffer: code that walks over buffers copies, converts and compares them, and this tensor is opaque.
-        self._packed = _pack(linear.weight.detach())
+        self.packed = _pack(linear.weight.detach())
+        self.address = few_rows.address(self.packed)
 
     def forward(self, states: Tensor) -> Tensor:
         """Multiply ``[..., in features]`` to ``[..., out features]``."""
@@ -45,13 +53,14 @@ class PackedLinear(nn.Module):
         # kernel for several rows of each batch.
         if states.is_contiguous() or (self.bias is None and states.shape[-2] == 1):
             rows = states.reshape(-1, self.in_features)
-            if _is_exact(*_shape(self, len(rows))):
-                return _multiply(rows, self._packed, self.bias).view(*states.shape[:-1], self.out_features)
+            kernel = _exact_kernel(*_shape(self, len(rows)))
+            if kernel is not None:
+                return kernel(self, rows).view(*states.shape[:-1], self.out_features)
         return functional.linear(states, self.weight(), self.bias)
 
     def weight(self) -> Tensor:
         """Return the unpacked weight, ``[out features, in features]``."""
-        weight: Tensor = self._packed.to_dense()
+        weight: Tensor = self.packed.to_dense()
         return weight
 
     def plain(self) -> nn.Linear:
@@ -67,17 +76,24 @@ def pack_linears(model: nn.Module) -> None:
         id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
     )
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    num_replaced_bytes = 0
+    num_replaced_bytes, layers = 0, []
     for name in names:  # by name: a list of layers would keep all plain weights alive
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        if linear.weight.dtype is torch.bfloat16 and counts[id(linear.weight)] == 1 and _is_exact(*_shape(linear, 1)):
-            model.set_submodule(name, PackedLinear(linear))
+        if (
+            linear.weight.dtype is torch.bfloat16
+            and counts[id(linear.weight)] == 1
+            and _exact_kernel(*_shape(linear, 1))
+        ):
+            layer = PackedLinear(linear)
+            model.set_submodule(name, layer)
+            layers.append(layer)
             num_replaced_bytes += linear.weight.nbytes
             del linear
             if num_replaced_bytes >= _TRIM_BYTES:  # the heap would keep the memory of the plain weights
                 trim_heap()
                 num_replaced_bytes = 0
+    use_huge_pages((layer.address, few_rows.num_bytes(layer.packed)) for layer in layers)
 
 
 def _shape(layer: nn.Linear | PackedLinear, num_rows: int) -> tuple[int, int, int, bool, int]:
@@ -89,31 +105,55 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001
+def _multiply_packed(layer: PackedLinear, rows: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, layer.packed, layer.bias, "none", [], "")  # noqa: SLF001
     return product
 
 
+def _multiply_few(layer: PackedLinear, rows: Tensor, *, chunk: int) -> Tensor:
+    return few_rows.multiply(rows, layer.address, layer.bias, layer.out_features, chunk)
+
+
 @functools.cache
-def _is_exact(num_rows: int, in_features: int, out_features: int, has_bias: bool, num_threads: int) -> bool:  # noqa: ARG001 - torch's choice of kernel depends on it
-    """Probe whether a product with a packed weight is bit-equal to the plain one, in these shapes.
+def _exact_kernel(
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    num_threads: int,  # noqa: ARG001 - torch's choice of kernel depends on it
+) -> Kernel | None:
+    """Probe which product with a packed weight is bit-equal to the plain one, in these shapes: the quickest, or none.
 
     A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels.
     """
     if in_features * out_features < _MIN_ELEMENTS:
-        return False
+        return None
     generator = torch.Generator().manual_seed(0)
+    kernels: list[Kernel] = [_multiply_packed]
+    if few_rows.is_available() and num_rows <= few_rows.MAX_ROWS:
+        kernels = [*(functools.partial(_multiply_few, chunk=chunk) for chunk in few_rows.CHUNKS), *kernels]
     try:
         with torch.inference_mode():
             for make, num_elements in ((cancelling_product, _PROBED_ELEMENTS), (tied_product, 0)):
                 num_blocks = max(1, num_elements // in_features // _BLOCK_OUTPUTS)
                 num_outputs = min(out_features, num_blocks * _BLOCK_OUTPUTS + out_features % _BLOCK_OUTPUTS)
                 rows, weight, bias = make(num_rows, in_features, num_outputs, has_bias, generator)
-                if not torch.equal(functional.linear(rows, weight, bias), _multiply(rows, _pack(weight), bias)):
-                    return False
-        return True
+                expected = functional.linear(rows, weight, bias)
+                layer = PackedLinear(_linear(weight, bias))
+                if not few_rows.is_known_layout(layer.packed, in_features, num_outputs):
+                    kernels = kernels[-1:]
+                kernels = [kernel for kernel in kernels if torch.equal(kernel(layer, rows), expected)]
+        return kernels[0] if kernels else None
     except (AttributeError, RuntimeError):  # this build of torch, or this processor, has no such kernel
-        return False
+        return None
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 Product = tuple[Tensor, Tensor, Tensor | None]

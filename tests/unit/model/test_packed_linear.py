@@ -16,9 +16,9 @@ from lingualinked.model.packed_linear import PackedLinear, pack_linears
 
 @pytest.fixture(autouse=True)
 def fresh_probes() -> Iterator[None]:
-    packed_linear._is_exact.cache_clear()
+    packed_linear._exact_kernel.cache_clear()
     yield
-    packed_linear._is_exact.cache_clear()
+    packed_linear._exact_kernel.cache_clear()
 
 
 def linear(num_in: int, num_out: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
@@ -62,28 +62,31 @@ def test_inputs_that_do_not_lie_in_one_piece(bias: bool) -> None:
 def test_where_the_kernel_rounds_otherwise_the_weight_is_unpacked(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = linear(256, 192, bias)
     layer = packed(plain)
-    monkeypatch.setattr(packed_linear, "_is_exact", lambda *_: False)
+    monkeypatch.setattr(packed_linear, "_exact_kernel", lambda *_: None)
     assert_equal(layer, plain, torch.randn(3, 4, 256).bfloat16())
 
 
-def test_the_probe_notices_another_order_of_summation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def backwards(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(rows.flip(1), weight.flip(1), bias)
+def backwards(layer: PackedLinear, rows: Tensor) -> Tensor:
+    return nn.functional.linear(rows.flip(1), layer.weight().flip(1), layer.bias)
 
-    monkeypatch.setattr(packed_linear, "_pack", lambda weight: weight)
-    monkeypatch.setattr(packed_linear, "_multiply", backwards)
-    for rows in (1, 4, 100):
-        assert not packed_linear._is_exact(rows, 768, 96, False, 1)
+
+def add_bias_after_rounding(layer: PackedLinear, rows: Tensor) -> Tensor:
+    product = nn.functional.linear(rows, layer.weight())
+    return product if layer.bias is None else product + layer.bias
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
-def test_the_probe_notices_a_bias_that_is_added_otherwise(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def add_after_rounding(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return nn.functional.linear(rows, weight) + bias
-
-    monkeypatch.setattr(packed_linear, "_pack", lambda weight: weight)
-    monkeypatch.setattr(packed_linear, "_multiply", add_after_rounding)
-    assert not packed_linear._is_exact(rows, 768, 96, True, 1)
+@pytest.mark.parametrize(
+    ("wrong", "has_bias"), [(backwards, False), (backwards, True), (add_bias_after_rounding, True)]
+)
+def test_the_probe_notices_another_order_of_summation(
+    rows: int, wrong: packed_linear.Kernel, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_linear, "_multiply_few", lambda layer, rows, chunk: wrong(layer, rows))
+    assert packed_linear._exact_kernel(rows, 768, 96, has_bias, 1) in (packed_linear._multiply_packed, None)
+    packed_linear._exact_kernel.cache_clear()
+    monkeypatch.setattr(packed_linear, "_multiply_packed", wrong)
+    assert packed_linear._exact_kernel(rows, 768, 96, has_bias, 1) is None
 
 
 def test_what_the_probe_tries() -> None:
@@ -106,7 +109,7 @@ def test_what_the_probe_tries() -> None:
 def test_small_layers_stay_plain() -> None:
     plain = linear(32, 32, True)  # torch multiplies it without oneDNN, in another order
     assert packed(plain) is plain
-    assert not packed_linear._is_exact(1, 32, 32, True, 1)
+    assert not packed_linear._exact_kernel(1, 32, 32, True, 1)
 
 
 SWITCHES = (31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2048, 2049)

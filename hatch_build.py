@@ -1,0 +1,44 @@
+"""Compiles the kernels when the project is installed or a wheel is built, by the compiler in the build's requirements.
+
+Knows one processor family; elsewhere nothing is compiled, and products are torch's own.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+FOLDER = "src/lingualinked/kernels"
+FLAGS = [
+    "-target", "x86_64-linux-musl", "-mcpu=x86_64_v4+avx512bf16", "-O3", "-shared", "-fPIC", "-s",
+    "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-sanitize=all", "-Wall", "-Wextra", "-Werror",
+]  # fmt: skip
+
+
+class KernelBuildHook(BuildHookInterface[Any]):
+    """Adds compiled kernels to a wheel, and to the source folder of an editable installation."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
+        """Compile what is older than its source, and say which platform the wheel is for."""
+        if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+            compile_kernels(Path(self.root))
+            build_data["artifacts"].append(f"/{FOLDER}/*.so")
+            build_data["pure_python"] = False
+            build_data["tag"] = "py3-none-manylinux_2_17_x86_64"  # they call no C library
+
+
+def compile_kernels(root: Path) -> None:
+    """Compile each source whose library is missing or older."""
+    for source in (root / FOLDER).glob("*.c"):
+        library = source.with_name(f"lib{source.stem}.so")
+        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+            subprocess.run([sys.executable, "-m", "ziglang", "cc", *FLAGS, "-o", library, source], check=True)
+
+
+if __name__ == "__main__":
+    compile_kernels(Path(__file__).parent)

@@ -1,0 +1,117 @@
+// A product of few rows with a weight in bfloat16, summed in the order in which oneDNN sums with AVX512-BF16.
+//
+// Each output is summed along the inputs in chunks. Within a chunk `vdpbf16ps` adds two products at a time, in order,
+// beginning at zero; the sums of chunks are added in order in float32, then the bias; the result is rounded once. So a
+// weight is read once, in the order in which it lies, and an output depends neither on how many there are nor on who
+// computes the others.
+//
+// It stands alone: no header but the compiler's own, no C library, nothing allocated.
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    OUTPUTS = 64,   // of a block; their weights lie side by side
+    MAX_ROWS = 16,
+    GROUP = 6,      // rows whose sums fit into registers: 6 x 4 of 32, beside 4 with weights and one with inputs
+    AHEAD = 2048,   // bytes of the weight that are fetched ahead
+};
+
+struct product {
+    const char *inputs;    // bfloat16 [rows][2 * pairs]
+    const char *weight;    // bfloat16 [blocks][pairs_stored][64][2]: outputs and pairs filled up with zeros
+    const uint16_t *bias;  // bfloat16 [outputs], or null
+    uint16_t *result;      // bfloat16 [rows][outputs]
+    long rows, pairs, pairs_stored, outputs;
+    long chunk;            // pairs whose products are added up before they are added to the others
+    int threads;
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
+    int (*thread_number)(void), (*num_threads)(void);                // omp_get_thread_num, omp_get_num_threads
+};
+
+// Add to the totals of some rows the products of some pairs with one block's weights.
+INLINE void add_chunk(const int rows, const char *inputs, long stride, const char *weight, long pairs,
+                      float (*total)[OUTPUTS]) {
+    __m512 sum[GROUP][4];
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < 4; part++) sum[row][part] = _mm512_setzero_ps();
+    for (long pair = 0; pair < pairs; pair++, weight += 4 * OUTPUTS) {
+        __m512i weights[4];
+        for (int part = 0; part < 4; part++) {
+            weights[part] = _mm512_loadu_si512(weight + 64 * part);
+            _mm_prefetch(weight + 64 * part + AHEAD, _MM_HINT_T0);
+        }
+        for (int row = 0; row < rows; row++) {
+            int32_t both;
+            __builtin_memcpy(&both, inputs + row * stride + 4 * pair, 4);
+            const __m512bh input = (__m512bh)_mm512_set1_epi32(both);
+            for (int part = 0; part < 4; part++)
+                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], input, (__m512bh)weights[part]);
+        }
+    }
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < 4; part++) {
+            float *at = total[row] + 16 * part;
+            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum[row][part]));
+        }
+}
+
+// Add the bias to one block's totals, round, and store those outputs that there are.
+INLINE void store_block(const struct product *p, long block, float (*total)[OUTPUTS]) {
+    for (long row = 0; row < p->rows; row++)
+        for (int part = 0; part < 4; part++) {
+            const long output = OUTPUTS * block + 16 * part, left = p->outputs - output;
+            if (left <= 0) continue;
+            const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+            __m512 value = _mm512_loadu_ps(total[row] + 16 * part);
+            if (p->bias) {
+                const __m256i bias = _mm256_maskz_loadu_epi16(mask, p->bias + output);
+                value = _mm512_add_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bias), 16)));
+            }
+            _mm256_mask_storeu_epi16(p->result + row * p->outputs + output, mask, (__m256i)_mm512_cvtneps_pbh(value));
+        }
+}
+
+static void multiply_blocks(const struct product *p, long from, long to) {
+    float total[MAX_ROWS][OUTPUTS];
+    const long stride = 4 * p->pairs;
+    for (long block = from; block < to; block++) {
+        const char *weight = p->weight + 4 * OUTPUTS * block * p->pairs_stored;
+        for (long row = 0; row < p->rows; row++)
+            for (int part = 0; part < 4; part++) _mm512_storeu_ps(total[row] + 16 * part, _mm512_setzero_ps());
+        for (long pair = 0; pair < p->pairs; pair += p->chunk) {
+            const long pairs = p->pairs - pair < p->chunk ? p->pairs - pair : p->chunk;
+            const char *chunk = weight + 4 * OUTPUTS * pair;
+            for (long row = 0; row < p->rows; row += GROUP) {
+                const char *inputs = p->inputs + row * stride + 4 * pair;
+                switch (p->rows - row) {
+                    case 1: add_chunk(1, inputs, stride, chunk, pairs, total + row); break;
+                    case 2: add_chunk(2, inputs, stride, chunk, pairs, total + row); break;
+                    case 3: add_chunk(3, inputs, stride, chunk, pairs, total + row); break;
+                    case 4: add_chunk(4, inputs, stride, chunk, pairs, total + row); break;
+                    case 5: add_chunk(5, inputs, stride, chunk, pairs, total + row); break;
+                    default: add_chunk(GROUP, inputs, stride, chunk, pairs, total + row);
+                }
+            }
+        }
+        store_block(p, block, total);
+    }
+}
+
+static long num_blocks(const struct product *p) { return (p->outputs + OUTPUTS - 1) / OUTPUTS; }
+
+static void multiply_share(void *product) {
+    const struct product *p = product;
+    const long blocks = num_blocks(p), number = p->thread_number(), threads = p->num_threads();
+    multiply_blocks(p, blocks * number / threads, blocks * (number + 1) / threads);
+}
+
+// Compute the product, with as many threads as it says.
+void multiply(struct product *p) {
+    if (p->threads > 1 && p->parallel)
+        p->parallel(multiply_share, p, (unsigned)p->threads, 0);
+    else
+        multiply_blocks(p, 0, num_blocks(p));
+}
