@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import re
 import subprocess
 import sys
@@ -133,8 +134,16 @@ def test_version_is_in_the_changelog() -> None:
 def test_wheel_holds_every_file_of_the_package() -> None:
     shipped = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [path for path in files if path.suffix != ".so"]  # what hatch_build.py compiles is no source file
     assert shipped == {path.relative_to(PACKAGE.parent).as_posix() for path in files}
     assert "lingualinked/py.typed" in shipped
+
+
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="no kernels for this platform")
+def test_an_installed_package_holds_compiled_kernels() -> None:
+    sources = list((PACKAGE / "kernels").glob("*.c"))
+    assert sources
+    assert all(source.with_name(f"lib{source.stem}.so").exists() for source in sources)
 
 
 def test_api_reference_names_every_public_name() -> None:
