@@ -96,7 +96,7 @@ class Arcs:
         return tuple(used[np.argsort(middle[used] / share[used], kind="stable")].tolist())
 
 
-def arcs_within(network: Network, priced: Network, limit: float, *, hubs: bool) -> tuple[Arcs, float]:
+def arcs_within(network: Network, priced: Network, limit: float) -> tuple[Arcs, float]:
     """List the arcs of a network on whose shortest path, at other costs, is no longer than a limit.
 
     Parameters
@@ -105,8 +105,6 @@ def arcs_within(network: Network, priced: Network, limit: float, *, hubs: bool) 
         The same one at its own costs and at those that count here.
     limit : float
         Of the length.
-    hubs : bool
-        Whether hops that cost nothing go through one node for each layer: as many arcs as devices, not as pairs.
 
     Returns
     -------
@@ -123,16 +121,14 @@ def arcs_within(network: Network, priced: Network, limit: float, *, hubs: bool) 
         shortest = min(shortest, best)
         if best <= limit:
             lengths = (*(each[copy] for each in from_source), *(each[copy] for each in to_sink))
-            parts += list(_parts(network, priced, copy, lengths, limit, hubs=hubs))
+            parts += list(_parts(network, priced, copy, lengths, limit))
     if not parts:
         none = np.empty(0, dtype=int)
         return Arcs(none, none, none, none, none, none, none, np.empty(0)), shortest
     return Arcs(*(np.concatenate(column) for column in zip(*parts, strict=True))), shortest
 
 
-def _parts(
-    network: Network, priced: Network, copy: int, lengths: tuple[Floats, ...], limit: float, *, hubs: bool
-) -> Iterator[Part]:
+def _parts(network: Network, priced: Network, copy: int, lengths: tuple[Floats, ...], limit: float) -> Iterator[Part]:
     """List the columns of `Arcs`, kind by kind."""
     into_from, out_from, into_to, out_to = lengths
     num_devices, num_cuts = into_from.shape
@@ -166,16 +162,16 @@ def _parts(
         (b,) = np.nonzero(close <= limit)
         yield part(CLOSE, close[b], np.full_like(b, closing), b, num_cuts - 1, into(closing, b), SINK)
     through = out_from[:, None, :] + network.hop[copy][:, :, None] + into_to
-    if hubs:
-        free = network.leads_everywhere[copy]
-        hub_from, hub_to = np.where(free[:, None], out_from, np.inf).min(axis=0), into_to.min(axis=0)
-        hub = 2 + 2 * len(network.ring) * num_devices * num_cuts + copy * num_cuts
-        length = np.where(free[:, None], out_from + hub_to, np.inf)
-        d, b = np.nonzero(length <= limit)
-        yield part(HUB, length[d, b], d, b, b, out(d, b), hub + b)
-        length = hub_from + into_to
-        d, b = np.nonzero(length <= limit)
-        yield part(HUB, length[d, b], d, b, b, hub + b, into(d, b))
-        through[free] = np.inf
+    # hops that cost nothing go through one node for each layer: as many arcs as devices, not as pairs
+    free = network.leads_everywhere[copy]
+    hub_from, hub_to = np.where(free[:, None], out_from, np.inf).min(axis=0), into_to.min(axis=0)
+    hub = 2 + 2 * len(network.ring) * num_devices * num_cuts + copy * num_cuts
+    length = np.where(free[:, None], out_from + hub_to, np.inf)
+    d, b = np.nonzero(length <= limit)
+    yield part(HUB, length[d, b], d, b, b, out(d, b), hub + b)
+    length = hub_from + into_to
+    d, b = np.nonzero(length <= limit)
+    yield part(HUB, length[d, b], d, b, b, hub + b, into(d, b))
+    through[free] = np.inf
     d, k, b = np.nonzero(through <= limit)
     yield part(HOP, through[d, k, b], d, b, k, out(d, b), into(k, b))

@@ -69,18 +69,11 @@ from lingualinked.planning.placement.network import Network
 from lingualinked.planning.placement.problem import Floats, Placement
 from lingualinked.planning.placement.tables import Costs
 
-PROVEN = 1e-9
-"""Relative distance of a value and its bound that counts as none; see the tolerances above."""
-
 SIMPLEX_ARCS = 2000
 """From so many arcs on, the interior point method is faster than the dual simplex method: 0.3 s to minutes for 10,000."""
 
-MAX_TIED_ARCS = 6000
-"""Arcs among which ties are broken; beyond, the first placement found is kept."""
-
-_INTEGRAL = 1e-6  # HiGHS keeps integrality to that
+_INTEGRAL = 1e-6  # a flow that is nearer to whole numbers is rounded to a path, whose cost is summed up anew
 _FEASIBILITY = 1e-10  # the smallest tolerance that HiGHS accepts
-_INTEGRAL_SCALE = 1000.0  # branch and bound stops at an absolute gap of 1e-6: 1e-9 of this
 _EXCESS = 10.0  # what a second stage on a device costs, in limits, while arcs are still missing
 
 OPTIMAL, INFEASIBLE = 0, 2
@@ -149,19 +142,6 @@ class Programme:
         flow = self.minimise(arcs, 1.0) if len(arcs) else None
         return None if flow is None or flow.status == INFEASIBLE else flow
 
-    def tied(self, value: float, prices: Prices, second: Programme) -> Placement:
-        """Find the placement that is cheapest by other costs among those that cost no more than a value here."""
-        arcs, _ = self.arcs(prices, value * (1 + PROVEN), hubs=False)
-        if not 0 < len(arcs) <= MAX_TIED_ARCS:
-            return ()
-        cost = arcs.costs_in(second._network)
-        row = arcs.costs_in(self._network) / (value * (1 + PROVEN)) if value > 0 else None
-        scale = second._network.ceiling
-        flow = self.minimise(arcs, scale, cost=cost, within=row)
-        if not flow.is_integral:
-            flow = self.minimise(arcs, scale / _INTEGRAL_SCALE, cost=cost, within=row, integral=True)
-        return arcs.placement(flow.x) if flow.is_integral else ()
-
     @property
     def ceiling(self) -> float:
         """What no placement costs more than."""
@@ -171,15 +151,18 @@ class Programme:
         """Return prices of zero."""
         return Prices(np.zeros(len(self.costs.enter)), np.zeros(self.costs.front.shape))
 
-    def arcs(self, prices: Prices, limit: float, *, hubs: bool = True) -> tuple[Arcs, float]:
+    def arcs(self, prices: Prices, limit: float) -> tuple[Arcs, float]:
         """List the arcs on placements that may cost at most a limit, and a bound on what any placement costs."""
         given = float(prices.device.sum())
-        arcs, shortest = arcs_within(self._network, self._priced(prices), limit + given, hubs=hubs)
+        arcs, shortest = arcs_within(self._network, self._priced(prices), limit + given)
         return arcs, shortest - given
 
-    def elementary(self, prices: Prices) -> Elementary:
-        """Return the search for a path that uses each device once, guided by prices."""
-        return Elementary(self._network, self._priced(prices), self.costs.close, prices.device)
+    def elementary(self, prices: Prices, ranked: Programme | None = None) -> Elementary:
+        """Return the search for a path that uses each device once, guided by prices; of least cost, or of least other."""
+        programmes = [self] if ranked is None else [self, ranked]
+        networks = [programme._network for programme in programmes]  # noqa: SLF001 - of the same class
+        closes = [programme.costs.close for programme in programmes]
+        return Elementary(networks, closes, self._priced(prices), prices.device)
 
     def _priced(self, prices: Prices) -> Network:
         """Add to what arcs cost the prices of the rows that they are in."""
@@ -189,17 +172,8 @@ class Programme:
         close = ((self._least[:, None, :] > layers[:, None]) * ring[:, None, :]).sum(axis=2)
         return self._network.priced(prices.device, -later, close)
 
-    def minimise(
-        self,
-        arcs: Arcs,
-        scale: float,
-        *,
-        cost: Floats | None = None,
-        within: Floats | None = None,
-        integral: bool = False,
-        may_exceed: bool = False,
-    ) -> Flow:
-        """Solve the programme over some arcs, at other costs or within a row of costs up to 1 if those are given."""
+    def minimise(self, arcs: Arcs, scale: float, *, may_exceed: bool = False) -> Flow:
+        """Solve the programme over some arcs, at costs of about a scale; devices may have two stages, at a cost."""
         scale = scale or self._network.ceiling
         # 1) the flow is kept at every node
         num_arcs, num_devices = len(arcs), self._network.enter.shape[1]
@@ -225,10 +199,7 @@ class Programme:
                     rows.append((np.full(len(both), len(most)), both, signs))
                     most.append(0.0)
                     ring_rows.append((self._network.ring[copy], end))
-        if within is not None:
-            rows.append((np.full(num_arcs, len(most)), np.arange(num_arcs), within))
-            most.append(1.0)
-        cost = (arcs.costs_in(self._network) if cost is None else cost) / scale
+        cost = arcs.costs_in(self._network) / scale
         num_columns = num_arcs
         if may_exceed:
             extra = np.arange(num_devices)
@@ -239,13 +210,13 @@ class Programme:
         row, column, entries = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         upper = sparse.csr_matrix((entries, (row, column)), (len(most), num_columns))
         # 3) the answer
-        result = _linprog(cost, upper, np.array(most), flow, supply, integral=integral)
+        result = _linprog(cost, upper, np.array(most), flow, supply)
         x = np.empty(0) if result.x is None else result.x
         is_integral = len(x) > 0 and float(np.abs(x - x.round()).max()) < _INTEGRAL
         is_integral = is_integral and not x[num_arcs:].max(initial=0.0) > _INTEGRAL
         x, cost = x[:num_arcs], cost[:num_arcs]
         prices = self.no_prices()
-        if not integral and result.status == OPTIMAL:
+        if result.status == OPTIMAL:
             dual = np.maximum(-result.ineqlin.marginals, 0.0) * scale
             prices.device[:] = dual[:num_devices]
             for row_of, price in zip(ring_rows, dual[num_devices:], strict=False):
@@ -263,18 +234,12 @@ class Programme:
         )
 
 
-def _linprog(cost: Floats, upper: Any, most: Floats, equal: Any, supply: Floats, *, integral: bool) -> Any:
+def _linprog(cost: Floats, upper: Any, most: Floats, equal: Any, supply: Floats) -> Any:
     """Call linprog; where one method meets numerical difficulties, another one is tried."""
     options = {"primal_feasibility_tolerance": _FEASIBILITY, "dual_feasibility_tolerance": _FEASIBILITY}
-    methods = ["highs-ds", "highs-ipm"] if len(cost) < SIMPLEX_ARCS else ["highs-ipm", "highs-ds"]
-    if integral:
-        options, methods = {"mip_rel_gap": 0.0}, ["highs"]
-    whole = np.ones(len(cost)) if integral else None
     call: Any = optimize.linprog  # looked up on each call, so that a test can take its place
-    for method in methods:
-        result = call(
-            cost, A_ub=upper, b_ub=most, A_eq=equal, b_eq=supply, integrality=whole, method=method, options=options
-        )
+    for method in ["highs-ds", "highs-ipm"] if len(cost) < SIMPLEX_ARCS else ["highs-ipm", "highs-ds"]:
+        result = call(cost, A_ub=upper, b_ub=most, A_eq=equal, b_eq=supply, method=method, options=options)
         if result.status in (OPTIMAL, INFEASIBLE):
             return result
     raise LingualinkedError(

@@ -12,8 +12,8 @@ import numpy as np
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.arcs import Arcs
 from lingualinked.planning.placement.problem import Placement
-from lingualinked.planning.placement.programme import INFEASIBLE, PROVEN, Answer, Prices, Programme
-from lingualinked.planning.placement.tables import TOLERANCE
+from lingualinked.planning.placement.programme import INFEASIBLE, Answer, Prices, Programme
+from lingualinked.planning.placement.tables import PROVEN, TOLERANCE
 
 MAX_ARCS = 6000
 """Arcs that a programme is given at once; the interior point method takes some 0.1 s for as many."""

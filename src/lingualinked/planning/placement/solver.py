@@ -25,11 +25,12 @@ from lingualinked.planning.placement.problem import (
     interval_s,
     latency_s,
 )
-from lingualinked.planning.placement.programme import PROVEN, Answer, Programme
+from lingualinked.planning.placement.programme import Answer, Programme
 from lingualinked.planning.placement.search import WIDTHS, cheapest
 from lingualinked.planning.placement.sweep import STRICTLY, sweep_caps
 from lingualinked.planning.placement.symmetry import in_listed_order
 from lingualinked.planning.placement.tables import (
+    PROVEN,
     TOLERANCE,
     Costs,
     SpanTables,
@@ -43,7 +44,7 @@ EXACT_SIZE = 1536
 """Devices times layers up to which no gap is accepted; 16 devices hold 80 layers in seconds."""
 
 TIES_SIZE = 256
-"""Devices times layers up to which ties are broken over all orders; beyond, along the order found."""
+"""Devices times layers up to which ties in throughput are broken over all orders; beyond, along the order found."""
 
 LARGE_GAP = 0.01
 """Share of the value at which the search ends for more; it may end with a larger one, which is stated."""
@@ -95,7 +96,7 @@ def solve_problem(
     Where its optimal flow is fractional, its prices guide a search for the best whole path, `elementary.Elementary`.
 
     **Latency and energy** are sums over spans and hops, which are the costs of its arcs. Among placements of the same
-    energy, a second one finds the lowest latency with the first one's costs as a row.
+    energy, the same prices guide a search for the one of lowest latency.
 
     **The bottleneck** B is a cap: only spans and links remain that are busy for at most T seconds, and B is the least T
     for which there is a placement, T being one of the finitely many times that a span or link takes. Below B the
@@ -174,9 +175,11 @@ class _Solver:
         answer = self._cheapest(watts)
         if not answer.placement or watts is None:
             return answer.placement, answer.bound
-        costs, seconds = (sum_costs(self.problem, self.busy, self.tables, watts=each) for each in (watts, None))
-        value, order = energy_j(self.problem, answer.placement), self._order_of_ties(answer.placement)
-        tied = Programme(costs, order).tied(value, answer.prices, Programme(seconds, order))
+        costs, seconds = (
+            Programme(sum_costs(self.problem, self.busy, self.tables, watts=each), self.order) for each in (watts, None)
+        )
+        value = energy_j(self.problem, answer.placement)
+        _, tied, _ = costs.elementary(answer.prices, seconds).search(value * (1 + PROVEN), WIDTHS[1])
         is_better = (
             tied
             and energy_j(self.problem, tied) <= value * (1 + TOLERANCE)
@@ -209,7 +212,9 @@ class _Solver:
         found, bound = sweep_caps(self.busy, known, interval, quicker, bound=least_s / sessions, gap=self.gap)
         # 3) of placements that are as good, the quickest one
         if found and latency_s(problem, found) > least_s * (1 + PROVEN):
-            programme = Programme(self._seconds(interval(found)), self._order_of_ties(found))
+            is_small = problem.num_devices * problem.num_layers <= TIES_SIZE
+            order = self.order if is_small else tuple(dict.fromkeys(span.device for span in found))
+            programme = Programme(self._seconds(interval(found)), order)
             found = cheapest(programme, latency_s(problem, found), found, gap=self.gap).placement
         return found, bound
 
@@ -225,11 +230,6 @@ class _Solver:
         _, known = shortest_along(costs, self.orders, np.maximum)
         found, _ = sweep_caps(costs, known, costs.costliest, lambda cap, _: self._any_within(costs, cap), gap=self.gap)
         return found, costs.costliest(found) if found else math.inf
-
-    def _order_of_ties(self, placement: Placement) -> Sequence[int] | None:
-        if self.problem.num_devices * self.problem.num_layers <= TIES_SIZE:
-            return self.order
-        return tuple(dict.fromkeys(span.device for span in placement))
 
     def _seconds(self, cap: float) -> Costs:
         return sum_costs(self.problem, self.busy.at_most(cap), self.tables)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lingualinked.planning.placement.problem import Floats, Placement
-from lingualinked.planning.placement.programme import PROVEN
-from lingualinked.planning.placement.tables import TOLERANCE, Costs
+from lingualinked.planning.placement.tables import PROVEN, TOLERANCE, Costs
 
 STRICTLY = 1e-11
 """Relative. A cost within this share of a value counts as equal to it."""

@@ -15,6 +15,9 @@ from lingualinked.planning.placement.problem import Floats, Placement, Problem
 TOLERANCE = 1e-12
 """Relative. The same sum formed in another order differs by a few times 1e-16 per term; 1e-12 forgives thousands."""
 
+PROVEN = 1e-9
+"""Relative distance of two costs, or of a value and its bound, that counts as none; see the tolerances of `programme`."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class SpanTables:
