@@ -297,6 +297,24 @@ def test_arguments_are_refused_before_anything_starts(tiny_llama: str, arguments
         ll.ShardedModel.from_pretrained(tiny_llama, devices=2, **arguments)
 
 
+@pytest.mark.parametrize("arguments", [{"plan": "even"}, {"rebalance": "auto", "seed": 1}, {"objective": "latency"}])
+def test_arguments_without_effect_on_a_profile_are_refused(
+    tiny_llama: str, pair: ll.Cluster, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ll.ArgumentError, match="does not depend on " + ", ".join(sorted(arguments))):
+        ll.profile_model(tiny_llama, pair, **arguments)
+    with pytest.raises(ll.ArgumentError, match="does not depend on"):
+        ll.estimate_profile(tiny_llama, [ll.Device(name="a")], {}, **arguments)
+
+
+def test_a_loaded_model_is_measured_as_it_is(tiny_llama: str, pair: ll.Cluster) -> None:
+    with (
+        ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, progress=False) as model,
+        pytest.raises(ll.ArgumentError, match="leave out dtype"),
+    ):
+        ll.profile_model(model, pair, dtype="float32")
+
+
 def test_what_fits_nowhere_is_refused_before_a_process_starts(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little memory for the weights, or for the KV that is asked for; on devices, or on a cluster that runs."""
 

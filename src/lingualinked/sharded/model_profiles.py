@@ -70,9 +70,11 @@ def profile_model(
     if not isinstance(cluster, Cluster):
         raise ArgumentError(f"cluster is a {type(cluster).__name__}: pass a lingualinked.Cluster")
     if isinstance(model_or_path, ShardedModel):
+        if kwargs:
+            raise ArgumentError(f"a loaded model is measured as it is: leave out {', '.join(sorted(kwargs))}")
         described = describe_spec(model_or_path._pipeline.spec)  # noqa: SLF001 - within the room
     else:
-        described = describe(LoadArguments.of(model_or_path, cluster=cluster, **kwargs))
+        described = describe(_arguments(model_or_path, kwargs))
     footprint = described.footprint()
     fitting = footprint.profile.fit_workload(workload)
     return find_profile(cluster, footprint, fitting, refresh=refresh, progress=progress)
@@ -117,4 +119,12 @@ def estimate_profile(
     """
     from lingualinked.sharded.describing import describe  # imports torch
 
-    return describe(LoadArguments.of(path, **kwargs)).estimate(devices, specs, links, workload)
+    return describe(_arguments(path, kwargs)).estimate(devices, specs, links, workload)
+
+
+def _arguments(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> LoadArguments:
+    """Check arguments that say what the model is; those that say where and how it runs have no effect on a profile."""
+    useless = sorted(set(kwargs) & {"cluster", "max_kv_tokens", "objective", "plan", "rebalance", "seed", "timeout_s"})
+    if useless:
+        raise ArgumentError(f"a profile does not depend on {', '.join(useless)}: pass them to solve or from_pretrained")
+    return LoadArguments.of(path, **kwargs)
