@@ -47,8 +47,8 @@ INLINE void add_chunk(const int rows, const char *inputs, long stride, const cha
             int32_t both;
             __builtin_memcpy(&both, inputs + row * stride + 4 * pair, 4);
             const __m512bh input = (__m512bh)_mm512_set1_epi32(both);
-            for (int part = 0; part < 4; part++)
-                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], input, (__m512bh)weights[part]);
+            for (int part = 0; part < 4; part++)  // the weight comes first, as oneDNN's: of two NaNs the first one's bits stay
+                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], (__m512bh)weights[part], input);
         }
     }
     for (int row = 0; row < rows; row++)
@@ -79,8 +79,8 @@ static void multiply_blocks(const struct product *p, long from, long to) {
     const long stride = 4 * p->pairs;
     for (long block = from; block < to; block++) {
         const char *weight = p->weight + 4 * OUTPUTS * block * p->pairs_stored;
-        for (long row = 0; row < p->rows; row++)
-            for (int part = 0; part < 4; part++) _mm512_storeu_ps(total[row] + 16 * part, _mm512_setzero_ps());
+        for (long row = 0; row < p->rows; row++)  // -0 and a chunk's -0 are -0, which +0 would lose
+            for (int part = 0; part < 4; part++) _mm512_storeu_ps(total[row] + 16 * part, _mm512_set1_ps(-0.0f));
         for (long pair = 0; pair < p->pairs; pair += p->chunk) {
             const long pairs = p->pairs - pair < p->chunk ? p->pairs - pair : p->chunk;
             const char *chunk = weight + 4 * OUTPUTS * pair;

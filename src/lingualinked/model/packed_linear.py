@@ -83,6 +83,7 @@ def pack_linears(model: nn.Module) -> None:
         if (
             linear.weight.dtype is torch.bfloat16
             and counts[id(linear.weight)] == 1
+            and (linear.bias is None or (linear.bias.dtype is torch.bfloat16 and linear.bias.is_contiguous()))
             and _exact_kernel(*_shape(linear, 1))
         ):
             layer = PackedLinear(linear)
@@ -120,11 +121,12 @@ def _exact_kernel(
     in_features: int,
     out_features: int,
     has_bias: bool,
-    num_threads: int,  # noqa: ARG001 - torch's choice of kernel depends on it
+    num_threads: int,
 ) -> Kernel | None:
     """Probe which product with a packed weight is bit-equal to the plain one, in these shapes: the quickest, or none.
 
-    A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels.
+    A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels: with at
+    least a block for each thread, since oneDNN shares out the inputs among threads that would have no outputs.
     """
     if in_features * out_features < _MIN_ELEMENTS:
         return None
@@ -134,18 +136,26 @@ def _exact_kernel(
         kernels = [*(functools.partial(_multiply_few, chunk=chunk) for chunk in few_rows.CHUNKS), *kernels]
     try:
         with torch.inference_mode():
-            for make, num_elements in ((cancelling_product, _PROBED_ELEMENTS), (tied_product, 0)):
-                num_blocks = max(1, num_elements // in_features // _BLOCK_OUTPUTS)
+            for make, num_elements in (
+                (cancelling_product, _PROBED_ELEMENTS),
+                (underflowing_product, 2 * _MIN_ELEMENTS),
+                (tied_product, 2 * _MIN_ELEMENTS),
+            ):
+                num_blocks = max(num_threads, 1, num_elements // in_features // _BLOCK_OUTPUTS)
                 num_outputs = min(out_features, num_blocks * _BLOCK_OUTPUTS + out_features % _BLOCK_OUTPUTS)
                 rows, weight, bias = make(num_rows, in_features, num_outputs, has_bias, generator)
                 expected = functional.linear(rows, weight, bias)
                 layer = PackedLinear(_linear(weight, bias))
                 if not few_rows.is_known_layout(layer.packed, in_features, num_outputs):
                     kernels = kernels[-1:]
-                kernels = [kernel for kernel in kernels if torch.equal(kernel(layer, rows), expected)]
+                kernels = [kernel for kernel in kernels if _have_equal_bits(kernel(layer, rows), expected)]
         return kernels[0] if kernels else None
     except (AttributeError, RuntimeError):  # this build of torch, or this processor, has no such kernel
         return None
+
+
+def _have_equal_bits(result: Tensor, expected: Tensor) -> bool:
+    return torch.equal(result.view(torch.int16), expected.view(torch.int16))  # 0 and -0 are two values
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -185,18 +195,28 @@ def cancelling_product(
     return _repeat_distinct(num_rows, out_features, torch.cat(rows, dim=1)[:, places], weight, bias)
 
 
+def underflowing_product(
+    num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
+) -> Product:
+    """Make a cancelling product of terms so small that it shows where sums are flushed to zero, and of which sign."""
+    rows, weight, bias = cancelling_product(num_rows, in_features, out_features, has_bias, generator)
+    return 2.0**-120 * rows, weight, None if bias is None else 2.0**-120 * bias
+
+
 def tied_product(
     num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
 ) -> Product:
     """Make a product of small integers: exact in any order, then rounded once, often from halfway between two values."""
-    rows = torch.randint(-8, 9, (min(num_rows, _NUM_DISTINCT), in_features), generator=generator)
-    weight = torch.randint(-8, 9, (min(out_features, _NUM_DISTINCT), in_features), generator=generator)
+    largest = round((1200 / in_features**0.5) ** 0.5)  # so that results are near 400: from 256 on, odd ones are ties
+    rows = torch.randint(-largest, largest + 1, (min(num_rows, _NUM_DISTINCT), in_features), generator=generator)
+    weight = torch.randint(-largest, largest + 1, (min(out_features, _NUM_DISTINCT), in_features), generator=generator)
     bias = torch.randint(-256, 257, (len(weight),), generator=generator) if has_bias else None
     return _repeat_distinct(num_rows, out_features, rows, weight, bias)
 
 
 def _repeat_distinct(num_rows: int, out_features: int, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
-    outputs = torch.arange(out_features) % len(weight)
+    outputs = torch.arange(out_features)
+    outputs = (outputs + outputs // _BLOCK_OUTPUTS) % len(weight)  # no two blocks are equal: an exchange is seen
     return (
         rows.bfloat16()[torch.arange(num_rows) % len(rows)],
         weight.bfloat16()[outputs],

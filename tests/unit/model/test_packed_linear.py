@@ -161,7 +161,11 @@ def test_what_would_be_held_twice_or_rounds_otherwise_stays_plain() -> None:
 
     tied = nn.ModuleDict({"embedding": nn.Embedding(64, 64, dtype=torch.bfloat16), "head": linear(64, 64, False)})
     tied["head"].weight = tied["embedding"].weight
-    for plain in (tied, nn.Sequential(linear(64, 64, False, torch.float32)), nn.Sequential(Other(64, 64).bfloat16())):
+    strided, mixed = linear(256, 64, True), linear(256, 64, True)
+    strided.bias = nn.Parameter(torch.randn(64, 2).bfloat16()[:, 0])
+    mixed.bias = nn.Parameter(torch.randn(64))
+    single, other = linear(64, 64, False, torch.float32), Other(64, 64).bfloat16()
+    for plain in (tied, *map(nn.Sequential, (single, other, strided, mixed))):
         before = list(plain.children())
         pack_linears(plain)
         assert list(plain.children()) == before
