@@ -15,6 +15,7 @@ from lingualinked.protocol import messages
 from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.messages import StageTimes, Step
 from lingualinked.protocol.moving import KVSlice, SessionState
+from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
 
@@ -57,6 +58,7 @@ VALUES = {
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
     "state": SessionState(number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False),
     "layout": None,
+    "rounding": Rounding("0123456789abcdef", 2),
     "max_kv_tokens": None,
     "logits_to_keep": 1,
     "worker": WorkerSnapshot(

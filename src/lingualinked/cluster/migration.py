@@ -126,7 +126,9 @@ class Migrator:
                 held=source,
             )
         )
-        progress.weight_bytes = sum(cast("StageLoaded", each).num_bytes_read for each in loaded)
+        answers = [cast("StageLoaded", each) for each in loaded]
+        progress.weight_bytes = sum(answer.num_bytes_read for answer in answers)
+        target = target.with_rounding(answer.rounding for answer in answers)
         progress.end_lap()
         # 3) copy KV ahead, while sessions go on
         progress.kv_bytes = self._copy_ahead(target)

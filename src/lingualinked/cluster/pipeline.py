@@ -12,7 +12,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.controller import Controller
@@ -42,6 +42,7 @@ from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from lingualinked.control.correction import Correction
+    from lingualinked.protocol.messages import StageLoaded
 
 _LAST_REPORT_S = 1.0
 _models = itertools.count(1)
@@ -98,6 +99,11 @@ class Pipeline:
         return self._routes.current.plan
 
     @property
+    def independent_rows(self) -> int:
+        """Rows from which on a batch's rows do not depend on each other (`ShardedModel.independent_rows`)."""
+        return self._routes.current.independent_rows
+
+    @property
     def corrected_plan(self) -> Plan:
         """The plan in force; where it was made from a doubtful profile, with what its steps have shown since."""
         plan = self.plan
@@ -119,7 +125,7 @@ class Pipeline:
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
         route = self._routes.current
-        results_of(
+        loaded = results_of(
             request_stages(
                 self._engine,
                 self._model,
@@ -130,6 +136,7 @@ class Pipeline:
                 on_progress=on_progress,
             )
         )
+        self._routes.begin(route.with_rounding(cast("StageLoaded", each).rounding for each in loaded))
 
     def open_session(self) -> Session:
         """Open a session; its KV appears in the stages with its first step."""

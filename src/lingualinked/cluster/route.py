@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Iterable
 
 from lingualinked.errors import LingualinkedError
 from lingualinked.planning.plan import Plan
+from lingualinked.rounding import Rounding, describe_difference, independent_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -18,6 +20,14 @@ class Route:
 
     version: int
     plan: Plan
+    independent_rows: int = 0  # as in `Rounding`, of all its workers
+
+    def with_rounding(self, loaded: Iterable[Rounding]) -> Route:
+        """Return the same route with what its workers, stage by stage, say of how they round."""
+        roundings = dict(zip(self.stage_devices, loaded, strict=True))
+        because = self.plan.inexact_because or describe_difference(roundings)
+        plan = dataclasses.replace(self.plan, inexact_because=because)
+        return Route(self.version, plan, independent_rows(roundings.values()))
 
     @property
     def stage_devices(self) -> tuple[str, ...]:
@@ -36,6 +46,10 @@ class Routes:
         self.target = first
         self.error: LingualinkedError | None = None  # why the last target was rejected, if it was
         self._lock = threading.RLock()  # a finalizer may come here in the middle of anything
+
+    def begin(self, loaded: Route) -> None:
+        """Put the first route in force as its workers have loaded it."""
+        self.current = self.target = loaded
 
     def begin_switch(self, target: Route) -> None:
         """Make sessions switch to another route, each between two of its steps."""

@@ -19,9 +19,11 @@ from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.parts import cache_slots
+from lingualinked.model.rounding_probe import probe_rounding
 from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.torch_settings import TorchSettings, torch_settings
 from lingualinked.quantities import count_text
+from lingualinked.rounding import Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -104,6 +106,13 @@ class Stage:
         stage = cls(join_spans([each.span for each in (*shared, *loaded)], start, end), start, end, device)
         stage.num_bytes_read = sum(each.num_bytes_read for each in loaded)
         return stage
+
+    @property
+    def rounding(self) -> Rounding:
+        """How its results are rounded, as far as torch's functions for its dtype show."""
+        if self.device.type != "cpu":
+            return Rounding(self.device.type, 0)
+        return probe_rounding(self._config.dtype, torch.get_num_threads())
 
     def find_weight(self, name: str) -> Tensor | None:
         """Return a parameter of the whole model (of tied ones, the source), or None if the stage does not hold it."""

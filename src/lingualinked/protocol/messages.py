@@ -27,6 +27,7 @@ from lingualinked.protocol.moving import (
     MoveSession,
     WeightChunk,
 )
+from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
 
@@ -202,6 +203,7 @@ class StageLoaded(Message, frozen=True, tag=18):
     request: int
     weight_bytes: int
     num_bytes_read: int
+    rounding: Rounding
 
 
 class Acknowledged(Message, frozen=True, tag=25):

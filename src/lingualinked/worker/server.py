@@ -237,8 +237,14 @@ class Worker:
 
         def loaded(stage: Stage) -> None:
             weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
-            answer = StageLoaded(request=message.request, weight_bytes=weight_bytes, num_bytes_read=num_bytes_read)
-            self._send_to_caller(answer)
+            self._send_to_caller(
+                StageLoaded(
+                    request=message.request,
+                    weight_bytes=weight_bytes,
+                    num_bytes_read=num_bytes_read,
+                    rounding=stage.rounding,
+                )
+            )
 
         def request_part(holder: WeightHolder, parameter: str, first: int) -> None:
             self._borrower.request_part(message.request, holder, parameter, first)

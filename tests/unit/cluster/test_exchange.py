@@ -47,6 +47,7 @@ from lingualinked.protocol.messages import (
 )
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
+from lingualinked.rounding import Rounding
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.transport.keys import generate_keypair
 from message_examples import TYPES, example
@@ -300,7 +301,7 @@ def test_a_progress_bar_that_raises_stops_nothing(talk: Conversation, caplog: py
     talk.exchange.send_request("a", InspectWorker(request=5), (), ("request", 5, 0), pending)
     talk.say("a", Progress(request=5, num_done=3))
     assert "BrokenPipeError" in caplog.text
-    talk.say("a", StageLoaded(request=5, weight_bytes=3, num_bytes_read=3))
+    talk.say("a", StageLoaded(request=5, weight_bytes=3, num_bytes_read=3, rounding=Rounding("a", 1)))
     assert pending.future.done()
 
 

@@ -1,0 +1,42 @@
+"""How a worker rounds, as plain data: what tells two workers apart, and what a row's bits depend on.
+
+Knows no torch; `model/rounding_probe.py` finds it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+import msgspec
+
+
+class Rounding(msgspec.Struct, frozen=True):
+    """How a worker's torch rounds in one dtype, on its processor and with its threads.
+
+    Parameters
+    ----------
+    fingerprint : str
+        Digest of the bits of some results: workers with the same one sum in the same order.
+    independent_rows : int
+        From so many rows on, the bits of a batch's row do not depend on the other rows; 0: they always may.
+    """
+
+    fingerprint: str
+    independent_rows: Annotated[int, msgspec.Meta(ge=0)]
+
+
+def describe_difference(roundings: Mapping[str, Rounding]) -> str:
+    """Say why the workers of some devices can't give the bits of one; empty if they can."""
+    groups: dict[str, list[str]] = {}
+    for device, rounding in roundings.items():
+        groups.setdefault(rounding.fingerprint, []).append(device)
+    if len(groups) < 2:
+        return ""
+    return f"{' and '.join(', '.join(map(repr, names)) for names in groups.values())} sum in different orders"
+
+
+def independent_rows(roundings: Iterable[Rounding]) -> int:
+    """Return from how many rows on a row's bits depend on no other row in any of the workers; 0 if they may."""
+    counts = [rounding.independent_rows for rounding in roundings]
+    return max(counts) if counts and all(counts) else 0
