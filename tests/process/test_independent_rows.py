@@ -6,16 +6,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
-from families import save_tiny
 
 pytestmark = pytest.mark.process
 
 
+def save(folder: Path, **sizes: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"hidden_size": 64, "intermediate_size": 160, "vocab_size": 90, **sizes},
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def test_rows_that_end_within_a_vector_are_not_independent(tmp_path: Path, shared_cluster: ll.Cluster) -> None:
+    save(tmp_path, intermediate_size=37)  # the last elements of a batch are computed by other functions
+    with ll.ShardedModel.from_pretrained(tmp_path, cluster=shared_cluster, progress=False) as model:
+        assert model.independent_rows == 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_batch_that_is_split_has_the_same_bits(dtype: str, tmp_path: Path, shared_cluster: ll.Cluster) -> None:
-    save_tiny("llama", torch.float32, tmp_path)
+    save(tmp_path)
     with (
         ll.ShardedModel.from_pretrained(tmp_path, cluster=shared_cluster, dtype=dtype, progress=False) as model,
         torch.no_grad(),

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lingualinked.model.packed_linear import cancelling_product
 from lingualinked.rounding import Rounding
 
-_NUM_ROWS = 16
-_COUNTS = (1, 2, 3, 4, 5, 8)  # rows of the parts whose bits are compared with those of the whole
-_NUM_INPUTS, _NUM_OUTPUTS = 2100, 40  # more inputs than the chunks in which products are known to be added up
+_NUM_ROWS = 32
+_NUM_TEXTS = 12  # rows of attention
+_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16)  # rows of the parts whose bits are compared with those of the whole
+_VECTOR = 32  # elements that are computed at once at most; what is left over at the end is computed by other functions
+_SHAPES = ((2100, 40), (32, 96), (96, 32), (300, 200))  # inputs, one more than are added up in one piece; outputs
 _NUM_HEADS, _HEAD_SIZE = 1, 64
 
 Batched = Callable[[slice], Tensor]
@@ -32,41 +35,46 @@ def probe_rounding(dtype: torch.dtype, num_threads: int) -> Rounding:  # noqa: A
     digest, least = hashlib.sha256(), 1
     with torch.inference_mode():
         for function in _functions(dtype):
-            whole = function(slice(0, _NUM_ROWS))
+            whole = function(slice(None))
             digest.update(whole.view(torch.uint8).numpy().tobytes())
             digest.update(function(slice(0, 1)).view(torch.uint8).numpy().tobytes())
             least = max(least, _least_independent(function, whole))
-    return Rounding(digest.hexdigest()[:16], least if least < _NUM_ROWS else 0)
+    return Rounding(digest.hexdigest()[:16], least if least <= _COUNTS[-3] else 0)  # three counts have to confirm it
+
+
+def fills_vectors(model: nn.Module) -> bool:
+    """Say whether no row of what a model computes ends within a vector: then a row's place does not change its bits."""
+    return all(parameter.shape[-1] % _VECTOR == 0 for parameter in model.parameters() if parameter.ndim > 1)
 
 
 def _least_independent(function: Batched, whole: Tensor) -> int:
-    """Return the least count from which on parts of any tried count have the bits of the whole; all rows if none has."""
-    for position in reversed(range(len(_COUNTS))):
-        count = _COUNTS[position]
-        parts = slice(0, count), slice(_NUM_ROWS - count, _NUM_ROWS)
-        if not all(torch.equal(function(part), whole[part]) for part in parts):
-            return _COUNTS[position + 1] if position + 1 < len(_COUNTS) else _NUM_ROWS
-    return _COUNTS[0]
+    """Return the least count from which on parts of any tried count have the bits of the whole."""
+    least = 1
+    for count in _COUNTS:
+        for part in (slice(0, count), slice(len(whole) - count, len(whole))):
+            if count < len(whole) and not torch.equal(function(part), whole[part]):
+                least = count + 1
+    return least
 
 
 def _functions(dtype: torch.dtype) -> Iterator[Batched]:
     generator = torch.Generator().manual_seed(0)
-    for has_bias in (False, True):
+    for (num_inputs, num_outputs), has_bias in itertools.product(_SHAPES, (False, True)):
         rows, weight, bias = (
             None if each is None else each.to(dtype)
-            for each in cancelling_product(_NUM_ROWS, _NUM_INPUTS, _NUM_OUTPUTS, has_bias, generator)
+            for each in cancelling_product(_NUM_ROWS, num_inputs, num_outputs, has_bias, generator)
         )
         assert rows is not None
         assert weight is not None
         yield functools.partial(_linear, rows, weight, bias)
     for num_tokens, num_kv in ((1, 600), (40, 40)):  # decoding; a prompt
         queries, keys, values = (
-            torch.randn((_NUM_ROWS, _NUM_HEADS, length, _HEAD_SIZE), generator=generator).to(dtype)
+            torch.randn((_NUM_TEXTS, _NUM_HEADS, length, _HEAD_SIZE), generator=generator).to(dtype)
             for length in (num_tokens, num_kv, num_kv)
         )
         yield functools.partial(_attention, queries, keys, values)
         yield functools.partial(_eager_attention, queries, keys, values)
-    states = 4 * torch.randn((_NUM_ROWS, 100), generator=generator).to(dtype)
+    states = 4 * torch.randn((_NUM_ROWS, 2 * _VECTOR), generator=generator).to(dtype)
     yield functools.partial(_elementwise, states)
 
 

@@ -19,7 +19,7 @@ from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.parts import cache_slots
-from lingualinked.model.rounding_probe import probe_rounding
+from lingualinked.model.rounding_probe import fills_vectors, probe_rounding
 from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.torch_settings import TorchSettings, torch_settings
 from lingualinked.quantities import count_text
@@ -112,7 +112,8 @@ class Stage:
         """How its results are rounded, as far as torch's functions for its dtype show."""
         if self.device.type != "cpu":
             return Rounding(self.device.type, 0)
-        return probe_rounding(self._config.dtype, torch.get_num_threads())
+        rounding = probe_rounding(self._config.dtype, torch.get_num_threads())
+        return rounding if fills_vectors(self._model) else Rounding(rounding.fingerprint, 0)
 
     def find_weight(self, name: str) -> Tensor | None:
         """Return a parameter of the whole model (of tied ones, the source), or None if the stage does not hold it."""
