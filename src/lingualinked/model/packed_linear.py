@@ -23,6 +23,7 @@ _MIN_ELEMENTS = 1 << 13
 _PROBED_ELEMENTS = 1 << 20  # of a weight that is probed at full size; a larger one is probed with fewer outputs
 _BLOCK_OUTPUTS = 64
 _NUM_DISTINCT = 64  # rows and outputs of a probe; the others repeat them
+_TINY = 2.0**-130  # not a normal value: some instructions take it for zero
 _TRIM_BYTES = 8 << 20
 
 
@@ -138,10 +139,10 @@ def _exact_kernel(
         with torch.inference_mode():
             for make, num_elements in (
                 (cancelling_product, _PROBED_ELEMENTS),
-                (underflowing_product, 2 * _MIN_ELEMENTS),
+                (absorbing_product, 2 * _MIN_ELEMENTS),
                 (tied_product, 2 * _MIN_ELEMENTS),
             ):
-                num_blocks = max(num_threads, 1, num_elements // in_features // _BLOCK_OUTPUTS)
+                num_blocks = max(num_threads, num_elements // in_features // _BLOCK_OUTPUTS)
                 num_outputs = min(out_features, num_blocks * _BLOCK_OUTPUTS + out_features % _BLOCK_OUTPUTS)
                 rows, weight, bias = make(num_rows, in_features, num_outputs, has_bias, generator)
                 expected = functional.linear(rows, weight, bias)
@@ -195,22 +196,50 @@ def cancelling_product(
     return _repeat_distinct(num_rows, out_features, torch.cat(rows, dim=1)[:, places], weight, bias)
 
 
-def underflowing_product(
+def absorbing_product(
     num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
 ) -> Product:
-    """Make a cancelling product of terms so small that it shows where sums are flushed to zero, and of which sign."""
-    rows, weight, bias = cancelling_product(num_rows, in_features, out_features, has_bias, generator)
-    return 2.0**-120 * rows, weight, None if bias is None else 2.0**-120 * bias
+    """Make a product in which a large term absorbs all that is added before its opposite cancels it.
+
+    So an output is the sum of what comes after the two. They lie near the end, near the beginning, or anywhere: a
+    cancelling product says little about a short last chunk.
+    """
+    num_distinct = min(out_features, _NUM_DISTINCT)
+    outputs = torch.arange(num_distinct)
+    large, opposite = torch.randint(in_features, (2, num_distinct), generator=generator)
+    opposite[0::3] = (-1 - outputs[0::3] // 3 % 8) % in_features
+    large[1::3], opposite[1::3] = 0, (1 + outputs[1::3] // 3) % in_features
+    rows = 2.0 ** torch.randint(-3, 4, (min(num_rows, _NUM_DISTINCT), 1), generator=generator)
+    weight = torch.randn((num_distinct, in_features), generator=generator)
+    weight[outputs, large] = 2.0**40
+    weight[outputs, opposite] = -(2.0**40)
+    bias = torch.randn(num_distinct, generator=generator) if has_bias else None
+    return _repeat_distinct(num_rows, out_features, rows.expand(-1, in_features), weight, bias)
 
 
 def tied_product(
     num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
 ) -> Product:
-    """Make a product of small integers: exact in any order, then rounded once, often from halfway between two values."""
-    largest = round((1200 / in_features**0.5) ** 0.5)  # so that results are near 400: from 256 on, odd ones are ties
-    rows = torch.randint(-largest, largest + 1, (min(num_rows, _NUM_DISTINCT), in_features), generator=generator)
-    weight = torch.randint(-largest, largest + 1, (min(out_features, _NUM_DISTINCT), in_features), generator=generator)
-    bias = torch.randint(-256, 257, (len(weight),), generator=generator) if has_bias else None
+    """Make a product of small numbers that is exact in any order, and then rounded once, from halfway between two values.
+
+    Results are odd, and near 384 or -384: from 256 to 512, bfloat16 has the even numbers. One term is far smaller, or zero:
+    results a little above or below halfway show who rounds twice. Some outputs have weights that are not normal values.
+    """
+    largest = max(1, round(10 / in_features**0.25))
+    rows, weight = (
+        torch.randint(-largest, largest + 1, (min(number, _NUM_DISTINCT), in_features), generator=generator).float()
+        for number in (num_rows, out_features)
+    )
+    rows *= 2
+    for place, (row, column) in enumerate(((16, 24), (1, 1), (2**-6, 2**-6))):
+        rows[:, place : place + 1] = row
+        weight[:, place : place + 1] = column
+    weight[:, 2:3] *= torch.randint(-1, 2, (len(weight), 1), generator=generator)
+    weight *= 2 * torch.randint(0, 2, (len(weight), 1), generator=generator) - 1
+    bias = 2 * torch.randint(-32, 33, (len(weight),), generator=generator).float() if has_bias else None
+    weight[5::8] *= _TINY
+    if bias is not None:
+        bias[5::8] *= _TINY
     return _repeat_distinct(num_rows, out_features, rows, weight, bias)
 
 
