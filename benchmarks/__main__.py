@@ -49,6 +49,21 @@ def overhead(
 
 
 @app.command()
+def decode(
+    shape: Annotated[str, typer.Option(help="160m or 1b.")] = "160m",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    workers: Annotated[int, typer.Option(min=1, help="Workers of one thread.")] = 2,
+    case: Annotated[list[str] | None, typer.Option(help="Of the table's rows; all without it.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to decode in each run.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
+) -> None:
+    """Decode speed of workers with one thread each, against the unsharded model with one thread and with two."""
+    from benchmarks.decode import CASES, run_decode
+
+    run_decode(shape, dtype, workers, tuple(case or CASES), new_tokens, repeats)
+
+
+@app.command()
 def predict(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each plan.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 24,

@@ -70,18 +70,18 @@ def run_overhead(contexts: tuple[int, ...], new_tokens: int, repeats: int) -> No
                     console.print(_measure_watching(sharded, watched, contexts[0], repeats))
 
 
-def unsharded_dummy(folder: str) -> Any:
+def unsharded_dummy(folder: str, dtype: str = "bfloat16") -> Any:
     """Make the unsharded transformers model with the weights that ``load_format="dummy"`` fills."""
     config = AutoConfig.from_pretrained(folder)
     spec = ModelSpec(
         class_name=config.architectures[0],
         config_json=config.to_json_string(use_diff=False),
-        dtype="bfloat16",
+        dtype=dtype,
         attn_implementation=None,
         load_format="dummy",
         files=(),
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.load_state_dict(load_span(spec, 0, config.num_hidden_layers).model.state_dict())
     return model.eval()
 
@@ -95,8 +95,8 @@ def _measure(sharded: Any, unsharded: Any, context: int, new_tokens: int, repeat
     speeds: dict[str, list[float]] = {"unsharded": [], "sharded": []}
     hops_us: list[float] = []
     for _ in range(repeats):
-        speeds["unsharded"].append(_tokens_per_s(unsharded, ids, new_tokens))
-        speeds["sharded"].append(_tokens_per_s(sharded, ids, new_tokens))
+        speeds["unsharded"].append(tokens_per_s(unsharded, ids, new_tokens))
+        speeds["sharded"].append(tokens_per_s(sharded, ids, new_tokens))
         hops_us.append(_hop_us(sharded, ids))
     ours, theirs = Repeats(speeds["sharded"]), Repeats(speeds["unsharded"])
     return Rows(
@@ -117,12 +117,12 @@ def _measure_watching(plain: Any, watched: Any, context: int, repeats: int) -> R
     speeds: dict[str, list[float]] = {"plain": [], "watched": []}
     shares = []
     for model in (plain, watched):
-        _tokens_per_s(model, ids, 8)
+        tokens_per_s(model, ids, 8)
     for repeat in range(2 * repeats):
         sides = [("plain", plain), ("watched", watched)]
         for name, model in sides if repeat % 2 else reversed(sides):
             used_s, began_s = _control_s(), time.perf_counter()
-            speeds[name].append(_tokens_per_s(model, ids, _WATCHED_TOKENS))
+            speeds[name].append(tokens_per_s(model, ids, _WATCHED_TOKENS))
             if model is watched:
                 shares.append(100 * (_control_s() - used_s) / (time.perf_counter() - began_s))
     with_it, without = Repeats(speeds["watched"]), Repeats(speeds["plain"])
@@ -144,11 +144,11 @@ def _control_s() -> float:
     return sum(each.user_time + each.system_time for each in psutil.Process().threads() if each.id in deciding)
 
 
-def _tokens_per_s(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
-    """Decode speed without the prefill: the clock starts when the first token is out."""
+def tokens_per_s(model: Any, ids: torch.Tensor, max_new_tokens: int, **arguments: Any) -> float:
+    """Return the decode speed without the prefill: the clock starts when the first token is out."""
     clock = _Clock()
-    model.generate(ids, max_new_tokens=new_tokens, do_sample=False, streamer=clock)
-    return (new_tokens - 1) / (clock.times[-1] - clock.times[1])
+    model.generate(ids, max_new_tokens=max_new_tokens, streamer=clock, **{"do_sample": False, **arguments})
+    return (max_new_tokens - 1) / (clock.times[-1] - clock.times[1])
 
 
 def _hop_us(sharded: Any, ids: torch.Tensor) -> float:
