@@ -21,12 +21,14 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging as transformers_logging
 
 from lingualinked.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import FrameType
 
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,6 +38,9 @@ GLOBAL_STATE = threading.RLock()
 
 Construction sets torch's default dtype and replaces functions of torch for the whole process, including other threads.
 """
+
+torch_attention = sdpa_attention_forward
+"""The function by which models compute attention as "sdpa"."""
 
 _SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 _REPORT_LOGGER = "transformers.modeling_utils"
@@ -84,6 +89,22 @@ def find_file(path: str, name: str, **hub: Any) -> str | None:
 def ties(model: PreTrainedModel) -> dict[str, str]:
     """Return the tied parameters of a model, as ``{target: source}``."""
     return dict(model.all_tied_weights_keys)
+
+
+@contextlib.contextmanager
+def computed_attention(attend: Callable[..., Any]) -> Iterator[None]:
+    """Make models that compute attention as "sdpa" call `attend` in place of `torch_attention`, within the context.
+
+    Does nothing if another function has been registered. Needs `GLOBAL_STATE`.
+    """
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not torch_attention:
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 class DynamicRope:

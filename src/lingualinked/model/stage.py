@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model import hf_internals
+from lingualinked.model import exact_attention, hf_internals
 from lingualinked.model.cut import SpanLeft
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
@@ -169,7 +169,11 @@ class Stage:
         # The hook is for this pass only: stages that share the layer have their own hooks.
         hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)
         try:
-            with hf_internals.GLOBAL_STATE, torch_settings(inputs.torch_settings):
+            with (
+                hf_internals.GLOBAL_STATE,
+                torch_settings(inputs.torch_settings),
+                hf_internals.computed_attention(exact_attention.attend),
+            ):
                 if inputs.rope_reach:
                     for rope in self._ropes:
                         rope.stretch(inputs.rope_reach, self.device)

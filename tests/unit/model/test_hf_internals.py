@@ -148,3 +148,13 @@ def test_a_pipeline_asks_for_the_device_map_where_it_is_made(device: str | int |
     transformers.TextGenerationPipeline(model=model, tokenizer=None, device=device)
     assert seen[0] is is_hidden
     assert not hf_internals.makes_pipeline_for_device(sys._getframe())
+
+
+def test_all_attention_functions_can_be_replaced_for_one_step() -> None:
+    functions = hf_internals.ALL_ATTENTION_FUNCTIONS
+    assert functions["sdpa"] is hf_internals.torch_attention
+    with hf_internals.computed_attention(print):
+        assert functions["sdpa"] is print
+        with hf_internals.computed_attention(len):
+            assert functions["sdpa"] is print
+    assert functions["sdpa"] is hf_internals.torch_attention

@@ -1,0 +1,38 @@
+"""Compiled kernels: where they lie, what the processor must support, and the threads that they share with torch.
+
+Knows no kernel's arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+
+@functools.cache
+def load_library(name: str) -> ctypes.CDLL | None:
+    """Return the library that was compiled from a source of this name, or None if there is none."""
+    path = Path(__file__).with_name(f"lib{name}.so")
+    return ctypes.CDLL(str(path)) if path.exists() else None
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets that the processor has and the system supports."""
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+    except OSError:
+        return frozenset()
+
+
+@functools.cache
+def openmp() -> tuple[int, ...]:
+    """Return the entries of the OpenMP library that torch has loaded, whose threads kernels share; none without."""
+    for path in {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}:
+        library = ctypes.CDLL(path)
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        if all(hasattr(library, name) for name in names):
+            return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names)
+    return ()
