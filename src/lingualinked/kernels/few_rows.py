@@ -6,13 +6,14 @@ compares. `few_rows.c` has the order.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from pathlib import Path
+import struct
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from lingualinked.kernels import native
 
 MAX_ROWS = 16
 BLOCK_OUTPUTS = 64
@@ -21,23 +22,13 @@ CHUNKS = (512, 1024)
 
 _STORED_INPUTS = 32  # inputs are filled up with zeros to a multiple of it
 _NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
-
-
-class _Product(ctypes.Structure):
-    """`struct product` of few_rows.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("inputs", "weight", "bias", "result")),
-        *((name, ctypes.c_long) for name in ("rows", "pairs", "pairs_stored", "outputs", "chunk")),
-        ("threads", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("parallel", "thread_number", "num_threads")),
-    ]
+_ARGUMENTS = struct.Struct("@4P5li3P")  # `struct product` of few_rows.c
 
 
 @functools.cache
 def is_available() -> bool:
     """Say whether this processor runs the kernel, and it was compiled."""
-    return _library() is not None and _processor_flags() >= _NEEDED_FLAGS
+    return native.load_library("few_rows") is not None and native.processor_flags() >= _NEEDED_FLAGS
 
 
 def is_known_layout(packed: Tensor, in_features: int, out_features: int) -> bool:
@@ -62,51 +53,25 @@ def multiply(rows: Tensor, weight: int, bias: Tensor | None, out_features: int, 
     rows = functional.pad(rows, (0, 1)) if in_features % 2 else rows.contiguous()
     result = rows.new_empty(num_rows, out_features)
     num_threads = torch.get_num_threads()
-    product = _Product(
-        rows.data_ptr(),
-        weight,
-        None if bias is None else bias.data_ptr(),
-        result.data_ptr(),
-        num_rows,
-        rows.shape[1] // 2,
-        _filled(in_features, _STORED_INPUTS) // 2,
-        out_features,
-        chunk // 2,
-        num_threads,
-        *(_openmp() if num_threads > 1 else ()),
-    )
-    library = _library()
+    library = native.load_library("few_rows")
     assert library is not None
-    library.multiply(ctypes.byref(product))
+    library.multiply(
+        _ARGUMENTS.pack(
+            rows.data_ptr(),
+            weight,
+            0 if bias is None else bias.data_ptr(),
+            result.data_ptr(),
+            num_rows,
+            rows.shape[1] // 2,
+            _filled(in_features, _STORED_INPUTS) // 2,
+            out_features,
+            chunk // 2,
+            num_threads,
+            *((num_threads > 1 and native.openmp()) or (0, 0, 0)),
+        )
+    )
     return result
 
 
 def _filled(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    path = Path(__file__).with_name("libfew_rows.so")
-    return ctypes.CDLL(str(path)) if path.exists() else None
-
-
-@functools.cache
-def _processor_flags() -> frozenset[str]:
-    """Return the instruction sets that the processor has and the system supports."""
-    try:
-        with Path("/proc/cpuinfo").open() as lines:
-            return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
-    except OSError:
-        return frozenset()
-
-
-@functools.cache
-def _openmp() -> tuple[int, ...]:
-    """Return the entries of the OpenMP library that torch has loaded, whose threads the product shares; none without."""
-    for path in {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}:
-        library = ctypes.CDLL(path)
-        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        if all(hasattr(library, name) for name in names):
-            return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names)
-    return ()

@@ -54,7 +54,7 @@ class PackedLinear(nn.Module):
         # kernel for several rows of each batch.
         if states.is_contiguous() or (self.bias is None and states.shape[-2] == 1):
             rows = states.reshape(-1, self.in_features)
-            kernel = _exact_kernel(*_shape(self, len(rows)))
+            kernel = _exact_kernel(*_shape(self, rows.shape[0]))  # len() would be slow
             if kernel is not None:
                 return kernel(self, rows).view(*states.shape[:-1], self.out_features)
         return functional.linear(states, self.weight(), self.bias)
