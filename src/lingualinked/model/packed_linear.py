@@ -168,11 +168,16 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 Product = tuple[Tensor, Tensor, Tensor | None]
-"""Inputs [rows, in features], weight [out features, in features] and bias [out features] of a layer, in bfloat16."""
+"""Inputs [rows, in features], weight [out features, in features] and bias [out features] of a layer."""
 
 
 def cancelling_product(
-    num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Product:
     """Make a product in which any other order of summation changes nearly every output.
 
@@ -184,7 +189,7 @@ def cancelling_product(
     magnitudes = 2.0 ** torch.randint(-6, 7, (num_pairs,), generator=generator)
     inputs = magnitudes * torch.randn((min(num_rows, _NUM_DISTINCT), num_pairs), generator=generator)
     weights = torch.randn((min(out_features, _NUM_DISTINCT), num_pairs), generator=generator)
-    bias = torch.randn(len(weights), generator=generator).bfloat16() if has_bias else None
+    bias = torch.randn(len(weights), generator=generator).to(dtype) if has_bias else None
     rest = torch.full((1, in_features - has_bias - 2 * num_pairs), 2.0**-14)
     rows = [inputs, -inputs[:, back], rest.expand(len(inputs), -1)]
     columns = [weights, weights[:, back], rest.expand(len(weights), -1)]
@@ -193,11 +198,16 @@ def cancelling_product(
         columns.append(-bias[:, None].float())
     places = torch.randperm(in_features, generator=generator)
     weight = torch.cat(columns, dim=1)[:, places]
-    return _repeat_distinct(num_rows, out_features, torch.cat(rows, dim=1)[:, places], weight, bias)
+    return _repeat_distinct(num_rows, out_features, torch.cat(rows, dim=1)[:, places], weight, bias, dtype)
 
 
 def absorbing_product(
-    num_rows: int, in_features: int, out_features: int, has_bias: bool, generator: torch.Generator
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Product:
     """Make a product in which a large term absorbs all that is added before its opposite cancels it.
 
@@ -214,7 +224,7 @@ def absorbing_product(
     weight[outputs, large] = 2.0**40
     weight[outputs, opposite] = -(2.0**40)
     bias = torch.randn(num_distinct, generator=generator) if has_bias else None
-    return _repeat_distinct(num_rows, out_features, rows.expand(-1, in_features), weight, bias)
+    return _repeat_distinct(num_rows, out_features, rows.expand(-1, in_features), weight, bias, dtype)
 
 
 def tied_product(
@@ -243,11 +253,18 @@ def tied_product(
     return _repeat_distinct(num_rows, out_features, rows, weight, bias)
 
 
-def _repeat_distinct(num_rows: int, out_features: int, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+def _repeat_distinct(
+    num_rows: int,
+    out_features: int,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Product:
     outputs = torch.arange(out_features)
     outputs = (outputs + outputs // _BLOCK_OUTPUTS) % len(weight)  # no two blocks are equal: an exchange is seen
     return (
-        rows.bfloat16()[torch.arange(num_rows) % len(rows)],
-        weight.bfloat16()[outputs],
-        None if bias is None else bias.bfloat16()[outputs],
+        rows.to(dtype)[torch.arange(num_rows) % len(rows)],
+        weight.to(dtype)[outputs],
+        None if bias is None else bias.to(dtype)[outputs],
     )

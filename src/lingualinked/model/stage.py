@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lingualinked.errors import ArgumentError
 from lingualinked.model import exact_attention, hf_internals
 from lingualinked.model.cut import SpanLeft
+from lingualinked.model.float_linear import speed_up_linears
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.packed_linear import PackedLinear, pack_linears
@@ -70,6 +71,7 @@ class Stage:
         self.weight_bytes = span.parts.span_bytes(start, end)
         if device.type == "cpu":
             pack_linears(self._model)
+            speed_up_linears(self._model)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers
