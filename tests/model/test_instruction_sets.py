@@ -1,0 +1,42 @@
+"""Stages are exact under any instruction set that oneDNN and torch can be told to use, as the unsharded model does.
+
+Two families are drawn for each; all with ``LINGUALINKED_PROOF=all``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from families import FAMILIES
+
+TESTS = Path(__file__).parents[1]
+SETTINGS = {
+    **{
+        f"oneDNN {name}": {"ONEDNN_MAX_CPU_ISA": name}
+        for name in ("AVX512_CORE", "AVX512_CORE_VNNI", "AVX2", "DEFAULT")
+    },
+    **{f"torch {name}": {"ATEN_CPU_CAPABILITY": name} for name in ("avx2", "default")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_cut_is_exact(setting: str) -> None:
+    names = ["llama-wide", *random.Random(setting).sample(sorted(FAMILIES), 2)]
+    if os.environ.get("LINGUALINKED_PROOF") == "all":
+        names = sorted(FAMILIES)
+    run = subprocess.run(
+        [sys.executable, TESTS / "exact_families.py", *names],
+        env={**os.environ, **SETTINGS[setting], "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    print(setting, run.stdout)
+    assert run.stdout.splitlines()[-1] == "different:", run.stdout
