@@ -47,8 +47,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = {name: differs(name, Path(folder) / name) for name in names}
     different = [name for name, (is_different, _) in found.items() if is_different]
-    print(f"{torch.backends.cpu.get_cpu_capability()}, {sum(number for _, number in found.values())} weights packed")
-    print("different:", *different)
+    num_packed = sum(number for _, number in found.values())
+    sys.stdout.write(f"{torch.backends.cpu.get_cpu_capability()}, {num_packed} weights packed\n")
+    sys.stdout.write(" ".join(["different:", *different]) + "\n")
 
 
 if __name__ == "__main__":
