@@ -1,6 +1,6 @@
 """``lingualinked doctor``: shows what this machine offers.
 
-Inspects only; starts and changes nothing.
+Inspects, and measures for a second; starts and changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import psutil
 
 from lingualinked.cluster.devices import usable_cores
 from lingualinked.console import new_console
-from lingualinked.quantities import bytes_text
+from lingualinked.quantities import bytes_text, count_text
 from lingualinked.tables import Rows
 from lingualinked.worker.power import UnknownPowerError, find_counter
 
@@ -20,7 +20,7 @@ _LIBRARIES = ("torch", "transformers", "pyzmq", "safetensors", "msgspec", "scipy
 
 
 def run_doctor() -> None:
-    """Print cores, memory, accelerators and versions."""
+    """Print cores, memory, accelerators, the speed of matrix products, and versions."""
     import torch
     import zmq
 
@@ -40,7 +40,28 @@ def run_doctor() -> None:
     versions += [(name, importlib.metadata.version(name)) for name in _LIBRARIES]
     console = new_console()
     console.print(Rows("This machine", ("what", "found"), facts))
+    console.print(_products())
     console.print(Rows("Versions", ("library", "version"), versions))
+
+
+def _products() -> Rows:
+    """Measure what a decode step spends its time on: products of few rows, against what memory gives."""
+    from lingualinked.model.linear_speed import measure_linears, measure_memory  # imports torch
+
+    memory_bytes_per_s = measure_memory()
+    rows = [
+        (
+            f"{str(each.dtype).removeprefix('torch.')}, {count_text(each.num_rows, 'row')}",
+            each.kernel,
+            f"{each.bytes_per_s / 1e9:.1f}",
+            f"{each.bytes_per_s / memory_bytes_per_s:.0%}",
+        )
+        for each in measure_linears()
+    ]
+    note = f"One thread reads memory at {memory_bytes_per_s / 1e9:.1f} GB/s. Every kernel has the bits of torch's own."
+    return Rows(
+        "Products with a large weight, one thread", ("dtype", "kernel", "GB/s", "of memory"), rows, notes=[note]
+    )
 
 
 def _energy_counters() -> str:

@@ -39,6 +39,11 @@ class FloatLinear(nn.Linear):
                 )
         return functional.linear(input, self.weight, self.bias)
 
+    def kernel_name(self, num_rows: int) -> str:
+        """Say what computes the product of this many rows."""
+        is_known = num_rows <= float_rows.MAX_ROWS and _exact_order(*_shape(self, num_rows)) is not None
+        return "float_rows.c" if is_known else "torch's own"
+
     def _is_plain(self, states: Tensor) -> bool:
         """Say whether torch multiplies these states with MKL, as one matrix."""
         tensors = [states, self.weight] if self.bias is None else [states, self.weight, self.bias]

@@ -64,6 +64,13 @@ class PackedLinear(nn.Module):
         weight: Tensor = self.packed.to_dense()
         return weight
 
+    def kernel_name(self, num_rows: int) -> str:
+        """Say what computes the product of this many rows."""
+        kernel = _exact_kernel(*_shape(self, num_rows))
+        if kernel is None:
+            return "torch's own, with the weight unpacked"
+        return "oneDNN's, with the weight packed" if kernel is _multiply_packed else "few_rows.c"
+
     def plain(self) -> nn.Linear:
         """Return a linear layer with the same bias, and a weight that is still to be set."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

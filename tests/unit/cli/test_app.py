@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ import lingualinked.cli
 from lingualinked.cli import doctor_command
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
+from lingualinked.model import linear_speed
 from lingualinked.sharded.progress import DeviceProgress
 
 CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
@@ -255,8 +257,20 @@ def test_what_can_not_be_timed_is_refused_first(started: list[tuple[str, ...]], 
     assert not started
 
 
+def test_doctor_says_which_kernel_each_dtype_gets() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0
+    for dtype in ("bfloat16", "float32", "float16"):
+        assert re.search(rf"^{dtype}, 1 row +\S.* +[\d.]+ +\d+%$", result.stdout, re.MULTILINE), result.stdout
+        assert re.search(rf"^{dtype}, 8 rows +\S.* +[\d.]+ +\d+%$", result.stdout, re.MULTILINE), result.stdout
+    assert "One thread reads memory at" in result.stdout
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_tables_fit(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = linear_speed.LinearSpeed(dtype=torch.bfloat16, num_rows=8, kernel="few_rows.c", bytes_per_s=2e10)
+    monkeypatch.setattr(linear_speed, "measure_linears", lambda: [speed])
+    monkeypatch.setattr(linear_speed, "measure_memory", lambda: 3e10)
     monkeypatch.setenv("COLUMNS", str(width))
     result = run("doctor")
     assert result.exit_code == 0
