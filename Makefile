@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
 
-.PHONY: help demo bench test interrupts check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test interrupts proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,11 @@ test: $(DEV)  ## Run the tests, on up to four cores
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
+
+# SAMPLE is a text, such as a commit: it draws a few cases that take seconds. Without it, all take about an hour.
+proof: $(DEV)  ## Compare millions of products with torch's, refuse wrong orders, force instruction sets; SAMPLE= for a few
+	$(BIN)/python -m benchmarks products $(if $(SAMPLE),--sample $(SAMPLE))
+	$(if $(SAMPLE),,LINGUALINKED_PROOF=all $(BIN)/python -m pytest -q -o timeout=0 -o faulthandler_timeout=0 tests/unit/model/test_probe.py tests/model/test_instruction_sets.py)
 
 check: lint types layers test docs notebooks  ## Everything that has to hold before a commit
 

@@ -106,5 +106,16 @@ def rebalance(
     run_rebalance(sessions, new_tokens, repeats)
 
 
+@app.command()
+def products(
+    outputs: Annotated[int, typer.Option(min=1, help="To compare for each shape, dtype and bias.")] = 2_000_000,
+    sample: Annotated[str, typer.Option(help="Compare a few shapes only, drawn by this text.")] = "",
+) -> None:
+    """Compare products of few rows with torch's, bit for bit, in the shapes of real models."""
+    from benchmarks.products import run_products
+
+    run_products(outputs, sample)
+
+
 if __name__ == "__main__":
     app()
