@@ -1,69 +1,78 @@
-"""Linear layers in float32 whose products of few rows are computed as fast as memory gives the weight.
+"""Linear layers whose products of few rows read the weight once, in the order in which torch stores it.
 
-The weight stays as torch stores it, so that other products are torch's own. Knows no models and no stages.
+The weight stays as it is, so that other products are torch's own: for float32, and for float16 and bfloat16 where torch
+computes dot products. Knows no models and no stages.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, backends, nn
 from torch.nn import functional
 
-from lingualinked.kernels import float_rows
+from lingualinked.kernels import float_rows, half_rows
 from lingualinked.model.memory import use_huge_pages
 from lingualinked.model.packed_linear import absorbing_product, cancelling_product
 
 _MIN_ELEMENTS = 1 << 13  # of a weight; a smaller one is multiplied sooner than a kernel is called
 _PROBED_ELEMENTS = 1 << 20  # of a weight that is probed at full size; a larger one is probed with fewer outputs
 _BLOCK_OUTPUTS = 64
+_MAX_ROWS = max(float_rows.MAX_ROWS, half_rows.MAX_ROWS)
+
+Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""From contiguous rows ``[M, in features]``, a weight and a bias to the product ``[M, out features]``."""
 
 
 class FloatLinear(nn.Linear):
-    """Computes exactly what an `nn.Linear` on the CPU in float32 computes, from the same weight.
+    """Computes exactly what an `nn.Linear` on the CPU computes, from the same weight.
 
-    For each number of rows, a probe (`_exact_order`), made once per process, finds the order in which torch sums; if it is
-    none that the kernel knows, the product is torch's.
+    For each number of rows, a probe (`_exact_kernel`), made once per process, finds a kernel that sums in torch's order; if
+    there is none, the product is torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Multiply ``[..., in features]`` to ``[..., out features]``."""
         num_rows = input.numel() // max(self.in_features, 1)
-        if 0 < num_rows <= float_rows.MAX_ROWS and self._is_plain(input):
+        if 0 < num_rows <= _MAX_ROWS and self._is_plain(input):
             rows = input.reshape(num_rows, self.in_features)
-            order = _exact_order(*_shape(self, num_rows))
-            if order is not None and float_rows.accepts(rows, self.weight):
-                return float_rows.multiply(rows, self.weight, self.bias, order).view(
-                    *input.shape[:-1], self.out_features
-                )
+            kernel = _exact_kernel(*_shape(self, num_rows))
+            if kernel is not None and _accepts(rows, self.weight):
+                return kernel(rows, self.weight, self.bias).view(*input.shape[:-1], self.out_features)
         return functional.linear(input, self.weight, self.bias)
 
     def kernel_name(self, num_rows: int) -> str:
         """Say what computes the product of this many rows."""
-        is_known = num_rows <= float_rows.MAX_ROWS and _exact_order(*_shape(self, num_rows)) is not None
-        return "float_rows.c" if is_known else "torch's own"
+        if num_rows > _MAX_ROWS or _exact_kernel(*_shape(self, num_rows)) is None:
+            return "torch's own"
+        return "float_rows.c" if self.weight.dtype is torch.float32 else "half_rows.c"
 
     def _is_plain(self, states: Tensor) -> bool:
-        """Say whether torch multiplies these states with MKL, as one matrix."""
+        """Say whether torch multiplies these states as one matrix, with the kernels of its default settings."""
         tensors = [states, self.weight] if self.bias is None else [states, self.weight, self.bias]
-        return (
-            all(type(each) in (Tensor, nn.Parameter) and each.dtype is torch.float32 for each in tensors)
+        return bool(
+            all(type(each) in (Tensor, nn.Parameter) and each.dtype is states.dtype for each in tensors)
             and all(each.is_contiguous() and each.device.type == "cpu" for each in tensors)
             and states.dim() > 1
             and states.shape[-1] == self.in_features
             and self.weight.shape == (self.out_features, self.in_features)
             and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
             and not torch.is_autocast_enabled("cpu")
+            and torch._C._get_mkldnn_enabled()  # noqa: SLF001 - no public getter
+            and not torch._C._get_cpu_allow_fp16_reduced_precision_reduction()  # type: ignore[attr-defined] # noqa: SLF001
             and backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
         )
 
 
 def speed_up_linears(model: nn.Module) -> None:
-    """Replace linear layers of a CPU model in float32 by ones with the same parameters, where few rows gain by it."""
+    """Replace linear layers of a CPU model by ones with the same parameters, where products of few rows gain by it."""
     layers = []
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and linear.weight.dtype is torch.float32 and _exact_order(*_shape(linear, 1)):
+        if type(linear) is nn.Linear and any(
+            _exact_kernel(*_shape(linear, num_rows)) for num_rows in (1, half_rows.MIN_ROWS)
+        ):
             layer = FloatLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
             layer.weight, layer.bias = linear.weight, linear.bias
             layer.train(linear.training)
@@ -72,34 +81,49 @@ def speed_up_linears(model: nn.Module) -> None:
     use_huge_pages((layer.weight.data_ptr(), layer.weight.nbytes) for layer in layers)
 
 
-def _shape(layer: nn.Linear, num_rows: int) -> tuple[int, int, int, bool, int]:
-    return num_rows, layer.in_features, layer.out_features, layer.bias is not None, torch.get_num_threads()
+def _shape(layer: nn.Linear, num_rows: int) -> tuple[torch.dtype, int, int, int, bool, int]:
+    has_bias = layer.bias is not None
+    return layer.weight.dtype, num_rows, layer.in_features, layer.out_features, has_bias, torch.get_num_threads()
+
+
+def _accepts(rows: Tensor, weight: Tensor) -> bool:
+    return float_rows.accepts(rows, weight) if rows.dtype is torch.float32 else half_rows.accepts(rows, weight)
+
+
+def _known_kernels(dtype: torch.dtype, num_rows: int) -> list[Kernel]:
+    if dtype is torch.float32 and float_rows.is_available():
+        return [functools.partial(float_rows.multiply, order=order) for order in float_rows.known_orders(num_rows)]
+    if dtype in (torch.float16, torch.bfloat16) and half_rows.is_available() and num_rows >= half_rows.MIN_ROWS:
+        return [half_rows.multiply]
+    return []
 
 
 @functools.cache
-def _exact_order(
+def _exact_kernel(
+    dtype: torch.dtype,
     num_rows: int,
     in_features: int,
     out_features: int,
     has_bias: bool,
     num_threads: int,
-) -> float_rows.Order | None:
-    """Probe in which known order torch sums in these shapes, if in any.
+) -> Kernel | None:
+    """Probe which kernel is bit-equal to torch's product in these shapes: the first, or none.
 
     A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels.
     """
-    if in_features * out_features < _MIN_ELEMENTS or not float_rows.is_available():
+    kernels = _known_kernels(dtype, num_rows)
+    if in_features * out_features < _MIN_ELEMENTS or not kernels:
         return None
     num_blocks = max(num_threads, 1, _PROBED_ELEMENTS // in_features // _BLOCK_OUTPUTS)
     num_outputs = min(out_features, num_blocks * _BLOCK_OUTPUTS + out_features % _BLOCK_OUTPUTS)
     generator = torch.Generator().manual_seed(0)
-    orders = float_rows.known_orders(num_rows)
     with torch.inference_mode():
         for make in (cancelling_product, absorbing_product):
-            rows, weight, bias = make(num_rows, in_features, num_outputs, has_bias, generator, torch.float32)
-            if not float_rows.accepts(rows, weight):
+            if make is absorbing_product and dtype is torch.float16:
+                break  # it holds no value that absorbs others
+            rows, weight, bias = make(num_rows, in_features, num_outputs, has_bias, generator, dtype)
+            if not _accepts(rows, weight):
                 return None
-            expected = functional.linear(rows, weight, bias).view(torch.int32)  # 0 and -0 are two values
-            products = {order: float_rows.multiply(rows, weight, bias, order) for order in orders}
-            orders = tuple(order for order in orders if torch.equal(products[order].view(torch.int32), expected))
-    return orders[0] if orders else None
+            expected = functional.linear(rows, weight, bias).view(torch.uint8)  # 0 and -0 are two values
+            kernels = [each for each in kernels if torch.equal(each(rows, weight, bias).view(torch.uint8), expected)]
+    return kernels[0] if kernels else None

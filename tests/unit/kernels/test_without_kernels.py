@@ -14,23 +14,24 @@ import torch
 from torch import nn
 
 import lingualinked
-from lingualinked.kernels import few_rows, float_rows, native
+from lingualinked.kernels import few_rows, float_rows, half_rows, native
 from lingualinked.model import float_linear, packed_linear
 
 PACKAGE = Path(lingualinked.__file__).parent
 CACHES = (
     few_rows.is_available,
     float_rows.is_available,
+    half_rows.is_available,
     packed_linear._exact_kernel,
-    float_linear._exact_order,
+    float_linear._exact_kernel,
 )
 COMPARE = """
 import torch
 from torch import nn
-from lingualinked.kernels import few_rows, float_rows
+from lingualinked.kernels import few_rows, float_rows, half_rows
 from lingualinked.model.float_linear import speed_up_linears
 from lingualinked.model.packed_linear import pack_linears
-assert not few_rows.is_available() and not float_rows.is_available()
+assert not any(kernel.is_available() for kernel in (few_rows, float_rows, half_rows))
 torch.set_num_threads(1)
 for dtype in (torch.bfloat16, torch.float32, torch.float16):
     plain = nn.Linear(256, 192).to(dtype)
@@ -67,7 +68,8 @@ def test_products_are_torchs(name: str, replacement: Callable[..., object], monk
     monkeypatch.setattr(native, name, replacement)
     assert not few_rows.is_available()
     assert not float_rows.is_available()
-    for dtype in (torch.bfloat16, torch.float32):
+    assert not half_rows.is_available()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
         plain = nn.Linear(256, 192).to(dtype)
         holder = nn.Sequential(plain)
         packed_linear.pack_linears(holder)

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lingualinked.kernels import float_rows
+from lingualinked.kernels import float_rows, half_rows, native
 from lingualinked.model import float_linear
 from lingualinked.model.float_linear import FloatLinear, speed_up_linears
 from lingualinked.model.packed_linear import cancelling_product
 from lingualinked.model.torch_settings import torch_settings
 
 SIZES = (4, 60, 64, 100, 188, 192, 196, 256, 380, 384, 388, 576, 577, 768, 1026, 2048)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-45, 1e-38, -3e38, 3e38)
+SCRIPT = """
+import test_float_linear as tests
+tests.test_which_products_gain()
+for dtype in tests.DTYPES:
+    for rows in (1, 4, 7, 8):
+        tests.test_bits_are_torchs(dtype, rows, rows % 2 > 0, 1)
+"""
 
 
 @pytest.fixture(autouse=True)
 def fresh_probes() -> Iterator[None]:
-    float_linear._exact_order.cache_clear()
+    float_linear._exact_kernel.cache_clear()
     yield
-    float_linear._exact_order.cache_clear()
+    float_linear._exact_kernel.cache_clear()
     torch.set_num_threads(1)
 
 
@@ -39,32 +51,66 @@ def assert_equal(layer: FloatLinear, states: Tensor) -> None:
     with torch.inference_mode():
         found, expected = layer(states), functional.linear(states, layer.weight, layer.bias)
     assert found.shape == expected.shape
-    same = (found.view(torch.int32) == expected.view(torch.int32)) | (found.isnan() & expected.isnan())
+    bits = torch.int32 if found.dtype is torch.float32 else torch.int16
+    same = (found.view(bits) == expected.view(bits)) | (found.isnan() & expected.isnan())
     assert same.all(), tuple(states.shape)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("rows", range(1, 18))
-def test_bits_are_torchs(rows: int, has_bias: bool, threads: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_are_torchs(dtype: torch.dtype, rows: int, has_bias: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     draw, generator = random.Random(rows), torch.Generator().manual_seed(rows)
-    for num_in, num_out in [(768, 96), (1028, 77), *((draw.choice(SIZES), draw.choice(SIZES)) for _ in range(6))]:
-        states, weight, bias = cancelling_product(rows, num_in, num_out, has_bias, generator, torch.float32)
+    for num_in, num_out in [(768, 96), (1056, 77), *((draw.choice(SIZES), draw.choice(SIZES)) for _ in range(4))]:
+        states, weight, bias = cancelling_product(rows, num_in, num_out, has_bias, generator, dtype)
         layer = layer_of(weight, bias)
         assert_equal(layer, states)
         assert_equal(layer, states[None])
         assert_equal(layer, states[-1:])  # at another address
-        assert_equal(layer, 2.0**-120 * states)  # sums of products that are flushed to zero, or nearly
+        for exponent in (-120, -12, 12):  # sums of products that are flushed to zero, or nearly, or too large
+            assert_equal(layer, 2.0**exponent * states)
+
+
+@pytest.mark.skipif(not half_rows.is_available(), reason="this processor does not run the kernel")
+@pytest.mark.parametrize("instruction_set", ["AVX2", "AVX512_CORE"])
+def test_other_instruction_sets(instruction_set: str) -> None:
+    chosen = {"ONEDNN_MAX_CPU_ISA": instruction_set, "ATEN_CPU_CAPABILITY": instruction_set.partition("_")[0].lower()}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | chosen,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not half_rows.is_available(), reason="this processor does not run the kernel")
+def test_which_products_gain() -> None:
+    instruction_set = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    expected = {
+        torch.float32: is_amd and float_rows.is_available(),
+        torch.float16: "avx512_fp16" not in native.processor_flags(),
+        torch.bfloat16: instruction_set == "AVX2",
+    }
+    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if instruction_set else [])):
+        for rows in (1, 4, 8):
+            gains = float_linear._exact_kernel(dtype, rows, 768, 96, True, 1) is not None
+            assert gains == (expected[dtype] and (dtype is torch.float32 or rows >= half_rows.MIN_ROWS))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 16])
-def test_special_values(rows: int, has_bias: bool) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(dtype: torch.dtype, rows: int, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(rows)
-    special = torch.tensor(SPECIAL)
+    special = torch.tensor(SPECIAL).to(dtype)
     for share in (0.001, 0.05, 1.0):
-        states, weight, bias = cancelling_product(rows, 260, 68, has_bias, generator, torch.float32)
+        states, weight, bias = cancelling_product(rows, 272, 68, has_bias, generator, dtype)
         for each in (states, weight, *([] if bias is None else [bias])):
             chosen = torch.rand(each.shape, generator=generator) < share
             each[chosen] = special[torch.randint(len(special), each.shape, generator=generator)][chosen]
@@ -113,9 +159,9 @@ def test_the_probe_notices_another_order(rows: int, has_bias: bool, monkeypatch:
     wrong = [float_rows.Order(kind, rows if kind == 2 else 0) for kind in range(3) if kind not in kinds]
     wrong += [order for order in right[1:] if order.first_lane_row != rows]  # of two threads
     for order in wrong:
-        float_linear._exact_order.cache_clear()
+        float_linear._exact_kernel.cache_clear()
         monkeypatch.setattr(float_rows, "known_orders", lambda _, order=order: (order,))
-        assert float_linear._exact_order(rows, 768, 96, has_bias, 1) is None
+        assert float_linear._exact_kernel(torch.float32, rows, 768, 96, has_bias, 1) is None
 
 
 def test_layers_of_a_model_are_replaced_and_keep_their_parameters() -> None:
@@ -129,7 +175,7 @@ def test_layers_of_a_model_are_replaced_and_keep_their_parameters() -> None:
     assert model["other"] is other
     assert model["head"].weight is tied.weight
     assert dict(model.named_parameters()) == names
-    replaced = float_linear._exact_order(1, 256, 256, False, torch.get_num_threads()) is not None
+    replaced = float_linear._exact_kernel(torch.float32, 1, 256, 256, False, torch.get_num_threads()) is not None
     assert isinstance(model["head"], FloatLinear) == replaced
 
 

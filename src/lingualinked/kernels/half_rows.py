@@ -1,0 +1,57 @@
+"""A product of few rows with a float16 or bfloat16 weight as torch stores it, which is read once for all rows.
+
+Knows the order in which torch's own dot products sum on x86; not whether torch computes with them here: who calls compares.
+`half_rows.c` has the order.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import torch
+from torch import Tensor
+
+from lingualinked.kernels import native
+
+MIN_ROWS = 3  # torch's dot products read the weight once per row: up to two rows, at least as fast
+MAX_ROWS = 16
+
+_NEEDED_FLAGS = {"avx", "avx2", "fma", "f16c"}
+_INPUTS_MULTIPLE = 16  # torch rounds the products of what is left over
+_ARGUMENTS = struct.Struct("@3P3l2i3P")  # `struct product` of half_rows.c
+
+
+@functools.cache
+def is_available() -> bool:
+    """Say whether this processor runs the kernel, and it was compiled."""
+    return native.load_library("half_rows") is not None and native.processor_flags() >= _NEEDED_FLAGS
+
+
+def accepts(rows: Tensor, weight: Tensor) -> bool:
+    """Say whether the kernel multiplies these rows with this weight."""
+    return weight.is_contiguous() and rows.shape[-1] % _INPUTS_MULTIPLE == 0
+
+
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply up to `MAX_ROWS` contiguous rows ``[M, K]`` with a contiguous weight ``[N, K]``, to ``[M, N]``."""
+    (num_rows, in_features), out_features = rows.shape, len(weight)
+    inputs = rows.float()
+    result = inputs.new_empty(num_rows, out_features)
+    num_threads = torch.get_num_threads()
+    library = native.load_library("half_rows")
+    assert library is not None
+    library.multiply(
+        _ARGUMENTS.pack(
+            inputs.data_ptr(),
+            weight.data_ptr(),
+            result.data_ptr(),
+            num_rows,
+            in_features,
+            out_features,
+            weight.dtype is torch.bfloat16,
+            num_threads,
+            *((num_threads > 1 and native.openmp()) or (0, 0, 0)),
+        )
+    )
+    return (result if bias is None else result.add_(bias)).to(rows.dtype)
