@@ -23,7 +23,7 @@ SHAPES = (  # inputs and outputs of layers of real models
     (2048, 256), (3072, 8192), (4096, 4096), (4096, 14336), (14336, 4096), (11008, 4096), (4096, 32000), (8192, 1024),
 )  # fmt: skip
 ROWS = (1, 2, 3, 4, 6, 7, 8, 12, 16)
-DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float16: torch.int16}
 _SAMPLED_SHAPES = 3
 _SAMPLED_OUTPUTS = 100_000
 
