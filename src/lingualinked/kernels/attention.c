@@ -29,7 +29,8 @@ struct attention {
     long batch, heads, group, tokens, dim;  // a group of heads shares keys and values; dim is a multiple of 8
     double scale;
     long threads;
-    float (*exponential)(float), (*logarithm)(float);                // expf, logf
+    double (*exponential)(double);                                   // exp, for weights that do not fill a vector
+    float (*exponential32)(float), (*logarithm)(float);              // expf, logf
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
     int (*thread_number)(void), (*num_threads)(void);                // omp_get_thread_num, omp_get_num_threads
 };
@@ -151,7 +152,7 @@ INLINE float weigh_scores(const struct attention *a, float *scores, long count, 
     REDUCE(_mm512_add_ps, both)
     float sum = _mm512_cvtss_f32(both);
     for (long at = whole; at < count; at++) {
-        const float weight = a->exponential(scores[at] - highest);
+        const float weight = (float)a->exponential(scores[at] - highest);
         sum += weight;
         const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32(round16(_mm512_set1_ps(weight))), 16);
         scores[at] = _mm512_cvtss_f32(_mm512_castsi512_ps(rounded));
@@ -219,7 +220,7 @@ static void attend(const struct attention *a, long batch, long head) {
             for (long token = 0; token < count; token++) scores[token] = 0;
         } else {
             const float added = weigh_scores(a, scores, count, new_highest);
-            const float shrink = a->exponential(before - new_highest);
+            const float shrink = a->exponential32(before - new_highest);
             sum = __builtin_fmaf(shrink, sum, added);
             highest = new_highest;
             if (first)

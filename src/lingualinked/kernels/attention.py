@@ -19,7 +19,7 @@ from lingualinked.kernels import native
 _NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
 _MAX_DIM = 256
 _DIM_MULTIPLE = 8
-_ARGUMENTS = struct.Struct("@5P9l5ldl5P")  # `struct attention` of attention.c
+_ARGUMENTS = struct.Struct("@5P9l5ldl6P")  # `struct attention` of attention.c
 
 
 @functools.cache
@@ -83,10 +83,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logsums: T
 
 
 @functools.cache
-def _mathematics() -> tuple[int, int]:
+def _mathematics() -> tuple[int, ...]:
     """Return the functions of the C library that torch calls for what does not fill a vector."""
     library = ctypes.CDLL("libm.so.6")
-    exponential, logarithm = (ctypes.cast(function, ctypes.c_void_p).value for function in (library.expf, library.logf))
-    assert exponential is not None
-    assert logarithm is not None
-    return exponential, logarithm
+    functions = (library.exp, library.expf, library.logf)
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
