@@ -16,21 +16,8 @@ from torch.nn import functional
 from lingualinked.kernels import attention
 from lingualinked.model.hf_internals import torch_attention
 
-_PROBED_TOKENS = (
-    1,
-    2,
-    3,
-    5,
-    15,
-    16,
-    34,
-    49,
-    64,
-    203,
-    511,
-    551,
-    1102,
-)  # blocks of torch's kernel have 512, its vectors 16
+# Blocks of torch's kernel have 512 tokens, its vectors 16.
+_PROBED_TOKENS = (1, 2, 3, 5, 15, 16, 34, 49, 64, 203, 511, 551, 1102)
 _NUM_ROWS, _NUM_KEY_HEADS = 8, 2
 _NUM_LAST = 9
 _ARGUMENTS = ("dropout", "position_bias", "cache", "softcap", "output_attentions")  # that the kernel leaves to torch
