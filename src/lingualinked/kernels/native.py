@@ -12,9 +12,10 @@ from pathlib import Path
 
 @functools.cache
 def load_library(name: str) -> ctypes.CDLL | None:
-    """Return the library that was compiled from a source of this name, or None if there is none."""
+    """Return the library that was compiled from a source of this name, or None if there is none, or an older one."""
     path = Path(__file__).with_name(f"lib{name}.so")
-    return ctypes.CDLL(str(path)) if path.exists() else None
+    is_current = path.exists() and path.stat().st_mtime >= path.with_name(f"{name}.c").stat().st_mtime
+    return ctypes.CDLL(str(path)) if is_current else None
 
 
 @functools.cache

@@ -41,7 +41,7 @@ from lingualinked.planning.placement.tables import (
 from lingualinked.workload import Objective
 
 EXACT_SIZE = 1536
-"""Devices times layers up to which no gap is accepted; 16 devices hold 80 layers in seconds."""
+"""Devices times layers up to which no gap is accepted in free order; 16 devices hold 80 layers in seconds."""
 
 TIES_SIZE = 256
 """Devices times layers up to which ties in throughput are broken over all orders; beyond, along the order found."""
@@ -163,7 +163,8 @@ def _checked(
 class _Solver:
     def __init__(self, problem: Problem, order: Sequence[int] | None, limit: float) -> None:
         self.problem, self.order, self.limit = problem, order, limit
-        self.gap = 0.0 if problem.num_devices * problem.num_layers <= EXACT_SIZE else LARGE_GAP
+        is_exact = order is not None or problem.num_devices * problem.num_layers <= EXACT_SIZE
+        self.gap = 0.0 if is_exact else LARGE_GAP
         self.tables = SpanTables.of(problem)
         self.busy = bottleneck_costs(problem, self.tables)
         if math.isfinite(limit):
@@ -209,7 +210,8 @@ class _Solver:
             prices = answer.prices
             return answer.placement, answer.bound / sessions
 
-        found, bound = sweep_caps(self.busy, known, interval, quicker, bound=least_s / sessions, gap=self.gap)
+        gap = self.gap if math.isfinite(sessions) else 0.0  # a programme that asks only for existence is soon solved
+        found, bound = sweep_caps(self.busy, known, interval, quicker, bound=least_s / sessions, gap=gap)
         # 3) of placements that are as good, the quickest one
         if found and latency_s(problem, found) > least_s * (1 + PROVEN):
             is_small = problem.num_devices * problem.num_layers <= TIES_SIZE
@@ -228,7 +230,7 @@ class _Solver:
         """Return the placement that exceeds memory by least, and by how many bytes at most on one device."""
         costs = excess_costs(self.problem, self.tables)
         _, known = shortest_along(costs, self.orders, np.maximum)
-        found, _ = sweep_caps(costs, known, costs.costliest, lambda cap, _: self._any_within(costs, cap), gap=self.gap)
+        found, _ = sweep_caps(costs, known, costs.costliest, lambda cap, _: self._any_within(costs, cap))
         return found, costs.costliest(found) if found else math.inf
 
     def _seconds(self, cap: float) -> Costs:
