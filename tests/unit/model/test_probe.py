@@ -76,10 +76,10 @@ def inject(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear, "_multiply_packed", wrong)
 
 
-def are_the_same(first: Order, second: Order, num_rows: int, num_inputs: int) -> bool:
+def are_the_same(first: Order, second: Order, num_rows: int, num_inputs: int, has_bias: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        rows, weight, bias = packed_linear.cancelling_product(num_rows, num_inputs, 96, True, generator)
+        rows, weight, bias = packed_linear.cancelling_product(num_rows, num_inputs, 96, has_bias, generator)
         if not torch.equal(multiply(rows, weight, bias, first), multiply(rows, weight, bias, second)):
             return False
     return True
@@ -94,7 +94,7 @@ def test_another_order_is_refused(
     inject(order, monkeypatch)
     monkeypatch.setattr(packed_linear, "_TINY", 1.0)  # what underflows would refuse all of them
     if packed_linear._exact_kernel(num_rows, num_inputs, 256, has_bias, 1) is not None:
-        assert are_the_same(order, Order(chunk=chunk), num_rows, num_inputs)
+        assert are_the_same(order, Order(chunk=chunk), num_rows, num_inputs, has_bias)
 
 
 @pytest.mark.parametrize("num_rows", ROWS)
