@@ -183,7 +183,7 @@ class Elementary:
         is_free = self._network.leads_everywhere[labels.copy, labels.device] & (labels.end < self._network.num_layers)
         is_free &= self._num_costs == 1
         last, at = np.where(is_free, -1, labels.device), np.where(is_free, -1, labels.end)
-        limited = tuple(np.round(labels.cost[:, :-1].T / limit / PROVEN))
+        limited = tuple(np.round(labels.cost[:, :-1].T / max(limit * PROVEN, np.finfo(float).tiny)))
         alike = (*limited, at, last, labels.front, labels.copy, *np.packbits(labels.used, axis=1).T)
         order = np.lexsort((-labels.end, labels.cost[:, -1], *alike))
         group = np.zeros(len(order), dtype=int)

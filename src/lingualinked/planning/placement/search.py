@@ -121,14 +121,13 @@ class _Search:
                 raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({flow.message})")
             self.bound = self.limit
             return True
-        if flow.is_integral:
-            self.found, self.bound = arcs.placement(flow.x), max(self.bound, flow.bound)
-            return True
         _, length = self._programme.arcs(flow.prices, self.limit)
         if length > self.bound:
-            self.prices, self.bound = flow.prices, length
-        self.bound = max(self.bound, flow.bound)
-        return False
+            self.prices = flow.prices
+        self.bound = max(self.bound, length, flow.bound)
+        if flow.is_integral:
+            self.found = arcs.placement(flow.x)
+        return flow.is_integral
 
     def branch(self) -> None:
         """Follow more and more paths, until no better one can be left."""

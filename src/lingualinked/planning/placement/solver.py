@@ -44,7 +44,7 @@ EXACT_SIZE = 1536
 """Devices times layers up to which no gap is accepted in free order; 16 devices hold 80 layers in seconds."""
 
 TIES_SIZE = 256
-"""Devices times layers up to which ties in throughput are broken over all orders; beyond, along the order found."""
+"""Devices times layers up to which ties are broken over all placements; beyond, among those that are soon found."""
 
 LARGE_GAP = 0.01
 """Share of the value at which the search ends for more; it may end with a larger one, which is stated."""
@@ -165,6 +165,7 @@ class _Solver:
         self.problem, self.order, self.limit = problem, order, limit
         is_exact = order is not None or problem.num_devices * problem.num_layers <= EXACT_SIZE
         self.gap = 0.0 if is_exact else LARGE_GAP
+        self.is_small = problem.num_devices * problem.num_layers <= TIES_SIZE
         self.tables = SpanTables.of(problem)
         self.busy = bottleneck_costs(problem, self.tables)
         if math.isfinite(limit):
@@ -180,7 +181,11 @@ class _Solver:
             Programme(sum_costs(self.problem, self.busy, self.tables, watts=each), self.order) for each in (watts, None)
         )
         value = energy_j(self.problem, answer.placement)
-        _, tied, _ = costs.elementary(answer.prices, seconds).search(value * (1 + PROVEN), WIDTHS[1])
+        search, tied = costs.elementary(answer.prices, seconds), answer.placement
+        for width in WIDTHS if self.is_small else WIDTHS[:-1]:
+            least_s, tied, bound = search.search(value * (1 + PROVEN), width)
+            if bound >= least_s:
+                break
         is_better = (
             tied
             and energy_j(self.problem, tied) <= value * (1 + TOLERANCE)
@@ -214,8 +219,7 @@ class _Solver:
         found, bound = sweep_caps(self.busy, known, interval, quicker, bound=least_s / sessions, gap=gap)
         # 3) of placements that are as good, the quickest one
         if found and latency_s(problem, found) > least_s * (1 + PROVEN):
-            is_small = problem.num_devices * problem.num_layers <= TIES_SIZE
-            order = self.order if is_small else tuple(dict.fromkeys(span.device for span in found))
+            order = self.order if self.is_small or self.order else tuple(dict.fromkeys(span.device for span in found))
             programme = Programme(self._seconds(interval(found)), order)
             found = cheapest(programme, latency_s(problem, found), found, gap=self.gap).placement
         return found, bound
