@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from scipy import optimize
 
 from lingualinked.errors import ArgumentError, InfeasiblePlanError, LingualinkedError
 from lingualinked.planning.placement import search, solver
+from lingualinked.planning.placement.network import shortest_along
 from lingualinked.planning.placement.problem import (
     Placement,
     Problem,
@@ -25,6 +27,7 @@ from lingualinked.planning.placement.problem import (
     latency_s,
 )
 from lingualinked.planning.placement.solver import solve_problem
+from lingualinked.planning.placement.tables import SpanTables, bottleneck_costs, sum_costs
 from lingualinked.workload import Objective
 from placements import Judged, best_along, draw_problem, every_placement
 from random_problems import random_problem
@@ -171,6 +174,30 @@ def test_a_few_arcs_at_a_time_lead_to_what_all_lead_to(
     best = solve_problem(problem, objective).value
     monkeypatch.setattr(search, "MAX_ARCS", 200)
     assert solve_problem(problem, objective).value == pytest.approx(best, rel=SUMMED_DIFFERENTLY)
+
+
+@pytest.mark.parametrize("seed", [3, 16])
+def test_ties_in_energy_go_to_the_lower_latency(seed: int) -> None:
+    problem = random_problem(seed, num_layers=32, num_devices=8, num_kinds=1 + seed % 3)
+    solution, tables = solve_problem(problem, "energy"), SpanTables.of(problem)
+    joules = sum_costs(problem, bottleneck_costs(problem, tables), tables, watts=problem.watts)
+    for order in itertools.permutations({span.device for span in solution.placement}):
+        value, other = shortest_along(joules, [order])
+        assert value >= solution.value * (1 - SUMMED_DIFFERENTLY)
+        if other and value <= solution.value * (1 + SUMMED_DIFFERENTLY):
+            assert latency_s(problem, other) >= latency_s(problem, solution.placement) * (1 - SUMMED_DIFFERENTLY)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_in_a_fixed_order_go_to_the_lower_latency(seed: int) -> None:
+    problem = random_problem(seed, num_layers=64, num_devices=16, num_kinds=1 + seed % 3)
+    trusted = np.arange(16) == 5
+    problem = dataclasses.replace(problem, may_be_first=trusted, may_be_last=trusted, may_close=trusted)
+    order = (5, *np.random.default_rng(seed).permutation([*range(5), *range(6, 16)]).tolist())
+    solution, tables = solve_problem(problem, order=order), SpanTables.of(problem)
+    within = sum_costs(problem, bottleneck_costs(problem, tables).at_most(solution.value), tables)
+    best_s, _ = shortest_along(within, [order])
+    assert latency_s(problem, solution.placement) == pytest.approx(best_s, rel=SUMMED_DIFFERENTLY)
 
 
 def test_on_language_models_there_is_no_gap() -> None:
