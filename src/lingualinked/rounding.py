@@ -17,7 +17,7 @@ class Rounding(msgspec.Struct, frozen=True):
     Parameters
     ----------
     fingerprint : str
-        Digest of the bits of some results: workers with the same one sum in the same order.
+        Digest of the bits of some results: workers with the same one sum in the same order. Empty: not known.
     independent_rows : int
         From so many rows on, the bits of a batch's row do not depend on the other rows; 0: they always may.
     """
@@ -30,7 +30,8 @@ def describe_difference(roundings: Mapping[str, Rounding]) -> str:
     """Say why the workers of some devices can't give the bits of one; empty if they can."""
     groups: dict[str, list[str]] = {}
     for device, rounding in roundings.items():
-        groups.setdefault(rounding.fingerprint, []).append(device)
+        if rounding.fingerprint:
+            groups.setdefault(rounding.fingerprint, []).append(device)
     if len(groups) < 2:
         return ""
     return f"{' and '.join(', '.join(map(repr, names)) for names in groups.values())} sum in different orders"

@@ -59,6 +59,7 @@ from lingualinked.protocol.moving import (
     MovingMessage,
     WeightChunk,
 )
+from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
@@ -75,7 +76,7 @@ from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import Lifeline
-from lingualinked.worker.limits import apply_limits, resident_bytes
+from lingualinked.worker.limits import apply_limits, resident_bytes, spare_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
 from lingualinked.worker.pace import Pace
@@ -110,6 +111,11 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     finally:
         background.stop()
         mailbox.close()
+
+
+_PROBE_BYTES = (
+    256 << 20
+)  # a worker with less to spare does not try how torch rounds: the kernels that this compiles stay in memory
 
 
 class Worker:
@@ -236,13 +242,13 @@ class Worker:
             self._send_to_caller(Progress(request=message.request, num_done=num_bytes))
 
         def loaded(stage: Stage) -> None:
-            weight_bytes, num_bytes_read = stage.weight_bytes, stage.num_bytes_read
+            has_room = spare_bytes(self._boot.accelerator) >= _PROBE_BYTES
             self._send_to_caller(
                 StageLoaded(
                     request=message.request,
-                    weight_bytes=weight_bytes,
-                    num_bytes_read=num_bytes_read,
-                    rounding=stage.rounding,
+                    weight_bytes=stage.weight_bytes,
+                    num_bytes_read=stage.num_bytes_read,
+                    rounding=stage.rounding if has_room else Rounding("", 0),
                 )
             )
 

@@ -71,5 +71,6 @@ def test_the_workers_together() -> None:
     alike, other = Rounding("a", 2), Rounding("b", 4)
     assert describe_difference({"x": alike, "y": alike}) == ""
     assert describe_difference({"x": alike, "y": other, "z": alike}) == "'x', 'z' and 'y' sum in different orders"
+    assert describe_difference({"x": alike, "y": Rounding("", 0)}) == ""
     assert independent_rows([alike, other]) == 4
     assert independent_rows([alike, Rounding("a", 0)]) == 0
