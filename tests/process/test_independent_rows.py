@@ -24,9 +24,14 @@ def save(folder: Path, **sizes: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def test_rows_that_end_within_a_vector_are_not_independent(tmp_path: Path, shared_cluster: ll.Cluster) -> None:
-    save(tmp_path, intermediate_size=37)  # the last elements of a batch are computed by other functions
-    with ll.ShardedModel.from_pretrained(tmp_path, cluster=shared_cluster, progress=False) as model:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_that_end_within_a_vector_are_not_independent(
+    dtype: str, tmp_path: Path, shared_cluster: ll.Cluster
+) -> None:
+    save(
+        tmp_path, hidden_size=256, intermediate_size=37
+    )  # the last elements of a batch are computed by other functions
+    with ll.ShardedModel.from_pretrained(tmp_path, cluster=shared_cluster, dtype=dtype, progress=False) as model:
         assert model.independent_rows == 0
 
 

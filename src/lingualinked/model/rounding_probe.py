@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lingualinked.model.packed_linear import cancelling_product
+from lingualinked.model.packed_linear import PackedLinear, cancelling_product
 from lingualinked.rounding import Rounding
 
 _NUM_ROWS = 32
@@ -44,7 +44,9 @@ def probe_rounding(dtype: torch.dtype, num_threads: int) -> Rounding:  # noqa: A
 
 def fills_vectors(model: nn.Module) -> bool:
     """Say whether no row of what a model computes ends within a vector: then a row's place does not change its bits."""
-    return all(parameter.shape[-1] % _VECTOR == 0 for parameter in model.parameters() if parameter.ndim > 1)
+    sizes = [parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1]
+    sizes += [module.in_features for module in model.modules() if isinstance(module, PackedLinear)]  # no parameter
+    return all(size % _VECTOR == 0 for size in sizes)
 
 
 def _least_independent(function: Batched, whole: Tensor) -> int:
