@@ -28,9 +28,9 @@ struct attention {
     struct strides of_query, of_keys, of_values;
     long batch, heads, group, tokens, dim;  // a group of heads shares keys and values; dim is a multiple of 8
     double scale;
-    long threads;
     double (*exponential)(double);                                   // exp, for weights that do not fill a vector
     float (*exponential32)(float), (*logarithm)(float);              // expf, logf
+    long threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
     int (*thread_number)(void), (*num_threads)(void);                // omp_get_thread_num, omp_get_num_threads
 };

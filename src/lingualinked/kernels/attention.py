@@ -16,20 +16,15 @@ from torch import Tensor
 
 from lingualinked.kernels import native
 
-_NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
+_NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
 _MAX_DIM = 256
 _DIM_MULTIPLE = 8
-_ARGUMENTS = struct.Struct("@5P9l5ldl6P")  # `struct attention` of attention.c
+_ARGUMENTS = struct.Struct("@5P9l5ld3Pl3P")  # `struct attention` of attention.c
 
 
-@functools.cache
 def is_available() -> bool:
     """Say whether this processor runs the kernel, and it was compiled."""
-    return (
-        sys.platform == "linux"
-        and native.load_library("attention") is not None
-        and native.processor_flags() >= _NEEDED_FLAGS
-    )
+    return sys.platform == "linux" and native.is_available("attention", _NEEDED_FLAGS)
 
 
 def accepts(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -55,29 +50,25 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logsums: T
     """
     num_rows, num_heads, _, dim = query.shape
     result = query.new_empty(num_rows, 1, num_heads, dim)
-    num_threads = torch.get_num_threads()
-    library = native.load_library("attention")
-    assert library is not None
-    library.attention(
-        _ARGUMENTS.pack(
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            result.data_ptr(),
-            0 if logsums is None else logsums.data_ptr(),
-            *query.stride()[:3],
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            num_rows,
-            num_heads,
-            num_heads // keys.shape[1],
-            keys.shape[2],
-            dim,
-            scale,
-            num_threads,
-            *_mathematics(),
-            *((num_threads > 1 and native.openmp()) or (0, 0, 0)),
-        )
+    native.call(
+        "attention",
+        "attention",
+        _ARGUMENTS,
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        result.data_ptr(),
+        0 if logsums is None else logsums.data_ptr(),
+        *query.stride()[:3],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        num_rows,
+        num_heads,
+        num_heads // keys.shape[1],
+        keys.shape[2],
+        dim,
+        scale,
+        *_mathematics(),
     )
     return result
 

@@ -6,7 +6,6 @@ compares. `few_rows.c` has the order.
 
 from __future__ import annotations
 
-import functools
 import struct
 
 import torch
@@ -21,14 +20,13 @@ CHUNKS = (512, 1024)
 """Inputs whose products oneDNN adds up before it adds them to the others: for one row, and for several."""
 
 _STORED_INPUTS = 32  # inputs are filled up with zeros to a multiple of it
-_NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+_NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
 _ARGUMENTS = struct.Struct("@4P5li3P")  # `struct product` of few_rows.c
 
 
-@functools.cache
 def is_available() -> bool:
     """Say whether this processor runs the kernel, and it was compiled."""
-    return native.load_library("few_rows") is not None and native.processor_flags() >= _NEEDED_FLAGS
+    return native.is_available("few_rows", _NEEDED_FLAGS)
 
 
 def is_known_layout(packed: Tensor, in_features: int, out_features: int) -> bool:
@@ -52,23 +50,19 @@ def multiply(rows: Tensor, weight: int, bias: Tensor | None, out_features: int, 
     num_rows, in_features = rows.shape
     rows = functional.pad(rows, (0, 1)) if in_features % 2 else rows.contiguous()
     result = rows.new_empty(num_rows, out_features)
-    num_threads = torch.get_num_threads()
-    library = native.load_library("few_rows")
-    assert library is not None
-    library.multiply(
-        _ARGUMENTS.pack(
-            rows.data_ptr(),
-            weight,
-            0 if bias is None else bias.data_ptr(),
-            result.data_ptr(),
-            num_rows,
-            rows.shape[1] // 2,
-            _filled(in_features, _STORED_INPUTS) // 2,
-            out_features,
-            chunk // 2,
-            num_threads,
-            *((num_threads > 1 and native.openmp()) or (0, 0, 0)),
-        )
+    native.call(
+        "few_rows",
+        "multiply",
+        _ARGUMENTS,
+        rows.data_ptr(),
+        weight,
+        0 if bias is None else bias.data_ptr(),
+        result.data_ptr(),
+        num_rows,
+        rows.shape[1] // 2,
+        _filled(in_features, _STORED_INPUTS) // 2,
+        out_features,
+        chunk // 2,
     )
     return result
 

@@ -6,18 +6,16 @@ Knows the orders in which MKL sums on AMD's processors; not whether torch sums s
 
 from __future__ import annotations
 
-import functools
 import struct
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lingualinked.kernels import native
 
 MAX_ROWS = 16
 
-_NEEDED_FLAGS = {"avx", "avx2", "fma"}
+_NEEDED_FLAGS = frozenset({"avx", "avx2", "fma"})
 _REGISTER_ROWS = 8
 _LANES = 4  # inputs that are added up side by side, and outputs that are computed at once: MKL sums others otherwise
 _ALIGNMENT_BYTES = 16  # from another address, MKL adds the first inputs one by one
@@ -35,10 +33,9 @@ _LANES_AFTER_FOUR, _LANES_ONLY, _CHUNKS = range(3)
 _ARGUMENTS = struct.Struct("@5P5l2i3P")  # `struct product` of float_rows.c
 
 
-@functools.cache
 def is_available() -> bool:
     """Say whether this processor runs the kernel, and it was compiled."""
-    return native.load_library("float_rows") is not None and native.processor_flags() >= _NEEDED_FLAGS
+    return native.is_available("float_rows", _NEEDED_FLAGS)
 
 
 def known_orders(num_rows: int) -> tuple[Order, ...]:
@@ -66,23 +63,19 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, order: Order) ->
     result = rows.new_empty(num_rows, out_features)
     columns = order.first_lane_row and -(-order.first_lane_row // _REGISTER_ROWS) * _REGISTER_ROWS
     transposed = rows.new_empty(in_features * columns)
-    num_threads = torch.get_num_threads()
-    library = native.load_library("float_rows")
-    assert library is not None
-    library.multiply(
-        _ARGUMENTS.pack(
-            rows.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            result.data_ptr(),
-            transposed.data_ptr(),
-            num_rows,
-            in_features,
-            out_features,
-            -(-in_features // 2) if _CHUNK < in_features < 2 * _CHUNK else _CHUNK,
-            *reversed(order),
-            num_threads,
-            *((num_threads > 1 and native.openmp()) or (0, 0, 0)),
-        )
+    native.call(
+        "float_rows",
+        "multiply",
+        _ARGUMENTS,
+        rows.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        result.data_ptr(),
+        transposed.data_ptr(),
+        num_rows,
+        in_features,
+        out_features,
+        -(-in_features // 2) if _CHUNK < in_features < 2 * _CHUNK else _CHUNK,
+        *reversed(order),
     )
     return result

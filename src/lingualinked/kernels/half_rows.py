@@ -6,7 +6,6 @@ Knows the order in which torch's own dot products sum on x86; not whether torch 
 
 from __future__ import annotations
 
-import functools
 import struct
 
 import torch
@@ -17,15 +16,14 @@ from lingualinked.kernels import native
 MIN_ROWS = 3  # torch's dot products read the weight once per row: up to two rows, at least as fast
 MAX_ROWS = 16
 
-_NEEDED_FLAGS = {"avx", "avx2", "fma", "f16c"}
+_NEEDED_FLAGS = frozenset({"avx", "avx2", "fma", "f16c"})
 _INPUTS_MULTIPLE = 16  # torch rounds the products of what is left over
 _ARGUMENTS = struct.Struct("@3P3l2i3P")  # `struct product` of half_rows.c
 
 
-@functools.cache
 def is_available() -> bool:
     """Say whether this processor runs the kernel, and it was compiled."""
-    return native.load_library("half_rows") is not None and native.processor_flags() >= _NEEDED_FLAGS
+    return native.is_available("half_rows", _NEEDED_FLAGS)
 
 
 def accepts(rows: Tensor, weight: Tensor) -> bool:
@@ -38,20 +36,16 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (num_rows, in_features), out_features = rows.shape, len(weight)
     inputs = rows.float()
     result = inputs.new_empty(num_rows, out_features)
-    num_threads = torch.get_num_threads()
-    library = native.load_library("half_rows")
-    assert library is not None
-    library.multiply(
-        _ARGUMENTS.pack(
-            inputs.data_ptr(),
-            weight.data_ptr(),
-            result.data_ptr(),
-            num_rows,
-            in_features,
-            out_features,
-            weight.dtype is torch.bfloat16,
-            num_threads,
-            *((num_threads > 1 and native.openmp()) or (0, 0, 0)),
-        )
+    native.call(
+        "half_rows",
+        "multiply",
+        _ARGUMENTS,
+        inputs.data_ptr(),
+        weight.data_ptr(),
+        result.data_ptr(),
+        num_rows,
+        in_features,
+        out_features,
+        weight.dtype is torch.bfloat16,
     )
     return (result if bias is None else result.add_(bias)).to(rows.dtype)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
+
+import torch
 
 
 @functools.cache
@@ -16,6 +19,21 @@ def load_library(name: str) -> ctypes.CDLL | None:
     path = Path(__file__).with_name(f"lib{name}.so")
     is_current = path.exists() and path.stat().st_mtime >= path.with_name(f"{name}.c").stat().st_mtime
     return ctypes.CDLL(str(path)) if is_current else None
+
+
+@functools.cache
+def is_available(name: str, flags: frozenset[str]) -> bool:
+    """Say whether a kernel was compiled, and the processor has the instruction sets that it needs."""
+    return load_library(name) is not None and processor_flags() >= flags
+
+
+def call(name: str, function: str, arguments: struct.Struct, *values: float) -> None:
+    """Call a kernel's function with its structure, which ends with the number of threads and what shares work among them."""
+    library = load_library(name)
+    assert library is not None
+    num_threads = torch.get_num_threads()
+    team = (num_threads > 1 and openmp()) or (0, 0, 0)
+    getattr(library, function)(arguments.pack(*values, num_threads, *team))
 
 
 @functools.cache

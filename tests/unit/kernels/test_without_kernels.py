@@ -19,9 +19,7 @@ from lingualinked.model import float_linear, packed_linear
 
 PACKAGE = Path(lingualinked.__file__).parent
 CACHES = (
-    few_rows.is_available,
-    float_rows.is_available,
-    half_rows.is_available,
+    native.is_available,
     packed_linear._exact_kernel,
     float_linear._exact_kernel,
 )
