@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from lingualinked.console import new_console
 from lingualinked.errors import LingualinkedError
-from lingualinked.model.float_linear import FloatLinear, speed_up_linears
-from lingualinked.model.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
+from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 from lingualinked.tables import Rows
 
 SHAPES = (  # inputs and outputs of layers of real models

@@ -13,7 +13,7 @@ import torch
 
 import families
 from conversations import Cut, Whole, beam_and_back, greedy, load_stages, spec_of
-from lingualinked.model.packed_linear import PackedLinear
+from lingualinked.model.exact.packed_linear import PackedLinear
 
 WIDTH = 128
 

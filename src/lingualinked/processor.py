@@ -1,4 +1,4 @@
-"""Finds the name of this machine's processor.
+"""Finds out which processor this machine has.
 
 Knows what the operating system reports, not what the processor can do.
 """
@@ -9,6 +9,8 @@ import contextlib
 import platform
 from pathlib import Path
 
+_DIFFERING = ("apicid", "bogomips", "BogoMIPS", "core id", "cpu MHz", "initial apicid", "physical id", "processor\t")
+
 
 def processor_name() -> str:
     """Return the model of the processor, or its architecture if the system reports no model."""
@@ -17,3 +19,11 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def describe_processor() -> str:
+    """Return all that the system reports of one core, without what changes and what differs between cores."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        return "\n".join(line for line in lines if not line.startswith(_DIFFERING))
+    return processor_name()

@@ -1,6 +1,6 @@
 """How a worker rounds, as plain data: what tells two workers apart, and what a row's bits depend on.
 
-Knows no torch; `model/rounding_probe.py` finds it out.
+Knows no torch; `model/exact/rounding_probe.py` finds it out.
 """
 
 from __future__ import annotations

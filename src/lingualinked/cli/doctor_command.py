@@ -46,7 +46,7 @@ def run_doctor() -> None:
 
 def _products() -> Rows:
     """Measure what a decode step spends its time on: products of few rows, against what memory gives."""
-    from lingualinked.model.linear_speed import measure_linears, measure_memory  # imports torch
+    from lingualinked.model.exact.linear_speed import measure_linears, measure_memory  # imports torch
 
     memory_bytes_per_s = measure_memory()
     rows = [

@@ -12,7 +12,7 @@ from torch import nn
 
 from lingualinked.model import hf_internals
 from lingualinked.model.cut import Boundary, StandIn, prune
-from lingualinked.model.packed_linear import PackedLinear
+from lingualinked.model.exact.packed_linear import PackedLinear
 from lingualinked.model.span_loading import LoadedSpan
 
 if TYPE_CHECKING:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model import exact_attention, hf_internals
+from lingualinked.model import hf_internals
 from lingualinked.model.cut import SpanLeft
-from lingualinked.model.float_linear import speed_up_linears
+from lingualinked.model.exact import exact_attention
+from lingualinked.model.exact.float_linear import speed_up_linears
+from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.exact.rounding_probe import fills_vectors, probe_rounding
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
-from lingualinked.model.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.parts import cache_slots
-from lingualinked.model.rounding_probe import fills_vectors, probe_rounding
 from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.torch_settings import TorchSettings, torch_settings
 from lingualinked.quantities import count_text

@@ -15,11 +15,11 @@ import msgspec
 import psutil
 
 from lingualinked.cluster.profiling import library_versions, num_measurements, profile_devices
+from lingualinked.disk_cache import read_cached, write_cached
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.processor import processor_name
 from lingualinked.profile import Profile
-from lingualinked.sharded.disk_cache import read_cached, write_cached
 from lingualinked.sharded.progress import DeviceProgress
 from lingualinked.workload import Objective, Workload
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lingualinked.kernels import few_rows
-from lingualinked.model import packed_linear
-from lingualinked.model.packed_linear import PackedLinear
+from lingualinked.model.exact import packed_linear, product_probe, products
+from lingualinked.model.exact.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(not few_rows.is_available(), reason="this processor does not run the kernel")
 
@@ -75,7 +75,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
     """Draw a number of rows, of inputs and of outputs: of a weight that is not so small that it is never packed."""
     num_inputs = draw(st.one_of(st.integers(1, 5000), st.sampled_from([31, 33, 512, 513, 1024, 1025, 2047])))
     num_outputs = draw(
-        st.integers(-(-packed_linear._MIN_ELEMENTS // num_inputs), max(65, min(9000, 400_000 // num_inputs)))
+        st.integers(-(-product_probe.MIN_ELEMENTS // num_inputs), max(65, min(9000, 400_000 // num_inputs)))
     )
     return draw(st.integers(1, 16)), num_inputs, num_outputs
 
@@ -156,7 +156,7 @@ def test_inputs_that_lie_anywhere(num_inputs: int) -> None:
 def product_of(num_rows: int, num_inputs: int, num_outputs: int) -> tuple[Tensor, PackedLinear, Tensor]:
     """Make rows, a layer for them, and what torch multiplies them to."""
     generator = torch.Generator().manual_seed(num_rows)
-    rows, weight, bias = packed_linear.cancelling_product(num_rows, num_inputs, num_outputs, True, generator)
+    rows, weight, bias = products.cancelling_product(num_rows, num_inputs, num_outputs, True, generator)
     with torch.inference_mode():
         return rows, layer_of(weight, bias), functional.linear(rows, weight, bias)
 

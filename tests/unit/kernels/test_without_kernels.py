@@ -15,7 +15,7 @@ from torch import nn
 
 import lingualinked
 from lingualinked.kernels import few_rows, float_rows, half_rows, native
-from lingualinked.model import float_linear, packed_linear
+from lingualinked.model.exact import float_linear, packed_linear
 
 PACKAGE = Path(lingualinked.__file__).parent
 CACHES = (
@@ -27,8 +27,8 @@ COMPARE = """
 import torch
 from torch import nn
 from lingualinked.kernels import few_rows, float_rows, half_rows
-from lingualinked.model.float_linear import speed_up_linears
-from lingualinked.model.packed_linear import pack_linears
+from lingualinked.model.exact.float_linear import speed_up_linears
+from lingualinked.model.exact.packed_linear import pack_linears
 assert not any(kernel.is_available() for kernel in (few_rows, float_rows, half_rows))
 torch.set_num_threads(1)
 for dtype in (torch.bfloat16, torch.float32, torch.float16):

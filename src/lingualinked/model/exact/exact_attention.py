@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lingualinked.kernels import attention
+from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.hf_internals import torch_attention
 
 # Blocks of torch's kernel have 512 tokens, its vectors 16.
@@ -58,6 +59,7 @@ def _computes_fused() -> bool:
 
 
 @functools.cache
+@keep_result(bool)
 def is_exact(dim: int, group: int, num_threads: int) -> bool:  # noqa: ARG001 - torch's choices may depend on it
     """Probe whether the kernel has the bits of torch's attention, where `group` heads share keys and values."""
     if not attention.is_available():

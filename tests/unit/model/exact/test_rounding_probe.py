@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lingualinked.model import rounding_probe
-from lingualinked.model.rounding_probe import probe_rounding
+from lingualinked.model.exact import rounding_probe
+from lingualinked.model.exact.rounding_probe import probe_rounding
 from lingualinked.rounding import Rounding, describe_difference, independent_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +37,7 @@ def test_rows_that_are_called_independent_are(dtype: torch.dtype) -> None:
 def fresh_fingerprint(**variables: str) -> str:
     """Return the fingerprint that a new process finds under some variables of the environment."""
     code = (
-        "import torch; torch.set_num_threads(1); from lingualinked.model.rounding_probe import probe_rounding; "
+        "import torch; torch.set_num_threads(1); from lingualinked.model.exact.rounding_probe import probe_rounding; "
         "print(*(probe_rounding(dtype, 1).fingerprint for dtype in (torch.bfloat16, torch.float32)))"
     )
     run = subprocess.run(

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lingualinked.kernels import float_rows, half_rows, native
-from lingualinked.model import float_linear
-from lingualinked.model.float_linear import FloatLinear, speed_up_linears
-from lingualinked.model.packed_linear import cancelling_product
+from lingualinked.model.exact import float_linear
+from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
+from lingualinked.model.exact.products import cancelling_product
 from lingualinked.model.torch_settings import torch_settings
 
 SIZES = (4, 60, 64, 100, 188, 192, 196, 256, 380, 384, 388, 576, 577, 768, 1026, 2048)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lingualinked.model import packed_linear
-from lingualinked.model.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.exact import packed_linear, products
+from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +83,13 @@ def test_the_probe_notices_another_order_of_summation(
     rows: int, wrong: packed_linear.Kernel, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_linear, "_multiply_few", lambda layer, rows, chunk: wrong(layer, rows))
-    assert packed_linear._exact_kernel(rows, 768, 96, has_bias, 1) in (packed_linear._multiply_packed, None)
+    assert packed_linear._exact_kernel(torch.bfloat16, rows, 768, 96, has_bias, 1) in (
+        packed_linear._multiply_packed,
+        None,
+    )
     packed_linear._exact_kernel.cache_clear()
     monkeypatch.setattr(packed_linear, "_multiply_packed", wrong)
-    assert packed_linear._exact_kernel(rows, 768, 96, has_bias, 1) is None
+    assert packed_linear._exact_kernel(torch.bfloat16, rows, 768, 96, has_bias, 1) is None
 
 
 def test_what_the_probe_tries() -> None:
@@ -94,13 +97,13 @@ def test_what_the_probe_tries() -> None:
     for has_bias in (False, True):
         rows, weight, bias = (
             None if each is None else each.double()
-            for each in packed_linear.cancelling_product(3, 300, 80, has_bias, generator)
+            for each in products.cancelling_product(3, 300, 80, has_bias, generator)
         )
         whole = nn.functional.linear(rows, weight, bias)
         terms = nn.functional.linear(rows.abs(), weight.abs(), None if bias is None else bias.abs())
         assert (whole.abs() < 1e-3 * terms).all()
         assert bias is None or 0.5 < bias.abs().mean() < 1.5
-        rows, weight, bias = packed_linear.tied_product(3, 300, 80, has_bias, generator)
+        rows, weight, bias = products.tied_product(3, 300, 80, has_bias, generator)
         exact = nn.functional.linear(rows.double(), weight.double(), None if bias is None else bias.double())
         beyond = exact.abs() / 2.0 ** exact.abs().clamp(min=1).log2().floor() * 2**7 % 1 - 0.5
         for near in (beyond == 0, (beyond > 0) & (beyond < 1e-3), (beyond < 0) & (beyond > -1e-3)):
@@ -111,7 +114,7 @@ def test_what_the_probe_tries() -> None:
 def test_small_layers_stay_plain() -> None:
     plain = linear(32, 32, True)  # torch multiplies it without oneDNN, in another order
     assert packed(plain) is plain
-    assert not packed_linear._exact_kernel(1, 32, 32, True, 1)
+    assert not packed_linear._exact_kernel(torch.bfloat16, 1, 32, 32, True, 1)
 
 
 SWITCHES = (31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2048, 2049)
@@ -119,7 +122,7 @@ ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("make", [packed_linear.cancelling_product, packed_linear.tied_product])
+@pytest.mark.parametrize("make", [products.cancelling_product, products.tied_product])
 def test_layers_of_all_sizes(make: Callable[..., Any], has_bias: bool) -> None:
     draw, generator = random.Random(f"{make.__name__} {has_bias}"), torch.Generator().manual_seed(1)
     sizes = [(draw.choice(SWITCHES), draw.choice(SWITCHES)) for _ in range(20)]

@@ -1,7 +1,7 @@
 """Finds out how torch rounds here: in which order it sums, and whether a row's bits depend on the other rows.
 
 Knows torch's products, attention and elementwise functions; no models. Inputs are made so that any other order of summation
-shows (`packed_linear.cancelling_product`).
+shows (`products.cancelling_product`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lingualinked.model.packed_linear import PackedLinear, cancelling_product
+from lingualinked.model.exact.kept_probes import keep_result
+from lingualinked.model.exact.packed_linear import PackedLinear
+from lingualinked.model.exact.products import cancelling_product
 from lingualinked.rounding import Rounding
 
 _NUM_ROWS = 32
@@ -30,6 +32,7 @@ Batched = Callable[[slice], Tensor]
 
 
 @functools.cache
+@keep_result(Rounding)
 def probe_rounding(dtype: torch.dtype, num_threads: int) -> Rounding:  # noqa: ARG001 - results depend on it
     """Find out how this process rounds in a dtype, with the number of threads that torch uses now; in some 10 ms."""
     digest, least = hashlib.sha256(), 1

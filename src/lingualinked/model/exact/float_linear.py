@@ -7,30 +7,24 @@ computes dot products. Knows no models and no stages.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, backends, nn
 from torch.nn import functional
 
 from lingualinked.kernels import float_rows, half_rows
+from lingualinked.model.exact.kept_probes import keep_result
+from lingualinked.model.exact.product_probe import Kernel, Shape, find_exact_kernel
 from lingualinked.model.memory import use_huge_pages
-from lingualinked.model.packed_linear import absorbing_product, cancelling_product
 
-_MIN_ELEMENTS = 1 << 13  # of a weight; a smaller one is multiplied sooner than a kernel is called
-_PROBED_ELEMENTS = 1 << 20  # of a weight that is probed at full size; a larger one is probed with fewer outputs
-_BLOCK_OUTPUTS = 64
 _MAX_ROWS = max(float_rows.MAX_ROWS, half_rows.MAX_ROWS)
-
-Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""From contiguous rows ``[M, in features]``, a weight and a bias to the product ``[M, out features]``."""
 
 
 class FloatLinear(nn.Linear):
     """Computes exactly what an `nn.Linear` on the CPU computes, from the same weight.
 
-    For each number of rows, a probe (`_exact_kernel`), made once per process, finds a kernel that sums in torch's order; if
-    there is none, the product is torch's.
+    For each number of rows, a probe finds a kernel that sums in torch's order; if there is none, the product is torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
@@ -40,7 +34,7 @@ class FloatLinear(nn.Linear):
             rows = input.reshape(num_rows, self.in_features)
             kernel = _exact_kernel(*_shape(self, num_rows))
             if kernel is not None and _accepts(rows, self.weight):
-                return kernel(rows, self.weight, self.bias).view(*input.shape[:-1], self.out_features)
+                return kernel(self, rows).view(*input.shape[:-1], self.out_features)
         return functional.linear(input, self.weight, self.bias)
 
     def kernel_name(self, num_rows: int) -> str:
@@ -90,40 +84,35 @@ def _accepts(rows: Tensor, weight: Tensor) -> bool:
     return float_rows.accepts(rows, weight) if rows.dtype is torch.float32 else half_rows.accepts(rows, weight)
 
 
-def _known_kernels(dtype: torch.dtype, num_rows: int) -> list[Kernel]:
-    if dtype is torch.float32 and float_rows.is_available():
-        return [functools.partial(float_rows.multiply, order=order) for order in float_rows.known_orders(num_rows)]
-    if dtype in (torch.float16, torch.bfloat16) and half_rows.is_available() and num_rows >= half_rows.MIN_ROWS:
-        return [half_rows.multiply]
-    return []
+def _kernels(dtype: torch.dtype, num_rows: int) -> dict[str, Kernel]:
+    """Return the products of so many rows that may have torch's order, by name."""
+    if dtype is torch.float32 and float_rows.is_available() and num_rows <= float_rows.MAX_ROWS:
+        orders = float_rows.known_orders(num_rows)
+        return {f"float_rows.c {order}": functools.partial(_multiply_float, order=order) for order in orders}
+    if dtype in (torch.float16, torch.bfloat16) and half_rows.is_available():
+        return {"half_rows.c": _multiply_half} if half_rows.MIN_ROWS <= num_rows <= half_rows.MAX_ROWS else {}
+    return {}
+
+
+def _multiply_float(layer: nn.Linear, rows: Tensor, *, order: float_rows.Order) -> Tensor:
+    return float_rows.multiply(rows, layer.weight, layer.bias, order)
+
+
+def _multiply_half(layer: nn.Linear, rows: Tensor) -> Tensor:
+    return half_rows.multiply(rows, layer.weight, layer.bias)
+
+
+def _kernels_for(layer: nn.Linear, rows: Tensor) -> dict[str, Kernel]:
+    return _kernels(rows.dtype, len(rows)) if _accepts(rows, layer.weight) else {}
+
+
+@keep_result(str)
+def _float_kernel(*shape: Any) -> str:
+    return find_exact_kernel(Shape(*shape), nn.Module.eval, _kernels_for)
 
 
 @functools.cache
-def _exact_kernel(
-    dtype: torch.dtype,
-    num_rows: int,
-    in_features: int,
-    out_features: int,
-    has_bias: bool,
-    num_threads: int,
-) -> Kernel | None:
-    """Probe which kernel is bit-equal to torch's product in these shapes: the first, or none.
-
-    A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels.
-    """
-    kernels = _known_kernels(dtype, num_rows)
-    if in_features * out_features < _MIN_ELEMENTS or not kernels:
-        return None
-    num_blocks = max(num_threads, 1, _PROBED_ELEMENTS // in_features // _BLOCK_OUTPUTS)
-    num_outputs = min(out_features, num_blocks * _BLOCK_OUTPUTS + out_features % _BLOCK_OUTPUTS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        for make in (cancelling_product, absorbing_product):
-            if make is absorbing_product and dtype is torch.float16:
-                break  # it holds no value that absorbs others
-            rows, weight, bias = make(num_rows, in_features, num_outputs, has_bias, generator, dtype)
-            if not _accepts(rows, weight):
-                return None
-            expected = functional.linear(rows, weight, bias).view(torch.uint8)  # 0 and -0 are two values
-            kernels = [each for each in kernels if torch.equal(each(rows, weight, bias).view(torch.uint8), expected)]
-    return kernels[0] if kernels else None
+def _exact_kernel(*shape: Any) -> Kernel | None:
+    """Return the first kernel that is bit-equal to torch's product in this `Shape`, or None."""
+    known = _kernels(Shape(*shape).dtype, Shape(*shape).num_rows)
+    return known.get(_float_kernel(*shape)) if known else None

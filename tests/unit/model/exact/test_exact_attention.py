@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from families import tiny_config
 from lingualinked.kernels import attention
-from lingualinked.model import exact_attention
-from lingualinked.model.exact_attention import attend, cancelling_scores, cancelling_values, is_exact
+from lingualinked.model.exact import exact_attention
+from lingualinked.model.exact.exact_attention import attend, cancelling_scores, cancelling_values, is_exact
 from lingualinked.model.hf_internals import torch_attention
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage, StageInputs

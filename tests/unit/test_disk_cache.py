@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lingualinked.sharded.disk_cache import read_cached, write_cached
+from lingualinked.disk_cache import read_cached, write_cached
 from lingualinked.whole_file import write_whole_file
 
 

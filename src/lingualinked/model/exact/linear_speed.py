@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lingualinked.model.float_linear import FloatLinear, speed_up_linears
+from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
+from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.memory import use_huge_pages
-from lingualinked.model.packed_linear import PackedLinear, pack_linears
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 ROWS = (1, 8)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lingualinked.kernels import few_rows
-from lingualinked.model import packed_linear
-from lingualinked.model.packed_linear import PackedLinear
+from lingualinked.model.exact import packed_linear, product_probe, products
+from lingualinked.model.exact.packed_linear import PackedLinear
 from summation import Order, multiply
 
 pytestmark = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def cases() -> Iterator[tuple[str, int, int, bool]]:
 
 @pytest.fixture(autouse=True)
 def fresh_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(packed_linear, "_PROBED_ELEMENTS", 2 * packed_linear._MIN_ELEMENTS)  # few outputs
+    monkeypatch.setattr(product_probe, "PROBED_ELEMENTS", 2 * product_probe.MIN_ELEMENTS)  # few outputs
     packed_linear._exact_kernel.cache_clear()
     yield
     packed_linear._exact_kernel.cache_clear()
@@ -79,7 +79,7 @@ def inject(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
 def are_the_same(first: Order, second: Order, num_rows: int, num_inputs: int, has_bias: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        rows, weight, bias = packed_linear.cancelling_product(num_rows, num_inputs, 96, has_bias, generator)
+        rows, weight, bias = products.cancelling_product(num_rows, num_inputs, 96, has_bias, generator)
         if not torch.equal(multiply(rows, weight, bias, first), multiply(rows, weight, bias, second)):
             return False
     return True
@@ -92,20 +92,25 @@ def test_another_order_is_refused(
     chunk = torchs_chunk(num_rows, num_inputs)
     order = Order(**{"chunk": chunk, **WRONG[name][0]})  # type: ignore[arg-type]
     inject(order, monkeypatch)
-    monkeypatch.setattr(packed_linear, "_TINY", 1.0)  # what underflows would refuse all of them
-    if packed_linear._exact_kernel(num_rows, num_inputs, 256, has_bias, 1) is not None:
+    monkeypatch.setattr(products, "_TINY", 1.0)  # what underflows would refuse all of them
+    if packed_linear._exact_kernel(torch.bfloat16, num_rows, num_inputs, 256, has_bias, 1) is not None:
         assert are_the_same(order, Order(chunk=chunk), num_rows, num_inputs, has_bias)
 
 
 @pytest.mark.parametrize("num_rows", ROWS)
 def test_the_order_itself_is_accepted_unless_it_keeps_denormals(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if packed_linear._exact_kernel(num_rows, 1100, 256, True, 1) in (None, packed_linear._multiply_packed):
+    if packed_linear._exact_kernel(torch.bfloat16, num_rows, 1100, 256, True, 1) in (
+        None,
+        packed_linear._multiply_packed,
+    ):
         pytest.skip("oneDNN sums in another order on this processor")
     for num_inputs, has_bias in ((64, False), (514, True), (1100, False), (2049, True)):
         with monkeypatch.context() as patch:
             inject(Order(chunk=torchs_chunk(num_rows, num_inputs)), patch)
             packed_linear._exact_kernel.cache_clear()
-            assert packed_linear._exact_kernel(num_rows, num_inputs, 256, has_bias, 1) is None  # vdpbf16ps flushes
-            patch.setattr(packed_linear, "_TINY", 1.0)
+            assert (
+                packed_linear._exact_kernel(torch.bfloat16, num_rows, num_inputs, 256, has_bias, 1) is None
+            )  # vdpbf16ps flushes
+            patch.setattr(products, "_TINY", 1.0)
             packed_linear._exact_kernel.cache_clear()
-            assert packed_linear._exact_kernel(num_rows, num_inputs, 256, has_bias, 1) is not None
+            assert packed_linear._exact_kernel(torch.bfloat16, num_rows, num_inputs, 256, has_bias, 1) is not None
