@@ -69,7 +69,7 @@ clean:  ## Remove what was built; the environment stays
 # torch comes first and in the pinned version, before anything else can ask for another build of it. The project itself
 # is installed editable: with the src layout nothing imports it by accident from the working folder, and what a
 # wheel would add to that (are all data files in it?) is checked by tests/unit/test_package.py.
-$(RUNTIME): pyproject.toml constraints.txt hatch_build.py $(wildcard src/lingualinked/kernels/*.c)
+$(RUNTIME): pyproject.toml constraints.txt hatch_build.py $(wildcard src/lingualinked/kernels/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python " + sys.version.split()[0] + " is too old: set PYTHON to 3.11 or newer")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): once, about two minutes"

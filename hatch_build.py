@@ -5,6 +5,7 @@ Knows one processor family; elsewhere nothing is compiled, and products are torc
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -26,7 +27,7 @@ class KernelBuildHook(BuildHookInterface[Any]):
     """Adds compiled kernels to a wheel, and to the source folder of an editable installation."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
-        """Compile what is older than its source, and say which platform the wheel is for."""
+        """Compile what was not compiled yet, and say which platform the wheel is for."""
         if (sys.platform, platform.machine()) == ("linux", "x86_64"):
             compile_kernels(Path(self.root))
             build_data["artifacts"].append(f"/{FOLDER}/*.so")
@@ -35,12 +36,23 @@ class KernelBuildHook(BuildHookInterface[Any]):
 
 
 def compile_kernels(root: Path) -> None:
-    """Compile each source whose library is missing or older."""
+    """Compile each source that was not compiled as it is now."""
     for source in (root / FOLDER).glob("*.c"):
-        library = source.with_name(f"lib{source.stem}.so")
-        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
-            options = [f"-mcpu={PROCESSOR}", *OPTIONS.get(source.stem, []), *FLAGS]
-            subprocess.run([sys.executable, "-m", "ziglang", "cc", *options, "-o", library, source], check=True)
+        library = library_path(source)
+        if library.exists():
+            continue
+        options = [f"-mcpu={PROCESSOR}", *OPTIONS.get(source.stem, []), *FLAGS]
+        subprocess.run([sys.executable, "-m", "ziglang", "cc", *options, "-o", library, source], check=True)
+        for old in source.parent.glob(f"lib{source.stem}*.so"):
+            if old != library:
+                old.unlink()
+
+
+def library_path(source: Path) -> Path:
+    """Return where the package looks for what is compiled from a source: `native.library_path`."""
+    files = (source, *sorted(source.parent.glob("*.h")))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return source.with_name(f"lib{source.stem}-{digest[:12]}.so")
 
 
 if __name__ == "__main__":

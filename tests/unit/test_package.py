@@ -15,7 +15,9 @@ from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import hatch_build
 import lingualinked
+from lingualinked.kernels import native
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lingualinked"
@@ -143,7 +145,30 @@ def test_wheel_holds_every_file_of_the_package() -> None:
 def test_an_installed_package_holds_compiled_kernels() -> None:
     sources = list((PACKAGE / "kernels").glob("*.c"))
     assert sources
-    assert all(source.with_name(f"lib{source.stem}.so").exists() for source in sources)
+    assert all(list(source.parent.glob(f"lib{source.stem}*.so")) for source in sources)
+
+
+def test_kernels_are_compiled_again_when_a_source_or_a_header_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / hatch_build.FOLDER
+    folder.mkdir(parents=True)
+    compiled: list[str] = []
+
+    def compile_one(command: list[str | Path], check: bool) -> None:
+        *_, library, source = command
+        Path(library).touch()
+        compiled.append(Path(source).name)
+
+    monkeypatch.setattr(hatch_build.subprocess, "run", compile_one)
+    for changed, expected in (("a.c", "a.c"), ("b.c", "b.c"), ("team.h", "a.c b.c"), ("a.c", "a.c")):
+        with (folder / changed).open("a") as file:
+            file.write("changed")
+        hatch_build.compile_kernels(tmp_path)
+        hatch_build.compile_kernels(tmp_path)
+        assert sorted(compiled) == expected.split()
+        assert set(folder.glob("*.so")) == {native.library_path(source) for source in folder.glob("*.c")}
+        compiled.clear()
 
 
 def test_api_reference_names_every_public_name() -> None:

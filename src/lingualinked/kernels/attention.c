@@ -6,10 +6,12 @@
 // the sum over tokens, four at a time, added as (0 + 2) + (1 + 3); a rest of up to three is added one by one, the last
 // one first. Products of two bfloat16 are exact in float32, so it does not matter where they are fused with a sum.
 //
-// It stands alone: no header but the compiler's own, no C library, nothing allocated.
+// It stands alone: no header but team.h and the compiler's own, no C library, nothing allocated.
 
 #include <immintrin.h>
 #include <stdint.h>
+
+#include "team.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -30,9 +32,7 @@ struct attention {
     double scale;
     double (*exponential)(double);                                   // exp, for weights that do not fill a vector
     float (*exponential32)(float), (*logarithm)(float);              // expf, logf
-    long threads;
-    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
-    int (*thread_number)(void), (*num_threads)(void);                // omp_get_thread_num, omp_get_num_threads
+    struct team team;
 };
 
 // Every other of 32 bfloat16, beginning with the first or the second, as float32.
@@ -248,20 +248,12 @@ static void attend(const struct attention *a, long batch, long head) {
     }
 }
 
-static void attend_share(const struct attention *a, long from, long to) {
-    for (long at = from; at < to; at++) attend(a, at / a->heads, at % a->heads);
-}
-
-static void attend_part(void *attention) {
+static void attend_share(const void *attention, long from, long to) {
     const struct attention *a = attention;
-    const long all = a->batch * a->heads, number = a->thread_number(), threads = a->num_threads();
-    attend_share(a, all * number / threads, all * (number + 1) / threads);
+    for (long at = from; at < to; at++) attend(a, at / a->heads, at % a->heads);
 }
 
 // Compute attention, with as many threads as it says.
 void attention(struct attention *a) {
-    if (a->threads > 1 && a->parallel)
-        a->parallel(attend_part, a, (unsigned)a->threads, 0);
-    else
-        attend_share(a, 0, a->batch * a->heads);
+    share_work(&a->team, attend_share, a, a->batch * a->heads);
 }

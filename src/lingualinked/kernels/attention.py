@@ -19,7 +19,7 @@ from lingualinked.kernels import native
 _NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
 _MAX_DIM = 256
 _DIM_MULTIPLE = 8
-_ARGUMENTS = struct.Struct("@5P9l5ld3Pl3P")  # `struct attention` of attention.c
+_ARGUMENTS = struct.Struct("@5P9l5ld3P" + native.TEAM)  # `struct attention` of attention.c
 
 
 def is_available() -> bool:

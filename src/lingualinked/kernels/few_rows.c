@@ -5,10 +5,12 @@
 // weight is read once, in the order in which it lies, and an output depends neither on how many there are nor on who
 // computes the others.
 //
-// It stands alone: no header but the compiler's own, no C library, nothing allocated.
+// It stands alone: no header but team.h and the compiler's own, no C library, nothing allocated.
 
 #include <immintrin.h>
 #include <stdint.h>
+
+#include "team.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -25,9 +27,7 @@ struct product {
     uint16_t *result;      // bfloat16 [rows][outputs]
     long rows, pairs, pairs_stored, outputs;
     long chunk;            // pairs whose products are added up before they are added to the others
-    int threads;
-    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
-    int (*thread_number)(void), (*num_threads)(void);                // omp_get_thread_num, omp_get_num_threads
+    struct team team;
 };
 
 // Add to the totals of some rows the products of some pairs with one block's weights.
@@ -71,7 +71,8 @@ INLINE void store_block(const struct product *p, long block, float (*total)[OUTP
         }
 }
 
-static void multiply_blocks(const struct product *p, long from, long to) {
+static void multiply_blocks(const void *product, long from, long to) {
+    const struct product *p = product;
     float total[MAX_ROWS][OUTPUTS];
     const long stride = 4 * p->pairs;
     for (long block = from; block < to; block++) {
@@ -97,18 +98,7 @@ static void multiply_blocks(const struct product *p, long from, long to) {
     }
 }
 
-static long num_blocks(const struct product *p) { return (p->outputs + OUTPUTS - 1) / OUTPUTS; }
-
-static void multiply_share(void *product) {
-    const struct product *p = product;
-    const long blocks = num_blocks(p), number = p->thread_number(), threads = p->num_threads();
-    multiply_blocks(p, blocks * number / threads, blocks * (number + 1) / threads);
-}
-
 // Compute the product, with as many threads as it says.
 void multiply(struct product *p) {
-    if (p->threads > 1 && p->parallel)
-        p->parallel(multiply_share, p, (unsigned)p->threads, 0);
-    else
-        multiply_blocks(p, 0, num_blocks(p));
+    share_work(&p->team, multiply_blocks, p, (p->outputs + OUTPUTS - 1) / OUTPUTS);
 }

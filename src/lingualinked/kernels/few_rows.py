@@ -21,7 +21,7 @@ CHUNKS = (512, 1024)
 
 _STORED_INPUTS = 32  # inputs are filled up with zeros to a multiple of it
 _NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
-_ARGUMENTS = struct.Struct("@4P5li3P")  # `struct product` of few_rows.c
+_ARGUMENTS = struct.Struct("@4P5l" + native.TEAM)  # `struct product` of few_rows.c
 
 
 def is_available() -> bool:

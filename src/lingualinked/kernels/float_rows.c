@@ -5,9 +5,11 @@
 // Both add the lanes as (0 + 2) + (1 + 3), and round each product before they add it. CHUNKS, of more rows: products are
 // added one by one, each with one rounding (fused), in chunks; the sums of chunks are added in order to the bias.
 //
-// It stands alone: no header but the compiler's own, no C library, nothing allocated.
+// It stands alone: no header but team.h and the compiler's own, no C library, nothing allocated.
 
 #include <immintrin.h>
+
+#include "team.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -31,9 +33,7 @@ struct product {
     long chunk;               // products that are added up before they are added to the others
     long first_lane_row;      // this and later rows are summed in the order of LANES; the others in the order that is given
     int order;
-    int threads;
-    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
-    int (*thread_number)(void), (*num_threads)(void);                // omp_get_thread_num, omp_get_num_threads
+    struct team team;
 };
 
 INLINE float add_lanes(__m128 lanes) {
@@ -146,16 +146,9 @@ static void multiply_outputs(const struct product *p, long from, long to) {
         for (long row = rows; row < p->rows; row++) sum_lanes(p, 1, row, 1, output);
 }
 
-static long num_blocks(const struct product *p) { return (p->outputs + BLOCK - 1) / BLOCK; }
-
-static void multiply_blocks(const struct product *p, long from, long to) {
-    multiply_outputs(p, from * BLOCK, to * BLOCK < p->outputs ? to * BLOCK : p->outputs);
-}
-
-static void multiply_share(void *product) {
+static void multiply_blocks(const void *product, long from, long to) {
     const struct product *p = product;
-    const long blocks = num_blocks(p), number = p->thread_number(), threads = p->num_threads();
-    multiply_blocks(p, blocks * number / threads, blocks * (number + 1) / threads);
+    multiply_outputs(p, from * BLOCK, to * BLOCK < p->outputs ? to * BLOCK : p->outputs);
 }
 
 // Compute the product, with as many threads as it says.
@@ -165,8 +158,5 @@ void multiply(struct product *p) {
         for (long at = 0; at < p->length; at++)
             for (long row = 0; row < stride; row++)
                 p->transposed[at * stride + row] = row < rows ? p->inputs[row * p->length + at] : 0;
-    if (p->threads > 1 && p->parallel)
-        p->parallel(multiply_share, p, (unsigned)p->threads, 0);
-    else
-        multiply_blocks(p, 0, num_blocks(p));
+    share_work(&p->team, multiply_blocks, p, (p->outputs + BLOCK - 1) / BLOCK);
 }

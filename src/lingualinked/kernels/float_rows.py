@@ -30,7 +30,7 @@ class Order(NamedTuple):
 
 
 _LANES_AFTER_FOUR, _LANES_ONLY, _CHUNKS = range(3)
-_ARGUMENTS = struct.Struct("@5P5l2i3P")  # `struct product` of float_rows.c
+_ARGUMENTS = struct.Struct("@5P5li" + native.TEAM)  # `struct product` of float_rows.c
 
 
 def is_available() -> bool:

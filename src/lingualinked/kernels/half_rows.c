@@ -5,9 +5,11 @@
 // The products of what is left over of the inputs are added to 8 sums, which are added up in the same way and then to the
 // other sum. Results are in float32: who calls adds the bias, and rounds.
 //
-// It stands alone: no header but the compiler's own, no C library, nothing allocated.
+// It stands alone: no header but team.h and the compiler's own, no C library, nothing allocated.
 
 #include <immintrin.h>
+
+#include "team.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -25,9 +27,7 @@ struct product {
     float *result;                 // [rows][outputs]
     long rows, length, outputs;
     int is_bfloat16;
-    int threads;
-    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
-    int (*thread_number)(void), (*num_threads)(void);                // omp_get_thread_num, omp_get_num_threads
+    struct team team;
 };
 
 INLINE __m256 widen(const unsigned short *at, const int is_bfloat16) {
@@ -97,24 +97,14 @@ INLINE void multiply_outputs(const struct product *p, const int is_bfloat16, lon
             }
 }
 
-static long num_blocks(const struct product *p) { return (p->outputs + BLOCK - 1) / BLOCK; }
-
-static void multiply_blocks(const struct product *p, long from, long to) {
+static void multiply_blocks(const void *product, long from, long to) {
+    const struct product *p = product;
     const long last = to * BLOCK < p->outputs ? to * BLOCK : p->outputs;
     if (p->is_bfloat16) multiply_outputs(p, 1, from * BLOCK, last);
     else multiply_outputs(p, 0, from * BLOCK, last);
 }
 
-static void multiply_share(void *product) {
-    const struct product *p = product;
-    const long blocks = num_blocks(p), number = p->thread_number(), threads = p->num_threads();
-    multiply_blocks(p, blocks * number / threads, blocks * (number + 1) / threads);
-}
-
 // Compute the product, with as many threads as it says.
 void multiply(struct product *p) {
-    if (p->threads > 1 && p->parallel)
-        p->parallel(multiply_share, p, (unsigned)p->threads, 0);
-    else
-        multiply_blocks(p, 0, num_blocks(p));
+    share_work(&p->team, multiply_blocks, p, (p->outputs + BLOCK - 1) / BLOCK);
 }

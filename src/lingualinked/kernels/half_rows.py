@@ -18,7 +18,7 @@ MAX_ROWS = 16
 
 _NEEDED_FLAGS = frozenset({"avx", "avx2", "fma", "f16c"})
 _INPUTS_MULTIPLE = 16  # torch rounds the products of what is left over
-_ARGUMENTS = struct.Struct("@3P3l2i3P")  # `struct product` of half_rows.c
+_ARGUMENTS = struct.Struct("@3P3li" + native.TEAM)  # `struct product` of half_rows.c
 
 
 def is_available() -> bool:

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import struct
 from pathlib import Path
 
 import torch
 
+TEAM = "l3P"  # `struct team` of team.h, as the module `struct` writes it
+
 
 @functools.cache
 def load_library(name: str) -> ctypes.CDLL | None:
-    """Return the library that was compiled from a source of this name, or None if there is none, or an older one."""
-    path = Path(__file__).with_name(f"lib{name}.so")
-    is_current = path.exists() and path.stat().st_mtime >= path.with_name(f"{name}.c").stat().st_mtime
-    return ctypes.CDLL(str(path)) if is_current else None
+    """Return the library that was compiled from the source of this name as it is now, or None if there is none."""
+    path = library_path(Path(__file__).with_name(f"{name}.c"))
+    return ctypes.CDLL(str(path)) if path.exists() else None
+
+
+def library_path(source: Path) -> Path:
+    """Return where hatch_build.py puts what it compiles from a source: times mean nothing once a wheel is unpacked."""
+    files = (source, *sorted(source.parent.glob("*.h")))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return source.with_name(f"lib{source.stem}-{digest[:12]}.so")
 
 
 @functools.cache
