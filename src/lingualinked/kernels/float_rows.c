@@ -41,6 +41,13 @@ INLINE float add_lanes(__m128 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(halves, _mm_shuffle_ps(halves, halves, 1)));
 }
 
+// Fetch a part of the next outputs' weights, in the order in which they lie, while as large a part of these is multiplied:
+// without it, products of two rows and more take up to twice as long.
+INLINE void fetch_ahead(const float *weight, const int outputs, long length, long at) {
+    for (int line = 0; line < outputs; line++)
+        _mm_prefetch((const char *)(weight + outputs * (length + at) + LINE * line), _MM_HINT_T1);
+}
+
 // Add to the sums of some rows and outputs the products of four inputs each.
 INLINE void add_four(const int rows, const int outputs, const float *inputs, const float *weight, long length,
                      __m128 (*sum)[LANE_OUTPUTS]) {
@@ -66,8 +73,7 @@ INLINE void sum_lanes(const struct product *p, const int rows, long first_row, c
                                   : _mm_setzero_ps();
         }
     for (; at + LINE <= length; at += LINE) {
-        for (int output = 0; output < outputs; output++)
-            _mm_prefetch((const char *)(weight + (outputs + output) * length + at), _MM_HINT_T1);
+        fetch_ahead(weight, outputs, length, at);
         for (int part = 0; part < LINE; part += 4)
             add_four(rows, outputs, inputs + at + part, weight + at + part, length, sum);
     }
@@ -106,8 +112,7 @@ INLINE void sum_chunks(const struct product *p, const int registers, long rows, 
             for (int output = 0; output < outputs; output++) sum[part][output] = _mm256_setzero_ps();
         long at = from;
         for (; at + LINE <= to; at += LINE) {
-            for (int output = 0; output < outputs; output++)
-                _mm_prefetch((const char *)(weight + (outputs + output) * length + at), _MM_HINT_T1);
+            fetch_ahead(weight, outputs, length, at);
             for (int one = 0; one < LINE; one++)
                 add_one(registers, outputs, inputs + (at + one) * stride, weight + at + one, length, sum);
         }

@@ -16,9 +16,9 @@
 enum {
     WIDTH = 8,     // sums in a register
     SUMS = 64,
-    GROUP = 6,     // rows that are multiplied at once, with two registers of sums each; up to three, with four
+    GROUP = 6,     // rows that are multiplied at once, with two registers of sums each; two or three with four, one with all
+    LINE = 4,      // registers whose weights are fetched at once
     BLOCK = 32,    // outputs of which a thread gets a whole number
-    AHEAD = 4096,  // bytes of the weight that are fetched ahead
 };
 
 struct product {
@@ -49,11 +49,13 @@ INLINE float add_halves(const float *from, const int count) {
 // Compute some of the sums, which are neighbours, of some rows and one output.
 INLINE void add_products(const int is_bfloat16, const int rows, const int registers, const float *inputs, long stride,
                          const unsigned short *weight, long length, int first_sum, float (*sum)[SUMS]) {
-    __m256 total[GROUP][4];
+    __m256 total[GROUP][SUMS / WIDTH];
     for (int row = 0; row < rows; row++)
         for (int part = 0; part < registers; part++) total[row][part] = _mm256_setzero_ps();
+    const long ahead = rows == 1 ? 6144 : 10240;  // bytes: measured; into the second cache, since the first one has the inputs
     for (long at = first_sum; at < length; at += SUMS) {
-        _mm_prefetch((const char *)(weight + at) + AHEAD, _MM_HINT_T0);
+        for (int part = 0; part < registers; part += LINE)
+            _mm_prefetch((const char *)(weight + at + WIDTH * part) + ahead, _MM_HINT_T1);
         for (int part = 0; part < registers; part++) {
             const __m256 weights = widen(weight + at + WIDTH * part, is_bfloat16);
             for (int row = 0; row < rows; row++)
@@ -88,7 +90,7 @@ INLINE void multiply_outputs(const struct product *p, const int is_bfloat16, lon
     for (long output = from; output < to; output++)
         for (long row = 0; row < p->rows; row += GROUP)
             switch (p->rows - row) {
-                case 1: multiply_rows(p, is_bfloat16, 1, 4, row, output); break;
+                case 1: multiply_rows(p, is_bfloat16, 1, 8, row, output); break;
                 case 2: multiply_rows(p, is_bfloat16, 2, 4, row, output); break;
                 case 3: multiply_rows(p, is_bfloat16, 3, 4, row, output); break;
                 case 4: multiply_rows(p, is_bfloat16, 4, 2, row, output); break;

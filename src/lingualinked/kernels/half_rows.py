@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lingualinked.kernels import native
 
-MIN_ROWS = 3  # torch's dot products read the weight once per row: up to two rows, at least as fast
 MAX_ROWS = 16
 
 _NEEDED_FLAGS = frozenset({"avx", "avx2", "fma", "f16c"})

@@ -19,6 +19,7 @@ from lingualinked.model.exact.product_probe import Kernel, Shape, find_exact_ker
 from lingualinked.model.memory import use_huge_pages
 
 _MAX_ROWS = max(float_rows.MAX_ROWS, half_rows.MAX_ROWS)
+_TRIED_ROWS = (1, 4)  # summed in two orders, of which one may be known
 
 
 class FloatLinear(nn.Linear):
@@ -64,9 +65,7 @@ def speed_up_linears(model: nn.Module) -> None:
     """Replace linear layers of a CPU model by ones with the same parameters, where products of few rows gain by it."""
     layers = []
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and any(
-            _exact_kernel(*_shape(linear, num_rows)) for num_rows in (1, half_rows.MIN_ROWS)
-        ):
+        if type(linear) is nn.Linear and any(_exact_kernel(*_shape(linear, num_rows)) for num_rows in _TRIED_ROWS):
             layer = FloatLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
             layer.weight, layer.bias = linear.weight, linear.bias
             layer.train(linear.training)
@@ -90,7 +89,7 @@ def _kernels(dtype: torch.dtype, num_rows: int) -> dict[str, Kernel]:
         orders = float_rows.known_orders(num_rows)
         return {f"float_rows.c {order}": functools.partial(_multiply_float, order=order) for order in orders}
     if dtype in (torch.float16, torch.bfloat16) and half_rows.is_available():
-        return {"half_rows.c": _multiply_half} if half_rows.MIN_ROWS <= num_rows <= half_rows.MAX_ROWS else {}
+        return {"half_rows.c": _multiply_half} if num_rows <= half_rows.MAX_ROWS else {}
     return {}
 
 
