@@ -24,6 +24,7 @@ from transformers import (
 
 import lingualinked as ll
 from families import VOCABULARY
+from lingualinked import disk_cache
 from lingualinked.cluster.fork_server import fork_servers
 
 
@@ -47,6 +48,13 @@ def shared_cluster(shared_fork_server: None) -> Iterator[ll.Cluster]:
     with ll.Cluster([ll.Device(name=name, threads=1) for name in "abcd"]) as cluster:
         cluster.workers()  # an answer of each: connections stand both ways, and no test is taken to leave them
         yield cluster
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for profiles and plans: not by the environment, with which workers need another fork server."""
+    monkeypatch.setattr(disk_cache, "_folder", lambda: tmp_path / "lingualinked")
+    return tmp_path / "lingualinked"
 
 
 @pytest.fixture

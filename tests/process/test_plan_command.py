@@ -89,8 +89,7 @@ def test_a_picture(
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_measured_once_then_read(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_measured_once_then_read(tiny_llama: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[str, list[int]] = {}
     monkeypatch.setattr(
         DeviceProgress, "update", lambda _, device, num_done: shown.setdefault(device, []).append(num_done)
@@ -132,9 +131,8 @@ def test_texts_longer_than_the_learned_positions(
 
 
 def test_what_fits_nowhere_is_refused_before_a_worker_starts(
-    tiny_llama: str, no_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: str, no_workers: None, tmp_path: Path, cache: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tmp_path / "cluster.toml"
     path.write_text("[[devices]]\nname = 'small'\nmemory = '20KiB'\n")
     result = plan(tiny_llama, "-d", path, *SHAPE)

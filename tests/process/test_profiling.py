@@ -38,12 +38,6 @@ WORKLOAD = ll.Workload(prompt_tokens=8, new_tokens=8)
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "lingualinked"
-
-
-@pytest.fixture
 def pair() -> Iterator[ll.Cluster]:
     devices = [ll.Device(name="here", threads=1), ll.Device(name="there", threads=1, slowdown=4.0, latency="2ms")]
     with ll.Cluster(devices) as cluster:

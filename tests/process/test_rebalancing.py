@@ -183,10 +183,7 @@ def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: 
                 model.admit(device)
 
 
-def test_a_device_that_is_gone_is_no_obstacle(
-    checkpoint: str, whole: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is measured yet
+def test_a_device_that_is_gone_is_no_obstacle(checkpoint: str, whole: PreTrainedModel, cache: Path) -> None:
     plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 12)])
     devices = [ll.Device(name=name, threads=1, slowdown=2.0) for name in "abc"]
     with ll.Cluster(devices) as cluster, load(checkpoint, cluster, plan=plan) as model:
@@ -198,7 +195,7 @@ def test_a_device_that_is_gone_is_no_obstacle(
         assert model.rebalance().action == "stay"
         assert set(model.plan.devices) == {"a", "b"}
         assert torch.equal(generate(model), generate(whole))
-        assert list(tmp_path.rglob("profile-*")) == []  # which would say that there are two devices
+        assert list(cache.rglob("profile-*")) == []  # which would say that there are two devices
 
 
 def test_devices_may_be_admitted_at_once(checkpoint: str, whole: PreTrainedModel) -> None:
@@ -217,17 +214,14 @@ def test_devices_may_be_admitted_at_once(checkpoint: str, whole: PreTrainedModel
         assert torch.equal(generate(model), generate(whole))
 
 
-def test_a_profile_of_throttled_devices_is_not_kept(
-    checkpoint: str, three: ll.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_profile_of_throttled_devices_is_not_kept(checkpoint: str, three: ll.Cluster, cache: Path) -> None:
     three.throttle("b", slowdown=8.0)
     try:
         with load(checkpoint, three) as model:
             assert num_layers(model, "b") < num_layers(model, "a")
     finally:
         three.throttle("b", slowdown=2.0)
-    assert list(tmp_path.rglob("*.json")) == []
+    assert list(cache.rglob("*.json")) == []
 
 
 def test_a_rebalancing_that_fails_keeps_nothing_alive(checkpoint: str) -> None:
