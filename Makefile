@@ -49,7 +49,7 @@ docs: $(DEV)  ## Build the documentation; a warning is an error
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
 
 notebooks: $(DEV)  ## Execute the notebooks
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -o timeout=600 -W default notebooks
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --nbmake --nbmake-timeout=300 -o timeout=600 -W default notebooks
 
 coverage: $(DEV)  ## Run the tests and report branch coverage, worker processes included
 	$(BIN)/coverage erase
