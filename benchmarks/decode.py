@@ -18,6 +18,7 @@ import lingualinked as ll
 from benchmarks.overhead import SHAPE, VOCABULARY, tokens_per_s, unsharded_dummy
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
+from lingualinked.model.exact.linear_speed import measure_memory
 from lingualinked.tables import Rows
 
 SHAPES = {
@@ -63,6 +64,7 @@ def run_decode(shape: str, dtype: str, num_workers: int, cases: tuple[str, ...],
                 rows.append(("prefill of 512", *_prefill(sharded, unsharded, repeats)))
             columns = ("what", "sharded, tokens/s", "unsharded, tokens/s", "ratio", "tokens equal")
             console.print(Rows(f"Against the unsharded model with {threads} thread(s)", columns, rows))
+        console.print(_share_of_memory(sharded, unsharded, new_tokens, repeats))
 
 
 def _compare(
@@ -94,6 +96,19 @@ def _prefill(sharded: Any, unsharded: Any, repeats: int) -> tuple[str, str, str,
                 model(ids, logits_to_keep=1)
                 speeds[side].append(512 / (time.perf_counter() - began_s))
     return (*_texts(speeds), str(equal))
+
+
+def _share_of_memory(sharded: Any, unsharded: Any, new_tokens: int, repeats: int) -> str:
+    """Say how fast weights are read while one stream is decoded, beside the speed at which one thread reads memory."""
+    num_bytes = sum(each.weight.nbytes for each in unsharded.modules() if isinstance(each, torch.nn.Linear))
+    ids = torch.randint(3, VOCABULARY, (1, 16))
+    decoding, memory = [], []
+    for _ in range(repeats):
+        speed = tokens_per_s(sharded, ids, max_new_tokens=new_tokens, do_sample=False)
+        decoding.append(num_bytes * speed / 1e9)
+        memory.append(measure_memory() / 1e9)
+    share = ratios(Repeats(decoding), Repeats(memory))
+    return f"weights: {Repeats(decoding).text(1)} GB/s, memory: {Repeats(memory).text(1)} GB/s, share {share.text(2)}"
 
 
 def _whole_tokens_per_s(model: Any, ids: torch.Tensor, **call: Any) -> float:

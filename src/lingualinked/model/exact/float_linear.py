@@ -106,7 +106,7 @@ def _kernels_for(layer: nn.Linear, rows: Tensor) -> dict[str, Kernel]:
 
 
 @keep_result(str)
-def _float_kernel(*shape: Any) -> str:
+def _float_kernel(*shape: Any) -> str | None:
     return find_exact_kernel(Shape(*shape), nn.Module.eval, _kernels_for)
 
 
@@ -114,4 +114,4 @@ def _float_kernel(*shape: Any) -> str:
 def _exact_kernel(*shape: Any) -> Kernel | None:
     """Return the first kernel that is bit-equal to torch's product in this `Shape`, or None."""
     known = _kernels(Shape(*shape).dtype, Shape(*shape).num_rows)
-    return known.get(_float_kernel(*shape)) if known else None
+    return known.get(_float_kernel(*shape) or "") if known else None

@@ -28,7 +28,10 @@ Probe = TypeVar("Probe", bound=Callable[..., Any])
 
 
 def keep_result(kind: type) -> Callable[[Probe], Probe]:
-    """Decorate a probe so that it runs only if no process before has found the result for the same arguments."""
+    """Decorate a probe so that it runs only if no process before has found the result for the same arguments.
+
+    None, the result of a probe that failed, is not kept: it may have lacked memory.
+    """
 
     def decorate(probe: Probe) -> Probe:
         @functools.wraps(probe)
@@ -40,6 +43,8 @@ def keep_result(kind: type) -> Callable[[Probe], Probe]:
                 return msgspec.convert(_results()[key], kind)
             except (KeyError, msgspec.ValidationError):
                 result = probe(*arguments)
+            if result is None:
+                return None
             _results.cache_clear()  # other processes may have written meanwhile
             results = _results()
             results[key] = msgspec.to_builtins(result)
@@ -78,7 +83,7 @@ def _file_name() -> str:
         variables,
     ):
         digest.update(repr(each).encode())
-    for path in sorted(file for module in (__file__, native.__file__) for file in Path(module).parent.iterdir()):
+    for path in sorted(file for module in (__file__, native.__file__) for file in Path(module).parent.glob("*")):
         if path.suffix in (".py", ".so"):
             digest.update(path.read_bytes())
     return f"probes-{digest.hexdigest()[:16]}.json"

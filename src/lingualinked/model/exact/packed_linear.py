@@ -132,11 +132,11 @@ def _kernels_for(layer: PackedLinear, rows: Tensor) -> dict[str, Kernel]:
 
 
 @keep_result(str)
-def _packed_kernel(*shape: Any) -> str:
+def _packed_kernel(*shape: Any) -> str | None:
     return find_exact_kernel(Shape(*shape), PackedLinear, _kernels_for)
 
 
 @functools.cache
 def _exact_kernel(*shape: Any) -> Kernel | None:
     """Return the quickest product with a packed weight that is bit-equal to the plain one in this `Shape`, or None."""
-    return _kernels(Shape(*shape).num_rows).get(_packed_kernel(*shape))
+    return _kernels(Shape(*shape).num_rows).get(_packed_kernel(*shape) or "")

@@ -42,8 +42,10 @@ def find_exact_kernel(
     shape: Shape,
     make_layer: Callable[[nn.Linear], nn.Module],
     kernels_for: Callable[[Any, Tensor], Mapping[str, Kernel]],
-) -> str:
+) -> str | None:
     """Return the name of the first kernel that is bit-equal to torch's product in this shape; empty if none is.
+
+    None says that they could not be compared: this build of torch or this processor has no such kernel, or memory is short.
 
     A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels: with at
     least a block for each thread, since oneDNN shares out the inputs among threads that would have no outputs.
@@ -66,8 +68,8 @@ def find_exact_kernel(
                     for name, kernel in kernels_for(layer, rows).items()
                     if (equal is None or name in equal) and _have_equal_bits(kernel(layer, rows), expected)
                 ]
-            except (AttributeError, RuntimeError):  # this build of torch, or this processor, has no such kernel
-                return ""
+            except (AttributeError, RuntimeError):
+                return None
             if not equal:
                 return ""
     return equal[0] if equal else ""

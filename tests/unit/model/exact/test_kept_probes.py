@@ -100,6 +100,11 @@ def test_a_folder_that_can_not_be_written_costs_time_alone(tmp_path: Path, monke
     assert Probed("again").probe(1) == "again"
 
 
+def test_what_a_probe_could_not_find_out_is_not_kept() -> None:
+    assert Probed(None).probe(1) is None
+    assert Probed("found").probe(1) == "found"
+
+
 def test_a_file_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(kept_probes, "_MAX_RESULTS", 3)
     probed = Probed("found")
