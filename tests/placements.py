@@ -35,13 +35,16 @@ def draw_problem(
     tight: bool = False,
     gaps: bool = False,
     rings: bool = True,
+    spread: bool = False,
     num_sessions: float = math.inf,
     kept: tuple[int, int] = (1, 1),
 ) -> Problem:
-    """Draw numbers: whole ones (many ties), tight memory, missing permissions, rings."""
+    """Draw numbers: whole ones (many ties), tight memory, missing permissions and links, rings, costs of all magnitudes."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int, high: float = 10.0) -> np.ndarray:
+        if spread:
+            return np.asarray(10.0 ** rng.uniform(-12, 6, shape))
         return rng.integers(0, int(high) + 1, shape).astype(float) if whole else rng.uniform(0, high, shape)
 
     layer_bytes = rng.integers(1, 20, num_layers).astype(float)
@@ -53,9 +56,12 @@ def draw_problem(
     hop_s, busy_s = draw(num_devices, num_devices), draw(num_devices, num_devices, high=15)
     enter_s, leave_s = draw(num_devices, high=5), draw(num_devices, high=5)
     missing = 0.3 if gaps else 0.0
+    rng_gaps = np.random.default_rng([seed, 1])
+    hop_s[rng_gaps.random(hop_s.shape) < missing] = enter_s[rng_gaps.random(num_devices) < missing / 3] = np.inf
+    capacity[rng_gaps.random(num_devices) < missing / 3] = 0.0
     return Problem(
         names=tuple(f"d{index}" for index in range(num_devices)),
-        layer_s=draw(num_devices, num_layers) + (1 if whole else 0.01),
+        layer_s=draw(num_devices, num_layers) + (0 if spread else 1 if whole else 0.01),
         stage_s=draw(num_devices, high=3),
         first_s=draw(num_devices, high=4),
         last_s=draw(num_devices, high=8),
@@ -94,8 +100,7 @@ def sequences(problem: Problem, order: tuple[int, ...] | None = None) -> Iterato
 def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> list[Judged]:
     """Judge every placement that memory, links and permissions allow."""
     num_layers = problem.num_layers
-    before_bytes = [0.0, *itertools.accumulate(problem.layer_bytes.tolist())]
-    before_s = [[0.0, *itertools.accumulate(row)] for row in problem.layer_s.tolist()]
+    layer_bytes, layer_s = problem.layer_bytes.tolist(), problem.layer_s.tolist()
     judged = []
     for chosen in sequences(problem, order):
         first, last = chosen[0], chosen[-1]
@@ -117,8 +122,8 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
             seconds = dict.fromkeys(chosen, 0.0)
             held = dict.fromkeys(chosen, 0.0)
             for device, (start, end) in zip(chosen, bounds, strict=True):
-                seconds[device] += before_s[device][end] - before_s[device][start] + problem.stage_s[device]
-                held[device] += before_bytes[end] - before_bytes[start] + problem.stage_bytes[device]
+                seconds[device] += sum(layer_s[device][start:end]) + problem.stage_s[device]
+                held[device] += sum(layer_bytes[start:end]) + problem.stage_bytes[device]
             seconds[first] += problem.first_s[first]
             seconds[last] += problem.last_s[last]
             held[first] += problem.first_bytes

@@ -12,7 +12,6 @@ import numpy as np
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.problem import Floats, Placement, Problem, Span, device_bytes
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.placement.tables import TOLERANCE
 from lingualinked.quantities import bytes_text, count_text
 
 
@@ -117,7 +116,7 @@ def _check(problem: Problem, placement: Placement) -> None:
             )
     for span in placement:
         missing = device_bytes(problem, placement, span.device) - problem.capacity_bytes[span.device]
-        if missing > TOLERANCE * problem.capacity_bytes[span.device]:
+        if missing > 0:
             raise InfeasiblePlanError(
                 f"layers [{span.start}, {span.end}) exceed the memory of device {problem.names[span.device]!r} by "
                 f"{bytes_text(missing, round_up=True)}; give it fewer layers, or raise its memory",

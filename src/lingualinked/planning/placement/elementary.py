@@ -17,7 +17,7 @@ import numpy as np
 from lingualinked.planning.placement.arcs import Part
 from lingualinked.planning.placement.network import Network
 from lingualinked.planning.placement.problem import Flags, Floats, Ints, Placement, Span
-from lingualinked.planning.placement.tables import PROVEN
+from lingualinked.planning.placement.tables import TOLERANCE
 
 _CHUNK = 1 << 20  # lengths that are formed at a time
 
@@ -57,12 +57,19 @@ class Elementary:
         The first one, with what stages and halves of rings cost besides.
     prices : ndarray
         float64 ``[D]``, of the devices' stages.
+    given : float
+        By how much the length of a path may exceed what it costs: the sum of the prices, and a little for rounding.
     """
 
     def __init__(
-        self, networks: Sequence[Network], closes: Sequence[dict[int, Floats]], priced: Network, prices: Floats
+        self,
+        networks: Sequence[Network],
+        closes: Sequence[dict[int, Floats]],
+        priced: Network,
+        prices: Floats,
+        given: float,
     ) -> None:
-        self._network, self._priced, self._prices = networks[-1], priced, prices
+        self._network, self._priced, self._prices, self._given = networks[-1], priced, prices, given
         self._ring = self._network.ring
         self._hop, self._span, self._enter, self._leave, self._front = (
             np.stack([getattr(network, name) for network in networks], axis=-1)
@@ -110,7 +117,7 @@ class Elementary:
         return least, least if self._num_costs == 1 else cost[..., -1] + self._ranks_to_sink[1][copy, device, end]
 
     def _starts(self, limit: float) -> Iterator[Part]:
-        given, every = float(self._prices.sum()), np.arange(self._span.shape[1])
+        given, every = self._given, np.arange(self._span.shape[1])
         for copy, ring in enumerate(self._ring.tolist()):
             if ring < 0:
                 cost = self._enter[copy][:, None] + self._span[:, 0]
@@ -183,7 +190,7 @@ class Elementary:
         is_free = self._network.leads_everywhere[labels.copy, labels.device] & (labels.end < self._network.num_layers)
         is_free &= self._num_costs == 1
         last, at = np.where(is_free, -1, labels.device), np.where(is_free, -1, labels.end)
-        limited = tuple(np.round(labels.cost[:, :-1].T / max(limit * PROVEN, np.finfo(float).tiny)))
+        limited = tuple(np.round(labels.cost[:, :-1].T / max(limit * TOLERANCE, np.finfo(float).tiny)))
         alike = (*limited, at, last, labels.front, labels.copy, *np.packbits(labels.used, axis=1).T)
         order = np.lexsort((-labels.end, labels.cost[:, -1], *alike))
         group = np.zeros(len(order), dtype=int)

@@ -41,8 +41,8 @@ left: on 80 layers and 16 devices, one of them trusted, they prove in 0.01 s wha
 left open by 0.4 % after 8 s.
 
 **Tolerances.** Costs are scaled to about 1, `linprog` keeps rows and reduced costs to 1e-10, and its flow is rounded to a
-path whose cost is then summed up anew; arcs exist or not, so no tolerance lets a device exceed its memory. A bound within
-1e-9 of the value counts as equal to it.
+path whose cost is then summed up anew. Where that cost is far below the scale, the programme is solved again at its scale.
+Arcs exist or not, so no tolerance lets a device exceed its memory. A bound within 1e-9 of the value counts as equal to it.
 
 References
 ----------
@@ -67,7 +67,7 @@ from lingualinked.planning.placement.arcs import CLOSE, FRONT, SINK, SOURCE, SPA
 from lingualinked.planning.placement.elementary import Elementary
 from lingualinked.planning.placement.network import Network
 from lingualinked.planning.placement.problem import Floats, Placement
-from lingualinked.planning.placement.tables import Costs
+from lingualinked.planning.placement.tables import TOLERANCE, Costs
 
 SIMPLEX_ARCS = 2000
 """From so many arcs on, the interior point method is faster than the dual simplex method: 0.3 s to minutes for 10,000."""
@@ -86,6 +86,12 @@ class Prices:
 
     device: Floats
     ring: Floats
+
+    @property
+    def given(self) -> float:
+        """By how much the length of a path may exceed what it costs, and what rounding may add to that."""
+        total = float(self.device.sum())
+        return total + TOLERANCE * (total + float(self.ring.sum()))
 
     def towards(self, other: Prices, step: float) -> Prices:
         """Return the prices some part of the way to others."""
@@ -153,16 +159,15 @@ class Programme:
 
     def arcs(self, prices: Prices, limit: float) -> tuple[Arcs, float]:
         """List the arcs on placements that may cost at most a limit, and a bound on what any placement costs."""
-        given = float(prices.device.sum())
-        arcs, shortest = arcs_within(self._network, self._priced(prices), limit + given)
-        return arcs, shortest - given
+        arcs, shortest = arcs_within(self._network, self._priced(prices), limit + prices.given)
+        return arcs, shortest - prices.given
 
     def elementary(self, prices: Prices, ranked: Programme | None = None) -> Elementary:
         """Return the search for a path that uses each device once, guided by prices; of least cost, or of least other."""
         programmes = [self] if ranked is None else [self, ranked]
         networks = [programme._network for programme in programmes]  # noqa: SLF001 - of the same class
         closes = [programme.costs.close for programme in programmes]
-        return Elementary(networks, closes, self._priced(prices), prices.device)
+        return Elementary(networks, closes, self._priced(prices), prices.device, prices.given)
 
     def _priced(self, prices: Prices) -> Network:
         """Add to what arcs cost the prices of the rows that they are in."""
@@ -221,7 +226,7 @@ class Programme:
             prices.device[:] = dual[:num_devices]
             for row_of, price in zip(ring_rows, dual[num_devices:], strict=False):
                 prices.ring[row_of] = price
-        bound = math.inf if result.fun is None else float(result.fun) * scale
+        bound = math.inf if result.fun is None else (float(result.fun) - _FEASIBILITY) * scale
         return Flow(
             status=result.status,
             x=x,

@@ -24,6 +24,8 @@ MAX_ROUNDS = 20
 WIDTHS = (300, 3000, 30000)
 """Paths that are kept behind each stage: while prices are sought, and where they leave a gap. They take 0.05 to 5 s."""
 
+_FAR = 5  # a limit that exceeds the optimum by this factor is too large a scale for it
+
 
 def cheapest(
     programme: Programme, limit: float, known: Placement = (), *, prices: Prices | None = None, gap: float = 0.0
@@ -126,7 +128,10 @@ class _Search:
             self.prices = flow.prices
         self.bound = max(self.bound, length, flow.bound)
         if flow.is_integral:
-            self.found = arcs.placement(flow.x)
+            is_far = flow.value < self.limit / _FAR
+            self.found, self.limit = arcs.placement(flow.x), flow.value * (1 + TOLERANCE)
+            if is_far:  # linprog's tolerance was a share of the old limit
+                return self.relax(self._programme.arcs(self.prices, self.limit)[0])
         return flow.is_integral
 
     def branch(self) -> None:

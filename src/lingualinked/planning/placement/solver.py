@@ -183,7 +183,7 @@ class _Solver:
         value = energy_j(self.problem, answer.placement)
         search, tied = costs.elementary(answer.prices, seconds), answer.placement
         for width in WIDTHS if self.is_small else WIDTHS[:-1]:
-            least_s, tied, bound = search.search(value * (1 + PROVEN), width)
+            least_s, tied, bound = search.search(value * (1 + TOLERANCE), width)
             if bound >= least_s:
                 break
         is_better = (
@@ -277,7 +277,7 @@ def _orders(problem: Problem) -> Iterator[tuple[int, ...]]:
         yield from itertools.permutations(devices)
         return
     speed = problem.layer_s.sum(axis=1)
-    for key in (None, speed, -speed, -problem.capacity_bytes, speed / problem.capacity_bytes):
+    for key in (None, speed, -speed, -problem.capacity_bytes, speed / np.maximum(problem.capacity_bytes, 1)):
         order = list(devices) if key is None else np.argsort(key, kind="stable").tolist()
         firsts = [device for device in order if problem.may_be_first[device]] or order
         lasts = [device for device in order if problem.may_be_last[device]] or order

@@ -147,16 +147,17 @@ class Costs:
 
 def bottleneck_costs(problem: Problem, tables: SpanTables) -> Costs:
     """Cost parts by the seconds in which they are busy; the largest counts."""
+    enter, leave = _allowed(problem.enter_s, problem.enter_busy_s), _allowed(problem.leave_s, problem.leave_busy_s)
     close = {}
     for device, excess in tables.ring_excess_bytes.items():
         ring_s = tables.seconds[device, 0, :, None] + tables.seconds[device, None, :, -1]
-        close[device] = np.where(excess == 0, np.maximum(ring_s, problem.leave_busy_s[device]), np.inf)
+        close[device] = np.where(excess == 0, np.maximum(ring_s, leave[device]), np.inf)
     return Costs(
         span=np.where(tables.excess_bytes == 0, tables.seconds, np.inf),
-        hop=_between(problem.busy_s),
-        enter=problem.enter_busy_s,
-        leave=problem.leave_busy_s,
-        front=np.maximum(problem.enter_busy_s[:, None], tables.seconds[:, 0, :]),
+        hop=_between(_allowed(problem.hop_s, problem.busy_s)),
+        enter=enter,
+        leave=leave,
+        front=np.maximum(enter[:, None], tables.seconds[:, 0, :]),
         close=close,
     )
 
@@ -176,15 +177,15 @@ def sum_costs(problem: Problem, busy: Costs, tables: SpanTables, *, watts: Float
         float64 ``[D]``, to count joules, of which links cost none; ``None``: seconds.
     """
     weight = np.ones(problem.num_devices) if watts is None else watts
-    on_links = 1.0 if watts is None else 0.0
+    links = (problem.hop_s, problem.enter_s, problem.leave_s)
+    hop, enter, leave = links if watts is None else map(np.zeros_like, links)
     seconds = np.where(np.isfinite(tables.seconds), tables.seconds, 0.0)
-    leave = on_links * problem.leave_s
     return Costs(
         span=_allowed(busy.span, weight[:, None, None] * seconds),
-        hop=_allowed(busy.hop, on_links * problem.hop_s),
-        enter=_allowed(busy.enter, on_links * problem.enter_s),
+        hop=_allowed(busy.hop, hop),
+        enter=_allowed(busy.enter, enter),
         leave=_allowed(busy.leave, leave),
-        front=_allowed(busy.front, (on_links * problem.enter_s)[:, None] + weight[:, None] * seconds[:, 0, :]),
+        front=_allowed(busy.front, enter[:, None] + weight[:, None] * seconds[:, 0, :]),
         close={
             device: _allowed(table, (weight[device] * seconds[device, :, -1] + leave[device])[None, :])
             for device, table in busy.close.items()
@@ -210,16 +211,20 @@ def _allowed(like: Floats, cost: Floats | float) -> Floats:
 
 
 def _window_sums(values: Floats) -> Floats:
-    """Sum each half-open window, ``[D, L]`` to ``[D, L+1, L+1]``; meaningless where ``i > j``."""
-    before = np.zeros((values.shape[0], values.shape[1] + 1))
-    np.cumsum(values, axis=1, out=before[:, 1:])
-    return before[:, None, :] - before[:, :, None]
+    """Sum each half-open window, ``[D, L]`` to ``[D, L+1, L+1]``; 0 where ``i >= j``.
+
+    Summed up from each start: differences of sums from the first would lose small layers behind large ones.
+    """
+    num_layers = values.shape[1]
+    sums = np.zeros((values.shape[0], num_layers + 1, num_layers + 1))
+    from_start = np.where(np.tri(num_layers, dtype=bool).T, values[:, None, :], 0.0)
+    np.cumsum(from_start, axis=2, out=sums[:, :-1, 1:])
+    return sums
 
 
 def _excess(num_bytes: Floats, capacity_bytes: Floats | float) -> Floats:
-    finite = np.where(np.isinf(capacity_bytes), 0.0, capacity_bytes)
-    allowed = np.where(np.isinf(capacity_bytes), np.inf, finite * (1 + TOLERANCE))
-    return np.where(num_bytes <= allowed, 0.0, num_bytes - finite)
+    """Subtract what a device has from what it would hold; bytes are whole, so that no tolerance is needed."""
+    return np.maximum(num_bytes - capacity_bytes, 0.0)
 
 
 def _between(cost: Floats) -> Floats:
