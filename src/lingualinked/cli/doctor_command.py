@@ -46,7 +46,8 @@ def run_doctor() -> None:
 
 def _products() -> Rows:
     """Measure what a decode step spends its time on: products of few rows, against what memory gives."""
-    from lingualinked.model.exact.linear_speed import measure_linears, measure_memory  # imports torch
+    from lingualinked.model.exact.exact_norm import describe_norms  # imports torch
+    from lingualinked.model.exact.linear_speed import DTYPES, measure_linears, measure_memory
 
     memory_bytes_per_s = measure_memory()
     rows = [
@@ -58,10 +59,11 @@ def _products() -> Rows:
         )
         for each in measure_linears()
     ]
-    note = f"One thread reads memory at {memory_bytes_per_s / 1e9:.1f} GB/s. Every kernel has the bits of torch's own."
-    return Rows(
-        "Products with a large weight, one thread", ("dtype", "kernel", "GB/s", "of memory"), rows, notes=[note]
-    )
+    notes = [
+        f"One thread reads memory at {memory_bytes_per_s / 1e9:.1f} GB/s. Every kernel has the bits of torch's own.",
+        f"A Llama's norms of one row: {describe_norms(DTYPES)}.",
+    ]
+    return Rows("Products with a large weight, one thread", ("dtype", "kernel", "GB/s", "of memory"), rows, notes=notes)
 
 
 def _energy_counters() -> str:

@@ -36,13 +36,13 @@ def is_available(name: str, flags: frozenset[str]) -> bool:
     return load_library(name) is not None and processor_flags() >= flags
 
 
-def call(name: str, function: str, arguments: struct.Struct, *values: float) -> None:
-    """Call a kernel's function with its structure, which ends with the number of threads and what shares work among them."""
+def call(name: str, function: str, arguments: struct.Struct, *values: float) -> int:
+    """Call a kernel's function with its structure, which ends with the threads that share its work; return what it returns."""
     library = load_library(name)
     assert library is not None
     num_threads = torch.get_num_threads()
     team = (num_threads > 1 and openmp()) or (0, 0, 0)
-    getattr(library, function)(arguments.pack(*values, num_threads, *team))
+    return int(getattr(library, function)(arguments.pack(*values, num_threads, *team)))
 
 
 @functools.cache

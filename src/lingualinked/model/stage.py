@@ -16,6 +16,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.model import hf_internals
 from lingualinked.model.cut import SpanLeft
 from lingualinked.model.exact import exact_attention
+from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.exact.rounding_probe import fills_vectors, probe_rounding
@@ -73,6 +74,7 @@ class Stage:
         if device.type == "cpu":
             pack_linears(self._model)
             speed_up_linears(self._model)
+            speed_up_norms(self._model)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers

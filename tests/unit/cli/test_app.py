@@ -21,7 +21,7 @@ import lingualinked.cli
 from lingualinked.cli import doctor_command
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.model import linear_speed
+from lingualinked.model.exact import linear_speed
 from lingualinked.sharded.progress import DeviceProgress
 
 CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
@@ -264,6 +264,7 @@ def test_doctor_says_which_kernel_each_dtype_gets() -> None:
         assert re.search(rf"^{dtype}, 1 row +\S.* +[\d.]+ +\d+%$", result.stdout, re.MULTILINE), result.stdout
         assert re.search(rf"^{dtype}, 8 rows +\S.* +[\d.]+ +\d+%$", result.stdout, re.MULTILINE), result.stdout
     assert "One thread reads memory at" in result.stdout
+    assert re.search(r"norms of one row: bfloat16 (norm\.c|torch's own)", result.stdout)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])

@@ -1,4 +1,4 @@
-"""Where a kernel was not compiled, or the processor lacks its instructions, products are torch's, and so are their bits."""
+"""Where a kernel was not compiled, or the processor lacks its instructions, products and norms are torch's, and so are their bits."""
 
 from __future__ import annotations
 
@@ -12,31 +12,36 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lingualinked
-from lingualinked.kernels import few_rows, float_rows, half_rows, native
-from lingualinked.model.exact import float_linear, packed_linear
+from lingualinked.kernels import few_rows, float_rows, half_rows, native, norm
+from lingualinked.model.exact import float_linear, norm_probe, packed_linear
+from lingualinked.model.exact.exact_norm import speed_up_norms
 
 PACKAGE = Path(lingualinked.__file__).parent
 CACHES = (
     native.is_available,
     packed_linear._exact_kernel,
     float_linear._exact_kernel,
+    norm_probe.find_kind,
 )
 COMPARE = """
 import torch
 from torch import nn
-from lingualinked.kernels import few_rows, float_rows, half_rows
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from lingualinked.kernels import few_rows, float_rows, half_rows, norm
+from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import pack_linears
-assert not any(kernel.is_available() for kernel in (few_rows, float_rows, half_rows))
+assert not any(kernel.is_available() for kernel in (few_rows, float_rows, half_rows, norm))
 torch.set_num_threads(1)
 for dtype in (torch.bfloat16, torch.float32, torch.float16):
-    plain = nn.Linear(256, 192).to(dtype)
-    layer = nn.Sequential(nn.Linear(256, 192).to(dtype))
-    layer[0].load_state_dict(plain.state_dict())
+    plain, layer = (nn.Sequential(LlamaRMSNorm(256), nn.Linear(256, 192)).to(dtype).eval() for _ in range(2))
+    layer.load_state_dict(plain.state_dict())
     pack_linears(layer)
     speed_up_linears(layer)
+    speed_up_norms(layer)
     for num_rows in (1, 3, 40):
         rows = torch.randn(num_rows, 256).to(dtype)
         with torch.inference_mode():
@@ -67,6 +72,10 @@ def test_products_are_torchs(name: str, replacement: Callable[..., object], monk
     assert not few_rows.is_available()
     assert not float_rows.is_available()
     assert not half_rows.is_available()
+    assert not norm.is_available()
+    normalise = LlamaRMSNorm(256).eval()
+    speed_up_norms(normalise)
+    assert type(normalise) is LlamaRMSNorm
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         plain = nn.Linear(256, 192).to(dtype)
         holder = nn.Sequential(plain)

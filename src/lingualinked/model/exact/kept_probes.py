@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import torch
+import transformers
 
 from lingualinked.disk_cache import read_cached, write_cached
 from lingualinked.kernels import native
@@ -80,6 +81,7 @@ def _file_name() -> str:
         platform.libc_ver(),
         torch.version.git_version,
         torch.__config__.show(),
+        transformers.__version__,
         variables,
     ):
         digest.update(repr(each).encode())
