@@ -17,6 +17,7 @@ from lingualinked.model.exact.products import (
     MakeProduct,
     absorbing_product,
     cancelling_product,
+    sparse_product,
     tied_product,
 )
 
@@ -80,6 +81,8 @@ def _products(dtype: torch.dtype) -> list[tuple[MakeProduct, int]]:
     products: list[tuple[MakeProduct, int]] = [(cancelling_product, PROBED_ELEMENTS)]
     if dtype is not torch.float16:  # it holds no value that absorbs others
         products.append((absorbing_product, 2 * MIN_ELEMENTS))
+    if dtype is torch.float32:  # of which products are rounded, too, unless they are fused
+        products.append((sparse_product, 2 * MIN_ELEMENTS))
     if dtype is torch.bfloat16:
         products.append((tied_product, 2 * MIN_ELEMENTS))
     return products

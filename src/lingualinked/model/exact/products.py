@@ -13,6 +13,7 @@ from torch import Tensor
 
 BLOCK_OUTPUTS = 64
 _NUM_DISTINCT = 64  # rows and outputs; the others repeat them
+_NUM_NEIGHBOURS = 8
 _TINY = 2.0**-130  # not a normal value: some instructions take it for zero
 
 
@@ -82,6 +83,29 @@ def absorbing_product(
     weight[outputs, opposite] = -(2.0**40)
     bias = torch.randn(num_distinct, generator=generator) if has_bias else None
     return _repeat_distinct(num_rows, out_features, rows.expand(-1, in_features), weight, bias, dtype)
+
+
+def sparse_product(
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Product:
+    """Make a product in which an output is the sum of a few terms, which are neighbours, so that each rounding shows.
+
+    They lie at the beginning, at the end, or anywhere; all other weights are zero. What is rounded otherwise at a single
+    place is lost among the many roundings of a cancelling product.
+    """
+    num_distinct, num_terms = min(out_features, _NUM_DISTINCT), min(in_features, _NUM_NEIGHBOURS)
+    first = torch.randint(in_features - num_terms + 1, (num_distinct, 1), generator=generator)
+    first[0::3], first[1::3] = 0, in_features - num_terms
+    rows = torch.randn((min(num_rows, _NUM_DISTINCT), in_features), generator=generator)
+    terms = torch.randn((num_distinct, num_terms), generator=generator)
+    weight = torch.zeros(num_distinct, in_features).scatter_(1, first + torch.arange(num_terms), terms)
+    bias = torch.randn(num_distinct, generator=generator) if has_bias else None
+    return _repeat_distinct(num_rows, out_features, rows, weight, bias, dtype)
 
 
 def tied_product(
