@@ -45,11 +45,11 @@ def address(packed: Tensor) -> int:
     return int(torch.ops.mkldnn.data_ptr(packed))
 
 
-def multiply(rows: Tensor, weight: int, bias: Tensor | None, out_features: int, chunk: int) -> Tensor:
-    """Multiply up to `MAX_ROWS` rows ``[M, K]`` with the packed weight at an address, to ``[M, N]``."""
-    num_rows, in_features = rows.shape
-    rows = functional.pad(rows, (0, 1)) if in_features % 2 else rows.contiguous()
-    result = rows.new_empty(num_rows, out_features)
+def multiply(states: Tensor, weight: int, bias: Tensor | None, out_features: int, chunk: int) -> Tensor:
+    """Multiply up to `MAX_ROWS` rows, ``[..., K]``, with the packed weight at an address, to ``[..., N]``."""
+    *leading, in_features = states.shape
+    result = states.new_empty(*leading, out_features)
+    rows = functional.pad(states, (0, 1)) if in_features % 2 else states.contiguous()
     native.call(
         "few_rows",
         "multiply",
@@ -58,8 +58,8 @@ def multiply(rows: Tensor, weight: int, bias: Tensor | None, out_features: int, 
         weight,
         0 if bias is None else bias.data_ptr(),
         result.data_ptr(),
-        num_rows,
-        rows.shape[1] // 2,
+        states.numel() // in_features,
+        (in_features + 1) // 2,
         _filled(in_features, _STORED_INPUTS) // 2,
         out_features,
         chunk // 2,

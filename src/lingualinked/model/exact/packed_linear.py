@@ -34,6 +34,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
+        self.has_bias = linear.bias is not None  # asking for a parameter takes a microsecond
         # Not a buffer: code that walks over buffers copies, converts and compares them, and this tensor is opaque.
         self.packed = _pack(linear.weight.detach())
         self.address = few_rows.address(self.packed)
@@ -44,11 +45,11 @@ class PackedLinear(nn.Module):
             return functional.linear(states, self.weight(), self.bias)
         # torch multiplies non-contiguous inputs differently: it adds the bias to a rounded product, and uses a batched
         # kernel for several rows of each batch.
-        if states.is_contiguous() or (self.bias is None and states.shape[-2] == 1):
-            rows = states.reshape(-1, self.in_features)
-            kernel = _exact_kernel(*_shape(self, rows.shape[0]))  # len() would be slow
+        shape = states.shape
+        if shape[-1] == self.in_features and (states.is_contiguous() or (not self.has_bias and shape[-2] == 1)):
+            kernel = _exact_kernel(*_shape(self, states.numel() // self.in_features))
             if kernel is not None:
-                return kernel(self, rows).view(*states.shape[:-1], self.out_features)
+                return kernel(self, states)
         return functional.linear(states, self.weight(), self.bias)
 
     def weight(self) -> Tensor:
@@ -98,7 +99,7 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _shape(layer: nn.Linear | PackedLinear, num_rows: int) -> tuple[torch.dtype, int, int, int, bool, int]:
-    has_bias = layer.bias is not None
+    has_bias = layer.has_bias if isinstance(layer, PackedLinear) else layer.bias is not None
     return torch.bfloat16, num_rows, layer.in_features, layer.out_features, has_bias, torch.get_num_threads()
 
 
@@ -107,13 +108,15 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _multiply_packed(layer: PackedLinear, rows: Tensor) -> Tensor:
+def _multiply_packed(layer: PackedLinear, states: Tensor) -> Tensor:
+    rows = states.reshape(-1, layer.in_features)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, layer.packed, layer.bias, "none", [], "")  # noqa: SLF001
-    return product
+    return product.view(*states.shape[:-1], layer.out_features)
 
 
-def _multiply_few(layer: PackedLinear, rows: Tensor, *, chunk: int) -> Tensor:
-    return few_rows.multiply(rows, layer.address, layer.bias, layer.out_features, chunk)
+def _multiply_few(layer: PackedLinear, states: Tensor, *, chunk: int) -> Tensor:
+    bias = layer.bias if layer.has_bias else None
+    return few_rows.multiply(states, layer.address, bias, layer.out_features, chunk)
 
 
 def _kernels(num_rows: int) -> dict[str, Kernel]:
