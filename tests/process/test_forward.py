@@ -193,27 +193,13 @@ def test_device_map_names_each_part(sharded: Any) -> None:
         sharded.get_submodule(name)
 
 
-def test_outputs_of_layers_are_refused_by_name(sharded: Any) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        with pytest.raises(ll.UnsupportedOperationError, match=f"^{name} "):
-            sharded(IDS, **{name: True})
-    sharded.config.output_hidden_states = True
-    try:
-        with pytest.raises(ll.UnsupportedOperationError, match=r"^config\.output_hidden_states .* set it to False"):
-            sharded(IDS)
-        with pytest.raises(ll.UnsupportedOperationError, match=r"^config\.output_hidden_states "):
-            sharded.generate(IDS, max_new_tokens=2)
-        sharded(IDS, output_hidden_states=False)
-    finally:
-        sharded.config.output_hidden_states = False
-
-
 REFUSED_CALLS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "cu_seq_lens_q": (ll.UnsupportedOperationError, {"cu_seq_lens_q": torch.tensor([0, 7])}),
     "is_causal": (ll.UnsupportedOperationError, {"is_causal": False}),
     "cache_position": (ll.UnsupportedOperationError, {"cache_position": torch.arange(1, 8)}),
     "cache_position is a range": (ll.ArgumentError, {"cache_position": range(7)}),
     "output_router_logits": (ll.UnsupportedOperationError, {"output_router_logits": True}),
+    "output_hidden_states=": (ll.UnsupportedOperationError, {"output_hidden_states": [0, -1]}),
     "token_type_ids": (ll.ArgumentError, {"token_type_ids": IDS}),  # Llama has none
     "past_key_values is a tuple": (ll.UnsupportedOperationError, {"past_key_values": ()}),
     "attention_mask as a mapping": (ll.UnsupportedOperationError, {"attention_mask": {"full_attention": None}}),

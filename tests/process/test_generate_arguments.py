@@ -68,6 +68,8 @@ EFFECTIVE: dict[str, dict[str, Any]] = {
     "num_beams": {"num_beams": 5},
     "num_return_sequences": {"num_return_sequences": 2, **BEAMS},
     "output_logits": {"output_logits": True, **DICT},
+    "output_attentions": {"output_attentions": True, **DICT},  # none, but with eager attention
+    "output_hidden_states": {"output_hidden_states": True, **DICT},
     "output_scores": {"output_scores": True, **DICT, **BEAMS},
     "pad_token_id": {"pad_token_id": 4, "inputs": torch.cat([IDS, IDS.flip(1)]), "eos_token_id": list(range(60))},
     "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},  # of the hub: an error
@@ -95,8 +97,6 @@ REFUSED: dict[str, Any] = {
     "cache_implementation": ["static", "offloaded", "offloaded_static", "quantized", "paged"],
     "compile_config": CompileConfig(),
     "dola_layers": "low",
-    "output_attentions": True,
-    "output_hidden_states": True,
     "speculation_type": "dflash",
     "use_mtp": True,
 }

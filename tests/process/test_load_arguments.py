@@ -193,10 +193,11 @@ def test_dummy_weights_are_the_same_however_they_are_cut(place: Place, llama: Pa
 
 
 def test_outputs_of_layers_that_the_config_asks_for(place: Place, llama: Path) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        model = place(llama, SPANS, **{name: True})
-        with pytest.raises(ll.UnsupportedOperationError, match=f"^config.{name} "):
-            model(IDS)
+    for name in ("attentions", "hidden_states"):
+        arguments = {f"output_{name}": True, "attn_implementation": "eager"}
+        ours, theirs = (model(IDS)[name] for model in (place(llama, SPANS, **arguments), reference(llama, **arguments)))
+        assert len(ours) == len(theirs)
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_tuples_that_the_config_asks_for(place: Place, llama: Path) -> None:

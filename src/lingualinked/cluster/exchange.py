@@ -18,7 +18,7 @@ from torch import Tensor
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.remote_text import RemoteLog
-from lingualinked.cluster.step_reply import StepReply
+from lingualinked.cluster.step_reply import RecordedPart, StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
 from lingualinked.protocol.measuring import LinkProbed, ModelMeasured, Ping, Pong
 from lingualinked.protocol.messages import (
@@ -35,6 +35,7 @@ from lingualinked.protocol.messages import (
     StageLoaded,
     StepDone,
     StepFailed,
+    StepRecorded,
     UnloadModel,
     WorkerMessage,
     WorkerReport,
@@ -163,8 +164,13 @@ class Exchange:
         sender = delivery.sender
         match message:
             case StepDone():
-                reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes)
+                pending = self._pending.find(_key(message))
+                parts = {} if pending is None else pending.parts
+                reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes, parts)
                 self._pending.complete(_key(message), reply)
+            case StepRecorded():
+                part = RecordedPart(message.layouts, delivery.tensors)
+                self._pending.add_part(_key(message), (sender, message.stage), part)
             case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():
@@ -195,6 +201,8 @@ class Exchange:
             senders = {pending.asked} if role is Role.LAST_STAGE else pending.devices
             answer = KVCopied if role is Role.KV_ENDS else StepDone
             fits = sender in senders and pending.answer is answer and message.model == pending.model  # type: ignore[union-attr]
+            if isinstance(message, StepRecorded):
+                fits = fits and 0 <= message.stage < pending.num_parts
         if not fits:
             raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
 
@@ -236,7 +244,7 @@ class Exchange:
 
 def _key(message: AnyMessage) -> Key:
     """Return the key of the pending answer that a message completes, fails, or reports progress of."""
-    if isinstance(message, StepDone | StepFailed):
+    if isinstance(message, StepDone | StepFailed | StepRecorded):
         return "step", message.session, message.number
     return "request", message.request, 0  # type: ignore[union-attr]
 

@@ -32,6 +32,9 @@ class Pending:
     timeout_s: float
     deadline: float  # in monotonic seconds
     on_progress: Callable[[int], None] | None = None  # told the bytes loaded so far
+    num_parts: int = 0  # that have to arrive besides the answer, in any order
+    parts: dict[tuple[str, int], object] = dataclasses.field(default_factory=dict)  # by their sender and a number
+    held_answer: object = None  # which came before the last part
     future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
@@ -111,10 +114,23 @@ class PendingAnswers:
         return self._pending.get(key)
 
     def complete(self, key: Key, answer: object) -> None:
-        """Complete the future of an answer; does nothing if nobody waits for it any more."""
-        pending = self._pending.pop(key, None)
+        """Complete the future of an answer once all parts are there; does nothing if nobody waits for it any more."""
+        pending = self._pending.get(key)
+        if pending is None:
+            return
+        if len(pending.parts) < pending.num_parts:
+            pending.held_answer = answer
+            return
+        del self._pending[key]
+        pending.future.set_result(answer)
+
+    def add_part(self, key: Key, part_key: tuple[str, int], part: object) -> None:
+        """Add a part of an answer; does nothing if nobody waits for it any more."""
+        pending = self._pending.get(key)
         if pending is not None:
-            pending.future.set_result(answer)
+            pending.parts[part_key] = part
+            if pending.held_answer is not None:
+                self.complete(key, pending.held_answer)
 
     def fail(self, key: Key, error: Exception) -> None:
         """Fail one answer; does nothing if it is no longer pending."""

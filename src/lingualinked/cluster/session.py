@@ -20,7 +20,7 @@ from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
+from lingualinked.cluster.step_reply import Recorded, StepReply, check_reply, join_recorded, sample_of
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.context import StepContext
@@ -98,12 +98,14 @@ class Session:
         logits_to_keep: int | Tensor,
         *,
         keeps_kv: bool = True,
-    ) -> Tensor:
-        """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``.
+        records: tuple[str, ...] = (),
+    ) -> tuple[Tensor, Recorded]:
+        """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
 
         Inputs are token ids, int64 ``[rows, tokens]``, or embeddings, ``[rows, tokens, hidden]``; the mask is int64
         ``[rows, past + tokens]``, and positions are int64 ``[1 or rows, tokens]``. ``logits_to_keep`` is as in
-        transformers: 0 for all positions, N for the last N, or indices. ``keeps_kv`` tells whether later steps follow.
+        transformers: 0 for all positions, N for the last N, or indices. ``keeps_kv`` tells whether later steps follow;
+        ``records`` what layers record: "hidden_states", "attentions".
 
         If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has
         ended. What broke it between two steps is raised by the next one itself, once.
@@ -113,7 +115,7 @@ class Session:
         try:
             with self._changing:
                 self._switch_route()
-                return self._step(inputs, attention_mask, position_ids, logits_to_keep, keeps_kv)
+                return self._step(inputs, attention_mask, position_ids, logits_to_keep, keeps_kv, records)
         finally:
             self._running.release()
 
@@ -282,7 +284,8 @@ class Session:
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
         keeps_kv: bool,
-    ) -> Tensor:
+        records: tuple[str, ...],
+    ) -> tuple[Tensor, Recorded]:
         self._check_open()
         self._announce_switch()
         # 1) count its KV, and encode what travels beside the inputs
@@ -310,6 +313,7 @@ class Session:
             sent_us=clock_us(),
             timings=(),
             torch_settings=tuple(read_torch_settings().items()),
+            records=records,
         )
         self._edits.clear()
         self._next_step += 1
@@ -319,6 +323,7 @@ class Session:
             tensors = (inputs, *code.tensors, *keep)
             reply = cast("StepReply", result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s)))
             logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
+            recorded = join_recorded(reply, route, records) if records else {}
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             end_with_interpreter()
             self._broken_by = f" with {type(error).__name__}"
@@ -330,7 +335,7 @@ class Session:
         self._holds_kv = keeps_kv
         self.num_rows = num_rows
         self.num_tokens += num_new
-        return logits
+        return logits, recorded
 
 
 @uninterrupted

@@ -30,6 +30,7 @@ class Boundary:
     def __init__(self) -> None:
         self.incoming: RawOutput | None = None  # of the last layer before the span, on the previous stage
         self.outgoing: RawOutput | None = None  # of the last layer of the span
+        self.is_passed = False  # whether the forward pass goes on behind the span, to return what it has recorded
 
     def capture_output(self, _layer: nn.Module, _arguments: Any, output: RawOutput) -> None:
         """Keep the output of the last layer; a forward hook."""
@@ -38,6 +39,7 @@ class Boundary:
     def clear(self) -> None:
         """Drop both tensors, so that they can be freed between steps."""
         self.incoming = self.outgoing = None
+        self.is_passed = False
 
 
 class StandIn(nn.Module):
@@ -57,14 +59,20 @@ class ReplayLayer(StandIn):
 
 
 class ExitLayer(StandIn):
-    """Replaces a layer after the span: ends the forward pass on entry.
+    """Replaces a layer after the span: ends the forward pass on entry, unless it is to go on to its end.
 
     Anything that the model does between two layers has been done by then.
     """
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> None:
-        """Raise SpanLeft."""
-        raise SpanLeft
+    def __init__(self, boundary: Boundary) -> None:
+        super().__init__()
+        self.boundary = boundary
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> RawOutput | None:
+        """Raise SpanLeft, or return the output of the span."""
+        if not self.boundary.is_passed:
+            raise SpanLeft
+        return self.boundary.outgoing
 
 
 class PassThrough(StandIn):
@@ -114,7 +122,7 @@ def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, bound
     """Replace the modules that a stage of layers ``[start, end)`` does not hold by stand-ins, in place."""
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
-    replay, leave = ReplayLayer(boundary), ExitLayer()
+    replay, leave = ReplayLayer(boundary), ExitLayer(boundary)
     for index in range(parts.num_layers):
         if not start <= index < end:
             layers[index] = replay if index < start else leave

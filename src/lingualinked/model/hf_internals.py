@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import cached_file, logging as transformers_logging
+from transformers.utils import cached_file, logging as transformers_logging, output_capturing
 
 from lingualinked.errors import CheckpointError
 
@@ -242,6 +242,24 @@ def _quiet_sequential_loading() -> Iterator[list[str]]:
             del os.environ[_SEQUENTIAL_LOAD]
         else:
             os.environ[_SEQUENTIAL_LOAD] = setting
+
+
+def recordable_outputs(model: torch.nn.Module) -> frozenset[str]:
+    """Return what transformers records by hooks; empty for classes whose own forward collects it."""
+    known: Any = output_capturing._CAN_RECORD_REGISTRY
+    return frozenset(name for module in model.modules() for name in known.get(module))
+
+
+def remove_recorders(model: torch.nn.Module) -> None:
+    """Remove the hooks that record outputs, so that the next forward pass that records installs each of them once.
+
+    They are installed into modules, which several cut models may share.
+    """
+    for module in model.modules():
+        vars(module).pop("_output_capturing_hooks_installed", None)
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", "") == output_capturing.__name__:
+                del module._forward_hooks[number]
 
 
 class CacheLayer(DynamicLayer):

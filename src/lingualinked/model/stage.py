@@ -29,7 +29,7 @@ from lingualinked.quantities import count_text
 from lingualinked.rounding import Rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -50,6 +50,7 @@ class StageInputs:
     logits_to_keep: int | Tensor = 0  # for the last stage: the number of last positions, 0 for all, or indices
     rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
     torch_settings: TorchSettings = field(default_factory=dict)  # the caller's
+    records: tuple[str, ...] = ()  # what the model's output is to hold besides logits, such as "hidden_states"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class StageOutput:
 
     tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
     layout: tuple[bool, ...] | None
+    recorded: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of its layers, in order
 
 
 class Stage:
@@ -80,6 +82,7 @@ class Stage:
         self._layers = layers
         self._slots = self.cache_slots(start, end)
         self._ropes = hf_internals.dynamic_ropes(self._model)
+        self._has_recorders = False
 
     @classmethod
     def load(
@@ -169,8 +172,13 @@ class Stage:
             self._boundary.incoming = _unflatten_output(tensors, inputs.layout)
         if self.is_last:
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
+        if inputs.records:
+            self._prepare_recording()
+            self._boundary.is_passed = True
+            arguments |= {f"output_{name}": True for name in inputs.records}
         # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
+        recorded: dict[str, tuple[Tensor | None, ...]] = {}
         # The hook is for this pass only: stages that share the layer have their own hooks.
         hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)
         try:
@@ -182,7 +190,11 @@ class Stage:
                 if inputs.rope_reach:
                     for rope in self._ropes:
                         rope.stretch(inputs.rope_reach, self.device)
-                outputs: tuple[Tensor, ...] = (self._model(**arguments).logits,)
+                result = self._model(**arguments)
+            outputs: tuple[Tensor, ...] = (result.logits,)
+            recorded = {name: self._recorded(name, result[name]) for name in inputs.records}
+            if not self.is_last:
+                raise SpanLeft
         except SpanLeft:
             outputs, layout = flatten_output(self._boundary.outgoing)
         finally:
@@ -191,7 +203,25 @@ class Stage:
         # 3) count the tokens
         if cache is not None:
             cache.advance(states.shape[1])
-        return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout)
+        return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout, recorded=recorded)
+
+    def _prepare_recording(self) -> None:
+        """Let transformers install its recorders once, although layers may have them from another stage."""
+        if not self._has_recorders:
+            hf_internals.remove_recorders(self._model)
+            self._has_recorders = True
+
+    def _recorded(self, name: str, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return what a forward pass recorded in this span: stand-ins count in some classes, in others they do not.
+
+        Hidden states are the inputs of the layers, and behind the last layer the output of the model.
+        """
+        has_one_more = name == "hidden_states"
+        if len(values) == self.num_layers + has_one_more:
+            values = values[self.start : self.end + (has_one_more and self.is_last)]
+        elif has_one_more and not self.is_last:
+            values = values[:-1]
+        return tuple(None if value is None else value.cpu() for value in values)
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value

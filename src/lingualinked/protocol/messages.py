@@ -135,6 +135,10 @@ class StageTimes(Message, frozen=True):
     codec_us: Natural
 
 
+RECORDS = frozenset({"hidden_states", "attentions"})
+"""What layers may record in a step, by the names of transformers' outputs."""
+
+
 class Step(Message, frozen=True, tag=4):
     """Run one step of a session on stage ``stage``.
 
@@ -144,7 +148,8 @@ class Step(Message, frozen=True, tag=4):
 
     ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
     ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
-    them. Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
+    them. Stages send what of ``records`` their layers give ("hidden_states", "attentions") to the caller (`StepRecorded`).
+    Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
     """
 
@@ -164,11 +169,14 @@ class Step(Message, frozen=True, tag=4):
     sent_us: int
     timings: tuple[StageTimes, ...]
     torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
+    records: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).
         if self.logits_to_keep is not None and not isinstance(self.logits_to_keep, int):
             raise ProtocolError(f"logits_to_keep={self.logits_to_keep!r} must be an int or None")
+        if not RECORDS.issuperset(self.records):
+            raise ProtocolError(f"records={self.records!r} must be some of {sorted(RECORDS)}")
 
 
 class EndSession(Message, frozen=True, tag=5):
@@ -236,6 +244,19 @@ class StepDone(Message, frozen=True, tag=21):
     session: int
     number: int
     timings: tuple[StageTimes, ...]
+
+
+class StepRecorded(Message, frozen=True, tag=35):
+    """What a stage recorded in a step, sent before the stage sends the step on.
+
+    ``layouts`` say for each of the step's ``records`` which of its items are tensors, in order, and not None.
+    """
+
+    model: int
+    session: int
+    number: int
+    stage: int
+    layouts: tuple[tuple[bool, ...], ...]
 
 
 class FailureKind(enum.IntEnum):
@@ -321,6 +342,7 @@ WorkerMessage = (
     | Pong
     | WorkerReport
     | StepDone
+    | StepRecorded
     | RequestFailed
     | StepFailed
     | LogRecord

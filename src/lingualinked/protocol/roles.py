@@ -69,6 +69,7 @@ TO_CALLER: Mapping[type[Message], Role] = {
     messages.KVRefused: Role.KV_ENDS,
     messages.StepDone: Role.LAST_STAGE,
     messages.StepFailed: Role.ANY_STAGE,
+    messages.StepRecorded: Role.ANY_STAGE,
 }
 """The messages that the caller accepts, and from whom."""
 

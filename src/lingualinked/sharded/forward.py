@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.model.hf_internals import makes_pipeline_for_device
+from lingualinked.model.hf_internals import makes_pipeline_for_device, recordable_outputs
 from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.cache import ShardedCache, check_empty
 from lingualinked.sharded.conversions import Conversions
@@ -29,6 +29,7 @@ from lingualinked.sharded.inputs import (
     check_logits_to_keep,
     check_tensor,
     refuse_arguments,
+    take_records,
 )
 from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
@@ -53,6 +54,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         _sealed_config: SealedConfig
         _output_class: type[Any]
         _own_arguments: tuple[str, ...]
+        _recordable: frozenset[str]
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +149,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
             if isinstance(value, Tensor):
                 loss_arguments[name] = check_tensor(name, value)
         cache_position = kwargs.pop("cache_position", None)
+        records = take_records(self.config, kwargs, none_is_false=bool(self._recordable))
         refuse_arguments(self.config, kwargs, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
         past = self._check_past(past_key_values, inputs.shape[0])
@@ -169,17 +172,21 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         keeps_kv = past is not None or asks_for_kv
         cache = self._open_session() if past is None else self._as_session(past)
         try:
-            logits = cache.session.step(inputs, mask, positions, keep, keeps_kv=keeps_kv)
+            logits, recorded = cache.session.step(inputs, mask, positions, keep, keeps_kv=keeps_kv, records=records)
         finally:
             if not keeps_kv:
                 cache.end()
+        if "attentions" in recorded and "cross_attentions" in self._recordable:
+            recorded["cross_attentions"] = ()  # as the class does without an encoder
         # 4) compute the loss here, and return the class's own output
         loss = None
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary, **loss_arguments)
         is_returned = asks_for_kv or (past is not None and self._returns_unrequested_cache)
-        output: Any = self._output_class(loss=loss, logits=logits, past_key_values=cache if is_returned else None)
+        output: Any = self._output_class(
+            loss=loss, logits=logits, past_key_values=cache if is_returned else None, **recorded
+        )
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
 
@@ -252,6 +259,7 @@ def make_sharded(
     model: Any = meta.eval()
     real: Any = type(meta)
     embeddings = model.get_input_embeddings()
+    state["_recordable"] = recordable_outputs(meta)
     state["_embedding_shape"] = embeddings.num_embeddings, embeddings.embedding_dim
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta), _sealed_config=SealedConfig(meta.config)

@@ -20,7 +20,7 @@ from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.model.parts import learned_positions
 from lingualinked.quantities import count_text
 
-_RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+_RECORDED = ("output_hidden_states", "output_attentions")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,20 +205,39 @@ def check_logits_to_keep(value: object) -> int | Tensor:
         raise ArgumentError(f"logits_to_keep={value!r} must be an integer or a tensor of indices") from None
 
 
+def take_records(config: PreTrainedConfig, arguments: dict[str, Any], *, none_is_false: bool) -> tuple[str, ...]:
+    """Remove from the arguments what asks for outputs of layers; return what they ask for, or the config if they do not.
+
+    ``none_is_false`` says how the class understands None: as False, or as the config says.
+    """
+    asked = []
+    for name in _RECORDED:
+        by_config = getattr(config, name, False)
+        value = arguments.pop(name, by_config)
+        if value is None and not none_is_false:
+            value = by_config
+        if not isinstance(value, bool | None):
+            raise UnsupportedOperationError(
+                f"{name}={value!r} is not supported by a sharded model: use True, and select here"
+            )
+        if value:
+            asked.append(name.removeprefix("output_"))
+    return tuple(asked)
+
+
 def refuse_arguments(config: PreTrainedConfig, arguments: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse by name the arguments that `ShardedCausalLM.forward` does not name.
 
     ``known`` are the parameters of the model's own ``forward``; settings of outputs that are not given are the config's.
     """
-    for name in _RECORDED:
-        value = arguments.get(name)
-        if value or (value is None and getattr(config, name, False)):
-            whose = "" if value else "config."
-            raise UnsupportedOperationError(
-                f"{whose}{name} is not supported by a sharded model, whose layers are in workers: set it to False"
-            )
+    routers = arguments.get("output_router_logits")
+    if routers or (routers is None and getattr(config, "output_router_logits", False)):
+        whose = "" if routers else "config."
+        raise UnsupportedOperationError(
+            f"{whose}output_router_logits is not supported by a sharded model, whose layers are in workers: set it to False"
+        )
     for name, value in arguments.items():
-        if value is None or name in _RECORDED:
+        if value is None or name == "output_router_logits":
             continue
         if name in known or name in TransformersKwargs.__optional_keys__:
             raise UnsupportedOperationError(f"{name} is not supported by a sharded model: leave it out")

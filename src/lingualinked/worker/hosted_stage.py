@@ -17,7 +17,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
-from lingualinked.protocol.messages import KVEdit, KVEditKind, Step
+from lingualinked.protocol.messages import KVEdit, KVEditKind, Step, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
@@ -248,6 +248,7 @@ class HostedStage:
                 logits_to_keep=keep,
                 rope_reach=step.rope_reach,
                 torch_settings=dict(step.torch_settings),
+                records=step.records,
             ),
             session.cache,
         )
@@ -266,6 +267,19 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor
             f"{num_shared} are announced besides its inputs: inputs must have rows and tokens, at least one of each"
         )
     return tensors[:num_inputs], tensors[num_inputs:]
+
+
+def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:
+    """Return the message for the caller with what a stage recorded, and its tensors."""
+    items = [output.recorded[name] for name in step.records]
+    message = StepRecorded(
+        model=step.model,
+        session=step.session,
+        number=step.number,
+        stage=step.stage,
+        layouts=tuple(tuple(item is not None for item in each) for each in items),
+    )
+    return message, tuple(item for each in items for item in each if item is not None)
 
 
 def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:

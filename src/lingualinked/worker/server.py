@@ -70,7 +70,7 @@ from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrower import Borrower
 from lingualinked.worker.error_report import describe_error
-from lingualinked.worker.hosted_stage import split_tensors
+from lingualinked.worker.hosted_stage import describe_recorded, split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.kv_mover import KVMover
@@ -361,6 +361,9 @@ class Worker:
             codec_us=round(delivery.decode_s * 1e6) + encode_us,
         )
         timings = (*step.timings, times)
+        if step.records:
+            recorded, items = describe_recorded(step, output)
+            hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), items)
         # 4) send logits to the caller, or hidden states to the next stage
         if hosted.stage.is_last:
             done = StepDone(model=step.model, session=step.session, number=step.number, timings=timings)

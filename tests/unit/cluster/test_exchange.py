@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from lingualinked.protocol.messages import (
     Step,
     StepDone,
     StepFailed,
+    StepRecorded,
     UnloadModel,
     decode,
     encode,
@@ -81,7 +83,9 @@ class Conversation:
         delivery = self.workers[name].receive(0)
         return None if delivery is None else decode(delivery.payload)
 
-    def ask(self, message: Step | InspectWorker, devices: Sequence[str] = "ab", model: int = 1) -> Future[object]:
+    def ask(
+        self, message: Step | InspectWorker, devices: Sequence[str] = "ab", model: int = 1, num_parts: int = 0
+    ) -> Future[object]:
         pending = Pending(
             devices=frozenset(devices),
             asked=devices[-1],
@@ -90,6 +94,7 @@ class Conversation:
             what="this",
             timeout_s=60,
             deadline=time.monotonic() + 60,
+            num_parts=num_parts,
         )
         key = (
             ("step", message.session, message.number) if isinstance(message, Step) else ("request", message.request, 0)
@@ -178,6 +183,32 @@ def test_a_failed_step_fails_alone(talk: Conversation) -> None:
     talk.say("b", StepFailed(model=1, session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback=""))
     assert isinstance(first.exception(0), WorkerError)
     assert not second.done()
+
+
+def test_a_step_that_records_is_done_once_all_its_parts_are_there(talk: Conversation) -> None:
+    done = StepDone(model=1, session=1, number=0, timings=())
+    for order in itertools.permutations(("a", "b", "done")):
+        future = talk.ask(step(1), num_parts=2)
+        for each in order:
+            assert not future.done()
+            if each == "done":
+                talk.say("b", done)
+            else:
+                part = StepRecorded(model=1, session=1, number=0, stage="ab".index(each), layouts=((),))
+                talk.say(each, part)
+                talk.say(each, part)
+        assert set(future.result(0).parts) == {("a", 0), ("b", 1)}
+    assert talk.caller.num_refused == 0
+
+
+def test_what_was_not_to_be_recorded_is_refused(talk: Conversation) -> None:
+    for num_parts, stage in ((0, 0), (2, 2), (2, -1)):
+        future = talk.ask(step(1), num_parts=num_parts)
+        refused = talk.caller.num_refused
+        talk.say("a", StepRecorded(model=1, session=1, number=0, stage=stage, layouts=()))
+        assert talk.caller.num_refused == refused + 1
+        talk.say("b", StepFailed(model=1, session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback=""))
+        assert future.exception(0) is not None
 
 
 def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> None:
@@ -327,7 +358,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
     if kind is not Hello:
         talk.greet("bystander")
     role, message = TO_CALLER.get(kind), example(kind)
-    is_step = kind in (StepDone, StepFailed)
+    is_step = kind in (StepDone, StepFailed, StepRecorded)
     answer = (
         kind if kind in ANSWERS.values() else KVCopied if kind is KVRefused else StepDone if is_step else StageLoaded
     )
@@ -339,6 +370,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         what="this",
         timeout_s=60,
         deadline=time.monotonic() + 60,
+        num_parts=8 if kind is StepRecorded else 0,
     )
     talk.exchange.send_request(
         "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending
@@ -349,7 +381,8 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         assert talk.caller.num_refused == before + 1
     elif kind is not Hello:
         assert (talk.caller.num_refused == before) is (sender in SENDERS[role])
-    if role in (None, Role.WORKER) or sender not in SENDERS[role] or kind is Progress:
+    assert bool(pending.parts) is (kind is StepRecorded and sender in SENDERS[Role.ANY_STAGE])
+    if role in (None, Role.WORKER) or sender not in SENDERS[role] or kind in (Progress, StepRecorded):
         assert not pending.future.done()
     else:
         assert pending.future.done()

@@ -39,13 +39,19 @@ class LocalSession:
         self._model, self._kv = model, DynamicCache(config=model.config)
 
     @torch.no_grad()
-    def step(self, ids: Tensor, mask: Any, positions: Any, keep: Any, *, keeps_kv: bool = True) -> Tensor:
+    def step(
+        self, ids: Tensor, mask: Any, positions: Any, keep: Any, *, keeps_kv: bool = True, records: tuple[str, ...] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
         output = self._model(
-            ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, past_key_values=self._kv
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            logits_to_keep=keep,
+            past_key_values=self._kv,
+            **{f"output_{name}": True for name in records},
         )
         self.num_rows, self.num_tokens = ids.shape[0], self.num_tokens + ids.shape[1]
-        logits: Tensor = output.logits
-        return logits
+        return output.logits, {name: output[name] for name in records}
 
     def reserve(self, num_tokens: int) -> None:
         pass
@@ -113,6 +119,7 @@ def observe(model: Any) -> Any:
             output.logits.tolist(),
             output.loss.tolist(),
             tokens.tolist(),
+            sorted(output),
             dict(hooks_called),
             gradients,
             model.training,
