@@ -1,96 +1,37 @@
-// Attention of one new token per row over a KV cache in bfloat16, in the order in which torch computes it on processors
-// where MKL multiplies bfloat16 with AVX2 instructions.
+// Attention of few new tokens over a KV cache in bfloat16 or float16, as torch computes it where MKL multiplies in the orders
+// of attention_products.h.
 //
-// Tokens come in blocks of 512. A score is four sums over dimensions, of every fourth one, added as (0 + 2) + (1 + 3). A
-// block's weights are exponentials less the highest score so far, rounded to bfloat16 once they are added up. A result is
-// the sum over tokens, four at a time, added as (0 + 2) + (1 + 3); a rest of up to three is added one by one, the last
-// one first. Products of two bfloat16 are exact in float32, so it does not matter where they are fused with a sum.
+// Tokens come in blocks of 512. A block's weights are exponentials less the highest score so far, rounded to the dtype once
+// they are added up. Queries that share keys and values are computed together, whatever torch does.
 //
-// It stands alone: no header but team.h and the compiler's own, no C library, nothing allocated.
+// It stands alone: no headers but its own, team.h and the compiler's, no C library, nothing allocated.
 
-#include <immintrin.h>
-#include <stdint.h>
-
+#include "attention_products.h"
 #include "team.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
-enum {
-    BLOCK = 512,    // tokens
-    KEYS = 8,       // whose scores are computed together
-    MAX_DIM = 256,
-};
+enum { NO_MASK, CHOICES, ADDENDS };  // true for tokens that count; what is added to scores, in the dtype
+enum { ROWS = 8 };                   // queries that are computed together
 
 struct strides { long batch, head, token; };  // in elements
 
+INLINE long place(const struct strides *of, long batch, long head, long token) {
+    return batch * of->batch + head * of->head + token * of->token;
+}
+
 struct attention {
-    const uint16_t *query, *keys, *values;  // bfloat16 [batch][heads][1][dim], twice [batch][heads / group][tokens][dim]
-    uint16_t *result;                       // bfloat16 [batch][1][heads][dim]
-    float *logsums;                         // [batch][heads], logarithms of the sums of exponentials; or null
-    struct strides of_query, of_keys, of_values;
-    long batch, heads, group, tokens, dim;  // a group of heads shares keys and values; dim is a multiple of 8
+    const uint16_t *query, *keys, *values;  // [batch][heads][queries][dim], twice [batch][heads / group][tokens][dim]
+    uint16_t *result;                       // [batch][queries][heads][dim]
+    float *logsums;                         // [batch][heads][queries], logarithms of the sums of exponentials; or null
+    const void *mask;                       // [batch][heads][queries][tokens]; or null
+    struct strides of_query, of_keys, of_values, of_mask;
+    long batch, heads, group, queries, tokens, dim;  // a group of heads shares keys and values; dim is a multiple of 8
+    long together;                                   // queries that torch multiplies at once: of one head, or of one group
+    long dtype, mask_kind;
     double scale;
-    double (*exponential)(double);                                   // exp, for weights that do not fill a vector
-    float (*exponential32)(float), (*logarithm)(float);              // expf, logf
+    double (*exponential)(double);                       // exp, for weights that do not fill a vector
+    float (*exponential32)(float), (*logarithm)(float);  // expf, logf
     struct team team;
 };
-
-// Every other of 32 bfloat16, beginning with the first or the second, as float32.
-INLINE __m512 even(__m512i both) { return _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)); }
-INLINE __m512 odd(__m512i both) {
-    return _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
-}
-
-INLINE float widen(uint16_t value) {
-    const uint32_t bits = (uint32_t)value << 16;
-    float wide;
-    __builtin_memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-// Round to bfloat16, half to even; the instruction for it would flush denormals.
-INLINE __m256i round16(__m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0xffff)));
-}
-
-// Scores of up to 8 keys; `pairs` has the query by four dimensions, as (0, 2) and (1, 3).
-INLINE void score_keys(const uint16_t *keys, long stride, int count, long dim, const double (*pairs)[2], float *scores) {
-    __m512 sum_even = _mm512_setzero_ps(), sum_odd = _mm512_setzero_ps();
-    for (long at = 0; at < dim; at += 32, pairs += 8) {
-        const __mmask32 mask = dim - at >= 32 ? 0xffffffff : (1u << (dim - at)) - 1;
-        __m512i row[KEYS], two[KEYS], four[KEYS], column[8];
-        for (int key = 0; key < KEYS; key++)
-            row[key] = key < count ? _mm512_maskz_loadu_epi16(mask, keys + key * stride + at) : _mm512_setzero_si512();
-        for (int i = 0; i < 4; i++) {
-            two[i] = _mm512_unpacklo_epi64(row[2 * i], row[2 * i + 1]);
-            two[4 + i] = _mm512_unpackhi_epi64(row[2 * i], row[2 * i + 1]);
-        }
-        for (int half = 0; half < 2; half++) {
-            __m512i *to = four + 4 * half;
-            const __m512i *from = two + 4 * half;
-            to[0] = _mm512_shuffle_i64x2(from[0], from[1], 0x88);
-            to[1] = _mm512_shuffle_i64x2(from[2], from[3], 0x88);
-            to[2] = _mm512_shuffle_i64x2(from[0], from[1], 0xdd);
-            to[3] = _mm512_shuffle_i64x2(from[2], from[3], 0xdd);
-            column[half] = _mm512_shuffle_i64x2(to[0], to[1], 0x88);
-            column[4 + half] = _mm512_shuffle_i64x2(to[0], to[1], 0xdd);
-            column[2 + half] = _mm512_shuffle_i64x2(to[2], to[3], 0x88);
-            column[6 + half] = _mm512_shuffle_i64x2(to[2], to[3], 0xdd);
-        }
-        for (int i = 0; i < 8; i++) {  // the query is zero beyond its dimensions
-            sum_even = _mm512_fmadd_ps(even(column[i]), _mm512_castpd_ps(_mm512_set1_pd(pairs[i][0])), sum_even);
-            sum_odd = _mm512_fmadd_ps(odd(column[i]), _mm512_castpd_ps(_mm512_set1_pd(pairs[i][1])), sum_odd);
-        }
-    }
-    sum_even = _mm512_add_ps(sum_even, _mm512_permute_ps(sum_even, 0xb1));
-    sum_odd = _mm512_add_ps(sum_odd, _mm512_permute_ps(sum_odd, 0xb1));
-    const __m512i sums = _mm512_castps_si512(_mm512_add_ps(sum_even, sum_odd));
-    _mm256_mask_storeu_epi32(scores, (__mmask8)((1u << count) - 1), _mm512_cvtepi64_epi32(sums));
-}
 
 INLINE __m512 maximum(__m512 a, __m512 b) {  // NaN if one is
     const __mmask16 is_nan = _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
@@ -103,20 +44,29 @@ INLINE __m512 maximum(__m512 a, __m512 b) {  // NaN if one is
     value = combine(value, _mm512_permute_ps(value, 0x4e));                    \
     value = combine(value, _mm512_permute_ps(value, 0xb1));
 
-// Scale scores in place and return the highest one.
-INLINE float scale_scores(float *scores, long count, float scale) {
-    const float lowest = -__builtin_inff();
-    const long whole = count & ~15l;
-    __m512 highest = _mm512_set1_ps(lowest);
-    for (long at = 0; at < whole; at += 16) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(scale));
-        highest = maximum(highest, scaled);
-        _mm512_storeu_ps(scores + at, scaled);
-    }
-    float top = lowest;
-    for (long at = whole; at < count; at++) {
-        scores[at] *= scale;
-        top = top < scores[at] ? scores[at] : top;
+// Scale scores in place, add what a mask says, and return the highest one.
+INLINE float scale_scores(const int dtype, float *score, long count, float scale, const void *mask, long mask_kind) {
+    const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
+    __m512 highest = lowest;
+    float top = -__builtin_inff();
+    for (long at = 0; at < count; at += 16) {
+        const __mmask16 some = count - at >= 16 ? 0xffff : (__mmask16)((1u << (count - at)) - 1);
+        __m512 scaled = _mm512_maskz_loadu_ps(some, score + at);
+        if (mask_kind == CHOICES) {
+            const __m128i chosen = _mm_maskz_loadu_epi8(some, (const uint8_t *)mask + at);
+            const __m512 added = _mm512_mask_mov_ps(lowest, _mm_test_epi8_mask(chosen, chosen), _mm512_setzero_ps());
+            scaled = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale), added);
+        } else if (mask_kind == ADDENDS) {
+            const __m256i added = _mm256_maskz_loadu_epi16(some, (const uint16_t *)mask + at);
+            scaled = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale), widen(dtype, added));
+        } else {
+            scaled = _mm512_mul_ps(scaled, _mm512_set1_ps(scale));
+        }
+        _mm512_mask_storeu_ps(score + at, some, scaled);
+        if (mask_kind != NO_MASK || some == 0xffff)
+            highest = _mm512_mask_mov_ps(highest, some, maximum(highest, scaled));
+        else
+            for (long i = at; i < count; i++) top = top < score[i] ? score[i] : top;
     }
     REDUCE(maximum, highest)
     const float other = _mm512_cvtss_f32(highest);
@@ -134,19 +84,20 @@ INLINE __m512 approximate_exp(__m512 value) {
     cubic = _mm512_fmadd_ps(fraction, cubic, _mm512_set1_ps(0.00010703434948458272f));
     const __m512 bits = _mm512_fmadd_ps(_mm512_set1_ps(0x1p23f), _mm512_sub_ps(power, cubic), _mm512_set1_ps(0x1p23f * 127));
     __m512i result = _mm512_cvttps_epi32(bits);
-    result = _mm512_mask_mov_epi32(result, _mm512_cmp_ps_mask(value, _mm512_set1_ps(smallest), _CMP_LT_OS), _mm512_setzero_si512());
-    result = _mm512_mask_mov_epi32(result, _mm512_cmp_ps_mask(value, _mm512_set1_ps(largest), _CMP_GT_OS), _mm512_set1_epi32(0x7f800000));
-    return _mm512_castsi512_ps(result);
+    const __mmask16 is_small = _mm512_cmp_ps_mask(value, _mm512_set1_ps(smallest), _CMP_LT_OS);
+    const __mmask16 is_large = _mm512_cmp_ps_mask(value, _mm512_set1_ps(largest), _CMP_GT_OS);
+    result = _mm512_mask_mov_epi32(result, is_small, _mm512_setzero_si512());
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(result, is_large, _mm512_set1_epi32(0x7f800000)));
 }
 
-// Replace scores by weights, rounded to bfloat16 but stored as float32; return the sum of what they were before.
-INLINE float weigh_scores(const struct attention *a, float *scores, long count, float highest) {
+// Replace scores by weights, rounded to the dtype but stored as float32; return the sum of what they were before.
+INLINE float weigh_scores(const struct attention *a, const int dtype, float *scores, long count, float highest) {
     const long whole = count & ~15l;
     __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};  // of every other 16
     for (long at = 0; at < whole; at += 16) {
         const __m512 weights = approximate_exp(_mm512_sub_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(highest)));
         sums[at / 16 % 2] = _mm512_add_ps(sums[at / 16 % 2], weights);
-        _mm512_storeu_si512(scores + at, _mm512_slli_epi32(_mm512_cvtepu16_epi32(round16(weights)), 16));
+        _mm512_storeu_ps(scores + at, widen(dtype, narrow(dtype, weights)));
     }
     __m512 both = _mm512_add_ps(sums[0], sums[1]);
     REDUCE(_mm512_add_ps, both)
@@ -154,106 +105,122 @@ INLINE float weigh_scores(const struct attention *a, float *scores, long count, 
     for (long at = whole; at < count; at++) {
         const float weight = (float)a->exponential(scores[at] - highest);
         sum += weight;
-        const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32(round16(_mm512_set1_ps(weight))), 16);
-        scores[at] = _mm512_cvtss_f32(_mm512_castsi512_ps(rounded));
+        scores[at] = _mm512_cvtss_f32(widen(dtype, narrow(dtype, _mm512_set1_ps(weight))));
     }
     return sum;
 }
 
-// Add weighted values of some tokens to the totals of some blocks of 32 dimensions, even and odd ones apart.
-INLINE void add_values(const int blocks, const uint16_t *values, long stride, __mmask32 mask, const float *weights, long count,
-                       float (*total)[2][16]) {
-    __m512 sum[2][2];
-    for (int block = 0; block < blocks; block++)
-        for (int half = 0; half < 2; half++) sum[block][half] = _mm512_loadu_ps(total[block][half]);
-    const long whole = count & ~3l;
-    for (long token = 0; token < whole; token += 4, values += 4 * stride)
-        for (int block = 0; block < blocks; block++) {
-            __m512i row[4];
-            __m512 weight[4];
-            for (int i = 0; i < 4; i++) {
-                row[i] = _mm512_maskz_loadu_epi16(mask, values + i * stride + 32 * block);
-                weight[i] = _mm512_set1_ps(weights[token + i]);
-            }
-            const __m512 evens = _mm512_add_ps(_mm512_fmadd_ps(even(row[2]), weight[2], _mm512_mul_ps(even(row[0]), weight[0])),
-                                               _mm512_fmadd_ps(even(row[3]), weight[3], _mm512_mul_ps(even(row[1]), weight[1])));
-            const __m512 odds = _mm512_add_ps(_mm512_fmadd_ps(odd(row[2]), weight[2], _mm512_mul_ps(odd(row[0]), weight[0])),
-                                              _mm512_fmadd_ps(odd(row[3]), weight[3], _mm512_mul_ps(odd(row[1]), weight[1])));
-            sum[block][0] = _mm512_add_ps(sum[block][0], evens);
-            sum[block][1] = _mm512_add_ps(sum[block][1], odds);
-        }
-    for (long rest = count - whole - 1; rest >= 0; rest--)
-        for (int block = 0; block < blocks; block++) {
-            const __m512i row = _mm512_maskz_loadu_epi16(mask, values + rest * stride + 32 * block);
-            const __m512 weight = _mm512_set1_ps(weights[whole + rest]);
-            sum[block][0] = _mm512_fmadd_ps(even(row), weight, sum[block][0]);
-            sum[block][1] = _mm512_fmadd_ps(odd(row), weight, sum[block][1]);
-        }
-    for (int block = 0; block < blocks; block++)
-        for (int half = 0; half < 2; half++) _mm512_storeu_ps(total[block][half], sum[block][half]);
+// Return how many dimensions lie before a multiple of 16 bytes in torch's buffer for the product of this number: these are apart.
+// Each of its threads has a buffer, with scores, two more numbers for each query, and results; one follows the other.
+INLINE long first_dims(const struct attention *a, long product) {
+    const long products = a->batch * a->heads * a->queries / a->together;
+    const long thread = product / ((products + a->team.threads - 1) / a->team.threads);
+    return -(thread + 1) * a->together * ((a->tokens < BLOCK ? a->tokens : BLOCK) + 2) & 3;
 }
 
-static void attend(const struct attention *a, long batch, long head) {
+// Compute attention of some queries that share keys and values, beginning with one of them.
+INLINE void attend(const struct attention *a, const int dtype, const int order, long batch, long key_head, long first_row,
+                   int rows) {
     const long dim = a->dim, blocks = (dim + 31) / 32;
-    const uint16_t *query = a->query + batch * a->of_query.batch + head * a->of_query.head;
-    const uint16_t *keys = a->keys + batch * a->of_keys.batch + head / a->group * a->of_keys.head;
-    const uint16_t *values = a->values + batch * a->of_values.batch + head / a->group * a->of_values.head;
-    const __mmask32 last = dim % 32 ? (1u << dim % 32) - 1 : 0xffffffff;
-    float split[MAX_DIM / 4][2][2], scores[BLOCK], total[MAX_DIM / 32][2][16];
-    for (long at = 0; at < 32 * blocks; at++) split[at / 4][at % 2][at / 2 % 2] = at < dim ? widen(query[at]) : 0;
-    for (long block = 0; block < blocks; block++)
-        for (int half = 0; half < 2; half++) _mm512_storeu_ps(total[block][half], _mm512_setzero_ps());
-    float highest = -__builtin_inff(), sum = 0;
+    queries query[ROWS];
+    scores score[ROWS];  // then weights
+    totals total[ROWS];
+    dims apart[ROWS];
+    float highest[ROWS], sum[ROWS];
+    long head[ROWS], token[ROWS];
+    for (int row = 0; row < rows; row++) {
+        head[row] = key_head * a->group + (first_row + row) / a->queries;
+        token[row] = (first_row + row) % a->queries;
+        const uint16_t *from = a->query + place(&a->of_query, batch, head[row], token[row]);
+        for (long block = 0; block < blocks; block++) {
+            const __m512i all = _mm512_maskz_loadu_epi16(dims_of(dim, block), from + 32 * block);
+            _mm512_storeu_ps(query[row] + 32 * block, widen(dtype, _mm512_castsi512_si256(all)));
+            _mm512_storeu_ps(query[row] + 32 * block + 16, widen(dtype, _mm512_extracti64x4_epi64(all, 1)));
+            total[row][block][0] = total[row][block][1] = _mm512_setzero_ps();
+        }
+        const long first = first_dims(a, ((batch * a->heads + head[row]) * a->queries + token[row]) / a->together);
+        apart[row][0] = (__mmask16)((1u << (dtype == FLOAT16 ? first : (first + 1) / 2)) - 1);
+        apart[row][1] = (__mmask16)((1u << (dtype == FLOAT16 ? 0 : first / 2)) - 1);
+        highest[row] = -__builtin_inff();
+        sum[row] = 0;
+    }
     for (long first = 0; first < a->tokens; first += BLOCK) {
-        // 1) scores of the block
         const long count = a->tokens - first < BLOCK ? a->tokens - first : BLOCK;
-        const uint16_t *key = keys + first * a->of_keys.token, *value = values + first * a->of_values.token;
-        long at = 0;
-        for (; at + KEYS <= count; at += KEYS)
-            score_keys(key + at * a->of_keys.token, a->of_keys.token, KEYS, dim, (const double(*)[2])split, scores + at);
-        if (at < count)
-            score_keys(key + at * a->of_keys.token, a->of_keys.token, (int)(count - at), dim, (const double(*)[2])split, scores + at);
+        const uint16_t *keys = a->keys + place(&a->of_keys, batch, key_head, first);
+        const uint16_t *values = a->values + place(&a->of_values, batch, key_head, first);
+        // 1) scores of the block
+        score_block(dtype, order, rows, keys, a->of_keys.token, count, dim, query, score);
         // 2) weights; what was added up for lower scores shrinks
-        const float top = scale_scores(scores, count, (float)a->scale), before = highest;
-        const float new_highest = before > top ? before : top;
-        if (new_highest == -__builtin_inff()) {
-            for (long token = 0; token < count; token++) scores[token] = 0;
-        } else {
-            const float added = weigh_scores(a, scores, count, new_highest);
+        for (int row = 0; row < rows; row++) {
+            const long at = place(&a->of_mask, batch, head[row], token[row]) + first;
+            const uint8_t *mask = (const uint8_t *)a->mask + (a->mask_kind == ADDENDS ? 2 * at : at);
+            const float top = scale_scores(dtype, score[row], count, (float)a->scale, mask, a->mask_kind), before = highest[row];
+            const float new_highest = before > top ? before : top;
+            if (new_highest == -__builtin_inff()) {
+                for (long i = 0; i < count; i++) score[row][i] = 0;
+                continue;
+            }
+            const float added = weigh_scores(a, dtype, score[row], count, new_highest);
             const float shrink = a->exponential32(before - new_highest);
-            sum = __builtin_fmaf(shrink, sum, added);
-            highest = new_highest;
-            if (first)
-                for (long block = 0; block < blocks; block++)
-                    for (int half = 0; half < 2; half++)
-                        _mm512_storeu_ps(total[block][half], _mm512_mul_ps(_mm512_loadu_ps(total[block][half]), _mm512_set1_ps(shrink)));
+            sum[row] = __builtin_fmaf(shrink, sum[row], added);
+            highest[row] = new_highest;
+            for (long i = 0; first && i < 2 * blocks; i++)
+                total[row][i / 2][i % 2] = _mm512_mul_ps(total[row][i / 2][i % 2], _mm512_set1_ps(shrink));
         }
         // 3) weighted values
-        long block = 0;
-        for (; block + 2 <= blocks - (dim % 32 != 0); block += 2)
-            add_values(2, value + 32 * block, a->of_values.token, 0xffffffff, scores, count, total + block);
-        for (; block < blocks; block++)
-            add_values(1, value + 32 * block, a->of_values.token, block + 1 < blocks ? 0xffffffff : last, scores, count, total + block);
+        FOR_ROWS(rows, add_rows(dtype, order, NUMBER, values, a->of_values.token, dim, score + row, count, apart + row,
+                                total + row))
     }
     // 4) divide by the sum of weights
-    if (sum == 0) sum = 1;
-    if (a->logsums) a->logsums[batch * a->heads + head] = (highest == -__builtin_inff() ? 0 : highest) + a->logarithm(sum);
-    const __m512 share = _mm512_set1_ps(1 / sum);
-    uint16_t *result = a->result + (batch * a->heads + head) * dim;
-    for (long block = 0; block < blocks; block++) {
-        const __m512i evens = _mm512_cvtepu16_epi32(round16(_mm512_mul_ps(_mm512_loadu_ps(total[block][0]), share)));
-        const __m512i odds = _mm512_cvtepu16_epi32(round16(_mm512_mul_ps(_mm512_loadu_ps(total[block][1]), share)));
-        const __m512i both = _mm512_or_si512(evens, _mm512_slli_epi32(odds, 16));
-        _mm512_mask_storeu_epi16(result + 32 * block, block + 1 < blocks ? 0xffffffff : last, both);
+    for (int row = 0; row < rows; row++) {
+        if (sum[row] == 0) sum[row] = 1;
+        const float top = highest[row] == -__builtin_inff() ? 0 : highest[row];
+        if (a->logsums) a->logsums[(batch * a->heads + head[row]) * a->queries + token[row]] = top + a->logarithm(sum[row]);
+        uint16_t *result = a->result + ((batch * a->queries + token[row]) * a->heads + head[row]) * dim;
+        for (long block = 0; block < blocks; block++) {
+            __m256i half[2];
+            for (int i = 0; i < 2; i++)
+                half[i] = narrow(dtype, _mm512_mul_ps(total[row][block][i], _mm512_set1_ps(1 / sum[row])));
+            const __m512i first = _mm512_cvtepu16_epi32(half[0]), second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half[1]), 16);
+            const __m512i both = dtype == FLOAT16 ? _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1)
+                                                  : _mm512_or_si512(first, second);
+            _mm512_mask_storeu_epi16(result + 32 * block, dims_of(dim, block), both);
+        }
     }
+}
+
+typedef void attends(const struct attention *, long, long, long, int);
+
+#define VARIANT(name, dtype, order)                                                                                \
+    static void name(const struct attention *a, long batch, long key_head, long first_row, int rows) {             \
+        attend(a, dtype, order, batch, key_head, first_row, rows);                                                 \
+    }
+VARIANT(bfloat16_alone, BFLOAT16, ALONE)
+VARIANT(bfloat16_few, BFLOAT16, FEW)
+VARIANT(bfloat16_many, BFLOAT16, MANY)
+VARIANT(float16_few, FLOAT16, FEW)
+VARIANT(float16_many, FLOAT16, MANY)
+
+static attends *const variants[][3] = {{bfloat16_alone, bfloat16_few, bfloat16_many}, {float16_few, float16_few, float16_many}};
+
+// Return into how many parts the queries of a group are divided, so that no thread is idle.
+static long parts_of(const struct attention *a) {
+    const long groups = a->batch * a->heads / a->group, threads = a->team.threads;
+    return groups % threads && groups < 4 * threads ? threads : 1;
 }
 
 static void attend_share(const void *attention, long from, long to) {
     const struct attention *a = attention;
-    for (long at = from; at < to; at++) attend(a, at / a->heads, at % a->heads);
+    const long key_heads = a->heads / a->group, rows = a->group * a->queries, parts = parts_of(a);
+    const int order = a->together == 1 ? ALONE : a->together < LANES ? FEW : MANY;
+    for (long at = from; at < to; at++) {
+        const long number = at / parts, end = (at % parts + 1) * rows / parts;
+        for (long row = at % parts * rows / parts; row < end; row += ROWS)
+            variants[a->dtype][order](a, number / key_heads, number % key_heads, row, (int)(end - row < ROWS ? end - row : ROWS));
+    }
 }
 
 // Compute attention, with as many threads as it says.
 void attention(struct attention *a) {
-    share_work(&a->team, attend_share, a, a->batch * a->heads);
+    share_work(&a->team, attend_share, a, a->batch * a->heads / a->group * parts_of(a));
 }

@@ -1,7 +1,7 @@
-"""Attention of one new token per row in bfloat16, at the speed at which memory gives keys and values.
+"""Attention of few new tokens in bfloat16 or float16, at the speed at which memory gives keys and values.
 
-Knows the one order in which torch computes it where MKL multiplies bfloat16 with AVX2 instructions; not whether torch does so
-here: who calls compares. `attention.c` has the order.
+Knows the orders in which torch computes it where MKL multiplies with AVX2 instructions; not whether torch does so here: who
+calls compares. `attention.c` and `attention_products.h` have the orders.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from torch import Tensor
 
 from lingualinked.kernels import native
 
-_NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
+MAX_TOKENS = 16  # new ones
+
+_NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"})
+_DTYPES = (torch.bfloat16, torch.float16)  # as attention_products.h numbers them
+_NO_MASK, _CHOICES, _ADDENDS = range(3)
 _MAX_DIM = 256
 _DIM_MULTIPLE = 8
-_ARGUMENTS = struct.Struct("@5P9l5ld3P" + native.TEAM)  # `struct attention` of attention.c
+_MIN_DIM = 16  # of several queries; MKL adds up fewer than 12 dimensions otherwise
+_ARGUMENTS = struct.Struct("@6P21ld3P" + native.TEAM)  # `struct attention` of attention.c
 
 
 def is_available() -> bool:
@@ -27,29 +32,49 @@ def is_available() -> bool:
     return sys.platform == "linux" and native.is_available("attention", _NEEDED_FLAGS)
 
 
-def accepts(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Say whether the kernel computes attention of ``query`` ``[rows, heads, tokens, dim]``, whatever its bits."""
-    dim = query.shape[3]
+def accepts(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, together: int) -> bool:
+    """Say whether the kernel computes attention of ``query`` ``[rows, heads, tokens, dim]``, whatever its bits.
+
+    `together` is the number of queries that torch multiplies at once.
+    """
+    num_rows, num_heads, num_new, dim = query.shape
     return (
-        query.shape[2] == 1
-        and query.dtype is keys.dtype is values.dtype is torch.bfloat16
+        num_new <= MAX_TOKENS
+        and query.dtype is keys.dtype is values.dtype
+        and query.dtype in _DTYPES
         and query.is_cpu
-        and dim <= _MAX_DIM
+        and (1 if together == 1 else _MIN_DIM) <= dim <= _MAX_DIM
         and not dim % _DIM_MULTIPLE
-        and query.stride(3) == keys.stride(3) == values.stride(3) == 1
         and keys.shape == values.shape
         and keys.shape[3] == dim
         and keys.shape[2] > 0
+        and all(map(_lies_in_rows, (query, keys, values)))
+        # With one product alone, torch shares out its tokens among threads, which changes how they are added.
+        and (num_rows * num_heads * num_new > together or torch.get_num_threads() == 1)
+        and (mask is None or _is_known_mask(mask, query, keys))
     )
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logsums: Tensor | None = None) -> Tensor:
-    """Return attention, ``[rows, 1, heads, dim]``, of ``[rows, heads, 1, dim]`` over ``[rows, key heads, tokens, dim]``.
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    together: int = 1,
+    logsums: Tensor | None = None,
+) -> Tensor:
+    """Return attention, ``[rows, tokens, heads, dim]``, of ``[rows, heads, tokens, dim]`` over ``[rows, key heads, .., dim]``.
 
-    `logsums`, float32 ``[rows, heads]``, receives the logarithms of the sums of exponentials.
+    `mask` ``[rows or 1, heads or 1, tokens, ..]`` is true for keys that count, or is added to scores; `logsums`, float32
+    ``[rows, heads, tokens]``, receives the logarithms of the sums of exponentials.
     """
-    num_rows, num_heads, _, dim = query.shape
-    result = query.new_empty(num_rows, 1, num_heads, dim)
+    num_rows, num_heads, num_new, dim = query.shape
+    result = query.new_empty(num_rows, num_new, num_heads, dim)
+    mask_kind, mask_strides = _NO_MASK, (0, 0, 0)
+    if mask is not None:
+        mask_kind = _CHOICES if mask.dtype is torch.bool else _ADDENDS
+        mask_strides = mask.expand(num_rows, num_heads, num_new, -1).stride()[:3]
     native.call(
         "attention",
         "attention",
@@ -59,18 +84,46 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logsums: T
         values.data_ptr(),
         result.data_ptr(),
         0 if logsums is None else logsums.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
         *query.stride()[:3],
         *keys.stride()[:3],
         *values.stride()[:3],
+        *mask_strides,
         num_rows,
         num_heads,
         num_heads // keys.shape[1],
+        num_new,
         keys.shape[2],
         dim,
+        together,
+        _DTYPES.index(query.dtype),
+        mask_kind,
         scale,
         *_mathematics(),
     )
     return result
+
+
+def _lies_in_rows(states: Tensor) -> bool:
+    """Say whether dimensions lie side by side, and heads and tokens do not overlap: torch multiplies others otherwise."""
+    _, num_heads, num_tokens, dim = states.shape
+    return (
+        states.stride(3) == 1
+        and (num_heads == 1 or states.stride(1) >= dim)
+        and (num_tokens == 1 or states.stride(2) >= dim)
+    )
+
+
+def _is_known_mask(mask: Tensor, query: Tensor, keys: Tensor) -> bool:
+    num_rows, num_heads, num_new, _ = query.shape
+    return (
+        mask.dtype in (torch.bool, query.dtype)
+        and mask.dim() == 4
+        and mask.shape[0] in (1, num_rows)
+        and mask.shape[1] in (1, num_heads)
+        and mask.shape[2:] == (num_new, keys.shape[2])
+        and (mask.stride(3) == 1 or mask.shape[3] == 1)
+    )
 
 
 @functools.cache

@@ -6,21 +6,28 @@ Knows the attention function that transformers' models call; no models and no st
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lingualinked.kernels import attention
 from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.hf_internals import torch_attention
 
-# Blocks of torch's kernel have 512 tokens, its vectors 16.
-_PROBED_TOKENS = (1, 2, 3, 5, 15, 16, 34, 49, 64, 203, 511, 551, 1102)
-_NUM_ROWS, _NUM_KEY_HEADS = 8, 2
+# Blocks of torch's kernel have 512 tokens, its vectors 16; MKL multiplies fewer than 12 or more than 192 otherwise.
+_TOKENS_OF_PRODUCTS = (1, 2, 3, 5, 11, 16, 34, 203, 511, 551)
+_TOKENS_OF_SUMS = (1, 2, 14, 15, 16, 17, 34, 49, 203, 551, 1102)
+_NUM_QUERIES = 8  # of all rows and new tokens that share keys
+_NUM_KEY_HEADS = 2
+_NUM_SUMS = 64
 _NUM_LAST = 9
+# Exponentials of these lie so close to halfway between two float32 numbers that functions of little error round them otherwise.
+_HARD = "-1.3bb514p-6 -1.57d3f6p-3 -1.404a0ep-3 -1.55f426p-3 -1.ed2b5cp-2 -1.3cf108p-2 -1.5b97b8p-2 -1.50dc90p-3"
 _ARGUMENTS = ("dropout", "position_bias", "cache", "softcap", "output_attentions")  # that the kernel leaves to torch
 
 
@@ -37,16 +44,23 @@ def attend(
 
     States are ``[rows, heads, tokens, dim]``; the result is ``[rows, tokens, heads, dim]``.
     """
-    if attention_mask is None and attention.accepts(query, key, value) and not any(map(kwargs.get, _ARGUMENTS)):
-        group = query.shape[1] // key.shape[1]
-        if (
-            group == getattr(module, "num_key_value_groups", 1)
-            and _computes_fused()
-            and is_exact(query.shape[3], group, torch.get_num_threads())
-        ):
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return attention.attend(query, key, value, scale), None
+    group, num_new, is_masked = query.shape[1] // key.shape[1], query.shape[2], attention_mask is not None
+    if (
+        (num_new == 1 or is_masked)  # otherwise torch takes it for a prompt
+        and attention.accepts(query, key, value, attention_mask, _together(group, num_new, is_masked))
+        and not any(map(kwargs.get, _ARGUMENTS))
+        and group == getattr(module, "num_key_value_groups", 1)
+        and _computes_fused()
+        and is_exact(query.dtype, query.shape[3], group, num_new, is_masked, torch.get_num_threads())
+    ):
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return attention.attend(query, key, value, scale, attention_mask, _together(group, num_new, is_masked)), None
     return torch_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _together(group: int, num_new: int, is_masked: bool) -> int:
+    """Return how many queries torch multiplies at once: transformers joins those of heads that share keys, under a mask."""
+    return group if is_masked and num_new == 1 else num_new
 
 
 def _computes_fused() -> bool:
@@ -60,73 +74,181 @@ def _computes_fused() -> bool:
 
 @functools.cache
 @keep_result(bool)
-def is_exact(dim: int, group: int, num_threads: int) -> bool:  # noqa: ARG001 - torch's choices may depend on it
+def is_exact(dtype: torch.dtype, dim: int, group: int, num_new: int, is_masked: bool, num_threads: int) -> bool | None:
     """Probe whether the kernel has the bits of torch's attention, where `group` heads share keys and values."""
-    if not attention.is_available():
+    if not attention.is_available() or not _are_sums_exact(dtype, is_masked, num_threads):
         return False
+    num_rows = max(2, _NUM_QUERIES // (group * num_new))
+    return _is_exact_in(
+        (cancelling_scores, cancelling_values),
+        Shape(dtype, num_rows, group, num_new, dim),
+        _TOKENS_OF_PRODUCTS,
+        is_masked,
+    )
+
+
+@functools.cache
+@keep_result(bool)
+def _are_sums_exact(dtype: torch.dtype, is_masked: bool, num_threads: int) -> bool | None:  # noqa: ARG001 - results may depend on it
+    """Probe sums of exponentials, which depend on no other size: of many queries, since few of them show another order."""
+    shape = Shape(dtype, _NUM_SUMS, 1, 1, 16)
+    return _is_exact_in((cancelling_values, tied_results, hard_exponentials), shape, _TOKENS_OF_SUMS, is_masked)
+
+
+class Shape(NamedTuple):
+    """What a probe's states have, whatever the number of tokens."""
+
+    dtype: torch.dtype
+    num_rows: int
+    group: int
+    num_new: int
+    dim: int
+
+
+class Attention(NamedTuple):
+    """What attention is computed of."""
+
+    query: Tensor  # [rows, heads, new tokens, dim]
+    keys: Tensor  # of all rows, [1, key heads, tokens, dim]
+    values: Tensor
+    scale: float
+    mask: Tensor | None  # [rows, heads, new tokens, tokens]
+
+
+MakeAttention = Callable[[Shape, int, torch.dtype | None, torch.Generator], Attention]
+"""From a shape, a number of tokens, the dtype of a mask and random numbers."""
+
+
+def _is_exact_in(makes: Iterable[MakeAttention], shape: Shape, tokens: Iterable[int], is_masked: bool) -> bool | None:
     generator = torch.Generator().manual_seed(0)
+    mask_dtypes = (torch.bool, shape.dtype) if is_masked else (None,)
     with torch.inference_mode():
         try:
             return all(
-                _is_equal(*make(dim, group, num_tokens, generator))
-                for num_tokens in _PROBED_TOKENS
-                for make in (cancelling_scores, cancelling_values)
+                _is_equal(make(shape, num_tokens, mask_dtype, generator))
+                for num_tokens, make, mask_dtype in itertools.product(tokens, makes, mask_dtypes)
             )
-        except (AttributeError, RuntimeError):  # this build of torch has no such function
+        except AttributeError:  # this build of torch has no such function
             return False
+        except RuntimeError:  # such as a lack of memory
+            return None
 
 
-Attention = tuple[Tensor, Tensor, Tensor, float]
-"""Query [rows, heads, 1, dim], keys and values of all rows, [1, key heads, tokens, dim], and the scale of scores."""
-
-
-def cancelling_scores(dim: int, group: int, num_tokens: int, generator: torch.Generator) -> Attention:
+def cancelling_scores(
+    shape: Shape, num_tokens: int, mask_dtype: torch.dtype | None, generator: torch.Generator
+) -> Attention:
     """Make scores of which only rounding errors remain, scaled up until they determine the weights."""
-    query, keys, values = _random_states(dim, group, num_tokens, generator)
-    places = torch.randperm(dim, generator=generator)
-    back = torch.randperm(dim // 2, generator=generator)
-    query, keys = query[..., : dim // 2], keys[..., : dim // 2]
+    query, keys, values = _random_states(shape, num_tokens, generator)
+    half = shape.dim // 2
+    places = torch.randperm(shape.dim, generator=generator)
+    back = torch.randperm(half, generator=generator)
+    query, keys = query[..., :half], keys[..., :half]
     query = torch.cat([query, -query[..., back]], dim=-1)[..., places]
     keys = torch.cat([keys, keys[..., back]], dim=-1)[..., places]
-    return query, keys, values, 2.0**20
+    return _attention(shape, query, keys, values, 1.1 * 2.0**20, mask_dtype, generator)
 
 
-def cancelling_values(dim: int, group: int, num_tokens: int, generator: torch.Generator) -> Attention:
+def cancelling_values(
+    shape: Shape, num_tokens: int, mask_dtype: torch.dtype | None, generator: torch.Generator
+) -> Attention:
     """Make values of which pairs with equal weights cancel, so that rounding errors are large in the result.
 
     One token of the last block has the highest score, zero, no value, and about the weight of all others together: the
     logarithm of a sum that is close to 2 shows the sum's last bits.
     """
-    query, keys, values = _random_states(dim, group, num_tokens, generator)
+    query, keys, values = _random_states(shape, num_tokens, generator)
     half = num_tokens // 2
     places = torch.randperm(num_tokens, generator=generator)
     keys[:, :, places[half : 2 * half]] = keys[:, :, places[:half]]
     values[:, :, places[half : 2 * half]] = -values[:, :, places[:half]]
-    scale = dim**-0.5
+    scale = 1.1 * shape.dim**-0.5  # no power of two, by which scores would be multiplied without rounding them
     query[..., 0], keys[..., 0] = 1, -math.log(num_tokens) / scale
     keys[:, :, -_NUM_LAST:][:, :, :1] = values[:, :, -_NUM_LAST:][:, :, :1] = 0
-    return query, keys, values, scale
+    return _attention(shape, query, keys, values, scale, mask_dtype, generator)
 
 
-def _random_states(dim: int, group: int, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = max(1, _NUM_ROWS // group)
-    shapes = [(num_rows, _NUM_KEY_HEADS * group, 1, dim), *[(1, _NUM_KEY_HEADS, num_tokens, dim)] * 2]
+def tied_results(
+    shape: Shape, num_tokens: int, mask_dtype: torch.dtype | None, generator: torch.Generator
+) -> Attention:
+    """Make results halfway between two numbers of the dtype: means of neighbours, with equal weights."""
+    query, keys, values = _random_states(shape, num_tokens, generator)
+    values = values[:, :, :1].to(shape.dtype).expand(keys.shape).clone()
+    values[:, :, num_tokens // 2 :] = values[:, :, num_tokens // 2 :].nextafter(
+        torch.tensor(math.inf, dtype=shape.dtype)
+    )
+    return _attention(shape, query, 0 * keys, values, 1, mask_dtype, generator)
+
+
+def hard_exponentials(
+    shape: Shape, num_tokens: int, mask_dtype: torch.dtype | None, generator: torch.Generator
+) -> Attention:
+    """Make scores whose exponentials are hard to round: of the last token; of others they are zero.
+
+    Such a score is the sum of three numbers of the dtype, each in a dimension of its own: the same in any order.
+    """
+    query, keys, values = (torch.zeros_like(each) for each in _random_states(shape, num_tokens, generator))
+    by = 2.0**8  # so that float16 has these numbers
+    for number, score in enumerate(map(float.fromhex, _HARD.split())):
+        head, dim, rest = number % _NUM_KEY_HEADS, number // _NUM_KEY_HEADS * 4, torch.tensor(by * score)
+        for place in range(dim, dim + 3):
+            keys[0, head, -1, place] = rest.to(shape.dtype)
+            rest -= keys[0, head, -1, place]
+            query[dim // 4 :: 4, ..., place] = 1 / by
+    return _attention(shape, query, keys, values, 1, mask_dtype, generator)
+
+
+def _random_states(shape: Shape, num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = [
+        (shape.num_rows, _NUM_KEY_HEADS * shape.group, shape.num_new, shape.dim),
+        *[(1, _NUM_KEY_HEADS, num_tokens, shape.dim)] * 2,
+    ]
     return tuple(  # type: ignore[return-value]
-        (
-            torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-3, 3, (*shape[:-1], 1), generator=generator)
-        ).bfloat16()
-        for shape in shapes
+        torch.randn(size, generator=generator) * 2.0 ** torch.randint(-3, 3, (*size[:-1], 1), generator=generator)
+        for size in sizes
     )
 
 
-def _is_equal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
-    keys, values = (each.expand(len(query), -1, -1, -1) for each in (keys, values))
-    logsums = torch.empty(query.shape[:2])
-    ours = attention.attend(query, keys, values, scale, logsums).transpose(1, 2)
-    group = query.shape[1] // keys.shape[1]
-    theirs = functional.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=group > 1)
+def _attention(
+    shape: Shape,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask_dtype: torch.dtype | None,
+    generator: torch.Generator,
+) -> Attention:
+    """Add a mask that does nothing in half of the rows; in the others it hides tokens, all of them from one query."""
+    mask = None
+    if mask_dtype is not None:
+        size = (*query.shape[:3], keys.shape[2])
+        mask = torch.rand(size, generator=generator) < 0.8
+        mask[-1, -1, -1] = False
+        mask[::2] = True
+        if mask_dtype is not torch.bool:
+            mask = torch.randn(size, generator=generator).masked_fill(~mask, -math.inf)
+            mask[::2] = 0
+            mask = mask.to(mask_dtype)
+    return Attention(query.to(shape.dtype), keys.to(shape.dtype), values.to(shape.dtype), scale, mask)
+
+
+def _is_equal(states: Attention) -> bool:
+    query, keys, values, scale, mask = states
+    num_rows, num_heads, num_new, dim = query.shape
+    keys, values = (each.expand(num_rows, -1, -1, -1) for each in (keys, values))
+    group = num_heads // keys.shape[1]
+    together = _together(group, num_new, mask is not None)
+    logsums = torch.empty(query.shape[:3])
+    ours = attention.attend(query, keys, values, scale, mask, together, logsums)
+    layer: Any = SimpleNamespace(num_key_value_groups=group)
+    theirs, _ = torch_attention(layer, query, keys, values, mask, scaling=scale)
+    if not torch.equal(ours.view(torch.int16), theirs.view(torch.int16)):
+        return False
     # The sums are compared as well: a result of few bits hides most differences between them.
-    keys, values = (each.repeat_interleave(group, dim=1) for each in (keys, values))
+    shape = (num_rows, num_heads * num_new // together, together)  # of queries, as torch multiplies them
+    keys, values = (each.repeat_interleave(shape[1] // each.shape[1], dim=1) for each in (keys, values))
+    if mask is not None:
+        mask = torch.where(mask, 0.0, -math.inf).to(query.dtype) if mask.dtype is torch.bool else mask
+        mask = mask.reshape(*shape, -1)
     function = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - what it calls
-    their_sums = function(query, keys, values, scale=scale)[1].squeeze(2)
-    return torch.equal(ours.view(torch.int16), theirs.view(torch.int16)) and torch.equal(logsums, their_sums)
+    their_sums = function(query.reshape(*shape, dim), keys, values, attn_mask=mask, scale=scale)[1]
+    return torch.equal(logsums, their_sums.reshape(logsums.shape))

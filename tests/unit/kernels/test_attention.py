@@ -1,0 +1,72 @@
+"""Attention of few new tokens stays in its buffers, whatever its shape, order and threads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from guarded_memory import GuardedBuffer, guarded_copy
+from lingualinked.kernels import attention
+
+pytestmark = pytest.mark.skipif(not attention.is_available(), reason="this processor does not run the kernel")
+
+ELEMENT_BYTES = 2
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask_kind", ["none", "choices", "addends"])
+@pytest.mark.parametrize(("dim", "group", "num_new"), [(8, 1, 1), (40, 3, 1), (64, 2, 2), (96, 1, 9), (256, 5, 3)])
+def test_nothing_outside_the_buffers_is_touched(
+    dim: int,
+    group: int,
+    num_new: int,
+    mask_kind: str,
+    dtype: torch.dtype,
+    at_end: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_rows, num_key_heads = 2, 2
+    num_heads = num_key_heads * group
+    for num_tokens, num_threads in ((1, 1), (15, 3), (33, 1), (530, 3)):
+        query = guarded_copy(torch.randn(num_rows, num_heads, num_new, dim).to(dtype), at_end)
+        keys, values = (
+            guarded_copy(torch.randn(num_rows, num_key_heads, num_tokens, dim).to(dtype), at_end) for _ in range(2)
+        )
+        mask = torch.rand(num_rows, 1, num_new, num_tokens) < 0.5
+        kinds = {"none": None, "choices": mask, "addends": mask.to(dtype)}
+        mask = kinds[mask_kind] if mask_kind == "none" else guarded_copy(kinds[mask_kind], at_end)
+        logsums = GuardedBuffer(4 * num_rows * num_heads * num_new, at_end)
+        result = GuardedBuffer(ELEMENT_BYTES * query.numel(), at_end)
+        for together in {1, group, num_new}:
+
+            def new_empty(_: Tensor, *shape: int, result: GuardedBuffer = result) -> Tensor:
+                return result.tensor(*shape, dtype=dtype)
+
+            sums = logsums.tensor(num_rows, num_heads, num_new, dtype=torch.float32)
+            expected = attention.attend(query, keys, values, 0.3, mask, together)
+            with threads(num_threads), monkeypatch.context() as patch:
+                patch.setattr(Tensor, "new_empty", new_empty)
+                found = attention.attend(query, keys, values, 0.3, mask, together, sums)
+            assert found.data_ptr() == result.address
+            assert found.isfinite().all()
+            torch.testing.assert_close(
+                found, expected
+            )  # torch's order depends on threads, and that of the kernel with it
+            assert sums.isfinite().all()
+            assert result.is_untouched_around()
+            assert logsums.is_untouched_around()
