@@ -31,7 +31,7 @@ interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: 
 # SAMPLE is a text, such as a commit: it draws a few cases that take seconds. Without it, all take about an hour.
 proof: $(DEV)  ## Compare millions of products with torch's, refuse wrong orders, force instruction sets; SAMPLE= for a few
 	$(BIN)/python -m benchmarks products $(if $(SAMPLE),--sample $(SAMPLE))
-	$(if $(SAMPLE),,LINGUALINKED_PROOF=all $(BIN)/python -m pytest -q -o timeout=0 -o faulthandler_timeout=0 tests/unit/model/exact/test_probe.py tests/unit/model/exact/test_float_probe.py tests/model/test_instruction_sets.py)
+	$(if $(SAMPLE),,LINGUALINKED_PROOF=all $(BIN)/python -m pytest -q -o timeout=0 -o faulthandler_timeout=0 tests/unit/model/exact/test_probe.py tests/unit/model/exact/test_float_probe.py tests/unit/model/exact/test_attention_orders.py tests/model/test_instruction_sets.py)
 
 check: lint types layers test docs notebooks  ## Everything that has to hold before a commit
 

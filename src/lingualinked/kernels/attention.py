@@ -71,7 +71,8 @@ def attend(
     """
     num_rows, num_heads, num_new, dim = query.shape
     result = query.new_empty(num_rows, num_new, num_heads, dim)
-    mask_kind, mask_strides = _NO_MASK, (0, 0, 0)
+    mask_kind = _NO_MASK
+    mask_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         mask_kind = _CHOICES if mask.dtype is torch.bool else _ADDENDS
         mask_strides = mask.expand(num_rows, num_heads, num_new, -1).stride()[:3]
