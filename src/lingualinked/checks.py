@@ -12,6 +12,9 @@ from typing import TypeGuard
 
 from lingualinked.errors import ArgumentError
 
+MOST = 2**53
+"""The largest count of anything: floats hold no larger integers exactly."""
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is an integer or a float, including infinity and NaN."""
@@ -21,6 +24,11 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_integer(value: object, *, at_least: int) -> TypeGuard[int]:
     """Return whether a value is an integer of at least ``at_least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Return whether a value is a positive integer of at most `MOST`."""
+    return is_integer(value, at_least=1) and value <= MOST
 
 
 def is_real(value: object) -> TypeGuard[float]:

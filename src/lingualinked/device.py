@@ -14,6 +14,9 @@ from fractions import Fraction
 from lingualinked.checks import as_float, is_integer
 from lingualinked.errors import ArgumentError
 
+MOST_BYTES = 2**64 - 1
+"""The largest memory that a processor addresses."""
+
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
@@ -134,8 +137,8 @@ class Device:
                     f"cpus={self.cpus!r} of device {self.name!r} must be a list of distinct core numbers"
                 )
             object.__setattr__(self, "cpus", cpus)
-        if self.memory is not None:
-            parse_bytes(self.memory, f"memory of device {self.name!r}")
+        if self.memory is not None and parse_bytes(self.memory, f"memory of device {self.name!r}") > MOST_BYTES:
+            raise ArgumentError(f"memory={self.memory!r} of device {self.name!r} must be less than 16 EiB")
         self._check_slowdown()
         if self.bandwidth is not None:
             parse_rate(self.bandwidth, f"bandwidth of device {self.name!r}")

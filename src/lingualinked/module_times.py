@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from lingualinked.checks import MOST
 from lingualinked.errors import ArgumentError
 
 
@@ -35,11 +36,13 @@ class StepTime:
     spread_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.seconds) and self.seconds >= 0):
-            raise ArgumentError(f"seconds={self.seconds!r} of a step time must be finite and not negative")
-        if self.rows < 1 or self.tokens < 1 or self.context < 0:
+        for name in ("seconds", "spread_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ArgumentError(f"{name}={getattr(self, name)!r} of a step time must be finite and not negative")
+        if not (1 <= self.rows <= MOST and 1 <= self.tokens <= MOST and 0 <= self.context <= MOST):
             raise ArgumentError(
-                f"rows={self.rows}, tokens={self.tokens}, context={self.context} of a step time must be at least 1, 1 and 0"
+                f"rows={self.rows}, tokens={self.tokens}, context={self.context} of a step time must be at least 1, 1 and 0, "
+                f"and at most {MOST}"
             )
 
 

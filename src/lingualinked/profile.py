@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from lingualinked.checks import MOST, is_count
 from lingualinked.device import CALLER, Device
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes
@@ -88,8 +89,16 @@ class ModelProfile:
             self.logits_bytes,
             self.working_bytes,
         )
-        if min(sizes) < 0:
-            raise ArgumentError(f"a size of a model profile is {min(sizes)}: sizes must not be negative")
+        for size in sizes:
+            if not 0 <= size <= MOST:
+                raise ArgumentError(f"a size of a model profile is {size}: sizes must be from 0 to {MOST} bytes")
+        if self.tied_bytes > min(self.prologue_bytes, self.epilogue_bytes):
+            raise ArgumentError(f"tied_bytes={self.tied_bytes} of a model profile exceed its prologue or its epilogue")
+        for window in self.layer_windows:
+            if window is not None and not is_count(window):
+                raise ArgumentError(
+                    f"layer_windows of a model profile hold {window}: a window is of at least one token"
+                )
 
     def fit_workload(self, workload: Workload | None) -> Workload:
         """Check that the model can run a workload, and return it; for ``None``, return the default one, shortened if necessary.
@@ -160,7 +169,7 @@ class DeviceProfile:
     Raises
     ------
     ArgumentError
-        If `measured_watts` is not positive and finite.
+        If `measured_watts` is not positive and finite, or `free_bytes` are negative.
     """
 
     device: Device
@@ -174,6 +183,10 @@ class DeviceProfile:
     power_source: str = ""
 
     def __post_init__(self) -> None:
+        if self.free_bytes is not None and not 0 <= self.free_bytes <= MOST:
+            raise ArgumentError(
+                f"free_bytes={self.free_bytes!r} of device {self.device.name!r} must be from 0 to {MOST}"
+            )
         if self.measured_watts is not None and not 0 < self.measured_watts < math.inf:
             raise ArgumentError(
                 f"measured_watts={self.measured_watts!r} of device {self.device.name!r} must be positive and finite"

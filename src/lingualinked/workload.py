@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-from lingualinked.checks import is_integer
+from lingualinked.checks import MOST, is_count, is_integer
 from lingualinked.errors import ArgumentError
 
 Objective = Literal["throughput", "latency", "energy"]
@@ -50,8 +50,8 @@ class Workload:
         object.__setattr__(self, "trusted_layers", _pair(self.trusted_layers))
         for name in ("prompt_tokens", "new_tokens", "batch_size", "num_sessions"):
             value = getattr(self, name)
-            if not is_integer(value, at_least=1):
-                raise ArgumentError(f"{name}={value!r} of a workload must be a positive integer")
+            if not is_count(value):
+                raise ArgumentError(f"{name}={value!r} of a workload must be a positive integer, at most {MOST}")
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +85,11 @@ def check_objective(objective: object) -> None:
 
 def _pair(value: object) -> tuple[int, int]:
     """Check a pair of counts; TOML and JSON files give lists."""
-    if isinstance(value, tuple | list) and len(value) == 2 and all(is_integer(each, at_least=0) for each in value):
+    if (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(is_integer(each, at_least=0) and each <= MOST for each in value)
+    ):
         return value[0], value[1]
     raise ArgumentError(
         f"trusted_layers={value!r} of a workload must be a pair of layer counts, (first, last), each at least 0"

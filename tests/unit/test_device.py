@@ -78,7 +78,7 @@ def test_a_device_keeps_what_it_is_given() -> None:
         *[("accelerator", value) for value in ("gpu", "cuda", "cuda:x", "", None)],
         *[("threads", value) for value in (0, -1, 1.5, True, "2")],
         *[("cpus", value) for value in ((), (-1,), ("0",), (0, 0), (True,), 3, "01")],
-        *[("memory", value) for value in ("much", 0, -1, 1.5, True)],
+        *[("memory", value) for value in ("much", 0, -1, 1.5, True, 2**64, 10**400)],
     ],
 )
 def test_what_a_device_can_not_be(field: str, value: Any) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from lingualinked.device import CALLER
+from lingualinked.device import CALLER, MOST_BYTES
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.explanation import Explanation, WhatIf
 from lingualinked.planning.plan import Plan
@@ -113,7 +113,7 @@ def _changes(plan: Plan, profile: Profile) -> Iterator[tuple[str, Profile]]:
     for use in plan.predicted.devices:
         if use.capacity_bytes is not None:
             device = profile.device(use.device)
-            more = dataclasses.replace(device.device, memory=2 * use.capacity_bytes)
+            more = dataclasses.replace(device.device, memory=min(2 * use.capacity_bytes, MOST_BYTES))
             freer = dataclasses.replace(device, device=more, free_bytes=None)
             yield f"{use.device!r} with twice the memory", _replaced(profile, use.device, freer)
     for name in plan.devices:

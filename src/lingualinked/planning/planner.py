@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from lingualinked.checks import is_integer, is_number
+from lingualinked.checks import MOST, is_count, is_number
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Placement, Problem
@@ -91,8 +91,8 @@ def solve(
     arXiv:2312.00388, whose objective is the sum; it never rewards a pipeline's overlap.
     """
     _check_arguments(profile, objective, min_tokens_per_s, reserve)
-    if num_sessions is not None and not is_integer(num_sessions, at_least=1):
-        raise ArgumentError(f"num_sessions={num_sessions!r} must be a positive integer")
+    if num_sessions is not None and not is_count(num_sessions):
+        raise ArgumentError(f"num_sessions={num_sessions!r} must be a positive integer, at most {MOST}")
     workload = profile.model.fit_workload(workload)
     problem = WorkloadCosts(profile, workload, reserve).problem()
     if num_sessions is not None:
@@ -183,7 +183,7 @@ def _check_arguments(profile: object, objective: object, min_tokens_per_s: objec
 def _indices(order: Sequence[str] | None, profile: Profile) -> tuple[int, ...] | None:
     if order is None:
         return None
-    if not isinstance(order, Sequence) or isinstance(order, str):
+    if not isinstance(order, Sequence) or isinstance(order, str) or not all(isinstance(name, str) for name in order):
         raise ArgumentError(f"order={order!r} must be a list of device names")
     for name in order:
         profile.device(name)

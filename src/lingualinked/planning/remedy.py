@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 
+from lingualinked.device import MOST_BYTES
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.solver import fits
 from lingualinked.planning.workload_costs import WorkloadCosts
@@ -25,7 +26,9 @@ def model_fits(profile: Profile, workload: Workload, reserve: float) -> bool:
 
 
 def add_remedy(error: InfeasiblePlanError, profile: Profile, workload: Workload, reserve: float) -> InfeasiblePlanError:
-    """Add to a refusal what would fit."""
+    """Add to a refusal what would fit, where memory or permissions are the cause."""
+    if model_fits(profile, workload, reserve):
+        return error
 
     def is_too_much(changed: Workload) -> bool:
         return not model_fits(profile, changed, reserve)
@@ -82,7 +85,7 @@ def _extra_memory(profile: Profile, workload: Workload, reserve: float) -> int |
 
     costs, model = WorkloadCosts(profile, workload, reserve), profile.model
     total = model.span_bytes(0, model.num_layers) + costs.kv_bytes(0, model.num_layers) + costs.working_bytes()
-    low, high = 0, math.ceil(total / (1 - reserve)) + 1
+    low, high = 0, min(math.ceil(total / (1 - reserve)) + 1, MOST_BYTES)
     if not suffices(high):
         return None
     while high - low > max(1, high // 200):

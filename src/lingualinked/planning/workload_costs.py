@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from lingualinked.device import CALLER
+from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes
 from lingualinked.planning.placement.problem import Floats, Problem
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
@@ -19,6 +20,7 @@ HEADER_BYTES = 160
 """Bytes of a step's message besides its tensors, about."""
 
 _ID_BYTES = 8
+_OVERFLOWING = 1e100  # seconds or watts, beyond which their products and sums may exceed every float
 _KV_GRANULE_TOKENS = 64
 
 
@@ -97,7 +99,7 @@ class WorkloadCosts:
 
         kinds = np.array([[self._mean_s(times) for times in each.layers] for each in devices])
         layer_bytes = [weight + self.layer_kv_bytes(i) for i, weight in enumerate(model.layer_weight_bytes)]
-        return Problem(
+        problem = Problem(
             names=names,
             layer_s=kinds[:, list(model.kind_of_layer)],
             stage_s=per_device("stage"),
@@ -123,6 +125,8 @@ class WorkloadCosts:
             num_front=min(max(1, front), model.num_layers),
             num_back=min(max(1, back), model.num_layers),
         )
+        _check_magnitude(problem)
+        return problem
 
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:
         return stage_s(self.profile.model, device, start, end, self.workload.batch_size, tokens, context)
@@ -137,6 +141,23 @@ class WorkloadCosts:
     def _mean_busy_s(self, source: str, target: str) -> float:
         prompt = self.workload.prompt_tokens
         return self.mean(self.transfer_s(source, target, prompt), self.transfer_s(source, target, 1))
+
+
+def _check_magnitude(problem: Problem) -> None:
+    """Refuse times and powers whose sums and products would overflow."""
+    compute = (problem.layer_s.max(axis=1), problem.stage_s, problem.first_s, problem.last_s)
+    for what, figures in (
+        ("seconds of compute", np.max(compute, axis=0)),
+        ("seconds from and to the caller", np.maximum(problem.enter_s, problem.leave_s)),
+        ("seconds to the next device", problem.hop_s.max(axis=1)),
+        ("watts", np.nan_to_num(problem.watts, posinf=math.inf)),
+    ):
+        for name, figure in zip(problem.names, figures.tolist(), strict=True):
+            if not figure < _OVERFLOWING:
+                raise ArgumentError(
+                    f"the {what} of device {name!r} are {figure:g}, and must be less than {_OVERFLOWING:g}: correct the "
+                    "speed, link or power that is stated for it, or plan for fewer tokens"
+                )
 
 
 def stage_s(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -181,6 +183,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         ({"min_tokens_per_s": math.nan}, "min_tokens_per_s=nan"),
         ({"order": []}, "order is empty"),
         ({"order": 3}, "order=3 must be a list"),
+        ({"order": [["a"]]}, r"order=\[\['a'\]\] must be a list of device names"),
+        ({"num_sessions": 10**400}, "num_sessions=1000"),
         ({"min_tokens_per_s": 10**400}, "min_tokens_per_s=1000"),
     ],
 )
@@ -189,6 +193,27 @@ def test_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) 
         solve(profile(), **arguments)
     with pytest.raises(ll.ArgumentError, match="profile is a str"):
         solve("profile")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency", "energy"])
+@pytest.mark.parametrize(
+    "fields", [{"latency": 1e300}, {"bandwidth": 5e-324}, {"slowdown": 1e300}, {"watts": 1e300}], ids=str
+)
+def test_what_would_overflow_is_refused_by_name(fields: dict[str, Any], objective: ll.Objective) -> None:
+    made = profile(ll.Device(name="a", watts=1.0), ll.Device(name="odd", **({"watts": 1.0} | fields)))
+    with pytest.raises(ll.ArgumentError, match="of device 'odd' are"):
+        solve(made, workload=WORKLOAD, objective=objective)
+
+
+def test_a_profile_is_planned_with_or_refused_whatever_number_it_holds() -> None:
+    text = profile(ll.Device(name="a", watts=1.0, memory="80MiB"), ll.Device(name="b", watts=2.0)).to_json()
+    for place in {each[1]: each for each in re.finditer(r'("\w+": )(-?[\d.e+-]+|null)', text)}.values():
+        for value in ("-1", "0", "1e300", "1e400", f"1{'0' * 400}", "null"):
+            changed = f"{text[: place.start(2)]}{value}{text[place.end(2) :]}"
+            with contextlib.suppress(ll.ArgumentError, ll.InfeasiblePlanError):
+                plan = solve(ll.Profile.from_json(changed), workload=WORKLOAD, objective="energy")
+                assert plan.solved is not None
+                assert 0 <= plan.solved.value < math.inf
 
 
 def test_a_floor_that_can_not_be_had_is_refused_with_what_can() -> None:
@@ -210,7 +235,7 @@ def test_wrong_types_are_refused_by_name() -> None:
         plan.compare(plan).ratios("stages")
     with pytest.raises(ll.ArgumentError, match="reserve=7"):
         dataclasses.replace(plan, reserve=7)
-    with pytest.raises(ll.ArgumentError, match="sizes must not be negative"):
+    with pytest.raises(ll.ArgumentError, match="a size of a model profile is -1"):
         dataclasses.replace(profile().model, prologue_bytes=-1)
     with pytest.raises(ll.ArgumentError, match="layer_kv_bytes of a model profile has 1 value for 8 layers"):
         dataclasses.replace(profile().model, layer_kv_bytes=(1,))

@@ -397,6 +397,11 @@ def test_a_limit_that_nothing_keeps_is_named() -> None:
         solve_problem(simple(2, 8), "latency", max_bottleneck_s=0.5)
 
 
+def test_links_that_join_too_little_are_named() -> None:
+    with pytest.raises(InfeasiblePlanError, match="no links join devices that hold them all"):
+        solve_problem(simple(2, 8, hop_s=np.full((2, 2), np.inf), capacity_bytes=np.array([50.0, 50.0])))
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

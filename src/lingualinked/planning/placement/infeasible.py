@@ -55,9 +55,11 @@ def explain_infeasible(
         )
     if excess > 0:
         return _memory(problem, devices, placement)
-    limit = "" if math.isinf(max_bottleneck_s) else f" within max_bottleneck_s={max_bottleneck_s:.6g}"
+    weights_fit = f"the weights fit on {_names(problem, devices)}, but"
+    if math.isinf(max_bottleneck_s):
+        return InfeasiblePlanError(f"{weights_fit} no links join devices that hold them all; connect more devices")
     return InfeasiblePlanError(
-        f"the weights fit on {_names(problem, devices)}, but no placement keeps each device and link{limit}; raise the limit"
+        f"{weights_fit} no placement keeps each device and link within max_bottleneck_s={max_bottleneck_s:.6g}; raise the limit"
     )
 
 
