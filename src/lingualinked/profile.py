@@ -79,26 +79,14 @@ class ModelProfile:
                 )
         if not all(0 <= kind < len(self.kinds) for kind in self.kind_of_layer):
             raise ArgumentError(f"kind_of_layer must hold indices into {count_text(len(self.kinds), 'kind')} of layers")
-        sizes = (
-            *self.layer_weight_bytes,
-            *self.layer_kv_bytes,
-            self.prologue_bytes,
-            self.epilogue_bytes,
-            self.tied_bytes,
-            self.hidden_bytes,
-            self.logits_bytes,
-            self.working_bytes,
-        )
-        for size in sizes:
+        once = ("prologue_bytes", "epilogue_bytes", "tied_bytes", "hidden_bytes", "logits_bytes", "working_bytes")
+        for size in (*self.layer_weight_bytes, *self.layer_kv_bytes, *(getattr(self, name) for name in once)):
             if not 0 <= size <= MOST:
                 raise ArgumentError(f"a size of a model profile is {size}: sizes must be from 0 to {MOST} bytes")
         if self.tied_bytes > min(self.prologue_bytes, self.epilogue_bytes):
             raise ArgumentError(f"tied_bytes={self.tied_bytes} of a model profile exceed its prologue or its epilogue")
-        for window in self.layer_windows:
-            if window is not None and not is_count(window):
-                raise ArgumentError(
-                    f"layer_windows of a model profile hold {window}: a window is of at least one token"
-                )
+        if not all(window is None or is_count(window) for window in self.layer_windows):
+            raise ArgumentError(f"layer_windows={self.layer_windows} of a model profile must be of at least one token")
 
     def fit_workload(self, workload: Workload | None) -> Workload:
         """Check that the model can run a workload, and return it; for ``None``, return the default one, shortened if necessary.
@@ -184,9 +172,7 @@ class DeviceProfile:
 
     def __post_init__(self) -> None:
         if self.free_bytes is not None and not 0 <= self.free_bytes <= MOST:
-            raise ArgumentError(
-                f"free_bytes={self.free_bytes!r} of device {self.device.name!r} must be from 0 to {MOST}"
-            )
+            raise ArgumentError(f"free_bytes={self.free_bytes!r} of device {self.device.name!r} must not be negative")
         if self.measured_watts is not None and not 0 < self.measured_watts < math.inf:
             raise ArgumentError(
                 f"measured_watts={self.measured_watts!r} of device {self.device.name!r} must be positive and finite"
