@@ -4,14 +4,13 @@
 // level, and after 256 to a third one. The registers that are left over go to the first of the four, then the levels, the other
 // three, and at last its lanes, in order, are added to the sum of the values that do not fill a register.
 //
-// It stands alone: no header but the compiler's own, no C library, nothing allocated; one thread is done before others begin.
+// It stands alone: no header but dtypes.h and the compiler's own, no C library, nothing allocated; one thread is done before others begin.
 
 #include <immintrin.h>
 #include <stdint.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "dtypes.h"
 
-enum { FLOAT32, FLOAT16, BFLOAT16 };               // dtypes
 enum { WEIGHTED, ROUNDED, ONE_MORE };  // values are multiplied with the weight; are rounded before; with 1 + weight
 enum {
     LANES = 8,
@@ -29,27 +28,11 @@ struct norm {
     double epsilon;
 };
 
-INLINE __m256 load(const int dtype, const void *from, long at) {
-    if (dtype == FLOAT32) return _mm256_loadu_ps((const float *)from + at);
-    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + at));
-    if (dtype == FLOAT16) return _mm256_cvtph_ps(halves);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
 INLINE float load_one(const int dtype, const void *from, long at) {
     if (dtype == FLOAT32) return ((const float *)from)[at];
     const uint16_t half = ((const uint16_t *)from)[at];
     if (dtype == FLOAT16) return _cvtsh_ss(half);
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));
-}
-
-// Round to the dtype, half to even.
-INLINE __m128i round_halves(const int dtype, __m256 values) {
-    if (dtype == FLOAT16) return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m256i bits = _mm256_castps_si256(values);
-    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 
 // Add the squares of as many values as there are lanes.
@@ -85,26 +68,17 @@ INLINE float sum_squares(const int dtype, const void *row, long size) {
     return total;
 }
 
-// Return the highest bits, without signs, of these and of other values.
-INLINE __m256i highest_bits(__m256i highest, __m256 values) {
-    return _mm256_max_epi32(highest, _mm256_and_si256(_mm256_castps_si256(values), _mm256_set1_epi32(0x7fffffff)));
-}
-
 // Scale, weigh, round and store 8 values; return the highest bits of what is rounded.
 INLINE __m256i finish(const int dtype, const int kind, const struct norm *n, long offset, long at, __m256 scale, __m256i highest) {
     __m256 values = _mm256_mul_ps(load(dtype, n->states, offset + at), scale);
-    if (kind == ROUNDED && dtype != FLOAT32) {
+    if (kind == ROUNDED) {
         highest = highest_bits(highest, values);
-        const __m128i halves = round_halves(dtype, values);
-        values = load(dtype, &halves, 0);
+        values = round_values(dtype, values);
     }
     __m256 weight = load(dtype, n->weight, at);
     if (kind == ONE_MORE) weight = _mm256_add_ps(_mm256_set1_ps(1), weight);
     values = _mm256_mul_ps(values, weight);
-    if (dtype == FLOAT32)
-        _mm256_storeu_ps((float *)n->result + offset + at, values);
-    else
-        _mm_storeu_si128((__m128i *)((uint16_t *)n->result + offset + at), round_halves(dtype, values));
+    store(dtype, n->result, offset + at, values);
     return highest_bits(highest, values);
 }
 
@@ -117,9 +91,7 @@ INLINE int normalise(const struct norm *n, const int dtype, const int kind) {
         for (long at = 0; at + LANES <= n->size; at += LANES) highest = finish(dtype, kind, n, offset, at, scale, highest);
         highest = finish(dtype, kind, n, offset, n->size - LANES, scale, highest);
     }
-    const int largest = dtype == FLOAT32 ? 0x7f7fffff : dtype == FLOAT16 ? 0x477fe000 : 0x7f7f0000;
-    const __m256i higher = _mm256_cmpgt_epi32(highest, _mm256_set1_epi32(largest));
-    return _mm256_testz_si256(higher, higher);
+    return are_finite(dtype, highest);
 }
 
 INLINE int normalise_kind(const struct norm *n, const int dtype) {

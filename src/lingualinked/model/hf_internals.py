@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +44,7 @@ Construction sets torch's default dtype and replaces functions of torch for the 
 torch_attention = sdpa_attention_forward
 """The function by which models compute attention as "sdpa"."""
 
+_ROTATION = "apply_rotary_pos_emb"
 _SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 _REPORT_LOGGER = "transformers.modeling_utils"
 
@@ -105,6 +108,29 @@ def computed_attention(attend: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def rotary_modules(model: torch.nn.Module) -> list[Any]:
+    """Find the Python modules of a model's code that have a function of their own for rotary embeddings."""
+    names = {type(module).__module__ for module in model.modules()}
+    found = [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]
+    return [each for each in found if isinstance(getattr(each, _ROTATION, None), FunctionType)]
+
+
+@contextlib.contextmanager
+def computed_rotation(modules: Iterable[Any], faster: Callable[[Any], Any]) -> Iterator[None]:
+    """Make the code in some Python modules call ``faster(function)`` in place of its rotary function, within the context.
+
+    Needs `GLOBAL_STATE`.
+    """
+    before = [(module, getattr(module, _ROTATION)) for module in modules]
+    for module, function in before:
+        setattr(module, _ROTATION, faster(function))
+    try:
+        yield
+    finally:
+        for module, function in before:
+            setattr(module, _ROTATION, function)
 
 
 class DynamicRope:

@@ -17,6 +17,7 @@ from lingualinked.model import hf_internals
 from lingualinked.model.cut import SpanLeft
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_norm import speed_up_norms
+from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.exact.rounding_probe import fills_vectors, probe_rounding
@@ -83,6 +84,7 @@ class Stage:
         self._slots = self.cache_slots(start, end)
         self._ropes = hf_internals.dynamic_ropes(self._model)
         self._has_recorders = False
+        self._rotary_modules = hf_internals.rotary_modules(self._model) if device.type == "cpu" else []
 
     @classmethod
     def load(
@@ -186,6 +188,7 @@ class Stage:
                 hf_internals.GLOBAL_STATE,
                 torch_settings(inputs.torch_settings),
                 hf_internals.computed_attention(exact_attention.attend),
+                hf_internals.computed_rotation(self._rotary_modules, faster_rotation),
             ):
                 if inputs.rope_reach:
                     for rope in self._ropes:

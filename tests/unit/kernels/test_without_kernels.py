@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lingualinked
-from lingualinked.kernels import few_rows, float_rows, half_rows, native, norm
+from lingualinked.kernels import few_rows, float_rows, half_rows, native, norm, rotary
 from lingualinked.model.exact import float_linear, norm_probe, packed_linear
 from lingualinked.model.exact.exact_norm import speed_up_norms
 
@@ -30,11 +30,11 @@ COMPARE = """
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from lingualinked.kernels import few_rows, float_rows, half_rows, norm
+from lingualinked.kernels import few_rows, float_rows, half_rows, norm, rotary
 from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import pack_linears
-assert not any(kernel.is_available() for kernel in (few_rows, float_rows, half_rows, norm))
+assert not any(kernel.is_available() for kernel in (few_rows, float_rows, half_rows, norm, rotary))
 torch.set_num_threads(1)
 for dtype in (torch.bfloat16, torch.float32, torch.float16):
     plain, layer = (nn.Sequential(LlamaRMSNorm(256), nn.Linear(256, 192)).to(dtype).eval() for _ in range(2))
@@ -73,6 +73,7 @@ def test_products_are_torchs(name: str, replacement: Callable[..., object], monk
     assert not float_rows.is_available()
     assert not half_rows.is_available()
     assert not norm.is_available()
+    assert not rotary.is_available()
     normalise = LlamaRMSNorm(256).eval()
     speed_up_norms(normalise)
     assert type(normalise) is LlamaRMSNorm

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, LlamaForCausalLM, cache_utils, core_model_loading
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, cache_utils, core_model_loading
 from transformers.utils import logging as transformers_logging
 
 from families import tiny_config, tiny_model
@@ -148,6 +148,19 @@ def test_a_pipeline_asks_for_the_device_map_where_it_is_made(device: str | int |
     transformers.TextGenerationPipeline(model=model, tokenizer=None, device=device)
     assert seen[0] is is_hidden
     assert not hf_internals.makes_pipeline_for_device(sys._getframe())
+
+
+@pytest.mark.parametrize(("family", "has_rotation"), [("llama", True), ("qwen3-moe", True), ("gpt2", False)])
+def test_a_models_rotary_function_can_be_replaced_for_one_step(family: str, has_rotation: bool) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(family))
+    modules = hf_internals.rotary_modules(model)
+    assert modules == ([sys.modules[type(model).__module__]] if has_rotation else [])
+    for module in modules:
+        own = module.apply_rotary_pos_emb
+        with hf_internals.computed_rotation(modules, lambda function: [function]):
+            assert module.apply_rotary_pos_emb == [own]
+        assert module.apply_rotary_pos_emb is own
 
 
 def test_all_attention_functions_can_be_replaced_for_one_step() -> None:
