@@ -14,6 +14,7 @@ from families import FAMILIES, reference
 from lingualinked.model.stage import Stage, StageInputs
 
 RECORDS = ("hidden_states", "attentions")
+EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
 
 
 def record(stages: Sequence[Stage], tokens: Tensor, records: tuple[str, ...]) -> dict[str, list[Tensor | None]]:
@@ -43,12 +44,13 @@ def assert_equal(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None])
 def test_records_of_stages_are_those_of_the_model(family: str, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint(family)
     model, tokens = reference(folder, attn_implementation="eager"), prompt(2, 7)
+    all_records = (*RECORDS, *(["router_logits"] if family in EXPERTS else []))
     with torch.no_grad():
-        asked = {f"output_{name}": True for name in RECORDS}
+        asked = {f"output_{name}": True for name in all_records}
         whole = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, **asked)
     for num_stages in (1, 3):
         stages = load_stages(spec_of(folder, attn_implementation="eager"), num_stages, 4)
-        for records in (RECORDS, RECORDS[:1], RECORDS[1:], ()):
+        for records in (all_records, RECORDS[:1], all_records[1:], all_records[2:], ()):
             found = record(stages, tokens, records)
             assert_equal(found["logits"], [whole.logits])
             for name in records:

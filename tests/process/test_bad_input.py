@@ -334,7 +334,6 @@ def test_a_prompt_in_one_dimension(sharded: Any) -> None:
 @pytest.mark.parametrize(
     ("inputs", "name"),
     [
-        ({"output_hidden_states": 2}, "output_hidden_states=2"),
         ({"past_key_values": DynamicCache(offloading=False, config=GPT2Config())}, "DynamicCache"),
     ],
 )

@@ -199,7 +199,6 @@ REFUSED_CALLS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "cache_position": (ll.UnsupportedOperationError, {"cache_position": torch.arange(1, 8)}),
     "cache_position is a range": (ll.ArgumentError, {"cache_position": range(7)}),
     "output_router_logits": (ll.UnsupportedOperationError, {"output_router_logits": True}),
-    "output_hidden_states=": (ll.UnsupportedOperationError, {"output_hidden_states": [0, -1]}),
     "token_type_ids": (ll.ArgumentError, {"token_type_ids": IDS}),  # Llama has none
     "past_key_values is a tuple": (ll.UnsupportedOperationError, {"past_key_values": ()}),
     "attention_mask as a mapping": (ll.UnsupportedOperationError, {"attention_mask": {"full_attention": None}}),

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import lingualinked as ll
-from families import reference, save_tiny
+from families import reference, save_tiny, tiny_config
 
 pytestmark = pytest.mark.process
 
@@ -19,9 +20,12 @@ MASK = (IDS != 0).long()
 ASKED: dict[str, dict[str, Any]] = {
     "nothing": {"output_hidden_states": False},
     "hidden states": {"output_hidden_states": True},
+    "one hidden state": {"output_hidden_states": 2},
+    "some hidden states": {"output_hidden_states": [0, 3, -1, 99]},
     "attentions": {"output_attentions": True},
     "both": {"output_hidden_states": True, "output_attentions": True},
 }
+MIXED = {"mlp_only_layers": [0], "decoder_sparse_step": 2}  # layers with and without experts
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "bloom", "gemma3", "mixtral"])
@@ -94,3 +98,33 @@ def test_the_config_may_ask(pair: tuple[Any, Any]) -> None:
     finally:
         for model in pair:
             model.config.output_hidden_states = False
+
+
+@pytest.mark.parametrize(("family", "changed"), [("mixtral", {}), ("qwen2-moe", MIXED)])
+@torch.no_grad()
+def test_router_logits_and_their_loss(
+    family: str, changed: dict[str, Any], place: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = tiny_config(family)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    folder = tmp_path_factory.mktemp("experts")
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    whole = reference(folder)
+    sharded = place(str(folder), [("a", 0, 1), ("b", 1, 3), ("c", 3, 4)])
+    calls: list[dict[str, Any]] = [
+        {},
+        {"labels": IDS},
+        {"attention_mask": MASK, "labels": IDS},
+        {"output_hidden_states": True},
+    ]
+    for call in calls:
+        assert_equal(*(model(IDS, output_router_logits=True, **call) for model in (sharded, whole)))
+    for model in (sharded, whole):
+        model.config.output_router_logits = True
+    for call in ({}, {"output_router_logits": None}, {"output_router_logits": False}):
+        assert_equal(*(model(IDS, labels=IDS, **call) for model in (sharded, whole)))
+    for model in (sharded, whole):  # transformers' own loss takes no mask of earlier tokens
+        with pytest.raises(RuntimeError, match="must match the size"):
+            model.generate(IDS, attention_mask=MASK, max_new_tokens=3)

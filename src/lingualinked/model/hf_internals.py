@@ -276,16 +276,41 @@ def recordable_outputs(model: torch.nn.Module) -> frozenset[str]:
     return frozenset(name for module in model.modules() for name in known.get(module))
 
 
-def remove_recorders(model: torch.nn.Module) -> None:
-    """Remove the hooks that record outputs, so that the next forward pass that records installs each of them once.
+def selected_hidden_states(asked: Any, num_hidden_states: int) -> tuple[int, ...] | None:
+    """Return the indices that a value of ``output_hidden_states`` selects, from 0; None if it is a flag."""
+    selected = output_capturing.selected_hidden_states(asked)
+    if selected is None:
+        return None
+    resolve: Any = output_capturing.resolve_hidden_states_indices
+    return tuple(sorted(resolve(None, selected, num_hidden_states)))
 
-    They are installed into modules, which several cut models may share.
-    """
+
+def install_recorders(model: torch.nn.Module) -> None:
+    """Install the hooks that record outputs, each once: modules that several cut models share may have them already."""
     for module in model.modules():
         vars(module).pop("_output_capturing_hooks_installed", None)
         for number, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__module__", "") == output_capturing.__name__:
                 del module._forward_hooks[number]
+    known: Any = output_capturing._CAN_RECORD_REGISTRY
+    for module in model.modules():
+        if known.get(module):
+            output_capturing.maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
+
+
+def record_too(name: str) -> None:
+    """Record one more output of the forward pass that is in progress, as if it had been called for it."""
+    collected = output_capturing._active_collector.get()
+    if collected is not None:
+        collected.setdefault(name, [])
+
+
+def balancing_loss(model: Any, router_logits: tuple[Any, ...], attention_mask: torch.Tensor | None) -> Any:
+    """Return the loss that the class of a model of experts adds for experts that are used unequally; None if it has none."""
+    compute = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if compute is None:
+        return None
+    return compute(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
 
 
 class CacheLayer(DynamicLayer):

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from lingualinked.model.weights import WeightSource
 
 
+_ONLY_RECORDED = frozenset(
+    {"router_logits"}
+)  # asked for by its argument, a class would compute a loss from a part of them
+
+
 @dataclass(slots=True, kw_only=True)
 class StageInputs:
     """The inputs of a stage in one step."""
@@ -52,6 +57,7 @@ class StageInputs:
     rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
     torch_settings: TorchSettings = field(default_factory=dict)  # the caller's
     records: tuple[str, ...] = ()  # what the model's output is to hold besides logits, such as "hidden_states"
+    hidden_states: tuple[int, ...] | None = None  # of these, which ones are to be recorded; None: all
 
 
 @dataclass(slots=True, kw_only=True)
@@ -175,14 +181,20 @@ class Stage:
         if self.is_last:
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
         if inputs.records:
-            self._prepare_recording()
+            if not self._has_recorders:
+                hf_internals.install_recorders(self._model)
+                self._has_recorders = True
             self._boundary.is_passed = True
-            arguments |= {f"output_{name}": True for name in inputs.records}
+            arguments |= {f"output_{name}": True for name in inputs.records if name not in _ONLY_RECORDED}
         # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
         recorded: dict[str, tuple[Tensor | None, ...]] = {}
-        # The hook is for this pass only: stages that share the layer have their own hooks.
-        hook = self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)
+        # The hooks are for this pass only: stages that share the layer have their own.
+        hooks = [self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)]
+        hooks += [
+            self._layers[self.start].register_forward_pre_hook(lambda *_, name=name: hf_internals.record_too(name))
+            for name in _ONLY_RECORDED.intersection(inputs.records)
+        ]
         try:
             with (
                 hf_internals.GLOBAL_STATE,
@@ -195,26 +207,23 @@ class Stage:
                         rope.stretch(inputs.rope_reach, self.device)
                 result = self._model(**arguments)
             outputs: tuple[Tensor, ...] = (result.logits,)
-            recorded = {name: self._recorded(name, result[name]) for name in inputs.records}
+            recorded = {name: self._recorded(name, result[name], inputs.hidden_states) for name in inputs.records}
             if not self.is_last:
                 raise SpanLeft
         except SpanLeft:
             outputs, layout = flatten_output(self._boundary.outgoing)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             self._boundary.clear()
         # 3) count the tokens
         if cache is not None:
             cache.advance(states.shape[1])
         return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout, recorded=recorded)
 
-    def _prepare_recording(self) -> None:
-        """Let transformers install its recorders once, although layers may have them from another stage."""
-        if not self._has_recorders:
-            hf_internals.remove_recorders(self._model)
-            self._has_recorders = True
-
-    def _recorded(self, name: str, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def _recorded(
+        self, name: str, values: tuple[Tensor | None, ...], selected: tuple[int, ...] | None
+    ) -> tuple[Tensor | None, ...]:
         """Return what a forward pass recorded in this span: stand-ins count in some classes, in others they do not.
 
         Hidden states are the inputs of the layers, and behind the last layer the output of the model.
@@ -224,6 +233,8 @@ class Stage:
             values = values[self.start : self.end + (has_one_more and self.is_last)]
         elif has_one_more and not self.is_last:
             values = values[:-1]
+        if has_one_more and selected is not None:
+            values = tuple(value if self.start + index in selected else None for index, value in enumerate(values))
         return tuple(None if value is None else value.cpu() for value in values)
 
     def _to_device(self, value: Any) -> Any:

@@ -135,7 +135,7 @@ class StageTimes(Message, frozen=True):
     codec_us: Natural
 
 
-RECORDS = frozenset({"hidden_states", "attentions"})
+RECORDS = frozenset({"hidden_states", "attentions", "router_logits"})
 """What layers may record in a step, by the names of transformers' outputs."""
 
 
@@ -148,7 +148,8 @@ class Step(Message, frozen=True, tag=4):
 
     ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
     ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
-    them. Stages send what of ``records`` their layers give ("hidden_states", "attentions") to the caller (`StepRecorded`).
+    them. Stages send what of ``records`` their layers give (`RECORDS`) to the caller (`StepRecorded`);
+    of hidden states only those with the indices ``hidden_states``, if it is not None.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
     """
@@ -170,6 +171,7 @@ class Step(Message, frozen=True, tag=4):
     timings: tuple[StageTimes, ...]
     torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
     records: tuple[str, ...] = ()
+    hidden_states: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.model.hf_internals import makes_pipeline_for_device, recordable_outputs
+from lingualinked.model.hf_internals import balancing_loss, makes_pipeline_for_device, recordable_outputs
 from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.cache import ShardedCache, check_empty
 from lingualinked.sharded.conversions import Conversions
@@ -55,6 +55,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         _output_class: type[Any]
         _own_arguments: tuple[str, ...]
         _recordable: frozenset[str]
+        router_aux_loss_coef: float
 
     @property
     def device(self) -> torch.device:
@@ -149,8 +150,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
             if isinstance(value, Tensor):
                 loss_arguments[name] = check_tensor(name, value)
         cache_position = kwargs.pop("cache_position", None)
-        records = take_records(self.config, kwargs, none_is_false=bool(self._recordable))
-        refuse_arguments(self.config, kwargs, self._own_arguments)
+        num_layers = self._pipeline.plan.stages[-1].end
+        records, selected = take_records(self.config, kwargs, self._recordable, num_layers)
+        refuse_arguments(kwargs, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
         past = self._check_past(past_key_values, inputs.shape[0])
         shape = StepShape(
@@ -172,7 +174,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         keeps_kv = past is not None or asks_for_kv
         cache = self._open_session() if past is None else self._as_session(past)
         try:
-            logits, recorded = cache.session.step(inputs, mask, positions, keep, keeps_kv=keeps_kv, records=records)
+            logits, recorded = cache.session.step(
+                inputs, mask, positions, keep, keeps_kv=keeps_kv, records=records, hidden_states=selected
+            )
         finally:
             if not keeps_kv:
                 cache.end()
@@ -183,6 +187,11 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary, **loss_arguments)
+        if "router_logits" in recorded:
+            balance = balancing_loss(self, recorded["router_logits"], mask)
+            if balance is not None:
+                recorded["aux_loss"] = balance
+                loss = None if loss is None else loss + self.router_aux_loss_coef * balance
         is_returned = asks_for_kv or (past is not None and self._returns_unrequested_cache)
         output: Any = self._output_class(
             loss=loss, logits=logits, past_key_values=cache if is_returned else None, **recorded

@@ -17,10 +17,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.model.hf_internals import selected_hidden_states
 from lingualinked.model.parts import learned_positions
 from lingualinked.quantities import count_text
 
-_RECORDED = ("output_hidden_states", "output_attentions")
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,39 +206,39 @@ def check_logits_to_keep(value: object) -> int | Tensor:
         raise ArgumentError(f"logits_to_keep={value!r} must be an integer or a tensor of indices") from None
 
 
-def take_records(config: PreTrainedConfig, arguments: dict[str, Any], *, none_is_false: bool) -> tuple[str, ...]:
+def take_records(
+    config: PreTrainedConfig, arguments: dict[str, Any], recordable: Collection[str], num_layers: int
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Remove from the arguments what asks for outputs of layers; return what they ask for, or the config if they do not.
 
-    ``none_is_false`` says how the class understands None: as False, or as the config says.
+    The second result are the indices of the hidden states that are asked for, or None for all.
+
+    ``recordable`` is what transformers records by hooks, for which None means False; for a class's own code, as the config says.
     """
-    asked = []
+    asked: list[str] = []
+    selected: tuple[int, ...] | None = None
     for name in _RECORDED:
+        kind = name.removeprefix("output_")
+        if kind == "router_logits" and kind not in recordable:
+            continue  # refused with the other arguments that the class does not have
         by_config = getattr(config, name, False)
         value = arguments.pop(name, by_config)
-        if value is None and not none_is_false:
+        if value is None and (not recordable or kind == "router_logits"):
             value = by_config
-        if not isinstance(value, bool | None):
-            raise UnsupportedOperationError(
-                f"{name}={value!r} is not supported by a sharded model: use True, and select here"
-            )
+        if kind == "hidden_states" and recordable:
+            selected = selected_hidden_states(value, num_layers + 1)
         if value:
-            asked.append(name.removeprefix("output_"))
-    return tuple(asked)
+            asked.append(kind)
+    return tuple(asked), selected
 
 
-def refuse_arguments(config: PreTrainedConfig, arguments: Mapping[str, Any], known: Collection[str]) -> None:
+def refuse_arguments(arguments: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse by name the arguments that `ShardedCausalLM.forward` does not name.
 
-    ``known`` are the parameters of the model's own ``forward``; settings of outputs that are not given are the config's.
+    ``known`` are the parameters of the model's own ``forward``.
     """
-    routers = arguments.get("output_router_logits")
-    if routers or (routers is None and getattr(config, "output_router_logits", False)):
-        whose = "" if routers else "config."
-        raise UnsupportedOperationError(
-            f"{whose}output_router_logits is not supported by a sharded model, whose layers are in workers: set it to False"
-        )
     for name, value in arguments.items():
-        if value is None or name == "output_router_logits":
+        if value is None or (value is False and name in _RECORDED):
             continue
         if name in known or name in TransformersKwargs.__optional_keys__:
             raise UnsupportedOperationError(f"{name} is not supported by a sharded model: leave it out")

@@ -249,6 +249,7 @@ class HostedStage:
                 rope_reach=step.rope_reach,
                 torch_settings=dict(step.torch_settings),
                 records=step.records,
+                hidden_states=step.hidden_states,
             ),
             session.cache,
         )

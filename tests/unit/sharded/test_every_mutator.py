@@ -40,7 +40,15 @@ class LocalSession:
 
     @torch.no_grad()
     def step(
-        self, ids: Tensor, mask: Any, positions: Any, keep: Any, *, keeps_kv: bool = True, records: tuple[str, ...] = ()
+        self,
+        ids: Tensor,
+        mask: Any,
+        positions: Any,
+        keep: Any,
+        *,
+        keeps_kv: bool = True,
+        records: tuple[str, ...] = (),
+        **_: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         output = self._model(
             ids,
