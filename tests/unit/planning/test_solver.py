@@ -26,6 +26,7 @@ from lingualinked.planning.placement.problem import (
     interval_s,
     latency_s,
 )
+from lingualinked.planning.placement.programme import Programme
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.placement.tables import SpanTables, bottleneck_costs, sum_costs
 from lingualinked.workload import Objective
@@ -177,6 +178,20 @@ def test_a_few_arcs_at_a_time_lead_to_what_all_lead_to(
     best = solve_problem(problem, objective).value
     monkeypatch.setattr(search, "MAX_ARCS", 200)
     assert solve_problem(problem, objective).value == pytest.approx(best, rel=SUMMED_DIFFERENTLY)
+
+
+@pytest.mark.parametrize("most", [0, 7, 400, 10**9])
+def test_of_very_many_arcs_the_nearest_are_listed(most: int) -> None:
+    problem = random_problem(1, num_layers=12, num_devices=5, rings=True)
+    tables = SpanTables.of(problem)
+    programme = Programme(sum_costs(problem, bottleneck_costs(problem, tables), tables))
+    every, bound = programme.arcs(programme.no_prices(), programme.ceiling)
+    pool = every.keys[np.argsort(every.length)[-3:]]
+    some, same_bound = programme.arcs(programme.no_prices(), programme.ceiling, most, pool)
+    assert bound == same_bound
+    assert min(most + 1, len(every)) <= len(some) <= (1 + problem.num_devices) * (most + 1) + len(pool)
+    assert np.array_equal(np.sort(some.length)[:most], np.sort(every.length)[:most])
+    assert most >= len(every) or np.isin(pool, some.keys).all()
 
 
 @pytest.mark.parametrize("seed", [3, 16])

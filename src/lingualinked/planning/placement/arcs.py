@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -96,7 +96,9 @@ class Arcs:
         return tuple(used[np.argsort(middle[used] / share[used], kind="stable")].tolist())
 
 
-def arcs_within(network: Network, priced: Network, limit: float) -> tuple[Arcs, float]:
+def arcs_within(
+    network: Network, priced: Network, limit: float, most: int | None, pool: Ints | None
+) -> tuple[Arcs, float]:
     """List the arcs of a network on whose shortest path, at other costs, is no longer than a limit.
 
     Parameters
@@ -105,14 +107,18 @@ def arcs_within(network: Network, priced: Network, limit: float) -> tuple[Arcs, 
         The same one at its own costs and at those that count here.
     limit : float
         Of the length.
+    most : int or None
+        Where a copy has more arcs, the nearest ones suffice, one more than this; ``None``: all.
+    pool : ndarray or None
+        int64, keys of arcs that are not left out for that.
 
     Returns
     -------
     tuple of Arcs and float
-        The arcs, and the length of the shortest path; ``inf`` if there is none.
+        The arcs, more than `most` only if there are more; and the length of the shortest path; ``inf`` if there is none.
     """
     from_source, to_sink = priced.from_source(), priced.to_sink()
-    parts, shortest = [], math.inf
+    kept, shortest = [], math.inf
     for copy, closing in enumerate(network.ring.tolist()):
         if closing < 0:
             best = float((network.enter[copy] + to_sink[0][copy, :, 0]).min())
@@ -121,11 +127,19 @@ def arcs_within(network: Network, priced: Network, limit: float) -> tuple[Arcs, 
         shortest = min(shortest, best)
         if best <= limit:
             lengths = (*(each[copy] for each in from_source), *(each[copy] for each in to_sink))
-            parts += list(_parts(network, priced, copy, lengths, limit))
-    if not parts:
+            arcs = _joined(_parts(network, priced, copy, lengths, limit))
+            if most is not None and len(arcs) > most:
+                marked = arcs.nearest(most + 1)
+                arcs = arcs[marked if pool is None else marked | np.isin(arcs.keys, pool)]
+            kept.append(tuple(getattr(arcs, field.name) for field in dataclasses.fields(arcs)))
+    if not kept:
         none = np.empty(0, dtype=int)
         return Arcs(none, none, none, none, none, none, none, np.empty(0)), shortest
-    return Arcs(*(np.concatenate(column) for column in zip(*parts, strict=True))), shortest
+    return _joined(kept), shortest
+
+
+def _joined(parts: Iterable[Part]) -> Arcs:
+    return Arcs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _parts(network: Network, priced: Network, copy: int, lengths: tuple[Floats, ...], limit: float) -> Iterator[Part]:

@@ -13,7 +13,8 @@ import numpy as np
 from lingualinked.planning.placement.problem import Flags, Floats, Ints, Placement, Span
 from lingualinked.planning.placement.tables import Costs
 
-_BATCH = 32  # orders whose networks are laid out at a time
+_BATCH_NODES = 1 << 22  # of the networks that are laid out at a time
+_MAX_RINGS = 4  # devices of an order whose rings are tried
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,8 +78,9 @@ class Network:
         copies = []
         for order in orders:
             copies.append(_plain(costs, order))
-            for device, table in costs.close.items():
-                ends = np.flatnonzero(np.isfinite(table).any(axis=1)) if device in order else ()
+            for device in [device for device in order if device in costs.close][:_MAX_RINGS]:
+                table = costs.close[device]
+                ends = np.flatnonzero(np.isfinite(table).any(axis=1))
                 copies += [_ring(costs, order, device, np.arange(len(table)) == end, table[end]) for end in ends]
         return cls._joined(combine, costs, copies)
 
@@ -177,8 +179,8 @@ def shortest_along(
 ) -> tuple[float, Placement]:
     """Find the cheapest placement whose devices keep one of some orders, by dynamic programming; any may be skipped.
 
-    The device of a ring comes before the others that the ring uses. Its halves share memory and time, so each first half
-    has a copy of the network of its own.
+    The device of a ring comes before the others that the ring uses, and is among the first four that may close one. Its
+    halves share memory and time, so each first half has a copy of the network of its own.
 
     Returns
     -------
@@ -187,8 +189,10 @@ def shortest_along(
     """
     value: float = np.inf
     placement: Placement = ()
-    for start in range(0, len(orders), _BATCH):
-        found = Network.along(costs, orders[start : start + _BATCH], combine).shortest()
+    num_nodes = costs.front.size * (1 + costs.front.shape[1] * min(len(costs.close), _MAX_RINGS))
+    batch = max(1, _BATCH_NODES // num_nodes)
+    for start in range(0, len(orders), batch):
+        found = Network.along(costs, orders[start : start + batch], combine).shortest()
         if found[0] < value:
             value, placement = found
     return value, placement

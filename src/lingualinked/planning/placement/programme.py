@@ -66,7 +66,7 @@ from lingualinked.errors import LingualinkedError
 from lingualinked.planning.placement.arcs import CLOSE, FRONT, SINK, SOURCE, SPAN, Arcs, arcs_within
 from lingualinked.planning.placement.elementary import Elementary
 from lingualinked.planning.placement.network import Network
-from lingualinked.planning.placement.problem import Floats, Placement
+from lingualinked.planning.placement.problem import Floats, Ints, Placement
 from lingualinked.planning.placement.tables import TOLERANCE, Costs
 
 SIMPLEX_ARCS = 2000
@@ -157,9 +157,14 @@ class Programme:
         """Return prices of zero."""
         return Prices(np.zeros(len(self.costs.enter)), np.zeros(self.costs.front.shape))
 
-    def arcs(self, prices: Prices, limit: float) -> tuple[Arcs, float]:
-        """List the arcs on placements that may cost at most a limit, and a bound on what any placement costs."""
-        arcs, shortest = arcs_within(self._network, self._priced(prices), limit + prices.given)
+    def arcs(
+        self, prices: Prices, limit: float, most: int | None = None, pool: Ints | None = None
+    ) -> tuple[Arcs, float]:
+        """List the arcs on placements that may cost at most a limit, and a bound on what any placement costs.
+
+        Where there are more than ``most``, at least the nearest ones and those with keys in the pool.
+        """
+        arcs, shortest = arcs_within(self._network, self._priced(prices), limit + prices.given, most, pool)
         return arcs, shortest - prices.given
 
     def elementary(self, prices: Prices, ranked: Programme | None = None) -> Elementary:

@@ -84,8 +84,8 @@ class _Search:
     def price(self) -> Arcs | None:
         """Solve programmes over some of the arcs until their prices leave few, and return those."""
         programme = self._programme
-        arcs, self.bound = programme.arcs(self.prices, self.limit)
         most, pool = MAX_ARCS, np.empty(0, dtype=int)
+        arcs, self.bound = programme.arcs(self.prices, self.limit, most)
         for _ in range(MAX_ROUNDS):
             if len(arcs) <= most:
                 return arcs
@@ -93,6 +93,7 @@ class _Search:
             flow = programme.minimise(some, self.limit, may_exceed=True)
             if flow.status == INFEASIBLE or not flow.order:  # among equally short paths, no whole one was taken
                 most *= 2
+                arcs, _ = programme.arcs(self.prices, self.limit, most, pool)
                 continue
             if flow.is_integral and flow.value < self.limit:
                 self.found, self.limit = some.placement(flow.x), flow.value * (1 + TOLERANCE)
@@ -101,7 +102,7 @@ class _Search:
             pool = np.union1d(pool, some.keys[flow.x > PROVEN])
             for step in (1.0, 0.5, 0.25, 0.1):
                 trial = self.prices.towards(flow.prices, step)
-                others, length = programme.arcs(trial, self.limit)
+                others, length = programme.arcs(trial, self.limit, most)
                 if step == 1.0:
                     pool = np.union1d(pool, others[others.nearest(MAX_ARCS // 2)].keys)
                 if length > self.bound:
@@ -112,7 +113,7 @@ class _Search:
                 most *= 2
             if self.is_done:
                 break
-            arcs, _ = programme.arcs(self.prices, self.limit)
+            arcs, _ = programme.arcs(self.prices, self.limit, most, pool)
         return None
 
     def relax(self, arcs: Arcs) -> bool:
@@ -123,7 +124,7 @@ class _Search:
                 raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({flow.message})")
             self.bound = self.limit
             return True
-        _, length = self._programme.arcs(flow.prices, self.limit)
+        _, length = self._programme.arcs(flow.prices, self.limit, 0)
         if length > self.bound:
             self.prices = flow.prices
         self.bound = max(self.bound, length, flow.bound)
