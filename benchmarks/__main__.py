@@ -111,10 +111,12 @@ def products(
     outputs: Annotated[int, typer.Option(min=1, help="To compare for each shape, dtype and bias.")] = 2_000_000,
     sample: Annotated[str, typer.Option(help="Compare a few shapes only, drawn by this text.")] = "",
 ) -> None:
-    """Compare products of few rows with torch's, bit for bit, in the shapes of real models."""
+    """Compare products of few rows, and attention of few tokens, with torch's, bit for bit, in the shapes of real models."""
+    from benchmarks.attention import run_attention
     from benchmarks.products import run_products
 
     run_products(outputs, sample)
+    run_attention(outputs, sample)
 
 
 if __name__ == "__main__":

@@ -44,18 +44,23 @@ def attend(
 
     States are ``[rows, heads, tokens, dim]``; the result is ``[rows, tokens, heads, dim]``.
     """
+    if not any(map(kwargs.get, _ARGUMENTS)) and uses_kernel(module, query, key, value, attention_mask):
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        together = _together(query.shape[1] // key.shape[1], query.shape[2], attention_mask is not None)
+        return attention.attend(query, key, value, scale, attention_mask, together), None
+    return torch_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def uses_kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> bool:
+    """Return whether the kernel computes this, since it does as torch."""
     group, num_new, is_masked = query.shape[1] // key.shape[1], query.shape[2], attention_mask is not None
-    if (
+    return bool(
         (num_new == 1 or is_masked)  # otherwise torch takes it for a prompt
-        and attention.accepts(query, key, value, attention_mask, _together(group, num_new, is_masked))
-        and not any(map(kwargs.get, _ARGUMENTS))
         and group == getattr(module, "num_key_value_groups", 1)
+        and attention.accepts(query, key, value, attention_mask, _together(group, num_new, is_masked))
         and _computes_fused()
         and is_exact(query.dtype, query.shape[3], group, num_new, is_masked, torch.get_num_threads())
-    ):
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return attention.attend(query, key, value, scale, attention_mask, _together(group, num_new, is_masked)), None
-    return torch_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    )
 
 
 def _together(group: int, num_new: int, is_masked: bool) -> int:
