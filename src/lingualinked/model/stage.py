@@ -20,7 +20,7 @@ from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
-from lingualinked.model.exact.rounding_probe import fills_vectors, probe_rounding
+from lingualinked.model.exact.rounding_probe import fills_vectors, find_groups, probe_rounding
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.parts import cache_slots
@@ -128,7 +128,7 @@ class Stage:
         """How its results are rounded, as far as torch's functions for its dtype show."""
         if self.device.type != "cpu":
             return Rounding(self.device.type, 0)
-        rounding = probe_rounding(self._config.dtype, torch.get_num_threads())
+        rounding = probe_rounding(self._config.dtype, torch.get_num_threads(), find_groups(self._model))
         return rounding if fills_vectors(self._model) else Rounding(rounding.fingerprint, 0)
 
     def find_weight(self, name: str) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ _NUM_TEXTS = 12  # rows of attention
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16)  # rows of the parts whose bits are compared with those of the whole
 _VECTOR = 32  # elements that are computed at once at most; what is left over at the end is computed by other functions
 _SHAPES = ((2100, 40), (32, 96), (96, 32), (300, 200))  # inputs, one more than are added up in one piece; outputs
-_NUM_HEADS, _HEAD_SIZE = 1, 64
+_NUM_HEADS, _HEAD_SIZE = 2, 64  # with a single one, torch shares out a single row among threads in another way
 
 Batched = Callable[[slice], Tensor]
 """From some of the rows of fixed inputs to their results."""
@@ -33,11 +33,18 @@ Batched = Callable[[slice], Tensor]
 
 @functools.cache
 @keep_result(Rounding)
-def probe_rounding(dtype: torch.dtype, num_threads: int) -> Rounding:  # noqa: ARG001 - results depend on it
-    """Find out how this process rounds in a dtype, with the number of threads that torch uses now; in some 10 ms."""
+def probe_rounding(
+    dtype: torch.dtype,
+    num_threads: int,  # noqa: ARG001 - results depend on it
+    groups: tuple[int, ...] = (),
+) -> Rounding:
+    """Find out how this process rounds in a dtype, with the number of threads that torch uses now; in some 50 ms.
+
+    `groups` are the numbers of heads that share keys.
+    """
     digest, least = hashlib.sha256(), 1
     with torch.inference_mode():
-        for function in _functions(dtype):
+        for function in _functions(dtype, groups):
             whole = function(slice(None))
             digest.update(whole.view(torch.uint8).numpy().tobytes())
             digest.update(function(slice(0, 1)).view(torch.uint8).numpy().tobytes())
@@ -52,6 +59,12 @@ def fills_vectors(model: nn.Module) -> bool:
     return all(size % _VECTOR == 0 for size in sizes)
 
 
+def find_groups(model: nn.Module) -> tuple[int, ...]:
+    """Return the numbers of heads that share keys, of a model's layers where some do."""
+    groups = {getattr(module, "num_key_value_groups", 1) for module in model.modules()}
+    return tuple(sorted(group for group in groups if group > 1))
+
+
 def _least_independent(function: Batched, whole: Tensor) -> int:
     """Return the least count from which on parts of any tried count have the bits of the whole."""
     least = 1
@@ -62,7 +75,7 @@ def _least_independent(function: Batched, whole: Tensor) -> int:
     return least
 
 
-def _functions(dtype: torch.dtype) -> Iterator[Batched]:
+def _functions(dtype: torch.dtype, groups: Iterable[int] = ()) -> Iterator[Batched]:
     generator = torch.Generator().manual_seed(0)
     for (num_inputs, num_outputs), has_bias in itertools.product(_SHAPES, (False, True)):
         rows, weight, bias = (
@@ -73,22 +86,39 @@ def _functions(dtype: torch.dtype) -> Iterator[Batched]:
         assert weight is not None
         yield functools.partial(_linear, rows, weight, bias)
     for num_tokens, num_kv in ((1, 600), (40, 40)):  # decoding; a prompt
-        queries, keys, values = (
-            torch.randn((_NUM_TEXTS, _NUM_HEADS, length, _HEAD_SIZE), generator=generator).to(dtype)
-            for length in (num_tokens, num_kv, num_kv)
-        )
-        yield functools.partial(_attention, queries, keys, values)
-        yield functools.partial(_eager_attention, queries, keys, values)
+        inputs = _cancelling_attention(dtype, num_tokens, num_kv, generator)
+        yield functools.partial(_attention, *inputs, None)
+        yield functools.partial(_eager_attention, *inputs)
+    for group, num_kv in itertools.product(
+        groups, (33, 600)
+    ):  # decoding of padded rows: heads that share keys are joined
+        mask = torch.ones(_NUM_TEXTS, 1, 1, num_kv, dtype=torch.bool)
+        yield functools.partial(_attention, *_cancelling_attention(dtype, group, num_kv, generator), mask)
     states = 4 * torch.randn((_NUM_ROWS, 2 * _VECTOR), generator=generator).to(dtype)
     yield functools.partial(_elementwise, states)
+
+
+def _cancelling_attention(
+    dtype: torch.dtype, num_tokens: int, num_kv: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make attention of which only rounding errors remain, since values with equal weights cancel."""
+    queries, keys, values = (
+        torch.randn((_NUM_TEXTS, _NUM_HEADS, length, _HEAD_SIZE), generator=generator).to(dtype)
+        for length in (num_tokens, num_kv, num_kv)
+    )
+    half = num_kv // 2
+    keys[:, :, half : 2 * half], values[:, :, half : 2 * half] = keys[:, :, :half], -values[:, :, :half]
+    values[:, :, 2 * half :] = 0
+    return queries, keys, values
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
     return functional.linear(rows[part].contiguous(), weight, bias)
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, part: slice) -> Tensor:
-    return functional.scaled_dot_product_attention(queries[part], keys[part], values[part])
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+    mask = None if mask is None else mask[part]
+    return functional.scaled_dot_product_attention(queries[part], keys[part], values[part], attn_mask=mask)
 
 
 def _eager_attention(queries: Tensor, keys: Tensor, values: Tensor, part: slice) -> Tensor:

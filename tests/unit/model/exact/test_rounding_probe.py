@@ -34,6 +34,38 @@ def test_rows_that_are_called_independent_are(dtype: torch.dtype) -> None:
                 assert torch.equal(part, whole[start : start + count]), (num_in, num_out, count)
 
 
+@pytest.mark.parametrize(("dtype", "num_queries"), [(torch.float16, 0), (torch.bfloat16, 0), (torch.bfloat16, 3)])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_rows_of_attention_that_are_called_independent_are(
+    dtype: torch.dtype, num_queries: int, num_threads: int
+) -> None:
+    """With several threads, where torch's buffer lies may decide how it adds values."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        least = probe_rounding(dtype, num_threads, (num_queries,) if num_queries else ()).independent_rows
+        states = torch.randn((3, 8, 2, 600, 64), generator=torch.Generator().manual_seed(3)).to(dtype)
+        query, keys, values = states[0, :, :, : num_queries or 1], states[1], states[2]
+        keys[:, :, 300:], values[:, :, 300:] = keys[:, :, :300], -values[:, :, :300]
+        mask = torch.ones(8, 1, 1, 600, dtype=torch.bool) if num_queries else None
+        whole = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        for count in range(least, 8) if least else ():
+            part = None if mask is None else mask[-count:]
+            found = functional.scaled_dot_product_attention(
+                query[-count:], keys[-count:], values[-count:], attn_mask=part
+            )
+            assert torch.equal(found, whole[-count:]), count
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_heads_that_share_keys_are_found() -> None:
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity())
+    for module, group in zip(model, (3, 1, 2), strict=True):
+        module.num_key_value_groups = group
+    assert rounding_probe.find_groups(model) == (2, 3)
+
+
 def fresh_fingerprint(**variables: str) -> str:
     """Return the fingerprint that a new process finds under some variables of the environment."""
     code = (
