@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from lingualinked.planning.placement.problem import (
 )
 from lingualinked.planning.placement.programme import Programme
 from lingualinked.planning.placement.solver import solve_problem
+from lingualinked.planning.placement.sweep import sweep_caps
 from lingualinked.planning.placement.tables import SpanTables, bottleneck_costs, sum_costs
 from lingualinked.workload import Objective
 from placements import Judged, best_along, draw_problem, every_placement
@@ -178,6 +180,30 @@ def test_a_few_arcs_at_a_time_lead_to_what_all_lead_to(
     best = solve_problem(problem, objective).value
     monkeypatch.setattr(search, "MAX_ARCS", 200)
     assert solve_problem(problem, objective).value == pytest.approx(best, rel=SUMMED_DIFFERENTLY)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_bound_exceeds_the_best_where_a_gap_is_accepted(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    problem = random_problem(seed, num_layers=10, num_devices=6)
+    tables = SpanTables.of(problem)
+    programme = Programme(sum_costs(problem, bottleneck_costs(problem, tables), tables))
+    best = solve_problem(problem, "latency").value
+    monkeypatch.setattr(search, "MAX_ARCS", 12)
+    for above in (1.01, 1.1, 1.3):
+        assert search.cheapest(programme, above * best, gap=0.3).bound <= best * (1 + SUMMED_DIFFERENTLY)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_bound_exceeds_the_best_where_nothing_is_found_within_a_cap(seed: int) -> None:
+    problem = random_problem(seed, num_layers=10, num_devices=6)
+    costs, best = bottleneck_costs(problem, SpanTables.of(problem)), solve_problem(problem).value
+    known = solve_problem(problem, "latency").placement
+
+    def undecided(cap: float, _: float) -> tuple[Placement, float]:
+        return (), math.inf if cap < best * (1 - SUMMED_DIFFERENTLY) else 0.0
+
+    _, bound = sweep_caps(costs, known, functools.partial(bottleneck_s, problem), undecided)
+    assert bound == pytest.approx(best, rel=SUMMED_DIFFERENTLY)
 
 
 @pytest.mark.parametrize("most", [0, 7, 400, 10**9])

@@ -22,7 +22,10 @@ MAX_ROUNDS = 20
 """Programmes after which prices are as good as they get; four to six are common."""
 
 WIDTHS = (300, 3000, 30000)
-"""Paths that are kept behind each stage: while prices are sought, and where they leave a gap. They take 0.05 to 5 s."""
+"""Paths that are kept behind each stage: while prices are sought, and where they leave a gap. They take 0.05 to 5 s.
+
+Where a gap is accepted, the last number is not tried: on 32 devices with 128 layers it took 48 s for 0.1 %.
+"""
 
 _FAR = 5  # a limit that exceeds the optimum by this factor is too large a scale for it
 
@@ -63,8 +66,7 @@ def cheapest(
     # 2) the relaxation over all of them; 3) where the flow is fractional, paths that use each device once
     if arcs is None or not search.relax(arcs):
         search.branch()
-    bound = limit if not search.found and search.is_done else search.bound
-    return Answer(search.found, bound, search.prices)
+    return Answer(search.found, search.bound, search.prices)
 
 
 class _Search:
@@ -137,7 +139,7 @@ class _Search:
 
     def branch(self) -> None:
         """Follow more and more paths, until no better one can be left."""
-        for width in WIDTHS:
+        for width in WIDTHS if self._gap == PROVEN else WIDTHS[:-1]:
             if self.is_done:
                 break
             self._follow_paths(width)

@@ -74,7 +74,7 @@ def sweep_caps(
             # 3) what is not within the cap is worse than the best within it: seek below it
             high = at
             if value > caps[at] * (1 + PROVEN):  # the best within it was not found
-                open_bound = min(open_bound, caps[at + 1] if at + 1 < len(caps) else value)
+                open_bound = min(open_bound, caps[at])
         high = min(high, int(np.searchsorted(caps, value * (1 - TOLERANCE))))
     return (known, min(value, open_bound, caps[low] if low < high else value)) if known else ((), math.inf)
 
