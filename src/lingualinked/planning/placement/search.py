@@ -66,7 +66,8 @@ def cheapest(
     # 2) the relaxation over all of them; 3) where the flow is fractional, paths that use each device once
     if arcs is None or not search.relax(arcs):
         search.branch()
-    return Answer(search.found, search.bound, search.prices)
+    is_empty = not search.found and search.bound >= search.limit * (1 - PROVEN)
+    return Answer(search.found, limit if is_empty else search.bound, search.prices)
 
 
 class _Search:
