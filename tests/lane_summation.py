@@ -1,4 +1,4 @@
-"""Products in float32 or float16 summed in any order that one can think of, slowly: right orders and wrong ones.
+"""Products in float32, float16 or bfloat16 summed in any order that one can think of, slowly: right orders and wrong ones.
 
 Knows torch alone; nothing of lingualinked.
 """
@@ -19,8 +19,11 @@ class Order:
     ----------
     lanes : int
         Sums between which the products go round.
-    halves : {"far", "near", "in order", "backwards"}
-        How lanes are added: each to the one half of all lanes away, to its neighbour, or one by one from either end.
+    pairs : {"", "odd first", "even first"}
+        Whether two neighbours go to the same lane, and which one first.
+    halves : {"far", "near", "far once", "in order", "backwards"}
+        How lanes are added: each to the one half of all lanes away, to its neighbour, first the one and then the other, or
+        one by one from either end.
     fused : bool
         Add each product with one rounding; otherwise it is rounded before.
     first : int
@@ -50,6 +53,7 @@ class Order:
     """
 
     lanes: int = 1
+    pairs: str = ""
     halves: str = "far"
     fused: bool = True
     first: int = 0
@@ -68,9 +72,14 @@ class Order:
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, order: Order) -> Tensor:
     """Multiply rows ``[M, K]`` with a weight ``[N, K]`` in an order."""
+    if rows.dtype is not torch.float32:
+        order = replace(order, fused=False)  # products are exact in float32, so that it is the same, and quicker
     left, right = rows.float().T[:, :, None], weight.float().T[:, None, :]  # [K, M, 1] and [K, 1, N]
     if order.backwards:
         left, right = left.flip(0), right.flip(0)
+    if order.pairs == "odd first":
+        places = torch.arange(len(left)) ^ 1  # of an even number of inputs
+        left, right = left[places], right[places]
     whole = len(left) // order.rest * order.rest if order.rest else len(left)
     start = torch.zeros(len(rows), len(weight))
     if bias is not None and order.bias == "first":
@@ -114,7 +123,7 @@ def _sum(left: Tensor, right: Tensor, order: Order, start: Tensor) -> Tensor:
         beginning = beginning[::-1] if order.first_backwards else beginning
         lanes[order.first_lane] = sum(beginning[1:], beginning[0])
     for at in range(len(beginning), len(left)):
-        lane = at % order.lanes
+        lane = (at // 2 if order.pairs else at) % order.lanes
         if order.fused:
             lanes[lane] = fused_multiply_add(left[at], right[at], lanes[lane])
         else:
@@ -130,12 +139,11 @@ def _add_lanes(lanes: list[Tensor], halves: str) -> Tensor:
         return sum(lanes[1:], lanes[0])
     while len(lanes) > 1:
         half = len(lanes) // 2
-        pairs = (
-            zip(lanes[:half], lanes[half:], strict=True)
-            if halves == "far"
-            else zip(lanes[::2], lanes[1::2], strict=True)
-        )
-        lanes = [first + second for first, second in pairs]
+        if halves == "near":
+            lanes = [first + second for first, second in zip(lanes[::2], lanes[1::2], strict=True)]
+        else:
+            lanes = [first + second for first, second in zip(lanes[:half], lanes[half:], strict=True)]
+        halves = "near" if halves == "far once" else halves
     return lanes[0]
 
 

@@ -25,9 +25,9 @@ def is_available() -> bool:
     return native.is_available("half_rows", _NEEDED_FLAGS)
 
 
-def accepts(rows: Tensor, weight: Tensor) -> bool:
-    """Say whether the kernel multiplies these rows with this weight."""
-    return weight.is_contiguous() and rows.shape[-1] % _INPUTS_MULTIPLE == 0
+def accepts(num_rows: int, in_features: int) -> bool:
+    """Say whether the kernel multiplies so many rows of so many inputs."""
+    return num_rows <= MAX_ROWS and in_features % _INPUTS_MULTIPLE == 0
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lingualinked
-from lingualinked.kernels import few_rows, float_rows, half_rows, native, norm, rotary
+from lingualinked.kernels import bfloat_rows, few_rows, float_rows, half_rows, native, norm, rotary
 from lingualinked.model.exact import float_linear, norm_probe, packed_linear
 from lingualinked.model.exact.exact_norm import speed_up_norms
 
@@ -30,11 +30,11 @@ COMPARE = """
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from lingualinked.kernels import few_rows, float_rows, half_rows, norm, rotary
+from lingualinked.kernels import bfloat_rows, few_rows, float_rows, half_rows, norm, rotary
 from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import pack_linears
-assert not any(kernel.is_available() for kernel in (few_rows, float_rows, half_rows, norm, rotary))
+assert not any(kernel.is_available() for kernel in (bfloat_rows, few_rows, float_rows, half_rows, norm, rotary))
 torch.set_num_threads(1)
 for dtype in (torch.bfloat16, torch.float32, torch.float16):
     plain, layer = (nn.Sequential(LlamaRMSNorm(256), nn.Linear(256, 192)).to(dtype).eval() for _ in range(2))
@@ -69,6 +69,7 @@ def no_flags() -> frozenset[str]:
 @pytest.mark.parametrize(("name", "replacement"), [("load_library", no_library), ("processor_flags", no_flags)])
 def test_products_are_torchs(name: str, replacement: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, name, replacement)
+    assert not bfloat_rows.is_available()
     assert not few_rows.is_available()
     assert not float_rows.is_available()
     assert not half_rows.is_available()

@@ -1,7 +1,7 @@
 """Linear layers whose products of few rows read the weight once, in the order in which torch stores it.
 
-The weight stays as it is, so that other products are torch's own: for float32, and for float16 and bfloat16 where torch
-computes dot products. Knows no models and no stages.
+The weight stays as it is, so that other products are torch's own: for float32, for float16 and bfloat16 where torch
+computes dot products, and for bfloat16 where oneDNN does without BF16 instructions. Knows no models and no stages.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, backends, nn
 from torch.nn import functional
 
-from lingualinked.kernels import float_rows, half_rows
+from lingualinked.kernels import bfloat_rows, float_rows, half_rows
 from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.exact.product_probe import Kernel, Shape, find_exact_kernel
 from lingualinked.model.memory import use_huge_pages
 
-_MAX_ROWS = max(float_rows.MAX_ROWS, half_rows.MAX_ROWS)
+_MAX_ROWS = max(float_rows.MAX_ROWS, half_rows.MAX_ROWS, bfloat_rows.MAX_ROWS)
 _TRIED_ROWS = (1, 4)  # summed in two orders, of which one may be known
 
 
@@ -40,9 +40,11 @@ class FloatLinear(nn.Linear):
 
     def kernel_name(self, num_rows: int) -> str:
         """Say what computes the product of this many rows."""
-        if num_rows > _MAX_ROWS or _exact_kernel(*_shape(self, num_rows)) is None:
+        kernel = _exact_kernel(*_shape(self, num_rows)) if num_rows <= _MAX_ROWS else None
+        if kernel is None:
             return "torch's own"
-        return "float_rows.c" if self.weight.dtype is torch.float32 else "half_rows.c"
+        names: dict[Kernel, str] = {_multiply_half: "half_rows.c", _multiply_bfloat: "bfloat_rows.c"}
+        return names.get(kernel, "float_rows.c")
 
     def _is_plain(self, states: Tensor) -> bool:
         """Say whether torch multiplies these states as one matrix, with the kernels of its default settings."""
@@ -80,17 +82,26 @@ def _shape(layer: nn.Linear, num_rows: int) -> tuple[torch.dtype, int, int, int,
 
 
 def _accepts(rows: Tensor, weight: Tensor) -> bool:
-    return float_rows.accepts(rows, weight) if rows.dtype is torch.float32 else half_rows.accepts(rows, weight)
+    return rows.dtype is not torch.float32 or float_rows.accepts(rows, weight)
 
 
-def _kernels(dtype: torch.dtype, num_rows: int) -> dict[str, Kernel]:
-    """Return the products of so many rows that may have torch's order, by name."""
+def _kernels(shape: Shape) -> dict[str, Kernel]:
+    """Return the products that may have torch's order, by name."""
+    dtype, num_rows, in_features, out_features, _, _ = shape
+    kernels: dict[str, Kernel] = {}
     if dtype is torch.float32 and float_rows.is_available() and num_rows <= float_rows.MAX_ROWS:
-        orders = float_rows.known_orders(num_rows)
-        return {f"float_rows.c {order}": functools.partial(_multiply_float, order=order) for order in orders}
-    if dtype in (torch.float16, torch.bfloat16) and half_rows.is_available():
-        return {"half_rows.c": _multiply_half} if num_rows <= half_rows.MAX_ROWS else {}
-    return {}
+        for order in float_rows.known_orders(num_rows):
+            kernels[f"float_rows.c {order}"] = functools.partial(_multiply_float, order=order)
+    if (
+        dtype in (torch.float16, torch.bfloat16)
+        and half_rows.is_available()
+        and half_rows.accepts(num_rows, in_features)
+    ):
+        kernels["half_rows.c"] = _multiply_half
+    is_known_size = bfloat_rows.accepts(num_rows, in_features, out_features)
+    if dtype is torch.bfloat16 and bfloat_rows.is_available() and is_known_size:
+        kernels["bfloat_rows.c"] = _multiply_bfloat
+    return kernels
 
 
 def _multiply_float(layer: nn.Linear, rows: Tensor, *, order: float_rows.Order) -> Tensor:
@@ -101,8 +112,12 @@ def _multiply_half(layer: nn.Linear, rows: Tensor) -> Tensor:
     return half_rows.multiply(rows, layer.weight, layer.bias)
 
 
+def _multiply_bfloat(layer: nn.Linear, rows: Tensor) -> Tensor:
+    return bfloat_rows.multiply(rows, layer.weight.data_ptr(), layer.bias, layer.out_features)
+
+
 def _kernels_for(layer: nn.Linear, rows: Tensor) -> dict[str, Kernel]:
-    return _kernels(rows.dtype, len(rows)) if _accepts(rows, layer.weight) else {}
+    return _kernels(Shape(*_shape(layer, len(rows)))) if _accepts(rows, layer.weight) else {}
 
 
 @keep_result(str)
@@ -113,5 +128,5 @@ def _float_kernel(*shape: Any) -> str | None:
 @functools.cache
 def _exact_kernel(*shape: Any) -> Kernel | None:
     """Return the first kernel that is bit-equal to torch's product in this `Shape`, or None."""
-    known = _kernels(Shape(*shape).dtype, Shape(*shape).num_rows)
+    known = _kernels(Shape(*shape))
     return known.get(_float_kernel(*shape) or "") if known else None

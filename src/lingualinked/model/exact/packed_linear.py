@@ -8,6 +8,7 @@ fast as memory gives it. Knows no models and no stages.
 from __future__ import annotations
 
 import collections
+import ctypes
 import functools
 from typing import Any
 
@@ -128,10 +129,19 @@ def _kernels(num_rows: int) -> dict[str, Kernel]:
 
 
 def _kernels_for(layer: PackedLinear, rows: Tensor) -> dict[str, Kernel]:
+    if not _is_packed(layer):  # other layers do as well, and have torch's own product without unpacking anything
+        return {}
     kernels = _kernels(len(rows))
     if few_rows.is_known_layout(layer.packed, layer.in_features, layer.out_features):
         return kernels
     return {"oneDNN": kernels["oneDNN"]}
+
+
+def _is_packed(layer: PackedLinear) -> bool:
+    """Say whether oneDNN has put the weight into another order: without BF16 instructions, it leaves it as it is."""
+    weight = layer.weight()[:2]
+    memory = (ctypes.c_uint8 * weight.nbytes).from_address(layer.address)
+    return not torch.equal(torch.frombuffer(memory, dtype=weight.dtype).view_as(weight), weight)
 
 
 @keep_result(str)

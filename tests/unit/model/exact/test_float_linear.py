@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lingualinked.kernels import float_rows, half_rows, native
+from lingualinked.kernels import bfloat_rows, float_rows, half_rows, native
 from lingualinked.model.exact import float_linear
 from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
 from lingualinked.model.exact.products import cancelling_product
@@ -29,6 +29,9 @@ tests.test_which_products_gain()
 for dtype in tests.DTYPES:
     for rows in (1, 4, 7, 8):
         tests.test_bits_are_torchs(dtype, rows, rows % 2 > 0, 1)
+        tests.test_bits_are_torchs(dtype, rows, rows % 2 < 1, 2)
+    tests.test_special_values(dtype, 1, True)
+    tests.test_special_values(dtype, 7, False)
 """
 
 
@@ -95,7 +98,7 @@ def test_which_products_gain() -> None:
     expected = {
         torch.float32: is_amd and float_rows.is_available(),
         torch.float16: "avx512_fp16" not in native.processor_flags(),
-        torch.bfloat16: instruction_set == "AVX2",
+        torch.bfloat16: instruction_set == "AVX2" or bfloat_rows.is_available(),
     }
     for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if instruction_set else [])):
         for rows in (1, 4, 8):
