@@ -78,12 +78,13 @@ def find_exact_kernel(
 
 def _products(dtype: torch.dtype) -> list[tuple[MakeProduct, int]]:
     """Return products, and how many elements of a weight they need to show any other order in some output."""
-    products: list[tuple[MakeProduct, int]] = [(cancelling_product, PROBED_ELEMENTS)]
-    if dtype is not torch.float16:  # it holds no value that absorbs others
-        products.append((absorbing_product, 2 * MIN_ELEMENTS))
+    products: list[tuple[MakeProduct, int]] = [
+        (cancelling_product, PROBED_ELEMENTS),
+        (absorbing_product, 2 * MIN_ELEMENTS),
+    ]
     if dtype is torch.float32:  # of which products are rounded, too, unless they are fused
         products.append((sparse_product, 2 * MIN_ELEMENTS))
-    if dtype is torch.bfloat16:
+    else:
         products.append((tied_product, 2 * MIN_ELEMENTS))
     return products
 

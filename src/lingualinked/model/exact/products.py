@@ -15,6 +15,7 @@ BLOCK_OUTPUTS = 64
 _NUM_DISTINCT = 64  # rows and outputs; the others repeat them
 _NUM_NEIGHBOURS = 8
 _TINY = 2.0**-130  # not a normal value: some instructions take it for zero
+_TINY_HALF = 2.0**-20  # nor is this one in float16
 
 
 class Product(NamedTuple):
@@ -78,10 +79,11 @@ def absorbing_product(
     opposite[0::3] = (-1 - outputs[0::3] // 3 % 8) % in_features
     large[1::3], opposite[1::3] = 0, (1 + outputs[1::3] // 3) % in_features
     rows = 2.0 ** torch.randint(-3, 4, (min(num_rows, _NUM_DISTINCT), 1), generator=generator)
-    weight = torch.randn((num_distinct, in_features), generator=generator)
-    weight[outputs, large] = 2.0**40
-    weight[outputs, opposite] = -(2.0**40)
-    bias = torch.randn(num_distinct, generator=generator) if has_bias else None
+    absorbing, others = (2.0**15, 2.0**-11) if dtype is torch.float16 else (2.0**40, 1.0)
+    weight = others * torch.randn((num_distinct, in_features), generator=generator)
+    weight[outputs, large] = absorbing
+    weight[outputs, opposite] = -absorbing
+    bias = others * torch.randn(num_distinct, generator=generator) if has_bias else None
     return _repeat_distinct(num_rows, out_features, rows.expand(-1, in_features), weight, bias, dtype)
 
 
@@ -118,8 +120,9 @@ def tied_product(
 ) -> Product:
     """Make a product of small numbers that is exact in any order, and then rounded once, from halfway between two values.
 
-    Results are odd, and near 384 or -384: from 256 to 512, bfloat16 has the even numbers. One term is far smaller, or zero:
-    results a little above or below halfway show who rounds twice. Some outputs have weights that are not normal values.
+    Results are odd, and near 384 or -384: from 256 to 512, bfloat16 has the even numbers; in float16 they are near 3,072. One
+    term is far smaller, or zero: results a little above or below halfway show who rounds twice. Some outputs have weights
+    that are not normal values.
     """
     largest = max(1, round(10 / in_features**0.25))
     rows, weight = (
@@ -127,15 +130,17 @@ def tied_product(
         for number in (num_rows, out_features)
     )
     rows *= 2
-    for place, (row, column) in enumerate(((16, 24), (1, 1), (2**-6, 2**-6))):
+    is_half = dtype is torch.float16
+    for place, (row, column) in enumerate(((48, 64) if is_half else (16, 24), (1, 1), (2**-6, 2**-6))):
         rows[:, place : place + 1] = row
         weight[:, place : place + 1] = column
     weight[:, 2:3] *= torch.randint(-1, 2, (len(weight), 1), generator=generator)
     weight *= 2 * torch.randint(0, 2, (len(weight), 1), generator=generator) - 1
     bias = 2 * torch.randint(-32, 33, (len(weight),), generator=generator).float() if has_bias else None
-    weight[5::8] *= _TINY
+    tiny = _TINY_HALF if is_half else _TINY
+    weight[5::8] *= tiny
     if bias is not None:
-        bias[5::8] *= _TINY
+        bias[5::8] *= tiny
     return _repeat_distinct(num_rows, out_features, rows, weight, bias, dtype)
 
 
