@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from lingualinked.model.weights import WeightSource
 
 
-_ONLY_RECORDED = frozenset(
-    {"router_logits"}
-)  # asked for by its argument, a class would compute a loss from a part of them
+# What is not asked for by its argument: a class would compute a loss from what this stage records alone.
+_ONLY_RECORDED = frozenset({"router_logits"})
 
 
 @dataclass(slots=True, kw_only=True)
