@@ -140,14 +140,15 @@ def test_what_the_kernel_does_not_compute_is_torchs(monkeypatch: pytest.MonkeyPa
 
 
 @needs_kernel
-def test_a_stage_decodes_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_stage_decodes_with_the_kernel(is_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called, real = [], attention.attend
 
     def record(*args: Any) -> Tensor:
-        called.append(args[1].shape[2])
+        called.append(tuple(args[index].shape[2] for index in (0, 1)))
         return real(*args)
 
-    config = tiny_config("llama").to_json_string(use_diff=False)
+    config = tiny_config("llama-wide").to_json_string(use_diff=False)
     spec = ModelSpec(
         class_name="LlamaForCausalLM",
         config_json=config,
@@ -158,9 +159,16 @@ def test_a_stage_decodes_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     stage = Stage.load(spec, 0, 2)
     cache = stage.new_cache()
-    is_exact(torch.bfloat16, stage._config.head_dim, 2, 1, False, torch.get_num_threads())
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    for num_new in (1, 3):
+        is_exact(torch.bfloat16, stage._config.head_dim, 2, num_new, num_new > 1 or is_padded, torch.get_num_threads())
     monkeypatch.setattr(attention, "attend", record)
-    for num_tokens in (5, 1):
-        ids = torch.zeros(1, num_tokens, dtype=torch.long)
-        stage.step(StageInputs(tensors=(ids,), layout=None, attention_mask=None, position_ids=None), cache)
-    assert called == [6, 6]  # one new token, in two layers
+    num_seen = 0
+    for num_tokens in (5, 1, 3):  # a prompt, a token, a token with two drafts
+        num_seen += num_tokens
+        ids = torch.zeros(2, num_tokens, dtype=torch.long)
+        seen = mask[:, :num_seen] if is_padded else None
+        stage.step(StageInputs(tensors=(ids,), layout=None, attention_mask=seen, position_ids=None), cache)
+    decoding = [(1, 6), (1, 6), (3, 9), (3, 9)]  # new tokens and all, in two layers
+    assert called[-4:] == decoding  # after a padded prompt, which is as short, and what it is probed with
