@@ -61,6 +61,8 @@ class Order:
         How tokens that are left over from fours are added.
     is_kept : bool
         Add values to the result so far, not to a sum of their own that is added at last.
+    is_fused : bool
+        Add products one by one without rounding them first.
     apart : {"never", "aligned", "always", "first four"}
         Whether the first dimensions, which do not lie on 16 bytes in a buffer, add the second four of each eight tokens by
         themselves; or all dimensions; or the first four.
@@ -94,6 +96,7 @@ class Order:
     values: str = "fours"
     rest_values: str = "backwards"
     is_kept: bool = True
+    is_fused: bool = False
     apart: str = "never"
     division: str = "reciprocal"
     rounding: str = "even"
@@ -232,6 +235,8 @@ def _weigh(differences: Tensor, scale: float, dtype: torch.dtype, order: Order) 
 
 def _add_values(total: Tensor, weights: Tensor, values: Tensor, first_dims: int, order: Order) -> Tensor:
     """Add weighted values ``[.., tokens, dim]`` to a total ``[.., queries, dim]``."""
+    if order.is_fused:
+        weights, values = weights.double(), values.double()
     terms = [weights[..., token, None] * values[:, :, None, token] for token in range(values.shape[2])]
     size = _chunk(len(terms), order.chunk)
     for start in range(0, len(terms), size):
@@ -254,10 +259,16 @@ def _add_values(total: Tensor, weights: Tensor, values: Tensor, first_dims: int,
 def _add_one_by_one(result: Tensor, terms: list[Tensor], are_apart: Tensor) -> Tensor:
     whole = len(terms) // 8 * 8
     for at in range(0, whole, 8):
-        result = _add([result, *terms[at : at + 4]], "in order")
+        result = _add_terms(result, terms[at : at + 4])
         second = terms[at + 4 : at + 8]
-        result = torch.where(are_apart, result + _add(second, "in order"), _add([result, *second], "in order"))
-    return _add([result, *terms[whole:]], "in order")
+        result = torch.where(are_apart, result + _add(second, "in order").float(), _add_terms(result, second))
+    return _add_terms(result, terms[whole:])
+
+
+def _add_terms(result: Tensor, terms: Iterable[Tensor]) -> Tensor:
+    for term in terms:
+        result = (result + term).float()
+    return result
 
 
 def approximate_exponential(values: Tensor) -> Tensor:

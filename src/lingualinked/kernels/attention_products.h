@@ -11,7 +11,7 @@
 // MANY: four and more. Dimensions, and tokens, are added one by one in chunks, whose sums are added. Scores of fewer than 12
 // tokens are computed as those of FEW.
 //
-// Products of two such numbers are exact in float32, so it does not matter where they are fused with a sum.
+// Products are exact in float32, but for those of tiny numbers: MANY adds them as they are (fused), the others round them.
 
 #pragma once
 
@@ -56,6 +56,11 @@ INLINE __m256i narrow(const int dtype, __m512 value) {
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0xffff)));
+}
+
+// Add a product, which is rounded before or not.
+INLINE __m512 add_product(const int is_fused, __m512 a, __m512 b, __m512 sum) {
+    return is_fused ? _mm512_fmadd_ps(a, b, sum) : _mm512_add_ps(sum, _mm512_mul_ps(a, b));
 }
 
 // Return which of a block's 32 dimensions there are.
@@ -116,7 +121,7 @@ INLINE void score_rows(const int dtype, const int rows, const int lanes, const _
                 const __m512 key = widen_half(dtype, pairs[(i + lane) / 2], lane % 2);
                 for (int row = 0; row < rows; row++) {
                     __m512 *to = &sum[row][lane % lanes];
-                    *to = _mm512_fmadd_ps(key, _mm512_set1_ps(query[row][i + lane]), *to);
+                    *to = add_product(lanes == 1, key, _mm512_set1_ps(query[row][i + lane]), *to);
                 }
             }
         for (int row = 0; row < rows; row++) {
@@ -156,14 +161,14 @@ INLINE void load_value(const int dtype, const uint16_t *value, __mmask32 mask, _
 }
 
 // Add weighted values of one token to sums.
-INLINE void add_value(const int dtype, const int rows, const int blocks, const uint16_t *value, __mmask32 mask,
+INLINE void add_value(const int dtype, const int is_fused, const int rows, const int blocks, const uint16_t *value, __mmask32 mask,
                       const scores *weight, long token, __m512 (*sum)[2][2]) {
     for (int block = 0; block < blocks; block++) {
         __m512 half[2];
         load_value(dtype, value + 32 * block, mask, half);
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < 2; i++)
-                sum[row][block][i] = _mm512_fmadd_ps(half[i], _mm512_set1_ps(weight[row][token]), sum[row][block][i]);
+                sum[row][block][i] = add_product(is_fused, half[i], _mm512_set1_ps(weight[row][token]), sum[row][block][i]);
     }
 }
 
@@ -176,8 +181,8 @@ INLINE void add_four(const int dtype, const int rows, const int blocks, const ui
         for (int row = 0; row < rows; row++) {
             for (int i = 0; i < 4; i++) by[i] = _mm512_set1_ps(weight[row][token + i]);
             for (int i = 0; i < 2; i++) {
-                const __m512 even = _mm512_fmadd_ps(four[2][i], by[2], _mm512_mul_ps(four[0][i], by[0]));
-                const __m512 odd = _mm512_fmadd_ps(four[3][i], by[3], _mm512_mul_ps(four[1][i], by[1]));
+                const __m512 even = add_product(0, four[2][i], by[2], _mm512_mul_ps(four[0][i], by[0]));
+                const __m512 odd = add_product(0, four[3][i], by[3], _mm512_mul_ps(four[1][i], by[1]));
                 sum[row][block][i] = _mm512_add_ps(sum[row][block][i], _mm512_add_ps(even, odd));
             }
         }
@@ -198,10 +203,10 @@ INLINE void add_values(const int dtype, const int order, const int rows, const i
         for (; order == ALONE && token + 4 <= end; token += 4)
             add_four(dtype, rows, blocks, value + token * stride, stride, mask, weight, token, sum);
         for (long rest = end - 1; order == ALONE && rest >= token; rest--)
-            add_value(dtype, rows, blocks, value + rest * stride, mask, weight, rest, sum);
+            add_value(dtype, order == MANY, rows, blocks, value + rest * stride, mask, weight, rest, sum);
         for (; order == FEW && !block && token + 8 <= end; token += 4) {
             for (int i = 0; i < 4; i++, token++)
-                add_value(dtype, rows, blocks, value + token * stride, mask, weight, token, sum);
+                add_value(dtype, order == MANY, rows, blocks, value + token * stride, mask, weight, token, sum);
             __m512 before[4][2];
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < 2; i++) {
@@ -209,13 +214,13 @@ INLINE void add_values(const int dtype, const int order, const int rows, const i
                     sum[row][0][i] = _mm512_mask_mov_ps(before[row][i], apart[row][i], _mm512_setzero_ps());
                 }
             for (int i = 0; i < 4; i++)
-                add_value(dtype, rows, blocks, value + (token + i) * stride, mask, weight, token + i, sum);
+                add_value(dtype, order == MANY, rows, blocks, value + (token + i) * stride, mask, weight, token + i, sum);
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < 2; i++)
                     sum[row][0][i] = _mm512_mask_add_ps(sum[row][0][i], apart[row][i], before[row][i], sum[row][0][i]);
         }
         for (; order != ALONE && token < end; token++)
-            add_value(dtype, rows, blocks, value + token * stride, mask, weight, token, sum);
+            add_value(dtype, order == MANY, rows, blocks, value + token * stride, mask, weight, token, sum);
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < 2 * blocks; i++) {
                 __m512 *to = &total[row][block + i / 2][i % 2];

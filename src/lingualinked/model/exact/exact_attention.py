@@ -85,7 +85,7 @@ def is_exact(dtype: torch.dtype, dim: int, group: int, num_new: int, is_masked: 
         return False
     num_rows = max(2, _NUM_QUERIES // (group * num_new))
     return _is_exact_in(
-        (cancelling_scores, cancelling_values),
+        (cancelling_scores, cancelling_values, tiny_values),
         Shape(dtype, num_rows, group, num_new, dim),
         _TOKENS_OF_PRODUCTS,
         is_masked,
@@ -170,6 +170,13 @@ def cancelling_values(
     query[..., 0], keys[..., 0] = 1, -math.log(num_tokens) / scale
     keys[:, :, -_NUM_LAST:][:, :, :1] = values[:, :, -_NUM_LAST:][:, :, :1] = 0
     return _attention(shape, query, keys, values, scale, mask_dtype, generator)
+
+
+def tiny_values(shape: Shape, num_tokens: int, mask_dtype: torch.dtype | None, generator: torch.Generator) -> Attention:
+    """Make values too small to be normal numbers, whose products with small weights show if they are rounded or fused."""
+    query, keys, values = _random_states(shape, num_tokens, generator)
+    values *= 2.0**-132
+    return _attention(shape, query, keys, values, 1.1, mask_dtype, generator)
 
 
 def tied_results(

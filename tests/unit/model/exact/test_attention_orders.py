@@ -38,7 +38,9 @@ class Case(NamedTuple):
 
 def torchs_order(dtype: torch.dtype, together: int) -> Order:
     if together >= 4:
-        return Order(lanes=1, rest_lanes=8, chunk=192, score_chunk=192, values="one by one", is_kept=False)
+        return Order(
+            lanes=1, rest_lanes=8, chunk=192, score_chunk=192, values="one by one", is_kept=False, is_fused=True
+        )
     if together > 1 or dtype is torch.float16:
         return Order(rest_lanes=8, values="one by one", apart="aligned")
     return Order()
@@ -47,7 +49,7 @@ def torchs_order(dtype: torch.dtype, together: int) -> Order:
 # What depends on how many queries are multiplied at once: sums of exponentials are probed with one.
 OF_PRODUCTS = {
     "lanes", "few_lanes", "rest_lanes", "score_added", "four_added", "backwards", "chunk", "score_chunk", "values",
-    "rest_values", "is_kept", "apart",
+    "rest_values", "is_kept", "is_fused", "apart",
 }  # fmt: skip
 
 TRIES_ALL = os.environ.get("LINGUALINKED_PROOF") == "all"
@@ -89,9 +91,11 @@ WRONG: dict[str, tuple[dict[str, object], tuple[Case, ...]]] = {
     **{f"weights {how}": ({"weights": how}, ALL) for how in ("kept", "truncated", "rounded first")},
     **{f"shrinking {how}": ({"shrink": how}, ALL) for how in ("rounded", "approximate", "never")},
     "values one by one": ({"values": "one by one"}, ALONE),
-    "values in fours": ({"values": "fours"}, FEW + MANY),
+    "values in fours": ({"values": "fours", "is_fused": False}, FEW + MANY),
     "left over values in order": ({"rest_values": "in order"}, ALONE),
     "blocks by themselves": ({"is_kept": False}, ALONE + FEW),
+    "fused products": ({"is_fused": True}, FEW[2:]),
+    "rounded products": ({"is_fused": False}, MANY[:2]),
     "blocks not by themselves": ({"is_kept": True}, MANY),
     **{f"second four apart {where}": ({"apart": where}, FEW) for where in ("never", "always", "first four")},
     "quotients": ({"division": "quotient"}, ALL),
