@@ -95,7 +95,7 @@ WRONG: dict[str, tuple[dict[str, object], tuple[Case, ...]]] = {
     "left over values in order": ({"rest_values": "in order"}, ALONE),
     "blocks by themselves": ({"is_kept": False}, ALONE + FEW),
     "fused products": ({"is_fused": True}, FEW[2:]),
-    "rounded products": ({"is_fused": False}, MANY[:2]),
+    "rounded products": ({"is_fused": False}, MANY[1:2]),
     "blocks not by themselves": ({"is_kept": True}, MANY),
     **{f"second four apart {where}": ({"apart": where}, FEW) for where in ("never", "always", "first four")},
     "quotients": ({"division": "quotient"}, ALL),
