@@ -6,6 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# Of tests that run side by side: one more than cores.
+PROCESSES = $(shell $(PYTHON) -c 'import os; print(1 + min(os.cpu_count() or 1, 4))')
+
 # Stamps: an environment is made once, and again when what it is made from changes.
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
@@ -21,9 +24,9 @@ demo: $(RUNTIME)  ## Run the bundled model on three worker processes
 bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="overhead --repeats 9"; without NAME, list them
 	$(BIN)/python -m benchmarks $(or $(NAME),--help)
 
-# Files are what is shared out: their tests share models and clusters.
+# Files are what is shared out: their tests share models and clusters. They wait for workers much of the time.
 test: $(DEV)  ## Run the tests, on up to four cores
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
@@ -49,7 +52,7 @@ docs: $(DEV)  ## Build the documentation; a warning is an error
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
 
 notebooks: $(DEV)  ## Execute the notebooks
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --nbmake --nbmake-timeout=300 -o timeout=600 -W default notebooks
+	$(BIN)/python -m pytest -n $(PROCESSES) --nbmake --nbmake-timeout=300 -o timeout=600 -W default notebooks
 
 coverage: $(DEV)  ## Run the tests and report branch coverage, worker processes included
 	$(BIN)/coverage erase
