@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
-from families import VOCABULARY
+from families import VOCABULARY, tiny_config
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
 from lingualinked.model.spec import ModelSpec
@@ -34,6 +34,19 @@ def spec_of(
         attn_implementation=attn_implementation,
         load_format="safetensors",
         files=files,
+    )
+
+
+def dummy_spec(family: str, dtype: str) -> ModelSpec:
+    """Describe a tiny model of a family, of random weights that lie in no file."""
+    config = tiny_config(family)
+    return ModelSpec(
+        class_name=check_architecture(config),
+        config_json=config.to_json_string(use_diff=False),
+        dtype=dtype,
+        attn_implementation=None,
+        load_format="dummy",
+        files=(),
     )
 
 

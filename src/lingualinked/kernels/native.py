@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 TEAM = "l3P"  # `struct team` of team.h, as the module `struct` writes it
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as dtypes.h numbers them
 
 
 @functools.cache

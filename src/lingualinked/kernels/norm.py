@@ -17,7 +17,6 @@ from lingualinked.kernels import native
 _NEEDED_FLAGS = frozenset({"avx", "avx2", "f16c"})
 _MIN_SIZE = 8
 _MAX_ELEMENTS = 1 << 16
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ARGUMENTS = struct.Struct("@3P4ld" + native.TEAM)  # `struct norm` of norm.c, whose team it does not need
 
 
@@ -36,7 +35,7 @@ def is_available() -> bool:
 
 def accepts(dtype: torch.dtype, num_rows: int, size: int) -> bool:
     """Say whether the kernel normalises so many rows of this size."""
-    return dtype in _DTYPES and size >= _MIN_SIZE and 0 < num_rows * size <= _MAX_ELEMENTS
+    return dtype in native.DTYPES and size >= _MIN_SIZE and 0 < num_rows * size <= _MAX_ELEMENTS
 
 
 def normalise(states: Tensor, weight: Tensor, kind: Kind, epsilon: float) -> Tensor | None:
@@ -55,7 +54,7 @@ def normalise(states: Tensor, weight: Tensor, kind: Kind, epsilon: float) -> Ten
         result.data_ptr(),
         states.numel() // size,
         size,
-        _DTYPES[states.dtype],
+        native.DTYPES[states.dtype],
         kind,
         epsilon,
     )

@@ -14,7 +14,6 @@ from torch import Tensor
 from lingualinked.kernels import native
 
 _NEEDED_FLAGS = frozenset({"avx", "avx2", "f16c"})
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DIM_MULTIPLE = 16
 _ARGUMENTS = struct.Struct("@2P3l2P3l2P4l" + native.TEAM)  # `struct rotary` of rotary.c, whose team it does not need
 
@@ -33,7 +32,7 @@ def accepts_shapes(dtype: torch.dtype, queries: Sequence[int], keys: Sequence[in
     """Say whether the kernel rotates queries and keys, ``[rows, heads, 1, dim]``, by angles ``[rows or 1, 1, dim]``."""
     num_rows, _, num_tokens, dim = queries
     return (
-        dtype in _DTYPES
+        dtype in native.DTYPES
         and num_tokens == 1
         and dim % _DIM_MULTIPLE == 0
         and keys[0] == num_rows
@@ -65,6 +64,6 @@ def rotate(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tup
         dim if len(cosines) > 1 else 0,
         num_rows,
         dim,
-        _DTYPES[queries.dtype],
+        native.DTYPES[queries.dtype],
     )
     return results if is_finite else None

@@ -5,6 +5,7 @@ Knows the inputs and outputs of a span; no sockets, sessions' owners or other st
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,6 @@ class Stage:
             arguments |= {f"output_{name}": True for name in inputs.records if name not in _ONLY_RECORDED}
         # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
-        recorded: dict[str, tuple[Tensor | None, ...]] = {}
         # The hooks are for this pass only: stages that share the layer have their own.
         hooks = [self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)]
         hooks += [
@@ -204,13 +204,13 @@ class Stage:
                 if inputs.rope_reach:
                     for rope in self._ropes:
                         rope.stretch(inputs.rope_reach, self.device)
-                result = self._model(**arguments)
-            outputs: tuple[Tensor, ...] = (result.logits,)
+                with contextlib.suppress(SpanLeft):
+                    result = self._model(**arguments)
+            if self.is_last:
+                outputs: tuple[Tensor, ...] = (result.logits,)
+            else:
+                outputs, layout = flatten_output(self._boundary.outgoing)
             recorded = {name: self._recorded(name, result[name], inputs.hidden_states) for name in inputs.records}
-            if not self.is_last:
-                raise SpanLeft
-        except SpanLeft:
-            outputs, layout = flatten_output(self._boundary.outgoing)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from kernel_checks import nothing_is_kept
 
-import pytest
-
-from lingualinked.model.exact import kept_probes
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_kept() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_probes, "_can_keep", lambda: False)
-        yield
+__all__ = ["nothing_is_kept"]

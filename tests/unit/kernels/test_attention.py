@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from guarded_memory import GuardedBuffer, guarded_copy
+from kernel_checks import threads
 from lingualinked.kernels import attention
 
 pytestmark = pytest.mark.skipif(not attention.is_available(), reason="this processor does not run the kernel")
 
 ELEMENT_BYTES = 2
-
-
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("at_end", [True, False])

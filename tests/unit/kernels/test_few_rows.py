@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guarded_memory import GuardedBuffer, guarded_copy
+from kernel_checks import threads
 from lingualinked.kernels import few_rows
 from lingualinked.model.exact import packed_linear, product_probe, products
 from lingualinked.model.exact.packed_linear import PackedLinear
@@ -30,16 +29,6 @@ SPECIAL_BITS = (
     0x0001, 0x8001, 0x007F, 0x0080,  # denormals, and the smallest normal value
     0x7F7F, 0xFF7F,  # the largest values: their products overflow
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def bits(values: Tensor) -> Tensor:

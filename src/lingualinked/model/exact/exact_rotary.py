@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from lingualinked.kernels import rotary
+from lingualinked.model.exact.bits import DIGITS, have_equal_bits, tiny
 from lingualinked.model.exact.kept_probes import keep_result
 
 Rotation = Callable[..., tuple[Tensor, Tensor]]
 """From queries ``[rows, heads, tokens, dim]``, keys, cosines ``[rows or 1, tokens, dim]`` and sines to both, rotated."""
-
-_DIGITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # of a value
 
 
 @functools.cache
@@ -91,9 +90,8 @@ def all_inputs(
     dtype: torch.dtype, shapes: Sequence[Sequence[int]], generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Make queries, keys, cosines and sines that show any other rounding, or treatment of values that are not normal."""
-    steps = 1 << (_DIGITS[dtype] + 1) // 2
-    tiny = 2.0**-16 if dtype is torch.float16 else 2.0**-130  # what is multiplied with it is no normal value
-    for scale, angle_scale in ((1, 1), (tiny, 1), (1, tiny)):
+    steps = 1 << (DIGITS[dtype] + 1) // 2
+    for scale, angle_scale in ((1, 1), (tiny(dtype), 1), (1, tiny(dtype))):
         for are_tied in (False, True):
             drawn = []
             for shape in (*shapes, shapes[2]):
@@ -108,10 +106,5 @@ def all_inputs(
 
 def _are_equal(results: tuple[Tensor, ...] | None, expected: tuple[Tensor, ...]) -> bool:
     return results is not None and all(
-        ours.dtype is theirs.dtype and ours.shape == theirs.shape and torch.equal(_bits(ours), _bits(theirs))
-        for ours, theirs in zip(results, expected, strict=True)
+        have_equal_bits(ours, theirs) for ours, theirs in zip(results, expected, strict=True)
     )
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.uint8)  # 0 and -0 are two values

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lingualinked.kernels import norm
 from lingualinked.kernels.norm import Kind
+from lingualinked.model.exact.bits import DIGITS, have_equal_bits, tiny
 from lingualinked.model.exact.kept_probes import keep_result
 
 _NUM_ROWS = 64  # whose last bits show the order of their sums; in all
 _NUM_TIED = 4
-_DIGITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # of a value
 _SHARE = 2.0**-18  # of a mean square that an epsilon leaves: each of its last bits changes what is left by a 64th
 
 
@@ -64,7 +64,7 @@ def _kind_name(*arguments: Any) -> str | None:
                 expected = module(states)
             except (RuntimeError, TypeError):  # it is no norm of one input, or memory is short
                 return None
-            kinds = [kind for kind in kinds if _are_equal(norm.normalise(states, weight, kind, epsilon), expected)]
+            kinds = [kind for kind in kinds if have_equal_bits(norm.normalise(states, weight, kind, epsilon), expected)]
             if not kinds:
                 return ""
     return kinds[0].name
@@ -78,9 +78,8 @@ def all_inputs(dtype: torch.dtype, num_rows: int, size: int, generator: torch.Ge
         yield tied_weights(dtype, num_rows, size, generator)
         yield tied_states(dtype, num_rows, size, generator)
     states, weight, _ = cancelling_inputs(dtype, num_rows, size, generator)
-    tiny = 2.0**-16 if dtype is torch.float16 else 2.0**-130  # what is multiplied with it is no normal value
-    yield NormInputs(tiny * states, weight, 1e-6)
-    yield NormInputs(states, tiny * weight, 1e-6)
+    yield NormInputs(tiny(dtype) * states, weight, 1e-6)
+    yield NormInputs(states, tiny(dtype) * weight, 1e-6)
     if dtype is not torch.float16:
         yield NormInputs(2.0**-66 * states, weight, 2.0**-140)  # nor are squares
 
@@ -99,7 +98,7 @@ def cancelling_inputs(dtype: torch.dtype, num_rows: int, size: int, generator: t
 
 def tied_weights(dtype: torch.dtype, num_rows: int, size: int, generator: torch.Generator) -> NormInputs:
     """Make rows that a norm multiplies with 1, and then with weights, or 1 + weights, to numbers halfway between two values."""
-    steps = 1 << (_DIGITS[dtype] + 1) // 2
+    steps = 1 << (DIGITS[dtype] + 1) // 2
     states, weight = ((2 * torch.randint(steps // 2, (size,), generator=generator) + 1) / steps for _ in range(2))
     weight -= torch.randint(2, (size,), generator=generator)
     states = states.to(dtype).repeat(num_rows, 1)
@@ -108,7 +107,7 @@ def tied_weights(dtype: torch.dtype, num_rows: int, size: int, generator: torch.
 
 def tied_states(dtype: torch.dtype, num_rows: int, size: int, generator: torch.Generator) -> NormInputs:
     """Make rows that a norm multiplies with 3/2, many to numbers halfway between two values; weights are powers of two."""
-    steps = 1 << _DIGITS[dtype] - 1
+    steps = 1 << DIGITS[dtype] - 1
     states = (2 * torch.randint(steps // 2, (size,), generator=generator) + 1) / steps
     weight = torch.randint(-2, 2, (size,), generator=generator)
     states = states.to(dtype).repeat(num_rows, 1)
@@ -118,12 +117,3 @@ def tied_states(dtype: torch.dtype, num_rows: int, size: int, generator: torch.G
 def _mean_square(states: Tensor) -> float:
     """Return the smallest mean square of a row, as torch computes it."""
     return states.float().pow(2).mean(-1).min().item()
-
-
-def _are_equal(result: Tensor | None, expected: Tensor) -> bool:
-    return (
-        result is not None
-        and result.dtype is expected.dtype
-        and result.shape == expected.shape
-        and torch.equal(result.view(torch.uint8), expected.view(torch.uint8))  # 0 and -0 are two values
-    )

@@ -152,4 +152,6 @@ def _packed_kernel(*shape: Any) -> str | None:
 @functools.cache
 def _exact_kernel(*shape: Any) -> Kernel | None:
     """Return the quickest product with a packed weight that is bit-equal to the plain one in this `Shape`, or None."""
+    if Shape(*shape).is_small:
+        return None
     return _kernels(Shape(*shape).num_rows).get(_packed_kernel(*shape) or "")

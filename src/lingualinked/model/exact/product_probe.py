@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lingualinked.model.exact.bits import have_equal_bits
 from lingualinked.model.exact.products import (
     BLOCK_OUTPUTS,
     MakeProduct,
@@ -38,6 +39,11 @@ class Shape(NamedTuple):
     has_bias: bool
     num_threads: int
 
+    @property
+    def is_small(self) -> bool:
+        """Whether no kernel gains anything, so that there is nothing to find out and to keep."""
+        return self.in_features * self.out_features < MIN_ELEMENTS
+
 
 def find_exact_kernel(
     shape: Shape,
@@ -51,8 +57,6 @@ def find_exact_kernel(
     A large weight is probed with fewer outputs, with the same remainder modulo the block size of the kernels: with at
     least a block for each thread, since oneDNN shares out the inputs among threads that would have no outputs.
     """
-    if shape.in_features * shape.out_features < MIN_ELEMENTS:
-        return ""
     generator, equal = torch.Generator().manual_seed(0), None
     with torch.inference_mode():
         for make, num_elements in _products(shape.dtype):
@@ -67,7 +71,7 @@ def find_exact_kernel(
                 equal = [
                     name
                     for name, kernel in kernels_for(layer, rows).items()
-                    if (equal is None or name in equal) and _have_equal_bits(kernel(layer, rows), expected)
+                    if (equal is None or name in equal) and have_equal_bits(kernel(layer, rows), expected)
                 ]
             except (AttributeError, RuntimeError):
                 return None
@@ -95,7 +99,3 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
-
-
-def _have_equal_bits(result: Tensor, expected: Tensor) -> bool:
-    return torch.equal(result.view(torch.uint8), expected.view(torch.uint8))  # 0 and -0 are two values

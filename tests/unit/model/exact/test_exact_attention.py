@@ -12,12 +12,12 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from families import tiny_config
+from conversations import dummy_spec
+from kernel_checks import threads
 from lingualinked.kernels import attention
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_attention import attend, is_exact
 from lingualinked.model.hf_internals import torch_attention
-from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage, StageInputs
 
 needs_kernel = pytest.mark.skipif(
@@ -88,12 +88,8 @@ def test_any_shape_has_torchs_bits(
 ) -> None:
     torch.manual_seed(seed)
     states = random_states(4, group, tokens, dim, new=new, dtype=dtype)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
+    with threads(num_threads):
         check(states, group, random_mask(mask, states))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("make", [exact_attention.cancelling_scores, exact_attention.cancelling_values])
@@ -148,16 +144,7 @@ def test_a_stage_decodes_with_the_kernel(is_padded: bool, monkeypatch: pytest.Mo
         called.append(tuple(args[index].shape[2] for index in (0, 1)))
         return real(*args)
 
-    config = tiny_config("llama-wide").to_json_string(use_diff=False)
-    spec = ModelSpec(
-        class_name="LlamaForCausalLM",
-        config_json=config,
-        dtype="bfloat16",
-        attn_implementation=None,
-        load_format="dummy",
-        files=(),
-    )
-    stage = Stage.load(spec, 0, 2)
+    stage = Stage.load(dummy_spec("llama-wide", "bfloat16"), 0, 2)
     cache = stage.new_cache()
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +17,12 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from families import tiny_config
+from conversations import dummy_spec
+from kernel_checks import run_elsewhere
 from lingualinked.kernels import norm
 from lingualinked.kernels.norm import Kind
 from lingualinked.model.exact.exact_norm import FasterNorm, speed_up_norms
 from lingualinked.model.exact.norm_probe import NormShape, find_kind
-from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage
 from lingualinked.model.torch_settings import torch_settings
 
@@ -150,15 +147,7 @@ def test_bits_in_all_sizes_and_magnitudes(
 
 @needs_kernel
 def test_another_instruction_set() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_elsewhere(SCRIPT, Path(__file__).parent, ATEN_CPU_CAPABILITY="avx2")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -334,16 +323,11 @@ def test_a_module_stays_what_it_was() -> None:
 
 @needs_kernel
 def test_the_norms_of_a_stage_are_replaced() -> None:
-    config = tiny_config("llama").to_json_string(use_diff=False)
-    spec = ModelSpec(
-        class_name="LlamaForCausalLM",
-        config_json=config,
-        dtype="bfloat16",
-        attn_implementation=None,
-        load_format="dummy",
-        files=(),
-    )
-    norms = [each for each in Stage.load(spec, 0, 2)._model.modules() if isinstance(each, LlamaRMSNorm)]
+    norms = [
+        each
+        for each in Stage.load(dummy_spec("llama", "bfloat16"), 0, 2)._model.modules()
+        if isinstance(each, LlamaRMSNorm)
+    ]
     assert len(norms) == 4
     assert all(isinstance(each, FasterNorm) for each in norms)
 

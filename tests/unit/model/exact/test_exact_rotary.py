@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
+from kernel_checks import run_elsewhere
 from lingualinked.kernels import rotary
 from lingualinked.model.exact import exact_rotary
 from lingualinked.model.exact.exact_rotary import faster_rotation
@@ -115,15 +113,7 @@ def test_bits_in_all_shapes_and_magnitudes(
 
 @needs_kernel
 def test_another_instruction_set() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_elsewhere(SCRIPT, Path(__file__).parent, ATEN_CPU_CAPABILITY="avx2")
 
 
 @needs_kernel

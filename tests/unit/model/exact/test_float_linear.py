@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernel_checks import run_elsewhere
 from lingualinked.kernels import bfloat_rows, float_rows, half_rows, native
 from lingualinked.model.exact import float_linear
 from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
@@ -80,15 +79,7 @@ def test_bits_are_torchs(dtype: torch.dtype, rows: int, has_bias: bool, threads:
 @pytest.mark.parametrize("instruction_set", ["AVX2", "AVX512_CORE"])
 def test_other_instruction_sets(instruction_set: str) -> None:
     chosen = {"ONEDNN_MAX_CPU_ISA": instruction_set, "ATEN_CPU_CAPABILITY": instruction_set.partition("_")[0].lower()}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | chosen,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_elsewhere(SCRIPT, Path(__file__).parent, **chosen)
 
 
 @pytest.mark.skipif(not half_rows.is_available(), reason="this processor does not run the kernel")

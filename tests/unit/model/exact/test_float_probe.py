@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernel_checks import probed_with_few_outputs, run_elsewhere
 from lane_summation import Order, multiply
 from lingualinked.kernels import bfloat_rows
-from lingualinked.model.exact import float_linear, product_probe, products
+from lingualinked.model.exact import float_linear, products
 
 ROWS = (1, 2, 3, 4, 7, 16)
 SIZES = {
@@ -38,8 +37,7 @@ from lingualinked.model.exact import kept_probes
 
 kept_probes._can_keep = lambda: False
 torch.set_num_threads(1)
-with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tests.product_probe, "PROBED_ELEMENTS", 2 * tests.product_probe.MIN_ELEMENTS)
+with tests.probed_with_few_outputs(tests.float_linear._exact_kernel), pytest.MonkeyPatch.context() as patch:
     for dtype, *case in tests.cases():
         if dtype is torch.bfloat16:
             tests.test_another_order_is_refused(dtype, *case, patch)
@@ -119,11 +117,9 @@ def finds_torchs_order(dtype: torch.dtype) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def fresh_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(product_probe, "PROBED_ELEMENTS", 2 * product_probe.MIN_ELEMENTS)  # few outputs
-    float_linear._exact_kernel.cache_clear()
-    yield
-    float_linear._exact_kernel.cache_clear()
+def fresh_probes() -> Iterator[None]:
+    with probed_with_few_outputs(float_linear._exact_kernel):
+        yield
 
 
 def is_accepted(order: Order, monkeypatch: pytest.MonkeyPatch, *shape: object) -> bool:
@@ -174,13 +170,4 @@ def test_the_order_itself_is_accepted(dtype: torch.dtype, num_rows: int, monkeyp
 @pytest.mark.slow
 @pytest.mark.skipif(not bfloat_rows.is_available(), reason="this processor does not run the kernel")
 def test_where_onednn_does_without_bf16_instructions() -> None:
-    here = Path(__file__)
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "PYTHONPATH": str(here.parents[3])},
-        cwd=here.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_elsewhere(SCRIPT, Path(__file__).parent, ONEDNN_MAX_CPU_ISA="AVX512_CORE")

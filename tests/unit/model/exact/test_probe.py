@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernel_checks import probed_with_few_outputs
 from lingualinked.kernels import few_rows
-from lingualinked.model.exact import packed_linear, product_probe, products
+from lingualinked.model.exact import packed_linear, products
 from lingualinked.model.exact.packed_linear import PackedLinear
 from summation import Order, multiply
 
@@ -59,11 +60,9 @@ def cases() -> Iterator[tuple[str, int, int, bool]]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(product_probe, "PROBED_ELEMENTS", 2 * product_probe.MIN_ELEMENTS)  # few outputs
-    packed_linear._exact_kernel.cache_clear()
-    yield
-    packed_linear._exact_kernel.cache_clear()
+def fresh_probes() -> Iterator[None]:
+    with probed_with_few_outputs(packed_linear._exact_kernel):
+        yield
 
 
 def inject(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernel_checks import threads
 from lingualinked.model.exact import rounding_probe
 from lingualinked.model.exact.rounding_probe import probe_rounding
 from lingualinked.rounding import Rounding, describe_difference, independent_rows
@@ -40,9 +41,7 @@ def test_rows_of_attention_that_are_called_independent_are(
     dtype: torch.dtype, num_queries: int, num_threads: int
 ) -> None:
     """With several threads, where torch's buffer lies may decide how it adds values."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
+    with threads(num_threads):
         least = probe_rounding(dtype, num_threads, (num_queries,) if num_queries else ()).independent_rows
         states = torch.randn((3, 8, 2, 600, 64), generator=torch.Generator().manual_seed(3)).to(dtype)
         query, keys, values = states[0, :, :, : num_queries or 1], states[1], states[2]
@@ -55,8 +54,6 @@ def test_rows_of_attention_that_are_called_independent_are(
                 query[-count:], keys[-count:], values[-count:], attn_mask=part
             )
             assert torch.equal(found, whole[-count:]), count
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_heads_that_share_keys_are_found() -> None:
