@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import lingualinked as ll
-from kernels import Kernel
+from jupyter_kernels import Kernel
 from processes import Script
 
 pytestmark = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from kernels import Kernel
+from jupyter_kernels import Kernel
 from waiting import wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
