@@ -15,7 +15,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -329,3 +329,21 @@ class SlidingCacheLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)
+
+
+class StaticCacheLayer(StaticLayer):
+    """Base of full-attention KV layers of a fixed size, as `CacheLayer`."""
+
+    _layer_type: Any = None
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len)
+
+
+class StaticSlidingCacheLayer(StaticSlidingWindowLayer):
+    """Base of sliding-window KV layers of a fixed size, as `CacheLayer`."""
+
+    _layer_type: Any = None
+
+    def __init__(self, max_cache_len: int, sliding_window: int) -> None:
+        super().__init__(max_cache_len, sliding_window)

@@ -1,4 +1,4 @@
-"""The KV cache of one session on one stage: growing layers for the stage's own layers, counting ones for the others.
+"""The KV cache of one session on one stage: growing or fixed layers for the stage's own layers, counting ones for the others.
 
 Knows the kinds of layers; no sessions' owners, budgets or other stages.
 """
@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from lingualinked.errors import ArgumentError, ProtocolError, UncuttableModelError
+from lingualinked.model.fixed_layers import (
+    CountingFixedLayer,
+    CountingFixedSlidingLayer,
+    FixedLayer,
+    FixedSlidingLayer,
+    TokenCount,
+)
 from lingualinked.model.kv_layers import (
     CountingLayer,
     CountingSlidingLayer,
@@ -30,14 +37,14 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
 
-OwnedLayer = GrowingLayer | GrowingSlidingLayer
+OwnedLayer = GrowingLayer | GrowingSlidingLayer | FixedLayer | FixedSlidingLayer
 
 
 class StageCache:
     """Keys and values of one session in the layers of one stage; `Stage.new_cache` makes it.
 
     `hf` is what the model's forward gets as ``past_key_values`` (don't call its ``crop``), `owned` the stage's own layers by
-    slot, and `num_tokens` counts padding too.
+    slot, and `num_tokens` counts padding too. `max_cache_len` is the room for tokens per row of a static cache; 0: it grows.
     """
 
     def __init__(
@@ -45,30 +52,51 @@ class StageCache:
         config: PreTrainedConfig,
         owned: Collection[int],
         spare_bytes: Callable[[], float] = lambda: math.inf,
+        max_cache_len: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        self.hf: Cache = DynamicCache(config=config)
+        self.max_cache_len = max_cache_len
+        self.hf: Cache = (
+            StaticCache(config=config, max_cache_len=max_cache_len) if max_cache_len else DynamicCache(config=config)
+        )
         self._growth = Growth(2 * len(owned), spare_bytes)
+        self.count = TokenCount(device or torch.device("cpu"))  # of a static cache
         self.num_tokens = 0
         self.owned: dict[int, OwnedLayer] = {}
-        self._elsewhere: list[CountingLayer | CountingSlidingLayer] = []
+        self._elsewhere: list[Any] = []
         for slot, kind in enumerate(self.hf.layers):
-            if type(kind) is DynamicLayer:
-                window = None
-            elif type(kind) is DynamicSlidingWindowLayer:
-                window = kind.sliding_window
-            else:
-                raise UncuttableModelError(
-                    config.model_type,
-                    f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's",
-                )
             if slot in owned:
-                self.owned[slot] = (
-                    GrowingLayer(self._growth) if window is None else GrowingSlidingLayer(window, self._growth)
-                )
-                self.hf.layers[slot] = self.owned[slot]
+                self.hf.layers[slot] = self.owned[slot] = self._make_layer(slot, kind, config.model_type)
             else:
-                self._elsewhere.append(CountingLayer() if window is None else CountingSlidingLayer(window))
-                self.hf.layers[slot] = self._elsewhere[-1]
+                self.hf.layers[slot] = self._make_counting_layer(slot, kind, config.model_type)
+                self._elsewhere.append(self.hf.layers[slot])
+
+    def _make_layer(self, slot: int, kind: Any, model_type: str) -> OwnedLayer:
+        if type(kind) is DynamicLayer:
+            return GrowingLayer(self._growth)
+        if type(kind) is DynamicSlidingWindowLayer:
+            return GrowingSlidingLayer(kind.sliding_window, self._growth)
+        if type(kind) is StaticLayer:
+            return FixedLayer(self.max_cache_len, self.count)
+        if type(kind) is StaticSlidingWindowLayer:
+            return FixedSlidingLayer(self.max_cache_len, kind.max_cache_len, self.count)
+        raise _unknown(slot, kind, model_type)
+
+    def _make_counting_layer(self, slot: int, kind: Any, model_type: str) -> Any:
+        if type(kind) is DynamicLayer:
+            return CountingLayer()
+        if type(kind) is DynamicSlidingWindowLayer:
+            return CountingSlidingLayer(kind.sliding_window)
+        if type(kind) is StaticLayer:
+            return CountingFixedLayer(self.max_cache_len, self.count)
+        if type(kind) is StaticSlidingWindowLayer:
+            return CountingFixedSlidingLayer(self.max_cache_len, kind.max_cache_len, self.count)
+        raise _unknown(slot, kind, model_type)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its memory is of a fixed size."""
+        return self.max_cache_len > 0
 
     @property
     def nbytes(self) -> int:
@@ -78,27 +106,50 @@ class StageCache:
     @torch.inference_mode()
     def copy(self) -> StageCache:
         """Return an independent copy, for a session that continues from here."""
-        growth = copy.copy(self._growth)
-        owned = {slot: layer.copy(growth) for slot, layer in self.owned.items()}
+        growth, count = copy.copy(self._growth), self.count.copy()
+        owned: dict[int, OwnedLayer] = {
+            slot: layer.copy(count) if isinstance(layer, FixedLayer | FixedSlidingLayer) else layer.copy(growth)
+            for slot, layer in self.owned.items()
+        }
         layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
         elsewhere = [layer for slot, layer in enumerate(layers) if slot not in owned]
         copied = copy.copy(self)
-        vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth)
+        vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
         copied.hf.layers = layers
+        for layer in elsewhere:
+            vars(layer).update(count=count)
         return copied
 
+    def begin_step(self, num_tokens: int) -> None:
+        """Expect the tokens of a step, which is about to run; raise ArgumentError if a static cache has no room for them."""
+        if self.is_static:
+            if self.num_tokens + num_tokens > self.max_cache_len:
+                raise ArgumentError(
+                    f"a static KV cache with room for {count_text(self.max_cache_len, 'token')} holds {self.num_tokens:,}, and "
+                    f"{num_tokens:,} more were to be added: make it with a larger max_cache_len"
+                )
+            self.count.begin_step(num_tokens)
+
     def advance(self, num_tokens: int) -> None:
-        """Count the tokens of a finished step for the layers held elsewhere; called by `Stage.step`."""
-        for layer in self._elsewhere:
-            layer.advance(num_tokens)
+        """Count the tokens of a finished step; called by `Stage.step`."""
         self.num_tokens += num_tokens
+        if self.is_static:
+            self.count.set(self.num_tokens)
+            for layer in (*self.owned.values(), *self._elsewhere):
+                layer.record_seen()
+        else:
+            for layer in self._elsewhere:
+                layer.advance(num_tokens)
 
     def adopt_layers(self, others: Iterable[StageCache]) -> None:
         """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
         for other in others:
             for slot in self.owned.keys() & other.owned.keys():
-                self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
-                self.owned[slot].growth = self._growth
+                layer = self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
+                if isinstance(layer, FixedLayer | FixedSlidingLayer):
+                    layer.count = self.count
+                else:
+                    layer.growth = self._growth
 
     def complete_adoption(self, num_tokens: int, *, records_past: bool) -> None:
         """Set the number of tokens that the session, and so each layer, adopted or written, has seen."""
@@ -134,6 +185,8 @@ class StageCache:
 
         Raises ArgumentError if a sliding window is full and has not recorded the tokens that it needs again.
         """
+        if self.is_static:
+            raise ArgumentError("can't crop a static KV cache, as in transformers: use one that grows")
         if num_tokens < 0:
             raise ArgumentError(
                 f"can't crop a KV cache by {num_tokens}: pass the number of tokens to remove, at least 0"
@@ -160,3 +213,9 @@ class StageCache:
             for layer in (*self.owned.values(), *self._elsewhere)
             if isinstance(layer, (GrowingSlidingLayer, CountingSlidingLayer))
         ]
+
+
+def _unknown(slot: int, kind: Any, model_type: str) -> UncuttableModelError:
+    return UncuttableModelError(
+        model_type, f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's"
+    )

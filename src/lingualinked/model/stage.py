@@ -150,9 +150,12 @@ class Stage:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
         return cache_slots(self._layers[start:end])
 
-    def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf) -> StageCache:
-        """Make the KV cache of a new session; `spare_bytes` returns the bytes that can still be allocated."""
-        return StageCache(self._config, self._slots, spare_bytes)
+    def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
+        """Make the KV cache of a new session; `spare_bytes` returns the bytes that can still be allocated.
+
+        A static cache has room for `max_cache_len` tokens per row; 0: it grows.
+        """
+        return StageCache(self._config, self._slots, spare_bytes, max_cache_len, self.device)
 
     @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
@@ -161,6 +164,8 @@ class Stage:
         The KV cache is unusable after a step that raises.
         """
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
+        if cache is not None:
+            cache.begin_step(inputs.tensors[0].shape[1])
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {
