@@ -33,15 +33,11 @@ class TokenCount:
         """Count the new tokens, on the device."""
         self.on_device.add_(len(self.new_positions))
 
-    def set(self, num_tokens: int) -> None:
-        """Set both counts."""
-        self.on_host = num_tokens
-        self.on_device.fill_(num_tokens)
-
     def copy(self) -> TokenCount:
         """Return a count of its own, for a session that continues from here."""
         copied = TokenCount(self.on_device.device)
-        copied.set(self.on_host)
+        copied.on_host = self.on_host
+        copied.on_device.copy_(self.on_device)
         return copied
 
 

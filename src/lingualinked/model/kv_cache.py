@@ -62,6 +62,7 @@ class StageCache:
         self._growth = Growth(2 * len(owned), spare_bytes)
         self.count = TokenCount(device or torch.device("cpu"))  # of a static cache
         self.num_tokens = 0
+        self.captured: dict[Any, Any] = {}  # what a stage has captured that uses the memory of a static cache
         self.owned: dict[int, OwnedLayer] = {}
         self._elsewhere: list[Any] = []
         for slot, kind in enumerate(self.hf.layers):
@@ -70,6 +71,9 @@ class StageCache:
             else:
                 self.hf.layers[slot] = self._make_counting_layer(slot, kind, config.model_type)
                 self._elsewhere.append(self.hf.layers[slot])
+        self._has_fixed_windows = any(
+            isinstance(layer, FixedSlidingLayer | CountingFixedSlidingLayer) for layer in self.hf.layers
+        )
 
     def _make_layer(self, slot: int, kind: Any, model_type: str) -> OwnedLayer:
         if type(kind) is DynamicLayer:
@@ -99,6 +103,25 @@ class StageCache:
         return self.max_cache_len > 0
 
     @property
+    def can_be_captured(self) -> bool:
+        """Whether a step that adds one token does the same on the device at every length, as sliding windows don't."""
+        return self.is_static and self.num_tokens > 0 and not self._has_fixed_windows
+
+    def last_tokens(self) -> list[Tensor]:
+        """Return views of the keys and values that the step in progress has written, of one token."""
+        return [view for layer in self.owned.values() for view in layer.read_tokens(self.num_tokens, 1)]
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Forget the tokens of a static cache, and keep its memory, for another session."""
+        for layer in self.owned.values():
+            assert isinstance(layer, FixedLayer | FixedSlidingLayer)
+            layer.clear()
+        self.num_tokens = 0
+        self.count.on_device.zero_()
+        self.advance(0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values of the stage's own layers."""
         return sum(layer.nbytes for layer in self.owned.values())
@@ -114,27 +137,27 @@ class StageCache:
         layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
         elsewhere = [layer for slot, layer in enumerate(layers) if slot not in owned]
         copied = copy.copy(self)
-        vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
+        vars(copied).update(
+            hf=copy.copy(self.hf), captured={}, owned=owned, _elsewhere=elsewhere, _growth=growth, count=count
+        )
         copied.hf.layers = layers
         for layer in elsewhere:
             vars(layer).update(count=count)
         return copied
 
-    def begin_step(self, num_tokens: int) -> None:
-        """Expect the tokens of a step, which is about to run; raise ArgumentError if a static cache has no room for them."""
-        if self.is_static:
-            if self.num_tokens + num_tokens > self.max_cache_len:
-                raise ArgumentError(
-                    f"a static KV cache with room for {count_text(self.max_cache_len, 'token')} holds {self.num_tokens:,}, and "
-                    f"{num_tokens:,} more were to be added: make it with a larger max_cache_len"
-                )
-            self.count.begin_step(num_tokens)
+    def check_room(self, num_tokens: int) -> None:
+        """Raise ArgumentError if a static cache has no room for so many tokens more."""
+        if self.is_static and self.num_tokens + num_tokens > self.max_cache_len:
+            raise ArgumentError(
+                f"a static KV cache with room for {count_text(self.max_cache_len, 'token')} holds {self.num_tokens:,}, and "
+                f"{num_tokens:,} more were to be added: make it with a larger max_cache_len"
+            )
 
     def advance(self, num_tokens: int) -> None:
         """Count the tokens of a finished step; called by `Stage.step`."""
         self.num_tokens += num_tokens
         if self.is_static:
-            self.count.set(self.num_tokens)
+            self.count.on_host = self.num_tokens
             for layer in (*self.owned.values(), *self._elsewhere):
                 layer.record_seen()
         else:
@@ -144,6 +167,7 @@ class StageCache:
     def adopt_layers(self, others: Iterable[StageCache]) -> None:
         """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
         for other in others:
+            other.captured.clear()
             for slot in self.owned.keys() & other.owned.keys():
                 layer = self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
                 if isinstance(layer, FixedLayer | FixedSlidingLayer):
@@ -158,6 +182,7 @@ class StageCache:
                 raise ProtocolError(
                     f"KV of layer slot {slot} ends at token {layer.stop}, and the session has {num_tokens}"
                 )
+        self.count.on_device.fill_(num_tokens)
         self.advance(num_tokens - self.num_tokens)
         self.record_past(records_past)
 
@@ -178,6 +203,8 @@ class StageCache:
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows with these indices (int64, on any device; repeats allowed), in this order, as beam search does."""
+        if any(len(rows) != layer.num_rows for layer in self.owned.values()):
+            self.captured.clear()  # the memory is another one then
         self.hf.reorder_cache(cast("torch.LongTensor", rows))
 
     def crop(self, num_tokens: int) -> None:

@@ -6,6 +6,8 @@ Knows the inputs and outputs of a span; no sockets, sessions' owners or other st
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.parts import cache_slots
 from lingualinked.model.span_loading import LoadedSpan, load_span
+from lingualinked.model.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
 from lingualinked.model.torch_settings import TorchSettings, torch_settings
 from lingualinked.quantities import count_text
 from lingualinked.rounding import Rounding
@@ -89,6 +92,7 @@ class Stage:
         self._layers = layers
         self._slots = self.cache_slots(start, end)
         self._ropes = hf_internals.dynamic_ropes(self._model)
+        self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None)
         self._has_recorders = False
         self._rotary_modules = hf_internals.rotary_modules(self._model) if device.type == "cpu" else []
 
@@ -161,11 +165,44 @@ class Stage:
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         """Run the model's forward pass over the span, and count its tokens in the KV cache, if there is one.
 
-        The KV cache is unusable after a step that raises.
+        The output is valid until the next step with this cache. The KV cache is unusable after a step that raises, unless it
+        is static and has no room for the step (ArgumentError).
         """
-        # 1) put the inputs where the model's forward, or its stand-ins, expect them
+        # 1) a static cache has to have room: beyond it, an accelerator would write to other memory
+        num_new = inputs.tensors[0].shape[1]
         if cache is not None:
-            cache.begin_step(inputs.tensors[0].shape[1])
+            cache.check_room(num_new)
+        # 2) replay the step if it has been captured; else run it, and capture it if that is possible
+        decode = None if cache is None else _decode_inputs(inputs, cache)
+        graph = None
+        if decode is not None and cache is not None and not self._ropes:
+            constants = (inputs.layout, inputs.logits_to_keep, tuple(sorted(inputs.torch_settings.items())))
+            graph = self.graphs.find(decode, constants, functools.partial(self._run_decode, inputs, cache), cache)
+        recorded: dict[str, tuple[Tensor | None, ...]] = {}
+        if graph is not None and graph.is_trusted and decode is not None:
+            outputs, layout = graph.run(decode), graph.layout
+            self.graphs.num_replayed += 1
+        else:
+            outputs, layout, recorded = self._run_forward(inputs, cache)
+            if graph is not None and decode is not None:
+                graph.layout = layout
+                self.graphs.try_out(graph, decode, outputs)
+        # 3) count the tokens
+        if cache is not None:
+            cache.advance(num_new)
+        return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout, recorded=recorded)
+
+    def _run_decode(self, template: StageInputs, cache: StageCache, inputs: DecodeInputs) -> tuple[Tensor, ...]:
+        """Run a step of one token whose inputs are on the device; the rest is as in a step before."""
+        tensors, mask, positions = (inputs.states,), inputs.mask, inputs.positions
+        step = dataclasses.replace(template, tensors=tensors, attention_mask=mask, position_ids=positions)
+        return self._run_forward(step, cache)[0]
+
+    def _run_forward(
+        self, inputs: StageInputs, cache: StageCache | None
+    ) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None, dict[str, tuple[Tensor | None, ...]]]:
+        """Run the model's forward pass over the span; return its outputs, their layout, and what was recorded."""
+        # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {
@@ -199,6 +236,7 @@ class Stage:
             self._layers[self.start].register_forward_pre_hook(lambda *_, name=name: hf_internals.record_too(name))
             for name in _ONLY_RECORDED.intersection(inputs.records)
         ]
+        count = cache.count if cache is not None and cache.is_static else None
         try:
             with (
                 hf_internals.GLOBAL_STATE,
@@ -209,8 +247,12 @@ class Stage:
                 if inputs.rope_reach:
                     for rope in self._ropes:
                         rope.stretch(inputs.rope_reach, self.device)
+                if count is not None:
+                    count.begin_step(states.shape[1])
                 with contextlib.suppress(SpanLeft):
                     result = self._model(**arguments)
+                if count is not None:
+                    count.end_step()
             if self.is_last:
                 outputs: tuple[Tensor, ...] = (result.logits,)
             else:
@@ -220,10 +262,7 @@ class Stage:
             for hook in hooks:
                 hook.remove()
             self._boundary.clear()
-        # 3) count the tokens
-        if cache is not None:
-            cache.advance(states.shape[1])
-        return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout, recorded=recorded)
+        return outputs, layout, recorded
 
     def _recorded(
         self, name: str, values: tuple[Tensor | None, ...], selected: tuple[int, ...] | None
@@ -243,6 +282,16 @@ class Stage:
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def _decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None:
+    """Return the inputs of a step that does the same on the device each time; None if it may not."""
+    mask, keep = inputs.attention_mask, inputs.logits_to_keep
+    if len(inputs.tensors) != 1 or inputs.tensors[0].shape[1] != 1 or inputs.records or not isinstance(keep, int):
+        return None
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] != cache.num_tokens + 1):
+        return None
+    return DecodeInputs(states=inputs.tensors[0], mask=mask, positions=inputs.position_ids)
 
 
 def missing_spans(start: int, end: int, held: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

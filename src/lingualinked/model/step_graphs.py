@@ -1,0 +1,219 @@
+"""Decode steps of a stage, captured once as CUDA graphs and replayed: one launch in place of some hundred.
+
+A graph is trusted once it has given the bits of the eager step twice. Knows one stage's forward pass and static KV caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lingualinked.model.exact.bits import have_equal_bits
+
+if TYPE_CHECKING:
+    from lingualinked.model.kv_cache import StageCache
+
+logger = logging.getLogger("lingualinked.model")
+
+_NUM_TRIALS = 2  # steps of which a graph has to give the eager bits: at the second one, a constant in it would show
+_MAX_GRAPHS = 4  # of one cache; its steps differ in settings and in the logits that they keep
+
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+"""Captures what a function does on the device, without doing it, and returns a function that does it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """The inputs of a step of one token for each row."""
+
+    states: Tensor  # token ids [rows, 1] int64, or hidden states [rows, 1, hidden]
+    mask: Tensor | None  # [rows, past + 1]; in a graph, [rows, max_cache_len], with zeros behind
+    positions: Tensor | None  # [1 or rows, 1] int64
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Shapes and dtypes, apart from the length of the text."""
+        mask = None if self.mask is None else (self.mask.dtype, self.mask.shape[0])
+        return self.states.dtype, self.states.shape, mask, None if self.positions is None else self.positions.shape
+
+
+Forward = Callable[[DecodeInputs], tuple[Tensor, ...]]
+"""A step of the stage, which adds to the KV cache and counts the token on the device, and returns its outputs there."""
+
+
+class CudaRecorder:
+    """Captures CUDA graphs, whose working memory is shared: they run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Capture what `body` launches; raise what torch raises if it can't be captured, such as a wait for the device."""
+        graph: Any = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        stream: Any = torch.cuda.Stream(self._device)
+        stream.wait_stream(current)
+        collects = gc.isenabled()
+        gc.disable()  # freeing a graph or a tensor of another stream would end the capture
+        try:
+            with torch.cuda.stream(stream):
+                # Only this thread's calls count: another one may be loading a stage.
+                graph.capture_begin(*([] if self._pool is None else [self._pool]), capture_error_mode="thread_local")
+                try:
+                    body()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        current.wait_stream(stream)
+        self._pool = self._pool or graph.pool()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class StepGraph:
+    """One kind of decode step on one KV cache, with its inputs and outputs at fixed places."""
+
+    def __init__(
+        self, kind: Any, forward: Forward, cache: StageCache, inputs: DecodeInputs, device: torch.device
+    ) -> None:
+        self.kind = kind
+        self.layout: tuple[bool, ...] | None = None  # of its outputs
+        self.cache = cache
+        self._forward, self._device = forward, device
+        self._num_seen = 0
+        self._num_equal = 0
+        self._replay: Callable[[], None] | None = None
+        on_cuda = device.type == "cuda"
+        # What the next step needs: on the host, then on the device, where graphs read it.
+        self._staged = [each.clone() for each in (inputs.states, inputs.positions) if each is not None]
+        if on_cuda:
+            self._staged = [each.pin_memory() for each in self._staged]
+        self._held = [each.to(device) for each in self._staged]
+        self._column: Tensor | None = None  # of the mask, for the new token
+        self._seen_mask: Tensor | None = None  # on the host, as of the last step
+        if inputs.mask is not None:
+            rows = inputs.mask.shape[0]
+            self._column = torch.ones((rows, 1), dtype=inputs.mask.dtype, pin_memory=on_cuda)
+            self._held_column = self._column.to(device)
+            self._held_mask = torch.zeros((rows, cache.max_cache_len), dtype=inputs.mask.dtype, device=device)
+        self._outputs: tuple[Tensor, ...] = ()
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it has given the bits of the eager step often enough."""
+        return self._num_equal >= _NUM_TRIALS
+
+    def run(self, inputs: DecodeInputs) -> tuple[Tensor, ...]:
+        """Run a step; return its outputs on the host, valid until the next one."""
+        assert self._replay is not None
+        # 1) put the inputs in their places; of the mask, only the new column, unless another text has begun
+        given = [each for each in (inputs.states, inputs.positions) if each is not None]
+        for place, value in zip(self._staged, given, strict=True):
+            place.copy_(value)
+        mask = inputs.mask
+        if mask is not None:
+            assert self._column is not None
+            self._column.copy_(mask[:, -1:])
+            if self._seen_mask is None or not torch.equal(self._seen_mask, mask[:, :-1]):
+                self._held_mask.zero_()
+                self._held_mask[:, : mask.shape[1] - 1].copy_(mask[:, :-1])
+            self._seen_mask = mask
+        # 2) replay, and wait for the outputs
+        self._replay()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return self._outputs
+
+    def try_out(self, inputs: DecodeInputs, eager: tuple[Tensor, ...], record: Recorder) -> bool:
+        """Repeat the eager step that has just been run, as a graph; return whether outputs and KV have the same bits.
+
+        The KV is that of the eager step afterwards. The first step is not repeated: kernels are loaded and chosen there.
+        """
+        self._num_seen += 1
+        if self._num_seen == 1:
+            return True
+        if self._replay is None:
+            self._outputs = tuple(torch.empty_like(each, device="cpu") for each in eager)
+            if self._device.type == "cuda":
+                self._outputs = tuple(each.pin_memory() for each in self._outputs)
+            self._replay = record(self._launch)
+        count = self.cache.count
+        written = self.cache.last_tokens()
+        before = [each.clone() for each in written]
+        count.on_device.sub_(1)
+        outputs = self.run(inputs)
+        is_equal = (
+            all(map(have_equal_bits, outputs, (each.cpu() for each in eager)))
+            and all(map(have_equal_bits, written, before))
+            and int(count.on_device) == self.cache.num_tokens + 1
+        )
+        if not is_equal:
+            for place, value in zip(written, before, strict=True):
+                place.copy_(value)
+            count.on_device.fill_(self.cache.num_tokens + 1)
+        self._num_equal += is_equal
+        return is_equal
+
+    def _launch(self) -> None:
+        """Do what a step does on the device, from the staged inputs to the outputs on the host."""
+        places = iter(self._held)
+        for place, value in zip(self._held, self._staged, strict=True):
+            place.copy_(value, non_blocking=True)
+        mask = None
+        if self._column is not None:
+            self._held_column.copy_(self._column, non_blocking=True)
+            mask = self._held_mask
+            mask.index_copy_(1, self.cache.count.on_device.view(1), self._held_column)
+        states = next(places)
+        outputs = self._forward(DecodeInputs(states=states, mask=mask, positions=next(places, None)))
+        for place, value in zip(self._outputs, outputs, strict=True):
+            place.copy_(value, non_blocking=True)
+
+
+@dataclass(slots=True)
+class StepGraphs:
+    """The graphs of a stage's decode steps, on all its static KV caches."""
+
+    device: torch.device
+    record: Recorder | None  # None: the device has no graphs
+    refusals: dict[Any, str] = field(default_factory=dict)  # why steps of a kind can't be replayed
+    num_replayed: int = 0
+
+    def find(self, inputs: DecodeInputs, constants: Any, forward: Forward, cache: StageCache) -> StepGraph | None:
+        """Return the graph of a kind of step, which may be still to be captured; None if there can be none.
+
+        `constants` is what else than its inputs determines what a step does.
+        """
+        kind = (inputs.shapes, constants, cache.max_cache_len)
+        if self.record is None or not cache.can_be_captured or kind in self.refusals:
+            return None
+        graph: StepGraph | None = cache.captured.get(kind)
+        if graph is None and len(cache.captured) < _MAX_GRAPHS:
+            graph = cache.captured[kind] = StepGraph(kind, forward, cache, inputs, self.device)
+        return graph
+
+    def try_out(self, graph: StepGraph, inputs: DecodeInputs, eager: tuple[Tensor, ...]) -> None:
+        """Let a graph repeat an eager step; steps of its kind stay eager if it can't, or gives other bits."""
+        assert self.record is not None
+        try:
+            if graph.try_out(inputs, eager, self.record):
+                return
+            reason = "it gives other bits than the eager step"
+        except RuntimeError as error:  # also if memory is short
+            reason = str(error).partition("\n")[0]
+        graph.cache.captured.pop(graph.kind)
+        self.refusals[graph.kind] = reason
+        logger.info("decode steps of a kind stay eager, since they can't be replayed as a graph: %s", reason)
