@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from leftovers import RUN_VARIABLE, Belongings, left_since
+from leftovers import RUN_VARIABLE, SHARED_MEMORY, Belongings, left_since
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when huggingface_hub is imported
 os.environ["MPLBACKEND"] = "agg"
@@ -44,11 +44,11 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_outlives_the_session(one_thread: None, temporary_folder: None) -> Iterator[None]:
-    """Fail if the shared fixtures leave a process, thread or file; descriptors of loaded libraries may stay."""
+    """Fail if the shared fixtures leave a process, thread, file or shared memory; descriptors of loaded libraries may stay."""
     os.environ[RUN_VARIABLE] = uuid.uuid4().hex
     before = Belongings.now()
     yield
-    left = [item for item in left_since(before) if " more of " not in item]
+    left = [item for item in left_since(before) if " more of " not in item or SHARED_MEMORY in item]
     assert not left, "left behind by the session: " + "; ".join(left)
 
 

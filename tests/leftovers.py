@@ -20,6 +20,9 @@ import psutil
 RUN_VARIABLE = "LINGUALINKED_TEST_RUN"
 """Environment variable that a test run's processes inherit, so that orphans are found too."""
 
+SHARED_MEMORY = "/memfd:"
+"""What a descriptor of memory that processes share is on, as it is said in words."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Belongings:
@@ -61,18 +64,22 @@ class Belongings:
         ]
 
 
-def left_since(before: Belongings, timeout_s: float = 5.0) -> list[str]:
+def left_since(before: Belongings, timeout_s: float = 5.0, ignored: str | None = None) -> list[str]:
     """Say what is still held `timeout_s` after the first look; return as soon as nothing is.
 
     Endings that are already under way (a process that is exiting, a thread pool that was told to stop) are waited
-    for, and objects in reference cycles are collected.
+    for, and objects in reference cycles are collected. What `ignored` occurs in is not said.
     """
-    left = Belongings.now().since(before)
+
+    def look() -> list[str]:
+        return [item for item in Belongings.now().since(before) if ignored is None or ignored not in item]
+
+    left = look()
     deadline = time.monotonic() + timeout_s
     while left and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.02)  # a descriptor that closes tells nobody: look again
-        left = Belongings.now().since(before)
+        left = look()
     return left
 
 

@@ -36,7 +36,7 @@ class Network:
         if self.kind == "inprocess":
             mailbox = InProcessMailbox(self._hub, name, self.keys[name], is_open=False, **limits)
         else:
-            mailbox = ZmqMailbox(name, self.keys[name], self.kind, **limits)
+            mailbox = ZmqMailbox(name, self.keys[name], self.kind, shared_memory=self.kind == "ipc", **limits)
         self._mailboxes.append(mailbox)
         for other in authorised:
             mailbox.authorise(other, self.keys[other].public)

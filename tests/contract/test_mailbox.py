@@ -34,15 +34,17 @@ def test_a_message_arrives_as_it_was_sent(network: Network) -> None:
         torch.empty(0, 5),
         torch.tensor([True, False]),
     ]
-    num_bytes = a.send("b", b"payload", tensors)
-    delivery = take(b)
-    assert (delivery.sender, delivery.payload, delivery.num_bytes) == ("a", b"payload", num_bytes)
-    assert len(delivery.tensors) == len(tensors)
-    for received, sent in zip(delivery.tensors, tensors, strict=True):
-        assert received.dtype == sent.dtype
-        assert torch.equal(received, sent)
-        assert received.is_contiguous()
-    assert num_bytes == len(encode_message(b"payload", tensors, Limits())[0]) + 48 + 8 + 0 + 2
+    for _ in range(3):
+        num_bytes = a.send("b", b"payload", tensors)
+        delivery = take(b)
+        assert (delivery.sender, delivery.payload, delivery.num_bytes) == ("a", b"payload", num_bytes)
+        assert len(delivery.tensors) == len(tensors)
+        for received, sent in zip(delivery.tensors, tensors, strict=True):
+            assert received.dtype == sent.dtype
+            assert torch.equal(received, sent)
+            assert received.is_contiguous()
+        num_more = num_bytes - (len(encode_message(b"payload", tensors, Limits())[0]) + 48 + 8 + 0 + 2)
+        assert 0 <= num_more <= (64 if network.kind == "ipc" else 0)  # that say where shared memory is
 
 
 def test_a_message_without_tensors_and_an_empty_payload(network: Network) -> None:

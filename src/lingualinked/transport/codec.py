@@ -1,12 +1,11 @@
 """The wire format of a message: frame 0 holds the payload and describes the tensors, whose bytes are in the frames after it.
 
-Knows no sockets and not what a payload means.
+Or in memory that sender and receiver share. Knows no sockets and not what a payload means.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
 
@@ -22,14 +21,18 @@ from lingualinked.transport.message_limits import (
     MAX_NUM_DIMS,
     MAX_NUM_FRAMES,
     MAX_NUM_TENSORS,
+    MIN_SHARED_BYTES,
 )
+from lingualinked.transport.shared_ring import Place, RingOffer, RingReader, RingWriter
+from lingualinked.transport.tensor_bytes import bytes_of, memory_of
 
 if TYPE_CHECKING:
     from lingualinked.transport.shaping import ShapedLink
 
 WIRE_VERSION = 1
 """First byte of every message. The rest of frame 0 is the msgpack array ``[payload, [[dtype code, *shape], ...]]``; on an
-emulated link a third element gives the time at which the message is due, in microseconds of the machine's monotonic clock."""
+emulated link a third element gives the time at which the message is due, in microseconds of the machine's monotonic clock.
+A fourth one says where the tensors are in shared memory, if no frames follow; a fifth one offers such memory."""
 
 Frame: TypeAlias = bytes | memoryview
 
@@ -63,7 +66,11 @@ class _Envelope(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     payload: bytes
     descriptors: Annotated[list[_Descriptor], msgspec.Meta(max_length=MAX_NUM_TENSORS)]
     due_us: _Natural = 0
+    place: Place | None = None
+    offer: RingOffer | None = None
 
+
+_RING_HEAD_BYTES = 96  # at most; of a place, an offer and a due time in frame 0
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Envelope)
@@ -100,41 +107,60 @@ class DecodedMessage(NamedTuple):
     """A message as its receiver decodes it; the tensors are aligned, contiguous copies on the CPU.
 
     `due_us` is when it would have arrived on the link that the sender emulates (monotonic microseconds); 0: it is due now.
+    `offer` is of a ring that the sender would like to use for later messages.
     """
 
     payload: bytes
     tensors: tuple[Tensor, ...]
-    due_us: int
+    due_us: int = 0
+    offer: RingOffer | None = None
 
 
 def encode_message(
-    payload: bytes, tensors: Sequence[Tensor], limits: Limits, link: ShapedLink | None = None
+    payload: bytes,
+    tensors: Sequence[Tensor],
+    limits: Limits,
+    link: ShapedLink | None = None,
+    ring: RingWriter | None = None,
 ) -> list[Frame]:
     """Encode a payload and dense tensors as the frames of one message, or raise ProtocolError if they can't be sent.
 
-    The frames may share memory with the tensors: copy the frames before anything changes the tensors.
+    The frames may share memory with the tensors: copy the frames before anything changes the tensors. If the ring to
+    the receiver has taken the tensors, there is one frame only.
     """
     # 1) describe the tensors in frame 0, and refuse what exceeds the limits
     descriptors = [_describe(tensor) for tensor in tensors]
     head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors)))
     num_bytes = _check_limits(len(head), tensors, limits)
-    # 2) on an emulated link, add the time at which the message is due
-    if link is not None:
-        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, link.schedule_message(num_bytes))))
-    # 3) add the bytes of the tensors, in frames of limited size
+    # 2) put the bytes of large tensors into shared memory, or offer it
+    place = offer = None
+    is_large = num_bytes - len(head) >= MIN_SHARED_BYTES and len(head) + _RING_HEAD_BYTES <= limits.max_frame_bytes
+    if ring is not None and is_large:
+        place = ring.write(tensors)
+        offer = None if place is not None else ring.pop_offer()
+    # 3) on an emulated link, add the time at which the message is due
+    due_us = 0 if link is None else link.schedule_message(num_bytes)
+    if place is not None or offer is not None:
+        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, due_us, place, offer)))
+    elif link is not None:
+        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, due_us)))
+    # 4) add the bytes of the tensors, in frames of limited size
     frames: list[Frame] = [head]
-    for tensor in tensors:
+    for tensor in tensors if place is None else ():
         if tensor.numel():
-            data, size = _bytes_of(tensor), limits.max_frame_bytes
+            data, size = bytes_of(tensor), limits.max_frame_bytes
             frames.extend(data[start : start + size] for start in range(0, len(data), size))
     return frames
 
 
-def decode_message(frames: Sequence[Frame], limits: Limits) -> DecodedMessage:
+def decode_message(
+    frames: Sequence[Frame], limits: Limits, rings: Mapping[bytes, RingReader] | None = None
+) -> DecodedMessage:
     """Decode the frames of one message, or raise MalformedError if they are not a valid one, or exceed the limits.
 
     The frames are not trusted: memory is allocated only after the descriptors have been found to match the bytes
     received. Memoryviews must be of unsigned bytes. The sender may have split tensors at another `max_frame_bytes`.
+    `rings` are those that this sender's tensors may be in, by token.
     """
     # 1) check sizes and version before anything is decoded
     num_tensor_bytes = _check_sizes(frames, limits)
@@ -149,17 +175,21 @@ def decode_message(frames: Sequence[Frame], limits: Limits) -> DecodedMessage:
         raise MalformedError("envelope", str(error)) from None
     descriptors = envelope.descriptors
     sizes = [_num_bytes_described(descriptor, limits) for descriptor in descriptors]
-    if sum(sizes) != num_tensor_bytes:
+    expected_bytes = sum(sizes) if envelope.place is None else 0
+    if expected_bytes != num_tensor_bytes:
         raise MalformedError(
             "tensor bytes",
-            f"the descriptors announce {count_text(sum(sizes), 'byte')} of tensors, and {num_tensor_bytes:,} arrived",
+            f"the descriptors announce {count_text(expected_bytes, 'byte')} of tensors, and {num_tensor_bytes:,} arrived",
         )
-    # 3) copy the frames into new tensors
+    # 3) copy shared memory, or else the frames, into new tensors
     rest = iter(frames[1:])
-    tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
+    if envelope.place is not None:
+        tensors = _read_place(envelope.place, rings or {}, descriptors, sizes, limits.max_message_bytes - len(head))
+    else:
+        tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
     if next(rest, None) is not None:
         raise MalformedError("tensor bytes", "an empty frame follows the last tensor")
-    return DecodedMessage(envelope.payload, tensors, envelope.due_us)
+    return DecodedMessage(envelope.payload, tensors, envelope.due_us, envelope.offer)
 
 
 def _describe(tensor: Tensor) -> list[int]:
@@ -211,21 +241,6 @@ def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits
     return num_bytes
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor of at least one element, copying only if necessary."""
-    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return _memory_of(tensor)
-
-
-def _memory_of(tensor: Tensor) -> memoryview:
-    """Return a contiguous CPU tensor of at least one element as bytes; the view keeps the tensor alive."""
-    # By address: going through NumPy and a byte view takes several times as long, and each hop does this three times.
-    memory = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # type: ignore[attr-defined]  # a ctypes array accepts attributes; this one keeps the tensor alive
-    return memoryview(memory).cast("B")
-
-
 def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:
     """Return the total bytes of the frames after frame 0."""
     sizes = [len(frame) for frame in frames]
@@ -264,13 +279,32 @@ def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
     return 0 if 0 in shape else num_bytes
 
 
+def _read_place(
+    place: Place, rings: Mapping[bytes, RingReader], descriptors: list[_Descriptor], sizes: list[int], max_bytes: int
+) -> tuple[Tensor, ...]:
+    """Copy the tensors at a place in shared memory into memory of their own."""
+    ring = rings.get(place.token)
+    if ring is None:
+        raise MalformedError("shared memory", "the tensors are in memory that this side has not opened")
+    if sum(sizes) > max_bytes:
+        raise MalformedError("size", f"{count_text(sum(sizes), 'byte')} of tensors, and the limit is {max_bytes}")
+    try:
+        ring.check_place(place, sizes)
+        tensors = [_empty(descriptor) for descriptor in descriptors]
+        ring.read(place, tensors)
+    except ProtocolError as error:
+        raise MalformedError("shared memory", str(error)) from None
+    finally:
+        ring.release(place.receipt)
+    return tuple(map(_with_valid_bools, tensors))
+
+
 def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Tensor:
     """Copy the frames of one tensor into its memory."""
-    code, *shape = descriptor
-    tensor = torch.empty(shape, dtype=_DTYPES[code])
+    tensor = _empty(descriptor)
     if not num_bytes:
         return tensor
-    memory = _memory_of(tensor)
+    memory = memory_of(tensor)
     end = 0
     while end < num_bytes:
         frame = next(frames)  # never missing: the sum of all sizes has been checked
@@ -281,5 +315,14 @@ def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Ten
                 "tensor bytes", f"a frame of {count_text(len(frame), 'byte')}, where {left:,} of a tensor are missing"
             )
         memory[start:end] = frame
-    # A bool whose byte is neither 0 nor 1 is undefined behaviour later on.
+    return _with_valid_bools(tensor)
+
+
+def _empty(descriptor: list[int]) -> Tensor:
+    code, *shape = descriptor
+    return torch.empty(shape, dtype=_DTYPES[code])
+
+
+def _with_valid_bools(tensor: Tensor) -> Tensor:
+    """Return a tensor in whose place no bool is neither 0 nor 1: that would be undefined behaviour later on."""
     return tensor.view(torch.uint8).ne(0) if tensor.dtype is torch.bool else tensor

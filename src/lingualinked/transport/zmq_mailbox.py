@@ -1,6 +1,7 @@
-"""The mailbox over ZeroMQ: one bound PULL socket, a PUSH socket for each peer, CURVE on all of them.
+"""The mailbox over ZeroMQ: one bound PULL socket, a PUSH socket for each peer, CURVE on all of them; and shared memory.
 
-Knows no model and not what a payload means; `codec` defines the wire format, `zap` decides who may connect.
+Knows no model and not what a payload means; `codec` defines the wire format, `zap` decides who may connect, and
+`shared_ring` passes large tensors between processes of one machine.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lingualinked.transport.keys import KeyPair, raw_key
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES, MAX_NUM_FRAMES
 from lingualinked.transport.refusals import Refusals
+from lingualinked.transport.rings import Rings
 from lingualinked.transport.socket_folder import make_socket_folder, new_socket_path
 from lingualinked.transport.waker import Waker
 from lingualinked.transport.zap import DOMAIN, ZapHandler
@@ -57,9 +59,13 @@ _MAX_POLL_MS = 2**31 - 1
 class ZmqMailbox(Mailbox):
     """A mailbox that processes of one machine reach over ipc or loopback.
 
-    Everything is encrypted. Only holders of authorised keys can connect: others, and peers without encryption, fail in
-    the handshake, before anything that they send is read. If the address is that of a unix socket, other users of the
-    machine can't connect at all, since its folder is closed to them.
+    Everything on a socket is encrypted. Only holders of authorised keys can connect: others, and peers without
+    encryption, fail in the handshake, before anything that they send is read. If the address is that of a unix socket,
+    other users of the machine can't connect at all, since its folder is closed to them.
+
+    With `shared_memory`, large tensors go through memory that the two processes share, if both run as the same user on
+    one Linux machine and see each other's process numbers. It is not encrypted, and open only to those who may read the
+    memory of these processes anyway. Otherwise, and as long as a peer has not opened this memory, they go over the socket.
 
     It listens on a unix socket where libzmq supports it, in `socket_folder`, or else in a new folder that is removed
     when the mailbox is closed; with ``"tcp"``, on a free port of 127.0.0.1.
@@ -76,6 +82,7 @@ class ZmqMailbox(Mailbox):
         address: Literal["ipc", "tcp"] | None = None,
         *,
         socket_folder: str | None = None,
+        shared_memory: bool = True,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
@@ -84,9 +91,11 @@ class ZmqMailbox(Mailbox):
         self._keys = keys
         self._socket_folder = socket_folder
         kind = _kind_of_address(address)
+        self.sent_shared_bytes = self.received_shared_bytes = 0  # of tensors, through shared memory
         self._sockets = _Sockets(self._refusals)
+        self._rings = Rings(is_used=shared_memory)
         # The finalizer must not refer to the mailbox. Not at exit: the thread that owns the sockets may still run then.
-        self._finalizer = weakref.finalize(self, self._sockets.close)
+        self._finalizer = weakref.finalize(self, _close, self._sockets, self._rings)
         self._finalizer.atexit = False
         weakref.finalize(self, self._sockets.remove_files)
         try:
@@ -105,7 +114,7 @@ class ZmqMailbox(Mailbox):
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
         self._check_peer(name)
         began_s = time.perf_counter()
-        frames = encode_message(payload, tensors, self._limits, self._links.get(name))
+        frames = encode_message(payload, tensors, self._limits, self._links.get(name), self._rings.writers.get(name))
         outbox = self._sockets.outboxes[name]
         try:
             # Copied, so that the caller may change the tensors. Measured: not copying gains nothing under CURVE.
@@ -120,7 +129,9 @@ class ZmqMailbox(Mailbox):
             self._connect(name, *self._peers[name])
             raise
         self.encode_s = time.perf_counter() - began_s
-        return sum(map(len, frames))
+        num_bytes = len(frames[0]) + sum(tensor.nbytes for tensor in tensors)
+        self.sent_shared_bytes += num_bytes - sum(map(len, frames))
+        return num_bytes
 
     def receive(self, timeout_s: float | None) -> Delivery | None:  # noqa: D102
         self._check_open()
@@ -154,6 +165,7 @@ class ZmqMailbox(Mailbox):
 
     def _withdraw(self, public_key: str) -> None:
         self._sockets.withdraw(public_key)
+        self._rings.close_readers(public_key)
 
     def _connect(self, name: str, address: str, public_key: str) -> None:
         raw_key(public_key)
@@ -168,6 +180,7 @@ class ZmqMailbox(Mailbox):
             raise ArgumentError(
                 f"mailbox {self.name!r} can't connect to {name!r} at {address!r} ({error}): pass the address of its mailbox"
             ) from error
+        self._rings.add_writer(name)
 
     def _is_reachable(self, address: str) -> bool:
         """Return whether an address is a valid one, and in the given folder if it is that of a unix socket."""
@@ -178,6 +191,7 @@ class ZmqMailbox(Mailbox):
 
     def _disconnect(self, name: str) -> None:
         self._sockets.disconnect(name)
+        self._rings.close_writer(name)
 
     def _receive_one(self) -> Delivery | None:
         """Receive one message; return None if none is there, or if it was refused or is not due yet."""
@@ -200,16 +214,20 @@ class ZmqMailbox(Mailbox):
                 raise MalformedError(
                     "size", f"a message of {count_text(num_bytes, 'byte')} in {count_text(num_frames, 'frame')}"
                 )
-            message = decode_message([frame.buffer for frame in frames], self._limits)
+            message = decode_message([frame.buffer for frame in frames], self._limits, self._rings.readers.get(key))
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None
         except Exception as error:  # noqa: BLE001 - no memory for its tensors, say: only this message is lost
             self._refusals.add(sender, "unreadable", f"{type(error).__name__}: {error}")
             return None
+        num_all_bytes = len(frames[0]) + sum(tensor.nbytes for tensor in message.tensors)
+        self.received_shared_bytes += num_all_bytes - num_bytes
+        if message.offer is not None:
+            self._rings.open_reader(key, message.offer)
         decode_s = time.perf_counter() - began_s
         return self._hold_until_due(
-            Delivery(sender, message.payload, message.tensors, num_bytes, decode_s), message.due_us
+            Delivery(sender, message.payload, message.tensors, num_all_bytes, decode_s), message.due_us
         )
 
     def _read_frames(self) -> tuple[list[zmq.Frame], int, int]:
@@ -225,6 +243,11 @@ class ZmqMailbox(Mailbox):
             if not frames or (num_frames <= MAX_NUM_FRAMES and num_bytes <= self._limits.max_message_bytes):
                 frames.append(frame)
         return frames, num_bytes, num_frames
+
+
+def _close(sockets: _Sockets, rings: Rings) -> None:
+    sockets.close()
+    rings.close()
 
 
 class _Sockets:

@@ -1,0 +1,282 @@
+"""Passes the bytes of tensors to another process of this machine through memory, beside the messages that say where they are.
+
+Knows one file in memory (a memfd) and positions in it; no sockets and no wire format. The file has no name and ends with its
+last user. The sender maps it. The receiver only reads and writes it by system calls, so that nothing that a sender does to its
+file can end the receiver's process or make it wait, and only what was sent takes the receiver's memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import mmap
+import os
+import secrets
+import stat
+import sys
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from typing import Annotated, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from lingualinked.errors import ProtocolError
+from lingualinked.quantities import count_text
+from lingualinked.transport.message_limits import RING_BYTES
+from lingualinked.transport.pinned_memory import PinnedMemory
+from lingualinked.transport.tensor_bytes import is_plain, memory_of
+
+logger = logging.getLogger("lingualinked.transport")
+
+# The file begins with a token, which tells it from any other file, and the receipt: one byte, so that it is never seen half
+# written, which only the receiver changes. Tensors lie behind this first page.
+_TOKEN_BYTES = 16
+_RECEIPT_OFFSET = 64
+_FIRST_OFFSET = 4096
+_ALIGNMENT = 64
+_MAX_UNREAD = 254  # messages; each has another receipt, and the last one that was confirmed has one too
+
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
+_Receipt = Annotated[int, msgspec.Meta(ge=1, le=255)]
+_Token = Annotated[bytes, msgspec.Meta(min_length=_TOKEN_BYTES, max_length=_TOKEN_BYTES)]
+
+
+class RingOffer(NamedTuple):
+    """How a receiver finds the ring that a sender has made for it, and the receipt to write once it has opened the ring."""
+
+    token: _Token
+    pid: _Natural
+    descriptor: _Natural
+    receipt: _Receipt
+
+
+class Place(NamedTuple):
+    """Where the tensors of a message are in a ring, and the receipt to write once they have been read."""
+
+    token: _Token
+    offset: _Natural
+    receipt: _Receipt
+
+
+class _Unread(NamedTuple):
+    receipt: int
+    start: int  # offset in the file
+    end: int
+
+
+class RingWriter:
+    """The sender's end of one ring; makes the ring when it is first needed.
+
+    `write` returns None until the receiver has opened the ring, and whenever there is no room: the message then carries its
+    tensors itself. So do all messages where there are no such files, where the receiver is on another machine or of another
+    user, and once it has confirmed what it was not sent.
+    """
+
+    def __init__(self, capacity: int = RING_BYTES) -> None:
+        self._end = _FIRST_OFFSET + capacity
+        self._file: int | None = None
+        self._is_usable = sys.platform == "linux"
+        self._offer: RingOffer | None = None
+        self._receipts = itertools.cycle(range(1, 256))
+        self._unread: deque[_Unread] = deque()  # oldest first; each begins behind the one before, or in front
+        self._confirmed = 0  # the last receipt that was read; 0: the ring has not been opened
+        self._pinned: PinnedMemory | None = None
+
+    def pop_offer(self) -> RingOffer | None:
+        """Return the offer to send with the next message, once."""
+        offer, self._offer = self._offer, None
+        return offer
+
+    def write(self, tensors: Sequence[Tensor]) -> Place | None:
+        """Copy tensors into the ring; return where they are, or None if the message has to carry them itself."""
+        if self._file is None:
+            self._open()
+            return None
+        self._read_receipt()
+        num_bytes = sum(_aligned(tensor.nbytes) for tensor in tensors)
+        start = self._find_room(num_bytes)
+        if start is None or not self._allocate(start + num_bytes):
+            return None
+        for tensor, offset in zip(tensors, _offsets(tensors, start), strict=True):
+            self._copy(tensor, offset)
+        # What sends the message orders these writes before it: locks of libzmq and of the kernel.
+        receipt = next(self._receipts)
+        self._unread.append(_Unread(receipt, start, start + num_bytes))
+        return Place(self._token, start, receipt)
+
+    def close(self) -> None:
+        """Unmap and close the file; does nothing the second time."""
+        self._is_usable = False
+        self._offer = None
+        if self._file is not None:
+            if self._pinned is not None:
+                self._pinned.release()
+            self._map.close()
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> None:
+        """Make the file, and the offer of it, if that was not tried before."""
+        if not self._is_usable or sys.platform != "linux":
+            return
+        import fcntl
+
+        self._is_usable = False
+        file = None
+        try:
+            file = os.memfd_create("lingualinked", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(file, self._end)
+            # A receiver that shortened the file would end this process when it writes there.
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            os.posix_fallocate(file, 0, _FIRST_OFFSET)
+            self._map = mmap.mmap(file, self._end)
+        except OSError as error:  # no such call here, or no descriptor, address space or memory
+            logger.debug("no memory is shared with a peer: %s", error)
+            if file is not None:
+                os.close(file)
+            return
+        self._file, self._allocated = file, _FIRST_OFFSET
+        self._token = self._map[:_TOKEN_BYTES] = secrets.token_bytes(_TOKEN_BYTES)
+        # By address: an exported buffer would keep the map from being closed.
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._offer = RingOffer(self._token, os.getpid(), file, next(self._receipts))
+        self._unread.append(_Unread(self._offer.receipt, _FIRST_OFFSET, _FIRST_OFFSET))
+
+    def _read_receipt(self) -> None:
+        """Forget the messages that have been read."""
+        receipt = self._map[_RECEIPT_OFFSET]  # may be out of date, which is safe
+        while receipt != self._confirmed:
+            if not self._unread:
+                logger.warning("a peer confirmed what it was not sent: it is sent nothing more through shared memory")
+                self.close()
+                return
+            self._confirmed = self._unread.popleft().receipt
+
+    def _find_room(self, num_bytes: int) -> int | None:
+        """Return an offset with room for a message, or None if there is none."""
+        if self._file is None or not self._confirmed or len(self._unread) == _MAX_UNREAD:
+            return None
+        if not self._unread:
+            # As far in front as possible: that is in the processor's cache, and the rest may never be touched.
+            return _FIRST_OFFSET if _FIRST_OFFSET + num_bytes <= self._end else None
+        first, last = self._unread[0].start, self._unread[-1].end
+        if last <= first:
+            return last if last + num_bytes <= first else None
+        if last + num_bytes <= self._end:
+            return last
+        return _FIRST_OFFSET if _FIRST_OFFSET + num_bytes <= first else None
+
+    def _allocate(self, end: int) -> bool:
+        """Return whether the file has memory up to an offset: a write to the map would end the process where there is none."""
+        if end > self._allocated:
+            assert self._file is not None
+            try:
+                os.posix_fallocate(self._file, self._allocated, end - self._allocated)
+            except OSError as error:
+                logger.debug("no memory for %d bytes of a ring: %s", end, error)
+                return False
+            self._allocated = end
+        return True
+
+    def _copy(self, tensor: Tensor, offset: int) -> None:
+        if not tensor.numel():
+            return
+        if is_plain(tensor):
+            ctypes.memmove(self._address + offset, tensor.data_ptr(), tensor.nbytes)
+            return
+        if tensor.is_cuda and self._pinned is None and self._allocate(self._end):
+            self._pinned = PinnedMemory(self._address, self._end)
+        # From the device, or from wherever the elements lie, straight into the ring; returns once all are there.
+        flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        flat.view(tensor.shape).copy_(tensor.detach())
+
+
+class RingReader:
+    """The receiver's end of one ring.
+
+    Raises ProtocolError if what a sender offers is not its ring, and OSError if it can't be opened here.
+    """
+
+    def __init__(self, offer: RingOffer) -> None:
+        self._file = _open_ring(offer)
+        try:
+            self._num_bytes = os.fstat(self._file).st_size
+            self.release(offer.receipt)
+        except BaseException:
+            self.close()
+            raise
+
+    def check_place(self, place: Place, sizes: Sequence[int]) -> None:
+        """Raise ProtocolError if tensors of so many bytes do not fit into the ring at a place."""
+        end = place.offset + sum(map(_aligned, sizes))
+        if place.offset < _FIRST_OFFSET or end > self._num_bytes:
+            raise ProtocolError(
+                f"offsets {place.offset} to {end} are not within {_FIRST_OFFSET} to {self._num_bytes}, where a ring holds tensors"
+            )
+
+    def read(self, place: Place, tensors: Sequence[Tensor]) -> None:
+        """Copy bytes at a place that has been checked into contiguous CPU tensors."""
+        for tensor, offset in zip(tensors, _offsets(tensors, place.offset), strict=True):
+            if tensor.numel():
+                self._read(offset, memory_of(tensor))
+
+    def release(self, receipt: int) -> None:
+        """Tell the sender that it may overwrite the message with this receipt, and all before it."""
+        # After the bytes were read: the kernel passes a full barrier as it drops each page that it has copied from.
+        os.pwrite(self._file, bytes([receipt]), _RECEIPT_OFFSET)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def _read(self, offset: int, memory: memoryview) -> None:
+        num_read = 0
+        while num_read < len(memory):
+            num = os.preadv(self._file, [memory[num_read:]], offset + num_read)
+            if not num:
+                raise ProtocolError("a ring has been shortened")
+            num_read += num
+
+
+def _open_ring(offer: RingOffer) -> int:
+    """Open the ring that a sender offers."""
+    # Opened without access first, which has no effect on it, whatever the sender names.
+    handle = os.open(f"/proc/{offer.pid}/fd/{offer.descriptor}", os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        # A file of another kind might block, or be one that the sender itself may not write.
+        if not stat.S_ISREG(status.st_mode) or status.st_dev != _memory_device():
+            raise ProtocolError("it is not a file in memory")
+        if not _FIRST_OFFSET < status.st_size <= _FIRST_OFFSET + RING_BYTES:
+            raise ProtocolError(f"it has {count_text(status.st_size, 'byte')}")
+        file = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
+    # The token proves that both mean the same file: on another machine, the pid and the descriptor are some other file's.
+    if os.pread(file, _TOKEN_BYTES, 0) != offer.token:
+        os.close(file)
+        raise ProtocolError("it has another token")
+    return file
+
+
+@cache
+def _memory_device() -> int:
+    """Return the device number of all files that ``memfd_create`` makes."""
+    file = os.memfd_create("lingualinked", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(file).st_dev
+    finally:
+        os.close(file)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _offsets(tensors: Sequence[Tensor], start: int) -> list[int]:
+    """Return the offset of each tensor of a message that starts at a given one."""
+    return list(itertools.accumulate((_aligned(tensor.nbytes) for tensor in tensors[:-1]), initial=start))
