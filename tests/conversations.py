@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from families import VOCABULARY, tiny_config
 from lingualinked.model.architectures import check_architecture
@@ -57,11 +57,16 @@ def load_stages(spec: ModelSpec, num_stages: int, num_layers: int) -> list[Stage
 
 
 class Whole:
-    """A conversation with the unsharded model."""
+    """A conversation with the unsharded model; its KV cache is static if it has a length."""
 
-    def __init__(self, model: PreTrainedModel, *, keeps_kv: bool = True, records_past: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, keeps_kv: bool = True, records_past: bool = False, max_cache_len: int = 0
+    ) -> None:
         self.model = model
+        self.max_cache_len = max_cache_len
         self.cache = DynamicCache(config=model.config) if keeps_kv else None
+        if max_cache_len:
+            self.cache = StaticCache(config=model.config, max_cache_len=max_cache_len)
         if records_past:
             self.cache.activate_past_recording()
 
@@ -90,10 +95,13 @@ class Whole:
 class Cut:
     """A conversation with stages, chained."""
 
-    def __init__(self, stages: Sequence[Stage], *, keeps_kv: bool = True, records_past: bool = False) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], *, keeps_kv: bool = True, records_past: bool = False, max_cache_len: int = 0
+    ) -> None:
         self.stages = stages
+        self.max_cache_len = max_cache_len
         self.torch_settings: TorchSettings = {}  # of the caller
-        self.caches = [stage.new_cache() if keeps_kv else None for stage in stages]
+        self.caches = [stage.new_cache(max_cache_len=max_cache_len) if keeps_kv else None for stage in stages]
         if records_past:
             for cache in self.caches:
                 cache.record_past(True)
@@ -176,4 +184,24 @@ def beam_and_back(conversation: Whole | Cut) -> list[Tensor]:
         mask = mask[:, :-num_removed]
     mask = extend(mask, 1)
     logits.append(conversation.step(prompt(3, 1), mask, positions_of(mask, 1), torch.tensor([0])))
+    return logits
+
+
+def beams(conversation: Whole | Cut, lengths: Sequence[int] = (1, 1, 1, 4, 1), mask_width: int = 0) -> list[Tensor]:
+    """Prefill a left-padded batch, and continue by steps of so many tokens, with other rows before each; give all logits.
+
+    Masks are filled up to a width, if there is one.
+    """
+    mask = torch.ones(3, 0, dtype=torch.long)
+    logits = []
+    for index, num_new in enumerate((9, *lengths)):
+        mask = extend(mask, num_new)
+        if index == 0:
+            mask[1, :3] = mask[2, :7] = 0
+        else:
+            rows = torch.tensor([[0, 0, 2], [1, 2, 2], [0, 1, 2]][index % 3])
+            conversation.reorder(rows)
+            mask = mask[rows]
+        wide = torch.nn.functional.pad(mask, (0, max(0, mask_width - mask.shape[1])))
+        logits.append(conversation.step(prompt(3, num_new), wide, positions_of(mask, num_new)))
     return logits

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from conversations import Cut, Whole, beam_and_back, greedy, spec_of
+from conversations import Cut, Whole, beam_and_back, beams, greedy, spec_of
 from families import FAMILIES, reference
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.spec import ModelSpec
@@ -40,12 +40,13 @@ def as_received(piece: Piece) -> Piece:
 class Moving(Cut):
     """A conversation whose stages change before some of its steps; KV is copied in advance, in small pieces."""
 
-    def __init__(self, spec: ModelSpec, rng: random.Random, *, records_past: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, rng: random.Random, *, records_past: bool = False, max_cache_len: int = 0
+    ) -> None:
         self._spec, self._rng = spec, rng
         self._spans = random_spans(rng)
-        super().__init__(
-            [Stage.load(spec, start, end) for _, start, end in self._spans], keeps_kv=True, records_past=records_past
-        )
+        stages = [Stage.load(spec, start, end) for _, start, end in self._spans]
+        super().__init__(stages, records_past=records_past, max_cache_len=max_cache_len)
         self._next_spans: Spans = []
         self._copies: list[tuple[int, KVCopy, StageCache]] = []
         self._num_tokens = 0
@@ -85,7 +86,7 @@ class Moving(Cut):
             )
             for device, start, end in self._next_spans
         ]
-        self._next_caches = [stage.new_cache() for stage in self._next_stages]
+        self._next_caches = [stage.new_cache(max_cache_len=self.max_cache_len) for stage in self._next_stages]
         self._copies = []
         for index, (source, first, stop) in enumerate(self._spans):
             for (target, start, end), cache in zip(self._next_spans, self._next_caches, strict=True):
@@ -128,6 +129,26 @@ def test_moving_layers_is_exact(family: str, dtype: torch.dtype, checkpoint: Che
     seed = f"{family}, {dtype}"  # another schedule of moves for each
     assert_equal(greedy(Moving(spec, random.Random(seed))), said)
     assert_equal(beam_and_back(Moving(spec, random.Random(seed), records_past=True)), beamed)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "falcon-rw"])  # see test_static.py
+def test_moving_static_kv_is_exact(family: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family, dtype)
+    model, spec = reference(folder), spec_of(folder)
+    seed, width = f"{family}, {dtype}", 30 if family == "bloom" else 0
+    assert_equal(greedy(Moving(spec, random.Random(seed), max_cache_len=30)), greedy(Whole(model, max_cache_len=30)))
+    moved = beams(Moving(spec, random.Random(seed), max_cache_len=30), mask_width=width)
+    assert_equal(moved, beams(Whole(model, max_cache_len=30), mask_width=width))
+
+
+@pytest.mark.parametrize("window", [1, 6, 9, 60])
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+def test_moving_static_windows_is_exact(family: str, window: int, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family)
+    model, spec = reference(folder, sliding_window=window), spec_of(folder, sliding_window=window)
+    for lengths in ((1,) * 4, (4, 9, 3, 1, 2)):
+        moved = beams(Moving(spec, random.Random(f"{window}"), max_cache_len=30), lengths)
+        assert_equal(moved, beams(Whole(model, max_cache_len=30), lengths))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])  # full attention, sliding windows, experts

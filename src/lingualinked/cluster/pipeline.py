@@ -138,8 +138,11 @@ class Pipeline:
         )
         self._routes.begin(route.with_rounding(cast("StageLoaded", each).rounding for each in loaded))
 
-    def open_session(self) -> Session:
-        """Open a session; its KV appears in the stages with its first step."""
+    def open_session(self, max_cache_len: int = 0) -> Session:
+        """Open a session; its KV appears in the stages with its first step.
+
+        Its KV cache holds ``max_cache_len`` tokens per row from the start; 0: it grows.
+        """
         session = Session(
             self._engine,
             self._model,
@@ -151,6 +154,7 @@ class Pipeline:
             self._migrator.record_move,
             self.timeout_s,
             self._vocabulary,
+            max_cache_len,
         )
         self._migrator.add_session(session)
         return session

@@ -42,7 +42,7 @@ class _Place:
 class Session:
     """One conversation through all stages; used by one thread at a time.
 
-    ``watch`` is told a `StepSample` of every step, and ``record_move``, at every change to another route, how many
+    Its KV cache holds ``max_cache_len`` tokens per row from the first step on; 0: it grows. ``watch`` is told a `StepSample` of every step, and ``record_move``, at every change to another route, how many
     seconds the session waited, and the bytes of KV sent at last.
     """
 
@@ -58,7 +58,9 @@ class Session:
         record_move: Callable[[float, int], None],
         timeout_s: float,
         vocabulary: int | None,
+        max_cache_len: int = 0,
     ) -> None:
+        self.max_cache_len = max_cache_len
         self.num_rows = 0
         self.num_tokens = 0
         self.last_step: StepSample | None = None
@@ -186,7 +188,9 @@ class Session:
         self._edits.append(KVEdit(kind=KVEditKind.RECORD, values=(int(on),)))
 
     def reserve(self, num_tokens: int) -> None:
-        """Reserve room for so many tokens per row in all, and for no more."""
+        """Reserve room for so many tokens per row in all, and for no more, where the KV grows."""
+        if self.max_cache_len:
+            return
         self._edits.append(KVEdit(kind=KVEditKind.RESERVE, values=(num_tokens,)))
 
     def end(self) -> None:
@@ -295,7 +299,7 @@ class Session:
         # 1) count its KV, and encode what travels beside the inputs
         num_rows, num_new = inputs.shape[:2]
         if keeps_kv:
-            self._budget.hold(self._number, num_rows * (self.num_tokens + num_new))
+            self._budget.hold(self._number, num_rows * (self.max_cache_len or self.num_tokens + num_new))
         code = self._context.encode(attention_mask, position_ids, num_new)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
         num_positions = self.num_tokens + num_new if position_ids is None else int(position_ids.max()) + 1
@@ -319,6 +323,7 @@ class Session:
             torch_settings=tuple(read_torch_settings().items()),
             records=records,
             hidden_states=hidden_states,
+            max_cache_len=self.max_cache_len,
         )
         self._edits.clear()
         self._next_step += 1

@@ -81,7 +81,7 @@ class SessionState(Message, frozen=True):
 class KVChunk(Message, frozen=True, tag=13):
     """A part of a session's KV, from worker to worker; the next part is sent after `KVReceived`.
 
-    ``num_bytes`` counts the keys and values of the whole copy so far.
+    ``num_bytes`` counts the keys and values of the whole copy so far; ``max_cache_len`` is that of the session (`Step`).
     """
 
     request: int
@@ -91,6 +91,7 @@ class KVChunk(Message, frozen=True, tag=13):
     session: int
     slices: tuple[KVSlice, ...]
     num_bytes: int
+    max_cache_len: Natural
     is_last: bool
     state: SessionState | None
 

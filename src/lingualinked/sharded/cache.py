@@ -8,11 +8,11 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, StaticCache
 
 from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
 from lingualinked.quantities import count_text
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _ANEW = "start again with past_key_values=None"
 
 
-class ShardedCache(DynamicCache):
+class ShardedCache(Cache):
     """The KV cache of one session, with the interface that transformers' generation code uses.
 
     A sharded model returns it as ``past_key_values`` and accepts it in the next call. ``copy.deepcopy`` makes a new
@@ -31,32 +31,28 @@ class ShardedCache(DynamicCache):
     longer referenced.
     """
 
-    def __init__(self, pipeline: Pipeline, sliding_window: int | None = None) -> None:
-        # Not DynamicCache.__init__, which would make layers.
-        self.session = pipeline.open_session()
+    _is_user_defined = False  # transformers sets it
+
+    def __init__(self, pipeline: Pipeline, max_cache_len: int = 0) -> None:
+        # Not Cache.__init__, which would make layers.
+        self.session = pipeline.open_session(max_cache_len)
         self._pipeline = weakref.ref(pipeline)  # so that a handle does not keep the model loaded
         self._num_layers = pipeline.plan.stages[-1].end
-        self._sliding_window = sliding_window
-        self._records_past = False
-        self._is_user_defined = False
 
     @classmethod
-    def adopt(cls, empty: DynamicCache, pipeline: Pipeline, sliding_window: int | None) -> ShardedCache:
-        """Turn an empty KV cache of transformers, checked by `check_empty`, into the handle of a new session, in place."""
-        records_past = any(getattr(layer, "record_past", False) for layer in empty.layers)
-        cache = cast("ShardedCache", empty)
-        vars(cache).clear()
-        cache.__class__ = cls
-        ShardedCache.__init__(cache, pipeline, sliding_window)
-        if records_past:
-            cache.activate_past_recording()
-        return cache
+    def _adopt(cls, empty: Cache) -> Self:
+        """Turn an empty KV cache of transformers into a handle, still without a session, in place."""
+        kept = {name: value for name, value in vars(empty).items() if name == "_is_user_defined"}
+        vars(empty).clear()
+        vars(empty).update(kept)
+        empty.__class__ = cls
+        return cast("Self", empty)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedCache:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the KV in every stage into a new session, to continue the text in two ways."""
-        copied = type(self)(self._open_pipeline(), self._sliding_window)
+        copied = self.__new__(type(self))
+        vars(copied).update(vars(self), session=self._open_pipeline().open_session(self.session.max_cache_len))
         self.session.copy_to(copied.session)
-        copied._records_past, copied._is_user_defined = self._records_past, self._is_user_defined  # noqa: SLF001 - its own
         memo[id(self)] = copied
         return copied
 
@@ -77,17 +73,108 @@ class ShardedCache(DynamicCache):
                 "pass the same number of rows, or use batch_repeat_interleave or batch_select_indices of past_key_values"
             )
 
+    def check_room(self, num_new: int) -> None:
+        """Raise ArgumentError if there is no room for so many more tokens per row."""
+
+    def activate_past_recording(self) -> None:
+        """Make sliding layers keep what `crop` needs, from the next step on, if there are any that can."""
+
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - equal for all layers
         """Return the number of tokens whose KV is held."""
         return self.session.num_tokens
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
-        """Return -1: the KV has no maximal length."""
-        return -1
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows ``beam_idx`` (int64 ``[rows]``), for beam search."""
         self._select(f"reorder_cache({_text(beam_idx)})", lambda rows: rows.index_select(0, beam_idx.cpu()))
+
+    def _select(self, call: str, pick: Callable[[Tensor], Tensor]) -> None:
+        """Keep the rows that ``pick`` selects from the row numbers, once it is known that it can select them."""
+        num_rows = self.session.num_rows
+        if not self.session.num_tokens:
+            return  # as transformers does while the cache is empty
+        try:
+            rows = pick(torch.arange(num_rows))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ArgumentError(f"{call} of {count_text(num_rows, 'row')}: {error}") from error
+        if rows.ndim != 1 or not len(rows):
+            raise ArgumentError(
+                f"{call} of {count_text(num_rows, 'row')} leaves no rows: select at least one, with indices of one dimension"
+            )
+        self.session.reorder(rows)
+
+    def reset(self) -> None:
+        """Free the KV in every stage, and start a new session."""
+        pipeline = self._open_pipeline()
+        self.session.end()
+        self.session = pipeline.open_session(self.session.max_cache_len)
+
+    def end(self) -> None:
+        """Free the KV in every stage; the handle can no longer be used."""
+        self.session.end()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows whose KV is held; -1 before the first step."""
+        return self.session.num_rows or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a step has been run."""
+        return self.session.num_rows > 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers may compile the model, and make masks, for it: no."""
+        return False
+
+    def __len__(self) -> int:
+        """Return the number of the model's layers."""
+        return self._num_layers
+
+    def __repr__(self) -> str:
+        rows, tokens = count_text(self.session.num_rows, "row"), count_text(self.session.num_tokens, "token")
+        state = "ended" if self.session.ended else f"{rows} x {tokens}"
+        return f"<{type(self).__name__}: {state}>"
+
+    @property
+    def layers(self) -> Any:  # type: ignore[override]
+        """Refuse: the layers of the cache are in the workers."""
+        raise UnsupportedOperationError(
+            "layers of a sharded KV cache: keys and values are in the workers and can't be read or written here"
+        )
+
+    def update(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse: only the stages write KV."""
+        raise UnsupportedOperationError("update() of a sharded KV cache: only the workers write KV")
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedOperationError(
+            "the KV cache of a sharded model can't be pickled, because it lies in the workers: "
+            "run the text again, or use copy.deepcopy, which copies it there"
+        )
+
+
+class ShardedDynamicCache(ShardedCache, DynamicCache):
+    """The handle of a KV cache that grows with the text."""
+
+    def __init__(self, pipeline: Pipeline, sliding_window: int | None = None) -> None:
+        super().__init__(pipeline)
+        self._sliding_window = sliding_window
+        self._records_past = False
+
+    @classmethod
+    def adopt(cls, empty: DynamicCache, pipeline: Pipeline, sliding_window: int | None) -> Self:
+        """Turn an empty KV cache of transformers, checked by `check_empty`, into the handle of a new session, in place."""
+        records_past = any(getattr(layer, "record_past", False) for layer in empty.layers)
+        cache = cls._adopt(empty)
+        cls.__init__(cache, pipeline, sliding_window)
+        if records_past:
+            cache.activate_past_recording()
+        return cache
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        """Return -1: the KV has no maximal length."""
+        return -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens, as transformers' caches do.
@@ -117,6 +204,12 @@ class ShardedCache(DynamicCache):
         self._records_past = True
         self.session.record_past(True)
 
+    def reset(self) -> None:
+        """Free the KV in every stage, and start a new session."""
+        super().reset()
+        if self._records_past:
+            self.session.record_past(True)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         self._select(f"batch_repeat_interleave({_text(repeats)})", lambda rows: rows.repeat_interleave(repeats, dim=0))
@@ -126,108 +219,72 @@ class ShardedCache(DynamicCache):
         chosen = indices.cpu() if isinstance(indices, Tensor) else indices
         self._select(f"batch_select_indices({_text(indices)})", lambda rows: rows[chosen, ...])
 
-    def _select(self, call: str, pick: Callable[[Tensor], Tensor]) -> None:
-        """Keep the rows that ``pick`` selects from the row numbers, once it is known that it can select them."""
-        num_rows = self.session.num_rows
-        if not self.session.num_tokens:
-            return  # as transformers does while the cache is empty
-        try:
-            rows = pick(torch.arange(num_rows))
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise ArgumentError(f"{call} of {count_text(num_rows, 'row')}: {error}") from error
-        if rows.ndim != 1 or not len(rows):
-            raise ArgumentError(
-                f"{call} of {count_text(num_rows, 'row')} leaves no rows: select at least one, with indices of one dimension"
-            )
-        self.session.reorder(rows)
-
-    def reset(self) -> None:
-        """Free the KV in every stage, and start a new session."""
-        pipeline = self._open_pipeline()
-        self.session.end()
-        self.session = pipeline.open_session()
-        if self._records_past:
-            self.session.record_past(True)
-
-    def end(self) -> None:
-        """Free the KV in every stage; the handle can no longer be used."""
-        self.session.end()
-
-    @property
-    def batch_size(self) -> int:
-        """Rows whose KV is held; -1 before the first step."""
-        return self.session.num_rows or -1
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether a step has been run."""
-        return self.session.num_rows > 0
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether its shapes are static: no."""
-        return False
-
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` works: yes."""
         return True
 
-    def __len__(self) -> int:
-        """Return the number of the model's layers."""
-        return self._num_layers
 
-    def __repr__(self) -> str:
-        rows, tokens = count_text(self.session.num_rows, "row"), count_text(self.session.num_tokens, "token")
-        state = "ended" if self.session.ended else f"{rows} x {tokens}"
-        return f"<ShardedCache: {state}>"
+class ShardedStaticCache(ShardedCache, StaticCache):
+    """The handle of a KV cache that has room for so many tokens from its first step on."""
+
+    def __init__(self, pipeline: Pipeline, max_lengths: tuple[int, ...], *, is_bounded: bool) -> None:
+        super().__init__(pipeline, max(max_lengths))
+        self._max_lengths = max_lengths  # by layer
+        self._is_bounded = is_bounded  # not if all layers keep a sliding window only
+
+    @classmethod
+    def adopt(cls, empty: StaticCache, pipeline: Pipeline) -> Self:
+        """Turn an empty KV cache of transformers, checked by `check_empty`, into the handle of a new session, in place."""
+        max_lengths, is_bounded = layer_lengths(empty), not all(empty.is_sliding)
+        cache = cls._adopt(empty)
+        cls.__init__(cache, pipeline, max_lengths, is_bounded=is_bounded)
+        return cache
+
+    def check_room(self, num_new: int) -> None:
+        """Raise ArgumentError if there is no room for so many more tokens per row."""
+        held, most = self.session.num_tokens, self.session.max_cache_len
+        if self._is_bounded and held + num_new > most:
+            raise ArgumentError(
+                f"a step of {count_text(num_new, 'token')} per row after {held:,} exceeds max_cache_len={most} of "
+                "past_key_values: make a longer StaticCache, or generate fewer tokens"
+            )
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return how many tokens per row a layer holds, or the layer that holds most."""
+        if layer_idx is None:
+            return max(self._max_lengths)
+        return self._max_lengths[layer_idx] if layer_idx < len(self._max_lengths) else -1
+
+    def activate_past_recording(self) -> None:
+        """Do nothing, as for transformers' static KV cache: it can't be cropped."""
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refuse, as transformers' static layers do."""
+        self._refuse(f"crop({_text(tokens_to_remove)})")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        """Refuse, as transformers' static layers do."""
+        self._refuse(f"batch_repeat_interleave({_text(repeats)})")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        """Refuse, as transformers' static layers do."""
+        self._refuse(f"batch_select_indices({_text(indices)})")
+
+    def _refuse(self, call: str) -> NoReturn:
+        raise UnsupportedOperationError(
+            f"{call} of a static KV cache: its layers have no such method in transformers either; use a DynamicCache"
+        )
 
     @property
-    def layers(self) -> Any:  # type: ignore[override]
-        """Refuse: the layers of the cache are in the workers."""
-        raise UnsupportedOperationError(
-            "layers of a sharded KV cache: keys and values are in the workers and can't be read or written here"
-        )
-
-    def update(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse: only the stages write KV."""
-        raise UnsupportedOperationError("update() of a sharded KV cache: only the workers write KV")
-
-    def __reduce__(self) -> Any:
-        raise UnsupportedOperationError(
-            "the KV cache of a sharded model can't be pickled, because it lies in the workers: "
-            "run the text again, or use copy.deepcopy, which copies it there"
-        )
+    def is_croppable(self) -> bool:
+        """Whether `crop` works: no."""
+        return False
 
 
-def check_empty(given: object, config: PreTrainedConfig) -> DynamicCache:
-    """Check that a KV cache of transformers is empty and of the model's own kind, and return it."""
-    kind = type(given).__name__
-    if type(given) is not DynamicCache:
-        raise UnsupportedOperationError(
-            f"past_key_values is a {kind}: a sharded model keeps its KV in the workers; "
-            "pass None or an empty DynamicCache, then what the model returned"
-        )
-    if given.offloading:
-        raise UnsupportedOperationError(
-            f"past_key_values is an offloading {kind}: the KV stays in the workers; leave it out"
-        )
-    if any(getattr(layer, "is_initialized", False) for layer in given.layers):
-        raise UnsupportedOperationError(
-            f"past_key_values is a {kind} that already holds KV, which can't be sent to the workers: "
-            "pass an empty one and run the text again"
-        )
-    own = _kinds(DynamicCache(config=config))
-    if (given.layers and _kinds(given) != own) or (not given.layers and any(window for _, window in own)):
-        raise UnsupportedOperationError(
-            f"past_key_values is a {kind} whose layers differ from the model's, so it would keep other KV: "
-            "make it with DynamicCache(config=model.config)"
-        )
-    return given
-
-
-def _kinds(cache: DynamicCache) -> list[tuple[type, int | None]]:
-    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers]
+def layer_lengths(cache: StaticCache) -> tuple[int, ...]:
+    """Return how many tokens per row each layer of an empty KV cache is to hold."""
+    return tuple(operator.index(layer.get_max_length()) for layer in cache.layers)
 
 
 def _text(value: object) -> str:

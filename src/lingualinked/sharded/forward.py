@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.hf_internals import balancing_loss, makes_pipeline_for_device, recordable_outputs
 from lingualinked.model.parts import ModelParts
-from lingualinked.sharded.cache import ShardedCache, check_empty
+from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.generation import ShardedGeneration
+from lingualinked.sharded.given_cache import GivenCache, check_empty, max_cache_len_of
 from lingualinked.sharded.inputs import (
     LearnedPositions,
     StepShape,
@@ -85,7 +86,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: DynamicCache | StaticCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -103,9 +104,9 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
             ``[rows, past + tokens]``, 0 where padded; or one mask for all heads, ``[rows, 1, tokens, past + tokens]``.
         position_ids : Tensor or None
             int64 ``[1 or rows, tokens]``.
-        past_key_values : ShardedCache, DynamicCache or None
-            What an earlier call of this model returned, to continue from there; or an empty ``DynamicCache``, which becomes
-            the handle of this text's KV.
+        past_key_values : ShardedCache, DynamicCache, StaticCache or None
+            What an earlier call of this model returned, to continue from there; or an empty ``DynamicCache`` or
+            ``StaticCache``, which becomes the handle of this text's KV.
         inputs_embeds : Tensor or None
             Embeddings instead of ids, ``[rows, tokens, hidden]``.
         labels : Tensor or None
@@ -129,8 +130,8 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         Raises
         ------
         ArgumentError
-            If ids are missing, empty, outside the vocabulary, exceed the learned positions, or do not fit the past; if
-            another tensor has the wrong shape or no data.
+            If ids are missing, empty, outside the vocabulary, exceed the learned positions or the length of a static KV
+            cache, or do not fit the past; if another tensor has the wrong shape or no data.
         UnsupportedOperationError
             If an argument has no sharded counterpart, or the model was changed in a way that would have no effect.
         ClosedError
@@ -161,6 +162,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
             new=inputs.shape[1],
             heads=getattr(self.config.get_text_config(), "num_attention_heads", None),
             window=self._sliding_window,
+            max_cache_len=0 if past is None else max_cache_len_of(past),
         )
         mask = shape.check_mask(attention_mask)
         positions = shape.check_positions(position_ids)
@@ -173,6 +175,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
         keeps_kv = past is not None or asks_for_kv
         cache = self._open_session() if past is None else self._as_session(past)
+        cache.check_room(shape.new)
         try:
             logits, recorded = cache.session.step(
                 inputs, mask, positions, keep, keeps_kv=keeps_kv, records=records, hidden_states=selected
@@ -215,7 +218,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         self._seal.check(self)  # type: ignore[arg-type]  # a PreTrainedModel by its real class
         self._sealed_config.check(self.config)
 
-    def _check_past(self, given: object, num_rows: int) -> DynamicCache | None:
+    def _check_past(self, given: object, num_rows: int) -> GivenCache | None:
         """Check and return the KV cache to continue from."""
         if isinstance(given, ShardedCache):
             given.check(self._pipeline, num_rows)

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
-from lingualinked.sharded.cache import ShardedCache, check_empty
+from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
+from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _call: contextvars.ContextVar[tuple[object, list[ShardedCache]] | None] = contextvars.ContextVar("call", default=None)
 
 # Settings of a GenerationConfig that are not supported here, and why.
+_CACHES = (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked")  # the last three are static too
 _REFUSED = {
     "assistant_early_exit": "the head is on the last stage, so the first layers alone give no tokens",
     "compile_config": "the layers run uncompiled in the workers",
@@ -78,7 +81,13 @@ class ShardedGeneration:
         """Return the arguments for ``forward``, without those that only ``generate`` uses."""
         only_for_generate = ("assistant_model", "assistant_tokenizer", "streamer", "tokenizer")
         arguments = {name: value for name, value in kwargs.items() if name not in only_for_generate}
-        return super().prepare_inputs_for_generation(**arguments)  # type: ignore[misc, no-any-return]
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(**arguments)  # type: ignore[misc]
+        past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        make_mask = getattr(self, "create_masks_for_generate", None)  # Bloom's is as wide as a static KV cache
+        if isinstance(past, ShardedStaticCache) and mask is not None and make_mask is not None:
+            arguments = {"attention_mask": mask, "past_key_values": past}
+            inputs["attention_mask"] = make_mask(config=self.config, inputs_embeds=None, **arguments)
+        return inputs
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -89,8 +98,8 @@ class ShardedGeneration:
             value = getattr(config, name)
             if value is not None and value is not False:
                 _refuse_setting(name, value, reason)
-        if config.cache_implementation not in (None, "dynamic"):
-            _refuse_setting("cache_implementation", config.cache_implementation, "the KV grows in the workers")
+        if config.cache_implementation not in _CACHES:
+            _refuse_setting("cache_implementation", config.cache_implementation, "the KV stays where the layers are")
         return config, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
@@ -117,36 +126,56 @@ class ShardedGeneration:
     ) -> None:
         """Open a session where transformers would make a cache, and reserve room for the maximal number of tokens."""
         given = model_kwargs.get("past_key_values")
+        is_static = generation_config.cache_implementation not in (None, "dynamic")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and (is_static or isinstance(given, StaticCache)):
+            raise UnsupportedOperationError(
+                "assisted decoding with a static KV cache, which can't be cropped: leave cache_implementation out, or pass a "
+                "DynamicCache"
+            )
         if given is not None and not isinstance(given, ShardedCache | tuple):
-            given = self._as_session(check_empty(given, self.config))
-        if given is not None or generation_config.use_cache is False:
+            check_empty(given, self.config)
+        if given is not None or generation_config.use_cache is False or is_static:
             own = super()._prepare_cache_for_generation  # type: ignore[misc]
             own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            if isinstance(given, ShardedCache):
-                given.session.reserve(max_cache_length)
+        else:
+            model_kwargs["past_key_values"] = self._open_session()
+        past = model_kwargs.get("past_key_values")
+        if past is None:
             return
-        cache = self._open_session()
+        cache = self._as_session(past)
         cache.session.reserve(max_cache_length)
+        if given is not None:
+            return
         if generation_config.is_assistant:
             cache.activate_past_recording()
         call = _call.get()
         if call is not None:
             call[1].append(cache)
-        model_kwargs["past_key_values"] = cache
+
+    def _prepare_static_cache(
+        self,
+        cache_implementation: str,
+        batch_size: int,
+        max_cache_len: int,
+        prefill_chunk_size: int | None,  # noqa: ARG002 - with one, transformers would make room for KV in this process
+        model_kwargs: dict[str, Any],
+    ) -> ShardedCache:
+        """Open a session whose static KV cache is as long as transformers would make it."""
+        own = super()._prepare_static_cache  # type: ignore[misc]
+        empty = own(cache_implementation, batch_size, max_cache_len, None, model_kwargs)
+        return self._as_session(check_empty(empty, self.config))
 
     def _checked_in_call(self) -> bool:
         """Whether a `generate` of this model is running, which has checked the model for all its steps."""
         call = _call.get()
         return call is not None and call[0] is self
 
-    def _as_session(self, past: DynamicCache) -> ShardedCache:
+    def _as_session(self, past: GivenCache) -> ShardedCache:
         """Return the handle of a session; turn an empty KV cache into that of a new one."""
-        if isinstance(past, ShardedCache):
-            return past
-        return ShardedCache.adopt(past, self._pipeline, self._sliding_window)
+        return adopt(past, self._pipeline, self._sliding_window)
 
     def _open_session(self) -> ShardedCache:
-        return ShardedCache(self._pipeline, self._sliding_window)
+        return ShardedDynamicCache(self._pipeline, self._sliding_window)
 
     @functools.cached_property
     def _sliding_window(self) -> int | None:

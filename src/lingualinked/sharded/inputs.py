@@ -132,6 +132,7 @@ class StepShape:
     new: int  # tokens per row
     heads: int | None = None  # of attention, if known
     window: int | None = None  # tokens that the narrowest sliding layer sees; None without one
+    max_cache_len: int = 0  # tokens per row that a static KV cache holds; 0: it grows
 
     def check_mask(self, value: object) -> Tensor | None:
         """Check an attention mask of two dimensions, or of four that broadcast, and return it on the CPU."""
@@ -140,19 +141,28 @@ class StepShape:
         mask = check_tensor("attention_mask", value)
         seen = self.past + self.new
         if mask.ndim == 4:
-            full = (self.rows, self.heads or mask.shape[1], self.new, seen)
-            windowed = seen if self.window is None else min(self.past, self.window - 1) + self.new
+            full = (self.rows, self.heads or mask.shape[1], self.new, self.max_cache_len or seen)
             fits = all(size in (1, whole) for size, whole in zip(mask.shape[:3], full, strict=False))
-            fits = fits and mask.shape[3] in (1, seen, windowed)
+            fits = fits and mask.shape[3] in (1, full[3], self._windowed)
             if not fits:
                 raise ArgumentError(
                     f"attention_mask of shape {tuple(mask.shape)} must be {full}; any dimension may be 1"
                 )
-        elif mask.shape != (self.rows, seen):
+        elif mask.ndim != 2 or len(mask) != self.rows or mask.shape[1] not in (seen, self.max_cache_len or seen):
             raise ArgumentError(
                 f"attention_mask of shape {tuple(mask.shape)} must be {(self.rows, seen)}: rows x (past + new tokens)"
+                + (f", or {(self.rows, self.max_cache_len)}: rows x max_cache_len" if self.max_cache_len else "")
             )
         return mask
+
+    @property
+    def _windowed(self) -> int:
+        """Tokens that the narrowest sliding layer attends to."""
+        seen = self.past + self.new
+        if self.window is None:
+            return self.max_cache_len or seen
+        window = min(self.window, self.max_cache_len or self.window)
+        return window if self.max_cache_len and seen <= window else min(self.past, window - 1) + self.new
 
     def check_positions(self, value: object) -> Tensor | None:
         """Check position ids, whose two dimensions may each be 1, and return them on the CPU."""

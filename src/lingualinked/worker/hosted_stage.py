@@ -34,7 +34,7 @@ class HostedSession:
     cache: StageCache | None  # its KV; None if it keeps none
     context: StepContext
     number: int = 0  # of its next step
-    num_rows: int = 0  # with num_tokens the size of its KV, as counted against the budget
+    num_rows: int = 0  # with num_tokens the size that its KV has or will have, as counted against the budget
     num_tokens: int = 0
     # In progress, by the plan version and stage of their target.
     copies: dict[tuple[int, int], KVCopy] = dataclasses.field(default_factory=dict)
@@ -95,24 +95,28 @@ class HostedStage:
         self.sessions.pop(session, None)
         self._incoming.pop(session, None)
 
-    def write_kv(self, session: int, pieces: Sequence[Piece]) -> None:
-        """Write KV of a session that still runs elsewhere.
+    def write_kv(self, session: int, pieces: Sequence[Piece], max_cache_len: int = 0) -> None:
+        """Write KV of a session that still runs elsewhere, in a KV cache of `max_cache_len` tokens per row; 0: one that grows.
 
         Raises ProtocolError if the pieces don't fit those before, or belong to layers that the stage does not hold.
         """
         if session not in self._incoming:
             if len(self._incoming) >= _MAX_INCOMING:
                 raise ProtocolError(f"more than {_MAX_INCOMING} sessions move here at once")
-            self._incoming[session] = HostedSession(self._new_cache(), StepContext())
+            self._incoming[session] = HostedSession(self._new_cache(max_cache_len), StepContext())
         incoming = self._incoming[session]
         cache = incoming.cache
         assert cache is not None
+        if cache.max_cache_len != max_cache_len:
+            raise ProtocolError(
+                f"KV arrived for a KV cache of max_cache_len={max_cache_len}, and before for one of {cache.max_cache_len}"
+            )
         fitting = []
         for piece in pieces:
             place, num_rows = piece.place, len(piece.keys)
             if place.slot not in cache.owned:
                 raise ProtocolError(f"KV arrived for layer slot {place.slot}, which this stage does not hold")
-            self._check_incoming(incoming, num_rows, place.position + piece.keys.shape[2])
+            self._check_incoming(incoming, num_rows, max_cache_len or place.position + piece.keys.shape[2])
             if self._max_kv_tokens is not None:
                 room = self._max_kv_tokens // max(1, num_rows) + 1
                 place = msgspec.structs.replace(place, capacity=min(place.capacity, room))
@@ -140,14 +144,16 @@ class HostedStage:
         """
         others = list(others)
         arrived = self._incoming.pop(session, None)
-        state = HostedSession(self._new_cache(), StepContext()) if arrived is None else arrived
+        known = others[0] if others else arrived
+        assert known is not None
+        assert known.cache is not None
+        max_cache_len = known.cache.max_cache_len
+        state = HostedSession(self._new_cache(max_cache_len), StepContext()) if arrived is None else arrived
         assert state.cache is not None
-        known = others[0] if others else state
         state.cache.adopt_layers(other.cache for other in others if other.cache is not None)
         state.number = known.number
-        state.num_rows, state.num_tokens = known.num_rows, known.context.num_tokens
+        state.num_rows, state.num_tokens = known.num_rows, max_cache_len or known.context.num_tokens
         state.context = StepContext(known.context.mask, known.context.num_tokens)
-        assert known.cache is not None
         state.cache.reserve(known.cache.reserved_tokens)
         state.cache.complete_adoption(known.context.num_tokens, records_past=known.cache.records_past)
         self.sessions[session] = state
@@ -177,8 +183,8 @@ class HostedStage:
             sent_bytes=self.sent_bytes,
         )
 
-    def _new_cache(self) -> StageCache:
-        return self.stage.new_cache(functools.partial(spare_bytes, str(self.stage.device)))
+    def _new_cache(self, max_cache_len: int) -> StageCache:
+        return self.stage.new_cache(functools.partial(spare_bytes, str(self.stage.device)), max_cache_len)
 
     def _kv_bytes(self) -> int:
         held = (*self.sessions.values(), *self._incoming.values())
@@ -189,7 +195,7 @@ class HostedStage:
         if session is None:
             if step.number != 0:
                 raise ProtocolError(f"step {step.number} arrived for session {step.session}, which has no state here")
-            cache = self._new_cache() if step.keeps_kv else None
+            cache = self._new_cache(step.max_cache_len) if step.keeps_kv else None
             session = self.sessions[step.session] = HostedSession(cache, StepContext())
         elif step.number != session.number:
             raise ProtocolError(
@@ -233,7 +239,8 @@ class HostedStage:
             for edit in step.edits:
                 if edit.kind is not KVEditKind.REORDER:
                     _apply_edit(edit, session, session.cache)
-            self._check_budget(session, num_rows, session.context.num_tokens + num_new)
+            num_tokens = session.cache.max_cache_len or session.context.num_tokens + num_new
+            self._check_budget(session, num_rows, num_tokens)
             _reorder_rows(step.edits, session, session.cache, num_rows)
         # 3) decode mask and positions, and run the stage
         keep, context = (shared[-1], shared[:-1]) if step.logits_to_keep is None else (step.logits_to_keep, shared)

@@ -106,7 +106,7 @@ class KVMover:
             for index, place in enumerate(chunk.slices)
         ]
         if not self._stages.has_ended(chunk.model, chunk.session):
-            hosted.write_kv(chunk.session, pieces)
+            hosted.write_kv(chunk.session, pieces, chunk.max_cache_len)
             if chunk.state is not None:
                 context = StepContext(tensors[-1] if has_mask else None, chunk.state.num_tokens)
                 hosted.record_state(
@@ -138,12 +138,12 @@ class KVMover:
     def _send_next_chunk(self, number: int) -> None:
         transfer = self._transfers[number]
         request, session = transfer.request, transfer.session
+        assert session.cache is not None
         pieces, is_last = transfer.copy.next_pieces(_CHUNK_BYTES)
         state, mask = None, None
         if is_last:
             del self._transfers[number]
             if request.is_final:
-                assert session.cache is not None
                 mask = session.context.mask
                 state = SessionState(
                     number=session.number,
@@ -160,6 +160,7 @@ class KVMover:
             session=request.session,
             slices=tuple(piece.place for piece in pieces),
             num_bytes=transfer.copy.num_bytes,
+            max_cache_len=session.cache.max_cache_len,
             is_last=is_last,
             state=state,
         )
