@@ -94,7 +94,7 @@ EFFECTIVE: dict[str, dict[str, Any]] = {
 }
 REFUSED: dict[str, Any] = {
     "assistant_early_exit": 2,
-    "cache_implementation": ["static", "offloaded", "offloaded_static", "quantized", "paged"],
+    "cache_implementation": ["offloaded", "offloaded_static", "offloaded_hybrid", "quantized", "paged"],
     "compile_config": CompileConfig(),
     "dola_layers": "low",
     "speculation_type": "dflash",
@@ -132,7 +132,12 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 
 
 def test_what_is_overridden_is_transformers_own() -> None:
-    for name in ("_prepare_cache_for_generation", "_prepare_generation_config", "_validate_model_kwargs"):
+    for name in (
+        "_prepare_cache_for_generation",
+        "_prepare_generation_config",
+        "_prepare_static_cache",
+        "_validate_model_kwargs",
+    ):
         assert inspect.signature(getattr(ShardedGeneration, name)).parameters.keys() <= {
             *inspect.signature(getattr(GenerationMixin, name)).parameters, "args", "kwargs"
         }  # fmt: skip

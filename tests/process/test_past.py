@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import lingualinked as ll
 from families import reference, save_tiny
@@ -88,11 +88,11 @@ def test_a_cache_that_is_no_empty_one_is_refused_as_it_was(sharded: Any, unshard
     filled = unsharded(IDS).past_key_values
     sliding = DynamicCache(config=copy.deepcopy(unsharded.config))
     sliding.layers[0] = DynamicCache(config=sliding_config(unsharded)).layers[0]
-    static = StaticCache(config=unsharded.config, max_cache_len=16)
+    both = EncoderDecoderCache(DynamicCache(), DynamicCache())
     for cache, words in {
         filled: "already holds KV",
         sliding: "whose layers differ",
-        static: "is a StaticCache",
+        both: "is a EncoderDecoderCache",
         Own(): "is a Own",
     }.items():
         kind = type(cache)

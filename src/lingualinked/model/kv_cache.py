@@ -59,6 +59,7 @@ class StageCache:
         self.hf: Cache = (
             StaticCache(config=config, max_cache_len=max_cache_len) if max_cache_len else DynamicCache(config=config)
         )
+        self._is_bounded = not all(self.hf.is_sliding)  # sliding windows alone go on for ever
         self._growth = Growth(2 * len(owned), spare_bytes)
         self.count = TokenCount(device or torch.device("cpu"))  # of a static cache
         self.num_tokens = 0
@@ -147,7 +148,7 @@ class StageCache:
 
     def check_room(self, num_tokens: int) -> None:
         """Raise ArgumentError if a static cache has no room for so many tokens more."""
-        if self.is_static and self.num_tokens + num_tokens > self.max_cache_len:
+        if self.is_static and self._is_bounded and self.num_tokens + num_tokens > self.max_cache_len:
             raise ArgumentError(
                 f"a static KV cache with room for {count_text(self.max_cache_len, 'token')} holds {self.num_tokens:,}, and "
                 f"{num_tokens:,} more were to be added: make it with a larger max_cache_len"

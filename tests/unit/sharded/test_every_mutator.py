@@ -34,6 +34,8 @@ hooks_called: Counter[str] = Counter()
 class LocalSession:
     """Stands for a session: runs the unsharded model in this process."""
 
+    max_cache_len = 0
+
     def __init__(self, model: Any) -> None:
         self.num_rows, self.num_tokens, self.ended = 0, 0, False
         self._model, self._kv = model, DynamicCache(config=model.config)
@@ -78,7 +80,7 @@ class LocalPipeline:
     def check_open(self) -> None:
         pass
 
-    def open_session(self) -> LocalSession:
+    def open_session(self, _max_cache_len: int = 0) -> LocalSession:
         return LocalSession(self._model)
 
 

@@ -32,13 +32,14 @@ class PlainStage:
 
     start, end, weight_bytes, device = 0, 2, 0, torch.device("cpu")
 
-    def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf) -> StageCache:
-        return StageCache(CONFIG, {0, 1}, spare_bytes)
+    def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
+        return StageCache(CONFIG, {0, 1}, spare_bytes, max_cache_len)
 
     @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         rows, tokens = inputs.tensors[0].shape[:2]
         if cache is not None:
+            cache.count.begin_step(tokens)
             for layer in cache.owned.values():
                 states = torch.zeros(rows, 2, tokens, 4)
                 layer.update(states, states)
@@ -152,6 +153,18 @@ def test_sessions_beyond_the_budget_are_refused_and_the_others_go_on() -> None:
     run(hosted, 1, 10, session=3)
 
 
+def test_a_static_session_counts_all_of_its_length() -> None:
+    hosted = hosted_stage(max_kv_tokens=40)
+    with pytest.raises(ProtocolError, match="42 tokens in all rows exceeds max_kv_tokens=40"):
+        run(hosted, 2, 3, max_cache_len=21)
+    assert not hosted.sessions
+    run(hosted, 2, 3, max_cache_len=19)
+    run(hosted, 2, 3, max_cache_len=19, number=1)
+    with pytest.raises(ProtocolError, match="max_kv_tokens=40"):
+        run(hosted, 1, 3, session=2)
+    run(hosted, 1, 2, session=2)
+
+
 def test_rows_beyond_the_budget_are_refused_before_there_is_room_for_them() -> None:
     hosted = hosted_stage(max_kv_tokens=1_000)
     run(hosted, 1, 900)
@@ -201,6 +214,19 @@ def test_kv_from_elsewhere_counts_too() -> None:
     arriving = hosted._incoming[1].cache
     assert arriving is not None
     assert arriving.owned[0].capacity <= 64
+
+
+def test_kv_from_elsewhere_knows_its_length() -> None:
+    hosted = hosted_stage(max_kv_tokens=40)
+    with pytest.raises(ProtocolError, match="42 tokens in all rows exceeds max_kv_tokens=40"):
+        hosted.write_kv(1, [piece(None, 2, 3)], 21)
+    hosted.end_session(1)
+    hosted.write_kv(1, [piece(None, 2, 3)], 20)
+    with pytest.raises(ProtocolError, match="max_cache_len=0, and before for one of 20"):
+        hosted.write_kv(1, [piece(None, 2, 3, position=3)])
+    arriving = hosted._incoming[1].cache
+    assert arriving is not None
+    assert (arriving.max_cache_len, arriving.owned[0].capacity, arriving.owned[0].stop) == (20, 20, 3)
 
 
 def test_where_rows_become_more_all_is_sent_anew() -> None:
