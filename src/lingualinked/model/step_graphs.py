@@ -53,7 +53,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        self._latest: Any = None  # keeps the memory that they share: it is given up with the last graph
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
         """Capture what `body` launches; raise what torch raises if it can't be captured, such as a wait for the device."""
@@ -66,7 +66,8 @@ class CudaRecorder:
         try:
             with torch.cuda.stream(stream):
                 # Only this thread's calls count: another one may be loading a stage.
-                graph.capture_begin(*([] if self._pool is None else [self._pool]), capture_error_mode="thread_local")
+                pool = () if self._latest is None else (self._latest.pool(),)
+                graph.capture_begin(*pool, capture_error_mode="thread_local")
                 try:
                     body()
                 except BaseException:
@@ -78,7 +79,7 @@ class CudaRecorder:
             if collects:
                 gc.enable()
         current.wait_stream(stream)
-        self._pool = self._pool or graph.pool()
+        self._latest = graph
         replay: Callable[[], None] = graph.replay
         return replay
 
