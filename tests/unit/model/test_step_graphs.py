@@ -68,8 +68,13 @@ def run_again(body: Callable[[], None]) -> Callable[[], None]:
 
 def right_once(body: Callable[[], None]) -> Callable[[], None]:
     """As a graph that holds a constant which should have changed: what it does later is what it did first."""
-    runs = iter([body])
-    return lambda: next(runs, lambda: None)()
+    runs = [body]
+
+    def replay() -> None:
+        if runs:
+            runs.pop()()
+
+    return replay
 
 
 def refuse(_body: Callable[[], None]) -> Callable[[], None]:
