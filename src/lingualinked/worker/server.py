@@ -99,6 +99,7 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
         boot.name,
         keys,
         socket_folder=boot.socket_folder,
+        shared_memory=boot.shared_memory,
         max_frame_bytes=boot.max_frame_bytes,
     )
     handler.on_record = mailbox.wake
