@@ -192,6 +192,7 @@ class StepGraphs:
     record: Recorder | None  # None: the device has no graphs
     refusals: dict[Any, str] = field(default_factory=dict)  # why steps of a kind can't be replayed
     num_replayed: int = 0
+    idle: list[StageCache] = field(default_factory=list)  # of sessions that have ended, for others of the same shape
 
     def find(self, inputs: DecodeInputs, constants: Any, forward: Forward, cache: StageCache) -> StepGraph | None:
         """Return the graph of a kind of step, which may be still to be captured; None if there can be none.
@@ -218,3 +219,17 @@ class StepGraphs:
         graph.cache.captured.pop(graph.kind)
         self.refusals[graph.kind] = reason
         logger.info("decode steps of a kind stay eager, since they can't be replayed as a graph: %s", reason)
+
+    def keep(self, cache: StageCache, max_tokens: float) -> None:
+        """Keep the cache of a session that has ended, if it has graphs, while all idle ones have at most `max_tokens`."""
+        if cache.captured and cache.size + sum(each.size for each in self.idle) <= max_tokens:
+            self.idle.append(cache)
+
+    def reuse(self, num_rows: int, max_cache_len: int) -> StageCache | None:
+        """Return an idle cache of a shape, emptied, with its graphs; None if there is none."""
+        for index, cache in enumerate(self.idle):
+            if (cache.num_rows, cache.max_cache_len) == (num_rows, max_cache_len):
+                del self.idle[index]
+                cache.clear()
+                return cache
+        return None
