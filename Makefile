@@ -13,10 +13,10 @@ PROCESSES = $(shell $(PYTHON) -c 'import os; print(1 + min(os.cpu_count() or 1, 
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
 
-.PHONY: help demo bench test interrupts proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test test-gpu interrupts proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(RUNTIME)  ## Run the bundled model on three worker processes
 	$(BIN)/lingualinked demo
@@ -27,6 +27,10 @@ bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="overhead --repeats 9";
 # Files are what is shared out: their tests share models and clusters. They wait for workers much of the time.
 test: $(DEV)  ## Run the tests, on up to four cores
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
+# First what only a GPU has, and the stages in this process; the rest file by file.
+test-gpu: $(DEV)  ## Run the tests that compare bits on a CUDA GPU; they are skipped where there is none
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --accelerator cuda tests/process/gpu tests/model tests/process
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py

@@ -23,6 +23,34 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--accelerator",
+        help="where the compared models compute ('cuda', 'cuda:1', 'cpu'): run only tests that compare bits, there",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--accelerator``, leave only the tests of equality, and skip them where there is no such accelerator."""
+    asked = config.getoption("--accelerator")
+    if asked is None:
+        return
+    import torch
+
+    import accelerators
+
+    accelerators.chosen, accelerators.is_asked_for = "cuda:0" if asked == "cuda" else asked, True
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("equality") is None])
+    items[:] = [item for item in items if item.get_closest_marker("equality") is not None]
+    if accelerators.chosen.startswith("cuda") and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA GPU on this machine"))
+    for item in items if accelerators.chosen != "cpu" else ():
+        mark = item.get_closest_marker("cpu_only")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Compute with one thread, as the workers that are compared with do: another number shifts the last bits."""
@@ -43,7 +71,19 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_outlives_the_session(one_thread: None, temporary_folder: None) -> Iterator[None]:
+def accelerator_in_use(request: pytest.FixtureRequest) -> None:
+    """What the driver opens for this process stays open; so it is before a test begins."""
+    if request.config.getoption("--accelerator") is not None:
+        import torch
+
+        import accelerators
+
+        matrix = torch.ones(16, 16, device=accelerators.chosen)
+        (matrix @ matrix).cpu()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_session(one_thread: None, temporary_folder: None, accelerator_in_use: None) -> Iterator[None]:
     """Fail if the shared fixtures leave a process, thread, file or shared memory; descriptors of loaded libraries may stay."""
     os.environ[RUN_VARIABLE] = uuid.uuid4().hex
     before = Belongings.now()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 
+import accelerators
 from families import VOCABULARY, tiny_config
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
@@ -53,7 +54,12 @@ def dummy_spec(family: str, dtype: str) -> ModelSpec:
 def load_stages(spec: ModelSpec, num_stages: int, num_layers: int) -> list[Stage]:
     """Load a model in so many stages of about the same depth."""
     ends = [round(index * num_layers / num_stages) for index in range(num_stages + 1)]
-    return [Stage.load(spec, start, end) for start, end in itertools.pairwise(ends)]
+    return [load_stage(spec, start, end) for start, end in itertools.pairwise(ends)]
+
+
+def load_stage(spec: ModelSpec, start: int, end: int, shared: Sequence[Stage] = ()) -> Stage:
+    """Load one stage, where the tests' models compute."""
+    return Stage.load(spec, start, end, accelerator=accelerators.chosen, shared=shared)
 
 
 class Whole:

@@ -1,6 +1,6 @@
 """Tiny random models of every supported architecture, in the variants that take different ways through its code.
 
-Knows configurations and how to save them as checkpoints; nothing of lingualinked.
+Knows configurations, and how to save them as checkpoints; nothing of what is compared.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from accelerators import on_accelerator
 
 VOCABULARY = 97
 
@@ -130,4 +132,4 @@ def reference(folder: Path, **arguments: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model.eval()
+    return on_accelerator(model.eval())

@@ -12,10 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from conversations import Cut, Whole, beam_and_back, extend, greedy, load_stages, positions_of, prompt, spec_of
+from accelerators import embed
+from conversations import (
+    Cut,
+    Whole,
+    beam_and_back,
+    extend,
+    greedy,
+    load_stage,
+    load_stages,
+    positions_of,
+    prompt,
+    spec_of,
+)
 from families import FAMILIES, reference
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
-from lingualinked.model.stage import Stage, StageInputs
+from lingualinked.model.stage import StageInputs
+
+pytestmark = pytest.mark.equality
 
 NUM_LAYERS = 4
 NUM_STAGES = (1, 2, 3, NUM_LAYERS)
@@ -57,7 +71,7 @@ def test_a_pass_without_kv_mask_and_positions_is_exact(family: str, checkpoint: 
 def test_embeddings_instead_of_token_ids_are_exact(family: str, checkpoint: Checkpoint) -> None:
     folder = checkpoint(family)
     model = reference(folder)
-    states = model.get_input_embeddings()(prompt(2, 5)).detach()
+    states = embed(model, prompt(2, 5)).detach()
     mask = torch.ones(2, 5, dtype=torch.long)
     arguments = states, mask, positions_of(mask, 5)
     assert_equal([Cut(load_stages(spec_of(folder), 3, NUM_LAYERS)).step(*arguments)], [Whole(model).step(*arguments)])
@@ -127,7 +141,7 @@ def test_sessions_do_not_touch_each_other(checkpoint: Checkpoint) -> None:
 
 def test_only_hidden_states_cross_a_boundary(checkpoint: Checkpoint) -> None:
     # bloom's layers return their attention weights too, [rows, heads, tokens, tokens].
-    stage = Stage.load(spec_of(checkpoint("bloom")), 0, 2)
+    stage = load_stage(spec_of(checkpoint("bloom")), 0, 2)
     inputs = StageInputs(tensors=(prompt(1, 9),), layout=None, attention_mask=None, position_ids=None)
     output = stage.step(inputs, None)
     assert [tensor.shape for tensor in output.tensors] == [(1, 9, 32)]

@@ -12,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from conversations import Cut, Whole, beam_and_back, beams, greedy, spec_of
+from conversations import Cut, Whole, beam_and_back, beams, greedy, load_stage, spec_of
 from families import FAMILIES, reference
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage, missing_spans
+from lingualinked.model.stage import missing_spans
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
+
+pytestmark = pytest.mark.equality
 
 NUM_LAYERS = 4
 DEVICES = ("a", "b", "c")
@@ -45,7 +47,7 @@ class Moving(Cut):
     ) -> None:
         self._spec, self._rng = spec, rng
         self._spans = random_spans(rng)
-        stages = [Stage.load(spec, start, end) for _, start, end in self._spans]
+        stages = [load_stage(spec, start, end) for _, start, end in self._spans]
         super().__init__(stages, records_past=records_past, max_cache_len=max_cache_len)
         self._next_spans: Spans = []
         self._copies: list[tuple[int, KVCopy, StageCache]] = []
@@ -81,7 +83,7 @@ class Moving(Cut):
             for device in DEVICES
         }
         self._next_stages = [
-            Stage.load(
+            load_stage(
                 self._spec, start, end, shared=[each for each in held[device] if each.start < end and start < each.end]
             )
             for device, start, end in self._next_spans
@@ -166,21 +168,21 @@ def test_whatever_the_schedule_of_moves(family: str, checkpoint: Checkpoint) -> 
 
 def test_stages_share_the_weights_of_layers_that_stay(checkpoint: Checkpoint) -> None:
     spec = spec_of(checkpoint("llama"))
-    before = Stage.load(spec, 0, 3)
-    after = Stage.load(spec, 1, 4, shared=[before])
+    before = load_stage(spec, 0, 3)
+    after = load_stage(spec, 1, 4, shared=[before])
     for index in (1, 2):
         assert after.span.model.model.layers[index] is before.span.model.model.layers[index]
     assert before.weight_bytes > 0
     assert 0 < after.num_bytes_read < before.num_bytes_read
-    assert Stage.load(spec, 1, 3, shared=[before, after]).num_bytes_read == 0
+    assert load_stage(spec, 1, 3, shared=[before, after]).num_bytes_read == 0
 
 
 def test_tied_ends_are_held_once(checkpoint: Checkpoint) -> None:
     spec = spec_of(checkpoint("gpt2"))
-    whole = Stage.load(spec, 0, 4, shared=[Stage.load(spec, 0, 2), Stage.load(spec, 2, 4)])
+    whole = load_stage(spec, 0, 4, shared=[load_stage(spec, 0, 2), load_stage(spec, 2, 4)])
     model = whole.span.model
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert whole.weight_bytes == Stage.load(spec, 0, 4).weight_bytes
+    assert whole.weight_bytes == load_stage(spec, 0, 4).weight_bytes
 
 
 @pytest.mark.parametrize(

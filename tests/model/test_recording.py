@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conversations import load_stages, prompt, spec_of
+from conversations import load_stage, load_stages, prompt, spec_of
 from families import FAMILIES, reference
 from lingualinked.model.stage import Stage, StageInputs
+
+pytestmark = pytest.mark.equality
 
 RECORDS = ("hidden_states", "attentions")
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
@@ -63,7 +65,7 @@ def test_stages_that_share_layers_record_them_once(family: str, checkpoint: Call
     spec, tokens = spec_of(folder, attn_implementation="eager"), prompt(1, 5)
     before = load_stages(spec, 2, 4)
     expected = record(before, tokens, RECORDS)
-    after = [Stage.load(spec, 0, 3, shared=before), Stage.load(spec, 3, 4, shared=before)]
+    after = [load_stage(spec, 0, 3, shared=before), load_stage(spec, 3, 4, shared=before)]
     for stages in (after, before, after, load_stages(spec, 1, 4)):
         found = record(stages, tokens, RECORDS)
         for name, values in expected.items():

@@ -10,10 +10,13 @@ import torch
 import transformers
 from torch import Tensor
 
+import accelerators
 from conversations import Cut, Whole, beams, extend, load_stages, prompt, spec_of
 from families import FAMILIES, reference
 from lingualinked.errors import ArgumentError
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
+
+pytestmark = pytest.mark.equality
 
 NUM_LAYERS = 4
 UNABLE = "falcon-rw"  # its ALiBi does not fit a static KV cache
@@ -73,8 +76,9 @@ def test_a_step_that_exceeds_the_length_is_refused(family: str, checkpoint: Chec
         cut.step(prompt(1, 2), extend(mask, 2), None)
     mask = extend(mask, 1)
     assert_equal([cut.step(prompt(1, 1), mask, None)], [whole.step(prompt(1, 1), mask, None)])
-    with pytest.raises(IndexError):
-        whole.step(prompt(1, 2), extend(mask, 2), None)
+    if accelerators.chosen == "cpu":  # on a GPU, an index beyond a tensor can't be survived
+        with pytest.raises(IndexError):
+            whole.step(prompt(1, 2), extend(mask, 2), None)
 
 
 def test_what_the_class_can_not_do_its_stages_can_not(checkpoint: Checkpoint) -> None:

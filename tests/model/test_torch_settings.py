@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import accelerators
 from conversations import Cut, Whole, load_stages, prompt, spec_of
 from families import reference
 from lingualinked.model.torch_settings import read_torch_settings
+
+pytestmark = pytest.mark.equality
 
 FAMILIES_TESTED = (
     "bloom",
@@ -49,9 +52,18 @@ def matmul_precision(value: str) -> Iterator[None]:
             backend.fp32_precision = "none"
 
 
+def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return torch.autocast(accelerators.chosen.split(":")[0], dtype=dtype)
+
+
+def cuda_matmul(name: str, value: bool) -> AbstractContextManager[object]:
+    owner = torch.backends.cuda.matmul
+    return set_to(lambda value: setattr(owner, name, value), value, not value)
+
+
 SETTINGS: dict[str, Make] = {
-    "autocast to bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "autocast to float16": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "autocast to bfloat16": lambda: autocast(torch.bfloat16),
+    "autocast to float16": lambda: autocast(torch.float16),
     "sdpa in plain operations": lambda: sdpa_kernel(SDPBackend.MATH),
     "sdpa in preferred order": lambda: sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]),
     "no flash attention": lambda: set_to(torch.backends.cuda.enable_flash_sdp, False, True),
@@ -62,6 +74,9 @@ SETTINGS: dict[str, Make] = {
     "deterministic": lambda: set_to(torch.use_deterministic_algorithms, True, False),
     "denormals flushed": lambda: set_to(torch.set_flush_denormal, True, False),
     "inference mode": torch.inference_mode,
+    "bfloat16 summed in float32": lambda: cuda_matmul("allow_bf16_reduced_precision_reduction", False),
+    "float16 summed in float32": lambda: cuda_matmul("allow_fp16_reduced_precision_reduction", False),
+    "float16 summed in float16": lambda: cuda_matmul("allow_fp16_accumulation", True),
 }
 
 
@@ -103,6 +118,7 @@ def test_bits_are_those_under_the_same_settings(
     assert read_torch_settings() == {}
 
 
+@pytest.mark.cpu_only(reason="which settings change bits was seen on CPUs")
 def test_settings_change_bits(checkpoint: Callable[..., Path]) -> None:
     """The reason for sending them: each of these changes some model's bits, except one without effect on this processor."""
     plain: Make = contextlib.nullcontext

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import lingualinked as ll
+from accelerators import device, on_accelerator
 from families import VOCABULARY
 from lingualinked import disk_cache
 from lingualinked.cluster.fork_server import fork_servers
@@ -45,7 +46,7 @@ def shared_fork_server(nothing_outlives_the_session: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared_cluster(shared_fork_server: None) -> Iterator[ll.Cluster]:
     """Four workers with one thread each, for every test that does not harm them."""
-    with ll.Cluster([ll.Device(name=name, threads=1) for name in "abcd"]) as cluster:
+    with ll.Cluster([device(name) for name in "abcd"]) as cluster:
         cluster.workers()  # an answer of each: connections stand both ways, and no test is taken to leave them
         yield cluster
 
@@ -171,4 +172,4 @@ def load_unsharded(path: str, **arguments: object) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(path, **arguments).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model
+    return on_accelerator(model)

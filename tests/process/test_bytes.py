@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
+from accelerators import device
 from lingualinked.cluster.cluster import MIN_FRAME_BYTES
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 HIDDEN_BYTES = 32 * 4  # the tiny Llama's hidden size in float32
 
@@ -43,7 +44,7 @@ def test_a_decode_step_is_one_hidden_state_a_hop(sharded: Any, context: int, row
 def test_replies_larger_than_a_frame_come_in_several(tiny_llama: str, unsharded: PreTrainedModel) -> None:
     ids = torch.randint(3, 128, (4, 500))
     with (
-        ll.Cluster(2, max_frame_bytes=MIN_FRAME_BYTES) as cluster,
+        ll.Cluster([device(name) for name in "ab"], max_frame_bytes=MIN_FRAME_BYTES) as cluster,
         ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan="even", progress=False) as model,
     ):
         logits = model(ids).logits

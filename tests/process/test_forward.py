@@ -12,10 +12,12 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import accelerators
 import lingualinked as ll
+from accelerators import embed
 from families import reference, save_tiny
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93], [1, 5, 6, 7, 8, 9, 10]])
 PADDING = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
@@ -188,7 +190,7 @@ def test_it_is_the_transformers_model(sharded: Any, unsharded: PreTrainedModel) 
 
 def test_device_map_names_each_part(sharded: Any) -> None:
     parts = ["model.embed_tokens", *(f"model.layers.{index}" for index in range(4)), "model.norm", "lm_head"]
-    assert sharded.hf_device_map == dict.fromkeys(["", *parts], "cpu")
+    assert sharded.hf_device_map == {"": "cpu"} | dict.fromkeys(parts, accelerators.chosen)
     for name in parts:
         sharded.get_submodule(name)
 
@@ -303,7 +305,7 @@ def test_token_types_of_a_family_that_has_them(pair: tuple[Any, PreTrainedModel]
 
 
 def test_gradients_are_refused(sharded: Any, unsharded: PreTrainedModel) -> None:
-    embeddings = unsharded.get_input_embeddings()(IDS)
+    embeddings = embed(unsharded, IDS)
     with pytest.raises(ll.UnsupportedOperationError, match="inputs_embeds require gradients"):
         sharded(inputs_embeds=embeddings)
     assert not run(sharded, input_ids=None, inputs_embeds=embeddings).logits.requires_grad

@@ -9,9 +9,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import lingualinked as ll
+from accelerators import embed
 from waiting import num_sessions, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])
 BATCH = torch.tensor([[0, 0, 1, 17, 93, 54], [1, 5, 6, 7, 8, 9], [0, 1, 101, 45, 45, 3]])
@@ -72,7 +73,7 @@ def test_end_of_text_ends_rows_alike(sharded: Any, unsharded: PreTrainedModel) -
 
 
 def test_embeddings_instead_of_ids(sharded: Any, unsharded: PreTrainedModel) -> None:
-    embeddings = unsharded.get_input_embeddings()(IDS).detach()
+    embeddings = embed(unsharded, IDS).detach()
     ours, theirs = both(sharded, unsharded, inputs_embeds=embeddings)
     assert torch.equal(ours, theirs)
 

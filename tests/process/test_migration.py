@@ -20,13 +20,14 @@ from hypothesis import given, settings
 from transformers import PreTrainedModel
 
 import lingualinked as ll
+from accelerators import device
 from families import reference, save_tiny
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import inspect_workers
 from processes import stopped
 from waiting import num_sessions, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 NUM_LAYERS = 4
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])
@@ -163,7 +164,7 @@ def test_what_fails_to_load_leads_back(
 
 
 def test_a_device_that_dies_while_it_is_moved_to_leads_back(tiny_llama: str, unsharded: PreTrainedModel) -> None:
-    devices = [ll.Device(name=name, threads=1) for name in ("one", "two", "doomed")]
+    devices = [device(name) for name in ("one", "two", "doomed")]
     plan = ll.Plan.from_spans([("one", 0, 2), ("two", 2, 4)])
     with ll.Cluster(devices) as cluster:
         pid = cluster.pids["doomed"]
@@ -198,7 +199,7 @@ def kv_bytes_on(cluster: ll.Cluster, device: str) -> int:
 
 @pytest.mark.parametrize("victim", ["source", "target"])
 def test_a_kill_while_kv_is_copied(victim: str, tiny_llama: str, unsharded: PreTrainedModel) -> None:
-    devices = [ll.Device(name=name, threads=1) for name in ("first", "source", "target")]
+    devices = [device(name) for name in ("first", "source", "target")]
     links = {("source", "target"): ll.Link(bandwidth="100KB/s")}
     before = ll.Plan.from_spans([("first", 0, 2), ("source", 2, 4)])
     long = torch.arange(1500).remainder(90).add(3)[None]
@@ -231,7 +232,7 @@ def test_a_kill_while_kv_is_copied(victim: str, tiny_llama: str, unsharded: PreT
 
 
 def test_a_session_that_is_ended_while_it_changes_leaves_nothing(tiny_llama: str, unsharded: PreTrainedModel) -> None:
-    devices = [ll.Device(name=name, threads=1) for name in ("first", "source", "target")]
+    devices = [device(name) for name in ("first", "source", "target")]
     links = {("source", "target"): ll.Link(bandwidth="200KB/s")}
     plan = ll.Plan.from_spans([("first", 0, 2), ("source", 2, 4)])
     long = torch.arange(1500).remainder(90).add(3)[None]
@@ -278,7 +279,7 @@ def test_word_of_its_end_may_come_before_word_of_its_move(tiny_llama: str) -> No
     links = {("caller", "b"): ll.Link(latency="300ms")}
     before, after = (ll.Plan.from_spans([("a", 0, end), ("b", end, 4)]) for end in (1, 2))
     with (
-        ll.Cluster([ll.Device(name=name, threads=1) for name in "ab"], links=links) as cluster,
+        ll.Cluster([device(name) for name in "ab"], links=links) as cluster,
         ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=before, progress=False) as model,
     ):
         past = model(IDS).past_key_values
@@ -341,7 +342,7 @@ def test_what_is_no_plan_for_it_is_refused(moving: Any, plan: Any, error: type[E
 
 
 def test_token_ids_stay_on_trusted_devices(tiny_llama: str) -> None:
-    devices = [ll.Device(name="home", threads=1, trusted=True), ll.Device(name="foreign", threads=1)]
+    devices = [device("home", trusted=True), device("foreign")]
     plan = ll.Plan.from_spans([("home", 0, 1), ("foreign", 1, 3), ("home", 3, 4)])
     with ll.Cluster(devices) as cluster:
         load = functools.partial(ll.ShardedModel.from_pretrained, tiny_llama, cluster=cluster, progress=False)

@@ -16,7 +16,7 @@ import lingualinked as ll
 from families import reference, save_tiny
 from waiting import num_sessions, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93], [1, 5, 6, 7, 8, 9, 10]])
 NEXT = torch.tensor([[11, 12], [13, 14]])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import lingualinked as ll
 from families import reference, save_tiny, tiny_config
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 IDS = torch.tensor([[0, 0, 1, 17, 93, 54, 8, 17], [1, 5, 6, 7, 8, 9, 10, 11]])
 MASK = (IDS != 0).long()
@@ -100,6 +100,7 @@ def test_the_config_may_ask(pair: tuple[Any, Any]) -> None:
             model.config.output_hidden_states = False
 
 
+@pytest.mark.cpu_only(reason="a sharded model computes the loss of routers in the caller, on the CPU")
 @pytest.mark.parametrize(("family", "changed"), [("mixtral", {}), ("qwen2-moe", MIXED)])
 @torch.no_grad()
 def test_router_logits_and_their_loss(

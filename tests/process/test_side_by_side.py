@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from families import reference, save_tiny
 from waiting import num_sessions, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 CUTS = {
     "gpt2": [("a", 0, 2), ("b", 2, 4)],

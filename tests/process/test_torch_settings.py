@@ -12,9 +12,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-pytestmark = pytest.mark.process
+import accelerators
+
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93], [1, 5, 6, 7, 8, 9, 10]])
+
+
+def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return torch.autocast(accelerators.chosen.split(":")[0], dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -27,10 +33,10 @@ def float64_by_default() -> Iterator[None]:
 
 
 SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "autocast to bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast to bfloat16": lambda: autocast(torch.bfloat16),
     "sdpa in plain operations": lambda: sdpa_kernel(SDPBackend.MATH),
     "float64 by default": float64_by_default,
-    "all at once": lambda: both(torch.autocast("cpu", dtype=torch.float16), sdpa_kernel(SDPBackend.MATH)),
+    "all at once": lambda: both(autocast(torch.float16), sdpa_kernel(SDPBackend.MATH)),
 }
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import lingualinked as ll
+from accelerators import device
 from families import reference, save_tiny, tiny_model
 from lingualinked.sharded import loading
 from processes import stopped
 from waiting import num_sessions, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])
 FAMILIES = ("llama", "llama-tied", "gpt2", "gemma3", "mixtral", "opt-350m")
@@ -86,7 +87,7 @@ def test_steps_go_on_meanwhile(shared_cluster: ll.Cluster, tmp_path: Path) -> No
 def test_what_is_on_trusted_devices_is_lent_to_trusted_ones_alone(tmp_path: Path) -> None:
     folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
     whole = reference(folder)
-    devices = [ll.Device(name="mine", threads=1, trusted=True), ll.Device(name="theirs", threads=1)]
+    devices = [device("mine", trusted=True), device("theirs")]
     plan = ll.Plan.from_spans([("mine", 0, 2), ("theirs", 2, 3), ("mine", 3, 4)])
     with (
         ll.Cluster(devices) as cluster,
@@ -108,7 +109,7 @@ def test_what_is_on_trusted_devices_is_lent_to_trusted_ones_alone(tmp_path: Path
 
 def test_who_has_them_dies_meanwhile(tmp_path: Path) -> None:
     folder = save_tiny("llama", torch.float32, tmp_path / "checkpoint")
-    devices = [ll.Device(name=name, threads=1) for name in ("doomed", "other", "idle")]
+    devices = [device(name) for name in ("doomed", "other", "idle")]
     with ll.Cluster(devices) as cluster:
         pid = cluster.pids["doomed"]
         plan = ll.Plan.from_spans([("doomed", 0, 2), ("other", 2, 4)])

@@ -62,10 +62,13 @@ def profile_devices(
     groups: defaultdict[object, list[ModelMeasured]] = defaultdict(list)
     for device, answer in zip(devices, answers, strict=True):
         groups[_likeness(cluster.as_it_behaves(device), answer.hardware)].append(answer)
+    free: defaultdict[str, list[int]] = defaultdict(list)  # a worker that answers early may not see what others take
+    for device, answer in zip(devices, answers, strict=True):
+        free[device.accelerator].append(answer.free_bytes)
     measured = []
     for device, answer in zip(devices, answers, strict=True):
         alike = groups[_likeness(cluster.as_it_behaves(device), answer.hardware)]
-        free_bytes = answer.free_bytes // _num_sharing(device, devices)
+        free_bytes = share_of_memory(device, devices, min(free[device.accelerator]))
         measured.append(_device_profile(device, alike, footprint.profile, free_bytes))
     names = [device.name for device in devices]
     return Profile(
@@ -97,7 +100,7 @@ def extend_profile(
     likeness = _likeness(cluster.as_it_behaves(device), answer.hardware)
     known = [each for each in profile.devices if _likeness(each.device, each.hardware) == likeness]
     alike = [answer, *map(_as_measured, known)]
-    free_bytes = answer.free_bytes // _num_sharing(device, [device, *others])
+    free_bytes = share_of_memory(device, [device, *others], answer.free_bytes)
     measured = _device_profile(device, alike, footprint.profile, free_bytes)
     rounds = [[(device_name, other)] for other in (CALLER, *profile.names)]
     return dataclasses.replace(
@@ -192,9 +195,16 @@ def _likeness(device: Device, hardware: str) -> object:
     return device.accelerator.partition(":")[0], hardware, device.threads, device.slowdown, device.cpus is None
 
 
-def _num_sharing(device: Device, devices: Sequence[Device]) -> int:
-    """Count the devices that the memory which one finds free is for."""
-    return sum(each.accelerator == "cpu" for each in devices) if device.accelerator == "cpu" else 1
+def share_of_memory(device: Device, devices: Sequence[Device], free_bytes: int) -> int:
+    """Return how much of the free memory of a processor or GPU is for one of the devices that share it.
+
+    Those with a limit of their own get that much, or as large a part of it as of the others' limits; the rest is shared equally.
+    """
+    sharing = [each for each in devices if each.accelerator == device.accelerator]
+    claimed = sum(each.memory_bytes or 0 for each in sharing)
+    if device.memory_bytes is not None:
+        return min(device.memory_bytes, free_bytes * device.memory_bytes // claimed)
+    return max(0, free_bytes - claimed) // sum(each.memory_bytes is None for each in sharing)
 
 
 def _as_measured(known: DeviceProfile) -> ModelMeasured:

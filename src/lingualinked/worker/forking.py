@@ -36,6 +36,8 @@ def main() -> None:
     if first is None:
         return
     preload = msgspec.json.decode(first, type=Preload)
+    # Should an import ask whether there is a GPU: the driver's own answer would initialise it, which no fork survives.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with _watch_caller(channel, preload):
         import torch
 

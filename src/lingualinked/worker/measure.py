@@ -1,20 +1,19 @@
 """Measures how long the parts of a model take on this device, with its real modules and shapes.
 
-Knows stages, clocks and hooks; no other devices, and no plans.
+Knows stages and shapes of steps; no other devices, and no plans.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.model.architectures import read_config
@@ -27,11 +26,9 @@ from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMe
 from lingualinked.protocol.messages import Step
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.limits import describe_hardware, free_bytes
+from lingualinked.worker.module_timer import ModuleTimer, clock_of
 from lingualinked.worker.pace import Pace
 from lingualinked.worker.power import PowerMeter, find_counter
-
-if TYPE_CHECKING:
-    from lingualinked.model.span_loading import LoadedSpan
 
 _FLUSH_BYTES = 64 << 20  # more than a processor's caches hold
 _NUM_IDS = 64  # token ids to choose from; fewer if the vocabulary is smaller
@@ -67,9 +64,8 @@ class Measurer:
         self._samples: defaultdict[tuple[Part, MeasuredShape], list[float]] = defaultdict(list)
         # Read before each step: in service, the processor's caches hold neither weights nor code at that time either.
         self._flushing = torch.zeros(_FLUSH_BYTES // 4) if accelerator == "cpu" else None
-        # No method: the meter would refer back to this object, and keep its memory until the collector runs.
-        self._clock_s = functools.partial(_read_clock_s, self._device, pace)
-        self._power = PowerMeter(find_counter(accelerator), self._clock_s)
+        self._clock = clock_of(self._device, pace)
+        self._power = PowerMeter(find_counter(accelerator), pace.emulated_clock_s)
 
     def run(self) -> ModelMeasured:
         """Measure every span of the request."""
@@ -107,7 +103,7 @@ class Measurer:
         span = load_span(self._request.spec, start, end)
         stage = Stage(span, start, end, self._device)
         hosted = HostedStage(stage, CALLER, CALLER, max_kv_tokens=None)
-        with _ModuleTimer(span, start, end, self._clock_s) as timer, self._power.measure():
+        with ModuleTimer(span, start, end, self._clock) as timer, self._power.measure():
             for rows in sorted({shape.rows for shape in self._request.shapes}):
                 shapes = [shape for shape in self._request.shapes if shape.rows == rows]
                 for shape in shapes:
@@ -119,11 +115,15 @@ class Measurer:
                         self._repeat_shape(shape, self._request.num_decodes, functools.partial(decode, shape))
                 hosted.end_session(0)
 
-    def _make_prefill(self, hosted: HostedStage, timer: _ModuleTimer, shape: MeasuredShape) -> Callable[[], _Sample]:
+    def _make_prefill(
+        self, hosted: HostedStage, timer: ModuleTimer[Any], shape: MeasuredShape
+    ) -> Callable[[], _Sample]:
         """Return a function that times one prefill."""
         return lambda: self._time_step(_TrialSession(hosted, self._request, shape.rows), timer, shape)
 
-    def _make_decode(self, hosted: HostedStage, timer: _ModuleTimer, rows: int) -> Callable[[MeasuredShape], _Sample]:
+    def _make_decode(
+        self, hosted: HostedStage, timer: ModuleTimer[Any], rows: int
+    ) -> Callable[[MeasuredShape], _Sample]:
         """Return a function that times one decode step, in a text that grows until it has no more positions."""
         session = _TrialSession(hosted, self._request, rows)
         limit = self._request.max_positions
@@ -145,36 +145,32 @@ class Measurer:
         self._num_done += 1
         self._on_progress(self._num_done)
 
-    def _time_step(self, session: _TrialSession, timer: _ModuleTimer, shape: MeasuredShape) -> _Sample:
+    def _time_step(self, session: _TrialSession, timer: ModuleTimer[Any], shape: MeasuredShape) -> _Sample:
         session.prepare_step(shape.tokens)
         if self._flushing is not None:
             self._flushing.sum()
         timer.clear()
-        began_s = self._clock_s()
+        began = self._clock.mark()
         session.run_prepared()
-        rest_s = self._clock_s() - began_s - timer.total_s
+        total_s = self._clock.seconds_between(began, self._clock.mark())
+        layers_s, prologue_s, epilogue_s = timer.layers_s, timer.prologue_s, timer.epilogue_s
+        rest_s = total_s - sum(layers_s) - prologue_s - epilogue_s
         stage = session.hosted.stage
         kinds = self._request.kind_of_layer[stage.start : stage.end]
         is_pair = len(kinds) == self._most_layers
-        *_, last_s = timer.layers_s
+        *_, last_s = layers_s
         sample: _Sample = {}
         if is_pair or kinds[-1] not in self._paired:  # a single layer counts only if no pair ends with its kind
             sample[kinds[-1]] = last_s
         if is_pair:
             if len(set(kinds)) == 1:  # the first layer's extra time is a cost of the stage
-                rest_s += timer.layers_s[0] - last_s
+                rest_s += layers_s[0] - last_s
             sample["stage"] = rest_s
         if stage.is_first:
-            sample["prologue"] = timer.prologue_s
+            sample["prologue"] = prologue_s
         if stage.is_last:
-            sample["epilogue"] = timer.epilogue_s
+            sample["epilogue"] = epilogue_s
         return sample
-
-
-def _read_clock_s(device: torch.device, pace: Pace) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return pace.emulated_clock_s()
 
 
 def repeat_step(step: Callable[[], _Sample], num_wanted: int) -> list[_Sample]:
@@ -255,55 +251,3 @@ class _TrialSession:
         """Prepare a step and run it."""
         self.prepare_step(num_new)
         self.run_prepared()
-
-
-class _ModuleTimer:
-    """Times a span's layers, its prologue and its epilogue, by hooks on their modules."""
-
-    def __init__(self, span: LoadedSpan, start: int, end: int, clock_s: Callable[[], float]) -> None:
-        self._clock_s = clock_s
-        self._hooks = contextlib.ExitStack()
-        self.layers_s: list[float] = []
-        self.prologue_s = self.epilogue_s = 0.0
-        layers = span.model.get_submodule(span.parts.layers)
-        assert isinstance(layers, nn.ModuleList)
-        for layer in layers[start:end]:
-            self._time_module(layer, self.layers_s.append)
-        for path in span.parts.prologue:
-            self._time_module(span.model.get_submodule(path), self._add_prologue)
-        for path in span.parts.epilogue:
-            self._time_module(span.model.get_submodule(path), self._add_epilogue)
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of all modules since `clear`."""
-        return sum(self.layers_s) + self.prologue_s + self.epilogue_s
-
-    def clear(self) -> None:
-        """Reset all times."""
-        self.layers_s.clear()
-        self.prologue_s = self.epilogue_s = 0.0
-
-    def _add_prologue(self, seconds: float) -> None:
-        self.prologue_s += seconds
-
-    def _add_epilogue(self, seconds: float) -> None:
-        self.epilogue_s += seconds
-
-    def _time_module(self, module: nn.Module, record: Callable[[float], None]) -> None:
-        began_s: list[float] = []
-
-        def begin(_module: nn.Module, _arguments: Any) -> None:
-            began_s.append(self._clock_s())
-
-        def finish(_module: nn.Module, _arguments: Any, _output: Any) -> None:
-            record(self._clock_s() - began_s.pop())
-
-        self._hooks.callback(module.register_forward_pre_hook(begin).remove)
-        self._hooks.callback(module.register_forward_hook(finish).remove)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()

@@ -91,7 +91,7 @@ logger = logging.getLogger("lingualinked.worker")
 def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     """Run a worker until the caller, who holds the other end of the socket `channel`, has ended."""
     # 1) limits first, since threads inherit their cores; then the thread that ends this process with its caller
-    apply_limits(boot.threads, boot.cpus, boot.memory_bytes)
+    apply_limits(boot.threads, boot.cpus, boot.memory_bytes, boot.accelerator)
     Lifeline(channel, boot.caller_pid, boot.socket_folder)
     # 2) the mailbox, and what wakes its loop: log records, and callbacks of background jobs
     handler = forward_logs(boot.log_level)
@@ -99,7 +99,6 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
         boot.name,
         keys,
         socket_folder=boot.socket_folder,
-        shared_memory=boot.shared_memory,
         max_frame_bytes=boot.max_frame_bytes,
     )
     handler.on_record = mailbox.wake
@@ -344,7 +343,6 @@ class Worker:
             return
         self._send_to_caller(StepFailed(model=step.model, session=step.session, number=step.number, **failure))
         if failure["kind"] is FailureKind.MEMORY:
-            self._stages.drop_idle_caches()
             release_memory(self._boot.accelerator)  # of the step; the error referred to it until here
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
