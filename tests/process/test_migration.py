@@ -37,6 +37,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "a padded batch": {"input_ids": PADDED, "attention_mask": (PADDED != 0).long()},
     "beams": {"input_ids": IDS, "num_beams": 3},
     "prompt lookup": {"input_ids": IDS, "prompt_lookup_num_tokens": 3},
+    "static KV": {"input_ids": IDS, "num_beams": 2, "cache_implementation": "static"},
 }
 FAMILIES = ("llama", "gemma2", "gpt2", "mixtral")  # full attention, sliding windows, tied ends, experts
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel, StaticCache
 
 import lingualinked as ll
 
@@ -111,3 +111,9 @@ def test_buffers_do_not_double_beyond_a_devices_memory() -> None:
             past = model(torch.ones((8, 50), dtype=torch.long), past_key_values=past, logits_to_keep=1).past_key_values
         assert past.get_seq_length() == 550
         assert kv_bytes(model) == 640 * token_bytes
+        static = StaticCache(config=model.config, max_cache_len=1_000)
+        with pytest.raises(ll.DeviceMemoryError, match="can't allocate memory"):
+            model(torch.ones((8, 50), dtype=torch.long), past_key_values=static)
+        assert (
+            model(torch.ones((8, 50), dtype=torch.long), past_key_values=past).past_key_values.get_seq_length() == 600
+        )

@@ -241,7 +241,7 @@ def refused_caches(unsharded: PreTrainedModel) -> Iterator[tuple[StaticCache, st
     other = copy.deepcopy(config)
     other.sliding_window = 4
     yield StaticCache(config=other, max_cache_len=16), "layers differ from the model's"
-    for length in (0, -1, 2.5):
+    for length in (0, -1, 2.5, 2**63):
         yield StaticCache(config=config, max_cache_len=length), f"max_cache_len={length} .* must be an integer"
 
 
@@ -252,6 +252,21 @@ def test_another_cache_is_refused_as_it_was(sharded: Any, unsharded: PreTrainedM
             with pytest.raises((ll.UnsupportedOperationError, ll.ArgumentError), match=words):
                 use(IDS, past_key_values=cache, **arguments)
         assert type(cache) is StaticCache
+
+
+def test_what_layers_record_is_as_long_as_it(place: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_tiny("mixtral", torch.bfloat16, tmp_path)
+    recorded = []
+    for model in (place(folder, SPANS, attn_implementation="eager"), reference(folder, attn_implementation="eager")):
+        past = StaticCache(config=model.config, max_cache_len=20)
+        asked = {f"output_{name}": True for name in ("attentions", "hidden_states", "router_logits")}
+        with torch.no_grad():
+            output = model(IDS, past_key_values=past, labels=IDS, **asked)
+            logits, *_, attentions = model(IDS, past_key_values=past, output_attentions=True, return_dict=False)
+        recorded.append([output.loss, output.aux_loss, output.logits, logits, *output.attentions, *attentions])
+        recorded[-1] += [*output.hidden_states, *output.router_logits]
+        assert attentions[0].shape == (1, 4, 7, 20)
+    assert all(map(torch.equal, *recorded))
 
 
 class MovingHalfway:
@@ -349,3 +364,12 @@ def test_windows_alone_go_on_for_ever(place: Callable[..., Any], tmp_path: Path)
         ids = IDS[:, :num_new]
         assert torch.equal(*(step(model, ids, past) for model, past in zip(pair, pasts, strict=True)))
     assert_equal(*(generate(model) for model in pair))
+    pasts = [StaticCache(config=model.config, max_cache_len=20) for model in pair]
+    for num_new, num_keys in ((3, 6), (4, 7), (2, 7), (1, 6)):  # of a window of 6: not full, filled, and full
+        mask = torch.ones(1, 1, num_new, num_keys, dtype=torch.bool).tril(num_keys - num_new)
+        ids = IDS[:, :num_new]
+        assert torch.equal(
+            *(step(model, ids, past, attention_mask=mask) for model, past in zip(pair, pasts, strict=True))
+        )
+        with pytest.raises(ll.ArgumentError, match="any dimension may be 1"):
+            step(pair[0], ids, pasts[0], attention_mask=torch.ones(1, 1, num_new, 20, dtype=torch.bool))

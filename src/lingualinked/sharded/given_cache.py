@@ -15,6 +15,8 @@ from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, Sharde
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
+_MOST_TOKENS = 2**63 - 1  # per row, as torch counts
+
 GivenCache = ShardedCache | DynamicCache | StaticCache
 """A handle, or an empty KV cache of transformers."""
 
@@ -69,10 +71,9 @@ def _check_static(given: StaticCache, config: PreTrainedConfig) -> None:
         lengths = layer_lengths(given)
     except TypeError:
         lengths = (0,)
-    if min(lengths) < 1:
-        raise ArgumentError(
-            f"max_cache_len={given.get_max_length()!r} of past_key_values must be an integer, and at least 1"
-        )
+    if not 1 <= min(lengths) <= max(lengths) <= _MOST_TOKENS:
+        length = given.get_max_length()
+        raise ArgumentError(f"max_cache_len={length!r} of past_key_values must be an integer from 1 to {_MOST_TOKENS}")
     own = StaticCache(config=config, max_cache_len=max(lengths))
     if list(map(type, given.layers)) != list(map(type, own.layers)) or lengths != layer_lengths(own):
         raise UnsupportedOperationError(
