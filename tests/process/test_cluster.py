@@ -356,6 +356,7 @@ def test_a_stranger_is_refused_and_the_caller_hears_of_it(
         ({"devices": 1, "max_frame_bytes": 0}, "max_frame_bytes=0"),
         ({"devices": 1, "max_frame_bytes": 1500}, "max_frame_bytes=1500 can't carry every message"),
         ({"devices": 1, "max_frame_bytes": 0.5}, "max_frame_bytes=0.5"),
+        ({"devices": 1, "shared_memory": "no"}, "shared_memory='no' must be True or False"),
     ],
 )
 def test_what_no_cluster_can_be_made_of(arguments: dict[str, Any], words: str) -> None:

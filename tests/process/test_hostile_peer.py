@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from lingualinked.protocol.messages import (
 from lingualinked.protocol.moving import FetchWeight, KVChunk, KVSlice, MoveSession, SessionState
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
 from lingualinked.transport.codec import Limits, encode_message
+from lingualinked.transport.message_limits import RING_BYTES
 from message_examples import TYPES, example
 from process.outsiders import Outsider
 from waiting import num_sessions, wait_until
@@ -96,9 +98,38 @@ def no_messages() -> Iterator[Kind]:
         "a tensor of 2^80 bytes": [b"\x01" + msgspec.msgpack.encode((b"", [[8, 2**40, 2**40]])), b"1234"],
         "empty tensors of 2^80 bytes": [b"\x01" + msgspec.msgpack.encode((b"", [[8, 0, 2**40, 2**40]]))],
         "ten thousand empty frames": [head, *[b""] * 10_000],
+        "in memory that is not shared": in_memory((b"x" * 16, 4_096, 1), [8, 1000]),
+        "in memory, and in a frame too": [*in_memory((b"x" * 16, 4_096, 1), [8, 1000]), bytes(4_000)],
+        "memory of no process": offering((b"x" * 16, 2**40, 3, 1)),
+        "memory that is a stream": offering((b"x" * 16, os.getpid(), 0, 1)),
     }
     for name, envelope in envelopes.items():
         yield f"frames: {name}", [envelope]
+    yield from hostile_memory()
+
+
+def in_memory(place: object, *descriptors: list[int]) -> list[bytes]:
+    return [b"\x01" + msgspec.msgpack.encode((b"", descriptors, 0, place, None))]
+
+
+def offering(offer: object) -> list[bytes]:
+    return [b"\x01" + msgspec.msgpack.encode((b"", [], 0, None, offer))]
+
+
+def hostile_memory() -> Iterator[Kind]:
+    """A ring that is the outsider's own, and in which is not what its messages say."""
+    token, file = b"t" * 16, os.memfd_create("hostile")
+    try:
+        os.ftruncate(file, 4_096 + RING_BYTES)
+        os.pwrite(file, token, 0)
+        yield "memory: offered again and again", [offering((token, os.getpid(), file, 1))] * 200
+        yield "memory: full of holes", [in_memory((token, 4_096, 1), [1, RING_BYTES])] * 20
+        yield "memory: beyond its end", [in_memory((token, 4_097, 1), [1, RING_BYTES])]
+        yield "memory: where no tensor is", [in_memory((token, 0, 1), [1, 100])]
+        os.ftruncate(file, 10_000)
+        yield "memory: shortened", [in_memory((token, 4_096, 1), [1, RING_BYTES])] * 20
+    finally:
+        os.close(file)
 
 
 class Aim:

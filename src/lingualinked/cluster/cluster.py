@@ -60,6 +60,10 @@ class Cluster:
         Seconds that any one answer of a worker may take; ``None``: 600.
     max_frame_bytes : int
         Largest frame on a socket, in bytes, 256 KiB at least; larger tensors travel in several, all else in one.
+    shared_memory : bool
+        Whether tensors of a message that has 64 KiB of them or more travel through memory that two processes share, which is
+        faster and not encrypted; it is open only to processes of this user. They travel over sockets, encrypted, if false,
+        and where processes can't share memory.
 
     Raises
     ------
@@ -83,6 +87,7 @@ class Cluster:
         links: Links | None = None,
         timeout_s: float | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        shared_memory: bool = True,
         _class_names: tuple[str, ...] = (),
         _forks: bool | None = None,
     ) -> None:
@@ -98,7 +103,10 @@ class Cluster:
                 f"max_frame_bytes={max_frame_bytes} can't carry every message: give {MIN_FRAME_BYTES} ({MIN_FRAME_BYTES >> 10} KiB) "
                 "or more"
             )
+        if not isinstance(shared_memory, bool):
+            raise ArgumentError(f"shared_memory={shared_memory!r} must be True or False")
         self._max_frame_bytes = max_frame_bytes
+        self._shared_memory = shared_memory
         check_start(self.devices)
         ends = contextlib.ExitStack()
         self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
@@ -110,7 +118,7 @@ class Cluster:
             import lingualinked.cluster.engine  # noqa: F401 - before what an interrupt has to wait for
 
             self._engine = engine = uninterrupted(_start_engine)(
-                ends, [device.name for device in self.devices], launcher.socket_folder, max_frame_bytes
+                ends, [device.name for device in self.devices], launcher.socket_folder, max_frame_bytes, shared_memory
             )
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
             engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
@@ -137,6 +145,7 @@ class Cluster:
             cpus=device.cpus,
             memory_bytes=device.memory_bytes,
             max_frame_bytes=self._max_frame_bytes,
+            shared_memory=self._shared_memory,
             log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
             emulation=emulation,
         )
@@ -357,10 +366,11 @@ def _start_engine(
     devices: Sequence[str],
     socket_folder: str,
     max_frame_bytes: int,
+    shared_memory: bool,
 ) -> Engine:
     from lingualinked.cluster.engine import Engine  # imports torch and zmq
 
-    engine = Engine(devices, socket_folder, max_frame_bytes)
+    engine = Engine(devices, socket_folder, max_frame_bytes, shared_memory)
     ends.callback(engine.stop)
     return engine
 

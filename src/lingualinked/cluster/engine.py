@@ -45,8 +45,9 @@ def end_with_interpreter() -> None:
 class Engine:
     """Everything that one cluster sends and receives, on one thread."""
 
-    def __init__(self, devices: Iterable[str], socket_folder: str, max_frame_bytes: int) -> None:
+    def __init__(self, devices: Iterable[str], socket_folder: str, max_frame_bytes: int, shared_memory: bool) -> None:
         self._socket_folder = socket_folder
+        self._shared_memory = shared_memory
         self._max_frame_bytes = max_frame_bytes
         self.trusted: frozenset[str] = frozenset()  # devices; the cluster says which
         self._owner_pid = os.getpid()
@@ -210,6 +211,7 @@ class Engine:
                 CALLER,
                 generate_keypair(),
                 socket_folder=self._socket_folder,
+                shared_memory=self._shared_memory,
                 max_frame_bytes=self._max_frame_bytes,
             )
         except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it

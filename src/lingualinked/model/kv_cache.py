@@ -104,6 +104,16 @@ class StageCache:
         return self.max_cache_len > 0
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows held; 0 before the first step."""
+        return max((layer.num_rows for layer in self.owned.values()), default=0)
+
+    @property
+    def size(self) -> int:
+        """Tokens in all rows for which a static cache has memory."""
+        return self.num_rows * self.max_cache_len
+
+    @property
     def can_be_captured(self) -> bool:
         """Whether a step that adds one token does the same on the device at every length, as sliding windows don't."""
         return self.is_static and self.num_tokens > 0 and not self._has_fixed_windows

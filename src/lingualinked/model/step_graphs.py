@@ -53,7 +53,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        self._latest: Any = None  # keeps the memory that they share: it is given up with the last graph
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
         """Capture what `body` launches; raise what torch raises if it can't be captured, such as a wait for the device."""
@@ -66,7 +66,8 @@ class CudaRecorder:
         try:
             with torch.cuda.stream(stream):
                 # Only this thread's calls count: another one may be loading a stage.
-                graph.capture_begin(*([] if self._pool is None else [self._pool]), capture_error_mode="thread_local")
+                pool = () if self._latest is None else (self._latest.pool(),)
+                graph.capture_begin(*pool, capture_error_mode="thread_local")
                 try:
                     body()
                 except BaseException:
@@ -78,7 +79,7 @@ class CudaRecorder:
             if collects:
                 gc.enable()
         current.wait_stream(stream)
-        self._pool = self._pool or graph.pool()
+        self._latest = graph
         replay: Callable[[], None] = graph.replay
         return replay
 
@@ -191,6 +192,7 @@ class StepGraphs:
     record: Recorder | None  # None: the device has no graphs
     refusals: dict[Any, str] = field(default_factory=dict)  # why steps of a kind can't be replayed
     num_replayed: int = 0
+    idle: list[StageCache] = field(default_factory=list)  # of sessions that have ended, for others of the same shape
 
     def find(self, inputs: DecodeInputs, constants: Any, forward: Forward, cache: StageCache) -> StepGraph | None:
         """Return the graph of a kind of step, which may be still to be captured; None if there can be none.
@@ -217,3 +219,17 @@ class StepGraphs:
         graph.cache.captured.pop(graph.kind)
         self.refusals[graph.kind] = reason
         logger.info("decode steps of a kind stay eager, since they can't be replayed as a graph: %s", reason)
+
+    def keep(self, cache: StageCache, max_tokens: float) -> None:
+        """Keep the cache of a session that has ended, if it has graphs, while all idle ones have at most `max_tokens`."""
+        if cache.captured and cache.size + sum(each.size for each in self.idle) <= max_tokens:
+            self.idle.append(cache)
+
+    def reuse(self, num_rows: int, max_cache_len: int) -> StageCache | None:
+        """Return an idle cache of a shape, emptied, with its graphs; None if there is none."""
+        for index, cache in enumerate(self.idle):
+            if (cache.num_rows, cache.max_cache_len) == (num_rows, max_cache_len):
+                del self.idle[index]
+                cache.clear()
+                return cache
+        return None

@@ -62,6 +62,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     cpus: tuple[int, ...] | None  # cores that it is pinned to
     memory_bytes: int | None  # limit beyond the memory of an idle worker
     max_frame_bytes: int
+    shared_memory: bool  # whether it may exchange large tensors through memory
     log_level: int  # lowest level of the log records that it sends to the caller
     emulation: Emulation  # at first
 

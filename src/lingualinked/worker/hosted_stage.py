@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -16,6 +17,7 @@ from torch import Tensor
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
 from lingualinked.protocol.messages import KVEdit, KVEditKind, Step, StepRecorded
 from lingualinked.quantities import count_text
@@ -63,7 +65,7 @@ class HostedStage:
         Frees the session if it raises: a ProtocolError if the step is not the session's next one, or does not match its tensors.
         """
         started = pace.start_timer()
-        session = self._find_session(step)
+        session = self._find_session(step, len(tensors[0]) if tensors and tensors[0].ndim else 0)
         try:
             output = self._compute(session, step, tensors)
         except BaseException:
@@ -92,8 +94,15 @@ class HostedStage:
 
     def end_session(self, session: int) -> None:
         """Free a session's KV, including KV received in advance; does nothing if there is none."""
-        self.sessions.pop(session, None)
+        ended = self.sessions.pop(session, None)
         self._incoming.pop(session, None)
+        if ended is not None and ended.cache is not None:
+            self.stage.graphs.keep(ended.cache, self._room())
+
+    def _room(self) -> float:
+        """Return the tokens, in all rows, that sessions leave of the budget."""
+        held = sum(each.num_rows * each.num_tokens for each in self.sessions.values())
+        return math.inf if self._max_kv_tokens is None else self._max_kv_tokens - held
 
     def write_kv(self, session: int, pieces: Sequence[Piece], max_cache_len: int = 0) -> None:
         """Write KV of a session that still runs elsewhere, in a KV cache of `max_cache_len` tokens per row; 0: one that grows.
@@ -166,8 +175,8 @@ class HostedStage:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of its weights and of all its KV."""
-        return self.stage.weight_bytes + self._kv_bytes()
+        """Bytes of its weights and of all its KV, also of idle caches."""
+        return self.stage.weight_bytes + self._kv_bytes() + sum(each.nbytes for each in self.stage.graphs.idle)
 
     def snapshot(self) -> StageSnapshot:
         """Return the stage's span, its memory, and the work that it has done."""
@@ -190,12 +199,26 @@ class HostedStage:
         held = (*self.sessions.values(), *self._incoming.values())
         return sum(session.cache.nbytes for session in held if session.cache is not None)
 
-    def _find_session(self, step: Step) -> HostedSession:
+    def _open_cache(self, num_rows: int, max_cache_len: int) -> StageCache:
+        """Make the KV cache of a new session, or use one again that fits; idle ones make room."""
+        idle = self.stage.graphs.idle
+        reused = self.stage.graphs.reuse(num_rows, max_cache_len)
+        if reused is not None:
+            return reused
+        if idle and max_cache_len:
+            accelerator = str(self.stage.device)
+            token_bytes = sum(each.nbytes for each in idle) / sum(each.size for each in idle)
+            if num_rows * max_cache_len * token_bytes > spare_bytes(accelerator):
+                idle.clear()
+                release_memory(accelerator)
+        return self._new_cache(max_cache_len)
+
+    def _find_session(self, step: Step, num_rows: int) -> HostedSession:
         session = self.sessions.get(step.session)
         if session is None:
             if step.number != 0:
                 raise ProtocolError(f"step {step.number} arrived for session {step.session}, which has no state here")
-            cache = self._new_cache(step.max_cache_len) if step.keeps_kv else None
+            cache = self._open_cache(num_rows, step.max_cache_len) if step.keeps_kv else None
             session = self.sessions[step.session] = HostedSession(cache, StepContext())
         elif step.number != session.number:
             raise ProtocolError(
@@ -207,6 +230,8 @@ class HostedStage:
     def _check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
         """Record the size that a session's KV will have, and check the budget of all sessions."""
         session.num_rows, session.num_tokens = num_rows, num_tokens
+        if sum(each.size for each in self.stage.graphs.idle) > self._room():
+            self.stage.graphs.idle.clear()
         if self._max_kv_tokens is not None:
             self._check_room(sum(each.num_rows * each.num_tokens for each in self.sessions.values()))
 

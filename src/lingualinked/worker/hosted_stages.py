@@ -235,6 +235,11 @@ class HostedStages:
             for key, hosted in sorted(self._stages.items())
         )
 
+    def drop_idle_caches(self) -> None:
+        """Free the KV caches that are kept for later sessions."""
+        for hosted in self._stages.values():
+            hosted.stage.graphs.idle.clear()
+
     def held_bytes(self) -> int:
         """Return the bytes of weights and KV of all models.
 

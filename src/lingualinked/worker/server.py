@@ -99,6 +99,7 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
         boot.name,
         keys,
         socket_folder=boot.socket_folder,
+        shared_memory=boot.shared_memory,
         max_frame_bytes=boot.max_frame_bytes,
     )
     handler.on_record = mailbox.wake
@@ -343,6 +344,7 @@ class Worker:
             return
         self._send_to_caller(StepFailed(model=step.model, session=step.session, number=step.number, **failure))
         if failure["kind"] is FailureKind.MEMORY:
+            self._stages.drop_idle_caches()
             release_memory(self._boot.accelerator)  # of the step; the error referred to it until here
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:

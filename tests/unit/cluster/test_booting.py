@@ -23,6 +23,7 @@ BOOT = Boot(
     cpus=None,
     memory_bytes=None,
     max_frame_bytes=1,
+    shared_memory=True,
     log_level=30,
     emulation=Emulation(slowdown=1.0, links=(), delayed_from=()),
 )

@@ -15,6 +15,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import StageInputs, StageOutput
+from lingualinked.model.step_graphs import StepGraphs
 from lingualinked.protocol.messages import KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import KVSlice
 from lingualinked.worker.background import Background
@@ -31,6 +32,9 @@ class PlainStage:
     """Keeps KV and computes nothing."""
 
     start, end, weight_bytes, device = 0, 2, 0, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.graphs = StepGraphs(self.device, None)
 
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
         return StageCache(CONFIG, {0, 1}, spare_bytes, max_cache_len)

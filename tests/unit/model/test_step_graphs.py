@@ -1,0 +1,193 @@
+"""Captured decode steps give the eager bits, or are given up: with recorders that run the function again, or do worse.
+
+Knows no CUDA: what a graph does on the device, these recorders do in this process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from conversations import dummy_spec, extend, positions_of, prompt
+from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.stage import Stage, StageInputs
+from lingualinked.model.step_graphs import Recorder
+
+ROOM = 40
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    return Stage.load(dummy_spec("llama", "bfloat16"), 0, 4)
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs(stage: Stage) -> None:
+    stage.graphs.refusals.clear()
+    stage.graphs.num_replayed = 0
+    stage.graphs.record = None
+
+
+class Text:
+    """One text on a stage, decoded greedily."""
+
+    def __init__(self, stage: Stage, cache: StageCache, *, rows: int = 1, padding: int = 0) -> None:
+        self.stage, self.cache = stage, cache
+        self.tokens = prompt(rows, 9)
+        self.mask = torch.ones_like(self.tokens)
+        self.mask[: rows // 2, :padding] = 0
+
+    def step(self, **changes: object) -> Tensor:
+        """Run a step, and return a copy of its logits."""
+        inputs = {
+            "tensors": (self.tokens,),
+            "layout": None,
+            "attention_mask": self.mask,
+            "position_ids": positions_of(self.mask, self.tokens.shape[1]),
+            "logits_to_keep": 1,
+        }
+        logits = self.stage.step(StageInputs(**(inputs | changes)), self.cache).tensors[0].clone()
+        self.tokens = logits[:, -1:].argmax(-1)
+        self.mask = extend(self.mask, 1)
+        return logits
+
+
+def decode(stage: Stage, record: Recorder | None, cache: StageCache | None = None, **of_text: int) -> list[Tensor]:
+    stage.graphs.record = record
+    text = Text(stage, cache or stage.new_cache(max_cache_len=ROOM), **of_text)
+    return [text.step() for _ in range(12)]
+
+
+def run_again(body: Callable[[], None]) -> Callable[[], None]:
+    return body
+
+
+def right_once(body: Callable[[], None]) -> Callable[[], None]:
+    """As a graph that holds a constant which should have changed: what it does later is what it did first."""
+    runs = [body]
+
+    def replay() -> None:
+        if runs:
+            runs.pop()()
+
+    return replay
+
+
+def refuse(_body: Callable[[], None]) -> Callable[[], None]:
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("of_text", [{}, {"rows": 3}, {"rows": 4, "padding": 3}], ids=str)
+def test_replayed_steps_are_exact(stage: Stage, of_text: dict[str, int]) -> None:
+    eager = decode(stage, None, **of_text)
+    assert_equal(decode(stage, run_again, **of_text), eager)
+    assert stage.graphs.num_replayed == 8  # of 11 decode steps: one to warm up, two trials
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (lambda body: lambda: None, "it gives other bits than the eager step"),
+        (right_once, "it gives other bits than the eager step"),
+        (refuse, "operation not permitted when stream is capturing"),
+    ],
+    ids=["does nothing", "right once", "can't be captured"],
+)
+def test_a_graph_that_is_wrong_is_given_up(
+    stage: Stage, record: Recorder, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    eager = decode(stage, None)
+    with caplog.at_level(logging.INFO, "lingualinked.model"):
+        assert_equal(decode(stage, record), eager)
+        assert_equal(decode(stage, record), eager)  # it is not tried again
+    assert list(stage.graphs.refusals.values()) == [reason]
+    assert stage.graphs.num_replayed == 0
+    assert caplog.text.count(reason) == 1
+
+
+def test_memory_that_is_used_again_keeps_its_graph(stage: Stage) -> None:
+    eager = decode(stage, None, rows=4, padding=3)
+    cache = stage.new_cache(max_cache_len=ROOM)
+    decode(stage, run_again, cache, rows=4)
+    cache.clear()
+    stage.graphs.num_replayed = 0
+    assert_equal(decode(stage, run_again, cache, rows=4, padding=3), eager)
+    assert stage.graphs.num_replayed == 11
+
+
+def test_sessions_beside_each_other_have_graphs_of_their_own(stage: Stage) -> None:
+    eager = [decode(stage, None), decode(stage, None, rows=3)]
+    stage.graphs.record = run_again
+    texts = [Text(stage, stage.new_cache(max_cache_len=ROOM), rows=rows) for rows in (1, 3)]
+    logits = [[text.step() for text in texts] for _ in range(12)]
+    for ours, theirs in zip(zip(*logits, strict=True), eager, strict=True):
+        assert_equal(list(ours), theirs)
+    assert stage.graphs.num_replayed == 16
+
+
+def test_reordered_rows_keep_the_graph_and_other_numbers_of_rows_do_not(stage: Stage) -> None:
+    def beams(record: Recorder | None) -> list[Tensor]:
+        stage.graphs.record = record
+        text = Text(stage, stage.new_cache(max_cache_len=ROOM), rows=3)
+        logits = []
+        for index in range(14):
+            logits.append(text.step())
+            if index in (7, 10):
+                rows = torch.tensor([2, 0, 0] if index == 7 else [1, 0])
+                text.cache.reorder(rows)
+                text.tokens, text.mask = text.tokens[rows], text.mask[rows]
+        return logits
+
+    assert_equal(beams(run_again), beams(None))
+    assert stage.graphs.num_replayed == 7  # steps 4 to 10 of three rows; of two rows none yet
+
+
+def test_a_fork_does_not_write_to_the_memory_it_was_copied_from(stage: Stage) -> None:
+    eager = decode(stage, None)
+    stage.graphs.record = run_again
+    text = Text(stage, stage.new_cache(max_cache_len=ROOM))
+    logits = [text.step() for _ in range(6)]
+    fork = Text(stage, text.cache.copy())
+    fork.tokens, fork.mask = text.tokens, text.mask
+    assert_equal([fork.step() for _ in range(6)], eager[6:])
+    assert_equal(logits + [text.step() for _ in range(6)], eager)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logits_to_keep": torch.tensor([0])},
+        {"records": ("hidden_states",)},
+        {"attention_mask": None, "position_ids": None},
+        {"position_ids": None},
+        {"torch_settings": {"mkldnn": False}},
+    ],
+    ids=str,
+)
+def test_steps_of_other_kinds_between_are_exact(stage: Stage, changes: dict[str, object]) -> None:
+    def talk(record: Recorder | None) -> list[Tensor]:
+        stage.graphs.record = record
+        text = Text(stage, stage.new_cache(max_cache_len=ROOM))
+        return [text.step(**(changes if index in (3, 6, 7, 8, 9, 10, 12) else {})) for index in range(14)]
+
+    assert_equal(talk(run_again), talk(None))
+    assert stage.graphs.num_replayed
+
+
+def test_a_growing_cache_and_sliding_windows_stay_eager(stage: Stage) -> None:
+    text = Text(stage, stage.new_cache())
+    stage.graphs.record = refuse
+    for _ in range(4):
+        text.step()
+    sliding = Stage.load(dummy_spec("mistral", "float32"), 0, 4)
+    decode(sliding, refuse)
+    assert not stage.graphs.refusals
+    assert not sliding.graphs.refusals
