@@ -5,9 +5,9 @@ Knows no lingualinked: it compares what is held now with what was held before.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -48,7 +48,7 @@ class Belongings:
     @classmethod
     def now(cls) -> Belongings:
         return cls(
-            processes=frozenset([*psutil.Process().children(recursive=True), *_orphans()]),
+            processes=_processes.living(),
             threads=frozenset(filter(_counts, threading.enumerate())),
             descriptors=_descriptors(),
             files=frozenset(Path(tempfile.gettempdir()).iterdir()),
@@ -83,20 +83,52 @@ def left_since(before: Belongings, timeout_s: float = 5.0, ignored: str | None =
     return left
 
 
-def _orphans() -> list[psutil.Process]:
-    """Return living processes of this run that are not descendants any more (or that are, then twice)."""
-    run = os.environ.get(RUN_VARIABLE)
-    if run is None or not sys.platform.startswith("linux"):
-        return []
-    needle = f"{RUN_VARIABLE}={run}".encode()
-    found = []
-    for pid in psutil.pids():
-        try:
-            if pid != os.getpid() and needle in Path(f"/proc/{pid}/environ").read_bytes():
-                found.append(psutil.Process(pid))
-        except (OSError, psutil.NoSuchProcess):  # gone meanwhile, or another user's
-            continue
-    return found
+class _Processes:
+    """This process's descendants, and orphans of its run; each process of the machine is looked at once."""
+
+    def __init__(self) -> None:
+        self._ours: dict[int, psutil.Process] = {}
+        self._foreign: set[int] = set()
+
+    def living(self) -> frozenset[psutil.Process]:
+        """Return those that there are, zombies included."""
+        pids = set(psutil.pids()) - {os.getpid()}
+        self._foreign &= pids
+        self._ours = {pid: each for pid, each in self._ours.items() if pid in pids and each.is_running()}
+        parents: dict[int, int] = {}
+        for pid in pids - self._foreign - self._ours.keys():
+            with contextlib.suppress(psutil.Error):
+                parents[pid] = psutil.Process(pid).ppid()
+        run = f"{RUN_VARIABLE}={os.environ.get(RUN_VARIABLE)}".encode()
+        for pid in parents:
+            environment, ancestor = _environment(pid), pid
+            while ancestor in parents:
+                ancestor = parents[ancestor]
+            if ancestor == os.getpid() or ancestor in self._ours or run in environment:
+                with contextlib.suppress(psutil.Error):
+                    self._ours[pid] = psutil.Process(pid)
+            elif environment or not _runs_program(pid):  # one that is about to run another shows no environment
+                self._foreign.add(pid)
+        return frozenset(self._ours.values())
+
+
+def _environment(pid: int) -> bytes:
+    """Return the environment that a process was started with, if it can be read."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def _runs_program(pid: int) -> bool:
+    """Whether it is a program, not a thread of the kernel or another user's."""
+    try:
+        return bool(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return False
+
+
+_processes = _Processes()
 
 
 def _counts(thread: threading.Thread) -> bool:

@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -49,12 +50,31 @@ _SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
 _REPORT_LOGGER = "transformers.modeling_utils"
 
 
+_FILLING = {
+    *(getattr(torch.nn.init, name) for name in ("constant_", "kaiming_uniform_", "normal_", "uniform_")),
+    *(getattr(torch.Tensor, name) for name in ("fill_", "normal_", "uniform_", "zero_")),
+}
+
+
+class _LeaveUnfilled(TorchFunctionMode):
+    """Leaves tensors on the meta device alone where a module fills its parameters: torch takes long over what has no values."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _FILLING:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
 def build_on_meta(
     cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
     """Build a model without memory, with the dtype and the attention implementation that loading would give it."""
     arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with GLOBAL_STATE, torch.device("meta"):
+    with GLOBAL_STATE, torch.device("meta"), _LeaveUnfilled():
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
     model.eval()
     return model
@@ -64,7 +84,7 @@ def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
     """Return a ``get_init_context`` for a class derived from `cls` that holds `GLOBAL_STATE` during construction."""
 
     def get_init_context(_derived: type, *args: Any, **kwargs: Any) -> list[Any]:
-        return [GLOBAL_STATE, *cls.get_init_context(*args, **kwargs)]
+        return [GLOBAL_STATE, *cls.get_init_context(*args, **kwargs), _LeaveUnfilled()]
 
     return classmethod(get_init_context)
 
