@@ -64,6 +64,17 @@ def decode(
 
 
 @app.command()
+def hops(
+    size: Annotated[list[int] | None, typer.Option(help="Bytes of a tensor.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; of short ones, 20 times as many.")] = 5,
+) -> None:
+    """Time a hop between processes, a prefill and decoding: through shared memory, and over a socket."""
+    from benchmarks.hops import run_hops
+
+    run_hops(tuple(size or (2**power for power in (14, 16, 18, 20, 23))), repeats)
+
+
+@app.command()
 def predict(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each plan.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 24,

@@ -13,7 +13,7 @@ from benchmarks import start
 from benchmarks.__main__ import app
 
 CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
-NAMES = ("start", "overhead", "predict", "planner", "soak", "rebalance", "products")
+NAMES = ("start", "overhead", "hops", "predict", "planner", "soak", "rebalance", "products")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -61,7 +61,7 @@ class Cluster:
     max_frame_bytes : int
         Largest frame on a socket, in bytes, 256 KiB at least; larger tensors travel in several, all else in one.
     shared_memory : bool
-        Whether tensors of a message that has 64 KiB of them or more travel through memory that two processes share, which is
+        Whether tensors of a message that has 16 KiB of them or more travel through memory that two processes share, which is
         faster and not encrypted; it is open only to processes of this user. They travel over sockets, encrypted, if false,
         and where processes can't share memory.
 

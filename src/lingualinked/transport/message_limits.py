@@ -14,5 +14,5 @@ MAX_NUM_TENSORS = 1 << 10
 MAX_NUM_DIMS = 16
 
 # Between processes of one machine, tensors of at least so many bytes in a message go through shared memory.
-MIN_SHARED_BYTES = 64 << 10
+MIN_SHARED_BYTES = 16 << 10
 RING_BYTES = 64 << 20  # of that memory, from one party to another; only as much is touched as is ever unread at once
