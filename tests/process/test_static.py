@@ -76,11 +76,24 @@ def test_each_way_to_generate(pair: Pair) -> None:
             assert isinstance(ours.past_key_values, StaticCache), mode
             assert ours.past_key_values.get_max_length() == theirs.past_key_values.get_max_length()
             assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
-    ours, theirs = (
-        generate(model, generation_config=GenerationConfig(cache_implementation="static", max_new_tokens=5))
-        for model in pair
-    )
-    assert_equal(ours, theirs)
+
+
+def test_it_is_asked_for_in_a_configuration(pair: Pair) -> None:
+    kinds = []
+    for kind in ("static", "hybrid"):  # transformers takes the second one, as checkpoints have it, for the default
+        config = GenerationConfig(cache_implementation=kind, max_new_tokens=5)
+        outputs = [
+            model.generate(IDS, generation_config=config, return_dict_in_generate=True, output_logits=True)
+            for model in pair
+        ]
+        assert_equal(*outputs)
+        kinds.append([isinstance(each.past_key_values, StaticCache) for each in outputs])
+    assert kinds == [[True, True], [False, False]]
+    for model in pair:
+        model.generation_config.cache_implementation = "static"
+    outputs = [generate(model, cache_implementation=None) for model in pair]
+    assert_equal(*outputs)
+    assert all(isinstance(each.past_key_values, StaticCache) for each in outputs)
 
 
 def test_its_length_stays_as_long_as_it_was(sharded: Any, unsharded: PreTrainedModel) -> None:
@@ -224,6 +237,27 @@ def test_what_static_layers_can_not_do_is_refused_by_name(sharded: Any, unsharde
     with pytest.raises(ValueError, match="Passing both"):
         sharded.generate(IDS, past_key_values=past, cache_implementation="static", max_new_tokens=2)
     assert type(past) is StaticCache
+
+
+def test_its_methods_are_those_of_a_growing_one() -> None:
+    """Each of which has a test, here or in test_past.py."""
+    names = [{name for name in dir(kind) if not name.startswith("_")} for kind in (StaticCache, DynamicCache)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("name", ["early_initialization", "get_mask_sizes", "offload", "update"])
+def test_what_needs_its_layers_is_refused(sharded: Any, name: str) -> None:
+    past = StaticCache(config=sharded.config, max_cache_len=16)
+    step(sharded, IDS, past)
+    arguments = {
+        "early_initialization": (1, 2, 8, torch.float32, "cpu"),
+        "get_mask_sizes": (1, 0),
+        "offload": (0,),
+        "update": (torch.zeros(1), torch.zeros(1), 0),
+    }
+    with pytest.raises(ll.UnsupportedOperationError, match="sharded KV cache"):
+        getattr(past, name)(*arguments[name])
+    assert not past.is_compileable
 
 
 def refused_caches(unsharded: PreTrainedModel) -> Iterator[tuple[StaticCache, str]]:

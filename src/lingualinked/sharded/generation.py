@@ -60,7 +60,8 @@ class ShardedGeneration:
         UnsupportedOperationError
             If an argument asks for something that a sharded model does not support.
         ArgumentError
-            If an argument is unknown, or ids are empty, outside the vocabulary, or exceed the learned positions.
+            If an argument is unknown, or ids are empty, outside the vocabulary, or exceed the learned positions or the length
+            of a static KV cache.
         WorkerDiedError, WorkerError, StepTimeoutError, ClosedError
             If a step can't be run, or the model is closed.
         """

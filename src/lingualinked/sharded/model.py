@@ -104,7 +104,8 @@ class ShardedModel:
             model that fits one device then stays there. ``Workload(num_sessions=8)`` spreads it if eight concurrent answers
             gain from that.
         max_kv_tokens : int or None
-            KV budget of all sessions together, in rows x tokens; ``None``: what memory allows.
+            KV budget of all sessions together, in rows x tokens; ``None``: what memory allows. A static KV cache counts its
+            whole length from the first step on.
         rebalance : "auto", RebalancePolicy or None
             Whether layers move automatically, while sessions go on, when a device becomes slower or faster or its memory
             runs out: with the default policy, with the given one, or not at all (`rebalance` moves them by hand). Tokens do
