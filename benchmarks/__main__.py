@@ -67,11 +67,12 @@ def decode(
 def hops(
     size: Annotated[list[int] | None, typer.Option(help="Bytes of a tensor.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs; of short ones, 20 times as many.")] = 5,
+    accelerator: Annotated[str, typer.Option(help="Where tensors and stages are, such as cuda:0.")] = "cpu",
 ) -> None:
     """Time a hop between processes, a prefill and decoding: through shared memory, and over a socket."""
     from benchmarks.hops import run_hops
 
-    run_hops(tuple(size or (2**power for power in (14, 16, 18, 20, 23))), repeats)
+    run_hops(tuple(size or (2**power for power in (14, 16, 18, 20, 23))), repeats, accelerator)
 
 
 @app.command()

@@ -23,6 +23,7 @@ import lingualinked as ll
 from benchmarks.overhead import SHAPE
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
+from lingualinked.model.memory import use_one_heap
 from lingualinked.quantities import bytes_text
 from lingualinked.tables import Rows
 from lingualinked.transport.keys import KeyPair, generate_keypair
@@ -55,26 +56,27 @@ DECODE = {
 """Computes little for logits of 250 KiB a token."""
 
 
-def run_hops(sizes: tuple[int, ...], repeats: int) -> None:
+def run_hops(sizes: tuple[int, ...], repeats: int, accelerator: str) -> None:
     """Print the time of a hop for each size, then of a prefill and of decoding, both ways."""
     torch.set_num_threads(1)
     console = new_console()
-    console.print(_measure_hops(sizes, 20 * repeats))
-    console.print(_measure_models(repeats))
+    console.print(_measure_hops(sizes, 20 * repeats, accelerator))
+    console.print(_measure_models(repeats, accelerator))
 
 
-def _measure_hops(sizes: tuple[int, ...], num_rounds: int) -> Rows:
+def _measure_hops(sizes: tuple[int, ...], num_rounds: int, accelerator: str) -> Rows:
     rows = []
     with _echoing_process() as boxes:
         for size in sizes:
-            tensor = torch.randint(0, 255, (size,), dtype=torch.uint8)
+            tensor = torch.randint(0, 255, (size,), dtype=torch.uint8, device=accelerator)
+            expected = tensor.cpu()
 
-            def hop_us(way: str, tensor: torch.Tensor = tensor) -> float:
+            def hop_us(way: str, tensor: torch.Tensor = tensor, expected: torch.Tensor = expected) -> float:
                 began_s = time.perf_counter()
                 boxes[way].send("echo", b"x", [tensor])
                 answer = boxes[way].receive(60)
                 hop_s = (time.perf_counter() - began_s) / 2
-                if answer is None or not torch.equal(answer.tensors[0], tensor):
+                if answer is None or not torch.equal(answer.tensors[0], expected):
                     raise ll.LingualinkedError("a tensor came back changed, or not at all: please report this")
                 return hop_s * 1e6
 
@@ -99,11 +101,14 @@ def _quartiles(values: Repeats, digits: int) -> str:
     return f"{values.median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _measure_models(repeats: int) -> Rows:
+def _measure_models(repeats: int, accelerator: str) -> Rows:
     with contextlib.ExitStack() as stack:
         clusters = {
             way: stack.enter_context(
-                ll.Cluster([ll.Device(name=name, threads=1) for name in "ab"], shared_memory=shared_memory)
+                ll.Cluster(
+                    [ll.Device(name=name, threads=1, accelerator=accelerator) for name in "ab"],
+                    shared_memory=shared_memory,
+                )
             )
             for way, shared_memory in _WAYS.items()
         }
@@ -135,7 +140,7 @@ def _measure_models(repeats: int) -> Rows:
             ("prefill of 512 tokens, hidden size 4,096", *_compare(prefill_ms, 4 * repeats, 0)),
             ("decode step, vocabulary of 128,256", *_compare(step_ms, 20 * repeats, 1)),
         ]
-    return Rows("Two workers of one thread, bfloat16, ms, medians and quartiles", ("what", *_WAYS, "ratio"), rows)
+    return Rows("Two workers, bfloat16, ms, medians and quartiles", ("what", *_WAYS, "ratio"), rows)
 
 
 @contextlib.contextmanager
@@ -176,5 +181,6 @@ def _echo(way: str, key: str, address: str, public: str, secret: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    use_one_heap()  # as workers do
     for _ in _WAYS:
         threading.Thread(target=_echo, args=json.loads(sys.stdin.readline())).start()

@@ -19,6 +19,6 @@ class Delivery:
     sender: str  # under which the receiver authorised the key that it came with; never taken from the message
     payload: bytes
     tensors: tuple[Tensor, ...]  # contiguous, on the CPU, in memory that nothing else uses
-    num_bytes: int  # of all frames, before encryption
+    num_bytes: int  # before encryption, however they travelled
     decode_s: float = 0.0
     due_s: float = 0.0  # when it was due on an emulated link (monotonic seconds); 0 on other links

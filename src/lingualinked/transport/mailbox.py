@@ -136,7 +136,7 @@ class Mailbox(abc.ABC):
 
     @abc.abstractmethod
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:
-        """Send a message to a peer without blocking; return the bytes of all frames, before encryption.
+        """Send a message to a peer without blocking; return its bytes, before encryption, however they travel.
 
         The caller may change the tensors as soon as the call returns. Raises PeerUnknownError if no peer of that name
         is connected, and ProtocolError if the message is too large or holds something that can't be sent (nothing is

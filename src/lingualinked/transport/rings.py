@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from lingualinked.errors import ProtocolError
 from lingualinked.transport.shared_ring import RingOffer, RingReader, RingWriter
@@ -18,10 +19,10 @@ _MAX_READERS = 2
 
 
 class Rings:
-    """The rings of one mailbox. If they are not used, it writes none and opens none."""
+    """The rings of one mailbox. If they are not used, or this is not Linux, it writes none and opens none."""
 
     def __init__(self, *, is_used: bool) -> None:
-        self._is_used = is_used
+        self._is_used = is_used and sys.platform == "linux"
         self._pid = os.getpid()
         self.writers: dict[str, RingWriter] = {}  # by the peer's name
         self.readers: dict[str, dict[bytes, RingReader]] = {}  # by the sender's key and the ring's token
@@ -43,7 +44,7 @@ class Rings:
             return
         try:
             reader = RingReader(offer)
-        except (OSError, OverflowError, ProtocolError) as error:
+        except (OSError, ProtocolError) as error:
             logger.debug("the shared memory that a peer offers can't be used: %s", error)
             return
         readers = self.readers.setdefault(key, {})

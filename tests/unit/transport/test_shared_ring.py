@@ -235,11 +235,12 @@ def refusing(*_: object) -> Any:
     raise OSError(errno.ENOSPC, "no space left")
 
 
-def test_elsewhere_there_is_no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_there_is_no_ring(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    writer = RingWriter(CAPACITY)
-    assert writer.write([numbered(64)]) is None
-    assert writer.pop_offer() is None
+    rings = Rings(is_used=True)
+    rings.add_writer("b")
+    rings.open_reader("key", ends.offer)
+    assert (rings.writers, rings.readers) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -392,6 +393,20 @@ def test_the_first_tensor_on_a_gpu_pins_the_ring(
     ends.writer.close()
     assert [call for call, _ in runtime.calls] == calls
     assert runtime.calls[0][1] == END
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_on_a_gpu_go_straight_into_the_ring() -> None:
+    ends = Ends(1 << 20)
+    try:
+        for tensor in (torch.randn(300, 200, device="cuda"), torch.randn(300, 200, device="cuda").bfloat16().T):
+            place = ends.writer.write([tensor])
+            assert place is not None
+            assert torch.equal(ends.read(place, [tensor.cpu()])[0], tensor.cpu())
+        assert ends.writer._pinned is not None
+        assert ends.writer._pinned._is_registered
+    finally:
+        ends.close()
 
 
 def test_a_mailbox_keeps_two_rings_of_a_sender_and_none_of_one_that_is_withdrawn() -> None:
