@@ -76,6 +76,35 @@ def hops(
 
 
 @app.command()
+def gpu(
+    shape: Annotated[str, typer.Option(help="llama-1b, llama-8b or tiny.")] = "llama-1b",
+    accelerator: Annotated[str, typer.Option(help="Where both sides compute; cpu to try the benchmark.")] = "cuda:0",
+    row: Annotated[list[str] | None, typer.Option(help="Of the table's rows, by name; all without it.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to decode in each run.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, of one run of each row.")] = 5,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which no row and no round begins.")] = 600.0,
+) -> None:
+    """Decode speed of two workers on one GPU, against one process: eager, compiled, and replaying a CUDA graph."""
+    from benchmarks.gpu import ROWS, SHAPES, run_gpu
+
+    rows = tuple(row or ROWS)
+    if shape not in SHAPES or not set(rows) <= set(ROWS):
+        raise typer.BadParameter(f"choose a shape from {', '.join(SHAPES)}, and rows from {', '.join(ROWS)}")
+    run_gpu(
+        shape,
+        accelerator,
+        rows,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        time_limit_s=time_limit,
+    )
+
+
+@app.command()
 def predict(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each plan.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 24,

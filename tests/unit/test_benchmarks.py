@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import lingualinked as ll
 from benchmarks import start
 from benchmarks.__main__ import app
+from benchmarks.gpu import GraphLoop
+from families import tiny_model
 
 CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
 NAMES = ("start", "overhead", "hops", "predict", "planner", "soak", "rebalance", "products")
@@ -46,3 +49,13 @@ def test_devices_of_the_start_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
         names = {"ll": type("Names", (), {"Cluster": Taken}), "Device": ll.Device, "Link": ll.Link}
         eval(made, names)
+
+
+def test_the_loop_that_graphs_are_measured_with_decodes_as_transformers_does() -> None:
+    model = tiny_model("llama", torch.float32)
+    loop = GraphLoop(model, "cpu", 9 + 6 - 1)
+    for seed in range(2):
+        ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(seed))
+        arguments = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        expected = model.generate(ids, cache_implementation="static", **arguments)
+        assert torch.equal(loop.generate(ids, **arguments), expected)
