@@ -76,6 +76,18 @@ def hops(
 
 
 @app.command()
+def ipc(
+    size: Annotated[list[int] | None, typer.Option(help="Bytes of a tensor.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Processes started, of 200 exchanges each.")] = 3,
+    accelerator: Annotated[str, typer.Option(help="Where the memory is.")] = "cuda:0",
+) -> None:
+    """Time the bare exchange of memory that two processes on one GPU share, for comparison with `hops`."""
+    from benchmarks.ipc import run_ipc
+
+    run_ipc(tuple(size or (2**power for power in (13, 18, 23))), repeats, accelerator)
+
+
+@app.command()
 def gpu(
     shape: Annotated[str, typer.Option(help="llama-1b, llama-8b or tiny.")] = "llama-1b",
     accelerator: Annotated[str, typer.Option(help="Where both sides compute; cpu to try the benchmark.")] = "cuda:0",
