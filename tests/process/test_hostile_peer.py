@@ -203,6 +203,7 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
             session=aim.session,
             slices=(place,),
             num_bytes=1,
+            max_cache_len=0,
             is_last=True,
             state=SessionState(number=1, num_tokens=1, records_past=False, reserved_tokens=0, has_mask=False),
         )
