@@ -24,10 +24,9 @@ def local_devices() -> list[Device]:
     if _most_accelerators("cuda") != 0 or _most_accelerators("mps") != 0:
         import torch
 
-        if torch.cuda.is_available():
-            return [
-                Device(name=f"cuda-{index}", accelerator=f"cuda:{index}") for index in range(torch.cuda.device_count())
-            ]
+        number = torch.cuda.device_count()  # `is_available` would initialise the driver in the user's process
+        if number:
+            return [Device(name=f"cuda-{index}", accelerator=f"cuda:{index}") for index in range(number)]
         if torch.backends.mps.is_available():
             return [Device(name="mps", accelerator="mps")]
     return [Device(name=f"worker-{index}") for index in range(2)]

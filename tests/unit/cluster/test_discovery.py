@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lingualinked as ll
 from lingualinked.cluster import discovery
@@ -27,6 +28,14 @@ def gpu(accelerator: str) -> ll.Device:
 
 def test_a_machine_without_accelerators_has_two_workers(no_torch: Path) -> None:
     assert [device.accelerator for device in local_devices()] == ["cpu", "cpu"]
+
+
+def test_each_gpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [(device.name, device.accelerator, device.memory) for device in local_devices()] == [
+        ("cuda-0", "cuda:0", None),  # all that is free there
+        ("cuda-1", "cuda:1", None),
+    ]
 
 
 @pytest.mark.parametrize("accelerator", ["cuda:0", "mps"])
