@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -12,6 +15,7 @@ from hypothesis import given, strategies as st
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.transport import codec
 from lingualinked.transport.codec import Limits, MalformedError, decode_message, encode_message
+from lingualinked.transport.shared_ring import RingReader, RingWriter
 
 LIMITS = Limits(max_frame_bytes=64, max_message_bytes=4_096)
 ROOMY = Limits()
@@ -56,6 +60,38 @@ def test_what_is_encoded_comes_back(payload: bytes, sent: list[torch.Tensor], ma
     assert all(tensor.is_contiguous() for tensor in received)
 
 
+@contextlib.contextmanager
+def open_ring() -> Iterator[tuple[RingWriter, RingReader, bytes]]:
+    """Both ends of a ring that takes tensors of any size, and its token."""
+    writer = RingWriter()
+    assert writer.write([torch.ones(1)]) is None
+    offer = writer.pop_offer()
+    assert offer is not None
+    reader = RingReader(offer)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(codec, "MIN_SHARED_BYTES", 0)
+            yield writer, reader, offer.token
+    finally:
+        reader.close()
+        writer.close()
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create")
+
+
+@linux_only
+@given(payload=st.binary(max_size=32), sent=st.lists(tensors(), min_size=1, max_size=4))
+def test_what_is_encoded_comes_back_through_shared_memory(payload: bytes, sent: list[torch.Tensor]) -> None:
+    with open_ring() as (writer, reader, token):
+        frames = encode_message(payload, sent, ROOMY, None, writer)
+        assert len(frames) == 1
+        received = decode_message(frames, ROOMY, {token: reader})
+    assert received.payload == payload
+    assert [(t.dtype, t.shape) for t in received.tensors] == [(t.dtype, t.shape) for t in sent]
+    assert list(map(bits, received.tensors)) == list(map(bits, sent))
+
+
 def refused_or_whole(frames: list[bytes]) -> None:
     try:
         received = decode_message(frames, LIMITS).tensors
@@ -70,6 +106,7 @@ def test_any_bytes_are_refused_or_make_sense(frames: list[bytes]) -> None:
 
 
 ODD_NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.sampled_from([0, 1, 2, 2**31, 2**32, 2**62, 2**63, 2**64 - 1])
+RECEIPTS = st.integers(1, 255)
 ODD_ITEMS = st.none() | st.booleans() | ODD_NUMBERS | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
 
 
@@ -207,6 +244,33 @@ def test_limits_have_to_make_sense(values: tuple[int, int]) -> None:
 
 def envelope(*descriptors: list[int]) -> bytes:
     return b"\x01" + msgspec.msgpack.encode([b"", descriptors])
+
+
+@linux_only
+@given(
+    descriptors=st.lists(st.lists(st.integers(0, 15) | ODD_NUMBERS, min_size=1, max_size=4), max_size=3),
+    offset=st.integers(0, 10_000) | ODD_NUMBERS,
+    receipt=RECEIPTS | ODD_NUMBERS,
+    offer=st.none() | st.tuples(st.binary(min_size=16, max_size=16), ODD_NUMBERS, ODD_NUMBERS, RECEIPTS) | ODD_ITEMS,
+    is_known=st.booleans(),
+)
+def test_any_place_is_refused_or_within_the_ring(
+    descriptors: list[list[int]],
+    offset: int,
+    receipt: int,
+    offer: Any,
+    is_known: bool,
+) -> None:
+    with open_ring() as (_, reader, token):
+        place = (token if is_known else b"?" * 16, offset, receipt)
+        frame = b"\x01" + msgspec.msgpack.encode((b"", descriptors, 0, place, offer))
+        try:
+            received = decode_message([frame], LIMITS, {token: reader})
+        except MalformedError:
+            return
+    assert is_known
+    assert offset >= 4_096
+    assert sum(tensor.nbytes for tensor in received.tensors) <= LIMITS.max_message_bytes
 
 
 @pytest.mark.parametrize(
