@@ -38,9 +38,10 @@ def spec_of(
     )
 
 
-def dummy_spec(family: str, dtype: str) -> ModelSpec:
+def dummy_spec(family: str, dtype: str, **config_attributes: object) -> ModelSpec:
     """Describe a tiny model of a family, of random weights that lie in no file."""
     config = tiny_config(family)
+    config.update(config_attributes)
     return ModelSpec(
         class_name=check_architecture(config),
         config_json=config.to_json_string(use_diff=False),

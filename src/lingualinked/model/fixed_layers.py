@@ -21,9 +21,8 @@ class TokenCount:
     def __init__(self, device: torch.device) -> None:
         self.on_host = 0
         self.on_device = torch.zeros((), dtype=torch.long, device=device)
-        self.new_positions = torch.zeros(
-            0, dtype=torch.long, device=device
-        )  # int64 [new tokens], of the step in progress
+        self.new_positions = self.on_device.view(1)[:0]  # int64 [new tokens], of the step in progress
+        self.visible: int | None = None  # tokens that full attention reads, if not all for which there is memory
 
     def begin_step(self, num_new: int) -> None:
         """Compute the positions of new tokens, on the device."""
@@ -116,7 +115,13 @@ class FixedLayer(_Fixed, StaticCacheLayer):
         assert self.values is not None
         self.keys.index_copy_(2, self.count.new_positions, key_states)
         self.values.index_copy_(2, self.count.new_positions, value_states)
-        return self.keys, self.values
+        if self.count.visible is None:
+            return self.keys, self.values
+        return self.keys.narrow(2, 0, self.count.visible), self.values.narrow(2, 0, self.count.visible)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - the memory is of one size
+        """Return how many tokens a mask is for, and the first one's position."""
+        return self.count.visible or self.max_cache_len, 0
 
     def get_seq_length(self) -> int:
         """Return the number of tokens before the step, on the device."""
@@ -235,6 +240,10 @@ class CountingFixedLayer(StaticCacheLayer):
     def get_seq_length(self) -> int:
         """Return the number of tokens before the step, on the device."""
         return self.count.on_device if self.count.on_host else 0  # type: ignore[return-value]  # as transformers does
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - the memory is of one size
+        """Return how many tokens a mask is for, and the first one's position."""
+        return self.count.visible or self.max_cache_len, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Do nothing: there are no rows."""

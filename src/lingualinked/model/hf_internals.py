@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging as transformers_logging, output_capturing
 
@@ -323,6 +324,22 @@ def record_too(name: str) -> None:
     collected = output_capturing._active_collector.get()
     if collected is not None:
         collected.setdefault(name, [])
+
+
+def make_masks(
+    config: Any,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+    position_ids: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Make the masks of a step of one token as ``generate`` does for a static cache, by type of layers; "" if there is one type.
+
+    `states` are ``[rows, 1, ...]``; the masks are ``[rows, 1, 1, tokens]``.
+    """
+    like = torch.empty((*states.shape[:2], 0), dtype=config.dtype, device=states.device)
+    made = create_masks_for_generate(config, like, attention_mask, cache, position_ids)
+    return made if isinstance(made, dict) else {"": made}
 
 
 def balancing_loss(model: Any, router_logits: tuple[Any, ...], attention_mask: torch.Tensor | None) -> Any:

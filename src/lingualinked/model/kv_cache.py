@@ -72,9 +72,6 @@ class StageCache:
             else:
                 self.hf.layers[slot] = self._make_counting_layer(slot, kind, config.model_type)
                 self._elsewhere.append(self.hf.layers[slot])
-        self._has_fixed_windows = any(
-            isinstance(layer, FixedSlidingLayer | CountingFixedSlidingLayer) for layer in self.hf.layers
-        )
 
     def _make_layer(self, slot: int, kind: Any, model_type: str) -> OwnedLayer:
         if type(kind) is DynamicLayer:
@@ -114,13 +111,29 @@ class StageCache:
         return self.num_rows * self.max_cache_len
 
     @property
-    def can_be_captured(self) -> bool:
-        """Whether a step that adds one token does the same on the device at every length, as sliding windows don't."""
-        return self.is_static and self.num_tokens > 0 and not self._has_fixed_windows
+    def windows(self) -> dict[int, bool]:
+        """The sliding windows of a static cache, and whether each is full: steps then do other things on the device."""
+        layers = [each for each in self.hf.layers if isinstance(each, FixedSlidingLayer | CountingFixedSlidingLayer)]
+        return {each.max_cache_len: self.num_tokens >= each.max_cache_len for each in layers}
 
-    def last_tokens(self) -> list[Tensor]:
-        """Return views of the keys and values that the step in progress has written, of one token."""
-        return [view for layer in self.owned.values() for view in layer.read_tokens(self.num_tokens, 1)]
+    def window_tensors(self) -> list[Tensor]:
+        """Return what the sliding layers of a static cache keep, which a step changes everywhere."""
+        layers = [layer for layer in self.owned.values() if isinstance(layer, FixedSlidingLayer)]
+        return [each for layer in layers for each in vars(layer).values() if isinstance(each, torch.Tensor)]
+
+    def full_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values, [rows, heads, max_cache_len, dim], of a static cache's layers of full attention."""
+        layers = [layer for layer in self.owned.values() if isinstance(layer, FixedLayer)]
+        return [layer.read_tokens(0, self.max_cache_len) for layer in layers]
+
+    def new_tokens(self) -> list[Tensor]:
+        """Return views of the keys and values that the step in progress has written to these, of one token."""
+        return [each.narrow(2, self.num_tokens, 1) for layer in self.full_layers() for each in layer]
+
+    def forget_step(self) -> None:
+        """Count the tokens of the step in progress as not seen yet, so that it can be repeated; KV stays as it is."""
+        self.count.on_device.fill_(self.num_tokens)
+        self.advance(0)
 
     @torch.inference_mode()
     def clear(self) -> None:

@@ -92,7 +92,9 @@ class Stage:
         self._layers = layers
         self._slots = self.cache_slots(start, end)
         self._ropes = hf_internals.dynamic_ropes(self._model)
-        self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None)
+        is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
+        num_heads = getattr(self._config.get_text_config(), "num_attention_heads", 0) if is_sdpa else 0
+        self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None, num_heads)
         self._has_recorders = False
         self._rotary_modules = hf_internals.rotary_modules(self._model) if device.type == "cpu" else []
 
@@ -177,16 +179,19 @@ class Stage:
         graph = None
         if decode is not None and cache is not None and not self._ropes:
             constants = (inputs.layout, inputs.logits_to_keep, tuple(sorted(inputs.torch_settings.items())))
-            graph = self.graphs.find(decode, constants, functools.partial(self._run_decode, inputs, cache), cache)
+            forward = functools.partial(self._run_decode, inputs, cache)
+            graph = self.graphs.find(decode, constants, forward, functools.partial(self._make_masks, cache), cache)
         recorded: dict[str, tuple[Tensor | None, ...]] = {}
         if graph is not None and graph.is_trusted and decode is not None:
             outputs, layout = graph.run(decode), graph.layout
             self.graphs.num_replayed += 1
         else:
+            if graph is not None:
+                graph.begin_trial()
             outputs, layout, recorded = self._run_forward(inputs, cache)
             if graph is not None and decode is not None:
                 graph.layout = layout
-                self.graphs.try_out(graph, decode, outputs)
+                self.graphs.end_trial(graph, decode, outputs)
         # 3) count the tokens
         if cache is not None:
             cache.advance(num_new)
@@ -195,8 +200,13 @@ class Stage:
     def _run_decode(self, template: StageInputs, cache: StageCache, inputs: DecodeInputs) -> tuple[Tensor, ...]:
         """Run a step of one token whose inputs are on the device; the rest is as in a step before."""
         tensors, mask, positions = (inputs.states,), inputs.mask, inputs.positions
-        step = dataclasses.replace(template, tensors=tensors, attention_mask=mask, position_ids=positions)
+        step = dataclasses.replace(template, tensors=tensors, attention_mask=mask, position_ids=positions)  # type: ignore[arg-type]
         return self._run_forward(step, cache)[0]
+
+    def _make_masks(self, cache: StageCache, inputs: DecodeInputs) -> dict[str, Tensor]:
+        """Make the masks of a step as ``generate`` does for a static cache."""
+        states, mask, positions = map(self._to_device, (inputs.states, inputs.mask, inputs.positions))
+        return hf_internals.make_masks(self._config, states, mask, cache.hf, positions)
 
     def _run_forward(
         self, inputs: StageInputs, cache: StageCache | None

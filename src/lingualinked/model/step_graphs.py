@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.model.exact.bits import have_equal_bits
+from lingualinked.model.exact.length_probe import AttentionShape, is_length_free
 
 if TYPE_CHECKING:
     from lingualinked.model.kv_cache import StageCache
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lingualinked.model")
 
 _NUM_TRIALS = 2  # steps of which a graph has to give the eager bits: at the second one, a constant in it would show
-_MAX_GRAPHS = 4  # of one cache; its steps differ in settings and in the logits that they keep
+_MAX_GRAPHS = 16  # of one cache; its steps differ in length, in settings and in the logits that they keep
+_SHORTEST = 256  # tokens; graphs read as many tokens of KV as this, twice as many, and so on
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function does on the device, without doing it, and returns a function that does it."""
@@ -34,18 +36,23 @@ class DecodeInputs:
     """The inputs of a step of one token for each row."""
 
     states: Tensor  # token ids [rows, 1] int64, or hidden states [rows, 1, hidden]
-    mask: Tensor | None  # [rows, past + 1]; in a graph, [rows, max_cache_len], with zeros behind
+    mask: (
+        Tensor | dict[str, Tensor] | None
+    )  # [rows, past + 1]; in a graph wider, or by type of layers, [rows, 1, 1, tokens]
     positions: Tensor | None  # [1 or rows, 1] int64
 
     @property
     def shapes(self) -> tuple[Any, ...]:
         """Shapes and dtypes, apart from the length of the text."""
-        mask = None if self.mask is None else (self.mask.dtype, self.mask.shape[0])
+        mask = (self.mask.dtype, self.mask.shape[0]) if isinstance(self.mask, Tensor) else None
         return self.states.dtype, self.states.shape, mask, None if self.positions is None else self.positions.shape
 
 
 Forward = Callable[[DecodeInputs], tuple[Tensor, ...]]
 """A step of the stage, which adds to the KV cache and counts the token on the device, and returns its outputs there."""
+
+MakeMasks = Callable[[DecodeInputs], dict[str, Tensor]]
+"""Makes the masks of a step on the device, by type of layers, where a graph can't make them."""
 
 
 class CudaRecorder:
@@ -85,15 +92,26 @@ class CudaRecorder:
 
 
 class StepGraph:
-    """One kind of decode step on one KV cache, with its inputs and outputs at fixed places."""
+    """One kind of decode step on one KV cache, with its inputs and outputs at fixed places.
+
+    The mask of a step is made in the graph. With sliding windows, whose masks depend on numbers of the host, it is made before.
+    """
 
     def __init__(
-        self, kind: Any, forward: Forward, cache: StageCache, inputs: DecodeInputs, device: torch.device
+        self,
+        kind: Any,
+        visible: int | None,
+        forward: Forward,
+        make_masks: MakeMasks,
+        cache: StageCache,
+        inputs: DecodeInputs,
+        device: torch.device,
     ) -> None:
         self.kind = kind
         self.layout: tuple[bool, ...] | None = None  # of its outputs
         self.cache = cache
-        self._forward, self._device = forward, device
+        self._visible = visible
+        self._forward, self._make_masks, self._device = forward, make_masks, device
         self._num_seen = 0
         self._num_equal = 0
         self._replay: Callable[[], None] | None = None
@@ -103,14 +121,16 @@ class StepGraph:
         if on_cuda:
             self._staged = [each.pin_memory() for each in self._staged]
         self._held = [each.to(device) for each in self._staged]
+        self._held_masks: dict[str, Tensor] = {}  # made before the graph runs
         self._column: Tensor | None = None  # of the mask, for the new token
         self._seen_mask: Tensor | None = None  # on the host, as of the last step
-        if inputs.mask is not None:
+        if isinstance(inputs.mask, Tensor) and not cache.windows:
             rows = inputs.mask.shape[0]
             self._column = torch.ones((rows, 1), dtype=inputs.mask.dtype, pin_memory=on_cuda)
             self._held_column = self._column.to(device)
             self._held_mask = torch.zeros((rows, cache.max_cache_len), dtype=inputs.mask.dtype, device=device)
         self._outputs: tuple[Tensor, ...] = ()
+        self._before: list[Tensor] = []  # what the windows held before a trial
 
     @property
     def is_trusted(self) -> bool:
@@ -120,25 +140,22 @@ class StepGraph:
     def run(self, inputs: DecodeInputs) -> tuple[Tensor, ...]:
         """Run a step; return its outputs on the host, valid until the next one."""
         assert self._replay is not None
-        # 1) put the inputs in their places; of the mask, only the new column, unless another text has begun
+        # 1) put the inputs in their places
         given = [each for each in (inputs.states, inputs.positions) if each is not None]
         for place, value in zip(self._staged, given, strict=True):
             place.copy_(value)
-        mask = inputs.mask
-        if mask is not None:
-            assert self._column is not None
-            self._column.copy_(mask[:, -1:])
-            if self._seen_mask is None or not torch.equal(self._seen_mask, mask[:, :-1]):
-                self._held_mask.zero_()
-                self._held_mask[:, : mask.shape[1] - 1].copy_(mask[:, :-1])
-            self._seen_mask = mask
+        self._place_mask(inputs)
         # 2) replay, and wait for the outputs
         self._replay()
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return self._outputs
 
-    def try_out(self, inputs: DecodeInputs, eager: tuple[Tensor, ...], record: Recorder) -> bool:
+    def begin_trial(self) -> None:
+        """Keep what the eager step is about to change in the windows, so that it can be repeated."""
+        self._before = [each.clone() for each in self.cache.window_tensors()] if self._num_seen else []
+
+    def end_trial(self, inputs: DecodeInputs, eager: tuple[Tensor, ...], record: Recorder) -> bool:
         """Repeat the eager step that has just been run, as a graph; return whether outputs and KV have the same bits.
 
         The KV is that of the eager step afterwards. The first step is not repeated: kernels are loaded and chosen there.
@@ -146,40 +163,81 @@ class StepGraph:
         self._num_seen += 1
         if self._num_seen == 1:
             return True
-        if self._replay is None:
-            self._outputs = tuple(torch.empty_like(each, device="cpu") for each in eager)
-            if self._device.type == "cuda":
-                self._outputs = tuple(each.pin_memory() for each in self._outputs)
-            self._replay = record(self._launch)
-        count = self.cache.count
-        written = self.cache.last_tokens()
-        before = [each.clone() for each in written]
-        count.on_device.sub_(1)
-        outputs = self.run(inputs)
-        is_equal = (
-            all(map(have_equal_bits, outputs, (each.cpu() for each in eager)))
-            and all(map(have_equal_bits, written, before))
-            and int(count.on_device) == self.cache.num_tokens + 1
-        )
-        if not is_equal:
-            for place, value in zip(written, before, strict=True):
+        # 1) put everything back to where it was before the eager step
+        cache, windows = self.cache, self.cache.window_tensors()
+        written = cache.new_tokens() + windows
+        after = [each.clone() for each in written]
+        for place, value in zip(windows, self._before, strict=True):
+            place.copy_(value)
+        try:
+            # 2) capture the step, and run it
+            cache.forget_step()
+            if self._replay is None:
+                self._outputs = tuple(torch.empty_like(each, device="cpu") for each in eager)
+                if self._device.type == "cuda":
+                    self._outputs = tuple(each.pin_memory() for each in self._outputs)
+                self._hold_masks(inputs)
+                self._replay = record(self._launch)
+                cache.forget_step()
+            outputs = self.run(inputs)
+            # 3) compare
+            is_equal = (
+                all(map(have_equal_bits, outputs, (each.cpu() for each in eager)))
+                and all(map(have_equal_bits, written, after))
+                and int(cache.count.on_device) == cache.num_tokens + 1
+            )
+        finally:
+            for place, value in zip(written, after, strict=True):
                 place.copy_(value)
-            count.on_device.fill_(self.cache.num_tokens + 1)
+            cache.count.on_device.fill_(cache.num_tokens + 1)
         self._num_equal += is_equal
         return is_equal
 
+    def _place_mask(self, inputs: DecodeInputs) -> None:
+        """Put the mask in its place: only the new column, unless another text has begun; or all that can't be made there."""
+        if self.cache.windows:
+            for name, made in self._masks(inputs).items():
+                self._held_masks[name].copy_(made)
+        elif self._column is not None:
+            mask = inputs.mask
+            assert isinstance(mask, Tensor)
+            self._column.copy_(mask[:, -1:])
+            if self._seen_mask is None or not torch.equal(self._seen_mask, mask[:, :-1]):
+                self._held_mask.zero_()
+                self._held_mask[:, : mask.shape[1] - 1].copy_(mask[:, :-1])
+            self._seen_mask = mask
+
+    def _hold_masks(self, inputs: DecodeInputs) -> None:
+        if self.cache.windows:
+            self._held_masks = {name: made.contiguous() for name, made in self._masks(inputs).items()}
+
+    def _masks(self, inputs: DecodeInputs) -> dict[str, Tensor]:
+        with self._reading_part():
+            return self._make_masks(inputs)
+
+    @contextlib.contextmanager
+    def _reading_part(self) -> Iterator[None]:
+        """Let full attention read as much of the KV as this graph does."""
+        self.cache.count.visible = self._visible
+        try:
+            yield
+        finally:
+            self.cache.count.visible = None
+
     def _launch(self) -> None:
         """Do what a step does on the device, from the staged inputs to the outputs on the host."""
-        places = iter(self._held)
         for place, value in zip(self._held, self._staged, strict=True):
             place.copy_(value, non_blocking=True)
-        mask = None
-        if self._column is not None:
+        mask: Tensor | dict[str, Tensor] | None = None
+        if self._held_masks:
+            mask = self._held_masks.get("", self._held_masks)
+        elif self._column is not None:
             self._held_column.copy_(self._column, non_blocking=True)
             mask = self._held_mask
             mask.index_copy_(1, self.cache.count.on_device.view(1), self._held_column)
-        states = next(places)
-        outputs = self._forward(DecodeInputs(states=states, mask=mask, positions=next(places, None)))
+        states, positions = self._held[0], self._held[1] if len(self._held) > 1 else None
+        with self._reading_part():
+            outputs = self._forward(DecodeInputs(states, mask, positions))
         for place, value in zip(self._outputs, outputs, strict=True):
             place.copy_(value, non_blocking=True)
 
@@ -190,28 +248,36 @@ class StepGraphs:
 
     device: torch.device
     record: Recorder | None  # None: the device has no graphs
+    num_heads: int = 0  # of queries, if attention is torch's; 0: it is another one
     refusals: dict[Any, str] = field(default_factory=dict)  # why steps of a kind can't be replayed
     num_replayed: int = 0
     idle: list[StageCache] = field(default_factory=list)  # of sessions that have ended, for others of the same shape
 
-    def find(self, inputs: DecodeInputs, constants: Any, forward: Forward, cache: StageCache) -> StepGraph | None:
+    def find(
+        self, inputs: DecodeInputs, constants: Any, forward: Forward, make_masks: MakeMasks, cache: StageCache
+    ) -> StepGraph | None:
         """Return the graph of a kind of step, which may be still to be captured; None if there can be none.
 
-        `constants` is what else than its inputs determines what a step does.
+        `constants` is what else than its inputs determines what a step does. A graph reads no more KV than it has to, if that
+        gives the same bits.
         """
-        kind = (inputs.shapes, constants, cache.max_cache_len)
-        if self.record is None or not cache.can_be_captured or kind in self.refusals:
+        if self.record is None or not cache.is_static or not cache.num_tokens:
             return None
-        graph: StepGraph | None = cache.captured.get(kind)
-        if graph is None and len(cache.captured) < _MAX_GRAPHS:
-            graph = cache.captured[kind] = StepGraph(kind, forward, cache, inputs, self.device)
-        return graph
+        for visible in (self._length_to_read(cache), None):
+            kind = (inputs.shapes, constants, cache.max_cache_len, tuple(cache.windows.items()), visible)
+            graph: StepGraph | None = cache.captured.get(kind)
+            if graph is None and kind not in self.refusals and len(cache.captured) < _MAX_GRAPHS:
+                graph = StepGraph(kind, visible, forward, make_masks, cache, inputs, self.device)
+                cache.captured[kind] = graph
+            if graph is not None:
+                return graph
+        return None
 
-    def try_out(self, graph: StepGraph, inputs: DecodeInputs, eager: tuple[Tensor, ...]) -> None:
+    def end_trial(self, graph: StepGraph, inputs: DecodeInputs, eager: tuple[Tensor, ...]) -> None:
         """Let a graph repeat an eager step; steps of its kind stay eager if it can't, or gives other bits."""
         assert self.record is not None
         try:
-            if graph.try_out(inputs, eager, self.record):
+            if graph.end_trial(inputs, eager, self.record):
                 return
             reason = "it gives other bits than the eager step"
         except RuntimeError as error:  # also if memory is short
@@ -233,3 +299,18 @@ class StepGraphs:
                 cache.clear()
                 return cache
         return None
+
+    def _length_to_read(self, cache: StageCache) -> int | None:
+        """Return how many tokens of KV the next step has to read, if that gives the same bits as all; else None."""
+        length = _SHORTEST
+        while length <= cache.num_tokens:
+            length *= 2
+        if not self.num_heads or length >= cache.max_cache_len:
+            return None
+        shapes = {
+            AttentionShape(
+                keys.dtype, keys.device, len(keys), self.num_heads, keys.shape[1], keys.shape[3], values.shape[3]
+            )
+            for keys, values in cache.full_layers()
+        }
+        return length if all(is_length_free(shape, length, cache.max_cache_len) for shape in shapes) else None

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from conversations import dummy_spec, extend, positions_of, prompt
+from lingualinked.model import step_graphs
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import Stage, StageInputs
-from lingualinked.model.step_graphs import Recorder
+from lingualinked.model.step_graphs import Recorder, StepGraph
 
 ROOM = 40
 
@@ -182,12 +183,63 @@ def test_steps_of_other_kinds_between_are_exact(stage: Stage, changes: dict[str,
     assert stage.graphs.num_replayed
 
 
-def test_a_growing_cache_and_sliding_windows_stay_eager(stage: Stage) -> None:
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2", "phi3"])
+@pytest.mark.parametrize("of_text", [{}, {"rows": 4, "padding": 3}], ids=str)
+@pytest.mark.parametrize("window", [6, 14, 60])  # full from the start, after 5 steps, never
+def test_sliding_windows_are_exact(family: str, window: int, of_text: dict[str, int]) -> None:
+    stage = Stage.load(dummy_spec(family, "float32", sliding_window=window), 0, 4)
+    eager = decode(stage, None, **of_text)
+    assert_equal(decode(stage, run_again, **of_text), eager)
+    assert stage.graphs.num_replayed == (8 if window != 14 else 5)
+    assert not stage.graphs.refusals
+    stage.graphs.num_replayed = 0
+    assert_equal(decode(stage, right_once, **of_text), eager)
+    assert stage.graphs.num_replayed == 0
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+def test_graphs_read_no_more_than_they_need(is_free: bool, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "_SHORTEST", 13)  # then 26, of 40
+    monkeypatch.setattr(step_graphs, "is_length_free", lambda *_: is_free)
+    cache = stage.new_cache(max_cache_len=ROOM)
+    eager = decode(stage, None, rows=2)
+    ours = decode(stage, run_again, cache, rows=2)
+    lengths = {graph._visible for graph in cache.captured.values()}
+    lengths |= {kind[-1] for kind in stage.graphs.refusals}  # on this processor, they may give other bits
+    if is_free:
+        assert {13, 26} <= lengths
+    else:
+        assert_equal(ours, eager)
+        assert lengths == {None}
+
+
+def test_graphs_that_read_less_are_exact_as_probed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "_SHORTEST", 16)  # whole vectors: then torch's bits are equal on most processors
+    cache = stage.new_cache(max_cache_len=ROOM)
+    assert_equal(decode(stage, run_again, cache, rows=2), decode(stage, None, rows=2))
+    assert stage.graphs.num_replayed
+    assert not stage.graphs.refusals
+
+
+def test_a_graph_that_would_have_other_bits_if_it_read_less_reads_all(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong_if_less(body: Callable[[], None]) -> Callable[[], None]:
+        graph: StepGraph = body.__self__
+        return body if graph._visible is None else lambda: None
+
+    monkeypatch.setattr(step_graphs, "_SHORTEST", 24)
+    monkeypatch.setattr(step_graphs, "is_length_free", lambda *_: True)
+    eager = decode(stage, None)
+    cache = stage.new_cache(max_cache_len=ROOM)
+    assert_equal(decode(stage, wrong_if_less, cache), eager)
+    assert [graph._visible for graph in cache.captured.values()] == [None]
+    assert stage.graphs.num_replayed == 6
+
+
+def test_a_growing_cache_stays_eager(stage: Stage) -> None:
     text = Text(stage, stage.new_cache())
     stage.graphs.record = refuse
     for _ in range(4):
         text.step()
-    sliding = Stage.load(dummy_spec("mistral", "float32"), 0, 4)
-    decode(sliding, refuse)
     assert not stage.graphs.refusals
-    assert not sliding.graphs.refusals
