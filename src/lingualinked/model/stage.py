@@ -65,7 +65,7 @@ class StageInputs:
 
 @dataclass(slots=True, kw_only=True)
 class StageOutput:
-    """The outputs of a stage in one step, on the CPU."""
+    """The outputs of a stage in one step: computed, on the CPU or on the stage's GPU."""
 
     tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
     layout: tuple[bool, ...] | None
@@ -195,7 +195,14 @@ class Stage:
         # 3) count the tokens
         if cache is not None:
             cache.advance(num_new)
-        return StageOutput(tensors=tuple(tensor.cpu() for tensor in outputs), layout=layout, recorded=recorded)
+        return StageOutput(tensors=self._finished(outputs), layout=layout, recorded=recorded)
+
+    def _finished(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Wait until outputs are computed; return them, on the CPU or on a GPU, from which they are sent without a detour."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+            return outputs
+        return tuple(tensor.cpu() for tensor in outputs)
 
     def _run_decode(self, template: StageInputs, cache: StageCache, inputs: DecodeInputs) -> tuple[Tensor, ...]:
         """Run a step of one token whose inputs are on the device; the rest is as in a step before."""
