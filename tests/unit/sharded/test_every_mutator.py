@@ -7,6 +7,7 @@ or both give the same logits, loss and tokens afterwards, and call the same hook
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
-from lingualinked.model.parts import find_parts
+from lingualinked.model.parts import ModelParts, find_parts
 from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
 
@@ -103,18 +104,24 @@ def original() -> Any:
     return LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
 
 
+@functools.cache
+def template() -> tuple[Any, ModelParts, ModelCode]:
+    """Build what a sharded model is made of, with the facts about its class."""
+    with torch.device("meta"):
+        meta = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
+    return meta, find_parts(meta), ModelCode(meta)
+
+
 class Pair:
     """An unsharded model and its sharded counterpart, whose workers' own model is the original."""
 
     def __init__(self, original: Any) -> None:
         self.plain = copy.deepcopy(original)
-        with torch.device("meta"):
-            meta = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
+        meta, parts, code = template()
+        meta = copy.deepcopy(meta)
         meta.generation_config = copy.deepcopy(original.generation_config)
         self.pipeline: Any = LocalPipeline(original)
-        self.sharded: Any = make_sharded(
-            meta, self.pipeline, find_parts(meta), ModelCode(meta), base=ll.ShardedModel, owns_cluster=False
-        )
+        self.sharded: Any = make_sharded(meta, self.pipeline, parts, code, base=ll.ShardedModel, owns_cluster=False)
 
 
 def observe(model: Any) -> Any:
