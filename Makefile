@@ -26,7 +26,7 @@ bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="overhead --repeats 9";
 
 # Files are what is shared out: their tests share models and clusters. They wait for workers much of the time.
 test: $(DEV)  ## Run the tests, on up to four cores
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # First what only a GPU has, and the stages in this process; the rest file by file.
 test-gpu: $(DEV)  ## Run the tests that compare bits on a CUDA GPU; they are skipped where there is none

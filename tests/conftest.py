@@ -31,9 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--accelerator``, leave only the tests of equality, and skip them where there is no such accelerator."""
+    """Begin with files of slow tests, so that none is left for the end, when other processes have nothing to do.
+
+    With ``--accelerator``, leave only the tests of equality, and skip them where there is no such accelerator.
+    """
     asked = config.getoption("--accelerator")
     if asked is None:
+        slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+        items.sort(key=lambda item: item.path not in slow)
         return
     import torch
 

@@ -29,7 +29,7 @@ from families import FAMILIES, reference
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
 from lingualinked.model.stage import StageInputs
 
-pytestmark = pytest.mark.equality
+pytestmark = [pytest.mark.equality, pytest.mark.slow]
 
 NUM_LAYERS = 4
 NUM_STAGES = (1, 2, 3, NUM_LAYERS)

@@ -19,7 +19,7 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import missing_spans
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 
-pytestmark = pytest.mark.equality
+pytestmark = [pytest.mark.equality, pytest.mark.slow]
 
 NUM_LAYERS = 4
 DEVICES = ("a", "b", "c")

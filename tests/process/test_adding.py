@@ -25,7 +25,7 @@ from lingualinked.protocol.measuring import ProbeLink
 from processes import are_gone, family, fork_server, stopped
 from waiting import wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8]])
 OLD = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])

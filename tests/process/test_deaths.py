@@ -22,7 +22,7 @@ from lingualinked.sharded.describing import describe
 from processes import are_gone, family, fork_server, stopped
 from waiting import num_sessions, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8]])
 WITHIN_S = 5.0  # of a death, whoever waits for it has to know; a bound, not a measurement

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import lingualinked as ll
 from families import reference, save_tiny
 
-pytestmark = [pytest.mark.process, pytest.mark.equality]
+pytestmark = [pytest.mark.process, pytest.mark.equality, pytest.mark.slow]
 
 FAMILIES = (
     "bloom falcon-7b falcon-rw gemma gemma2 gemma3 gpt2 gpt-neox llama mistral mixtral opt phi3 qwen2 qwen3"

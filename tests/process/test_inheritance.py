@@ -13,7 +13,7 @@ import pytest
 from processes import Script, are_gone
 from waiting import wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 BEGIN = """
 import json, os, pathlib, signal, sys, threading

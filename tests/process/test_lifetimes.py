@@ -26,7 +26,7 @@ import lingualinked as ll
 from processes import Script, are_gone, family, fork_server, stopped
 from waiting import num_sessions, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8]])
 

@@ -27,7 +27,7 @@ from lingualinked.cluster.inspection import inspect_workers
 from processes import stopped
 from waiting import num_sessions, wait_until
 
-pytestmark = [pytest.mark.process, pytest.mark.equality]
+pytestmark = [pytest.mark.process, pytest.mark.equality, pytest.mark.slow]
 
 NUM_LAYERS = 4
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])

@@ -31,7 +31,7 @@ from lingualinked.sharded.describing import describe
 from lingualinked.worker.power import RaplCounter
 from profiles import MIB, model_profile
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 SLOW = ll.Link(latency="40ms")
 WORKLOAD = ll.Workload(prompt_tokens=8, new_tokens=8)

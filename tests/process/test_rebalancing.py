@@ -21,7 +21,7 @@ import lingualinked as ll
 from process.conftest import load_unsharded, save_random
 from waiting import wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 NUM_LAYERS = 12
 IDS = torch.tensor([[1, 17, 93, 54, 8, 17, 93]])

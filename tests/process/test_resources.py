@@ -14,7 +14,11 @@ import pytest
 
 from processes import Script
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")]
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them"),
+]
 
 # Each attempt is made in a forked child, which has imported everything already.
 BEGIN = """

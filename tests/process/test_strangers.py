@@ -25,6 +25,7 @@ from processes import Script, fork_server
 from waiting import wait_until
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.process,
     pytest.mark.skipif(sys.platform != "linux", reason="other users and /proc are Linux's here"),
 ]

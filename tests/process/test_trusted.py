@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 # Loaded by every process of the run before anything else: notes what mailboxes hand to their owners, after decryption.
 TAP = """

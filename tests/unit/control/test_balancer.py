@@ -21,6 +21,8 @@ from lingualinked.errors import InfeasiblePlanError
 from tests.profiles import MIB, profile
 from tests.simulated_pipeline import SimulatedPipeline, Speeds, with_memory
 
+pytestmark = pytest.mark.slow
+
 THREE = profile(ll.Device(name="a"), ll.Device(name="b"), ll.Device(name="c"), num_layers=24)
 
 

@@ -24,7 +24,7 @@ from lingualinked.model.parts import ModelParts, find_parts
 from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
 
-pytestmark = pytest.mark.timeout(400)  # thousands of calls, on a machine that may be busy
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # thousands of calls, on a machine that may be busy
 
 IDS = torch.tensor([[1, 17, 3, 9]])
 TARGETS = ("", "model", "model.layers", "model.layers.0.mlp.up_proj")

@@ -20,6 +20,8 @@ from lingualinked.model.exact.exact_attention import attend, is_exact
 from lingualinked.model.hf_internals import torch_attention
 from lingualinked.model.stage import Stage, StageInputs
 
+pytestmark = pytest.mark.slow
+
 needs_kernel = pytest.mark.skipif(
     not is_exact(torch.bfloat16, 64, 1, 1, False, torch.get_num_threads()), reason="torch attends otherwise here"
 )

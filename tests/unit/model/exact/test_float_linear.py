@@ -19,6 +19,8 @@ from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
 from lingualinked.model.exact.products import cancelling_product
 from lingualinked.model.torch_settings import torch_settings
 
+pytestmark = pytest.mark.slow
+
 SIZES = (4, 60, 64, 100, 188, 192, 196, 256, 380, 384, 388, 576, 577, 768, 1026, 2048)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-45, 1e-38, -3e38, 3e38)
