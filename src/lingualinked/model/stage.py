@@ -238,6 +238,8 @@ class Stage:
         if not self.is_first:
             self._boundary.incoming = _unflatten_output(tensors, inputs.layout)
         if self.is_last:
+            if self.device.type != "cpu":
+                _check_indices(inputs.logits_to_keep, states.shape[1])
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
         if inputs.records:
             if not self._has_recorders:
@@ -299,6 +301,14 @@ class Stage:
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def _check_indices(indices: int | Tensor, size: int) -> None:
+    """Raise IndexError as torch does on a CPU; on a GPU, such an index would end all that it computes for this process."""
+    if isinstance(indices, Tensor) and indices.dtype is not torch.bool and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < -size or high >= size:
+            raise IndexError(f"index {low if low < -size else high} is out of bounds for dimension 0 with size {size}")
 
 
 def _decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None:

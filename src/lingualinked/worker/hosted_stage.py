@@ -320,6 +320,8 @@ def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageC
     orders = [edit.values for edit in edits if edit.kind is KVEditKind.REORDER]
     if not orders:
         return
+    if cache.num_rows:  # an index beyond them would end all that a GPU computes for this process
+        orders.insert(0, tuple(range(cache.num_rows)))
     order = functools.reduce(_compose_orders, orders)  # intermediate orders may have any number of rows
     if len(order) != num_rows:
         raise ProtocolError(f"an order of {count_text(len(order), 'row')} of KV arrived in a step of {num_rows}")

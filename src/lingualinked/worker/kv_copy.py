@@ -123,5 +123,7 @@ def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
                 raise ProtocolError(
                     f"an order of {count_text(len(place.rows), 'row')} of KV was sent, and {layer.num_rows} are held"
                 )
+            if not all(0 <= row < layer.num_rows for row in place.rows):  # a GPU does not survive such an index
+                raise ProtocolError(f"an order of KV names rows that are not among {layer.num_rows}")
             layer.reorder_cache(torch.tensor(place.rows, dtype=torch.long))
         layer.write_tokens(place.first, place.position, piece.keys, piece.values, place.capacity)

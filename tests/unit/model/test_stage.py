@@ -4,7 +4,7 @@ import torch
 from families import tiny_config
 from lingualinked.errors import ArgumentError
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage, StageInputs
+from lingualinked.model.stage import Stage, StageInputs, _check_indices
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,15 @@ def test_a_stage_keeps_no_tensor_of_a_step_that_failed(spec: ModelSpec) -> None:
     with pytest.raises(RuntimeError):
         stage.step(inputs(torch.zeros(1, 2, 31)), None)
     assert (stage._boundary.incoming, stage._boundary.outgoing) == (None, None)
+
+
+@pytest.mark.parametrize("indices", [[0, 3], [-5, 0], [[1], [7]]], ids=str)
+def test_indices_that_a_gpu_would_not_survive_are_refused_as_on_a_cpu(indices: list[int]) -> None:
+    states = torch.zeros(1, 3, 2)
+    with pytest.raises(IndexError) as on_cpu:
+        states[:, torch.tensor(indices), :]
+    with pytest.raises(IndexError) as ours:
+        _check_indices(torch.tensor(indices), 3)
+    assert str(ours.value) == str(on_cpu.value)
+    for fine in (5, torch.tensor([-3, 2]), torch.tensor([True, False, True]), torch.tensor([], dtype=torch.long)):
+        _check_indices(fine, 3)

@@ -103,6 +103,7 @@ def test_orders_of_rows_come_to_one() -> None:
         (order(*[0] * 200_000),),
         (order(0), order(*[0] * 200_000)),
         (order(0, 1), order(0, 2)),
+        (order(0, 2),),
         (order(0, -1),),
         (order(),),
         (KVEdit(kind=KVEditKind.CROP, values=()),),
@@ -113,7 +114,8 @@ def test_orders_of_rows_come_to_one() -> None:
     ids=[
         "many",
         "many at last",
-        "beyond",
+        "beyond the one before",
+        "beyond what is held",
         "negative",
         "none",
         "no crop",
@@ -193,6 +195,8 @@ def test_an_order_of_more_rows_than_are_held_is_refused() -> None:
         piece((0,) * 100_000, 1, 0, position=3),
         piece((0,) * 100_000, 100_000, 0, position=3),
         piece((0, 1, 0), 3, 1, position=3),
+        piece((0, 2), 2, 1, position=3),
+        piece((-1, 0), 2, 1, position=3),
     ):
         with pytest.raises(ProtocolError, match="order of"):
             hosted.write_kv(1, [wrong])
