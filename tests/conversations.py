@@ -127,7 +127,7 @@ class Cut:
                 torch_settings=self.torch_settings,
             )
             output = stage.step(inputs, cache)
-            tensors, layout = tuple(tensor.clone() for tensor in output.tensors), output.layout
+            tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout
         (logits,) = tensors
         return logits
 

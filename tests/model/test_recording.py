@@ -29,7 +29,7 @@ def record(stages: Sequence[Stage], tokens: Tensor, records: tuple[str, ...]) ->
             tensors=tensors, layout=layout, attention_mask=torch.ones_like(tokens), position_ids=None, records=records
         )
         output = stage.step(inputs, stage.new_cache())
-        tensors, layout = tuple(tensor.clone() for tensor in output.tensors), output.layout
+        tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout
         for name in records:
             recorded[name] += output.recorded[name]
     return {**recorded, "logits": [*tensors]}
