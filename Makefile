@@ -84,6 +84,7 @@ $(RUNTIME): pyproject.toml constraints.txt hatch_build.py $(wildcard src/lingual
 	$(PIP) install --quiet -c constraints.txt -e .
 	@touch $@
 
+# The project is installed already, and is not built again for what it needs besides.
 $(DEV): $(RUNTIME)
-	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	$(PIP) install --quiet -c constraints.txt "lingualinked[dev]"
 	@touch $@

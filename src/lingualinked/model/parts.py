@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lingualinked.model.spec import ModelSpec
 
 
+_found: dict[tuple[str, str, str], ModelParts] = {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelParts:
     """Where a model's parts are, as dotted paths of modules, and the bytes of their weights."""
@@ -113,6 +116,14 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
             tied=_num_bytes(in_epilogue[target] for target in in_both),
         ),
     )
+
+
+def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
+    """Return the parts of a model that was built from `spec`; they are found once, since the weights do not count."""
+    key = (spec.class_name, spec.config_json, spec.dtype)
+    if key not in _found:
+        _found[key] = find_parts(meta_model)
+    return _found[key]
 
 
 def cache_slots(layers: Iterable[nn.Module]) -> frozenset[int]:

@@ -16,7 +16,7 @@ from lingualinked.model import hf_internals
 from lingualinked.model.architectures import read_config
 from lingualinked.model.cut import Boundary, cut_class, prune
 from lingualinked.model.dummy import BlankWeights, DummyWeights
-from lingualinked.model.parts import ModelParts, build_meta, check_span, find_parts
+from lingualinked.model.parts import ModelParts, build_meta, check_span, parts_of
 from lingualinked.model.safetensors_file import FileChangedError
 from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSource
 from lingualinked.quantities import count_text
@@ -63,7 +63,7 @@ def load_span(
     weights, from the whole model on the meta device, for when files can't be read here or have changed.
     """
     whole = build_meta(spec)
-    parts = find_parts(whole)
+    parts = parts_of(spec, whole)
     check_span(start, end, parts.num_layers)
     try:
         with contextlib.closing(_open_source(spec, whole)) as source:
