@@ -106,7 +106,7 @@ def gpu(
         raise typer.BadParameter(f"choose a shape from {', '.join(SHAPES)}, and rows from {', '.join(ROWS)}")
     run_gpu(
         shape,
-        accelerator,
+        "cuda:0" if accelerator == "cuda" else accelerator,
         rows,
         batch=batch,
         prompt_tokens=prompt_tokens,
