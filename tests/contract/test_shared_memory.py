@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -94,9 +95,11 @@ def test_without_proc_everything_goes_over_the_socket(network: Network, monkeypa
     assert (a.sent_shared_bytes, b.num_refused) == (0, 0)
 
 
-def test_order_holds_when_the_ring_is_full(pair: tuple[Any, Any]) -> None:
-    a, b = pair
-    size = RING_BYTES // 3
+def test_order_holds_when_the_ring_is_full(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 1 << 20
+    monkeypatch.setattr("lingualinked.transport.rings.RingWriter", functools.partial(RingWriter, 3 * size))
+    a, b = network.open_all("a", "b")
+    exchange(a, b)
     for number in range(6):  # the first three are more than fits
         a.send("b", b"%d" % number, [torch.full((size,), number, dtype=torch.uint8), torch.tensor(number)])
     assert a.sent_shared_bytes == 2 * (size + 8)

@@ -123,11 +123,11 @@ def hostile_memory() -> Iterator[Kind]:
         os.ftruncate(file, 4_096 + RING_BYTES)
         os.pwrite(file, token, 0)
         yield "memory: offered again and again", [offering((token, os.getpid(), file, 1))] * 200
-        yield "memory: full of holes", [in_memory((token, 4_096, 1), [1, RING_BYTES])] * 20
+        yield "memory: full of holes", [in_memory((token, 4_096, 1), [1, RING_BYTES])] * 3
         yield "memory: beyond its end", [in_memory((token, 4_097, 1), [1, RING_BYTES])]
         yield "memory: where no tensor is", [in_memory((token, 0, 1), [1, 100])]
         os.ftruncate(file, 10_000)
-        yield "memory: shortened", [in_memory((token, 4_096, 1), [1, RING_BYTES])] * 20
+        yield "memory: shortened", [in_memory((token, 4_096, 1), [1, RING_BYTES])] * 3
     finally:
         os.close(file)
 

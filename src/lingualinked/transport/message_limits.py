@@ -15,4 +15,5 @@ MAX_NUM_DIMS = 16
 
 # Between processes of one machine, tensors of at least so many bytes in a message go through shared memory.
 MIN_SHARED_BYTES = 16 << 10
-RING_BYTES = 64 << 20  # of that memory, from one party to another; only as much is touched as is ever unread at once
+RING_BYTES = 256 << 20  # of that memory, from one party to another; only as much is touched as is unread at once
+KEPT_RING_BYTES = 64 << 20  # more than this is returned once it is not needed

@@ -7,6 +7,7 @@ file can end the receiver's process or make it wait, and only what was sent take
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import logging
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.quantities import count_text
-from lingualinked.transport.message_limits import RING_BYTES
+from lingualinked.transport.message_limits import KEPT_RING_BYTES, RING_BYTES
 from lingualinked.transport.pinned_memory import PinnedMemory
 from lingualinked.transport.tensor_bytes import is_plain, memory_of
 
@@ -76,8 +77,9 @@ class RingWriter:
     user, and once it has confirmed what it was not sent.
     """
 
-    def __init__(self, capacity: int = RING_BYTES) -> None:
+    def __init__(self, capacity: int = RING_BYTES, kept_bytes: int = KEPT_RING_BYTES) -> None:
         self._end = _FIRST_OFFSET + capacity
+        self._kept_end = min(_FIRST_OFFSET + kept_bytes, self._end)
         self._file: int | None = None
         self._is_usable = True
         self._offer: RingOffer | None = None
@@ -162,6 +164,7 @@ class RingWriter:
             return None
         if not self._unread:
             # As far in front as possible: that is in the processor's cache, and the rest may never be touched.
+            self._shrink(max(self._kept_end, _FIRST_OFFSET + num_bytes))
             return _FIRST_OFFSET if _FIRST_OFFSET + num_bytes <= self._end else None
         first, last = self._unread[0].start, self._unread[-1].end
         if last <= first:
@@ -182,17 +185,28 @@ class RingWriter:
             self._allocated = end
         return True
 
+    def _shrink(self, end: int) -> None:
+        """Return the memory behind an offset; nothing there may be unread."""
+        end = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+        if end < self._allocated:
+            with contextlib.suppress(OSError):  # it is kept then
+                self._map.madvise(mmap.MADV_REMOVE, end, self._end - end)
+                self._allocated = end
+
     def _copy(self, tensor: Tensor, offset: int) -> None:
         if not tensor.numel():
             return
         if is_plain(tensor):
             ctypes.memmove(self._address + offset, tensor.data_ptr(), tensor.nbytes)
             return
-        if tensor.is_cuda and self._pinned is None and self._allocate(self._end):
-            self._pinned = PinnedMemory(self._address, self._end)
+        source = tensor.detach()
+        if tensor.is_cuda and offset + tensor.nbytes > self._kept_end:
+            source = source.cpu()  # CUDA refuses a copy to memory of which a part is pinned
+        elif tensor.is_cuda and self._pinned is None and self._allocate(self._kept_end):
+            self._pinned = PinnedMemory(self._address, self._kept_end)
         # From the device, or from wherever the elements lie, straight into the ring; returns once all are there.
         flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        flat.view(tensor.shape).copy_(tensor.detach())
+        flat.view(tensor.shape).copy_(source)
 
 
 class RingReader:

@@ -20,7 +20,7 @@ from hypothesis import given, strategies as st
 
 from lingualinked.errors import ProtocolError
 from lingualinked.transport import shared_ring
-from lingualinked.transport.message_limits import RING_BYTES
+from lingualinked.transport.message_limits import KEPT_RING_BYTES, RING_BYTES
 from lingualinked.transport.rings import Rings
 from lingualinked.transport.shared_ring import Place, RingOffer, RingReader, RingWriter
 
@@ -34,8 +34,8 @@ RECEIPT_OFFSET = 64
 class Ends:
     """Both ends of one ring."""
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        self.writer = RingWriter(capacity)
+    def __init__(self, capacity: int = CAPACITY, kept_bytes: int = KEPT_RING_BYTES) -> None:
+        self.writer = RingWriter(capacity, kept_bytes)
         assert self.writer.write([numbered(64)]) is None  # opens it
         offer = self.writer.pop_offer()
         assert offer is not None
@@ -136,6 +136,28 @@ def test_a_ring_that_has_been_read_begins_in_front_and_takes_no_more_memory() ->
             assert ends.read(written(ends, 10_000), [numbered(10_000)])
         assert written(ends, 10_000).offset == BEGIN
         assert os.fstat(ends.offer.descriptor).st_blocks * 512 < 64 << 10
+    finally:
+        ends.close()
+
+
+def test_memory_for_an_unusual_message_is_returned_with_the_next_ordinary_one() -> None:
+    ends = Ends(RING_BYTES)
+    large = torch.zeros(KEPT_RING_BYTES + (1 << 20), dtype=torch.uint8)
+    try:
+
+        def num_bytes() -> int:
+            return os.fstat(ends.offer.descriptor).st_blocks * 512
+
+        for _ in range(2):
+            place = ends.writer.write([large])
+            assert place is not None
+            ends.reader.release(place.receipt)
+            assert num_bytes() >= large.nbytes  # kept, for there may be another
+        ends.read(written(ends, 1_000), [numbered(1_000)])
+        assert num_bytes() == KEPT_RING_BYTES + BEGIN
+        place = ends.writer.write([large + 1])
+        assert place is not None
+        assert torch.equal(ends.read(place, [large])[0], large + 1)
     finally:
         ends.close()
 
@@ -391,8 +413,21 @@ def test_the_first_tensor_on_a_gpu_pins_the_ring(
         assert place is not None
         assert torch.equal(ends.read(place, [torch.empty(3, 2)])[0], torch.arange(6.0).view(2, 3).T)
     ends.writer.close()
-    assert [call for call, _ in runtime.calls] == calls
+    assert [call for call, _ in runtime.calls] == calls  # nothing once the ring is closed
     assert runtime.calls[0][1] == END
+
+
+def test_only_memory_that_is_kept_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, ends = Runtime(0), Ends(4 * CAPACITY, CAPACITY)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    try:
+        for size, calls in ((CAPACITY + 1, []), (CAPACITY, [("register", END)]), (CAPACITY + 1, [("register", END)])):
+            place = ends.writer.write([numbered(size).as_subclass(OnDevice)])
+            assert place is not None
+            assert torch.equal(ends.read(place, [numbered(size)])[0], numbered(size))
+            assert runtime.calls == calls
+    finally:
+        ends.close()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
