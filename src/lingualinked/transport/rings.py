@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 
 from lingualinked.errors import ProtocolError
 from lingualinked.transport.shared_ring import RingOffer, RingReader, RingWriter
@@ -19,10 +18,10 @@ _MAX_READERS = 2
 
 
 class Rings:
-    """The rings of one mailbox. If they are not used, or this is not Linux, it writes none and opens none."""
+    """The rings of one mailbox. If they are not used, or this Python can't make any, it writes none and opens none."""
 
     def __init__(self, *, is_used: bool) -> None:
-        self._is_used = is_used and sys.platform == "linux"
+        self._is_used = is_used and hasattr(os, "memfd_create")  # Linux alone, and not with every libc
         self._pid = os.getpid()
         self.writers: dict[str, RingWriter] = {}  # by the peer's name
         self.readers: dict[str, dict[bytes, RingReader]] = {}  # by the sender's key and the ring's token

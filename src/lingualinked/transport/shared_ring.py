@@ -15,7 +15,6 @@ import mmap
 import os
 import secrets
 import stat
-import sys
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
@@ -123,9 +122,9 @@ class RingWriter:
 
     def _open(self) -> None:
         """Make the file, and the offer of it, if that was not tried before."""
-        if not self._is_usable or sys.platform != "linux":
+        if not self._is_usable:
             return
-        import fcntl
+        import fcntl  # not everywhere
 
         self._is_usable = False
         file = None
@@ -136,7 +135,7 @@ class RingWriter:
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             os.posix_fallocate(file, 0, _FIRST_OFFSET)
             self._map = mmap.mmap(file, self._end)
-        except OSError as error:  # no such call here, or no descriptor, address space or memory
+        except OSError as error:  # no descriptor, address space or memory, or the system does not allow it
             logger.debug("no memory is shared with a peer: %s", error)
             if file is not None:
                 os.close(file)
@@ -201,7 +200,7 @@ class RingWriter:
             return
         source = tensor.detach()
         if tensor.is_cuda and offset + tensor.nbytes > self._kept_end:
-            source = source.cpu()  # CUDA refuses a copy to memory of which a part is pinned
+            source = source.cpu()  # CUDA may refuse a copy to memory of which only a part is pinned
         elif tensor.is_cuda and self._pinned is None and self._allocate(self._kept_end):
             self._pinned = PinnedMemory(self._address, self._kept_end)
         # From the device, or from wherever the elements lie, straight into the ring; returns once all are there.
