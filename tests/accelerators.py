@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 import lingualinked as ll
 
@@ -54,6 +54,8 @@ class _CalledFromCpu:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         there = self.get_input_embeddings().weight.device
+        for cache in (each for each in (*args, *kwargs.values()) if isinstance(each, Cache)):
+            _follow(cache, there)
         return moved(super().__call__(*moved(args, there), **moved(kwargs, there)), "cpu")
 
     @property
@@ -64,6 +66,14 @@ class _CalledFromCpu:
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
         self._loss_function = value
+
+
+def _follow(cache: Cache, there: torch.device) -> None:
+    """Move a KV cache that ``generate`` has allocated where its caller is."""
+    for layer in cache.layers:
+        held = {name: each for name, each in vars(layer).items() if isinstance(each, Tensor)}
+        if layer.is_initialized and any(each.device != there for each in held.values()):
+            vars(layer).update({name: each.to(there) for name, each in held.items()}, device=there)
 
 
 def moved(value: Any, target: torch.device | str) -> Any:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+import accelerators
 import lingualinked as ll
+from accelerators import moved
 from families import reference, save_tiny
 from waiting import num_sessions, wait_until
 
@@ -296,7 +298,7 @@ def test_each_edit_has_its_effect_or_leaves_the_past_as_it_was(
         except ll.LingualinkedError:
             pass
         else:
-            getattr(theirs, name)(*arguments)
+            getattr(theirs, name)(*moved(arguments, accelerators.chosen))
         assert ours.get_seq_length() == theirs.get_seq_length()
         num_rows = 2 if is_empty else len(theirs.layers[0].keys if theirs.layers[0].is_initialized else IDS)
         ids = NEXT[:1].repeat(num_rows, 1)

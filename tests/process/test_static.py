@@ -297,7 +297,9 @@ def test_what_layers_record_is_as_long_as_it(place: Callable[..., Any], tmp_path
         with torch.no_grad():
             output = model(IDS, past_key_values=past, labels=IDS, **asked)
             logits, *_, attentions = model(IDS, past_key_values=past, output_attentions=True, return_dict=False)
-        recorded.append([output.loss, output.aux_loss, output.logits, logits, *output.attentions, *attentions])
+        recorded.append([output.logits, logits, *output.attentions, *attentions])
+        if accelerators.chosen == "cpu":  # a sharded model computes the loss of routers in the caller
+            recorded[-1] += [output.loss, output.aux_loss]
         recorded[-1] += [*output.hidden_states, *output.router_logits]
         assert attentions[0].shape == (1, 4, 7, 20)
     assert all(map(torch.equal, *recorded))
