@@ -85,7 +85,7 @@ def test_either_side_can_do_without(network: Network, monkeypatch: pytest.Monkey
 def test_without_proc_everything_goes_over_the_socket(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from another machine, or another container."""
 
-    def refuse(_: object) -> None:
+    def refuse(_: object, **_how: object) -> None:
         raise FileNotFoundError("/proc")
 
     monkeypatch.setattr("lingualinked.transport.rings.RingReader", refuse)

@@ -117,7 +117,7 @@ class StepGraph:
         self._replay: Callable[[], None] | None = None
         on_cuda = device.type == "cuda"
         # What the next step needs: on the host, then on the device, where graphs read it.
-        self._staged = [each.clone() for each in (inputs.states, inputs.positions) if each is not None]
+        self._staged = [each.to("cpu", copy=True) for each in (inputs.states, inputs.positions) if each is not None]
         if on_cuda:
             self._staged = [each.pin_memory() for each in self._staged]
         self._held = [each.to(device) for each in self._staged]

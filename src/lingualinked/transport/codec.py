@@ -290,7 +290,7 @@ def _read_place(
         raise MalformedError("size", f"{count_text(sum(sizes), 'byte')} of tensors, and the limit is {max_bytes}")
     try:
         ring.check_place(place, sizes)
-        tensors = [_empty(descriptor) for descriptor in descriptors]
+        tensors = [_empty(descriptor, is_pinned=ring.is_pinned) for descriptor in descriptors]
         ring.read(place, tensors)
     except ProtocolError as error:
         raise MalformedError("shared memory", str(error)) from None
@@ -318,9 +318,9 @@ def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Ten
     return _with_valid_bools(tensor)
 
 
-def _empty(descriptor: list[int]) -> Tensor:
+def _empty(descriptor: list[int], *, is_pinned: bool = False) -> Tensor:
     code, *shape = descriptor
-    return torch.empty(shape, dtype=_DTYPES[code])
+    return torch.empty(shape, dtype=_DTYPES[code], pin_memory=is_pinned)
 
 
 def _with_valid_bools(tensor: Tensor) -> Tensor:

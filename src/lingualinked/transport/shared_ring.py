@@ -209,12 +209,13 @@ class RingWriter:
 
 
 class RingReader:
-    """The receiver's end of one ring.
+    """The receiver's end of one ring; tensors go to pinned memory if `is_pinned`.
 
     Raises ProtocolError if what a sender offers is not its ring, and OSError if it can't be opened here.
     """
 
-    def __init__(self, offer: RingOffer) -> None:
+    def __init__(self, offer: RingOffer, *, is_pinned: bool = False) -> None:
+        self.is_pinned = is_pinned
         self._file = _open_ring(offer)
         try:
             self._num_bytes = os.fstat(self._file).st_size
@@ -292,4 +293,5 @@ def _aligned(num_bytes: int) -> int:
 
 def _offsets(tensors: Sequence[Tensor], start: int) -> list[int]:
     """Return the offset of each tensor of a message that starts at a given one."""
-    return list(itertools.accumulate((_aligned(tensor.nbytes) for tensor in tensors[:-1]), initial=start))
+    ends = itertools.accumulate((_aligned(tensor.nbytes) for tensor in tensors), initial=start)
+    return list(itertools.islice(ends, len(tensors)))

@@ -100,6 +100,7 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
         keys,
         socket_folder=boot.socket_folder,
         shared_memory=boot.shared_memory,
+        serves_gpu=boot.accelerator.startswith("cuda"),
         max_frame_bytes=boot.max_frame_bytes,
     )
     handler.on_record = mailbox.wake
@@ -114,9 +115,8 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
         mailbox.close()
 
 
-_PROBE_BYTES = (
-    256 << 20
-)  # a worker with less to spare does not try how torch rounds: the kernels that this compiles stay in memory
+# A worker with less to spare does not try how torch rounds: the kernels that this compiles stay in memory.
+_PROBE_BYTES = 256 << 20
 
 
 class Worker:
