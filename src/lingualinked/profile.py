@@ -148,7 +148,7 @@ class DeviceProfile:
     prologue, epilogue : ModuleTimes
         Times of the modules before the first and after the last layer.
     free_bytes : int or None
-        Free memory during the measurement; a limit, if any, is in `device`.
+        Free memory during the measurement that other devices of the cluster do not claim; a limit, if any, is in `device`.
     measured_watts : float or None
         Mean power during the measurement; ``None`` if the machine does not report it.
     power_source : str

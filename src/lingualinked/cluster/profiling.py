@@ -198,12 +198,14 @@ def _likeness(device: Device, hardware: str) -> object:
 def share_of_memory(device: Device, devices: Sequence[Device], free_bytes: int) -> int:
     """Return how much of the free memory of a processor or GPU is for one of the devices that share it.
 
-    Those with a limit of their own get that much, or as large a part of it as of the others' limits; the rest is shared equally.
+    What others may hold by their limits is not; if there is less than all limits together, each gets the same part of its own. What
+    limits leave is shared equally by the devices without one.
     """
     sharing = [each for each in devices if each.accelerator == device.accelerator]
     claimed = sum(each.memory_bytes or 0 for each in sharing)
-    if device.memory_bytes is not None:
-        return min(device.memory_bytes, free_bytes * device.memory_bytes // claimed)
+    own = device.memory_bytes
+    if own is not None:
+        return free_bytes * own // claimed if claimed > free_bytes else free_bytes - (claimed - own)
     return max(0, free_bytes - claimed) // sum(each.memory_bytes is None for each in sharing)
 
 

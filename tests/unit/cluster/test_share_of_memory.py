@@ -18,7 +18,8 @@ def test_without_limits_all_get_the_same() -> None:
 
 
 def test_what_limits_leave_is_for_those_without() -> None:
-    assert shares(100, {"memory": 30}, {}, {}) == [30, 35, 35]
+    assert shares(100, {"memory": 30}, {}, {}) == [100, 35, 35]
+    assert shares(100, {"memory": 30}, {"memory": 50}, {}) == [50, 70, 20]
     assert shares(100, {"memory": 130}, {}) == [100, 0]
 
 
@@ -28,4 +29,4 @@ def test_limits_that_exceed_the_memory_shrink_alike() -> None:
 
 def test_each_gpu_has_its_own_memory() -> None:
     first, second = {"accelerator": "cuda:0"}, {"accelerator": "cuda:1", "memory": 40}
-    assert shares(100, first, second, first, {}) == [50, 40, 50, 100]
+    assert shares(100, first, second, first, {}) == [50, 100, 50, 100]
