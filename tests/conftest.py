@@ -5,6 +5,7 @@ Knows no lingualinked. What a session or module fixture holds when a test begins
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import uuid
@@ -54,6 +55,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("cpu_only")
         if mark is not None:
             item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through a million objects again and again that stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
