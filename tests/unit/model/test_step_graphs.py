@@ -151,6 +151,20 @@ def test_reordered_rows_keep_the_graph_and_other_numbers_of_rows_do_not(stage: S
     assert stage.graphs.num_replayed == 7  # steps 4 to 10 of three rows; of two rows none yet
 
 
+def test_layers_that_another_stage_adopts_are_captured_anew(stage: Stage) -> None:
+    eager = decode(stage, None)
+    stage.graphs.record = run_again
+    text = Text(stage, stage.new_cache(max_cache_len=ROOM))
+    logits = [text.step() for _ in range(6)]
+    moved = stage.new_cache(max_cache_len=ROOM)
+    moved.adopt_layers([text.cache])
+    moved.complete_adoption(text.cache.num_tokens, records_past=False)
+    assert not text.cache.captured
+    text.cache, stage.graphs.num_replayed = moved, 0
+    assert_equal(logits + [text.step() for _ in range(6)], eager)
+    assert stage.graphs.num_replayed == 3
+
+
 def test_a_fork_does_not_write_to_the_memory_it_was_copied_from(stage: Stage) -> None:
     eager = decode(stage, None)
     stage.graphs.record = run_again
