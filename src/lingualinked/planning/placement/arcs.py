@@ -6,7 +6,6 @@ Knows networks and lengths of paths; not how a programme is solved.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -118,13 +117,9 @@ def arcs_within(
         The arcs, more than `most` only if there are more; and the length of the shortest path; ``inf`` if there is none.
     """
     from_source, to_sink = priced.from_source(), priced.to_sink()
-    kept, shortest = [], math.inf
-    for copy, closing in enumerate(network.ring.tolist()):
-        if closing < 0:
-            best = float((network.enter[copy] + to_sink[0][copy, :, 0]).min())
-        else:
-            best = float((priced.front[copy] + to_sink[1][copy, closing]).min())
-        shortest = min(shortest, best)
+    kept = []
+    lengths_of_copies = _shortest(priced, to_sink)
+    for copy, best in enumerate(lengths_of_copies):
         if best <= limit:
             lengths = (*(each[copy] for each in from_source), *(each[copy] for each in to_sink))
             arcs = _joined(_parts(network, priced, copy, lengths, limit))
@@ -132,10 +127,27 @@ def arcs_within(
                 marked = arcs.nearest(most + 1)
                 arcs = arcs[marked if pool is None else marked | np.isin(arcs.keys, pool)]
             kept.append(tuple(getattr(arcs, field.name) for field in dataclasses.fields(arcs)))
+    shortest = min(lengths_of_copies)
     if not kept:
         none = np.empty(0, dtype=int)
         return Arcs(none, none, none, none, none, none, none, np.empty(0)), shortest
     return _joined(kept), shortest
+
+
+def shortest_length(network: Network) -> float:
+    """Return the length of the shortest path of a network; ``inf`` if there is none."""
+    return min(_shortest(network, network.to_sink()))
+
+
+def _shortest(network: Network, to_sink: tuple[Floats, Floats]) -> list[float]:
+    """Return the length of the shortest path in each copy of a network, from the distances to its sink."""
+    into, out = to_sink
+    return [
+        float((network.enter[copy] + into[copy, :, 0]).min())
+        if closing < 0
+        else float((network.front[copy] + out[copy, closing]).min())
+        for copy, closing in enumerate(network.ring.tolist())
+    ]
 
 
 def _joined(parts: Iterable[Part]) -> Arcs:

@@ -63,7 +63,7 @@ import numpy as np
 from scipy import optimize, sparse
 
 from lingualinked.errors import LingualinkedError
-from lingualinked.planning.placement.arcs import CLOSE, FRONT, SINK, SOURCE, SPAN, Arcs, arcs_within
+from lingualinked.planning.placement.arcs import CLOSE, FRONT, SINK, SOURCE, SPAN, Arcs, arcs_within, shortest_length
 from lingualinked.planning.placement.elementary import Elementary
 from lingualinked.planning.placement.network import Network
 from lingualinked.planning.placement.problem import Floats, Ints, Placement
@@ -166,6 +166,10 @@ class Programme:
         """
         arcs, shortest = arcs_within(self._network, self._priced(prices), limit + prices.given, most, pool)
         return arcs, shortest - prices.given
+
+    def bound_at(self, prices: Prices) -> float:
+        """Return a bound on what any placement costs."""
+        return shortest_length(self._priced(prices)) - prices.given
 
     def elementary(self, prices: Prices, ranked: Programme | None = None) -> Elementary:
         """Return the search for a path that uses each device once, guided by prices; of least cost, or of least other."""

@@ -127,7 +127,7 @@ class _Search:
                 raise InfeasiblePlanError(f"no placement: linprog finds no flow from source to sink ({flow.message})")
             self.bound = self.limit
             return True
-        _, length = self._programme.arcs(flow.prices, self.limit, 0)
+        length = self._programme.bound_at(flow.prices)
         if length > self.bound:
             self.prices = flow.prices
         self.bound = max(self.bound, length, flow.bound)
