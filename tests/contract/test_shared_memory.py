@@ -97,7 +97,7 @@ def test_without_proc_everything_goes_over_the_socket(network: Network, monkeypa
 
 def test_order_holds_when_the_ring_is_full(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 1 << 20
-    monkeypatch.setattr("lingualinked.transport.rings.RingWriter", functools.partial(RingWriter, 3 * size))
+    monkeypatch.setattr("lingualinked.transport.rings.RingWriter", functools.partial(RingWriter, capacity=3 * size))
     a, b = network.open_all("a", "b")
     exchange(a, b)
     for number in range(6):  # the first three are more than fits
@@ -272,7 +272,7 @@ def test_the_receivers_limit_holds_for_shared_memory_too(network: Network) -> No
 def test_a_sender_can_not_pass_off_the_ring_of_another(network: Network) -> None:
     a, _, b = network.open_all("a", "hostile", "b")
     exchange(a, b)
-    for writer in (a._rings.writers["b"], RingWriter()):
+    for writer in (a._rings.writers["b"], RingWriter("b")):
         writer.write([torch.ones(3)])
         pid, descriptor = os.getpid(), writer._file
         network.send_raw(

@@ -33,7 +33,7 @@ class Rings:
     def add_writer(self, name: str) -> None:
         """Prepare a ring to a peer; it takes no memory before the first large message."""
         if self._is_used:
-            self.writers[name] = RingWriter()
+            self.writers[name] = RingWriter(name)
 
     def close_writer(self, name: str) -> None:
         """Close the ring to a peer, if there is one."""

@@ -76,7 +76,8 @@ class RingWriter:
     user, and once it has confirmed what it was not sent.
     """
 
-    def __init__(self, capacity: int = RING_BYTES, kept_bytes: int = KEPT_RING_BYTES) -> None:
+    def __init__(self, peer: str, capacity: int = RING_BYTES, kept_bytes: int = KEPT_RING_BYTES) -> None:
+        self._peer = peer  # for the log
         self._end = _FIRST_OFFSET + capacity
         self._kept_end = min(_FIRST_OFFSET + kept_bytes, self._end)
         self._file: int | None = None
@@ -136,7 +137,7 @@ class RingWriter:
             os.posix_fallocate(file, 0, _FIRST_OFFSET)
             self._map = mmap.mmap(file, self._end)
         except OSError as error:  # no descriptor, address space or memory, or the system does not allow it
-            logger.debug("no memory is shared with a peer: %s", error)
+            logger.debug("no memory is shared with %r: %s", self._peer, error)
             if file is not None:
                 os.close(file)
             return
@@ -152,7 +153,9 @@ class RingWriter:
         receipt = self._map[_RECEIPT_OFFSET]  # may be out of date, which is safe
         while receipt != self._confirmed:
             if not self._unread:
-                logger.warning("a peer confirmed what it was not sent: it is sent nothing more through shared memory")
+                logger.warning(
+                    "%r confirmed what it was not sent: no more is sent to it through shared memory", self._peer
+                )
                 self.close()
                 return
             self._confirmed = self._unread.popleft().receipt
@@ -179,7 +182,7 @@ class RingWriter:
             try:
                 os.posix_fallocate(self._file, self._allocated, end - self._allocated)
             except OSError as error:
-                logger.debug("no memory for %d bytes of a ring: %s", end, error)
+                logger.debug("no memory for %d bytes of the ring to %r: %s", end, self._peer, error)
                 return False
             self._allocated = end
         return True

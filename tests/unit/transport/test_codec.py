@@ -63,7 +63,7 @@ def test_what_is_encoded_comes_back(payload: bytes, sent: list[torch.Tensor], ma
 @contextlib.contextmanager
 def open_ring() -> Iterator[tuple[RingWriter, RingReader, bytes]]:
     """Both ends of a ring that takes tensors of any size, and its token."""
-    writer = RingWriter()
+    writer = RingWriter("b")
     assert writer.write([torch.ones(1)]) is None
     offer = writer.pop_offer()
     assert offer is not None

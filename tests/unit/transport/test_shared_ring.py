@@ -35,7 +35,7 @@ class Ends:
     """Both ends of one ring."""
 
     def __init__(self, capacity: int = CAPACITY, kept_bytes: int = KEPT_RING_BYTES) -> None:
-        self.writer = RingWriter(capacity, kept_bytes)
+        self.writer = RingWriter("b", capacity, kept_bytes)
         assert self.writer.write([numbered(64)]) is None  # opens it
         offer = self.writer.pop_offer()
         assert offer is not None
@@ -204,7 +204,7 @@ def test_tensors_of_any_layout_are_written_by_value(ends: Ends, tensor: torch.Te
 
 
 def test_nothing_is_written_before_the_receiver_has_opened_it() -> None:
-    writer = RingWriter(CAPACITY)
+    writer = RingWriter("b", CAPACITY)
     for _ in range(3):
         assert writer.write([numbered(64)]) is None
     offer = writer.pop_offer()
@@ -225,7 +225,7 @@ def test_a_receipt_for_nothing_ends_the_ring(ends: Ends, receipt: int, caplog: p
     ends.confirm(receipt)
     for _ in range(3):
         assert ends.writer.write([numbered(64)]) is None
-    assert "confirmed what it was not sent" in caplog.text
+    assert "'b' confirmed what it was not sent" in caplog.text
 
 
 def test_a_receipt_that_runs_ahead_harms_only_who_writes_it(ends: Ends) -> None:
@@ -234,10 +234,19 @@ def test_a_receipt_that_runs_ahead_harms_only_who_writes_it(ends: Ends) -> None:
     assert written(ends, 1_000, 1).offset == place.offset
 
 
+def test_a_receiver_can_neither_shorten_the_ring_nor_end_its_sender_by_holes(ends: Ends) -> None:
+    for size in (0, END - 1, END + 1):
+        with pytest.raises(PermissionError):
+            os.ftruncate(ends.reader._file, size)
+    with mmap.mmap(ends.reader._file, END) as opened:
+        opened.madvise(mmap.MADV_REMOVE, BEGIN, CAPACITY)
+    assert torch.equal(ends.read(written(ends, CAPACITY), [numbered(CAPACITY)])[0], numbered(CAPACITY))
+
+
 @pytest.mark.parametrize("call", ["memfd_create", "ftruncate", "posix_fallocate"])
 def test_without_memory_to_share_there_is_no_ring(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     monkeypatch.setattr(os, call, refusing)
-    writer = RingWriter(CAPACITY)
+    writer = RingWriter("b", CAPACITY)
     for _ in range(2):
         assert writer.write([numbered(64)]) is None
         assert writer.pop_offer() is None
@@ -445,7 +454,7 @@ def test_tensors_on_a_gpu_go_straight_into_the_ring() -> None:
 
 
 def test_a_mailbox_keeps_two_rings_of_a_sender_and_none_of_one_that_is_withdrawn() -> None:
-    rings, writers = Rings(is_used=True), [RingWriter(CAPACITY) for _ in range(4)]
+    rings, writers = Rings(is_used=True), [RingWriter("b", CAPACITY) for _ in range(4)]
     offers = []
     for writer in writers:
         writer.write([])
