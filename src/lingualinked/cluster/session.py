@@ -101,14 +101,15 @@ class Session:
         *,
         keeps_kv: bool = True,
         records: tuple[str, ...] = (),
-        hidden_states: tuple[int, ...] | None = None,
+        hidden_state_indices: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, Recorded]:
         """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
 
         Inputs are token ids, int64 ``[rows, tokens]``, or embeddings, ``[rows, tokens, hidden]``; the mask is int64
         ``[rows, past + tokens]``, and positions are int64 ``[1 or rows, tokens]``. ``logits_to_keep`` is as in
         transformers: 0 for all positions, N for the last N, or indices. ``keeps_kv`` tells whether later steps follow;
-        ``records`` what layers record (`protocol.messages.RECORDS`), ``hidden_states`` which of these, if not all.
+        ``records`` what layers record (`protocol.messages.RECORDS`), ``hidden_state_indices`` which hidden states, if not
+        all.
 
         If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has
         ended. What broke it between two steps is raised by the next one itself, once.
@@ -119,7 +120,7 @@ class Session:
             with self._changing:
                 self._switch_route()
                 return self._step(
-                    inputs, attention_mask, position_ids, logits_to_keep, keeps_kv, records, hidden_states
+                    inputs, attention_mask, position_ids, logits_to_keep, keeps_kv, records, hidden_state_indices
                 )
         finally:
             self._running.release()
@@ -292,7 +293,7 @@ class Session:
         logits_to_keep: int | Tensor,
         keeps_kv: bool,
         records: tuple[str, ...],
-        hidden_states: tuple[int, ...] | None,
+        hidden_state_indices: tuple[int, ...] | None,
     ) -> tuple[Tensor, Recorded]:
         self._check_open()
         self._announce_switch()
@@ -322,7 +323,7 @@ class Session:
             timings=(),
             torch_settings=tuple(read_torch_settings().items()),
             records=records,
-            hidden_states=hidden_states,
+            hidden_state_indices=hidden_state_indices,
             max_cache_len=self.max_cache_len,
         )
         self._edits.clear()

@@ -60,7 +60,7 @@ class StageInputs:
     rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
     torch_settings: TorchSettings = field(default_factory=dict)  # the caller's
     records: tuple[str, ...] = ()  # what the model's output is to hold besides logits, such as "hidden_states"
-    hidden_states: tuple[int, ...] | None = None  # of these, which ones are to be recorded; None: all
+    hidden_state_indices: tuple[int, ...] | None = None  # which hidden states are to be recorded; None: all
 
 
 @dataclass(slots=True, kw_only=True)
@@ -276,7 +276,9 @@ class Stage:
                 outputs: tuple[Tensor, ...] = (result.logits,)
             else:
                 outputs, layout = flatten_output(self._boundary.outgoing)
-            recorded = {name: self._recorded(name, result[name], inputs.hidden_states) for name in inputs.records}
+            recorded = {
+                name: self._recorded(name, result[name], inputs.hidden_state_indices) for name in inputs.records
+            }
         finally:
             for hook in hooks:
                 hook.remove()

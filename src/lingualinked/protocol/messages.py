@@ -149,7 +149,7 @@ class Step(Message, frozen=True, tag=4):
     ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
     ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
     them. Stages send what of ``records`` their layers give (`RECORDS`) to the caller (`StepRecorded`);
-    of hidden states only those with the indices ``hidden_states``, if it is not None.
+    of hidden states only those with the indices ``hidden_state_indices``, if it is not None.
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
@@ -172,7 +172,7 @@ class Step(Message, frozen=True, tag=4):
     timings: tuple[StageTimes, ...]
     torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
     records: tuple[str, ...] = ()
-    hidden_states: tuple[int, ...] | None = None
+    hidden_state_indices: tuple[int, ...] | None = None
     max_cache_len: Natural = 0
 
     def __post_init__(self) -> None:

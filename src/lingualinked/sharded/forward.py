@@ -178,7 +178,7 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
         cache.check_room(shape.new)
         try:
             logits, recorded = cache.session.step(
-                inputs, mask, positions, keep, keeps_kv=keeps_kv, records=records, hidden_states=selected
+                inputs, mask, positions, keep, keeps_kv=keeps_kv, records=records, hidden_state_indices=selected
             )
         finally:
             if not keeps_kv:

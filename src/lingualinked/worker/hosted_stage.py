@@ -281,7 +281,7 @@ class HostedStage:
                 rope_reach=step.rope_reach,
                 torch_settings=dict(step.torch_settings),
                 records=step.records,
-                hidden_states=step.hidden_states,
+                hidden_state_indices=step.hidden_state_indices,
             ),
             session.cache,
         )
