@@ -54,7 +54,6 @@ _MAX_UNSENT = 100_000  # messages to one peer; far more than are ever in flight 
 _TCP_ADDRESS = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]):\d{1,5}")
 _IPC_ADDRESS = re.compile(r"ipc://(/.+)/[0-9a-f]{8}")
 _MAX_POLL_MS = 2**31 - 1
-_SPIN_S = 0.002
 
 
 class ZmqMailbox(Mailbox):
@@ -68,8 +67,7 @@ class ZmqMailbox(Mailbox):
     one Linux machine and see each other's process numbers. It is not encrypted, and open only to those who may read the
     memory of these processes anyway. Otherwise, and as long as a peer has not opened this memory, they go over the socket.
 
-    With `serves_gpu`, large tensors are received in pinned memory, and `receive` looks for the next message for a moment
-    before it sleeps: to wake up takes longer than a step of a small model on a GPU.
+    With `serves_gpu`, large tensors are received in pinned memory, from which a GPU copies them.
 
     It listens on a unix socket where libzmq supports it, in `socket_folder`, or else in a new folder that is removed
     when the mailbox is closed; with ``"tcp"``, on a free port of 127.0.0.1.
@@ -99,7 +97,6 @@ class ZmqMailbox(Mailbox):
         self.sent_shared_bytes = self.received_shared_bytes = 0  # of tensors, through shared memory
         self._sockets = _Sockets(self._refusals)
         self._rings = Rings(is_used=shared_memory, is_pinned=serves_gpu)
-        self._spin_s = _SPIN_S if serves_gpu else 0.0
         # The finalizer must not refer to the mailbox. Not at exit: the thread that owns the sockets may still run then.
         self._finalizer = weakref.finalize(self, _close, self._sockets, self._rings)
         self._finalizer.atexit = False
@@ -148,9 +145,7 @@ class ZmqMailbox(Mailbox):
             wait_ms = min(left_s * 1000, _MAX_POLL_MS)
             due_ms = self._delayed.next_due_in_s * 1000
             # Rounded down for a delayed message: pop_due() sleeps for the rest.
-            ready = self._look_for_message(min(self._spin_s, left_s, due_ms / 1000)) or zmq.zmq_poll(
-                self._poll_items, max(int(due_ms), 0) if due_ms < wait_ms else math.ceil(wait_ms)
-            )
+            ready = zmq.zmq_poll(self._poll_items, max(int(due_ms), 0) if due_ms < wait_ms else math.ceil(wait_ms))
             # 2) a wake-up comes first, then a delayed message that is due, then a new one
             if self._waker.clear():
                 return None
@@ -200,14 +195,6 @@ class ZmqMailbox(Mailbox):
     def _disconnect(self, name: str) -> None:
         self._sockets.disconnect(name)
         self._rings.close_writer(name)
-
-    def _look_for_message(self, seconds: float) -> bool:
-        """Poll without sleeping for some time, or until something can be received; return whether it can."""
-        until_s = time.perf_counter() + seconds
-        while time.perf_counter() < until_s:
-            if zmq.zmq_poll(self._poll_items, 0):
-                return True
-        return False
 
     def _receive_one(self) -> Delivery | None:
         """Receive one message; return None if none is there, or if it was refused or is not due yet."""

@@ -103,6 +103,15 @@ def _data_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmData")
 
 
+def end_if_device_is_lost(accelerator: str) -> None:
+    """End this process if a GPU has refused what was computed, and so computes nothing more for it."""
+    if accelerator.startswith("cuda"):
+        try:
+            torch.cuda.synchronize(accelerator)
+        except RuntimeError as error:
+            raise SystemExit(f"{accelerator} computes nothing more for this process: {error}") from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that memory could not be allocated."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -76,7 +76,7 @@ from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import Lifeline
-from lingualinked.worker.limits import apply_limits, resident_bytes, spare_bytes
+from lingualinked.worker.limits import apply_limits, end_if_device_is_lost, resident_bytes, spare_bytes
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
 from lingualinked.worker.pace import Pace
@@ -344,6 +344,7 @@ class Worker:
         else:
             return
         self._send_to_caller(StepFailed(model=step.model, session=step.session, number=step.number, **failure))
+        end_if_device_is_lost(self._boot.accelerator)
         if failure["kind"] is FailureKind.MEMORY:
             self._stages.drop_idle_caches()
             release_memory(self._boot.accelerator)  # of the step; the error referred to it until here

@@ -87,3 +87,16 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 assert not asked and not cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_a_worker_whose_gpu_computes_nothing_more_ends(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _accelerator: None)
+    limits.end_if_device_is_lost("cuda:0")
+
+    def refuse(_accelerator: str) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    limits.end_if_device_is_lost("cpu")
+    with pytest.raises(SystemExit, match="device-side assert"):
+        limits.end_if_device_is_lost("cuda:0")
