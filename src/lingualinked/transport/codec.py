@@ -5,6 +5,7 @@ Or in memory that sender and receiver share. Knows no sockets and not what a pay
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
@@ -286,12 +287,14 @@ def _read_place(
     ring = rings.get(place.token)
     if ring is None:
         raise MalformedError("shared memory", "the tensors are in memory that this side has not opened")
-    if sum(sizes) > max_bytes:
-        raise MalformedError("size", f"{count_text(sum(sizes), 'byte')} of tensors, and the limit is {max_bytes}")
     try:
+        if sum(sizes) > max_bytes:
+            raise MalformedError("size", f"{count_text(sum(sizes), 'byte')} of tensors, and the limit is {max_bytes}")
         ring.check_place(place, sizes)
         tensors = [_empty(descriptor, is_pinned=ring.is_pinned) for descriptor in descriptors]
         ring.read(place, tensors)
+    except MalformedError:
+        raise
     except ProtocolError as error:
         raise MalformedError("shared memory", str(error)) from None
     finally:
@@ -320,7 +323,10 @@ def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Ten
 
 def _empty(descriptor: list[int], *, is_pinned: bool = False) -> Tensor:
     code, *shape = descriptor
-    return torch.empty(shape, dtype=_DTYPES[code], pin_memory=is_pinned)
+    if is_pinned:
+        with contextlib.suppress(RuntimeError):  # none is left, or the device has failed, which a step must be told of
+            return torch.empty(shape, dtype=_DTYPES[code], pin_memory=True)
+    return torch.empty(shape, dtype=_DTYPES[code])
 
 
 def _with_valid_bools(tensor: Tensor) -> Tensor:

@@ -36,10 +36,11 @@ class Rings:
             self.writers[name] = RingWriter(name)
 
     def close_writer(self, name: str) -> None:
-        """Close the ring to a peer, if there is one."""
+        """Close the ring to a peer, if there is one; and those of processes that have ended, whose memory would stay otherwise."""
         writer = self.writers.pop(name, None)
         if writer is not None:
             writer.close()
+        self._close_orphans()
 
     def open_reader(self, key: str, offer: RingOffer) -> None:
         """Open a ring that a sender has offered; if that is not possible, its messages go on as before."""
@@ -50,6 +51,7 @@ class Rings:
         except (OSError, ProtocolError) as error:
             logger.debug("the shared memory that a peer offers can't be used: %s", error)
             return
+        self._close_orphans()
         readers = self.readers.setdefault(key, {})
         before = readers.pop(offer.token, None)
         if before is None and len(readers) == _MAX_READERS:
@@ -62,6 +64,13 @@ class Rings:
         """Close the rings that a sender has offered."""
         for reader in self.readers.pop(key, {}).values():
             reader.close()
+
+    def _close_orphans(self) -> None:
+        for key, readers in list(self.readers.items()):
+            for token in [token for token, reader in readers.items() if not reader.has_sender]:
+                readers.pop(token).close()
+            if not readers:
+                del self.readers[key]
 
     def close(self) -> None:
         """Close all rings; does nothing in a forked child."""

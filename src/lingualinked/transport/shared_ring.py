@@ -14,10 +14,10 @@ import logging
 import mmap
 import os
 import secrets
-import stat
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -38,6 +38,8 @@ _TOKEN_BYTES = 16
 _RECEIPT_OFFSET = 64
 _FIRST_OFFSET = 4096
 _ALIGNMENT = 64
+_SIZE_SEALS = 0x2 | 0x4  # F_SEAL_SHRINK and F_SEAL_GROW, which Python does not have everywhere
+_ALLOCATED_BYTES = 4 << 20  # at once; a signal makes some kernels begin again
 _MAX_UNREAD = 254  # messages; each has another receipt, and the last one that was confirmed has one too
 
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -83,7 +85,6 @@ class RingWriter:
         self._file: int | None = None
         self._is_usable = True
         self._offer: RingOffer | None = None
-        self._receipts = itertools.cycle(range(1, 256))
         self._unread: deque[_Unread] = deque()  # oldest first; each begins behind the one before, or in front
         self._confirmed = 0  # the last receipt that was read; 0: the ring has not been opened
         self._pinned: PinnedMemory | None = None
@@ -106,7 +107,7 @@ class RingWriter:
         for tensor, offset in zip(tensors, _offsets(tensors, start), strict=True):
             self._copy(tensor, offset)
         # What sends the message orders these writes before it: locks of libzmq and of the kernel.
-        receipt = next(self._receipts)
+        receipt = self._next_receipt()
         self._unread.append(_Unread(receipt, start, start + num_bytes))
         return Place(self._token, start, receipt)
 
@@ -133,7 +134,7 @@ class RingWriter:
             file = os.memfd_create("lingualinked", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(file, self._end)
             # A receiver that shortened the file would end this process when it writes there.
-            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
             os.posix_fallocate(file, 0, _FIRST_OFFSET)
             self._map = mmap.mmap(file, self._end)
         except OSError as error:  # no descriptor, address space or memory, or the system does not allow it
@@ -145,7 +146,7 @@ class RingWriter:
         self._token = self._map[:_TOKEN_BYTES] = secrets.token_bytes(_TOKEN_BYTES)
         # By address: an exported buffer would keep the map from being closed.
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._offer = RingOffer(self._token, os.getpid(), file, next(self._receipts))
+        self._offer = RingOffer(self._token, os.getpid(), file, self._next_receipt())
         self._unread.append(_Unread(self._offer.receipt, _FIRST_OFFSET, _FIRST_OFFSET))
 
     def _read_receipt(self) -> None:
@@ -158,7 +159,13 @@ class RingWriter:
                 )
                 self.close()
                 return
-            self._confirmed = self._unread.popleft().receipt
+            self._confirmed = self._unread[0].receipt  # in this order, because this may be interrupted
+            self._unread.popleft()
+
+    def _next_receipt(self) -> int:
+        # From the last one that is in use, so that no interrupted message leaves a gap in them.
+        last = self._unread[-1].receipt if self._unread else self._confirmed
+        return last % 255 + 1
 
     def _find_room(self, num_bytes: int) -> int | None:
         """Return an offset with room for a message, or None if there is none."""
@@ -177,14 +184,15 @@ class RingWriter:
 
     def _allocate(self, end: int) -> bool:
         """Return whether the file has memory up to an offset: a write to the map would end the process where there is none."""
-        if end > self._allocated:
+        while end > self._allocated:
             assert self._file is not None
+            num_bytes = min(end - self._allocated, _ALLOCATED_BYTES)
             try:
-                os.posix_fallocate(self._file, self._allocated, end - self._allocated)
+                os.posix_fallocate(self._file, self._allocated, num_bytes)
             except OSError as error:
                 logger.debug("no memory for %d bytes of the ring to %r: %s", end, self._peer, error)
                 return False
-            self._allocated = end
+            self._allocated += num_bytes
         return True
 
     def _shrink(self, end: int) -> None:
@@ -219,6 +227,7 @@ class RingReader:
 
     def __init__(self, offer: RingOffer, *, is_pinned: bool = False) -> None:
         self.is_pinned = is_pinned
+        self._sender = f"/proc/{offer.pid}"
         self._file = _open_ring(offer)
         try:
             self._num_bytes = os.fstat(self._file).st_size
@@ -226,6 +235,11 @@ class RingReader:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def has_sender(self) -> bool:
+        """Whether the process that made the ring is there; it may have closed it."""
+        return os.path.lexists(self._sender)
 
     def check_place(self, place: Place, sizes: Sequence[int]) -> None:
         """Raise ProtocolError if tensors of so many bytes do not fit into the ring at a place."""
@@ -261,31 +275,51 @@ class RingReader:
 
 def _open_ring(offer: RingOffer) -> int:
     """Open the ring that a sender offers."""
+    import fcntl  # not everywhere
+
     # Opened without access first, which has no effect on it, whatever the sender names.
     handle = os.open(f"/proc/{offer.pid}/fd/{offer.descriptor}", os.O_PATH | os.O_CLOEXEC)
     try:
-        status = os.fstat(handle)
         # A file of another kind might block, or be one that the sender itself may not write.
-        if not stat.S_ISREG(status.st_mode) or status.st_dev != _memory_device():
+        if not _is_in_memory(handle):
             raise ProtocolError("it is not a file in memory")
-        if not _FIRST_OFFSET < status.st_size <= _FIRST_OFFSET + RING_BYTES:
-            raise ProtocolError(f"it has {count_text(status.st_size, 'byte')}")
         file = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
     finally:
         os.close(handle)
-    # The token proves that both mean the same file: on another machine, the pid and the descriptor are some other file's.
-    if os.pread(file, _TOKEN_BYTES, 0) != offer.token:
+    try:
+        # Calls that give a file another size keep all others waiting, for as long as it takes.
+        if fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SIZE_SEALS != _SIZE_SEALS:
+            raise ProtocolError("its size may change")
+        num_bytes = os.fstat(file).st_size
+        if not _FIRST_OFFSET < num_bytes <= _FIRST_OFFSET + RING_BYTES:
+            raise ProtocolError(f"it has {count_text(num_bytes, 'byte')}")
+        # The token proves that both mean the same file: on another machine, the pid and the descriptor are some other file's.
+        if os.pread(file, _TOKEN_BYTES, 0) != offer.token:
+            raise ProtocolError("it has another token")
+    except BaseException:
         os.close(file)
-        raise ProtocolError("it has another token")
+        raise
     return file
 
 
+def _is_in_memory(file: int) -> bool:
+    """Return whether a file is one that ``memfd_create`` made, without asking any other file system, which may never answer."""
+    mount, device = _mount_and_device_of_memory()
+    return _mount_of(file) == mount and os.fstat(file).st_dev == device
+
+
+def _mount_of(file: int) -> str:
+    """Return the number of the mount that a file is on; empty if this system does not tell."""
+    lines = Path(f"/proc/self/fdinfo/{file}").read_text().splitlines()
+    return next((line for line in lines if line.startswith("mnt_id:")), "")
+
+
 @cache
-def _memory_device() -> int:
-    """Return the device number of all files that ``memfd_create`` makes."""
+def _mount_and_device_of_memory() -> tuple[str, int]:
+    """Return the mount and the device of all files that ``memfd_create`` makes."""
     file = os.memfd_create("lingualinked", os.MFD_CLOEXEC)
     try:
-        return os.fstat(file).st_dev
+        return _mount_of(file), os.fstat(file).st_dev
     finally:
         os.close(file)
 

@@ -175,6 +175,44 @@ def test_no_more_messages_are_unread_than_there_are_receipts(ends: Ends) -> None
         big.close()
 
 
+@pytest.mark.parametrize("call", ["_Unread", "Place"])
+def test_an_interrupted_message_leaves_no_gap_in_the_receipts(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    ends = Ends(1 << 20)
+    try:
+        for number in range(600):
+            if number % 100 == 0:
+                with monkeypatch.context() as patch:
+                    patch.setattr(shared_ring, call, interrupting)
+                    with pytest.raises(KeyboardInterrupt):
+                        ends.writer.write([numbered(64)])
+            ends.reader.release(written(ends, 64).receipt)
+        assert len({written(ends, 64).receipt for _ in range(254)}) == 254
+    finally:
+        ends.close()
+
+
+def interrupting(*_: object) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_memory_is_allocated_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal makes some kernels begin a call again: with one every 10 ms, a large one would never end."""
+    large, sizes = Ends(RING_BYTES), []
+    allocate = os.posix_fallocate
+
+    def note(file: int, offset: int, num_bytes: int) -> None:
+        sizes.append(num_bytes)
+        allocate(file, offset, num_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", note)
+    try:
+        assert large.writer.write([torch.zeros(10_000_000, dtype=torch.uint8)]) is not None
+        assert sum(sizes) >= 10_000_000
+        assert max(sizes) <= 4 << 20
+    finally:
+        large.close()
+
+
 def test_what_is_larger_than_the_ring_is_not_taken(ends: Ends) -> None:
     assert ends.writer.write([numbered(CAPACITY + 1)]) is None
     assert written(ends, CAPACITY).offset == BEGIN
@@ -292,26 +330,30 @@ def test_a_place_outside_the_ring_is_refused(ends: Ends, offset: int, sizes: lis
         ends.reader.check_place(Place(ends.offer.token, offset, 1), sizes)
 
 
-def make_file(token: bytes = b"t" * 16, num_bytes: int = END) -> int:
-    file = os.memfd_create("mine")
+SHRINK, GROW, WRITE = 2, 4, 8  # seals; not everywhere does Python know their names
+
+
+def make_file(token: bytes = b"t" * 16, num_bytes: int = END, seals: int = SHRINK | GROW) -> int:
+    file = os.memfd_create("mine", os.MFD_ALLOW_SEALING)
     os.ftruncate(file, num_bytes)
-    os.pwrite(file, token, 0)
+    if num_bytes:
+        os.pwrite(file, token, 0)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
     return file
 
 
-def test_a_file_that_is_shortened_or_has_holes_ends_nobody() -> None:
+def test_a_file_with_holes_ends_nobody() -> None:
     file = make_file()
     reader = RingReader(RingOffer(b"t" * 16, os.getpid(), file, 1))
     place, tensor = Place(b"t" * 16, BEGIN, 2), numbered(100)
     reader.check_place(place, [100])
     reader.read(place, [tensor])
     assert not tensor.any()
-    os.ftruncate(file, BEGIN + 99)
-    with pytest.raises(ProtocolError, match="shortened"):
-        reader.read(place, [tensor])
-    os.ftruncate(file, 0)
-    with pytest.raises(ProtocolError, match="shortened"):
-        reader.read(place, [tensor])
+    with pytest.raises(PermissionError):
+        os.ftruncate(file, BEGIN)
+    with mmap.mmap(file, END) as opened:
+        opened.madvise(mmap.MADV_REMOVE, 0, END)
+    reader.read(place, [tensor])
     reader.release(2)
     reader.close()
     os.close(file)
@@ -326,14 +368,6 @@ def memory_file(**options: Any) -> Callable[[Path], int]:
     return lambda _: make_file(**options)
 
 
-def sealed_file(_: Path) -> int:
-    file = os.memfd_create("mine", os.MFD_ALLOW_SEALING)
-    os.ftruncate(file, END)
-    os.pwrite(file, b"t" * 16, 0)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-    return file
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -346,12 +380,16 @@ def sealed_file(_: Path) -> int:
         memory_file(token=b"u" * 16),
         memory_file(token=b""),
         memory_file(num_bytes=0),
+        memory_file(seals=0),
+        memory_file(seals=SHRINK),
+        memory_file(seals=GROW),
         memory_file(num_bytes=BEGIN),
         memory_file(num_bytes=BEGIN + RING_BYTES + 1),
-        sealed_file,
+        memory_file(seals=SHRINK | GROW | WRITE),
     ],
     ids=[
-        "pipe", "device", "folder", "socket", "event", "file", "token", "no token", "empty", "small", "large", "read-only",
+        "pipe", "device", "folder", "socket", "event", "file", "token", "no token", "empty",
+        "any size", "growing", "shrinking", "small", "large", "read-only",
     ],
 )  # fmt: skip
 def test_what_is_no_ring_is_not_opened(tmp_path: Path, make: Callable[[Path], int]) -> None:
@@ -367,6 +405,20 @@ def test_what_is_no_ring_is_not_opened(tmp_path: Path, make: Callable[[Path], in
     finally:
         for each in opened:
             os.close(each)
+
+
+def test_no_other_file_system_is_asked_about_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not answer, of a server that is not there, say, would keep the receiver waiting for ever."""
+    shared_ring._mount_and_device_of_memory()
+    file = regular_file(tmp_path)
+    try:
+        with monkeypatch.context() as patch:
+            for call in ("fstat", "pread", "pwrite"):
+                patch.setattr(os, call, lambda *_: pytest.fail("the file system is asked"))
+            with pytest.raises(ProtocolError, match="not a file in memory"):
+                RingReader(RingOffer(b"t" * 16, os.getpid(), file, 1))
+    finally:
+        os.close(file)
 
 
 @pytest.mark.parametrize(("pid", "descriptor"), [(1, 0), (0, 0), (2**22 + 1, 3), (2**64 - 1, 2**64 - 1), (None, 10**6)])
