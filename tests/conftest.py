@@ -16,6 +16,7 @@ import pytest
 
 from leftovers import RUN_VARIABLE, SHARED_MEMORY, Belongings, left_since
 
+gc.disable()  # until all tests are collected
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when huggingface_hub is imported
 os.environ["MPLBACKEND"] = "agg"
 
@@ -61,6 +62,7 @@ def pytest_collection_finish() -> None:
     """Keep the garbage collector from going through a million objects again and again that stay to the end."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

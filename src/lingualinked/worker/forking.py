@@ -38,6 +38,7 @@ def main() -> None:
     preload = msgspec.json.decode(first, type=Preload)
     # Should an import ask whether there is a GPU: the driver's own answer would initialise it, which no fork survives.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    gc.disable()  # what is imported stays: going through it again and again would take a sixth of the time
     with _watch_caller(channel, preload):
         import torch
 
@@ -45,6 +46,7 @@ def main() -> None:
         import lingualinked.worker.server  # noqa: F401 - what every worker stands on
 
         _import_classes(preload.class_names)
+    gc.enable()
     if preload.forks:
         _WorkerForker(channel, preload).run()
     else:
@@ -97,7 +99,6 @@ def _import_classes(names: tuple[str, ...]) -> None:
     for name in names:
         with contextlib.suppress(AttributeError, ImportError):  # loading the stage will raise
             getattr(transformers, name)
-    gc.collect()
     gc.freeze()  # imported modules stay: collecting them again would slow steps down, and copy shared pages
 
 
