@@ -23,6 +23,7 @@ class TokenCount:
         self.on_device = torch.zeros((), dtype=torch.long, device=device)
         self.new_positions = self.on_device.view(1)[:0]  # int64 [new tokens], of the step in progress
         self.visible: int | None = None  # tokens that full attention reads, if not all for which there is memory
+        self.captured: dict[Any, Any] = {}  # what a stage has captured that uses the memory of the layers, by kind
 
     def begin_step(self, num_new: int) -> None:
         """Compute the positions of new tokens, on the device."""
@@ -50,13 +51,17 @@ class _Fixed:
     values: Tensor | None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate memory for as many rows as the first states [rows, heads, tokens, dim] have, on their device."""
+        """Allocate memory for as many rows as the first states [rows, heads, tokens, dim] have, or use what fits again."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            states.new_zeros((*states.shape[:2], self.max_cache_len, states.shape[3]))
-            for states in (key_states, value_states)
-        )
+        self.keys, self.values = self._zeros(self.keys, key_states), self._zeros(self.values, value_states)
         self.is_initialized = True
+
+    def _zeros(self, held: Tensor | None, states: Tensor) -> Tensor:
+        shape = (*states.shape[:2], self.max_cache_len, states.shape[3])
+        if held is not None and (held.shape, held.dtype, held.device) == (shape, states.dtype, states.device):
+            return held.zero_()
+        self.count.captured.clear()
+        return states.new_zeros(shape)
 
     @property
     def nbytes(self) -> int:
@@ -74,10 +79,8 @@ class _Fixed:
         return self.max_cache_len
 
     def clear(self) -> None:
-        """Forget all tokens, and keep the memory."""
-        for each in (self.keys, self.values):
-            if each is not None:
-                each.zero_()
+        """Forget all tokens, and keep the memory for first states of the same shape."""
+        self.is_initialized = False
 
     def copy(self, count: TokenCount) -> Self:
         """Return an independent layer that holds copies of the same tokens."""
@@ -97,6 +100,7 @@ class _Fixed:
             self.values.copy_(values)
         else:
             self.keys, self.values = keys, values
+            self.count.captured.clear()
 
 
 class FixedLayer(_Fixed, StaticCacheLayer):
@@ -189,12 +193,26 @@ class FixedSlidingLayer(_Fixed, StaticSlidingCacheLayer):
         self.cumulative_length_int = self.count.on_host
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate memory for as many rows as the first states [rows, heads, tokens, dim] have, on their device."""
+        """Allocate memory for as many rows as the first states [rows, heads, tokens, dim] have, or use what fits again."""
         super().lazy_initialization(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write [rows, heads, new tokens, dim] to keys and values; return those that a new token may attend to."""
+        is_full = self.is_initialized and self.cumulative_length_int >= self.max_cache_len
+        if not is_full or key_states.shape[2] > 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        # As transformers does, but with an index that is made on the device: a graph can't hold a copy from the host.
+        assert self.keys is not None
+        assert self.values is not None
+        self.cumulative_length_int += 1
+        last = torch.full((1,), self.max_cache_len - 1, device=self.device)
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            held.copy_(held.roll(-1, dims=2).index_copy_(2, last, new))
+        return self.keys, self.values
+
     def clear(self) -> None:
-        """Forget all tokens, and keep the memory."""
+        """Forget all tokens, and keep the memory for first states of the same shape."""
         super().clear()
         self._first = self.cumulative_length_int = 0
         self.cumulative_length.zero_()

@@ -63,7 +63,6 @@ class StageCache:
         self._growth = Growth(2 * len(owned), spare_bytes)
         self.count = TokenCount(device or torch.device("cpu"))  # of a static cache
         self.num_tokens = 0
-        self.captured: dict[Any, Any] = {}  # what a stage has captured that uses the memory of a static cache
         self.owned: dict[int, OwnedLayer] = {}
         self._elsewhere: list[Any] = []
         for slot, kind in enumerate(self.hf.layers):
@@ -99,6 +98,11 @@ class StageCache:
     def is_static(self) -> bool:
         """Whether its memory is of a fixed size."""
         return self.max_cache_len > 0
+
+    @property
+    def captured(self) -> dict[Any, Any]:
+        """What a stage has captured that uses the memory of a static cache; forgotten if that becomes another one."""
+        return self.count.captured
 
     @property
     def num_rows(self) -> int:
@@ -141,6 +145,8 @@ class StageCache:
         for layer in self.owned.values():
             assert isinstance(layer, FixedLayer | FixedSlidingLayer)
             layer.clear()
+        for kind in [kind for kind, graph in self.captured.items() if graph is None]:
+            del self.captured[kind]  # for which memory was short
         self.num_tokens = 0
         self.count.on_device.zero_()
         self.advance(0)
@@ -161,9 +167,7 @@ class StageCache:
         layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
         elsewhere = [layer for slot, layer in enumerate(layers) if slot not in owned]
         copied = copy.copy(self)
-        vars(copied).update(
-            hf=copy.copy(self.hf), captured={}, owned=owned, _elsewhere=elsewhere, _growth=growth, count=count
-        )
+        vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
         copied.hf.layers = layers
         for layer in elsewhere:
             vars(layer).update(count=count)
@@ -227,8 +231,6 @@ class StageCache:
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows with these indices (int64, on any device; repeats allowed), in this order, as beam search does."""
-        if any(len(rows) != layer.num_rows for layer in self.owned.values()):
-            self.captured.clear()  # the memory is another one then
         self.hf.reorder_cache(cast("torch.LongTensor", rows))
 
     def crop(self, num_tokens: int) -> None:

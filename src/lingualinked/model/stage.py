@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -178,16 +179,17 @@ class Stage:
         decode = None if cache is None else _decode_inputs(inputs, cache)
         graph = None
         if decode is not None and cache is not None and not self._ropes:
-            constants = (inputs.layout, inputs.logits_to_keep, tuple(sorted(inputs.torch_settings.items())))
-            forward = functools.partial(self._run_decode, inputs, cache)
-            graph = self.graphs.find(decode, constants, forward, functools.partial(self._make_masks, cache), cache)
+            constants = inputs.layout, inputs.logits_to_keep
+            template = dataclasses.replace(inputs, tensors=(), attention_mask=None, position_ids=None)
+            owners = weakref.proxy(self), weakref.proxy(cache)  # they keep the graph, which is freed with them
+            forward = functools.partial(Stage._run_decode, *owners, template)
+            make_masks = functools.partial(Stage._make_masks, *owners)
+            graph = self.graphs.find(decode, constants, inputs.torch_settings, forward, make_masks, cache)
         recorded: dict[str, tuple[Tensor | None, ...]] = {}
         if graph is not None and graph.is_trusted and decode is not None:
             outputs, layout = graph.run(decode), graph.layout
             self.graphs.num_replayed += 1
         else:
-            if graph is not None:
-                graph.begin_trial()
             outputs, layout, recorded = self._run_forward(inputs, cache)
             if graph is not None and decode is not None:
                 graph.layout = layout
@@ -204,7 +206,7 @@ class Stage:
             return outputs
         return tuple(tensor.cpu() for tensor in outputs)
 
-    def _run_decode(self, template: StageInputs, cache: StageCache, inputs: DecodeInputs) -> tuple[Tensor, ...]:
+    def _run_decode(self, cache: StageCache, template: StageInputs, inputs: DecodeInputs) -> tuple[Tensor, ...]:
         """Run a step of one token whose inputs are on the device; the rest is as in a step before."""
         tensors, mask, positions = (inputs.states,), inputs.mask, inputs.positions
         step = dataclasses.replace(template, tensors=tensors, attention_mask=mask, position_ids=positions)  # type: ignore[arg-type]

@@ -6,8 +6,10 @@ A graph is trusted once it has given the bits of the eager step twice. Knows one
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from lingualinked.model.exact.length_probe import AttentionShape, is_length_free
 
 if TYPE_CHECKING:
     from lingualinked.model.kv_cache import StageCache
+    from lingualinked.model.torch_settings import TorchSettings
 
 logger = logging.getLogger("lingualinked.model")
 
@@ -45,7 +48,8 @@ class DecodeInputs:
     def shapes(self) -> tuple[Any, ...]:
         """Shapes and dtypes, apart from the length of the text."""
         mask = (self.mask.dtype, self.mask.shape[0]) if isinstance(self.mask, Tensor) else None
-        return self.states.dtype, self.states.shape, mask, None if self.positions is None else self.positions.shape
+        positions = None if self.positions is None else (self.positions.dtype, self.positions.shape)
+        return self.states.dtype, self.states.shape, mask, positions
 
 
 Forward = Callable[[DecodeInputs], tuple[Tensor, ...]]
@@ -60,20 +64,20 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._latest: Any = None  # keeps the memory that they share: it is given up with the last graph
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # each of them keeps the memory that they share
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
         """Capture what `body` launches; raise what torch raises if it can't be captured, such as a wait for the device."""
         graph: Any = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        stream: Any = torch.cuda.Stream(self._device)
+        stream = _capture_stream(self._device)
         stream.wait_stream(current)
         collects = gc.isenabled()
         gc.disable()  # freeing a graph or a tensor of another stream would end the capture
         try:
             with torch.cuda.stream(stream):
                 # Only this thread's calls count: another one may be loading a stage.
-                pool = () if self._latest is None else (self._latest.pool(),)
+                pool = [each.pool() for each in self._graphs][:1]
                 graph.capture_begin(*pool, capture_error_mode="thread_local")
                 try:
                     body()
@@ -86,15 +90,22 @@ class CudaRecorder:
             if collects:
                 gc.enable()
         current.wait_stream(stream)
-        self._latest = graph
+        self._graphs.add(graph)
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """Return the stream of all captures: with each further one, libraries would allocate workspaces that they keep."""
+    return torch.cuda.Stream(device)
 
 
 class StepGraph:
     """One kind of decode step on one KV cache, with its inputs and outputs at fixed places.
 
     The mask of a step is made in the graph. With sliding windows, whose masks depend on numbers of the host, it is made before.
+    Nothing here refers to the cache, which owns the graph: both are freed with the last reference to the cache.
     """
 
     def __init__(
@@ -109,7 +120,7 @@ class StepGraph:
     ) -> None:
         self.kind = kind
         self.layout: tuple[bool, ...] | None = None  # of its outputs
-        self.cache = cache
+        self._cache = weakref.ref(cache)
         self._visible = visible
         self._forward, self._make_masks, self._device = forward, make_masks, device
         self._num_seen = 0
@@ -131,6 +142,13 @@ class StepGraph:
             self._held_mask = torch.zeros((rows, cache.max_cache_len), dtype=inputs.mask.dtype, device=device)
         self._outputs: tuple[Tensor, ...] = ()
         self._before: list[Tensor] = []  # what the windows held before a trial
+
+    @property
+    def cache(self) -> StageCache:
+        """The KV cache that it works on."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     @property
     def is_trusted(self) -> bool:
@@ -169,6 +187,9 @@ class StepGraph:
         after = [each.clone() for each in written]
         for place, value in zip(windows, self._before, strict=True):
             place.copy_(value)
+        for place in cache.new_tokens():
+            place.zero_()
+        self._before.clear()
         try:
             # 2) capture the step, and run it
             cache.forget_step()
@@ -254,22 +275,36 @@ class StepGraphs:
     idle: list[StageCache] = field(default_factory=list)  # of sessions that have ended, for others of the same shape
 
     def find(
-        self, inputs: DecodeInputs, constants: Any, forward: Forward, make_masks: MakeMasks, cache: StageCache
+        self,
+        inputs: DecodeInputs,
+        constants: Any,
+        settings: TorchSettings,
+        forward: Forward,
+        make_masks: MakeMasks,
+        cache: StageCache,
     ) -> StepGraph | None:
-        """Return the graph of a kind of step, which may be still to be captured; None if there can be none.
+        """Return the graph of a kind of step, which may be still to be captured or on trial; None if there can be none.
 
-        `constants` is what else than its inputs determines what a step does. A graph reads no more KV than it has to, if that
-        gives the same bits.
+        Besides its inputs, `constants` and torch's settings determine what a step does. A graph reads no more KV than it has
+        to, if that gives the same bits.
         """
         if self.record is None or not cache.is_static or not cache.num_tokens:
             return None
-        for visible in (self._length_to_read(cache), None):
-            kind = (inputs.shapes, constants, cache.max_cache_len, tuple(cache.windows.items()), visible)
+        set_values = tuple(sorted(settings.items()))
+        for visible in (self._length_to_read(cache, set_values), None):
+            kind = (inputs.shapes, constants, set_values, cache.max_cache_len, tuple(cache.windows.items()), visible)
             graph: StepGraph | None = cache.captured.get(kind)
-            if graph is None and kind not in self.refusals and len(cache.captured) < _MAX_GRAPHS:
-                graph = StepGraph(kind, visible, forward, make_masks, cache, inputs, self.device)
-                cache.captured[kind] = graph
+            is_new = kind not in cache.captured and kind not in self.refusals and len(cache.captured) < _MAX_GRAPHS
+            try:
+                if is_new:
+                    graph = StepGraph(kind, visible, forward, make_masks, cache, inputs, self.device)
+                if graph is not None and not graph.is_trusted:
+                    graph.begin_trial()
+            except RuntimeError as error:
+                self._give_up(cache, kind, error)
+                continue
             if graph is not None:
+                cache.captured[kind] = graph
                 return graph
         return None
 
@@ -279,16 +314,23 @@ class StepGraphs:
         try:
             if graph.end_trial(inputs, eager, self.record):
                 return
-            reason = "it gives other bits than the eager step"
-        except RuntimeError as error:  # also if memory is short
-            reason = str(error).partition("\n")[0]
-        graph.cache.captured.pop(graph.kind)
-        self.refusals[graph.kind] = reason
+            self._give_up(graph.cache, graph.kind, "it gives other bits than the eager step")
+        except Exception as error:  # noqa: BLE001 - the eager step has succeeded, and its KV is there again
+            self._give_up(graph.cache, graph.kind, error)
+
+    def _give_up(self, cache: StageCache, kind: Any, why: str | Exception) -> None:
+        """Leave steps of a kind eager: with all caches, or, if memory is short, with this one until it is used again."""
+        reason = why if isinstance(why, str) else str(why).partition("\n")[0] or type(why).__name__
+        if isinstance(why, MemoryError | torch.OutOfMemoryError) or "out of memory" in reason:
+            cache.captured[kind] = None
+        else:
+            cache.captured.pop(kind, None)
+            self.refusals[kind] = reason
         logger.info("decode steps of a kind stay eager, since they can't be replayed as a graph: %s", reason)
 
     def keep(self, cache: StageCache, max_tokens: float) -> None:
         """Keep the cache of a session that has ended, if it has graphs, while all idle ones have at most `max_tokens`."""
-        if cache.captured and cache.size + sum(each.size for each in self.idle) <= max_tokens:
+        if any(cache.captured.values()) and cache.size + sum(each.size for each in self.idle) <= max_tokens:
             self.idle.append(cache)
 
     def reuse(self, num_rows: int, max_cache_len: int) -> StageCache | None:
@@ -300,7 +342,7 @@ class StepGraphs:
                 return cache
         return None
 
-    def _length_to_read(self, cache: StageCache) -> int | None:
+    def _length_to_read(self, cache: StageCache, settings: tuple[tuple[str, bool | int | str], ...]) -> int | None:
         """Return how many tokens of KV the next step has to read, if that gives the same bits as all; else None."""
         length = _SHORTEST
         while length <= cache.num_tokens:
@@ -313,4 +355,5 @@ class StepGraphs:
             )
             for keys, values in cache.full_layers()
         }
-        return length if all(is_length_free(shape, length, cache.max_cache_len) for shape in shapes) else None
+        is_free = all(is_length_free(shape, length, cache.max_cache_len, settings) for shape in shapes)
+        return length if is_free else None

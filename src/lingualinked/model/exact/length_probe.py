@@ -13,6 +13,7 @@ import torch
 
 from lingualinked.model.exact.bits import have_equal_bits
 from lingualinked.model.hf_internals import torch_attention
+from lingualinked.model.torch_settings import torch_settings
 
 _NUM_DRAWS = 8  # of random states; a row of heads alone has thousands of results
 
@@ -30,8 +31,21 @@ class AttentionShape(NamedTuple):
 
 
 @functools.cache
-def is_length_free(shape: AttentionShape, num_read: int, max_cache_len: int) -> bool:
-    """Return whether reading `num_read` tokens gives the bits of reading `max_cache_len`, if a mask hides all behind them."""
+def is_length_free(
+    shape: AttentionShape, num_read: int, max_cache_len: int, settings: tuple[tuple[str, bool | int | str], ...]
+) -> bool:
+    """Return whether reading `num_read` tokens gives the bits of reading `max_cache_len`, if a mask hides all behind them.
+
+    `settings` are torch's, with which attention is computed. If memory is too short to find out, the answer is no.
+    """
+    try:
+        with torch_settings(dict(settings)):
+            return _is_length_free(shape, num_read, max_cache_len)
+    except RuntimeError:
+        return False
+
+
+def _is_length_free(shape: AttentionShape, num_read: int, max_cache_len: int) -> bool:
     dtype, device, rows, heads, key_heads, key_dim, value_dim = shape
     generator = torch.Generator(device).manual_seed(0)
 

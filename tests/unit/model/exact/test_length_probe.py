@@ -36,9 +36,9 @@ def test_an_order_that_depends_on_the_length_is_found(
 ) -> None:
     is_length_free.cache_clear()
     monkeypatch.setattr(length_probe, "torch_attention", attention)
-    assert is_length_free(SHAPE, 24, 40) is expected
+    assert is_length_free(SHAPE, 24, 40, ()) is expected
     is_length_free.cache_clear()
 
 
 def test_all_that_there_is_may_be_read() -> None:
-    assert is_length_free(SHAPE, 40, 40)
+    assert is_length_free(SHAPE, 40, 40, ())
