@@ -139,6 +139,8 @@ def encode_message(
     if ring is not None and is_large:
         place = ring.write(tensors)
         offer = None if place is not None else ring.pop_offer()
+    elif ring is not None:
+        ring.return_memory()
     # 3) on an emulated link, add the time at which the message is due
     due_us = 0 if link is None else link.schedule_message(num_bytes)
     if place is not None or offer is not None:

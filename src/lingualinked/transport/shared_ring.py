@@ -2,7 +2,7 @@
 
 Knows one file in memory (a memfd) and positions in it; no sockets and no wire format. The file has no name and ends with its
 last user. The sender maps it. The receiver only reads and writes it by system calls, so that nothing that a sender does to its
-file can end the receiver's process or make it wait, and only what was sent takes the receiver's memory.
+file can end the receiver's process or make it wait for long, and only what was sent takes the receiver's memory.
 """
 
 from __future__ import annotations
@@ -110,6 +110,13 @@ class RingWriter:
         receipt = self._next_receipt()
         self._unread.append(_Unread(receipt, start, start + num_bytes))
         return Place(self._token, start, receipt)
+
+    def return_memory(self) -> None:
+        """Return what exceeds the memory that is kept, unless something in the ring is unread."""
+        if self._file is not None and self._allocated > self._kept_end:
+            self._read_receipt()
+            if self._file is not None and not self._unread:
+                self._shrink(self._kept_end)
 
     def close(self) -> None:
         """Unmap and close the file; does nothing the second time."""
@@ -287,7 +294,7 @@ def _open_ring(offer: RingOffer) -> int:
     finally:
         os.close(handle)
     try:
-        # Calls that give a file another size keep all others waiting, for as long as it takes.
+        # Whatever fills or empties a file keeps writers waiting meanwhile: its size must have an end.
         if fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SIZE_SEALS != _SIZE_SEALS:
             raise ProtocolError("its size may change")
         num_bytes = os.fstat(file).st_size

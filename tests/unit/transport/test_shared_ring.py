@@ -20,6 +20,7 @@ from hypothesis import given, strategies as st
 
 from lingualinked.errors import ProtocolError
 from lingualinked.transport import shared_ring
+from lingualinked.transport.codec import Limits, encode_message
 from lingualinked.transport.message_limits import KEPT_RING_BYTES, RING_BYTES
 from lingualinked.transport.rings import Rings
 from lingualinked.transport.shared_ring import Place, RingOffer, RingReader, RingWriter
@@ -173,6 +174,25 @@ def test_no_more_messages_are_unread_than_there_are_receipts(ends: Ends) -> None
         assert big.writer.write([numbered(64)]) is None
     finally:
         big.close()
+
+
+def test_memory_is_returned_when_only_small_messages_follow() -> None:
+    """As decode steps do after a long prompt."""
+    ends, limits = Ends(1 << 20, CAPACITY), Limits()
+    try:
+        ends.writer.return_memory()
+        place = written(ends, 1 << 20)
+        encode_message(b"", [numbered(64)], limits, ring=ends.writer)
+        assert torch.equal(
+            ends.read(place, [numbered(1 << 20)])[0], numbered(1 << 20)
+        )  # nothing that is unread is lost
+        encode_message(b"", [numbered(64)], limits, ring=ends.writer)
+        assert os.fstat(ends.offer.descriptor).st_blocks * 512 == BEGIN + CAPACITY
+        ends.read(written(ends, 1 << 20), [numbered(1 << 20)])
+        ends.writer.close()
+        encode_message(b"", [numbered(64)], limits, ring=ends.writer)
+    finally:
+        ends.close()
 
 
 @pytest.mark.parametrize("call", ["_Unread", "Place"])
