@@ -5,7 +5,10 @@ Knows stages; no workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,3 +57,25 @@ def run_again(body: Callable[[], None]) -> Callable[[], None]:
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert all(map(torch.equal, ours, theirs))
+
+
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def hold_nothing(body: Callable[[], None]) -> Callable[[], None]:
+    """As a graph of CUDA, which does not refer to the function that it was captured from."""
+    method = weakref.WeakMethod(body)
+
+    def replay() -> None:
+        body = method()
+        assert body is not None
+        body()
+
+    return replay

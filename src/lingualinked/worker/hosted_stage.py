@@ -92,11 +92,14 @@ class HostedStage:
             copies={},
         )
 
-    def end_session(self, session: int) -> None:
-        """Free a session's KV, including KV received in advance; does nothing if there is none."""
+    def end_session(self, session: int, *, moved: bool = False) -> None:
+        """Free a session's KV, including KV received in advance; does nothing if there is none.
+
+        What a later session can use is kept, unless this one has moved, and its stage is about to be freed.
+        """
         ended = self.sessions.pop(session, None)
         self._incoming.pop(session, None)
-        if ended is not None and ended.cache is not None:
+        if ended is not None and ended.cache is not None and not moved:
             self.stage.graphs.keep(ended.cache, self._room())
 
     def _room(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,10 +22,12 @@ from lingualinked.protocol.moving import ForkSession, WeightChunk
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
 from lingualinked.worker.hosted_stage import HostedStage
+from lingualinked.worker.limits import spare_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lingualinked.model.kv_cache import StageCache
 
 _MAX_SESSIONS = 1 << 16
 
@@ -63,6 +66,7 @@ class HostedStages:
     ) -> None:
         """Load a stage in the background; the callbacks run on the worker's loop."""
         # 1) on the loop: register the stage as wanted; unloading its model, or keeping another plan, cancels it
+        self.drop_idle_caches()
         key = StageKey(request.model, request.plan_version, request.stage)
         self._wanted.add(key)
 
@@ -188,11 +192,12 @@ class HostedStages:
                 hosted.adopt_session(session, leaving)
         # 4) free it in the others
         for hosted in others:
-            hosted.end_session(session)
+            hosted.end_session(session, moved=True)
 
     def fork_session(self, message: ForkSession) -> None:
         """Copy a session within a stage under another number; raise ProtocolError if it is missing, or at another step."""
         hosted = self.get_stage(StageKey(message.model, message.plan_version, message.stage))
+        self.trim_idle_caches()
         hosted.fork_session(message.session, message.number, message.fork)
 
     def end_session(self, model: int, session: int, plan_version: int) -> None:
@@ -204,6 +209,7 @@ class HostedStages:
         if not any(version > plan_version and session in hosted.sessions for version, hosted in own):
             for _, hosted in own:
                 hosted.end_session(session)
+            self.trim_idle_caches()
         # While a model moves, the rest of the session's KV, and the message that it has moved, may arrive later.
         is_moving = len({version for version, _ in own}) > 1
         if is_moving and len(self._ended.get(model, ())) < _MAX_SESSIONS:
@@ -237,8 +243,23 @@ class HostedStages:
 
     def drop_idle_caches(self) -> None:
         """Free the KV caches that are kept for later sessions."""
-        for hosted in self._stages.values():
-            hosted.stage.graphs.idle.clear()
+        idle = self._idle_caches()
+        if any(idle):
+            for caches in idle:
+                caches.clear()
+            release_memory(self._accelerator)
+
+    def trim_idle_caches(self) -> None:
+        """Free idle KV caches, the oldest of a stage first, until they leave as much memory free as they take."""
+        while True:
+            sizes = [(sum(cache.nbytes for cache in caches), caches) for caches in self._idle_caches()]
+            held = sum(size for size, _ in sizes)
+            if not held or held <= spare_bytes(self._accelerator):
+                return
+            del max(sizes, key=operator.itemgetter(0))[1][0]
+
+    def _idle_caches(self) -> list[list[StageCache]]:
+        return [hosted.stage.graphs.idle for hosted in self._stages.values()]
 
     def held_bytes(self) -> int:
         """Return the bytes of weights and KV of all models.

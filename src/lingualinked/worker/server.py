@@ -323,6 +323,7 @@ class Worker:
         def progress(num_done: int) -> None:
             self._send_to_caller(Progress(request=message.request, num_done=num_done))
 
+        self._stages.drop_idle_caches()
         return Measurer(message, self._boot.accelerator, self._pace, progress).run()
 
     def _receive_pong(self, message: Pong, sender: str) -> None:
@@ -354,6 +355,8 @@ class Worker:
         hop_us, wait_us = self._hops.split_delay(delivery.sender, step.sent_us, delivery.due_s)
         # 2) run it
         hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))
+        if step.number == 0:
+            self._stages.trim_idle_caches()
         output, elapsed_s = hosted.run_step(step, delivery.tensors, self._pace)
         # 3) add this stage's times to the step's header
         # This message is not encoded yet: of the two before, the quicker one counts. A prompt takes longer than a token, and

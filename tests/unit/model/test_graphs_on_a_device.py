@@ -20,7 +20,7 @@ from lingualinked.model import step_graphs
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import Stage
 from lingualinked.model.step_graphs import CudaRecorder, StepGraph
-from texts_on_a_stage import ROOM, Text, assert_equal, decode, run_again
+from texts_on_a_stage import ROOM, Text, assert_equal, decode, hold_nothing, no_collector, run_again
 
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive"}
 COPYING = {"lift_fresh"}  # torch.tensor(...), from memory that is not pinned
@@ -60,28 +60,6 @@ def test_a_device_can_capture_the_steps_of(family: str, window: int) -> None:
     assert_equal(decode(stage, as_cuda, rows=4, padding=3), decode(stage, None, rows=4, padding=3))
     assert not stage.graphs.refusals
     assert stage.graphs.num_replayed == 8
-
-
-@contextlib.contextmanager
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def hold_nothing(body: Body) -> Body:
-    """As a graph of CUDA, which does not refer to the function that it was captured from."""
-    method = weakref.WeakMethod(body)
-
-    def replay() -> None:
-        body = method()
-        assert body is not None
-        body()
-
-    return replay
 
 
 def test_memory_is_freed_with_the_last_reference(stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import msgspec
@@ -13,9 +14,13 @@ from conversations import dummy_spec, prompt
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.messages import Step
+from lingualinked.protocol.messages import LoadStage, Step
+from lingualinked.protocol.moving import ForkSession
+from lingualinked.worker.background import Background
 from lingualinked.worker.hosted_stage import HostedStage
+from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.pace import Pace
+from texts_on_a_stage import hold_nothing, no_collector
 
 ROOM = 32
 PACE = Pace(1, 1.0)
@@ -102,3 +107,76 @@ def test_idle_caches_make_room_in_memory(hosted: HostedStage, monkeypatch: pytes
     monkeypatch.setattr("lingualinked.worker.hosted_stage.spare_bytes", lambda _accelerator: 100)
     talk(hosted, 2, rows=2)
     assert not hosted.stage.graphs.idle
+
+
+@pytest.fixture
+def stages(stage: Stage, hosted: HostedStage) -> HostedStages:
+    """Two models on one worker, each with an idle KV cache."""
+    stages = HostedStages("cpu", Background(lambda: None))
+    other = Stage.load(dummy_spec("llama", "bfloat16"), 0, 4, shared=[stage])
+    other.graphs.record = lambda body: body
+    for model, each in ((1, hosted), (2, HostedStage(other, "before", "after", max_kv_tokens=None))):
+        stages._stages[StageKey(model, 1, 0)] = each
+        talk(each, 1)
+        each.end_session(1)
+        assert len(each.stage.graphs.idle) == 1
+    return stages
+
+
+def idle_caches(stages: HostedStages) -> list[int]:
+    return [len(each.stage.graphs.idle) for each in stages._stages.values()]
+
+
+def test_idle_caches_leave_as_much_memory_as_they_take(stages: HostedStages, monkeypatch: pytest.MonkeyPatch) -> None:
+    spare = 10**9
+    monkeypatch.setattr("lingualinked.worker.hosted_stages.spare_bytes", lambda _accelerator: spare)
+    other = stages._stages[StageKey(2, 1, 0)]
+    (small,) = other.stage.graphs.idle
+    num_bytes = small.nbytes
+    for length in (2, 3):  # texts that become longer and longer, whose caches nothing will fit again
+        talk(other, length, room=length * ROOM)
+        stages.end_session(2, length, 1)
+    assert idle_caches(stages) == [1, 3]
+    spare = 6 * num_bytes
+    stages.trim_idle_caches()
+    assert idle_caches(stages) == [1, 2]
+    spare = 5 * num_bytes
+    stages.end_session(1, 99, 1)  # whatever ends, of any model
+    assert idle_caches(stages) == [1, 1]
+    assert other.stage.graphs.idle[0].max_cache_len == 3 * ROOM
+    spare = 0
+    talk(other, 4)
+    stages.fork_session(ForkSession(request=1, model=2, plan_version=1, stage=0, session=4, number=8, fork=5))
+    assert idle_caches(stages) == [0, 0]
+
+
+def test_what_is_to_be_loaded_gets_the_memory_of_idle_caches(stages: HostedStages) -> None:
+    load = LoadStage(
+        request=1, model=3, plan_version=1, stage=0, spec=dummy_spec("llama", "bfloat16"), start=0, end=1,
+        previous_name="a", next_name="b", max_kv_tokens=None, holders=(),
+    )  # fmt: skip
+    stages._background.submit = lambda _work: None  # type: ignore[method-assign]
+    stages.load_stage(load, *[lambda *_: None] * 4)
+    assert idle_caches(stages) == [0, 0]
+
+
+def test_a_stage_that_a_session_leaves_keeps_no_memory_of_it(stages: HostedStages) -> None:
+    hosted = stages._stages[StageKey(1, 1, 0)]
+    hosted.stage.graphs.idle.clear()
+    talk(hosted, 7)
+    stages.move_session(1, 7, 2)
+    assert 7 not in hosted.sessions
+    assert not hosted.stage.graphs.idle
+
+
+def test_memory_given_up_to_the_budget_is_freed_at_once(hosted: HostedStage) -> None:
+    hosted.stage.graphs.record = hold_nothing
+    try:
+        talk(hosted, 1)
+        keys = weakref.ref(hosted.sessions[1].cache.owned[0].keys)  # type: ignore[union-attr, arg-type]
+        hosted.end_session(1)
+        with no_collector():
+            talk(hosted, 2, rows=4, steps=1)
+            assert keys() is None
+    finally:
+        hosted.stage.graphs.record = lambda body: body
