@@ -167,7 +167,7 @@ class Engine:
             what=f"a step through devices {', '.join(map(repr, devices))}",
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
-            num_parts=len(devices) if step.records else 0,
+            part_senders=tuple(devices) if step.records else (),
         )
         self._post(
             lambda: self._exchange.send_request(devices[0], step, tensors, ("step", step.session, step.number), pending)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
+from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.remote_text import RemoteLog
-from lingualinked.cluster.step_reply import RecordedPart, StepReply
+from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
 from lingualinked.protocol.measuring import LinkProbed, ModelMeasured, Ping, Pong
 from lingualinked.protocol.messages import (
@@ -170,7 +171,7 @@ class Exchange:
                 self._pending.complete(_key(message), reply)
             case StepRecorded():
                 part = RecordedPart(message.layouts, delivery.tensors)
-                self._pending.add_part(_key(message), (sender, message.stage), part)
+                self._pending.add_part(_key(message), message.stage, part)
             case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():
@@ -202,7 +203,7 @@ class Exchange:
             answer = KVCopied if role is Role.KV_ENDS else StepDone
             fits = sender in senders and pending.answer is answer and message.model == pending.model  # type: ignore[union-attr]
             if isinstance(message, StepRecorded):
-                fits = fits and 0 <= message.stage < pending.num_parts
+                fits = fits and pending.awaits_part(message.stage, sender)
         if not fits:
             raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
 

@@ -32,10 +32,22 @@ class Pending:
     timeout_s: float
     deadline: float  # in monotonic seconds
     on_progress: Callable[[int], None] | None = None  # told the bytes loaded so far
-    num_parts: int = 0  # that have to arrive besides the answer, in any order
-    parts: dict[tuple[str, int], object] = dataclasses.field(default_factory=dict)  # by their sender and a number
+    part_senders: tuple[str, ...] = ()  # each sends a part besides the answer; they arrive in any order
+    parts: dict[int, object] = dataclasses.field(default_factory=dict)  # by the place of the sender
     held_answer: object = None  # which came before the last part
     future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
+
+    def awaits_part(self, place: int, sender: str) -> bool:
+        """Say whether a part is due from this sender in this place; each comes once."""
+        return place not in self.parts and (place, sender) in enumerate(self.part_senders)
+
+    @property
+    def missing(self) -> str:
+        """What has not arrived, though the answer itself has, for the time-out's message."""
+        if self.held_answer is None:
+            return "no answer"
+        senders = [sender for place, sender in enumerate(self.part_senders) if place not in self.parts]
+        return f"its answer, but not what {', '.join(map(repr, dict.fromkeys(senders)))} recorded,"
 
 
 def result_of(future: concurrent.futures.Future[_T]) -> _T:
@@ -118,17 +130,17 @@ class PendingAnswers:
         pending = self._pending.get(key)
         if pending is None:
             return
-        if len(pending.parts) < pending.num_parts:
+        if len(pending.parts) < len(pending.part_senders):
             pending.held_answer = answer
             return
         del self._pending[key]
         pending.future.set_result(answer)
 
-    def add_part(self, key: Key, part_key: tuple[str, int], part: object) -> None:
+    def add_part(self, key: Key, place: int, part: object) -> None:
         """Add a part of an answer; does nothing if nobody waits for it any more."""
         pending = self._pending.get(key)
         if pending is not None:
-            pending.parts[part_key] = part
+            pending.parts[place] = part
             if pending.held_answer is not None:
                 self.complete(key, pending.held_answer)
 
@@ -162,7 +174,7 @@ class PendingAnswers:
         """Fail what is late at ``now`` (monotonic seconds)."""
         for key, pending in list(self._pending.items()):
             if pending.deadline <= now:
-                error = f"{pending.what} got no answer within timeout_s={pending.timeout_s:g}: is a worker stopped or overloaded?"
+                error = f"{pending.what} got {pending.missing} within timeout_s={pending.timeout_s:g}: is a worker stopped or overloaded?"
                 self.fail(key, StepTimeoutError(error))
 
     def time_left(self, now: float) -> float | None:

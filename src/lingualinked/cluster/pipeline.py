@@ -154,6 +154,7 @@ class Pipeline:
             self._migrator.record_move,
             self.timeout_s,
             self._vocabulary,
+            self.spec,
             max_cache_len,
         )
         self._migrator.add_session(session)

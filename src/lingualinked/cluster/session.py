@@ -19,12 +19,14 @@ from torch import Tensor
 from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.pending import result_of, results_of
+from lingualinked.cluster.recorded import DueRecords, Recorded, recorded_sizes
 from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.step_reply import Recorded, StepReply, check_reply, join_recorded, sample_of
+from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.context import StepContext
 from lingualinked.model.rotary import RopeReach
+from lingualinked.model.spec import ModelSpec
 from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import CopyKV, ForkSession, KVCopied, MoveSession
@@ -58,6 +60,7 @@ class Session:
         record_move: Callable[[float, int], None],
         timeout_s: float,
         vocabulary: int | None,
+        spec: ModelSpec,
         max_cache_len: int = 0,
     ) -> None:
         self.max_cache_len = max_cache_len
@@ -76,6 +79,7 @@ class Session:
         self._record_move = record_move
         self._timeout_s = timeout_s
         self._vocabulary = vocabulary
+        self._spec = spec
         self._context = StepContext()
         self._edits: list[KVEdit] = []
         self._next_step = 0
@@ -334,7 +338,7 @@ class Session:
             tensors = (inputs, *code.tensors, *keep)
             reply = cast("StepReply", result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s)))
             logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
-            recorded = join_recorded(reply, route, records) if records else {}
+            recorded = self._join_recorded(step, inputs, reply, route) if records else {}
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             end_with_interpreter()
             self._broken_by = f" with {type(error).__name__}"
@@ -347,6 +351,19 @@ class Session:
         self.num_rows = num_rows
         self.num_tokens += num_new
         return logits, recorded
+
+    def _join_recorded(self, step: Step, inputs: Tensor, reply: StepReply, route: Route) -> Recorded:
+        num_tokens = self.num_tokens + inputs.shape[1]
+        due = DueRecords(
+            names=step.records,
+            hidden_state_indices=step.hidden_state_indices,
+            sizes=recorded_sizes(self._spec),
+            inputs=inputs,
+            num_kv_tokens=self.max_cache_len or num_tokens,
+            longest_window=max(self.max_cache_len, num_tokens),
+            is_autocast=any(name.startswith("autocast") for name, _ in step.torch_settings),
+        )
+        return due.join(reply.parts, route)
 
 
 @uninterrupted

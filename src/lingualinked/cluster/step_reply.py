@@ -18,21 +18,6 @@ from lingualinked.protocol.messages import StageTimes, Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StageTiming, StepSample
 
-Recorded = dict[str, tuple[Tensor | None, ...]]
-"""What the layers of all stages recorded in a step, by what was asked for."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RecordedPart:
-    """What one stage recorded in a step: its tensors, and for each kind of record which of its items they are."""
-
-    layouts: tuple[tuple[bool, ...], ...]
-    tensors: tuple[Tensor, ...]
-
-    def is_consistent(self, num_kinds: int) -> bool:
-        """Say whether it has so many kinds of records, and as many tensors as it says."""
-        return len(self.layouts) == num_kinds and sum(map(sum, self.layouts)) == len(self.tensors)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepReply:
@@ -41,7 +26,7 @@ class StepReply:
     tensors: tuple[Tensor, ...]
     timings: tuple[StageTimes, ...]
     num_bytes: int
-    parts: Mapping[tuple[str, int], object] = dataclasses.field(default_factory=dict)  # by device and stage
+    parts: Mapping[int, object] = dataclasses.field(default_factory=dict)  # what stages recorded, by stage
 
 
 def check_reply(
@@ -66,20 +51,6 @@ def check_reply(
         f"{[*shape, vocabulary or 'vocabulary']} and the times of {len(devices)} were due"
     )
     raise WorkerError(devices[-1], f"ProtocolError: {error}") from error
-
-
-def join_recorded(reply: StepReply, route: Route, names: tuple[str, ...]) -> Recorded:
-    """Join what all stages recorded, or raise a WorkerError of a ProtocolError if one sent something else."""
-    recorded: dict[str, list[Tensor | None]] = {name: [] for name in names}
-    for index, stage in enumerate(route.plan.stages):
-        part = reply.parts.get((stage.device, index))
-        if not isinstance(part, RecordedPart) or not part.is_consistent(len(names)):
-            error = ProtocolError(f"what stage {index} recorded in a step is not what was asked for")
-            raise WorkerError(stage.device, f"ProtocolError: {error}") from error
-        tensors = iter(part.tensors)
-        for name, layout in zip(names, part.layouts, strict=True):
-            recorded[name] += [next(tensors) if is_tensor else None for is_tensor in layout]
-    return {name: tuple(items) for name, items in recorded.items()}
 
 
 def sample_of(

@@ -84,7 +84,11 @@ class Conversation:
         return None if delivery is None else decode(delivery.payload)
 
     def ask(
-        self, message: Step | InspectWorker, devices: Sequence[str] = "ab", model: int = 1, num_parts: int = 0
+        self,
+        message: Step | InspectWorker,
+        devices: Sequence[str] = "ab",
+        model: int = 1,
+        part_senders: Sequence[str] = "",
     ) -> Future[object]:
         pending = Pending(
             devices=frozenset(devices),
@@ -94,7 +98,7 @@ class Conversation:
             what="this",
             timeout_s=60,
             deadline=time.monotonic() + 60,
-            num_parts=num_parts,
+            part_senders=tuple(part_senders),
         )
         key = (
             ("step", message.session, message.number) if isinstance(message, Step) else ("request", message.request, 0)
@@ -185,30 +189,69 @@ def test_a_failed_step_fails_alone(talk: Conversation) -> None:
     assert not second.done()
 
 
+def recorded(stage: int, *, model: int = 1, layouts: tuple[tuple[bool, ...], ...] = ((),)) -> StepRecorded:
+    return StepRecorded(model=model, session=1, number=0, stage=stage, layouts=layouts)
+
+
+DONE = StepDone(model=1, session=1, number=0, timings=())
+FAILED = StepFailed(model=1, session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback="")
+
+
 def test_a_step_that_records_is_done_once_all_its_parts_are_there(talk: Conversation) -> None:
-    done = StepDone(model=1, session=1, number=0, timings=())
     for order in itertools.permutations(("a", "b", "done")):
-        future = talk.ask(step(1), num_parts=2)
+        future = talk.ask(step(1), part_senders="ab")
         for each in order:
             assert not future.done()
-            if each == "done":
-                talk.say("b", done)
-            else:
-                part = StepRecorded(model=1, session=1, number=0, stage="ab".index(each), layouts=((),))
-                talk.say(each, part)
-                talk.say(each, part)
-        assert set(future.result(0).parts) == {("a", 0), ("b", 1)}
+            talk.say("b" if each == "done" else each, DONE if each == "done" else recorded("ab".index(each)))
+        assert set(future.result(0).parts) == {0, 1}
+        assert not talk.exchange._pending._pending
     assert talk.caller.num_refused == 0
 
 
 def test_what_was_not_to_be_recorded_is_refused(talk: Conversation) -> None:
-    for num_parts, stage in ((0, 0), (2, 2), (2, -1)):
-        future = talk.ask(step(1), num_parts=num_parts)
+    for senders, stage in (("", 0), ("ab", 2), ("ab", -1), ("ab", 1), ("ba", 0)):
+        future = talk.ask(step(1), part_senders=senders)
         refused = talk.caller.num_refused
-        talk.say("a", StepRecorded(model=1, session=1, number=0, stage=stage, layouts=()))
+        talk.say("a", recorded(stage))
         assert talk.caller.num_refused == refused + 1
-        talk.say("b", StepFailed(model=1, session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback=""))
+        talk.say("b", FAILED)
         assert future.exception(0) is not None
+
+
+def test_a_part_comes_once_and_is_not_replaced(talk: Conversation) -> None:
+    future = talk.ask(step(1), part_senders="ab")
+    first, second = torch.zeros(1), torch.ones(1)
+    for tensor in (first, second):
+        talk.say("a", recorded(0, layouts=((True,),)), tensor)
+    assert talk.caller.num_refused == 1
+    talk.say("b", recorded(1))
+    talk.say("b", DONE)
+    assert torch.equal(future.result(0).parts[0].tensors[0], first)
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["in the middle", "after the answer"])
+def test_a_worker_that_dies_between_parts_fails_the_step_at_once(talk: Conversation, is_done: bool) -> None:
+    """Here b, which is the last stage too: its answer may be there without what the first stage recorded."""
+    future = talk.ask(step(1), part_senders="ab")
+    talk.say("b", recorded(1))
+    if is_done:
+        talk.say("b", DONE)
+    talk.exchange.mark_dead("a", "killed")
+    with pytest.raises(WorkerDiedError, match=r"'a' died.*killed"):
+        future.result(0)
+    assert not talk.exchange._pending._pending
+    talk.say("b", DONE)
+    assert talk.caller.num_refused == 0
+
+
+def test_a_step_that_fails_between_parts_drops_them(talk: Conversation) -> None:
+    future = talk.ask(step(1), part_senders="ab")
+    talk.say("a", recorded(0))
+    talk.say("b", FAILED)
+    assert isinstance(future.exception(0), WorkerError)
+    assert not talk.exchange._pending._pending
+    talk.say("b", recorded(1))
+    assert not talk.exchange._pending._pending
 
 
 def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> None:
@@ -370,7 +413,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         what="this",
         timeout_s=60,
         deadline=time.monotonic() + 60,
-        num_parts=8 if kind is StepRecorded else 0,
+        part_senders=(sender,) * 8 if kind is StepRecorded and sender in "ab" else (),
     )
     talk.exchange.send_request(
         "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending

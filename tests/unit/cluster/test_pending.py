@@ -68,6 +68,18 @@ def test_what_is_late_fails_and_the_rest_waits_on(answers: PendingAnswers) -> No
     assert answers.time_left(25.0) == 0.0
 
 
+def test_a_late_part_is_named(answers: PendingAnswers) -> None:
+    step = add(answers, STEP, due(part_senders=("a", "b", "a")))
+    answers.add_part(STEP, 1, "of b")
+    answers.complete(STEP, "step")
+    assert not step.done()
+    answers.expire(10.0)
+    with pytest.raises(StepTimeoutError, match="a step got its answer, but not what 'a' recorded, within timeout_s=10"):
+        step.result(0)
+    answers.add_part(STEP, 0, "of a")
+    assert not answers._pending
+
+
 def test_nothing_due_waits_for_nothing(answers: PendingAnswers) -> None:
     assert answers.time_left(0.0) is None
     answers.expire(1e9)
