@@ -61,6 +61,7 @@ VALUES = {
     "rounding": Rounding("0123456789abcdef", 2),
     "max_kv_tokens": None,
     "max_cache_len": 64,
+    "first": 2**31,
     "logits_to_keep": 1,
     "worker": WorkerSnapshot(
         device="a", pid=7, threads=1, resident_bytes=2**40, idle_resident_bytes=2**30, num_refused=0

@@ -29,7 +29,7 @@ WORKING = {
     "gives modules, shapes and dtypes, on the meta device": """buffers children get_buffer get_decoder get_encoder
         get_expanded_tied_weights_keys get_input_embeddings get_output_embeddings get_parameter get_parameter_or_buffer
         get_position_embeddings get_submodule modules named_buffers named_children named_modules
-        named_non_persistent_buffers named_parameters parameters retrieve_modules_from_names""",
+        named_non_persistent_buffers named_parameters parameters retrieve_modules_from_names state_dict""",
     "runs it": """adjust_generation_fn compute_transition_scores eval forward from_pretrained generate heal_tokens
         load_custom_generate prepare_inputs_for_generation""",
     "is called with what passes through the whole model": "register_forward_hook register_forward_pre_hook",

@@ -25,6 +25,7 @@ from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperat
 from lingualinked.interrupts import wait_in_pieces
 from lingualinked.protocol.messages import EndSession, LoadStage, Request, Step, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
+from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.transport.mailbox import Mailbox
@@ -34,6 +35,7 @@ logger = logging.getLogger("lingualinked.cluster")
 
 _START_S = 60.0
 _STOP_S = 2.0
+_OF_A_MODEL = LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor
 
 
 def end_with_interpreter() -> None:
@@ -146,7 +148,7 @@ class Engine:
             devices=frozenset([device, *helpers]),
             asked=device,
             answer=ANSWERS[type(message)],
-            model=message.model if isinstance(message, LoadStage | AnnounceMove | CopyKV | ForkSession) else None,
+            model=message.model if isinstance(message, _OF_A_MODEL) else None,
             what=f"{what} on device {device!r}",
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,

@@ -44,6 +44,7 @@ from lingualinked.protocol.messages import (
     encode,
 )
 from lingualinked.protocol.moving import KVCopied
+from lingualinked.protocol.reading import TensorRead
 from lingualinked.protocol.roles import TO_CALLER, Role
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
@@ -172,6 +173,8 @@ class Exchange:
             case StepRecorded():
                 part = RecordedPart(message.layouts, delivery.tensors)
                 self._pending.add_part(_key(message), message.stage, part)
+            case TensorRead():
+                self._pending.complete(_key(message), delivery.tensors)
             case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():

@@ -21,6 +21,7 @@ from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.observer import Observer
 from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.remote_weights import RemoteWeights
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.stage_loading import request_stages
@@ -82,6 +83,7 @@ class Pipeline:
         self._migrator = Migrator(
             self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens
         )
+        self.weights = RemoteWeights(self._engine, self._model, self._routes, timeout_s)
         self._controller = Controller(self._engine, self._routes, self._migrator.run, self._recorder)
         self._observer = Observer(
             self._engine,

@@ -153,6 +153,17 @@ class Stage:
                 return held.detach()
         return None
 
+    def find_tensor(self, name: str) -> Tensor | None:
+        """Return a parameter, buffer or other tensor of a module by its name in the whole model, or None."""
+        held = self.find_weight(name)
+        if held is None:
+            path, _, attribute = name.rpartition(".")
+            try:
+                held = getattr(self._model.get_submodule(path), attribute, None)
+            except AttributeError:
+                return None
+        return held.detach() if isinstance(held, Tensor) else None
+
     def cache_slots(self, start: int, end: int) -> frozenset[int]:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
         return cache_slots(self._layers[start:end])

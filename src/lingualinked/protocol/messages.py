@@ -27,6 +27,7 @@ from lingualinked.protocol.moving import (
     MoveSession,
     WeightChunk,
 )
+from lingualinked.protocol.reading import ReadTensor, TensorRead
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
@@ -327,12 +328,23 @@ CallerMessage = (
     | CopyKV
     | MoveSession
     | ForkSession
+    | ReadTensor
     | Ping
     | Pong
     | Step
     | EndSession
 )
-Request = LoadStage | InspectWorker | EmulateDevice | MeasureModel | ProbeLink | AnnounceMove | CopyKV | ForkSession
+Request = (
+    LoadStage
+    | InspectWorker
+    | EmulateDevice
+    | MeasureModel
+    | ProbeLink
+    | AnnounceMove
+    | CopyKV
+    | ForkSession
+    | ReadTensor
+)
 WorkerMessage = (
     Hello
     | Progress
@@ -345,6 +357,7 @@ WorkerMessage = (
     | Ping
     | Pong
     | WorkerReport
+    | TensorRead
     | StepDone
     | StepRecorded
     | RequestFailed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from lingualinked.protocol import measuring, messages, moving
+from lingualinked.protocol import measuring, messages, moving, reading
 from lingualinked.protocol.base import Message
 
 
@@ -43,6 +43,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     moving.CopyKV: Role.CALLER,
     moving.MoveSession: Role.CALLER,
     moving.ForkSession: Role.CALLER,
+    reading.ReadTensor: Role.CALLER,
     measuring.Ping: Role.WORKER,
     measuring.Pong: Role.PROBED,
     messages.Step: Role.PREVIOUS,
@@ -64,6 +65,7 @@ TO_CALLER: Mapping[type[Message], Role] = {
     measuring.ModelMeasured: Role.ASKED,
     measuring.LinkProbed: Role.ASKED,
     messages.WorkerReport: Role.ASKED,
+    reading.TensorRead: Role.ASKED,
     messages.RequestFailed: Role.ASKED,
     moving.KVCopied: Role.KV_ENDS,
     messages.KVRefused: Role.KV_ENDS,
@@ -83,6 +85,7 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     moving.AnnounceMove: messages.Acknowledged,
     moving.CopyKV: moving.KVCopied,
     moving.ForkSession: messages.Acknowledged,
+    reading.ReadTensor: reading.TensorRead,
     messages.Step: messages.StepDone,
 }
 """The answer to each message of the caller that has one."""

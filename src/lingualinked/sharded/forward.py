@@ -21,6 +21,7 @@ from lingualinked.model.hf_internals import balancing_loss, makes_pipeline_for_d
 from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions
+from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.given_cache import GivenCache, check_empty, max_cache_len_of
 from lingualinked.sharded.inputs import (
@@ -273,8 +274,9 @@ def make_sharded(
     embeddings = model.get_input_embeddings()
     state["_recordable"] = recordable_outputs(meta)
     state["_embedding_shape"] = embeddings.num_embeddings, embeddings.embedding_dim
+    weights = FetchedWeights(functools.partial(pipeline.weights.read, parts), pipeline.check_open)
     vars(model).update(
-        state, _positions=LearnedPositions.of(meta), _seal=Seal(meta), _sealed_config=SealedConfig(meta.config)
+        state, _positions=LearnedPositions.of(meta), _seal=Seal(meta, weights), _sealed_config=SealedConfig(meta.config)
     )
     model.__class__ = sharded_class(real, base)
     return cast("ShardedCausalLM", model)

@@ -1,4 +1,4 @@
-"""Parameters and buffers of a sharded model: tensors whose data is in a worker and can't be read here.
+"""Parameters and buffers of a sharded model: tensors whose data is in a worker, and is fetched where it is needed.
 
 Knows torch's tensors only; nothing of modules, workers or the data.
 """
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.sharded.fetched_tensor import FetchedTensor, function_name, plain, written_by
 
-_REMEDY = "its data is in a worker: read it from the checkpoint, or load the model unsharded with transformers"
 _DEVICE = torch.device("cpu")  # where a sharded model takes its inputs; below, the tensors are on the meta device
-_CHANGE = "its data is in a worker: change the checkpoint with transformers first, then load it sharded"
+_CHANGE = "its data is in a worker: clone() it first, or change the checkpoint with transformers and load it sharded"
 _TRAIN = "a sharded model is for inference: train the unsharded model"
 
 # Calls that reach a tensor's data without an operation that `__torch_dispatch__` would see.
@@ -45,21 +45,29 @@ _REACHES_DATA = frozenset(
 _NO_DATA = ("Cannot access data pointer", "data is not allocated")
 _NEEDS_GRADIENTS = frozenset({"backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 
+Fetch = Callable[[], FetchedTensor]
+"""Returns a tensor's data, fetched from the worker that holds it unless it is still here."""
+
+
+class _DataNeeded(Exception):  # noqa: N818 - the operation is then run on the data
+    """An operation needs the data of a remote tensor."""
+
 
 class RemoteTensor(Tensor):
     """A parameter or buffer whose data lies in a worker.
 
     Shape, dtype, device and other metadata read as on the unsharded model on the CPU. A conversion that changes nothing
-    returns the tensor itself; ``detach()`` and ``data`` are remote tensors too. Anything that needs the data raises
-    `UnsupportedOperationError`.
+    returns the tensor itself; ``detach()`` and ``data`` are remote tensors too. Anything that needs the data fetches it, and
+    is done with it; results require no gradients. What would change it raises `UnsupportedOperationError`.
     """
 
     remote_name: str  # its name in the whole model; ``name`` is torch's
+    remote_fetch: Fetch
 
     @classmethod
-    def of(cls, tensor: Tensor, name: str) -> RemoteTensor:
+    def of(cls, tensor: Tensor, name: str, fetch: Fetch) -> RemoteTensor:
         """Make the remote tensor for a tensor on the meta device and its name in the whole model."""
-        remote = _wrap(tensor, name, requires_grad=tensor.requires_grad)
+        remote = _wrap(tensor, name, fetch, requires_grad=tensor.requires_grad)
         if isinstance(tensor, torch.nn.Parameter):
             vars(remote)["_is_param"] = True  # which makes it an nn.Parameter for torch
         return remote
@@ -72,40 +80,52 @@ class RemoteTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run what needs no data; refuse everything else under the name that the user called."""
-        name, arguments = _name(func), kwargs or {}
-        if name in _REACHES_DATA:
-            _refuse(name, args, arguments, _REMEDY)
-        if name in _NEEDS_GRADIENTS:
+        """Run what needs no data as it is, and what needs it on fetched data; refuse changes under the name that was called."""
+        name, arguments = function_name(func), kwargs or {}
+        # 1) refuse what asks for gradients, or sets an attribute
+        if name in _NEEDS_GRADIENTS or func is torch.autograd.grad:
             _refuse(name, args, arguments, _TRAIN)
         if name in ("requires_grad = ", "requires_grad_"):
             _check_requires_grad(name, *args, **arguments)
         if name == "data = ":
             _check_data(*args)
-        try:
-            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
-                return func(*args, **arguments)
-        except UnsupportedOperationError:  # of `__torch_dispatch__`
-            _refuse(name, args, arguments, _REMEDY)
-        except RuntimeError as error:  # of a kernel that bypasses it
-            if any(text in str(error) for text in _NO_DATA):
-                _refuse(name, args, arguments, _REMEDY)
-            raise
+        # 2) try without data
+        if name not in _REACHES_DATA:
+            try:
+                with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
+                    return func(*args, **arguments)
+            except UnsupportedOperationError:  # of `__torch_dispatch__`
+                _refuse(name, args, arguments, _CHANGE)
+            except _DataNeeded:
+                pass
+            except RuntimeError as error:  # of a kernel that bypasses it
+                if not any(text in str(error) for text in _NO_DATA):
+                    raise
+        # 3) fetch, and do it with the data
+        if name in ("__deepcopy__", "__reduce_ex__"):
+            copied = _copy(args[0])
+            if name == "__deepcopy__":
+                args[1][id(args[0])] = copied
+                return copied
+            return copied.__reduce_ex__(*args[1:])
+        return func(*_fetch(args), **dict(zip(arguments, _fetch(tuple(arguments.values())), strict=True)))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Refuse every operation on data."""
+        """Stop at every operation on data: refuse it if it writes."""
         if func is torch.ops.prim.device.default:
             return _DEVICE
         if func is torch.ops.aten.detach.default:
-            return _wrap(args[0], args[0].remote_name)
-        raise UnsupportedOperationError(_message(func.overloadpacket.__name__, args, kwargs or {}, _REMEDY))
+            return _wrap(args[0], args[0].remote_name, args[0].remote_fetch)
+        if any(isinstance(each, RemoteTensor) for each in written_by(func, args, kwargs or {})):
+            raise UnsupportedOperationError(_message(func.overloadpacket.__name__, args, kwargs or {}, _CHANGE))
+        raise _DataNeeded
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":  # as torch.utils.swap_tensors does
-            raise UnsupportedOperationError(f"swapping {self.remote_name} of a sharded model: {_REMEDY}")
+            raise UnsupportedOperationError(f"swapping {self.remote_name} of a sharded model: {_CHANGE}")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -113,7 +133,22 @@ class RemoteTensor(Tensor):
         return f"<{self.remote_name} of a sharded model: {dtype} {list(self.shape)}, in a worker>"
 
 
-def _wrap(tensor: Tensor, name: str, *, requires_grad: bool = False) -> RemoteTensor:
+def _fetch(given: Any) -> Any:
+    """Replace remote tensors by their data, in lists and tuples too."""
+    if isinstance(given, RemoteTensor):
+        return given.remote_fetch()
+    if type(given) in (list, tuple):
+        return type(given)(_fetch(each) for each in given)
+    return given
+
+
+def _copy(tensor: RemoteTensor) -> Tensor:
+    """Return a copy with the data, a parameter if it is one."""
+    data = plain(tensor.remote_fetch()).clone()
+    return torch.nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data
+
+
+def _wrap(tensor: Tensor, name: str, fetch: Fetch, *, requires_grad: bool = False) -> RemoteTensor:
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - so that the subclass is not called again
         shape, strides, dtype = tensor.shape, tensor.stride(), tensor.dtype
     remote = Tensor._make_wrapper_subclass(  # noqa: SLF001
@@ -128,14 +163,8 @@ def _wrap(tensor: Tensor, name: str, *, requires_grad: bool = False) -> RemoteTe
     # Access to the memory itself raises an error instead of reading a null pointer.
     torch._C._set_throw_on_mutable_data_ptr(remote)  # noqa: SLF001
     remote.remote_name = name
+    remote.remote_fetch = fetch
     return remote
-
-
-def _name(func: Callable[..., Any]) -> str:
-    """Return the name under which a user calls a function; an attribute's setter ends in "="."""
-    name: str = getattr(func, "__name__", str(func))
-    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-    return {"__get__": attribute, "__set__": f"{attribute} = ", "__delete__": f"del {attribute}"}.get(name, name)
 
 
 def _message(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], reason: str) -> str:

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.remote_tensor import RemoteTensor
 from lingualinked.sharded.unsupported import refusal
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
 _ADAPTER = "wrapping a layer, as adapters do, is not supported yet; merge adapters into the weights first"
@@ -24,7 +23,8 @@ _HOOKS = (
     "its layers run in the workers, which do not call hooks of this process; hook the whole model, or the unsharded one"
 )
 _GRADIENTS = "no gradients flow through it; train the unsharded model"
-_USE = "its weights are in a worker; call the whole model, read the checkpoint, or load it unsharded with transformers"
+_USE = "its weights are in a worker; copy them one by one, or load it unsharded with transformers"
+_DECODER = "its layers run in the workers; call the whole model, with output_hidden_states=True for what enters and leaves layers"
 
 _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 _SHADOWED = ("_buffers", "_modules", "_parameters")  # an attribute of the same name shadows their entries
@@ -62,9 +62,11 @@ class SealedModule:
         _path: str
         _sealed: frozenset[str]
 
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: the weights for its forward pass are in a worker."""
-        self._refuse("calling", _USE)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run its forward pass in this process, with weights that are fetched one by one; refuse to run the decoder so."""
+        if isinstance(self, PreTrainedModel):
+            self._refuse("calling", _DECODER)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Accept the current value, and new attributes of the user's own, which no forward pass reads."""
@@ -114,7 +116,7 @@ for _name in dir(nn.Module):
         setattr(SealedModule, _name, refusal(_name, _reason(_name)))
         if not _name.startswith("register_forward_"):
             setattr(SealedModel, _name, refusal(_name, _reason(_name)))
-for _name, _why in {"compile": _CHANGE, "load_state_dict": _USE, "state_dict": _USE}.items():
+for _name, _why in {"compile": _CHANGE, "load_state_dict": _CHANGE}.items():
     setattr(SealedModule, _name, refusal(_name, _why))
 
 
@@ -134,13 +136,13 @@ class Seal:
     read-only.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, weights: FetchedWeights) -> None:
         # With the originals, since ids are unique only among living objects.
         remote: dict[int, tuple[Tensor, RemoteTensor]] = {}
 
         def replace(value: Any, name: str) -> Any:
             if isinstance(value, Tensor) and id(value) not in remote:
-                remote[id(value)] = value, RemoteTensor.of(value, name)
+                remote[id(value)] = value, RemoteTensor.of(value, name, weights.fetch_of(value, name))
             return remote[id(value)][1] if isinstance(value, Tensor) else value
 
         self._states: list[tuple[nn.Module, dict[str, Any]]] = []

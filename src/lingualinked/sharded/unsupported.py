@@ -28,7 +28,6 @@ _REMEDIES = {
         "save_distributed_checkpoint",
         "save_pretrained",
         "share_memory",
-        "state_dict",
     ),
     _MOVE: (
         "bfloat16",

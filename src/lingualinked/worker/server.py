@@ -59,6 +59,7 @@ from lingualinked.protocol.moving import (
     MovingMessage,
     WeightChunk,
 )
+from lingualinked.protocol.reading import ReadTensor
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
@@ -83,6 +84,7 @@ from lingualinked.worker.pace import Pace
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
 from lingualinked.worker.sender_check import SenderCheck, StaleMessageError
+from lingualinked.worker.tensor_reader import TensorReader
 from lingualinked.worker.vitals import Vitals
 
 logger = logging.getLogger("lingualinked.worker")
@@ -135,6 +137,7 @@ class Worker:
         self._moves = AnnouncedMoves()
         self._mover = KVMover(self._stages, self._peers, self._moves)
         self._lender = Lender(self._stages, self._moves)
+        self._reader = TensorReader(self._stages, mailbox)
         self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
         # Steps that wait until their session has moved, by model, plan version and session.
         self._early: dict[tuple[int, int, int], tuple[Step, Delivery]] = {}
@@ -190,6 +193,8 @@ class Worker:
                 self._answer_request(message.request, lambda: self._measure_model(message))
             case ProbeLink():
                 self._answer_request(message.request, lambda: self._probes.start_probe(message))
+            case ReadTensor():
+                self._answer_request(message.request, lambda: self._reader.send_part(message))
             case Ping():
                 self._probes.answer_ping(message, delivery.sender)
             case Pong():
@@ -263,10 +268,8 @@ class Worker:
 
     def _drop_moves(self, model: int) -> None:
         """End all transfers of a model that moves, and refuse the steps that wait for its sessions to move."""
-        self._moves.drop_model(model)
-        self._mover.drop_model(model)
-        self._lender.drop_model(model)
-        self._borrower.drop_model(model)
+        for part in (self._moves, self._mover, self._lender, self._borrower, self._reader):
+            part.drop_model(model)
         for key in [key for key in self._early if key[0] == model]:
             step, delivery = self._early.pop(key)
             error = StaleMessageError(
@@ -393,8 +396,7 @@ class Worker:
         except ProtocolError:
             return  # the model was unloaded, with the session's KV
         if not hosted.stage.is_last:
-            onward = msgspec.structs.replace(message, stage=message.stage + 1)
-            self._peers.send(hosted.next_name, onward)
+            self._peers.send(hosted.next_name, msgspec.structs.replace(message, stage=message.stage + 1))
 
     def _send_to_caller(self, message: WorkerMessage) -> None:
         self._mailbox.send(CALLER, encode(message))

@@ -16,11 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import lingualinked as ll
+from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.sealing import Seal, SealedModel
 
 
 class Model(SealedModel, LlamaForCausalLM):
     """Stands for the class of a sharded model, without workers."""
+
+
+WEIGHTS = FetchedWeights(lambda name, shape, dtype: torch.full(shape, 0.5, dtype=dtype), lambda: None)
 
 
 class Twice(nn.Module):
@@ -40,7 +44,7 @@ def model() -> Any:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
-    vars(model)["seal"] = Seal(model)
+    vars(model)["seal"] = Seal(model, WEIGHTS)
     model.__class__ = Model
     return model
 
@@ -210,12 +214,28 @@ def test_looks_as_before(model: Any) -> None:
     assert len(model.model.layers[1:3]) == 2
 
 
-def test_parts_are_neither_called_copied_nor_saved(model: Any) -> None:
+@torch.no_grad()
+def test_parts_compute_with_their_weights(model: Any) -> None:
+    states = torch.rand(2, 32)
+    for path in ("lm_head", "model.norm", "model.layers.3.mlp"):
+        part = model.get_submodule(path)
+        with torch.device("meta"):
+            plain = LlamaForCausalLM(model.config).get_submodule(path)
+        plain.to_empty(device="cpu")
+        for parameter in plain.parameters():
+            parameter.fill_(0.5)
+        assert torch.equal(part(states), plain(states))
+        assert torch.equal(part.forward(states), plain(states))
+        assert list(part.state_dict()) == list(plain.state_dict())
+        assert all(torch.equal(each, value) for each, value in zip(part.parameters(), plain.parameters(), strict=True))
+    assert torch.equal(mlp(model).act_fn(states), nn.functional.silu(states))
+    with pytest.raises(ll.UnsupportedOperationError, match=r"^calling model \(LlamaModel\).*output_hidden_states"):
+        model.model(torch.tensor([[1]]))
+    model.seal.check(model)
+
+
+def test_parts_are_not_copied(model: Any) -> None:
     for use in (
-        lambda: model.lm_head(torch.zeros(1, 32)),
-        lambda: model.lm_head.forward(torch.zeros(1, 32)),
-        lambda: mlp(model).act_fn(torch.zeros(1, 32)),
-        lambda: mlp(model).state_dict(),
         lambda: copy.deepcopy(mlp(model)),
         lambda: copy.copy(mlp(model)),
     ):
@@ -226,7 +246,7 @@ def test_parts_are_neither_called_copied_nor_saved(model: Any) -> None:
 def test_is_freed_without_the_collector(model: Any) -> None:
     with torch.device("meta"):
         one = LlamaForCausalLM(model.config)
-    vars(one)["seal"] = Seal(one)
+    vars(one)["seal"] = Seal(one, WEIGHTS)
     freed = weakref.ref(one)
     gc.disable()
     try:
