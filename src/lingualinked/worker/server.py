@@ -36,7 +36,6 @@ from lingualinked.protocol.messages import (
     PeerMessage,
     Progress,
     RequestFailed,
-    StageLoaded,
     StageTimes,
     Step,
     StepDone,
@@ -60,7 +59,6 @@ from lingualinked.protocol.moving import (
     WeightChunk,
 )
 from lingualinked.protocol.reading import ReadTensor
-from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
@@ -77,7 +75,8 @@ from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import Lifeline
-from lingualinked.worker.limits import apply_limits, end_if_device_is_lost, resident_bytes, spare_bytes
+from lingualinked.worker.limits import apply_limits, end_if_device_is_lost, resident_bytes
+from lingualinked.worker.load_report import describe_loaded
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
 from lingualinked.worker.pace import Pace
@@ -115,10 +114,6 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     finally:
         background.stop()
         mailbox.close()
-
-
-# A worker with less to spare does not try how torch rounds: the kernels that this compiles stay in memory.
-_PROBE_BYTES = 256 << 20
 
 
 class Worker:
@@ -249,15 +244,7 @@ class Worker:
             self._send_to_caller(Progress(request=message.request, num_done=num_bytes))
 
         def loaded(stage: Stage) -> None:
-            has_room = spare_bytes(self._boot.accelerator) >= _PROBE_BYTES
-            self._send_to_caller(
-                StageLoaded(
-                    request=message.request,
-                    weight_bytes=stage.weight_bytes,
-                    num_bytes_read=stage.num_bytes_read,
-                    rounding=stage.rounding if has_room else Rounding("", 0),
-                )
-            )
+            self._send_to_caller(describe_loaded(message.request, stage, self._boot.accelerator))
 
         def request_part(holder: WeightHolder, parameter: str, first: int) -> None:
             self._borrower.request_part(message.request, holder, parameter, first)
