@@ -162,13 +162,14 @@ def test_a_party_that_is_withdrawn_has_no_ring_here(pair: tuple[Any, Any], netwo
     a.send("b", b"", [torch.ones(3)])
     while b.num_refused == 0:  # bounded by the test's time limit
         assert b.receive(0.005) is None
-    b.authorise(
-        "a", network.keys["a"].public
-    )  # what it sends into the ring from now on is lost: it has to connect anew
+    b.authorise("a", network.keys["a"].public)
+    for _ in range(2):
+        exchange(a, b)  # over the socket, whose connection stays
     a.disconnect("b")
     a.connect("b", b.address, network.keys["b"].public)
     for _ in range(2):
         exchange(a, b)
+    assert a.sent_shared_bytes == 2 * 4_000
 
 
 def test_who_gets_another_key_gets_another_ring(pair: tuple[Any, Any], network: Network) -> None:

@@ -40,6 +40,7 @@ _FIRST_OFFSET = 4096
 _ALIGNMENT = 64
 _SIZE_SEALS = 0x2 | 0x4  # F_SEAL_SHRINK and F_SEAL_GROW, which Python does not have everywhere
 _ALLOCATED_BYTES = 4 << 20  # at once; a signal makes some kernels begin again
+_CLOSED = 0  # the receipt of a receiver that has closed its end
 _MAX_UNREAD = 254  # messages; each has another receipt, and the last one that was confirmed has one too
 
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -159,6 +160,9 @@ class RingWriter:
     def _read_receipt(self) -> None:
         """Forget the messages that have been read."""
         receipt = self._map[_RECEIPT_OFFSET]  # may be out of date, which is safe
+        if receipt == _CLOSED and self._confirmed:
+            self.close()
+            return
         while receipt != self._confirmed:
             if not self._unread:
                 logger.warning(
@@ -268,7 +272,9 @@ class RingReader:
         os.pwrite(self._file, bytes([receipt]), _RECEIPT_OFFSET)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the sender carries on without it."""
+        with contextlib.suppress(OSError):  # it may not be written
+            self.release(_CLOSED)
         os.close(self._file)
 
     def _read(self, offset: int, memory: memoryview) -> None:

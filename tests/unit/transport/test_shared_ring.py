@@ -276,7 +276,7 @@ def test_nothing_is_written_before_the_receiver_has_opened_it() -> None:
     assert writer.pop_offer() is None
 
 
-@pytest.mark.parametrize("receipt", [4, 200, 255, 0])
+@pytest.mark.parametrize("receipt", [4, 200, 255])
 def test_a_receipt_for_nothing_ends_the_ring(ends: Ends, receipt: int, caplog: pytest.LogCaptureFixture) -> None:
     written(ends, 64)  # with receipt 2
     written(ends, 64)
@@ -284,6 +284,15 @@ def test_a_receipt_for_nothing_ends_the_ring(ends: Ends, receipt: int, caplog: p
     for _ in range(3):
         assert ends.writer.write([numbered(64)]) is None
     assert "'b' confirmed what it was not sent" in caplog.text
+
+
+def test_a_ring_whose_receiver_has_closed_it_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    ends = Ends()
+    written(ends, 64)
+    ends.reader.close()
+    assert ends.writer.write([numbered(64)]) is None
+    assert ends.writer._file is None  # its memory is returned
+    assert caplog.text == ""
 
 
 def test_a_receipt_that_runs_ahead_harms_only_who_writes_it(ends: Ends) -> None:
@@ -546,6 +555,21 @@ def test_a_mailbox_keeps_two_rings_of_a_sender_and_none_of_one_that_is_withdrawn
     assert not rings.readers
     for writer in writers:
         writer.close()
+
+
+def test_a_ring_of_a_process_that_has_ended_is_closed_when_another_is_opened(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rings, other = Rings(is_used=True), Ends()
+    rings.open_reader("ended", ends.offer)
+    with monkeypatch.context() as patch:
+        patch.setattr(RingReader, "has_sender", False)
+        rings.open_reader("other", other.offer)
+    assert list(rings.readers) == ["other"]
+    rings.close_writer("nobody")
+    assert list(rings.readers) == ["other"]
+    rings.close()
+    other.close()
 
 
 def test_rings_that_are_not_used_are_neither_made_nor_opened(ends: Ends) -> None:
