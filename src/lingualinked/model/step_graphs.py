@@ -28,6 +28,9 @@ logger = logging.getLogger("lingualinked.model")
 
 _NUM_TRIALS = 2  # steps of which a graph has to give the eager bits: at the second one, a constant in it would show
 _MAX_GRAPHS = 16  # of one cache; its steps differ in length, in settings and in the logits that they keep
+_MAX_FAILURES = (
+    16  # captures that raise: what can't be captured mostly can't in any length, and torch frees no memory of it
+)
 _SHORTEST = 256  # tokens; graphs read as many tokens of KV as this, twice as many, and so on
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -271,6 +274,7 @@ class StepGraphs:
     record: Recorder | None  # None: the device has no graphs
     num_heads: int = 0  # of queries, if attention is torch's; 0: it is another one
     refusals: dict[Any, str] = field(default_factory=dict)  # why steps of a kind can't be replayed
+    num_failures: int = 0
     num_replayed: int = 0
     idle: list[StageCache] = field(default_factory=list)  # of sessions that have ended, for others of the same shape
 
@@ -294,7 +298,8 @@ class StepGraphs:
         for visible in (self._length_to_read(cache, set_values), None):
             kind = (inputs.shapes, constants, set_values, cache.max_cache_len, tuple(cache.windows.items()), visible)
             graph: StepGraph | None = cache.captured.get(kind)
-            is_new = kind not in cache.captured and kind not in self.refusals and len(cache.captured) < _MAX_GRAPHS
+            is_known = kind in cache.captured or kind in self.refusals
+            is_new = not is_known and len(cache.captured) < _MAX_GRAPHS and self.num_failures < _MAX_FAILURES
             try:
                 if is_new:
                     graph = StepGraph(kind, visible, forward, make_masks, cache, inputs, self.device)
@@ -326,6 +331,7 @@ class StepGraphs:
         else:
             cache.captured.pop(kind, None)
             self.refusals[kind] = reason
+            self.num_failures += isinstance(why, Exception)
         logger.info("decode steps of a kind stay eager, since they can't be replayed as a graph: %s", reason)
 
     def keep(self, cache: StageCache, max_tokens: float) -> None:

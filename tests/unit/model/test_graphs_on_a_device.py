@@ -131,6 +131,19 @@ def test_memory_that_is_short_once_is_no_reason_for_ever(stage: Stage, error: Ex
     assert stage.graphs.num_replayed == 16
 
 
+def test_what_fails_in_each_length_is_not_tried_in_all(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "_MAX_FAILURES", 3)
+    text = stage.new_cache(max_cache_len=ROOM)
+    decode(stage, run_again, text)
+    for length in range(20, 30):
+        decode(stage, refuse_with(RuntimeError("no")), stage.new_cache(max_cache_len=length + 1))
+    assert len(stage.graphs.refusals) == 3
+    text.clear()
+    stage.graphs.num_replayed = 0
+    decode(stage, run_again, text)
+    assert stage.graphs.num_replayed == 11  # what was captured before is still replayed
+
+
 @pytest.mark.parametrize("name", ["__init__", "begin_trial"])
 def test_short_memory_for_the_trial_itself_leaves_the_step_eager(
     stage: Stage, name: str, monkeypatch: pytest.MonkeyPatch
