@@ -95,9 +95,7 @@ class Stage:
         self._ropes = hf_internals.dynamic_ropes(self._model)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
         num_heads = getattr(self._config.get_text_config(), "num_attention_heads", 0) if is_sdpa else 0
-        self.graphs = StepGraphs(
-            device, CudaRecorder(device) if device.type == "cuda" else (lambda body: body), num_heads
-        )
+        self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None, num_heads)
         self._has_recorders = False
         self._rotary_modules = hf_internals.rotary_modules(self._model) if device.type == "cpu" else []
 

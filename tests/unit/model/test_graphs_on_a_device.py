@@ -266,3 +266,7 @@ def test_a_capture_that_fails_is_ended(captured: list[tuple[Any, ...]]) -> None:
     assert gc.isenabled()
     assert len(captured) == 1
     assert isinstance(torch.cuda.current_stream(), FakeStream)
+
+
+def test_a_processor_has_no_graphs(stage: Stage) -> None:
+    assert stage.graphs.record is None
