@@ -388,6 +388,14 @@ def test_a_file_with_holes_ends_nobody() -> None:
     os.close(file)
 
 
+def test_reading_ends_where_there_is_nothing_more(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sealed file does not become shorter; if a kernel thought otherwise, the receiver would not go on for ever."""
+    place = written(ends, 100)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(ProtocolError, match="shortened"):
+        ends.read(place, [numbered(100)])
+
+
 def regular_file(folder: Path) -> int:
     (folder / "file").write_bytes((b"t" * 16).ljust(END))
     return os.open(folder / "file", os.O_RDWR)
