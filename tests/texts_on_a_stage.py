@@ -39,7 +39,7 @@ class Text:
             "position_ids": positions_of(self.mask, self.tokens.shape[1]),
             "logits_to_keep": 1,
         }
-        logits = self.stage.step(StageInputs(**(inputs | changes)), self.cache).tensors[0].clone()
+        logits = self.stage.step(StageInputs(**(inputs | changes)), self.cache).tensors[0].clone().cpu()
         self.tokens = logits[:, -1:].argmax(-1)
         self.mask = extend(self.mask, 1)
         return logits
