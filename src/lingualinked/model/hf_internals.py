@@ -293,30 +293,44 @@ def _quiet_sequential_loading() -> Iterator[list[str]]:
 
 def recordable_outputs(model: torch.nn.Module) -> frozenset[str]:
     """Return what transformers records by hooks; empty for classes whose own forward collects it."""
-    known: Any = output_capturing._CAN_RECORD_REGISTRY
-    return frozenset(name for module in model.modules() for name in known.get(module))
+    return frozenset(name for module in model.modules() for name in output_capturing._CAN_RECORD_REGISTRY.get(module))  # type: ignore[arg-type]
 
 
 def selected_hidden_states(asked: Any, num_hidden_states: int) -> tuple[int, ...] | None:
     """Return the indices that a value of ``output_hidden_states`` selects, from 0; None if it is a flag."""
-    selected = output_capturing.selected_hidden_states(asked)
-    if selected is None:
+    if (selected := output_capturing.selected_hidden_states(asked)) is None:
         return None
-    resolve: Any = output_capturing.resolve_hidden_states_indices
-    return tuple(sorted(resolve(None, selected, num_hidden_states)))
+    return tuple(sorted(output_capturing.resolve_hidden_states_indices(None, selected, num_hidden_states)))  # type: ignore[arg-type]
 
 
-def install_recorders(model: torch.nn.Module) -> None:
-    """Install the hooks that record outputs, each once: modules that several cut models share may have them already."""
-    for module in model.modules():
-        vars(module).pop("_output_capturing_hooks_installed", None)
-        for number, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", "") == output_capturing.__name__:
-                del module._forward_hooks[number]
-    known: Any = output_capturing._CAN_RECORD_REGISTRY
-    for module in model.modules():
-        if known.get(module):
-            output_capturing.maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
+class Recorders:
+    """The hooks by which transformers records a model's outputs: on its modules only while it records, as each costs time."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        for module in model.modules():
+            vars(module).pop("_output_capturing_hooks_installed", None)  # modules that several cut models share
+        for module in model.modules():
+            if output_capturing._CAN_RECORD_REGISTRY.get(module):  # type: ignore[arg-type]
+                output_capturing.maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
+        self._hooks = [
+            (module._forward_hooks, number, hook)
+            for module in model.modules()
+            for number, hook in module._forward_hooks.items()
+            if hook.__module__ == output_capturing.__name__
+        ]
+        with self.attached():
+            pass
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the hooks on the modules within the context."""
+        for hooks, number, hook in self._hooks:
+            hooks[number] = hook
+        try:
+            yield
+        finally:
+            for hooks, number, _ in self._hooks:
+                del hooks[number]
 
 
 def record_too(name: str) -> None:

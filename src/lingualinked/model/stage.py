@@ -96,7 +96,7 @@ class Stage:
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
         num_heads = getattr(self._config.get_text_config(), "num_attention_heads", 0) if is_sdpa else 0
         self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None, num_heads)
-        self._has_recorders = False
+        self._recorders: hf_internals.Recorders | None = None  # once a step has recorded
         self._rotary_modules = hf_internals.rotary_modules(self._model) if device.type == "cpu" else []
 
     @classmethod
@@ -254,10 +254,11 @@ class Stage:
             if self.device.type != "cpu":
                 _check_indices(inputs.logits_to_keep, states.shape[1])
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
+        recording: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if inputs.records:
-            if not self._has_recorders:
-                hf_internals.install_recorders(self._model)
-                self._has_recorders = True
+            if self._recorders is None:
+                self._recorders = hf_internals.Recorders(self._model)
+            recording = self._recorders.attached()
             self._boundary.is_passed = True
             arguments |= {f"output_{name}": True for name in inputs.records if name not in _ONLY_RECORDED}
         # 2) run the forward pass, which ends with logits or at the first layer after the span
@@ -271,6 +272,7 @@ class Stage:
         count = cache.count if cache is not None and cache.is_static else None
         try:
             with (
+                recording,
                 hf_internals.GLOBAL_STATE,
                 torch_settings(inputs.torch_settings),
                 hf_internals.computed_attention(exact_attention.attend),
