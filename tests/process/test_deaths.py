@@ -32,7 +32,9 @@ WITHIN_S = 5.0  # of a death, whoever waits for it has to know; a bound, not a m
 def mortal(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
     """Workers that tests may harm: each test has its own, named after what happens to them."""
     names = [
-        f"{fate}-{index}" for fate in ("killed", "idle", "loading", "aborted", "frozen", "well") for index in (1, 2)
+        f"{fate}-{index}"
+        for fate in ("killed", "parted", "idle", "loading", "aborted", "frozen", "well")
+        for index in (1, 2)
     ]
     with ll.Cluster([ll.Device(name=name, threads=1) for name in names]) as cluster:
         cluster.workers()  # their answers say that all connections stand
@@ -104,6 +106,55 @@ def test_a_worker_killed_in_the_middle_of_a_step(
     assert "killed-2" not in mortal.pids
 
 
+def num_parts(cluster: ll.Cluster) -> list[int]:
+    """Stages that have sent what they recorded, in each step that waits."""
+    return [len(each.parts) for each in cluster._engine._exchange._pending._pending.values()]
+
+
+def test_a_worker_killed_between_two_parts_of_what_is_recorded(
+    mortal: ll.Cluster, place: Callable[..., Any], pool: ThreadPoolExecutor
+) -> None:
+    """What the first stage recorded is there, and the second one's never comes."""
+    model = place("parted")
+    pid = mortal.pids["parted-2"]
+    stopped(pid)
+    forward = pool.submit(lambda: model(IDS, output_hidden_states=True))
+    generating = pool.submit(
+        lambda: model.generate(IDS, output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=3)
+    )
+    wait_until(lambda: num_parts(mortal) == [1, 1])
+    os.kill(pid, signal.SIGKILL)
+    for future in (forward, generating):
+        dies(future, "parted-2")
+    assert num_pending(mortal) == 0
+
+
+def test_an_interrupt_while_parts_are_awaited(mortal: ll.Cluster, place: Callable[..., Any]) -> None:
+    """Ctrl-C ends the wait and the session; what comes later is nobody's, and the model goes on."""
+    model = place("frozen")
+    expected = model(IDS, output_hidden_states=True)
+    pid = mortal.pids["frozen-2"]
+    stopped(pid)
+
+    def interrupt() -> None:
+        wait_until(lambda: num_parts(mortal) == [1])
+        os.kill(os.getpid(), signal.SIGINT)
+
+    past = expected.past_key_values
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS[:, :1], past_key_values=past, output_hidden_states=True)
+    interrupting.join()
+    with pytest.raises(ll.ClosedError, match="ended with KeyboardInterrupt"):
+        model(IDS[:, :1], past_key_values=past, output_hidden_states=True)
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: num_sessions(model) == [0, 0])
+    wait_until(lambda: num_pending(mortal) == 0)
+    found = model(IDS, output_hidden_states=True)
+    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+
+
 def test_a_worker_killed_while_idle(mortal: ll.Cluster, place: Callable[..., Any], pool: ThreadPoolExecutor) -> None:
     model = place("idle")
     worker = psutil.Process(mortal.pids["idle-1"])
@@ -158,7 +209,12 @@ def test_a_worker_that_does_not_answer(
     pid = mortal.pids["frozen-2"]
     stopped(pid)
     patience_s, model._pipeline.timeout_s, past.session._timeout_s = model._pipeline.timeout_s, 0.5, 0.5
-    for use in (lambda: model(IDS[:, :1], past_key_values=past), lambda: greedy(model), lambda: model.telemetry):
+    for use in (
+        lambda: model(IDS[:, :1], past_key_values=past),
+        lambda: greedy(model),
+        lambda: model(IDS, output_hidden_states=True),
+        lambda: model.telemetry,
+    ):
         with pytest.raises(ll.StepTimeoutError, match=r"frozen-2.*within timeout_s=0\.5"):
             use()
     model._pipeline.timeout_s = patience_s
