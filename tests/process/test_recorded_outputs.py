@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 import lingualinked as ll
 from accelerators import embed
 from families import reference, save_tiny, tiny_config
+from lingualinked.cluster.recorded import RecordedPart
+from waiting import num_sessions, wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]
 
@@ -182,6 +184,36 @@ def test_a_pipeline_returns_what_it_returns_of_the_model(
     asked = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_hidden_states": True, "do_sample": False}
     said = [pipeline("text-generation", model=model, tokenizer=other_tokenizer)("the quick", **asked) for model in pair]
     assert said[0] == said[1]
+
+
+FAULTS: dict[str, Callable[[RecordedPart], RecordedPart]] = {
+    "shape": lambda part: RecordedPart(part.layouts, tuple(tensor[..., :-1] for tensor in part.tensors)),
+    "rows": lambda part: RecordedPart(part.layouts, tuple(tensor[:1] for tensor in part.tensors)),
+    "dtype": lambda part: RecordedPart(part.layouts, tuple(tensor.double() for tensor in part.tensors)),
+    "count": lambda part: RecordedPart(tuple(each * 2 for each in part.layouts), part.tensors * 2),
+    "nothing": lambda part: RecordedPart((), ()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_stage_that_sends_something_else_ends_the_session(
+    sharded: Any, unsharded: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its device is named, nothing waits for ever, and other sessions go on."""
+    past, kept = sharded(IDS).past_key_values, sharded(IDS).past_key_values
+    expected = unsharded(IDS).past_key_values
+    with monkeypatch.context() as patch:
+        patch.setattr("lingualinked.cluster.exchange.RecordedPart", lambda *part: FAULTS[fault](RecordedPart(*part)))
+        with pytest.raises(ll.WorkerError, match=r"device 'a' raised ProtocolError: what layers .* recorded in a step"):
+            sharded(IDS[:, :1], past_key_values=past, output_hidden_states=True)
+    with pytest.raises(ll.ClosedError, match="ended with WorkerError"):
+        sharded(IDS[:, :1], past_key_values=past)
+    wait_until(lambda: num_sessions(sharded) == [1, 1, 1])
+    found, theirs = (
+        model(IDS[:, :1], past_key_values=each, output_hidden_states=True)
+        for model, each in ((sharded, kept), (unsharded, expected))
+    )
+    assert_equal(found.hidden_states, theirs.hidden_states)
 
 
 @pytest.mark.cpu_only(reason="a sharded model computes the loss of routers in the caller, on the CPU")

@@ -120,13 +120,15 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
             0 for the logits of all positions, N for the last N, or indices.
         **kwargs
             Further arguments of the loss (``num_items_in_batch``, ``ignore_index``, ``shift_labels``), and
-            ``cache_position`` if it equals the positions of the new tokens; others are refused by name unless ``None``.
+            ``cache_position`` if it equals the positions of the new tokens; ``output_hidden_states`` (a bool, an index or
+            several), ``output_attentions`` and, where the class has it, ``output_router_logits``, which default to the
+            config's; others are refused by name unless ``None``.
 
         Returns
         -------
         ModelOutput
             The output class of the model: ``logits`` ``[rows, kept tokens, vocabulary]``, ``past_key_values`` if the class
-            returns them, and ``loss`` if labels are given.
+            returns them, ``loss`` if labels are given, and what layers recorded if it was asked for.
 
         Raises
         ------
@@ -137,6 +139,8 @@ class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGe
             If an argument has no sharded counterpart, or the model was changed in a way that would have no effect.
         ClosedError
             If the model, its cluster or the session has been closed.
+        WorkerError
+            If a stage failed, or sent something else than was asked for.
         """
         # 1) refuse a model that is closed, traced or changed
         self._pipeline.check_open()
