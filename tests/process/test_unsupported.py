@@ -32,6 +32,7 @@ WORKING = {
         named_non_persistent_buffers named_parameters parameters retrieve_modules_from_names state_dict""",
     "runs it": """adjust_generation_fn compute_transition_scores eval forward from_pretrained generate heal_tokens
         load_custom_generate prepare_inputs_for_generation""",
+    "writes files": "save_pretrained",
     "is called with what passes through the whole model": "register_forward_hook register_forward_pre_hook",
     "changes what a sharded model does not look at": """activation_checkpointing_disable add_model_tags
         destroy_cached_continuous_batching_manager gradient_checkpointing_disable zero_grad""",
@@ -62,7 +63,7 @@ def test_refused_by_name(sharded: Any, name: str) -> None:
     [
         lambda model: model.to("meta"),
         lambda model: model.to(dtype=torch.float16),
-        lambda model: model.save_pretrained("folder"),
+        lambda model: model.save_pretrained("folder", push_to_hub=True),
         lambda model: model.load_state_dict({}, strict=False),
         lambda model: model.resize_token_embeddings(200),
         lambda model: model.generate_batch([[1, 2]]),

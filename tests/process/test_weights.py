@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
+import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +65,97 @@ def test_a_logit_lens(pair: tuple[Any, Any]) -> None:
             assert torch.equal(ours, theirs)
     ours, theirs = (model.get_input_embeddings()(IDS) for model in pair)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"max_shard_size": 20_000, "variant": "v"}], ids=str)
+def test_a_saved_folder_is_the_one_that_transformers_saves(
+    pair: tuple[Any, Any], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    folders = [tmp_path / "ours", tmp_path / "theirs"]
+    for model, folder in zip(pair, folders, strict=True):
+        model.save_pretrained(folder, **arguments)
+    ours, theirs = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    if (
+        pair[1].config.model_type == "mixtral"
+    ):  # its experts are saved one by one: there, transformers exceeds the bound
+        assert all(len(content) <= 25_000 for name, content in ours.items() if "-of-" in name)
+    else:
+        assert sorted(ours) == sorted(theirs)
+        assert [name for name, content in theirs.items() if ours[name] != content] == []
+    whole = reference(folders[0], **{key: value for key, value in arguments.items() if key == "variant"})
+    state = pair[1].state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+
+
+def test_what_is_saved_elsewhere_or_is_no_folder_is_refused(sharded: Any, tmp_path: Path) -> None:
+    for name, value in {"state_dict": {}, "push_to_hub": True, "distributed_checkpoint": True, "repo_id": "a"}.items():
+        with pytest.raises(ll.UnsupportedOperationError, match=rf"save_pretrained\({name}=\) of a sharded model"):
+            sharded.save_pretrained(tmp_path, **{name: value})
+    (tmp_path / "file").touch()
+    with pytest.raises(ll.ArgumentError, match="is a file"):
+        sharded.save_pretrained(tmp_path / "file")
+    sharded.save_pretrained(tmp_path / "empty", is_main_process=False)
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_files_of_an_earlier_save_are_replaced(sharded: Any, unsharded: Any, tmp_path: Path) -> None:
+    for model, name in ((sharded, "ours"), (unsharded, "theirs")):
+        model.save_pretrained(tmp_path / name, max_shard_size=30_000)
+        model.save_pretrained(tmp_path / name)
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == sorted(
+        path.name for path in (tmp_path / "theirs").iterdir()
+    )
+
+
+def test_threads_read_at_once(sharded: Any, unsharded: Any) -> None:
+    expected = unsharded.state_dict()
+
+    def read(names: list[str]) -> list[str]:
+        return [name for name in names if not torch.equal(sharded.state_dict()[name], expected[name])]
+
+    names = list(expected)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        tokens = pool.submit(sharded.generate, IDS, max_new_tokens=8)
+        assert list(pool.map(read, (names, names[::-1]))) == [[], []]
+        assert torch.equal(tokens.result(), unsharded.generate(IDS, max_new_tokens=8))
+
+
+def test_what_moves_is_read_at_its_new_place(place: Any, tiny_llama: str, unsharded: Any) -> None:
+    model = place(tiny_llama, SPANS)
+    plans = [ll.Plan.from_spans(spans) for spans in ([("b", 0, 2), ("a", 2, 4)], SPANS)]
+    expected = unsharded.state_dict()
+    moved = threading.Event()
+
+    def move() -> None:
+        try:
+            for plan in plans * 2:
+                model.rebalance(plan)
+        finally:
+            moved.set()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        moving = pool.submit(move)
+        while True:
+            was_moved = moved.is_set()
+            for name, value in model.state_dict().items():
+                read = model._pipeline.weights.read(model._parts, value.remote_name, value.shape, value.dtype)
+                assert torch.equal(read, expected[name])
+            if was_moved:
+                break
+        moving.result()
+
+
+def test_a_weight_of_a_dead_worker(tiny_llama: str) -> None:
+    with ll.Cluster([ll.Device(name=name, threads=1) for name in "ab"]) as cluster:
+        plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+        with ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False) as model:
+            kept = model.model.layers[3].mlp.up_proj.weight
+            assert kept.shape == (64, 32)
+            os.kill(cluster.pids["b"], signal.SIGKILL)
+            with pytest.raises(ll.WorkerDiedError, match="'b'"):
+                model.model.norm.weight.sum()
+            assert model.model.layers[0].mlp.up_proj.weight.isfinite().all()
+        for use in (model.model.layers[0].mlp.up_proj.weight.sum, lambda: kept[0]):
+            with pytest.raises(ll.ClosedError):
+                use()
+        assert "in a worker" in repr(kept)

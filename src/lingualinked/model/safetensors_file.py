@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from io import FileIO
 
-_DTYPES = {
+DTYPES = {
     "BF16": torch.bfloat16,
     "BOOL": torch.bool,
     "F16": torch.float16,
@@ -143,14 +143,14 @@ class SafetensorsFile:
             raise self._damaged(f"its header is malformed ({error!r})") from error
 
     def _entry(self, name: str, fields: dict[str, Any]) -> TensorEntry:
-        if fields["dtype"] not in _DTYPES:
+        if fields["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"{name} in {self.path} has the dtype {fields['dtype']}, which is not supported: "
-                f"convert the checkpoint to one of {', '.join(sorted(_DTYPES))}"
+                f"convert the checkpoint to one of {', '.join(sorted(DTYPES))}"
             )
         begin, end = fields["data_offsets"]
         entry = TensorEntry(
-            dtype=_DTYPES[fields["dtype"]],
+            dtype=DTYPES[fields["dtype"]],
             shape=tuple(fields["shape"]),
             start=self.header_bytes + begin,
             stop=self.header_bytes + end,

@@ -35,6 +35,7 @@ from lingualinked.sharded.inputs import (
 )
 from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
+from lingualinked.sharded.saving import Saving
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.unsupported import UnsupportedOperations
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
 
-class ShardedCausalLM(SealedModel, Conversions, UnsupportedOperations, ShardedGeneration):
+class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, ShardedGeneration):
     """The overrides of a sharded model's class; comes before the transformers class in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses

@@ -26,7 +26,6 @@ _REMEDIES = {
         "load_state_dict",
         "push_to_hub",
         "save_distributed_checkpoint",
-        "save_pretrained",
         "share_memory",
     ),
     _MOVE: (
