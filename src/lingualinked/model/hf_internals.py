@@ -15,7 +15,6 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -220,17 +219,16 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey
     return mapped
 
 
-def saved_names(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def saved_names(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what of a model's state transformers saves, of meta tensors: no tied targets, nothing that its class ignores."""
     ignored = model._keys_to_ignore_on_save or ()
-    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
-    return remove_tied_weights_from_state_dict(kept, model)
+    return remove_tied_weights_from_state_dict({name: state[name] for name in state if name not in ignored}, model)
 
 
-def as_saved(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_saved(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return weights under the names and in the shapes in which transformers saves them: experts one by one, for example."""
     in_order = dict(sorted(state.items(), key=lambda item: dot_natural_key(item[0])))  # as of a model that was loaded
-    saved: dict[str, Tensor] = revert_weight_conversion(model, in_order)
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, in_order)
     return saved
 
 

@@ -5,6 +5,7 @@ Knows torch's tensors only; nothing of modules, workers or what was fetched when
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class FetchedTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
             if name == "__iter__":
                 return iter([cls.of(each, held) for each in args[0].unbind(0)])
-            with _ReadOnly(fetched, name):
+            with _ReadOnly(fetched, name) if _may_write(func, name, arguments) else contextlib.nullcontext():
                 result = func(*args, **arguments)
         if name in ("numpy", "__array__"):
             result.flags.writeable = False
@@ -79,6 +80,15 @@ class FetchedTensor(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(plain(self))
+
+
+def _may_write(func: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a function could write to a tensor that it is given, by torch's conventions.
+
+    Others run as they are: where a mode is active, some of torch's functions choose another algorithm (``torch.linalg.svdvals``).
+    """
+    in_place = name.endswith("_") or name.startswith("__i") or name == "__setitem__" or "out" in arguments
+    return in_place or getattr(func, "__module__", "") in ("torch.nn.functional", "torch.nn.init")
 
 
 def plain(tensor: Tensor) -> Tensor:

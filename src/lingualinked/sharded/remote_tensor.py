@@ -6,6 +6,7 @@ Knows torch's tensors only; nothing of modules, workers or the data.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NoReturn
 
 import torch
@@ -91,13 +92,17 @@ class RemoteTensor(Tensor):
             _check_data(*args)
         # 2) try without data
         if name not in _REACHES_DATA:
+            random_state = (
+                torch.get_rng_state() if isinstance(func, FunctionType) else None
+            )  # of torch's Python functions
             try:
                 with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
                     return func(*args, **arguments)
             except UnsupportedOperationError:  # of `__torch_dispatch__`
                 _refuse(name, args, arguments, _CHANGE)
             except _DataNeeded:
-                pass
+                if random_state is not None:
+                    torch.set_rng_state(random_state)  # the function may have drawn numbers before it met the tensor
             except RuntimeError as error:  # of a kernel that bypasses it
                 if not any(text in str(error) for text in _NO_DATA):
                     raise
