@@ -23,11 +23,10 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, remove_tied_weights_from_state_dict
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging as transformers_logging, output_capturing
 
 from lingualinked.errors import CheckpointError
@@ -217,19 +216,6 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey
             first, *others = converter_of[pattern].target_patterns
             mapped[key] = MappedKey((name, *(name.replace(first, other) for other in others)), True)
     return mapped
-
-
-def saved_names(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what of a model's state transformers saves, of meta tensors: no tied targets, nothing that its class ignores."""
-    ignored = model._keys_to_ignore_on_save or ()
-    return remove_tied_weights_from_state_dict({name: state[name] for name in state if name not in ignored}, model)
-
-
-def as_saved(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights under the names and in the shapes in which transformers saves them: experts one by one, for example."""
-    in_order = dict(sorted(state.items(), key=lambda item: dot_natural_key(item[0])))  # as of a model that was loaded
-    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, in_order)
-    return saved
 
 
 def load_model(

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
-from lingualinked.model.hf_internals import as_saved, saved_names
 from lingualinked.model.safetensors_writer import write_file
 from lingualinked.whole_file import write_whole_file
 
@@ -117,8 +118,10 @@ def _save_configs(model: Any, folder: Path) -> None:
 def _save_weights(model: Any, folder: Path, max_shard_size: int | str, variant: str | None, is_original: bool) -> None:
     # 1) find, without data, what is saved under which names, and from which tensor of the model it is made
     remote = model.state_dict()
-    held = saved_names(model, {name: _meta(tensor) for name, tensor in remote.items()})
-    convert = functools.partial(as_saved, model) if is_original else dict
+    ignored = model._keys_to_ignore_on_save or ()  # noqa: SLF001 - as transformers does it
+    meta = {name: _meta(tensor) for name, tensor in remote.items() if name not in ignored}
+    held = remove_tied_weights_from_state_dict(meta, model)
+    convert = functools.partial(_as_published, model) if is_original else dict
     like = {name: _meta(tensor) for name, tensor in convert(held).items()}
     source_of = {saved: name for name, tensor in held.items() for saved in convert({name: tensor})}
     if source_of.keys() != like.keys():
@@ -157,6 +160,13 @@ def _save_weights(model: Any, folder: Path, max_shard_size: int | str, variant: 
         }
         path = folder / _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
         write_whole_file(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _as_published(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under the names and in the shapes of published checkpoints: experts one by one, for example."""
+    in_order = dict(sorted(state.items(), key=lambda item: dot_natural_key(item[0])))  # as of a model that was loaded
+    converted: dict[str, Tensor] = revert_weight_conversion(model, in_order)
+    return converted
 
 
 def _meta(tensor: Tensor) -> Tensor:
