@@ -157,6 +157,8 @@ def test_stages_that_share_layers_record_them_once(family: str, checkpoint: Call
         found = join(spec, stages, tokens, record(stages, tokens, RECORDS)[1], RECORDS)
         for name, values in expected.items():
             assert_equal(found[name], values)
+        modules = [module for stage in stages for module in stage.span.model.modules()]
+        assert not any(module._forward_hooks for module in modules)  # which steps that record nothing would pay for
 
 
 def test_steps_that_record_are_not_captured(checkpoint: Callable[..., Path]) -> None:

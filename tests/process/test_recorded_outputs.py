@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
+import accelerators
 import lingualinked as ll
 from accelerators import embed
 from families import reference, save_tiny, tiny_config
@@ -120,6 +121,13 @@ def test_generate(pair: tuple[Any, Any], asked: dict[str, Any], mode: dict[str, 
             2 * mode.get("num_beams", mode.get("num_return_sequences", 1)),
             1,
         )
+
+
+@torch.no_grad()
+def test_under_autocast(pair: tuple[Any, Any]) -> None:
+    """Which chooses other dtypes for what layers record."""
+    with torch.autocast(accelerators.chosen.split(":")[0], dtype=torch.bfloat16):
+        assert_equal(*(model(IDS, attention_mask=MASK, **ASKED["both"]) for model in pair))
 
 
 @torch.no_grad()
