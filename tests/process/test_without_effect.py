@@ -17,9 +17,9 @@ pytestmark = pytest.mark.process
 IDS = torch.tensor([[1, 17, 93, 54]])
 
 
-def test_a_hook_in_a_layer_is_refused_at_registration(sharded: Any) -> None:
-    with pytest.raises(ll.UnsupportedOperationError, match=r"register_forward_hook\(\) of model\.layers\.3\.mlp"):
-        sharded.model.layers[3].mlp.register_forward_hook(print)
+def test_a_hook_for_gradients_is_refused_at_registration(sharded: Any) -> None:
+    with pytest.raises(ll.UnsupportedOperationError, match=r"register_full_backward_hook\(\) of model\.layers\.3\.mlp"):
+        sharded.model.layers[3].mlp.register_full_backward_hook(print)
 
 
 def test_hooks_of_the_whole_model_have_their_effect(sharded: Any, unsharded: PreTrainedModel) -> None:

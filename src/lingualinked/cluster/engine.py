@@ -23,6 +23,7 @@ from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
+from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.messages import EndSession, LoadStage, Request, Step, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
 from lingualinked.protocol.reading import ReadTensor
@@ -170,13 +171,18 @@ class Engine:
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
             part_senders=tuple(devices) if step.records else (),
+            takes_hooks=bool(step.hooks),
         )
         self._post(
             lambda: self._exchange.send_request(devices[0], step, tensors, ("step", step.session, step.number), pending)
         )
         return pending.future
 
-    def send_command(self, device: str, message: EndSession | MoveSession | KeepPlan) -> None:
+    def answer_hooks(self, device: str, message: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
+        """Send what hooks have made of a call to the worker whose step waits for it."""
+        self._post(lambda: self._exchange.answer_hooks(device, message, tensors))
+
+    def send_command(self, device: str, message: EndSession | MoveSession | KeepPlan | HookAnswered) -> None:
         """Send a command that has no answer; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.send_command(device, message, message.model))

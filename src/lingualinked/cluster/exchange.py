@@ -19,8 +19,9 @@ from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.remote_text import RemoteLog
-from lingualinked.cluster.step_reply import StepReply
+from lingualinked.cluster.step_reply import HookEvent, StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
+from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, ModelMeasured, Ping, Pong
 from lingualinked.protocol.messages import (
     Acknowledged,
@@ -134,6 +135,15 @@ class Exchange:
         else:
             self._pending.add(key, pending)
 
+    def answer_hooks(self, device: str, message: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
+        """Send what hooks have made of a call to the worker whose step waits for it, unless nobody waits for the step."""
+        key = ("step", message.session, message.number)
+        if self._pending.resume(key, time.monotonic()):
+            try:
+                self._send(device, message, tensors)
+            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                self._pending.fail(key, error)
+
     def send_command(self, device: str, message: CallerMessage, model: int) -> None:
         """Send a message that has no answer, unless its worker is not there or its model is unloaded."""
         if device in self.addresses and device not in self.ended and model not in self._unloaded:
@@ -175,6 +185,9 @@ class Exchange:
                 self._pending.add_part(_key(message), message.stage, part)
             case TensorRead():
                 self._pending.complete(_key(message), delivery.tensors)
+            case HookReached():
+                event = HookEvent(message, sender, delivery.tensors)
+                self._pending.pause(_key(message), message.path, event, time.monotonic())
             case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():
@@ -207,6 +220,10 @@ class Exchange:
             fits = sender in senders and pending.answer is answer and message.model == pending.model  # type: ignore[union-attr]
             if isinstance(message, StepRecorded):
                 fits = fits and pending.awaits_part(message.stage, sender)
+            if isinstance(message, HookReached):
+                fits = fits and pending.takes_hooks
+            if pending.paused_at and not isinstance(message, StepFailed):
+                fits = False  # the step waits for this process
         if not fits:
             raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
 
@@ -248,7 +265,7 @@ class Exchange:
 
 def _key(message: AnyMessage) -> Key:
     """Return the key of the pending answer that a message completes, fails, or reports progress of."""
-    if isinstance(message, StepDone | StepFailed | StepRecorded):
+    if isinstance(message, StepDone | StepFailed | StepRecorded | HookReached):
         return "step", message.session, message.number
     return "request", message.request, 0  # type: ignore[union-attr]
 

@@ -34,6 +34,8 @@ class Pending:
     on_progress: Callable[[int], None] | None = None  # told the bytes loaded so far
     part_senders: tuple[str, ...] = ()  # each sends a part besides the answer; they arrive in any order
     parts: dict[int, object] = dataclasses.field(default_factory=dict)  # by the place of the sender
+    takes_hooks: bool = False  # whether it may be interrupted by hooks
+    paused_at: str = ""  # the module whose hooks run in this process at the moment
     held_answer: object = None  # which came before the last part
     future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
 
@@ -144,6 +146,24 @@ class PendingAnswers:
             if pending.held_answer is not None:
                 self.complete(key, pending.held_answer)
 
+    def pause(self, key: Key, path: str, event: object, now: float) -> None:
+        """Complete the future of an answer with an event, which the answer follows in another future; restart its time-out.
+
+        The event is told that future; nothing happens if nobody waits for the answer any more.
+        """
+        pending = self._pending.get(key)
+        if pending is not None:
+            reached, pending.future = pending.future, concurrent.futures.Future()
+            pending.paused_at, pending.deadline = path, now + pending.timeout_s
+            reached.set_result((event, pending.future))
+
+    def resume(self, key: Key, now: float) -> bool:
+        """Await an answer again after a pause; return whether anybody waits for it."""
+        pending = self._pending.get(key)
+        if pending is not None:
+            pending.paused_at, pending.deadline = "", now + pending.timeout_s
+        return pending is not None
+
     def fail(self, key: Key, error: Exception) -> None:
         """Fail one answer; does nothing if it is no longer pending."""
         pending = self._pending.pop(key, None)
@@ -174,7 +194,11 @@ class PendingAnswers:
         """Fail what is late at ``now`` (monotonic seconds)."""
         for key, pending in list(self._pending.items()):
             if pending.deadline <= now:
-                error = f"{pending.what} got {pending.missing} within timeout_s={pending.timeout_s:g}: is a worker stopped or overloaded?"
+                late = f"{pending.what} got {pending.missing} within timeout_s={pending.timeout_s:g}: is a worker stopped or overloaded?"
+                slow = (
+                    f"the hooks of {pending.paused_at} did not return within timeout_s={pending.timeout_s:g}: raise it"
+                )
+                error = slow if pending.paused_at else late
                 self.fail(key, StepTimeoutError(error))
 
     def time_left(self, now: float) -> float | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.engine import Engine, end_with_interpreter
+from lingualinked.cluster.hooked_step import HookedStep, StepHooks
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.recorded import DueRecords, Recorded, recorded_sizes
@@ -106,6 +107,7 @@ class Session:
         keeps_kv: bool = True,
         records: tuple[str, ...] = (),
         hidden_state_indices: tuple[int, ...] | None = None,
+        hooks: StepHooks | None = None,
     ) -> tuple[Tensor, Recorded]:
         """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
 
@@ -124,7 +126,7 @@ class Session:
             with self._changing:
                 self._switch_route()
                 return self._step(
-                    inputs, attention_mask, position_ids, logits_to_keep, keeps_kv, records, hidden_state_indices
+                    inputs, attention_mask, position_ids, logits_to_keep, keeps_kv, records, hidden_state_indices, hooks
                 )
         finally:
             self._running.release()
@@ -298,6 +300,7 @@ class Session:
         keeps_kv: bool,
         records: tuple[str, ...],
         hidden_state_indices: tuple[int, ...] | None,
+        hooks: StepHooks | None,
     ) -> tuple[Tensor, Recorded]:
         self._check_open()
         self._announce_switch()
@@ -329,6 +332,7 @@ class Session:
             records=records,
             hidden_state_indices=hidden_state_indices,
             max_cache_len=self.max_cache_len,
+            hooks=() if hooks is None else hooks.points(),
         )
         self._edits.clear()
         self._next_step += 1
@@ -336,7 +340,13 @@ class Session:
         began_s = time.monotonic()
         try:
             tensors = (inputs, *code.tensors, *keep)
-            reply = cast("StepReply", result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s)))
+            if hooks is None:
+                answer = result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s))
+                reply = cast("StepReply", answer)
+            else:
+                hooked = HookedStep(self._engine, step, self.end)
+                hooked.start(route.stage_devices, tensors, self._timeout_s)
+                reply = hooks.run(hooked)
             logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
             recorded = self._join_recorded(step, inputs, reply, route) if records else {}
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lingualinked.cluster.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
+from lingualinked.protocol.hooking import HookReached
 from lingualinked.protocol.messages import StageTimes, Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StageTiming, StepSample
@@ -27,6 +28,15 @@ class StepReply:
     timings: tuple[StageTimes, ...]
     num_bytes: int
     parts: Mapping[int, object] = dataclasses.field(default_factory=dict)  # what stages recorded, by stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookEvent:
+    """A step waits for the hooks of a module: what it was called with, on which device, and the tensors of that."""
+
+    message: HookReached
+    device: str
+    tensors: tuple[Tensor, ...]
 
 
 def check_reply(

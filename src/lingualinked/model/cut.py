@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lingualinked.errors import ArgumentError
 from lingualinked.model import hf_internals
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -140,3 +142,28 @@ def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, bound
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = {target: source for target, source in hf_internals.ties(model).items() if {target, source} <= held}
     hf_internals.set_ties(model, tied)
+
+
+def flatten_output(output: RawOutput | None) -> tuple[tuple[torch.Tensor, ...], tuple[bool, ...] | None]:
+    """Return the tensors of a layer's raw output that cross the boundary, and the layout of the output.
+
+    Only the hidden states of a tuple do: in every supported architecture the other items are attention weights, which the
+    next layer does not use, and whose size grows with the square of the text.
+    """
+    assert output is not None
+    if isinstance(output, torch.Tensor):
+        return (output,), None
+    assert isinstance(output[0], torch.Tensor)
+    return (output[0],), (True,) + (False,) * (len(output) - 1)
+
+
+def unflatten_output(tensors: tuple[torch.Tensor, ...], layout: tuple[bool, ...] | None) -> RawOutput:
+    """Rebuild the raw output of the previous stage's last layer."""
+    if len(tensors) != (1 if layout is None else sum(layout)):
+        raise ArgumentError(
+            f"{count_text(len(tensors), 'tensor')} arrived at a stage, which does not match the layout {layout}"
+        )
+    if layout is None:
+        return tensors[0]
+    remaining = iter(tensors)
+    return tuple(next(remaining) if is_tensor else None for is_tensor in layout)

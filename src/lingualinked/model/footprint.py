@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lingualinked.errors import UncuttableModelError
+from lingualinked.model.cut import flatten_output
 from lingualinked.model.parts import ModelParts, NoData, build_meta, cache_slots, learned_positions
-from lingualinked.model.stage import flatten_output
 from lingualinked.profile import ModelProfile
 
 if TYPE_CHECKING:

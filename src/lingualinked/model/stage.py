@@ -18,28 +18,27 @@ from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError
 from lingualinked.model import hf_internals
-from lingualinked.model.cut import SpanLeft
+from lingualinked.model.cut import SpanLeft, flatten_output, unflatten_output
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.exact.rounding_probe import fills_vectors, find_groups, probe_rounding
+from lingualinked.model.hook_points import HookedPass, HookPoint, ModuleCall, in_this_thread
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.parts import cache_slots
 from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
-from lingualinked.model.torch_settings import TorchSettings, torch_settings
-from lingualinked.quantities import count_text
+from lingualinked.model.torch_settings import TorchSettings, read_torch_settings, torch_settings
 from lingualinked.rounding import Rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
-    from lingualinked.model.cut import RawOutput
     from lingualinked.model.spec import ModelSpec
     from lingualinked.model.weights import WeightSource
 
@@ -62,6 +61,8 @@ class StageInputs:
     torch_settings: TorchSettings = field(default_factory=dict)  # the caller's
     records: tuple[str, ...] = ()  # what the model's output is to hold besides logits, such as "hidden_states"
     hidden_state_indices: tuple[int, ...] | None = None  # which hidden states are to be recorded; None: all
+    hooks: tuple[HookPoint, ...] = ()  # where the step stops: then `pause` waits until the hooks of a module have run
+    pause: Callable[[ModuleCall], tuple[HookPoint, ...] | None] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -249,16 +250,12 @@ class Stage:
         else:  # only their shape and dtype count, since the prologue's result is discarded; autocast may change the states' dtype
             arguments["inputs_embeds"] = states.to(self._config.dtype)
         if not self.is_first:
-            self._boundary.incoming = _unflatten_output(tensors, inputs.layout)
+            self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:
             if self.device.type != "cpu":
                 _check_indices(inputs.logits_to_keep, states.shape[1])
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
-        recording: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if inputs.records:
-            if self._recorders is None:
-                self._recorders = hf_internals.Recorders(self._model)
-            recording = self._recorders.attached()
             self._boundary.is_passed = True
             arguments |= {f"output_{name}": True for name in inputs.records if name not in _ONLY_RECORDED}
         # 2) run the forward pass, which ends with logits or at the first layer after the span
@@ -266,21 +263,19 @@ class Stage:
         # The hooks are for this pass only: stages that share the layer have their own.
         hooks = [self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)]
         hooks += [
-            self._layers[self.start].register_forward_pre_hook(lambda *_, name=name: hf_internals.record_too(name))
+            self._layers[self.start].register_forward_pre_hook(
+                in_this_thread(lambda *_, name=name: hf_internals.record_too(name))
+            )
             for name in _ONLY_RECORDED.intersection(inputs.records)
         ]
         count = cache.count if cache is not None and cache.is_static else None
+        stops = contextlib.ExitStack()
         try:
-            with (
-                recording,
-                hf_internals.GLOBAL_STATE,
-                torch_settings(inputs.torch_settings),
-                hf_internals.computed_attention(exact_attention.attend),
-                hf_internals.computed_rotation(self._rotary_modules, faster_rotation),
-            ):
-                if inputs.rope_reach:
-                    for rope in self._ropes:
-                        rope.stretch(inputs.rope_reach, self.device)
+            with contextlib.ExitStack() as shared:
+                shared.enter_context(self._own_globals(inputs, inputs.torch_settings))
+                if inputs.hooks:
+                    pause = functools.partial(self._pause, inputs, shared)
+                    stops.enter_context(HookedPass(self._model, self.span.parts.layers, inputs.hooks, pause))
                 if count is not None:
                     count.begin_step(states.shape[1])
                 with contextlib.suppress(SpanLeft):
@@ -295,10 +290,41 @@ class Stage:
                 name: self._recorded(name, result[name], inputs.hidden_state_indices) for name in inputs.records
             }
         finally:
+            stops.close()
             for hook in hooks:
                 hook.remove()
             self._boundary.clear()
         return outputs, layout, recorded
+
+    @contextlib.contextmanager
+    def _own_globals(self, inputs: StageInputs, settings: TorchSettings) -> Iterator[None]:
+        """Make what all steps of this process share be that of one step."""
+        if inputs.records and self._recorders is None:
+            self._recorders = hf_internals.Recorders(self._model)
+        with (
+            contextlib.nullcontext() if self._recorders is None or not inputs.records else self._recorders.attached(),
+            hf_internals.GLOBAL_STATE,
+            torch_settings(settings),
+            hf_internals.computed_attention(exact_attention.attend),
+            hf_internals.computed_rotation(self._rotary_modules, faster_rotation),
+        ):
+            for rope in self._ropes if inputs.rope_reach else ():
+                rope.stretch(inputs.rope_reach, self.device)
+            yield
+
+    def _pause(
+        self, inputs: StageInputs, shared: contextlib.ExitStack, call: ModuleCall
+    ) -> tuple[HookPoint, ...] | None:
+        """Wait for the hooks of a module; other steps may run meanwhile, on this stage too."""
+        assert inputs.pause is not None
+        settings = read_torch_settings() if inputs.torch_settings else {}
+        boundary = vars(self._boundary).copy()
+        shared.close()
+        try:
+            return inputs.pause(call)
+        finally:
+            shared.enter_context(self._own_globals(inputs, settings))
+            vars(self._boundary).update(boundary)
 
     def _recorded(
         self, name: str, values: tuple[Tensor | None, ...], selected: tuple[int, ...] | None
@@ -331,7 +357,13 @@ def _check_indices(indices: int | Tensor, size: int) -> None:
 def _decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None:
     """Return the inputs of a step that does the same on the device each time; None if it may not."""
     mask, keep = inputs.attention_mask, inputs.logits_to_keep
-    if len(inputs.tensors) != 1 or inputs.tensors[0].shape[1] != 1 or inputs.records or not isinstance(keep, int):
+    if (
+        len(inputs.tensors) != 1
+        or inputs.tensors[0].shape[1] != 1
+        or inputs.records
+        or inputs.hooks
+        or not isinstance(keep, int)
+    ):
         return None
     if mask is not None and (mask.ndim != 2 or mask.shape[1] != cache.num_tokens + 1):
         return None
@@ -361,28 +393,3 @@ def accelerator_device(accelerator: str) -> torch.device:
             "machine and this build of torch have it"
         ) from error
     return device
-
-
-def flatten_output(output: RawOutput | None) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None]:
-    """Return the tensors of a layer's raw output that cross the boundary, and the layout of the output.
-
-    Only the hidden states of a tuple do: in every supported architecture the other items are attention weights, which the
-    next layer does not use, and whose size grows with the square of the text.
-    """
-    assert output is not None
-    if isinstance(output, Tensor):
-        return (output,), None
-    assert isinstance(output[0], Tensor)
-    return (output[0],), (True,) + (False,) * (len(output) - 1)
-
-
-def _unflatten_output(tensors: tuple[Tensor, ...], layout: tuple[bool, ...] | None) -> RawOutput:
-    """Rebuild the raw output of the previous stage's last layer."""
-    if len(tensors) != (1 if layout is None else sum(layout)):
-        raise ArgumentError(
-            f"{count_text(len(tensors), 'tensor')} arrived at a stage, which does not match the layout {layout}"
-        )
-    if layout is None:
-        return tensors[0]
-    remaining = iter(tensors)
-    return tuple(next(remaining) if is_tensor else None for is_tensor in layout)

@@ -11,9 +11,11 @@ import msgspec
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.model.hook_points import HookPoint
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.base import Message, Natural
 from lingualinked.protocol.boot import Emulation
+from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.moving import (
     AnnounceMove,
@@ -151,6 +153,7 @@ class Step(Message, frozen=True, tag=4):
     ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
     them. Stages send what of ``records`` their layers give (`RECORDS`) to the caller (`StepRecorded`);
     of hidden states only those with the indices ``hidden_state_indices``, if it is not None.
+    At each of ``hooks`` the stage stops and sends `HookReached` to the caller.
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
@@ -175,6 +178,7 @@ class Step(Message, frozen=True, tag=4):
     records: tuple[str, ...] = ()
     hidden_state_indices: tuple[int, ...] | None = None
     max_cache_len: Natural = 0
+    hooks: tuple[HookPoint, ...] = ()
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).
@@ -332,6 +336,7 @@ CallerMessage = (
     | Ping
     | Pong
     | Step
+    | HookAnswered
     | EndSession
 )
 Request = (
@@ -360,6 +365,7 @@ WorkerMessage = (
     | TensorRead
     | StepDone
     | StepRecorded
+    | HookReached
     | RequestFailed
     | StepFailed
     | LogRecord

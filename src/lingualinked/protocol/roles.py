@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from lingualinked.protocol import measuring, messages, moving, reading
+from lingualinked.protocol import hooking, measuring, messages, moving, reading
 from lingualinked.protocol.base import Message
 
 
@@ -48,6 +48,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     measuring.Pong: Role.PROBED,
     messages.Step: Role.PREVIOUS,
     messages.EndSession: Role.PREVIOUS,
+    hooking.HookAnswered: Role.CALLER,
     moving.KVChunk: Role.KV_SOURCE,
     moving.KVReceived: Role.KV_TARGET,
     moving.FetchWeight: Role.BORROWER,
@@ -72,6 +73,7 @@ TO_CALLER: Mapping[type[Message], Role] = {
     messages.StepDone: Role.LAST_STAGE,
     messages.StepFailed: Role.ANY_STAGE,
     messages.StepRecorded: Role.ANY_STAGE,
+    hooking.HookReached: Role.ANY_STAGE,
 }
 """The messages that the caller accepts, and from whom."""
 

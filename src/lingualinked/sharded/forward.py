@@ -24,6 +24,7 @@ from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.given_cache import GivenCache, check_empty, max_cache_len_of
+from lingualinked.sharded.hooks import CallerHooks, HookedModules
 from lingualinked.sharded.inputs import (
     LearnedPositions,
     StepShape,
@@ -53,6 +54,7 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         _positions: LearnedPositions | None
         _code: ModelCode
         _embedding_shape: tuple[int, int]
+        _hooked_modules: HookedModules
         _seal: Seal
         _sealed_config: SealedConfig
         _output_class: type[Any]
@@ -182,9 +184,18 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         keeps_kv = past is not None or asks_for_kv
         cache = self._open_session() if past is None else self._as_session(past)
         cache.check_room(shape.new)
+        given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
+        hooks = CallerHooks(self._hooked_modules, cache, given) if self._hooked_modules else None
         try:
             logits, recorded = cache.session.step(
-                inputs, mask, positions, keep, keeps_kv=keeps_kv, records=records, hidden_state_indices=selected
+                inputs,
+                mask,
+                positions,
+                keep,
+                keeps_kv=keeps_kv,
+                records=records,
+                hidden_state_indices=selected,
+                hooks=hooks,
             )
         finally:
             if not keeps_kv:
@@ -283,5 +294,6 @@ def make_sharded(
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta, weights), _sealed_config=SealedConfig(meta.config)
     )
+    vars(model)["_hooked_modules"] = HookedModules(meta, parts)
     model.__class__ = sharded_class(real, base)
     return cast("ShardedCausalLM", model)

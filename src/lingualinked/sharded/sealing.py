@@ -6,10 +6,13 @@ Knows torch's modules; neither workers nor the effect of a change.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from transformers import PreTrainedModel
 
 from lingualinked.errors import UnsupportedOperationError
@@ -19,9 +22,6 @@ from lingualinked.sharded.unsupported import refusal
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
 _ADAPTER = "wrapping a layer, as adapters do, is not supported yet; merge adapters into the weights first"
-_HOOKS = (
-    "its layers run in the workers, which do not call hooks of this process; hook the whole model, or the unsharded one"
-)
 _GRADIENTS = "no gradients flow through it; train the unsharded model"
 _USE = "its weights are in a worker; copy them one by one, or load it unsharded with transformers"
 _DECODER = "its layers run in the workers; call the whole model, with output_hidden_states=True for what enters and leaves layers"
@@ -53,6 +53,29 @@ class SealedDict(dict[str, Any]):
         )
 
     __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+class _Running(threading.local):
+    """Modules whose hooks are called at the moment in this thread, with what stands for their forward."""
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+
+
+_running = _Running()
+
+
+def call_hooks_around(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make torch call a sealed module's hooks before and after a function that stands for its forward."""
+    forwards = _running.forwards
+    forwards.append((module, forward))
+    num_forwards = len(forwards)
+    try:
+        return nn.Module.__call__(module, *args, **kwargs)
+    finally:
+        del forwards[num_forwards - 1 :]  # if a hook before it has raised
 
 
 class SealedModule:
@@ -108,14 +131,13 @@ def _reason(name: str) -> str:
         return _GRADIENTS
     if "state_dict" in name:
         return _USE
-    return _HOOKS if "hook" in name else _CHANGE
+    return _CHANGE
 
 
 for _name in dir(nn.Module):
-    if _name.startswith(("add_", "register_")):
+    if _name.startswith(("add_", "register_")) and not _name.startswith("register_forward_"):
         setattr(SealedModule, _name, refusal(_name, _reason(_name)))
-        if not _name.startswith("register_forward_"):
-            setattr(SealedModel, _name, refusal(_name, _reason(_name)))
+        setattr(SealedModel, _name, refusal(_name, _reason(_name)))
 for _name, _why in {"compile": _CHANGE, "load_state_dict": _CHANGE}.items():
     setattr(SealedModule, _name, refusal(_name, _why))
 
@@ -126,7 +148,17 @@ def _sealed_class(real: Any) -> Any:
     namespace = {"__module__": real.__module__, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
     # Modules that torch creates from this class, such as a slice of a list, do not belong to the model.
     namespace["__new__"] = lambda _, *args, **kwargs: real(*args, **kwargs)
-    return type(real.__name__, (SealedModule, real), namespace)
+
+    @functools.wraps(real.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        is_torchs = sys._getframe(1).f_globals is vars(nn_module)  # noqa: SLF001 - not a hook that calls the forward itself
+        if is_torchs and _running.forwards and _running.forwards[-1][0] is self:
+            return _running.forwards.pop()[1](*args, **kwargs)
+        return real.forward(self, *args, **kwargs)
+
+    sealed: Any = type(real.__name__, (SealedModule, real), namespace)
+    sealed.forward = forward  # not before: transformers wraps the forward of a new class of layers
+    return sealed
 
 
 class Seal:
@@ -151,7 +183,7 @@ class Seal:
             for key, value in list(state.items()):
                 if key not in _REGISTRIES:
                     state[key] = replace(value, f"{prefix}{key}")
-                elif module is not model or not key.startswith("_forward_"):
+                elif not key.startswith("_forward_"):
                     content = {each: replace(held, f"{prefix}{each}") for each, held in value.items()}
                     state[key] = SealedDict(content, path, key)
             if module is model:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
+from lingualinked.model.hook_points import HookPoint, ModuleCall
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
@@ -27,6 +28,9 @@ from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
 
 _MAX_INCOMING = 1 << 16
+
+Pause = Callable[[ModuleCall], tuple[HookPoint, ...] | None]
+"""Waits until the hooks of a module have run; returns the hooked modules from now on, if they have changed."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,15 +63,28 @@ class HostedStage:
         self._num_steps = 0
         self._compute_s = 0.0
 
-    def run_step(self, step: Step, tensors: tuple[Tensor, ...], pace: Pace) -> tuple[StageOutput, float]:
+    def run_step(
+        self, step: Step, tensors: tuple[Tensor, ...], pace: Pace, pause: Pause | None = None
+    ) -> tuple[StageOutput, float]:
         """Run one step; return its output and its seconds of compute, on the emulated device if there is one.
 
+        `pause` waits until the hooks of a module have run.
         Frees the session if it raises: a ProtocolError if the step is not the session's next one, or does not match its tensors.
         """
         started = pace.start_timer()
+
+        def pause_timed(call: ModuleCall) -> tuple[HookPoint, ...] | None:
+            nonlocal started
+            assert pause is not None
+            paused = pace.start_timer()
+            try:
+                return pause(call)
+            finally:
+                started = pace.skip_pause(started, paused)
+
         session = self._find_session(step, len(tensors[0]) if tensors and tensors[0].ndim else 0)
         try:
-            output = self._compute(session, step, tensors)
+            output = self._compute(session, step, tensors, pause_timed)
         except BaseException:
             self.end_session(step.session)
             raise
@@ -254,7 +271,7 @@ class HostedStage:
                 f"KV of {count_text(num_tokens, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
             )
 
-    def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...]) -> StageOutput:
+    def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...], pause: Pause) -> StageOutput:
         # 1) check the step
         inputs, shared = split_tensors(step, tensors)
         num_rows, num_new = inputs[0].shape[:2]
@@ -285,6 +302,8 @@ class HostedStage:
                 torch_settings=dict(step.torch_settings),
                 records=step.records,
                 hidden_state_indices=step.hidden_state_indices,
+                hooks=step.hooks,
+                pause=pause,
             ),
             session.cache,
         )

@@ -38,6 +38,11 @@ class Pace:
             time.sleep(rest_s)
         return time.perf_counter() - start.wall_s
 
+    def skip_pause(self, start: TimerStart, pause: TimerStart) -> TimerStart:
+        """Return the start of a timer that has not counted what has passed since a pause began."""
+        wall_s, cpu_s = time.perf_counter() - pause.wall_s, self._cpu_s() - pause.cpu_s
+        return TimerStart(start.wall_s + wall_s, start.cpu_s + cpu_s)
+
     def emulated_clock_s(self) -> float:
         """Return the seconds of a clock that runs at the emulated device's speed; only differences are meaningful."""
         return self.slowdown * self._cpu_s() if self.slowdown > 1 else time.perf_counter()

@@ -16,9 +16,9 @@ import torch
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
-from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Emulation
+from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.messages import (
     Acknowledged,
@@ -26,7 +26,6 @@ from lingualinked.protocol.messages import (
     DismissWorker,
     EmulateDevice,
     EndSession,
-    FailureKind,
     Hello,
     InspectWorker,
     IntroduceWorker,
@@ -36,10 +35,7 @@ from lingualinked.protocol.messages import (
     PeerMessage,
     Progress,
     RequestFailed,
-    StageTimes,
     Step,
-    StepDone,
-    StepFailed,
     UnloadModel,
     WeightHolder,
     WorkerMessage,
@@ -61,7 +57,6 @@ from lingualinked.protocol.moving import (
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
@@ -69,13 +64,12 @@ from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrower import Borrower
 from lingualinked.worker.error_report import describe_error
-from lingualinked.worker.hosted_stage import describe_recorded, split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import Lifeline
-from lingualinked.worker.limits import apply_limits, end_if_device_is_lost, resident_bytes
+from lingualinked.worker.limits import apply_limits, resident_bytes
 from lingualinked.worker.load_report import describe_loaded
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
@@ -83,6 +77,7 @@ from lingualinked.worker.pace import Pace
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.probe import LinkProbes
 from lingualinked.worker.sender_check import SenderCheck, StaleMessageError
+from lingualinked.worker.step_runner import StepRunner
 from lingualinked.worker.tensor_reader import TensorReader
 from lingualinked.worker.vitals import Vitals
 
@@ -136,8 +131,6 @@ class Worker:
         self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
         # Steps that wait until their session has moved, by model, plan version and session.
         self._early: dict[tuple[int, int, int], tuple[Step, Delivery]] = {}
-        self._hops = HopClock()
-        self._last_encode_us = 0
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
@@ -145,6 +138,7 @@ class Worker:
             mailbox, SenderCheck(self._peers, self._stages, self._mover, self._moves, self._probes).check_sender
         )
         self._pace = Pace(boot.threads, 1.0)
+        self._steps = StepRunner(mailbox, self._peers, self._stages, self._pace, boot.accelerator)
         self._emulate(boot.emulation)
 
     def run(self) -> NoReturn:
@@ -169,12 +163,15 @@ class Worker:
         match message:
             case Step():
                 self._receive_step(message, delivery)
+            case HookAnswered():
+                self._steps.resume_step(message, delivery.tensors)
             case EndSession():
                 self._end_session(message)
             case LoadStage():
                 self._load_stage(message)
             case UnloadModel():
                 self._drop_moves(message.model)
+                self._steps.abandon_steps(message.model)
                 self._stages.unload_model(message.model)
             case InspectWorker():
                 self._answer_request(message.request, lambda: self._make_report(message))
@@ -190,10 +187,8 @@ class Worker:
                 self._answer_request(message.request, lambda: self._probes.start_probe(message))
             case ReadTensor():
                 self._answer_request(message.request, lambda: self._reader.send_part(message))
-            case Ping():
-                self._probes.answer_ping(message, delivery.sender)
-            case Pong():
-                self._receive_pong(message, delivery.sender)
+            case Ping() | Pong():
+                self._handle_probe(message, delivery.sender)
 
     def _handle_moving(self, message: MovingMessage, delivery: Delivery) -> None:
         match message:
@@ -271,7 +266,7 @@ class Worker:
             logger.debug("session %d was not moved: %s", message.session, error)
         early = self._early.pop((message.model, message.plan_version, message.session), None)
         if early is not None:
-            self._serve_step(*early)
+            self._steps.serve_step(*early)
 
     def _receive_kv(self, message: KVChunk, delivery: Delivery) -> None:
         accepted = True
@@ -316,66 +311,22 @@ class Worker:
         self._stages.drop_idle_caches()
         return Measurer(message, self._boot.accelerator, self._pace, progress).run()
 
-    def _receive_pong(self, message: Pong, sender: str) -> None:
+    def _handle_probe(self, message: Ping | Pong, sender: str) -> None:
+        if isinstance(message, Ping):
+            self._probes.answer_ping(message, sender)
+            return
         answer = self._probes.receive_pong(message, sender)
         if answer is not None:
             self._send_to_caller(answer)
 
     def _receive_step(self, step: Step, delivery: Delivery) -> None:
         if self._stages.is_due(step):
-            self._serve_step(step, delivery)
+            self._steps.serve_step(step, delivery)
         else:
             self._early[step.model, step.plan_version, step.session] = step, delivery
 
-    def _serve_step(self, step: Step, delivery: Delivery) -> None:
-        try:
-            self._run_step(step, delivery)
-        except Exception as error:  # noqa: BLE001 - the caller re-raises it
-            failure = describe_error(error)
-        else:
-            return
-        self._send_to_caller(StepFailed(model=step.model, session=step.session, number=step.number, **failure))
-        end_if_device_is_lost(self._boot.accelerator)
-        if failure["kind"] is FailureKind.MEMORY:
-            self._stages.drop_idle_caches()
-            release_memory(self._boot.accelerator)  # of the step; the error referred to it until here
-
-    def _run_step(self, step: Step, delivery: Delivery) -> None:
-        # 1) how long the step travelled and waited
-        hop_us, wait_us = self._hops.split_delay(delivery.sender, step.sent_us, delivery.due_s)
-        # 2) run it
-        hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))
-        if step.number == 0:
-            self._stages.trim_idle_caches()
-        output, elapsed_s = hosted.run_step(step, delivery.tensors, self._pace)
-        # 3) add this stage's times to the step's header
-        # This message is not encoded yet: of the two before, the quicker one counts. A prompt takes longer than a token, and
-        # a message that seems to be sent later than it is would seem to arrive before it was sent.
-        last_us = round(self._mailbox.encode_s * 1e6)
-        encode_us, self._last_encode_us = min(last_us, self._last_encode_us), last_us
-        times = StageTimes(
-            received_bytes=delivery.num_bytes,
-            hop_us=hop_us,
-            wait_us=wait_us,
-            compute_us=round(elapsed_s * 1e6),
-            codec_us=round(delivery.decode_s * 1e6) + encode_us,
-        )
-        timings = (*step.timings, times)
-        if step.records:
-            recorded, items = describe_recorded(step, output)
-            hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), items)
-        # 4) send logits to the caller, or hidden states to the next stage
-        if hosted.stage.is_last:
-            done = StepDone(model=step.model, session=step.session, number=step.number, timings=timings)
-            hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
-            return
-        onward = msgspec.structs.replace(
-            step, stage=step.stage + 1, layout=output.layout, timings=timings, sent_us=clock_us() + encode_us
-        )
-        _, shared = split_tensors(step, delivery.tensors)
-        hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
-
     def _end_session(self, message: EndSession) -> None:
+        self._steps.abandon_steps(message.model, message.session)
         self._stages.end_session(message.model, message.session, message.plan_version)
         self._early.pop((message.model, message.plan_version, message.session), None)
         try:

@@ -31,6 +31,7 @@ from lingualinked.protocol.messages import (
     EndSession,
     FailureKind,
     Hello,
+    HookReached,
     InspectWorker,
     IntroduceWorker,
     KVRefused,
@@ -401,7 +402,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
     if kind is not Hello:
         talk.greet("bystander")
     role, message = TO_CALLER.get(kind), example(kind)
-    is_step = kind in (StepDone, StepFailed, StepRecorded)
+    is_step = kind in (StepDone, StepFailed, StepRecorded, HookReached)
     answer = (
         kind if kind in ANSWERS.values() else KVCopied if kind is KVRefused else StepDone if is_step else StageLoaded
     )
@@ -414,7 +415,9 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         timeout_s=60,
         deadline=time.monotonic() + 60,
         part_senders=(sender,) * 8 if kind is StepRecorded and sender in "ab" else (),
+        takes_hooks=kind is HookReached,
     )
+    answered = pending.future  # a pause completes it, and makes another one
     talk.exchange.send_request(
         "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending
     )
@@ -426,9 +429,9 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         assert (talk.caller.num_refused == before) is (sender in SENDERS[role])
     assert bool(pending.parts) is (kind is StepRecorded and sender in SENDERS[Role.ANY_STAGE])
     if role in (None, Role.WORKER) or sender not in SENDERS[role] or kind in (Progress, StepRecorded):
-        assert not pending.future.done()
+        assert not answered.done()
     else:
-        assert pending.future.done()
+        assert answered.done()
 
 
 @pytest.mark.parametrize("kind", ANSWERS.values(), ids=lambda kind: kind.__name__)

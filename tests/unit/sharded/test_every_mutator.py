@@ -20,9 +20,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
+from lingualinked.cluster.step_reply import HookEvent, StepReply
+from lingualinked.model.hook_points import HookedPass, HookPoint, ModuleCall
 from lingualinked.model.parts import ModelParts, find_parts
+from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
+from lingualinked.worker.paused_steps import PausedSteps
+from lingualinked.worker.step_runner import apply_answer, describe_call
+from message_examples import STEP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # thousands of calls, on a machine that may be busy
 
@@ -30,6 +36,47 @@ IDS = torch.tensor([[1, 17, 3, 9]])
 TARGETS = ("", "model", "model.layers", "model.layers.0.mlp.up_proj")
 
 hooks_called: Counter[str] = Counter()
+
+
+class LocalStep:
+    """Stands for a step that stops at hooked modules; a thread runs the model, as in a worker."""
+
+    def __init__(self, model: Any, hooks: Any, run: Callable[[], Any]) -> None:
+        self._model, self._hooks, self._run = model, hooks, run
+        self._steps = PausedSteps()
+        self._event: Any = None
+        self._output: Any = None
+
+    def run(self) -> Any:
+        self._hooks.run(self)
+        return self._output
+
+    def next_event(self) -> Any:
+        if self._event is None:
+            self._steps.start_step((0, 0, 0), self._run_model)
+        return self._event
+
+    def answer(self, tensors: tuple[Tensor, ...], points: tuple[HookPoint, ...], **changes: Any) -> None:
+        answer = HookAnswered(
+            model=0, plan_version=0, stage=0, session=0, number=0, goes_on=True, points=points, **changes
+        )
+        self._steps.resume_step((0, 0, 0), (answer, tensors))
+
+    def abandon(self) -> None:
+        self._steps.abandon_steps(0)
+
+    def _run_model(self, wait: Callable[[], Any]) -> None:
+        def pause(call: ModuleCall) -> tuple[HookPoint, ...] | None:
+            message, items = describe_call(STEP, call)
+            self._event = HookEvent(message, "a", items)
+            answer, tensors = wait()
+            apply_answer(answer, tensors, call)
+            points: tuple[HookPoint, ...] | None = answer.points
+            return points
+
+        with torch.no_grad(), HookedPass(self._model, "model.layers", self._hooks.points(), pause):
+            self._output = self._run()
+        self._event = StepReply((self._output.logits,), (), 0)
 
 
 class LocalSession:
@@ -51,16 +98,20 @@ class LocalSession:
         *,
         keeps_kv: bool = True,
         records: tuple[str, ...] = (),
+        hooks: Any = None,
         **_: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        output = self._model(
-            ids,
-            attention_mask=mask,
-            position_ids=positions,
-            logits_to_keep=keep,
-            past_key_values=self._kv,
-            **{f"output_{name}": True for name in records},
-        )
+        def run() -> Any:
+            return self._model(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                logits_to_keep=keep,
+                past_key_values=self._kv,
+                **{f"output_{name}": True for name in records},
+            )
+
+        output = run() if hooks is None else LocalStep(self._model, hooks, run).run()
         self.num_rows, self.num_tokens = ids.shape[0], self.num_tokens + ids.shape[1]
         return output.logits, {name: output[name] for name in records}
 

@@ -53,12 +53,14 @@ def mlp(model: Any) -> Any:
     return model.model.layers[3].mlp
 
 
-HOOKS: dict[str, Callable[[Any], Any]] = {
+FORWARD_HOOKS: dict[str, Callable[[Any], Any]] = {
     "forward": lambda module: module.register_forward_hook(print),
     "forward, always called": lambda module: module.register_forward_hook(print, always_call=True),
     "forward with kwargs": lambda module: module.register_forward_hook(print, with_kwargs=True, prepend=True),
     "before forward": lambda module: module.register_forward_pre_hook(print),
     "before forward with kwargs": lambda module: module.register_forward_pre_hook(print, with_kwargs=True),
+}
+OTHER_HOOKS: dict[str, Callable[[Any], Any]] = {
     "backward": lambda module: module.register_backward_hook(print),
     "full backward": lambda module: module.register_full_backward_hook(print),
     "before backward": lambda module: module.register_full_backward_pre_hook(print, prepend=True),
@@ -68,15 +70,26 @@ HOOKS: dict[str, Callable[[Any], Any]] = {
     "after load_state_dict": lambda module: module.register_load_state_dict_post_hook(print),
     "private, state_dict": lambda module: module._register_state_dict_hook(print),
     "private, load_state_dict": lambda module: module._register_load_state_dict_pre_hook(print),
-    "by hand": lambda module: module._forward_hooks.update({1: print}),
+    "by hand": lambda module: module._backward_hooks.update({1: print}),
 }
 
 
-@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("register", FORWARD_HOOKS.values(), ids=FORWARD_HOOKS)
+@pytest.mark.parametrize("path", ["", "model", "model.layers.3.mlp", "lm_head"])
+def test_forward_hooks_are_registered_and_removed(model: Any, path: str, register: Callable[[Any], Any]) -> None:
+    module = model.get_submodule(path)
+    handle = register(module)
+    model.seal.check(model)
+    assert len(module._forward_hooks) + len(module._forward_pre_hooks) == 1
+    handle.remove()
+    assert len(module._forward_hooks) + len(module._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize("register", OTHER_HOOKS.values(), ids=OTHER_HOOKS)
 @pytest.mark.parametrize(
     "path", ["model", "model.layers", "model.layers.3.mlp", "model.layers.3.mlp.act_fn", "lm_head"]
 )
-def test_a_hook_on_a_submodule_is_refused_at_registration(
+def test_another_hook_on_a_submodule_is_refused_at_registration(
     model: Any, path: str, register: Callable[[Any], Any]
 ) -> None:
     with pytest.raises(ll.UnsupportedOperationError, match=rf"{path}[ ._].*of a sharded model: \w"):
@@ -186,12 +199,10 @@ def test_notes_of_the_users_own_stay(model: Any) -> None:
     model.seal.check(model)
 
 
-def test_hooks_of_the_whole_model_are_kept(model: Any) -> None:
-    for handle in (model.register_forward_hook(print), model.register_forward_pre_hook(print, with_kwargs=True)):
-        handle.remove()
-    for register in (name for name in HOOKS if "forward" not in name and name != "by hand"):
+def test_other_hooks_of_the_whole_model_are_refused(model: Any) -> None:
+    for register in (name for name in OTHER_HOOKS if name != "by hand"):
         with pytest.raises(ll.UnsupportedOperationError, match="of a sharded model"):
-            HOOKS[register](model)
+            OTHER_HOOKS[register](model)
 
 
 def test_looks_as_before(model: Any) -> None:

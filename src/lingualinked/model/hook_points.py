@@ -1,0 +1,149 @@
+"""Stops a stage's forward pass at hooked modules, and goes on with what their hooks have made of the call.
+
+Knows torch's hooks and the stage's own modules; neither messages nor the functions that are called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from lingualinked.model.cut import StandIn
+from lingualinked.model.hook_values import CallValues
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
+
+
+class HookPoint(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A module with hooks: whether a pass stops before it, and whether behind it."""
+
+    path: str
+    before: bool
+    after: bool
+
+
+@dataclasses.dataclass(slots=True)
+class ModuleCall:
+    """One call of a hooked module, as it stands: before the module has run, or behind it.
+
+    A hook may replace ``args``, ``kwargs`` and ``output``.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    is_done: bool = False  # whether the module has run
+    sends_inputs: bool = True  # whether the caller still needs to know what the module was called with
+    waits_for_output: bool = False  # whether the caller awaits the output of a call whose inputs it knows
+    values: CallValues = dataclasses.field(default_factory=CallValues)
+
+
+def contains_layers(path: str, layers: str) -> bool:
+    """Return whether a module runs the layers, which several stages hold: the decoder, in most models."""
+    return f"{layers}.".startswith(f"{path}.")
+
+
+class HookedPass:
+    """The torch hooks of one forward pass in this thread: they stop it at the modules of some points.
+
+    Other threads' passes through the same modules go on. They may call these hooks even after they were removed, and then
+    without keyword arguments.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: str, points: Iterable[HookPoint], pause: Callable[[ModuleCall], Any]
+    ) -> None:
+        held = [not isinstance(layer, StandIn) for layer in model.get_submodule(layers).children()]
+        self._model, self._layers = model, layers
+        self._is_first, self._is_last = held[0], held[-1]
+        self._pause = pause
+        self._thread = threading.get_ident()
+        self._points: dict[str, HookPoint] = {}
+        self._handles: dict[str, list[Any]] = {}
+        self._calls: list[ModuleCall] = []  # of modules that are running, the innermost last
+        self._is_stopped = False
+        self._set_points(points)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+
+    def _set_points(self, points: Iterable[HookPoint]) -> None:
+        """Stop at these points from now on, and at no others."""
+        self._points = {point.path: point for point in points}
+        for path in self._points.keys() - self._handles.keys():
+            self._handles[path] = self._install(path)
+
+    def _install(self, path: str) -> list[Any]:
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            return []  # another stage has it
+        if isinstance(module, StandIn):
+            return []
+        spans = contains_layers(path, self._layers)
+        handles = []
+        if self._is_first or not spans:
+            handles.append(module.register_forward_pre_hook(self._make_before(path), with_kwargs=True))
+        if self._is_last or not spans:
+            # First, since what records outputs, or sends them on, is to see what hooks have made of them.
+            after = self._make_after(path, spans=spans)
+            handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
+        return handles
+
+    def _make_before(self, path: str) -> Callable[..., Any]:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            if kwargs is None or not self._is_here() or path not in self._points or not self._points[path].before:
+                return None
+            call = ModuleCall(path, args, kwargs)
+            self._calls.append(call)
+            self._stop(call)
+            return call.args, call.kwargs
+
+        return before
+
+    def _make_after(self, path: str, *, spans: bool) -> Callable[..., Any]:
+        def after(_module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+            if len(rest) < 2 or not self._is_here():
+                return None
+            kwargs, output = rest
+            call = ModuleCall(path, args, kwargs, sends_inputs=not spans)
+            if self._calls and self._calls[-1].path == path:
+                call = self._calls.pop()
+                call.sends_inputs = False
+                if not call.waits_for_output:
+                    return None
+            elif path not in self._points or not self._points[path].after:
+                return None
+            call.output, call.is_done = output, True
+            self._stop(call)
+            return call.output
+
+        return after
+
+    def _is_here(self) -> bool:
+        return not self._is_stopped and threading.get_ident() == self._thread
+
+    def _stop(self, call: ModuleCall) -> None:
+        self._is_stopped = True
+        points = self._pause(call)
+        self._is_stopped = False
+        if points is not None:
+            self._set_points(points)
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a hook do nothing in other threads, whose forward passes may use the same modules."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None

@@ -1,0 +1,51 @@
+"""The messages of a step that stops at hooked modules: what a module was called with, and what its hooks have made of it.
+
+Knows descriptions of structures; their tensors travel beside the messages. No functions travel.
+"""
+
+from __future__ import annotations
+
+from lingualinked.model.hook_points import HookPoint
+from lingualinked.model.hook_values import HookValue, Strides
+from lingualinked.protocol.base import Message, Natural
+
+
+class HookReached(Message, frozen=True, tag=36):
+    """A step has reached a hooked module on stage ``stage`` and waits for `HookAnswered`.
+
+    ``args`` and ``kwargs`` are None if the caller knows them from this call's first message. ``strides`` are those of the
+    tensors beside the message, which are the call's next ones.
+    """
+
+    model: int
+    session: int
+    number: int
+    stage: int
+    path: str
+    is_done: bool
+    args: HookValue | None
+    kwargs: HookValue | None
+    output: HookValue | None
+    strides: tuple[Strides, ...]
+
+
+class HookAnswered(Message, frozen=True, tag=37):
+    """What hooks have made of a call: it goes on with it, or ends the step (``goes_on``).
+
+    Of the tensors beside it, the first are the new contents of those with the indices ``changed``, and the others the call's
+    next ones. What is None stays as it was. ``points`` are the hooked modules from now on, if they have changed.
+    """
+
+    model: int
+    plan_version: int
+    stage: int
+    session: int
+    number: int
+    goes_on: bool
+    waits_for_output: bool = False
+    changed: tuple[Natural, ...] = ()
+    args: HookValue | None = None
+    kwargs: HookValue | None = None
+    output: HookValue | None = None
+    strides: tuple[Strides, ...] = ()
+    points: tuple[HookPoint, ...] | None = None

@@ -1,0 +1,286 @@
+"""Runs the hooks of a model's submodules in the thread that called the model, when a stage reaches the module.
+
+Torch calls them itself: a module is called here with a forward that waits for the stage's. Knows modules and one step's events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lingualinked.cluster.step_reply import StepReply
+from lingualinked.errors import ArgumentError, ProtocolError, UnsupportedOperationError, WorkerError
+from lingualinked.model.hook_points import HookPoint, contains_layers
+from lingualinked.model.hook_values import (
+    CallValues,
+    HookValue,
+    Items,
+    Strides,
+    objects_in,
+    pack_tensor,
+    unpack_tensor,
+)
+from lingualinked.quantities import count_text
+from lingualinked.sharded.sealing import call_hooks_around
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.hooked_step import HookedStep
+    from lingualinked.cluster.step_reply import HookEvent
+    from lingualinked.model.parts import ModelParts
+    from lingualinked.protocol.hooking import HookReached
+    from lingualinked.sharded.cache import ShardedCache
+
+_TOKENS = ("input_ids", "inputs_embeds")  # what a module that runs all layers needs in its first stage alone
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class HookedModules:
+    """The submodules of a model that may have hooks; true if one has."""
+
+    def __init__(self, model: nn.Module, parts: ModelParts) -> None:
+        self.by_path = {path: module for path, module in model.named_modules() if path}
+        self.layers = parts.layers
+        self._in_one_stage = (parts.layers, *parts.prologue, *parts.epilogue)
+        self._hooks = [
+            vars(module)[name] for module in self.by_path.values() for name in ("_forward_pre_hooks", "_forward_hooks")
+        ]
+
+    def __bool__(self) -> bool:
+        return any(self._hooks)
+
+    def points(self) -> tuple[HookPoint, ...]:
+        """Return where a step has to stop."""
+        return tuple(
+            HookPoint(path, self._stops_before(path), self.stops_after(path))
+            for path in self.by_path
+            if self._has(path, "_forward_pre_hooks") or self._has(path, "_forward_hooks")
+        )
+
+    def _has(self, path: str, registry: str) -> bool:
+        return bool(vars(self.by_path[path])[registry])
+
+    def _stops_before(self, path: str) -> bool:
+        is_needed = self._has(path, "_forward_pre_hooks") or self._has(path, "_forward_hooks_always_called")
+        return is_needed or contains_layers(path, self.layers)
+
+    def stops_after(self, path: str) -> bool:
+        """Return whether a step has to stop behind a module that has hooks."""
+        return self._has(path, "_forward_hooks") or self.runs_everywhere(path)
+
+    def runs_everywhere(self, path: str) -> bool:
+        """Return whether every stage runs a module for itself, such as what computes positions."""
+        is_in_one = any(f"{path}.".startswith(f"{each}.") for each in self._in_one_stage)
+        return not (is_in_one or contains_layers(path, self.layers))
+
+
+class RemoteObject:
+    """An object in a worker that a hook was given and may return as it is."""
+
+    def __init__(self, type_name: str) -> None:
+        self._type_name = type_name
+
+    def __repr__(self) -> str:
+        return f"<{self._type_name} in a worker>"
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """One call of a module: its values, those that the worker has, and what these are described as."""
+
+    path: str
+    stage: int
+    values: CallValues = dataclasses.field(default_factory=CallValues)
+    known: list[Tensor] = dataclasses.field(default_factory=list)  # copies, to notice what hooks change
+    args: HookValue | None = None
+    kwargs: HookValue | None = None
+    output: HookValue | None = None
+
+    def receive(self, message: HookReached, tensors: tuple[Tensor, ...], cache: ShardedCache) -> None:
+        """Add what a message says about the call."""
+        if len(tensors) != len(message.strides):
+            raise ProtocolError(f"{count_text(len(tensors), 'tensor')} arrived where {len(message.strides)} were due")
+        self.values.tensors += map(unpack_tensor, tensors, message.strides)
+        self.known += [tensor.clone() for tensor in self.values.tensors[len(self.known) :]]
+        for name in ("args", "kwargs", "output"):
+            value = getattr(message, name)
+            if value is not None:
+                setattr(self, name, value)
+                for each in objects_in(value):
+                    if each.index == len(self.values.objects):
+                        self.values.described[each.index] = each
+                        self.values.objects.append(cache if each.is_cache else RemoteObject(each.type_name))
+
+    def describe(self, value: Any) -> HookValue:
+        """Describe what a hook has returned; raise UnsupportedOperationError if it can't be sent."""
+
+        def refuse(each: object) -> None:
+            raise UnsupportedOperationError(
+                f"a hook of {self.path} returned a {type(each).__name__}, which can't be sent to the stage that goes on with it: "
+                "return tensors, numbers, strings, None, or tuples, lists and dictionaries of them"
+            )
+
+        return self.values.describe(value, refuse)
+
+    def take_changes(self) -> tuple[tuple[int, ...], tuple[Tensor, ...], tuple[Strides, ...]]:
+        """Return which tensors were changed in place, the tensors to send, and the strides of those that are new."""
+        given, new = self.values.tensors[: len(self.known)], self.values.tensors[len(self.known) :]
+        changed = []
+        for index, (tensor, before) in enumerate(zip(given, self.known, strict=True)):
+            if tensor.shape != before.shape or tensor.dtype != before.dtype:
+                raise UnsupportedOperationError(
+                    f"a hook of {self.path} changed the shape or dtype of a tensor in place: return a new one"
+                )
+            if not _has_same_bits(tensor, before):
+                changed.append(index)
+                self.known[index] = tensor.detach().clone()
+        for tensor in new:
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                raise ArgumentError(
+                    f"a hook of {self.path} returned a tensor without data, or a sparse one: return a dense one"
+                )
+        packed = [pack_tensor(tensor.detach().cpu()) for tensor in new]
+        self.known += [tensor.detach().clone() for tensor in new]
+        contents = [given[index].detach().cpu().contiguous() for index in changed]
+        return tuple(changed), (*contents, *(tensor for tensor, _ in packed)), tuple(strides for _, strides in packed)
+
+
+class CallerHooks:
+    """The hooks of one step of a model; see `lingualinked.cluster.hooked_step.StepHooks`."""
+
+    def __init__(self, modules: HookedModules, cache: ShardedCache, given: dict[str, Any]) -> None:
+        self._modules = modules
+        self._cache = cache
+        self._given = given  # arguments that stages replace by their own
+        self._outputs: dict[str, list[tuple[int, Any]]] = {}  # of modules that every stage runs, with the first stage
+        self._num_calls: Counter[tuple[str, int]] = Counter()
+        self._step: HookedStep
+
+    def points(self) -> tuple[HookPoint, ...]:
+        """Return where the step has to stop."""
+        return self._modules.points()
+
+    def run(self, step: HookedStep) -> StepReply:
+        """Run the hooks of a step as it reaches them; return its reply."""
+        self._step = step
+        try:
+            return cast("StepReply", self._serve_events(None))
+        except BaseException:
+            step.abandon()
+            raise
+        finally:
+            del self._step
+
+    def _serve_events(self, awaited: str | None) -> HookEvent | StepReply:
+        """Run hooks until the output comes of a module that is running, or else the reply."""
+        while True:
+            event = self._step.next_event()
+            if isinstance(event, StepReply):
+                if awaited is not None:
+                    raise ProtocolError(f"a step ended before the output of {awaited} came, which has hooks")
+                return event
+            message = event.message
+            try:
+                if message.path not in self._modules.by_path:
+                    raise ProtocolError(f"a step stopped at {message.path!r}, which the model does not have")
+                if message.args is None or message.kwargs is None or message.is_done != (message.output is not None):
+                    if message.path != awaited or message.output is None:
+                        raise ProtocolError(f"a step stopped at {message.path}, which is not running")
+                    return event
+                call = _Call(message.path, message.stage)
+                call.receive(message, event.tensors, self._cache)
+                args, kwargs, output = map(
+                    call.values.rebuild, (message.args, message.kwargs, message.output or Items(False, ()))
+                )
+            except ProtocolError as error:
+                raise WorkerError(event.device, f"ProtocolError: {error}") from error
+            self._run_hooks(call, args, kwargs, output, is_done=message.is_done)
+
+    def _run_hooks(
+        self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, is_done: bool
+    ) -> None:
+        """Call a module's hooks; before it has run, the stage runs on until its output comes."""
+        path, waits = call.path, is_done
+        is_everywhere = self._modules.runs_everywhere(path)
+        if contains_layers(path, self._modules.layers) and not is_done:
+            kwargs = {name: self._given.get(name, value) for name, value in kwargs.items()}
+        earlier = self._earlier_output(call) if is_everywhere else None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal call, output, waits
+            if is_done:
+                return output
+            waits = self._modules.stops_after(path)
+            self._answer_inputs(call, args, kwargs, waits=waits)
+            if not waits:
+                return None
+            event = cast("HookEvent", self._serve_events(path))
+            if event.message.stage != call.stage:  # of a module that runs all layers
+                call = _Call(path, event.message.stage)
+            call.receive(event.message, event.tensors, self._cache)
+            output = call.values.rebuild(cast("HookValue", call.output))
+            return output
+
+        if earlier is None:
+            result = call_hooks_around(self._modules.by_path[path], forward, args, kwargs)
+        else:
+            forward(*args, **kwargs)
+            (result,) = earlier
+        if not waits:
+            return
+        if is_everywhere:
+            self._num_calls[path, call.stage] += 1
+            if earlier is None:
+                self._outputs.setdefault(path, []).append((call.stage, result))
+        described = call.describe(result)
+        self._answer(call, output=None if described == call.output else described)
+
+    def _earlier_output(self, call: _Call) -> tuple[Any] | None:
+        """Return the output of the same call in an earlier stage, whose hooks have run there."""
+        outputs = self._outputs.get(call.path, [])
+        number = self._num_calls[call.path, call.stage]
+        return (outputs[number][1],) if number < len(outputs) and outputs[number][0] != call.stage else None
+
+    def _answer_inputs(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool) -> None:
+        if contains_layers(call.path, self._modules.layers):
+            args, kwargs = _merge_tokens(call, args, kwargs, self._given)
+        described = call.describe(args), call.describe(kwargs)
+        new_args, new_kwargs = (
+            None if new == old else new for new, old in zip(described, (call.args, call.kwargs), strict=True)
+        )
+        self._answer(call, args=new_args, kwargs=new_kwargs, waits_for_output=waits)
+
+    def _answer(self, call: _Call, **changes: Any) -> None:
+        changed, tensors, strides = call.take_changes()
+        self._step.answer(tensors, self.points(), changed=changed, strides=strides, **changes)
+
+
+def _merge_tokens(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+    """Return the inputs of a module that runs all layers as its first stage is to use them: with other tokens, if at all.
+
+    Refuse other changes, which would have to reach all stages.
+    """
+    old_args, old_kwargs = map(call.values.rebuild, cast("tuple[HookValue, HookValue]", (call.args, call.kwargs)))
+    shown = {name: given.get(name, value) for name, value in old_kwargs.items()}
+    before: dict[Any, Any] = {**dict(enumerate(old_args)), **shown}
+    after: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    known = {id(tensor): copy for tensor, copy in zip(call.values.tensors, call.known, strict=False)}
+    for name in (before.keys() | after.keys()) - {0, *_TOKENS}:
+        old, new = before.get(name), after.get(name)
+        is_edited = isinstance(old, Tensor) and not _has_same_bits(old, known[id(old)])
+        if is_edited or (old is not new and call.describe(old) != call.describe(new)):
+            raise UnsupportedOperationError(
+                f"a pre-hook of {call.path} changed {name}, which the stages of its layers have already: "
+                "pass it to the model itself, or hook the layers"
+            )
+    merged = {name: after.get(name, value) for name, value in old_kwargs.items() if name in _TOKENS}
+    return (*args[:1], *old_args[1:]), {**old_kwargs, **merged}
+
+
+def _has_same_bits(tensor: Tensor, other: Tensor) -> bool:
+    dtype = _SAME_SIZE.get(tensor.itemsize)
+    with torch.no_grad():
+        return torch.equal(tensor.view(dtype), other.view(dtype)) if dtype else torch.equal(tensor, other)

@@ -1,0 +1,181 @@
+"""Runs steps on the stages of a worker, and sends their results on.
+
+Knows messages, stages and where results go; not who may send what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from lingualinked.device import CALLER
+from lingualinked.errors import ProtocolError
+from lingualinked.model.hook_points import HookPoint, ModuleCall
+from lingualinked.model.hook_values import pack_tensor, unpack_tensor
+from lingualinked.model.memory import release_memory
+from lingualinked.protocol.hooking import HookAnswered, HookReached
+from lingualinked.protocol.messages import FailureKind, StageTimes, Step, StepDone, StepFailed, encode
+from lingualinked.quantities import count_text
+from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.hop_clock import HopClock, clock_us
+from lingualinked.transport.mailbox import Mailbox
+from lingualinked.worker.error_report import describe_error
+from lingualinked.worker.hosted_stage import describe_recorded, split_tensors
+from lingualinked.worker.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.limits import end_if_device_is_lost
+from lingualinked.worker.pace import Pace
+from lingualinked.worker.paused_steps import PausedSteps
+from lingualinked.worker.peers import Peers
+
+
+class StepRunner:
+    """Runs one step after another; one that stops at hooked modules lets others run meanwhile."""
+
+    def __init__(self, mailbox: Mailbox, peers: Peers, stages: HostedStages, pace: Pace, accelerator: str) -> None:
+        self._mailbox = mailbox
+        self._peers = peers
+        self._stages = stages
+        self._pace = pace
+        self._accelerator = accelerator
+        self._paused = PausedSteps()
+        self._hops = HopClock()
+        self._last_encode_us = 0
+
+    def serve_step(self, step: Step, delivery: Delivery) -> None:
+        """Run a step and send its results on, or tell the caller why it failed."""
+        if not step.hooks:
+            self._serve_step(step, delivery, None)
+            return
+        key = (step.model, step.plan_version, step.session)
+        self._paused.start_step(key, lambda wait: self._serve_step(step, delivery, wait))
+
+    def resume_step(self, answer: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
+        """Go on with a step whose hooks have run, or end it."""
+        if answer.goes_on:
+            self._paused.resume_step((answer.model, answer.plan_version, answer.session), (answer, tensors))
+        else:
+            self.abandon_steps(answer.model, answer.session)
+
+    def abandon_steps(self, model: int, session: int | None = None) -> None:
+        """End the steps of a session, or of all sessions of a model, that wait for hooks."""
+        self._paused.abandon_steps(model, session)
+
+    def _serve_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
+        try:
+            self._run_step(step, delivery, wait)
+        except Exception as error:  # noqa: BLE001 - the caller re-raises it
+            failure = describe_error(error)
+        else:
+            return
+        failed = StepFailed(model=step.model, session=step.session, number=step.number, **failure)
+        self._mailbox.send(CALLER, encode(failed))
+        end_if_device_is_lost(self._accelerator)
+        if failure["kind"] is FailureKind.MEMORY:
+            self._stages.drop_idle_caches()
+            release_memory(self._accelerator)  # of the step; the error referred to it until here
+
+    def _run_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
+        # 1) how long the step travelled and waited
+        hop_us, wait_us = self._hops.split_delay(delivery.sender, step.sent_us, delivery.due_s)
+        # 2) run it
+        hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))
+        if step.number == 0:
+            self._stages.trim_idle_caches()
+        hooks = step.hooks
+
+        def pause(call: ModuleCall) -> tuple[HookPoint, ...] | None:
+            nonlocal hooks
+            assert wait is not None
+            reached, items = describe_call(step, call)
+            hosted.sent_bytes += self._mailbox.send(CALLER, encode(reached), items)
+            answer, tensors = wait()
+            apply_answer(answer, tensors, call)
+            hooks = hooks if answer.points is None else answer.points
+            return answer.points  # type: ignore[no-any-return]
+
+        output, elapsed_s = hosted.run_step(step, delivery.tensors, self._pace, pause)
+        # 3) add this stage's times to the step's header
+        # This message is not encoded yet: of the two before, the quicker one counts. A prompt takes longer than a token, and
+        # a message that seems to be sent later than it is would seem to arrive before it was sent.
+        last_us = round(self._mailbox.encode_s * 1e6)
+        encode_us, self._last_encode_us = min(last_us, self._last_encode_us), last_us
+        times = StageTimes(
+            received_bytes=delivery.num_bytes,
+            hop_us=hop_us,
+            wait_us=wait_us,
+            compute_us=round(elapsed_s * 1e6),
+            codec_us=round(delivery.decode_s * 1e6) + encode_us,
+        )
+        timings = (*step.timings, times)
+        if step.records:
+            recorded, records = describe_recorded(step, output)
+            hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
+        # 4) send logits to the caller, or hidden states to the next stage
+        if hosted.stage.is_last:
+            done = StepDone(model=step.model, session=step.session, number=step.number, timings=timings)
+            hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
+            return
+        onward = msgspec.structs.replace(
+            step,
+            stage=step.stage + 1,
+            layout=output.layout,
+            timings=timings,
+            sent_us=clock_us() + encode_us,
+            hooks=hooks,
+        )
+        _, shared = split_tensors(step, delivery.tensors)
+        hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
+
+
+def describe_call(step: Step, call: ModuleCall) -> tuple[HookReached, tuple[Tensor, ...]]:
+    """Return the message for the caller about a call of a hooked module, and its tensors."""
+    values, num_known = call.values, len(call.values.tensors)
+    args, kwargs, output = (
+        values.describe(value, values.objects.append) if is_sent else None
+        for value, is_sent in (
+            (call.args, call.sends_inputs),
+            (call.kwargs, call.sends_inputs),
+            (call.output, call.is_done),
+        )
+    )
+    packed = [pack_tensor(tensor.cpu()) for tensor in values.tensors[num_known:]]
+    message = HookReached(
+        model=step.model,
+        session=step.session,
+        number=step.number,
+        stage=step.stage,
+        path=call.path,
+        is_done=call.is_done,
+        args=args,
+        kwargs=kwargs,
+        output=output,
+        strides=tuple(strides for _, strides in packed),
+    )
+    return message, tuple(tensor for tensor, _ in packed)
+
+
+def apply_answer(answer: HookAnswered, tensors: tuple[Tensor, ...], call: ModuleCall) -> None:
+    """Put what hooks have made of a call in its place; raise ProtocolError if it does not fit the call."""
+    values, num_changed = call.values, len(answer.changed)
+    known = values.tensors
+    if len(tensors) != num_changed + len(answer.strides) or any(index >= len(known) for index in answer.changed):
+        raise ProtocolError(
+            f"{count_text(len(tensors), 'tensor')} arrived with the answer to the hooks of {call.path!r}"
+        )
+    # 1) in place, since other tensors may share the memory
+    for index, content in zip(answer.changed, tensors, strict=False):
+        known[index].copy_(content)
+    # 2) the others in place of the call's own
+    device = known[0].device if known else None
+    new = map(unpack_tensor, tensors[num_changed:], answer.strides)
+    known.extend(tensor if device is None else tensor.to(device) for tensor in new)
+    if answer.args is not None:
+        call.args = values.rebuild(answer.args)
+    if answer.kwargs is not None:
+        call.kwargs = values.rebuild(answer.kwargs)
+    if answer.output is not None:
+        call.output = values.rebuild(answer.output)
+    call.waits_for_output = answer.waits_for_output
