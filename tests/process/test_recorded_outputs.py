@@ -143,6 +143,14 @@ def test_the_config_may_ask(pair: tuple[Any, Any]) -> None:
             model.config.output_hidden_states = False
 
 
+@pytest.mark.parametrize("mode", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 3}], ids=str)
+def test_steps_of_several_tokens_behind_others(pair: tuple[Any, Any], mode: dict[str, Any]) -> None:
+    """Candidates, which are cropped off the KV again, and chunks of a prompt."""
+    asked = {"max_new_tokens": 8, "return_dict_in_generate": True, "eos_token_id": None, **ASKED["both"], **mode}
+    repeated = torch.cat([IDS[1:], IDS[1:]], dim=1)
+    assert_equal(*(model.generate(repeated, **asked) for model in pair))
+
+
 class MovingInTheMiddle:
     """A streamer that moves the model between two steps of what it generates."""
 
