@@ -39,7 +39,7 @@ def write(folder: Path) -> None:
 
 
 MEASURE = """
-import json, os, sys, torch
+import json, os, shutil, sys, torch
 import lingualinked as ll
 
 def status(pid, field):
@@ -80,6 +80,13 @@ if __name__ == "__main__":
             measured[name] = {"peak_bytes": status(pid, "VmHWM") - resident, "read_bytes": read_bytes(pid) - read}
             if name in stages:
                 measured[name] |= {"own_bytes": stages[name].weight_bytes, "kv_bytes": stages[name].kv_bytes}
+        before = status(os.getpid(), "VmRSS")
+        forget_peak(os.getpid())
+        saved = os.path.join(sys.argv[1], "saved")
+        model.save_pretrained(saved)  # one file
+        measured["saving"] = {"peak_bytes": status(os.getpid(), "VmHWM") - before}
+        measured["saving"]["file_bytes"] = os.path.getsize(os.path.join(saved, "model.safetensors"))
+        shutil.rmtree(saved)
         print(json.dumps(measured))
         model.close()
 """
@@ -124,3 +131,9 @@ def test_a_worker_reads_its_own_share(measured: dict[str, dict[str, int]], name:
 
 def test_the_caller_holds_no_layer(measured: dict[str, dict[str, int]]) -> None:
     assert measured["caller"]["peak_bytes"] < 50e6
+
+
+def test_saving_holds_few_tensors_in_the_caller(measured: dict[str, dict[str, int]]) -> None:
+    saving = measured["saving"]
+    assert saving["file_bytes"] > 500e6
+    assert saving["peak_bytes"] < 100e6  # the largest tensor has 33 MB

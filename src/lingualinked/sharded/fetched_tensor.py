@@ -66,7 +66,7 @@ class FetchedTensor(Tensor):
         held = next(iter(fetched.values())).remote_name
         if name in _GIVES_MEMORY:
             raise _refusal(name, held)
-        if name in ("__reduce_ex__", "__deepcopy__"):
+        if name in ("__reduce_ex__", "__deepcopy__", "__format__"):
             args = (plain(args[0]).clone(), *args[1:])
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
             if name == "__iter__":

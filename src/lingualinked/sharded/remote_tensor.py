@@ -5,6 +5,7 @@ Knows torch's tensors only; nothing of modules, workers or the data.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, NoReturn
@@ -48,6 +49,9 @@ _NEEDS_GRADIENTS = frozenset({"backward", "register_hook", "register_post_accumu
 
 Fetch = Callable[[], FetchedTensor]
 """Returns a tensor's data, fetched from the worker that holds it unless it is still here."""
+
+
+_trying = threading.local()  # has a ``depth`` while a function is tried without data
 
 
 class _DataNeeded(Exception):  # noqa: N818 - the operation is then run on the data
@@ -95,6 +99,7 @@ class RemoteTensor(Tensor):
             random_state = (
                 torch.get_rng_state() if isinstance(func, FunctionType) else None
             )  # of torch's Python functions
+            _trying.depth = getattr(_trying, "depth", 0) + 1
             try:
                 with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
                     return func(*args, **arguments)
@@ -106,6 +111,8 @@ class RemoteTensor(Tensor):
             except RuntimeError as error:  # of a kernel that bypasses it
                 if not any(text in str(error) for text in _NO_DATA):
                     raise
+            finally:
+                _trying.depth -= 1
         # 3) fetch, and do it with the data
         if name in ("__deepcopy__", "__reduce_ex__"):
             copied = _copy(args[0])
@@ -113,7 +120,7 @@ class RemoteTensor(Tensor):
                 args[1][id(args[0])] = copied
                 return copied
             return copied.__reduce_ex__(*args[1:])
-        return func(*_fetch(args), **dict(zip(arguments, _fetch(tuple(arguments.values())), strict=True)))
+        return func(*_fetch(args), **_fetch(dict(arguments)))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -126,7 +133,9 @@ class RemoteTensor(Tensor):
             return _wrap(args[0], args[0].remote_name, args[0].remote_fetch)
         if any(isinstance(each, RemoteTensor) for each in written_by(func, args, kwargs or {})):
             raise UnsupportedOperationError(_message(func.overloadpacket.__name__, args, kwargs or {}, _CHANGE))
-        raise _DataNeeded
+        if getattr(_trying, "depth", 0):
+            raise _DataNeeded
+        return func(*_fetch(args), **_fetch(dict(kwargs or {})))  # of what asks no `__torch_function__`: torch.tensor
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":  # as torch.utils.swap_tensors does
@@ -144,6 +153,8 @@ def _fetch(given: Any) -> Any:
         return given.remote_fetch()
     if type(given) in (list, tuple):
         return type(given)(_fetch(each) for each in given)
+    if type(given) is dict:
+        return {name: _fetch(each) for name, each in given.items()}
     return given
 
 

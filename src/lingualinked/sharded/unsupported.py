@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from lingualinked.errors import UnsupportedOperationError
 
-_WEIGHTS = "its weights are in the workers; read them from the checkpoint, or load it unsharded with transformers"
+_WEIGHTS = "its weights are in the workers; save them with save_pretrained, and do it with the unsharded model"
 _MOVE = "its stages stay where the plan puts them; choose devices= and dtype= in ShardedModel.from_pretrained"
 _TRAIN = "it is for inference; train the unsharded model"
 _CHANGE = "change the checkpoint with transformers first, then load it sharded"

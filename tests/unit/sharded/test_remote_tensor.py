@@ -77,6 +77,9 @@ NEED_DATA: dict[str, Callable[[Tensor], Any]] = {
     "numpy": lambda weight: torch.from_numpy(weight.detach().numpy().copy()),
     "data as an array": lambda weight: torch.tensor(np.asarray(weight.data)),
     "tolist": lambda weight: weight.tolist(),
+    "tensor": lambda weight: [torch.tensor(weight), torch.as_tensor(weight.detach()).clone()],
+    "formatted": lambda weight: f"{weight[0, 0]:.3f} {weight.sum():.2e}",
+    "embedding module": lambda weight: nn.Embedding.from_pretrained(weight)(torch.tensor([1, 3])),
     "item": lambda weight: (weight.sum().item(), weight[2, 1].item(), float(weight[0, 0])),
     "deepcopy": copy.deepcopy,
     "save": lambda weight: load(save(weight)),
@@ -120,6 +123,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "swap": lambda weight: torch.utils.swap_tensors(weight, nn.Parameter(torch.zeros(8, 4))),
     "hook": lambda weight: weight.register_hook(print),
     "hook of gradients": lambda weight: weight.register_post_accumulate_grad_hook(print),
+    "gradients of a loss": lambda weight: (nn.Parameter(STATES) @ weight.T).sum().backward(inputs=[weight]),
     "gradients": lambda weight: torch.autograd.grad((nn.Parameter(STATES) @ weight.T).sum(), weight),
 }
 
@@ -186,6 +190,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct")
 @pytest.mark.parametrize("use", NEED_DATA.values(), ids=NEED_DATA)
 @torch.no_grad()
 def test_what_needs_the_data_equals(weight: RemoteTensor, use: Callable[[Tensor], Any]) -> None:
