@@ -87,6 +87,21 @@ def test_a_saved_folder_is_the_one_that_transformers_saves(
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
 
 
+@torch.no_grad()
+def test_a_layer_by_itself(sharded: Any, unsharded: Any) -> None:
+    outputs = []
+    for model in (sharded, unsharded):
+        states = model.model.embed_tokens(IDS)
+        rotary = model.model.rotary_emb(states, torch.arange(IDS.shape[1])[None])
+        outputs.append(model.model.layers[2](states, position_embeddings=rotary))
+    assert torch.equal(*outputs)
+    past = sharded(IDS).past_key_values
+    with pytest.raises(ll.UnsupportedOperationError, match="sharded KV cache: only the workers write KV"):
+        sharded.model.layers[2](states, position_embeddings=rotary, past_key_values=past)
+    with pytest.raises(ll.UnsupportedOperationError, match=r"^calling model \(LlamaModel\) of a sharded model"):
+        sharded.model(IDS)
+
+
 def test_what_is_saved_elsewhere_or_is_no_folder_is_refused(sharded: Any, tmp_path: Path) -> None:
     for name, value in {"state_dict": {}, "push_to_hub": True, "distributed_checkpoint": True, "repo_id": "a"}.items():
         with pytest.raises(ll.UnsupportedOperationError, match=rf"save_pretrained\({name}=\) of a sharded model"):

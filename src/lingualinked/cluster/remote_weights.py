@@ -14,6 +14,7 @@ from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import result_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.errors import WorkerDiedError, WorkerError
+from lingualinked.interrupts import interruptible
 from lingualinked.model.parts import ModelParts
 from lingualinked.protocol.reading import ReadTensor
 
@@ -27,6 +28,7 @@ class RemoteWeights:
         self._routes = routes
         self._timeout_s = timeout_s
 
+    @interruptible
     def read(self, parts: ModelParts, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Read a tensor by its name in the whole model (of tied parameters, the source), into new CPU memory."""
         tensor = torch.empty(shape, dtype=dtype, device="cpu")

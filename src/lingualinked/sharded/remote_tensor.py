@@ -96,9 +96,7 @@ class RemoteTensor(Tensor):
             _check_data(*args)
         # 2) try without data
         if name not in _REACHES_DATA:
-            random_state = (
-                torch.get_rng_state() if isinstance(func, FunctionType) else None
-            )  # of torch's Python functions
+            random_state = torch.get_rng_state() if isinstance(func, FunctionType) else None
             _trying.depth = getattr(_trying, "depth", 0) + 1
             try:
                 with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
@@ -107,7 +105,7 @@ class RemoteTensor(Tensor):
                 _refuse(name, args, arguments, _CHANGE)
             except _DataNeeded:
                 if random_state is not None:
-                    torch.set_rng_state(random_state)  # the function may have drawn numbers before it met the tensor
+                    torch.set_rng_state(random_state)  # one in Python may have drawn numbers by then
             except RuntimeError as error:  # of a kernel that bypasses it
                 if not any(text in str(error) for text in _NO_DATA):
                     raise
