@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -363,3 +366,83 @@ def test_nothing_is_left_behind_by_a_hook_that_ends_its_step(llama: Pair) -> Non
         with sharded.model.layers[1].register_forward_hook(lambda *_: None):
             sharded(IDS)
     assert num_threads_of_workers(sharded) == before
+
+
+@torch.no_grad()
+def test_what_runs_all_layers_takes_other_tokens_and_nothing_else(llama: Pair) -> None:
+    def swap(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "input_ids": kwargs["input_ids"].flip(1)}
+
+    def run(model: Any) -> Any:
+        with model.model.register_forward_pre_hook(swap, with_kwargs=True):
+            return model(IDS).logits
+
+    compare(llama, run)
+
+    def replace_mask(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": MASK * 0}
+
+    def clear_mask(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        kwargs["attention_mask"].zero_()
+
+    for change in (replace_mask, clear_mask):
+        with (
+            llama[0].model.register_forward_pre_hook(change, with_kwargs=True),
+            pytest.raises(ll.UnsupportedOperationError, match="a pre-hook of model changed attention_mask"),
+        ):
+            llama[0](IDS, attention_mask=MASK)
+
+
+@torch.no_grad()
+def test_what_a_hook_changes_is_recorded(llama: Pair) -> None:
+    def run(model: Any) -> list[Any]:
+        with model.model.layers[1].register_forward_hook(lambda _m, _a, output: with_first(output, first(output) * 2)):
+            output = model(IDS, output_hidden_states=True)
+        return [output.logits, *output.hidden_states]
+
+    compare(llama, run)
+
+
+@torch.no_grad()
+def test_what_cannot_be_sent_is_refused(sharded: Any) -> None:
+    for result, error, words in (
+        (object(), ll.UnsupportedOperationError, "a hook of model.layers.1 returned a object"),
+        (torch.empty(1, device="meta"), ll.ArgumentError, "without data"),
+    ):
+        with (
+            sharded.model.layers[1].register_forward_hook(lambda *_, result=result: result),
+            pytest.raises(error, match=words),
+        ):
+            sharded(IDS)
+
+
+@torch.no_grad()
+def test_a_slow_hook_and_the_death_of_a_worker_end_the_step(tiny_llama: str) -> None:
+    devices = [ll.Device(name=name, threads=1) for name in "ab"]
+    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+    with ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, plan=plan, progress=False) as model:
+        with model.model.layers[0].register_forward_hook(lambda *_: None):
+            model(IDS)  # afterwards each worker keeps one thread for steps with hooks
+        cache, before = model(IDS).past_key_values, num_threads_of_workers(model)
+        cache.session._timeout_s = 0.5
+
+        def outstay(*_: Any) -> None:
+            while not cache.session.ended:
+                time.sleep(0.01)
+
+        with (
+            model.model.layers[1].mlp.register_forward_hook(outstay),
+            pytest.raises(ll.StepTimeoutError, match=r"hooks of model.layers.1.mlp .* timeout_s=0.5"),
+        ):
+            model(IDS[:, :1], past_key_values=cache)
+
+        def kill(*_: Any) -> None:
+            os.kill(model.cluster.pids["b"], signal.SIGKILL)
+            while "b" in model.cluster.pids:
+                time.sleep(0.01)
+
+        with model.model.layers[0].register_forward_hook(kill), pytest.raises(ll.WorkerDiedError):
+            model(IDS)
+        with model.model.layers[0].register_forward_hook(kill), pytest.raises(ll.WorkerDiedError):
+            model(IDS)
+        assert num_threads_of_workers(model) == before[:1]

@@ -23,48 +23,45 @@ class _AbandonedError(BaseException):
 
 
 class _StepThread:
-    """One step, and the hand-over of control between its thread and the loop's."""
+    """A thread that runs one step after another, and the hand-over of control between it and the loop's thread."""
 
-    def __init__(self, run: Callable[[Callable[[], Any]], None]) -> None:
-        self._run = run
-        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._returns: queue.SimpleQueue[BaseException | bool] = queue.SimpleQueue()  # whether it has ended, or why
+    def __init__(self) -> None:
+        self._inputs: queue.SimpleQueue[Any] = (
+            queue.SimpleQueue()
+        )  # a step to run, or what resumes it; None ends the thread
+        self._outcomes: queue.SimpleQueue[BaseException | bool] = queue.SimpleQueue()  # whether it has ended, or why
         self._num_threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._run_to_end, name="lingualinked-step", daemon=True)
-
-    def start(self) -> bool:
-        """Run until the step pauses or ends; return whether it has ended."""
+        self._thread = threading.Thread(target=self._run_steps, name="lingualinked-step", daemon=True)
         self._thread.start()
-        return self._wait()
 
-    def resume(self, answer: Any) -> bool:
-        """Hand over what the step waits for, and run it on until it pauses or ends; return whether it has ended."""
-        self._answers.put(answer)
-        return self._wait()
+    def advance(self, given: Any) -> BaseException | bool:
+        """Run a step, or resume it with what it waits for; return whether it has ended, rather than paused, or its error."""
+        self._inputs.put(given)
+        return self._outcomes.get()
 
-    def _wait(self) -> bool:
-        outcome = self._returns.get()
-        if outcome is not False:
-            self._thread.join()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+    def end(self) -> None:
+        """End the thread, which runs no step."""
+        self._inputs.put(None)
+        self._thread.join()
 
-    def _run_to_end(self) -> None:
-        outcome: BaseException | bool = True
-        try:
-            torch.set_num_threads(self._num_threads)  # OpenMP counts per thread, and the count determines bits
-            self._run(self._pause)
-        except _AbandonedError:
-            pass
-        except BaseException as error:  # noqa: BLE001 - the loop raises it
-            outcome = error
-        self._returns.put(outcome)
+    def _run_steps(self) -> None:
+        torch.set_num_threads(self._num_threads)  # OpenMP counts per thread, and the count determines bits
+        while (run := self._inputs.get()) is not None:
+            outcome: BaseException | bool = True
+            try:
+                run(self._pause)
+            except _AbandonedError:
+                pass
+            except BaseException as error:  # noqa: BLE001 - the loop raises it
+                outcome = error
+            del run
+            self._outcomes.put(outcome)
+            del outcome
 
     def _pause(self) -> Any:
         """Let the loop go on; return what resumes the step."""
-        self._returns.put(False)
-        answer = self._answers.get()
+        self._outcomes.put(False)
+        answer = self._inputs.get()
         if isinstance(answer, _AbandonedError):
             raise answer
         return answer
@@ -75,23 +72,32 @@ class PausedSteps:
 
     def __init__(self) -> None:
         self._threads: dict[StepKey, _StepThread] = {}
+        self._idle: _StepThread | None = None  # for the next step: a new thread would compute with cold memory
 
     def start_step(self, key: StepKey, run: Callable[[Callable[[], Any]], None]) -> None:
         """Run a step until it ends, or calls what it is given, which pauses it and returns what it is resumed with."""
-        self._advance(key, _StepThread(run), _StepThread.start)
+        thread, self._idle = self._idle or _StepThread(), None
+        self._advance(key, thread, run)
 
     def resume_step(self, key: StepKey, answer: Any) -> None:
         """Resume a step; raise ProtocolError if it is not paused."""
         thread = self._threads.pop(key, None)
         if thread is None:
             raise ProtocolError(f"no step of session {key[2]} waits for hooks here")
-        self._advance(key, thread, lambda each: each.resume(answer))
+        self._advance(key, thread, answer)
 
     def abandon_steps(self, model: int, session: int | None = None) -> None:
         """End the paused steps of a session, or of all sessions of a model."""
         for key in [key for key in self._threads if key[0] == model and session in (None, key[2])]:
-            self._threads.pop(key).resume(_AbandonedError())
+            self._advance(key, self._threads.pop(key), _AbandonedError())
 
-    def _advance(self, key: StepKey, thread: _StepThread, move: Callable[[_StepThread], bool]) -> None:
-        if not move(thread):
+    def _advance(self, key: StepKey, thread: _StepThread, given: Any) -> None:
+        outcome = thread.advance(given)
+        if outcome is False:
             self._threads[key] = thread
+        elif self._idle is None:
+            self._idle = thread
+        else:
+            thread.end()
+        if isinstance(outcome, BaseException):
+            raise outcome

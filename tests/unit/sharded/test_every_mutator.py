@@ -48,7 +48,12 @@ class LocalStep:
         self._output: Any = None
 
     def run(self) -> Any:
-        self._hooks.run(self)
+        try:
+            self._hooks.run(self)
+        finally:
+            thread = self._steps._idle
+            assert thread is not None
+            thread.end()
         return self._output
 
     def next_event(self) -> Any:
