@@ -195,6 +195,8 @@ class CallerHooks:
                 args, kwargs, output = map(
                     call.values.rebuild, (message.args, message.kwargs, message.output or Items(False, ()))
                 )
+                if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
+                    raise ProtocolError(f"{message.path} was called with something else than arguments")
             except ProtocolError as error:
                 raise WorkerError(event.device, f"ProtocolError: {error}") from error
             self._run_hooks(call, args, kwargs, output, is_done=message.is_done)
