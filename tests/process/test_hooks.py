@@ -446,3 +446,37 @@ def test_a_slow_hook_and_the_death_of_a_worker_end_the_step(tiny_llama: str) -> 
         with model.model.layers[0].register_forward_hook(kill), pytest.raises(ll.WorkerDiedError):
             model(IDS)
         assert num_threads_of_workers(model) == before[:1]
+
+
+@torch.no_grad()
+def test_hooks_stay_when_layers_move_between_steps(place: Callable[..., Any], tiny_llama: str, unsharded: Any) -> None:
+    moved = place(tiny_llama, [("a", 0, 1), ("b", 1, 3), ("c", 3, 4)])
+
+    def run(model: Any) -> list[Tensor]:
+        ids, cache, logits = IDS[1:], None, []
+        with model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, output: output * 1.5):
+            for step in range(4):
+                output = model(ids, past_key_values=cache)
+                ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+                logits.append(output.logits)
+                if model is moved and step in (0, 2):
+                    spans = [("a", 0, 3), ("b", 3, 4)] if step == 0 else [("c", 0, 2), ("a", 2, 4)]
+                    moved.rebalance(plan=ll.Plan.from_spans(spans))
+        return logits
+
+    compare((moved, unsharded), run)
+
+
+@torch.inference_mode()
+def test_hooks_under_inference_mode_autocast_and_a_static_cache(llama: Pair) -> None:
+    def run(model: Any) -> list[Tensor]:
+        def clear(_module: Any, _args: Any, output: Tensor) -> None:
+            output[..., :3] = 0
+
+        with model.model.layers[1].self_attn.o_proj.register_forward_hook(clear):
+            plain = model(IDS).logits
+            tokens = model.generate(IDS[1:], max_new_tokens=4, cache_implementation="static", disable_compile=True)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return [plain, tokens, model(IDS).logits]
+
+    compare(llama, run)
