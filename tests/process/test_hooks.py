@@ -467,6 +467,23 @@ def test_hooks_stay_when_layers_move_between_steps(place: Callable[..., Any], ti
     compare((moved, unsharded), run)
 
 
+def test_layers_do_not_move_inside_a_hook(place: Callable[..., Any], tiny_llama: str) -> None:
+    model = place(tiny_llama, [("a", 0, 2), ("b", 2, 4)])
+    other = ll.Plan.from_spans([("c", 0, 4)])
+    refused = []
+
+    def move(*_: object) -> None:
+        with pytest.raises(ll.UnsupportedOperationError, match="inside a hook"):
+            model.rebalance(other)
+        refused.append(True)
+
+    with model.model.layers[1].register_forward_hook(move):
+        model(IDS)
+    assert refused
+    model.rebalance(other)
+    assert model.plan.stages[0].end == 4
+
+
 @torch.inference_mode()
 def test_hooks_under_inference_mode_autocast_and_a_static_cache(llama: Pair) -> None:
     def run(model: Any) -> list[Tensor]:

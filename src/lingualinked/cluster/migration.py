@@ -63,6 +63,10 @@ class Migrator:
         with self._lock:
             self._sessions.add(session)
 
+    def is_stepped_by(self, thread: int) -> bool:
+        """Return whether a thread, by its number, runs a step of some session."""
+        return any(session.stepping_thread == thread for session in self._living_sessions())
+
     def record_move(self, stall_s: float, num_bytes: int) -> None:
         """Count a session that has switched: the seconds it waited, and the bytes of its final copy of KV."""
         with self._lock:

@@ -27,7 +27,7 @@ from lingualinked.cluster.session import Session
 from lingualinked.cluster.stage_loading import request_stages
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
-from lingualinked.errors import ClosedError, LingualinkedError
+from lingualinked.errors import ClosedError, LingualinkedError, UnsupportedOperationError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
@@ -194,7 +194,7 @@ class Pipeline:
 
         Without a plan, it moves to the best one, if it is worth it, which needs a profile (`enable_rebalancing`).
         """
-        self.check_open()
+        self._check_between_steps()
         if plan is not None:
             check_memory(plan, self.cluster.devices)
         holdings = None
@@ -209,16 +209,24 @@ class Pipeline:
 
     def release(self, device: str) -> Decision:
         """Move all layers off a device, and place none there again."""
-        self.check_open()
+        self._check_between_steps()
         return self._controller.tell(lambda now: DeviceReleased(time_s=now, device=device))
 
     def admit(self, device: str, measure: Callable[[], Profile]) -> Decision:
         """Use a device of the cluster from now on, if that pays; ``measure`` returns a profile that has it too."""
-        self.check_open()
+        self._check_between_steps()
         self._engine.wait_for_worker(device, self.timeout_s)
         with self._admitting:
             profile = measure()
             return self._controller.tell(lambda now: DeviceJoined(time_s=now, device=device, profile=profile))
+
+    def _check_between_steps(self) -> None:
+        """Check that it is open, and that this thread is not in a hook of one of its steps, for which layers would wait."""
+        self.check_open()
+        if self._migrator.is_stepped_by(threading.get_ident()):
+            raise UnsupportedOperationError(
+                "layers can't move inside a hook, whose step would have to end first: call this after the model has returned"
+            )
 
     @property
     def ended_devices(self) -> frozenset[str]:

@@ -68,6 +68,7 @@ class Session:
         self.num_rows = 0
         self.num_tokens = 0
         self.last_step: StepSample | None = None
+        self.stepping_thread: int | None = None  # which runs a step now, and its hooks
         self._engine = engine
         self._model = model
         self._number = number
@@ -122,6 +123,7 @@ class Session:
         """
         if not self._running.acquire(blocking=False):
             raise ArgumentError("past_key_values is in use by another thread: a session runs one step at a time")
+        self.stepping_thread = threading.get_ident()
         try:
             with self._changing:
                 self._switch_route()
@@ -129,6 +131,7 @@ class Session:
                     inputs, attention_mask, position_ids, logits_to_keep, keeps_kv, records, hidden_state_indices, hooks
                 )
         finally:
+            self.stepping_thread = None
             self._running.release()
 
     def reorder(self, rows: Tensor) -> None:
