@@ -16,7 +16,7 @@ from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import result_of
 from lingualinked.cluster.step_reply import HookEvent, StepReply
 from lingualinked.errors import LingualinkedError
-from lingualinked.model.hook_points import HookPoint
+from lingualinked.model.hook_data import HookPoint
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.messages import Step
 

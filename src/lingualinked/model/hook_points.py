@@ -9,8 +9,6 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
-import msgspec
-
 from lingualinked.model.cut import StandIn
 from lingualinked.model.hook_values import CallValues
 
@@ -19,13 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-
-class HookPoint(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A module with hooks: whether a pass stops before it, and whether behind it."""
-
-    path: str
-    before: bool
-    after: bool
+    from lingualinked.model.hook_data import HookPoint
 
 
 @dataclasses.dataclass(slots=True)

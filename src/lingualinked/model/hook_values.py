@@ -7,61 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from torch import Tensor
 from transformers import Cache, modeling_outputs
 from transformers.utils import ModelOutput
 
 from lingualinked.errors import ProtocolError
+from lingualinked.model.hook_data import Entries, HookValue, Items, ObjectAt, Plain, Strides, TensorAt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-
-class _Value(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base class of the parts of a structure."""
-
-
-class TensorAt(_Value, frozen=True, tag=1):
-    """The tensor with this index among those of a call."""
-
-    index: int
-
-
-class ObjectAt(_Value, frozen=True, tag=2):
-    """The object with this index among those of a call, which stays in the worker; and what it is."""
-
-    index: int
-    type_name: str
-    is_cache: bool
-
-
-class Plain(_Value, frozen=True, tag=3):
-    """A value without parts."""
-
-    value: bool | int | float | str | None
-
-
-class Items(_Value, frozen=True, tag=4):
-    """A tuple or a list."""
-
-    is_list: bool
-    items: tuple[HookValue, ...]
-
-
-class Entries(_Value, frozen=True, tag=5):
-    """A dictionary, or an output class of transformers, by its name."""
-
-    output_class: str
-    keys: tuple[str | int, ...]
-    items: tuple[HookValue, ...]
-
-
-HookValue = TensorAt | ObjectAt | Plain | Items | Entries
-
-Strides = tuple[int, ...] | None
-"""Of a tensor whose elements lie one after the other in another order than that of its dimensions."""
 
 
 class CallValues:

@@ -25,7 +25,8 @@ from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.exact.rounding_probe import fills_vectors, find_groups, probe_rounding
-from lingualinked.model.hook_points import HookedPass, HookPoint, ModuleCall, in_this_thread
+from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.joining import join_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.parts import cache_slots

@@ -11,7 +11,7 @@ import msgspec
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.hook_points import HookPoint
+from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.base import Message, Natural
 from lingualinked.protocol.boot import Emulation

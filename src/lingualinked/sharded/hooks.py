@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ArgumentError, ProtocolError, UnsupportedOperationError, WorkerError
-from lingualinked.model.hook_points import HookPoint, contains_layers
+from lingualinked.model.hook_data import HookPoint, HookValue, Items, Strides
+from lingualinked.model.hook_points import contains_layers
 from lingualinked.model.hook_values import (
     CallValues,
-    HookValue,
-    Items,
-    Strides,
     objects_in,
     pack_tensor,
     unpack_tensor,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
-from lingualinked.model.hook_points import HookPoint, ModuleCall
+from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage, StageInputs, StageOutput

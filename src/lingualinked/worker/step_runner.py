@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
-from lingualinked.model.hook_points import HookPoint, ModuleCall
+from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.hook_values import pack_tensor, unpack_tensor
 from lingualinked.model.memory import release_memory
 from lingualinked.protocol.hooking import HookAnswered, HookReached

@@ -10,16 +10,8 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.hook_values import (
-    CallValues,
-    Entries,
-    Items,
-    ObjectAt,
-    Plain,
-    TensorAt,
-    pack_tensor,
-    unpack_tensor,
-)
+from lingualinked.model.hook_data import Entries, Items, ObjectAt, Plain, TensorAt
+from lingualinked.model.hook_values import CallValues, pack_tensor, unpack_tensor
 
 
 def test_structures_survive_and_tensors_keep_their_identity() -> None:

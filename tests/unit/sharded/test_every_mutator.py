@@ -21,7 +21,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
 from lingualinked.cluster.step_reply import HookEvent, StepReply
-from lingualinked.model.hook_points import HookedPass, HookPoint, ModuleCall
+from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_points import HookedPass, ModuleCall
 from lingualinked.model.parts import ModelParts, find_parts
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.sharded.forward import make_sharded
