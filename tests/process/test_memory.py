@@ -58,7 +58,22 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     import lingualinked.sharded.loading
     import transformers.models.llama.modeling_llama
-    with ll.Cluster([ll.Device(name=name, threads=1) for name in "abc"]) as cluster:
+    devices = [ll.Device(name=name, threads=1) for name in "abc"]
+    ids = torch.randint(0, 8000, (1, 64))
+
+    def talk(model):
+        past = model(ids, logits_to_keep=1).past_key_values
+        for _ in range(8):
+            model(ids[:, :1], past_key_values=past)
+        return past
+
+    # Probes of how this processor rounds take memory of their own, once: other workers run them first, and they are kept on disk.
+    with ll.Cluster(devices) as cluster:
+        with ll.ShardedModel.from_pretrained(
+            sys.argv[4], cluster=cluster, plan="even", load_format="dummy", progress=False
+        ) as model:
+            talk(model)
+    with ll.Cluster(devices) as cluster:
         # An idle worker has served before: pages of torch's code count as resident once they have run, and are shared.
         idle = ll.ShardedModel.from_pretrained(sys.argv[2], cluster=cluster, plan="even", dtype=sys.argv[3], progress=False)
         with idle as model:
@@ -69,10 +84,7 @@ if __name__ == "__main__":
             forget_peak(pid)
             before[name] = (status(pid, "VmRSS"), read_bytes(pid))
         model = ll.ShardedModel.from_pretrained(sys.argv[1], cluster=cluster, plan="even", progress=False)
-        ids = torch.randint(0, 8000, (1, 64))
-        past = model(ids, logits_to_keep=1).past_key_values
-        for _ in range(8):
-            model(ids[:, :1], past_key_values=past)
+        past = talk(model)
         stages = {stage.device: stage for stage in model.telemetry.stages}
         measured = {}
         for name, pid in pids.items():
@@ -99,12 +111,12 @@ NUM_LAYERS = {"float32": 12, "bfloat16": 24}
 def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_llama: str
 ) -> dict[str, dict[str, int]]:
-    folder = tmp_path_factory.mktemp("large")
-    (folder / "config.json").write_text(
-        json.dumps(SHAPE | {"dtype": request.param, "num_hidden_layers": NUM_LAYERS[request.param]})
-    )
+    folder, shallow = tmp_path_factory.mktemp("large"), tmp_path_factory.mktemp("shallow")
+    for where, num_layers in ((folder, NUM_LAYERS[request.param]), (shallow, 3)):
+        config = SHAPE | {"dtype": request.param, "num_hidden_layers": num_layers}
+        (where / "config.json").write_text(json.dumps(config))
     write(folder)
-    return json.loads(run(MEASURE, folder, tiny_llama, request.param).splitlines()[-1])
+    return json.loads(run(MEASURE, folder, tiny_llama, request.param, shallow).splitlines()[-1])
 
 
 def run(script: str, *paths: Path | str) -> str:
