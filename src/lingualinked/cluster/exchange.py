@@ -131,7 +131,8 @@ class Exchange:
                 raise WorkerDiedError(name, self.ended[name])
             self._send(device, message, tensors)
         except Exception as error:  # noqa: BLE001 - whoever waits raises it
-            pending.future.set_exception(error)
+            # Without this frame and its callers, which name the future (`result_of`).
+            pending.future.set_exception(error.with_traceback(None))
         else:
             self._pending.add(key, pending)
 

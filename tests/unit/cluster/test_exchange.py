@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
@@ -265,6 +267,21 @@ def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> 
         talk.ask(step(3)).result(0)
     talk.exchange.send_command("b", EndSession(model=1, plan_version=1, stage=0, session=1), 1)
     assert talk.heard("b") is None
+
+
+def test_a_request_that_fails_at_once_is_freed_with_its_error(talk: Conversation) -> None:
+    talk.exchange.mark_dead("b", "killed")
+    gc.collect()
+    gc.disable()
+    try:
+        future = talk.ask(InspectWorker(request=5), "b")
+        freed = weakref.ref(future)
+        with pytest.raises(WorkerDiedError):
+            future.result(0)
+        del future
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_a_device_may_come_later_and_go_again(talk: Conversation, caplog: pytest.LogCaptureFixture) -> None:
