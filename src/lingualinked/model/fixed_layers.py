@@ -6,7 +6,7 @@ Their tensors stay where they are, so that CUDA graphs can use them. Knows no st
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,11 @@ class _Fixed:
     keys: Tensor | None
     values: Tensor | None
 
+    if TYPE_CHECKING:
+
+        @property
+        def first(self) -> int: ...
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate memory for as many rows as the first states [rows, heads, tokens, dim] have, or use what fits again."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -78,6 +83,13 @@ class _Fixed:
         """Tokens per row that are allocated."""
         return self.max_cache_len
 
+    def read_tokens(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of tokens from a position on, [rows, heads, tokens, dim]; valid until the next change."""
+        assert self.keys is not None
+        assert self.values is not None
+        offset = position - self.first
+        return self.keys.narrow(2, offset, num_tokens), self.values.narrow(2, offset, num_tokens)
+
     def clear(self) -> None:
         """Forget all tokens, and keep the memory for first states of the same shape."""
         self.is_initialized = False
@@ -103,12 +115,23 @@ class _Fixed:
             self.count.captured.clear()
 
 
-class FixedLayer(_Fixed, StaticCacheLayer):
-    """Full attention."""
+class _FullAttention(StaticCacheLayer):
+    """Base of the layers of full attention, owned or not."""
 
     def __init__(self, max_cache_len: int, count: TokenCount) -> None:
         super().__init__(max_cache_len)
         self.count = count
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - the memory is of one size
+        """Return how many tokens a mask is for, and the first one's position."""
+        return self.count.visible or self.max_cache_len, 0
+
+
+class FixedLayer(_Fixed, _FullAttention):
+    """Full attention."""
+
+    def __init__(self, max_cache_len: int, count: TokenCount) -> None:
+        super().__init__(max_cache_len, count)
         self._stop = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -122,10 +145,6 @@ class FixedLayer(_Fixed, StaticCacheLayer):
         if self.count.visible is None:
             return self.keys, self.values
         return self.keys.narrow(2, 0, self.count.visible), self.values.narrow(2, 0, self.count.visible)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - the memory is of one size
-        """Return how many tokens a mask is for, and the first one's position."""
-        return self.count.visible or self.max_cache_len, 0
 
     def get_seq_length(self) -> int:
         """Return the number of tokens before the step, on the device."""
@@ -144,12 +163,6 @@ class FixedLayer(_Fixed, StaticCacheLayer):
     def record_seen(self) -> None:
         """Record that the cache's count holds for this layer."""
         self._stop = self.count.on_host
-
-    def read_tokens(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of tokens from a position on, [rows, heads, tokens, dim]; valid until the next change."""
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys.narrow(2, position, num_tokens), self.values.narrow(2, position, num_tokens)
 
     def write_tokens(self, first: int, position: int, keys: Tensor, values: Tensor, _capacity: int) -> None:
         """Keep the held tokens before `position`, append these, and forget all others.
@@ -217,13 +230,6 @@ class FixedSlidingLayer(_Fixed, StaticSlidingCacheLayer):
         self._first = self.cumulative_length_int = 0
         self.cumulative_length.zero_()
 
-    def read_tokens(self, position: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of tokens from a position on, [rows, heads, tokens, dim]; valid until the next change."""
-        assert self.keys is not None
-        assert self.values is not None
-        offset = position - self.first
-        return self.keys.narrow(2, offset, num_tokens), self.values.narrow(2, offset, num_tokens)
-
     def write_tokens(self, first: int, position: int, keys: Tensor, values: Tensor, _capacity: int) -> None:
         """Keep the held tokens from `first` to `position`, append these, and forget all others.
 
@@ -248,20 +254,12 @@ class FixedSlidingLayer(_Fixed, StaticSlidingCacheLayer):
             held.copy_(new)
 
 
-class CountingFixedLayer(StaticCacheLayer):
+class CountingFixedLayer(_FullAttention):
     """Replaces full attention held elsewhere."""
-
-    def __init__(self, max_cache_len: int, count: TokenCount) -> None:
-        super().__init__(max_cache_len)
-        self.count = count
 
     def get_seq_length(self) -> int:
         """Return the number of tokens before the step, on the device."""
         return self.count.on_device if self.count.on_host else 0  # type: ignore[return-value]  # as transformers does
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - the memory is of one size
-        """Return how many tokens a mask is for, and the first one's position."""
-        return self.count.visible or self.max_cache_len, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Do nothing: there are no rows."""
@@ -286,4 +284,3 @@ class CountingFixedSlidingLayer(StaticSlidingCacheLayer):
 
 
 OwnedFixedLayer = FixedLayer | FixedSlidingLayer
-AnyFixedLayer = OwnedFixedLayer | CountingFixedLayer | CountingFixedSlidingLayer

@@ -19,6 +19,7 @@ from lingualinked.model.fixed_layers import (
     CountingFixedSlidingLayer,
     FixedLayer,
     FixedSlidingLayer,
+    OwnedFixedLayer,
     TokenCount,
 )
 from lingualinked.model.kv_layers import (
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
 
-OwnedLayer = GrowingLayer | GrowingSlidingLayer | FixedLayer | FixedSlidingLayer
+OwnedLayer = GrowingLayer | GrowingSlidingLayer | OwnedFixedLayer
 
 
 class StageCache:
@@ -143,7 +144,7 @@ class StageCache:
     def clear(self) -> None:
         """Forget the tokens of a static cache, and keep its memory, for another session."""
         for layer in self.owned.values():
-            assert isinstance(layer, FixedLayer | FixedSlidingLayer)
+            assert isinstance(layer, OwnedFixedLayer)
             layer.clear()
         for kind in [kind for kind, graph in self.captured.items() if graph is None]:
             del self.captured[kind]  # for which memory was short
@@ -161,7 +162,7 @@ class StageCache:
         """Return an independent copy, for a session that continues from here."""
         growth, count = copy.copy(self._growth), self.count.copy()
         owned: dict[int, OwnedLayer] = {
-            slot: layer.copy(count) if isinstance(layer, FixedLayer | FixedSlidingLayer) else layer.copy(growth)
+            slot: layer.copy(count) if isinstance(layer, OwnedFixedLayer) else layer.copy(growth)
             for slot, layer in self.owned.items()
         }
         layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
@@ -198,7 +199,7 @@ class StageCache:
             other.captured.clear()
             for slot in self.owned.keys() & other.owned.keys():
                 layer = self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
-                if isinstance(layer, FixedLayer | FixedSlidingLayer):
+                if isinstance(layer, OwnedFixedLayer):
                     layer.count = self.count
                 else:
                     layer.growth = self._growth

@@ -189,9 +189,10 @@ class Stage:
         if cache is not None:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
-        decode = None if cache is None else _decode_inputs(inputs, cache)
-        graph = None
-        if decode is not None and cache is not None and not self._ropes:
+        graph = decode = None
+        if cache is not None and not self._ropes and self.graphs.serve(cache):
+            decode = _decode_inputs(inputs, cache)
+        if decode is not None and cache is not None:
             constants = inputs.layout, inputs.logits_to_keep
             template = dataclasses.replace(inputs, tensors=(), attention_mask=None, position_ids=None)
             owners = weakref.proxy(self), weakref.proxy(cache)  # they keep the graph, which is freed with them
@@ -207,10 +208,11 @@ class Stage:
             if graph is not None and decode is not None:
                 graph.layout = layout
                 self.graphs.end_trial(graph, decode, outputs)
+            outputs = self._finished(outputs)
         # 3) count the tokens
         if cache is not None:
             cache.advance(num_new)
-        return StageOutput(tensors=self._finished(outputs), layout=layout, recorded=recorded)
+        return StageOutput(tensors=outputs, layout=layout, recorded=recorded)
 
     def _finished(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Wait until outputs are computed; return them, on the CPU or on a GPU, from which they are sent without a detour."""

@@ -28,9 +28,8 @@ logger = logging.getLogger("lingualinked.model")
 
 _NUM_TRIALS = 2  # steps of which a graph has to give the eager bits: at the second one, a constant in it would show
 _MAX_GRAPHS = 16  # of one cache; its steps differ in length, in settings and in the logits that they keep
-_MAX_FAILURES = (
-    16  # captures that raise: what can't be captured mostly can't in any length, and torch frees no memory of it
-)
+# Captures that raise: what can't be captured mostly can't in any length, and torch frees no memory of it.
+_MAX_FAILURES = 16
 _SHORTEST = 256  # tokens; graphs read as many tokens of KV as this, twice as many, and so on
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -42,9 +41,8 @@ class DecodeInputs:
     """The inputs of a step of one token for each row."""
 
     states: Tensor  # token ids [rows, 1] int64, or hidden states [rows, 1, hidden]
-    mask: (
-        Tensor | dict[str, Tensor] | None
-    )  # [rows, past + 1]; in a graph wider, or by type of layers, [rows, 1, 1, tokens]
+    # [rows, past + 1]; in a graph wider, or by type of layers, [rows, 1, 1, tokens].
+    mask: Tensor | dict[str, Tensor] | None
     positions: Tensor | None  # [1 or rows, 1] int64
 
     @property
@@ -278,6 +276,10 @@ class StepGraphs:
     num_replayed: int = 0
     idle: list[StageCache] = field(default_factory=list)  # of sessions that have ended, for others of the same shape
 
+    def serve(self, cache: StageCache) -> bool:
+        """Return whether steps that continue a text in this KV cache may be captured."""
+        return self.record is not None and cache.is_static and cache.num_tokens > 0
+
     def find(
         self,
         inputs: DecodeInputs,
@@ -292,8 +294,6 @@ class StepGraphs:
         Besides its inputs, `constants` and torch's settings determine what a step does. A graph reads no more KV than it has
         to, if that gives the same bits.
         """
-        if self.record is None or not cache.is_static or not cache.num_tokens:
-            return None
         set_values = tuple(sorted(settings.items()))
         for visible in (self._length_to_read(cache, set_values), None):
             kind = (inputs.shapes, constants, set_values, cache.max_cache_len, tuple(cache.windows.items()), visible)
