@@ -212,3 +212,9 @@ def beams(conversation: Whole | Cut, lengths: Sequence[int] = (1, 1, 1, 4, 1), m
         wide = torch.nn.functional.pad(mask, (0, max(0, mask_width - mask.shape[1])))
         logits.append(conversation.step(prompt(3, num_new), wide, positions_of(mask, num_new)))
     return logits
+
+
+def assert_equal(cut: list[Tensor], whole: list[Tensor]) -> None:
+    """Compare the logits of a conversation's steps, bit for bit."""
+    for step, (ours, theirs) in enumerate(zip(cut, whole, strict=True)):
+        assert torch.equal(ours, theirs), f"step {step} differs by up to {(ours.float() - theirs.float()).abs().max()}"

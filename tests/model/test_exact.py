@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import accelerators
 from accelerators import embed
 from conversations import (
     Cut,
     Whole,
+    assert_equal,
     beam_and_back,
     extend,
     greedy,
@@ -37,11 +37,6 @@ NUM_STAGES = (1, 2, 3, NUM_LAYERS)
 DTYPES = (torch.float32, torch.bfloat16)
 
 Checkpoint = Callable[..., Path]
-
-
-def assert_equal(cut: list[Tensor], whole: list[Tensor]) -> None:
-    for step, (ours, theirs) in enumerate(zip(cut, whole, strict=True)):
-        assert torch.equal(ours, theirs), f"step {step} differs by up to {(ours.float() - theirs.float()).abs().max()}"
 
 
 def test_every_supported_architecture_is_tested() -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from conversations import Cut, Whole, beam_and_back, beams, greedy, load_stage, spec_of
+from conversations import Cut, Whole, assert_equal, beam_and_back, beams, greedy, load_stage, spec_of
 from families import FAMILIES, reference
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.spec import ModelSpec
@@ -115,11 +115,6 @@ class Moving(Cut):
             cache.complete_adoption(self._num_tokens, records_past=self.caches[0].records_past)
         self._spans, self.stages, self.caches = self._next_spans, self._next_stages, self._next_caches
         self._next_spans, self._copies = [], []
-
-
-def assert_equal(moved: list[Tensor], whole: list[Tensor]) -> None:
-    for step, (ours, theirs) in enumerate(zip(moved, whole, strict=True)):
-        assert torch.equal(ours, theirs), f"step {step} differs by up to {(ours.float() - theirs.float()).abs().max()}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

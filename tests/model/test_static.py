@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 import accelerators
-from conversations import Cut, Whole, beams, extend, load_stages, prompt, spec_of
+from conversations import Cut, Whole, assert_equal, beams, extend, load_stages, prompt, spec_of
 from families import FAMILIES, reference
 from lingualinked.errors import ArgumentError
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
@@ -24,11 +23,6 @@ ABLE = [family for family in FAMILIES if family != UNABLE]
 MAKES_MASKS = "create_masks_for_generate"
 
 Checkpoint = Callable[..., Path]
-
-
-def assert_equal(cut: list[Tensor], whole: list[Tensor]) -> None:
-    for step, (ours, theirs) in enumerate(zip(cut, whole, strict=True)):
-        assert torch.equal(ours, theirs), f"step {step} differs by up to {(ours.float() - theirs.float()).abs().max()}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
