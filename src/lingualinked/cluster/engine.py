@@ -173,10 +173,11 @@ class Engine:
             part_senders=tuple(devices) if step.records else (),
             takes_hooks=bool(step.hooks),
         )
+        future = pending.future  # before the step is sent: it has another one as soon as it has stopped at a hook
         self._post(
             lambda: self._exchange.send_request(devices[0], step, tensors, ("step", step.session, step.number), pending)
         )
-        return pending.future
+        return future
 
     def answer_hooks(self, device: str, message: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
         """Send what hooks have made of a call to the worker whose step waits for it."""
