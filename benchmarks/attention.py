@@ -17,7 +17,7 @@ from torch import Tensor
 from lingualinked.console import new_console
 from lingualinked.errors import LingualinkedError
 from lingualinked.model.exact import exact_attention
-from lingualinked.model.hf_internals import torch_attention
+from lingualinked.model.hf_internals.computing import torch_attention
 from lingualinked.tables import Rows
 
 DTYPES = (torch.bfloat16, torch.float16)

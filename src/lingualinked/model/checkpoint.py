@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lingualinked.errors import ArgumentError, CheckpointError
-from lingualinked.model import hf_internals
+from lingualinked.model.hf_internals import loading
 from lingualinked.model.safetensors_file import SafetensorsFile, identify_file
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
     if not Path(path).is_dir() and not _may_be_hub_id(path):
         return None
     try:
-        return hf_internals.find_file(path, name, **hub)
+        return loading.find_file(path, name, **hub)
     except OSError as error:
         raise CheckpointError(f"{name} of {path!r} can't be downloaded from the Hugging Face hub: {error}") from error
 

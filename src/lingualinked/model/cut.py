@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model import hf_internals
+from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def cut_class(
         "__init__": __init__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
-        "get_init_context": hf_internals.exclusive_init_context(cls),
+        "get_init_context": building.exclusive_init_context(cls),
     }
     derived: type[PreTrainedModel] = type(cls.__name__, (cls,), namespace)
     return derived
@@ -140,8 +140,8 @@ def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, bound
             stand_in = PassThrough()
         model.set_submodule(path, stand_in)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = {target: source for target, source in hf_internals.ties(model).items() if {target, source} <= held}
-    hf_internals.set_ties(model, tied)
+    tied = {target: source for target, source in building.ties(model).items() if {target, source} <= held}
+    building.set_ties(model, tied)
 
 
 def flatten_output(output: RawOutput | None) -> tuple[tuple[torch.Tensor, ...], tuple[bool, ...] | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.hf_internals import StaticCacheLayer, StaticSlidingCacheLayer
+from lingualinked.model.hf_internals.cache_layers import StaticCacheLayer, StaticSlidingCacheLayer
 
 
 class TokenCount:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lingualinked.model import hf_internals
 from lingualinked.model.cut import Boundary, StandIn, prune
 from lingualinked.model.exact.packed_linear import PackedLinear
+from lingualinked.model.hf_internals import building
 from lingualinked.model.span_loading import LoadedSpan
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ def join_spans(spans: Sequence[LoadedSpan], start: int, end: int) -> LoadedSpan:
     owned = [f"{parts.layers}.{index}" for index in range(start, end)]
     owned += (parts.prologue if start == 0 else ()) + (parts.epilogue if end == parts.num_layers else ())
     found = {path: _find_module(path, spans) for path in owned}
-    with hf_internals.GLOBAL_STATE:  # so that no module is copied in the middle of a step
+    with building.GLOBAL_STATE:  # so that no module is copied in the middle of a step
         model = _copy_tree(like.model, parts)
     for path, module in found.items():
         model.set_submodule(path, module)
-    hf_internals.set_ties(model, dict(like.tied))
+    building.set_ties(model, dict(like.tied))
     prune(model, parts, start, end, boundary)
-    _tie_parameters(model, hf_internals.ties(model), {id(module) for module in found.values()})
+    _tie_parameters(model, building.ties(model), {id(module) for module in found.values()})
     return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=like.tied, num_bytes_read=0)
 
 

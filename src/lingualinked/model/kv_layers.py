@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.hf_internals import CacheLayer, SlidingCacheLayer
+from lingualinked.model.hf_internals.cache_layers import CacheLayer, SlidingCacheLayer
 
 _GRANULE_TOKENS = 64
 

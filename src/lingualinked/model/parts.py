@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
-from lingualinked.model import hf_internals
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES, read_config
+from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
 from lingualinked.weight_bytes import WeightBytes
 
@@ -72,7 +72,7 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
         )
     cls: type[PreTrainedModel] = getattr(transformers, spec.class_name)
     try:
-        return hf_internals.build_on_meta(cls, read_config(spec), getattr(torch, spec.dtype), spec.attn_implementation)
+        return building.build_on_meta(cls, read_config(spec), getattr(torch, spec.dtype), spec.attn_implementation)
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
         cause = f"{type(error).__name__}: {error}"
         if spec.attn_implementation is not None:
@@ -102,7 +102,7 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
     prologue = {module_path: module for module_path, module in outside if module in called}
     epilogue = {module_path: module for module_path, module in outside if module not in called}
     in_prologue, in_epilogue = _own_parameters(prologue), _own_parameters(epilogue)
-    tied = hf_internals.ties(meta_model)
+    tied = building.ties(meta_model)
     in_both = {target for target, source in tied.items() if target in in_epilogue and source in in_prologue}
     return ModelParts(
         layers=path,

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model import hf_internals
 from lingualinked.model.architectures import read_config
 from lingualinked.model.cut import Boundary, cut_class, prune
 from lingualinked.model.dummy import BlankWeights, DummyWeights
+from lingualinked.model.hf_internals import building, loading
 from lingualinked.model.parts import ModelParts, build_meta, check_span, parts_of
 from lingualinked.model.safetensors_file import FileChangedError
 from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSource
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lingualinked.model.hf_internals import MappedKey
+    from lingualinked.model.hf_internals.loading import MappedKey
     from lingualinked.model.spec import ModelSpec
 
 _MAX_NAMES = 5  # in a message
@@ -104,12 +104,12 @@ def _load_from(
 
     # 1) choose the tensors that the span needs
     mapped = _map_weights(whole, source.shapes)
-    tied = hf_internals.ties(whole)
+    tied = building.ties(whole)
     prune(whole, parts, start, end, Boundary())
     chosen = _choose_keys(mapped, tied, set(whole.state_dict()))
     # 2) make transformers build the cut class and load them
     boundary = Boundary()
-    model = hf_internals.load_model(
+    model = loading.load_model(
         cut_class(type(whole), parts, start, end, boundary),
         read_config(spec),
         {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
@@ -128,10 +128,10 @@ def _open_source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:
 def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MappedKey]:
     """Map a checkpoint's keys to the parameters of a model; raise if tensors are missing or do not fit."""
     name = type(meta_model).__name__
-    mapped = hf_internals.map_keys(meta_model, shapes)
+    mapped = loading.map_keys(meta_model, shapes)
     parameters = dict(meta_model.named_parameters(remove_duplicate=False))
     made = {parameter for each in mapped.values() for parameter in each.names}
-    for target, source in hf_internals.ties(meta_model).items():
+    for target, source in building.ties(meta_model).items():
         if target in made or source in made:
             made |= {target, source}
     missing = [parameter for parameter in parameters if parameter not in made]

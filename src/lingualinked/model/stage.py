@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model import hf_internals
 from lingualinked.model.cut import SpanLeft, flatten_output, unflatten_output
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_norm import speed_up_norms
@@ -25,6 +24,7 @@ from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
 from lingualinked.model.exact.rounding_probe import fills_vectors, find_groups, probe_rounding
+from lingualinked.model.hf_internals import building, computing, recording
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.joining import join_spans
@@ -94,12 +94,12 @@ class Stage:
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers
         self._slots = self.cache_slots(start, end)
-        self._ropes = hf_internals.dynamic_ropes(self._model)
+        self._ropes = computing.dynamic_ropes(self._model)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
         num_heads = getattr(self._config.get_text_config(), "num_attention_heads", 0) if is_sdpa else 0
         self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None, num_heads)
-        self._recorders: hf_internals.Recorders | None = None  # once a step has recorded
-        self._rotary_modules = hf_internals.rotary_modules(self._model) if device.type == "cpu" else []
+        self._recorders: recording.Recorders | None = None  # once a step has recorded
+        self._rotary_modules = computing.rotary_modules(self._model) if device.type == "cpu" else []
 
     @classmethod
     def load(
@@ -230,7 +230,7 @@ class Stage:
     def _make_masks(self, cache: StageCache, inputs: DecodeInputs) -> dict[str, Tensor]:
         """Make the masks of a step as ``generate`` does for a static cache."""
         states, mask, positions = map(self._to_device, (inputs.states, inputs.mask, inputs.positions))
-        return hf_internals.make_masks(self._config, states, mask, cache.hf, positions)
+        return computing.make_masks(self._config, states, mask, cache.hf, positions)
 
     def _run_forward(
         self, inputs: StageInputs, cache: StageCache | None
@@ -267,7 +267,7 @@ class Stage:
         hooks = [self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)]
         hooks += [
             self._layers[self.start].register_forward_pre_hook(
-                in_this_thread(lambda *_, name=name: hf_internals.record_too(name))
+                in_this_thread(lambda *_, name=name: recording.record_too(name))
             )
             for name in _ONLY_RECORDED.intersection(inputs.records)
         ]
@@ -303,13 +303,13 @@ class Stage:
     def _own_globals(self, inputs: StageInputs, settings: TorchSettings) -> Iterator[None]:
         """Make what all steps of this process share be that of one step."""
         if inputs.records and self._recorders is None:
-            self._recorders = hf_internals.Recorders(self._model)
+            self._recorders = recording.Recorders(self._model)
         with (
             contextlib.nullcontext() if self._recorders is None or not inputs.records else self._recorders.attached(),
-            hf_internals.GLOBAL_STATE,
+            building.GLOBAL_STATE,
             torch_settings(settings),
-            hf_internals.computed_attention(exact_attention.attend),
-            hf_internals.computed_rotation(self._rotary_modules, faster_rotation),
+            computing.computed_attention(exact_attention.attend),
+            computing.computed_rotation(self._rotary_modules, faster_rotation),
         ):
             for rope in self._ropes if inputs.rope_reach else ():
                 rope.stretch(inputs.rope_reach, self.device)

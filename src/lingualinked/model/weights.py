@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from lingualinked.model import hf_internals
+from lingualinked.model.hf_internals import building
 from lingualinked.model.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class WeightSource(Protocol):
 
 def untied_parameters(meta_model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Return the parameters of a model by name; tied ones only under their source's name, as in a checkpoint."""
-    tied = hf_internals.ties(meta_model)
+    tied = building.ties(meta_model)
     return {
         name: parameter for name, parameter in meta_model.named_parameters(remove_duplicate=False) if name not in tied
     }

@@ -17,7 +17,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.model.hf_internals import balancing_loss, makes_pipeline_for_device, recordable_outputs
+from lingualinked.model.hf_internals.building import makes_pipeline_for_device
+from lingualinked.model.hf_internals.computing import balancing_loss
+from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions

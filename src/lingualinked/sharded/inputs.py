@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
-from lingualinked.model.hf_internals import selected_hidden_states
+from lingualinked.model.hf_internals.recording import selected_hidden_states
 from lingualinked.model.parts import learned_positions
 from lingualinked.quantities import count_text
 

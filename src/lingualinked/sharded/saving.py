@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
+from lingualinked.model.hf_internals.saving import (
+    dot_natural_key,
+    remove_tied_weights_from_state_dict,
+    revert_weight_conversion,
+)
 from lingualinked.model.safetensors_writer import write_file
 from lingualinked.whole_file import write_whole_file
 

@@ -2,16 +2,16 @@ import torch
 from transformers import PreTrainedModel
 
 from families import tiny_config, tiny_model
-from lingualinked.model import hf_internals
 from lingualinked.model.cut import Boundary, ExitLayer, PassThrough, ReplayLayer, ZeroEmbedding, cut_class
+from lingualinked.model.hf_internals import building
 from lingualinked.model.parts import find_parts
 
 
 def cut(family: str, start: int, end: int) -> PreTrainedModel:
     cls = type(tiny_model(family, torch.float32))
     config = tiny_config(family)
-    parts = find_parts(hf_internals.build_on_meta(cls, config, torch.float32, None))
-    return hf_internals.build_on_meta(cut_class(cls, parts, start, end, Boundary()), config, torch.float32, None)
+    parts = find_parts(building.build_on_meta(cls, config, torch.float32, None))
+    return building.build_on_meta(cut_class(cls, parts, start, end, Boundary()), config, torch.float32, None)
 
 
 def test_a_cut_class_passes_for_the_class_it_was_cut_from() -> None:
@@ -48,5 +48,5 @@ def test_a_whole_span_has_no_stand_ins() -> None:
 
 
 def test_ties_reach_no_further_than_the_span() -> None:
-    assert hf_internals.ties(cut("llama-tied", 2, 4)) == hf_internals.ties(cut("llama-tied", 0, 2)) == {}
-    assert hf_internals.ties(cut("llama-tied", 0, 4)) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert building.ties(cut("llama-tied", 2, 4)) == building.ties(cut("llama-tied", 0, 2)) == {}
+    assert building.ties(cut("llama-tied", 0, 4)) == {"lm_head.weight": "model.embed_tokens.weight"}

@@ -2,14 +2,14 @@ import torch
 from transformers import LlamaForCausalLM
 
 from families import tiny_config
-from lingualinked.model import hf_internals
 from lingualinked.model.dummy import DummyWeights
+from lingualinked.model.hf_internals import building
 
 GOLDEN = [1.0282871, 0.9769946, 0.9868389]
 
 
 def weights(family: str, seed: int, dtype: torch.dtype = torch.float32) -> DummyWeights:
-    return DummyWeights(hf_internals.build_on_meta(LlamaForCausalLM, tiny_config(family), dtype, None), seed)
+    return DummyWeights(building.build_on_meta(LlamaForCausalLM, tiny_config(family), dtype, None), seed)
 
 
 def test_seed_and_name_decide() -> None:

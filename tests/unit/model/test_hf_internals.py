@@ -15,13 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from families import tiny_config, tiny_model
 from lingualinked.errors import CheckpointError
-from lingualinked.model import hf_internals
+from lingualinked.model.hf_internals import building, computing, loading
 from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
 
 
 def meta(family: str) -> transformers.PreTrainedModel:
     cls = type(tiny_model(family, torch.float32))
-    return hf_internals.build_on_meta(cls, tiny_config(family), torch.bfloat16, "eager")
+    return building.build_on_meta(cls, tiny_config(family), torch.bfloat16, "eager")
 
 
 def test_from_config_builds_on_meta_with_dtype_and_attention() -> None:
@@ -34,9 +34,9 @@ def test_from_config_builds_on_meta_with_dtype_and_attention() -> None:
 
 def test_all_tied_weights_keys_maps_target_to_source() -> None:
     model = meta("llama-tied")
-    assert hf_internals.ties(model) == {"lm_head.weight": "model.embed_tokens.weight"}
-    hf_internals.set_ties(model, {})
-    assert hf_internals.ties(model) == {}
+    assert building.ties(model) == {"lm_head.weight": "model.embed_tokens.weight"}
+    building.set_ties(model, {})
+    assert building.ties(model) == {}
 
 
 def test_rename_source_key_and_get_model_conversion_mapping_give_the_loaders_names() -> None:
@@ -48,15 +48,15 @@ def test_rename_source_key_and_get_model_conversion_mapping_give_the_loaders_nam
         "model.norm.weight",
         "nothing.of.the.kind",
     ]
-    mapped = hf_internals.map_keys(meta("mixtral"), keys)
-    fused = hf_internals.MappedKey(("model.layers.0.mlp.experts.gate_up_proj",), True)
+    mapped = loading.map_keys(meta("mixtral"), keys)
+    fused = loading.MappedKey(("model.layers.0.mlp.experts.gate_up_proj",), True)
     assert mapped == {
         keys[0]: fused,
         keys[1]: fused,
-        keys[2]: hf_internals.MappedKey(("model.layers.0.mlp.gate.weight",), False),
-        keys[3]: hf_internals.MappedKey(("model.layers.0.input_layernorm.weight",), False),
-        keys[4]: hf_internals.MappedKey(("model.norm.weight",), False),
-        keys[5]: hf_internals.MappedKey((), False),
+        keys[2]: loading.MappedKey(("model.layers.0.mlp.gate.weight",), False),
+        keys[3]: loading.MappedKey(("model.layers.0.input_layernorm.weight",), False),
+        keys[4]: loading.MappedKey(("model.norm.weight",), False),
+        keys[5]: loading.MappedKey((), False),
     }
 
 
@@ -77,7 +77,7 @@ def test_hf_deactivate_async_load_makes_the_loader_sequential(monkeypatch: pytes
 
     monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", no_threads)
     model = tiny_model("llama", torch.float32)
-    loaded = hf_internals.load_model(
+    loaded = loading.load_model(
         LlamaForCausalLM, model.config, model.state_dict(), dtype=torch.float32, attn_implementation=None
     )
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
@@ -92,7 +92,7 @@ def test_what_is_set_while_loading_is_set_back(setting: str | None, monkeypatch:
     bars = transformers_logging.is_progress_bar_enabled()
 
     def load_and_fail() -> None:
-        with hf_internals._quiet_sequential_loading():
+        with loading._quiet_sequential_loading():
             assert os.environ[name] == "1"
             assert not transformers_logging.is_progress_bar_enabled()
             raise KeyError
@@ -107,7 +107,7 @@ def test_the_load_report_comes_from_the_logger_that_is_listened_to() -> None:
     model = tiny_model("llama", torch.float32)
     state = model.state_dict()
     del state["lm_head.weight"]
-    with hf_internals._quiet_sequential_loading() as reports:
+    with loading._quiet_sequential_loading() as reports:
         LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=state)
     assert any("LOAD REPORT" in report and "lm_head.weight" in report for report in reports)
     assert not logging.getLogger("transformers.modeling_utils").filters
@@ -124,14 +124,14 @@ def test_output_loading_info_names_what_is_wrong(change: str) -> None:
     else:
         state["model.norm.weight.of.another"] = torch.zeros(5)
     with pytest.raises(CheckpointError, match=f"{change} keys .*model.norm.weight"):
-        hf_internals.load_model(LlamaForCausalLM, model.config, state, dtype=torch.float32, attn_implementation=None)
+        loading.load_model(LlamaForCausalLM, model.config, state, dtype=torch.float32, attn_implementation=None)
 
 
 def test_cached_file_gives_none_for_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "there.json").touch()
-    assert hf_internals.find_file(str(tmp_path), "there.json") == str(tmp_path / "there.json")
-    assert hf_internals.find_file(str(tmp_path), "missing.json") is None
-    assert hf_internals.find_file("not/there", "any.json", cache_dir=tmp_path, local_files_only=True) is None
+    assert loading.find_file(str(tmp_path), "there.json") == str(tmp_path / "there.json")
+    assert loading.find_file(str(tmp_path), "missing.json") is None
+    assert loading.find_file("not/there", "any.json", cache_dir=tmp_path, local_files_only=True) is None
 
 
 @pytest.mark.parametrize(("device", "is_hidden"), [(None, False), ("cpu", True), (-1, True)])
@@ -141,33 +141,33 @@ def test_a_pipeline_asks_for_the_device_map_where_it_is_made(device: str | int |
     class Asked(type(tiny_model("llama", torch.float32))):
         @property
         def hf_device_map(self) -> None:
-            seen.append(hf_internals.makes_pipeline_for_device(sys._getframe(1)))
+            seen.append(building.makes_pipeline_for_device(sys._getframe(1)))
 
     model = tiny_model("llama", torch.float32)
     model.__class__ = Asked
     transformers.TextGenerationPipeline(model=model, tokenizer=None, device=device)
     assert seen[0] is is_hidden
-    assert not hf_internals.makes_pipeline_for_device(sys._getframe())
+    assert not building.makes_pipeline_for_device(sys._getframe())
 
 
 @pytest.mark.parametrize(("family", "has_rotation"), [("llama", True), ("qwen3-moe", True), ("gpt2", False)])
 def test_a_models_rotary_function_can_be_replaced_for_one_step(family: str, has_rotation: bool) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(family))
-    modules = hf_internals.rotary_modules(model)
+    modules = computing.rotary_modules(model)
     assert modules == ([sys.modules[type(model).__module__]] if has_rotation else [])
     for module in modules:
         own = module.apply_rotary_pos_emb
-        with hf_internals.computed_rotation(modules, lambda function: [function]):
+        with computing.computed_rotation(modules, lambda function: [function]):
             assert module.apply_rotary_pos_emb == [own]
         assert module.apply_rotary_pos_emb is own
 
 
 def test_all_attention_functions_can_be_replaced_for_one_step() -> None:
-    functions = hf_internals.ALL_ATTENTION_FUNCTIONS
-    assert functions["sdpa"] is hf_internals.torch_attention
-    with hf_internals.computed_attention(print):
+    functions = computing.ALL_ATTENTION_FUNCTIONS
+    assert functions["sdpa"] is computing.torch_attention
+    with computing.computed_attention(print):
         assert functions["sdpa"] is print
-        with hf_internals.computed_attention(len):
+        with computing.computed_attention(len):
             assert functions["sdpa"] is print
-    assert functions["sdpa"] is hf_internals.torch_attention
+    assert functions["sdpa"] is computing.torch_attention

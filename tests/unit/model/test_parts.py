@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from families import FAMILIES, tiny_config
 from lingualinked.errors import ArgumentError, UncuttableModelError
-from lingualinked.model import hf_internals
+from lingualinked.model.hf_internals import building
 from lingualinked.model.parts import build_meta, find_parts, learned_positions
 from lingualinked.model.spec import ModelSpec
 
@@ -102,7 +102,7 @@ def test_parameters_of_the_model_itself_are_refused() -> None:
 
 
 def test_a_forward_pass_that_fails_is_refused_with_its_error() -> None:
-    model = hf_internals.build_on_meta(LlamaForCausalLM, tiny_config("llama"), torch.float32, None)
+    model = building.build_on_meta(LlamaForCausalLM, tiny_config("llama"), torch.float32, None)
     model.model.rotary_emb = None
     with pytest.raises(UncuttableModelError, match=r"failed before the first layer .*NoneType"):
         find_parts(model)
@@ -126,6 +126,6 @@ class Unreached(LlamaForCausalLM):
 
 
 def test_a_forward_pass_that_does_not_come_to_the_layers_is_refused() -> None:
-    model = hf_internals.build_on_meta(Unreached, tiny_config("llama"), torch.float32, None)
+    model = building.build_on_meta(Unreached, tiny_config("llama"), torch.float32, None)
     with pytest.raises(UncuttableModelError, match="does not reach the first layer"):
         find_parts(model)

@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from families import rope_config
-from lingualinked.model.hf_internals import dynamic_ropes
+from lingualinked.model.hf_internals.computing import dynamic_ropes
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 

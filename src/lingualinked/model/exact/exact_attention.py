@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lingualinked.kernels import attention
 from lingualinked.model.exact.kept_probes import keep_result
-from lingualinked.model.hf_internals import torch_attention
+from lingualinked.model.hf_internals.computing import torch_attention
 
 # Blocks of torch's kernel have 512 tokens, its vectors 16; MKL multiplies fewer than 12 or more than 192 otherwise.
 _TOKENS_OF_PRODUCTS = (1, 2, 3, 5, 11, 16, 34, 203, 511, 551)

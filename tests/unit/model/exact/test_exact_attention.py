@@ -17,7 +17,7 @@ from kernel_checks import threads
 from lingualinked.kernels import attention
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_attention import attend, is_exact
-from lingualinked.model.hf_internals import torch_attention
+from lingualinked.model.hf_internals.computing import torch_attention
 from lingualinked.model.stage import Stage, StageInputs
 
 pytestmark = pytest.mark.slow

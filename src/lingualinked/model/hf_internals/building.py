@@ -1,0 +1,80 @@
+"""Builds models of transformers without memory, and says what their parameters share.
+
+Knows how transformers constructs; no weights, spans or stages.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import FrameType
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+GLOBAL_STATE = threading.RLock()
+"""Held while transformers constructs a model, and while a stage computes.
+
+Construction sets torch's default dtype and replaces functions of torch for the whole process, including other threads.
+"""
+
+
+_FILLING = {
+    *(getattr(torch.nn.init, name) for name in ("constant_", "kaiming_uniform_", "normal_", "uniform_")),
+    *(getattr(torch.Tensor, name) for name in ("fill_", "normal_", "uniform_", "zero_")),
+}
+
+
+class _LeaveUnfilled(TorchFunctionMode):
+    """Leaves tensors on the meta device alone where a module fills its parameters: torch takes long over what has no values."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _FILLING:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
+def build_on_meta(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    """Build a model without memory, with the dtype and the attention implementation that loading would give it."""
+    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with GLOBAL_STATE, torch.device("meta"), _LeaveUnfilled():
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
+    model.eval()
+    return model
+
+
+def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
+    """Return a ``get_init_context`` for a class derived from `cls` that holds `GLOBAL_STATE` during construction."""
+
+    def get_init_context(_derived: type, *args: Any, **kwargs: Any) -> list[Any]:
+        return [GLOBAL_STATE, *cls.get_init_context(*args, **kwargs), _LeaveUnfilled()]
+
+    return classmethod(get_init_context)
+
+
+def makes_pipeline_for_device(frame: FrameType | None) -> bool:
+    """Return whether a frame makes a ``transformers.pipeline`` with a device, which refuses models with a device map."""
+    if frame is None or frame.f_globals.get("__name__") != "transformers.pipelines.base":
+        return False
+    return frame.f_code.co_qualname == "Pipeline.__init__" and frame.f_locals.get("device") is not None
+
+
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """Return the tied parameters of a model, as ``{target: source}``."""
+    return dict(model.all_tied_weights_keys)
+
+
+def set_ties(model: PreTrainedModel, tied: dict[str, str]) -> None:
+    """Set the parameters that the loader ties."""
+    model.all_tied_weights_keys = tied

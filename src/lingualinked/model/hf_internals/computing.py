@@ -1,0 +1,116 @@
+"""What models of transformers compute with: attention, masks, rotary embeddings, the loss of experts.
+
+Knows functions that a model's code calls; no spans and no stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+torch_attention = sdpa_attention_forward
+"""The function by which models compute attention as "sdpa"."""
+
+
+_ROTATION = "apply_rotary_pos_emb"
+
+
+@contextlib.contextmanager
+def computed_attention(attend: Callable[..., Any]) -> Iterator[None]:
+    """Make models that compute attention as "sdpa" call `attend` in place of `torch_attention`, within the context.
+
+    Does nothing if another function has been registered. Needs `GLOBAL_STATE`.
+    """
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not torch_attention:
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def rotary_modules(model: torch.nn.Module) -> list[Any]:
+    """Find the Python modules of a model's code that have a function of their own for rotary embeddings."""
+    names = {type(module).__module__ for module in model.modules()}
+    found = [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]
+    return [each for each in found if isinstance(getattr(each, _ROTATION, None), FunctionType)]
+
+
+@contextlib.contextmanager
+def computed_rotation(modules: Iterable[Any], faster: Callable[[Any], Any]) -> Iterator[None]:
+    """Make the code in some Python modules call ``faster(function)`` in place of its rotary function, within the context.
+
+    Needs `GLOBAL_STATE`.
+    """
+    before = [(module, getattr(module, _ROTATION)) for module in modules]
+    for module, function in before:
+        setattr(module, _ROTATION, faster(function))
+    try:
+        yield
+    finally:
+        for module, function in before:
+            setattr(module, _ROTATION, function)
+
+
+class DynamicRope:
+    """A rotary embedding, of one type of layers or of all, that long texts stretch, and that stays stretched."""
+
+    def __init__(self, module: torch.nn.Module, layer_type: str | None) -> None:
+        self._module = module
+        self._arguments = {} if layer_type is None else {"layer_type": layer_type}
+        self._prefix = "" if layer_type is None else f"{layer_type}_"
+
+    def stretch(self, num_tokens: int, device: torch.device) -> None:
+        """Put the embedding into its state after a text of `num_tokens` tokens, whatever its present state."""
+        module: Any = self._module
+        reach = getattr(module, f"{self._prefix}max_seq_len_cached", module.max_seq_len_cached)
+        if int(reach) != num_tokens:
+            for position in (0, num_tokens - 1):  # a short text first, which resets the stretching
+                positions = torch.tensor([[position]], device=device)
+                module(torch.empty(0, device=device), positions, **self._arguments)
+
+
+def dynamic_ropes(model: torch.nn.Module) -> list[DynamicRope]:
+    """Find the rotary embeddings that keep state from one forward pass to the next."""
+    found = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None) if hasattr(module, "max_seq_len_cached") else None
+        by_type = kinds if isinstance(kinds, dict) else {None: kinds or ""}
+        found += [DynamicRope(module, layer_type) for layer_type, kind in by_type.items() if "dynamic" in kind]
+    return found
+
+
+def make_masks(
+    config: Any,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+    position_ids: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Make the masks of a step of one token as ``generate`` does for a static cache, by type of layers; "" if there is one type.
+
+    `states` are ``[rows, 1, ...]``; the masks are ``[rows, 1, 1, tokens]``.
+    """
+    like = torch.empty((*states.shape[:2], 0), dtype=config.dtype, device=states.device)
+    made = create_masks_for_generate(config, like, attention_mask, cache, position_ids)
+    return made if isinstance(made, dict) else {"": made}
+
+
+def balancing_loss(model: Any, router_logits: tuple[Any, ...], attention_mask: torch.Tensor | None) -> Any:
+    """Return the loss that the class of a model of experts adds for experts that are used unequally; None if it has none."""
+    compute = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if compute is None:
+        return None
+    return compute(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)

@@ -1,0 +1,64 @@
+"""Records the outputs of a model's modules by transformers' own hooks.
+
+Knows what a class can record; no spans and no stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import output_capturing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def recordable_outputs(model: torch.nn.Module) -> frozenset[str]:
+    """Return what transformers records by hooks; empty for classes whose own forward collects it."""
+    return frozenset(name for module in model.modules() for name in output_capturing._CAN_RECORD_REGISTRY.get(module))  # type: ignore[arg-type]
+
+
+def selected_hidden_states(asked: Any, num_hidden_states: int) -> tuple[int, ...] | None:
+    """Return the indices that a value of ``output_hidden_states`` selects, from 0; None if it is a flag."""
+    if (selected := output_capturing.selected_hidden_states(asked)) is None:
+        return None
+    return tuple(sorted(output_capturing.resolve_hidden_states_indices(None, selected, num_hidden_states)))  # type: ignore[arg-type]
+
+
+class Recorders:
+    """The hooks by which transformers records a model's outputs: on its modules only while it records, as each costs time."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        for module in model.modules():
+            vars(module).pop("_output_capturing_hooks_installed", None)  # modules that several cut models share
+        for module in model.modules():
+            if output_capturing._CAN_RECORD_REGISTRY.get(module):  # type: ignore[arg-type]
+                output_capturing.maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
+        self._hooks = [
+            (module._forward_hooks, number, hook)
+            for module in model.modules()
+            for number, hook in module._forward_hooks.items()
+            if hook.__module__ == output_capturing.__name__
+        ]
+        with self.attached():
+            pass
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the hooks on the modules within the context."""
+        for hooks, number, hook in self._hooks:
+            hooks[number] = hook
+        try:
+            yield
+        finally:
+            for hooks, number, _ in self._hooks:
+                del hooks[number]
+
+
+def record_too(name: str) -> None:
+    """Record one more output of the forward pass that is in progress, as if it had been called for it."""
+    collected = output_capturing._active_collector.get()
+    if collected is not None:
+        collected.setdefault(name, [])
