@@ -13,8 +13,8 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import CheckpointFile, ModelSpec
 from lingualinked.protocol import messages
 from lingualinked.protocol.boot import Emulation
-from lingualinked.protocol.messages import StageTimes, Step
 from lingualinked.protocol.moving import KVSlice, SessionState
+from lingualinked.protocol.steps import StageTimes, Step
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample

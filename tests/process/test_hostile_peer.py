@@ -20,27 +20,20 @@ import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.protocol.base import Message
+from lingualinked.protocol.failures import FailureKind, RequestFailed, StepFailed
 from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import (
-    EndSession,
-    FailureKind,
     Hello,
     InspectWorker,
     IntroduceWorker,
-    KVEdit,
-    KVEditKind,
     LogRecord,
-    RequestFailed,
-    StageTimes,
-    Step,
-    StepDone,
-    StepFailed,
     WorkerReport,
     decode,
     encode,
 )
 from lingualinked.protocol.moving import FetchWeight, KVChunk, KVSlice, MoveSession, SessionState
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
+from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, StageTimes, Step, StepDone
 from lingualinked.transport.codec import Limits, encode_message
 from lingualinked.transport.message_limits import RING_BYTES
 from message_examples import TYPES, example

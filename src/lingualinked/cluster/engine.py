@@ -24,10 +24,11 @@ from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
 from lingualinked.protocol.hooking import HookAnswered
-from lingualinked.protocol.messages import EndSession, LoadStage, Request, Step, check
+from lingualinked.protocol.messages import LoadStage, Request, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
+from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox

@@ -21,6 +21,7 @@ from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.remote_text import RemoteLog
 from lingualinked.cluster.step_reply import HookEvent, StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
+from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, ModelMeasured, Ping, Pong
 from lingualinked.protocol.messages import (
@@ -30,14 +31,9 @@ from lingualinked.protocol.messages import (
     DismissWorker,
     Hello,
     IntroduceWorker,
-    KVRefused,
     LogRecord,
     Progress,
-    RequestFailed,
     StageLoaded,
-    StepDone,
-    StepFailed,
-    StepRecorded,
     UnloadModel,
     WorkerMessage,
     WorkerReport,
@@ -47,6 +43,7 @@ from lingualinked.protocol.messages import (
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.reading import TensorRead
 from lingualinked.protocol.roles import TO_CALLER, Role
+from lingualinked.protocol.steps import StepDone, StepRecorded
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
 

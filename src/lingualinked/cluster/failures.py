@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lingualinked.cluster.remote_text import readable
 from lingualinked.errors import ArgumentError, CheckpointError, DeviceMemoryError, LingualinkedError, WorkerError
-from lingualinked.protocol.messages import FailureKind, KVRefused, RequestFailed, StepFailed
+from lingualinked.protocol.failures import FailureKind, KVRefused, RequestFailed, StepFailed
 
 
 def error_of(device: str, failure: RequestFailed | KVRefused | StepFailed) -> LingualinkedError:

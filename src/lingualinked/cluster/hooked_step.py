@@ -18,7 +18,7 @@ from lingualinked.cluster.step_reply import HookEvent, StepReply
 from lingualinked.errors import LingualinkedError
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.protocol.hooking import HookAnswered
-from lingualinked.protocol.messages import Step
+from lingualinked.protocol.steps import Step
 
 
 class StepHooks(Protocol):

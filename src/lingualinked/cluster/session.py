@@ -29,8 +29,8 @@ from lingualinked.model.context import StepContext
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.torch_settings import read_torch_settings
-from lingualinked.protocol.messages import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import CopyKV, ForkSession, KVCopied, MoveSession
+from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us
 
@@ -115,7 +115,7 @@ class Session:
         Inputs are token ids, int64 ``[rows, tokens]``, or embeddings, ``[rows, tokens, hidden]``; the mask is int64
         ``[rows, past + tokens]``, and positions are int64 ``[1 or rows, tokens]``. ``logits_to_keep`` is as in
         transformers: 0 for all positions, N for the last N, or indices. ``keeps_kv`` tells whether later steps follow;
-        ``records`` what layers record (`protocol.messages.RECORDS`), ``hidden_state_indices`` which hidden states, if not
+        ``records`` what layers record (`protocol.steps.RECORDS`), ``hidden_state_indices`` which hidden states, if not
         all.
 
         If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has

@@ -15,7 +15,7 @@ from torch import Tensor
 from lingualinked.cluster.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.protocol.hooking import HookReached
-from lingualinked.protocol.messages import StageTimes, Step
+from lingualinked.protocol.steps import StageTimes, Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StageTiming, StepSample
 

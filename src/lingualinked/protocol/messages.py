@@ -5,16 +5,13 @@ Knows neither who sends them nor over what. Tensors are sent with a message, nev
 
 from __future__ import annotations
 
-import enum
-
 import msgspec
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.spec import ModelSpec
-from lingualinked.protocol.base import Message, Natural
+from lingualinked.protocol.base import Message
 from lingualinked.protocol.boot import Emulation
+from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.moving import (
@@ -30,6 +27,7 @@ from lingualinked.protocol.moving import (
     WeightChunk,
 )
 from lingualinked.protocol.reading import ReadTensor, TensorRead
+from lingualinked.protocol.steps import EndSession, Step, StepDone, StepRecorded
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
@@ -105,98 +103,6 @@ class DismissWorker(Message, frozen=True, tag=33):
     name: str
 
 
-# --- along the pipeline
-
-
-class KVEditKind(enum.IntEnum):
-    """An edit of a session's KV cache, made before the next step runs."""
-
-    REORDER = 1
-    CROP = 2
-    RECORD = 3
-    RESERVE = 4
-
-
-class KVEdit(Message, frozen=True):
-    """One edit of a session's KV.
-
-    ``values`` are, by kind: the row indices to keep; the number of tokens to remove at the end; whether tokens that leave
-    a sliding window must stay recoverable; or the tokens per row that are expected in total.
-    """
-
-    kind: KVEditKind
-    values: tuple[int, ...]
-
-
-class StageTimes(Message, frozen=True):
-    """One stage's measurements of a step: bytes received, and microseconds (see `lingualinked.telemetry.samples`)."""
-
-    received_bytes: Natural
-    hop_us: Natural
-    wait_us: Natural
-    compute_us: Natural
-    codec_us: Natural
-
-
-RECORDS = frozenset({"hidden_states", "attentions", "router_logits"})
-"""What layers may record in a step, by the names of transformers' outputs."""
-
-
-class Step(Message, frozen=True, tag=4):
-    """Run one step of a session on stage ``stage``.
-
-    Its tensors are, in order: the stage's inputs (token ids or embeddings on the first stage, the raw output of the
-    previous stage's last layer on others), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, and the
-    indices of the logits to keep if ``logits_to_keep`` is ``None``.
-
-    ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
-    ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
-    them. Stages send what of ``records`` their layers give (`RECORDS`) to the caller (`StepRecorded`);
-    of hidden states only those with the indices ``hidden_state_indices``, if it is not None.
-    At each of ``hooks`` the stage stops and sends `HookReached` to the caller.
-    The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
-    Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
-    differences are meaningful.
-    """
-
-    model: int
-    plan_version: int
-    stage: int
-    session: int
-    number: int
-    keeps_kv: bool
-    layout: tuple[bool, ...] | None
-    mask: MaskMode
-    positions: PositionMode
-    position_rows: int
-    logits_to_keep: int | None
-    edits: tuple[KVEdit, ...]
-    rope_reach: int
-    sent_us: int
-    timings: tuple[StageTimes, ...]
-    torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
-    records: tuple[str, ...] = ()
-    hidden_state_indices: tuple[int, ...] | None = None
-    max_cache_len: Natural = 0
-    hooks: tuple[HookPoint, ...] = ()
-
-    def __post_init__(self) -> None:
-        # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).
-        if self.logits_to_keep is not None and not isinstance(self.logits_to_keep, int):
-            raise ProtocolError(f"logits_to_keep={self.logits_to_keep!r} must be an int or None")
-        if not RECORDS.issuperset(self.records):
-            raise ProtocolError(f"records={self.records!r} must be some of {sorted(RECORDS)}")
-
-
-class EndSession(Message, frozen=True, tag=5):
-    """Free a session's KV on stage ``stage`` and forward this message; it is sent after the session's last step."""
-
-    model: int
-    plan_version: int
-    stage: int
-    session: int
-
-
 # --- to the caller
 
 
@@ -244,67 +150,6 @@ class WorkerReport(Message, frozen=True, tag=20):
     worker: WorkerSnapshot
     device: DeviceSample
     stages: tuple[StageReport, ...]
-
-
-class StepDone(Message, frozen=True, tag=21):
-    """The last stage's answer to a step, sent with its logits."""
-
-    model: int
-    session: int
-    number: int
-    timings: tuple[StageTimes, ...]
-
-
-class StepRecorded(Message, frozen=True, tag=35):
-    """What a stage recorded in a step, sent before the stage sends the step on.
-
-    ``layouts`` say for each of the step's ``records`` which of its items are tensors, in order, and not None.
-    """
-
-    model: int
-    session: int
-    number: int
-    stage: int
-    layouts: tuple[tuple[bool, ...], ...]
-
-
-class FailureKind(enum.IntEnum):
-    """The kind of error that a worker's failure becomes in the caller."""
-
-    ERROR = 0
-    MEMORY = 1
-    CHECKPOINT = 2
-    ARGUMENT = 3
-
-
-class RequestFailed(Message, frozen=True, tag=22):
-    """A request failed."""
-
-    request: int
-    kind: FailureKind
-    cause: str
-    traceback: str
-
-
-class KVRefused(Message, frozen=True, tag=30):
-    """Answer to `CopyKV`, from the target: it could not use the KV that it received."""
-
-    request: int
-    model: int
-    kind: FailureKind
-    cause: str
-    traceback: str
-
-
-class StepFailed(Message, frozen=True, tag=23):
-    """A stage raised an exception in a step; the session can't continue."""
-
-    model: int
-    session: int
-    number: int
-    kind: FailureKind
-    cause: str
-    traceback: str
 
 
 class LogRecord(Message, frozen=True, tag=24):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from lingualinked.protocol import hooking, measuring, messages, moving, reading
+from lingualinked.protocol import failures, hooking, measuring, messages, moving, reading, steps
 from lingualinked.protocol.base import Message
 
 
@@ -46,8 +46,8 @@ TO_WORKER: Mapping[type[Message], Role] = {
     reading.ReadTensor: Role.CALLER,
     measuring.Ping: Role.WORKER,
     measuring.Pong: Role.PROBED,
-    messages.Step: Role.PREVIOUS,
-    messages.EndSession: Role.PREVIOUS,
+    steps.Step: Role.PREVIOUS,
+    steps.EndSession: Role.PREVIOUS,
     hooking.HookAnswered: Role.CALLER,
     moving.KVChunk: Role.KV_SOURCE,
     moving.KVReceived: Role.KV_TARGET,
@@ -67,12 +67,12 @@ TO_CALLER: Mapping[type[Message], Role] = {
     measuring.LinkProbed: Role.ASKED,
     messages.WorkerReport: Role.ASKED,
     reading.TensorRead: Role.ASKED,
-    messages.RequestFailed: Role.ASKED,
+    failures.RequestFailed: Role.ASKED,
     moving.KVCopied: Role.KV_ENDS,
-    messages.KVRefused: Role.KV_ENDS,
-    messages.StepDone: Role.LAST_STAGE,
-    messages.StepFailed: Role.ANY_STAGE,
-    messages.StepRecorded: Role.ANY_STAGE,
+    failures.KVRefused: Role.KV_ENDS,
+    steps.StepDone: Role.LAST_STAGE,
+    failures.StepFailed: Role.ANY_STAGE,
+    steps.StepRecorded: Role.ANY_STAGE,
     hooking.HookReached: Role.ANY_STAGE,
 }
 """The messages that the caller accepts, and from whom."""
@@ -88,6 +88,6 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     moving.CopyKV: moving.KVCopied,
     moving.ForkSession: messages.Acknowledged,
     reading.ReadTensor: reading.TensorRead,
-    messages.Step: messages.StepDone,
+    steps.Step: steps.StepDone,
 }
 """The answer to each message of the caller that has one."""

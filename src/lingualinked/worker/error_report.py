@@ -9,7 +9,7 @@ import traceback
 from typing import TypedDict
 
 from lingualinked.errors import ArgumentError, CheckpointError
-from lingualinked.protocol.messages import FailureKind
+from lingualinked.protocol.failures import FailureKind
 from lingualinked.worker.limits import is_out_of_memory
 
 _MAX_CHARACTERS = 16_000

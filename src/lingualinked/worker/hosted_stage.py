@@ -21,7 +21,7 @@ from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage, StageInputs, StageOutput
-from lingualinked.protocol.messages import KVEdit, KVEditKind, Step, StepRecorded
+from lingualinked.protocol.steps import KVEdit, KVEditKind, Step, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces

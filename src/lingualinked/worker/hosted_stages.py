@@ -17,8 +17,9 @@ from torch import Tensor
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.messages import LoadStage, StageReport, Step
+from lingualinked.protocol.messages import LoadStage, StageReport
 from lingualinked.protocol.moving import ForkSession, WeightChunk
+from lingualinked.protocol.steps import Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
 from lingualinked.worker.hosted_stage import HostedStage

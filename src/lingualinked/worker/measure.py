@@ -23,7 +23,7 @@ from lingualinked.model.span_loading import load_span
 from lingualinked.model.stage import Stage, accelerator_device
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMeasured
-from lingualinked.protocol.messages import Step
+from lingualinked.protocol.steps import Step
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.limits import describe_hardware, free_bytes
 from lingualinked.worker.module_timer import ModuleTimer, clock_of

@@ -18,6 +18,7 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Emulation
+from lingualinked.protocol.failures import KVRefused, RequestFailed
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.messages import (
@@ -25,17 +26,13 @@ from lingualinked.protocol.messages import (
     CallerMessage,
     DismissWorker,
     EmulateDevice,
-    EndSession,
     Hello,
     InspectWorker,
     IntroduceWorker,
-    KVRefused,
     LoadStage,
     LogRecord,
     PeerMessage,
     Progress,
-    RequestFailed,
-    Step,
     UnloadModel,
     WeightHolder,
     WorkerMessage,
@@ -55,6 +52,7 @@ from lingualinked.protocol.moving import (
     WeightChunk,
 )
 from lingualinked.protocol.reading import ReadTensor
+from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.keys import KeyPair

@@ -17,8 +17,10 @@ from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.hook_values import pack_tensor, unpack_tensor
 from lingualinked.model.memory import release_memory
+from lingualinked.protocol.failures import FailureKind, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
-from lingualinked.protocol.messages import FailureKind, StageTimes, Step, StepDone, StepFailed, encode
+from lingualinked.protocol.messages import encode
+from lingualinked.protocol.steps import StageTimes, Step, StepDone
 from lingualinked.quantities import count_text
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us

@@ -26,32 +26,25 @@ from lingualinked.errors import (
     WorkerError,
 )
 from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.protocol.failures import FailureKind, KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.messages import (
     Acknowledged,
     AnyMessage,
     DismissWorker,
-    EndSession,
-    FailureKind,
     Hello,
     HookReached,
     InspectWorker,
     IntroduceWorker,
-    KVRefused,
     LogRecord,
     Progress,
-    RequestFailed,
     StageLoaded,
-    StageTimes,
-    Step,
-    StepDone,
-    StepFailed,
-    StepRecorded,
     UnloadModel,
     decode,
     encode,
 )
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
+from lingualinked.protocol.steps import EndSession, StageTimes, Step, StepDone, StepRecorded
 from lingualinked.rounding import Rounding
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.transport.keys import generate_keypair

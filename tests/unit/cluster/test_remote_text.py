@@ -9,7 +9,8 @@ import pytest
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.remote_text import RemoteLog, readable
 from lingualinked.errors import WorkerError
-from lingualinked.protocol.messages import FailureKind, LogRecord, StepFailed
+from lingualinked.protocol.failures import FailureKind, StepFailed
+from lingualinked.protocol.messages import LogRecord
 
 
 def record(text: str, *, level: int = logging.WARNING, logger: str = "lingualinked.worker") -> LogRecord:

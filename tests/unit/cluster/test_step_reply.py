@@ -7,7 +7,7 @@ import torch
 
 import lingualinked as ll
 from lingualinked.cluster.step_reply import StepReply, check_reply
-from lingualinked.protocol.messages import StageTimes
+from lingualinked.protocol.steps import StageTimes
 
 TIMES = (StageTimes(received_bytes=1, hop_us=2, wait_us=3, compute_us=4, codec_us=5),) * 2
 INPUTS = torch.zeros(3, 5, dtype=torch.long)

@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol import messages
-from lingualinked.protocol.messages import KVEdit, KVEditKind, decode, encode
+from lingualinked.protocol.messages import decode, encode
+from lingualinked.protocol.steps import KVEdit, KVEditKind
 from lingualinked.transport.codec import Limits, MalformedError, decode_message
 from message_examples import STEP, TYPES, example
 

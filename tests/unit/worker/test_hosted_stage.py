@@ -16,8 +16,8 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.stage import StageInputs, StageOutput
 from lingualinked.model.step_graphs import StepGraphs
-from lingualinked.protocol.messages import KVEdit, KVEditKind, Step
 from lingualinked.protocol.moving import KVSlice
+from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.hosted_stages import HostedStages, StageKey

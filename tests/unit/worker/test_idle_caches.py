@@ -14,8 +14,9 @@ from conversations import dummy_spec, prompt
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.stage import Stage
-from lingualinked.protocol.messages import LoadStage, Step
+from lingualinked.protocol.messages import LoadStage
 from lingualinked.protocol.moving import ForkSession
+from lingualinked.protocol.steps import Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.hosted_stages import HostedStages, StageKey

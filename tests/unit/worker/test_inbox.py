@@ -9,8 +9,9 @@ import torch
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.measuring import Ping, Pong
-from lingualinked.protocol.messages import EndSession, InspectWorker, UnloadModel, encode
+from lingualinked.protocol.messages import InspectWorker, UnloadModel, encode
 from lingualinked.protocol.moving import KeepPlan, KVReceived
+from lingualinked.protocol.steps import EndSession
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.worker.inbox import Inbox
 

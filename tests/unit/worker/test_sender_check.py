@@ -11,9 +11,10 @@ import pytest
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.base import Message
-from lingualinked.protocol.messages import AnyMessage, EndSession, IntroduceWorker, Step
+from lingualinked.protocol.messages import AnyMessage, IntroduceWorker
 from lingualinked.protocol.moving import AnnounceMove, FetchWeight, KVChunk, StagePlace
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER, Role
+from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.worker.announced_moves import AnnouncedMoves
