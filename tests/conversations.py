@@ -18,7 +18,8 @@ from families import VOCABULARY, tiny_config
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import resolve_dtype, resolve_files
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage, StageInputs
+from lingualinked.model.stage import Stage
+from lingualinked.model.stage_data import StageInputs
 from lingualinked.model.torch_settings import TorchSettings
 
 

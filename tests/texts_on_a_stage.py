@@ -15,7 +15,8 @@ from torch import Tensor
 
 from conversations import extend, positions_of, prompt
 from lingualinked.model.kv_cache import StageCache
-from lingualinked.model.stage import Stage, StageInputs
+from lingualinked.model.stage import Stage
+from lingualinked.model.stage_data import StageInputs
 from lingualinked.model.step_graphs import Recorder
 
 ROOM = 40

@@ -28,7 +28,7 @@ from conversations import (
 )
 from families import FAMILIES, reference
 from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
-from lingualinked.model.stage import StageInputs
+from lingualinked.model.stage_data import StageInputs
 
 pytestmark = [pytest.mark.equality, pytest.mark.slow]
 

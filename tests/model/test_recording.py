@@ -17,7 +17,8 @@ from lingualinked.cluster.recorded import DueRecords, Recorded, RecordedPart, re
 from lingualinked.cluster.route import Route
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage, StageInputs
+from lingualinked.model.stage import Stage
+from lingualinked.model.stage_data import StageInputs
 from lingualinked.planning.plan import Plan
 
 pytestmark = pytest.mark.equality

@@ -79,3 +79,15 @@ def _copy_of(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)  # noqa: SLF001 - copy.copy shares the dictionary
     return twin
+
+
+def missing_spans(start: int, end: int, held: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans of ``[start, end)`` that no span in `held` covers, in order."""
+    missing, position = [], start
+    for first, stop in sorted(held):
+        if position < min(first, end):
+            missing.append((position, min(first, end)))
+        position = max(position, stop)
+    if position < end:
+        missing.append((position, end))
+    return missing

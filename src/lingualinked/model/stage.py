@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import weakref
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,16 +26,17 @@ from lingualinked.model.exact.rounding_probe import fills_vectors, find_groups, 
 from lingualinked.model.hf_internals import building, computing, recording
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import HookedPass, ModuleCall, in_this_thread
-from lingualinked.model.joining import join_spans
+from lingualinked.model.joining import join_spans, missing_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.parts import cache_slots
 from lingualinked.model.span_loading import LoadedSpan, load_span
+from lingualinked.model.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
 from lingualinked.model.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
 from lingualinked.model.torch_settings import TorchSettings, read_torch_settings, torch_settings
 from lingualinked.rounding import Rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -46,33 +46,6 @@ if TYPE_CHECKING:
 
 # What is not asked for by its argument: a class would compute a loss from what this stage records alone.
 _ONLY_RECORDED = frozenset({"router_logits"})
-
-
-@dataclass(slots=True, kw_only=True)
-class StageInputs:
-    """The inputs of a stage in one step."""
-
-    # First stage: token ids [rows, tokens] int64, or embeddings [rows, tokens, hidden]. Later: the previous stage's output.
-    tensors: tuple[Tensor, ...]
-    layout: tuple[bool, ...] | None  # None for a single tensor, else which items of a tuple are tensors, not None
-    attention_mask: Tensor | None  # [rows, past + tokens] int64
-    position_ids: Tensor | None  # [rows or 1, tokens] int64
-    logits_to_keep: int | Tensor = 0  # for the last stage: the number of last positions, 0 for all, or indices
-    rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
-    torch_settings: TorchSettings = field(default_factory=dict)  # the caller's
-    records: tuple[str, ...] = ()  # what the model's output is to hold besides logits, such as "hidden_states"
-    hidden_state_indices: tuple[int, ...] | None = None  # which hidden states are to be recorded; None: all
-    hooks: tuple[HookPoint, ...] = ()  # where the step stops: then `pause` waits until the hooks of a module have run
-    pause: Callable[[ModuleCall], tuple[HookPoint, ...] | None] | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class StageOutput:
-    """The outputs of a stage in one step: computed, on the CPU or on the stage's GPU."""
-
-    tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
-    layout: tuple[bool, ...] | None
-    recorded: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of its layers, in order
 
 
 class Stage:
@@ -191,7 +164,7 @@ class Stage:
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
         graph = decode = None
         if cache is not None and not self._ropes and self.graphs.serve(cache):
-            decode = _decode_inputs(inputs, cache)
+            decode = decode_inputs(inputs, cache)
         if decode is not None and cache is not None:
             constants = inputs.layout, inputs.logits_to_keep
             template = dataclasses.replace(inputs, tensors=(), attention_mask=None, position_ids=None)
@@ -256,7 +229,7 @@ class Stage:
             self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:
             if self.device.type != "cpu":
-                _check_indices(inputs.logits_to_keep, states.shape[1])
+                check_indices(inputs.logits_to_keep, states.shape[1])
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
         if inputs.records:
             self._boundary.is_passed = True
@@ -347,42 +320,6 @@ class Stage:
 
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
-
-
-def _check_indices(indices: int | Tensor, size: int) -> None:
-    """Raise IndexError as torch does on a CPU; on a GPU, such an index would end all that it computes for this process."""
-    if isinstance(indices, Tensor) and indices.dtype is not torch.bool and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < -size or high >= size:
-            raise IndexError(f"index {low if low < -size else high} is out of bounds for dimension 0 with size {size}")
-
-
-def _decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None:
-    """Return the inputs of a step that does the same on the device each time; None if it may not."""
-    mask, keep = inputs.attention_mask, inputs.logits_to_keep
-    if (
-        len(inputs.tensors) != 1
-        or inputs.tensors[0].shape[1] != 1
-        or inputs.records
-        or inputs.hooks
-        or not isinstance(keep, int)
-    ):
-        return None
-    if mask is not None and (mask.ndim != 2 or mask.shape[1] != cache.num_tokens + 1):
-        return None
-    return DecodeInputs(states=inputs.tensors[0], mask=mask, positions=inputs.position_ids)
-
-
-def missing_spans(start: int, end: int, held: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the spans of ``[start, end)`` that no span in `held` covers, in order."""
-    missing, position = [], start
-    for first, stop in sorted(held):
-        if position < min(first, end):
-            missing.append((position, min(first, end)))
-        position = max(position, stop)
-    if position < end:
-        missing.append((position, end))
-    return missing
 
 
 def accelerator_device(accelerator: str) -> torch.device:

@@ -20,7 +20,8 @@ from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.memory import release_memory
-from lingualinked.model.stage import Stage, StageInputs, StageOutput
+from lingualinked.model.stage import Stage
+from lingualinked.model.stage_data import StageInputs, StageOutput
 from lingualinked.protocol.steps import KVEdit, KVEditKind, Step, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot

@@ -4,7 +4,8 @@ import torch
 from families import tiny_config
 from lingualinked.errors import ArgumentError
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage, StageInputs, _check_indices
+from lingualinked.model.stage import Stage
+from lingualinked.model.stage_data import StageInputs, check_indices
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_indices_that_a_gpu_would_not_survive_are_refused_as_on_a_cpu(indices: l
     with pytest.raises(IndexError) as on_cpu:
         states[:, torch.tensor(indices), :]
     with pytest.raises(IndexError) as ours:
-        _check_indices(torch.tensor(indices), 3)
+        check_indices(torch.tensor(indices), 3)
     assert str(ours.value) == str(on_cpu.value)
     for fine in (5, torch.tensor([-3, 2]), torch.tensor([True, False, True]), torch.tensor([], dtype=torch.long)):
-        _check_indices(fine, 3)
+        check_indices(fine, 3)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.kv_cache import StageCache
-from lingualinked.model.stage import StageInputs, StageOutput
+from lingualinked.model.stage_data import StageInputs, StageOutput
 from lingualinked.model.step_graphs import StepGraphs
 from lingualinked.protocol.moving import KVSlice
 from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
