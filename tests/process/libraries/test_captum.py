@@ -1,0 +1,108 @@
+"""Attributions of captum are those of the uncut model, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import lingualinked as ll
+
+attr = pytest.importorskip("captum.attr")
+metrics = pytest.importorskip("captum.metrics")
+
+pytestmark = [pytest.mark.process, pytest.mark.equality]
+
+IDS = torch.tensor([[1, 17, 93, 54, 8]])
+TARGET = 7
+Compare = Callable[[Callable[[Any], Any]], None]
+
+
+def of_ids(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda ids: model(ids).logits[:, -1].log_softmax(-1)
+
+
+def of_embeddings(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda embeddings: model(inputs_embeds=embeddings).logits[:, -1].log_softmax(-1)
+
+
+def embed(model: Any) -> Tensor:
+    return model.get_input_embeddings()(IDS).detach()
+
+
+def mlp_of(model: Any) -> Any:
+    return model.model.layers[1].mlp
+
+
+TOKENS = torch.arange(IDS.shape[1])[None, :, None]  # each token is one feature
+PERTURBED: dict[str, Callable[[Any], Any]] = {
+    "FeatureAblation": lambda model: attr.FeatureAblation(of_ids(model)).attribute(
+        IDS, target=TARGET, baselines=3, perturbations_per_eval=3
+    ),
+    "FeatureAblation of embeddings": lambda model: attr.FeatureAblation(of_embeddings(model)).attribute(
+        embed(model), target=TARGET, feature_mask=TOKENS
+    ),
+    "FeaturePermutation": lambda model: attr.FeaturePermutation(of_ids(model)).attribute(
+        torch.tensor([[1, 17, 93], [5, 6, 7], [9, 8, 7]]), target=TARGET
+    ),
+    "Occlusion": lambda model: attr.Occlusion(of_ids(model)).attribute(
+        IDS, sliding_window_shapes=(2,), target=TARGET, baselines=3
+    ),
+    "ShapleyValueSampling": lambda model: attr.ShapleyValueSampling(of_ids(model)).attribute(
+        IDS, target=TARGET, baselines=3, n_samples=2
+    ),
+    "ShapleyValues": lambda model: attr.ShapleyValues(of_ids(model)).attribute(IDS[:, :3], target=TARGET, baselines=3),
+    "LayerActivation": lambda model: attr.LayerActivation(of_ids(model), mlp_of(model)).attribute(IDS),
+    "LayerActivation of inputs": lambda model: attr.LayerActivation(of_ids(model), mlp_of(model)).attribute(
+        IDS, attribute_to_layer_input=True
+    ),
+    "LayerFeatureAblation": lambda model: attr.LayerFeatureAblation(of_ids(model), mlp_of(model)).attribute(
+        IDS, target=TARGET, layer_mask=TOKENS
+    ),
+    "NeuronFeatureAblation": lambda model: attr.NeuronFeatureAblation(of_ids(model), mlp_of(model)).attribute(
+        IDS, neuron_selector=(2, 3), baselines=3
+    ),
+    "infidelity": lambda model: metrics.infidelity(
+        of_embeddings(model),
+        lambda embeddings: (torch.full_like(embeddings, 0.01), embeddings - 0.01),
+        embed(model),
+        torch.ones_like(embed(model)),
+        target=TARGET,
+        n_perturb_samples=2,
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", PERTURBED)
+def test_attributions_by_perturbation(compare: Compare, method: str) -> None:
+    def script(model: Any) -> Any:
+        torch.manual_seed(0)
+        return PERTURBED[method](model)
+
+    compare(script)
+
+
+@torch.no_grad()
+def test_attribution_of_a_text(compare: Compare, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = attr.TextTokenInput("the quick brown fox", tokenizer)
+
+    def script(model: Any) -> Any:
+        method = attr.LLMAttribution(attr.FeatureAblation(model), tokenizer)
+        given = method.attribute(prompt, target=" dog", use_cached_outputs=False)
+        chosen = method.attribute(prompt, gen_args={"max_new_tokens": 2, "do_sample": False}, use_cached_outputs=False)
+        return [result for each in (given, chosen) for result in (each.seq_attr, each.token_attr)]
+
+    compare(script)
+
+
+def test_a_whole_text_after_its_own_kv_cache_is_refused(
+    sharded: ll.ShardedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    method = attr.LLMAttribution(attr.FeatureAblation(sharded), tokenizer)
+    with torch.no_grad(), pytest.raises(ll.LingualinkedError, match=r"attention_mask of shape .* rows x"):
+        method.attribute(attr.TextTokenInput("the quick brown fox", tokenizer), target=" dog", use_cached_outputs=True)
