@@ -119,6 +119,10 @@ def test_import_loads_no_heavy_library() -> None:
     assert loaded_by("import lingualinked") == set()
 
 
+def test_the_pytest_plugin_loads_no_heavy_library() -> None:
+    assert loaded_by("import lingualinked.testing.plugin") == set()
+
+
 def test_plain_data_loads_no_heavy_library() -> None:
     names = ", ".join(name for name in PUBLIC_NAMES if name not in HEAVY_NAMES)
     assert loaded_by(f"from lingualinked import {names}") == set()

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lingualinked.cluster.booting import Booting
@@ -210,6 +210,19 @@ class Launcher:
         for process in done:
             process.end_by(time.monotonic())
             process.gone.set()
+
+
+@contextlib.contextmanager
+def kept_fork_server() -> Iterator[None]:
+    """Keep the fork server, if there may be one, for all clusters that are made meanwhile."""
+    if not _can_fork():
+        yield
+        return
+    server = fork_servers.acquire(())
+    try:
+        yield
+    finally:
+        fork_servers.release(server)
 
 
 def _can_fork() -> bool:

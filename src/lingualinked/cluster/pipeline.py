@@ -36,6 +36,7 @@ from lingualinked.planning.plan import Plan
 from lingualinked.planning.plan_checks import check_memory
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision
+from lingualinked.telemetry.history import History
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
 from lingualinked.weight_bytes import WeightBytes
@@ -239,6 +240,11 @@ class Pipeline:
         if self.closed:
             end_with_interpreter()
             raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
+
+    @property
+    def history(self) -> History:
+        """What is remembered of its steps; no worker is asked."""
+        return self._recorder.history()
 
     def telemetry(self) -> Telemetry:
         """Ask the workers what they have done for this model, and add what is remembered of its steps.

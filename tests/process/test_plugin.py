@@ -1,0 +1,164 @@
+"""The pytest plugin in a project of somebody else: what its fixtures give, and that nothing of them is left behind.
+
+pytest runs in a process of its own, and finds the plugin by the entry point that pyproject.toml declares.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+
+from waiting import wait_until
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[2]
+
+# Writes down each test's workers; once a test is over, those that are not kept for the next one are gone.
+CONFTEST = """
+import json, pathlib, psutil, pytest
+
+NOTES = pathlib.Path("pids.jsonl")
+
+@pytest.fixture(autouse=True)
+def noted(request, cluster):
+    with NOTES.open("a") as file:
+        print(json.dumps([request.node.name, sorted(cluster.pids.values())]), file=file)
+
+def pytest_runtest_logfinish(nodeid):
+    for name, pids in map(json.loads, NOTES.read_text().splitlines() if NOTES.exists() else ()):
+        assert name.startswith("test_kept") or not any(map(psutil.pid_exists, pids)), f"workers of {name} outlive it"
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """An empty project, in whose environment the plugin is installed as a wheel would do it."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    site = pytester.mkdir("site")
+    metadata = site / "plugin_as_installed-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin-as-installed\nVersion: 0\n")
+    lines = [f"{name} = {module}" for name, module in declared["pytest11"].items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[pytest11]", *lines]))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    pytester.makeini("[pytest]\nfilterwarnings = error\naddopts = --strict-markers -p no:cacheprovider")
+    pytester.makeconftest(CONFTEST)
+    return pytester
+
+
+def workers(project: pytest.Pytester) -> dict[str, list[int]]:
+    """Return the process ids of each test's workers."""
+    return dict(map(json.loads, (project.path / "pids.jsonl").read_text().splitlines()))
+
+
+def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_foreign="""
+        import os, signal, threading
+        import pytest, torch
+        import lingualinked as ll
+
+        IDS = torch.tensor([[1, 17, 93, 54, 8]])
+
+        @pytest.mark.lingualinked(devices=[1, 2, [ll.Device(name="near", threads=1), ll.Device(name="far", latency="1ms")]])
+        @pytest.mark.parametrize("num_tokens", [2])
+        def test_numbers_of_devices(sharded_model, cluster, num_tokens):
+            assert len(sharded_model.plan.stages) == len(cluster.devices)
+            assert sharded_model.generate(IDS, max_new_tokens=num_tokens, do_sample=False).shape == (1, 7)
+
+        def test_without_a_marker(cluster):
+            assert len(cluster.pids) == 2
+
+        def test_requested_in_the_test(request):
+            assert request.getfixturevalue("sharded_model").plan.devices == ("worker-0", "worker-1")
+
+        @pytest.mark.lingualinked(scope="module")
+        class TestKept:
+            def test_kept_first(self, sharded_model):
+                sharded_model(IDS)
+
+            def test_kept_second(self, sharded_model):
+                assert len(sharded_model.telemetry.steps) == 1
+                sharded_model(IDS, output_hidden_states=True)
+
+        def test_killed(sharded_model, cluster):
+            cluster.kill("worker-1")
+            assert list(cluster.pids) == ["worker-0"]
+            with pytest.raises(ll.ArgumentError, match="has ended already"):
+                cluster.kill("worker-1")
+            with pytest.raises(ll.WorkerDiedError, match="worker-1"):
+                sharded_model(IDS)
+
+        def test_fails(sharded_model):
+            assert sharded_model(IDS) is None
+
+        @pytest.mark.lingualinked(model="nowhere", local_files_only=True)
+        def test_fixture_fails(sharded_model):
+            pass
+
+        @pytest.mark.timeout(0.5, method="signal", func_only=True)
+        def test_is_too_slow():
+            threading.Event().wait()
+
+        def test_is_interrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+        """
+    )
+    result = project.runpytest_subprocess("--lingualinked-trace=traces", timeout=100)
+    result.assert_outcomes(passed=8, failed=2, errors=1)
+    result.stdout.fnmatch_lines_random(["*CheckpointError*nowhere*", "*Timeout*"])
+    ran = workers(project)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert {
+        "test_numbers_of_devices[devices=near+far-2]",
+        "test_fails",
+        "test_is_too_slow",
+        "test_is_interrupted",
+    } <= ran.keys()
+    assert ran["test_kept_first[devices=2]"] == ran["test_kept_second[devices=2]"]
+    assert not any(psutil.pid_exists(pid) for pids in ran.values() for pid in pids)
+    traces = {path.name: json.loads(path.read_text()) for path in (project.path / "traces").iterdir()}
+    assert len(traces) == 7  # of each test that got a model; also of the one that fails
+    steps = [
+        event
+        for event in traces["test_foreign.py_TestKept_test_kept_second_devices=2_.json"]["traceEvents"]
+        if event["name"] == "prefill"
+    ]
+    assert len(steps) == 3  # the caller's and two stages': of the second test alone
+
+
+def test_side_by_side_under_xdist(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        """
+        import pytest, threading
+
+        @pytest.mark.lingualinked(devices=[1, 2])
+        @pytest.mark.timeout(0.5, method="thread", func_only=True)
+        def test_devices(cluster):
+            if len(cluster.devices) == 2:
+                threading.Event().wait()
+        """
+    )
+    result = project.runpytest_subprocess("-n2", timeout=100)
+    result.assert_outcomes(passed=1, failed=1)
+    pids = [pid for pids in workers(project).values() for pid in pids]
+    assert len(set(pids)) == 3
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))  # one pytest process has ended where it stood
+
+
+def test_what_a_marker_may_say(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        """
+        import pytest
+        @pytest.mark.lingualinked(devices=0)
+        def test_none(cluster): pass
+        """
+    )
+    result = project.runpytest_subprocess(timeout=100)
+    result.stdout.fnmatch_lines(["*devices=0 of @pytest.mark.lingualinked: give a positive number*"])
