@@ -189,6 +189,11 @@ class Engine:
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.send_command(device, message, message.model))
 
+    def end_session(self, devices: Sequence[str], message: EndSession) -> None:
+        """Free a session on the stages on these devices, as `send_command`."""
+        with contextlib.suppress(ClosedError, UnsupportedOperationError):
+            self._post(lambda: self._exchange.end_session(devices, message))
+
     def unload_model(self, model: int) -> None:
         """Free a model on all devices, unless `send_command` would do nothing; what waits for it fails with `ClosedError`."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):

@@ -10,9 +10,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
+import msgspec
 from torch import Tensor
 
 from lingualinked.cluster.failures import error_of
@@ -43,7 +44,7 @@ from lingualinked.protocol.messages import (
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.reading import TensorRead
 from lingualinked.protocol.roles import TO_CALLER, Role
-from lingualinked.protocol.steps import StepDone, StepRecorded
+from lingualinked.protocol.steps import EndSession, StepDone, StepRecorded
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
 
@@ -134,13 +135,26 @@ class Exchange:
             self._pending.add(key, pending)
 
     def answer_hooks(self, device: str, message: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
-        """Send what hooks have made of a call to the worker whose step waits for it, unless nobody waits for the step."""
+        """Send what hooks have made of a call to the worker whose step waits for it; end the step if nobody waits for it."""
         key = ("step", message.session, message.number)
-        if self._pending.resume(key, time.monotonic()):
-            try:
-                self._send(device, message, tensors)
-            except Exception as error:  # noqa: BLE001 - whoever waits raises it
-                self._pending.fail(key, error)
+        if not self._pending.resume(key, time.monotonic()):
+            self._end_paused_step(device, message)
+            return
+        try:
+            self._send(device, message, tensors)
+        except Exception as error:  # noqa: BLE001 - whoever waits raises it
+            self._pending.fail(key, error)
+
+    def end_session(self, devices: Sequence[str], message: EndSession) -> None:
+        """Free a session on the stages on these devices: each tells the next one, unless one of them is dead.
+
+        A step that is in progress fails.
+        """
+        self._pending.fail_session(message.session, lambda: ClosedError("the session was ended during a step"))
+        self.send_command(devices[0], message, message.model)
+        if not self.ended.keys().isdisjoint(devices):
+            for stage, device in enumerate(devices[1:], 1):
+                self.send_command(device, msgspec.structs.replace(message, stage=stage), message.model)
 
     def send_command(self, device: str, message: CallerMessage, model: int) -> None:
         """Send a message that has no answer, unless its worker is not there or its model is unloaded."""
@@ -185,7 +199,8 @@ class Exchange:
                 self._pending.complete(_key(message), delivery.tensors)
             case HookReached():
                 event = HookEvent(message, sender, delivery.tensors)
-                self._pending.pause(_key(message), message.path, event, time.monotonic())
+                if not self._pending.pause(_key(message), message.path, event, time.monotonic()):
+                    self._end_paused_step(sender, message)
             case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():
@@ -219,9 +234,9 @@ class Exchange:
             if isinstance(message, StepRecorded):
                 fits = fits and pending.awaits_part(message.stage, sender)
             if isinstance(message, HookReached):
-                fits = fits and pending.takes_hooks
-            if pending.paused_at and not isinstance(message, StepFailed):
-                fits = False  # the step waits for this process
+                fits = fits and pending.takes_hooks and pending.held_answer is None
+            if pending.paused_at and isinstance(message, StepDone | HookReached):
+                fits = False  # the step waits for this process; what stages before that one recorded may still arrive
         if not fits:
             raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
 
@@ -256,6 +271,18 @@ class Exchange:
                 request=number, name=about, public_key=self.public_keys[about], address=self.addresses[about]
             )
             self.send_request(to, introduction, (), ("request", number, 0), pending)
+
+    def _end_paused_step(self, device: str, message: HookReached | HookAnswered) -> None:
+        """End a step that waits for hooks and that nobody awaits any more: its worker keeps its memory, and a thread."""
+        ending = HookAnswered(
+            model=message.model,
+            plan_version=0,  # it ends under every one
+            stage=message.stage,
+            session=message.session,
+            number=message.number,
+            goes_on=False,
+        )
+        self.send_command(device, ending, message.model)
 
     def _send(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...]) -> None:
         self._mailbox.send(device, encode(message), tensors)

@@ -6,7 +6,6 @@ Knows messages and descriptions of calls; neither modules nor the functions that
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import result_of
+from lingualinked.cluster.route import Route
 from lingualinked.cluster.step_reply import HookEvent, StepReply
-from lingualinked.errors import LingualinkedError
+from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.steps import Step
@@ -34,17 +34,19 @@ class StepHooks(Protocol):
 class HookedStep:
     """A step in progress; `on_failure` is called as soon as it has failed, even while hooks run."""
 
-    def __init__(self, engine: Engine, step: Step, on_failure: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, step: Step, route: Route, on_failure: Callable[[], None]) -> None:
+        self.spans = route.plan.spans
         self._engine = engine
         self._step = step
+        self._devices = route.stage_devices
         self._on_failure = on_failure
         self._paused: HookEvent | None = None
         self._future: concurrent.futures.Future[object] | None = None
         self.points = step.hooks
 
-    def start(self, devices: tuple[str, ...], tensors: tuple[Tensor, ...], timeout_s: float) -> None:
+    def start(self, tensors: tuple[Tensor, ...], timeout_s: float) -> None:
         """Send the step to the first stage."""
-        self._future = self._engine.step(devices, self._step, tensors, timeout_s)
+        self._future = self._engine.step(self._devices, self._step, tensors, timeout_s)
 
     def next_event(self) -> HookEvent | StepReply:
         """Wait until the step stops at a hooked module, or its reply has come."""
@@ -55,6 +57,11 @@ class HookedStep:
         event, self._future = cast("tuple[HookEvent, concurrent.futures.Future[object]]", outcome)
         self._paused = event
         self._future.add_done_callback(self._end_if_failed)
+        if (event.message.stage, event.device) not in enumerate(self._devices):
+            error = ProtocolError(
+                f"a step stopped at {event.message.path!r} on stage {event.message.stage}, which runs elsewhere"
+            )
+            raise WorkerError(event.device, f"ProtocolError: {error}") from error
         return event
 
     def answer(self, tensors: tuple[Tensor, ...], points: tuple[HookPoint, ...], **changes: Any) -> None:
@@ -69,8 +76,7 @@ class HookedStep:
         """End the step in the worker where it is paused."""
         event, self._paused, self._future = self._paused, None, None
         if event is not None:
-            with contextlib.suppress(LingualinkedError):
-                self._engine.send_command(event.device, self._answer(event, goes_on=False))
+            self._engine.send_command(event.device, self._answer(event, goes_on=False))
 
     def _answer(self, event: HookEvent, *, goes_on: bool = True, **changes: Any) -> HookAnswered:
         return HookAnswered(

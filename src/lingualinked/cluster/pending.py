@@ -146,16 +146,17 @@ class PendingAnswers:
             if pending.held_answer is not None:
                 self.complete(key, pending.held_answer)
 
-    def pause(self, key: Key, path: str, event: object, now: float) -> None:
+    def pause(self, key: Key, path: str, event: object, now: float) -> bool:
         """Complete the future of an answer with an event, which the answer follows in another future; restart its time-out.
 
-        The event is told that future; nothing happens if nobody waits for the answer any more.
+        The event is told that future. Return whether anybody waits for the answer.
         """
         pending = self._pending.get(key)
         if pending is not None:
             reached, pending.future = pending.future, concurrent.futures.Future()
             pending.paused_at, pending.deadline = path, now + pending.timeout_s
             reached.set_result((event, pending.future))
+        return pending is not None
 
     def resume(self, key: Key, now: float) -> bool:
         """Await an answer again after a pause; return whether anybody waits for it."""
@@ -180,15 +181,19 @@ class PendingAnswers:
 
     def fail_device(self, device: str, make_error: Callable[[], LingualinkedError]) -> None:
         """Fail what needs a device."""
-        self._fail_where(lambda pending: device in pending.devices, make_error)
+        self._fail_where(lambda _, pending: device in pending.devices, make_error)
 
     def fail_model(self, model: int, make_error: Callable[[], LingualinkedError]) -> None:
         """Fail what is for a model."""
-        self._fail_where(lambda pending: pending.model == model, make_error)
+        self._fail_where(lambda _, pending: pending.model == model, make_error)
+
+    def fail_session(self, session: int, make_error: Callable[[], LingualinkedError]) -> None:
+        """Fail the steps of a session."""
+        self._fail_where(lambda key, _: key[:2] == ("step", session), make_error)
 
     def fail_all(self, make_error: Callable[[], LingualinkedError]) -> None:
         """Fail everything."""
-        self._fail_where(lambda pending: True, make_error)
+        self._fail_where(lambda *_: True, make_error)
 
     def expire(self, now: float) -> None:
         """Fail what is late at ``now`` (monotonic seconds)."""
@@ -207,6 +212,6 @@ class PendingAnswers:
             return None
         return max(0.0, min(pending.deadline for pending in self._pending.values()) - now)
 
-    def _fail_where(self, holds: Callable[[Pending], bool], make_error: Callable[[], LingualinkedError]) -> None:
-        for key in [key for key, pending in self._pending.items() if holds(pending)]:
+    def _fail_where(self, holds: Callable[[Key, Pending], bool], make_error: Callable[[], LingualinkedError]) -> None:
+        for key in [key for key, pending in self._pending.items() if holds(key, pending)]:
             self.fail(key, make_error())

@@ -34,6 +34,8 @@ from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us
 
+_MAX_WAIT_S = 0.1
+
 
 @dataclasses.dataclass(slots=True)
 class _Place:
@@ -87,6 +89,8 @@ class Session:
         self._next_step = 0
         self._holds_kv = False
         self._running = threading.Lock()
+        self._rests = threading.Event()  # unless a step runs
+        self._rests.set()
         self._changing = threading.Lock()  # held during a step, and while it changes to another route
         self._broken_by = ""
         self._unsaid: list[LingualinkedError] = []  # what broke it between two steps, until a step raises it
@@ -123,8 +127,9 @@ class Session:
         """
         if not self._running.acquire(blocking=False):
             raise ArgumentError("past_key_values is in use by another thread: a session runs one step at a time")
-        self.stepping_thread = threading.get_ident()
         try:
+            self.stepping_thread = threading.get_ident()
+            self._rests.clear()
             with self._changing:
                 self._switch_route()
                 return self._step(
@@ -132,6 +137,7 @@ class Session:
                 )
         finally:
             self.stepping_thread = None
+            self._rests.set()
             self._running.release()
 
     def reorder(self, rows: Tensor) -> None:
@@ -216,9 +222,14 @@ class Session:
         return [] if self.ended or not self._holds_kv else self._copy_kv(target, is_final=False)
 
     def switch_route(self) -> None:
-        """Switch to the target route after the step in progress; stay if that fails."""
-        with self._changing:
-            self._switch_route()
+        """Switch to the target route after the step in progress; stay if that fails, or the step lasts.
+
+        Whoever asks asks again: a step in progress may wait for a hook that waits for the migration, until it is late, which
+        ends the session.
+        """
+        if self._rests.wait(_MAX_WAIT_S):
+            with self._changing:
+                self._switch_route()
 
     def _switch_route(self) -> None:
         source, target = self._place.route, self._routes.target
@@ -347,8 +358,8 @@ class Session:
                 answer = result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s))
                 reply = cast("StepReply", answer)
             else:
-                hooked = HookedStep(self._engine, step, self.end)
-                hooked.start(route.stage_devices, tensors, self._timeout_s)
+                hooked = HookedStep(self._engine, step, route, self.end)
+                hooked.start(tensors, self._timeout_s)
                 reply = hooks.run(hooked)
             logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
             recorded = self._join_recorded(step, inputs, reply, route) if records else {}
@@ -383,5 +394,5 @@ class Session:
 def _end(engine: Engine, model: int, number: int, place: _Place, budget: KVBudget) -> None:
     route = place.route
     message = EndSession(model=model, plan_version=route.version, stage=0, session=number)
-    engine.send_command(route.stage_devices[0], message)
+    engine.end_session(route.stage_devices, message)
     budget.release(number)  # not before: what then takes its room goes behind it, and workers count too

@@ -6,6 +6,7 @@ Knows transformers' cache interface and one session; holds no keys and no values
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
@@ -63,6 +64,14 @@ class ShardedCache(Cache):
         pipeline.check_open()
         return pipeline
 
+    def _check_between_steps(self, call: str) -> None:
+        """Refuse to be read or changed by a hook of a step of this text, which some layers have seen already and others not."""
+        if self.session.stepping_thread == threading.get_ident():
+            raise UnsupportedOperationError(
+                f"{call} of past_key_values inside a hook: its step runs in the workers at the moment; call it before or after the "
+                "step, and take numbers of tokens from the shapes of what the hook is given"
+            )
+
     def check(self, pipeline: Pipeline, num_rows: int) -> None:
         """Raise ArgumentError unless the next step of a model can continue this cache."""
         if self._pipeline() is not pipeline:
@@ -81,6 +90,7 @@ class ShardedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - equal for all layers
         """Return the number of tokens whose KV is held."""
+        self._check_between_steps("get_seq_length()")
         return self.session.num_tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -89,6 +99,7 @@ class ShardedCache(Cache):
 
     def _select(self, call: str, pick: Callable[[Tensor], Tensor]) -> None:
         """Keep the rows that ``pick`` selects from the row numbers, once it is known that it can select them."""
+        self._check_between_steps(call)
         num_rows = self.session.num_rows
         if not self.session.num_tokens:
             return  # as transformers does while the cache is empty
@@ -104,6 +115,7 @@ class ShardedCache(Cache):
 
     def reset(self) -> None:
         """Free the KV in every stage, and start a new session."""
+        self._check_between_steps("reset()")
         pipeline = self._open_pipeline()
         self.session.end()
         self.session = pipeline.open_session(self.session.max_cache_len)
@@ -181,6 +193,7 @@ class ShardedDynamicCache(ShardedCache, DynamicCache):
 
         Once a sliding window is full, this needs the tokens before it (`activate_past_recording`).
         """
+        self._check_between_steps(f"crop({_text(tokens_to_remove)})")
         held = self.session.num_tokens
         try:
             num_removed = -operator.index(tokens_to_remove)
@@ -201,6 +214,7 @@ class ShardedDynamicCache(ShardedCache, DynamicCache):
 
     def activate_past_recording(self) -> None:
         """Make sliding layers keep what `crop` needs, from the next step on."""
+        self._check_between_steps("activate_past_recording()")
         self._records_past = True
         self.session.record_past(True)
 

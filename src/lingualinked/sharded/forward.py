@@ -26,7 +26,8 @@ from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.given_cache import GivenCache, check_empty, max_cache_len_of
-from lingualinked.sharded.hooks import CallerHooks, HookedModules
+from lingualinked.sharded.hooked_modules import HookedModules
+from lingualinked.sharded.hooks import CallerHooks
 from lingualinked.sharded.inputs import (
     LearnedPositions,
     StepShape,

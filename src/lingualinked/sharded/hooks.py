@@ -10,11 +10,11 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ArgumentError, ProtocolError, UnsupportedOperationError, WorkerError
-from lingualinked.model.hook_data import HookPoint, HookValue, Items, Strides
+from lingualinked.model.hook_data import HookValue, Items, Strides
 from lingualinked.model.hook_points import contains_layers
 from lingualinked.model.hook_values import (
     CallValues,
@@ -28,51 +28,17 @@ from lingualinked.sharded.sealing import call_hooks_around
 if TYPE_CHECKING:
     from lingualinked.cluster.hooked_step import HookedStep
     from lingualinked.cluster.step_reply import HookEvent
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.hook_data import HookPoint
     from lingualinked.protocol.hooking import HookReached
     from lingualinked.sharded.cache import ShardedCache
+    from lingualinked.sharded.hooked_modules import HookedModules
 
 _TOKENS = ("input_ids", "inputs_embeds")  # what a module that runs all layers needs in its first stage alone
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class HookedModules:
-    """The submodules of a model that may have hooks; true if one has."""
-
-    def __init__(self, model: nn.Module, parts: ModelParts) -> None:
-        self.by_path = {path: module for path, module in model.named_modules() if path}
-        self.layers = parts.layers
-        self._in_one_stage = (parts.layers, *parts.prologue, *parts.epilogue)
-        self._hooks = [
-            vars(module)[name] for module in self.by_path.values() for name in ("_forward_pre_hooks", "_forward_hooks")
-        ]
-
-    def __bool__(self) -> bool:
-        return any(self._hooks)
-
-    def points(self) -> tuple[HookPoint, ...]:
-        """Return where a step has to stop."""
-        return tuple(
-            HookPoint(path, self._stops_before(path), self.stops_after(path))
-            for path in self.by_path
-            if self._has(path, "_forward_pre_hooks") or self._has(path, "_forward_hooks")
-        )
-
-    def _has(self, path: str, registry: str) -> bool:
-        return bool(vars(self.by_path[path])[registry])
-
-    def _stops_before(self, path: str) -> bool:
-        is_needed = self._has(path, "_forward_pre_hooks") or self._has(path, "_forward_hooks_always_called")
-        return is_needed or contains_layers(path, self.layers)
-
-    def stops_after(self, path: str) -> bool:
-        """Return whether a step has to stop behind a module that has hooks."""
-        return self._has(path, "_forward_hooks") or self.runs_everywhere(path)
-
-    def runs_everywhere(self, path: str) -> bool:
-        """Return whether every stage runs a module for itself, such as what computes positions."""
-        is_in_one = any(f"{path}.".startswith(f"{each}.") for each in self._in_one_stage)
-        return not (is_in_one or contains_layers(path, self.layers))
+class _NotAwaited(BaseException):
+    """Nobody awaits the output of a module: hooks that another thread registers meanwhile would be called without one."""
 
 
 class RemoteObject:
@@ -182,8 +148,8 @@ class CallerHooks:
                 return event
             message = event.message
             try:
-                if message.path not in self._modules.by_path:
-                    raise ProtocolError(f"a step stopped at {message.path!r}, which the model does not have")
+                if not self._modules.may_stop(message.path, self._step.spans, message.stage, is_done=message.is_done):
+                    raise ProtocolError(f"a step stopped at {message.path!r}, which stage {message.stage} does not run")
                 if message.args is None or message.kwargs is None or message.is_done != (message.output is not None):
                     if message.path != awaited or message.output is None:
                         raise ProtocolError(f"a step stopped at {message.path}, which is not running")
@@ -203,20 +169,20 @@ class CallerHooks:
         self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, is_done: bool
     ) -> None:
         """Call a module's hooks; before it has run, the stage runs on until its output comes."""
-        path, waits = call.path, is_done
+        path = call.path
         is_everywhere = self._modules.runs_everywhere(path)
         if contains_layers(path, self._modules.layers) and not is_done:
             kwargs = {name: self._given.get(name, value) for name, value in kwargs.items()}
         earlier = self._earlier_output(call) if is_everywhere else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal call, output, waits
+            nonlocal call, output
             if is_done:
                 return output
             waits = self._modules.stops_after(path)
             self._answer_inputs(call, args, kwargs, waits=waits)
             if not waits:
-                return None
+                raise _NotAwaited
             event = cast("HookEvent", self._serve_events(path))
             if event.message.stage != call.stage:  # of a module that runs all layers
                 call = _Call(path, event.message.stage)
@@ -225,12 +191,13 @@ class CallerHooks:
             return output
 
         if earlier is None:
-            result = call_hooks_around(self._modules.by_path[path], forward, args, kwargs)
+            try:
+                result = call_hooks_around(self._modules.by_path[path], forward, args, kwargs)
+            except _NotAwaited:
+                return
         else:
             forward(*args, **kwargs)
             (result,) = earlier
-        if not waits:
-            return
         if is_everywhere:
             self._num_calls[path, call.stage] += 1
             if earlier is None:

@@ -18,6 +18,9 @@ StepKey = tuple[int, int, int]
 """A step's model, plan version and session; a session has one step at a time."""
 
 
+_MAX_PAUSED = 1000  # each has a thread
+
+
 class _AbandonedError(BaseException):
     """A step that is paused has to end; not an Exception, which what it runs might catch."""
 
@@ -73,6 +76,13 @@ class PausedSteps:
     def __init__(self) -> None:
         self._threads: dict[StepKey, _StepThread] = {}
         self._idle: _StepThread | None = None  # for the next step: a new thread would compute with cold memory
+
+    def check_room(self, key: StepKey) -> None:
+        """Raise ProtocolError if a step of this session is paused already, or too many others are."""
+        if key in self._threads:
+            raise ProtocolError(f"a step arrived of session {key[2]}, of which another one waits for hooks here")
+        if len(self._threads) >= _MAX_PAUSED:
+            raise ProtocolError(f"{len(self._threads)} steps wait for hooks here, and no more may")
 
     def start_step(self, key: StepKey, run: Callable[[Callable[[], Any]], None]) -> None:
         """Run a step until it ends, or calls what it is given, which pauses it and returns what it is resumed with."""

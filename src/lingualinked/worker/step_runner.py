@@ -25,7 +25,7 @@ from lingualinked.quantities import count_text
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
-from lingualinked.worker.error_report import describe_error
+from lingualinked.worker.error_report import ErrorReport, describe_error
 from lingualinked.worker.hosted_stage import describe_recorded, split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.limits import end_if_device_is_lost
@@ -53,6 +53,11 @@ class StepRunner:
             self._serve_step(step, delivery, None)
             return
         key = (step.model, step.plan_version, step.session)
+        try:
+            self._paused.check_room(key)
+        except ProtocolError as error:
+            self._report_failure(step, describe_error(error))
+            return
         self._paused.start_step(key, lambda wait: self._serve_step(step, delivery, wait))
 
     def resume_step(self, answer: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
@@ -73,12 +78,15 @@ class StepRunner:
             failure = describe_error(error)
         else:
             return
-        failed = StepFailed(model=step.model, session=step.session, number=step.number, **failure)
-        self._mailbox.send(CALLER, encode(failed))
+        self._report_failure(step, failure)
         end_if_device_is_lost(self._accelerator)
         if failure["kind"] is FailureKind.MEMORY:
             self._stages.drop_idle_caches()
             release_memory(self._accelerator)  # of the step; the error referred to it until here
+
+    def _report_failure(self, step: Step, failure: ErrorReport) -> None:
+        failed = StepFailed(model=step.model, session=step.session, number=step.number, **failure)
+        self._mailbox.send(CALLER, encode(failed))
 
     def _run_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
         # 1) how long the step travelled and waited

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
+import msgspec
 import pytest
 import torch
 
@@ -26,13 +27,14 @@ from lingualinked.errors import (
     WorkerError,
 )
 from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.model.hook_data import Entries, Items, Plain
 from lingualinked.protocol.failures import FailureKind, KVRefused, RequestFailed, StepFailed
+from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import (
     Acknowledged,
     AnyMessage,
     DismissWorker,
     Hello,
-    HookReached,
     InspectWorker,
     IntroduceWorker,
     LogRecord,
@@ -85,6 +87,7 @@ class Conversation:
         devices: Sequence[str] = "ab",
         model: int = 1,
         part_senders: Sequence[str] = "",
+        takes_hooks: bool = False,
     ) -> Future[object]:
         pending = Pending(
             devices=frozenset(devices),
@@ -95,6 +98,7 @@ class Conversation:
             timeout_s=60,
             deadline=time.monotonic() + 60,
             part_senders=tuple(part_senders),
+            takes_hooks=takes_hooks,
         )
         key = (
             ("step", message.session, message.number) if isinstance(message, Step) else ("request", message.request, 0)
@@ -248,6 +252,71 @@ def test_a_step_that_fails_between_parts_drops_them(talk: Conversation) -> None:
     assert not talk.exchange._pending._pending
     talk.say("b", recorded(1))
     assert not talk.exchange._pending._pending
+
+
+REACHED = HookReached(
+    model=1,
+    session=1,
+    number=0,
+    stage=1,
+    path="mlp",
+    is_done=True,
+    args=Items(False, ()),
+    kwargs=Entries("", (), ()),
+    output=Plain(None),
+    strides=(),
+)
+ANSWERED = HookAnswered(model=1, plan_version=1, stage=1, session=1, number=0, goes_on=True)
+
+
+def test_what_was_recorded_before_a_step_stopped_may_arrive_afterwards(talk: Conversation) -> None:
+    future = talk.ask(step(1), part_senders="ab", takes_hooks=True)
+    talk.say("b", REACHED)
+    _, rest = future.result(0)
+    talk.say("a", recorded(0))
+    assert talk.caller.num_refused == 0
+    talk.say("b", DONE)
+    talk.say("b", REACHED)
+    assert talk.caller.num_refused == 2  # the step waits for its hooks
+    talk.exchange.answer_hooks("b", ANSWERED, ())
+    talk.say("b", recorded(1))
+    talk.say("b", DONE)
+    assert set(rest.result(0).parts) == {0, 1}
+
+
+def test_a_step_that_has_its_answer_stops_nowhere(talk: Conversation) -> None:
+    talk.ask(step(1), part_senders="ab", takes_hooks=True)
+    talk.say("b", DONE)
+    talk.say("a", REACHED)
+    assert talk.caller.num_refused == 1
+
+
+def test_a_step_that_waits_for_hooks_ends_once_nobody_awaits_it(talk: Conversation) -> None:
+    ending = msgspec.structs.replace(ANSWERED, plan_version=0, goes_on=False)
+    # 1) it stops too late
+    talk.say("b", REACHED)
+    assert talk.heard("b") == ending
+    # 2) it fails while its hooks run
+    future = talk.ask(step(1), takes_hooks=True)
+    talk.say("b", REACHED)
+    _, rest = future.result(0)
+    talk.say("a", FAILED)
+    assert isinstance(rest.exception(0), WorkerError)
+    talk.exchange.answer_hooks("b", ANSWERED, ())
+    assert talk.heard("b") == ending
+
+
+def test_a_session_that_ends_is_freed_beyond_a_dead_worker_and_its_step_fails(talk: Conversation) -> None:
+    end = EndSession(model=1, plan_version=1, stage=0, session=1)
+    future, other = talk.ask(step(1), takes_hooks=True), talk.ask(step(2))
+    talk.exchange.end_session("ab", end)
+    with pytest.raises(ClosedError, match="ended during a step"):
+        future.result(0)
+    assert not other.done()
+    assert [talk.heard(name) for name in "aaab"] == [step(1), step(2), end, None]  # a tells b
+    talk.exchange.mark_dead("a", "killed")
+    talk.exchange.end_session("ab", end)
+    assert talk.heard("b") == msgspec.structs.replace(end, stage=1)
 
 
 def test_a_dead_worker_fails_what_needs_it_now_and_later(talk: Conversation) -> None:

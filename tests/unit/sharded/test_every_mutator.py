@@ -47,6 +47,7 @@ class LocalStep:
         self._steps = PausedSteps()
         self._event: Any = None
         self._output: Any = None
+        self.spans = (("a", 0, model.config.num_hidden_layers),)
 
     def run(self) -> Any:
         try:
@@ -89,6 +90,7 @@ class LocalSession:
     """Stands for a session: runs the unsharded model in this process."""
 
     max_cache_len = 0
+    stepping_thread = None
 
     def __init__(self, model: Any) -> None:
         self.num_rows, self.num_tokens, self.ended = 0, 0, False

@@ -69,3 +69,16 @@ def test_steps_of_a_session_or_a_model_are_abandoned_and_one_thread_stays(steps:
     steps.abandon_steps(1)
     assert sorted(ended) == [0, 1, 2, 3]
     assert threading.active_count() == before + 1
+
+
+def test_a_session_pauses_one_step_and_a_worker_so_many(steps: PausedSteps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingualinked.worker.paused_steps._MAX_PAUSED", 2)
+    for session in range(2):
+        steps.check_room((1, 2, session))
+        steps.start_step((1, 2, session), lambda pause: pause())
+    with pytest.raises(ProtocolError, match="of session 0, of which another one waits"):
+        steps.check_room((1, 2, 0))
+    with pytest.raises(ProtocolError, match="2 steps wait"):
+        steps.check_room((1, 2, 7))
+    steps.abandon_steps(1)
+    steps.check_room((1, 2, 0))

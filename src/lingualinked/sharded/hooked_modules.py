@@ -1,0 +1,76 @@
+"""Which submodules of a model have hooks, and where a step has to stop for them.
+
+Knows modules, torch's registries of hooks and the parts of a model; neither steps nor what hooks are given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_points import contains_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
+
+    from lingualinked.model.parts import ModelParts
+
+_BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"
+
+
+class HookedModules:
+    """The submodules of a model that may have hooks; true if one has."""
+
+    def __init__(self, model: nn.Module, parts: ModelParts) -> None:
+        self.by_path = {path: module for path, module in model.named_modules() if path}
+        self.layers = parts.layers
+        self._parts = parts
+        self._in_one_stage = (parts.layers, *parts.prologue, *parts.epilogue)
+        self._registries = [
+            (path, vars(module)[_BEFORE], vars(module)[_BEHIND]) for path, module in self.by_path.items()
+        ]
+        self._hooks: list[Mapping[int, Any]] = [hooks for _, *both in self._registries for hooks in both]
+
+    def __bool__(self) -> bool:
+        return any(self._hooks)
+
+    def points(self) -> tuple[HookPoint, ...]:
+        """Return where a step has to stop."""
+        return tuple(
+            HookPoint(path, self._stops_before(path), self.stops_after(path))
+            for path, before, behind in self._registries
+            if before or behind
+        )
+
+    def _has(self, path: str, registry: str) -> bool:
+        return bool(vars(self.by_path[path])[registry])
+
+    def _stops_before(self, path: str) -> bool:
+        return self._has(path, _BEFORE) or self._has(path, _ALWAYS) or contains_layers(path, self.layers)
+
+    def stops_after(self, path: str) -> bool:
+        """Return whether a step has to stop behind a module that has hooks."""
+        return self._has(path, _BEHIND) or self.runs_everywhere(path)
+
+    def runs_everywhere(self, path: str) -> bool:
+        """Return whether every stage runs a module for itself, such as what computes positions."""
+        return not (contains_layers(path, self.layers) or _is_within(path, self._in_one_stage))
+
+    def may_stop(self, path: str, spans: Sequence[tuple[str, int, int]], stage: int, *, is_done: bool) -> bool:
+        """Return whether a step may stop at a module on this stage of a plan, before the module or behind it."""
+        if path not in self.by_path:
+            return False
+        layer = self._parts.layer_of(f"{path}.weight")
+        if layer is not None:
+            _, start, end = spans[stage]
+            return start <= layer < end
+        if contains_layers(path, self.layers):
+            return stage == (len(spans) - 1 if is_done else 0)
+        ends = {0: self._parts.prologue, len(spans) - 1: self._parts.epilogue}
+        return self.runs_everywhere(path) or _is_within(path, ends.get(stage, ()))
+
+
+def _is_within(path: str, others: Iterable[str]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
