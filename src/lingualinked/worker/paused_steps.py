@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lingualinked.errors import ProtocolError
+from lingualinked.quantities import count_text
 
 StepKey = tuple[int, int, int]
 """A step's model, plan version and session; a session has one step at a time."""
@@ -82,7 +83,7 @@ class PausedSteps:
         if key in self._threads:
             raise ProtocolError(f"a step arrived of session {key[2]}, of which another one waits for hooks here")
         if len(self._threads) >= _MAX_PAUSED:
-            raise ProtocolError(f"{len(self._threads)} steps wait for hooks here, and no more may")
+            raise ProtocolError(f"{count_text(len(self._threads), 'step')} wait for hooks here, and no more may")
 
     def start_step(self, key: StepKey, run: Callable[[Callable[[], Any]], None]) -> None:
         """Run a step until it ends, or calls what it is given, which pauses it and returns what it is resumed with."""
