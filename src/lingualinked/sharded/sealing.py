@@ -5,6 +5,7 @@ Knows torch's modules; neither workers nor the effect of a change.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
@@ -23,7 +24,7 @@ from lingualinked.sharded.unsupported import refusal
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
 _ADAPTER = "wrapping a layer, as adapters do, is not supported yet; merge adapters into the weights first"
 _GRADIENTS = "no gradients flow through it; train the unsharded model"
-_USE = "its weights are in a worker; copy them one by one, or load it unsharded with transformers"
+_USE = "its weights are in workers; copy.deepcopy() its parts one by one, or load it unsharded with transformers"
 _DECODER = "its layers run in the workers; call the whole model, with output_hidden_states=True for what enters and leaves layers"
 
 _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
@@ -96,7 +97,7 @@ class SealedModule:
         held = getattr(self, name, _ABSENT)
         if held is value or (isinstance(value, _SCALARS) and type(held) is type(value) and held == value):
             return
-        if name in self._sealed or hasattr(type(self), name) or isinstance(value, Tensor | nn.Module):
+        if name in self._sealed or hasattr(type(self), name) or isinstance(value, nn.Parameter | nn.Module):
             wraps = isinstance(value, nn.Module) and isinstance(held, nn.Module) and held in value.modules()
             self._refuse(f"setting {name} of", _ADAPTER if wraps else _CHANGE)
         object.__setattr__(self, name, value)
@@ -105,6 +106,18 @@ class SealedModule:
         if name in self._sealed or name not in vars(self):
             self._refuse(f"deleting {name} of", _CHANGE)
         object.__delattr__(self, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Return an ordinary module of this process with the same weights; refuse to copy the decoder so."""
+        if isinstance(self, PreTrainedModel):
+            self._refuse("copying", _USE)
+        real: Any = type(self).__bases__[1]
+        copied = memo[id(self)] = real.__new__(real)
+        for name, value in vars(self).items():
+            if name not in ("_path", "_sealed"):
+                held = dict(value) if isinstance(value, SealedDict) else value
+                vars(copied)[name] = copy.deepcopy(held, memo)
+        return cast("nn.Module", copied)
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         self._refuse("copying or pickling", _USE)

@@ -245,13 +245,42 @@ def test_parts_compute_with_their_weights(model: Any) -> None:
     model.seal.check(model)
 
 
-def test_parts_are_not_copied(model: Any) -> None:
+def test_a_copied_part_is_an_ordinary_module(model: Any) -> None:
+    states = torch.linspace(-1, 1, 32)
+    for part in (mlp(model), model.lm_head, model.model.layers):
+        copied = copy.deepcopy(part)
+        assert all(type(each).__module__.startswith(("torch.", "transformers.")) for each in copied.modules())
+        assert not any(isinstance(each, type(part).__bases__[0]) for each in copied.modules())
+        assert {type(each) for each in copied.parameters()} == {nn.Parameter}
+        assert list(copied.state_dict()) == list(part.state_dict())
+    assert copied[0].self_attn.config is not model.config
+    copied = copy.deepcopy(mlp(model))
+    assert torch.equal(copied(states), mlp(model)(states))
+    copied(states).sum().backward()
+    copied.up_proj.weight.data.zero_()
+    copied.down_proj = nn.Identity()
+    assert not torch.equal(copied(states)[:32], mlp(model)(states))
+    model.seal.check(model)
+
+
+def test_what_is_more_than_a_part_is_not_copied(model: Any) -> None:
     for use in (
-        lambda: copy.deepcopy(mlp(model)),
+        lambda: copy.deepcopy(model.model),
         lambda: copy.copy(mlp(model)),
     ):
-        with pytest.raises(ll.UnsupportedOperationError, match="in a worker"):
+        with pytest.raises(ll.UnsupportedOperationError, match="in workers"):
             use()
+
+
+def test_a_hook_may_keep_what_it_sees_on_its_module(model: Any) -> None:
+    part = mlp(model)
+    part.saved = torch.ones(3)
+    assert torch.equal(part.saved, torch.ones(3))
+    model.seal.check(model)
+    for value in (nn.Parameter(torch.ones(3)), model.lm_head.weight):
+        with pytest.raises(ll.UnsupportedOperationError, match="setting saved of"):
+            part.saved = value
+    del part.saved
 
 
 def test_is_freed_without_the_collector(model: Any) -> None:
