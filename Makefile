@@ -13,7 +13,7 @@ PROCESSES = $(shell $(PYTHON) -c 'import os; print(1 + min(os.cpu_count() or 1, 
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
 
-.PHONY: help demo bench test test-gpu interrupts proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test test-families test-gpu interrupts proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,9 +24,15 @@ demo: $(RUNTIME)  ## Run the bundled model on three worker processes
 bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="overhead --repeats 9"; without NAME, list them
 	$(BIN)/python -m benchmarks $(or $(NAME),--help)
 
+# What draws architectures: any text; empty for all of them.
+FAMILIES ?= $(shell git rev-parse HEAD 2>/dev/null || echo none)
+
 # Files are what is shared out: their tests share models and clusters. They wait for workers much of the time.
-test: $(DEV)  ## Run the tests, on up to four cores
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+test: $(DEV)  ## Run the tests, on up to four cores; of 32 architectures the 8 usual ones and 6 that the commit draws
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(if $(FAMILIES),--families $(FAMILIES)) $(OPTIONS)
+
+test-families: FAMILIES =
+test-families: test  ## Run the tests, all architectures included
 
 # First what only a GPU has, and the stages in this process; the rest file by file.
 test-gpu: $(DEV)  ## Run the tests that compare bits on a CUDA GPU; they are skipped where there is none

@@ -30,13 +30,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--accelerator",
         help="where the compared models compute ('cuda', 'cuda:1', 'cpu'): run only tests that compare bits, there",
     )
+    parser.addoption(
+        "--families",
+        metavar="TEXT",
+        help="of tests that go through all architectures, run those of the usual ones, and of others that the text draws",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with files of slow tests, so that none is left for the end, when other processes have nothing to do.
 
-    With ``--accelerator``, leave only the tests of equality, and skip them where there is no such accelerator.
+    With ``--families``, leave out what it does not draw. With ``--accelerator``, leave only the tests of equality, and skip
+    them where there is no such accelerator.
     """
+    text = config.getoption("--families")
+    if text is not None:
+        import drawn_families
+
+        left_out = drawn_families.not_drawn(items, text)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     asked = config.getoption("--accelerator")
     if asked is None:
         slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
