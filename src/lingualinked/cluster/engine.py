@@ -171,7 +171,7 @@ class Engine:
             what=f"a step through devices {', '.join(map(repr, devices))}",
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
-            part_senders=tuple(devices) if step.records else (),
+            part_senders=tuple(devices) if step.records or step.captures else (),
             takes_hooks=bool(step.hooks),
         )
         future = pending.future  # before the step is sent: it has another one as soon as it has stopped at a hook

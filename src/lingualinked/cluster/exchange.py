@@ -193,7 +193,9 @@ class Exchange:
                 reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes, parts)
                 self._pending.complete(_key(message), reply)
             case StepRecorded():
-                part = RecordedPart(message.layouts, delivery.tensors)
+                first = max(0, len(delivery.tensors) - len(message.captured))
+                tensors = delivery.tensors[:first], delivery.tensors[first:]
+                part = RecordedPart(message.layouts, tensors[0], message.captured, tensors[1])
                 self._pending.add_part(_key(message), message.stage, part)
             case TensorRead():
                 self._pending.complete(_key(message), delivery.tensors)

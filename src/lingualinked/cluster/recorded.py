@@ -24,10 +24,15 @@ Recorded = dict[str, tuple[Tensor | None, ...]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecordedPart:
-    """What one stage recorded in a step: its tensors, and for each kind of record which of its items they are."""
+    """What one stage recorded in a step: its tensors, and for each kind of record which of its items they are.
+
+    And what it captured, by the numbers of the captures.
+    """
 
     layouts: tuple[tuple[bool, ...], ...]
     tensors: tuple[Tensor, ...]
+    captured: tuple[int, ...] = ()
+    captured_tensors: tuple[Tensor, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

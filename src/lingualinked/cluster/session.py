@@ -16,9 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lingualinked.cluster.captured import StepInstruments, join_captured
 from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.hooked_step import HookedStep, StepHooks
 from lingualinked.cluster.kv_budget import KVBudget
+from lingualinked.cluster.kv_requests import KVRequests
 from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.recorded import DueRecords, Recorded, recorded_sizes
 from lingualinked.cluster.route import Route, Routes
@@ -26,10 +28,11 @@ from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.context import StepContext
+from lingualinked.model.instrument_data import Instruments
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.torch_settings import read_torch_settings
-from lingualinked.protocol.moving import CopyKV, ForkSession, KVCopied, MoveSession
+from lingualinked.protocol.moving import KVCopied, MoveSession
 from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us
@@ -86,8 +89,10 @@ class Session:
         self._spec = spec
         self._context = StepContext()
         self._edits: list[KVEdit] = []
+        self._instruments: StepInstruments | None = None  # as the stages know them
         self._next_step = 0
         self._holds_kv = False
+        self._requests = KVRequests(engine, model, number, timeout_s)
         self._running = threading.Lock()
         self._rests = threading.Event()  # unless a step runs
         self._rests.set()
@@ -113,6 +118,7 @@ class Session:
         records: tuple[str, ...] = (),
         hidden_state_indices: tuple[int, ...] | None = None,
         hooks: StepHooks | None = None,
+        instruments: StepInstruments | None = None,
     ) -> tuple[Tensor, Recorded]:
         """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
 
@@ -133,7 +139,15 @@ class Session:
             with self._changing:
                 self._switch_route()
                 return self._step(
-                    inputs, attention_mask, position_ids, logits_to_keep, keeps_kv, records, hidden_state_indices, hooks
+                    inputs,
+                    attention_mask,
+                    position_ids,
+                    logits_to_keep,
+                    keeps_kv,
+                    records,
+                    hidden_state_indices,
+                    hooks,
+                    instruments,
                 )
         finally:
             self.stepping_thread = None
@@ -168,7 +182,8 @@ class Session:
                 other._place.route = self._place.route
                 if self._holds_kv:
                     self._budget.hold_as_much(other._number, self._number)  # stages copy what edits are still to drop
-                    results_of(self._fork(other._number))
+                    results_of(self._requests.fork(self._place.route, self._next_step, other._number))
+                    other._instruments = self._instruments
                 other.num_rows, other.num_tokens = self.num_rows, self.num_tokens
                 other._context = StepContext(self._context.mask, self._context.num_tokens)
                 other._edits, other._next_step, other._holds_kv = [*self._edits], self._next_step, self._holds_kv
@@ -177,27 +192,6 @@ class Session:
             raise
         finally:
             self._running.release()
-
-    def _fork(self, fork: int) -> list[concurrent.futures.Future[object]]:
-        """Ask each stage to copy the KV that it holds."""
-        route = self._place.route
-        return [
-            self._engine.request(
-                device,
-                ForkSession(
-                    request=self._engine.next_request(),
-                    model=self._model,
-                    plan_version=route.version,
-                    stage=stage,
-                    session=self._number,
-                    number=self._next_step,
-                    fork=fork,
-                ),
-                "copying KV",
-                self._timeout_s,
-            )
-            for stage, device in enumerate(route.stage_devices)
-        ]
 
     def record_past(self, on: bool) -> None:
         """Make sliding layers keep what a later crop may need, or stop keeping it."""
@@ -251,6 +245,7 @@ class Session:
             # 2) tell the workers: the next step runs in the new stages
             self._moved_from = source
             self._place.route = target
+            self._instruments = None
             self._announce_switch()
             num_bytes = sum(cast("KVCopied", answer).num_bytes for answer in answers)
             self._record_move(time.monotonic() - began_s, num_bytes)
@@ -271,33 +266,7 @@ class Session:
             self._moved_from = None
 
     def _copy_kv(self, target: Route, *, is_final: bool) -> list[concurrent.futures.Future[object]]:
-        """Copy the KV of all layers that have another device on a route; return the futures of the answers."""
-        source = self._place.route
-        futures = []
-        for old, held in enumerate(source.plan.stages):
-            for new, wanted in enumerate(target.plan.stages):
-                start, end = max(held.start, wanted.start), min(held.end, wanted.end)
-                if held.device == wanted.device or start >= end:
-                    continue
-                message = CopyKV(
-                    request=self._engine.next_request(),
-                    model=self._model,
-                    plan_version=source.version,
-                    stage=old,
-                    session=self._number,
-                    number=self._next_step,
-                    start=start,
-                    end=end,
-                    target_version=target.version,
-                    target_stage=new,
-                    target_name=wanted.device,
-                    is_final=is_final,
-                )
-                what = f"copying KV from device {held.device!r}"
-                futures.append(
-                    self._engine.request(held.device, message, what, self._timeout_s, helpers=[wanted.device])
-                )
-        return futures
+        return self._requests.copy_kv(self._place.route, target, self._next_step, is_final=is_final)
 
     def _check_open(self) -> None:
         if self.ended:
@@ -315,15 +284,19 @@ class Session:
         records: tuple[str, ...],
         hidden_state_indices: tuple[int, ...] | None,
         hooks: StepHooks | None,
+        instruments: StepInstruments | None,
     ) -> tuple[Tensor, Recorded]:
         self._check_open()
         self._announce_switch()
         # 1) count its KV, and encode what travels beside the inputs
         num_rows, num_new = inputs.shape[:2]
+        due = {} if instruments is None else instruments.due_captures(num_rows, num_new, self.num_tokens)
         if keeps_kv:
             self._budget.hold(self._number, num_rows * (self.max_cache_len or self.num_tokens + num_new))
         code = self._context.encode(attention_mask, position_ids, num_new)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
+        have_changed = instruments is not self._instruments
+        sent = () if instruments is None or not have_changed else instruments.tensors
         num_positions = self.num_tokens + num_new if position_ids is None else int(position_ids.max()) + 1
         route = self._place.route
         step = Step(
@@ -347,13 +320,16 @@ class Session:
             hidden_state_indices=hidden_state_indices,
             max_cache_len=self.max_cache_len,
             hooks=() if hooks is None else hooks.points(),
+            instruments=(instruments.given if instruments else Instruments((), 0)) if have_changed else None,
+            captures=bool(due),
         )
         self._edits.clear()
+        self._instruments = instruments
         self._next_step += 1
         # 2) send it to the first stage, and wait for the logits of the last one
         began_s = time.monotonic()
         try:
-            tensors = (inputs, *code.tensors, *keep)
+            tensors = (inputs, *code.tensors, *keep, *sent)
             if hooks is None:
                 answer = result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s))
                 reply = cast("StepReply", answer)
@@ -362,7 +338,9 @@ class Session:
                 hooked.start(tensors, self._timeout_s)
                 reply = hooks.run(hooked)
             logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
-            recorded = self._join_recorded(step, inputs, reply, route) if records else {}
+            recorded = self._join_recorded(step, inputs, reply, route) if records or due else {}
+            if due and instruments is not None:
+                instruments.collect(join_captured(due, reply.parts, route, self._number), self._engine.trusted)
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             end_with_interpreter()
             self._broken_by = f" with {type(error).__name__}"

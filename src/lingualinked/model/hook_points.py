@@ -87,7 +87,8 @@ class HookedPass:
         spans = contains_layers(path, self._layers)
         handles = []
         if self._is_first or not spans:
-            handles.append(module.register_forward_pre_hook(self._make_before(path), with_kwargs=True))
+            # First, as below: interventions see what hooks have made of the inputs.
+            handles.append(module.register_forward_pre_hook(self._make_before(path), with_kwargs=True, prepend=True))
         if self._is_last or not spans:
             # First, since what records outputs, or sends them on, is to see what hooks have made of them.
             after = self._make_after(path, spans=spans)

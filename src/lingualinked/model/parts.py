@@ -50,6 +50,19 @@ class ModelParts:
         layer = self.layer_of(name)
         return start <= layer < end if layer is not None else start == 0 or end == self.num_layers
 
+    def is_in_every_stage(self, path: str) -> bool:
+        """Return whether every stage runs a module for itself, such as what computes positions."""
+        is_in_one = any(f"{path}.".startswith(f"{each}.") for each in (self.layers, *self.prologue, *self.epilogue))
+        return not (is_in_one or f"{self.layers}.".startswith(f"{path}."))
+
+    def layer_beside(self, path: str, *, at_end: bool) -> int:
+        """Return a layer whose stage runs a module; of one that runs all layers, its beginning or its end."""
+        layer = self.layer_of(f"{path}.weight")
+        runs_last = any(f"{path}.".startswith(f"{each}.") for each in self.epilogue)
+        if layer is None and (runs_last or (at_end and f"{self.layers}.".startswith(f"{path}."))):
+            return self.num_layers - 1
+        return layer or 0
+
     def layer_of(self, name: str) -> int | None:
         """Return the layer of a parameter of the whole model, or None if it belongs to no layer."""
         path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")

@@ -26,6 +26,7 @@ from lingualinked.model.exact.rounding_probe import fills_vectors, find_groups, 
 from lingualinked.model.hf_internals import building, computing, recording
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import HookedPass, ModuleCall, in_this_thread
+from lingualinked.model.instruments import InstrumentedPass, StageInstruments
 from lingualinked.model.joining import join_spans, missing_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.parts import cache_slots
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from lingualinked.model.instrument_data import Instruments
     from lingualinked.model.spec import ModelSpec
     from lingualinked.model.weights import WeightSource
 
@@ -104,6 +106,14 @@ class Stage:
         stage = cls(join_spans([each.span for each in (*shared, *loaded)], start, end), start, end, device)
         stage.num_bytes_read = sum(each.num_bytes_read for each in loaded)
         return stage
+
+    def place_instruments(self, given: Instruments, tensors: tuple[Tensor, ...]) -> StageInstruments | None:
+        """Find the modules of captures and interventions, whose tensors must fit them (ProtocolError); None without any here."""
+        own = tuple(tensor.to(self.device) for tensor in tensors)
+        placed = StageInstruments(
+            self._model, self.span.parts, given, own, is_first=self.is_first, is_last=self.is_last
+        )
+        return placed if placed.places else None
 
     @property
     def rounding(self) -> Rounding:
@@ -172,20 +182,19 @@ class Stage:
             forward = functools.partial(Stage._run_decode, *owners, template)
             make_masks = functools.partial(Stage._make_masks, *owners)
             graph = self.graphs.find(decode, constants, inputs.torch_settings, forward, make_masks, cache)
-        recorded: dict[str, tuple[Tensor | None, ...]] = {}
         if graph is not None and graph.is_trusted and decode is not None:
-            outputs, layout = graph.run(decode), graph.layout
+            output = StageOutput(tensors=graph.run(decode), layout=graph.layout)
             self.graphs.num_replayed += 1
         else:
-            outputs, layout, recorded = self._run_forward(inputs, cache)
+            output = self._run_forward(inputs, cache)
             if graph is not None and decode is not None:
-                graph.layout = layout
-                self.graphs.end_trial(graph, decode, outputs)
-            outputs = self._finished(outputs)
+                graph.layout = output.layout
+                self.graphs.end_trial(graph, decode, output.tensors)
+            output.tensors = self._finished(output.tensors)
         # 3) count the tokens
         if cache is not None:
             cache.advance(num_new)
-        return StageOutput(tensors=outputs, layout=layout, recorded=recorded)
+        return output
 
     def _finished(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Wait until outputs are computed; return them, on the CPU or on a GPU, from which they are sent without a detour."""
@@ -198,17 +207,15 @@ class Stage:
         """Run a step of one token whose inputs are on the device; the rest is as in a step before."""
         tensors, mask, positions = (inputs.states,), inputs.mask, inputs.positions
         step = dataclasses.replace(template, tensors=tensors, attention_mask=mask, position_ids=positions)  # type: ignore[arg-type]
-        return self._run_forward(step, cache)[0]
+        return self._run_forward(step, cache).tensors
 
     def _make_masks(self, cache: StageCache, inputs: DecodeInputs) -> dict[str, Tensor]:
         """Make the masks of a step as ``generate`` does for a static cache."""
         states, mask, positions = map(self._to_device, (inputs.states, inputs.mask, inputs.positions))
         return computing.make_masks(self._config, states, mask, cache.hf, positions)
 
-    def _run_forward(
-        self, inputs: StageInputs, cache: StageCache | None
-    ) -> tuple[tuple[Tensor, ...], tuple[bool, ...] | None, dict[str, tuple[Tensor | None, ...]]]:
-        """Run the model's forward pass over the span; return its outputs, their layout, and what was recorded."""
+    def _run_forward(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
+        """Run the model's forward pass over the span; return its outputs, still on the device, and what was recorded."""
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         states = tensors[0]
@@ -245,10 +252,16 @@ class Stage:
             for name in _ONLY_RECORDED.intersection(inputs.records)
         ]
         count = cache.count if cache is not None and cache.is_static else None
+        instrumented = None
         stops = contextlib.ExitStack()
         try:
             with contextlib.ExitStack() as shared:
                 shared.enter_context(self._own_globals(inputs, inputs.torch_settings))
+                if inputs.instruments is not None:
+                    num_rows, num_new = states.shape[:2]
+                    instrumented = stops.enter_context(
+                        InstrumentedPass(inputs.instruments, num_rows, num_new, inputs.past, captures=inputs.captures)
+                    )
                 if inputs.hooks:
                     pause = functools.partial(self._pause, inputs, shared)
                     stops.enter_context(HookedPass(self._model, self.span.parts.layers, inputs.hooks, pause))
@@ -270,7 +283,8 @@ class Stage:
             for hook in hooks:
                 hook.remove()
             self._boundary.clear()
-        return outputs, layout, recorded
+        captured = [] if instrumented is None else [(number, value.cpu()) for number, value in instrumented.captured]
+        return StageOutput(tensors=outputs, layout=layout, recorded=recorded, captured=captured)
 
     @contextlib.contextmanager
     def _own_globals(self, inputs: StageInputs, settings: TorchSettings) -> Iterator[None]:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
+from lingualinked.model.instruments import StageInstruments
 from lingualinked.model.step_graphs import DecodeInputs
 from lingualinked.model.torch_settings import TorchSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from lingualinked.model.kv_cache import StageCache
 
@@ -38,6 +39,9 @@ class StageInputs:
     hidden_state_indices: tuple[int, ...] | None = None  # which hidden states are to be recorded; None: all
     hooks: tuple[HookPoint, ...] = ()  # where the step stops: then `pause` waits until the hooks of a module have run
     pause: Callable[[ModuleCall], tuple[HookPoint, ...] | None] | None = None
+    instruments: StageInstruments | None = None  # captures and interventions at its modules
+    captures: bool = False  # whether captures count in this step
+    past: int = 0  # tokens before the step
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +51,7 @@ class StageOutput:
     tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
     layout: tuple[bool, ...] | None
     recorded: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of its layers, in order
+    captured: Sequence[tuple[int, Tensor]] = ()  # by the numbers of the instruments
 
 
 def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None:
@@ -57,6 +62,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or inputs.tensors[0].shape[1] != 1
         or inputs.records
         or inputs.hooks
+        or inputs.instruments is not None
         or not isinstance(keep, int)
     ):
         return None

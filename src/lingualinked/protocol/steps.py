@@ -10,6 +10,7 @@ import enum
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.instrument_data import Instruments
 from lingualinked.protocol.base import Message, Natural
 
 
@@ -51,14 +52,16 @@ class Step(Message, frozen=True, tag=4):
     """Run one step of a session on stage ``stage``.
 
     Its tensors are, in order: the stage's inputs (token ids or embeddings on the first stage, the raw output of the
-    previous stage's last layer on others), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, and the
-    indices of the logits to keep if ``logits_to_keep`` is ``None``.
+    previous stage's last layer on others), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, the
+    indices of the logits to keep if ``logits_to_keep`` is ``None``, and those of ``instruments``.
 
     ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
     ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
     them. Stages send what of ``records`` their layers give (`RECORDS`) to the caller (`StepRecorded`);
     of hidden states only those with the indices ``hidden_state_indices``, if it is not None.
     At each of ``hooks`` the stage stops and sends `HookReached` to the caller.
+    ``instruments`` replace those that the session has, from this step on; None: they stay. ``captures`` tells whether some
+    of them capture something in this step, which every stage then sends to the caller (`StepRecorded`).
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
@@ -84,6 +87,8 @@ class Step(Message, frozen=True, tag=4):
     hidden_state_indices: tuple[int, ...] | None = None
     max_cache_len: Natural = 0
     hooks: tuple[HookPoint, ...] = ()
+    instruments: Instruments | None = None
+    captures: bool = False
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).
@@ -114,7 +119,8 @@ class StepDone(Message, frozen=True, tag=21):
 class StepRecorded(Message, frozen=True, tag=35):
     """What a stage recorded in a step, sent before the stage sends the step on.
 
-    ``layouts`` say for each of the step's ``records`` which of its items are tensors, in order, and not None.
+    ``layouts`` say for each of the step's ``records`` which of its items are tensors, in order, and not None. The tensors
+    behind them were captured by the session's instruments with the numbers ``captured``.
     """
 
     model: int
@@ -122,3 +128,4 @@ class StepRecorded(Message, frozen=True, tag=35):
     number: int
     stage: int
     layouts: tuple[tuple[bool, ...], ...]
+    captured: tuple[Natural, ...] = ()

@@ -37,7 +37,9 @@ from lingualinked.sharded.inputs import (
     refuse_arguments,
     take_records,
 )
+from lingualinked.sharded.instruments import OpenBlocks
 from lingualinked.sharded.model_code import ModelCode, check_observers
+from lingualinked.sharded.module_calls import find_calls
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
 from lingualinked.sharded.saving import Saving
 from lingualinked.sharded.sealed_config import SealedConfig
@@ -58,6 +60,7 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         _code: ModelCode
         _embedding_shape: tuple[int, int]
         _hooked_modules: HookedModules
+        _open_blocks: OpenBlocks
         _seal: Seal
         _sealed_config: SealedConfig
         _output_class: type[Any]
@@ -189,6 +192,8 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         cache.check_room(shape.new)
         given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
         hooks = CallerHooks(self._hooked_modules, cache, given) if self._hooked_modules else None
+        blocks = self._open_blocks
+        instruments = blocks.in_force(cache, find_calls(self._pipeline.spec)) if blocks else None
         try:
             logits, recorded = cache.session.step(
                 inputs,
@@ -199,6 +204,7 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
                 records=records,
                 hidden_state_indices=selected,
                 hooks=hooks,
+                instruments=instruments,
             )
         finally:
             if not keeps_kv:
@@ -297,6 +303,6 @@ def make_sharded(
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta, weights), _sealed_config=SealedConfig(meta.config)
     )
-    vars(model)["_hooked_modules"] = HookedModules(meta, parts)
+    vars(model).update(_hooked_modules=HookedModules(meta, parts), _open_blocks=OpenBlocks(parts))
     model.__class__ = sharded_class(real, base)
     return cast("ShardedCausalLM", model)

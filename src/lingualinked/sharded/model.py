@@ -20,6 +20,7 @@ from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.instrumented import Instrumented
 from lingualinked.sharded.memory_check import check_total_memory
 from lingualinked.sharded.placing import fit_plan
 from lingualinked.sharded.rebalancing import enable_rebalancing, extended_profile
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lingualinked.telemetry.snapshot import Telemetry
 
 
-class ShardedModel:
+class ShardedModel(Instrumented):
     """A Hugging Face causal LM whose layers run in worker processes.
 
     Load it with `from_pretrained`. The result is also an instance of the model's own transformers class, so it works with

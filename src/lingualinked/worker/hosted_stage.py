@@ -18,6 +18,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
+from lingualinked.model.instruments import StageInstruments
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
@@ -44,6 +45,7 @@ class HostedSession:
     number: int = 0  # of its next step
     num_rows: int = 0  # with num_tokens the size that its KV has or will have, as counted against the budget
     num_tokens: int = 0
+    instruments: StageInstruments | None = None  # captures and interventions at the stage's modules
     # In progress, by the plan version and stage of their target.
     copies: dict[tuple[int, int], KVCopy] = dataclasses.field(default_factory=dict)
 
@@ -290,8 +292,14 @@ class HostedStage:
             self._check_budget(session, num_rows, num_tokens)
             _reorder_rows(step.edits, session, session.cache, num_rows)
         # 3) decode mask and positions, and run the stage
-        keep, context = (shared[-1], shared[:-1]) if step.logits_to_keep is None else (step.logits_to_keep, shared)
+        num_context = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL)
+        context, others = shared[:num_context], shared[num_context:]
+        keep: int | Tensor = others[0] if step.logits_to_keep is None else step.logits_to_keep
+        if step.instruments is not None:
+            own = others[step.logits_to_keep is None :]
+            session.instruments = self.stage.place_instruments(step.instruments, own)
         code = ContextCode(mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=context)
+        past = session.context.num_tokens
         mask, positions = session.context.decode(code, num_new)
         return self.stage.step(
             StageInputs(
@@ -306,17 +314,21 @@ class HostedStage:
                 hidden_state_indices=step.hidden_state_indices,
                 hooks=step.hooks,
                 pause=pause,
+                instruments=session.instruments,
+                captures=step.captures,
+                past=past,
             ),
             session.cache,
         )
 
 
 def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Split the tensors of a step into the stage's inputs, and what is for all stages: mask, positions, logits to keep.
+    """Split the tensors of a step into the stage's inputs, and what is for all stages: mask, positions, and so on.
 
     Raises ProtocolError if some are missing, or the inputs have no rows or no tokens.
     """
     num_shared = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL) + (step.logits_to_keep is None)
+    num_shared += 0 if step.instruments is None else step.instruments.num_tensors
     num_inputs = len(tensors) - num_shared
     if num_inputs < 1 or tensors[0].ndim < 2 or 0 in tensors[0].shape[:2]:
         raise ProtocolError(
@@ -335,8 +347,10 @@ def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tu
         number=step.number,
         stage=step.stage,
         layouts=tuple(tuple(item is not None for item in each) for each in items),
+        captured=tuple(number for number, _ in output.captured),
     )
-    return message, tuple(item for each in items for item in each if item is not None)
+    recorded = tuple(item for each in items for item in each if item is not None)
+    return message, (*recorded, *(tensor for _, tensor in output.captured))
 
 
 def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:

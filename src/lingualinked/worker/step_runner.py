@@ -121,7 +121,7 @@ class StepRunner:
             codec_us=round(delivery.decode_s * 1e6) + encode_us,
         )
         timings = (*step.timings, times)
-        if step.records:
+        if step.records or step.captures:
             recorded, records = describe_recorded(step, output)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
         # 4) send logits to the caller, or hidden states to the next stage

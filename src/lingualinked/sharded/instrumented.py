@@ -1,0 +1,112 @@
+"""`ShardedModel.capture`: the calls that collect what modules compute, for a ``with`` block.
+
+Knows arguments and delegates the work; imports torch and transformers only when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Cache
+
+    from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.model.parts import ModelParts
+    from lingualinked.sharded.captured import Captured
+    from lingualinked.sharded.instruments import InstrumentBlock, OpenBlocks
+
+
+class Instrumented:
+    """The part of a sharded model that captures and intervenes."""
+
+    if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
+        _pipeline: Pipeline
+        _parts: ModelParts
+        _open_blocks: OpenBlocks
+        named_modules: Any
+
+    def capture(
+        self,
+        modules: str | Sequence[str],
+        *,
+        what: Literal["output", "input"] = "output",
+        positions: Any = None,
+        rows: Any = None,
+        steps: Literal["all", "prefill", "decode"] = "all",
+        dtype: torch.dtype | None = None,
+        reduce: Literal["mean", "sum", "last", "norm"] | None = None,
+        scope: Literal["model", "thread"] | Cache = "model",
+        max_bytes: int | str = "1GiB",
+    ) -> InstrumentBlock[Captured]:
+        """Collect what modules compute during the calls in a ``with`` block, chosen and reduced in the stage that computes it.
+
+        A decode step sends no more messages than without, but one from each stage with the values. A capture does what a
+        forward hook (for inputs, a pre-hook) of the module would do that is registered when the block is entered and keeps
+        ``output[rows][:, positions].to(dtype)``: of several blocks in their order, and behind the module's own hooks. Where a
+        module is called with several tensors, or returns several, the first one counts.
+
+        Parameters
+        ----------
+        modules : str or sequence of str
+            Paths of submodules, as in ``named_modules()``; a component may be a pattern with ``*``, ``?`` or ``[0-3]``, as in
+            ``"model.layers.*.mlp"``. Of those that a pattern matches, modules that are never called, such as lists, are left
+            out.
+        what : {"output", "input"}
+            Whether to collect what a module returns, or what it is called with.
+        positions : int, slice, sequence of int, or None
+            Which tokens: counted from the beginning of the text, padding included; negative ones from the end of the tokens
+            of each step, so that ``-1`` is the prompt's last token and then each new one. An int keeps its dimension. A
+            sequence for each row, or an int64 tensor ``[rows, positions]``, chooses others in each row. ``None``: all.
+        rows : int, slice, sequence of int, or None
+            Which rows of the batch, as the module sees them: beam search has ``num_beams`` rows for each prompt.
+        steps : {"all", "prefill", "decode"}
+            In which steps: ``"prefill"`` are those with no text before them, in any KV cache; ``"decode"`` the others.
+        dtype : torch.dtype or None
+            A floating-point dtype to send values in; ``None``: as they are.
+        reduce : {"mean", "sum", "last", "norm"} or None
+            What to send of the chosen positions, computed in ``dtype``: their mean or sum, or the last one, each
+            ``[rows, 1, ...]``; or the Euclidean norms over the last dimension, ``[rows, positions]``.
+        scope : {"model", "thread"} or Cache
+            For whose calls: all of the model; those of the thread that enters the block; or those with these
+            ``past_key_values`` (this handle, not copies of it).
+        max_bytes : int or str
+            How much may be held, in bytes or with a unit (``"1GiB"``).
+
+        Returns
+        -------
+        context manager of Captured
+            ``with`` gives a mapping: for each module the tensors of all steps that have some of the positions, in the order
+            of the steps; ``[rows, positions, ...]`` each. Without ``rows``, ``positions`` and ``reduce``, tensors have the
+            shape that they have in the module.
+
+        Raises
+        ------
+        ArgumentError
+            If nothing matches, or another argument can't be used. A call in the block raises it, before anything is sent, if
+            a chosen row or negative position is not in the step, or more than ``max_bytes`` would be held.
+        WorkerError
+            From a call in the block, if a stage sent something else than was asked for.
+
+        Examples
+        --------
+        >>> with model.capture("model.layers.*.mlp", positions=-1, dtype=torch.float32) as captured:
+        ...     model.generate(ids, max_new_tokens=16)
+        >>> captured["model.layers.3.mlp"].cat().shape  # rows, steps, hidden
+        """
+        from lingualinked.sharded.making_blocks import capture_block  # imports torch
+
+        self._pipeline.check_open()
+        return capture_block(
+            self,
+            modules,
+            what=what,
+            positions=positions,
+            rows=rows,
+            steps=steps,
+            dtype=dtype,
+            reduce=reduce,
+            scope=scope,
+            max_bytes=max_bytes,
+        )

@@ -1,0 +1,206 @@
+"""The captures and interventions that are in force for the calls of a model: those of open ``with`` blocks, in their order.
+
+Knows blocks and what a step has; neither the messages' way nor the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lingualinked.cluster.captured import CapturedValue, ExpectedValue
+from lingualinked.errors import ArgumentError
+from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments, positions_in, rows_in
+from lingualinked.quantities import count_text
+
+if TYPE_CHECKING:
+    from lingualinked.model.parts import ModelParts
+    from lingualinked.sharded.captured import Captured
+    from lingualinked.sharded.module_calls import ModuleCall, ModuleCalls
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One open ``with`` block: its instruments, the tensors that they name, and for whose calls they are."""
+
+    items: tuple[Instrument, ...]
+    tensors: tuple[Tensor, ...]
+    captured: Captured | None  # for what it captures
+    thread: int | None  # None: of all threads
+    cache: object  # None: of all sessions
+
+    def is_for(self, cache: object) -> bool:
+        """Return whether it is in force in a call of this thread with a KV cache."""
+        is_own_session = self.cache is None or self.cache is cache
+        return is_own_session and self.thread in (None, threading.get_ident())
+
+
+class OpenBlocks:
+    """The open blocks of a model, in the order in which they were entered; false if there is none."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        self._parts = parts
+        self._lock = threading.Lock()
+        self._blocks: tuple[Block, ...] = ()
+        self._known: dict[tuple[Block, ...], InForce] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._blocks)
+
+    def enter(self, block: Block) -> None:
+        """Put a block in force, behind the others."""
+        with self._lock:
+            self._blocks += (block,)
+
+    def leave(self, block: Block) -> None:
+        """End a block."""
+        with self._lock:
+            self._blocks = tuple(each for each in self._blocks if each is not block)
+            self._known = {blocks: known for blocks, known in self._known.items() if block not in blocks}
+
+    def in_force(self, cache: object, calls: ModuleCalls) -> InForce | None:
+        """Return what is in force in a call of this thread with a KV cache, the same object while that is the same."""
+        blocks = tuple(block for block in self._blocks if block.is_for(cache))
+        if not blocks:
+            return None
+        known = self._known.get(blocks)
+        if known is None:
+            known = InForce(blocks, self._parts, calls)
+            with self._lock:
+                if all(block in self._blocks for block in blocks):
+                    self._known[blocks] = known
+        return known
+
+
+class InstrumentBlock(Generic[Result]):
+    """A ``with`` block during which captures or interventions are in force."""
+
+    def __init__(self, blocks: OpenBlocks, make: Callable[[], Block], result: Result) -> None:
+        self._blocks, self._make, self._result = blocks, make, result
+        self._block: Block | None = None
+
+    def __enter__(self) -> Result:
+        if self._block is not None:
+            raise ArgumentError("this block is open already: call capture() or intervene() for each block")
+        block = self._make()
+        self._blocks.enter(block)
+        self._block = block
+        return self._result
+
+    def __exit__(self, *_: object) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            self._blocks.leave(block)
+
+
+class InForce:
+    """The instruments of some blocks; see `lingualinked.cluster.captured.StepInstruments`."""
+
+    def __init__(self, blocks: Sequence[Block], parts: ModelParts, calls: ModuleCalls) -> None:
+        items: list[Instrument] = []
+        tensors: list[Tensor] = []
+        self._captures: list[tuple[int, Capture, ModuleCall, int, Captured]] = []
+        self._changes: list[tuple[Change, ModuleCall, tuple[Tensor, ...]]] = []
+        for block in blocks:
+            for item in block.items:
+                call = calls[item.path, item.side]
+                if isinstance(item, Change):
+                    own = tuple(block.tensors[index] for index in item.tensors)
+                    self._changes.append((item, call, own))
+                    items.append(_renumbered(item, len(tensors)))
+                    continue
+                if block.captured is not None:
+                    layer = parts.layer_beside(item.path, at_end=item.side == "output")
+                    self._captures.append((len(items), item, call, layer, block.captured))
+                items.append(item)
+            tensors += block.tensors
+        self.given = Instruments(tuple(items), len(tensors))
+        self.tensors = tuple(tensors)
+        self._targets = {number: (item.path, captured) for number, item, _, _, captured in self._captures}
+
+    def due_captures(self, num_rows: int, num_new: int, past: int) -> Mapping[int, ExpectedValue]:
+        """Return what is captured in a step, by number; raise ArgumentError if something can't be done in it."""
+        due: dict[int, ExpectedValue] = {}
+        room: dict[Captured, int] = {}
+        for number, item, call, layer, captured in self._captures:
+            if item.runs_in(past):
+                shape = _due_shape(item, call, num_rows, num_new, past)
+                if shape == ():
+                    continue
+                due[number] = ExpectedValue(
+                    path=item.path,
+                    layer=layer,
+                    dtype=None if item.dtype is None else getattr(torch, item.dtype),
+                    is_floating_point=call.is_floating_point or item.dtype is not None,
+                    shape=shape,
+                    is_called_once=call.has_tokens and call.num_calls == 1,
+                )
+                room[captured] = room.get(captured, 0) + _num_bytes(due[number])
+        for captured, num_bytes in room.items():
+            captured.check_room(num_bytes)
+        return due
+
+    def collect(self, values: list[CapturedValue], trusted: frozenset[str]) -> None:
+        """Keep what was captured in a step."""
+        for value in values:
+            path, captured = self._targets[value.number]
+            captured.add(path, value, is_trusted=not trusted or value.device in trusted)
+
+
+def _renumbered(item: Change, first: int) -> Change:
+    return Change(
+        path=item.path,
+        side=item.side,
+        rows=item.rows,
+        positions=item.positions,
+        steps=item.steps,
+        kind=item.kind,
+        tensors=tuple(first + index for index in item.tensors),
+        numbers=item.numbers,
+    )
+
+
+def _chosen(item: Instrument, num_rows: int, num_new: int, past: int) -> tuple[int, int]:
+    """Return how many rows and positions of a step are meant."""
+    try:
+        rows, positions = rows_in(item.rows, num_rows), positions_in(item.positions, past, num_new)
+    except ArgumentError as error:
+        raise ArgumentError(f"at {item.path}: {error}") from error
+    if positions and isinstance(positions[0], tuple):
+        if len(positions) != len(rows):
+            raise ArgumentError(
+                f"at {item.path}: positions are given for {count_text(len(positions), 'row')}, and {len(rows)} of the step are chosen"
+            )
+        return len(rows), len(positions[0])
+    return len(rows), len(positions)
+
+
+def _due_shape(
+    item: Capture, call: ModuleCall, num_rows: int, num_new: int, past: int
+) -> tuple[int | None, ...] | None:
+    """Return the shape of what is captured in a step, as far as it is known; an empty one if there is nothing."""
+    if item.takes_everything and item.reduction is None:
+        sizes: dict[Any, Any] = {"rows": num_rows, "tokens": num_new}
+        return None if call.dimensions is None else tuple(sizes.get(each, each) for each in call.dimensions)
+    rows, positions = _chosen(item, num_rows, num_new, past)
+    if not rows or not positions:
+        return ()
+    assert call.dimensions is not None
+    rest: tuple[Any, ...] = call.dimensions[2:]
+    if item.reduction == "norm":
+        return rows, positions, *rest[:-1]
+    return rows, 1 if item.reduction is not None else positions, *rest
+
+
+def _num_bytes(due: ExpectedValue) -> int:
+    num_bytes = 4 if due.dtype is None else due.dtype.itemsize
+    for size in due.shape or (0,):
+        num_bytes *= 1 if size is None else size
+    return num_bytes
