@@ -24,7 +24,7 @@ from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
 from lingualinked.protocol.hooking import HookAnswered
-from lingualinked.protocol.messages import LoadStage, Request, check
+from lingualinked.protocol.messages import CutLinks, EmulateDevice, LoadStage, Request, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
@@ -155,6 +155,7 @@ class Engine:
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
             on_progress=on_progress,
+            passes_cuts=isinstance(message, CutLinks | EmulateDevice),
         )
         self._post(lambda: self._exchange.send_request(device, message, (), ("request", message.request, 0), pending))
         return pending.future
@@ -206,6 +207,10 @@ class Engine:
     def expect_delays(self, devices: Sequence[str]) -> None:
         """Accept delayed messages from these devices, as the links that they emulate require."""
         self._post(lambda: self._mailbox.expect_delays(devices))
+
+    def cut_links(self, devices: Iterable[str]) -> None:
+        """Handle no messages of these devices, and those of all others that have come while their links were cut."""
+        self._call(lambda: self._exchange.cut_links(devices))
 
     def mark_dead(self, device: str, how: str) -> None:
         """Mark a worker as dead and fail every pending answer that depends on it."""

@@ -45,6 +45,7 @@ from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.reading import TensorRead
 from lingualinked.protocol.roles import TO_CALLER, Role
 from lingualinked.protocol.steps import EndSession, StepDone, StepRecorded
+from lingualinked.transport.cut_links import CutLinks
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
 
@@ -64,6 +65,7 @@ class Exchange:
         self.public_keys: dict[str, str] = {}  # of the workers that have one by now
         self._mailbox = mailbox
         self._pending = PendingAnswers()
+        self._cut_links = CutLinks(mailbox)
         self._unloaded: set[int] = set()
         self._logs: dict[str, RemoteLog] = {}
         self._introductions = itertools.count(-1, -1)  # as numbers of requests; those of the others count upwards
@@ -109,6 +111,8 @@ class Exchange:
         try:
             message = decode(delivery.payload)
             kind = type(message).__name__
+            if not self._passes_cuts(message) and self._cut_links.hold(delivery):
+                return
             self._check_role(message, delivery.sender)
             assert isinstance(message, WorkerMessage)
             self._handle(message, delivery)
@@ -117,6 +121,11 @@ class Exchange:
         except Exception as error:  # a progress bar that can't be drawn, a log handler that raises
             self._mailbox.refuse(delivery.sender, kind, f"{type(error).__name__}: {error}")
             logger.debug("a message from %r could not be handled", delivery.sender, exc_info=True)
+
+    def cut_links(self, devices: Iterable[str]) -> None:
+        """Handle no messages of these devices, and those of all others that have come while their links were cut."""
+        for delivery in self._cut_links.cut(devices):
+            self.handle_delivery(delivery)
 
     def send_request(
         self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...], key: Key, pending: Pending
@@ -219,6 +228,11 @@ class Exchange:
                 self._mailbox.send(sender, encode(Pong(number=message.number)))
             case LogRecord():
                 self._logs.setdefault(sender, RemoteLog(sender)).write(message)
+
+    def _passes_cuts(self, message: AnyMessage) -> bool:
+        """Say whether it is an answer that comes over a link that is cut."""
+        pending = self._pending.find(_key(message)) if isinstance(message, Acknowledged | RequestFailed) else None
+        return pending is not None and pending.passes_cuts
 
     def _check_role(self, message: AnyMessage, sender: str) -> None:
         """Refuse a message that its sender may not send, or that does not answer what was asked."""

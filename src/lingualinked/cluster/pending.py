@@ -34,6 +34,7 @@ class Pending:
     on_progress: Callable[[int], None] | None = None  # told the bytes loaded so far
     part_senders: tuple[str, ...] = ()  # each sends a part besides the answer; they arrive in any order
     parts: dict[int, object] = dataclasses.field(default_factory=dict)  # by the place of the sender
+    passes_cuts: bool = False  # whether its answer comes over a link that is cut
     takes_hooks: bool = False  # whether it may be interrupted by hooks
     paused_at: str = ""  # the module whose hooks run in this process at the moment
     held_answer: object = None  # which came before the last part

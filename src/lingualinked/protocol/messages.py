@@ -88,6 +88,16 @@ class EmulateDevice(Message, frozen=True, tag=6):
     emulation: Emulation
 
 
+class CutLinks(Message, frozen=True, tag=63):
+    """Handle nothing that comes from these parties, and what has come from all others while their links were cut.
+
+    This message and `EmulateDevice`, and their answers, pass links that are cut.
+    """
+
+    request: int
+    senders: tuple[str, ...]
+
+
 class IntroduceWorker(Message, frozen=True, tag=29):
     """Accept messages from another worker, which holds this key, and send its messages to this address."""
 
@@ -130,7 +140,7 @@ class StageLoaded(Message, frozen=True, tag=18):
 
 
 class Acknowledged(Message, frozen=True, tag=25):
-    """Answer to `EmulateDevice`, `IntroduceWorker`, `AnnounceMove` and `ForkSession`: done."""
+    """Answer to `EmulateDevice`, `CutLinks`, `IntroduceWorker`, `AnnounceMove` and `ForkSession`: done."""
 
     request: int
 
@@ -168,6 +178,7 @@ CallerMessage = (
     | UnloadModel
     | InspectWorker
     | EmulateDevice
+    | CutLinks
     | IntroduceWorker
     | DismissWorker
     | MeasureModel
@@ -188,6 +199,7 @@ Request = (
     LoadStage
     | InspectWorker
     | EmulateDevice
+    | CutLinks
     | MeasureModel
     | ProbeLink
     | AnnounceMove

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.base import Message
-from lingualinked.protocol.messages import CallerMessage, LoadStage, PeerMessage, decode
+from lingualinked.protocol.messages import CallerMessage, CutLinks, EmulateDevice, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
+from lingualinked.transport import cut_links
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.sender_check import StaleMessageError
@@ -35,6 +36,7 @@ class Inbox:
         self._mailbox = mailbox
         self._check_sender = check_sender
         self._moves, self._others = _FairQueue(), _FairQueue()
+        self._cut_links = cut_links.CutLinks(mailbox)
         self._load: dict[str, tuple[int, int]] = {}  # waiting messages and their bytes, by sender
 
     def next_message(self) -> Waiting | None:
@@ -47,6 +49,11 @@ class Inbox:
         if waiting is not None:
             self._count(waiting[1], -1)
         return waiting
+
+    def cut_links(self, senders: Iterable[str]) -> None:
+        """Handle nothing from these senders, and what has come from all others while their links were cut."""
+        for delivery in self._cut_links.cut(senders):
+            self._accept(delivery)
 
     def refuse(self, delivery: Delivery, error: Exception, kind: str) -> None:
         """Count and log a message that is not handled, and why."""
@@ -61,6 +68,8 @@ class Inbox:
         try:
             message = decode(delivery.payload)
             kind = type(message).__name__
+            if not isinstance(message, CutLinks | EmulateDevice) and self._cut_links.hold(delivery):
+                return True
             self._check_sender(message, delivery.sender)
         except ProtocolError as error:
             self.refuse(delivery, error, kind)

@@ -24,6 +24,7 @@ from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, P
 from lingualinked.protocol.messages import (
     Acknowledged,
     CallerMessage,
+    CutLinks,
     DismissWorker,
     EmulateDevice,
     Hello,
@@ -173,8 +174,8 @@ class Worker:
                 self._stages.unload_model(message.model)
             case InspectWorker():
                 self._answer_request(message.request, lambda: self._make_report(message))
-            case EmulateDevice():
-                self._acknowledge(message.request, lambda: self._emulate(message.emulation))
+            case EmulateDevice() | CutLinks():
+                self._acknowledge(message.request, lambda: self._pretend(message))
             case IntroduceWorker():
                 self._acknowledge(message.request, lambda: self._peers.introduce(message))
             case DismissWorker():
@@ -294,6 +295,12 @@ class Worker:
             device=self._vitals.read_vitals(self._stages.held_bytes()),
             stages=self._stages.reports(),
         )
+
+    def _pretend(self, message: EmulateDevice | CutLinks) -> None:
+        if isinstance(message, EmulateDevice):
+            self._emulate(message.emulation)
+        else:
+            self._inbox.cut_links(message.senders)
 
     def _emulate(self, emulation: Emulation) -> None:
         self._pace.slowdown = emulation.slowdown

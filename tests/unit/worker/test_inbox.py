@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from lingualinked.errors import ProtocolError
+from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.measuring import Ping, Pong
-from lingualinked.protocol.messages import InspectWorker, UnloadModel, encode
+from lingualinked.protocol.messages import CutLinks, EmulateDevice, InspectWorker, UnloadModel, encode
 from lingualinked.protocol.moving import KeepPlan, KVReceived
 from lingualinked.protocol.steps import EndSession
+from lingualinked.transport import cut_links
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.worker.inbox import Inbox
 
-Message = InspectWorker | UnloadModel | KeepPlan | EndSession | KVReceived | Pong | Ping
+Message = InspectWorker | CutLinks | EmulateDevice | UnloadModel | KeepPlan | EndSession | KVReceived | Pong | Ping
 
 
 def check(message: object, sender: str) -> None:
@@ -122,3 +124,38 @@ def test_a_flood_of_what_is_refused_holds_up_nobody(line: Line) -> None:
         pass
     assert waiting[0] == end(1)
     assert line.mailbox.num_refused < 5
+
+
+def test_what_comes_over_a_link_that_is_cut_waits_until_it_is_restored(line: Line) -> None:
+    line.inbox.cut_links(["a", "caller"])
+    emulation = Emulation(slowdown=1.0, links=(), delayed_from=())
+    line.say("a", end(1))
+    line.say("a", end(2))
+    line.say("caller", InspectWorker(request=1))
+    line.say("b", end(3))
+    line.say("caller", CutLinks(request=2, senders=()))
+    line.say("caller", EmulateDevice(request=3, emulation=emulation))
+    passed = [line.next() for _ in range(3)]
+    assert ("b", end(3)) in passed
+    assert [each for each in passed if each[0] == "caller"] == [
+        ("caller", CutLinks(request=2, senders=())),
+        ("caller", EmulateDevice(request=3, emulation=emulation)),
+    ]
+    line.inbox.cut_links(["caller"])
+    line.say("a", end(4))
+    assert [line.next() for _ in range(3)] == [("a", end(number)) for number in (1, 2, 4)]
+    line.inbox.cut_links([])
+    assert line.next() == ("caller", InspectWorker(request=1))
+
+
+def test_a_cut_link_holds_so_many_bytes(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_links, "MAX_HELD_BYTES", 100)
+    line.inbox.cut_links(["a"])
+    line.say("a", end(1))
+    line.say("a", end(2), torch.zeros(100))
+    line.say("a", end(3))
+    line.say("b", end(4))
+    assert line.next() == ("b", end(4))
+    line.inbox.cut_links([])
+    assert [line.next() for _ in range(2)] == [("a", end(1)), ("a", end(3))]
+    assert line.mailbox.num_refused == 1
