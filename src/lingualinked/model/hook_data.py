@@ -9,11 +9,12 @@ import msgspec
 
 
 class HookPoint(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A module with hooks: whether a pass stops before it, and whether behind it."""
+    """A module with hooks: whether a pass stops before it, and behind it, and whether the hooks may skip it."""
 
     path: str
     before: bool
     after: bool
+    may_skip: bool = False
 
 
 class _Value(msgspec.Struct, frozen=True, array_like=True, gc=False):

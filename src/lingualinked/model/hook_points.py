@@ -6,6 +6,7 @@ Knows torch's hooks and the stage's own modules; neither messages nor the functi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class ModuleCall:
     """One call of a hooked module, as it stands: before the module has run, or behind it.
 
-    A hook may replace ``args``, ``kwargs`` and ``output``.
+    A hook may replace ``args``, ``kwargs`` and ``output``, and give an output of a module that then does not run.
     """
 
     path: str
@@ -32,6 +33,8 @@ class ModuleCall:
     kwargs: dict[str, Any]
     output: Any = None
     is_done: bool = False  # whether the module has run
+    may_skip: bool = False
+    is_skipped: bool = False
     sends_inputs: bool = True  # whether the caller still needs to know what the module was called with
     waits_for_output: bool = False  # whether the caller awaits the output of a call whose inputs it knows
     values: CallValues = dataclasses.field(default_factory=CallValues)
@@ -40,6 +43,38 @@ class ModuleCall:
 def contains_layers(path: str, layers: str) -> bool:
     """Return whether a module runs the layers, which several stages hold: the decoder, in most models."""
     return f"{layers}.".startswith(f"{path}.")
+
+
+class _SkippableForward:
+    """Stands for a module's forward while there are passes that may skip it: one thread at a time runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.outputs: dict[int, Any] = {}  # of the threads that skip it now
+        self.num_passes = 0
+        self._module = module
+        self._own = vars(module).get("forward")
+        self._forward = module.forward
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """Return the one of a module, for one more pass."""
+        held = vars(module).get("forward")
+        skippable = held if isinstance(held, cls) else cls(module)
+        vars(module)["forward"] = skippable
+        skippable.num_passes += 1
+        return skippable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        thread = threading.get_ident()
+        return self.outputs.pop(thread) if thread in self.outputs else self._forward(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put the module's forward back in its place once no pass may skip it."""
+        self.num_passes -= 1
+        if not self.num_passes:
+            del vars(self._module)["forward"]
+            if self._own is not None:
+                vars(self._module)["forward"] = self._own
 
 
 class HookedPass:
@@ -59,6 +94,7 @@ class HookedPass:
         self._thread = threading.get_ident()
         self._points: dict[str, HookPoint] = {}
         self._handles: dict[str, list[Any]] = {}
+        self._skippable: dict[str, _SkippableForward] = {}
         self._calls: list[ModuleCall] = []  # of modules that are running, the innermost last
         self._is_stopped = False
         self._set_points(points)
@@ -67,23 +103,27 @@ class HookedPass:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
+        for handle in (*itertools.chain(*self._handles.values()), *self._skippable.values()):
+            handle.remove()
 
     def _set_points(self, points: Iterable[HookPoint]) -> None:
         """Stop at these points from now on, and at no others."""
         self._points = {point.path: point for point in points}
-        for path in self._points.keys() - self._handles.keys():
-            self._handles[path] = self._install(path)
+        for path, point in self._points.items():
+            module = self._module_at(path)
+            if path not in self._handles:
+                self._handles[path] = [] if module is None else self._install(path, module)
+            if point.may_skip and path not in self._skippable and module is not None:
+                self._skippable[path] = _SkippableForward.of(module)
 
-    def _install(self, path: str) -> list[Any]:
+    def _module_at(self, path: str) -> nn.Module | None:
         try:
             module = self._model.get_submodule(path)
         except AttributeError:
-            return []  # another stage has it
-        if isinstance(module, StandIn):
-            return []
+            return None  # another stage has it
+        return None if isinstance(module, StandIn) else module
+
+    def _install(self, path: str, module: nn.Module) -> list[Any]:
         spans = contains_layers(path, self._layers)
         handles = []
         if self._is_first or not spans:
@@ -99,9 +139,11 @@ class HookedPass:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if kwargs is None or not self._is_here() or path not in self._points or not self._points[path].before:
                 return None
-            call = ModuleCall(path, args, kwargs)
+            call = ModuleCall(path, args, kwargs, may_skip=path in self._skippable)
             self._calls.append(call)
             self._stop(call)
+            if call.is_skipped:
+                self._skippable[path].outputs[self._thread] = call.output
             return call.args, call.kwargs
 
         return before

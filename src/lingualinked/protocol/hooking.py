@@ -32,7 +32,8 @@ class HookAnswered(Message, frozen=True, tag=37):
     """What hooks have made of a call: it goes on with it, or ends the step (``goes_on``).
 
     Of the tensors beside it, the first are the new contents of those with the indices ``changed``, and the others the call's
-    next ones. What is None stays as it was. ``points`` are the hooked modules from now on, if they have changed.
+    next ones. What is None stays as it was; an ``output`` before the module has run takes the place of running it. ``points``
+    are the hooked modules from now on, if they have changed.
     """
 
     model: int

@@ -1,4 +1,4 @@
-"""Which submodules of a model have hooks, and where a step has to stop for them.
+"""Which submodules of a model have hooks, or another forward, and where a step has to stop for them.
 
 Knows modules, torch's registries of hooks and the parts of a model; neither steps nor what hooks are given.
 """
@@ -21,7 +21,7 @@ _BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_ho
 
 
 class HookedModules:
-    """The submodules of a model that may have hooks; true if one has."""
+    """The submodules of a model that may have hooks, or a function that replaces their forward; true if one has."""
 
     def __init__(self, model: nn.Module, parts: ModelParts) -> None:
         self.by_path = {path: module for path, module in model.named_modules() if path}
@@ -32,27 +32,33 @@ class HookedModules:
             (path, vars(module)[_BEFORE], vars(module)[_BEHIND]) for path, module in self.by_path.items()
         ]
         self._hooks: list[Mapping[int, Any]] = [hooks for _, *both in self._registries for hooks in both]
+        self._states = [vars(module) for module in self.by_path.values()]
 
     def __bool__(self) -> bool:
-        return any(self._hooks)
+        return any(self._hooks) or any("forward" in state for state in self._states)
 
     def points(self) -> tuple[HookPoint, ...]:
         """Return where a step has to stop."""
         return tuple(
-            HookPoint(path, self._stops_before(path), self.stops_after(path))
+            HookPoint(path, self._stops_before(path), self.stops_after(path), self._is_wrapped(path))
             for path, before, behind in self._registries
-            if before or behind
+            if before or behind or self._is_wrapped(path)
         )
 
     def _has(self, path: str, registry: str) -> bool:
         return bool(vars(self.by_path[path])[registry])
 
+    def _is_wrapped(self, path: str) -> bool:
+        """Return whether a function of the user's replaces a module's forward, which may call it, or not."""
+        return "forward" in vars(self.by_path[path])
+
     def _stops_before(self, path: str) -> bool:
-        return self._has(path, _BEFORE) or self._has(path, _ALWAYS) or contains_layers(path, self.layers)
+        is_asked_for = self._has(path, _BEFORE) or self._has(path, _ALWAYS) or self._is_wrapped(path)
+        return is_asked_for or contains_layers(path, self.layers)
 
     def stops_after(self, path: str) -> bool:
         """Return whether a step has to stop behind a module that has hooks."""
-        return self._has(path, _BEHIND) or self.runs_everywhere(path)
+        return self._has(path, _BEHIND) or self._is_wrapped(path) or self.runs_everywhere(path)
 
     def runs_everywhere(self, path: str) -> bool:
         """Return whether every stage runs a module for itself, such as what computes positions."""

@@ -1,4 +1,4 @@
-"""Runs the hooks of a model's submodules in the thread that called the model, when a stage reaches the module.
+"""Runs the hooks of submodules, and what replaces their forward, in the thread that called the model, when a stage gets there.
 
 Torch calls them itself: a module is called here with a forward that waits for the stage's. Knows modules and one step's events.
 """
@@ -169,17 +169,17 @@ class CallerHooks:
         self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, is_done: bool
     ) -> None:
         """Call a module's hooks; before it has run, the stage runs on until its output comes."""
-        path = call.path
+        path, runs = call.path, is_done
         is_everywhere = self._modules.runs_everywhere(path)
         if contains_layers(path, self._modules.layers) and not is_done:
             kwargs = {name: self._given.get(name, value) for name, value in kwargs.items()}
         earlier = self._earlier_output(call) if is_everywhere else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal call, output
+            nonlocal call, output, runs
             if is_done:
                 return output
-            waits = self._modules.stops_after(path)
+            waits, runs = self._modules.stops_after(path), True
             self._answer_inputs(call, args, kwargs, waits=waits)
             if not waits:
                 raise _NotAwaited
@@ -198,11 +198,16 @@ class CallerHooks:
         else:
             forward(*args, **kwargs)
             (result,) = earlier
+        if not runs and contains_layers(path, self._modules.layers):
+            raise UnsupportedOperationError(
+                f"forward of {path} of a sharded model was replaced by a function that does not call the module's own: its "
+                "layers are in several stages; skip the layers, or call it"
+            )
         if is_everywhere:
             self._num_calls[path, call.stage] += 1
             if earlier is None:
                 self._outputs.setdefault(path, []).append((call.stage, result))
-        described = call.describe(result)
+        described = call.describe(result)  # if the module has not run, of what it would have returned
         self._answer(call, output=None if described == call.output else described)
 
     def _earlier_output(self, call: _Call) -> tuple[Any] | None:

@@ -57,10 +57,10 @@ class SealedDict(dict[str, Any]):
 
 
 class _Running(threading.local):
-    """Modules whose hooks are called at the moment in this thread, with what stands for their forward."""
+    """Modules that a step stopped at in this thread, with what stands for their forward; None for one that is called here."""
 
     def __init__(self) -> None:
-        self.forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self.forwards: list[tuple[nn.Module, Callable[..., Any]] | None] = []
 
 
 _running = _Running()
@@ -69,9 +69,15 @@ _running = _Running()
 def call_hooks_around(
     module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Make torch call a sealed module's hooks before and after a function that stands for its forward."""
+    """Make torch call a sealed module's hooks, and what replaces its forward, around a function that stands for it."""
+    return _call_with((module, forward), module, args, kwargs)
+
+
+def _call_with(
+    running: tuple[nn.Module, Callable[..., Any]] | None, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> Any:
     forwards = _running.forwards
-    forwards.append((module, forward))
+    forwards.append(running)
     num_forwards = len(forwards)
     try:
         return nn.Module.__call__(module, *args, **kwargs)
@@ -90,12 +96,18 @@ class SealedModule:
         """Run its forward pass in this process, with weights that are fetched one by one; refuse to run the decoder so."""
         if isinstance(self, PreTrainedModel):
             self._refuse("calling", _DECODER)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return _call_with(None, cast("nn.Module", self), args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Accept the current value, and new attributes of the user's own, which no forward pass reads."""
+        """Accept the current value, another ``forward``, and new attributes of the user's own, which no forward pass reads."""
         held = getattr(self, name, _ABSENT)
         if held is value or (isinstance(value, _SCALARS) and type(held) is type(value) and held == value):
+            return
+        if name == "forward" and callable(value) and name not in self._sealed:
+            if getattr(value, "__func__", None) is type(self).forward and value.__self__ is self:  # type: ignore[attr-defined]
+                vars(self).pop(name, None)  # its own again
+            else:
+                object.__setattr__(self, name, value)
             return
         if name in self._sealed or hasattr(type(self), name) or isinstance(value, nn.Parameter | nn.Module):
             wraps = isinstance(value, nn.Module) and isinstance(held, nn.Module) and held in value.modules()
@@ -147,10 +159,25 @@ def _reason(name: str) -> str:
     return _CHANGE
 
 
+def _registration(name: str) -> Callable[..., Any]:
+    """Return a method that registers a submodule, parameter or buffer: it accepts what is registered already."""
+    refuse = refusal(name, _CHANGE)
+    registry = {"register_buffer": "_buffers", "register_parameter": "_parameters"}.get(name, "_modules")
+
+    def register(self: nn.Module, name: str, value: Any, *_: Any, **__: Any) -> None:
+        if vars(self)[registry].get(name, _ABSENT) is not value:
+            refuse(self)
+
+    register.__name__, register.__doc__ = name, f"Accept what holds already. {refuse.__doc__}"
+    return register
+
+
+_REGISTRATIONS = ("add_module", "register_buffer", "register_module", "register_parameter")
 for _name in dir(nn.Module):
     if _name.startswith(("add_", "register_")) and not _name.startswith("register_forward_"):
-        setattr(SealedModule, _name, refusal(_name, _reason(_name)))
-        setattr(SealedModel, _name, refusal(_name, _reason(_name)))
+        _method = _registration(_name) if _name in _REGISTRATIONS else refusal(_name, _reason(_name))
+        setattr(SealedModule, _name, _method)
+        setattr(SealedModel, _name, _method)
 for _name, _why in {"compile": _CHANGE, "load_state_dict": _CHANGE}.items():
     setattr(SealedModule, _name, refusal(_name, _why))
 
@@ -164,9 +191,12 @@ def _sealed_class(real: Any) -> Any:
 
     @functools.wraps(real.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        is_torchs = sys._getframe(1).f_globals is vars(nn_module)  # noqa: SLF001 - not a hook that calls the forward itself
-        if is_torchs and _running.forwards and _running.forwards[-1][0] is self:
-            return _running.forwards.pop()[1](*args, **kwargs)
+        running = _running.forwards[-1] if _running.forwards else None
+        # Called by torch, or by what replaces the module's forward; not by a hook.
+        is_awaited = sys._getframe(1).f_globals is vars(nn_module) or "forward" in vars(self)  # noqa: SLF001
+        if running is not None and running[0] is self and is_awaited:
+            _running.forwards.pop()
+            return running[1](*args, **kwargs)
         return real.forward(self, *args, **kwargs)
 
     sealed: Any = type(real.__name__, (SealedModule, real), namespace)
@@ -220,7 +250,7 @@ def _check(module: nn.Module, sealed: Mapping[str, Any]) -> None:
     state, is_submodule = vars(module), isinstance(module, SealedModule)
     changed = [name for name, value in sealed.items() if state.get(name, _ABSENT) is not value]
     if is_submodule:
-        changed += [name for name in state.keys() - sealed.keys() if hasattr(type(module), name)]
+        changed += [name for name in state.keys() - sealed.keys() - {"forward"} if hasattr(type(module), name)]
     changed += [name for registry in _SHADOWED for name in sealed[registry].keys() & state.keys()]
     if changed:
         where = f"{state['_path']}." if is_submodule else ""

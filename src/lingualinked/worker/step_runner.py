@@ -188,5 +188,7 @@ def apply_answer(answer: HookAnswered, tensors: tuple[Tensor, ...], call: Module
     if answer.kwargs is not None:
         call.kwargs = values.rebuild(answer.kwargs)
     if answer.output is not None:
-        call.output = values.rebuild(answer.output)
+        if not call.is_done and not call.may_skip:
+            raise ProtocolError(f"an output of {call.path!r} arrived before it has run")
+        call.output, call.is_skipped = values.rebuild(answer.output), not call.is_done
     call.waits_for_output = answer.waits_for_output

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import lingualinked as ll
 from lingualinked.sharded.fetched_weights import FetchedWeights
-from lingualinked.sharded.sealing import Seal, SealedModel
+from lingualinked.sharded.sealing import Seal, SealedModel, call_hooks_around
 
 
 class Model(SealedModel, LlamaForCausalLM):
@@ -109,8 +109,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "replace the head": lambda model: setattr(model, "lm_head", nn.Identity()),
     "delete the head": lambda model: delattr(model, "lm_head"),
     "add a module": lambda model: model.add_module("extra", nn.Identity()),
-    "replace forward": lambda model: setattr(mlp(model), "forward", print),
-    "replace forward of a part": lambda model: setattr(mlp(model).act_fn, "forward", print),
+    "replace forward by no function": lambda model: setattr(mlp(model), "forward", 3),
+    "register another module": lambda model: model.model.register_module("norm", nn.Identity()),
     "replace a class": lambda model: setattr(mlp(model), "__class__", Twice),
     "set a number": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 3.0),
     "delete a number": lambda model: delattr(model.model.layers[0].self_attn, "scaling"),
@@ -120,7 +120,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "set a number of the model": lambda model: setattr(model, "vocab_size", 64),
     "replace a weight": lambda model: setattr(mlp(model).up_proj, "weight", nn.Parameter(torch.zeros(64, 32))),
     "delete a weight": lambda model: delattr(mlp(model).up_proj, "weight"),
-    "register a weight": lambda model: mlp(model).up_proj.register_parameter("bias", None),
+    "register a weight": lambda model: mlp(model).up_proj.register_parameter("bias", nn.Parameter(torch.zeros(64))),
     "register a buffer": lambda model: mlp(model).register_buffer("mask", torch.zeros(1)),
     "change weights in place": lambda model: mlp(model).up_proj.weight.data.zero_(),
     "apply": lambda model: mlp(model).apply(lambda each: each.weight.data.zero_() if hasattr(each, "weight") else None),
@@ -158,7 +158,7 @@ def test_a_change_is_refused_when_it_is_made(model: Any, change: Callable[[Any],
 
 
 BEHIND: dict[str, Callable[[Any], Any]] = {
-    "model.layers.3.mlp.forward": lambda model: vars(mlp(model)).update(forward=print),
+    "model.layers.3.mlp.extra_repr": lambda model: vars(mlp(model)).update(extra_repr=print),
     "model.norm.variance_epsilon": lambda model: vars(model.model.norm).update(variance_epsilon=1.0),
     "model._modules": lambda model: vars(model.model).update(_modules={}),
     "lm_head._forward_hooks": lambda model: object.__setattr__(model.lm_head, "_forward_hooks", {1: print}),
@@ -183,11 +183,33 @@ def test_what_holds_already_is_granted(model: Any) -> None:
     model.model.layers = model.model.layers
     model.model.layers[2] = model.model.layers[2]
     part.up_proj.weight = part.up_proj.weight
+    model.add_module("model", model.model)
+    model.model.register_module("norm", model.model.norm)
+    part.up_proj.register_parameter("weight", part.up_proj.weight)
     model.model.norm.variance_epsilon = model.model.norm.variance_epsilon
     model.model.activation_checkpointing_disable()
     part.apply(lambda module: None)
     part.zero_grad()
     model.seal.check(model)
+
+
+@torch.no_grad()
+def test_another_forward_is_called_around_what_stands_for_the_modules_own(model: Any) -> None:
+    part, x = mlp(model), torch.ones(1, 2, 32)
+    own, expected = part.forward, part(x)
+    part.forward = lambda hidden: own(hidden) + 1
+    model.seal.check(model)
+    assert torch.equal(part(x), expected + 1)  # in this process
+    assert torch.equal(call_hooks_around(part, lambda hidden: hidden * 2, (x,), {}), x * 2 + 1)  # in a step
+    part.forward = lambda hidden: own(hidden) + own(hidden)  # once in the step, once in this process
+    assert torch.equal(call_hooks_around(part, lambda hidden: hidden * 2, (x,), {}), x * 2 + expected)
+    part.forward = own
+    assert "forward" not in vars(part)
+    vars(part)["forward"] = lambda hidden: hidden
+    model.seal.check(model)
+    assert call_hooks_around(part, lambda hidden: 1 / 0, (x,), {}) is x
+    del part.forward
+    assert torch.equal(part(x), expected)
 
 
 def test_notes_of_the_users_own_stay(model: Any) -> None:
