@@ -70,11 +70,13 @@ PUBLIC_NAMES = [
     "Telemetry",
     "UncuttableModelError",
     "UnsupportedOperationError",
+    "WeightEdit",
     "WorkerDiedError",
     "WorkerError",
     "WorkerSnapshot",
     "Workload",
     "baseline",
+    "edit",
     "estimate_profile",
     "profile_model",
     "sample_model",
@@ -83,7 +85,7 @@ PUBLIC_NAMES = [
 ]
 
 # Public names that stand on torch, transformers or zmq; using any other loads none of them.
-HEAVY_NAMES = {"Cluster", "ShardedModel"}
+HEAVY_NAMES = {"Cluster", "ShardedModel", "WeightEdit", "edit"}
 
 
 def loaded_by(code: str) -> set[str]:

@@ -23,6 +23,7 @@ from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
+from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.messages import CutLinks, EmulateDevice, LoadStage, Request, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
@@ -37,7 +38,7 @@ logger = logging.getLogger("lingualinked.cluster")
 
 _START_S = 60.0
 _STOP_S = 2.0
-_OF_A_MODEL = LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor
+_OF_A_MODEL = LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor | EditTensor
 
 
 def end_with_interpreter() -> None:
@@ -138,12 +139,13 @@ class Engine:
         timeout_s: float,
         on_progress: Callable[[int], None] | None = None,
         helpers: Sequence[str] = (),
+        tensors: tuple[Tensor, ...] = (),
     ) -> concurrent.futures.Future[object]:
         """Ask one worker for something; the future fails with the library's errors.
 
         ``what`` is for the time-out's message. ``on_progress`` is told the bytes loaded so far, on the I/O thread, and
         each report starts the time-out anew. ``helpers`` are the devices of other workers without which the answer
-        can't come.
+        can't come. ``tensors`` are sent with the message.
         """
         check(message)  # a worker would drop one with a field of a wrong type, and the wait would be for nothing
         pending = Pending(
@@ -157,7 +159,8 @@ class Engine:
             on_progress=on_progress,
             passes_cuts=isinstance(message, CutLinks | EmulateDevice),
         )
-        self._post(lambda: self._exchange.send_request(device, message, (), ("request", message.request, 0), pending))
+        key = ("request", message.request, 0)
+        self._post(lambda: self._exchange.send_request(device, message, tensors, key, pending))
         return pending.future
 
     def step(

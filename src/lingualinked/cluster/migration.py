@@ -17,6 +17,7 @@ from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.stage_loading import request_stages
+from lingualinked.cluster.tensor_edits import TensorEdits
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.messages import StageLoaded
@@ -41,6 +42,7 @@ class Migrator:
         spec: ModelSpec,
         routes: Routes,
         recorder: Recorder,
+        edits: TensorEdits,
         timeout_s: float,
         max_kv_tokens: int | None,
     ) -> None:
@@ -49,6 +51,7 @@ class Migrator:
         self._spec = spec
         self._routes = routes
         self._recorder = recorder
+        self._edits = edits
         self._timeout_s = timeout_s
         self._max_kv_tokens = max_kv_tokens
         self._versions = itertools.count(routes.current.version + 1)
@@ -92,6 +95,7 @@ class Migrator:
                 raise
             finally:
                 # 5) free the stages of the other route, whichever that is
+                self._edits.end_move()
                 for device in dict.fromkeys((*source.stage_devices, *target.stage_devices)):
                     self._engine.send_command(
                         device, KeepPlan(model=self._model, plan_version=self._routes.current.version)
@@ -118,18 +122,19 @@ class Migrator:
         for device in target.stage_devices:
             self._engine.wait_for_worker(device, self._timeout_s)
         results_of(self._announce(source, target))
-        # 2) load what the new plan lacks
-        loaded = results_of(
-            request_stages(
-                self._engine,
-                self._model,
-                self._spec,
-                target,
-                self._timeout_s,
-                max_kv_tokens=self._max_kv_tokens,
-                held=source,
+        # 2) load what the new plan lacks, and edit it as the present stages are edited
+        with self._edits.loading(target):
+            loaded = results_of(
+                request_stages(
+                    self._engine,
+                    self._model,
+                    self._spec,
+                    target,
+                    self._timeout_s,
+                    max_kv_tokens=self._max_kv_tokens,
+                    held=source,
+                )
             )
-        )
         answers = [cast("StageLoaded", each) for each in loaded]
         progress.weight_bytes = sum(answer.num_bytes_read for answer in answers)
         target = target.with_rounding(answer.rounding for answer in answers)

@@ -25,6 +25,7 @@ from lingualinked.cluster.remote_weights import RemoteWeights
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.stage_loading import request_stages
+from lingualinked.cluster.tensor_edits import TensorEdits
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError, LingualinkedError, UnsupportedOperationError
@@ -81,8 +82,9 @@ class Pipeline:
         self._recorder = Recorder()
         self._correction: Correction | None = None
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
+        self.edits = TensorEdits(self._engine, self._model, self._routes, timeout_s)
         self._migrator = Migrator(
-            self._engine, self._model, spec, self._routes, self._recorder, timeout_s, max_kv_tokens
+            self._engine, self._model, spec, self._routes, self._recorder, self.edits, timeout_s, max_kv_tokens
         )
         self.weights = RemoteWeights(self._engine, self._model, self._routes, timeout_s)
         self._controller = Controller(self._engine, self._routes, self._migrator.run, self._recorder)
@@ -153,6 +155,7 @@ class Pipeline:
             self._routes,
             self._budget,
             self._reach,
+            self.edits,
             self._controller.record_step,
             self._migrator.record_move,
             self.timeout_s,

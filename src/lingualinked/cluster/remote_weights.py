@@ -5,6 +5,7 @@ Knows routes, parts and the message; neither what the tensors are for nor where 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -73,9 +74,15 @@ class RemoteWeights:
 
 
 def _stage_of(name: str, route: Route, parts: ModelParts) -> int:
-    """Return which stage holds a tensor; the first or the last one holds those outside the layers."""
-    layer = parts.layer_of(name)
-    if layer is None:
-        in_epilogue = any(name.startswith(f"{path}.") for path in parts.epilogue)
-        return len(route.plan.stages) - 1 if in_epilogue else 0
-    return next(index for index, stage in enumerate(route.plan.stages) if stage.start <= layer < stage.end)
+    return stages_of(name, route, parts)[0]
+
+
+def stages_of(name: str, route: Route, parts: ModelParts) -> Sequence[int]:
+    """Return which stages hold a tensor under its name: all of them hold one that is neither in layers nor in modules with weights."""
+    num_stages, layer = len(route.plan.stages), parts.layer_of(name)
+    if layer is not None:
+        return [index for index, stage in enumerate(route.plan.stages) if stage.start <= layer < stage.end]
+    for paths, stage in ((parts.epilogue, num_stages - 1), (parts.prologue, 0)):
+        if any(name.startswith(f"{path}.") for path in paths):
+            return [stage]
+    return range(num_stages)

@@ -25,6 +25,7 @@ from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.recorded import DueRecords, Recorded, recorded_sizes
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
+from lingualinked.cluster.tensor_edits import TensorEdits
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.context import StepContext
@@ -62,6 +63,7 @@ class Session:
         routes: Routes,
         budget: KVBudget,
         reach: RopeReach,
+        edits: TensorEdits,
         watch: Callable[[StepSample], None],
         record_move: Callable[[float, int], None],
         timeout_s: float,
@@ -82,6 +84,7 @@ class Session:
         self._moved_from: Route | None = None  # until all workers have been told
         self._budget = budget
         self._reach = reach
+        self._model_edits = edits
         self._watch = watch
         self._record_move = record_move
         self._timeout_s = timeout_s
@@ -136,7 +139,7 @@ class Session:
         try:
             self.stepping_thread = threading.get_ident()
             self._rests.clear()
-            with self._changing:
+            with self._model_edits.gate.step(), self._changing:
                 self._switch_route()
                 return self._step(
                     inputs,

@@ -11,6 +11,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.boot import Emulation
+from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
@@ -140,7 +141,7 @@ class StageLoaded(Message, frozen=True, tag=18):
 
 
 class Acknowledged(Message, frozen=True, tag=25):
-    """Answer to `EmulateDevice`, `CutLinks`, `IntroduceWorker`, `AnnounceMove` and `ForkSession`: done."""
+    """Answer to `EmulateDevice`, `CutLinks`, `IntroduceWorker`, `AnnounceMove` `ForkSession` and `EditTensor`: done."""
 
     request: int
 
@@ -189,6 +190,7 @@ CallerMessage = (
     | MoveSession
     | ForkSession
     | ReadTensor
+    | EditTensor
     | Ping
     | Pong
     | Step
@@ -206,6 +208,7 @@ Request = (
     | CopyKV
     | ForkSession
     | ReadTensor
+    | EditTensor
 )
 WorkerMessage = (
     Hello

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from lingualinked.protocol import failures, hooking, measuring, messages, moving, reading, steps
+from lingualinked.protocol import editing, failures, hooking, measuring, messages, moving, reading, steps
 from lingualinked.protocol.base import Message
 
 
@@ -45,6 +45,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     moving.MoveSession: Role.CALLER,
     moving.ForkSession: Role.CALLER,
     reading.ReadTensor: Role.CALLER,
+    editing.EditTensor: Role.CALLER,
     measuring.Ping: Role.WORKER,
     measuring.Pong: Role.PROBED,
     steps.Step: Role.PREVIOUS,
@@ -90,6 +91,7 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     moving.CopyKV: moving.KVCopied,
     moving.ForkSession: messages.Acknowledged,
     reading.ReadTensor: reading.TensorRead,
+    editing.EditTensor: messages.Acknowledged,
     steps.Step: steps.StepDone,
 }
 """The answer to each message of the caller that has one."""

@@ -1,4 +1,4 @@
-"""The data of a parameter or buffer of a sharded model, fetched from its worker, to be read and not to be changed.
+"""The data of a parameter or buffer of a sharded model, fetched from its worker; what would change it edits the worker's.
 
 Knows torch's tensors only; nothing of modules, workers or what was fetched when.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from types import FunctionType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingualinked.errors import UnsupportedOperationError
 
-_CHANGE = "its data is in a worker: clone() it first, or change the checkpoint with transformers and load it sharded"
+_CHANGE = "its data is in a worker: clone() it, and copy_() the changed copy into the parameter"
 # Calls by which its memory could be changed without an operation that `_ReadOnly` would see.
 _GIVES_MEMORY = frozenset(
     {
@@ -37,18 +38,40 @@ _GIVES_MEMORY = frozenset(
 )
 
 
+class Editor(Protocol):
+    """Edits the tensors of one model in the workers."""
+
+    def edit(self, wholes: Mapping[str, Tensor], change: Callable[[Mapping[str, Tensor]], Any]) -> Any:
+        """Call ``change`` with copies of fetched tensors, by name; make workers hold what it has made of them.
+
+        The fetched tensors are then changed likewise. Returns what ``change`` returns.
+        """
+
+
 class FetchedTensor(Tensor):
-    """A fetched tensor or a view of one: results are plain tensors, and what would change it is refused by name."""
+    """A fetched tensor or a view of one: results are plain tensors, and what changes it changes it in its worker.
+
+    Without an editor, what would change it is refused by name.
+    """
 
     remote_name: str
+    remote_whole: Tensor  # all of the fetched tensor that this is a view of, contiguous, as a plain one
+    remote_editor: Editor | None
 
     @classmethod
-    def of(cls, data: Tensor, name: str) -> FetchedTensor:
-        """Make the read-only tensor for data that nothing else refers to, and its name in the whole model."""
+    def of(cls, data: Tensor, name: str, editor: Editor | None = None) -> FetchedTensor:
+        """Make the tensor for contiguous data that nothing else refers to, and its name in the whole model."""
+        return cls._wrap(data, name, data, editor)
+
+    @classmethod
+    def _wrap(cls, view: Tensor, name: str, whole: Tensor, editor: Editor | None) -> FetchedTensor:
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - so that the subclass is not called again
-            fetched = data.as_subclass(cls)
-        fetched.remote_name = name
+            fetched = view.as_subclass(cls)
+        fetched.remote_name, fetched.remote_whole, fetched.remote_editor = name, whole, editor
         return fetched
+
+    def _view(self, view: Tensor) -> FetchedTensor:
+        return self._wrap(view, self.remote_name, self.remote_whole, self.remote_editor)
 
     @classmethod
     def __torch_function__(
@@ -58,7 +81,7 @@ class FetchedTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run a function; views remain read-only, and a copy of the data leaves no memory that could be written to."""
+        """Run a function; a copy of the data leaves no memory that could be written to without an edit."""
         if any(each not in (cls, Tensor, torch.nn.Parameter) for each in types):
             return NotImplemented  # a remote tensor is fetched first
         name, arguments = function_name(func), dict(kwargs or {})
@@ -70,9 +93,21 @@ class FetchedTensor(Tensor):
             args = (plain(args[0]).clone(), *args[1:])
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
             if name == "__iter__":
-                return iter([cls.of(each, held) for each in args[0].unbind(0)])
-            with _ReadOnly(fetched, name) if _may_write(func, name, arguments) else contextlib.nullcontext():
+                return iter([args[0]._view(each) for each in args[0].unbind(0)])  # noqa: SLF001 - its own
+            if not _may_write(func, name, arguments):
                 result = func(*args, **arguments)
+            else:
+                random_state = torch.get_rng_state() if isinstance(func, FunctionType) else None
+                written: FetchedTensor | None = None
+                try:
+                    with _Reading(fetched):
+                        result = func(*args, **arguments)
+                except _Written as stop:
+                    written = stop.tensor
+                    if random_state is not None:
+                        torch.set_rng_state(random_state)  # one in Python may have drawn numbers by then
+                if written is not None:
+                    return _edit(func, name, args, arguments, written)
         if name in ("numpy", "__array__"):
             result.flags.writeable = False
             return result
@@ -113,21 +148,86 @@ def function_name(func: Callable[..., Any]) -> str:
     return {"__get__": attribute, "__set__": f"{attribute} = ", "__delete__": f"del {attribute}"}.get(name, name)
 
 
-class _ReadOnly(TorchDispatchMode):
-    """Refuses operations that write to the memory of some tensors, by the schemas of torch's operations."""
+class _Written(Exception):  # noqa: N818 - the operation is then run on a copy
+    """An operation would write to a fetched tensor."""
 
-    def __init__(self, protected: Mapping[int, FetchedTensor], name: str) -> None:
+    def __init__(self, tensor: FetchedTensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+class _Reading(TorchDispatchMode):
+    """Stops at operations that write to the memory of some tensors, by the schemas of torch's operations."""
+
+    def __init__(self, protected: Mapping[int, FetchedTensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._protected, self._name = protected, name
+        self._protected = protected
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         for tensor in written_by(func, args, kwargs or {}):
-            written = self._protected.get(_memory(tensor))
-            if written is not None:
-                raise _refusal(self._name, written.remote_name)
+            if (written := self._protected.get(_memory(tensor))) is not None:
+                raise _Written(written)
         return func(*args, **(kwargs or {}))
+
+
+def _edit(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any], written: FetchedTensor
+) -> Any:
+    """Run a function that writes to fetched tensors on copies of them, which then become the tensors."""
+    editor = written.remote_editor
+    given = {
+        id(each): each
+        for each in tensors_in((*args, *kwargs.values()))
+        if isinstance(each, FetchedTensor) and each.remote_editor is editor
+    }
+    if editor is None or not all(map(_memory, given.values())):
+        raise _refusal(name, written.remote_name)
+
+    def change(copies: Mapping[str, Tensor]) -> Any:
+        made = {key: _same_view(each, copies[each.remote_name]) for key, each in given.items()}
+        layouts = {key: _layout(each) for key, each in made.items()}
+        protected = {
+            _memory(each): each
+            for each in tensors_in((*args, *kwargs.values()))
+            if isinstance(each, FetchedTensor) and id(each) not in given
+        }
+        try:
+            with _Reading(protected) if protected else contextlib.nullcontext():
+                result = func(*_replace(args, made), **_replace(kwargs, made))
+        except _Written as stop:
+            raise _refusal(name, stop.tensor.remote_name) from None
+        for key, each in made.items():
+            if _layout(each) != layouts[key]:
+                raise UnsupportedOperationError(
+                    f"{name.strip()} of {given[key].remote_name} of a sharded model: its shape and dtype can't change"
+                )
+        originals = {id(each): given[key] for key, each in made.items()}
+        return _replace(result, originals) if isinstance(result, Tensor | list | tuple) else result
+
+    return editor.edit({each.remote_name: each.remote_whole for each in given.values()}, change)
+
+
+def _same_view(view: FetchedTensor, whole: Tensor) -> Tensor:
+    """Return what is to a copy of the whole tensor as a view is to the tensor."""
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
+        return whole.view(-1).view(view.dtype).as_strided(view.size(), view.stride(), view.storage_offset())
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _replace(given: Any, replacements: Mapping[int, Tensor]) -> Any:
+    """Replace tensors by their ids, in lists, tuples and dictionaries too."""
+    if isinstance(given, Tensor):
+        return replacements.get(id(given), given)
+    if type(given) in (list, tuple):
+        return type(given)(_replace(each, replacements) for each in given)
+    if type(given) is dict:
+        return {key: _replace(each, replacements) for key, each in given.items()}
+    return given
 
 
 def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -154,7 +254,7 @@ def _protect_views(result: Any, fetched: Mapping[int, FetchedTensor]) -> Any:
     """Make the views in a result read-only."""
     if isinstance(result, Tensor):
         viewed = fetched.get(_memory(result))
-        return result if viewed is None else FetchedTensor.of(result, viewed.remote_name)
+        return result if viewed is None else viewed._view(result)  # noqa: SLF001 - of this module
     if type(result) in (list, tuple):
         return type(result)(_protect_views(each, fetched) for each in result)
     return result

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.model.hf_internals.building import makes_pipeline_for_device
+from lingualinked.model.hf_internals.building import makes_pipeline_for_device, ties
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.model.parts import ModelParts
@@ -45,6 +45,7 @@ from lingualinked.sharded.saving import Saving
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.unsupported import UnsupportedOperations
+from lingualinked.sharded.weight_edits import WeightEditor
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
@@ -299,7 +300,10 @@ def make_sharded(
     embeddings = model.get_input_embeddings()
     state["_recordable"] = recordable_outputs(meta)
     state["_embedding_shape"] = embeddings.num_embeddings, embeddings.embedding_dim
-    weights = FetchedWeights(functools.partial(pipeline.weights.read, parts), pipeline.check_open)
+    editor = WeightEditor(pipeline, parts, ties(meta))
+    weights = FetchedWeights(functools.partial(pipeline.weights.read, parts), pipeline.check_open, editor=editor)
+    editor.serve(weights)
+    state["_editor"] = editor
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta, weights), _sealed_config=SealedConfig(meta.config)
     )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lingualinked.model.parts import ModelParts
     from lingualinked.profile import Profile
     from lingualinked.sharded.describing import Described
+    from lingualinked.sharded.weight_edits import WeightEdit, WeightEditor
     from lingualinked.telemetry.decisions import Decision
     from lingualinked.telemetry.snapshot import Telemetry
 
@@ -50,6 +51,7 @@ class ShardedModel(Instrumented):
         _pipeline: Pipeline
         _parts: ModelParts
         _owns_cluster: bool
+        _editor: WeightEditor
 
         __call__: Callable[..., Any]
         generate: Callable[..., Any]
@@ -214,6 +216,11 @@ class ShardedModel(Instrumented):
         products, attention and elementwise functions: in bfloat16 2, for example, where one row is summed in another order.
         """
         return self._pipeline.independent_rows
+
+    @property
+    def edits(self) -> tuple[WeightEdit, ...]:
+        """The edits of its weights that are in force, by tensor, in order; statements in a row are one edit."""
+        return self._editor.list_edits()
 
     @property
     def cluster(self) -> Cluster:

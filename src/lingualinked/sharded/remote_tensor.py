@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.sharded.fetched_tensor import FetchedTensor, function_name, plain, written_by
+from lingualinked.sharded.fetched_tensor import Editor, FetchedTensor, function_name, plain, written_by
 
 _DEVICE = torch.device("cpu")  # where a sharded model takes its inputs; below, the tensors are on the meta device
-_CHANGE = "its data is in a worker: clone() it first, or change the checkpoint with transformers and load it sharded"
+_CHANGE = "its data is in a worker: copy_() other data of its shape and dtype into it"
 _TRAIN = "a sharded model is for inference: train the unsharded model"
 
 # Calls that reach a tensor's data without an operation that `__torch_dispatch__` would see.
@@ -63,16 +63,17 @@ class RemoteTensor(Tensor):
 
     Shape, dtype, device and other metadata read as on the unsharded model on the CPU. A conversion that changes nothing
     returns the tensor itself; ``detach()`` and ``data`` are remote tensors too. Anything that needs the data fetches it, and
-    is done with it; results require no gradients. What would change it raises `UnsupportedOperationError`.
+    is done with it; results require no gradients. What changes the data in place changes it in the worker.
     """
 
     remote_name: str  # its name in the whole model; ``name`` is torch's
     remote_fetch: Fetch
+    remote_editor: Editor | None  # whose edits can be undone
 
     @classmethod
-    def of(cls, tensor: Tensor, name: str, fetch: Fetch) -> RemoteTensor:
+    def of(cls, tensor: Tensor, name: str, fetch: Fetch, editor: Editor | None = None) -> RemoteTensor:
         """Make the remote tensor for a tensor on the meta device and its name in the whole model."""
-        remote = _wrap(tensor, name, fetch, requires_grad=tensor.requires_grad)
+        remote = _wrap(tensor, name, fetch, editor, requires_grad=tensor.requires_grad)
         if isinstance(tensor, torch.nn.Parameter):
             vars(remote)["_is_param"] = True  # which makes it an nn.Parameter for torch
         return remote
@@ -85,7 +86,7 @@ class RemoteTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run what needs no data as it is, and what needs it on fetched data; refuse changes under the name that was called."""
+        """Run what needs no data as it is, and what needs or changes it on fetched data."""
         name, arguments = function_name(func), kwargs or {}
         # 1) refuse what asks for gradients, or sets an attribute
         if name in _NEEDS_GRADIENTS or func is torch.autograd.grad:
@@ -93,7 +94,7 @@ class RemoteTensor(Tensor):
         if name in ("requires_grad = ", "requires_grad_"):
             _check_requires_grad(name, *args, **arguments)
         if name == "data = ":
-            _check_data(*args)
+            return _set_data(*args)
         # 2) try without data
         if name not in _REACHES_DATA:
             random_state = torch.get_rng_state() if isinstance(func, FunctionType) else None
@@ -101,8 +102,6 @@ class RemoteTensor(Tensor):
             try:
                 with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
                     return func(*args, **arguments)
-            except UnsupportedOperationError:  # of `__torch_dispatch__`
-                _refuse(name, args, arguments, _CHANGE)
             except _DataNeeded:
                 if random_state is not None:
                     torch.set_rng_state(random_state)  # one in Python may have drawn numbers by then
@@ -118,22 +117,26 @@ class RemoteTensor(Tensor):
                 args[1][id(args[0])] = copied
                 return copied
             return copied.__reduce_ex__(*args[1:])
-        return func(*_fetch(args), **_fetch(dict(arguments)))
+        fetched: dict[int, RemoteTensor] = {}
+        result = func(*_fetch(args, fetched), **_fetch(dict(arguments), fetched))
+        return fetched.get(id(result), result)  # what was changed in place
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Stop at every operation on data: refuse it if it writes."""
+        """Stop at every operation on data."""
         if func is torch.ops.prim.device.default:
             return _DEVICE
         if func is torch.ops.aten.detach.default:
-            return _wrap(args[0], args[0].remote_name, args[0].remote_fetch)
-        if any(isinstance(each, RemoteTensor) for each in written_by(func, args, kwargs or {})):
-            raise UnsupportedOperationError(_message(func.overloadpacket.__name__, args, kwargs or {}, _CHANGE))
+            return _wrap(args[0], args[0].remote_name, args[0].remote_fetch, args[0].remote_editor)
         if getattr(_trying, "depth", 0):
             raise _DataNeeded
-        return func(*_fetch(args), **_fetch(dict(kwargs or {})))  # of what asks no `__torch_function__`: torch.tensor
+        if any(isinstance(each, RemoteTensor) for each in written_by(func, args, kwargs or {})):
+            raise UnsupportedOperationError(_message(func.overloadpacket.__name__, args, kwargs or {}, _CHANGE))
+        return func(
+            *_fetch(args, {}), **_fetch(dict(kwargs or {}), {})
+        )  # of what asks no `__torch_function__`: torch.tensor
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":  # as torch.utils.swap_tensors does
@@ -145,14 +148,16 @@ class RemoteTensor(Tensor):
         return f"<{self.remote_name} of a sharded model: {dtype} {list(self.shape)}, in a worker>"
 
 
-def _fetch(given: Any) -> Any:
-    """Replace remote tensors by their data, in lists and tuples too."""
+def _fetch(given: Any, fetched: dict[int, RemoteTensor]) -> Any:
+    """Replace remote tensors by their data, in lists and tuples too; record which is whose, by id."""
     if isinstance(given, RemoteTensor):
-        return given.remote_fetch()
+        data = given.remote_fetch()
+        fetched[id(data)] = given
+        return data
     if type(given) in (list, tuple):
-        return type(given)(_fetch(each) for each in given)
+        return type(given)(_fetch(each, fetched) for each in given)
     if type(given) is dict:
-        return {name: _fetch(each) for name, each in given.items()}
+        return {name: _fetch(each, fetched) for name, each in given.items()}
     return given
 
 
@@ -162,7 +167,9 @@ def _copy(tensor: RemoteTensor) -> Tensor:
     return torch.nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data
 
 
-def _wrap(tensor: Tensor, name: str, fetch: Fetch, *, requires_grad: bool = False) -> RemoteTensor:
+def _wrap(
+    tensor: Tensor, name: str, fetch: Fetch, editor: Editor | None, *, requires_grad: bool = False
+) -> RemoteTensor:
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - so that the subclass is not called again
         shape, strides, dtype = tensor.shape, tensor.stride(), tensor.dtype
     remote = Tensor._make_wrapper_subclass(  # noqa: SLF001
@@ -178,6 +185,7 @@ def _wrap(tensor: Tensor, name: str, fetch: Fetch, *, requires_grad: bool = Fals
     torch._C._set_throw_on_mutable_data_ptr(remote)  # noqa: SLF001
     remote.remote_name = name
     remote.remote_fetch = fetch
+    remote.remote_editor = editor
     return remote
 
 
@@ -199,7 +207,15 @@ def _check_requires_grad(name: str, tensor: Tensor, requires_grad: bool = True) 
         _refuse(name, [tensor], {}, _TRAIN)
 
 
-def _check_data(tensor: Tensor, data: Tensor) -> None:
-    """Accept a parameter's own data, which a conversion that changes nothing assigns; refuse other data."""
-    if not isinstance(data, RemoteTensor) or data.remote_name != tensor.remote_name:  # type: ignore[attr-defined]
+def _set_data(tensor: RemoteTensor, data: Tensor) -> None:
+    """Copy other data of the same shape and dtype; a conversion that changes nothing assigns a parameter's own."""
+    if (
+        isinstance(data, RemoteTensor)
+        and data.remote_name == tensor.remote_name
+        and data.remote_fetch == tensor.remote_fetch
+    ):
+        return
+    if not isinstance(data, Tensor) or (data.shape, data.dtype, data.device) != (tensor.shape, tensor.dtype, _DEVICE):
         _refuse("data =", [tensor], {}, _CHANGE)
+    with torch.no_grad():
+        tensor.detach().copy_(data)

@@ -217,7 +217,7 @@ class Seal:
 
         def replace(value: Any, name: str) -> Any:
             if isinstance(value, Tensor) and id(value) not in remote:
-                remote[id(value)] = value, RemoteTensor.of(value, name, weights.fetch_of(value, name))
+                remote[id(value)] = value, RemoteTensor.of(value, name, weights.fetch_of(value, name), weights.editor)
             return remote[id(value)][1] if isinstance(value, Tensor) else value
 
         self._states: list[tuple[nn.Module, dict[str, Any]]] = []

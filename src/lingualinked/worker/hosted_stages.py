@@ -17,11 +17,13 @@ from torch import Tensor
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
+from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.messages import LoadStage, StageReport
 from lingualinked.protocol.moving import ForkSession, WeightChunk
 from lingualinked.protocol.steps import Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
+from lingualinked.worker.edited_tensors import EditedTensors
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.limits import spare_bytes
 
@@ -56,6 +58,7 @@ class HostedStages:
         self._wanted: set[StageKey] = set()
         self._ended: dict[int, set[int]] = {}  # sessions, by the model's number
         self._borrowed: dict[int, tuple[StageKey, BorrowedWeights]] = {}  # by the request's number
+        self.edited = EditedTensors()
 
     def load_stage(
         self,
@@ -139,6 +142,13 @@ class HostedStages:
                 f"stage {key.index} of version {key.plan_version} of the plan of model {key.model} is not hosted here"
             )
         return hosted
+
+    def edit_tensor(self, request: EditTensor, tensors: tuple[Tensor, ...]) -> None:
+        """Edit a tensor in all stages of a model that hold it; raise ProtocolError if none does."""
+        self.edited.edit(request, tensors, self._stages_of(request.model))
+
+    def _stages_of(self, model: int) -> list[Stage]:
+        return [hosted.stage for key, hosted in self._stages.items() if key.model == model]
 
     def span_of(self, key: StageKey) -> tuple[int, int]:
         """Return the span of a stage; an empty one if it is not hosted here."""
@@ -263,20 +273,21 @@ class HostedStages:
         return [hosted.stage.graphs.idle for hosted in self._stages.values()]
 
     def held_bytes(self) -> int:
-        """Return the bytes of weights and KV of all models.
+        """Return the bytes of weights and KV of all models, and of edited weights as they were loaded.
 
         Of a model that moves, only the larger of the two versions counts, since they share most layers.
         """
         held: defaultdict[int, defaultdict[int, int]] = defaultdict(lambda: defaultdict(int))
         for key, hosted in self._stages.items():
             held[key.model][key.plan_version] += hosted.held_bytes
-        return sum(max(versions.values()) for versions in held.values())
+        return sum(max(versions.values()) for versions in held.values()) + self.edited.num_bytes
 
     def _known_keys(self) -> set[StageKey]:
         return self._wanted | self._stages.keys()
 
     def _put_in_service(self, key: StageKey, hosted: HostedStage, on_loaded: Callable[[Stage], None]) -> None:
         if key in self._wanted:
+            self.edited.renew(key.model, hosted.stage)  # what it shares with no other stage was loaded anew
             self._stages[key] = hosted
             on_loaded(hosted.stage)
 
@@ -287,5 +298,7 @@ class HostedStages:
                 borrowed.cancel()
         for key in keys:
             self._stages.pop(key, None)
+        for model in {key.model for key in keys}:
+            self.edited.drop_unheld(model, self._stages_of(model))
         if keys:
             release_memory(self._accelerator)

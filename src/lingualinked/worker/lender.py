@@ -77,7 +77,10 @@ class Lender:
                 for span in self._moves.spans_of_party(request.model, borrower)
             ):
                 raise ProtocolError(f"{request.parameter!r} belongs to none of the layers that move to {borrower!r}")
-            weight = stage.find_weight(request.parameter)
+            # As it was loaded: the caller sends edits to the stage that it is for.
+            weight = self._stages.edited.original(request.model, stage, request.parameter)
+            if weight is None:
+                weight = stage.find_weight(request.parameter)
             if weight is None:
                 raise ProtocolError(f"stage {request.stage} does not hold {request.parameter!r}")
             loan.parameter, loan.flat = request.parameter, weight.reshape(-1)

@@ -18,6 +18,7 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Emulation
+from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
@@ -184,8 +185,8 @@ class Worker:
                 self._answer_request(message.request, lambda: self._measure_model(message))
             case ProbeLink():
                 self._answer_request(message.request, lambda: self._probes.start_probe(message))
-            case ReadTensor():
-                self._answer_request(message.request, lambda: self._reader.send_part(message))
+            case ReadTensor() | EditTensor():
+                self._handle_tensor(message, delivery)
             case Ping() | Pong():
                 self._handle_probe(message, delivery.sender)
 
@@ -279,6 +280,13 @@ class Worker:
                 self._send_to_caller(copied)
         if not message.is_last:
             self._peers.send(delivery.sender, KVReceived(request=message.request, accepted=accepted))
+
+    def _handle_tensor(self, message: ReadTensor | EditTensor, delivery: Delivery) -> None:
+        if isinstance(message, ReadTensor):
+            self._answer_request(message.request, lambda: self._reader.send_part(message))
+            return
+        self._reader.drop_model(message.model)  # a read that was interrupted may have left an unpacked weight
+        self._acknowledge(message.request, lambda: self._stages.edit_tensor(message, delivery.tensors))
 
     def _make_report(self, message: InspectWorker) -> WorkerReport:
         worker = WorkerSnapshot(

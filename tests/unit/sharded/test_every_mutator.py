@@ -6,6 +6,7 @@ or both give the same logits, loss and tokens afterwards, and call the same hook
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -21,9 +22,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
 from lingualinked.cluster.step_reply import HookEvent, StepReply
+from lingualinked.cluster.tensor_edits import Changes
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import HookedPass, ModuleCall
 from lingualinked.model.parts import ModelParts, find_parts
+from lingualinked.protocol.editing import ChangeKind
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
@@ -130,11 +133,38 @@ class LocalSession:
         self.ended = True
 
 
+class LocalEdits:
+    """Stands for the edits of the workers' tensors."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._in_force: dict[str, Changes] = {}
+
+    def between_steps(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def new_number(self) -> int:
+        return 0
+
+    def in_force(self, name: str) -> Changes:
+        return self._in_force.get(name, ())
+
+    @torch.no_grad()
+    def replace(self, _: ModelParts, changes: dict[str, Changes], __: object) -> None:
+        self._in_force |= changes
+        for name, (change,) in changes.items():
+            assert change.kind is ChangeKind.SET
+            (values,) = change.tensors
+            flat = self._model.get_parameter_or_buffer(name).detach().view(-1)
+            flat[change.first : change.first + len(values)] = values
+
+
 class LocalPipeline:
     """Stands for a pipeline of workers."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.edits = LocalEdits(model)
         self.weights = SimpleNamespace(read=lambda _, name, *__: model.get_parameter_or_buffer(name).detach().clone())
         self.plan = SimpleNamespace(stages=[SimpleNamespace(end=model.config.num_hidden_layers)])
 
@@ -173,14 +203,14 @@ def template() -> tuple[Any, ModelParts, ModelCode]:
 
 
 class Pair:
-    """An unsharded model and its sharded counterpart, whose workers' own model is the original."""
+    """An unsharded model and its sharded counterpart, whose workers have a model of their own."""
 
     def __init__(self, original: Any) -> None:
         self.plain = copy.deepcopy(original)
         meta, parts, code = template()
         meta = copy.deepcopy(meta)
         meta.generation_config = copy.deepcopy(original.generation_config)
-        self.pipeline: Any = LocalPipeline(original)
+        self.pipeline: Any = LocalPipeline(copy.deepcopy(original))
         self.sharded: Any = make_sharded(meta, self.pipeline, parts, code, base=ll.ShardedModel, owns_cluster=False)
 
 

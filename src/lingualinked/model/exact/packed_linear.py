@@ -36,9 +36,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.has_bias = linear.bias is not None  # asking for a parameter takes a microsecond
-        # Not a buffer: code that walks over buffers copies, converts and compares them, and this tensor is opaque.
-        self.packed = _pack(linear.weight.detach())
-        self.address = few_rows.address(self.packed)
+        self.repack(linear.weight.detach())
 
     def forward(self, states: Tensor) -> Tensor:
         """Multiply ``[..., in features]`` to ``[..., out features]``."""
@@ -52,6 +50,12 @@ class PackedLinear(nn.Module):
             if kernel is not None:
                 return kernel(self, states)
         return functional.linear(states, self.weight(), self.bias)
+
+    def repack(self, weight: Tensor) -> None:
+        """Use another weight from now on, bfloat16 ``[out features, in features]``."""
+        # Not a buffer: code that walks over buffers copies, converts and compares them, and this tensor is opaque.
+        self.packed = _pack(weight)
+        self.address = few_rows.address(self.packed)
 
     def weight(self) -> Tensor:
         """Return the unpacked weight, ``[out features, in features]``."""

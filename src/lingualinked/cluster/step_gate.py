@@ -1,0 +1,64 @@
+"""Lets a change of a model wait until no step runs, and steps wait until it is done.
+
+Knows threads only; neither steps nor changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from lingualinked.errors import StepTimeoutError
+from lingualinked.interrupts import wait_in_pieces
+
+
+class StepGate:
+    """Many steps run at once, and no step while a change does, except those whose own hooks make it."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._running: Counter[int] = Counter()  # steps, by the threads that run them
+        self._num_changes = 0  # that run, or wait for steps to end
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Run a step in this context; waits for changes, unless this thread is in a hook of another step."""
+        thread = threading.get_ident()
+        with self._condition:
+            if self._num_changes and not self._running[thread]:
+                self._wait(lambda: not self._num_changes, threading.TIMEOUT_MAX)
+            self._running[thread] += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running[thread] -= 1
+                if not self._running[thread]:
+                    del self._running[thread]
+                    if self._num_changes:
+                        self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def change(self, timeout_s: float) -> Iterator[None]:
+        """Make a change in this context, between steps; in a hook, which a step waits for, at once."""
+        if self._running.get(threading.get_ident()):
+            yield
+            return
+        with self._condition:
+            self._num_changes += 1
+        try:
+            with self._condition:
+                if not self._wait(lambda: not self._running, timeout_s):
+                    raise StepTimeoutError(
+                        f"weights can't change while steps run, and these did not end within timeout_s={timeout_s:g}: does a hook wait?"
+                    )
+            yield
+        finally:
+            with self._condition:
+                self._num_changes -= 1
+                self._condition.notify_all()
+
+    def _wait(self, is_free: Callable[[], bool], timeout_s: float) -> bool:
+        return wait_in_pieces(lambda left_s: self._condition.wait_for(is_free, left_s), timeout_s)
