@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.model.hf_internals.building import makes_pipeline_for_device, ties
+from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.model.parts import ModelParts
@@ -300,6 +300,7 @@ def make_sharded(
     embeddings = model.get_input_embeddings()
     state["_recordable"] = recordable_outputs(meta)
     state["_embedding_shape"] = embeddings.num_embeddings, embeddings.embedding_dim
+    mark_initialized(meta)
     editor = WeightEditor(pipeline, parts, ties(meta))
     weights = FetchedWeights(functools.partial(pipeline.weights.read, parts), pipeline.check_open, editor=editor)
     editor.serve(weights)

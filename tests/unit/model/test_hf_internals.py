@@ -39,6 +39,16 @@ def test_all_tied_weights_keys_maps_target_to_source() -> None:
     assert building.ties(model) == {}
 
 
+def test_is_hf_initialized_spares_weights_that_are_loaded() -> None:
+    model = tiny_model("llama", torch.float32)
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    building.mark_initialized(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.initialize_weights()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_rename_source_key_and_get_model_conversion_mapping_give_the_loaders_names() -> None:
     keys = [
         "model.layers.0.block_sparse_moe.experts.0.w1.weight",

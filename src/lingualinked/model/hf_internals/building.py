@@ -78,3 +78,9 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 def set_ties(model: PreTrainedModel, tied: dict[str, str]) -> None:
     """Set the parameters that the loader ties."""
     model.all_tied_weights_keys = tied
+
+
+def mark_initialized(model: PreTrainedModel) -> None:
+    """Mark the weights of all modules as loaded, so that transformers' initialisation leaves them alone."""
+    for module in model.modules():
+        vars(module)["_is_hf_initialized"] = True
