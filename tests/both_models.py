@@ -27,11 +27,15 @@ class BothModels:
 
         The tests then assert that what was done to the model has changed something.
         """
-        ours, theirs = (_run(experiment, model, args, kwargs) for model in (self.sharded, self.uncut))
-        compare("result", ours, theirs)
+        return self.run_each(experiment, experiment, *args, **kwargs)
+
+    def run_each(self, ours: Callable[..., Result], theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
+        """Run two forms of an experiment, the first on the sharded model and the second on the uncut one; compare as `run`."""
+        result = _run(ours, self.sharded, args, kwargs)
+        compare("result", result, _run(theirs, self.uncut, args, kwargs))
         hooked = [path for path, each in self.sharded.named_modules() if each._forward_hooks or each._forward_pre_hooks]
-        assert hooked == [], f"{experiment.__name__} left hooks on {hooked}"
-        return ours
+        assert hooked == [], f"{ours.__name__} left hooks on {hooked}"
+        return result
 
 
 def _run(experiment: Callable[..., Result], model: Any, args: Any, kwargs: Any) -> Result:

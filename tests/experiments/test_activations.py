@@ -198,3 +198,32 @@ def test_router_load(mixtral: BothModels, prompts: Tensor) -> None:
     loads, repeats = mixtral.run(router_load, prompts)
     assert (loads.sum(1) == prompts.numel() * 2).all()
     assert (repeats < 1).all()
+
+
+class StopForwardError(Exception):
+    """Ends a forward pass from a hook, once what is looked for is there."""
+
+
+@torch.no_grad()
+def stopped_trace(model: Any, input_ids: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Meng et al. (2022), its code's ``nethook.Trace(stop=True)``: layers behind the one that is looked at do not run."""
+    seen: list[Tensor] = []
+
+    def look(_module: Any, args: Any, output: Tensor) -> None:
+        seen.extend([args[0], output])
+        raise StopForwardError
+
+    handle = model.get_submodule(name).register_forward_hook(look)
+    try:
+        model(input_ids)
+    except StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    return seen[0], seen[1]
+
+
+def test_stopped_trace(llama: BothModels, prompts: Tensor) -> None:
+    args, output = llama.run(stopped_trace, prompts, "model.layers.2.mlp.down_proj")
+    assert args.shape == (8, 9, 48)
+    assert output.std() > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -33,17 +34,18 @@ def tuned_lens(model: Any, input_ids: Tensor, num_steps: int = 8) -> tuple[list[
     with torch.no_grad():
         output = model(input_ids, output_hidden_states=True)
     final = output.logits.log_softmax(-1)
+    unembed = nn.Sequential(copy.deepcopy(model.model.norm), copy.deepcopy(model.lm_head)).requires_grad_(False)
     learned, losses = [], []
     for states in output.hidden_states[:-1]:
         translator = nn.Linear(states.shape[-1], states.shape[-1])
-        nn.init.zeros_(translator.weight), nn.init.zeros_(translator.bias)
+        nn.init.zeros_(translator.weight)
+        nn.init.zeros_(translator.bias)
         optimizer = torch.optim.Adam(translator.parameters(), lr=1e-2)
         for _ in range(num_steps):
-            logits = model.lm_head(model.model.norm(states + translator(states)))
+            optimizer.zero_grad()
+            logits = unembed(states + translator(states))
             loss = functional.kl_div(logits.log_softmax(-1), final, reduction="batchmean", log_target=True)
-            gradients = torch.autograd.grad(loss, list(translator.parameters()))
-            for parameter, gradient in zip(translator.parameters(), gradients, strict=True):
-                parameter.grad = gradient
+            loss.backward()
             optimizer.step()
             losses.append(loss.item())
         learned += [translator.weight.detach(), translator.bias.detach()]
