@@ -304,10 +304,10 @@ def test_token_types_of_a_family_that_has_them(pair: tuple[Any, PreTrainedModel]
         run(pair[0], token_type_ids=torch.zeros_like(IDS))
 
 
-def test_gradients_are_refused(sharded: Any, unsharded: PreTrainedModel) -> None:
+def test_gradients_of_a_mask_are_refused(sharded: Any, unsharded: PreTrainedModel) -> None:
     embeddings = embed(unsharded, IDS)
-    with pytest.raises(ll.UnsupportedOperationError, match="inputs_embeds require gradients"):
-        sharded(inputs_embeds=embeddings)
+    with pytest.raises(ll.UnsupportedOperationError, match="attention_mask requires gradients"):
+        sharded(inputs_embeds=embeddings, attention_mask=torch.ones(IDS.shape, requires_grad=True))
     assert not run(sharded, input_ids=None, inputs_embeds=embeddings).logits.requires_grad
 
 

@@ -24,6 +24,7 @@ from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
 from lingualinked.protocol.editing import EditTensor
+from lingualinked.protocol.gradients import FreeGraph, RunBackward
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.messages import CutLinks, EmulateDevice, LoadStage, Request, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
@@ -38,7 +39,7 @@ logger = logging.getLogger("lingualinked.cluster")
 
 _START_S = 60.0
 _STOP_S = 2.0
-_OF_A_MODEL = LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor | EditTensor
+_OF_A_MODEL = LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor | EditTensor | RunBackward
 
 
 def end_with_interpreter() -> None:
@@ -188,7 +189,9 @@ class Engine:
         """Send what hooks have made of a call to the worker whose step waits for it."""
         self._post(lambda: self._exchange.answer_hooks(device, message, tensors))
 
-    def send_command(self, device: str, message: EndSession | MoveSession | KeepPlan | HookAnswered) -> None:
+    def send_command(
+        self, device: str, message: EndSession | MoveSession | KeepPlan | HookAnswered | FreeGraph
+    ) -> None:
         """Send a command that has no answer; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.send_command(device, message, message.model))

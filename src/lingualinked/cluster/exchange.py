@@ -23,6 +23,7 @@ from lingualinked.cluster.remote_text import RemoteLog
 from lingualinked.cluster.step_reply import HookEvent, StepReply
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
+from lingualinked.protocol.gradients import BackwardDone
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, ModelMeasured, Ping, Pong
 from lingualinked.protocol.messages import (
@@ -199,13 +200,15 @@ class Exchange:
             case StepDone():
                 pending = self._pending.find(_key(message))
                 parts = {} if pending is None else pending.parts
-                reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes, parts)
+                reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes, parts, message.requires_grad)
                 self._pending.complete(_key(message), reply)
             case StepRecorded():
                 first = max(0, len(delivery.tensors) - len(message.captured))
                 tensors = delivery.tensors[:first], delivery.tensors[first:]
                 part = RecordedPart(message.layouts, tensors[0], message.captured, tensors[1])
                 self._pending.add_part(_key(message), message.stage, part)
+            case BackwardDone():
+                self._pending.complete(_key(message), (message, delivery.tensors))
             case TensorRead():
                 self._pending.complete(_key(message), delivery.tensors)
             case HookReached():

@@ -1,6 +1,6 @@
 """What the stages record in a step: what is due from each, and how the parts are joined.
 
-Knows configurations and shapes; neither messages nor sessions.
+Knows configurations, shapes and the message of a step; no sessions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lingualinked.cluster.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.protocol.steps import Step
 from lingualinked.quantities import count_text
 
 Recorded = dict[str, tuple[Tensor | None, ...]]
@@ -75,6 +76,19 @@ class DueRecords:
     num_kv_tokens: int  # that each row has with this step, or has room for in a static KV cache
     longest_window: int  # of layers with a window, which may be shorter
     is_autocast: bool  # dtypes are then torch's to choose
+
+    @classmethod
+    def of(cls, step: Step, spec: ModelSpec, inputs: Tensor, num_tokens: int, max_cache_len: int) -> DueRecords:
+        """Return what a step is to record that ends with so many tokens in each row."""
+        return cls(
+            names=step.records,
+            hidden_state_indices=step.hidden_state_indices,
+            sizes=recorded_sizes(spec),
+            inputs=inputs,
+            num_kv_tokens=max_cache_len or num_tokens,
+            longest_window=max(max_cache_len, num_tokens),
+            is_autocast=any(name.startswith("autocast") for name, _ in step.torch_settings),
+        )
 
     def join(self, parts: Mapping[int, object], route: Route) -> Recorded:
         """Join what all stages recorded, or raise a WorkerError of a ProtocolError if one sent something else."""

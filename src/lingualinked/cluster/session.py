@@ -22,7 +22,8 @@ from lingualinked.cluster.hooked_step import HookedStep, StepHooks
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.kv_requests import KVRequests
 from lingualinked.cluster.pending import result_of, results_of
-from lingualinked.cluster.recorded import DueRecords, Recorded, recorded_sizes
+from lingualinked.cluster.recorded import DueRecords, Recorded
+from lingualinked.cluster.remote_graph import GraphUser, RemoteGraph
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
 from lingualinked.cluster.tensor_edits import TensorEdits
@@ -74,6 +75,7 @@ class Session:
         self.max_cache_len = max_cache_len
         self.num_rows = 0
         self.num_tokens = 0
+        self.kv_has_gradients = False  # whether tokens of its KV were computed in steps with gradients
         self.last_step: StepSample | None = None
         self.stepping_thread: int | None = None  # which runs a step now, and its hooks
         self._engine = engine
@@ -122,6 +124,7 @@ class Session:
         hidden_state_indices: tuple[int, ...] | None = None,
         hooks: StepHooks | None = None,
         instruments: StepInstruments | None = None,
+        gradients: GraphUser | None = None,
     ) -> tuple[Tensor, Recorded]:
         """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
 
@@ -129,7 +132,7 @@ class Session:
         ``[rows, past + tokens]``, and positions are int64 ``[1 or rows, tokens]``. ``logits_to_keep`` is as in
         transformers: 0 for all positions, N for the last N, or indices. ``keeps_kv`` tells whether later steps follow;
         ``records`` what layers record (`protocol.steps.RECORDS`), ``hidden_state_indices`` which hidden states, if not
-        all.
+        all. For ``gradients``, the stages keep the step's autograd graph.
 
         If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has
         ended. What broke it between two steps is raised by the next one itself, once.
@@ -141,17 +144,8 @@ class Session:
             self._rests.clear()
             with self._model_edits.gate.step(), self._changing:
                 self._switch_route()
-                return self._step(
-                    inputs,
-                    attention_mask,
-                    position_ids,
-                    logits_to_keep,
-                    keeps_kv,
-                    records,
-                    hidden_state_indices,
-                    hooks,
-                    instruments,
-                )
+                options = (keeps_kv, records, hidden_state_indices, hooks, instruments, gradients)
+                return self._step(inputs, attention_mask, position_ids, logits_to_keep, *options)
         finally:
             self.stepping_thread = None
             self._rests.set()
@@ -188,6 +182,7 @@ class Session:
                     results_of(self._requests.fork(self._place.route, self._next_step, other._number))
                     other._instruments = self._instruments
                 other.num_rows, other.num_tokens = self.num_rows, self.num_tokens
+                other.kv_has_gradients = self.kv_has_gradients
                 other._context = StepContext(self._context.mask, self._context.num_tokens)
                 other._edits, other._next_step, other._holds_kv = [*self._edits], self._next_step, self._holds_kv
         except BaseException:
@@ -288,6 +283,7 @@ class Session:
         hidden_state_indices: tuple[int, ...] | None,
         hooks: StepHooks | None,
         instruments: StepInstruments | None,
+        gradients: GraphUser | None,
     ) -> tuple[Tensor, Recorded]:
         self._check_open()
         self._announce_switch()
@@ -325,6 +321,7 @@ class Session:
             hooks=() if hooks is None else hooks.points(),
             instruments=(instruments.given if instruments else Instruments((), 0)) if have_changed else None,
             captures=bool(due),
+            requires_grad=None if gradients is None else (gradients.requires_grad,),
         )
         self._edits.clear()
         self._instruments = instruments
@@ -332,6 +329,8 @@ class Session:
         # 2) send it to the first stage, and wait for the logits of the last one
         began_s = time.monotonic()
         try:
+            if gradients is not None:
+                gradients.graph = RemoteGraph(self._engine, step, route, self._timeout_s)
             tensors = (inputs, *code.tensors, *keep, *sent)
             if hooks is None:
                 answer = result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s))
@@ -341,34 +340,29 @@ class Session:
                 hooked.start(tensors, self._timeout_s)
                 reply = hooks.run(hooked)
             logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
-            recorded = self._join_recorded(step, inputs, reply, route) if records or due else {}
+            recorded: Recorded = {}
+            if records or due:
+                records_due = DueRecords.of(step, self._spec, inputs, self.num_tokens + num_new, self.max_cache_len)
+                recorded = records_due.join(reply.parts, route)
             if due and instruments is not None:
                 instruments.collect(join_captured(due, reply.parts, route, self._number), self._engine.trusted)
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
             end_with_interpreter()
             self._broken_by = f" with {type(error).__name__}"
             self.end()
+            if gradients is not None:
+                gradients.graph = None  # which frees it
             raise
         # 3) count what the stages hold now, and report the timings
         self.last_step = sample_of(step, route, reply, began_s, num_rows, num_new, self.num_tokens)
         self._watch(self.last_step)
         self._holds_kv = keeps_kv
+        if gradients is not None:
+            gradients.logits_require_grad = reply.requires_grad
+            self.kv_has_gradients |= keeps_kv and reply.requires_grad
         self.num_rows = num_rows
         self.num_tokens += num_new
         return logits, recorded
-
-    def _join_recorded(self, step: Step, inputs: Tensor, reply: StepReply, route: Route) -> Recorded:
-        num_tokens = self.num_tokens + inputs.shape[1]
-        due = DueRecords(
-            names=step.records,
-            hidden_state_indices=step.hidden_state_indices,
-            sizes=recorded_sizes(self._spec),
-            inputs=inputs,
-            num_kv_tokens=self.max_cache_len or num_tokens,
-            longest_window=max(self.max_cache_len, num_tokens),
-            is_autocast=any(name.startswith("autocast") for name, _ in step.torch_settings),
-        )
-        return due.join(reply.parts, route)
 
 
 @uninterrupted

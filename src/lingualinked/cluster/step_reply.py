@@ -28,6 +28,7 @@ class StepReply:
     timings: tuple[StageTimes, ...]
     num_bytes: int
     parts: Mapping[int, object] = dataclasses.field(default_factory=dict)  # what stages recorded, by stage
+    requires_grad: bool = False  # whether the logits have a gradient
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

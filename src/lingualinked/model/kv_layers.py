@@ -152,8 +152,17 @@ class _Growing:
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set shapes, dtype and device from the first states."""
-        self._grown = (GrowingTensor(key_states), GrowingTensor(value_states))
+        self._grown = (GrowingTensor(key_states.detach()), GrowingTensor(value_states.detach()))
         self.is_initialized = True
+
+    def _extend(self, grown: GrowingTensor, states: Tensor, expected: int) -> Tensor:
+        """Append tokens; return those held, in a tensor of its own if it may be part of an autograd graph."""
+        if torch.is_inference_mode_enabled():
+            return grown.append(states, self.growth, expected)
+        joined = torch.cat([grown.view, states], dim=2)
+        with torch.inference_mode():  # what was allocated in it can be changed in no other mode
+            grown.append(states.detach(), self.growth, expected)
+        return joined
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows with the indices `beam_idx`, in this order."""
@@ -236,7 +245,7 @@ class GrowingLayer(_Growing, CacheLayer):
             self.lazy_initialization(key_states, value_states)
         keys, values = self._grown
         expected = self.growth.reserved_tokens
-        return keys.append(key_states, self.growth, expected), values.append(value_states, self.growth, expected)
+        return self._extend(keys, key_states, expected), self._extend(values, value_states, expected)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
@@ -273,17 +282,17 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
         num_kept, num_new = self.sliding_window - 1, states.shape[2]
         expected = self.growth.expected(len(grown), self.cumulative_length - num_new)
         if self.record_past:
-            held = grown.append(states, self.growth, expected)
+            held = self._extend(grown, states, expected)
             num_visible = min(held.shape[2], num_kept + num_new)
             return held.narrow(2, held.shape[2] - num_visible, num_visible)
         if num_new > num_kept > 0:  # a long prompt: nearly all of it would be removed again
             visible = torch.cat([grown.view, states], dim=2)
-            grown.replace(states.narrow(2, num_new - num_kept, num_kept))
+            grown.replace(states.detach().narrow(2, num_new - num_kept, num_kept))
             return visible
         if num_kept:  # with more room than this, tokens that have left the window are overwritten
             most = 2 * num_kept + num_new
             expected = min(expected or most, most)
-        visible = grown.append(states, self.growth, expected)
+        visible = self._extend(grown, states, expected)
         if num_kept:
             grown.keep_last(num_kept)
         return visible

@@ -60,6 +60,7 @@ class Stage:
         self.span, self._model, self._config = span, model.to(device), span.model.config
         self._boundary, self.device = span.boundary, device
         self.num_bytes_read = span.num_bytes_read  # from files, including headers
+        self._model.requires_grad_(False)
         self.weight_bytes = span.parts.span_bytes(start, end)
         if device.type == "cpu":
             pack_linears(self._model)
@@ -160,13 +161,16 @@ class Stage:
         """
         return StageCache(self._config, self._slots, spare_bytes, max_cache_len, self.device)
 
-    @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         """Run the model's forward pass over the span, and count its tokens in the KV cache, if there is one.
 
         The output is valid until the next step with this cache. The KV cache is unusable after a step that raises, unless it
         is static and has no room for the step (ArgumentError).
         """
+        with torch.inference_mode() if inputs.graph is None else torch.enable_grad():
+            return self._step(inputs, cache)
+
+    def _step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         # 1) a static cache has to have room: beyond it, an accelerator would write to other memory
         num_new = inputs.tensors[0].shape[1]
         if cache is not None:
@@ -187,6 +191,9 @@ class Stage:
             self.graphs.num_replayed += 1
         else:
             output = self._run_forward(inputs, cache)
+            if inputs.graph is not None:
+                output.tensors = inputs.graph.end(output.tensors, self._model.parameters())
+                output.requires_grad = inputs.graph.outputs_require_grad
             if graph is not None and decode is not None:
                 graph.layout = output.layout
                 self.graphs.end_trial(graph, decode, output.tensors)
@@ -218,6 +225,8 @@ class Stage:
         """Run the model's forward pass over the span; return its outputs, still on the device, and what was recorded."""
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
+        if inputs.graph is not None:
+            tensors = inputs.graph.begin(tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {
             "attention_mask": self._to_device(inputs.attention_mask),
@@ -231,7 +240,7 @@ class Stage:
         elif self.is_first:
             arguments["inputs_embeds"] = states
         else:  # only their shape and dtype count, since the prologue's result is discarded; autocast may change the states' dtype
-            arguments["inputs_embeds"] = states.to(self._config.dtype)
+            arguments["inputs_embeds"] = states.detach().to(self._config.dtype)
         if not self.is_first:
             self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lingualinked.model.autograd_graph import AutogradGraph
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.instruments import StageInstruments
@@ -42,6 +43,7 @@ class StageInputs:
     instruments: StageInstruments | None = None  # captures and interventions at its modules
     captures: bool = False  # whether captures count in this step
     past: int = 0  # tokens before the step
+    graph: AutogradGraph | None = None  # for gradients; None if none will be asked for
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class StageOutput:
     layout: tuple[bool, ...] | None
     recorded: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of its layers, in order
     captured: Sequence[tuple[int, Tensor]] = ()  # by the numbers of the instruments
+    requires_grad: tuple[bool, ...] | None = None  # which of the tensors have gradients; None if none will be asked for
 
 
 def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None:
@@ -63,6 +66,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or inputs.records
         or inputs.hooks
         or inputs.instruments is not None
+        or inputs.graph is not None
         or not isinstance(keep, int)
     ):
         return None

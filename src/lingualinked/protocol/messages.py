@@ -13,6 +13,7 @@ from lingualinked.protocol.base import Message
 from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
+from lingualinked.protocol.gradients import BackwardDone, FreeGraph, RunBackward
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.moving import (
@@ -196,6 +197,8 @@ CallerMessage = (
     | Step
     | HookAnswered
     | EndSession
+    | RunBackward
+    | FreeGraph
 )
 Request = (
     LoadStage
@@ -209,6 +212,7 @@ Request = (
     | ForkSession
     | ReadTensor
     | EditTensor
+    | RunBackward
 )
 WorkerMessage = (
     Hello
@@ -226,6 +230,7 @@ WorkerMessage = (
     | StepDone
     | StepRecorded
     | HookReached
+    | BackwardDone
     | RequestFailed
     | StepFailed
     | LogRecord

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from lingualinked.protocol import editing, failures, hooking, measuring, messages, moving, reading, steps
+from lingualinked.protocol import editing, failures, gradients, hooking, measuring, messages, moving, reading, steps
 from lingualinked.protocol.base import Message
 
 
@@ -51,6 +51,8 @@ TO_WORKER: Mapping[type[Message], Role] = {
     steps.Step: Role.PREVIOUS,
     steps.EndSession: Role.PREVIOUS,
     hooking.HookAnswered: Role.CALLER,
+    gradients.RunBackward: Role.CALLER,
+    gradients.FreeGraph: Role.CALLER,
     moving.KVChunk: Role.KV_SOURCE,
     moving.KVReceived: Role.KV_TARGET,
     moving.FetchWeight: Role.BORROWER,
@@ -69,6 +71,7 @@ TO_CALLER: Mapping[type[Message], Role] = {
     measuring.LinkProbed: Role.ASKED,
     messages.WorkerReport: Role.ASKED,
     reading.TensorRead: Role.ASKED,
+    gradients.BackwardDone: Role.ASKED,
     failures.RequestFailed: Role.ASKED,
     moving.KVCopied: Role.KV_ENDS,
     failures.KVRefused: Role.KV_ENDS,
@@ -92,6 +95,7 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     moving.ForkSession: messages.Acknowledged,
     reading.ReadTensor: reading.TensorRead,
     editing.EditTensor: messages.Acknowledged,
+    gradients.RunBackward: gradients.BackwardDone,
     steps.Step: steps.StepDone,
 }
 """The answer to each message of the caller that has one."""

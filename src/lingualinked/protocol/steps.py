@@ -62,6 +62,8 @@ class Step(Message, frozen=True, tag=4):
     At each of ``hooks`` the stage stops and sends `HookReached` to the caller.
     ``instruments`` replace those that the session has, from this step on; None: they stay. ``captures`` tells whether some
     of them capture something in this step, which every stage then sends to the caller (`StepRecorded`).
+    If ``requires_grad`` is not None, each stage keeps the autograd graph of the step until `FreeGraph`, or its own end; it
+    says of which of the stage's inputs gradients may be asked for.
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
@@ -89,6 +91,7 @@ class Step(Message, frozen=True, tag=4):
     hooks: tuple[HookPoint, ...] = ()
     instruments: Instruments | None = None
     captures: bool = False
+    requires_grad: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).
@@ -108,12 +111,13 @@ class EndSession(Message, frozen=True, tag=5):
 
 
 class StepDone(Message, frozen=True, tag=21):
-    """The last stage's answer to a step, sent with its logits."""
+    """The last stage's answer to a step, sent with its logits, and whether these have a gradient (``requires_grad``)."""
 
     model: int
     session: int
     number: int
     timings: tuple[StageTimes, ...]
+    requires_grad: bool = False
 
 
 class StepRecorded(Message, frozen=True, tag=35):

@@ -26,6 +26,7 @@ from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.given_cache import GivenCache, check_empty, max_cache_len_of
+from lingualinked.sharded.gradients import StepGradients
 from lingualinked.sharded.hooked_modules import HookedModules
 from lingualinked.sharded.hooks import CallerHooks
 from lingualinked.sharded.inputs import (
@@ -191,13 +192,14 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         keeps_kv = past is not None or asks_for_kv
         cache = self._open_session() if past is None else self._as_session(past)
         cache.check_room(shape.new)
+        gradients = StepGradients.of(inputs, cache, records)
         given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
         hooks = CallerHooks(self._hooked_modules, cache, given) if self._hooked_modules else None
         blocks = self._open_blocks
         instruments = blocks.in_force(cache, find_calls(self._pipeline.spec)) if blocks else None
         try:
             logits, recorded = cache.session.step(
-                inputs,
+                inputs.detach(),
                 mask,
                 positions,
                 keep,
@@ -206,6 +208,7 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
                 hidden_state_indices=selected,
                 hooks=hooks,
                 instruments=instruments,
+                gradients=gradients,
             )
         finally:
             if not keeps_kv:
@@ -213,6 +216,8 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         if "attentions" in recorded and "cross_attentions" in self._recordable:
             recorded["cross_attentions"] = ()  # as the class does without an encoder
         # 4) compute the loss here, and return the class's own output
+        if gradients is not None:
+            logits = gradients.attach(logits)
         loss = None
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size

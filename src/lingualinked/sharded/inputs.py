@@ -59,12 +59,12 @@ class LearnedPositions:
 
 
 def check_inputs(input_ids: object, inputs_embeds: object, vocabulary: int, width: int) -> Tensor:
-    """Check ids ``[rows, tokens]`` or embeddings ``[rows, tokens, width]``; return them on the CPU."""
+    """Check ids ``[rows, tokens]`` or embeddings ``[rows, tokens, width]``; return them on the CPU, in the user's graph."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError("give exactly one: input_ids or inputs_embeds")
     if input_ids is not None:
         return _check_ids(check_tensor("input_ids", input_ids), vocabulary)
-    embeddings = check_tensor("inputs_embeds", inputs_embeds)
+    embeddings = check_tensor("inputs_embeds", inputs_embeds, takes_gradients=True)
     if embeddings.ndim != 3 or embeddings.numel() == 0 or embeddings.shape[2] != width:
         raise ArgumentError(
             f"inputs_embeds of shape {tuple(embeddings.shape)} must be [rows, tokens, {width}] and non-empty"
@@ -89,8 +89,8 @@ def _check_ids(ids: Tensor, vocabulary: int) -> Tensor:
     return ids
 
 
-def check_tensor(name: str, value: object) -> Tensor:
-    """Check that a value is a dense tensor with data and without gradients, and return it on the CPU."""
+def check_tensor(name: str, value: object, *, takes_gradients: bool = False) -> Tensor:
+    """Check that a value is a dense tensor with data, and return it on the CPU; refuse gradients of it, unless they are taken."""
     if isinstance(value, Mapping):
         raise UnsupportedOperationError(f"{name} as a mapping is not supported by a sharded model: give one tensor")
     if not isinstance(value, Tensor):
@@ -100,8 +100,10 @@ def check_tensor(name: str, value: object) -> Tensor:
     if value.layout is not torch.strided:
         raise ArgumentError(f"{name} has layout {value.layout}: give a dense tensor (to_dense())")
     if value.requires_grad and torch.is_grad_enabled():
+        if takes_gradients:
+            return value.cpu()
         raise UnsupportedOperationError(
-            f"{name} require gradients, which do not flow through a sharded model: "
+            f"{name} requires gradients, which flow through a sharded model to inputs_embeds and to what hooks return: "
             "call the model under torch.no_grad(), or detach the tensor"
         )
     return value.detach().cpu()

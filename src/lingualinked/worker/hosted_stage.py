@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
+from lingualinked.model.autograd_graph import AutogradGraph
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
@@ -23,9 +24,10 @@ from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.model.stage_data import StageInputs, StageOutput
-from lingualinked.protocol.steps import KVEdit, KVEditKind, Step, StepRecorded
+from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot
+from lingualinked.worker.kept_graphs import KeptGraphs
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
@@ -63,6 +65,7 @@ class HostedStage:
         self.stage = stage
         self.sent_bytes = 0
         self.sessions: dict[int, HostedSession] = {}
+        self.graphs = KeptGraphs(str(stage.device))
         self._incoming: dict[int, HostedSession] = {}
         self._num_steps = 0
         self._compute_s = 0.0
@@ -87,8 +90,11 @@ class HostedStage:
                 started = pace.skip_pause(started, paused)
 
         session = self._find_session(step, len(tensors[0]) if tensors and tensors[0].ndim else 0)
+        graph = None if step.requires_grad is None else AutogradGraph(step.requires_grad)
         try:
-            output = self._compute(session, step, tensors, pause_timed)
+            output = self._compute(session, step, tensors, pause_timed, graph)
+            if graph is not None:
+                self.graphs.keep((step.session, step.number), graph)
         except BaseException:
             self.end_session(step.session)
             raise
@@ -275,7 +281,14 @@ class HostedStage:
                 f"KV of {count_text(num_tokens, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
             )
 
-    def _compute(self, session: HostedSession, step: Step, tensors: tuple[Tensor, ...], pause: Pause) -> StageOutput:
+    def _compute(
+        self,
+        session: HostedSession,
+        step: Step,
+        tensors: tuple[Tensor, ...],
+        pause: Pause,
+        graph: AutogradGraph | None,
+    ) -> StageOutput:
         # 1) check the step
         inputs, shared = split_tensors(step, tensors)
         num_rows, num_new = inputs[0].shape[:2]
@@ -317,6 +330,7 @@ class HostedStage:
                 instruments=session.instruments,
                 captures=step.captures,
                 past=past,
+                graph=graph,
             ),
             session.cache,
         )
@@ -336,21 +350,6 @@ def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor
             f"{num_shared} are announced besides its inputs: inputs must have rows and tokens, at least one of each"
         )
     return tensors[:num_inputs], tensors[num_inputs:]
-
-
-def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:
-    """Return the message for the caller with what a stage recorded, and its tensors."""
-    items = [output.recorded[name] for name in step.records]
-    message = StepRecorded(
-        model=step.model,
-        session=step.session,
-        number=step.number,
-        stage=step.stage,
-        layouts=tuple(tuple(item is not None for item in each) for each in items),
-        captured=tuple(number for number, _ in output.captured),
-    )
-    recorded = tuple(item for each in items for item in each if item is not None)
-    return message, (*recorded, *(tensor for _, tensor in output.captured))
 
 
 def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:

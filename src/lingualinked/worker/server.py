@@ -20,6 +20,7 @@ from lingualinked.model.stage import Stage
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed
+from lingualinked.protocol.gradients import FreeGraph, RunBackward
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.messages import (
@@ -62,6 +63,7 @@ from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
+from lingualinked.worker.backward_runner import BackwardRunner
 from lingualinked.worker.borrower import Borrower
 from lingualinked.worker.error_report import describe_error
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
@@ -139,6 +141,7 @@ class Worker:
         )
         self._pace = Pace(boot.threads, 1.0)
         self._steps = StepRunner(mailbox, self._peers, self._stages, self._pace, boot.accelerator)
+        self._backward = BackwardRunner(mailbox, self._stages)
         self._emulate(boot.emulation)
 
     def run(self) -> NoReturn:
@@ -160,13 +163,10 @@ class Worker:
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
             return
+        if isinstance(message, Step | HookAnswered | EndSession | RunBackward | FreeGraph):
+            self._handle_step(message, delivery)
+            return
         match message:
-            case Step():
-                self._receive_step(message, delivery)
-            case HookAnswered():
-                self._steps.resume_step(message, delivery.tensors)
-            case EndSession():
-                self._end_session(message)
             case LoadStage():
                 self._load_stage(message)
             case UnloadModel():
@@ -189,6 +189,21 @@ class Worker:
                 self._handle_tensor(message, delivery)
             case Ping() | Pong():
                 self._handle_probe(message, delivery.sender)
+
+    def _handle_step(
+        self, message: Step | HookAnswered | EndSession | RunBackward | FreeGraph, delivery: Delivery
+    ) -> None:
+        match message:
+            case Step():
+                self._receive_step(message, delivery)
+            case HookAnswered():
+                self._steps.resume_step(message, delivery.tensors)
+            case EndSession():
+                self._end_session(message)
+            case RunBackward():
+                self._answer_request(message.request, lambda: self._backward.run(message, delivery.tensors))
+            case FreeGraph():
+                self._backward.free_graph(message)
 
     def _handle_moving(self, message: MovingMessage, delivery: Delivery) -> None:
         match message:

@@ -17,16 +17,17 @@ from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.hook_values import pack_tensor, unpack_tensor
 from lingualinked.model.memory import release_memory
+from lingualinked.model.stage_data import StageOutput
 from lingualinked.protocol.failures import FailureKind, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import encode
-from lingualinked.protocol.steps import StageTimes, Step, StepDone
+from lingualinked.protocol.steps import StageTimes, Step, StepDone, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.error_report import ErrorReport, describe_error
-from lingualinked.worker.hosted_stage import describe_recorded, split_tensors
+from lingualinked.worker.hosted_stage import split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.limits import end_if_device_is_lost
 from lingualinked.worker.pace import Pace
@@ -126,7 +127,13 @@ class StepRunner:
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
         # 4) send logits to the caller, or hidden states to the next stage
         if hosted.stage.is_last:
-            done = StepDone(model=step.model, session=step.session, number=step.number, timings=timings)
+            done = StepDone(
+                model=step.model,
+                session=step.session,
+                number=step.number,
+                timings=timings,
+                requires_grad=any(output.requires_grad or ()),
+            )
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
             return
         onward = msgspec.structs.replace(
@@ -136,9 +143,25 @@ class StepRunner:
             timings=timings,
             sent_us=clock_us() + encode_us,
             hooks=hooks,
+            requires_grad=output.requires_grad,
         )
         _, shared = split_tensors(step, delivery.tensors)
         hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
+
+
+def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:
+    """Return the message for the caller with what a stage recorded, and its tensors."""
+    items = [output.recorded[name] for name in step.records]
+    message = StepRecorded(
+        model=step.model,
+        session=step.session,
+        number=step.number,
+        stage=step.stage,
+        layouts=tuple(tuple(item is not None for item in each) for each in items),
+        captured=tuple(number for number, _ in output.captured),
+    )
+    recorded = tuple(item for each in items for item in each if item is not None)
+    return message, (*recorded, *(tensor for _, tensor in output.captured))
 
 
 def describe_call(step: Step, call: ModuleCall) -> tuple[HookReached, tuple[Tensor, ...]]:

@@ -166,6 +166,7 @@ def test_a_sliding_window_takes_no_more_room_than_a_few_windows() -> None:
     assert layer.nbytes <= 2 * 4 * 300
 
 
+@torch.inference_mode()
 def test_reading_is_a_view_and_not_a_copy() -> None:
     layer = GrowingLayer(growth())
     layer.update(torch.zeros(1, 1, 40, 1), torch.zeros(1, 1, 40, 1))

