@@ -78,6 +78,7 @@ PUBLIC_NAMES = [
     "baseline",
     "edit",
     "estimate_profile",
+    "hook",
     "profile_model",
     "sample_model",
     "simulate",

@@ -5,16 +5,37 @@ Knows neither torch nor transformers, which the caller imports later.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
+class Positions(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Tokens of a tensor [rows, tokens, ...]: one, several, or a slice of them by its start, stop and step."""
+
+    kind: Literal["one", "several", "slice"]
+    values: tuple[int | None, ...]
+
+
+class Cut(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The part of a call that hooks want, if that is not all of it: its first tensor before the module, or behind it.
+
+    Behind it, they may want what it was called with too. ``positions`` is None for all tokens.
+    """
+
+    positions: Positions | None
+    with_input: bool = False
+
+
 class HookPoint(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A module with hooks: whether a pass stops before it, and behind it, and whether the hooks may skip it."""
+    """A module with hooks: whether a pass stops before it, and behind it, whether the hooks may skip it, and what they want."""
 
     path: str
     before: bool
     after: bool
     may_skip: bool = False
+    cut_before: Cut | None = None
+    cut_after: Cut | None = None
 
 
 class _Value(msgspec.Struct, frozen=True, array_like=True, gc=False):

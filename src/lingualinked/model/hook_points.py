@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lingualinked.model.hook_data import HookPoint
+    from lingualinked.model.hook_data import Cut, HookPoint
 
 
 @dataclasses.dataclass(slots=True)
@@ -37,6 +37,7 @@ class ModuleCall:
     is_skipped: bool = False
     sends_inputs: bool = True  # whether the caller still needs to know what the module was called with
     waits_for_output: bool = False  # whether the caller awaits the output of a call whose inputs it knows
+    cut: Cut | None = None  # what of it hooks want, if not all
     values: CallValues = dataclasses.field(default_factory=CallValues)
 
 
@@ -139,8 +140,10 @@ class HookedPass:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if kwargs is None or not self._is_here() or path not in self._points or not self._points[path].before:
                 return None
-            call = ModuleCall(path, args, kwargs, may_skip=path in self._skippable)
-            self._calls.append(call)
+            point = self._points[path]
+            call = ModuleCall(path, args, kwargs, may_skip=path in self._skippable, cut=point.cut_before)
+            if call.cut is None:
+                self._calls.append(call)
             self._stop(call)
             if call.is_skipped:
                 self._skippable[path].outputs[self._thread] = call.output
@@ -161,6 +164,8 @@ class HookedPass:
                     return None
             elif path not in self._points or not self._points[path].after:
                 return None
+            else:
+                call.cut = self._points[path].cut_after
             call.output, call.is_done = output, True
             self._stop(call)
             return call.output

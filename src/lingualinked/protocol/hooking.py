@@ -13,7 +13,8 @@ class HookReached(Message, frozen=True, tag=36):
     """A step has reached a hooked module on stage ``stage`` and waits for `HookAnswered`.
 
     ``args`` and ``kwargs`` are None if the caller knows them from this call's first message. ``strides`` are those of the
-    tensors beside the message, which are the call's next ones.
+    tensors beside the message, which are the call's next ones. If hooks want only a part of the call (``is_cut``), ``output``
+    is the tensor that they may replace, before the module too, and ``args`` the one that they may read, if they want it.
     """
 
     model: int
@@ -26,6 +27,7 @@ class HookReached(Message, frozen=True, tag=36):
     kwargs: HookValue | None
     output: HookValue | None
     strides: tuple[Strides, ...]
+    is_cut: bool = False
 
 
 class HookAnswered(Message, frozen=True, tag=37):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_data import Cut, HookPoint
 from lingualinked.model.hook_points import contains_layers
+from lingualinked.sharded.narrow_hooks import NarrowHook, narrow_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -40,10 +41,28 @@ class HookedModules:
     def points(self) -> tuple[HookPoint, ...]:
         """Return where a step has to stop."""
         return tuple(
-            HookPoint(path, self._stops_before(path), self.stops_after(path), self._is_wrapped(path))
+            self._narrow_point(path, before, behind)
+            or HookPoint(path, self._stops_before(path), self.stops_after(path), self._is_wrapped(path))
             for path, before, behind in self._registries
             if before or behind or self._is_wrapped(path)
         )
+
+    def _narrow_point(self, path: str, before: Mapping[int, Any], behind: Mapping[int, Any]) -> HookPoint | None:
+        """Return where a step has to stop for hooks that all want the same part of a call, if these do."""
+        narrow = [narrow_hooks(hooks) for hooks in (before, behind)]
+        if [*map(len, narrow)] != [len(before), len(behind)]:
+            return None
+        if self._is_wrapped(path) or contains_layers(path, self.layers) or self.runs_everywhere(path):
+            return None
+        if any(len({hook.positions for hook in hooks}) > 1 for hooks in narrow):
+            return None
+        cuts = [Cut(hooks[0].positions, any(hook.wants_both for hook in hooks)) if hooks else None for hooks in narrow]
+        return HookPoint(path, bool(before), bool(behind), False, *cuts)
+
+    def narrow_hooks(self, path: str, cut: Cut, *, is_done: bool) -> list[NarrowHook]:
+        """Return the hooks before a module, or behind it, that want this part of its call."""
+        hooks = narrow_hooks(vars(self.by_path[path])[_BEHIND if is_done else _BEFORE])
+        return [hook for hook in hooks if hook.positions == cut.positions and cut.with_input >= hook.wants_both]
 
     def _has(self, path: str, registry: str) -> bool:
         return bool(vars(self.by_path[path])[registry])

@@ -5,111 +5,41 @@ Torch calls them itself: a module is called here with a forward that waits for t
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from lingualinked.cluster.step_reply import StepReply
-from lingualinked.errors import ArgumentError, ProtocolError, UnsupportedOperationError, WorkerError
-from lingualinked.model.hook_data import HookValue, Items, Strides
+from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
+from lingualinked.model.hook_data import Items
 from lingualinked.model.hook_points import contains_layers
-from lingualinked.model.hook_values import (
-    CallValues,
-    objects_in,
-    pack_tensor,
-    unpack_tensor,
-)
-from lingualinked.quantities import count_text
+from lingualinked.sharded.hook_calls import HookCall, has_same_bits
 from lingualinked.sharded.sealing import call_hooks_around
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lingualinked.cluster.hooked_step import HookedStep
     from lingualinked.cluster.step_reply import HookEvent
-    from lingualinked.model.hook_data import HookPoint
-    from lingualinked.protocol.hooking import HookReached
+    from lingualinked.model.hook_data import Cut, HookPoint, HookValue
     from lingualinked.sharded.cache import ShardedCache
     from lingualinked.sharded.hooked_modules import HookedModules
 
 _TOKENS = ("input_ids", "inputs_embeds")  # what a module that runs all layers needs in its first stage alone
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _NotAwaited(BaseException):
     """Nobody awaits the output of a module: hooks that another thread registers meanwhile would be called without one."""
 
 
-class RemoteObject:
-    """An object in a worker that a hook was given and may return as it is."""
+class _Part(NamedTuple):
+    """The part of a call that hooks want: what they may read, if they want that, and what they may replace."""
 
-    def __init__(self, type_name: str) -> None:
-        self._type_name = type_name
-
-    def __repr__(self) -> str:
-        return f"<{self._type_name} in a worker>"
-
-
-@dataclasses.dataclass(slots=True)
-class _Call:
-    """One call of a module: its values, those that the worker has, and what these are described as."""
-
-    path: str
-    stage: int
-    values: CallValues = dataclasses.field(default_factory=CallValues)
-    known: list[Tensor] = dataclasses.field(default_factory=list)  # copies, to notice what hooks change
-    args: HookValue | None = None
-    kwargs: HookValue | None = None
-    output: HookValue | None = None
-
-    def receive(self, message: HookReached, tensors: tuple[Tensor, ...], cache: ShardedCache) -> None:
-        """Add what a message says about the call."""
-        if len(tensors) != len(message.strides):
-            raise ProtocolError(f"{count_text(len(tensors), 'tensor')} arrived where {len(message.strides)} were due")
-        self.values.tensors += map(unpack_tensor, tensors, message.strides)
-        self.known += [tensor.clone() for tensor in self.values.tensors[len(self.known) :]]
-        for name in ("args", "kwargs", "output"):
-            value = getattr(message, name)
-            if value is not None:
-                setattr(self, name, value)
-                for each in objects_in(value):
-                    if each.index == len(self.values.objects):
-                        self.values.described[each.index] = each
-                        self.values.objects.append(cache if each.is_cache else RemoteObject(each.type_name))
-
-    def describe(self, value: Any) -> HookValue:
-        """Describe what a hook has returned; raise UnsupportedOperationError if it can't be sent."""
-
-        def refuse(each: object) -> None:
-            raise UnsupportedOperationError(
-                f"a hook of {self.path} returned a {type(each).__name__}, which can't be sent to the stage that goes on with it: "
-                "return tensors, numbers, strings, None, or tuples, lists and dictionaries of them"
-            )
-
-        return self.values.describe(value, refuse)
-
-    def take_changes(self) -> tuple[tuple[int, ...], tuple[Tensor, ...], tuple[Strides, ...]]:
-        """Return which tensors were changed in place, the tensors to send, and the strides of those that are new."""
-        given, new = self.values.tensors[: len(self.known)], self.values.tensors[len(self.known) :]
-        changed = []
-        for index, (tensor, before) in enumerate(zip(given, self.known, strict=True)):
-            if tensor.shape != before.shape or tensor.dtype != before.dtype:
-                raise UnsupportedOperationError(
-                    f"a hook of {self.path} changed the shape or dtype of a tensor in place: return a new one"
-                )
-            if not _has_same_bits(tensor, before):
-                changed.append(index)
-                self.known[index] = tensor.detach().clone()
-        for tensor in new:
-            if tensor.is_meta or tensor.layout is not torch.strided:
-                raise ArgumentError(
-                    f"a hook of {self.path} returned a tensor without data, or a sparse one: return a dense one"
-                )
-        packed = [pack_tensor(tensor.detach().cpu()) for tensor in new]
-        self.known += [tensor.detach().clone() for tensor in new]
-        contents = [given[index].detach().cpu().contiguous() for index in changed]
-        return tuple(changed), (*contents, *(tensor for tensor, _ in packed)), tuple(strides for _, strides in packed)
+    call: HookCall
+    cut: Cut
+    given: Tensor | None
+    value: Tensor
 
 
 class CallerHooks:
@@ -150,11 +80,18 @@ class CallerHooks:
             try:
                 if not self._modules.may_stop(message.path, self._step.spans, message.stage, is_done=message.is_done):
                     raise ProtocolError(f"a step stopped at {message.path!r}, which stage {message.stage} does not run")
+                part = self._receive_part(event) if message.is_cut else None
+            except ProtocolError as error:
+                raise WorkerError(event.device, f"ProtocolError: {error}") from error
+            if part is not None:
+                self._run_narrow_hooks(part, is_done=message.is_done)
+                continue
+            try:
                 if message.args is None or message.kwargs is None or message.is_done != (message.output is not None):
                     if message.path != awaited or message.output is None:
                         raise ProtocolError(f"a step stopped at {message.path}, which is not running")
                     return event
-                call = _Call(message.path, message.stage)
+                call = HookCall(message.path, message.stage)
                 call.receive(message, event.tensors, self._cache)
                 args, kwargs, output = map(
                     call.values.rebuild, (message.args, message.kwargs, message.output or Items(False, ()))
@@ -166,7 +103,7 @@ class CallerHooks:
             self._run_hooks(call, args, kwargs, output, is_done=message.is_done)
 
     def _run_hooks(
-        self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, is_done: bool
+        self, call: HookCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, is_done: bool
     ) -> None:
         """Call a module's hooks; before it has run, the stage runs on until its output comes."""
         path, runs = call.path, is_done
@@ -177,20 +114,20 @@ class CallerHooks:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal call, output, runs
-            if is_done:
-                return output
             waits, runs = self._modules.stops_after(path), True
             self._answer_inputs(call, args, kwargs, waits=waits)
             if not waits:
                 raise _NotAwaited
             event = cast("HookEvent", self._serve_events(path))
             if event.message.stage != call.stage:  # of a module that runs all layers
-                call = _Call(path, event.message.stage)
+                call = HookCall(path, event.message.stage)
             call.receive(event.message, event.tensors, self._cache)
             output = call.values.rebuild(cast("HookValue", call.output))
             return output
 
-        if earlier is None:
+        if is_done:
+            result = _call_hooks_behind(self._modules.by_path[path], args, kwargs, output)
+        elif earlier is None:
             try:
                 result = call_hooks_around(self._modules.by_path[path], forward, args, kwargs)
             except _NotAwaited:
@@ -210,13 +147,33 @@ class CallerHooks:
         described = call.describe(result)  # if the module has not run, of what it would have returned
         self._answer(call, output=None if described == call.output else described)
 
-    def _earlier_output(self, call: _Call) -> tuple[Any] | None:
+    def _receive_part(self, event: HookEvent) -> _Part:
+        """Check and return the part of a call that its hooks want."""
+        message = event.message
+        point = next((each for each in self._step.points if each.path == message.path), None)
+        cut = None if point is None else point.cut_after if message.is_done else point.cut_before
+        call = HookCall(message.path, message.stage)
+        call.receive(message, event.tensors, self._cache)
+        given, value = (each and call.values.rebuild(each) for each in (message.args, message.output))
+        if cut is None or not isinstance(value, Tensor) or isinstance(given, Tensor) != cut.with_input:
+            raise ProtocolError(f"a step stopped at {message.path} with another part of its call than hooks want")
+        return _Part(call, cut, cast("Tensor | None", given), value)
+
+    def _run_narrow_hooks(self, part: _Part, *, is_done: bool) -> None:
+        """Call the hooks that want a part of a call, each with what the one before has made of it."""
+        call, value = part.call, part.value
+        for hook in self._modules.narrow_hooks(call.path, part.cut, is_done=is_done):
+            value = hook.call_function(value, part.given if hook.wants_both else None)
+        described = call.describe(value)
+        self._answer(call, output=None if described == call.output else described)
+
+    def _earlier_output(self, call: HookCall) -> tuple[Any] | None:
         """Return the output of the same call in an earlier stage, whose hooks have run there."""
         outputs = self._outputs.get(call.path, [])
         number = self._num_calls[call.path, call.stage]
         return (outputs[number][1],) if number < len(outputs) and outputs[number][0] != call.stage else None
 
-    def _answer_inputs(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool) -> None:
+    def _answer_inputs(self, call: HookCall, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool) -> None:
         if contains_layers(call.path, self._modules.layers):
             args, kwargs = _merge_tokens(call, args, kwargs, self._given)
         described = call.describe(args), call.describe(kwargs)
@@ -225,12 +182,21 @@ class CallerHooks:
         )
         self._answer(call, args=new_args, kwargs=new_kwargs, waits_for_output=waits)
 
-    def _answer(self, call: _Call, **changes: Any) -> None:
+    def _answer(self, call: HookCall, **changes: Any) -> None:
         changed, tensors, strides = call.take_changes()
         self._step.answer(tensors, self.points(), changed=changed, strides=strides, **changes)
 
 
-def _merge_tokens(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+def _call_hooks_behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Call the hooks behind a module as torch does; it had no others when it was called."""
+    takes_kwargs = module._forward_hooks_with_kwargs  # noqa: SLF001 - torch's own calls those before a module too
+    for number, hook in list(module._forward_hooks.items()):  # noqa: SLF001
+        result = hook(module, args, kwargs, output) if number in takes_kwargs else hook(module, args, output)
+        output = output if result is None else result
+    return output
+
+
+def _merge_tokens(call: HookCall, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
     """Return the inputs of a module that runs all layers as its first stage is to use them: with other tokens, if at all.
 
     Refuse other changes, which would have to reach all stages.
@@ -242,7 +208,7 @@ def _merge_tokens(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], gi
     known = {id(tensor): copy for tensor, copy in zip(call.values.tensors, call.known, strict=False)}
     for name in (before.keys() | after.keys()) - {0, *_TOKENS}:
         old, new = before.get(name), after.get(name)
-        is_edited = isinstance(old, Tensor) and not _has_same_bits(old, known[id(old)])
+        is_edited = isinstance(old, Tensor) and not has_same_bits(old, known[id(old)])
         if is_edited or (old is not new and call.describe(old) != call.describe(new)):
             raise UnsupportedOperationError(
                 f"a pre-hook of {call.path} changed {name}, which the stages of its layers have already: "
@@ -250,9 +216,3 @@ def _merge_tokens(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], gi
             )
     merged = {name: after.get(name, value) for name, value in old_kwargs.items() if name in _TOKENS}
     return (*args[:1], *old_args[1:]), {**old_kwargs, **merged}
-
-
-def _has_same_bits(tensor: Tensor, other: Tensor) -> bool:
-    dtype = _SAME_SIZE.get(tensor.itemsize)
-    with torch.no_grad():
-        return torch.equal(tensor.view(dtype), other.view(dtype)) if dtype else torch.equal(tensor, other)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
-from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_data import HookPoint, HookValue
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.hook_values import pack_tensor, unpack_tensor
 from lingualinked.model.memory import release_memory
@@ -26,6 +26,7 @@ from lingualinked.quantities import count_text
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.worker.cut_calls import apply_cut, describe_cut
 from lingualinked.worker.error_report import ErrorReport, describe_error
 from lingualinked.worker.hosted_stage import split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
@@ -167,14 +168,21 @@ def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tu
 def describe_call(step: Step, call: ModuleCall) -> tuple[HookReached, tuple[Tensor, ...]]:
     """Return the message for the caller about a call of a hooked module, and its tensors."""
     values, num_known = call.values, len(call.values.tensors)
-    args, kwargs, output = (
-        values.describe(value, values.objects.append) if is_sent else None
-        for value, is_sent in (
-            (call.args, call.sends_inputs),
-            (call.kwargs, call.sends_inputs),
-            (call.output, call.is_done),
+    args: HookValue | None
+    kwargs: HookValue | None
+    output: HookValue | None
+    if call.cut is not None:
+        args, output = describe_cut(call)
+        kwargs = None
+    else:
+        args, kwargs, output = (
+            values.describe(value, values.objects.append) if is_sent else None
+            for value, is_sent in (
+                (call.args, call.sends_inputs),
+                (call.kwargs, call.sends_inputs),
+                (call.output, call.is_done),
+            )
         )
-    )
     packed = [pack_tensor(tensor.cpu()) for tensor in values.tensors[num_known:]]
     message = HookReached(
         model=step.model,
@@ -187,6 +195,7 @@ def describe_call(step: Step, call: ModuleCall) -> tuple[HookReached, tuple[Tens
         kwargs=kwargs,
         output=output,
         strides=tuple(strides for _, strides in packed),
+        is_cut=call.cut is not None,
     )
     return message, tuple(tensor for tensor, _ in packed)
 
@@ -206,6 +215,9 @@ def apply_answer(answer: HookAnswered, tensors: tuple[Tensor, ...], call: Module
     device = known[0].device if known else None
     new = map(unpack_tensor, tensors[num_changed:], answer.strides)
     known.extend(tensor if device is None else tensor.to(device) for tensor in new)
+    if call.cut is not None:
+        apply_cut(answer, call)
+        return
     if answer.args is not None:
         call.args = values.rebuild(answer.args)
     if answer.kwargs is not None:

@@ -51,6 +51,7 @@ class LocalStep:
         self._event: Any = None
         self._output: Any = None
         self.spans = (("a", 0, model.config.num_hidden_layers),)
+        self.points = hooks.points()
 
     def run(self) -> Any:
         try:
@@ -67,6 +68,7 @@ class LocalStep:
         return self._event
 
     def answer(self, tensors: tuple[Tensor, ...], points: tuple[HookPoint, ...], **changes: Any) -> None:
+        self.points = points
         answer = HookAnswered(
             model=0, plan_version=0, stage=0, session=0, number=0, goes_on=True, points=points, **changes
         )

@@ -1,0 +1,101 @@
+"""One call of a hooked module as the caller's process has it: what arrived of it, and what hooks have changed.
+
+Knows tensors and descriptions of structures; neither modules nor steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lingualinked.errors import ArgumentError, ProtocolError, UnsupportedOperationError
+from lingualinked.model.hook_data import HookValue, Strides
+from lingualinked.model.hook_values import CallValues, objects_in, pack_tensor, unpack_tensor
+from lingualinked.quantities import count_text
+
+if TYPE_CHECKING:
+    from lingualinked.protocol.hooking import HookReached
+    from lingualinked.sharded.cache import ShardedCache
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class RemoteObject:
+    """An object in a worker that a hook was given and may return as it is."""
+
+    def __init__(self, type_name: str) -> None:
+        self._type_name = type_name
+
+    def __repr__(self) -> str:
+        return f"<{self._type_name} in a worker>"
+
+
+@dataclasses.dataclass(slots=True)
+class HookCall:
+    """One call of a module: its values, those that the worker has, and what these are described as."""
+
+    path: str
+    stage: int
+    values: CallValues = dataclasses.field(default_factory=CallValues)
+    known: list[Tensor] = dataclasses.field(default_factory=list)  # copies, to notice what hooks change
+    args: HookValue | None = None
+    kwargs: HookValue | None = None
+    output: HookValue | None = None
+
+    def receive(self, message: HookReached, tensors: tuple[Tensor, ...], cache: ShardedCache) -> None:
+        """Add what a message says about the call."""
+        if len(tensors) != len(message.strides):
+            raise ProtocolError(f"{count_text(len(tensors), 'tensor')} arrived where {len(message.strides)} were due")
+        self.values.tensors += map(unpack_tensor, tensors, message.strides)
+        self.known += [tensor.clone() for tensor in self.values.tensors[len(self.known) :]]
+        for name in ("args", "kwargs", "output"):
+            value = getattr(message, name)
+            if value is not None:
+                setattr(self, name, value)
+                for each in objects_in(value):
+                    if each.index == len(self.values.objects):
+                        self.values.described[each.index] = each
+                        self.values.objects.append(cache if each.is_cache else RemoteObject(each.type_name))
+
+    def describe(self, value: Any) -> HookValue:
+        """Describe what a hook has returned; raise UnsupportedOperationError if it can't be sent."""
+
+        def refuse(each: object) -> None:
+            raise UnsupportedOperationError(
+                f"a hook of {self.path} returned a {type(each).__name__}, which can't be sent to the stage that goes on with it: "
+                "return tensors, numbers, strings, None, or tuples, lists and dictionaries of them"
+            )
+
+        return self.values.describe(value, refuse)
+
+    def take_changes(self) -> tuple[tuple[int, ...], tuple[Tensor, ...], tuple[Strides, ...]]:
+        """Return which tensors were changed in place, the tensors to send, and the strides of those that are new."""
+        given, new = self.values.tensors[: len(self.known)], self.values.tensors[len(self.known) :]
+        changed = []
+        for index, (tensor, before) in enumerate(zip(given, self.known, strict=True)):
+            if tensor.shape != before.shape or tensor.dtype != before.dtype:
+                raise UnsupportedOperationError(
+                    f"a hook of {self.path} changed the shape or dtype of a tensor in place: return a new one"
+                )
+            if not has_same_bits(tensor, before):
+                changed.append(index)
+                self.known[index] = tensor.detach().clone()
+        for tensor in new:
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                raise ArgumentError(
+                    f"a hook of {self.path} returned a tensor without data, or a sparse one: return a dense one"
+                )
+        packed = [pack_tensor(tensor.detach().cpu()) for tensor in new]
+        self.known += [tensor.detach().clone() for tensor in new]
+        contents = [given[index].detach().cpu().contiguous() for index in changed]
+        return tuple(changed), (*contents, *(tensor for tensor, _ in packed)), tuple(strides for _, strides in packed)
+
+
+def has_same_bits(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of a shape and dtype are equal bit for bit, NaN included."""
+    dtype = _SAME_SIZE.get(tensor.itemsize)
+    with torch.no_grad():
+        return torch.equal(tensor.view(dtype), other.view(dtype)) if dtype else torch.equal(tensor, other)
