@@ -86,7 +86,7 @@ PUBLIC_NAMES = [
 ]
 
 # Public names that stand on torch, transformers or zmq; using any other loads none of them.
-HEAVY_NAMES = {"Cluster", "ShardedModel", "WeightEdit", "edit"}
+HEAVY_NAMES = {"Cluster", "ShardedModel", "WeightEdit", "edit", "hook"}
 
 
 def loaded_by(code: str) -> set[str]:
