@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PeerUnknownError as PeerUnknownError,
         ProtocolError as ProtocolError,
         ResourceError as ResourceError,
+        StaleKVWarning as StaleKVWarning,
         StepTimeoutError as StepTimeoutError,
         UncuttableModelError as UncuttableModelError,
         UnsupportedOperationError as UnsupportedOperationError,
@@ -78,7 +79,7 @@ _NAMES = {
     "control.policy": "RebalancePolicy",
     "device": "Device Link",
     "errors": "ArgumentError CheckpointError ClosedError DeviceMemoryError InfeasiblePlanError KVCapacityError "
-    "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StepTimeoutError UncuttableModelError "
+    "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StaleKVWarning StepTimeoutError UncuttableModelError "
     "UnsupportedOperationError WorkerDiedError WorkerError",
     "module_times": "ModuleTimes StepTime",
     "planning.comparison": "Comparison",

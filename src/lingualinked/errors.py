@@ -18,6 +18,7 @@
     ├── WorkerDiedError
     └── StepTimeoutError (TimeoutError)
     OverloadWarning (UserWarning)
+    StaleKVWarning (UserWarning)
 
 Knows no torch, no sockets and no processes.
 """
@@ -153,3 +154,7 @@ class StepTimeoutError(LingualinkedError, TimeoutError):
 
 class OverloadWarning(UserWarning):
     """More requests arrive in a simulation than the pipeline can serve, so that they queue without bound."""
+
+
+class StaleKVWarning(UserWarning):
+    """A step uses KV that was made before the model was changed, by an edit of its weights or by skipping layers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,3 +101,171 @@ def test_statements(pair: tuple[Any, Any], statement: Callable[[Any], Any]) -> N
     ours, theirs = (model.state_dict() for model in pair)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert pair[0].edits
+
+
+def keys_and_values(model: Any) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    weight = projection(model)
+    return torch.randn(weight.shape[0], 2).to(weight.dtype), torch.randn(weight.shape[1], 2).to(weight.dtype)
+
+
+@torch.no_grad()
+def test_factors_within_generate_and_their_undoing(pair: tuple[Any, Any]) -> None:
+    sharded, unsharded = pair
+    first, second = factors(sharded), keys_and_values(sharded)
+    original = projection(sharded).clone()
+    with ll.edit(projection(sharded), add=first) as one:
+        projection(unsharded).add_(torch.outer(*first))
+        assert_same_tokens(pair)
+        two = ll.edit(projection(sharded), add=second)
+        projection(unsharded).add_(second[0] @ second[1].T)
+        assert_same_tokens(pair)
+        assert torch.equal(projection(sharded), projection(unsharded))
+        assert [each.name for each in sharded.edits] == ["model.layers.2.mlp.down_proj.weight"] * 2
+        assert one.is_in_force
+    assert not one.is_in_force
+    assert torch.equal(projection(sharded), original + second[0] @ second[1].T)
+    two.undo()
+    two.undo()
+    assert torch.equal(projection(sharded), original)
+    with pytest.raises(ZeroDivisionError), ll.edit(projection(sharded), set=torch.zeros_like(original)):
+        raise ZeroDivisionError
+    assert torch.equal(projection(sharded), original)
+    projection(unsharded).copy_(original)
+
+
+def assert_same_tokens(pair: tuple[Any, Any]) -> None:
+    ours, theirs = (model.generate(IDS, max_new_tokens=4, do_sample=False) for model in pair)
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_what_was_read_before_shows_the_edit(pair: tuple[Any, Any]) -> None:
+    rows = [projection(model)[1:3] for model in pair]
+    arrays = [
+        (model.model.norm.weight if hasattr(model.model.norm, "weight") else projection(model)).data for model in pair
+    ]
+    arrays = [array.float()[:0] if array.dtype is torch.bfloat16 else array.numpy() for array in arrays]
+    for model in pair:
+        projection(model).mul_(2)
+        model.model.norm.weight.fill_(0.5)
+    assert torch.equal(*rows)
+    assert (arrays[0] == arrays[1]).all()
+    edit = ll.edit(projection(pair[0]), add=torch.ones(()))
+    projection(pair[1]).add_(1.0)
+    assert torch.equal(*rows)
+    edit.undo()
+    projection(pair[1]).copy_(projection(pair[0]))
+    assert torch.equal(*rows)
+
+
+@torch.no_grad()
+def test_sessions_are_told_that_their_kv_is_older(pair: tuple[Any, Any]) -> None:
+    past = [model(IDS).past_key_values for model in pair]
+    assert not past[0].made_before_edit
+    for model in pair:
+        projection(model).mul_(-1)
+    with pytest.warns(ll.StaleKVWarning, match="made before the model was changed") as told:
+        logits = [model(IDS[:, :1], past_key_values=each).logits for model, each in zip(pair, past, strict=True)]
+    assert torch.equal(*logits)
+    assert told[0].filename == __file__
+    logits = [model(IDS[:, :1], past_key_values=each).logits for model, each in zip(pair, past, strict=True)]
+    assert torch.equal(*logits)
+    assert past[0].made_before_edit
+    assert not pair[0](IDS).past_key_values.made_before_edit
+
+
+MOVES = [
+    [("a", 0, 1), ("b", 1, 2), ("c", 2, 4)],
+    [("c", 0, 2), ("a", 2, 3), ("b", 3, 4)],
+    [("b", 0, 4)],
+    SPANS,
+]
+
+
+@torch.no_grad()
+def test_edits_move_with_the_layers(pair: tuple[Any, Any]) -> None:
+    sharded, unsharded = pair
+    u, v = factors(sharded)
+    edit = ll.edit(projection(sharded), add=(u, v))
+    original = projection(unsharded).clone()
+    projection(unsharded).add_(torch.outer(u, v))
+    for model in pair:
+        model.lm_head.weight[3:7].mul_(2)
+        model.model.rotary_emb.inv_freq.mul_(0.5)
+    for number, spans in enumerate(MOVES):
+        past = [model(IDS).past_key_values for model in pair]
+        sharded.rebalance(ll.Plan.from_spans(spans))
+        logits = [model(IDS[:, :1], past_key_values=each).logits for model, each in zip(pair, past, strict=True)]
+        assert torch.equal(*logits)
+        if number == 0:
+            edit.undo()
+            projection(unsharded).copy_(original)
+        if number == 1:
+            for model in pair:
+                model.model.embed_tokens.weight[17].add_(0.5)
+        assert_same(pair)
+    assert torch.equal(projection(sharded), original)
+
+
+def test_each_step_runs_before_or_after_an_edit_and_none_is_lost(pair: tuple[Any, Any]) -> None:
+    sharded, unsharded = pair
+    known = []
+    with torch.no_grad():
+        for number in range(7):
+            if number:
+                unsharded.lm_head.weight.add_(0.25)
+            known.append(unsharded(IDS).logits)
+
+    def add(_: int) -> None:
+        with torch.no_grad():
+            sharded.lm_head.weight.add_(0.25)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        steps = [pool.submit(sharded, IDS) for _ in range(4)]
+        edits = [pool.submit(add, number) for number in range(6)]
+        steps += [pool.submit(sharded, IDS) for _ in range(8)]
+    for step in steps:
+        assert any(torch.equal(step.result().logits, logits) for logits in known)
+    assert [edit.result() for edit in edits] == [None] * 6
+    assert torch.equal(sharded.lm_head.weight, unsharded.lm_head.weight)
+    assert_same(pair)
+
+
+WRONG: dict[str, tuple[type[Exception], Callable[[Any], Any]]] = {
+    "no tensor of a model": (ll.ArgumentError, lambda weight: ll.edit(torch.ones(3), add=torch.ones(3))),
+    "neither": (ll.ArgumentError, ll.edit),
+    "both": (ll.ArgumentError, lambda weight: ll.edit(weight, add=torch.ones(()), set=weight)),
+    "another shape": (ll.ArgumentError, lambda weight: ll.edit(weight, set=torch.ones(3))),
+    "another dtype": (ll.ArgumentError, lambda weight: ll.edit(weight, set=weight.double())),
+    "factors of another shape": (ll.ArgumentError, lambda weight: ll.edit(weight, add=(torch.ones(3), torch.ones(4)))),
+    "three factors": (ll.ArgumentError, lambda weight: ll.edit(weight, add=(torch.ones(3),) * 3)),
+    "data of another dtype": (ll.UnsupportedOperationError, lambda weight: setattr(weight, "data", weight.double())),
+    "another shape, in place": (ll.UnsupportedOperationError, lambda weight: weight.data.t_()),
+    "what torch refuses": (RuntimeError, lambda weight: weight.copy_(torch.ones(3, 3))),
+    "with gradients": (RuntimeError, lambda weight: torch.enable_grad()(weight.mul_)(2)),
+}
+
+
+@pytest.mark.parametrize(("error", "change"), WRONG.values(), ids=WRONG)
+@torch.no_grad()
+def test_what_does_not_fit_is_refused(
+    pair: tuple[Any, Any], error: type[Exception], change: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(error):
+        change(projection(pair[0]))
+    assert not pair[0].edits
+
+
+def test_a_view_keeps_no_closed_model(pair: tuple[Any, Any], shared_cluster: ll.Cluster) -> None:
+    model = ll.ShardedModel.from_pretrained(
+        pair[0].config._name_or_path, cluster=shared_cluster, plan=ll.Plan.from_spans(SPANS), progress=False
+    )
+    row = projection(model).data[0]
+    edit = ll.edit(projection(model), add=torch.ones(()))
+    model.close()
+    del model
+    gc.collect()
+    for change in (row.zero_, edit.undo):
+        with pytest.raises(ll.ClosedError):
+            change()

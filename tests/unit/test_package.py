@@ -63,6 +63,7 @@ PUBLIC_NAMES = [
     "Solved",
     "StageSnapshot",
     "StageTiming",
+    "StaleKVWarning",
     "StepCounters",
     "StepSample",
     "StepTime",

@@ -19,6 +19,7 @@ from torch import Tensor
 from lingualinked.cluster.captured import StepInstruments, join_captured
 from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.hooked_step import HookedStep, StepHooks
+from lingualinked.cluster.kv_age import KVAge
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.kv_requests import KVRequests
 from lingualinked.cluster.pending import result_of, results_of
@@ -86,7 +87,8 @@ class Session:
         self._moved_from: Route | None = None  # until all workers have been told
         self._budget = budget
         self._reach = reach
-        self._model_edits = edits
+        self._gate = edits.gate
+        self.kv_age = KVAge(edits)
         self._watch = watch
         self._record_move = record_move
         self._timeout_s = timeout_s
@@ -142,7 +144,7 @@ class Session:
         try:
             self.stepping_thread = threading.get_ident()
             self._rests.clear()
-            with self._model_edits.gate.step(), self._changing:
+            with self._gate.step(), self._changing:
                 self._switch_route()
                 options = (keeps_kv, records, hidden_state_indices, hooks, instruments, gradients)
                 return self._step(inputs, attention_mask, position_ids, logits_to_keep, *options)
@@ -184,6 +186,7 @@ class Session:
                 other.num_rows, other.num_tokens = self.num_rows, self.num_tokens
                 other.kv_has_gradients = self.kv_has_gradients
                 other._context = StepContext(self._context.mask, self._context.num_tokens)
+                other.kv_age.copy_from(self.kv_age)
                 other._edits, other._next_step, other._holds_kv = [*self._edits], self._next_step, self._holds_kv
         except BaseException:
             other.end()
@@ -286,6 +289,7 @@ class Session:
         gradients: GraphUser | None,
     ) -> tuple[Tensor, Recorded]:
         self._check_open()
+        self.kv_age.begin_step(holds_kv=self._holds_kv)
         self._announce_switch()
         # 1) count its KV, and encode what travels beside the inputs
         num_rows, num_new = inputs.shape[:2]

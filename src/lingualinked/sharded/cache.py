@@ -125,6 +125,11 @@ class ShardedCache(Cache):
         self.session.end()
 
     @property
+    def made_before_edit(self) -> bool:
+        """Whether KV is held that was made, at least in part, before the model's weights or layers were changed."""
+        return self.is_initialized and self.session.kv_age.is_before_edit
+
+    @property
     def batch_size(self) -> int:
         """Rows whose KV is held; -1 before the first step."""
         return self.session.num_rows or -1
