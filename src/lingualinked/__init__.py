@@ -33,6 +33,14 @@ if TYPE_CHECKING:
         WorkerDiedError as WorkerDiedError,
         WorkerError as WorkerError,
     )
+    from lingualinked.interventions import (
+        Ablate as Ablate,
+        Add as Add,
+        Clamp as Clamp,
+        Project as Project,
+        Replace as Replace,
+        Scale as Scale,
+    )
     from lingualinked.module_times import ModuleTimes as ModuleTimes, StepTime as StepTime
     from lingualinked.planning.comparison import Comparison as Comparison
     from lingualinked.planning.estimate import DeviceSpecs as DeviceSpecs
@@ -81,6 +89,7 @@ _NAMES = {
     "errors": "ArgumentError CheckpointError ClosedError DeviceMemoryError InfeasiblePlanError KVCapacityError "
     "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StaleKVWarning StepTimeoutError UncuttableModelError "
     "UnsupportedOperationError WorkerDiedError WorkerError",
+    "interventions": "Ablate Add Clamp Project Replace Scale",
     "module_times": "ModuleTimes StepTime",
     "planning.comparison": "Comparison",
     "planning.estimate": "DeviceSpecs",

@@ -24,8 +24,11 @@ PACKAGE = ROOT / "src" / "lingualinked"
 
 # The whole public surface. A name that is added or removed here also stands in docs/api.md and in the changelog.
 PUBLIC_NAMES = [
+    "Ablate",
+    "Add",
     "ArgumentError",
     "CheckpointError",
+    "Clamp",
     "ClosedError",
     "Cluster",
     "Comparison",
@@ -55,9 +58,12 @@ PUBLIC_NAMES = [
     "PlannedStage",
     "Prediction",
     "Profile",
+    "Project",
     "ProtocolError",
     "RebalancePolicy",
+    "Replace",
     "ResourceError",
+    "Scale",
     "ShardedModel",
     "Simulation",
     "Solved",

@@ -1,11 +1,11 @@
-"""`ShardedModel.capture`: the calls that collect what modules compute, for a ``with`` block.
+"""`ShardedModel.capture` and `ShardedModel.intervene`: what modules compute is collected or changed, for a ``with`` block.
 
 Knows arguments and delegates the work; imports torch and transformers only when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
     from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.interventions import Intervention
     from lingualinked.model.parts import ModelParts
     from lingualinked.sharded.captured import Captured
     from lingualinked.sharded.instruments import InstrumentBlock, OpenBlocks
@@ -110,3 +111,58 @@ class Instrumented:
             scope=scope,
             max_bytes=max_bytes,
         )
+
+    def intervene(
+        self,
+        interventions: Mapping[str, Intervention | Sequence[Intervention]],
+        *,
+        scope: Literal["model", "thread"] | Cache = "model",
+    ) -> InstrumentBlock[None]:
+        """Change what modules compute during the calls in a ``with`` block, in the stage that computes it.
+
+        Interventions are data, not code: they are sent with the first step of each text, and stay in the stages until the
+        block ends, also while layers move. Every one does what a forward hook (for inputs, a pre-hook) of the module would
+        do that is registered when the block is entered::
+
+            chosen = output[rows][:, positions]
+            output = output.clone()
+            output[rows][:, positions] = changed(chosen)  # as an assignment by one index
+
+        with the expression that its class states, for all values of the tensor if neither rows nor positions are chosen. Of
+        several at one module each sees what those before it have made: in the order of the blocks, in a block in that of the
+        mapping, and behind the module's own hooks. A `capture` sees what the blocks entered before it have changed. Where a
+        module is called with several tensors, or returns several, the first one counts.
+
+        Parameters
+        ----------
+        interventions : mapping of str to Intervention or a sequence of them
+            By the paths of submodules, or patterns of them as in `capture`: what is done there, one after the other. The
+            classes are `Add`, `Replace`, `Scale`, `Ablate`, `Project` and `Clamp`; each takes ``positions``, ``rows``,
+            ``steps`` and ``what``, as `capture` does. Their tensors count as they are when the block is entered.
+        scope : {"model", "thread"} or Cache
+            For whose calls: all of the model; those of the thread that enters the block; or those with these
+            ``past_key_values`` (this handle, not copies of it).
+
+        Returns
+        -------
+        context manager
+            The block; ``with`` gives nothing.
+
+        Raises
+        ------
+        ArgumentError
+            If nothing matches, a tensor does not fit what the module computes, or that is not floating-point. A call in the
+            block raises it, before anything is sent, if a tensor does not fit the rows and positions of a step, or a chosen
+            row or negative position is not in it; the end of the block, if a chosen position was in none of its steps.
+        UnsupportedOperationError
+            If every stage runs the module for itself, such as what computes rotary embeddings: hook it instead.
+
+        Examples
+        --------
+        >>> with model.intervene({"model.layers.5": ll.Add(vector), "model.layers.*.mlp": ll.Scale(0.5, positions=-1)}):
+        ...     model.generate(ids, max_new_tokens=16)
+        """
+        from lingualinked.sharded.making_blocks import intervention_block  # imports torch
+
+        self._pipeline.check_open()
+        return intervention_block(self, interventions, scope=scope)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lingualinked.cluster.captured import CapturedValue, ExpectedValue
 from lingualinked.errors import ArgumentError
-from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments, positions_in, rows_in
+from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments
 from lingualinked.quantities import count_text
+from lingualinked.sharded.step_shapes import check_change_in_step, due_shape
 
 if TYPE_CHECKING:
     from lingualinked.model.parts import ModelParts
@@ -24,6 +25,34 @@ if TYPE_CHECKING:
     from lingualinked.sharded.module_calls import ModuleCall, ModuleCalls
 
 Result = TypeVar("Result")
+
+
+class ListedPositions:
+    """The single positions of a text that are chosen in a block, and were in none of its steps yet."""
+
+    def __init__(self, items: Sequence[Instrument]) -> None:
+        self._lock = threading.Lock()
+        self._num_steps = 0
+        listed = [(item, {each for some in item.positions.lists for each in some if each >= 0}) for item in items]
+        self._left = [(item, positions) for item, positions in listed if positions]
+
+    def count_step(self, past: int, num_new: int) -> None:
+        """Count the positions that are in a step."""
+        if self._left:
+            with self._lock:
+                self._num_steps += 1
+                for item, positions in self._left:
+                    if item.runs_in(past):
+                        positions.difference_update(range(past, past + num_new))
+
+    def check_reached(self) -> None:
+        """Raise ArgumentError if some were in none of the steps."""
+        for item, positions in self._left:
+            if positions and self._num_steps:
+                raise ArgumentError(
+                    f"positions={sorted(positions)} at {item.path} were in no step of the block "
+                    f"({count_text(self._num_steps, 'step')}, steps={item.steps!r}): the texts were shorter, or began before it"
+                )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +64,7 @@ class Block:
     captured: Captured | None  # for what it captures
     thread: int | None  # None: of all threads
     cache: object  # None: of all sessions
+    listed: ListedPositions
 
     def is_for(self, cache: object) -> bool:
         """Return whether it is in force in a call of this thread with a KV cache."""
@@ -94,10 +124,12 @@ class InstrumentBlock(Generic[Result]):
         self._block = block
         return self._result
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         block, self._block = self._block, None
         if block is not None:
             self._blocks.leave(block)
+            if error is None:
+                block.listed.check_reached()
 
 
 class InForce:
@@ -106,6 +138,7 @@ class InForce:
     def __init__(self, blocks: Sequence[Block], parts: ModelParts, calls: ModuleCalls) -> None:
         items: list[Instrument] = []
         tensors: list[Tensor] = []
+        self._blocks = blocks
         self._captures: list[tuple[int, Capture, ModuleCall, int, Captured]] = []
         self._changes: list[tuple[Change, ModuleCall, tuple[Tensor, ...]]] = []
         for block in blocks:
@@ -127,24 +160,29 @@ class InForce:
 
     def due_captures(self, num_rows: int, num_new: int, past: int) -> Mapping[int, ExpectedValue]:
         """Return what is captured in a step, by number; raise ArgumentError if something can't be done in it."""
+        for item, call, own in self._changes:
+            if item.runs_in(past):
+                check_change_in_step(item, own, call, num_rows, num_new, past)
         due: dict[int, ExpectedValue] = {}
         room: dict[Captured, int] = {}
-        for number, item, call, layer, captured in self._captures:
-            if item.runs_in(past):
-                shape = _due_shape(item, call, num_rows, num_new, past)
+        for number, capture, call, layer, captured in self._captures:
+            if capture.runs_in(past):
+                shape = due_shape(capture, call, num_rows, num_new, past)
                 if shape == ():
                     continue
                 due[number] = ExpectedValue(
-                    path=item.path,
+                    path=capture.path,
                     layer=layer,
-                    dtype=None if item.dtype is None else getattr(torch, item.dtype),
-                    is_floating_point=call.is_floating_point or item.dtype is not None,
+                    dtype=None if capture.dtype is None else getattr(torch, capture.dtype),
+                    is_floating_point=call.is_floating_point or capture.dtype is not None,
                     shape=shape,
                     is_called_once=call.has_tokens and call.num_calls == 1,
                 )
                 room[captured] = room.get(captured, 0) + _num_bytes(due[number])
         for captured, num_bytes in room.items():
             captured.check_room(num_bytes)
+        for block in self._blocks:
+            block.listed.count_step(past, num_new)
         return due
 
     def collect(self, values: list[CapturedValue], trusted: frozenset[str]) -> None:
@@ -165,38 +203,6 @@ def _renumbered(item: Change, first: int) -> Change:
         tensors=tuple(first + index for index in item.tensors),
         numbers=item.numbers,
     )
-
-
-def _chosen(item: Instrument, num_rows: int, num_new: int, past: int) -> tuple[int, int]:
-    """Return how many rows and positions of a step are meant."""
-    try:
-        rows, positions = rows_in(item.rows, num_rows), positions_in(item.positions, past, num_new)
-    except ArgumentError as error:
-        raise ArgumentError(f"at {item.path}: {error}") from error
-    if positions and isinstance(positions[0], tuple):
-        if len(positions) != len(rows):
-            raise ArgumentError(
-                f"at {item.path}: positions are given for {count_text(len(positions), 'row')}, and {len(rows)} of the step are chosen"
-            )
-        return len(rows), len(positions[0])
-    return len(rows), len(positions)
-
-
-def _due_shape(
-    item: Capture, call: ModuleCall, num_rows: int, num_new: int, past: int
-) -> tuple[int | None, ...] | None:
-    """Return the shape of what is captured in a step, as far as it is known; an empty one if there is nothing."""
-    if item.takes_everything and item.reduction is None:
-        sizes: dict[Any, Any] = {"rows": num_rows, "tokens": num_new}
-        return None if call.dimensions is None else tuple(sizes.get(each, each) for each in call.dimensions)
-    rows, positions = _chosen(item, num_rows, num_new, past)
-    if not rows or not positions:
-        return ()
-    assert call.dimensions is not None
-    rest: tuple[Any, ...] = call.dimensions[2:]
-    if item.reduction == "norm":
-        return rows, positions, *rest[:-1]
-    return rows, 1 if item.reduction is not None else positions, *rest
 
 
 def _num_bytes(due: ExpectedValue) -> int:

@@ -1,4 +1,4 @@
-"""Turns the arguments of `ShardedModel.capture` into the data of a block, or refuses them.
+"""Turns the arguments of `ShardedModel.capture` and `ShardedModel.intervene` into the data of a block, or refuses them.
 
 Knows what users may pass and what modules compute; not when a block is in force.
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor
 from transformers import Cache
 
 from lingualinked.device import parse_bytes
-from lingualinked.errors import ArgumentError
-from lingualinked.model.instrument_data import Capture, Choice, Dtype, Reduction, Side, Steps
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.interventions import Ablate, Add, Clamp, Intervention, Project, Replace, Scale
+from lingualinked.model.instrument_data import Capture, Change, ChangeKind, Choice, Dtype, Reduction, Side, Steps
 from lingualinked.sharded.captured import Captured
-from lingualinked.sharded.instruments import Block, InstrumentBlock, Result
-from lingualinked.sharded.module_calls import ModuleCall, find_calls, match_modules
+from lingualinked.sharded.instruments import Block, InstrumentBlock, ListedPositions, Result
+from lingualinked.sharded.module_calls import find_calls, match_modules
+from lingualinked.sharded.step_shapes import check_change, check_has_tokens
 
 Scope = Literal["model", "thread"]
 
@@ -49,9 +53,67 @@ def capture_block(
     items = tuple(Capture(path, side, chosen_rows, chosen_positions, in_steps, sent_dtype, reduction) for path in paths)
     for item in items:
         if reduction is not None or not item.takes_everything:
-            _check_has_tokens(item.path, side, calls[item.path, side])
+            check_has_tokens(item, calls[item.path, side])
     captured = Captured(paths, parse_bytes(max_bytes, "max_bytes"))
-    return _block(model, lambda **who: Block(items, (), captured, **who), scope, captured)
+    return _block(
+        model, lambda **who: Block(items, (), captured, listed=ListedPositions(items), **who), scope, captured
+    )
+
+
+def intervention_block(model: Any, interventions: object, *, scope: object) -> InstrumentBlock[None]:
+    """Check the arguments of `ShardedModel.intervene`, and return its block."""
+    if not isinstance(interventions, Mapping) or not interventions:
+        raise ArgumentError(
+            f"interventions={interventions!r} must map paths of submodules to interventions, as in "
+            "{'model.layers.5': lingualinked.Add(vector)}"
+        )
+    calls, paths, parts = find_calls(model._pipeline.spec), _paths(model), model._parts  # noqa: SLF001 - within the room
+    items: list[Change] = []
+    tensors: list[Tensor] = []
+    for pattern, given in interventions.items():
+        for each in given if isinstance(given, list | tuple) else [given]:
+            if not isinstance(each, Intervention) or type(each) is Intervention:
+                raise ArgumentError(
+                    f"the intervention at {pattern!r} is of type {type(each).__name__}: pass lingualinked.Add, Replace, Scale, "
+                    "Ablate, Project or Clamp, or a sequence of them"
+                )
+            side = _check_name(each.what, Side, "what")
+            chosen = as_choice(each.rows, "rows"), as_choice(each.positions, "positions")
+            kind, own, numbers = _arithmetic(each)
+            indices = tuple(range(len(tensors), len(tensors) + len(own)))
+            tensors += own
+            for path in match_modules([pattern], side, calls, paths):
+                change = Change(path, side, *chosen, _check_name(each.steps, Steps, "steps"), kind, indices, numbers)
+                check_change(change, own, calls[path, side])
+                if parts.is_in_every_stage(path):
+                    raise UnsupportedOperationError(
+                        f"an intervention at {path}, which every stage runs for itself: register a forward hook there"
+                    )
+                items.append(change)
+
+    def make(**who: Any) -> Block:
+        copies = tuple(torch.Tensor.clone(each.detach().cpu()).as_subclass(torch.Tensor) for each in tensors)
+        return Block(tuple(items), copies, None, listed=ListedPositions(items), **who)
+
+    return _block(model, make, scope, None)
+
+
+def _arithmetic(intervention: Intervention) -> tuple[ChangeKind, list[Tensor], tuple[float | None, ...]]:
+    """Return the kind of an intervention, and its tensors and numbers."""
+    match intervention:
+        case Add(vector=vector):
+            return "add", [vector], ()
+        case Replace(value=value):
+            return "replace", [value], ()
+        case Ablate(mean=mean):
+            return "replace", [torch.zeros(()) if mean is None else mean], ()
+        case Scale(factor=factor):
+            return ("scale", [factor], ()) if isinstance(factor, Tensor) else ("scale", [], (float(factor),))
+        case Project(mode=mode, basis=basis):
+            return mode, [basis], ()
+        case Clamp(low=low, high=high, unit=unit):
+            return "clamp", [] if unit is None else [unit], (low, high)
+    raise ArgumentError(f"{type(intervention).__name__} is not an intervention of this library")
 
 
 def _block(model: Any, make: Callable[..., Block], scope: object, result: Result) -> InstrumentBlock[Result]:
@@ -74,20 +136,6 @@ def _check_name(value: object, names: Any, argument: str) -> Any:
     if value not in get_args(names):
         raise ArgumentError(f"{argument}={value!r} must be {' or '.join(map(repr, get_args(names)))}")
     return value
-
-
-def _check_has_tokens(path: str, side: Side, call: ModuleCall) -> None:
-    """Raise ArgumentError unless the values there are rows and positions."""
-    if not call.has_tokens:
-        shape = (
-            "differs"
-            if call.dimensions is None
-            else f"is {['any' if each is None else each for each in call.dimensions]}"
-        )
-        raise ArgumentError(
-            f"rows and positions can't be chosen at the {side} of {path}, whose shape {shape}: leave rows=, positions= and "
-            "reduce= out, or choose another module"
-        )
 
 
 def as_choice(value: Any, argument: str) -> Choice:
