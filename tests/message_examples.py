@@ -9,6 +9,7 @@ from typing import get_args, get_origin
 
 import msgspec
 
+from lingualinked.model.adapter_data import AdaptedModule, Adapter
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import CheckpointFile, ModelSpec
 from lingualinked.protocol import messages
@@ -54,6 +55,7 @@ VALUES = {
     "spec": SPEC,
     "emulation": Emulation(slowdown=2.0, links=(), delayed_from=()),
     "edits": (),
+    "adapter": Adapter("default", 3, (AdaptedModule("lm_head", 8, 2.0, False, False, ("lora_A.default.weight",)),)),
     "timings": (TIMES,),
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
     "state": SessionState(number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False),

@@ -193,10 +193,11 @@ def test_a_file_that_git_lfs_has_not_fetched(load: Load, checkpoint: Path, name:
 
 def test_an_adapter(load: Load, checkpoint: Path) -> None:
     (checkpoint / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    for left_out in ("model.safetensors", "config.json"):
-        with pytest.raises(ll.CheckpointError, match=r"adapters are not supported yet.*merge"):
-            load(checkpoint)
-        (checkpoint / left_out).unlink()
+    with pytest.raises(ll.CheckpointError, match=r"has no adapter_model.safetensors: copy the whole adapter again"):
+        load(checkpoint)
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(ll.CheckpointError, match=r"adapter_config.json is not the configuration of an adapter"):
+        load(checkpoint)
 
 
 def test_a_quantised_checkpoint(load: Load, checkpoint: Path) -> None:

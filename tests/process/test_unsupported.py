@@ -154,16 +154,16 @@ def test_bfloat16_of_a_bfloat16_model_names_what_transformers_would_round(
 
 
 class Wrapper(torch.nn.Module):
-    """As peft puts around a layer."""
+    """As peft puts around a layer, but not of peft."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.base_layer = layer
 
 
-def test_what_wraps_layers_is_told_that_adapters_are_not_supported(sharded: Any) -> None:
+def test_what_wraps_layers_is_told_that_only_adapters_may(sharded: Any) -> None:
     attention = sharded.model.layers[1].self_attn
-    with pytest.raises(ll.UnsupportedOperationError, match=r"setting q_proj of .*adapters .* not supported yet"):
+    with pytest.raises(ll.UnsupportedOperationError, match=r"setting q_proj of .* only the adapter layers of peft"):
         attention.q_proj = Wrapper(attention.q_proj)
 
 

@@ -23,6 +23,7 @@ from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
+from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.gradients import FreeGraph, RunBackward
 from lingualinked.protocol.hooking import HookAnswered
@@ -39,7 +40,9 @@ logger = logging.getLogger("lingualinked.cluster")
 
 _START_S = 60.0
 _STOP_S = 2.0
-_OF_A_MODEL = LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor | EditTensor | RunBackward
+_OF_A_MODEL = (
+    LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor | EditTensor | RunBackward | AddAdapter | RemoveAdapter
+)
 
 
 def end_with_interpreter() -> None:

@@ -14,6 +14,7 @@ from typing import cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.remote_adapters import RemoteAdapters
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.stage_loading import request_stages
@@ -43,6 +44,7 @@ class Migrator:
         routes: Routes,
         recorder: Recorder,
         edits: TensorEdits,
+        adapters: RemoteAdapters,
         timeout_s: float,
         max_kv_tokens: int | None,
     ) -> None:
@@ -52,6 +54,7 @@ class Migrator:
         self._routes = routes
         self._recorder = recorder
         self._edits = edits
+        self._adapters = adapters
         self._timeout_s = timeout_s
         self._max_kv_tokens = max_kv_tokens
         self._versions = itertools.count(routes.current.version + 1)
@@ -96,6 +99,7 @@ class Migrator:
             finally:
                 # 5) free the stages of the other route, whichever that is
                 self._edits.end_move()
+                self._adapters.end_move()
                 for device in dict.fromkeys((*source.stage_devices, *target.stage_devices)):
                     self._engine.send_command(
                         device, KeepPlan(model=self._model, plan_version=self._routes.current.version)
@@ -138,6 +142,7 @@ class Migrator:
         answers = [cast("StageLoaded", each) for each in loaded]
         progress.weight_bytes = sum(answer.num_bytes_read for answer in answers)
         target = target.with_rounding(answer.rounding for answer in answers)
+        self._adapters.copy_to(target)
         progress.end_lap()
         # 3) copy KV ahead, while sessions go on
         progress.kv_bytes = self._copy_ahead(target)

@@ -21,6 +21,7 @@ from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.observer import Observer
 from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.remote_adapters import RemoteAdapters
 from lingualinked.cluster.remote_weights import RemoteWeights
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
@@ -83,8 +84,17 @@ class Pipeline:
         self._correction: Correction | None = None
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
         self.edits = TensorEdits(self._engine, self._model, self._routes, timeout_s)
+        self.adapters = RemoteAdapters(self._engine, self._model, self._routes, timeout_s)
         self._migrator = Migrator(
-            self._engine, self._model, spec, self._routes, self._recorder, self.edits, timeout_s, max_kv_tokens
+            self._engine,
+            self._model,
+            spec,
+            self._routes,
+            self._recorder,
+            self.edits,
+            self.adapters,
+            timeout_s,
+            max_kv_tokens,
         )
         self.weights = RemoteWeights(self._engine, self._model, self._routes, timeout_s)
         self._controller = Controller(self._engine, self._routes, self._migrator.run, self._recorder)
@@ -106,7 +116,7 @@ class Pipeline:
     @property
     def independent_rows(self) -> int:
         """Rows from which on a batch's rows do not depend on each other (`ShardedModel.independent_rows`)."""
-        return self._routes.current.independent_rows
+        return 0 if self.adapters.numbers else self._routes.current.independent_rows
 
     @property
     def corrected_plan(self) -> Plan:

@@ -30,6 +30,7 @@ from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
 from lingualinked.cluster.tensor_edits import TensorEdits
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
+from lingualinked.model.adapter_data import AdapterUse
 from lingualinked.model.context import StepContext
 from lingualinked.model.instrument_data import Instruments
 from lingualinked.model.rotary import RopeReach
@@ -127,6 +128,7 @@ class Session:
         hooks: StepHooks | None = None,
         instruments: StepInstruments | None = None,
         gradients: GraphUser | None = None,
+        adapters: AdapterUse | None = None,
     ) -> tuple[Tensor, Recorded]:
         """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
 
@@ -146,7 +148,7 @@ class Session:
             self._rests.clear()
             with self._gate.step(), self._changing:
                 self._switch_route()
-                options = (keeps_kv, records, hidden_state_indices, hooks, instruments, gradients)
+                options = (keeps_kv, records, hidden_state_indices, hooks, instruments, gradients, adapters)
                 return self._step(inputs, attention_mask, position_ids, logits_to_keep, *options)
         finally:
             self.stepping_thread = None
@@ -287,6 +289,7 @@ class Session:
         hooks: StepHooks | None,
         instruments: StepInstruments | None,
         gradients: GraphUser | None,
+        adapters: AdapterUse | None,
     ) -> tuple[Tensor, Recorded]:
         self._check_open()
         self.kv_age.begin_step(holds_kv=self._holds_kv)
@@ -326,6 +329,7 @@ class Session:
             instruments=(instruments.given if instruments else Instruments((), 0)) if have_changed else None,
             captures=bool(due),
             requires_grad=None if gradients is None else (gradients.requires_grad,),
+            adapters=adapters,
         )
         self._edits.clear()
         self._instruments = instruments

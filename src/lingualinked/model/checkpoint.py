@@ -31,11 +31,11 @@ _OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model
 
 
 def check_no_adapter(path: str, **hub: Any) -> None:
-    """Raise CheckpointError if a checkpoint is an adapter to another one."""
-    if _find(path, _ADAPTER, hub) is not None:
+    """Raise CheckpointError if what is asked for on the hub is an adapter to another checkpoint."""
+    if not Path(path).is_dir() and _find(path, _ADAPTER, hub) is not None:
         raise CheckpointError(
-            f"{path} holds an adapter (PEFT, {_ADAPTER}), and adapters are not supported yet: merge it into the base model "
-            "with peft's merge_and_unload() and save that"
+            f"{path} is an adapter (PEFT, {_ADAPTER}): load the base model and call load_adapter({path!r}), or download "
+            "the adapter and pass its folder"
         )
 
 

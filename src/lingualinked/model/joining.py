@@ -14,6 +14,7 @@ from lingualinked.model.cut import Boundary, StandIn, prune
 from lingualinked.model.exact.packed_linear import PackedLinear
 from lingualinked.model.hf_internals import building
 from lingualinked.model.span_loading import LoadedSpan
+from lingualinked.model.stage_adapters import find_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -63,7 +64,8 @@ def _tie_parameters(model: PreTrainedModel, tied: Mapping[str, str], shared: set
     """Make both names of a tied parameter refer to one tensor, if the model holds both ends."""
     for target, source in tied.items():
         path, _, name = target.rpartition(".")
-        owner, parameter = model.get_submodule(path), model.get_parameter(source)
+        path, owner = find_base(path, model.get_submodule(path))
+        parameter = model.get_parameter(source)
         if getattr(owner, name, None) is parameter:
             continue
         if isinstance(owner, PackedLinear):

@@ -63,6 +63,14 @@ class ModelParts:
             return self.num_layers - 1
         return layer or 0
 
+    def holds(self, path: str, start: int, end: int) -> bool:
+        """Return whether a stage of layers ``[start, end)`` holds the module of a path: of a layer, or of an end of the model."""
+        layer = self.layer_of(f"{path}.weight")
+        if layer is not None:
+            return start <= layer < end
+        ends = (self.prologue if start == 0 else ()) + (self.epilogue if end == self.num_layers else ())
+        return any(f"{path}.".startswith(f"{each}.") for each in ends)
+
     def layer_of(self, name: str) -> int | None:
         """Return the layer of a parameter of the whole model, or None if it belongs to no layer."""
         path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")

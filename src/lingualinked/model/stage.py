@@ -31,6 +31,7 @@ from lingualinked.model.joining import join_spans, missing_spans
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.parts import cache_slots
 from lingualinked.model.span_loading import LoadedSpan, load_span
+from lingualinked.model.stage_adapters import StageAdapters, find_base
 from lingualinked.model.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
 from lingualinked.model.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
 from lingualinked.model.torch_settings import TorchSettings, read_torch_settings, torch_settings
@@ -61,10 +62,11 @@ class Stage:
         self._boundary, self.device = span.boundary, device
         self.num_bytes_read = span.num_bytes_read  # from files, including headers
         self._model.requires_grad_(False)
-        self.weight_bytes = span.parts.span_bytes(start, end)
+        self._base_bytes = span.parts.span_bytes(start, end)
+        self.adapters = StageAdapters(self._model, device)
         if device.type == "cpu":
-            pack_linears(self._model)
-            speed_up_linears(self._model)
+            pack_linears(self._model, self.adapters.layers)
+            speed_up_linears(self._model, self.adapters.layers)
             speed_up_norms(self._model)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
@@ -117,6 +119,11 @@ class Stage:
         return placed if placed.places else None
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights, of adapters too."""
+        return self._base_bytes + self.adapters.num_bytes
+
+    @property
     def rounding(self) -> Rounding:
         """How its results are rounded, as far as torch's functions for its dtype show."""
         if self.device.type != "cpu":
@@ -129,7 +136,7 @@ class Stage:
         for known in (name, *(target for target, source in self.span.tied.items() if source == name)):
             path, _, attribute = known.rpartition(".")
             try:
-                module = self._model.get_submodule(path)
+                module: nn.Module = find_base(path, self._model.get_submodule(path))[1]
             except AttributeError:
                 continue
             if isinstance(module, PackedLinear) and attribute == "weight":
@@ -145,7 +152,7 @@ class Stage:
         if held is None:
             path, _, attribute = name.rpartition(".")
             try:
-                held = getattr(self._model.get_submodule(path), attribute, None)
+                held = getattr(find_base(path, self._model.get_submodule(path))[1], attribute, None)
             except AttributeError:
                 return None
         return held.detach() if isinstance(held, Tensor) else None
@@ -177,7 +184,7 @@ class Stage:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
         graph = decode = None
-        if cache is not None and not self._ropes and self.graphs.serve(cache):
+        if cache is not None and not self._ropes and not self.adapters.layers and self.graphs.serve(cache):
             decode = decode_inputs(inputs, cache)
         if decode is not None and cache is not None:
             constants = inputs.layout, inputs.logits_to_keep
@@ -306,6 +313,7 @@ class Stage:
             torch_settings(settings),
             computing.computed_attention(exact_attention.attend),
             computing.computed_rotation(self._rotary_modules, faster_rotation),
+            self.adapters.used(inputs.adapters),
         ):
             for rope in self._ropes if inputs.rope_reach else ():
                 rope.stretch(inputs.rope_reach, self.device)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lingualinked.model.adapter_data import AdapterUse
 from lingualinked.model.autograd_graph import AutogradGraph
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
@@ -44,6 +45,7 @@ class StageInputs:
     captures: bool = False  # whether captures count in this step
     past: int = 0  # tokens before the step
     graph: AutogradGraph | None = None  # for gradients; None if none will be asked for
+    adapters: AdapterUse | None = None  # None: none are active
 
 
 @dataclass(slots=True, kw_only=True)

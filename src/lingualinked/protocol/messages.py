@@ -9,6 +9,7 @@ import msgspec
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.spec import ModelSpec
+from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.editing import EditTensor
@@ -192,6 +193,8 @@ CallerMessage = (
     | ForkSession
     | ReadTensor
     | EditTensor
+    | AddAdapter
+    | RemoveAdapter
     | Ping
     | Pong
     | Step
@@ -213,6 +216,8 @@ Request = (
     | ReadTensor
     | EditTensor
     | RunBackward
+    | AddAdapter
+    | RemoveAdapter
 )
 WorkerMessage = (
     Hello

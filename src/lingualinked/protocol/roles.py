@@ -8,7 +8,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from lingualinked.protocol import editing, failures, gradients, hooking, measuring, messages, moving, reading, steps
+from lingualinked.protocol import (
+    adapting,
+    editing,
+    failures,
+    gradients,
+    hooking,
+    measuring,
+    messages,
+    moving,
+    reading,
+    steps,
+)
 from lingualinked.protocol.base import Message
 
 
@@ -46,6 +57,8 @@ TO_WORKER: Mapping[type[Message], Role] = {
     moving.ForkSession: Role.CALLER,
     reading.ReadTensor: Role.CALLER,
     editing.EditTensor: Role.CALLER,
+    adapting.AddAdapter: Role.CALLER,
+    adapting.RemoveAdapter: Role.CALLER,
     measuring.Ping: Role.WORKER,
     measuring.Pong: Role.PROBED,
     steps.Step: Role.PREVIOUS,
@@ -96,6 +109,8 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     reading.ReadTensor: reading.TensorRead,
     editing.EditTensor: messages.Acknowledged,
     gradients.RunBackward: gradients.BackwardDone,
+    adapting.AddAdapter: messages.Acknowledged,
+    adapting.RemoveAdapter: messages.Acknowledged,
     steps.Step: steps.StepDone,
 }
 """The answer to each message of the caller that has one."""

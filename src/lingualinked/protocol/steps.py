@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 
 from lingualinked.errors import ProtocolError
+from lingualinked.model.adapter_data import AdapterUse
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.instrument_data import Instruments
@@ -64,6 +65,7 @@ class Step(Message, frozen=True, tag=4):
     of them capture something in this step, which every stage then sends to the caller (`StepRecorded`).
     If ``requires_grad`` is not None, each stage keeps the autograd graph of the step until `FreeGraph`, or its own end; it
     says of which of the stage's inputs gradients may be asked for.
+    Stages compute with the adapters that ``adapters`` says, of those that they have (`AddAdapter`); None: without any.
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
@@ -92,6 +94,7 @@ class Step(Message, frozen=True, tag=4):
     instruments: Instruments | None = None
     captures: bool = False
     requires_grad: tuple[bool, ...] | None = None
+    adapters: AdapterUse | None = None
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

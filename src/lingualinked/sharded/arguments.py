@@ -6,14 +6,16 @@ Knows values, names and remedies; imports neither torch nor transformers. The re
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lingualinked.checks import check_positive, is_integer
 from lingualinked.control.policy import RebalancePolicy
-from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.errors import ArgumentError, CheckpointError, UnsupportedOperationError
 from lingualinked.planning.plan import Plan
 from lingualinked.workload import Objective, Workload, check_objective
 
@@ -23,10 +25,18 @@ if TYPE_CHECKING:
 
     from lingualinked.cluster.cluster import Cluster
 
+_NOT_GIVEN = {
+    "adapter",
+    "adapter_kwargs",
+    "adapter_name",
+    "extra",
+    "hub",
+    "owns_cluster",
+}  # what is worked out, or sorted elsewhere
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _REMEDIES = {
-    "adapter_kwargs": "merge the adapter into the weights first",
-    "adapter_name": "merge the adapter into the weights first",
+    "adapter_kwargs": "the folder holds no adapter; call load_adapter of the loaded model",
+    "adapter_name": "the folder holds no adapter; call load_adapter of the loaded model",
     "allow_all_kernels": "stages run the model's own forward; leave it out",
     "code_revision": "custom code is not cut; leave it out",
     "device_map": "use devices= or plan=",
@@ -78,7 +88,10 @@ _WITHOUT_EFFECT = (
 class LoadArguments:
     """The arguments of `ShardedModel.from_pretrained`."""
 
-    path: str
+    path: str  # of the base model
+    adapter: str | None = None  # the folder that was asked for, if it holds an adapter
+    adapter_name: str = "default"
+    adapter_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cluster: Cluster | None = None
     owns_cluster: bool = False
     plan: Plan | Literal["even"] | None = None
@@ -121,11 +134,32 @@ class LoadArguments:
             raise ArgumentError(
                 f"the model to load is {what}: pass the folder of a checkpoint or a model id of the hub"
             )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"owns_cluster", "hub", "extra"}
+        base, adapter = _find_base(os.fspath(path), arguments.get("subfolder", ""))
+        of_adapter: dict[str, Any] = {}
+        if adapter is not None:
+            of_adapter = {name: arguments.pop(name, None) for name in ("adapter_name", "adapter_kwargs")}
+            of_adapter = {"adapter": adapter} | {name: value for name, value in of_adapter.items() if value is not None}
+        fields = {field.name for field in dataclasses.fields(cls)} - _NOT_GIVEN
         own = {name: value for name, value in arguments.items() if name in fields}
         hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
         extra = {name: value for name, value in arguments.items() if name not in fields and name not in hub}
-        return cls(path=os.fspath(path), hub=hub, extra=extra, **own)
+        return cls(path=base, hub=hub, extra=extra, **own, **of_adapter)
+
+
+def _find_base(path: str, subfolder: str) -> tuple[str, str | None]:
+    """Return where the base model is, and the folder if it holds an adapter of peft; its own config, if any, counts more."""
+    file = Path(path) / subfolder / "adapter_config.json"
+    if not file.is_file():
+        return path, None
+    if (Path(path) / "config.json").is_file():
+        return path, path
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not the configuration of an adapter ({error!r}): copy it again") from error
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} names no base model: load the base model, and call load_adapter({path!r}) then")
+    return base, path
 
 
 def _check_interpreter() -> None:

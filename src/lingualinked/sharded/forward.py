@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from lingualinked.model.hf_internals.building import makes_pipeline_for_device, 
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.model.parts import ModelParts
+from lingualinked.sharded.adapters import Adapters
 from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.fetched_weights import FetchedWeights
@@ -50,9 +52,10 @@ from lingualinked.sharded.weight_edits import WeightEditor
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.sharded.adapter_layers import AdapterLayers
 
 
-class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, ShardedGeneration):
+class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, ShardedGeneration):
     """The overrides of a sharded model's class; comes before the transformers class in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
@@ -133,7 +136,8 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
             Further arguments of the loss (``num_items_in_batch``, ``ignore_index``, ``shift_labels``), and
             ``cache_position`` if it equals the positions of the new tokens; ``output_hidden_states`` (a bool, an index or
             several), ``output_attentions`` and, where the class has it, ``output_router_logits``, which default to the
-            config's; others are refused by name unless ``None``.
+            config's; ``adapter_names``, one for each row ("__base__" for none), in place of the active adapters; others are
+            refused by name unless ``None``.
 
         Returns
         -------
@@ -168,6 +172,7 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
                 loss_arguments[name] = check_tensor(name, value)
         cache_position = kwargs.pop("cache_position", None)
         num_layers = self._pipeline.plan.stages[-1].end
+        rows = kwargs.pop("adapter_names", None)
         records, selected = take_records(self.config, kwargs, self._recordable, num_layers)
         refuse_arguments(kwargs, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
@@ -193,6 +198,8 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         cache = self._open_session() if past is None else self._as_session(past)
         cache.check_room(shape.new)
         gradients = StepGradients.of(inputs, cache, records)
+        adapters = self._use_adapters(rows, shape.rows)
+        self._follow_adapters()
         given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
         hooks = CallerHooks(self._hooked_modules, cache, given) if self._hooked_modules else None
         blocks = self._open_blocks
@@ -209,6 +216,7 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
                 hooks=hooks,
                 instruments=instruments,
                 gradients=gradients,
+                adapters=adapters,
             )
         finally:
             if not keeps_kv:
@@ -233,6 +241,11 @@ class ShardedCausalLM(SealedModel, Conversions, Saving, UnsupportedOperations, S
         )
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
+
+    def _follow_adapters(self) -> None:
+        """Find the submodules anew once adapters have wrapped some, which changes their paths."""
+        if self._hooked_modules.num_changes != self._adapters.num_changes:
+            self._hooked_modules = HookedModules(self, self._parts, self._adapters)  # type: ignore[arg-type]
 
     def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
         """Check the labels, unless the user has set a loss function, which may take any."""
@@ -313,6 +326,11 @@ def make_sharded(
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta, weights), _sealed_config=SealedConfig(meta.config)
     )
-    vars(model).update(_hooked_modules=HookedModules(meta, parts), _open_blocks=OpenBlocks(parts))
+    adapters: AdapterLayers = vars(model)["_adapters"]  # of the seal
+    vars(model).update(
+        _hooked_modules=HookedModules(meta, parts, adapters),
+        _open_blocks=OpenBlocks(parts),
+        _adapters_lock=threading.Lock(),
+    )
     model.__class__ = sharded_class(real, base)
     return cast("ShardedCausalLM", model)

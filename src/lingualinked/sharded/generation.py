@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
+from lingualinked.sharded.adapters import row_adapters
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
 from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
@@ -52,7 +53,8 @@ class ShardedGeneration:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate token ids with transformers' own ``generate``, while the layers run in the workers.
 
-        Takes the arguments of ``transformers.GenerationMixin.generate``. When the call ends, normally or not, the KV of
+        Takes the arguments of ``transformers.GenerationMixin.generate``, and ``adapter_names``, one for each row of the prompt
+        ("__base__" for none), in place of the active adapters. When the call ends, normally or not, the KV of
         its sessions is freed in every stage; only a returned ``past_key_values`` keeps its session.
 
         Raises
@@ -72,7 +74,7 @@ class ShardedGeneration:
             _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
         check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs)
         # 2) run transformers' loop, which calls `forward` for each step
-        with _generating(self) as opened:
+        with _generating(self, kwargs.pop("adapter_names", None)) as opened:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
             # 3) keep the session that the caller gets with the result; the others end here
             opened[:] = [cache for cache in opened if not _may_hold(result, cache)]
@@ -190,14 +192,18 @@ def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _generating(model: object) -> Iterator[list[ShardedCache]]:
-    """Record that a model, which has been checked, generates; at the end, end the sessions left in the list."""
+def _generating(model: object, rows: Sequence[str] | None) -> Iterator[list[ShardedCache]]:
+    """Record that a model, which has been checked, generates; at the end, end the sessions left in the list.
+
+    `rows` are the adapters of the rows, if the call names them.
+    """
     opened: list[ShardedCache] = []
-    token = _call.set((model, opened))
+    token, row_token = _call.set((model, opened)), row_adapters.set(rows)
     try:
         yield opened
     finally:
         _call.reset(token)
+        row_adapters.reset(row_token)
         for cache in opened:
             cache.end()
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lingualinked.model.parts import ModelParts
+    from lingualinked.sharded.adapter_layers import AdapterLayers
 
 _BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"
 
@@ -24,8 +25,9 @@ _BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_ho
 class HookedModules:
     """The submodules of a model that may have hooks, or a function that replaces their forward; true if one has."""
 
-    def __init__(self, model: nn.Module, parts: ModelParts) -> None:
-        self.by_path = {path: module for path, module in model.named_modules() if path}
+    def __init__(self, model: nn.Module, parts: ModelParts, adapters: AdapterLayers) -> None:
+        self.num_changes = adapters.num_changes  # of the modules
+        self.by_path = {path: each for path, each in model.named_modules() if path and not adapters.is_own(path)}
         self.layers = parts.layers
         self._parts = parts
         self._in_one_stage = (parts.layers, *parts.prologue, *parts.epilogue)

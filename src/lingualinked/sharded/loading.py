@@ -5,10 +5,11 @@ Knows the order of these steps; the pipeline talks to the workers.
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.control.policy import RebalancePolicy
+from lingualinked.sharded.adapter_files import check_name, open_adapter
 from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.describing import describe
 from lingualinked.sharded.forward import make_sharded
@@ -27,6 +28,12 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
     # 1) read config and headers
     described = describe(arguments)
     code = ModelCode(described.meta)
+    of_adapter: dict[str, Any] = {}
+    if arguments.adapter is not None:
+        of_adapter = {name: value for name, value in arguments.hub.items() if name != "token"} | {
+            **arguments.adapter_kwargs
+        }
+        open_adapter(described.spec, check_name(arguments.adapter_name), arguments.adapter, **of_adapter)
     # 2) find the plan: given, kept on disk, or measured and solved
     plan = find_or_fit_plan(described, arguments)
     # 3) load the stages
@@ -53,4 +60,11 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
     model = make_sharded(
         described.meta, pipeline, described.parts, code, base=base, owns_cluster=arguments.owns_cluster
     )
+    # 6) load the adapter, if the folder holds one
+    if arguments.adapter is not None:
+        try:
+            model.load_adapter(arguments.adapter, arguments.adapter_name, **of_adapter)
+        except BaseException:
+            pipeline.unload()
+            raise
     return cast("_Base", model)

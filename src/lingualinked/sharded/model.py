@@ -90,7 +90,8 @@ class ShardedModel(Instrumented):
         Parameters
         ----------
         pretrained_model_name_or_path : str or PathLike
-            A folder with ``config.json`` and safetensors files, or a model id of the Hugging Face hub.
+            A folder with ``config.json`` and safetensors files, or a model id of the Hugging Face hub; or a folder with a LoRA
+            adapter of peft (``adapter_config.json``), whose base model is loaded, and then the adapter.
         devices : "auto", int or sequence of Device
             Where to run: every accelerator found, else two CPU workers; a number of local CPU workers; or the given
             devices. A cluster is started for the model and closed with it.

@@ -17,12 +17,13 @@ from torch.nn.modules import module as nn_module
 from transformers import PreTrainedModel
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.sharded.adapter_layers import AdapterLayers
 from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.remote_tensor import RemoteTensor
 from lingualinked.sharded.unsupported import refusal
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
-_ADAPTER = "wrapping a layer, as adapters do, is not supported yet; merge adapters into the weights first"
+_WRAPPED = "of what wraps a layer, only the adapter layers of peft have counterparts in the workers"
 _GRADIENTS = "no gradients flow through it; train the unsharded model"
 _USE = "its weights are in workers; copy.deepcopy() its parts one by one, or load it unsharded with transformers"
 _DECODER = "its layers run in the workers; call the whole model, with output_hidden_states=True for what enters and leaves layers"
@@ -110,8 +111,10 @@ class SealedModule:
                 object.__setattr__(self, name, value)
             return
         if name in self._sealed or hasattr(type(self), name) or isinstance(value, nn.Parameter | nn.Module):
+            if _set_adapter_layer(self, self._path, name, value):
+                return
             wraps = isinstance(value, nn.Module) and isinstance(held, nn.Module) and held in value.modules()
-            self._refuse(f"setting {name} of", _ADAPTER if wraps else _CHANGE)
+            self._refuse(f"setting {name} of", _WRAPPED if wraps else _CHANGE)
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -144,11 +147,25 @@ class SealedModel:
     _sealed: frozenset[str] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if _set_adapter_layer(self, "", name, value):
+            return
         if name in self._sealed:
             held = vars(self).get(name)
             if type(held) is not type(value) or held != value:
                 raise UnsupportedOperationError(f"setting {name}={value!r} of a sharded model: {_CHANGE}")
         super().__setattr__(name, value)
+
+
+def _set_adapter_layer(module: Any, path: str, name: str, value: object) -> bool:
+    """Replace a submodule by an adapter layer of peft around it, or the reverse; return False if this is something else."""
+    modules = vars(module).get("_modules", {})
+    held, layers = modules.get(name), vars(module).get("_adapters")
+    if layers is None or held is None or not isinstance(value, nn.Module):
+        return False
+    if not layers.replace(f"{path}.{name}" if path else name, held, value):
+        return False
+    dict.__setitem__(modules, name, value)
+    return True
 
 
 def _reason(name: str) -> str:
@@ -221,6 +238,7 @@ class Seal:
             return remote[id(value)][1] if isinstance(value, Tensor) else value
 
         self._states: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.adapters = AdapterLayers()
         for path, module in list(model.named_modules()):
             state, prefix = vars(module), f"{path}." if path else ""
             for key, value in list(state.items()):
@@ -229,6 +247,7 @@ class Seal:
                 elif not key.startswith("_forward_"):
                     content = {each: replace(held, f"{prefix}{each}") for each, held in value.items()}
                     state[key] = SealedDict(content, path, key)
+            state["_adapters"] = self.adapters
             if module is model:
                 state["_sealed"] = frozenset(name for name, value in state.items() if _is_setting(name, value))
                 self._registries = {key: state[key] for key in _REGISTRIES}

@@ -17,7 +17,7 @@ _CHANGE = "change the checkpoint with transformers first, then load it sharded"
 _COMPILE = "its layers run uncompiled in the workers; call the model itself"
 _ATTENTION = "its stages are loaded already; pass attn_implementation= to ShardedModel.from_pretrained"
 _DEFAULT = "its stages run transformers' default; use the unsharded model for others"
-_ADAPTER = "adapters are not supported yet; merge them into the weights first"
+_HOTSWAP = "adapters are added and deleted; call delete_adapter, then load_adapter"
 _BATCH = "continuous batching is not supported yet; call generate with a padded batch"
 
 _REMEDIES = {
@@ -73,17 +73,7 @@ _REMEDIES = {
         "set_experts_implementation",
         "set_use_kernels",
     ),
-    _ADAPTER: (
-        "active_adapters",
-        "add_adapter",
-        "delete_adapter",
-        "disable_adapters",
-        "enable_adapters",
-        "enable_peft_hotswap",
-        "get_adapter_state_dict",
-        "load_adapter",
-        "set_adapter",
-    ),
+    _HOTSWAP: ("enable_peft_hotswap",),
     _BATCH: (
         "continuous_batching_context_manager",
         "generate_batch",

@@ -331,6 +331,7 @@ class HostedStage:
                 captures=step.captures,
                 past=past,
                 graph=graph,
+                adapters=step.adapters,
             ),
             session.cache,
         )

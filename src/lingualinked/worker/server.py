@@ -17,6 +17,7 @@ import torch
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.stage import Stage
+from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed
@@ -61,6 +62,7 @@ from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.worker.adapters import change_adapters
 from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
 from lingualinked.worker.backward_runner import BackwardRunner
@@ -173,22 +175,29 @@ class Worker:
                 self._drop_moves(message.model)
                 self._steps.abandon_steps(message.model)
                 self._stages.unload_model(message.model)
+            case DismissWorker():
+                self._peers.dismiss(message)
+            case Ping() | Pong():
+                self._handle_probe(message, delivery.sender)
+            case _:
+                self._handle_request(message, delivery)
+
+    def _handle_request(self, message: CallerMessage | PeerMessage, delivery: Delivery) -> None:
+        match message:
             case InspectWorker():
                 self._answer_request(message.request, lambda: self._make_report(message))
             case EmulateDevice() | CutLinks():
                 self._acknowledge(message.request, lambda: self._pretend(message))
             case IntroduceWorker():
                 self._acknowledge(message.request, lambda: self._peers.introduce(message))
-            case DismissWorker():
-                self._peers.dismiss(message)
             case MeasureModel():
                 self._answer_request(message.request, lambda: self._measure_model(message))
             case ProbeLink():
                 self._answer_request(message.request, lambda: self._probes.start_probe(message))
             case ReadTensor() | EditTensor():
                 self._handle_tensor(message, delivery)
-            case Ping() | Pong():
-                self._handle_probe(message, delivery.sender)
+            case AddAdapter() | RemoveAdapter():
+                self._acknowledge(message.request, lambda: change_adapters(self._stages, message, delivery.tensors))
 
     def _handle_step(
         self, message: Step | HookAnswered | EndSession | RunBackward | FreeGraph, delivery: Delivery

@@ -99,17 +99,11 @@ def write_pytorch(folder: Path) -> None:
     (folder / "pytorch_model.bin").touch()
 
 
-def write_adapter(folder: Path) -> None:
-    write_weights(folder, "model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-
-
 @pytest.mark.parametrize(
     ("write", "remedy"),
     [
         (write_nothing, "neither model.safetensors nor model.safetensors.index.json"),
         (write_pytorch, "pytorch_model.bin, and only safetensors are read: .*save_pretrained"),
-        (write_adapter, r"adapter \(PEFT.*merge_and_unload"),
     ],
 )
 def test_other_folders_are_refused_with_the_remedy(write: Callable[[Path], None], remedy: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ computes dot products, and for bfloat16 where oneDNN does without BF16 instructi
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,11 +64,17 @@ class FloatLinear(nn.Linear):
         )
 
 
-def speed_up_linears(model: nn.Module) -> None:
-    """Replace linear layers of a CPU model by ones with the same parameters, where products of few rows gain by it."""
+def speed_up_linears(model: nn.Module, without: Iterable[str] = ()) -> None:
+    """Replace linear layers of a CPU model by ones with the same parameters, where products of few rows gain by it.
+
+    The modules of these paths, and what is in them, stay as they are.
+    """
+    kept = tuple(f"{path}." for path in without)
     layers = []
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and any(_exact_kernel(*_shape(linear, num_rows)) for num_rows in _TRIED_ROWS):
+        if f"{name}.".startswith(kept) or type(linear) is not nn.Linear:
+            continue
+        if any(_exact_kernel(*_shape(linear, num_rows)) for num_rows in _TRIED_ROWS):
             layer = FloatLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
             layer.weight, layer.bias = linear.weight, linear.bias
             layer.train(linear.training)

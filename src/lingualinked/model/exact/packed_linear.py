@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,12 +82,18 @@ class PackedLinear(nn.Module):
         return linear.eval()
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replace linear layers of a CPU model by packed ones, in place, where that is exact and holds no weight twice."""
+def pack_linears(model: nn.Module, without: Iterable[str] = ()) -> None:
+    """Replace linear layers of a CPU model by packed ones, in place, where that is exact and holds no weight twice.
+
+    The modules of these paths, and what is in them, stay as they are.
+    """
     counts = collections.Counter(
         id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
     )
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    kept = tuple(f"{path}." for path in without)
+    names = [
+        name for name, module in model.named_modules() if type(module) is nn.Linear and not f"{name}.".startswith(kept)
+    ]
     num_replaced_bytes, layers = 0, []
     for name in names:  # by name: a list of layers would keep all plain weights alive
         linear = model.get_submodule(name)

@@ -1,0 +1,261 @@
+"""The adapter layers that peft puts around modules of a sharded model, in this process: what they hold, and what is active.
+
+Stages compute with layers like them. Knows peft's layers for LoRA; neither files nor workers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.model.adapter_data import AdaptedModule, Adapter, AdapterUse
+
+_BASE = "base_layer"
+_KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_OF_ROWS = "_adapter_names_pre_forward_hook"  # by which peft tells its layers the adapters of rows
+_NONE = "__base__"
+_numbers = itertools.count(1)
+
+
+class AdapterLayers:
+    """The adapter layers of one model, by the paths of the modules that they wrap."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Any] = {}
+        self.num_changes = 0  # of the modules, not of what they hold
+        self._watched: dict[str, _Watched] = {}
+        self._known: dict[str, tuple[tuple[Any, ...], Adapter]] = {}  # what each adapter held last, by name
+
+    def replace(self, path: str, held: nn.Module, new: nn.Module) -> bool:
+        """Register that an adapter layer wraps a module, or no longer does; return False if this is something else.
+
+        Raises UnsupportedOperationError for wrappers that stages can't have.
+        """
+        if held is self.layers.get(path) and new is getattr(held, _BASE, None):
+            del self.layers[path]
+            self._watched.pop(path, None)
+        elif type(new).__module__.startswith("peft.") and any(held is each for each in new.children()):
+            _check_kind(path, new)
+            self.layers[path] = new
+        else:
+            return False
+        self.num_changes += 1
+        return True
+
+    def is_own(self, path: str) -> bool:
+        """Return whether a module belongs to an adapter layer, but not to the module that it wraps."""
+        return any(
+            path == layer or (path.startswith(f"{layer}.") and not f"{path}.".startswith(f"{layer}.{_BASE}."))
+            for layer in self.layers
+        )
+
+    def read_adapters(self) -> dict[str, Adapter]:
+        """Return what all adapters hold now, by name; one that has not changed is the same object as before."""
+        if not self._has_changed():
+            return {name: adapter for name, (_, adapter) in self._known.items()}
+        self._watched = {path: _Watched(path, layer) for path, layer in self.layers.items()}
+        held: dict[str, list[_Content]] = {}
+        for watched in self._watched.values():
+            for content in watched.contents:
+                held.setdefault(content.module_of, []).append(content)
+        known = self._known
+        self._known = {}
+        for name, contents in held.items():
+            state = tuple(content.state for content in contents)
+            if name in known and known[name][0] == state:
+                self._known[name] = known[name]
+            else:
+                modules = tuple(content.module for content in contents)
+                self._known[name] = state, Adapter(name, next(_numbers), modules)
+        return {name: adapter for name, (_, adapter) in self._known.items()}
+
+    def tensors_of(self, name: str) -> dict[str, tuple[Tensor, ...]]:
+        """Return an adapter's tensors as `read_adapters` found them, by the path of their module."""
+        return {
+            path: content.tensors
+            for path, watched in self._watched.items()
+            for content in watched.contents
+            if content.module_of == name
+        }
+
+    def read_use(self, asked: Sequence[str] | None, num_rows: int) -> AdapterUse | None:
+        """Return which adapters are active now; `asked` are those of the rows, if the call names them."""
+        rows = self._rows_of_peft() if asked is None else asked
+        names: tuple[str, ...] = ()
+        for watched in self._watched.values():
+            if len(watched.active) > len(names):
+                names = watched.active
+        is_disabled = None
+        for path, watched in self._watched.items():
+            layer = watched.layer
+            if layer.merged_adapters:
+                raise UnsupportedOperationError(
+                    f"adapters merged into {path} of a sharded model: its weights are in a worker; unmerge them, and leave the "
+                    "adapters active"
+                )
+            is_disabled = layer.disable_adapters if is_disabled is None else is_disabled
+            has = [name for name in names if name in watched.names]
+            if layer.disable_adapters is not is_disabled or has != [
+                each for each in watched.active if each in watched.names
+            ]:
+                raise UnsupportedOperationError(
+                    f"{path} of a sharded model has other active adapters than other layers: set_adapter of the whole model"
+                )
+            if layer.training and any(isinstance(each, nn.Dropout) for each in layer.lora_dropout.values()):
+                raise UnsupportedOperationError(
+                    f"dropout in the adapters of {path}: a sharded model does not train, call eval()"
+                )
+        known = {name for watched in self._watched.values() for name in watched.names}
+        return (
+            AdapterUse(names, _check_rows(rows, num_rows, known, self._watched), bool(is_disabled)) if known else None
+        )
+
+    def check_hooks(self) -> None:
+        """Refuse hooks on the adapter layers themselves, which no stage would call."""
+        for path, watched in self._watched.items():
+            for hooks in watched.hooks:
+                if any(not _is_of_peft(hook) for hook in hooks.values()):
+                    raise UnsupportedOperationError(
+                        f"a hook of the adapter layer {path}, or of a part of it, would not be called: hook {path}.{_BASE}, or the "
+                        "module around it"
+                    )
+
+    def _has_changed(self) -> bool:
+        return self._watched.keys() != self.layers.keys() or any(each.has_changed() for each in self._watched.values())
+
+    def _rows_of_peft(self) -> Sequence[str] | None:
+        for layer in self.layers.values():
+            for hook in layer._forward_pre_hooks.values():  # noqa: SLF001 - torch has no public name
+                if _is_of_peft(hook):
+                    return list(hook.keywords["adapter_names"])
+            return None
+        return None
+
+
+class _Parameter(nn.Parameter):
+    """A tensor of an adapter that counts changes through ``data`` too."""
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
+class _Content:
+    """What one layer has of one adapter."""
+
+    def __init__(self, path: str, layer: Any, name: str) -> None:
+        self.module_of = name
+        self.places: list[tuple[Any, str, Tensor, int, int]] = []  # registry, key, tensor, version and memory
+        names = []
+        for kind in _KINDS:
+            registry = getattr(layer, kind)
+            if name not in registry:
+                continue
+            held = registry[name]
+            owners = [("", registry, name)] if isinstance(held, Tensor) else []
+            if not owners:
+                owners = [(f".{each}", held, each) for each, _ in held.named_parameters()]
+            for suffix, owner, key in owners:
+                registered = owner._parameters  # noqa: SLF001 - a lookup without a search
+                tensor = registered[key]
+                if type(tensor) is nn.Parameter:
+                    tensor.__class__ = _Parameter
+                names.append(f"{kind}.{name}{suffix}")
+                self.places.append((registered, key, tensor, _version(tensor), tensor.data_ptr()))
+        self.tensors = tuple(tensor.detach() for _, _, tensor, _, _ in self.places)
+        self.module = AdaptedModule(
+            path=path,
+            rank=layer.r[name],
+            scaling=float(layer.scaling[name]),
+            use_dora=name in layer.lora_variant,
+            has_bias=layer.lora_bias.get(name, False),
+            tensors=tuple(names),
+        )
+        self.state = self.module, tuple((id(tensor), *rest) for _, _, tensor, *rest in self.places)
+
+
+class _Watched:
+    """One adapter layer as it was when it was last read."""
+
+    def __init__(self, path: str, layer: Any) -> None:
+        _check_kind(path, layer)
+        self.layer = layer
+        self.names = frozenset([*layer.lora_A, *layer.lora_embedding_A])
+        self.contents = [_Content(path, layer, name) for name in sorted(self.names)]
+        self._scaling = dict(layer.scaling)
+        base = set(map(id, layer.base_layer.modules()))
+        own = [vars(each) for each in layer.modules() if id(each) not in base]
+        self.hooks = [state[name] for state in own for name in ("_forward_pre_hooks", "_forward_hooks")]
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return tuple(self.layer.active_adapters)
+
+    def has_changed(self) -> bool:
+        layer = self.layer
+        return (
+            len(layer.lora_A) + len(layer.lora_embedding_A) != len(self.names)
+            or layer.scaling != self._scaling
+            or any(
+                registered.get(key) is not tensor or _version(tensor) != version or tensor.data_ptr() != memory
+                for content in self.contents
+                for registered, key, tensor, version, memory in content.places
+            )
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no public name
+
+
+def _check_kind(path: str, layer: Any) -> None:
+    """Raise UnsupportedOperationError for a wrapper that stages can't have."""
+    from peft.tuners.lora import layer as lora, variants
+
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if type(layer) not in (lora.Linear, lora.Embedding):
+        raise UnsupportedOperationError(
+            f"{path} of a sharded model can't be wrapped by {kind}: adapters are LoRA (with rsLoRA and DoRA) of linear layers and "
+            "embeddings, without modules_to_save, trainable tokens and target_parameters"
+        )
+    known = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant)
+    others = [type(each).__name__ for each in layer.lora_variant.values() if type(each) not in known]
+    if others:
+        raise UnsupportedOperationError(
+            f"{others[0]} at {path} of a sharded model: of LoRA's variants, only DoRA is supported"
+        )
+
+
+def _is_of_peft(hook: Any) -> bool:
+    return isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") == _OF_ROWS
+
+
+def _check_rows(
+    rows: Sequence[str] | None, num_rows: int, known: set[str], watched: dict[str, _Watched]
+) -> tuple[str, ...] | None:
+    """Check the adapters that a call names for its rows, as peft does."""
+    if rows is None:
+        return None
+    if isinstance(rows, str) or not all(isinstance(name, str) for name in rows):
+        raise ArgumentError(f"adapter_names={rows!r} must be a list of names, one for each row")
+    if len(rows) != num_rows:
+        raise ArgumentError(f"adapter_names has {len(rows)} names for {num_rows} rows: give one for each row")
+    unknown = sorted(set(rows) - known - {_NONE})
+    if unknown:
+        raise ArgumentError(f"adapter_names has {unknown[0]!r}, which is not loaded: there are {sorted(known)}")
+    for path, layer in watched.items():
+        for name in set(rows) & layer.names:
+            if layer.layer.use_dora.get(name, False):
+                raise ArgumentError(
+                    f"adapter_names with {name!r}, which is DoRA at {path}: peft has no DoRA by rows; use set_adapter"
+                )
+    return tuple(rows)
