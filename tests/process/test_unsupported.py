@@ -33,6 +33,8 @@ WORKING = {
     "runs it": """adjust_generation_fn compute_transition_scores eval forward from_pretrained generate heal_tokens
         load_custom_generate prepare_inputs_for_generation""",
     "writes files": "save_pretrained",
+    "changes adapters, here and in the stages": """active_adapters add_adapter delete_adapter disable_adapters enable_adapters
+        get_adapter_state_dict load_adapter set_adapter""",
     "is called with what passes through the whole model": "register_forward_hook register_forward_pre_hook",
     "changes what a sharded model does not look at": """activation_checkpointing_disable add_model_tags
         destroy_cached_continuous_batching_manager gradient_checkpointing_disable zero_grad""",
