@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lingualinked.model.exact.packed_linear import PackedLinear
 from lingualinked.model.span_loading import LoadedSpan
+from lingualinked.model.stage_adapters import find_base
 
 
 def canonical_name(span: LoadedSpan, name: str) -> str:
@@ -29,7 +30,7 @@ def write_tensor(span: LoadedSpan, name: str, value: Tensor) -> bool:
     for known in (source, *(target for target, tied in span.tied.items() if tied == source)):
         path, _, attribute = known.rpartition(".")
         try:
-            module: Any = span.model.get_submodule(path)
+            module: Any = find_base(path, span.model.get_submodule(path))[1]
         except AttributeError:
             continue
         if isinstance(module, PackedLinear) and attribute == "weight":
