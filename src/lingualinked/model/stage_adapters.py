@@ -17,6 +17,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.model.cut import StandIn
 from lingualinked.model.exact.packed_linear import PackedLinear
 from lingualinked.model.hf_internals.building import GLOBAL_STATE
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ class StageAdapters:
         """Put modules of an adapter in place, with their tensors; raise ArgumentError if something does not fit."""
         if sum(len(module.tensors) for module in adapter.modules) != len(tensors):
             raise ArgumentError(
-                f"adapter {adapter.name!r} arrived with {len(tensors)} tensors, which are not those of its modules"
+                f"adapter {adapter.name!r} arrived with {count_text(len(tensors), 'tensor')}, which are not those of its modules"
             )
         # 1) those that another stage here has put in place already stay
         remaining = list(tensors)

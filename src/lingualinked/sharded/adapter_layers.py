@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.model.adapter_data import AdaptedModule, Adapter, AdapterUse
+from lingualinked.quantities import count_text
 
 _BASE = "base_layer"
 _KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -248,7 +249,9 @@ def _check_rows(
     if isinstance(rows, str) or not all(isinstance(name, str) for name in rows):
         raise ArgumentError(f"adapter_names={rows!r} must be a list of names, one for each row")
     if len(rows) != num_rows:
-        raise ArgumentError(f"adapter_names has {len(rows)} names for {num_rows} rows: give one for each row")
+        raise ArgumentError(
+            f"adapter_names has {count_text(len(rows), 'name')} for {count_text(num_rows, 'row')}: give one for each row"
+        )
     unknown = sorted(set(rows) - known - {_NONE})
     if unknown:
         raise ArgumentError(f"adapter_names has {unknown[0]!r}, which is not loaded: there are {sorted(known)}")
