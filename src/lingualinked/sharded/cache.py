@@ -162,7 +162,10 @@ class ShardedCache(Cache):
 
     def update(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refuse: only the stages write KV."""
-        raise UnsupportedOperationError("update() of a sharded KV cache: only the workers write KV")
+        raise UnsupportedOperationError(
+            "update() of a sharded KV cache: only the workers write KV; to run attention in this process, as nnsight's source "
+            "does, call the model with use_cache=False"
+        )
 
     def __reduce__(self) -> Any:
         raise UnsupportedOperationError(

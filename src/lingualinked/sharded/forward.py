@@ -47,6 +47,7 @@ from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, 
 from lingualinked.sharded.saving import Saving
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
+from lingualinked.sharded.stand_in_class import make_stand_in
 from lingualinked.sharded.unsupported import UnsupportedOperations
 from lingualinked.sharded.weight_edits import WeightEditor
 
@@ -299,10 +300,9 @@ def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
 def sharded_class(real: Any, base: type) -> Any:
     """Return a subclass of `ShardedCausalLM`, ``base`` and ``real``, with the name of ``real``."""
     namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
-    namespace |= {"__module__": real.__module__, "__doc__": real.__doc__}
     namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
     namespace |= {"_output_class": output_class(real)}
-    return type(real.__name__, (ShardedCausalLM, base, real), namespace)
+    return make_stand_in(real, (ShardedCausalLM, base, real), namespace)
 
 
 def make_sharded(

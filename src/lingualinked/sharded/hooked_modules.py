@@ -38,7 +38,7 @@ class HookedModules:
         self._states = [vars(module) for module in self.by_path.values()]
 
     def __bool__(self) -> bool:
-        return any(self._hooks) or any("forward" in state for state in self._states)
+        return any(self._hooks) or any("forward" in state and _acts(state["forward"]) for state in self._states)
 
     def points(self) -> tuple[HookPoint, ...]:
         """Return where a step has to stop."""
@@ -71,7 +71,8 @@ class HookedModules:
 
     def _is_wrapped(self, path: str) -> bool:
         """Return whether a function of the user's replaces a module's forward, which may call it, or not."""
-        return "forward" in vars(self.by_path[path])
+        state = vars(self.by_path[path])
+        return "forward" in state and _acts(state["forward"])
 
     def _stops_before(self, path: str) -> bool:
         is_asked_for = self._has(path, _BEFORE) or self._has(path, _ALWAYS) or self._is_wrapped(path)
@@ -97,6 +98,14 @@ class HookedModules:
             return stage == (len(spans) - 1 if is_done else 0)
         ends = {0: self._parts.prologue, len(spans) - 1: self._parts.epilogue}
         return self.runs_everywhere(path) or _is_within(path, ends.get(stage, ()))
+
+
+def _acts(forward: object) -> bool:
+    """Return whether a function in place of a module's forward may do more than to call it: nnsight's do while it traces."""
+    if type(forward).__module__ != "nnsight.intervention.source":
+        return True
+    active = getattr(getattr(forward, "state", None), "active", None)
+    return active is None or active()[0] is not None
 
 
 def _is_within(path: str, others: Iterable[str]) -> bool:

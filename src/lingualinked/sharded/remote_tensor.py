@@ -88,6 +88,8 @@ class RemoteTensor(Tensor):
     ) -> Any:
         """Run what needs no data as it is, and what needs or changes it on fetched data."""
         name, arguments = function_name(func), kwargs or {}
+        if name == "device":
+            return _DEVICE
         # 1) refuse what asks for gradients, or sets an attribute
         if name in _NEEDS_GRADIENTS or func is torch.autograd.grad:
             _refuse(name, args, arguments, _TRAIN)

@@ -20,6 +20,7 @@ from lingualinked.errors import UnsupportedOperationError
 from lingualinked.sharded.adapter_layers import AdapterLayers
 from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.remote_tensor import RemoteTensor
+from lingualinked.sharded.stand_in_class import make_stand_in
 from lingualinked.sharded.unsupported import refusal
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
@@ -202,21 +203,28 @@ for _name, _why in {"compile": _CHANGE, "load_state_dict": _CHANGE}.items():
 @functools.cache  # one class per real one: types of two modules of a kind are equal
 def _sealed_class(real: Any) -> Any:
     """Return a subclass of `SealedModule` and ``real`` with the name of ``real``."""
-    namespace = {"__module__": real.__module__, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
-    # Modules that torch creates from this class, such as a slice of a list, do not belong to the model.
-    namespace["__new__"] = lambda _, *args, **kwargs: real(*args, **kwargs)
+    own = real.forward
 
-    @functools.wraps(real.forward)
+    @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running = _running.forwards[-1] if _running.forwards else None
         # Called by torch, or by what replaces the module's forward; not by a hook.
         is_awaited = sys._getframe(1).f_globals is vars(nn_module) or "forward" in vars(self)  # noqa: SLF001
-        if running is not None and running[0] is self and is_awaited:
+        # A function that was made from this one around another than the class's own runs in this process.
+        if running is not None and running[0] is self and is_awaited and own is real.forward:
             _running.forwards.pop()
             return running[1](*args, **kwargs)
-        return real.forward(self, *args, **kwargs)
+        return own(self, *args, **kwargs)
 
-    sealed: Any = type(real.__name__, (SealedModule, real), namespace)
+    sealed = make_stand_in(
+        real,
+        (SealedModule, real),
+        {
+            "__qualname__": real.__qualname__,
+            # Modules that torch creates from this class, such as a slice of a list, do not belong to the model.
+            "__new__": lambda _, *args, **kwargs: real(*args, **kwargs),
+        },
+    )
     sealed.forward = forward  # not before: transformers wraps the forward of a new class of layers
     return sealed
 

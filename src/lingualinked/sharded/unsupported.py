@@ -50,7 +50,6 @@ _REMEDIES = {
         "gradient_checkpointing_enable",
     ),
     _CHANGE: (
-        "apply",
         "dequantize",
         "init_weights",
         "initialize_weights",

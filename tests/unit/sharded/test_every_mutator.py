@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class LocalStep:
 
     def _run_model(self, wait: Callable[[], Any]) -> None:
         def pause(call: ModuleCall) -> tuple[HookPoint, ...] | None:
-            message, items = describe_call(STEP, call)
+            message, items = describe_call(msgspec.structs.replace(STEP, stage=0), call)
             self._event = HookEvent(message, "a", items)
             answer, tensors = wait()
             apply_answer(answer, tensors, call)

@@ -176,6 +176,22 @@ def test_a_change_behind_the_modules_backs_is_found(model: Any, name: str) -> No
         model.seal.check(model)
 
 
+def test_classes_equal_those_that_they_stand_for(model: Any) -> None:
+    module = model.model.layers[2].mlp.up_proj
+    assert type(module) is not nn.Linear
+    assert type(module) == nn.Linear == type(module)  # noqa: E721 - as tables by class compare
+    assert type(module) != nn.Embedding  # noqa: E721
+    assert {nn.Linear: 1}[type(module)] == {type(module): 1}[nn.Linear] == 1
+
+    class Own(type(module)):
+        pass
+
+    assert Own not in {nn.Linear, type(module)}
+    assert isinstance(module, nn.Linear)
+    with pytest.raises(ll.UnsupportedOperationError, match=r"fill_ of model\.layers\.0\.self_attn\.q_proj\.weight"):
+        model.apply(lambda each: each.weight.data.fill_(0) if type(each) == nn.Linear else None)  # noqa: E721
+
+
 def test_what_holds_already_is_granted(model: Any) -> None:
     part = mlp(model)
     assert part.eval() is part.to("cpu") is part.float() is part.cpu() is part.requires_grad_(False) is part
