@@ -68,3 +68,73 @@ def test_single_logits_have_gradients(pair: Pair) -> None:
         return [*gradients, torch.autograd.grad(logits.sum(), embeddings)[0]]
 
     compare(pair, attribute)
+
+
+def layers_of(model: Any) -> Any:
+    return model.get_submodule("transformer.h" if hasattr(model, "transformer") else "model.layers")
+
+
+def mlp_of(layer: Any) -> Any:
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+
+
+def attention_of(layer: Any) -> Any:
+    return next(module for name, module in layer.named_children() if name in ("self_attn", "attn", "self_attention"))
+
+
+def first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    return value if isinstance(output, Tensor) else (value, *output[1:])
+
+
+def test_a_vector_that_a_hook_adds_learns(pair: Pair) -> None:
+    """Ids only: nothing before the hook has a gradient."""
+
+    def steer(model: Any) -> list[Tensor]:
+        found: list[Tensor] = []
+        for module in (layers_of(model)[1], mlp_of(layers_of(model)[2]), layers_of(model)[3]):
+            vector = torch.linspace(-1, 1, 32).requires_grad_()
+
+            def add(_m: Any, _a: Any, output: Any, vector: Tensor = vector) -> Any:
+                return with_first(output, first(output) + vector)
+
+            with module.register_forward_hook(add):
+                output = model(IDS, attention_mask=MASK, labels=IDS)
+            output.loss.backward()
+            assert vector.grad is not None
+            found += [output.logits.detach(), vector.grad]
+        return found
+
+    compare(pair, steer)
+
+
+def test_activations_that_hooks_keep_have_gradients(pair: Pair) -> None:
+    """Attribution patching: one forward and one backward pass, with hooks in all stages that return nothing."""
+
+    def attribute(model: Any) -> list[Tensor]:
+        kept: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_m: Any, _a: Any, output: Any) -> None:
+                kept[name] = first(output)
+                kept[name].retain_grad()
+
+            return hook
+
+        handles = []
+        for index, layer in enumerate(layers_of(model)):
+            for kind, module in (("layer", layer), ("mlp", mlp_of(layer)), ("attention", attention_of(layer))):
+                handles.append(module.register_forward_hook(keep(f"{kind} {index}")))
+        embeddings = embed(model)
+        logits = model(inputs_embeds=embeddings, attention_mask=MASK).logits
+        for handle in handles:
+            handle.remove()
+        (logits[:, -1, 3] - logits[:, -1, 5]).sum().backward()
+        found = [embeddings.grad, *kept.values(), *(each.grad for each in kept.values())]
+        assert len(found) == 1 + 2 * 3 * 4
+        return [each.detach() for each in found if each is not None]
+
+    compare(pair, attribute)

@@ -25,7 +25,7 @@ from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperat
 from lingualinked.interrupts import wait_in_pieces
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.editing import EditTensor
-from lingualinked.protocol.gradients import FreeGraph, RunBackward
+from lingualinked.protocol.gradients import AbandonBackward, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.messages import CutLinks, EmulateDevice, LoadStage, Request, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
@@ -41,7 +41,16 @@ logger = logging.getLogger("lingualinked.cluster")
 _START_S = 60.0
 _STOP_S = 2.0
 _OF_A_MODEL = (
-    LoadStage | AnnounceMove | CopyKV | ForkSession | ReadTensor | EditTensor | RunBackward | AddAdapter | RemoveAdapter
+    LoadStage
+    | AnnounceMove
+    | CopyKV
+    | ForkSession
+    | ReadTensor
+    | EditTensor
+    | RunBackward
+    | ResumeBackward
+    | AddAdapter
+    | RemoveAdapter
 )
 
 
@@ -193,7 +202,7 @@ class Engine:
         self._post(lambda: self._exchange.answer_hooks(device, message, tensors))
 
     def send_command(
-        self, device: str, message: EndSession | MoveSession | KeepPlan | HookAnswered | FreeGraph
+        self, device: str, message: EndSession | MoveSession | KeepPlan | HookAnswered | AbandonBackward | FreeGraph
     ) -> None:
         """Send a command that has no answer; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):

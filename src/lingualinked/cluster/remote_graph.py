@@ -5,6 +5,7 @@ Knows messages and devices; neither torch's autograd in this process nor what th
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Protocol, cast
 
@@ -16,7 +17,7 @@ from lingualinked.cluster.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.model.torch_settings import read_torch_settings
-from lingualinked.protocol.gradients import BackwardDone, FreeGraph, RunBackward
+from lingualinked.protocol.gradients import AbandonBackward, BackwardDone, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.steps import Step
 
 Gradients = tuple[Tensor | None, ...]
@@ -29,6 +30,22 @@ class GraphUser(Protocol):
     requires_grad: bool  # whether gradients of the inputs are asked for
     graph: RemoteGraph | None  # of the step, from when it is sent
     logits_require_grad: bool  # once the step has ended
+
+    @property
+    def may_flow(self) -> bool:
+        """Whether the stages have to keep a graph."""
+
+    @property
+    def flow(self) -> bool:
+        """Whether something in the step has gradients, so far."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reached:
+    """Where a backward pass has come to in a stage: a tap, or the stage's inputs (None), and the gradients there."""
+
+    tap: int | None
+    gradients: Gradients
 
 
 class RemoteGraph:
@@ -47,37 +64,58 @@ class RemoteGraph:
         """How many stages the step has passed through."""
         return len(self._route.stage_devices)
 
-    @interruptible
-    def run_stage(self, stage: int, gradients: Gradients, *, keeps_graph: bool) -> Gradients:
-        """Run a backward pass through one stage, given the gradients of its outputs; return those of its inputs.
+    def run(self, stage: int, tap: int | None, gradients: Gradients, *, keeps_graph: bool) -> Reached:
+        """Run a backward pass through one stage, from a tap, or from the stage's outputs; return where it comes to.
 
         Raises ArgumentError if the stage has freed the graph, as it does when its layers move.
         """
-        device = self._route.stage_devices[stage]
-        model, session, number = self._step
-        tensors = tuple(each for each in gradients if each is not None)
+        given, tensors = _split(gradients)
+        request, place = self._engine.next_request(), self._place(stage)
+        settings = tuple(read_torch_settings().items())
         message = RunBackward(
-            request=self._engine.next_request(),
-            model=model,
-            plan_version=self._route.version,
-            stage=stage,
-            session=session,
-            number=number,
-            given=tuple(each is not None for each in gradients),
-            keeps_graph=keeps_graph,
-            torch_settings=tuple(read_torch_settings().items()),
+            request=request, **place, tap=tap, given=given, keeps_graph=keeps_graph, torch_settings=settings
         )
+        return self._ask(stage, message, tensors)
+
+    def resume(self, stage: int, gradients: Gradients) -> Reached:
+        """Go on with a backward pass that has come to a tap, given the gradients of what hooks were given there."""
+        given, tensors = _split(gradients)
+        message = ResumeBackward(request=self._engine.next_request(), **self._place(stage), given=given)
+        return self._ask(stage, message, tensors)
+
+    def abandon(self, stage: int) -> None:
+        """End a backward pass that has come to a tap, or is on its way there."""
+        self._engine.send_command(self.device(stage), AbandonBackward(**self._place(stage)))
+
+    def device(self, stage: int) -> str:
+        """Return the device of a stage."""
+        return self._route.stage_devices[stage]
+
+    def _place(self, stage: int) -> dict[str, int]:
+        model, session, number = self._step
+        return {
+            "model": model,
+            "plan_version": self._route.version,
+            "stage": stage,
+            "session": session,
+            "number": number,
+        }
+
+    @interruptible
+    def _ask(self, stage: int, message: RunBackward | ResumeBackward, tensors: tuple[Tensor, ...]) -> Reached:
+        device = self.device(stage)
         answer = result_of(self._engine.request(device, message, "a backward pass", self._timeout_s, tensors=tensors))
         done, found = cast("tuple[BackwardDone, tuple[Tensor, ...]]", answer)
         if len(found) != sum(done.given):
             error = ProtocolError(f"{len(found)} gradients arrived, and {sum(done.given)} are announced")
             raise WorkerError(device, f"ProtocolError: {error}") from error
         rest = iter(found)
-        return tuple(next(rest) if is_given else None for is_given in done.given)
+        return Reached(done.tap, tuple(next(rest) if is_given else None for is_given in done.given))
 
-    def device(self, stage: int) -> str:
-        """Return the device of a stage."""
-        return self._route.stage_devices[stage]
+
+def _split(gradients: Gradients) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:
+    present = tuple(each.detach().cpu().contiguous() for each in gradients if each is not None)
+    return tuple(each is not None for each in gradients), present
 
 
 @uninterrupted

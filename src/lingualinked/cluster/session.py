@@ -328,8 +328,8 @@ class Session:
             hooks=() if hooks is None else hooks.points(),
             instruments=(instruments.given if instruments else Instruments((), 0)) if have_changed else None,
             captures=bool(due),
-            requires_grad=None if gradients is None else (gradients.requires_grad,),
             adapters=adapters,
+            requires_grad=(gradients.requires_grad,) if gradients is not None and gradients.may_flow else None,
         )
         self._edits.clear()
         self._instruments = instruments
@@ -337,7 +337,7 @@ class Session:
         # 2) send it to the first stage, and wait for the logits of the last one
         began_s = time.monotonic()
         try:
-            if gradients is not None:
+            if gradients is not None and gradients.may_flow:
                 gradients.graph = RemoteGraph(self._engine, step, route, self._timeout_s)
             tensors = (inputs, *code.tensors, *keep, *sent)
             if hooks is None:
@@ -367,7 +367,7 @@ class Session:
         self._holds_kv = keeps_kv
         if gradients is not None:
             gradients.logits_require_grad = reply.requires_grad
-            self.kv_has_gradients |= keeps_kv and reply.requires_grad
+            self.kv_has_gradients |= keeps_kv and gradients.flow
         self.num_rows = num_rows
         self.num_tokens += num_new
         return logits, recorded

@@ -5,6 +5,7 @@ Knows torch's autograd; no modules, messages or other stages.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,23 @@ class _Tap:
     token: _Root | None
 
 
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What hooks have returned: a tensor that they were given, by its place, or another one, by its content.
+
+    A given one may have other content now. It takes the place of the given one in all uses, unless it is a view of another.
+    """
+
+    place: int | None
+    content: Tensor | None
+    is_view: bool = False
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the tensor stays the same object."""
+        return self.place is not None and not self.is_view
+
+
 class AutogradGraph:
     """The graph of one step; `requires_grad` says of which of the stage's inputs gradients are asked for."""
 
@@ -56,6 +74,8 @@ class AutogradGraph:
         self._first_token = torch.zeros((), requires_grad=True)
         self._last_token = self._first_token
         self._device = torch.device("cpu")
+        self._taps: list[_Tap] = []
+        self._reach_tap: ReachTap | None = None
 
     def begin(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the stage's inputs as they are part of the graph; raise ProtocolError if there are others than expected."""
@@ -76,7 +96,9 @@ class AutogradGraph:
     def end(self, outputs: tuple[Tensor, ...], weights: Iterable[Tensor]) -> tuple[Tensor, ...]:
         """Complete the graph; return the stage's outputs without it."""
         self._roots = tuple(map(_Root.of, outputs))
-        self.num_bytes = _saved_bytes(outputs, {each.untyped_storage().data_ptr() for each in weights})
+        self.num_bytes = _saved_bytes(
+            (*outputs, self._last_token), {each.untyped_storage().data_ptr() for each in weights}
+        )
         return tuple(tensor.detach() for tensor in outputs)
 
     @property
@@ -89,26 +111,104 @@ class AutogradGraph:
         """Whether nothing can be asked of it."""
         return not self.num_taps and not any(self.outputs_require_grad)
 
-    def run(self, gradients: Gradients, *, keeps_graph: bool) -> Gradients:
-        """Run a backward pass from the outputs, whose gradients are given; return those of the inputs."""
+    def pass_hooks(
+        self, given: Sequence[Tensor], others: Sequence[Tensor], returned: Sequence[Returned]
+    ) -> list[Tensor]:
+        """Add a tap, where hooks were given some tensors; return the tensors that they have returned, as part of the graph.
+
+        `others` are tensors that had no gradient until the hooks changed them. A backward pass stops at the tap.
+        """
+        number, self.num_taps = self.num_taps, self.num_taps + 1
+        self._taps.append(_Tap(tuple(map(_Root.of, given)), _Root.of(self._last_token) if number else None))
+        tensors = (*given, *others)
+        in_place = {each.place for each in returned if each.is_in_place and each.content is None}
+        unchanged = tuple(tensor for place, tensor in enumerate(tensors) if place in in_place)
+        # What the graph needs of these does not change, though autograd has to take them for changed.
+        with torch.autograd._unsafe_preserve_version_counter(unchanged):  # type: ignore[attr-defined] # noqa: SLF001 - no public way
+            token, *results = _Hooks.apply(self, number, len(given), returned, self._last_token, *tensors)  # type: ignore[no-untyped-call]
+        self._last_token = token
+        return list(results)
+
+    def run(self, tap: int | None, gradients: Gradients, *, keeps_graph: bool, reach_tap: ReachTap) -> Gradients:
+        """Run a backward pass to the inputs and return their gradients, given those of the outputs.
+
+        With a `tap`, the pass begins with what the hooks there were given. It calls `reach_tap` at every tap on its way.
+        """
+        if tap is not None and tap >= self.num_taps:
+            raise ProtocolError(f"a backward pass from tap {tap} was asked for, and there are {self.num_taps}")
+        # 1) find where it begins, and where it leads to: along tokens, if there are taps
+        roots, token = (self._roots, None) if tap is None else (self._taps[tap].given, self._taps[tap].token)
+        if tap is None and self.num_taps:
+            token = _Root.of(self._last_token)
         given = [
-            (root, gradient)
-            for root, gradient in zip(self._roots, _check_gradients(self._roots, gradients), strict=True)
+            (root, gradient.to(self._device))
+            for root, gradient in zip(roots, _check_gradients(roots, gradients), strict=True)
             if root is not None and gradient is not None
         ]
         leaves = [leaf for leaf in self._leaves if leaf is not None]
-        if not given or not leaves:
+        if not given:
             return (None,) * len(self._leaves)
-        found = iter(
-            torch.autograd.grad(
-                [root.edge for root, _ in given],
-                leaves,
-                [gradient.to(self._device) for _, gradient in given],
-                retain_graph=keeps_graph,
-                allow_unused=True,
+        if token is not None:
+            given.append((token, torch.zeros(())))
+            leaves.append(self._first_token)
+        if not leaves:
+            return (None,) * len(self._leaves)
+        # 2) run it
+        self._reach_tap = reach_tap
+        try:
+            found = iter(
+                torch.autograd.grad(
+                    [root.edge for root, _ in given],
+                    leaves,
+                    [gradient for _, gradient in given],
+                    retain_graph=keeps_graph,
+                    allow_unused=True,
+                )
             )
-        )
+        finally:
+            self._reach_tap = None
+        if tap is None and not keeps_graph:
+            self.num_bytes = 0
         return tuple(None if leaf is None else next(found) for leaf in self._leaves)
+
+    def _stop(self, number: int, gradients: Gradients) -> Gradients:
+        """Wait at a tap for the gradients of what its hooks were given, and check them."""
+        assert self._reach_tap is not None
+        given = self._taps[number].given
+        found = _check_gradients(given, self._reach_tap(number, gradients))
+        return tuple(None if each is None else each.to(self._device) for each in found)
+
+
+class _Hooks(torch.autograd.Function):
+    """What hooks have made of tensors: a node whose backward pass is theirs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, graph: AutogradGraph, number: int, num_given: int, returned: Sequence[Returned], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.graph, ctx.number, ctx.num_given = weakref.ref(graph), number, num_given  # the graph holds this node
+        ctx.num_others = len(tensors) - 1 - num_given
+        results = []
+        for place, content, is_in_place in ((each.place, each.content, each.is_in_place) for each in returned):
+            result = content
+            if place is not None and is_in_place:
+                result = tensors[1 + place]
+                if content is not None:
+                    result.copy_(content)
+            elif place is not None and content is None:
+                result = tensors[1 + place].clone()
+            assert result is not None
+            results.append(result)
+        ctx.mark_dirty(*(result for each, result in zip(returned, results, strict=True) if each.is_in_place))
+        return torch.zeros(()), *results
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None, *gradients: Tensor | None) -> tuple[Any, ...]:
+        graph = ctx.graph()
+        assert graph is not None
+        found = graph._stop(ctx.number, gradients)  # noqa: SLF001 - a part of it
+        return (None, None, None, None, torch.zeros(()), *found, *(None,) * ctx.num_others)
 
 
 def _check_gradients(roots: Sequence[_Root | None], gradients: Gradients) -> Gradients:

@@ -61,7 +61,6 @@ class Stage:
         self.span, self._model, self._config = span, model.to(device), span.model.config
         self._boundary, self.device = span.boundary, device
         self.num_bytes_read = span.num_bytes_read  # from files, including headers
-        self._model.requires_grad_(False)
         self._base_bytes = span.parts.span_bytes(start, end)
         self.adapters = StageAdapters(self._model, device)
         if device.type == "cpu":
@@ -233,6 +232,7 @@ class Stage:
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         if inputs.graph is not None:
+            self._model.requires_grad_(False)  # weights do not learn, nor do adapters
             tensors = inputs.graph.begin(tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {

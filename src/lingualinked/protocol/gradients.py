@@ -5,13 +5,14 @@ Knows no graphs. Gradients are sent with a message, never in it; those of tensor
 
 from __future__ import annotations
 
-from lingualinked.protocol.base import Message
+from lingualinked.protocol.base import Message, Natural
 
 
 class RunBackward(Message, frozen=True, tag=55):
     """Run a backward pass through the graph of a step on stage ``stage``, from its outputs to its inputs.
 
-    ``given`` says of which outputs gradients are sent with the message. The graph serves another pass afterwards if it is
+    With a ``tap``, it begins there: where hooks have run, which are numbered in each stage, with what they were given.
+    ``given`` says of which outputs, or of which tensors there, gradients are sent with the message. The graph serves another pass afterwards if it is
     kept (``keeps_graph``). Stages compute under ``torch_settings`` (see `lingualinked.protocol.steps.Step`).
     """
 
@@ -21,16 +22,43 @@ class RunBackward(Message, frozen=True, tag=55):
     stage: int
     session: int
     number: int
+    tap: Natural | None
     given: tuple[bool, ...]
     keeps_graph: bool
     torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
 
 
-class BackwardDone(Message, frozen=True, tag=57):
-    """Answer to `RunBackward`: ``given`` says of which of the stage's inputs gradients are sent with it."""
+class ResumeBackward(Message, frozen=True, tag=56):
+    """Go on with a backward pass that waits at a tap: ``given`` says of which tensors that its hooks were given gradients come."""
 
     request: int
+    model: int
+    plan_version: int
+    stage: int
+    session: int
+    number: int
     given: tuple[bool, ...]
+
+
+class BackwardDone(Message, frozen=True, tag=57):
+    """Answer to `RunBackward` and `ResumeBackward`: ``given`` says of which of the stage's inputs gradients are sent with it.
+
+    If the pass waits at a ``tap``, these are gradients of what its hooks have returned.
+    """
+
+    request: int
+    tap: Natural | None
+    given: tuple[bool, ...]
+
+
+class AbandonBackward(Message, frozen=True, tag=59):
+    """End a backward pass that waits at a tap on stage ``stage``; there is no answer."""
+
+    model: int
+    plan_version: int
+    stage: int
+    session: int
+    number: int
 
 
 class FreeGraph(Message, frozen=True, tag=58):
@@ -41,3 +69,7 @@ class FreeGraph(Message, frozen=True, tag=58):
     stage: int
     session: int
     number: int
+
+
+BackwardMessage = RunBackward | ResumeBackward | AbandonBackward | FreeGraph
+"""The messages of backward passes to a worker."""

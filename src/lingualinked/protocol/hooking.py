@@ -15,6 +15,7 @@ class HookReached(Message, frozen=True, tag=36):
     ``args`` and ``kwargs`` are None if the caller knows them from this call's first message. ``strides`` are those of the
     tensors beside the message, which are the call's next ones. If hooks want only a part of the call (``is_cut``), ``output``
     is the tensor that they may replace, before the module too, and ``args`` the one that they may read, if they want it.
+    In a step with gradients, ``requires_grad`` says which of the tensors beside the message have them.
     """
 
     model: int
@@ -28,6 +29,7 @@ class HookReached(Message, frozen=True, tag=36):
     output: HookValue | None
     strides: tuple[Strides, ...]
     is_cut: bool = False
+    requires_grad: tuple[bool, ...] = ()
 
 
 class HookAnswered(Message, frozen=True, tag=37):
@@ -36,6 +38,8 @@ class HookAnswered(Message, frozen=True, tag=37):
     Of the tensors beside it, the first are the new contents of those with the indices ``changed``, and the others the call's
     next ones. What is None stays as it was; an ``output`` before the module has run takes the place of running it. ``points``
     are the hooked modules from now on, if they have changed.
+    ``requires_grad`` are the indices of the tensors that have gradients now, of those that the last message has added, and that
+    hooks have changed or returned.
     """
 
     model: int
@@ -51,3 +55,4 @@ class HookAnswered(Message, frozen=True, tag=37):
     output: HookValue | None = None
     strides: tuple[Strides, ...] = ()
     points: tuple[HookPoint, ...] | None = None
+    requires_grad: tuple[Natural, ...] = ()

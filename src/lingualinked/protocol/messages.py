@@ -14,7 +14,7 @@ from lingualinked.protocol.base import Message
 from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
-from lingualinked.protocol.gradients import BackwardDone, FreeGraph, RunBackward
+from lingualinked.protocol.gradients import AbandonBackward, BackwardDone, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.moving import (
@@ -201,6 +201,8 @@ CallerMessage = (
     | HookAnswered
     | EndSession
     | RunBackward
+    | ResumeBackward
+    | AbandonBackward
     | FreeGraph
 )
 Request = (
@@ -218,6 +220,7 @@ Request = (
     | RunBackward
     | AddAdapter
     | RemoveAdapter
+    | ResumeBackward
 )
 WorkerMessage = (
     Hello

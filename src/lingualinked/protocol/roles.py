@@ -65,6 +65,8 @@ TO_WORKER: Mapping[type[Message], Role] = {
     steps.EndSession: Role.PREVIOUS,
     hooking.HookAnswered: Role.CALLER,
     gradients.RunBackward: Role.CALLER,
+    gradients.ResumeBackward: Role.CALLER,
+    gradients.AbandonBackward: Role.CALLER,
     gradients.FreeGraph: Role.CALLER,
     moving.KVChunk: Role.KV_SOURCE,
     moving.KVReceived: Role.KV_TARGET,
@@ -111,6 +113,7 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     gradients.RunBackward: gradients.BackwardDone,
     adapting.AddAdapter: messages.Acknowledged,
     adapting.RemoveAdapter: messages.Acknowledged,
+    gradients.ResumeBackward: gradients.BackwardDone,
     steps.Step: steps.StepDone,
 }
 """The answer to each message of the caller that has one."""

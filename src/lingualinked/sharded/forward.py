@@ -198,11 +198,11 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
         keeps_kv = past is not None or asks_for_kv
         cache = self._open_session() if past is None else self._as_session(past)
         cache.check_room(shape.new)
-        gradients = StepGradients.of(inputs, cache, records)
         adapters = self._use_adapters(rows, shape.rows)
         self._follow_adapters()
+        gradients = StepGradients.of(inputs, cache, records, has_hooks=bool(self._hooked_modules))
         given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
-        hooks = CallerHooks(self._hooked_modules, cache, given) if self._hooked_modules else None
+        hooks = CallerHooks(self._hooked_modules, cache, given, gradients) if self._hooked_modules else None
         blocks = self._open_blocks
         instruments = blocks.in_force(cache, find_calls(self._pipeline.spec)) if blocks else None
         try:
@@ -226,7 +226,7 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
             recorded["cross_attentions"] = ()  # as the class does without an encoder
         # 4) compute the loss here, and return the class's own output
         if gradients is not None:
-            logits = gradients.attach(logits)
+            logits = gradients.end(logits)
         loss = None
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size

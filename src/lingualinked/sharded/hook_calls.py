@@ -19,6 +19,7 @@ from lingualinked.quantities import count_text
 if TYPE_CHECKING:
     from lingualinked.protocol.hooking import HookReached
     from lingualinked.sharded.cache import ShardedCache
+    from lingualinked.sharded.gradients import StepGradients
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -44,13 +45,26 @@ class HookCall:
     args: HookValue | None = None
     kwargs: HookValue | None = None
     output: HookValue | None = None
+    first: int = 0  # index of the first tensor that the last message has added
+    attached: list[Tensor] = dataclasses.field(default_factory=list)  # those of the last message that have gradients
 
-    def receive(self, message: HookReached, tensors: tuple[Tensor, ...], cache: ShardedCache) -> None:
-        """Add what a message says about the call."""
+    def receive(
+        self,
+        message: HookReached,
+        tensors: tuple[Tensor, ...],
+        cache: ShardedCache,
+        gradients: StepGradients | None,
+    ) -> None:
+        """Add what a message says about the call, as part of the user's autograd graph in a step with gradients."""
         if len(tensors) != len(message.strides):
             raise ProtocolError(f"{count_text(len(tensors), 'tensor')} arrived where {len(message.strides)} were due")
-        self.values.tensors += map(unpack_tensor, tensors, message.strides)
-        self.known += [tensor.clone() for tensor in self.values.tensors[len(self.known) :]]
+        given = list(map(unpack_tensor, tensors, message.strides))
+        self.known += [tensor.clone() for tensor in given]
+        self.first = len(self.values.tensors)
+        if gradients is not None:
+            given = gradients.give(self.stage, given, message.requires_grad)
+        self.attached = [tensor for tensor in given if tensor.requires_grad]
+        self.values.tensors += given
         for name in ("args", "kwargs", "output"):
             value = getattr(message, name)
             if value is not None:
@@ -92,6 +106,20 @@ class HookCall:
         self.known += [tensor.detach().clone() for tensor in new]
         contents = [given[index].detach().cpu().contiguous() for index in changed]
         return tuple(changed), (*contents, *(tensor for tensor, _ in packed)), tuple(strides for _, strides in packed)
+
+    def take_gradients(self, changed: tuple[int, ...], gradients: StepGradients) -> tuple[int, ...]:
+        """Return which tensors have gradients, of those that are new to the stage, or that hooks were given last or have changed."""
+        if not all(tensor.requires_grad for tensor in self.attached):
+            raise UnsupportedOperationError(
+                f"a hook of {self.path} detached a tensor in place, which the stage has too: return tensor.detach()"
+            )
+        indices = tuple(
+            index
+            for index, tensor in enumerate(self.values.tensors)
+            if tensor.requires_grad and (index >= self.first or index in changed)
+        )
+        gradients.take(self.stage, [self.values.tensors[index] for index in indices])
+        return indices
 
 
 def has_same_bits(tensor: Tensor, other: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
-from lingualinked.model.hook_data import Items
+from lingualinked.model.hook_data import HookPoint, Items
 from lingualinked.model.hook_points import contains_layers
 from lingualinked.sharded.hook_calls import HookCall, has_same_bits
 from lingualinked.sharded.sealing import call_hooks_around
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from lingualinked.cluster.hooked_step import HookedStep
     from lingualinked.cluster.step_reply import HookEvent
-    from lingualinked.model.hook_data import Cut, HookPoint, HookValue
+    from lingualinked.model.hook_data import Cut, HookValue
     from lingualinked.sharded.cache import ShardedCache
+    from lingualinked.sharded.gradients import StepGradients
     from lingualinked.sharded.hooked_modules import HookedModules
 
 _TOKENS = ("input_ids", "inputs_embeds")  # what a module that runs all layers needs in its first stage alone
@@ -45,9 +46,12 @@ class _Part(NamedTuple):
 class CallerHooks:
     """The hooks of one step of a model; see `lingualinked.cluster.hooked_step.StepHooks`."""
 
-    def __init__(self, modules: HookedModules, cache: ShardedCache, given: dict[str, Any]) -> None:
+    def __init__(
+        self, modules: HookedModules, cache: ShardedCache, given: dict[str, Any], gradients: StepGradients | None
+    ) -> None:
         self._modules = modules
         self._cache = cache
+        self._gradients = gradients
         self._given = given  # arguments that stages replace by their own
         self._outputs: dict[str, list[tuple[int, Any]]] = {}  # of modules that every stage runs, with the first stage
         self._num_calls: Counter[tuple[str, int]] = Counter()
@@ -55,7 +59,8 @@ class CallerHooks:
 
     def points(self) -> tuple[HookPoint, ...]:
         """Return where the step has to stop."""
-        return self._modules.points()
+        points = self._modules.points()
+        return tuple(map(_stop_twice, points)) if self._gradients is not None and self._gradients.flow else points
 
     def run(self, step: HookedStep) -> StepReply:
         """Run the hooks of a step as it reaches them; return its reply."""
@@ -92,7 +97,7 @@ class CallerHooks:
                         raise ProtocolError(f"a step stopped at {message.path}, which is not running")
                     return event
                 call = HookCall(message.path, message.stage)
-                call.receive(message, event.tensors, self._cache)
+                call.receive(message, event.tensors, self._cache, self._gradients)
                 args, kwargs, output = map(
                     call.values.rebuild, (message.args, message.kwargs, message.output or Items(False, ()))
                 )
@@ -121,7 +126,7 @@ class CallerHooks:
             event = cast("HookEvent", self._serve_events(path))
             if event.message.stage != call.stage:  # of a module that runs all layers
                 call = HookCall(path, event.message.stage)
-            call.receive(event.message, event.tensors, self._cache)
+            call.receive(event.message, event.tensors, self._cache, self._gradients)
             output = call.values.rebuild(cast("HookValue", call.output))
             return output
 
@@ -153,7 +158,7 @@ class CallerHooks:
         point = next((each for each in self._step.points if each.path == message.path), None)
         cut = None if point is None else point.cut_after if message.is_done else point.cut_before
         call = HookCall(message.path, message.stage)
-        call.receive(message, event.tensors, self._cache)
+        call.receive(message, event.tensors, self._cache, self._gradients)
         given, value = (each and call.values.rebuild(each) for each in (message.args, message.output))
         if cut is None or not isinstance(value, Tensor) or isinstance(given, Tensor) != cut.with_input:
             raise ProtocolError(f"a step stopped at {message.path} with another part of its call than hooks want")
@@ -184,7 +189,17 @@ class CallerHooks:
 
     def _answer(self, call: HookCall, **changes: Any) -> None:
         changed, tensors, strides = call.take_changes()
+        if self._gradients is not None:
+            changes["requires_grad"] = call.take_gradients(changed, self._gradients)
         self._step.answer(tensors, self.points(), changed=changed, strides=strides, **changes)
+
+
+def _stop_twice(point: HookPoint) -> HookPoint:
+    """Make a step with gradients stop before a module too if hooks behind it are given its input, whose gradient may be asked for."""
+    cut = point.cut_after
+    if not point.after or (cut is not None and (cut.positions is not None or not cut.with_input)):
+        return point
+    return HookPoint(point.path, before=True, after=True, may_skip=point.may_skip)
 
 
 def _call_hooks_behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -5,52 +5,125 @@ Knows messages, graphs and stages; not who may send what.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ArgumentError, ProtocolError
-from lingualinked.model.autograd_graph import Gradients
+from lingualinked.model.autograd_graph import AutogradGraph, Gradients
 from lingualinked.model.torch_settings import torch_settings
-from lingualinked.protocol.gradients import BackwardDone, FreeGraph, RunBackward
+from lingualinked.protocol.failures import RequestFailed
+from lingualinked.protocol.gradients import AbandonBackward, BackwardDone, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.messages import encode
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.worker.error_report import describe_error
+from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.limits import end_if_device_is_lost
+from lingualinked.worker.paused_steps import PausedSteps, StepKey
 
 
 class BackwardRunner:
-    """Runs one backward pass after another."""
+    """Runs one backward pass after another; one that waits at a tap lets others run meanwhile."""
 
-    def __init__(self, mailbox: Mailbox, stages: HostedStages) -> None:
+    def __init__(self, mailbox: Mailbox, stages: HostedStages, accelerator: str) -> None:
         self._mailbox = mailbox
         self._stages = stages
+        self._accelerator = accelerator
+        self._paused = PausedSteps()
 
     def run(self, message: RunBackward, tensors: tuple[Tensor, ...]) -> None:
-        """Run a backward pass, and send the gradients of the stage's inputs; raise if that is not possible.
+        """Run a backward pass, and send the gradients that it ends or stops with, or tell the caller why it failed."""
+        key = _key(message)
+        self._paused.abandon_step(key)  # whose caller has begun anew
+        try:
+            hosted, graph = self._find_graph(message)
+            if graph.num_taps:
+                self._paused.check_room(key)
+        except Exception as error:  # noqa: BLE001 - the caller re-raises it
+            self._report_failure(message.request, error)
+            return
+        if graph.num_taps:
+            self._paused.start_step(key, lambda wait: self._run(message, tensors, hosted, graph, wait))
+        else:
+            self._run(message, tensors, hosted, graph, None)
 
-        Raises ArgumentError if the graph has been freed, and ProtocolError if the gradients are not those of its outputs.
-        """
+    def resume(self, message: ResumeBackward, tensors: tuple[Tensor, ...]) -> None:
+        """Go on with a backward pass that waits at a tap."""
+        try:
+            self._paused.resume_step(_key(message), (message, tensors))
+        except ProtocolError:
+            error = ArgumentError("this backward pass has ended: another one has begun, or the graph was freed")
+            self._report_failure(message.request, error)
+
+    def abandon(self, message: AbandonBackward) -> None:
+        """End a backward pass that waits at a tap, if it does."""
+        self._paused.abandon_step(_key(message))
+
+    def free_graph(self, message: FreeGraph) -> None:
+        """Free the graph of a step, if it is there."""
+        self._paused.abandon_step(_key(message))
+        with contextlib.suppress(ProtocolError):  # it was freed with its stage
+            hosted = self._stages.get_stage(StageKey(message.model, message.plan_version, message.stage))
+            hosted.graphs.free((message.session, message.number))
+
+    def abandon_model(self, model: int) -> None:
+        """End all backward passes of a model that wait."""
+        self._paused.abandon_steps(model)
+
+    def _find_graph(self, message: RunBackward) -> tuple[HostedStage, AutogradGraph]:
         try:
             hosted = self._stages.get_stage(StageKey(message.model, message.plan_version, message.stage))
         except ProtocolError:
             raise ArgumentError(
-                "its layers have moved since the forward pass, whose graph was freed: run the forward pass again"
+                "layers have moved since the forward pass, whose graph was freed with them: run the forward pass again"
             ) from None
-        graph = hosted.graphs.find((message.session, message.number))
-        gradients = join_gradients(message.given, tensors)
-        with torch_settings(dict(message.torch_settings)):
-            found = graph.run(gradients, keeps_graph=message.keeps_graph)
-        given, sent = split_gradients(found)
-        hosted.sent_bytes += self._mailbox.send(
-            CALLER, encode(BackwardDone(request=message.request, given=given)), sent
-        )
+        return hosted, hosted.graphs.find((message.session, message.number))
 
-    def free_graph(self, message: FreeGraph) -> None:
-        """Free the graph of a step, if it is there."""
+    def _run(
+        self,
+        message: RunBackward,
+        tensors: tuple[Tensor, ...],
+        hosted: HostedStage,
+        graph: AutogradGraph,
+        wait: Callable[[], Any] | None,
+    ) -> None:
+        request = message.request  # which is to be answered next
+
+        def send(tap: int | None, gradients: Gradients) -> None:
+            given, sent = split_gradients(gradients)
+            done = BackwardDone(request=request, tap=tap, given=given)
+            hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), sent)
+
+        def reach_tap(tap: int, gradients: Gradients) -> Gradients:
+            nonlocal request
+            assert wait is not None
+            settings.close()
+            send(tap, gradients)
+            answer, arrived = wait()
+            request = answer.request
+            settings.enter_context(torch_settings(dict(message.torch_settings)))
+            return join_gradients(answer.given, arrived)
+
         try:
-            hosted = self._stages.get_stage(StageKey(message.model, message.plan_version, message.stage))
-        except ProtocolError:
-            return  # the graph was freed with its stage
-        hosted.graphs.free((message.session, message.number))
+            with contextlib.ExitStack() as settings:
+                settings.enter_context(torch_settings(dict(message.torch_settings)))
+                gradients = join_gradients(message.given, tensors)
+                found = graph.run(message.tap, gradients, keeps_graph=message.keeps_graph, reach_tap=reach_tap)
+            send(None, found)
+        except Exception as error:  # noqa: BLE001 - the caller re-raises it
+            self._report_failure(request, error)
+            end_if_device_is_lost(self._accelerator)
+
+    def _report_failure(self, request: int, error: Exception) -> None:
+        self._mailbox.send(CALLER, encode(RequestFailed(request=request, **describe_error(error))))
+
+
+def _key(message: RunBackward | ResumeBackward | AbandonBackward | FreeGraph) -> StepKey:
+    return message.model, message.number, message.session
 
 
 def join_gradients(given: tuple[bool, ...], tensors: tuple[Tensor, ...]) -> Gradients:
@@ -63,5 +136,5 @@ def join_gradients(given: tuple[bool, ...], tensors: tuple[Tensor, ...]) -> Grad
 
 def split_gradients(gradients: Gradients) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:
     """Return which gradients there are, and these as they are sent."""
-    present = tuple(each.cpu().contiguous() for each in gradients if each is not None)
+    present = tuple(each.detach().cpu().contiguous() for each in gradients if each is not None)
     return tuple(each is not None for each in gradients), present

@@ -34,7 +34,7 @@ from lingualinked.worker.pace import Pace
 
 _MAX_INCOMING = 1 << 16
 
-Pause = Callable[[ModuleCall], tuple[HookPoint, ...] | None]
+Pause = Callable[[ModuleCall, AutogradGraph | None], tuple[HookPoint, ...] | None]
 """Waits until the hooks of a module have run; returns the hooked modules from now on, if they have changed."""
 
 
@@ -85,7 +85,7 @@ class HostedStage:
             assert pause is not None
             paused = pace.start_timer()
             try:
-                return pause(call)
+                return pause(call, graph)
             finally:
                 started = pace.skip_pause(started, paused)
 
@@ -286,7 +286,7 @@ class HostedStage:
         session: HostedSession,
         step: Step,
         tensors: tuple[Tensor, ...],
-        pause: Pause,
+        pause: Callable[[ModuleCall], tuple[HookPoint, ...] | None],
         graph: AutogradGraph | None,
     ) -> StageOutput:
         # 1) check the step

@@ -97,10 +97,16 @@ class PausedSteps:
             raise ProtocolError(f"no step of session {key[2]} waits for hooks here")
         self._advance(key, thread, answer)
 
+    def abandon_step(self, key: StepKey) -> None:
+        """End a step if it is paused."""
+        thread = self._threads.pop(key, None)
+        if thread is not None:
+            self._advance(key, thread, _AbandonedError())
+
     def abandon_steps(self, model: int, session: int | None = None) -> None:
         """End the paused steps of a session, or of all sessions of a model."""
         for key in [key for key in self._threads if key[0] == model and session in (None, key[2])]:
-            self._advance(key, self._threads.pop(key), _AbandonedError())
+            self.abandon_step(key)
 
     def _advance(self, key: StepKey, thread: _StepThread, given: Any) -> None:
         outcome = thread.advance(given)

@@ -21,7 +21,7 @@ from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed
-from lingualinked.protocol.gradients import FreeGraph, RunBackward
+from lingualinked.protocol.gradients import AbandonBackward, BackwardMessage, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
 from lingualinked.protocol.messages import (
@@ -143,7 +143,7 @@ class Worker:
         )
         self._pace = Pace(boot.threads, 1.0)
         self._steps = StepRunner(mailbox, self._peers, self._stages, self._pace, boot.accelerator)
-        self._backward = BackwardRunner(mailbox, self._stages)
+        self._backward = BackwardRunner(mailbox, self._stages, boot.accelerator)
         self._emulate(boot.emulation)
 
     def run(self) -> NoReturn:
@@ -165,7 +165,7 @@ class Worker:
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
             return
-        if isinstance(message, Step | HookAnswered | EndSession | RunBackward | FreeGraph):
+        if isinstance(message, Step | HookAnswered | EndSession | BackwardMessage):
             self._handle_step(message, delivery)
             return
         match message:
@@ -174,6 +174,7 @@ class Worker:
             case UnloadModel():
                 self._drop_moves(message.model)
                 self._steps.abandon_steps(message.model)
+                self._backward.abandon_model(message.model)
                 self._stages.unload_model(message.model)
             case DismissWorker():
                 self._peers.dismiss(message)
@@ -199,9 +200,7 @@ class Worker:
             case AddAdapter() | RemoveAdapter():
                 self._acknowledge(message.request, lambda: change_adapters(self._stages, message, delivery.tensors))
 
-    def _handle_step(
-        self, message: Step | HookAnswered | EndSession | RunBackward | FreeGraph, delivery: Delivery
-    ) -> None:
+    def _handle_step(self, message: Step | HookAnswered | EndSession | BackwardMessage, delivery: Delivery) -> None:
         match message:
             case Step():
                 self._receive_step(message, delivery)
@@ -210,7 +209,11 @@ class Worker:
             case EndSession():
                 self._end_session(message)
             case RunBackward():
-                self._answer_request(message.request, lambda: self._backward.run(message, delivery.tensors))
+                self._backward.run(message, delivery.tensors)
+            case ResumeBackward():
+                self._backward.resume(message, delivery.tensors)
+            case AbandonBackward():
+                self._backward.abandon(message)
             case FreeGraph():
                 self._backward.free_graph(message)
 

@@ -5,14 +5,17 @@ Knows messages, stages and where results go; not who may send what.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
+from lingualinked.model.autograd_graph import AutogradGraph
 from lingualinked.model.hook_data import HookPoint, HookValue
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.hook_values import pack_tensor, unpack_tensor
@@ -28,6 +31,7 @@ from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.cut_calls import apply_cut, describe_cut
 from lingualinked.worker.error_report import ErrorReport, describe_error
+from lingualinked.worker.hook_graph import has_gradients, join_graph
 from lingualinked.worker.hosted_stage import split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.limits import end_if_device_is_lost
@@ -99,13 +103,17 @@ class StepRunner:
             self._stages.trim_idle_caches()
         hooks = step.hooks
 
-        def pause(call: ModuleCall) -> tuple[HookPoint, ...] | None:
+        def pause(call: ModuleCall, graph: AutogradGraph | None) -> tuple[HookPoint, ...] | None:
             nonlocal hooks
             assert wait is not None
+            first = len(call.values.tensors)
             reached, items = describe_call(step, call)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(reached), items)
             answer, tensors = wait()
-            apply_answer(answer, tensors, call)
+            if graph is None or not has_gradients(first, answer, call):
+                apply_answer(answer, tensors, call)
+            else:
+                apply_answer(answer, tensors, call, functools.partial(join_graph, reached, first, graph=graph))
             hooks = hooks if answer.points is None else answer.points
             return answer.points  # type: ignore[no-any-return]
 
@@ -196,25 +204,34 @@ def describe_call(step: Step, call: ModuleCall) -> tuple[HookReached, tuple[Tens
         output=output,
         strides=tuple(strides for _, strides in packed),
         is_cut=call.cut is not None,
+        requires_grad=tuple(tensor.requires_grad for tensor in values.tensors[num_known:]),
     )
     return message, tuple(tensor for tensor, _ in packed)
 
 
-def apply_answer(answer: HookAnswered, tensors: tuple[Tensor, ...], call: ModuleCall) -> None:
-    """Put what hooks have made of a call in its place; raise ProtocolError if it does not fit the call."""
+def apply_answer(
+    answer: HookAnswered, tensors: tuple[Tensor, ...], call: ModuleCall, join: Callable[..., HookAnswered] | None = None
+) -> None:
+    """Put what hooks have made of a call in its place; raise ProtocolError if it does not fit the call.
+
+    In a step with gradients, `join` puts tensors in their places (`hook_graph.join_graph`).
+    """
     values, num_changed = call.values, len(answer.changed)
     known = values.tensors
     if len(tensors) != num_changed + len(answer.strides) or any(index >= len(known) for index in answer.changed):
         raise ProtocolError(
             f"{count_text(len(tensors), 'tensor')} arrived with the answer to the hooks of {call.path!r}"
         )
-    # 1) in place, since other tensors may share the memory
-    for index, content in zip(answer.changed, tensors, strict=False):
-        known[index].copy_(content)
-    # 2) the others in place of the call's own
-    device = known[0].device if known else None
-    new = map(unpack_tensor, tensors[num_changed:], answer.strides)
-    known.extend(tensor if device is None else tensor.to(device) for tensor in new)
+    device = known[0].device if known else torch.device("cpu")
+    new = [unpack_tensor(*each).to(device) for each in zip(tensors[num_changed:], answer.strides, strict=True)]
+    if join is not None:
+        answer = join(answer, [content.to(device) for content in tensors[:num_changed]], new, call)
+    else:
+        # 1) in place, since other tensors may share the memory
+        for index, content in zip(answer.changed, tensors, strict=False):
+            known[index].copy_(content)
+        # 2) the others in place of the call's own
+        known.extend(new)
     if call.cut is not None:
         apply_cut(answer, call)
         return

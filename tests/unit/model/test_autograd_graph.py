@@ -6,10 +6,15 @@ from torch import Tensor, nn
 
 from families import tiny_config
 from lingualinked.errors import ProtocolError
-from lingualinked.model.autograd_graph import AutogradGraph
+from lingualinked.model.autograd_graph import AutogradGraph, Gradients, Returned
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage
 from lingualinked.model.stage_data import StageInputs
+
+
+def run(graph: AutogradGraph, gradients: Gradients, *, tap: int | None = None, keeps_graph: bool = False) -> Gradients:
+    """Run a backward pass through a graph without hooks."""
+    return graph.run(tap, gradients, keeps_graph=keeps_graph, reach_tap=lambda *_: ())
 
 
 def small_graph(*, weight: Tensor | None = None) -> AutogradGraph:
@@ -25,7 +30,7 @@ def small_graph(*, weight: Tensor | None = None) -> AutogradGraph:
 def test_gradients_lead_from_outputs_to_inputs() -> None:
     graph = small_graph()
     assert graph.outputs_require_grad == (True, False)
-    first, second = graph.run((torch.ones(2, 3), None), keeps_graph=False)
+    first, second = run(graph, (torch.ones(2, 3), None))
     assert second is None
     assert first is not None
     assert torch.equal(first, torch.full((2, 3), 18.0))
@@ -43,17 +48,17 @@ def test_an_input_may_be_changed_in_place() -> None:
     [states] = graph.begin((torch.ones(2),))
     states.mul_(3)
     graph.end((states,), [])
-    [gradient] = graph.run((torch.ones(2),), keeps_graph=False)
+    [gradient] = run(graph, (torch.ones(2),))
     assert gradient is not None
     assert gradient.tolist() == [3, 3]
 
 
 def test_a_graph_serves_again_only_if_it_is_kept() -> None:
     graph = small_graph()
-    graph.run((torch.ones(2, 3), None), keeps_graph=True)
-    graph.run((torch.ones(2, 3), None), keeps_graph=False)
+    run(graph, (torch.ones(2, 3), None), keeps_graph=True)
+    run(graph, (torch.ones(2, 3), None))
     with pytest.raises(RuntimeError, match="a second time"):
-        graph.run((torch.ones(2, 3), None), keeps_graph=False)
+        run(graph, (torch.ones(2, 3), None))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_a_graph_serves_again_only_if_it_is_kept() -> None:
 )
 def test_gradients_of_other_tensors_are_refused(gradients: tuple[Tensor | None, ...]) -> None:
     with pytest.raises(ProtocolError, match=r"gradient.* arrived of"):
-        small_graph().run(gradients, keeps_graph=False)
+        run(small_graph(), gradients)
 
 
 def test_other_inputs_than_announced_are_refused() -> None:
@@ -105,7 +110,65 @@ def test_a_stage_with_kv_from_steps_without_gradients(spec: ModelSpec) -> None:
         StageInputs(tensors=(states,), layout=None, attention_mask=None, position_ids=None), stage.new_cache()
     ).tensors[0]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
-    [gradient] = graph.run((torch.ones(2, 5, 32),), keeps_graph=False)
+    [gradient] = run(graph, (torch.ones(2, 5, 32),))
     assert gradient is not None
     assert gradient.isfinite().all()
     assert not any(parameter.requires_grad for parameter in nn.Module.parameters(stage._model))
+
+
+def test_a_pass_stops_where_hooks_have_run() -> None:
+    """The gradient of what they returned comes out, and that of what they were given goes in."""
+    graph = AutogradGraph((True,))
+    [states] = graph.begin((torch.ones(2),))
+    states = states * 2
+    given, version = states, states._version
+    kept, other = graph.pass_hooks([states], [], [Returned(0, None), Returned(None, torch.ones(2))])
+    assert kept is given
+    assert kept._version == version
+    graph.end((kept * 3 + other * 5,), [])
+    stops: list[tuple[int, list[list[float] | None]]] = []
+
+    def reach(tap: int, gradients: Gradients) -> Gradients:
+        stops.append((tap, [None if each is None else each.tolist() for each in gradients]))
+        return (torch.full((2,), 7.0),)
+
+    [gradient] = graph.run(None, (torch.ones(2),), keeps_graph=True, reach_tap=reach)
+    assert stops == [(0, [[3, 3], [5, 5]])]
+    assert gradient is not None
+    assert gradient.tolist() == [14, 14]
+    [gradient] = run(graph, (torch.ones(2),), tap=0)
+    assert gradient is not None
+    assert gradient.tolist() == [2, 2]
+
+
+def test_hooks_are_passed_though_nothing_leads_through_them() -> None:
+    """What by-passes them is cut from what is in front of them, as in the caller's own graph."""
+    graph = AutogradGraph((True,))
+    [states] = graph.begin((torch.ones(2),))
+    states = states * 2
+    graph.pass_hooks([states * 3], [], [])
+    graph.end((states,), [])
+    stops = []
+
+    def reach(tap: int, gradients: Gradients) -> Gradients:
+        stops.append((tap, gradients))
+        return (None,)
+
+    [gradient] = graph.run(None, (torch.ones(2),), keeps_graph=False, reach_tap=reach)
+    assert stops == [(0, ())]
+    assert gradient is not None
+    assert gradient.tolist() == [2, 2]
+
+
+def test_a_view_is_replaced_and_what_is_changed_stays_the_same_tensor() -> None:
+    graph = AutogradGraph((True,))
+    [states] = graph.begin((torch.ones(4),))
+    part, whole = states[1:], torch.zeros(4)
+    new_part, new_whole = graph.pass_hooks(
+        [part], [whole], [Returned(0, None, is_view=True), Returned(1, torch.ones(4))]
+    )
+    assert new_part is not part
+    assert new_whole is whole
+    assert whole.tolist() == [1, 1, 1, 1]
+    graph.end((new_part.sum() * whole,), [])
+    assert graph.outputs_require_grad == (True,)
