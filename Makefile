@@ -12,8 +12,9 @@ PROCESSES = $(shell $(PYTHON) -c 'import os; print(1 + min(os.cpu_count() or 1, 
 # Stamps: an environment is made once, and again when what it is made from changes.
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
+LIBRARIES := build/libraries/.installed
 
-.PHONY: help demo bench test test-families test-gpu interrupts proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test test-families test-gpu test-libraries interrupts proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +38,10 @@ test-families: test  ## Run the tests, all architectures included
 # First what only a GPU has, and the stages in this process; the rest file by file.
 test-gpu: $(DEV)  ## Run the tests that compare bits on a CUDA GPU; they are skipped where there is none
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --accelerator cuda tests/process/gpu tests/model tests/process
+
+# They are not in the environment of the other targets: what they need is three times as much as what the project needs.
+test-libraries: $(LIBRARIES)  ## Run the tests of nnsight, TransformerLens, pyvene and captum on a sharded model
+	PYTHONPATH=$(dir $(LIBRARIES)) $(BIN)/python -m pytest tests/process/libraries
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
@@ -93,4 +98,10 @@ $(RUNTIME): pyproject.toml constraints.txt hatch_build.py $(wildcard src/lingual
 # The project is installed already, and is not built again for what it needs besides.
 $(DEV): $(RUNTIME)
 	$(PIP) install --quiet -c constraints.txt "lingualinked[dev]"
+	@touch $@
+
+# Beside the environment, so that nothing in it changes; --no-deps, since the list is complete.
+$(LIBRARIES): $(DEV) tests/process/libraries/requirements.txt
+	rm -rf $(dir $@)
+	$(PIP) install --quiet --no-deps --target $(dir $@) -r tests/process/libraries/requirements.txt
 	@touch $@

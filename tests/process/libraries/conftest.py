@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 import lingualinked as ll
 
+Compare = Callable[[Callable[[Any], Any]], None]
+
 
 def flat(value: Any) -> list[Any]:
     """List the tensors and plain values in a structure."""
@@ -27,9 +29,8 @@ def flat(value: Any) -> list[Any]:
     return [value]
 
 
-@pytest.fixture
-def compare(sharded: ll.ShardedModel, unsharded: PreTrainedModel) -> Callable[[Callable[[Any], Any]], None]:
-    """Compare what a script returns of both models, bit for bit."""
+def make_compare(sharded: ll.ShardedModel, unsharded: PreTrainedModel) -> Compare:
+    """Return a function that compares what a script returns of both models, bit for bit."""
 
     def compare_results(script: Callable[[Any], Any]) -> None:
         ours, theirs = (flat(script(model)) for model in (sharded, unsharded))
@@ -39,3 +40,8 @@ def compare(sharded: ll.ShardedModel, unsharded: PreTrainedModel) -> Callable[[C
             assert torch.equal(our, their) if isinstance(their, Tensor) else our == their
 
     return compare_results
+
+
+@pytest.fixture
+def compare(sharded: ll.ShardedModel, unsharded: PreTrainedModel) -> Compare:
+    return make_compare(sharded, unsharded)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import lingualinked as ll
+from process.libraries.conftest import Compare
 
 attr = pytest.importorskip("captum.attr")
 metrics = pytest.importorskip("captum.metrics")
@@ -19,7 +20,6 @@ pytestmark = [pytest.mark.process, pytest.mark.equality]
 
 IDS = torch.tensor([[1, 17, 93, 54, 8]])
 TARGET = 7
-Compare = Callable[[Callable[[Any], Any]], None]
 
 
 def of_ids(model: Any) -> Callable[[Tensor], Tensor]:
