@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import lingualinked as ll
@@ -106,3 +106,33 @@ def test_a_whole_text_after_its_own_kv_cache_is_refused(
     method = attr.LLMAttribution(attr.FeatureAblation(sharded), tokenizer)
     with torch.no_grad(), pytest.raises(ll.LingualinkedError, match=r"attention_mask of shape .* rows x"):
         method.attribute(attr.TextTokenInput("the quick brown fox", tokenizer), target=" dog", use_cached_outputs=True)
+
+
+class OfEmbeddings(nn.Module):
+    """What methods need that look for activation functions in a module."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return of_embeddings(self.model)(embeddings)
+
+
+BY_GRADIENTS: dict[str, Callable[[Any], Any]] = {
+    "DeepLift": lambda model: attr.DeepLift(OfEmbeddings(model)),
+    "GuidedBackprop": lambda model: attr.GuidedBackprop(OfEmbeddings(model)),
+    "InputXGradient": lambda model: attr.InputXGradient(of_embeddings(model)),
+    "IntegratedGradients": lambda model: attr.IntegratedGradients(of_embeddings(model)),
+    "Saliency": lambda model: attr.Saliency(of_embeddings(model)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Setting (forward, )?backward hooks")
+@pytest.mark.parametrize("method", BY_GRADIENTS)
+def test_attributions_by_gradients_of_the_input(compare: Compare, method: str) -> None:
+    def script(model: Any) -> Any:
+        options = {"n_steps": 3} if method == "IntegratedGradients" else {}
+        return BY_GRADIENTS[method](model).attribute(embed(model).requires_grad_(), target=TARGET, **options)
+
+    compare(script)
