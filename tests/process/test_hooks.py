@@ -282,6 +282,19 @@ def num_threads_of_workers(model: ll.ShardedModel) -> list[int]:
 
 
 @torch.no_grad()
+def test_one_stage_runs_everything(place: Any, tiny_llama: str, unsharded: Any) -> None:
+    def see(model: Any) -> list[Any]:
+        seen: list[Any] = []
+        for name in ("model.embed_tokens", "model.rotary_emb", "model.layers.3", "model.norm", "model", "lm_head"):
+            hook = model.get_submodule(name).register_forward_hook(lambda _m, _a, output: seen.append(flat(output)))
+            with hook:
+                model(IDS)
+        return seen
+
+    compare((place(tiny_llama, [("a", 0, 4)]), unsharded), see)
+
+
+@torch.no_grad()
 def test_one_session_waits_in_a_hook_while_another_finishes(llama: Pair) -> None:
     sharded, whole = llama
     entered, go_on = threading.Event(), threading.Event()

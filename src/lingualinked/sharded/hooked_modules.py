@@ -96,8 +96,9 @@ class HookedModules:
             return start <= layer < end
         if contains_layers(path, self.layers):
             return stage == (len(spans) - 1 if is_done else 0)
-        ends = {0: self._parts.prologue, len(spans) - 1: self._parts.epilogue}
-        return self.runs_everywhere(path) or _is_within(path, ends.get(stage, ()))
+        prologue = self._parts.prologue if stage == 0 else ()
+        epilogue = self._parts.epilogue if stage == len(spans) - 1 else ()
+        return self.runs_everywhere(path) or _is_within(path, (*prologue, *epilogue))
 
 
 def _acts(forward: object) -> bool:

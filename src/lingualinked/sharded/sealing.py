@@ -33,6 +33,7 @@ _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinsta
 _SHADOWED = ("_buffers", "_modules", "_parameters")  # an attribute of the same name shadows their entries
 _SCALARS = (bool, int, float, str)
 _OF_THE_CALLER = ("loss_type", "name_or_path")
+_OF_THE_SEAL = ("_adapters", "_path", "_sealed")  # attributes that a module does not have elsewhere
 _ABSENT = object()
 
 
@@ -130,7 +131,7 @@ class SealedModule:
         real: Any = type(self).__bases__[1]
         copied = memo[id(self)] = real.__new__(real)
         for name, value in vars(self).items():
-            if name not in ("_path", "_sealed"):
+            if name not in _OF_THE_SEAL:
                 held = dict(value) if isinstance(value, SealedDict) else value
                 vars(copied)[name] = copy.deepcopy(held, memo)
         return cast("nn.Module", copied)

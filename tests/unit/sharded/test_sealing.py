@@ -291,6 +291,9 @@ def test_a_copied_part_is_an_ordinary_module(model: Any) -> None:
         assert not any(isinstance(each, type(part).__bases__[0]) for each in copied.modules())
         assert {type(each) for each in copied.parameters()} == {nn.Parameter}
         assert list(copied.state_dict()) == list(part.state_dict())
+        with torch.device("meta"):
+            original = LlamaForCausalLM(model.config).get_submodule(part._path)
+        assert vars(copied).keys() == vars(original).keys()
     assert copied[0].self_attn.config is not model.config
     copied = copy.deepcopy(mlp(model))
     assert torch.equal(copied(states), mlp(model)(states))
