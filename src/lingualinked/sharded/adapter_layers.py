@@ -49,10 +49,9 @@ class AdapterLayers:
         return True
 
     def is_own(self, path: str) -> bool:
-        """Return whether a module belongs to an adapter layer, but not to the module that it wraps."""
+        """Return whether a module is a part of an adapter layer, but not of the module that it wraps."""
         return any(
-            path == layer or (path.startswith(f"{layer}.") and not f"{path}.".startswith(f"{layer}.{_BASE}."))
-            for layer in self.layers
+            path.startswith(f"{layer}.") and not f"{path}.".startswith(f"{layer}.{_BASE}.") for layer in self.layers
         )
 
     def read_adapters(self) -> dict[str, Adapter]:
@@ -117,14 +116,12 @@ class AdapterLayers:
         )
 
     def check_hooks(self) -> None:
-        """Refuse hooks on the adapter layers themselves, which no stage would call."""
+        """Refuse hooks on the parts of adapter layers, which no stage would call."""
         for path, watched in self._watched.items():
-            for hooks in watched.hooks:
-                if any(not _is_of_peft(hook) for hook in hooks.values()):
-                    raise UnsupportedOperationError(
-                        f"a hook of the adapter layer {path}, or of a part of it, would not be called: hook {path}.{_BASE}, or the "
-                        "module around it"
-                    )
+            if any(watched.hooks):
+                raise UnsupportedOperationError(
+                    f"a hook of a part of the adapter layer {path} would not be called: hook {path} itself, or {path}.{_BASE}"
+                )
 
     def _has_changed(self) -> bool:
         return self._watched.keys() != self.layers.keys() or any(each.has_changed() for each in self._watched.values())
@@ -132,7 +129,7 @@ class AdapterLayers:
     def _rows_of_peft(self) -> Sequence[str] | None:
         for layer in self.layers.values():
             for hook in layer._forward_pre_hooks.values():  # noqa: SLF001 - torch has no public name
-                if _is_of_peft(hook):
+                if is_of_peft(hook):
                     return list(hook.keywords["adapter_names"])
             return None
         return None
@@ -194,7 +191,7 @@ class _Watched:
         self.contents = [_Content(path, layer, name) for name in sorted(self.names)]
         self._scaling = dict(layer.scaling)
         base = set(map(id, layer.base_layer.modules()))
-        own = [vars(each) for each in layer.modules() if id(each) not in base]
+        own = [vars(each) for each in layer.modules() if each is not layer and id(each) not in base]
         self.hooks = [state[name] for state in own for name in ("_forward_pre_hooks", "_forward_hooks")]
 
     @property
@@ -223,7 +220,7 @@ def _check_kind(path: str, layer: Any) -> None:
     from peft.tuners.lora import layer as lora, variants
 
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if type(layer) not in (lora.Linear, lora.Embedding):
+    if vars(type(layer)).get("real_class", type(layer)) not in (lora.Linear, lora.Embedding):
         raise UnsupportedOperationError(
             f"{path} of a sharded model can't be wrapped by {kind}: adapters are LoRA (with rsLoRA and DoRA) of linear layers and "
             "embeddings, without modules_to_save, trainable tokens and target_parameters"
@@ -236,7 +233,8 @@ def _check_kind(path: str, layer: Any) -> None:
         )
 
 
-def _is_of_peft(hook: Any) -> bool:
+def is_of_peft(hook: Any) -> bool:
+    """Return whether a hook is the one by which peft tells its layers the adapters of rows."""
     return isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") == _OF_ROWS
 
 

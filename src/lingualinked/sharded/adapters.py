@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError, LingualinkedError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
@@ -130,6 +130,54 @@ class Adapters:
             layer.requires_grad_(False)
         # 3) put it into the stages
         self._send_adapters()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **kwargs: Any,
+    ) -> None:
+        """Make a new adapter of loaded ones, by peft's own method of this name (of ``LoraModel``); `set_adapter` activates it.
+
+        Parameters
+        ----------
+        adapters : sequence of str
+            The names of adapters.
+        weights : sequence of float
+            A weight for each.
+        adapter_name : str
+            The name of the new one.
+        combination_type : str
+            As in peft: "svd", "linear", "cat", "ties" and others.
+        **kwargs
+            Further arguments of peft's method.
+
+        Raises
+        ------
+        ArgumentError
+            If an adapter is not loaded, the name is taken, or peft can't combine them so.
+        """
+        from peft import LoraModel
+
+        self._pipeline.check_open()
+        loaded = getattr(self, "peft_config", {})
+        if check_name(adapter_name) in loaded:
+            raise ArgumentError(f"an adapter {adapter_name!r} is loaded already: choose another adapter_name")
+        # peft's method needs its own view of the model, without wrapping anything again.
+        view: Any = LoraModel.__new__(LoraModel)
+        nn.Module.__init__(view)
+        view.model, view.peft_config = self, loaded
+        view.active_adapter = self.active_adapters()  # type: ignore[attr-defined]
+        view.targeted_module_names, view.targeted_parameter_names = [], []
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of names that it does not look for anew
+                view.add_weighted_adapter(list(adapters), list(weights), adapter_name, combination_type, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"add_weighted_adapter(): {error}") from error
+        for layer in self._adapters.layers.values():
+            layer.eval()
 
     def _send_adapters(self) -> None:
         """Make the stages have the adapters that this process has."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.model.hook_data import Cut, HookPoint
 from lingualinked.model.hook_points import contains_layers
+from lingualinked.sharded.adapter_layers import is_of_peft
 from lingualinked.sharded.narrow_hooks import NarrowHook, narrow_hooks
 
 if TYPE_CHECKING:
@@ -36,17 +37,19 @@ class HookedModules:
         ]
         self._hooks: list[Mapping[int, Any]] = [hooks for _, *both in self._registries for hooks in both]
         self._states = [vars(module) for module in self.by_path.values()]
+        self._adapter_layers = frozenset(adapters.layers)
 
     def __bool__(self) -> bool:
-        return any(self._hooks) or any("forward" in state and _acts(state["forward"]) for state in self._states)
+        has_some = any(self._hooks) or any("forward" in state and _acts(state["forward"]) for state in self._states)
+        return has_some and (not self._adapter_layers or bool(self.points()))  # which peft itself hooks
 
     def points(self) -> tuple[HookPoint, ...]:
         """Return where a step has to stop."""
         return tuple(
             self._narrow_point(path, before, behind)
             or HookPoint(path, self._stops_before(path), self.stops_after(path), self._is_wrapped(path))
-            for path, before, behind in self._registries
-            if before or behind or self._is_wrapped(path)
+            for path, _, behind in self._registries
+            if (before := self._hooks_before(path)) or behind or self._is_wrapped(path)
         )
 
     def _narrow_point(self, path: str, before: Mapping[int, Any], behind: Mapping[int, Any]) -> HookPoint | None:
@@ -66,6 +69,13 @@ class HookedModules:
         hooks = narrow_hooks(vars(self.by_path[path])[_BEHIND if is_done else _BEFORE])
         return [hook for hook in hooks if hook.positions == cut.positions and cut.with_input >= hook.wants_both]
 
+    def _hooks_before(self, path: str) -> Mapping[int, Any]:
+        """Return the hooks before a module, without those by which peft tells its layers the adapters of rows."""
+        hooks: Mapping[int, Any] = vars(self.by_path[path])[_BEFORE]
+        if path in self._adapter_layers:
+            return {number: hook for number, hook in hooks.items() if not is_of_peft(hook)}
+        return hooks
+
     def _has(self, path: str, registry: str) -> bool:
         return bool(vars(self.by_path[path])[registry])
 
@@ -75,7 +85,7 @@ class HookedModules:
         return "forward" in state and _acts(state["forward"])
 
     def _stops_before(self, path: str) -> bool:
-        is_asked_for = self._has(path, _BEFORE) or self._has(path, _ALWAYS) or self._is_wrapped(path)
+        is_asked_for = bool(self._hooks_before(path)) or self._has(path, _ALWAYS) or self._is_wrapped(path)
         return is_asked_for or contains_layers(path, self.layers)
 
     def stops_after(self, path: str) -> bool:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
@@ -58,12 +59,14 @@ class Saving:
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
         token: str | bool | None = None,  # noqa: ARG002 - for the hub, to which nothing is sent
-        save_peft_format: bool = True,  # noqa: ARG002 - a sharded model has no adapters
+        save_peft_format: bool = True,
         save_original_format: bool = True,
         distributed_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save config, generation config and weights, as transformers does; weights travel and are written one by one.
+
+        Once `load_adapter` has loaded an adapter, save the active adapter alone, as transformers does.
 
         Parameters
         ----------
@@ -104,9 +107,25 @@ class Saving:
         if folder.is_file():
             raise ArgumentError(f"save_directory={os.fspath(save_directory)!r} is a file: pass the path of a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if is_main_process:
+        if is_main_process and getattr(self, "_hf_peft_config_loaded", False):
+            _save_adapter(self, folder, save_peft_format)
+        elif is_main_process:
             _save_configs(self, folder)
             _save_weights(self, folder, max_shard_size, variant, save_original_format)
+
+
+def _save_adapter(model: Any, folder: Path, is_prefixed: bool) -> None:
+    """Save the active adapter alone, as transformers does once an adapter has been loaded."""
+    active = model.active_adapters()
+    if len(active) != 1:
+        raise ArgumentError(f"save_pretrained() with the active adapters {active}: set_adapter to the one to save")
+    tensors = {
+        f"{'base_model.model.' if is_prefixed else ''}{name}": tensor.detach().contiguous()
+        for name, tensor in model.get_adapter_state_dict().items()
+    }
+    model.peft_config[active[0]].save_pretrained(folder)
+    save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    model.generation_config.save_pretrained(folder)
 
 
 def _save_configs(model: Any, folder: Path) -> None:
@@ -119,6 +138,11 @@ def _save_configs(model: Any, folder: Path) -> None:
 
 
 def _save_weights(model: Any, folder: Path, max_shard_size: int | str, variant: str | None, is_original: bool) -> None:
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise UnsupportedOperationError(
+            "save_pretrained() of a sharded model whose layers peft has wrapped: save the model of peft, which saves the adapter "
+            "alone, or load the base model anew"
+        )
     # 1) find, without data, what is saved under which names, and from which tensor of the model it is made
     remote = model.state_dict()
     ignored = model._keys_to_ignore_on_save or ()  # noqa: SLF001 - as transformers does it

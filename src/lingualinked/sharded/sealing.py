@@ -167,6 +167,8 @@ def _set_adapter_layer(module: Any, path: str, name: str, value: object) -> bool
     if not layers.replace(f"{path}.{name}" if path else name, held, value):
         return False
     dict.__setitem__(modules, name, value)
+    if not isinstance(value, SealedModule):  # else it is what was wrapped
+        value.__class__ = _adapter_class(cast("Any", type(value)))
     return True
 
 
@@ -204,6 +206,28 @@ for _name, _why in {"compile": _CHANGE, "load_state_dict": _CHANGE}.items():
 @functools.cache  # one class per real one: types of two modules of a kind are equal
 def _sealed_class(real: Any) -> Any:
     """Return a subclass of `SealedModule` and ``real`` with the name of ``real``."""
+    sealed = make_stand_in(
+        real,
+        (SealedModule, real),
+        {
+            "__qualname__": real.__qualname__,
+            # Modules that torch creates from this class, such as a slice of a list, do not belong to the model.
+            "__new__": lambda _, *args, **kwargs: real(*args, **kwargs),
+        },
+    )
+    sealed.forward = _awaited_forward(real)  # not before: transformers wraps the forward of a new class of layers
+    return sealed
+
+
+@functools.cache
+def _adapter_class(real: Any) -> Any:
+    """Return a subclass of an adapter layer's class whose forward a step may stand for, but which is not sealed."""
+    namespace = {"__module__": real.__module__, "__qualname__": real.__qualname__, "real_class": real}
+    return type(real.__name__, (real,), {**namespace, "forward": _awaited_forward(real)})
+
+
+def _awaited_forward(real: Any) -> Callable[..., Any]:
+    """Return a forward that a step stands for which has stopped at the module."""
     own = real.forward
 
     @functools.wraps(own)
@@ -217,17 +241,7 @@ def _sealed_class(real: Any) -> Any:
             return running[1](*args, **kwargs)
         return own(self, *args, **kwargs)
 
-    sealed = make_stand_in(
-        real,
-        (SealedModule, real),
-        {
-            "__qualname__": real.__qualname__,
-            # Modules that torch creates from this class, such as a slice of a list, do not belong to the model.
-            "__new__": lambda _, *args, **kwargs: real(*args, **kwargs),
-        },
-    )
-    sealed.forward = forward  # not before: transformers wraps the forward of a new class of layers
-    return sealed
+    return forward
 
 
 class Seal:
