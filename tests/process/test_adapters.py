@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
 import lingualinked as ll
 from families import reference, save_tiny
@@ -145,3 +147,96 @@ def test_a_model_of_peft_around_a_sharded_one(folders: dict[str, Path], pair: tu
     assert_same(ours, theirs)
     with ours.disable_adapter(), theirs.disable_adapter():
         assert_same(ours, theirs)
+    # peft merges by edits of the weights, which the stages follow
+    for model in (ours, theirs):
+        model.set_adapter("second")
+        model.merge_adapter()
+    assert_same(ours, theirs)
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert_same(ours, theirs)
+    plain, expected = (model.unload() for model in (ours, theirs))
+    assert plain is pair[0]
+    assert_same(plain, expected)
+    assert list(plain.state_dict()) == list(expected.state_dict())
+
+
+LLAMA = pytest.mark.parametrize("folders", [("llama", torch.float32)], indirect=True)
+
+
+@LLAMA
+def test_a_folder_with_an_adapter_and_what_is_done_to_it(folders: dict[str, Path], shared_cluster: ll.Cluster) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(str(folders["first"]))
+    with ll.ShardedModel.from_pretrained(
+        str(folders["first"]), cluster=shared_cluster, plan=ll.Plan.from_spans(SPANS), progress=False
+    ) as sharded:
+        pair = sharded, whole
+        assert_same(*pair)
+        held = [stage.weight_bytes for stage in sharded.telemetry.stages]
+        on_both(pair, lambda model: model.load_adapter(str(folders["second"]), "second"))
+        assert [stage.weight_bytes for stage in sharded.telemetry.stages] > held
+        assert sharded.independent_rows == 0
+        # changes in place, of an adapter and of what it wraps
+        for change in (
+            lambda layer: layer.lora_B["second"].weight.data.mul_(3),
+            lambda layer: layer.lora_A["second"].weight.detach().add_(1),
+            lambda layer: setattr(layer.lora_A["second"].weight, "data", torch.ones(4, 32)),
+            lambda layer: layer.set_scale("second", 0.25),
+            lambda layer: layer.base_layer.weight.data.mul_(2),
+        ):
+            on_both(pair, lambda model, change=change: change(model.model.layers[2].self_attn.q_proj))
+        # hooks at an adapter layer, and at what it wraps
+        for suffix in ("", ".base_layer"):
+            path = f"model.layers.1.self_attn.q_proj{suffix}"
+            handles = [model.get_submodule(path).register_forward_hook(lambda *call: call[2] * 2) for model in pair]
+            assert_same(*pair)
+            for handle in handles:
+                handle.remove()
+        # gradients pass through it
+        given = [torch.ones(1, 3, 32, requires_grad=True) for _ in pair]
+        for model, embeddings in zip(pair, given, strict=True):
+            model(inputs_embeds=embeddings).logits.sum().backward()
+        assert torch.equal(given[0].grad, given[1].grad)
+        # threads with adapters of their own
+        names = ["default", "second", "__base__"]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda name: sharded(IDS, adapter_names=[name] * 2).logits, names))
+        for name, logits in zip(names, found, strict=True):
+            (sharded.disable_adapters if name == "__base__" else lambda name=name: sharded.set_adapter(name))()
+            assert torch.equal(logits, sharded(IDS).logits)
+        on_both(pair, lambda model: (model.enable_adapters(), model.set_adapter("default")))
+        sharded.add_weighted_adapter(["default", "default"], [0.5, 0.5], "mixed", combination_type="cat")
+
+
+@LLAMA
+def test_what_no_stage_can_do_is_refused_by_name(folders: dict[str, Path], pair: tuple[Any, Any]) -> None:
+    sharded = pair[0]
+    before = sharded(IDS).logits
+    with pytest.raises(ll.ArgumentError, match=r"adapter_names has 'first', which is not loaded: there are \[\]"):
+        sharded(IDS, adapter_names=["first", "first"])
+    with pytest.raises(ll.ArgumentError, match=r"set_adapter\(\): No adapter loaded"):
+        sharded.set_adapter("first")
+    for config, reason in (
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"lm_head of .*\.ModulesToSaveWrapper"),
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), r"k_proj of .* by peft\.tuners\.ia3"),
+    ):
+        own = config if isinstance(config, peft.PeftConfig) else LoraConfig(**config)
+        with pytest.raises(ll.UnsupportedOperationError, match=reason):
+            peft.get_peft_model(sharded, own)
+        sharded.requires_grad_(False)
+    sharded.load_adapter(str(folders["dora"]), "dora")
+    with pytest.raises(ll.ArgumentError, match=r"'dora', which is DoRA at .*: peft has no DoRA by rows"):
+        sharded(IDS, adapter_names=["dora", "dora"])
+    with pytest.raises(ll.ArgumentError, match="adapter_names has 1 name for 2 rows"):
+        sharded(IDS, adapter_names=["dora"])
+    with pytest.raises(ll.ArgumentError, match="'dora' is loaded already"):
+        sharded.load_adapter(str(folders["first"]), "dora")
+    layer = sharded.model.layers[0].self_attn.q_proj
+    handle = layer.lora_A["dora"].register_forward_hook(lambda *call: None)
+    with pytest.raises(ll.UnsupportedOperationError, match="a hook of a part of the adapter layer"):
+        sharded(IDS)
+    handle.remove()
+    layer.set_adapter([])
+    with pytest.raises(ll.UnsupportedOperationError, match="has other active adapters than other layers"):
+        sharded(IDS)
+    sharded.delete_adapter("dora")
+    assert torch.equal(sharded(IDS).logits, before)

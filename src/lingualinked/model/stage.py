@@ -183,7 +183,7 @@ class Stage:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
         graph = decode = None
-        if cache is not None and not self._ropes and not self.adapters.layers and self.graphs.serve(cache):
+        if cache is not None and not self._ropes and not self.adapters and self.graphs.serve(cache):
             decode = decode_inputs(inputs, cache)
         if decode is not None and cache is not None:
             constants = inputs.layout, inputs.logits_to_keep

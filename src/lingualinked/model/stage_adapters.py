@@ -36,6 +36,9 @@ class StageAdapters:
         self._device = device
         self.layers: dict[str, Any] = {path: each for path, each in model.named_modules() if hasattr(each, _NUMBERS)}
 
+    def __bool__(self) -> bool:
+        return any(getattr(layer, _NUMBERS) for layer in self.layers.values())
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the adapters' tensors."""

@@ -206,7 +206,7 @@ def _match_tensors(
     try:
         with warnings.catch_warnings(action="ignore"):  # the model's own injection says it again
             inject_adapter_in_model(copy.deepcopy(config), meta, name)
-    except ValueError as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{tensors.where} does not fit {spec.class_name}: {error}") from error
     layers = AdapterLayers()
     for path, module in meta.named_modules():
@@ -219,7 +219,8 @@ def _match_tensors(
     for module, expected in zip(adapter.modules, layers.tensors_of(name).values(), strict=True):
         for inner, tensor in zip(module.tensors, expected, strict=True):
             saved = f"{module.path}.{inner.replace(f'.{name}', '', 1)}"
-            saved = saved if saved in tensors.shapes else saved.removesuffix(".weight")  # magnitudes of DoRA
+            if saved not in tensors.shapes and inner.startswith("lora_magnitude_vector"):
+                saved = saved.removesuffix(".weight")  # as peft saves it
             if saved not in tensors.shapes:
                 wrong.append(f"{saved} is missing")
             elif tensors.shapes[saved] != tuple(tensor.shape):

@@ -86,23 +86,21 @@ class AdapterLayers:
     def read_use(self, asked: Sequence[str] | None, num_rows: int) -> AdapterUse | None:
         """Return which adapters are active now; `asked` are those of the rows, if the call names them."""
         rows = self._rows_of_peft() if asked is None else asked
+        known = {name for watched in self._watched.values() for name in watched.names}
+        if not known:
+            _check_rows(rows, num_rows, known, {})
+            return None
+        is_disabled = next(iter(self._watched.values())).layer.disable_adapters
+        if is_disabled:
+            self._unmerge()
         names: tuple[str, ...] = ()
         for watched in self._watched.values():
-            if len(watched.active) > len(names):
+            if watched.effective and len(watched.active) > len(names):
                 names = watched.active
-        is_disabled = None
         for path, watched in self._watched.items():
             layer = watched.layer
-            if layer.merged_adapters:
-                raise UnsupportedOperationError(
-                    f"adapters merged into {path} of a sharded model: its weights are in a worker; unmerge them, and leave the "
-                    "adapters active"
-                )
-            is_disabled = layer.disable_adapters if is_disabled is None else is_disabled
-            has = [name for name in names if name in watched.names]
-            if layer.disable_adapters is not is_disabled or has != [
-                each for each in watched.active if each in watched.names
-            ]:
+            expected = tuple(name for name in names if name in watched.names)
+            if layer.disable_adapters is not is_disabled or watched.effective != expected:
                 raise UnsupportedOperationError(
                     f"{path} of a sharded model has other active adapters than other layers: set_adapter of the whole model"
                 )
@@ -110,10 +108,13 @@ class AdapterLayers:
                 raise UnsupportedOperationError(
                     f"dropout in the adapters of {path}: a sharded model does not train, call eval()"
                 )
-        known = {name for watched in self._watched.values() for name in watched.names}
-        return (
-            AdapterUse(names, _check_rows(rows, num_rows, known, self._watched), bool(is_disabled)) if known else None
-        )
+        return AdapterUse(names, _check_rows(rows, num_rows, known, self._watched), is_disabled)
+
+    def _unmerge(self) -> None:
+        """Take merged adapters out of the weights, as peft's layers do in a forward pass while they are disabled."""
+        for watched in self._watched.values():
+            if watched.layer.merged:
+                watched.layer.unmerge()
 
     def check_hooks(self) -> None:
         """Refuse hooks on the parts of adapter layers, which no stage would call."""
@@ -198,6 +199,11 @@ class _Watched:
     def active(self) -> tuple[str, ...]:
         return tuple(self.layer.active_adapters)
 
+    @property
+    def effective(self) -> tuple[str, ...]:
+        """Those of the active adapters that the layer has; none while some are merged into its weight."""
+        return () if self.layer.merged_adapters else tuple(name for name in self.active if name in self.names)
+
     def has_changed(self) -> bool:
         layer = self.layer
         return (
@@ -252,8 +258,12 @@ def _check_rows(
         )
     unknown = sorted(set(rows) - known - {_NONE})
     if unknown:
-        raise ArgumentError(f"adapter_names has {unknown[0]!r}, which is not loaded: there are {sorted(known)}")
+        raise ArgumentError(
+            f"adapter_names has {unknown[0]!r}, which is not loaded: there are {sorted(known)}; call load_adapter first"
+        )
     for path, layer in watched.items():
+        if layer.layer.merged_adapters:
+            raise ArgumentError(f"adapter_names while adapters are merged into {path}: call unmerge_adapter first")
         for name in set(rows) & layer.names:
             if layer.layer.use_dora.get(name, False):
                 raise ArgumentError(

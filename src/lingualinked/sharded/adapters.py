@@ -197,13 +197,10 @@ class Adapters:
         if rows is None and (asked := row_adapters.get()) is not None:
             repeats = num_rows // max(1, len(asked))  # of beams
             rows = [name for name in asked for _ in range(max(1, repeats))]
-        if not self._adapters.layers:
-            if rows is not None and set(rows) != {"__base__"}:
-                raise ArgumentError(f"adapter_names={list(rows)!r}, and no adapter is loaded: call load_adapter first")
-            if self._adapters.num_changes and self._pipeline.adapters.numbers:
-                self._send_adapters()
-            return None
-        self._send_adapters()
+        if not self._adapters.num_changes and rows is None:
+            return None  # no adapter has ever been here
+        if self._adapters.num_changes:
+            self._send_adapters()
         self._adapters.check_hooks()
         return self._adapters.read_use(rows, num_rows)
 
