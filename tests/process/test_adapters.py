@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # gpt2
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),  # of peft
     pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True."),  # of peft
+    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),  # of peft
 ]
 
