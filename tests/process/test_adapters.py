@@ -216,14 +216,6 @@ def test_what_no_stage_can_do_is_refused_by_name(folders: dict[str, Path], pair:
         sharded(IDS, adapter_names=["first", "first"])
     with pytest.raises(ll.ArgumentError, match=r"set_adapter\(\): No adapter loaded"):
         sharded.set_adapter("first")
-    for config, reason in (
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"lm_head of .*\.ModulesToSaveWrapper"),
-        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), r"k_proj of .* by peft\.tuners\.ia3"),
-    ):
-        own = config if isinstance(config, peft.PeftConfig) else LoraConfig(**config)
-        with pytest.raises(ll.UnsupportedOperationError, match=reason):
-            peft.get_peft_model(sharded, own)
-        sharded.requires_grad_(False)
     sharded.load_adapter(str(folders["dora"]), "dora")
     with pytest.raises(ll.ArgumentError, match=r"'dora', which is DoRA at .*: peft has no DoRA by rows"):
         sharded(IDS, adapter_names=["dora", "dora"])
@@ -239,5 +231,15 @@ def test_what_no_stage_can_do_is_refused_by_name(folders: dict[str, Path], pair:
     layer.set_adapter([])
     with pytest.raises(ll.UnsupportedOperationError, match="has other active adapters than other layers"):
         sharded(IDS)
+    layer.set_adapter("dora")
     sharded.delete_adapter("dora")
     assert torch.equal(sharded(IDS).logits, before)
+    # what peft has wrapped until it is refused stays wrapped, as on the unsharded model
+    for config, reason in (
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"lm_head of .*\.ModulesToSaveWrapper"),
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), r"k_proj of .* by peft\.tuners\.ia3"),
+    ):
+        own = config if isinstance(config, peft.PeftConfig) else LoraConfig(**config)
+        with pytest.raises(ll.UnsupportedOperationError, match=reason):
+            peft.get_peft_model(sharded, own)
+        sharded.requires_grad_(False)
