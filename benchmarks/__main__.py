@@ -76,6 +76,16 @@ def hops(
 
 
 @app.command()
+def hooks(
+    repeats: Annotated[int, typer.Option(min=1, help="40 decode steps and 4 prefills each of every case.")] = 5,
+) -> None:
+    """Time what hooks add to a step, ordinary ones and those that say what they want, beside a hop between processes."""
+    from benchmarks.hooks import run_hooks
+
+    run_hooks(repeats)
+
+
+@app.command()
 def ipc(
     size: Annotated[list[int] | None, typer.Option(help="Bytes of a tensor.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Processes started, of 200 exchanges each.")] = 3,
