@@ -5,6 +5,8 @@ Knows modules, torch's registries of hooks and the parts of a model; neither ste
 
 from __future__ import annotations
 
+import itertools
+import operator
 from typing import TYPE_CHECKING, Any
 
 from lingualinked.model.hook_data import Cut, HookPoint
@@ -32,28 +34,36 @@ class HookedModules:
         self.layers = parts.layers
         self._parts = parts
         self._in_one_stage = (parts.layers, *parts.prologue, *parts.epilogue)
-        self._registries = [
-            (path, vars(module)[_BEFORE], vars(module)[_BEHIND]) for path, module in self.by_path.items()
-        ]
-        self._hooks: list[Mapping[int, Any]] = [hooks for _, *both in self._registries for hooks in both]
         self._states = [vars(module) for module in self.by_path.values()]
+        self._before: list[Mapping[int, Any]] = [state[_BEFORE] for state in self._states]
+        self._behind: list[Mapping[int, Any]] = [state[_BEHIND] for state in self._states]
         self._adapter_layers = frozenset(adapters.layers)
 
     def __bool__(self) -> bool:
-        has_some = any(self._hooks) or any("forward" in state and _acts(state["forward"]) for state in self._states)
+        has_some = any(self._before) or any(self._behind) or any(map(self._is_wrapped, self._with_forward()))
         return has_some and (not self._adapter_layers or bool(self.points()))  # which peft itself hooks
 
     def points(self) -> tuple[HookPoint, ...]:
         """Return where a step has to stop."""
+        hooked = itertools.chain(
+            itertools.compress(self.by_path, self._before),
+            itertools.compress(self.by_path, self._behind),
+            filter(self._is_wrapped, self._with_forward()),
+        )
         return tuple(
-            self._narrow_point(path, before, behind)
+            self._narrow_point(path)
             or HookPoint(path, self._stops_before(path), self.stops_after(path), self._is_wrapped(path))
-            for path, _, behind in self._registries
-            if (before := self._hooks_before(path)) or behind or self._is_wrapped(path)
+            for path in dict.fromkeys(hooked)
+            if self._hooks_before(path) or self._has(path, _BEHIND) or self._is_wrapped(path)
         )
 
-    def _narrow_point(self, path: str, before: Mapping[int, Any], behind: Mapping[int, Any]) -> HookPoint | None:
+    def _with_forward(self) -> Iterable[str]:
+        """Return the paths of modules that have a forward of their own: quickly, since every step with hooks asks."""
+        return itertools.compress(self.by_path, map(operator.contains, self._states, itertools.repeat("forward")))
+
+    def _narrow_point(self, path: str) -> HookPoint | None:
         """Return where a step has to stop for hooks that all want the same part of a call, if these do."""
+        before, behind = self._hooks_before(path), vars(self.by_path[path])[_BEHIND]
         narrow = [narrow_hooks(hooks) for hooks in (before, behind)]
         if [*map(len, narrow)] != [len(before), len(behind)]:
             return None
