@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lingualinked.errors import UnsupportedOperationError
 
 _CHANGE = "its data is in a worker: clone() it, and copy_() the changed copy into the parameter"
-# Calls by which its memory could be changed without an operation that `_ReadOnly` would see.
+# Calls by which its memory could be changed without an operation that `_Reading` would see.
 _GIVES_MEMORY = frozenset(
     {
+        "__array_interface__",
         "__cuda_array_interface__",
         "__dlpack__",
         "_typed_storage",
@@ -38,6 +39,10 @@ _GIVES_MEMORY = frozenset(
 )
 
 
+_WRITES_AT_ONCE = frozenset({"apply_", "map2_", "map_"})  # without an operation that `_Reading` would see
+_NO_WRITE = "Cannot access data pointer"
+
+
 class Editor(Protocol):
     """Edits the tensors of one model in the workers."""
 
@@ -51,7 +56,8 @@ class Editor(Protocol):
 class FetchedTensor(Tensor):
     """A fetched tensor or a view of one: results are plain tensors, and what changes it changes it in its worker.
 
-    Without an editor, what would change it is refused by name.
+    Without an editor, what would change it is refused by name. Torch itself refuses to write to its memory, whatever tensors
+    refer to it (RuntimeError).
     """
 
     remote_name: str
@@ -61,7 +67,7 @@ class FetchedTensor(Tensor):
     @classmethod
     def of(cls, data: Tensor, name: str, editor: Editor | None = None) -> FetchedTensor:
         """Make the tensor for contiguous data that nothing else refers to, and its name in the whole model."""
-        return cls._wrap(data, name, data, editor)
+        return cls._wrap(_write_protected(data), name, data, editor)
 
     @classmethod
     def _wrap(cls, view: Tensor, name: str, whole: Tensor, editor: Editor | None) -> FetchedTensor:
@@ -94,13 +100,20 @@ class FetchedTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor's own does, which converts the result too
             if name == "__iter__":
                 return iter([args[0]._view(each) for each in args[0].unbind(0)])  # noqa: SLF001 - its own
+            if name in _WRITES_AT_ONCE:
+                return _edit(func, name, args, arguments, args[0])
+            if name in ("numpy", "__array__"):
+                result = func(args[0].clone(), *args[1:], **arguments)
+                result.flags.writeable = False
+                return result
             if not _may_write(func, name, arguments):
-                result = func(*args, **arguments)
+                with _naming_writes(name, held):
+                    result = func(*args, **arguments)
             else:
                 random_state = torch.get_rng_state() if isinstance(func, FunctionType) else None
                 written: FetchedTensor | None = None
                 try:
-                    with _Reading(fetched):
+                    with _Reading(fetched), _naming_writes(name, held):
                         result = func(*args, **arguments)
                 except _Written as stop:
                     written = stop.tensor
@@ -108,13 +121,21 @@ class FetchedTensor(Tensor):
                         torch.set_rng_state(random_state)  # one in Python may have drawn numbers by then
                 if written is not None:
                     return _edit(func, name, args, arguments, written)
-        if name in ("numpy", "__array__"):
-            result.flags.writeable = False
-            return result
         return _protect_views(result, fetched)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(plain(self))
+
+
+@contextlib.contextmanager
+def _naming_writes(name: str, held: str) -> Iterator[None]:
+    """Raise what torch says of a write to protected memory as an error that names the call and the tensor."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _NO_WRITE not in str(error):
+            raise
+        raise _refusal(name, held) from None
 
 
 def _may_write(func: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> bool:
@@ -122,8 +143,20 @@ def _may_write(func: Callable[..., Any], name: str, arguments: Mapping[str, Any]
 
     Others run as they are: where a mode is active, some of torch's functions choose another algorithm (``torch.linalg.svdvals``).
     """
+    if isinstance(func, torch._ops.OpOverload):  # noqa: SLF001 - no public name
+        return bool(func._schema.is_mutable)  # noqa: SLF001
     in_place = name.endswith("_") or name.startswith("__i") or name == "__setitem__" or "out" in arguments
     return in_place or getattr(func, "__module__", "") in ("torch.nn.functional", "torch.nn.init")
+
+
+def _write_protected(data: Tensor) -> Tensor:
+    """Return a tensor with the memory of another one, to which torch's kernels can't write through it."""
+    if not data.numel():
+        return data
+    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):  # noqa: SLF001
+        shared = torch.from_numpy(data.detach().view(-1).view(torch.uint8).numpy()).view(data.dtype).view(data.shape)
+        torch._C._set_throw_on_mutable_data_ptr(shared)  # noqa: SLF001
+    return shared
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -242,10 +275,10 @@ def _refusal(name: str, remote_name: str) -> UnsupportedOperationError:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory; 0 if it has none of its own, as batched and sparse ones."""
+    """Return what identifies a tensor's memory; 0 if it has none of its own, as batched and sparse ones."""
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
         try:
-            return tensor.untyped_storage().data_ptr()
+            return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - its address may not be asked for
         except (NotImplementedError, RuntimeError):
             return 0
 

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from lingualinked.sharded.fetched_tensor import Editor, FetchedTensor
 from lingualinked.sharded.remote_tensor import Fetch
 
 _MAX_KEPT_BYTES = 256 << 20
+_MAX_SHARE = 0.25  # of the free memory, for one parameter that is larger: to fetch it again takes seconds
 
 
 class FetchedWeights:
@@ -56,13 +58,17 @@ class FetchedWeights:
                     data = self._read(name, shape, dtype)
                     fetched = FetchedTensor.of(data, name, self.editor)
                 self._living[name] = [*self._alive(name), weakref.ref(data)]
-                if not keep or fetched.nbytes > self._max_bytes:
+                if not keep or not self._may_keep(fetched.nbytes):
                     return fetched
                 self.num_kept_bytes += fetched.nbytes
             self._kept[name] = fetched
-            while self.num_kept_bytes > self._max_bytes:
+            while self.num_kept_bytes > max(self._max_bytes, fetched.nbytes):
                 self.num_kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
             return fetched
+
+    def _may_keep(self, num_bytes: int) -> bool:
+        """Return whether one tensor may be kept, without any others if it is large."""
+        return num_bytes <= self._max_bytes or num_bytes <= _MAX_SHARE * psutil.virtual_memory().available
 
     @contextlib.contextmanager
     def unread(self) -> Iterator[None]:

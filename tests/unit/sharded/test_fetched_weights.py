@@ -45,7 +45,20 @@ def test_those_used_last_are_kept() -> None:
     assert weights.num_kept_bytes == 80
 
 
-def test_what_exceeds_the_bound_and_buffers_are_not_kept() -> None:
+def test_one_that_exceeds_the_bound_is_kept_alone_if_there_is_memory() -> None:
+    worker = Worker()
+    weights = FetchedWeights(worker.read, worker.check_open, max_bytes=80)
+    first, large = weights.fetch_of(parameter(10), "1"), weights.fetch_of(parameter(100), "2")
+    first()
+    assert large() is large()
+    assert weights.num_kept_bytes == 400
+    first()
+    assert weights.num_kept_bytes == 40
+    assert worker.asked == ["1", "2", "1"]
+
+
+def test_what_exceeds_the_bound_and_buffers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingualinked.sharded.fetched_weights._MAX_SHARE", 0)
     worker = Worker()
     weights = FetchedWeights(worker.read, worker.check_open, max_bytes=80)
     large, buffer = weights.fetch_of(parameter(21), "1"), weights.fetch_of(torch.empty(1, device="meta"), "2")
