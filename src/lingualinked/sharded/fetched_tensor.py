@@ -103,8 +103,8 @@ class FetchedTensor(Tensor):
             if name in _WRITES_AT_ONCE:
                 return _edit(func, name, args, arguments, args[0])
             if name in ("numpy", "__array__"):
-                result = func(args[0].clone(), *args[1:], **arguments)
-                result.flags.writeable = False
+                result = func(_same_view(args[0], args[0].remote_whole), *args[1:], **arguments)
+                result.flags.writeable = False  # it shows later edits
                 return result
             if not _may_write(func, name, arguments):
                 with _naming_writes(name, held):
