@@ -50,7 +50,8 @@ class Growth:
 class GrowingTensor:
     """Keys or values of one layer, [rows, heads, tokens, dim], with room to append.
 
-    Attention reads views of the filled part: bit-equal to concatenation, which would copy everything for each token.
+    Attention reads views of the filled part: on a CPU bit-equal to concatenation, which copies everything for each token. On
+    a GPU kernels are chosen by strides too, and differ in their last bits: attention reads a copy there, as if concatenated.
     """
 
     __slots__ = ("_buffer", "_start", "_stop")
@@ -83,7 +84,7 @@ class GrowingTensor:
         self._allocate(self._buffer.shape[0], num_tokens)
 
     def append(self, states: Tensor, growth: Growth, expected: int) -> Tensor:
-        """Append [rows, heads, new tokens, dim], in the wider dtype as `torch.cat` does; return `view`.
+        """Append [rows, heads, new tokens, dim], in the wider dtype as `torch.cat` does; return what attention is to read.
 
         If there is no room, `growth` decides how much to allocate, given the tokens expected in the end.
         """
@@ -94,7 +95,7 @@ class GrowingTensor:
             self._make_room(num_new, growth, expected)
         self._buffer.narrow(2, self._stop, num_new).copy_(states)
         self._stop += num_new
-        return self.view
+        return self.view.contiguous() if self._buffer.is_cuda else self.view
 
     def _make_room(self, num_new: int, growth: Growth, expected: int) -> None:
         held, source, capacity = len(self), self.view, self._buffer.shape[2]
