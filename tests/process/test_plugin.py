@@ -5,6 +5,7 @@ pytest runs in a process of its own, and finds the plugin by the entry point tha
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tomllib
@@ -31,9 +32,12 @@ def noted(request, cluster):
     with NOTES.open("a") as file:
         print(json.dumps([request.node.name, sorted(cluster.pids.values())]), file=file)
 
-def pytest_runtest_logfinish(nodeid):
-    for name, pids in map(json.loads, NOTES.read_text().splitlines() if NOTES.exists() else ()):
-        assert name.startswith("test_kept") or not any(map(psutil.pid_exists, pids)), f"workers of {name} outlive it"
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    result = yield
+    pids = dict(map(json.loads, NOTES.read_text().splitlines() if NOTES.exists() else ())).get(item.name, ())
+    assert "kept" in item.name or not any(map(psutil.pid_exists, pids)), f"workers of {item.name} outlive it"
+    return result
 """
 
 
@@ -48,7 +52,10 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     lines = [f"{name} = {module}" for name, module in declared["pytest11"].items()]
     (metadata / "entry_points.txt").write_text("\n".join(["[pytest11]", *lines]))
     monkeypatch.setenv("PYTHONPATH", str(site))
-    pytester.makeini("[pytest]\nfilterwarnings = error\naddopts = --strict-markers -p no:cacheprovider")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others take longer to load than the tests run
+    pytester.makeini(
+        "[pytest]\nfilterwarnings = error\naddopts = --strict-markers -p lingualinked -p pytest_timeout -p xdist"
+    )
     pytester.makeconftest(CONFTEST)
     return pytester
 
@@ -66,6 +73,7 @@ def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
         import lingualinked as ll
 
         IDS = torch.tensor([[1, 17, 93, 54, 8]])
+        pytestmark = pytest.mark.lingualinked(devices=1)
 
         @pytest.mark.lingualinked(devices=[1, [ll.Device(name="near", threads=1), ll.Device(name="far", latency="1ms")]])
         @pytest.mark.parametrize("num_tokens", [2])
@@ -73,11 +81,8 @@ def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
             assert len(sharded_model.plan.stages) == len(cluster.devices)
             assert sharded_model.generate(IDS, max_new_tokens=num_tokens, do_sample=False).shape == (1, 7)
 
-        def test_without_a_marker(cluster):
-            assert len(cluster.pids) == 2
-
         def test_requested_in_the_test(request):
-            assert request.getfixturevalue("sharded_model").plan.devices == ("worker-0", "worker-1")
+            assert request.getfixturevalue("sharded_model").plan.devices == ("worker-0",)
 
         @pytest.mark.lingualinked(scope="module")
         class TestKept:
@@ -86,7 +91,11 @@ def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
 
             def test_kept_second(self, sharded_model):
                 assert len(sharded_model.telemetry.steps) == 1
-                sharded_model(IDS, output_hidden_states=True)
+                sharded_model(IDS)
+                sharded_model.cluster.kill("worker-0")
+
+            def test_kept_third(self, sharded_model):
+                sharded_model(IDS)
 
         def test_fails(sharded_model):
             assert sharded_model(IDS) is None
@@ -114,20 +123,21 @@ def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
     assert result.ret == pytest.ExitCode.INTERRUPTED
     assert {
         "test_numbers_of_devices[devices=near+far-2]",
-        "test_fails",
-        "test_is_too_slow",
-        "test_is_interrupted",
+        "test_fails[devices=1]",
+        "test_is_too_slow[devices=1]",
+        "test_is_interrupted[devices=1]",
     } <= ran.keys()
-    assert ran["test_kept_first[devices=2]"] == ran["test_kept_second[devices=2]"]
-    assert not any(psutil.pid_exists(pid) for pids in ran.values() for pid in pids)
+    assert ran["test_kept_first[devices=1]"] == ran["test_kept_second[devices=1]"]
+    assert ran["test_kept_second[devices=1]"] != ran["test_kept_third[devices=1]"]  # of a cluster that was not harmed
+    assert not any(map(psutil.pid_exists, itertools.chain(*ran.values())))
     traces = {path.name: json.loads(path.read_text()) for path in (project.path / "traces").iterdir()}
-    assert len(traces) == 11  # of each test that got a model; also of the one that fails
+    assert len(traces) == 12  # of each test that got a model; also of the one that fails
     steps = [
         event
-        for event in traces["test_foreign.py_TestKept_test_kept_second_devices=2_.json"]["traceEvents"]
+        for event in traces["test_foreign.py_TestKept_test_kept_second_devices=1_.json"]["traceEvents"]
         if event["name"] == "prefill"
     ]
-    assert len(steps) == 3  # the caller's and two stages': of the second test alone
+    assert len(steps) == 2  # the caller's and the stage's: of the second test alone
 
 
 def test_side_by_side_under_xdist(project: pytest.Pytester) -> None:
@@ -144,18 +154,6 @@ def test_side_by_side_under_xdist(project: pytest.Pytester) -> None:
     )
     result = project.runpytest_subprocess("-n2", timeout=100)
     result.assert_outcomes(passed=1, failed=1)
-    pids = [pid for pids in workers(project).values() for pid in pids]
+    pids = list(itertools.chain(*workers(project).values()))
     assert len(set(pids)) == 3
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))  # one pytest process has ended where it stood
-
-
-def test_what_a_marker_may_say(project: pytest.Pytester) -> None:
-    project.makepyfile(
-        """
-        import pytest
-        @pytest.mark.lingualinked(devices=0)
-        def test_none(cluster): pass
-        """
-    )
-    result = project.runpytest_subprocess(timeout=100)
-    result.stdout.fnmatch_lines(["*devices=0 of @pytest.mark.lingualinked: give a positive number*"])

@@ -46,10 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a marked test once with each number or list of devices."""
     test = metafunc.definition
     if "_provider" in metafunc.fixturenames and test.get_closest_marker(MARK) is not None:
-        setups, scope = setups_of(test)
-        shared = [_interned(metafunc.config, each) for each in setups]
-        ids = [each.label for each in shared]
-        metafunc.parametrize("_provider", shared, indirect=True, ids=ids, scope=scope)
+        setups = [_interned(metafunc.config, each) for each in setups_of(test)]
+        labels = [each.label for each in setups]
+        metafunc.parametrize("_provider", setups, indirect=True, ids=labels, scope=setups[0].scope)
 
 
 _SETUPS = pytest.StashKey[list[Setup]]()
@@ -70,8 +69,8 @@ def _setup_of(request: pytest.FixtureRequest) -> Setup:
     setup = getattr(request, "param", None)
     if isinstance(setup, Setup):
         return setup
-    setups, scope = setups_of(request.node)
-    if len(setups) > 1 or scope != "function":
+    setups = setups_of(request.node)
+    if len(setups) > 1 or setups[0].scope != "function":
         raise pytest.UsageError(
             f"too late for devices= or scope= of @pytest.mark.{MARK}, since {request.node.nodeid} is running: name the fixture "
             "among the test's arguments"

@@ -30,11 +30,14 @@ class Setup:
         A number of local workers with one thread each, or the devices.
     cluster_arguments, model_arguments : mapping of str to object
         Of `FaultyCluster` and of ``ShardedModel.from_pretrained``.
+    scope : {"session", "package", "module", "class", "function"}
+        How long both are kept.
     """
 
     devices: int | tuple[Device, ...] = DEFAULT_DEVICES
     cluster_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scope: Scope = "function"
 
     @property
     def label(self) -> str:
@@ -44,8 +47,8 @@ class Setup:
         return f"devices={'+'.join(device.name for device in self.devices)}"
 
 
-def setups_of(item: pytest.Item | pytest.Function) -> tuple[list[Setup], Scope]:
-    """Read the markers of a test, those of its class and module included; return what it asks for, and the scope.
+def setups_of(item: pytest.Item | pytest.Function) -> list[Setup]:
+    """Read the markers of a test, those of its class and module included; return a setup for each run.
 
     Each argument counts as the nearest marker states it.
 
@@ -69,7 +72,7 @@ def setups_of(item: pytest.Item | pytest.Function) -> tuple[list[Setup], Scope]:
         raise pytest.UsageError(f"{item.nodeid}: scope={scope!r} of @pytest.mark.{MARK}: give one of {get_args(Scope)}")
     variants = _variants(asked.pop("devices", DEFAULT_DEVICES), item.nodeid)
     of_cluster = {name: asked.pop(name) for name in _OF_CLUSTER if name in asked}
-    return [Setup(devices=each, cluster_arguments=of_cluster, model_arguments=asked) for each in variants], scope
+    return [Setup(devices=each, cluster_arguments=of_cluster, model_arguments=asked, scope=scope) for each in variants]
 
 
 def _variants(devices: object, test: str) -> list[int | tuple[Device, ...]]:
