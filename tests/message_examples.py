@@ -58,7 +58,7 @@ VALUES = {
     "adapter": Adapter("default", 3, (AdaptedModule("lm_head", 8, 2.0, False, False, ("lora_A.default.weight",)),)),
     "timings": (TIMES,),
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
-    "state": SessionState(number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False),
+    "state": SessionState(number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False, lags={}),
     "layout": None,
     "rounding": Rounding("0123456789abcdef", 2),
     "max_kv_tokens": None,

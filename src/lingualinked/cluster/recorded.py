@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lingualinked.cluster.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
+from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.protocol.steps import Step
@@ -76,6 +77,7 @@ class DueRecords:
     num_kv_tokens: int  # that each row has with this step, or has room for in a static KV cache
     longest_window: int  # of layers with a window, which may be shorter
     is_autocast: bool  # dtypes are then torch's to choose
+    skips: LayerSkips = NO_SKIPS  # whose layers record nothing: indices are those of the others
 
     @classmethod
     def of(cls, step: Step, spec: ModelSpec, inputs: Tensor, num_tokens: int, max_cache_len: int) -> DueRecords:
@@ -88,12 +90,15 @@ class DueRecords:
             num_kv_tokens=max_cache_len or num_tokens,
             longest_window=max(max_cache_len, num_tokens),
             is_autocast=any(name.startswith("autocast") for name, _ in step.torch_settings),
+            skips=step.skips,
         )
 
     def join(self, parts: Mapping[int, object], route: Route) -> Recorded:
         """Join what all stages recorded, or raise a WorkerError of a ProtocolError if one sent something else."""
         recorded: dict[str, list[Tensor | None]] = {name: [] for name in self.names}
-        for index, stage in enumerate(route.plan.stages):
+        for index, planned in enumerate(route.plan.stages):
+            start, end = map(self.skips.num_before, (planned.start, planned.end))
+            stage = dataclasses.replace(planned, start=start, end=end)
             try:
                 items = self._items_of(parts.get(index), stage, is_last=index == len(route.plan.stages) - 1)
             except ProtocolError as error:

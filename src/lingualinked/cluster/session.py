@@ -88,7 +88,7 @@ class Session:
         self._moved_from: Route | None = None  # until all workers have been told
         self._budget = budget
         self._reach = reach
-        self._gate = edits.gate
+        self._changes = edits
         self.kv_age = KVAge(edits)
         self._watch = watch
         self._record_move = record_move
@@ -146,7 +146,7 @@ class Session:
         try:
             self.stepping_thread = threading.get_ident()
             self._rests.clear()
-            with self._gate.step(), self._changing:
+            with self._changes.gate.step(), self._changing:
                 self._switch_route()
                 options = (keeps_kv, records, hidden_state_indices, hooks, instruments, gradients, adapters)
                 return self._step(inputs, attention_mask, position_ids, logits_to_keep, *options)
@@ -330,6 +330,7 @@ class Session:
             captures=bool(due),
             adapters=adapters,
             requires_grad=(gradients.requires_grad,) if gradients is not None and gradients.may_flow else None,
+            skips=self._changes.skips,
         )
         self._edits.clear()
         self._instruments = instruments

@@ -1,4 +1,4 @@
-"""The edits of one model's tensors that are in force: sends them to the workers that hold the tensors, and to new stages.
+"""The changes of one model that are in force: edits of its tensors, which workers are sent, and skipped layers, which steps name.
 
 Knows routes, parts and the message; neither who edits nor why.
 """
@@ -19,6 +19,7 @@ from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.remote_weights import stages_of
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.step_gate import StepGate
+from lingualinked.model.layer_skips import LayerSkips
 from lingualinked.model.parts import ModelParts
 from lingualinked.protocol.editing import ChangeKind, EditTensor, TensorChange
 
@@ -48,6 +49,7 @@ class TensorEdits:
     def __init__(self, engine: Engine, model: int, routes: Routes, timeout_s: float) -> None:
         self.revision = 0  # how often the model has been changed
         self.gate = StepGate()
+        self.skips = LayerSkips()
         self._engine = engine
         self._model = model
         self._routes = routes
@@ -102,6 +104,11 @@ class TensorEdits:
                 self._send(before, {}, self._devices)
             raise
         self._in_force = {name: each for name, each in {**self._in_force, **changes}.items() if each}
+        self.revision += 1
+
+    def skip(self, skips: LayerSkips) -> None:
+        """Skip these layers, and no others, in all later steps. Call it `between_steps`."""
+        self.skips = skips
         self.revision += 1
 
     @contextlib.contextmanager

@@ -32,7 +32,7 @@ from lingualinked.model.kv_layers import (
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from torch import Tensor
     from transformers import Cache, PreTrainedConfig
@@ -64,6 +64,7 @@ class StageCache:
         self._growth = Growth(2 * len(owned), spare_bytes)
         self.count = TokenCount(device or torch.device("cpu"))  # of a static cache
         self.num_tokens = 0
+        self.arriving_lags: Mapping[int, int] = {}  # `lags` of KV that arrives from elsewhere
         self.owned: dict[int, OwnedLayer] = {}
         self._elsewhere: list[Any] = []
         for slot, kind in enumerate(self.hf.layers):
@@ -182,16 +183,32 @@ class StageCache:
                 f"{num_tokens:,} more were to be added: make it with a larger max_cache_len"
             )
 
-    def advance(self, num_tokens: int) -> None:
-        """Count the tokens of a finished step; called by `Stage.step`."""
+    def advance(self, num_tokens: int, skipped: Collection[int] = ()) -> None:
+        """Count the tokens of a finished step, in which the layers with some slots were skipped; called by `Stage.step`."""
         self.num_tokens += num_tokens
         if self.is_static:
             self.count.on_host = self.num_tokens
             for layer in (*self.owned.values(), *self._elsewhere):
                 layer.record_seen()
-        else:
-            for layer in self._elsewhere:
-                layer.advance(num_tokens)
+            return
+        for slot in range(len(self.hf.layers)):
+            if slot not in self.owned and slot not in skipped:
+                self._layer(slot).advance(num_tokens)
+
+    @property
+    def lags(self) -> dict[int, int]:
+        """By how many tokens layers of a growing cache are behind, since they were skipped, by slot; own layers and others."""
+        if self.is_static:
+            return {}
+        held = {slot: self._length(slot) for slot in range(len(self.hf.layers))}
+        return {slot: self.num_tokens - length for slot, length in held.items() if length < self.num_tokens}
+
+    def _length(self, slot: int) -> int:
+        layer = self._layer(slot)
+        return layer.stop if slot in self.owned else layer.cumulative_length  # type: ignore[no-any-return]
+
+    def _layer(self, slot: int) -> Any:
+        return self.hf.layers[slot]
 
     def adopt_layers(self, others: Iterable[StageCache]) -> None:
         """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
@@ -204,15 +221,17 @@ class StageCache:
                 else:
                     layer.growth = self._growth
 
-    def complete_adoption(self, num_tokens: int, *, records_past: bool) -> None:
-        """Set the number of tokens that the session, and so each layer, adopted or written, has seen."""
+    def complete_adoption(self, num_tokens: int, *, records_past: bool, lags: Mapping[int, int]) -> None:
+        """Set the number of tokens that the session, and so each layer, adopted or written, has seen, except for `lags`."""
         for slot, layer in self.owned.items():
-            if layer.stop != num_tokens:
+            if layer.stop != num_tokens - lags.get(slot, 0):
                 raise ProtocolError(
                     f"KV of layer slot {slot} ends at token {layer.stop}, and the session has {num_tokens}"
                 )
         self.count.on_device.fill_(num_tokens)
         self.advance(num_tokens - self.num_tokens)
+        for slot in lags.keys() - self.owned.keys():
+            self._layer(slot).drop_last(lags[slot])
         self.record_past(records_past)
 
     @property

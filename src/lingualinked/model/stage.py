@@ -29,6 +29,7 @@ from lingualinked.model.hook_points import HookedPass, ModuleCall, in_this_threa
 from lingualinked.model.instruments import InstrumentedPass, StageInstruments
 from lingualinked.model.joining import join_spans, missing_spans
 from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.layer_order import LayerList, SpanOrder
 from lingualinked.model.parts import cache_slots
 from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.stage_adapters import StageAdapters, find_base
@@ -40,6 +41,7 @@ from lingualinked.rounding import Rounding
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from lingualinked.model.instrument_data import Instruments
@@ -69,7 +71,8 @@ class Stage:
             speed_up_norms(self._model)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
-        self._layers = layers
+        self._layers = LayerList(layers)
+        self._model.set_submodule(span.parts.layers, self._layers)
         self._slots = self.cache_slots(start, end)
         self._ropes = computing.dynamic_ropes(self._model)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
@@ -206,7 +209,7 @@ class Stage:
             output.tensors = self._finished(output.tensors)
         # 3) count the tokens
         if cache is not None:
-            cache.advance(num_new)
+            cache.advance(num_new, inputs.skips.indices)
         return output
 
     def _finished(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -259,14 +262,7 @@ class Stage:
             arguments |= {f"output_{name}": True for name in inputs.records if name not in _ONLY_RECORDED}
         # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
-        # The hooks are for this pass only: stages that share the layer have their own.
-        hooks = [self._layers[self.end - 1].register_forward_hook(self._boundary.capture_output)]
-        hooks += [
-            self._layers[self.start].register_forward_pre_hook(
-                in_this_thread(lambda *_, name=name: recording.record_too(name))
-            )
-            for name in _ONLY_RECORDED.intersection(inputs.records)
-        ]
+        order, hooks = self._prepare_layers(inputs)
         count = cache.count if cache is not None and cache.is_static else None
         instrumented = None
         stops = contextlib.ExitStack()
@@ -283,6 +279,7 @@ class Stage:
                     stops.enter_context(HookedPass(self._model, self.span.parts.layers, inputs.hooks, pause))
                 if count is not None:
                     count.begin_step(states.shape[1])
+                self._layers.order = None if order is None else order.order
                 with contextlib.suppress(SpanLeft):
                     result = self._model(**arguments)
                 if count is not None:
@@ -291,16 +288,38 @@ class Stage:
                 outputs: tuple[Tensor, ...] = (result.logits,)
             else:
                 outputs, layout = flatten_output(self._boundary.outgoing)
-            recorded = {
-                name: self._recorded(name, result[name], inputs.hidden_state_indices) for name in inputs.records
-            }
+            recorded = {name: self._recorded(name, result.get(name) or (), inputs, order) for name in inputs.records}
         finally:
+            self._layers.order = None
             stops.close()
             for hook in hooks:
                 hook.remove()
             self._boundary.clear()
         captured = [] if instrumented is None else [(number, value.cpu()) for number, value in instrumented.captured]
         return StageOutput(tensors=outputs, layout=layout, recorded=recorded, captured=captured)
+
+    def _prepare_layers(self, inputs: StageInputs) -> tuple[SpanOrder | None, list[RemovableHandle]]:
+        """Return which layers to run, if some are skipped, and the hooks at both ends of the span."""
+        order = None
+        own: Sequence[nn.Module] = self._layers[self.start : self.end]
+        if inputs.skips.indices:
+            order = SpanOrder(self._layers, self.start, self.end, inputs.skips, self._boundary, self._config.model_type)
+            own = order.own
+        if not own:  # what comes in is what goes out
+            incoming = self._boundary.outgoing = self._boundary.incoming
+            states = incoming[0] if isinstance(incoming, tuple) else incoming
+            assert order is not None
+            record = in_this_thread(lambda *_: recording.record_hidden_state(states))
+            return order, [order.order[-1].register_forward_pre_hook(record)] if self.is_last else []
+        # The hooks are for this pass only: stages that share the layer have their own.
+        hooks = [own[-1].register_forward_hook(self._boundary.capture_output)]
+        hooks += [
+            own[0].register_forward_pre_hook(in_this_thread(lambda *_, name=name: recording.record_too(name)))
+            for name in _ONLY_RECORDED.intersection(inputs.records)
+        ]
+        if order is not None and order.feeds_first:
+            hooks.append(own[0].register_forward_pre_hook(order.feed_first(self._boundary), with_kwargs=True))
+        return order, hooks
 
     @contextlib.contextmanager
     def _own_globals(self, inputs: StageInputs, settings: TorchSettings) -> Iterator[None]:
@@ -325,28 +344,34 @@ class Stage:
         """Wait for the hooks of a module; other steps may run meanwhile, on this stage too."""
         assert inputs.pause is not None
         settings = read_torch_settings() if inputs.torch_settings else {}
-        boundary = vars(self._boundary).copy()
+        boundary, order = vars(self._boundary).copy(), self._layers.order
+        self._layers.order = None
         shared.close()
         try:
             return inputs.pause(call)
         finally:
             shared.enter_context(self._own_globals(inputs, settings))
             vars(self._boundary).update(boundary)
+            self._layers.order = order
 
     def _recorded(
-        self, name: str, values: tuple[Tensor | None, ...], selected: tuple[int, ...] | None
+        self, name: str, values: tuple[Tensor | None, ...], inputs: StageInputs, order: SpanOrder | None
     ) -> tuple[Tensor | None, ...]:
         """Return what a forward pass recorded in this span: stand-ins count in some classes, in others they do not.
 
         Hidden states are the inputs of the layers, and behind the last layer the output of the model.
         """
         has_one_more = name == "hidden_states"
-        if len(values) == self.num_layers + has_one_more:
-            values = values[self.start : self.end + (has_one_more and self.is_last)]
+        start, end, num_layers = map(inputs.skips.num_before, (self.start, self.end, self.num_layers))
+        selected = inputs.hidden_state_indices
+        if order is not None and order.has_substitute and len(values) == 1 + num_layers + has_one_more:
+            values = values[1:]
+        if len(values) == num_layers + has_one_more:
+            values = values[start : end + (has_one_more and self.is_last)]
         elif has_one_more and not self.is_last:
             values = values[:-1]
         if has_one_more and selected is not None:
-            values = tuple(value if self.start + index in selected else None for index, value in enumerate(values))
+            values = tuple(value if start + index in selected else None for index, value in enumerate(values))
         return tuple(None if value is None else value.cpu() for value in values)
 
     def _to_device(self, value: Any) -> Any:

@@ -16,6 +16,7 @@ from lingualinked.model.autograd_graph import AutogradGraph
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.instruments import StageInstruments
+from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.model.step_graphs import DecodeInputs
 from lingualinked.model.torch_settings import TorchSettings
 
@@ -44,6 +45,7 @@ class StageInputs:
     instruments: StageInstruments | None = None  # captures and interventions at its modules
     captures: bool = False  # whether captures count in this step
     past: int = 0  # tokens before the step
+    skips: LayerSkips = NO_SKIPS
     graph: AutogradGraph | None = None  # for gradients; None if none will be asked for
     adapters: AdapterUse | None = None  # None: none are active
 
@@ -69,6 +71,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or inputs.hooks
         or inputs.instruments is not None
         or inputs.graph is not None
+        or inputs.skips != NO_SKIPS
         or not isinstance(keep, int)
     ):
         return None

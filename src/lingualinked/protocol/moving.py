@@ -69,13 +69,17 @@ class KVSlice(Message, frozen=True):
 
 
 class SessionState(Message, frozen=True):
-    """A stage's state of a session apart from KV; a mask, if any, is sent with the message after the KV."""
+    """A stage's state of a session apart from KV; a mask, if any, is sent with the message after the KV.
+
+    ``lags`` say by how many tokens layers are behind that were skipped, by the slots of their KV.
+    """
 
     number: Natural
     num_tokens: Natural
     records_past: bool
     reserved_tokens: int
     has_mask: bool
+    lags: dict[Natural, Natural]
 
 
 class KVChunk(Message, frozen=True, tag=13):

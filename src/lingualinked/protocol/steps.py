@@ -12,6 +12,7 @@ from lingualinked.model.adapter_data import AdapterUse
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.instrument_data import Instruments
+from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.protocol.base import Message, Natural
 
 
@@ -66,6 +67,7 @@ class Step(Message, frozen=True, tag=4):
     If ``requires_grad`` is not None, each stage keeps the autograd graph of the step until `FreeGraph`, or its own end; it
     says of which of the stage's inputs gradients may be asked for.
     Stages compute with the adapters that ``adapters`` says, of those that they have (`AddAdapter`); None: without any.
+    They run no layers that ``skips`` names.
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
@@ -95,6 +97,7 @@ class Step(Message, frozen=True, tag=4):
     captures: bool = False
     requires_grad: tuple[bool, ...] | None = None
     adapters: AdapterUse | None = None
+    skips: LayerSkips = NO_SKIPS
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

@@ -41,6 +41,7 @@ from lingualinked.sharded.inputs import (
     take_records,
 )
 from lingualinked.sharded.instruments import OpenBlocks
+from lingualinked.sharded.layer_surgery import LayerSurgery
 from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.module_calls import find_calls
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
@@ -173,9 +174,14 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
             if isinstance(value, Tensor):
                 loss_arguments[name] = check_tensor(name, value)
         cache_position = kwargs.pop("cache_position", None)
-        num_layers = self._pipeline.plan.stages[-1].end
+        skips = self._pipeline.edits.skips
+        num_layers = skips.num_before(self._pipeline.plan.stages[-1].end)
         rows = kwargs.pop("adapter_names", None)
         records, selected = take_records(self.config, kwargs, self._recordable, num_layers)
+        if records and skips.bypassed:
+            raise UnsupportedOperationError(
+                f"{', '.join(records)} of a sharded model in which nn.Identity() is in place of a layer: delete the layer instead"
+            )
         refuse_arguments(kwargs, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
         past = self._check_past(past_key_values, inputs.shape[0])
@@ -327,6 +333,7 @@ def make_sharded(
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=Seal(meta, weights), _sealed_config=SealedConfig(meta.config)
     )
+    vars(model)["_surgery"] = LayerSurgery(model.get_submodule(parts.layers), pipeline.edits)
     adapters: AdapterLayers = vars(model)["_adapters"]  # of the seal
     vars(model).update(
         _hooked_modules=HookedModules(meta, parts, adapters),

@@ -20,6 +20,7 @@ from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.editable import Editable
 from lingualinked.sharded.instrumented import Instrumented
 from lingualinked.sharded.memory_check import check_total_memory
 from lingualinked.sharded.placing import fit_plan
@@ -34,12 +35,11 @@ if TYPE_CHECKING:
     from lingualinked.model.parts import ModelParts
     from lingualinked.profile import Profile
     from lingualinked.sharded.describing import Described
-    from lingualinked.sharded.weight_edits import WeightEdit, WeightEditor
     from lingualinked.telemetry.decisions import Decision
     from lingualinked.telemetry.snapshot import Telemetry
 
 
-class ShardedModel(Instrumented):
+class ShardedModel(Instrumented, Editable):
     """A Hugging Face causal LM whose layers run in worker processes.
 
     Load it with `from_pretrained`. The result is also an instance of the model's own transformers class, so it works with
@@ -51,7 +51,6 @@ class ShardedModel(Instrumented):
         _pipeline: Pipeline
         _parts: ModelParts
         _owns_cluster: bool
-        _editor: WeightEditor
 
         __call__: Callable[..., Any]
         generate: Callable[..., Any]
@@ -217,11 +216,6 @@ class ShardedModel(Instrumented):
         products, attention and elementwise functions: in bfloat16 2, for example, where one row is summed in another order.
         """
         return self._pipeline.independent_rows
-
-    @property
-    def edits(self) -> tuple[WeightEdit, ...]:
-        """The edits of its weights that are in force, by tensor, in order; statements in a row are one edit."""
-        return self._editor.list_edits()
 
     @property
     def cluster(self) -> Cluster:

@@ -33,7 +33,7 @@ _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinsta
 _SHADOWED = ("_buffers", "_modules", "_parameters")  # an attribute of the same name shadows their entries
 _SCALARS = (bool, int, float, str)
 _OF_THE_CALLER = ("loss_type", "name_or_path")
-_OF_THE_SEAL = ("_adapters", "_path", "_sealed")  # attributes that a module does not have elsewhere
+_OF_THE_SEAL = ("_adapters", "_path", "_sealed", "_surgery")  # attributes that a module does not have elsewhere
 _ABSENT = object()
 
 
@@ -111,6 +111,10 @@ class SealedModule:
                 vars(self).pop(name, None)  # its own again
             else:
                 object.__setattr__(self, name, value)
+            return
+        surgery = vars(held).get("_surgery") if isinstance(held, nn.ModuleList) else None
+        if surgery is not None and isinstance(value, nn.ModuleList):
+            surgery.adopt(self, name, value)
             return
         if name in self._sealed or hasattr(type(self), name) or isinstance(value, nn.Parameter | nn.Module):
             if _set_adapter_layer(self, self._path, name, value):
@@ -204,11 +208,11 @@ for _name, _why in {"compile": _CHANGE, "load_state_dict": _CHANGE}.items():
 
 
 @functools.cache  # one class per real one: types of two modules of a kind are equal
-def _sealed_class(real: Any) -> Any:
-    """Return a subclass of `SealedModule` and ``real`` with the name of ``real``."""
+def sealed_class(real: Any, base: type[SealedModule] = SealedModule) -> Any:
+    """Return a subclass of ``base`` and ``real`` with the name of ``real``."""
     sealed = make_stand_in(
         real,
-        (SealedModule, real),
+        (base, real),
         {
             "__qualname__": real.__qualname__,
             # Modules that torch creates from this class, such as a slice of a list, do not belong to the model.
@@ -276,7 +280,7 @@ class Seal:
                 self._registries = {key: state[key] for key in _REGISTRIES}
             else:
                 state["_path"], state["_sealed"] = path, frozenset(state)
-                object.__setattr__(module, "__class__", _sealed_class(cast("Any", type(module))))
+                object.__setattr__(module, "__class__", sealed_class(cast("Any", type(module))))
                 self._states.append((module, dict(state)))
 
     def check(self, model: nn.Module) -> None:

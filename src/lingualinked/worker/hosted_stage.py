@@ -24,6 +24,7 @@ from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.model.stage_data import StageInputs, StageOutput
+from lingualinked.protocol.moving import SessionState
 from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot
@@ -162,15 +163,14 @@ class HostedStage:
             fitting.append(dataclasses.replace(piece, place=place))
         write_pieces(fitting, cache)
 
-    def record_state(
-        self, session: int, context: StepContext, number: int, *, records_past: bool, reserved_tokens: int
-    ) -> None:
+    def record_state(self, session: int, context: StepContext, state: SessionState) -> None:
         """Record the state, apart from KV, of a session that moves here."""
         incoming = self._incoming[session]
-        incoming.context, incoming.number = context, number
+        incoming.context, incoming.number = context, state.number
         assert incoming.cache is not None
-        incoming.cache.record_past(records_past)
-        incoming.cache.reserve(reserved_tokens)
+        incoming.cache.record_past(state.records_past)
+        incoming.cache.reserve(state.reserved_tokens)
+        incoming.cache.arriving_lags = state.lags
 
     def is_receiving(self, session: int) -> bool:
         """Return whether KV has arrived of a session that still runs elsewhere."""
@@ -194,7 +194,8 @@ class HostedStage:
         state.num_rows, state.num_tokens = known.num_rows, max_cache_len or known.context.num_tokens
         state.context = StepContext(known.context.mask, known.context.num_tokens)
         state.cache.reserve(known.cache.reserved_tokens)
-        state.cache.complete_adoption(known.context.num_tokens, records_past=known.cache.records_past)
+        lags = known.cache.lags if others else known.cache.arriving_lags
+        state.cache.complete_adoption(known.context.num_tokens, records_past=known.cache.records_past, lags=lags)
         self.sessions[session] = state
 
     def drop_moves(self) -> None:
@@ -325,6 +326,7 @@ class HostedStage:
                 torch_settings=dict(step.torch_settings),
                 records=step.records,
                 hidden_state_indices=step.hidden_state_indices,
+                skips=step.skips,
                 hooks=step.hooks,
                 pause=pause,
                 instruments=session.instruments,

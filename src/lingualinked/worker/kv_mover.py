@@ -109,13 +109,7 @@ class KVMover:
             hosted.write_kv(chunk.session, pieces, chunk.max_cache_len)
             if chunk.state is not None:
                 context = StepContext(tensors[-1] if has_mask else None, chunk.state.num_tokens)
-                hosted.record_state(
-                    chunk.session,
-                    context,
-                    chunk.state.number,
-                    records_past=chunk.state.records_past,
-                    reserved_tokens=chunk.state.reserved_tokens,
-                )
+                hosted.record_state(chunk.session, context, chunk.state)
         # 3) after the last chunk, tell the caller
         if not chunk.is_last:
             return None
@@ -151,6 +145,7 @@ class KVMover:
                     records_past=session.cache.records_past,
                     reserved_tokens=session.cache.reserved_tokens,
                     has_mask=mask is not None,
+                    lags=session.cache.lags,
                 )
         chunk = KVChunk(
             request=request.request,

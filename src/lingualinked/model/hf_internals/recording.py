@@ -57,6 +57,13 @@ class Recorders:
                 del hooks[number]
 
 
+def record_hidden_state(states: torch.Tensor | None) -> None:
+    """Record hidden states of the forward pass that is in progress, if it records them and no layer has."""
+    collected = output_capturing._active_collector.get()
+    if collected is not None and collected.get("hidden_states") == []:
+        collected["hidden_states"].append(states)
+
+
 def record_too(name: str) -> None:
     """Record one more output of the forward pass that is in progress, as if it had been called for it."""
     collected = output_capturing._active_collector.get()
