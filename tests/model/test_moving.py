@@ -112,7 +112,7 @@ class Moving(Cut):
                 old for (other, _, _), old in zip(self._spans, self.caches, strict=True) if other == device and old
             ]
             cache.adopt_layers(stayed)
-            cache.complete_adoption(self._num_tokens, records_past=self.caches[0].records_past)
+            cache.complete_adoption(self._num_tokens, records_past=self.caches[0].records_past, lags={})
         self._spans, self.stages, self.caches = self._next_spans, self._next_stages, self._next_caches
         self._next_spans, self._copies = [], []
 

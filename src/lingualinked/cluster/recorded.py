@@ -90,7 +90,7 @@ class DueRecords:
             num_kv_tokens=max_cache_len or num_tokens,
             longest_window=max(max_cache_len, num_tokens),
             is_autocast=any(name.startswith("autocast") for name, _ in step.torch_settings),
-            skips=step.skips,
+            skips=step.skips or NO_SKIPS,
         )
 
     def join(self, parts: Mapping[int, object], route: Route) -> Recorded:

@@ -330,7 +330,7 @@ class Session:
             captures=bool(due),
             adapters=adapters,
             requires_grad=(gradients.requires_grad,) if gradients is not None and gradients.may_flow else None,
-            skips=self._changes.skips,
+            skips=self._changes.skips if self._changes.skips.indices else None,
         )
         self._edits.clear()
         self._instruments = instruments

@@ -12,7 +12,7 @@ from lingualinked.model.adapter_data import AdapterUse
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.instrument_data import Instruments
-from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
+from lingualinked.model.layer_skips import LayerSkips
 from lingualinked.protocol.base import Message, Natural
 
 
@@ -97,7 +97,7 @@ class Step(Message, frozen=True, tag=4):
     captures: bool = False
     requires_grad: tuple[bool, ...] | None = None
     adapters: AdapterUse | None = None
-    skips: LayerSkips = NO_SKIPS
+    skips: LayerSkips | None = None
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

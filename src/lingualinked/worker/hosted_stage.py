@@ -21,6 +21,7 @@ from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.instruments import StageInstruments
 from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.layer_skips import NO_SKIPS
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.model.stage_data import StageInputs, StageOutput
@@ -326,7 +327,7 @@ class HostedStage:
                 torch_settings=dict(step.torch_settings),
                 records=step.records,
                 hidden_state_indices=step.hidden_state_indices,
-                skips=step.skips,
+                skips=step.skips or NO_SKIPS,
                 hooks=step.hooks,
                 pause=pause,
                 instruments=session.instruments,

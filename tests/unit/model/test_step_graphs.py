@@ -118,7 +118,7 @@ def test_layers_that_another_stage_adopts_are_captured_anew(stage: Stage) -> Non
     logits = [text.step() for _ in range(6)]
     moved = stage.new_cache(max_cache_len=ROOM)
     moved.adopt_layers([text.cache])
-    moved.complete_adoption(text.cache.num_tokens, records_past=False)
+    moved.complete_adoption(text.cache.num_tokens, records_past=False, lags={})
     assert not text.cache.captured
     text.cache, stage.graphs.num_replayed = moved, 0
     assert_equal(logits + [text.step() for _ in range(6)], eager)

@@ -26,6 +26,7 @@ from lingualinked.cluster.step_reply import HookEvent, StepReply
 from lingualinked.cluster.tensor_edits import Changes
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import HookedPass, ModuleCall
+from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.model.parts import ModelParts, find_parts
 from lingualinked.protocol.editing import ChangeKind
 from lingualinked.protocol.hooking import HookAnswered
@@ -140,8 +141,17 @@ class LocalEdits:
     """Stands for the edits of the workers' tensors."""
 
     def __init__(self, model: Any) -> None:
+        self.skips = NO_SKIPS
         self._model = model
+        self._layers = list(model.model.layers)
         self._in_force: dict[str, Changes] = {}
+
+    def skip(self, skips: LayerSkips) -> None:
+        self.skips = skips
+        content = [nn.Identity() if index in skips.bypassed else layer for index, layer in enumerate(self._layers)]
+        self._model.model.layers = nn.ModuleList(
+            [layer for index, layer in enumerate(content) if index not in skips.removed]
+        )
 
     def between_steps(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
