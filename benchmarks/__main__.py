@@ -98,6 +98,17 @@ def ipc(
 
 
 @app.command()
+def instruments(
+    context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Pairs of decode steps of each row.")] = 200,
+) -> None:
+    """Time a decode step of two workers with captures and interventions at every layer, against the same step without."""
+    from benchmarks.instruments import run_instruments
+
+    run_instruments(context, steps)
+
+
+@app.command()
 def gpu(
     shape: Annotated[str, typer.Option(help="llama-1b, llama-8b or tiny.")] = "llama-1b",
     accelerator: Annotated[str, typer.Option(help="Where both sides compute; cpu to try the benchmark.")] = "cuda:0",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import lingualinked as ll
 from both_models import compare
@@ -178,3 +182,211 @@ def test_every_kind_of_generate(pair: Pair, mode: dict[str, Any]) -> None:
         return [tokens, captured]
 
     run(pair, generate)
+
+
+@torch.no_grad()
+def test_blocks_and_hooks_at_one_module_run_in_a_stated_order(pair: Pair) -> None:
+    """Hooks first, in torch's order; then blocks in theirs, of which captures see what was entered before them."""
+
+    def nest(model: Any) -> Any:
+        path, results = f"{layer_of(model, 1)}.mlp", []
+        module = model.get_submodule(path)
+        with contextlib.ExitStack() as blocks:
+            # On the unsharded model the order of registration decides: there, hooks come first.
+            blocks.enter_context(module.register_forward_hook(lambda _m, _a, output: output * 3))
+            results.append(blocks.enter_context(model.capture(path)))
+            blocks.enter_context(model.intervene({path: [ll.Add(torch.ones(HIDDEN)), ll.Scale(0.5, positions=-1)]}))
+            results.append(blocks.enter_context(model.capture(path)))
+            blocks.enter_context(model.intervene({path: ll.Clamp(-0.2, 0.2)}))
+            results.append(blocks.enter_context(model.capture([layer_of(model, 1), path], what="output")))
+            results.append(model(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states)
+        results.append(model(IDS, attention_mask=MASK).logits)
+        return results
+
+    run(pair, nest)
+    sharded = pair[0]
+    path = f"{layer_of(sharded, 1)}.mlp"
+    with sharded.intervene({path: ll.Ablate()}), sharded.capture(path) as captured:
+        seen: list[Tensor] = []
+        with sharded.get_submodule(path).register_forward_hook(lambda _m, _a, output: seen.append(output.clone())):
+            sharded(IDS, attention_mask=MASK)
+    assert seen[0].any()  # though it was registered last
+    assert not captured[path][0].any()
+
+
+def test_each_thread_its_own(llama: Pair) -> None:
+    sharded, whole = llama
+
+    def steer(model: Any, index: int) -> Any:
+        vector = torch.linspace(-index, index, HIDDEN)
+        with (
+            model.intervene({"model.layers.[12]": ll.Add(vector, positions=slice(2, None))}, scope="thread"),
+            model.capture("model.layers.*", positions=-1, scope="thread") as captured,
+        ):
+            tokens = model.generate(IDS, attention_mask=MASK, max_new_tokens=6, min_new_tokens=6)
+        return [tokens, plain(captured)]
+
+    with ThreadPoolExecutor(8) as pool:
+        ours = list(pool.map(lambda index: steer(sharded, index), range(8)))
+    compare("result", ours, [steer(whole, index) for index in range(8)])
+
+
+@torch.no_grad()
+def test_one_session_alone_and_its_copies(llama: Pair) -> None:
+    sharded, whole = llama
+    cache = DynamicCache(config=sharded.config)
+    change = {"model.layers.1": ll.Add(torch.ones(HIDDEN))}
+    with sharded.intervene(change, scope=cache), sharded.capture("model.layers.2", scope=cache) as captured:
+        sharded(IDS, past_key_values=cache)
+        fork = copy.deepcopy(cache)
+        other = sharded(IDS)
+        step = sharded(IDS[:, :1], past_key_values=cache)
+        step_of_fork = sharded(IDS[:, :1], past_key_values=fork)  # for which nothing is in force
+        step_of_other = sharded(IDS[:, :1], past_key_values=other.past_key_values)
+    assert [list(each.shape) for each in captured["model.layers.2"]] == [[2, 8, 32], [2, 1, 32]]
+    again = sharded(IDS[:, :1], past_key_values=cache)
+    with whole.intervene(change):
+        past = whole(IDS).past_key_values
+        past_of_fork = copy.deepcopy(past)
+        assert torch.equal(step.logits, whole(IDS[:, :1], past_key_values=past).logits)
+    assert torch.equal(again.logits, whole(IDS[:, :1], past_key_values=past).logits)
+    assert torch.equal(step_of_fork.logits, whole(IDS[:, :1], past_key_values=past_of_fork).logits)
+    past_of_other = whole(IDS).past_key_values
+    assert torch.equal(step_of_other.logits, whole(IDS[:, :1], past_key_values=past_of_other).logits)
+
+
+def test_under_migration(tiny_llama: str, place: Any, unsharded: Any) -> None:
+    """Layers move between steps and beside them; the stages that they move to are told, and captures name them."""
+    sharded, whole = place(tiny_llama, SPANS), ByHooks(unsharded)
+    moved = [("b", 0, 2), ("d", 2, 4)]
+
+    def generate(model: Any, between: Any = lambda step: None) -> Any:
+        change = {"model.layers.*.mlp": ll.Add(torch.linspace(-3, 3, HIDDEN), positions=slice(1, None))}
+        with torch.no_grad(), model.intervene(change), model.capture("model.layers.*", positions=-1) as captured:
+            output, logits = model(IDS), []
+            for step in range(8):
+                between(step)
+                output = model(IDS[:, step % 8, None], past_key_values=output.past_key_values)
+                logits.append(output.logits)
+        return logits, captured
+
+    def move(step: int) -> None:
+        if step in (2, 5):
+            sharded.rebalance(ll.Plan.from_spans(moved if step == 2 else SPANS))
+
+    theirs, kept = generate(whole)
+    ours, captured = generate(sharded, move)
+    compare("between", [ours, plain(captured)], [theirs, plain(kept)])
+    assert captured.devices["model.layers.3"] == ("c", "d")
+    assert captured.devices["model.layers.1"] == ("b",)
+    # Beside the steps of three threads.
+    with ThreadPoolExecutor(3) as pool:
+        change = {"model.layers.*.mlp": ll.Add(torch.linspace(-3, 3, HIDDEN), positions=slice(1, None))}
+        with sharded.intervene(change):
+            texts = [
+                pool.submit(sharded.generate, IDS, attention_mask=MASK, max_new_tokens=40, min_new_tokens=40)
+                for _ in range(3)
+            ]
+            for spans in (moved, SPANS, moved):
+                sharded.rebalance(ll.Plan.from_spans(spans))
+            ours = [each.result() for each in texts]
+        with whole.intervene(change):
+            theirs = whole.generate(IDS, attention_mask=MASK, max_new_tokens=40, min_new_tokens=40)
+    assert all(torch.equal(our, theirs) for our in ours)
+
+
+@torch.no_grad()
+def test_unchanged_instruments_cost_one_byte_and_captures_one_message(llama: Pair) -> None:
+    sharded, _ = llama
+
+    def received(cache: Any) -> list[int]:
+        sharded(IDS[:, :1], past_key_values=cache)
+        return [stage.sent_bytes for stage in cache.session.last_step.stages]
+
+    cache = sharded(IDS).past_key_values
+    received(cache)
+    without = received(cache)
+    with sharded.intervene({"model.layers.*": ll.Add(torch.ones(HIDDEN))}):
+        told = received(cache)
+        unchanged = received(cache)
+    assert told[0] > without[0] + 4 * HIDDEN
+    ended = received(cache)
+    # Times are numbers of one to five bytes.
+    assert all(abs(now - before) < 24 for each in (unchanged, ended) for now, before in zip(each, without, strict=True))
+
+
+def test_what_has_no_effect_raises_by_name(llama: Pair) -> None:
+    sharded, _ = llama
+    vector = torch.ones(HIDDEN)
+    for modules, complaint in {
+        "model.layers.9": "did you mean",
+        "model.layers": "never calls",
+        "zzz": "named_modules",
+        7: "not the path",
+    }.items():
+        with pytest.raises(ll.ArgumentError, match=complaint):
+            sharded.capture(modules)
+        with pytest.raises(ll.ArgumentError, match=complaint):
+            sharded.intervene({modules: ll.Add(vector)})
+    for arguments, complaint in (
+        ({"positions": 1.5}, "positions=1.5 must be"),
+        ({"positions": []}, "not empty"),
+        ({"positions": True}, "must be an int"),
+        ({"positions": slice(None, None, -1)}, "positive step"),
+        ({"rows": [[0]]}, "rows="),
+        ({"steps": "first"}, "'prefill' or 'decode'"),
+        ({"what": "weights"}, "'input' or 'output'"),
+        ({"dtype": torch.int64}, "dtype='int64'"),
+        ({"reduce": "max"}, "reduce='max'"),
+        ({"scope": "me"}, "past_key_values"),
+        ({"max_bytes": "much"}, "max_bytes"),
+    ):
+        with pytest.raises(ll.ArgumentError, match=complaint):
+            sharded.capture("model.layers.1", **arguments)
+    with pytest.raises(ll.ArgumentError, match=r"lm_head, whose shape is \[rows, any, 128\]"):
+        sharded.capture("lm_head", positions=-1)
+    for interventions, complaint in (
+        ({}, "must map paths"),
+        ([ll.Add(vector)], "must map paths"),
+        ({"model.layers.1": vector}, "of type Tensor"),
+        ({"model.layers.1": ll.Add(torch.ones(33))}, r"\[33\] does not fit .* \[any, any, 32\]"),
+        ({"model.layers.1": ll.Project(torch.ones(33))}, r"\[33, 1\] does not fit"),
+        ({"model.layers.1": ll.Clamp(0, direction=torch.ones(31))}, r"\[31\] does not fit"),
+        ({"model.layers.1": ll.Add(torch.ones(1, 1, 1, 32))}, "does not fit"),
+        ({"model.embed_tokens": ll.Scale(2.0, what="input")}, "not floating-point"),
+    ):
+        with pytest.raises(ll.ArgumentError, match=complaint):
+            sharded.intervene(interventions)
+    with pytest.raises(ll.UnsupportedOperationError, match="every stage runs for itself"):
+        sharded.intervene({"model.rotary_emb": ll.Scale(2.0)})
+    with sharded.capture("model.layers.1") as captured, pytest.raises(ll.ArgumentError, match="was not captured"):
+        _ = captured["model.layers.2"]
+    with pytest.raises(ll.ArgumentError, match="nothing was captured"):
+        captured["model.layers.1"].cat()
+    block = sharded.capture("model.layers.1")
+    with block, pytest.raises(ll.ArgumentError, match="open already"), block:
+        pass
+
+
+@torch.no_grad()
+def test_a_step_that_can_not_be_made_raises_before_it_is_sent(llama: Pair) -> None:
+    sharded, whole = llama
+    cache = sharded(IDS).past_key_values
+    for block, complaint in (
+        (sharded.capture("model.layers.1", positions=-3), "position -3 .* 1 token.*prefill"),
+        (sharded.capture("model.layers.1", rows=2), "row 2 is not in a step of 2 rows"),
+        (sharded.capture("model.layers.1", positions=[[1], [2], [3]], rows=slice(2)), "for 3 rows, and 2 of"),
+        (sharded.capture("model.layers.1", max_bytes=255), "would add 256 B.*max_bytes"),
+        (sharded.intervene({"model.layers.1": ll.Add(torch.ones(3, 32))}), r"\[3, 32\] does not fit .*\[2, 1, 32\]"),
+    ):
+        with pytest.raises(ll.ArgumentError, match=complaint), block:
+            sharded(IDS[:, :1], past_key_values=cache)
+    for block in (
+        sharded.capture("model.layers.1", positions=[2, 99]),
+        sharded.intervene({"model.layers.1": ll.Ablate(positions=99)}),
+    ):
+        with pytest.raises(ll.ArgumentError, match=r"positions=\[99\] at model.layers.1 were in no step"), block:
+            sharded(IDS)
+    ours = sharded(IDS[:, :1], past_key_values=cache)  # it goes on as it was
+    theirs = whole(IDS[:, :1], past_key_values=whole(IDS).past_key_values)
+    assert torch.equal(ours.logits, theirs.logits)

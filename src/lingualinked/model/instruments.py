@@ -16,7 +16,16 @@ from transformers.utils import ModelOutput
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.model.cut import StandIn
 from lingualinked.model.hook_points import contains_layers
-from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments, Side, positions_in, rows_in
+from lingualinked.model.instrument_data import (
+    Capture,
+    Change,
+    Choice,
+    Instrument,
+    Instruments,
+    Side,
+    positions_in,
+    rows_in,
+)
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -31,13 +40,23 @@ Index = tuple[Any, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Item:
+    """An instrument with its number, its tensors, and the number of its rows and positions among those that differ."""
+
+    number: int
+    given: Instrument
+    tensors: tuple[Tensor, ...]
+    choice: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Place:
-    """One side of a module with what is done there, in order; each with its number."""
+    """One side of a module with what is done there, in order."""
 
     module: nn.Module
     path: str
     side: Side
-    items: list[tuple[int, Instrument, tuple[Tensor, ...]]]
+    items: list[_Item]
 
 
 class StageInstruments:
@@ -57,6 +76,7 @@ class StageInstruments:
         is_last: bool,
     ) -> None:
         self.places: list[_Place] = []
+        self.choices: list[tuple[Choice, Choice]] = []  # rows and positions, as they differ
         found: dict[tuple[str, Side], _Place | None] = {}
         for number, item in enumerate(given.items):
             key = item.path, item.side
@@ -73,7 +93,10 @@ class StageInstruments:
             own = _own_tensors(item, tensors)
             place_here = found[key]
             if place_here is not None:
-                place_here.items.append((number, item, own))
+                choice = item.rows, item.positions
+                if choice not in self.choices:
+                    self.choices.append(choice)
+                place_here.items.append(_Item(number, item, own, self.choices.index(choice)))
 
 
 def _find_module(model: nn.Module, path: str) -> nn.Module | None:
@@ -124,11 +147,14 @@ class InstrumentedPass:
         self.captured: list[tuple[int, Tensor]] = []  # by the number of the instrument, in the order of the calls
         self._num_rows, self._past, self._num_new = num_rows, past, num_new
         self._thread = threading.get_ident()
-        self._indices: dict[Any, Index] = {}
+        self._choices = instruments.choices
+        self._indices: dict[int, Index] = {}
         self._handles = []
         for place in instruments.places:
             items = [
-                each for each in place.items if each[1].runs_in(past) and (captures or not isinstance(each[1], Capture))
+                each
+                for each in place.items
+                if each.given.runs_in(past) and (captures or not isinstance(each.given, Capture))
             ]
             if items and place.side == "output":
                 self._handles.append(place.module.register_forward_hook(self._make_after(place, items), prepend=True))
@@ -168,36 +194,36 @@ class InstrumentedPass:
 
     def _run(self, place: _Place, items: Sequence[Any], states: Tensor) -> Tensor:
         """Do what is to be done at one side of a module, in order; return what its value is then."""
-        for number, item, tensors in items:
-            index = self._find_index(item, states.device)
-            if index is not None or (isinstance(item, Capture) and item.reduction is not None):
+        for item in items:
+            given, index = item.given, self._find_index(item, states.device)
+            if not given.takes_everything or (isinstance(given, Capture) and given.reduction is not None):
                 self._check_shape(place, states)
             if index == ():
                 continue
-            chosen = states if index is None else states[index]
-            if isinstance(item, Capture):
-                self.captured.append((number, _captured(item, chosen)))
+            # Contiguous, since how they lie decides how products and sums are computed.
+            chosen = states if given.takes_everything else states[slice(None) if index is None else index].contiguous()
+            if isinstance(given, Capture):
+                self.captured.append((item.number, _captured(given, chosen)))
                 continue
             if not states.is_floating_point():
                 raise ArgumentError(f"an intervention at the {place.side} of {place.path}, which is {states.dtype}")
-            changed = changed_values(item, chosen, tensors)
-            if index is None:
+            changed = changed_values(given, chosen, item.tensors)
+            if given.takes_everything:
                 states = changed
             else:
                 states = states.clone()
-                states[index] = changed
+                states[slice(None) if index is None else index] = changed
         return states
 
-    def _find_index(self, item: Instrument, device: torch.device) -> Index:
+    def _find_index(self, item: _Item, device: torch.device) -> Index:
         """Return the index of the values that are meant in this step: None for all, an empty one for none."""
-        if item.takes_everything:
-            return None
-        key = item.rows, item.positions
-        if key not in self._indices:
-            rows = rows_in(item.rows, self._num_rows)
-            positions = positions_in(item.positions, self._past, self._num_new)
-            self._indices[key] = _index_of(rows, positions, device)
-        return self._indices[key]
+        if item.choice not in self._indices:
+            chosen_rows, chosen_positions = self._choices[item.choice]
+            rows = _as_range(rows_in(chosen_rows, self._num_rows))
+            positions = _as_range(positions_in(chosen_positions, self._past, self._num_new))
+            is_all = (rows, positions) == (range(self._num_rows), range(self._num_new))
+            self._indices[item.choice] = None if is_all else _index_of(rows, positions, device)
+        return self._indices[item.choice]
 
     def _check_shape(self, place: _Place, states: Tensor) -> None:
         if states.shape[:2] != (self._num_rows, self._num_new):
@@ -205,6 +231,12 @@ class InstrumentedPass:
                 f"rows and positions can't be chosen at the {place.side} of {place.path}: it has the shape {list(states.shape)}, "
                 f"and not [rows, tokens, ...] of {[self._num_rows, self._num_new]} in front"
             )
+
+
+def _as_range(indices: Any) -> Any:
+    """Return a single index as a range, whose values need not be gathered."""
+    is_single = len(indices) == 1 and isinstance(indices[0], int)
+    return range(indices[0], indices[0] + 1) if is_single else indices
 
 
 def _index_of(rows: Any, positions: Any, device: torch.device) -> Index:

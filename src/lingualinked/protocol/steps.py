@@ -127,7 +127,7 @@ class StepDone(Message, frozen=True, tag=21):
 
 
 class StepRecorded(Message, frozen=True, tag=35):
-    """What a stage recorded in a step, sent before the stage sends the step on.
+    """What a stage recorded in a step, sent as soon as the stage has sent the step on.
 
     ``layouts`` say for each of the step's ``records`` which of its items are tensors, in order, and not None. The tensors
     behind them were captured by the session's instruments with the numbers ``captured``.

@@ -45,7 +45,7 @@ class Instrumented:
 
         A decode step sends no more messages than without, but one from each stage with the values. A capture does what a
         forward hook (for inputs, a pre-hook) of the module would do that is registered when the block is entered and keeps
-        ``output[rows][:, positions].to(dtype)``: of several blocks in their order, and behind the module's own hooks. Where a
+        ``output[rows][:, positions].contiguous().to(dtype)``: of several blocks in their order, and behind the module's own hooks. Where a
         module is called with several tensors, or returns several, the first one counts.
 
         Parameters
@@ -124,7 +124,7 @@ class Instrumented:
         block ends, also while layers move. Every one does what a forward hook (for inputs, a pre-hook) of the module would
         do that is registered when the block is entered::
 
-            chosen = output[rows][:, positions]
+            chosen = output[rows][:, positions].contiguous()
             output = output.clone()
             output[rows][:, positions] = changed(chosen)  # as an assignment by one index
 

@@ -17,7 +17,7 @@ from lingualinked.cluster.captured import CapturedValue, ExpectedValue
 from lingualinked.errors import ArgumentError
 from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments
 from lingualinked.quantities import count_text
-from lingualinked.sharded.step_shapes import check_change_in_step, due_shape
+from lingualinked.sharded.step_shapes import check_change_in_step, count_chosen, due_shape
 
 if TYPE_CHECKING:
     from lingualinked.model.parts import ModelParts
@@ -132,6 +132,15 @@ class InstrumentBlock(Generic[Result]):
                 block.listed.check_reached()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _PlannedStep:
+    """What is due in steps of one kind: the next step is mostly of the same."""
+
+    key: object
+    due: dict[int, ExpectedValue] = dataclasses.field(default_factory=dict)
+    num_bytes: dict[Captured, int] = dataclasses.field(default_factory=dict)
+
+
 class InForce:
     """The instruments of some blocks; see `lingualinked.cluster.captured.StepInstruments`."""
 
@@ -154,42 +163,59 @@ class InForce:
                     self._captures.append((len(items), item, call, layer, block.captured))
                 items.append(item)
             tensors += block.tensors
+        self._choices = {_choice_of(item): item for item in reversed(items)}  # with the first item of each
+        self._planned = _PlannedStep(None)
         self.given = Instruments(tuple(items), len(tensors))
         self.tensors = tuple(tensors)
         self._targets = {number: (item.path, captured) for number, item, _, _, captured in self._captures}
 
     def due_captures(self, num_rows: int, num_new: int, past: int) -> Mapping[int, ExpectedValue]:
         """Return what is captured in a step, by number; raise ArgumentError if something can't be done in it."""
-        for item, call, own in self._changes:
-            if item.runs_in(past):
-                check_change_in_step(item, own, call, num_rows, num_new, past)
-        due: dict[int, ExpectedValue] = {}
-        room: dict[Captured, int] = {}
-        for number, capture, call, layer, captured in self._captures:
-            if capture.runs_in(past):
-                shape = due_shape(capture, call, num_rows, num_new, past)
-                if shape == ():
-                    continue
-                due[number] = ExpectedValue(
-                    path=capture.path,
-                    layer=layer,
-                    dtype=None if capture.dtype is None else getattr(torch, capture.dtype),
-                    is_floating_point=call.is_floating_point or capture.dtype is not None,
-                    shape=shape,
-                    is_called_once=call.has_tokens and call.num_calls == 1,
-                )
-                room[captured] = room.get(captured, 0) + _num_bytes(due[number])
-        for captured, num_bytes in room.items():
+        sizes = tuple(
+            count_chosen(item, num_rows, num_new, past) if item.runs_in(past) else None
+            for item in self._choices.values()
+        )
+        planned = self._planned
+        if planned.key != (num_rows, num_new, sizes):
+            planned = self._planned = self._plan_step(num_rows, num_new, sizes)
+        for captured, num_bytes in planned.num_bytes.items():
             captured.check_room(num_bytes)
         for block in self._blocks:
             block.listed.count_step(past, num_new)
-        return due
+        return planned.due
+
+    def _plan_step(self, num_rows: int, num_new: int, sizes: tuple[tuple[int, int] | None, ...]) -> _PlannedStep:
+        chosen = dict(zip(self._choices, sizes, strict=True))
+        for change, call, own in self._changes:
+            meant = chosen[_choice_of(change)]
+            if meant is not None:
+                check_change_in_step(change, own, call, meant)
+        planned = _PlannedStep((num_rows, num_new, sizes))
+        for number, capture, call, layer, captured in self._captures:
+            meant = chosen[_choice_of(capture)]
+            shape = () if meant is None else due_shape(capture, call, num_rows, num_new, meant)
+            if shape == ():
+                continue
+            value = planned.due[number] = ExpectedValue(
+                path=capture.path,
+                layer=layer,
+                dtype=None if capture.dtype is None else getattr(torch, capture.dtype),
+                is_floating_point=call.is_floating_point or capture.dtype is not None,
+                shape=shape,
+                is_called_once=call.has_tokens and call.num_calls == 1,
+            )
+            planned.num_bytes[captured] = planned.num_bytes.get(captured, 0) + _num_bytes(value)
+        return planned
 
     def collect(self, values: list[CapturedValue], trusted: frozenset[str]) -> None:
         """Keep what was captured in a step."""
         for value in values:
             path, captured = self._targets[value.number]
             captured.add(path, value, is_trusted=not trusted or value.device in trusted)
+
+
+def _choice_of(item: Instrument) -> object:
+    return item.rows, item.positions, item.steps
 
 
 def _renumbered(item: Change, first: int) -> Change:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,7 +46,7 @@ def capture_block(
     in_steps = _check_name(steps, Steps, "steps")
     sent_dtype = None if dtype is None else _check_name(str(dtype).removeprefix("torch."), Dtype, "dtype")
     calls = find_calls(model._pipeline.spec)  # noqa: SLF001 - within the room
-    patterns = [modules] if isinstance(modules, str) else list(modules)
+    patterns = list(modules) if isinstance(modules, Iterable) and not isinstance(modules, str) else [modules]
     paths = list(match_modules(patterns, side, calls, _paths(model)))
     if not paths:
         raise ArgumentError(f"modules={modules!r} names no submodule: pass at least one path or pattern")

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from lingualinked.model.spec import ModelSpec
 
 Dimension = int | Literal["rows", "tokens"] | None
 """A size that is the same in each step, or the step's; None: another one."""
+
+_finding = threading.Lock()  # threads that ask at once need one answer
 
 _PASSES = (
     (2, 13, 5),
@@ -46,11 +49,18 @@ class ModuleCall:
 ModuleCalls = Mapping[tuple[str, Side], ModuleCall]
 
 
-@functools.lru_cache(maxsize=8)
 def find_calls(spec: ModelSpec) -> ModuleCalls:
-    """Return what is known of each module's input and output."""
-    # Some kernels can't run float32 on the meta device.
-    meta: Any = build_meta(dataclasses.replace(spec, dtype="bfloat16"))
+    """Return what is known of each module's input and output; it is found out once."""
+    with _finding:
+        return _find_calls(spec)
+
+
+@functools.lru_cache(maxsize=8)
+def _find_calls(spec: ModelSpec) -> ModuleCalls:
+    # Building sets torch's default dtype, of all threads: here it stays as it is. Some kernels can't run float32 on the meta device.
+    default = str(torch.get_default_dtype()).removeprefix("torch.")
+    meta: Any = build_meta(dataclasses.replace(spec, dtype=default))
+    meta.to(torch.bfloat16)
     seen = [_run_pass(meta, *sizes) for sizes in _PASSES]
     return {
         key: _join(*(each.get(key, []) for each in seen)) for key in dict.fromkeys(key for each in seen for key in each)

@@ -35,14 +35,10 @@ def check_change(item: Change, tensors: Sequence[Tensor], call: ModuleCall) -> N
         _check_fit(item, tensors, (None, None, *call.dimensions[2:]) if call.has_tokens else call.dimensions)
 
 
-def check_change_in_step(
-    item: Change, tensors: Sequence[Tensor], call: ModuleCall, num_rows: int, num_new: int, past: int
-) -> None:
-    """Raise ArgumentError if an intervention can't be made in a step."""
-    if call.dimensions is not None and call.has_tokens:
-        chosen = (num_rows, num_new) if item.takes_everything else _chosen(item, num_rows, num_new, past)
-        if all(chosen):
-            _check_fit(item, tensors, (*chosen, *call.dimensions[2:]))
+def check_change_in_step(item: Change, tensors: Sequence[Tensor], call: ModuleCall, chosen: tuple[int, int]) -> None:
+    """Raise ArgumentError if an intervention can't be made in a step where so many rows and positions are meant."""
+    if call.dimensions is not None and call.has_tokens and all(chosen):
+        _check_fit(item, tensors, (*chosen, *call.dimensions[2:]))
 
 
 def _check_fit(item: Change, tensors: Sequence[Tensor], due: tuple[Dimension, ...]) -> None:
@@ -69,8 +65,8 @@ def _text(dimensions: tuple[Dimension, ...] | None) -> str:
     return "is [" + ", ".join("any" if each is None else str(each) for each in dimensions) + "]"
 
 
-def _chosen(item: Instrument, num_rows: int, num_new: int, past: int) -> tuple[int, int]:
-    """Return how many rows and positions of a step are meant."""
+def count_chosen(item: Instrument, num_rows: int, num_new: int, past: int) -> tuple[int, int]:
+    """Return how many rows and positions of a step are meant; raise ArgumentError if some are not in it."""
     try:
         rows, positions = rows_in(item.rows, num_rows), positions_in(item.positions, past, num_new)
     except ArgumentError as error:
@@ -84,16 +80,17 @@ def _chosen(item: Instrument, num_rows: int, num_new: int, past: int) -> tuple[i
     return len(rows), len(positions)
 
 
-def due_shape(item: Capture, call: ModuleCall, num_rows: int, num_new: int, past: int) -> tuple[int | None, ...] | None:
+def due_shape(
+    item: Capture, call: ModuleCall, num_rows: int, num_new: int, chosen: tuple[int, int]
+) -> tuple[int | None, ...] | None:
     """Return the shape of what is captured in a step, as far as it is known; an empty one if there is nothing."""
     if item.takes_everything and item.reduction is None:
         sizes: dict[Any, Any] = {"rows": num_rows, "tokens": num_new}
         return None if call.dimensions is None else tuple(sizes.get(each, each) for each in call.dimensions)
-    rows, positions = _chosen(item, num_rows, num_new, past)
-    if not rows or not positions:
+    if not all(chosen):
         return ()
     assert call.dimensions is not None
     rest: tuple[Any, ...] = call.dimensions[2:]
     if item.reduction == "norm":
-        return rows, positions, *rest[:-1]
-    return rows, 1 if item.reduction is not None else positions, *rest
+        return *chosen, *rest[:-1]
+    return chosen[0], 1 if item.reduction is not None else chosen[1], *rest

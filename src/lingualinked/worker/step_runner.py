@@ -131,9 +131,6 @@ class StepRunner:
             codec_us=round(delivery.decode_s * 1e6) + encode_us,
         )
         timings = (*step.timings, times)
-        if step.records or step.captures:
-            recorded, records = describe_recorded(step, output)
-            hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
         # 4) send logits to the caller, or hidden states to the next stage
         if hosted.stage.is_last:
             done = StepDone(
@@ -144,18 +141,22 @@ class StepRunner:
                 requires_grad=any(output.requires_grad or ()),
             )
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
-            return
-        onward = msgspec.structs.replace(
-            step,
-            stage=step.stage + 1,
-            layout=output.layout,
-            timings=timings,
-            sent_us=clock_us() + encode_us,
-            hooks=hooks,
-            requires_grad=output.requires_grad,
-        )
-        _, shared = split_tensors(step, delivery.tensors)
-        hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
+        else:
+            onward = msgspec.structs.replace(
+                step,
+                stage=step.stage + 1,
+                layout=output.layout,
+                timings=timings,
+                sent_us=clock_us() + encode_us,
+                hooks=hooks,
+                requires_grad=output.requires_grad,
+            )
+            _, shared = split_tensors(step, delivery.tensors)
+            hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
+        # 5) send the caller what was recorded and captured, while the next stage computes
+        if step.records or step.captures:
+            recorded, records = describe_recorded(step, output)
+            hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
 
 
 def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:
