@@ -182,9 +182,13 @@ def test_a_folder_with_an_adapter_and_what_is_done_to_it(folders: dict[str, Path
             lambda layer: layer.lora_A["second"].weight.detach().add_(1),
             lambda layer: setattr(layer.lora_A["second"].weight, "data", torch.ones(4, 32)),
             lambda layer: layer.set_scale("second", 0.25),
+            lambda layer: layer.lora_B.update({"second": torch.nn.Linear(4, 32, bias=False).requires_grad_(False)}),
             lambda layer: layer.base_layer.weight.data.mul_(2),
         ):
-            on_both(pair, lambda model, change=change: change(model.model.layers[2].self_attn.q_proj))
+            on_both(
+                pair,
+                lambda model, change=change: (torch.manual_seed(0), change(model.model.layers[2].self_attn.q_proj)),
+            )
         # hooks at an adapter layer, and at what it wraps
         for suffix in ("", ".base_layer"):
             path = f"model.layers.1.self_attn.q_proj{suffix}"

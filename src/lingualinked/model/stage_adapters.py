@@ -85,9 +85,10 @@ class StageAdapters:
     def used(self, use: AdapterUse | None) -> Iterator[None]:
         """Make a step's adapters the active ones within the context. Needs `GLOBAL_STATE`."""
         hooks = []
+        names, is_disabled = ([], True) if use is None else (list(use.names), use.is_disabled)
         for layer in self.layers.values():
-            layer._active_adapter = [] if use is None else list(use.names)  # noqa: SLF001 - set_adapter also asks for gradients
-            layer._disable_adapters = use is None or use.is_disabled  # noqa: SLF001
+            # Not by set_adapter, which also asks for gradients, nor by setattr, which searches.
+            vars(layer).update(_active_adapter=names, _disable_adapters=is_disabled)
             if use is not None and use.rows is not None:
                 hooks.append(layer.register_forward_pre_hook(_name_rows(list(use.rows)), with_kwargs=True))
         try:

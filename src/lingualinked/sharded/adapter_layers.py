@@ -20,6 +20,7 @@ _BASE = "base_layer"
 _KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _OF_ROWS = "_adapter_names_pre_forward_hook"  # by which peft tells its layers the adapters of rows
 _NONE = "__base__"
+_DISABLED = AdapterUse((), is_disabled=True)
 _numbers = itertools.count(1)
 
 
@@ -30,6 +31,8 @@ class AdapterLayers:
         self.layers: dict[str, Any] = {}
         self.num_changes = 0  # of the modules, not of what they hold
         self._watched: dict[str, _Watched] = {}
+        self._activation: list[Any] | None = None  # of all layers, when `_active` was read
+        self._active: AdapterUse | None = None
         self._known: dict[str, tuple[tuple[Any, ...], Adapter]] = {}  # what each adapter held last, by name
 
     def replace(self, path: str, held: nn.Module, new: nn.Module) -> bool:
@@ -59,6 +62,7 @@ class AdapterLayers:
         if not self._has_changed():
             return {name: adapter for name, (_, adapter) in self._known.items()}
         self._watched = {path: _Watched(path, layer) for path, layer in self.layers.items()}
+        self._activation = None
         held: dict[str, list[_Content]] = {}
         for watched in self._watched.values():
             for content in watched.contents:
@@ -86,9 +90,17 @@ class AdapterLayers:
     def read_use(self, asked: Sequence[str] | None, num_rows: int) -> AdapterUse | None:
         """Return which adapters are active now; `asked` are those of the rows, if the call names them."""
         rows = self._rows_of_peft() if asked is None else asked
-        known = {name for watched in self._watched.values() for name in watched.names}
-        if not known:
-            _check_rows(rows, num_rows, known, {})
+        state = [watched.activation for watched in self._watched.values()]
+        if state != self._activation:
+            self._active = self._read_active()
+            self._activation = [watched.activation for watched in self._watched.values()]
+        if rows is not None:
+            return AdapterUse((), _check_rows(rows, num_rows, self._watched), self._active == _DISABLED)
+        return self._active
+
+    def _read_active(self) -> AdapterUse | None:
+        """Return which adapters are active; raise UnsupportedOperationError if layers differ in it."""
+        if not any(watched.names for watched in self._watched.values()):
             return None
         is_disabled = next(iter(self._watched.values())).layer.disable_adapters
         if is_disabled:
@@ -108,7 +120,9 @@ class AdapterLayers:
                 raise UnsupportedOperationError(
                     f"dropout in the adapters of {path}: a sharded model does not train, call eval()"
                 )
-        return AdapterUse(names, _check_rows(rows, num_rows, known, self._watched), is_disabled)
+            if not vars(layer).get("cast_input_dtype_enabled", True):
+                raise UnsupportedOperationError(f"{path} of a sharded model without casts of its input: stages cast it")
+        return _DISABLED if is_disabled else AdapterUse(names)
 
     def _unmerge(self) -> None:
         """Take merged adapters out of the weights, as peft's layers do in a forward pass while they are disabled."""
@@ -125,7 +139,11 @@ class AdapterLayers:
                 )
 
     def _has_changed(self) -> bool:
-        return self._watched.keys() != self.layers.keys() or any(each.has_changed() for each in self._watched.values())
+        if len(self._watched) != len(self.layers):
+            return True
+        return any(
+            each.layer is not self.layers.get(path) or each.has_changed() for path, each in self._watched.items()
+        )
 
     def _rows_of_peft(self) -> Sequence[str] | None:
         for layer in self.layers.values():
@@ -153,6 +171,7 @@ class _Content:
 
     def __init__(self, path: str, layer: Any, name: str) -> None:
         self.module_of = name
+        self.modules: list[tuple[Any, str, nn.Module]] = []  # registry, name and what is there
         self.places: list[tuple[Any, str, Tensor, int, int]] = []  # registry, key, tensor, version and memory
         names = []
         for kind in _KINDS:
@@ -162,14 +181,19 @@ class _Content:
             held = registry[name]
             owners = [("", registry, name)] if isinstance(held, Tensor) else []
             if not owners:
+                self.modules.append((registry._modules, name, held))  # noqa: SLF001 - a lookup without a search
                 owners = [(f".{each}", held, each) for each, _ in held.named_parameters()]
             for suffix, owner, key in owners:
                 registered = owner._parameters  # noqa: SLF001 - a lookup without a search
                 tensor = registered[key]
+                if tensor.is_inference():
+                    raise UnsupportedOperationError(
+                        f"{kind} at {path} was made in torch.inference_mode(), which counts no changes: load adapters outside of it"
+                    )
                 if type(tensor) is nn.Parameter:
                     tensor.__class__ = _Parameter
                 names.append(f"{kind}.{name}{suffix}")
-                self.places.append((registered, key, tensor, _version(tensor), tensor.data_ptr()))
+                self.places.append((registered, key, tensor, tensor._version, tensor.data_ptr()))  # noqa: SLF001
         self.tensors = tuple(tensor.detach() for _, _, tensor, _, _ in self.places)
         self.module = AdaptedModule(
             path=path,
@@ -204,21 +228,31 @@ class _Watched:
         """Those of the active adapters that the layer has; none while some are merged into its weight."""
         return () if self.layer.merged_adapters else tuple(name for name in self.active if name in self.names)
 
-    def has_changed(self) -> bool:
-        layer = self.layer
+    @property
+    def activation(self) -> tuple[Any, ...]:
+        """What decides which adapters are active."""
+        state = vars(self.layer)
+        active, merged = state["_active_adapter"], state["merged_adapters"]
+        casts = state.get("cast_input_dtype_enabled")
         return (
-            len(layer.lora_A) + len(layer.lora_embedding_A) != len(self.names)
-            or layer.scaling != self._scaling
-            or any(
-                registered.get(key) is not tensor or _version(tensor) != version or tensor.data_ptr() != memory
-                for content in self.contents
-                for registered, key, tensor, version, memory in content.places
-            )
+            active if isinstance(active, str) else [*active],
+            [*merged],
+            state["_disable_adapters"],
+            state["training"],
+            casts,
         )
 
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no public name
+    def has_changed(self) -> bool:
+        if vars(self.layer)["scaling"] != self._scaling:  # which has an item for each adapter
+            return True
+        for content in self.contents:
+            for registry, name, module in content.modules:
+                if registry.get(name) is not module:
+                    return True
+            for registry, key, tensor, version, memory in content.places:
+                if registry.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != memory:  # noqa: SLF001
+                    return True
+        return False
 
 
 def _check_kind(path: str, layer: Any) -> None:
@@ -244,12 +278,9 @@ def is_of_peft(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") == _OF_ROWS
 
 
-def _check_rows(
-    rows: Sequence[str] | None, num_rows: int, known: set[str], watched: dict[str, _Watched]
-) -> tuple[str, ...] | None:
+def _check_rows(rows: Sequence[str], num_rows: int, watched: dict[str, _Watched]) -> tuple[str, ...]:
     """Check the adapters that a call names for its rows, as peft does."""
-    if rows is None:
-        return None
+    known = {name for each in watched.values() for name in each.names}
     if isinstance(rows, str) or not all(isinstance(name, str) for name in rows):
         raise ArgumentError(f"adapter_names={rows!r} must be a list of names, one for each row")
     if len(rows) != num_rows:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from lingualinked.model.adapter_data import AdapterUse
     from lingualinked.model.parts import ModelParts
 
-row_adapters: contextvars.ContextVar[Sequence[str] | None] = contextvars.ContextVar("row_adapters", default=None)
-"""The adapters of the rows that `generate` was called with."""
+row_adapters: contextvars.ContextVar[tuple[object, Sequence[str] | None]] = contextvars.ContextVar(
+    "row_adapters", default=(None, None)
+)
+"""The model that generates, and the adapters of the rows that it was called with."""
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -115,13 +117,12 @@ class Adapters:
         # 2) let peft wrap the modules in this process, and fill in the tensors
         from peft import inject_adapter_in_model
 
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Already found a `peft_config` attribute"
-            )  # a second adapter is meant
+        # Tensors made in inference mode would count no changes.
+        with warnings.catch_warnings(), torch.inference_mode(False):
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # it is meant
             inject_adapter_in_model(adapter.config, self, name)
         self._hf_peft_config_loaded = True
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for (path, inner), saved in adapter.places.items():
                 owner, _, attribute = inner.rpartition(".")
                 getattr(self.get_submodule(path).get_submodule(owner), attribute).copy_(adapter.tensors.read(saved))
@@ -194,7 +195,8 @@ class Adapters:
 
     def _use_adapters(self, rows: Sequence[str] | None, num_rows: int) -> AdapterUse | None:
         """Return what a step of so many rows computes with, once the stages have it."""
-        if rows is None and (asked := row_adapters.get()) is not None:
+        generating, asked = row_adapters.get()
+        if rows is None and generating is self and asked is not None:
             repeats = num_rows // max(1, len(asked))  # of beams
             rows = [name for name in asked for _ in range(max(1, repeats))]
         if not self._adapters.num_changes and rows is None:

@@ -198,7 +198,7 @@ def _generating(model: object, rows: Sequence[str] | None) -> Iterator[list[Shar
     `rows` are the adapters of the rows, if the call names them.
     """
     opened: list[ShardedCache] = []
-    token, row_token = _call.set((model, opened)), row_adapters.set(rows)
+    token, row_token = _call.set((model, opened)), row_adapters.set((model, rows))
     try:
         yield opened
     finally:
