@@ -295,6 +295,43 @@ def test_one_stage_runs_everything(place: Any, tiny_llama: str, unsharded: Any) 
 
 
 @torch.no_grad()
+def test_hooks_behind_what_every_stage_runs_are_called_once(llama: Pair) -> None:
+    def count(model: Any) -> list[Any]:
+        seen: list[Any] = []
+
+        def keep(_module: Any, _args: Any, output: Any) -> Any:
+            seen.append(flat(output))
+            return output[0] * len(seen), output[1]
+
+        with model.model.rotary_emb.register_forward_hook(keep):
+            logits = [model(IDS).logits, model.generate(IDS, attention_mask=MASK, max_new_tokens=3)]
+        return [*logits, *seen]
+
+    compare(llama, count)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt-neox"])
+@torch.no_grad()
+def test_an_expanded_tensor_stays_one(family: str, place: Any, tmp_path: Path) -> None:
+    """Products of it take another way than those of a dense one, with other last bits."""
+    folder = save_tiny(family, torch.bfloat16, tmp_path)
+    sharded = place(str(folder), [("a", 0, 2), ("b", 2, 4)])
+
+    def share(model: Any) -> list[Any]:
+        logits = []
+        for name, module in model.named_modules():
+            if name.endswith(
+                ("2.self_attn.out_proj", "2.attention.dense", "3.self_attn.out_proj", "3.attention.dense")
+            ):
+                with module.register_forward_pre_hook(lambda _m, args: (args[0].mean(0, True).expand_as(args[0]),)):
+                    logits.append(model(IDS).logits)
+        assert len(logits) == 2
+        return logits
+
+    compare((sharded, reference(folder)), share)
+
+
+@torch.no_grad()
 def test_one_session_waits_in_a_hook_while_another_finishes(llama: Pair) -> None:
     sharded, whole = llama
     entered, go_on = threading.Event(), threading.Event()

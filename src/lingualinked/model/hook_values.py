@@ -73,8 +73,9 @@ def objects_in(value: HookValue) -> Iterator[ObjectAt]:
 def pack_tensor(tensor: Tensor) -> tuple[Tensor, Strides]:
     """Return a tensor as it is sent, contiguous, and its strides if they differ from that."""
     tensor = tensor.detach()
-    strides = torch.empty_like(tensor, device="meta").stride()
-    return tensor.contiguous(), None if tensor.is_contiguous() or strides != tensor.stride() else strides
+    once = _without_repeats(tensor, tensor.stride())
+    is_dense = torch.empty_like(once, device="meta").stride() == once.stride()
+    return tensor.contiguous(), None if tensor.is_contiguous() or not is_dense else tensor.stride()
 
 
 def unpack_tensor(tensor: Tensor, strides: Strides) -> Tensor:
@@ -84,7 +85,17 @@ def unpack_tensor(tensor: Tensor, strides: Strides) -> Tensor:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=False))
     if len(strides) != tensor.ndim or min(strides, default=0) < 0 or reach >= tensor.numel():
         raise ProtocolError(f"a tensor of shape {list(tensor.shape)} can't have the strides {list(strides)}")
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    once = _without_repeats(tensor, strides)
+    own = torch.empty_strided(once.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(once)
+    return own.expand(tensor.shape)
+
+
+def _without_repeats(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return a tensor with one item of each dimension whose stride is 0, along which an expanded tensor repeats itself."""
+    for dimension, stride in enumerate(strides):
+        if stride == 0:
+            tensor = tensor.narrow(dimension, 0, min(1, tensor.shape[dimension]))
+    return tensor
 
 
 def _index_in(known: list[Any], value: Any, add: Callable[[Any], None]) -> int:

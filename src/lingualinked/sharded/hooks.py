@@ -130,16 +130,17 @@ class CallerHooks:
             output = call.values.rebuild(cast("HookValue", call.output))
             return output
 
-        if is_done:
+        if earlier is not None:
+            if not is_done:
+                forward(*args, **kwargs)
+            (result,) = earlier
+        elif is_done:
             result = _call_hooks_behind(self._modules.by_path[path], args, kwargs, output)
-        elif earlier is None:
+        else:
             try:
                 result = call_hooks_around(self._modules.by_path[path], forward, args, kwargs)
             except _NotAwaited:
                 return
-        else:
-            forward(*args, **kwargs)
-            (result,) = earlier
         if not runs and contains_layers(path, self._modules.layers):
             raise UnsupportedOperationError(
                 f"forward of {path} of a sharded model was replaced by a function that does not call the module's own: its "
