@@ -1,4 +1,4 @@
-"""The table in docs/experiments.md lists the experiments that are tested, all of them."""
+"""The tables in docs/experiments.md list the experiments that are tested, all of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"\| .+ \| .+ \| `(\w+\.py::\w+)` \| .+ \|")
 
 
-def test_the_table_equals_the_tests() -> None:
+def test_the_tables_equal_the_tests() -> None:
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| experiment |")]
     written = [match[1] for match in map(ROW.fullmatch, rows) if match]
     tests = [
         f"{path.name}::{node.name}"
@@ -20,5 +20,5 @@ def test_the_table_equals_the_tests() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     ]
-    assert len(written) == len(rows)
+    assert len(written) == len(rows) >= 40
     assert sorted(written) == sorted(tests)
