@@ -23,20 +23,25 @@ ROOT = Path(__file__).parents[2]
 
 # Writes down each test's workers; once a test is over, those that are not kept for the next one are gone.
 CONFTEST = """
-import json, pathlib, psutil, pytest
+import json, pathlib, psutil, pytest, threading
 
 NOTES = pathlib.Path("pids.jsonl")
 
 @pytest.fixture(autouse=True)
 def noted(request, cluster):
     with NOTES.open("a") as file:
-        print(json.dumps([request.node.name, sorted(cluster.pids.values())]), file=file)
+        folder = cluster._launcher.socket_folder
+        print(json.dumps([request.node.name, [sorted(cluster.pids.values()), folder]]), file=file)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     result = yield
-    pids = dict(map(json.loads, NOTES.read_text().splitlines() if NOTES.exists() else ())).get(item.name, ())
-    assert "kept" in item.name or not any(map(psutil.pid_exists, pids)), f"workers of {item.name} outlive it"
+    lines = NOTES.read_text().splitlines() if NOTES.exists() else ()
+    pids, folder = dict(map(json.loads, lines)).get(item.name, ((), ""))
+    if "kept" not in item.name:
+        assert not any(map(psutil.pid_exists, pids)), f"workers of {item.name} outlive it"
+        assert not [each for each in threading.enumerate() if each.name.startswith("lingualinked")], item.name
+        assert not folder or not pathlib.Path(folder).exists(), f"sockets of {item.name} outlive it"
     return result
 """
 
@@ -62,7 +67,8 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 def workers(project: pytest.Pytester) -> dict[str, list[int]]:
     """Return the process ids of each test's workers."""
-    return dict(map(json.loads, (project.path / "pids.jsonl").read_text().splitlines()))
+    lines = (project.path / "pids.jsonl").read_text().splitlines()
+    return {name: pids for name, (pids, _) in map(json.loads, lines)}
 
 
 def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
