@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lingualinked as ll
@@ -144,3 +144,33 @@ def test_the_layers_of_several_stages_are_not_skipped_at_once(sharded: ll.Sharde
     ):
         sharded(IDS)
     assert sharded(IDS).logits.shape == (1, 6, 128)
+
+
+class Doubled(nn.Module):
+    """Wraps a layer: doubles what its MLP adds, or what it returns."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs) * 2
+
+
+def test_wrappers_take_the_places_of_modules_and_can_be_hooked(compare: Compare) -> None:
+    def script(model: Any) -> list[Tensor]:
+        parents = [*model.model.layers[1:3], model]
+        names, seen = ["mlp", "mlp", "lm_head"], []
+        own = [getattr(parent, name) for parent, name in zip(parents, names, strict=True)]
+        for parent, name, module in zip(parents, names, own, strict=True):
+            setattr(parent, name, Doubled(module))
+        model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output))
+        own[0].register_forward_hook(lambda _, args, output: seen.append(output))
+        try:
+            return [*run(model), *(each.clone() for each in seen)]
+        finally:
+            own[0]._forward_hooks.clear()
+            for parent, name, module in zip(parents, names, own, strict=True):
+                setattr(parent, name, module)
+
+    compare(script)

@@ -54,7 +54,6 @@ from lingualinked.sharded.weight_edits import WeightEditor
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.sharded.adapter_layers import AdapterLayers
 
 
 class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, ShardedGeneration):
@@ -253,7 +252,7 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
     def _follow_adapters(self) -> None:
         """Find the submodules anew once adapters have wrapped some, which changes their paths."""
         if self._hooked_modules.num_changes != self._adapters.num_changes:
-            self._hooked_modules = HookedModules(self, self._parts, self._adapters)  # type: ignore[arg-type]
+            self._hooked_modules = HookedModules(self, self._parts, self._adapters, self._seal.wrapped.wrapped)  # type: ignore[arg-type]
 
     def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
         """Check the labels, unless the user has set a loss function, which may take any."""
@@ -330,13 +329,13 @@ def make_sharded(
     weights = FetchedWeights(functools.partial(pipeline.weights.read, parts), pipeline.check_open, editor=editor)
     editor.serve(weights)
     state["_editor"] = editor
+    seal = Seal(meta, weights)
     vars(model).update(
-        state, _positions=LearnedPositions.of(meta), _seal=Seal(meta, weights), _sealed_config=SealedConfig(meta.config)
+        state, _positions=LearnedPositions.of(meta), _seal=seal, _sealed_config=SealedConfig(meta.config)
     )
     vars(model)["_surgery"] = LayerSurgery(model.get_submodule(parts.layers), pipeline.edits)
-    adapters: AdapterLayers = vars(model)["_adapters"]  # of the seal
     vars(model).update(
-        _hooked_modules=HookedModules(meta, parts, adapters),
+        _hooked_modules=HookedModules(meta, parts, seal.adapters, seal.wrapped.wrapped),
         _open_blocks=OpenBlocks(parts),
         _adapters_lock=threading.Lock(),
     )

@@ -1,4 +1,4 @@
-"""Which submodules of a model have hooks, or another forward, and where a step has to stop for them.
+"""Which submodules of a model have hooks, another forward or a wrapper, and where a step has to stop for them.
 
 Knows modules, torch's registries of hooks and the parts of a model; neither steps nor what hooks are given.
 """
@@ -13,9 +13,10 @@ from lingualinked.model.hook_data import Cut, HookPoint
 from lingualinked.model.hook_points import contains_layers
 from lingualinked.sharded.adapter_layers import is_of_peft
 from lingualinked.sharded.narrow_hooks import NarrowHook, narrow_hooks
+from lingualinked.sharded.wrapped_modules import runs_here, wrapper_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -28,9 +29,10 @@ _BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_ho
 class HookedModules:
     """The submodules of a model that may have hooks, or a function that replaces their forward; true if one has."""
 
-    def __init__(self, model: nn.Module, parts: ModelParts, adapters: AdapterLayers) -> None:
+    def __init__(self, model: nn.Module, parts: ModelParts, adapters: AdapterLayers, wrapped: Collection[int]) -> None:
         self.num_changes = adapters.num_changes  # of the modules
         self.by_path = {path: each for path, each in model.named_modules() if path and not adapters.is_own(path)}
+        self._wrapped = wrapped
         self.layers = parts.layers
         self._parts = parts
         self._in_one_stage = (parts.layers, *parts.prologue, *parts.epilogue)
@@ -40,7 +42,9 @@ class HookedModules:
         self._adapter_layers = frozenset(adapters.layers)
 
     def __bool__(self) -> bool:
-        has_some = any(self._before) or any(self._behind) or any(map(self._is_wrapped, self._with_forward()))
+        if self._wrapped:
+            return True
+        has_some = any(self._before) or any(self._behind) or any(True for _ in self._wrapped_paths())
         return has_some and (not self._adapter_layers or bool(self.points()))  # which peft itself hooks
 
     def points(self) -> tuple[HookPoint, ...]:
@@ -48,7 +52,7 @@ class HookedModules:
         hooked = itertools.chain(
             itertools.compress(self.by_path, self._before),
             itertools.compress(self.by_path, self._behind),
-            filter(self._is_wrapped, self._with_forward()),
+            self._wrapped_paths(),
         )
         return tuple(
             self._narrow_point(path)
@@ -57,9 +61,11 @@ class HookedModules:
             if self._hooks_before(path) or self._has(path, _BEHIND) or self._is_wrapped(path)
         )
 
-    def _with_forward(self) -> Iterable[str]:
-        """Return the paths of modules that have a forward of their own: quickly, since every step with hooks asks."""
-        return itertools.compress(self.by_path, map(operator.contains, self._states, itertools.repeat("forward")))
+    def _wrapped_paths(self) -> Iterable[str]:
+        """Return the paths of modules of which `_is_wrapped` holds: quickly, since every step asks."""
+        has_forward = map(operator.contains, self._states, itertools.repeat("forward"))
+        candidates = self.by_path if self._wrapped else itertools.compress(self.by_path, has_forward)
+        return filter(self._is_wrapped, candidates)
 
     def _narrow_point(self, path: str) -> HookPoint | None:
         """Return where a step has to stop for hooks that all want the same part of a call, if these do."""
@@ -90,9 +96,10 @@ class HookedModules:
         return bool(vars(self.by_path[path])[registry])
 
     def _is_wrapped(self, path: str) -> bool:
-        """Return whether a function of the user's replaces a module's forward, which may call it, or not."""
-        state = vars(self.by_path[path])
-        return "forward" in state and _acts(state["forward"])
+        """Return whether a function of the user's replaces a module's forward, or a module wraps it, which may call it or not."""
+        module = self.by_path[path]
+        state = vars(module)
+        return ("forward" in state and _acts(state["forward"])) or wrapper_of(module) is not None or runs_here(module)
 
     def _stops_before(self, path: str) -> bool:
         is_asked_for = bool(self._hooks_before(path)) or self._has(path, _ALWAYS) or self._is_wrapped(path)

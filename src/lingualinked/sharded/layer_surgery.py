@@ -13,7 +13,7 @@ from torch import nn
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.layer_skips import LayerSkips
-from lingualinked.sharded.sealing import SealedDict, SealedModule, sealed_class
+from lingualinked.sharded.sealing import SealedDict, SealedModule, sealed_class, set_wrapper
 
 if TYPE_CHECKING:
     from lingualinked.cluster.tensor_edits import TensorEdits
@@ -37,6 +37,8 @@ class SealedLayers(SealedModule):
 
     def __setitem__(self, index: int, module: nn.Module) -> None:
         content = list(self)
+        if set_wrapper(self, self._path, str(range(len(content))[index]), module):
+            return
         content[index] = module
         self._change(content)
 

@@ -22,18 +22,27 @@ from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.remote_tensor import RemoteTensor
 from lingualinked.sharded.stand_in_class import make_stand_in
 from lingualinked.sharded.unsupported import refusal
+from lingualinked.sharded.wrapped_modules import WrappedModules, fill_empty, runs_here, wrapper_of
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
-_WRAPPED = "of what wraps a layer, only the adapter layers of peft have counterparts in the workers"
+_WRAPPED = "a layer has an adapter layer of peft around it, or another wrapper, and not both"
 _GRADIENTS = "no gradients flow through it; train the unsharded model"
 _USE = "its weights are in workers; copy.deepcopy() its parts one by one, or load it unsharded with transformers"
 _DECODER = "its layers run in the workers; call the whole model, with output_hidden_states=True for what enters and leaves layers"
 
 _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 _SHADOWED = ("_buffers", "_modules", "_parameters")  # an attribute of the same name shadows their entries
+_OF_THE_SEAL = (
+    "_adapters",
+    "_free",
+    "_path",
+    "_sealed",
+    "_surgery",
+    "_wrapped",
+    "_wrapper",
+)  # not of a module elsewhere
 _SCALARS = (bool, int, float, str)
 _OF_THE_CALLER = ("loss_type", "name_or_path")
-_OF_THE_SEAL = ("_adapters", "_path", "_sealed", "_surgery")  # attributes that a module does not have elsewhere
 _ABSENT = object()
 
 
@@ -60,10 +69,14 @@ class SealedDict(dict[str, Any]):
 
 
 class _Running(threading.local):
-    """Modules that a step stopped at in this thread, with what stands for their forward; None for one that is called here."""
+    """Modules that a step stopped at in this thread, with what stands for their forward; None for one that is called here.
+
+    ``wrapped`` are those of them that their wrappers have yet to call.
+    """
 
     def __init__(self) -> None:
         self.forwards: list[tuple[nn.Module, Callable[..., Any]] | None] = []
+        self.wrapped: list[tuple[nn.Module, Callable[..., Any]]] = []
 
 
 _running = _Running()
@@ -72,8 +85,17 @@ _running = _Running()
 def call_hooks_around(
     module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Make torch call a sealed module's hooks, and what replaces its forward, around a function that stands for it."""
-    return _call_with((module, forward), module, args, kwargs)
+    """Make torch call a sealed module's hooks, and what wraps it or its forward, around a function that stands for it."""
+    wrapper = wrapper_of(module)
+    if wrapper is None:
+        return _call_with((module, forward), module, args, kwargs)
+    wrapped = _running.wrapped
+    wrapped.append((module, forward))
+    num_wrapped = len(wrapped)
+    try:
+        return _call_with(None, wrapper, args, kwargs)
+    finally:
+        del wrapped[num_wrapped - 1 :]  # if the wrapper has not called it
 
 
 def _call_with(
@@ -83,7 +105,8 @@ def _call_with(
     forwards.append(running)
     num_forwards = len(forwards)
     try:
-        return nn.Module.__call__(module, *args, **kwargs)
+        call = nn.Module.__call__ if isinstance(module, SealedModule) else type(module).__call__
+        return call(module, *args, **kwargs)
     finally:
         del forwards[num_forwards - 1 :]  # if a hook before it has raised
 
@@ -96,10 +119,16 @@ class SealedModule:
         _sealed: frozenset[str]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run its forward pass in this process, with weights that are fetched one by one; refuse to run the decoder so."""
+        """Run its forward pass in this process, with weights that are fetched one by one; refuse to run the decoder so.
+
+        If its wrapper calls it, which runs in its place in a step, the stage runs it.
+        """
+        module, wrapped = cast("nn.Module", self), _running.wrapped
+        if wrapped and wrapped[-1][0] is module:
+            return _call_with(wrapped.pop(), module, args, kwargs)
         if isinstance(self, PreTrainedModel):
             self._refuse("calling", _DECODER)
-        return _call_with(None, cast("nn.Module", self), args, kwargs)
+        return _call_with(None, module, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Accept the current value, another ``forward``, and new attributes of the user's own, which no forward pass reads."""
@@ -114,16 +143,20 @@ class SealedModule:
             return
         surgery = vars(held).get("_surgery") if isinstance(held, nn.ModuleList) else None
         if surgery is not None and isinstance(value, nn.ModuleList):
-            surgery.adopt(self, name, value)
+            if not set_wrapper(self, self._path, name, value):
+                surgery.adopt(self, name, value)
             return
         if name in self._sealed or hasattr(type(self), name) or isinstance(value, nn.Parameter | nn.Module):
-            if _set_adapter_layer(self, self._path, name, value):
+            if set_wrapper(self, self._path, name, value):
                 return
             wraps = isinstance(value, nn.Module) and isinstance(held, nn.Module) and held in value.modules()
             self._refuse(f"setting {name} of", _WRAPPED if wraps else _CHANGE)
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
+        wrapped: WrappedModules = vars(self)["_wrapped"]
+        if wrapped.remove_empty(cast("nn.Module", self), name):
+            return
         if name in self._sealed or name not in vars(self):
             self._refuse(f"deleting {name} of", _CHANGE)
         object.__delattr__(self, name)
@@ -153,7 +186,7 @@ class SealedModel:
     _sealed: frozenset[str] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if _set_adapter_layer(self, "", name, value):
+        if set_wrapper(self, "", name, value):
             return
         if name in self._sealed:
             held = vars(self).get(name)
@@ -162,11 +195,16 @@ class SealedModel:
         super().__setattr__(name, value)
 
 
-def _set_adapter_layer(module: Any, path: str, name: str, value: object) -> bool:
-    """Replace a submodule by an adapter layer of peft around it, or the reverse; return False if this is something else."""
+def set_wrapper(module: Any, path: str, name: str, value: object) -> bool:
+    """Replace a submodule by what wraps it, or the reverse; return False if this is something else."""
     modules = vars(module).get("_modules", {})
     held, layers = modules.get(name), vars(module).get("_adapters")
     if layers is None or held is None or not isinstance(value, nn.Module):
+        return False
+    wrapped: WrappedModules = vars(module)["_wrapped"]
+    if not layers.layers and not type(value).__module__.startswith("peft."):
+        return wrapped.replace(module, path, name, value)
+    if wrapped.wrapped:
         return False
     if not layers.replace(f"{path}.{name}" if path else name, held, value):
         return False
@@ -190,7 +228,8 @@ def _registration(name: str) -> Callable[..., Any]:
     registry = {"register_buffer": "_buffers", "register_parameter": "_parameters"}.get(name, "_modules")
 
     def register(self: nn.Module, name: str, value: Any, *_: Any, **__: Any) -> None:
-        if vars(self)[registry].get(name, _ABSENT) is not value:
+        is_held = vars(self)[registry].get(name, _ABSENT) is value
+        if not is_held and not (registry == "_buffers" and fill_empty(self, name, value)):
             refuse(self)
 
     register.__name__, register.__doc__ = name, f"Accept what holds already. {refuse.__doc__}"
@@ -240,7 +279,8 @@ def _awaited_forward(real: Any) -> Callable[..., Any]:
         # Called by torch, or by what replaces the module's forward; not by a hook.
         is_awaited = sys._getframe(1).f_globals is vars(nn_module) or "forward" in vars(self)  # noqa: SLF001
         # A function that was made from this one around another than the class's own runs in this process.
-        if running is not None and running[0] is self and is_awaited and own is real.forward:
+        is_stages = own is real.forward and not runs_here(self)
+        if running is not None and running[0] is self and is_awaited and is_stages:
             _running.forwards.pop()
             return running[1](*args, **kwargs)
         return own(self, *args, **kwargs)
@@ -266,6 +306,7 @@ class Seal:
 
         self._states: list[tuple[nn.Module, dict[str, Any]]] = []
         self.adapters = AdapterLayers()
+        self.wrapped = WrappedModules()
         for path, module in list(model.named_modules()):
             state, prefix = vars(module), f"{path}." if path else ""
             for key, value in list(state.items()):
@@ -274,7 +315,8 @@ class Seal:
                 elif not key.startswith("_forward_"):
                     content = {each: replace(held, f"{prefix}{each}") for each, held in value.items()}
                     state[key] = SealedDict(content, path, key)
-            state["_adapters"] = self.adapters
+            state["_adapters"], state["_wrapped"] = self.adapters, self.wrapped
+            self.wrapped.add(module)
             if module is model:
                 state["_sealed"] = frozenset(name for name, value in state.items() if _is_setting(name, value))
                 self._registries = {key: state[key] for key in _REGISTRIES}
@@ -286,6 +328,7 @@ class Seal:
     def check(self, model: nn.Module) -> None:
         """Check that no change has bypassed the modules' ``__setattr__``; the model refers to this seal, not the reverse."""
         _check(model, self._registries)
+        self.wrapped.check()
         for module, sealed in self._states:
             if module.__dict__ != sealed:
                 _check(module, sealed)

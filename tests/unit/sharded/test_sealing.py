@@ -228,6 +228,55 @@ def test_another_forward_is_called_around_what_stands_for_the_modules_own(model:
     assert torch.equal(part(x), expected)
 
 
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module, factor: float = 3) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs) * self.factor
+
+
+@torch.no_grad()
+def test_a_wrapper_is_called_around_what_stands_for_the_module(model: Any) -> None:
+    layer, part, x = model.model.layers[3], mlp(model), torch.ones(1, 2, 32)
+    expected = part(x)
+    layer.mlp = Wrapper(part)
+    model.seal.check(model)
+    assert torch.equal(layer.mlp(x), expected * 3)  # in this process
+    assert torch.equal(call_hooks_around(part, lambda hidden: hidden + 1, (x,), {}), (x + 1) * 3)  # in a step
+    layer.mlp.forward = lambda hidden: hidden
+    assert call_hooks_around(part, lambda hidden: 1 / 0, (x,), {}) is x
+    layer.mlp = Wrapper(Wrapper(part, 2))
+    assert torch.equal(call_hooks_around(part, lambda hidden: hidden, (x,), {}), x * 6)
+    layer.mlp = part
+    assert torch.equal(call_hooks_around(part, lambda hidden: hidden, (x,), {}), x)
+    assert not model.seal.wrapped.wrapped
+
+
+def test_wrappers_of_all_layers_come_as_a_list_which_must_not_change(model: Any) -> None:
+    layers = [*model.model.layers]
+    wrappers = nn.ModuleList(map(Wrapper, layers))
+    model.model.layers = wrappers
+    assert [*model.model.layers] == [*wrappers]
+    assert len(model.seal.wrapped.wrapped) == 4
+    model.seal.check(model)
+    del wrappers[1]
+    with pytest.raises(ll.UnsupportedOperationError, match=r"the list in place of model\.layers .* no effect"):
+        model.seal.check(model)
+
+
+@torch.no_grad()
+def test_a_buffer_in_place_of_a_bias_makes_the_module_run_here(model: Any) -> None:
+    head, x = model.lm_head, torch.ones(1, 2, 32)
+    expected = head(x)
+    del head.bias
+    head.register_buffer("bias", torch.full((128,), 2.0))
+    model.seal.check(model)
+    assert torch.equal(call_hooks_around(head, lambda hidden: 1 / 0, (x,), {}), head(x))
+    assert torch.allclose(head(x), expected + 2)
+
+
 def test_notes_of_the_users_own_stay(model: Any) -> None:
     for name, module in model.named_modules():
         module.note = name
