@@ -109,7 +109,7 @@ class LayerSurgery:
         with self._edits.between_steps():
             self._edits.skip(skips)
             state = vars(layers)
-            for attribute in ("_path", "_sealed", "_surgery"):
+            for attribute in ("_adapters", "_path", "_sealed", "_surgery", "_wrapped"):
                 state[attribute] = vars(before)[attribute]
             if not isinstance(layers, SealedLayers):
                 state["_modules"] = SealedDict(state["_modules"], state["_path"], "_modules")

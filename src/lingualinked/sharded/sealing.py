@@ -154,8 +154,8 @@ class SealedModule:
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
-        wrapped: WrappedModules = vars(self)["_wrapped"]
-        if wrapped.remove_empty(cast("nn.Module", self), name):
+        wrapped: WrappedModules | None = vars(self).get("_wrapped")
+        if wrapped is not None and wrapped.remove_empty(cast("nn.Module", self), name):
             return
         if name in self._sealed or name not in vars(self):
             self._refuse(f"deleting {name} of", _CHANGE)
