@@ -31,9 +31,9 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     receive = HookCall.receive
 
-    def note(self: HookCall, message: Any, tensors: tuple[Tensor, ...], cache: Any) -> None:
+    def note(self: HookCall, message: Any, tensors: tuple[Tensor, ...], *rest: Any) -> None:
         shapes.extend(tuple(tensor.shape) for tensor in tensors)
-        receive(self, message, tensors, cache)
+        receive(self, message, tensors, *rest)
 
     monkeypatch.setattr(HookCall, "receive", note)
     return shapes
