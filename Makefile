@@ -14,7 +14,7 @@ RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
 LIBRARIES := build/libraries/.installed
 
-.PHONY: help demo bench test test-families test-gpu test-libraries interrupts proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test test-families test-gpu test-libraries interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,6 +45,9 @@ test-libraries: $(LIBRARIES)  ## Run the tests of nnsight, TransformerLens, pyve
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
+
+soak-hooks: $(DEV)  ## Run eight threads with hooks on sessions of their own 300 times while layers move: no row may be wrong
+	LINGUALINKED_NUM_HOOK_ROUNDS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_hooks_under_fire.py -k eight_threads
 
 # SAMPLE is a text, such as a commit: it draws a few cases that take seconds. Without it, all take about an hour.
 proof: $(DEV)  ## Compare millions of products with torch's, refuse wrong orders, force instruction sets; SAMPLE= for a few

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +272,6 @@ def llama(sharded: Any, unsharded: Any) -> Pair:
     return sharded, unsharded
 
 
-def num_threads_of_workers(model: ll.ShardedModel) -> list[int]:
-    return [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in model.cluster.pids.values()]
-
-
 @torch.no_grad()
 def test_one_stage_runs_everything(place: Any, tiny_llama: str, unsharded: Any) -> None:
     def see(model: Any) -> list[Any]:
@@ -332,93 +323,6 @@ def test_an_expanded_tensor_stays_one(family: str, place: Any, tmp_path: Path) -
 
 
 @torch.no_grad()
-def test_one_session_waits_in_a_hook_while_another_finishes(llama: Pair) -> None:
-    sharded, whole = llama
-    entered, go_on = threading.Event(), threading.Event()
-    results: dict[str, Tensor] = {}
-
-    def wait(_module: Any, _args: Any, output: Any) -> Any:
-        entered.set()
-        assert go_on.wait(60)
-        return with_first(output, first(output) * 2)
-
-    with sharded.model.layers[1].mlp.register_forward_hook(wait):
-        thread = threading.Thread(target=lambda: results.update(hooked=sharded(IDS).logits))
-        thread.start()
-        assert entered.wait(60)
-    results["plain"] = sharded(IDS).logits
-    generated = sharded.generate(IDS, attention_mask=MASK, max_new_tokens=3)
-    assert thread.is_alive()
-    go_on.set()
-    thread.join()
-    assert torch.equal(results["plain"], whole(IDS).logits)
-    assert torch.equal(generated, whole.generate(IDS, attention_mask=MASK, max_new_tokens=3))
-    with whole.model.layers[1].mlp.register_forward_hook(lambda _m, _a, output: output * 2):
-        assert torch.equal(results["hooked"], whole(IDS).logits)
-
-
-@torch.no_grad()
-def test_eight_threads_with_hooks_on_their_own_sessions(llama: Pair) -> None:
-    sharded, whole = llama
-    scale = threading.local()
-
-    def multiply(_module: Any, _args: Any, output: Any) -> Any:
-        return with_first(output, first(output) * scale.value)
-
-    def run(model: Any, value: int) -> Tensor:
-        scale.value = value
-        tokens: Tensor = model.generate(IDS, attention_mask=MASK, max_new_tokens=4, min_new_tokens=4)
-        return tokens
-
-    with sharded.model.layers[1].register_forward_hook(multiply), ThreadPoolExecutor(8) as pool:
-        ours = list(pool.map(lambda value: run(sharded, value), range(1, 9)))
-    with whole.model.layers[1].register_forward_hook(multiply):
-        assert all(torch.equal(our, run(whole, value)) for value, our in enumerate(ours, 1))
-
-
-@torch.no_grad()
-def test_a_hook_may_call_the_model_and_its_own_module(llama: Pair) -> None:
-    def run(model: Any) -> list[Any]:
-        inner: list[Any] = []
-
-        def ask(module: Any, args: Any, output: Any) -> Any:
-            if not inner:
-                inner.append(None)
-                inner.append(model(IDS[1:]).logits)
-                inner.append(module.forward(args[0] * 0.5))
-                return output + inner[-1]
-            return None
-
-        with model.model.layers[2].mlp.register_forward_hook(ask):
-            return [model(IDS).logits, *inner]
-
-    compare(llama, run)
-
-
-@torch.no_grad()
-def test_nothing_is_left_behind_by_a_hook_that_ends_its_step(llama: Pair) -> None:
-    sharded, whole = llama
-    cache = sharded(IDS).past_key_values
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = num_threads_of_workers(sharded)
-    for error, hook in ((KeyboardInterrupt, interrupt), (OwnError, lambda *_: (_ for _ in ()).throw(OwnError()))):
-        with sharded.model.layers[1].register_forward_pre_hook(hook), pytest.raises(error):
-            sharded(IDS)
-    with sharded.model.layers[3].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
-        sharded(IDS[:, :1], past_key_values=cache)
-    with pytest.raises(ll.ClosedError, match="ended with KeyboardInterrupt"):
-        sharded(IDS[:, :1], past_key_values=cache)
-    assert torch.equal(sharded(IDS).logits, whole(IDS).logits)
-    for _ in range(3):
-        with sharded.model.layers[1].register_forward_hook(lambda *_: None):
-            sharded(IDS)
-    assert num_threads_of_workers(sharded) == before
-
-
-@torch.no_grad()
 def test_what_runs_all_layers_takes_other_tokens_and_nothing_else(llama: Pair) -> None:
     def swap(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "input_ids": kwargs["input_ids"].flip(1)}
@@ -464,74 +368,6 @@ def test_what_cannot_be_sent_is_refused(sharded: Any) -> None:
             pytest.raises(error, match=words),
         ):
             sharded(IDS)
-
-
-@torch.no_grad()
-def test_a_slow_hook_and_the_death_of_a_worker_end_the_step(tiny_llama: str) -> None:
-    devices = [ll.Device(name=name, threads=1) for name in "ab"]
-    plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
-    with ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, plan=plan, progress=False) as model:
-        with model.model.layers[0].register_forward_hook(lambda *_: None):
-            model(IDS)  # afterwards each worker keeps one thread for steps with hooks
-        cache, before = model(IDS).past_key_values, num_threads_of_workers(model)
-        cache.session._timeout_s = 0.5
-
-        def outstay(*_: Any) -> None:
-            while not cache.session.ended:
-                time.sleep(0.01)
-
-        with (
-            model.model.layers[1].mlp.register_forward_hook(outstay),
-            pytest.raises(ll.StepTimeoutError, match=r"hooks of model.layers.1.mlp .* timeout_s=0.5"),
-        ):
-            model(IDS[:, :1], past_key_values=cache)
-
-        def kill(*_: Any) -> None:
-            os.kill(model.cluster.pids["b"], signal.SIGKILL)
-            while "b" in model.cluster.pids:
-                time.sleep(0.01)
-
-        with model.model.layers[0].register_forward_hook(kill), pytest.raises(ll.WorkerDiedError):
-            model(IDS)
-        with model.model.layers[0].register_forward_hook(kill), pytest.raises(ll.WorkerDiedError):
-            model(IDS)
-        assert num_threads_of_workers(model) == before[:1]
-
-
-@torch.no_grad()
-def test_hooks_stay_when_layers_move_between_steps(place: Callable[..., Any], tiny_llama: str, unsharded: Any) -> None:
-    moved = place(tiny_llama, [("a", 0, 1), ("b", 1, 3), ("c", 3, 4)])
-
-    def run(model: Any) -> list[Tensor]:
-        ids, cache, logits = IDS[1:], None, []
-        with model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, output: output * 1.5):
-            for step in range(4):
-                output = model(ids, past_key_values=cache)
-                ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-                logits.append(output.logits)
-                if model is moved and step in (0, 2):
-                    spans = [("a", 0, 3), ("b", 3, 4)] if step == 0 else [("c", 0, 2), ("a", 2, 4)]
-                    moved.rebalance(plan=ll.Plan.from_spans(spans))
-        return logits
-
-    compare((moved, unsharded), run)
-
-
-def test_layers_do_not_move_inside_a_hook(place: Callable[..., Any], tiny_llama: str) -> None:
-    model = place(tiny_llama, [("a", 0, 2), ("b", 2, 4)])
-    other = ll.Plan.from_spans([("c", 0, 4)])
-    refused = []
-
-    def move(*_: object) -> None:
-        with pytest.raises(ll.UnsupportedOperationError, match="inside a hook"):
-            model.rebalance(other)
-        refused.append(True)
-
-    with model.model.layers[1].register_forward_hook(move):
-        model(IDS)
-    assert refused
-    model.rebalance(other)
-    assert model.plan.stages[0].end == 4
 
 
 @torch.inference_mode()

@@ -28,8 +28,8 @@ pytestmark = [
 
 NUM_INTERRUPTS = int(os.environ.get("LINGUALINKED_NUM_INTERRUPTS", "6"))
 SHARE = max(NUM_INTERRUPTS // 3, 1)
-VERBS = ("load", "generate", "rebalance", "profile")
-LONGEST_S = {"load": 3.0, "generate": 0.5, "rebalance": 1.0, "profile": 2.0}
+VERBS = ("load", "generate", "rebalance", "profile", "hooks")
+LONGEST_S = {"load": 3.0, "generate": 0.5, "rebalance": 1.0, "profile": 2.0, "hooks": 1.0}
 
 # What is interrupted never ends by itself; after it, nothing may be there that was not before.
 BEGIN = """
@@ -57,6 +57,11 @@ def rebalance():
 def profile():
     ll.profile_model(path, model.cluster, refresh=True)
 
+def hooks():
+    layers = model.model.layers
+    with layers[2].register_forward_hook(lambda *_: time.sleep(0.001)), ll.hook(layers[6].mlp, torch.neg, positions=-1):
+        generate()
+
 def held():
     names = sorted(thread.name for thread in threading.enumerate() if type(thread).__name__ != "TMonitor")
     children = sorted(child.pid for child in psutil.Process().children(recursive=True))
@@ -75,7 +80,7 @@ def left(before):
 
 SCRIPT = """
 with ll.ShardedModel.from_pretrained(path, devices=devices, plan=plans[0], progress=False) as model:
-    generate(), rebalance(), profile()
+    generate(), rebalance(), profile(), hooks()
     before = held()
     for verb in os.environ["VERBS"].split():
         say(["begin", verb])
@@ -158,7 +163,7 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
 
 NOTEBOOK = """
 model = ll.ShardedModel.from_pretrained(path, devices=devices, plan=plans[0], progress=False)
-generate(), rebalance(), profile()
+generate(), rebalance(), profile(), hooks()
 before = held()
 """
 
