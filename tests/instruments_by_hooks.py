@@ -146,9 +146,10 @@ class ByHooks:
 
     def _counting(self) -> Any:
         def count(_module: Any, args: Any, kwargs: Any) -> None:
-            past, ids = kwargs.get("past_key_values"), args[0] if args else kwargs["input_ids"]
+            past = kwargs.get("past_key_values")
+            given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
             self._past = 0 if past is None else int(past.get_seq_length())
-            self._num_rows, self._num_new = ids.shape
+            self._num_rows, self._num_new = given.shape[:2]
 
         return self.model_itself.register_forward_pre_hook(count, with_kwargs=True)
 

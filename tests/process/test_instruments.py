@@ -390,3 +390,47 @@ def test_a_step_that_can_not_be_made_raises_before_it_is_sent(llama: Pair) -> No
     ours = sharded(IDS[:, :1], past_key_values=cache)  # it goes on as it was
     theirs = whole(IDS[:, :1], past_key_values=whole(IDS).past_key_values)
     assert torch.equal(ours.logits, theirs.logits)
+
+
+@torch.no_grad()
+def test_layers_that_are_skipped_capture_nothing_and_those_behind_move_up(
+    tiny_llama: str, place: Any, unsharded: Any
+) -> None:
+    sharded, whole = place(tiny_llama, SPANS), ByHooks(copy.deepcopy(unsharded))
+
+    def look(model: Any) -> Any:
+        change = {"model.layers.1": ll.Add(torch.ones(HIDDEN))}
+        with model.intervene(change), model.capture("model.layers.*.mlp") as captured:
+            logits = model(IDS, use_cache=False).logits
+        return [logits, captured]
+
+    for model in (sharded, whole):
+        del model.model.layers[1]
+    _, captured = run((sharded, whole), look)
+    assert list(captured) == [f"model.layers.{index}.mlp" for index in range(3)]
+    sharded.model.layers[0] = torch.nn.Identity()
+    del whole.model.layers[0]  # an Identity refuses what a Llama passes to its layers
+    with sharded.capture("model.layers.*") as captured:
+        ours = sharded(IDS, use_cache=False).logits
+    assert list(captured) == ["model.layers.1", "model.layers.2"]
+    assert torch.equal(ours, whole(IDS, use_cache=False).logits)
+
+
+def test_gradients_flow_through_interventions(llama: Pair) -> None:
+    sharded, whole = llama
+    embeddings = random(2, 8, HIDDEN)
+    change = {
+        "model.layers.1": ll.Add(random(HIDDEN)),
+        "model.layers.2.mlp": [ll.Project(random(HIDDEN)), ll.Scale(3.0)],
+    }
+
+    def attribute(model: Any) -> Any:
+        inputs = embeddings.clone().requires_grad_()
+        with model.intervene(change), model.capture("model.layers.3", what="input") as captured:
+            logits = model(inputs_embeds=inputs, use_cache=False).logits
+        logits[:, -1].square().sum().backward()
+        kept = {path: [tensor.detach() for tensor in tensors] for path, tensors in captured.items()}
+        return [logits.detach(), inputs.grad, kept]
+
+    _, gradient, _ = run((sharded, whole), attribute)
+    assert gradient.any()

@@ -6,7 +6,7 @@ Knows shapes, plans and devices; neither modules nor who collects the values.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -70,28 +70,37 @@ class StepInstruments(Protocol):
 
 
 def join_captured(
-    due: Mapping[int, ExpectedValue], parts: Mapping[int, object], route: Route, session: int
+    due: Mapping[int, ExpectedValue],
+    parts: Mapping[int, object],
+    route: Route,
+    session: int,
+    skipped: Collection[int] = (),
 ) -> list[CapturedValue]:
-    """Return what all stages captured, or raise a WorkerError of a ProtocolError if one sent something else."""
+    """Return what all stages captured, or raise a WorkerError of a ProtocolError if one sent something else.
+
+    Layers that are ``skipped`` need not have captured anything.
+    """
     values: list[CapturedValue] = []
     for index, stage in enumerate(route.plan.stages):
         try:
             values += [
                 CapturedValue(number, tensor, stage.device, session)
-                for number, tensor in _values_of(parts.get(index), stage, due)
+                for number, tensor in _values_of(parts.get(index), stage, due, skipped)
             ]
         except ProtocolError as error:
             raise WorkerError(stage.device, f"ProtocolError: {error}") from error
     return values
 
 
-def _values_of(part: object, stage: PlannedStage, due: Mapping[int, ExpectedValue]) -> Iterator[tuple[int, Tensor]]:
+def _values_of(
+    part: object, stage: PlannedStage, due: Mapping[int, ExpectedValue], skipped: Collection[int]
+) -> Iterator[tuple[int, Tensor]]:
     where = f"what layers [{stage.start}, {stage.end}) captured in a step"
     if not isinstance(part, RecordedPart) or len(part.captured) != len(part.captured_tensors):
         raise ProtocolError(f"{where} came with other tensors than it announced")
     own = {number: value for number, value in due.items() if stage.start <= value.layer < stage.end}
     for number, value in own.items():
-        if value.is_called_once and part.captured.count(number) != 1:
+        if value.is_called_once and value.layer not in skipped and part.captured.count(number) != 1:
             raise ProtocolError(f"{where} has {part.captured.count(number)} values of {value.path}, and 1 was due")
     for number, tensor in zip(part.captured, part.captured_tensors, strict=True):
         if number not in own:

@@ -261,6 +261,7 @@ def _index_of(rows: Any, positions: Any, device: torch.device) -> Index:
 
 def _captured(item: Capture, chosen: Tensor) -> Tensor:
     """Return a copy of values that later changes of them do not reach, in the dtype and reduced as asked."""
+    chosen = chosen.detach()
     if item.dtype is not None:
         chosen = chosen.to(getattr(torch, item.dtype))
     match item.reduction:

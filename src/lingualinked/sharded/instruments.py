@@ -62,9 +62,10 @@ class Block:
     items: tuple[Instrument, ...]
     tensors: tuple[Tensor, ...]
     captured: Captured | None  # for what it captures
+    shown: Mapping[str, str]  # the names of what it captures, by the paths that stages know
+    listed: ListedPositions
     thread: int | None  # None: of all threads
     cache: object  # None: of all sessions
-    listed: ListedPositions
 
     def is_for(self, cache: object) -> bool:
         """Return whether it is in force in a call of this thread with a KV cache."""
@@ -149,6 +150,7 @@ class InForce:
         tensors: list[Tensor] = []
         self._blocks = blocks
         self._captures: list[tuple[int, Capture, ModuleCall, int, Captured]] = []
+        self._targets: dict[int, tuple[str, Captured]] = {}  # the name and the mapping of each capture
         self._changes: list[tuple[Change, ModuleCall, tuple[Tensor, ...]]] = []
         for block in blocks:
             for item in block.items:
@@ -161,13 +163,13 @@ class InForce:
                 if block.captured is not None:
                     layer = parts.layer_beside(item.path, at_end=item.side == "output")
                     self._captures.append((len(items), item, call, layer, block.captured))
+                    self._targets[len(items)] = block.shown[item.path], block.captured
                 items.append(item)
             tensors += block.tensors
         self._choices = {_choice_of(item): item for item in reversed(items)}  # with the first item of each
         self._planned = _PlannedStep(None)
         self.given = Instruments(tuple(items), len(tensors))
         self.tensors = tuple(tensors)
-        self._targets = {number: (item.path, captured) for number, item, _, _, captured in self._captures}
 
     def due_captures(self, num_rows: int, num_new: int, past: int) -> Mapping[int, ExpectedValue]:
         """Return what is captured in a step, by number; raise ArgumentError if something can't be done in it."""

@@ -45,18 +45,21 @@ def capture_block(
     reduction = None if reduce is None else _check_name(reduce, Reduction, "reduce")
     in_steps = _check_name(steps, Steps, "steps")
     sent_dtype = None if dtype is None else _check_name(str(dtype).removeprefix("torch."), Dtype, "dtype")
-    calls = find_calls(model._pipeline.spec)  # noqa: SLF001 - within the room
+    calls, known = find_calls(model._pipeline.spec), _paths(model)  # noqa: SLF001 - within the room
     patterns = list(modules) if isinstance(modules, Iterable) and not isinstance(modules, str) else [modules]
-    paths = list(match_modules(patterns, side, calls, _paths(model)))
+    paths = {path: known[path] for path in match_modules(patterns, side, calls, known)}
     if not paths:
         raise ArgumentError(f"modules={modules!r} names no submodule: pass at least one path or pattern")
-    items = tuple(Capture(path, side, chosen_rows, chosen_positions, in_steps, sent_dtype, reduction) for path in paths)
+    items = tuple(
+        Capture(path, side, chosen_rows, chosen_positions, in_steps, sent_dtype, reduction) for path in paths.values()
+    )
     for item in items:
         if reduction is not None or not item.takes_everything:
             check_has_tokens(item, calls[item.path, side])
-    captured = Captured(paths, parse_bytes(max_bytes, "max_bytes"))
+    captured = Captured(list(paths), parse_bytes(max_bytes, "max_bytes"))
+    shown = {path: name for name, path in paths.items()}
     return _block(
-        model, lambda **who: Block(items, (), captured, listed=ListedPositions(items), **who), scope, captured
+        model, lambda **who: Block(items, (), captured, shown, ListedPositions(items), **who), scope, captured
     )
 
 
@@ -82,7 +85,7 @@ def intervention_block(model: Any, interventions: object, *, scope: object) -> I
             kind, own, numbers = _arithmetic(each)
             indices = tuple(range(len(tensors), len(tensors) + len(own)))
             tensors += own
-            for path in match_modules([pattern], side, calls, paths):
+            for path in map(paths.__getitem__, match_modules([pattern], side, calls, paths)):
                 change = Change(path, side, *chosen, _check_name(each.steps, Steps, "steps"), kind, indices, numbers)
                 check_change(change, own, calls[path, side])
                 if parts.is_in_every_stage(path):
@@ -93,7 +96,7 @@ def intervention_block(model: Any, interventions: object, *, scope: object) -> I
 
     def make(**who: Any) -> Block:
         copies = tuple(torch.Tensor.clone(each.detach().cpu()).as_subclass(torch.Tensor) for each in tensors)
-        return Block(tuple(items), copies, None, listed=ListedPositions(items), **who)
+        return Block(tuple(items), copies, None, {}, ListedPositions(items), **who)
 
     return _block(model, make, scope, None)
 
@@ -127,8 +130,10 @@ def _block(model: Any, make: Callable[..., Block], scope: object, result: Result
     return InstrumentBlock(model._open_blocks, make_block, result)  # noqa: SLF001 - within the room
 
 
-def _paths(model: Any) -> list[str]:
-    return [path for path, _ in model.named_modules() if path]
+def _paths(model: Any) -> dict[str, str]:
+    """Return the paths of submodules, with those by which stages know them: they differ behind a layer that was removed."""
+    known = {id(module): path for path, module in model._hooked_modules.by_path.items()}  # noqa: SLF001 - within the room
+    return {path: known[id(module)] for path, module in model.named_modules() if path and id(module) in known}
 
 
 def _check_name(value: object, names: Any, argument: str) -> Any:

@@ -67,20 +67,22 @@ def _find_calls(spec: ModelSpec) -> ModuleCalls:
     }
 
 
-def match_modules(patterns: Iterable[str], side: Side, calls: ModuleCalls, paths: Iterable[str]) -> dict[str, None]:
-    """Return the paths of the modules that patterns mean, in the order of the model; raise ArgumentError if one means none."""
-    paths = list(paths)
+def match_modules(patterns: Iterable[Any], side: Side, calls: ModuleCalls, paths: Mapping[str, str]) -> list[str]:
+    """Return the paths of the modules that patterns mean, in the order of the model; raise ArgumentError if one means none.
+
+    `paths` are those of all modules, with those by which stages know them.
+    """
     found: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ArgumentError(f"{pattern!r} is not the path of a submodule, such as 'model.layers.3.mlp'")
         names = pattern.split(".")
         matching = [path for path in paths if _matches(path.split("."), names)]
-        called = [path for path in matching if (path, side) in calls]
+        called = [path for path in matching if (paths[path], side) in calls]
         if not matching:
             near = difflib.get_close_matches(pattern, paths, 5, 0.5)
             raise ArgumentError(
-                f"{pattern!r} matches no submodule: "
+                f"{pattern!r} matches no submodule of a stage: "
                 + (f"did you mean {' or '.join(map(repr, near))}?" if near else "see model.named_modules()")
             )
         if not called:
@@ -89,7 +91,7 @@ def match_modules(patterns: Iterable[str], side: Side, calls: ModuleCalls, paths
                 "name what is in it, such as 'model.layers.*'"
             )
         found.update(called)
-    return dict.fromkeys(path for path in paths if path in found)
+    return [path for path in paths if path in found]
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
