@@ -200,7 +200,14 @@ class Exchange:
             case StepDone():
                 pending = self._pending.find(_key(message))
                 parts = {} if pending is None else pending.parts
-                reply = StepReply(delivery.tensors, message.timings, delivery.num_bytes, parts, message.requires_grad)
+                reply = StepReply(
+                    delivery.tensors,
+                    message.timings,
+                    delivery.num_bytes,
+                    parts,
+                    message.requires_grad,
+                    message.ends_at_tap,
+                )
                 self._pending.complete(_key(message), reply)
             case StepRecorded():
                 first = max(0, len(delivery.tensors) - len(message.captured))

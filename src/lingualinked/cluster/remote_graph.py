@@ -30,6 +30,7 @@ class GraphUser(Protocol):
     requires_grad: bool  # whether gradients of the inputs are asked for
     graph: RemoteGraph | None  # of the step, from when it is sent
     logits_require_grad: bool  # once the step has ended
+    ends_at_tap: tuple[bool, ...]  # likewise; see `lingualinked.protocol.steps.Step`
 
     @property
     def may_flow(self) -> bool:
@@ -64,24 +65,34 @@ class RemoteGraph:
         """How many stages the step has passed through."""
         return len(self._route.stage_devices)
 
-    def run(self, stage: int, tap: int | None, gradients: Gradients, *, keeps_graph: bool) -> Reached:
+    def run(
+        self, stage: int, tap: int | None, gradients: Gradients, injected: Gradients, *, keeps_graph: bool
+    ) -> Reached:
         """Run a backward pass through one stage, from a tap, or from the stage's outputs; return where it comes to.
 
+        Gradients are `injected` of what the hooks of the tap before in this stage have returned, if there are any.
         Raises ArgumentError if the stage has freed the graph, as it does when its layers move.
         """
-        given, tensors = _split(gradients)
-        request, place = self._engine.next_request(), self._place(stage)
-        settings = tuple(read_torch_settings().items())
         message = RunBackward(
-            request=request, **place, tap=tap, given=given, keeps_graph=keeps_graph, torch_settings=settings
+            request=self._engine.next_request(),
+            **self._place(stage),
+            tap=tap,
+            given=_present(gradients),
+            injected=_present(injected),
+            keeps_graph=keeps_graph,
+            torch_settings=tuple(read_torch_settings().items()),
         )
-        return self._ask(stage, message, tensors)
+        return self._ask(stage, message, (*gradients, *injected))
 
-    def resume(self, stage: int, gradients: Gradients) -> Reached:
+    def resume(self, stage: int, gradients: Gradients, injected: Gradients) -> Reached:
         """Go on with a backward pass that has come to a tap, given the gradients of what hooks were given there."""
-        given, tensors = _split(gradients)
-        message = ResumeBackward(request=self._engine.next_request(), **self._place(stage), given=given)
-        return self._ask(stage, message, tensors)
+        message = ResumeBackward(
+            request=self._engine.next_request(),
+            **self._place(stage),
+            given=_present(gradients),
+            injected=_present(injected),
+        )
+        return self._ask(stage, message, (*gradients, *injected))
 
     def abandon(self, stage: int) -> None:
         """End a backward pass that has come to a tap, or is on its way there."""
@@ -102,8 +113,9 @@ class RemoteGraph:
         }
 
     @interruptible
-    def _ask(self, stage: int, message: RunBackward | ResumeBackward, tensors: tuple[Tensor, ...]) -> Reached:
+    def _ask(self, stage: int, message: RunBackward | ResumeBackward, gradients: Gradients) -> Reached:
         device = self.device(stage)
+        tensors = tuple(each.detach().cpu().contiguous() for each in gradients if each is not None)
         answer = result_of(self._engine.request(device, message, "a backward pass", self._timeout_s, tensors=tensors))
         done, found = cast("tuple[BackwardDone, tuple[Tensor, ...]]", answer)
         if len(found) != sum(done.given):
@@ -113,9 +125,8 @@ class RemoteGraph:
         return Reached(done.tap, tuple(next(rest) if is_given else None for is_given in done.given))
 
 
-def _split(gradients: Gradients) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:
-    present = tuple(each.detach().cpu().contiguous() for each in gradients if each is not None)
-    return tuple(each is not None for each in gradients), present
+def _present(gradients: Gradients) -> tuple[bool, ...]:
+    return tuple(each is not None for each in gradients)
 
 
 @uninterrupted

@@ -369,7 +369,7 @@ class Session:
         self._watch(self.last_step)
         self._holds_kv = keeps_kv
         if gradients is not None:
-            gradients.logits_require_grad = reply.requires_grad
+            gradients.logits_require_grad, gradients.ends_at_tap = reply.requires_grad, reply.ends_at_tap
             self.kv_has_gradients |= keeps_kv and gradients.flow
         self.num_rows = num_rows
         self.num_tokens += num_new

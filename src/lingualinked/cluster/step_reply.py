@@ -29,6 +29,7 @@ class StepReply:
     num_bytes: int
     parts: Mapping[int, object] = dataclasses.field(default_factory=dict)  # what stages recorded, by stage
     requires_grad: bool = False  # whether the logits have a gradient
+    ends_at_tap: tuple[bool, ...] = ()  # of the other stages: whether their output is what hooks have returned
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,8 +20,12 @@ from lingualinked.quantities import count_text
 Gradients = tuple[Tensor | None, ...]
 """Of several tensors, in order; None where nothing depends on a tensor."""
 
-ReachTap = Callable[[int, Gradients], Gradients]
-"""Is told the gradients of what the hooks of a tap returned; returns those of what they were given."""
+ReachTap = Callable[[int, Gradients], tuple[Gradients, Gradients]]
+"""Is told the gradients of what the hooks of a tap returned; returns those of what they were given, and what is to be injected.
+
+What is injected are gradients that do not come through the stage: of what the hooks of the tap before have returned, or where
+there is none, of the stage's inputs.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,28 @@ class _Root:
 
 @dataclass(slots=True)
 class _Tap:
-    """A place where hooks have run: what they were given, and the token of the part of the graph before it."""
+    """A place where hooks have run: what they were given, and what they have returned."""
 
     given: tuple[_Root | None, ...]
-    token: _Root | None
+    token: _Root | None  # of the part of the graph before it
+    returned: tuple[_Root | None, ...] = ()
+    injected: Gradients = ()  # in the pass in progress, where that could not be done at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A tensor that hooks have returned, unless it has been changed in place since."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Held:
+        return cls(weakref.ref(tensor), tensor._version)  # noqa: SLF001 - no public name
+
+    def get(self) -> Tensor | None:
+        tensor = self.tensor()
+        return tensor if tensor is not None and tensor._version == self.version else None  # noqa: SLF001
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +85,16 @@ class Returned:
 
 
 class AutogradGraph:
-    """The graph of one step; `requires_grad` says of which of the stage's inputs gradients are asked for."""
+    """The graph of one step; `requires_grad` says of which of the stage's inputs gradients are asked for.
 
-    def __init__(self, requires_grad: tuple[bool, ...]) -> None:
+    `is_input_known` tells whether the stage's input is what the step begins with, or what the hooks of the last tap in the stage
+    before have returned.
+    """
+
+    def __init__(self, requires_grad: tuple[bool, ...], *, is_input_known: bool = False) -> None:
         self.requires_grad = requires_grad
+        self.ends_at_tap = False  # whether its output is what the hooks of its last tap have returned
+        self._is_input_known = is_input_known
         self.num_taps = 0
         self.num_bytes = 0  # that it keeps, besides weights
         self._leaves: tuple[Tensor | None, ...] = ()
@@ -74,8 +102,12 @@ class AutogradGraph:
         self._first_token = torch.zeros((), requires_grad=True)
         self._last_token = self._first_token
         self._device = torch.device("cpu")
+        self._entry = _Tap((), None)  # as a tap that has returned the inputs
         self._taps: list[_Tap] = []
+        self._held: list[_Held] = []  # what hooks have returned, in order
+        self._links: list[tuple[Tensor, _Held]] = []  # what the last tap has returned
         self._reach_tap: ReachTap | None = None
+        self._input: _Held | None = None
 
     def begin(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the stage's inputs as they are part of the graph; raise ProtocolError if there are others than expected."""
@@ -89,12 +121,21 @@ class AutogradGraph:
             for tensor, is_asked in zip(tensors, self.requires_grad, strict=True)
         )
         # Copies, since leaves can't be changed in place.
-        return tuple(
+        entered = tuple(
             tensor if leaf is None else leaf.clone() for tensor, leaf in zip(tensors, self._leaves, strict=True)
         )
+        self._entry.returned = tuple(map(_Root.of, entered))
+        self._links = [(tensor, _Held.of(tensor)) for tensor in entered]
+        if self._is_input_known and len(entered) == 1 and self._leaves[0] is not None:
+            self._input = _Held.of(entered[0])
+        return entered
 
     def end(self, outputs: tuple[Tensor, ...], weights: Iterable[Tensor]) -> tuple[Tensor, ...]:
         """Complete the graph; return the stage's outputs without it."""
+        self.ends_at_tap = bool(
+            self._taps and len(self._links) == len(outputs) == 1 and self._links[0][1].get() is outputs[0]
+        )
+        self._links.clear()
         self._roots = tuple(map(_Root.of, outputs))
         self.num_bytes = _saved_bytes(
             (*outputs, self._last_token), {each.untyped_storage().data_ptr() for each in weights}
@@ -123,16 +164,43 @@ class AutogradGraph:
         tensors = (*given, *others)
         in_place = {each.place for each in returned if each.is_in_place and each.content is None}
         unchanged = tuple(tensor for place, tensor in enumerate(tensors) if place in in_place)
+        held = [each.get() for _, each in self._links]
+        links = [
+            each if each is not None and each.requires_grad and not any(each is other for other in tensors) else None
+            for each in held
+        ]
+        node = _Node(weakref.ref(self), number, len(given), len(others))  # weak, since the graph holds the node
         # What the graph needs of these does not change, though autograd has to take them for changed.
         with torch.autograd._unsafe_preserve_version_counter(unchanged):  # type: ignore[attr-defined] # noqa: SLF001 - no public way
-            token, *results = _Hooks.apply(self, number, len(given), returned, self._last_token, *tensors)  # type: ignore[no-untyped-call]
+            token, *results = _Hooks.apply(node, returned, self._last_token, *tensors, *links)  # type: ignore[no-untyped-call]
         self._last_token = token
+        self._taps[number].returned = tuple(map(_Root.of, results))
+        self._links = [(result, _Held.of(result)) for result in results]
+        self._held += [each for _, each in self._links]
         return list(results)
 
-    def run(self, tap: int | None, gradients: Gradients, *, keeps_graph: bool, reach_tap: ReachTap) -> Gradients:
+    def find_held(self, tensor: Tensor) -> int | None:
+        """Return which of the tensors that hooks have returned this is, counted through all taps; None if none.
+
+        -1 is the stage's input, if that is known.
+        """
+        if self._input is not None and self._input.get() is tensor:
+            return -1
+        return next((index for index, each in enumerate(self._held) if each.get() is tensor), None)
+
+    def run(
+        self,
+        tap: int | None,
+        gradients: Gradients,
+        injected: Gradients = (),
+        *,
+        keeps_graph: bool,
+        reach_tap: ReachTap,
+    ) -> Gradients:
         """Run a backward pass to the inputs and return their gradients, given those of the outputs.
 
-        With a `tap`, the pass begins with what the hooks there were given. It calls `reach_tap` at every tap on its way.
+        With a `tap`, the pass begins with what the hooks there were given. It calls `reach_tap` at every tap on its way. For what
+        is `injected`, see `ReachTap`.
         """
         if tap is not None and tap >= self.num_taps:
             raise ProtocolError(f"a backward pass from tap {tap} was asked for, and there are {self.num_taps}")
@@ -145,6 +213,13 @@ class AutogradGraph:
             for root, gradient in zip(roots, _check_gradients(roots, gradients), strict=True)
             if root is not None and gradient is not None
         ]
+        if injected:  # first, as what comes from behind the step does in one graph
+            returned = self._before(self.num_taps if tap is None else tap).returned
+            given += [
+                (root, gradient.to(self._device))
+                for root, gradient in zip(returned, _check_gradients(returned, injected), strict=True)
+                if root is not None and gradient is not None
+            ]
         leaves = [leaf for leaf in self._leaves if leaf is not None]
         if not given:
             return (None,) * len(self._leaves)
@@ -169,35 +244,75 @@ class AutogradGraph:
             self._reach_tap = None
         if tap is None and not keeps_graph:
             self.num_bytes = 0
-        return tuple(None if leaf is None else next(found) for leaf in self._leaves)
+        late, self._entry.injected = self._entry.injected or (None,) * len(self._leaves), ()
+        return tuple(
+            None if leaf is None else _add(each, next(found)) for leaf, each in zip(self._leaves, late, strict=True)
+        )
 
-    def _stop(self, number: int, gradients: Gradients) -> Gradients:
-        """Wait at a tap for the gradients of what its hooks were given, and check them."""
+    def _before(self, number: int) -> _Tap:
+        return self._taps[number - 1] if number else self._entry
+
+    def stop(self, number: int, gradients: Gradients, linked: Sequence[bool]) -> tuple[Gradients, Gradients]:
+        """Wait at a tap for the gradients of what its hooks were given, and for what is to be injected where it is linked."""
         assert self._reach_tap is not None
-        given = self._taps[number].given
-        found = _check_gradients(given, self._reach_tap(number, gradients))
-        return tuple(None if each is None else each.to(self._device) for each in found)
+        tap, before = self._taps[number], self._before(number)
+        # 1) add what could not be injected
+        late, tap.injected = tap.injected, ()
+        if late:
+            gradients = tuple(map(_add, late, gradients))
+        given, injected = self._reach_tap(number, gradients)
+        given = self._placed(_check_gradients(tap.given, given))
+        if not injected:
+            return given, (None,) * len(linked)
+        # 2) inject the rest
+        injected = self._placed(_check_gradients(before.returned, injected))
+        late = tuple(None if is_linked else each for each, is_linked in zip(injected, linked, strict=True))
+        before.injected = late if any(each is not None for each in late) else ()
+        return given, tuple(each if is_linked else None for each, is_linked in zip(injected, linked, strict=True))
+
+    def _placed(self, gradients: Gradients) -> Gradients:
+        return tuple(None if each is None else each.to(self._device) for each in gradients)
+
+
+def _add(injected: Tensor | None, found: Tensor | None) -> Tensor | None:
+    return found if injected is None else injected if found is None else injected + found
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """Which tap a node of the graph is, and how many tensors of each kind it has."""
+
+    graph: weakref.ref[AutogradGraph]
+    number: int
+    num_given: int
+    num_others: int
 
 
 class _Hooks(torch.autograd.Function):
-    """What hooks have made of tensors: a node whose backward pass is theirs."""
+    """What hooks have made of tensors: a node whose backward pass is theirs.
+
+    It is linked with what the hooks of the tap before have returned, so that gradients can be injected there before others come.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, graph: AutogradGraph, number: int, num_given: int, returned: Sequence[Returned], *tensors: Tensor
+        ctx: Any, node: _Node, returned: Sequence[Returned], _token: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.graph, ctx.number, ctx.num_given = weakref.ref(graph), number, num_given  # the graph holds this node
-        ctx.num_others = len(tensors) - 1 - num_given
+        ctx.node = node
+        ctx.linked = [each is not None for each in tensors[node.num_given + node.num_others :]]
         results = []
         for place, content, is_in_place in ((each.place, each.content, each.is_in_place) for each in returned):
             result = content
             if place is not None and is_in_place:
-                result = tensors[1 + place]
+                result = tensors[place]
+                assert result is not None
                 if content is not None:
                     result.copy_(content)
             elif place is not None and content is None:
-                result = tensors[1 + place].clone()
+                given = tensors[place]
+                assert given is not None
+                result = given.clone()
             assert result is not None
             results.append(result)
         ctx.mark_dirty(*(result for each, result in zip(returned, results, strict=True) if each.is_in_place))
@@ -205,10 +320,11 @@ class _Hooks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _token: Tensor | None, *gradients: Tensor | None) -> tuple[Any, ...]:
-        graph = ctx.graph()
+        node = ctx.node
+        graph = node.graph()
         assert graph is not None
-        found = graph._stop(ctx.number, gradients)  # noqa: SLF001 - a part of it
-        return (None, None, None, None, torch.zeros(()), *found, *(None,) * ctx.num_others)
+        found, injected = graph.stop(node.number, gradients, ctx.linked)
+        return (None, None, torch.zeros(()), *found, *(None,) * node.num_others, *injected)
 
 
 def _check_gradients(roots: Sequence[_Root | None], gradients: Gradients) -> Gradients:

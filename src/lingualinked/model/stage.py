@@ -203,6 +203,7 @@ class Stage:
             if inputs.graph is not None:
                 output.tensors = inputs.graph.end(output.tensors, self._model.parameters())
                 output.requires_grad = inputs.graph.outputs_require_grad
+                output.ends_at_tap = inputs.graph.ends_at_tap
             if graph is not None and decode is not None:
                 graph.layout = output.layout
                 self.graphs.end_trial(graph, decode, output.tensors)

@@ -59,6 +59,7 @@ class StageOutput:
     recorded: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of its layers, in order
     captured: Sequence[tuple[int, Tensor]] = ()  # by the numbers of the instruments
     requires_grad: tuple[bool, ...] | None = None  # which of the tensors have gradients; None if none will be asked for
+    ends_at_tap: bool = False  # whether it is what hooks have returned, in a step with gradients
 
 
 def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None:

@@ -12,7 +12,8 @@ class RunBackward(Message, frozen=True, tag=55):
     """Run a backward pass through the graph of a step on stage ``stage``, from its outputs to its inputs.
 
     With a ``tap``, it begins there: where hooks have run, which are numbered in each stage, with what they were given.
-    ``given`` says of which outputs, or of which tensors there, gradients are sent with the message. The graph serves another pass afterwards if it is
+    ``given`` says of which outputs, or of which tensors there, gradients are sent with the message; ``injected`` says the same of
+    what the hooks of the tap before have returned: these gradients are to come before those through the stage. The graph serves another pass afterwards if it is
     kept (``keeps_graph``). Stages compute under ``torch_settings`` (see `lingualinked.protocol.steps.Step`).
     """
 
@@ -24,12 +25,16 @@ class RunBackward(Message, frozen=True, tag=55):
     number: int
     tap: Natural | None
     given: tuple[bool, ...]
+    injected: tuple[bool, ...]
     keeps_graph: bool
     torch_settings: tuple[tuple[str, bool | int | str], ...] = ()
 
 
 class ResumeBackward(Message, frozen=True, tag=56):
-    """Go on with a backward pass that waits at a tap: ``given`` says of which tensors that its hooks were given gradients come."""
+    """Go on with a backward pass that waits at a tap: ``given`` says of which tensors that its hooks were given gradients come.
+
+    ``injected`` is as in `RunBackward`.
+    """
 
     request: int
     model: int
@@ -38,6 +43,7 @@ class ResumeBackward(Message, frozen=True, tag=56):
     session: int
     number: int
     given: tuple[bool, ...]
+    injected: tuple[bool, ...]
 
 
 class BackwardDone(Message, frozen=True, tag=57):

@@ -15,7 +15,9 @@ class HookReached(Message, frozen=True, tag=36):
     ``args`` and ``kwargs`` are None if the caller knows them from this call's first message. ``strides`` are those of the
     tensors beside the message, which are the call's next ones. If hooks want only a part of the call (``is_cut``), ``output``
     is the tensor that they may replace, before the module too, and ``args`` the one that they may read, if they want it.
-    In a step with gradients, ``requires_grad`` says which of the tensors beside the message have them.
+    In a step with gradients, ``requires_grad`` says which of the tensors beside the message have them, and ``held`` which are the
+    same as tensors with gradients that hooks have returned before in this stage, by their number; -1 is the last one of the stage
+    before; in the first stage, the step's inputs.
     """
 
     model: int
@@ -30,6 +32,7 @@ class HookReached(Message, frozen=True, tag=36):
     strides: tuple[Strides, ...]
     is_cut: bool = False
     requires_grad: tuple[bool, ...] = ()
+    held: tuple[int | None, ...] = ()
 
 
 class HookAnswered(Message, frozen=True, tag=37):

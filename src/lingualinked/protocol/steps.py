@@ -65,7 +65,8 @@ class Step(Message, frozen=True, tag=4):
     ``instruments`` replace those that the session has, from this step on; None: they stay. ``captures`` tells whether some
     of them capture something in this step, which every stage then sends to the caller (`StepRecorded`).
     If ``requires_grad`` is not None, each stage keeps the autograd graph of the step until `FreeGraph`, or its own end; it
-    says of which of the stage's inputs gradients may be asked for.
+    says of which of the stage's inputs gradients may be asked for. Each stage then adds to ``ends_at_tap`` whether its output is
+    what the hooks that ran last in it have returned.
     Stages compute with the adapters that ``adapters`` says, of those that they have (`AddAdapter`); None: without any.
     They run no layers that ``skips`` names.
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
@@ -96,6 +97,7 @@ class Step(Message, frozen=True, tag=4):
     instruments: Instruments | None = None
     captures: bool = False
     requires_grad: tuple[bool, ...] | None = None
+    ends_at_tap: tuple[bool, ...] = ()
     adapters: AdapterUse | None = None
     skips: LayerSkips | None = None
 
@@ -117,13 +119,17 @@ class EndSession(Message, frozen=True, tag=5):
 
 
 class StepDone(Message, frozen=True, tag=21):
-    """The last stage's answer to a step, sent with its logits, and whether these have a gradient (``requires_grad``)."""
+    """The last stage's answer to a step, sent with its logits, and whether these have a gradient (``requires_grad``).
+
+    ``ends_at_tap`` is that of the step.
+    """
 
     model: int
     session: int
     number: int
     timings: tuple[StageTimes, ...]
     requires_grad: bool = False
+    ends_at_tap: tuple[bool, ...] = ()
 
 
 class StepRecorded(Message, frozen=True, tag=35):

@@ -6,7 +6,8 @@ autograd in this process, and a handle on the graph in the stages.
 
 from __future__ import annotations
 
-from collections import Counter
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
 
 from lingualinked.cluster.remote_graph import Gradients, RemoteGraph
 from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
 
 if TYPE_CHECKING:
     from lingualinked.sharded.cache import ShardedCache
+
+
+_Sizes = list[tuple[torch.Size, torch.dtype]]
 
 
 class _Place(NamedTuple):
@@ -36,13 +41,16 @@ class StepGradients:
         self.graph: RemoteGraph | None = None  # once the step is sent
         self.requires_grad = inputs.requires_grad
         self.logits_require_grad = False
+        self.ends_at_tap: tuple[bool, ...] = ()
         self._obstacle = obstacle
         self._num_taps: Counter[int] = Counter()  # by stage
         self._passes: _Passes | None = None
         # Where the next segment begins: there, it takes these tensors; and the node of the segment before.
         self._begin: _Place | None = None
         self._returned: tuple[Tensor, ...] = (inputs,)
+        self._inputs = inputs
         self._token = torch.zeros(())
+        self._held: defaultdict[int, list[Tensor]] = defaultdict(list)  # all that hooks have returned, by stage
         self._is_open = False  # whether a segment has ended at the tap that hooks run at now
 
     @classmethod
@@ -86,14 +94,31 @@ class StepGradients:
                 "torch.no_grad()"
             )
 
-    def give(self, stage: int, tensors: list[Tensor], requires_grad: Sequence[bool]) -> list[Tensor]:
-        """Return the tensors that hooks are given at a tap, as part of the user's graph."""
-        with_gradients = [tensor for tensor, has_one in zip(tensors, requires_grad, strict=True) if has_one]
-        if not with_gradients or not self.flow:
+    def give(
+        self, stage: int, tensors: list[Tensor], requires_grad: Sequence[bool], held: Sequence[int | None]
+    ) -> list[Tensor]:
+        """Return the tensors that hooks are given at a tap, as part of the user's graph.
+
+        Those that are `held` are tensors that hooks have returned before in this stage, by their number.
+        """
+        if not self.may_flow:
             return tensors
-        self._is_open = True
-        attached = iter(self._end_segment(_Place(stage, self._num_taps[stage]), with_gradients))
-        return [next(attached) if has_one else tensor for tensor, has_one in zip(tensors, requires_grad, strict=True)]
+        if not len(tensors) == len(requires_grad) == len(held):
+            raise ProtocolError(f"{len(tensors)} tensors arrived, and {len(requires_grad)} have gradients or have not")
+        before = self._held[stage - 1] if stage else [self._inputs]
+        known = dict(enumerate(self._held[stage]))
+        if before:
+            known[-1] = before[-1]
+        if any(number is not None and number not in known for number in held):
+            raise ProtocolError(f"hooks are said to have returned other than {len(known)} tensors")
+        is_new = [has_one and number is None and self.flow for has_one, number in zip(requires_grad, held, strict=True)]
+        new = [tensor for tensor, takes in zip(tensors, is_new, strict=True) if takes]
+        self._is_open = bool(new)
+        attached = iter(self._end_segment(_Place(stage, self._num_taps[stage]), new) if new else ())
+        return [
+            next(attached) if takes else tensor if number is None else known[number]
+            for tensor, takes, number in zip(tensors, is_new, held, strict=True)
+        ]
 
     def take(self, stage: int, returned: Sequence[Tensor]) -> None:
         """Go on with the tensors with gradients that hooks have returned at a tap."""
@@ -105,19 +130,49 @@ class StepGradients:
             self._end_segment(_Place(stage, self._num_taps[stage]), [])
         self._is_open = False
         self._begin, self._returned = _Place(stage, self._num_taps[stage]), tuple(returned)
+        self._held[stage] += returned
         self._num_taps[stage] += 1
 
     def end(self, logits: Tensor) -> Tensor:
         """Return the logits of the step as part of the user's graph."""
-        return self._end_segment(None, [logits])[0] if self.logits_require_grad and self.flow else logits
+        attached = [logits]
+        if self.logits_require_grad and self.flow:
+            attached = self._end_segment(None, attached)
+        if self._passes is not None:
+            ends = {stage for stage, is_end in enumerate(self.ends_at_tap) if is_end}
+            self._passes.at_ends = {_Place(stage, self._num_taps[stage] - 1) for stage in ends}
+        return attached[0]
 
     def _end_segment(self, end: _Place | None, tensors: list[Tensor]) -> list[Tensor]:
         assert self.graph is not None
         if self._passes is None:
             self._passes = _Passes(self.graph)
-        segment = _Segment(self._passes, self._begin, end)
-        self._token, *attached = _SegmentNode.apply(segment, tensors, self._token, *self._returned)  # type: ignore[no-untyped-call]
+        inputs = self._returned
+        is_late = len(inputs) == 1 and inputs[0].requires_grad
+        segment = _Segment(self._passes, self._begin, end, is_late)
+        self._token, *attached = _SegmentNode.apply(segment, tensors, self._passes.probe, self._token, *inputs)  # type: ignore[no-untyped-call]
+        if is_late:
+            _hook_first(inputs[0], segment)
         return list(attached)
+
+
+def _hook_first(tensor: Tensor, segment: _Segment) -> None:
+    """Run a segment's backward pass as soon as all other gradients of the tensor that it begins with are there.
+
+    They are then injected before those that come through the stages, as in one graph: additions round.
+    """
+    passes, place = weakref.ref(segment.passes), segment.begin
+
+    def complete(gradient: Tensor) -> Tensor | None:
+        found = passes()
+        return None if found is None else found.run_late(place, gradient)
+
+    handle = tensor.register_hook(complete)
+    weakref.finalize(segment.passes, handle.remove).atexit = False  # the tensor may last, and be used in many steps
+    hooks = tensor._backward_hooks  # noqa: SLF001 - no public way to come before those that the user has registered
+    assert hooks is not None
+    for number in [each for each in hooks if each != handle.id]:
+        hooks[number] = hooks.pop(number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +182,7 @@ class _Segment:
     passes: _Passes
     begin: _Place | None
     end: _Place | None
+    is_late: bool  # whether its backward pass waits for the other gradients of what it begins with
 
 
 class _SegmentNode(torch.autograd.Function):
@@ -134,7 +190,7 @@ class _SegmentNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, segment: _Segment, results: list[Tensor], token: Tensor, *inputs: Tensor
+        ctx: Any, segment: _Segment, results: list[Tensor], _probe: Tensor, token: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.segment = segment
@@ -149,17 +205,21 @@ class _SegmentNode(torch.autograd.Function):
             raise UnsupportedOperationError(
                 "create_graph=True: gradients of gradients do not flow through a sharded model; leave it out"
             )
-        found = ctx.segment.passes.run(ctx.segment, gradients, ctx.sizes)
-        return None, None, torch.zeros_like(token), *found
+        if ctx.segment.is_late and ctx.segment.passes.runs_all():
+            found = ctx.segment.passes.put_off(ctx.segment, gradients, ctx.sizes)
+        else:
+            found = ctx.segment.passes.run(ctx.segment, gradients, ctx.sizes)
+        return None, None, None, torch.zeros_like(token), *found
 
 
 class _Pass:
-    """A backward pass in progress: the stage that it is in, and the tap that it waits at there, if it does."""
+    """A backward pass in progress: the stage that it is in, the tap that it waits at there, if it does, and what is put off."""
 
     def __init__(self, task: int) -> None:
         self.task = task
         self.stage: int | None = None
         self.waits_at: _Place | None = None
+        self.put_off: tuple[_Segment, Gradients, _Sizes] | None = None
 
 
 class _Passes:
@@ -167,13 +227,51 @@ class _Passes:
 
     def __init__(self, graph: RemoteGraph) -> None:
         self._graph = graph
+        self.at_ends: set[_Place] = set()  # taps whose tensor is the output of their stage, once the step has ended
+        self.probe = torch.zeros((), requires_grad=True)  # part of the user's graph
+        self._probe_node = get_gradient_edge(self.probe).node
         self._pass: _Pass | None = None
 
-    def run(self, segment: _Segment, gradients: Gradients, sizes: list[tuple[torch.Size, torch.dtype]]) -> Gradients:
+    def runs_all(self) -> bool:
+        """Return whether the pass in progress is for all leaves: one for some tensors may take their gradients before hooks do."""
+        return torch._C._will_engine_execute_node(self._probe_node)  # noqa: SLF001 - no public name
+
+    def put_off(self, segment: _Segment, gradients: Gradients, sizes: _Sizes) -> Gradients:
+        """Run a pass through a segment when `run_late` is called, or another segment is run; return a gradient that adds nothing."""
+        self._run_rest(self._enter())
+        self._enter().put_off = segment, gradients, sizes
+        [(shape, dtype)] = sizes
+        return (torch.full((), -0.0, dtype=dtype).expand(shape),)
+
+    def run_late(self, place: _Place | None, gradient: Tensor) -> Tensor | None:
+        """Run a pass through the segment that begins at a place; return the whole gradient of what it begins with.
+
+        `gradient` is what of it comes from elsewhere. Returns None if the pass does not lead there.
+        """
+        current = self._enter()
+        if current.put_off is None or current.put_off[0].begin != place:
+            return None
+        put_off, current.put_off = current.put_off, None
+        [found] = self._run_checked(current, *put_off, (gradient,))
+        return found
+
+    def run(self, segment: _Segment, gradients: Gradients, sizes: _Sizes) -> Gradients:
         """Run a pass through a segment, given the gradients of what it ends with; return those of what it begins with."""
         current = self._enter()
+        self._run_rest(current)
+        return self._run_checked(current, segment, gradients, sizes, ())
+
+    def _run_rest(self, current: _Pass) -> None:
+        """Run what is put off: nobody asks for its gradient, but what is in front of it does."""
+        put_off, current.put_off = current.put_off, None
+        if put_off is not None:
+            self._run_checked(current, *put_off, ())
+
+    def _run_checked(
+        self, current: _Pass, segment: _Segment, gradients: Gradients, sizes: _Sizes, injected: Gradients
+    ) -> Gradients:
         try:
-            found = self._run(current, segment, gradients) or (None,) * len(sizes)
+            found = self._run(current, segment, gradients, injected) or (None,) * len(sizes)
         except BaseException:
             self._leave(current)
             raise
@@ -187,21 +285,27 @@ class _Passes:
             raise WorkerError(self._graph.device(stage), f"ProtocolError: {error}") from error
         return found
 
-    def _run(self, current: _Pass, segment: _Segment, gradients: Gradients) -> Gradients | None:
+    def _run(self, current: _Pass, segment: _Segment, gradients: Gradients, injected: Gradients) -> Gradients | None:
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()  # noqa: SLF001 - no public getter
-        first = 0 if segment.begin is None else segment.begin.stage
+        first = inject_in = 0 if segment.begin is None else segment.begin.stage
+        if segment.begin in self.at_ends:
+            inject_in = first + 1  # the tensor is that stage's input
         waited_at, current.waits_at = current.waits_at, None
         stage = current.stage = self._graph.num_stages - 1 if segment.end is None else segment.end.stage
         # 1) go on where the segment behind this one has come to, or begin at the end of this one
         if segment.end is not None and waited_at == segment.end:
-            reached = self._graph.resume(stage, gradients)
+            reached = self._graph.resume(stage, gradients, injected if stage == inject_in else ())
         else:
             tap = None if segment.end is None else segment.end.tap
-            reached = self._graph.run(stage, tap, gradients, keeps_graph=keeps_graph)
+            reached = self._graph.run(
+                stage, tap, gradients, injected if stage == inject_in else (), keeps_graph=keeps_graph
+            )
         # 2) lead it through the stages to where the segment begins
         while reached.tap is None and stage > first and any(each is not None for each in reached.gradients):
             stage = current.stage = stage - 1
-            reached = self._graph.run(stage, None, reached.gradients, keeps_graph=keeps_graph)
+            reached = self._graph.run(
+                stage, None, reached.gradients, injected if stage == inject_in else (), keeps_graph=keeps_graph
+            )
         if reached.tap is None:
             current.stage = None
             return reached.gradients if stage == 0 and segment.begin is None else None
@@ -223,6 +327,7 @@ class _Passes:
 
     def _leave(self, ended: _Pass) -> None:
         """End a pass in the stage where it waits: what else it leads to is not asked for."""
+        ended.put_off = None
         if ended.stage is not None:
             self._graph.abandon(ended.stage)
             ended.stage = None

@@ -46,7 +46,8 @@ class HookCall:
     kwargs: HookValue | None = None
     output: HookValue | None = None
     first: int = 0  # index of the first tensor that the last message has added
-    attached: list[Tensor] = dataclasses.field(default_factory=list)  # those of the last message that have gradients
+    held: set[int] = dataclasses.field(default_factory=set)  # which of these hooks have returned before
+    attached: list[Tensor] = dataclasses.field(default_factory=list)  # which of these have gradients
 
     def receive(
         self,
@@ -62,7 +63,8 @@ class HookCall:
         self.known += [tensor.clone() for tensor in given]
         self.first = len(self.values.tensors)
         if gradients is not None:
-            given = gradients.give(self.stage, given, message.requires_grad)
+            given = gradients.give(self.stage, given, message.requires_grad, message.held)
+            self.held = {self.first + place for place, number in enumerate(message.held) if number is not None}
         self.attached = [tensor for tensor in given if tensor.requires_grad]
         self.values.tensors += given
         for name in ("args", "kwargs", "output"):
@@ -116,7 +118,7 @@ class HookCall:
         indices = tuple(
             index
             for index, tensor in enumerate(self.values.tensors)
-            if tensor.requires_grad and (index >= self.first or index in changed)
+            if tensor.requires_grad and ((index >= self.first and index not in self.held) or index in changed)
         )
         gradients.take(self.stage, [self.values.tensors[index] for index in indices])
         return indices

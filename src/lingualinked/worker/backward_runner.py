@@ -18,6 +18,7 @@ from lingualinked.model.torch_settings import torch_settings
 from lingualinked.protocol.failures import RequestFailed
 from lingualinked.protocol.gradients import AbandonBackward, BackwardDone, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.messages import encode
+from lingualinked.quantities import count_text
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.error_report import describe_error
 from lingualinked.worker.hosted_stage import HostedStage
@@ -98,7 +99,7 @@ class BackwardRunner:
             done = BackwardDone(request=request, tap=tap, given=given)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), sent)
 
-        def reach_tap(tap: int, gradients: Gradients) -> Gradients:
+        def reach_tap(tap: int, gradients: Gradients) -> tuple[Gradients, Gradients]:
             nonlocal request
             assert wait is not None
             settings.close()
@@ -106,13 +107,15 @@ class BackwardRunner:
             answer, arrived = wait()
             request = answer.request
             settings.enter_context(torch_settings(dict(message.torch_settings)))
-            return join_gradients(answer.given, arrived)
+            return join_gradients(answer, arrived)
 
         try:
             with contextlib.ExitStack() as settings:
                 settings.enter_context(torch_settings(dict(message.torch_settings)))
-                gradients = join_gradients(message.given, tensors)
-                found = graph.run(message.tap, gradients, keeps_graph=message.keeps_graph, reach_tap=reach_tap)
+                gradients, injected = join_gradients(message, tensors)
+                found = graph.run(
+                    message.tap, gradients, injected, keeps_graph=message.keeps_graph, reach_tap=reach_tap
+                )
             send(None, found)
         except Exception as error:  # noqa: BLE001 - the caller re-raises it
             self._report_failure(request, error)
@@ -126,12 +129,17 @@ def _key(message: RunBackward | ResumeBackward | AbandonBackward | FreeGraph) ->
     return message.model, message.number, message.session
 
 
-def join_gradients(given: tuple[bool, ...], tensors: tuple[Tensor, ...]) -> Gradients:
-    """Return gradients as they are listed, from those that have arrived; raise ProtocolError if their number differs."""
-    if len(tensors) != sum(given):
-        raise ProtocolError(f"{len(tensors)} gradients arrived, and {sum(given)} are announced")
+def join_gradients(message: RunBackward | ResumeBackward, tensors: tuple[Tensor, ...]) -> tuple[Gradients, Gradients]:
+    """Return gradients, and those to be injected, as a message lists them; raise ProtocolError if others have arrived."""
+    if len(tensors) != sum(message.given) + sum(message.injected):
+        raise ProtocolError(
+            f"{count_text(len(tensors), 'gradient')} arrived, and {sum(message.given) + sum(message.injected)} are announced"
+        )
     rest = iter(tensors)
-    return tuple(next(rest) if is_given else None for is_given in given)
+    given, injected = (
+        tuple(next(rest) if is_given else None for is_given in each) for each in (message.given, message.injected)
+    )
+    return given, injected
 
 
 def split_gradients(gradients: Gradients) -> tuple[tuple[bool, ...], tuple[Tensor, ...]]:

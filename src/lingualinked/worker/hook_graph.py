@@ -16,9 +16,13 @@ from lingualinked.model.hook_points import ModuleCall
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 
 
-def has_gradients(first: int, answer: HookAnswered, call: ModuleCall) -> bool:
-    """Return whether hooks were given tensors with gradients, from the one numbered `first` on, or have returned some."""
-    return bool(answer.requires_grad) or any(each.requires_grad for each in call.values.tensors[first:])
+def given_with_gradients(reached: HookReached, first: int) -> list[int]:
+    """Return which tensors with gradients hooks were given that they have not returned before, from the one numbered `first` on."""
+    return [
+        first + place
+        for place, (has_gradient, held) in enumerate(zip(reached.requires_grad, reached.held, strict=True))
+        if has_gradient and held is None
+    ]
 
 
 def join_graph(
@@ -38,10 +42,12 @@ def join_graph(
     # 1) which tensors they were given, from the one numbered `first` on, and which have gradients now
     known = call.values.tensors
     changed = dict(zip(answer.changed, contents, strict=True))
-    given = [index for index in range(first, len(known)) if known[index].requires_grad]
+    given = given_with_gradients(reached, first)
     asked = answer.requires_grad
     if len(set(asked)) < len(asked) or any(
-        each >= len(known) + len(new) or (each < first and each not in changed) for each in asked
+        each >= len(known) + len(new)
+        or (each < len(known) and each not in changed and (each < first or reached.held[each - first] is not None))
+        for each in asked
     ):
         raise ProtocolError(f"the hooks of {call.path!r} gave gradients to tensors {asked}, which they can't have")
     others = [index for index in asked if index < len(known) and index not in given]

@@ -92,7 +92,10 @@ class HostedStage:
                 started = pace.skip_pause(started, paused)
 
         session = self._find_session(step, len(tensors[0]) if tensors and tensors[0].ndim else 0)
-        graph = None if step.requires_grad is None else AutogradGraph(step.requires_grad)
+        graph = None
+        if step.requires_grad is not None:
+            is_known = step.stage == 0 or step.ends_at_tap[-1:] == (True,)
+            graph = AutogradGraph(step.requires_grad, is_input_known=is_known)
         try:
             output = self._compute(session, step, tensors, pause_timed, graph)
             if graph is not None:

@@ -31,7 +31,7 @@ from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.cut_calls import apply_cut, describe_cut
 from lingualinked.worker.error_report import ErrorReport, describe_error
-from lingualinked.worker.hook_graph import has_gradients, join_graph
+from lingualinked.worker.hook_graph import given_with_gradients, join_graph
 from lingualinked.worker.hosted_stage import split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.limits import end_if_device_is_lost
@@ -107,10 +107,10 @@ class StepRunner:
             nonlocal hooks
             assert wait is not None
             first = len(call.values.tensors)
-            reached, items = describe_call(step, call)
+            reached, items = describe_call(step, call, graph)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(reached), items)
             answer, tensors = wait()
-            if graph is None or not has_gradients(first, answer, call):
+            if graph is None or not (answer.requires_grad or given_with_gradients(reached, first)):
                 apply_answer(answer, tensors, call)
             else:
                 apply_answer(answer, tensors, call, functools.partial(join_graph, reached, first, graph=graph))
@@ -139,6 +139,7 @@ class StepRunner:
                 number=step.number,
                 timings=timings,
                 requires_grad=any(output.requires_grad or ()),
+                ends_at_tap=step.ends_at_tap,
             )
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
         else:
@@ -150,6 +151,7 @@ class StepRunner:
                 sent_us=clock_us() + encode_us,
                 hooks=hooks,
                 requires_grad=output.requires_grad,
+                ends_at_tap=() if output.requires_grad is None else (*step.ends_at_tap, output.ends_at_tap),
             )
             _, shared = split_tensors(step, delivery.tensors)
             hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
@@ -174,7 +176,9 @@ def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tu
     return message, (*recorded, *(tensor for _, tensor in output.captured))
 
 
-def describe_call(step: Step, call: ModuleCall) -> tuple[HookReached, tuple[Tensor, ...]]:
+def describe_call(
+    step: Step, call: ModuleCall, graph: AutogradGraph | None = None
+) -> tuple[HookReached, tuple[Tensor, ...]]:
     """Return the message for the caller about a call of a hooked module, and its tensors."""
     values, num_known = call.values, len(call.values.tensors)
     args: HookValue | None
@@ -205,7 +209,8 @@ def describe_call(step: Step, call: ModuleCall) -> tuple[HookReached, tuple[Tens
         output=output,
         strides=tuple(strides for _, strides in packed),
         is_cut=call.cut is not None,
-        requires_grad=tuple(tensor.requires_grad for tensor in values.tensors[num_known:]),
+        requires_grad=() if graph is None else tuple(each.requires_grad for each in values.tensors[num_known:]),
+        held=() if graph is None else tuple(map(graph.find_held, values.tensors[num_known:])),
     )
     return message, tuple(tensor for tensor, _ in packed)
 

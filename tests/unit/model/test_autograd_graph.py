@@ -14,7 +14,7 @@ from lingualinked.model.stage_data import StageInputs
 
 def run(graph: AutogradGraph, gradients: Gradients, *, tap: int | None = None, keeps_graph: bool = False) -> Gradients:
     """Run a backward pass through a graph without hooks."""
-    return graph.run(tap, gradients, keeps_graph=keeps_graph, reach_tap=lambda *_: ())
+    return graph.run(tap, gradients, keeps_graph=keeps_graph, reach_tap=lambda *_: ((), ()))
 
 
 def small_graph(*, weight: Tensor | None = None) -> AutogradGraph:
@@ -128,9 +128,9 @@ def test_a_pass_stops_where_hooks_have_run() -> None:
     graph.end((kept * 3 + other * 5,), [])
     stops: list[tuple[int, list[list[float] | None]]] = []
 
-    def reach(tap: int, gradients: Gradients) -> Gradients:
+    def reach(tap: int, gradients: Gradients) -> tuple[Gradients, Gradients]:
         stops.append((tap, [None if each is None else each.tolist() for each in gradients]))
-        return (torch.full((2,), 7.0),)
+        return (torch.full((2,), 7.0),), ()
 
     [gradient] = graph.run(None, (torch.ones(2),), keeps_graph=True, reach_tap=reach)
     assert stops == [(0, [[3, 3], [5, 5]])]
@@ -150,9 +150,9 @@ def test_hooks_are_passed_though_nothing_leads_through_them() -> None:
     graph.end((states,), [])
     stops = []
 
-    def reach(tap: int, gradients: Gradients) -> Gradients:
+    def reach(tap: int, gradients: Gradients) -> tuple[Gradients, Gradients]:
         stops.append((tap, gradients))
-        return (None,)
+        return (None,), ()
 
     [gradient] = graph.run(None, (torch.ones(2),), keeps_graph=False, reach_tap=reach)
     assert stops == [(0, ())]
