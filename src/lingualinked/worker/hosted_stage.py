@@ -29,7 +29,7 @@ from lingualinked.protocol.moving import SessionState
 from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot
-from lingualinked.worker.kept_graphs import KeptGraphs
+from lingualinked.worker.kept_graphs import KeptGraphs, new_graph
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
@@ -92,14 +92,10 @@ class HostedStage:
                 started = pace.skip_pause(started, paused)
 
         session = self._find_session(step, len(tensors[0]) if tensors and tensors[0].ndim else 0)
-        graph = None
-        if step.requires_grad is not None:
-            is_known = step.stage == 0 or step.ends_at_tap[-1:] == (True,)
-            graph = AutogradGraph(step.requires_grad, is_input_known=is_known)
+        graph = new_graph(step)
         try:
             output = self._compute(session, step, tensors, pause_timed, graph)
-            if graph is not None:
-                self.graphs.keep((step.session, step.number), graph)
+            self.graphs.keep((step.session, step.number), graph)
         except BaseException:
             self.end_session(step.session)
             raise

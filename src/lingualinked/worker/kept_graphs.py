@@ -1,16 +1,25 @@
 """The autograd graphs that steps have left in one stage, until they are freed.
 
-Knows graphs and the memory that is free; no messages.
+Knows graphs, the message of a step and the memory that is free; not who sends it.
 """
 
 from __future__ import annotations
 
 from lingualinked.errors import ArgumentError
 from lingualinked.model.autograd_graph import AutogradGraph
+from lingualinked.protocol.steps import Step
 from lingualinked.worker.limits import spare_bytes
 
 GraphKey = tuple[int, int]
 """A step's session and number."""
+
+
+def new_graph(step: Step) -> AutogradGraph | None:
+    """Return the graph of a step that is still to run; None if nobody will ask for gradients."""
+    if step.requires_grad is None:
+        return None
+    is_input_known = step.stage == 0 or step.ends_at_tap[-1:] == (True,)
+    return AutogradGraph(step.requires_grad, is_input_known=is_input_known)
 
 
 class KeptGraphs:
@@ -25,9 +34,9 @@ class KeptGraphs:
         """Bytes that all graphs keep."""
         return sum(each.num_bytes for each in self._graphs.values())
 
-    def keep(self, key: GraphKey, graph: AutogradGraph) -> None:
+    def keep(self, key: GraphKey, graph: AutogradGraph | None) -> None:
         """Keep the graph of a step unless it is empty; raise MemoryError if all would exceed the memory that is still free."""
-        if graph.is_empty:
+        if graph is None or graph.is_empty:
             return
         held, spare = self.num_bytes + graph.num_bytes, spare_bytes(self._accelerator)
         if held > spare:
