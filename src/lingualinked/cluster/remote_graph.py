@@ -19,6 +19,7 @@ from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.protocol.gradients import AbandonBackward, BackwardDone, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.steps import Step
+from lingualinked.quantities import count_text
 
 Gradients = tuple[Tensor | None, ...]
 """Of several tensors, in order; None where nothing depends on a tensor."""
@@ -119,7 +120,7 @@ class RemoteGraph:
         answer = result_of(self._engine.request(device, message, "a backward pass", self._timeout_s, tensors=tensors))
         done, found = cast("tuple[BackwardDone, tuple[Tensor, ...]]", answer)
         if len(found) != sum(done.given):
-            error = ProtocolError(f"{len(found)} gradients arrived, and {sum(done.given)} are announced")
+            error = ProtocolError(f"{count_text(len(found), 'gradient')} arrived, and {sum(done.given)} are announced")
             raise WorkerError(device, f"ProtocolError: {error}") from error
         rest = iter(found)
         return Reached(done.tap, tuple(next(rest) if is_given else None for is_given in done.given))

@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lingualinked.cluster.remote_graph import Gradients, RemoteGraph
 from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from lingualinked.sharded.cache import ShardedCache
@@ -104,13 +105,15 @@ class StepGradients:
         if not self.may_flow:
             return tensors
         if not len(tensors) == len(requires_grad) == len(held):
-            raise ProtocolError(f"{len(tensors)} tensors arrived, and {len(requires_grad)} have gradients or have not")
+            raise ProtocolError(
+                f"{count_text(len(tensors), 'tensor')} arrived, and {len(requires_grad)} have gradients or have not"
+            )
         before = self._held[stage - 1] if stage else [self._inputs]
         known = dict(enumerate(self._held[stage]))
         if before:
             known[-1] = before[-1]
         if any(number is not None and number not in known for number in held):
-            raise ProtocolError(f"hooks are said to have returned other than {len(known)} tensors")
+            raise ProtocolError(f"hooks are said to have returned others than {count_text(len(known), 'tensor')}")
         is_new = [has_one and number is None and self.flow for has_one, number in zip(requires_grad, held, strict=True)]
         new = [tensor for tensor, takes in zip(tensors, is_new, strict=True) if takes]
         self._is_open = bool(new)
