@@ -322,6 +322,54 @@ def test_an_expanded_tensor_stays_one(family: str, place: Any, tmp_path: Path) -
     compare((sharded, reference(folder)), share)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral"])
+@torch.no_grad()
+def test_outputs_are_recorded_between_hooks_as_by_transformers(family: str, place: Any, tmp_path: Path) -> None:
+    """Its hooks, which record, are registered in the first call that asks for outputs."""
+    folder = save_tiny(family, torch.float32, tmp_path)
+    pair = (
+        place(str(folder), [("a", 0, 2), ("b", 2, 4)], attn_implementation="eager"),
+        reference(folder, attn_implementation="eager"),
+    )
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    asked |= {"output_router_logits": True} if family == "mixtral" else {}
+
+    def change(_module: Any, _args: Any, output: Any) -> Any:
+        return output * 2 if isinstance(output, Tensor) else tuple(2 * each for each in output[:2]) + output[2:]
+
+    def record(model: Any, **options: bool) -> list[Any]:
+        layer = layers_of(model)[2]
+        modules = [layer, attention_of(layer), *([mlp_of(layer).gate] if family == "mixtral" else [])]
+        outputs = []
+        for module in modules:
+            with module.register_forward_hook(change, **options):
+                outputs.append(model(IDS, **asked))
+        return [each for output in outputs for each in flat(dict(output))]
+
+    for _ in range(2):  # before transformers has registered its own, and after
+        compare(pair, record)
+    compare(pair, lambda model: record(model, prepend=True))
+
+
+@torch.no_grad()
+def test_outputs_that_would_be_recorded_between_two_hooks_are_refused(place: Any, tiny_llama: str) -> None:
+    model = place(tiny_llama, [("a", 0, 2), ("b", 2, 4)])
+    early = [module.register_forward_hook(lambda *_: None) for module in (model.model.layers[1], model.lm_head)]
+    model(IDS, output_hidden_states=True)
+    with (
+        model.model.layers[1].register_forward_hook(lambda *_: None),
+        model.lm_head.register_forward_hook(lambda *_: None),
+    ):
+        model(IDS)
+        with pytest.raises(
+            ll.UnsupportedOperationError, match=r"^hooks of model.layers.1 .* register all before it, or all"
+        ):
+            model(IDS, output_hidden_states=True)
+        early[0].remove()
+        model(IDS, output_hidden_states=True)
+    early[1].remove()
+
+
 @torch.no_grad()
 def test_what_runs_all_layers_takes_other_tokens_and_nothing_else(llama: Pair) -> None:
     def swap(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:

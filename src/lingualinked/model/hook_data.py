@@ -28,7 +28,10 @@ class Cut(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class HookPoint(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A module with hooks: whether a pass stops before it, and behind it, whether the hooks may skip it, and what they want."""
+    """A module with hooks: whether a pass stops before it, and behind it, whether the hooks may skip it, and what they want.
+
+    ``behind_records`` says that hooks behind it run once transformers has recorded what the module returns.
+    """
 
     path: str
     before: bool
@@ -36,6 +39,7 @@ class HookPoint(msgspec.Struct, frozen=True, array_like=True, gc=False):
     may_skip: bool = False
     cut_before: Cut | None = None
     cut_after: Cut | None = None
+    behind_records: bool = False
 
 
 class _Value(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from lingualinked.model.cut import StandIn
+from lingualinked.model.hf_internals.recording import record_first
 from lingualinked.model.hook_values import CallValues
 
 if TYPE_CHECKING:
@@ -116,6 +117,13 @@ class HookedPass:
                 self._handles[path] = [] if module is None else self._install(path, module)
             if point.may_skip and path not in self._skippable and module is not None:
                 self._skippable[path] = _SkippableForward.of(module)
+        self._record_first()
+
+    def _record_first(self) -> None:
+        """Record what some modules return before hooks change it."""
+        for path, point in self._points.items():
+            if point.behind_records and (module := self._module_at(path)) is not None:
+                record_first(module)
 
     def _module_at(self, path: str) -> nn.Module | None:
         try:
@@ -131,7 +139,7 @@ class HookedPass:
             # First, as below: interventions see what hooks have made of the inputs.
             handles.append(module.register_forward_pre_hook(self._make_before(path), with_kwargs=True, prepend=True))
         if self._is_last or not spans:
-            # First, since what records outputs, or sends them on, is to see what hooks have made of them.
+            # First, since what sends outputs on is to see what hooks have made of them; so is what records them, mostly.
             after = self._make_after(path, spans=spans)
             handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
         return handles
@@ -179,6 +187,7 @@ class HookedPass:
         self._is_stopped = True
         points = self._pause(call)
         self._is_stopped = False
+        self._record_first()  # recorders were attached anew
         if points is not None:
             self._set_points(points)
 

@@ -208,7 +208,10 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
         self._follow_adapters()
         gradients = StepGradients.of(inputs, cache, records, has_hooks=bool(self._hooked_modules))
         given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
-        hooks = CallerHooks(self._hooked_modules, cache, given, gradients) if self._hooked_modules else None
+        recording = self._seal.recording if records else None
+        if recording is not None:
+            recording.has_recorded = True
+        hooks = CallerHooks(self._hooked_modules, cache, given, gradients, recording) if self._hooked_modules else None
         blocks = self._open_blocks
         instruments = blocks.in_force(cache, find_calls(self._pipeline.spec)) if blocks else None
         try:

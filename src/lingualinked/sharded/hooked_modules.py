@@ -9,6 +9,8 @@ import itertools
 import operator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from lingualinked.model.hook_data import Cut, HookPoint
 from lingualinked.model.hook_points import contains_layers
 from lingualinked.sharded.adapter_layers import is_of_peft
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from lingualinked.model.parts import ModelParts
     from lingualinked.sharded.adapter_layers import AdapterLayers
+    from lingualinked.sharded.recording_order import RecordingOrder
 
 _BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"
 
@@ -61,6 +64,15 @@ class HookedModules:
             if self._hooks_before(path) or self._has(path, _BEHIND) or self._is_wrapped(path)
         )
 
+    def in_order(self, points: Iterable[HookPoint], recording: RecordingOrder) -> tuple[HookPoint, ...]:
+        """Say of points whether their hooks run once transformers has recorded what the modules return."""
+        return tuple(
+            msgspec.structs.replace(point, behind_records=True)
+            if recording.are_behind(point.path, vars(self.by_path[point.path])[_BEHIND])
+            else point
+            for point in points
+        )
+
     def _wrapped_paths(self) -> Iterable[str]:
         """Return the paths of modules of which `_is_wrapped` holds: quickly, since every step asks."""
         has_forward = map(operator.contains, self._states, itertools.repeat("forward"))
@@ -78,7 +90,7 @@ class HookedModules:
         if any(len({hook.positions for hook in hooks}) > 1 for hooks in narrow):
             return None
         cuts = [Cut(hooks[0].positions, any(hook.wants_both for hook in hooks)) if hooks else None for hooks in narrow]
-        return HookPoint(path, bool(before), bool(behind), False, *cuts)
+        return HookPoint(path, bool(before), bool(behind), cut_before=cuts[0], cut_after=cuts[1])
 
     def narrow_hooks(self, path: str, cut: Cut, *, is_done: bool) -> list[NarrowHook]:
         """Return the hooks before a module, or behind it, that want this part of its call."""

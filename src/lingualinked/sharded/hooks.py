@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lingualinked.sharded.cache import ShardedCache
     from lingualinked.sharded.gradients import StepGradients
     from lingualinked.sharded.hooked_modules import HookedModules
+    from lingualinked.sharded.recording_order import RecordingOrder
 
 _TOKENS = ("input_ids", "inputs_embeds")  # what a module that runs all layers needs in its first stage alone
 
@@ -47,9 +48,15 @@ class CallerHooks:
     """The hooks of one step of a model; see `lingualinked.cluster.hooked_step.StepHooks`."""
 
     def __init__(
-        self, modules: HookedModules, cache: ShardedCache, given: dict[str, Any], gradients: StepGradients | None
+        self,
+        modules: HookedModules,
+        cache: ShardedCache,
+        given: dict[str, Any],
+        gradients: StepGradients | None,
+        recording: RecordingOrder | None,
     ) -> None:
         self._modules = modules
+        self._recording = recording  # of a step that records outputs
         self._cache = cache
         self._gradients = gradients
         self._given = given  # arguments that stages replace by their own
@@ -60,7 +67,9 @@ class CallerHooks:
     def points(self) -> tuple[HookPoint, ...]:
         """Return where the step has to stop."""
         points = self._modules.points()
-        return tuple(map(_stop_twice, points)) if self._gradients is not None and self._gradients.flow else points
+        if self._gradients is not None and self._gradients.flow:
+            points = tuple(map(_stop_twice, points))
+        return points if self._recording is None else self._modules.in_order(points, self._recording)
 
     def run(self, step: HookedStep) -> StepReply:
         """Run the hooks of a step as it reaches them; return its reply."""

@@ -17,8 +17,10 @@ from torch.nn.modules import module as nn_module
 from transformers import PreTrainedModel
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.hf_internals.recording import recorded_modules
 from lingualinked.sharded.adapter_layers import AdapterLayers
 from lingualinked.sharded.fetched_weights import FetchedWeights
+from lingualinked.sharded.recording_order import RecordingOrder
 from lingualinked.sharded.remote_tensor import RemoteTensor
 from lingualinked.sharded.stand_in_class import make_stand_in
 from lingualinked.sharded.unsupported import refusal
@@ -36,6 +38,7 @@ _OF_THE_SEAL = (
     "_adapters",
     "_free",
     "_path",
+    "_recording",
     "_sealed",
     "_surgery",
     "_wrapped",
@@ -152,6 +155,12 @@ class SealedModule:
             wraps = isinstance(value, nn.Module) and isinstance(held, nn.Module) and held in value.modules()
             self._refuse(f"setting {name} of", _WRAPPED if wraps else _CHANGE)
         object.__setattr__(self, name, value)
+
+    def register_forward_hook(self, hook: Callable[..., Any], *, prepend: bool = False, **options: bool) -> Any:
+        """Register a hook as torch does, and note whether it runs before what records outputs."""
+        handle = super().register_forward_hook(hook, prepend=prepend, **options)  # type: ignore[misc]
+        vars(self)["_recording"].add(handle.id, is_first=prepend)
+        return handle
 
     def __delattr__(self, name: str) -> None:
         wrapped: WrappedModules | None = vars(self).get("_wrapped")
@@ -306,7 +315,7 @@ class Seal:
 
         self._states: list[tuple[nn.Module, dict[str, Any]]] = []
         self.adapters = AdapterLayers()
-        self.wrapped = WrappedModules()
+        self.wrapped, self.recording = WrappedModules(), RecordingOrder(recorded_modules(model))
         for path, module in list(model.named_modules()):
             state, prefix = vars(module), f"{path}." if path else ""
             for key, value in list(state.items()):
@@ -315,7 +324,7 @@ class Seal:
                 elif not key.startswith("_forward_"):
                     content = {each: replace(held, f"{prefix}{each}") for each, held in value.items()}
                     state[key] = SealedDict(content, path, key)
-            state["_adapters"], state["_wrapped"] = self.adapters, self.wrapped
+            state["_adapters"], state["_wrapped"], state["_recording"] = self.adapters, self.wrapped, self.recording
             self.wrapped.add(module)
             if module is model:
                 state["_sealed"] = frozenset(name for name, value in state.items() if _is_setting(name, value))

@@ -64,6 +64,22 @@ def record_hidden_state(states: torch.Tensor | None) -> None:
         collected["hidden_states"].append(states)
 
 
+def recorded_modules(model: torch.nn.Module) -> frozenset[str]:
+    """Return the paths of modules of which transformers records what they return."""
+    hooked = {id(hooks) for hooks, _, _ in Recorders(model)._hooks}
+    for module in model.modules():
+        vars(module).pop("_output_capturing_hooks_installed", None)
+    return frozenset(path for path, module in model.named_modules() if id(module._forward_hooks) in hooked)
+
+
+def record_first(module: torch.nn.Module) -> None:
+    """Make transformers record what a module returns before its other hooks change it."""
+    hooks: Any = module._forward_hooks  # an OrderedDict
+    for number, hook in list(hooks.items()):
+        if getattr(hook, "__module__", None) == output_capturing.__name__:
+            hooks.move_to_end(number, last=False)
+
+
 def record_too(name: str) -> None:
     """Record one more output of the forward pass that is in progress, as if it had been called for it."""
     collected = output_capturing._active_collector.get()
