@@ -16,7 +16,7 @@ import pytest
 
 from waiting import wait_until
 
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(240)]
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[2]
@@ -87,8 +87,10 @@ def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
             assert len(sharded_model.plan.stages) == len(cluster.devices)
             assert sharded_model.generate(IDS, max_new_tokens=num_tokens, do_sample=False).shape == (1, 7)
 
-        def test_requested_in_the_test(request):
-            assert request.getfixturevalue("sharded_model").plan.devices == ("worker-0",)
+        def test_own_models(request):
+            cluster = request.getfixturevalue("cluster")
+            for _ in range(2):
+                ll.ShardedModel.from_pretrained(ll.sample_model(), cluster=cluster, plan="even", progress=False)(IDS)
 
         @pytest.mark.lingualinked(scope="module")
         class TestKept:
@@ -121,7 +123,7 @@ def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
     page = (ROOT / "docs" / "howto" / "pytest.md").read_text(encoding="utf-8")
     project.makepyfile(test_as_documented="\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
     result = project.runpytest_subprocess(
-        "test_as_documented.py", "test_foreign.py", "--lingualinked-trace=traces", timeout=110
+        "test_as_documented.py", "test_foreign.py", "--lingualinked-trace=traces", timeout=220
     )
     result.assert_outcomes(passed=12, failed=2, errors=1)
     result.stdout.fnmatch_lines_random(["*CheckpointError*nowhere*", "*Timeout*"])
@@ -137,7 +139,9 @@ def test_fixtures_marker_and_traces(project: pytest.Pytester) -> None:
     assert ran["test_kept_second[devices=1]"] != ran["test_kept_third[devices=1]"]  # of a cluster that was not harmed
     assert not any(map(psutil.pid_exists, itertools.chain(*ran.values())))
     traces = {path.name: json.loads(path.read_text()) for path in (project.path / "traces").iterdir()}
-    assert len(traces) == 12  # of each test that got a model; also of the one that fails
+    # Of each test in which a model made a step, also of the one that fails; of one of them two.
+    assert len(traces) == 13
+    assert "test_foreign.py_test_own_models_devices=1_-2.json" in traces
     steps = [
         event
         for event in traces["test_foreign.py_TestKept_test_kept_second_devices=1_.json"]["traceEvents"]
@@ -158,7 +162,7 @@ def test_side_by_side_under_xdist(project: pytest.Pytester) -> None:
                 threading.Event().wait()
         """
     )
-    result = project.runpytest_subprocess("-n2", timeout=100)
+    result = project.runpytest_subprocess("-n2", timeout=220)
     result.assert_outcomes(passed=1, failed=1)
     pids = list(itertools.chain(*workers(project).values()))
     assert len(set(pids)) == 3

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSet, Sequence
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.checks import check_positive
@@ -33,6 +33,7 @@ from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
     from lingualinked.telemetry.endpoint import MetricsEndpoint
+    from lingualinked.telemetry.recorder import Recorder
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
@@ -110,6 +111,7 @@ class Cluster:
         check_start(self.devices)
         ends = contextlib.ExitStack()
         self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
+        self._recorders: MutableSet[Recorder] = weakref.WeakSet()  # of its models
         ends.callback(_close_all, self._endpoints)
         self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
         try:

@@ -38,7 +38,6 @@ from lingualinked.planning.plan import Plan
 from lingualinked.planning.plan_checks import check_memory
 from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision
-from lingualinked.telemetry.history import History
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
 from lingualinked.weight_bytes import WeightBytes
@@ -81,6 +80,7 @@ class Pipeline:
         self._vocabulary = _vocabulary(spec)
         self._routes = Routes(Route(1, plan))
         self._recorder = Recorder()
+        cluster._recorders.add(self._recorder)  # noqa: SLF001 - within the room
         self._correction: Correction | None = None
         self._admitting = threading.Lock()  # from measuring a device until it is in the profile
         self.edits = TensorEdits(self._engine, self._model, self._routes, timeout_s)
@@ -253,11 +253,6 @@ class Pipeline:
         if self.closed:
             end_with_interpreter()
             raise ClosedError("the model is closed: make a new one with ShardedModel.from_pretrained")
-
-    @property
-    def history(self) -> History:
-        """What is remembered of its steps; no worker is asked."""
-        return self._recorder.history()
 
     def telemetry(self) -> Telemetry:
         """Ask the workers what they have done for this model, and add what is remembered of its steps.

@@ -9,11 +9,13 @@ import dataclasses
 import hashlib
 import re
 import time
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+from lingualinked.cluster.cluster import Cluster
 from lingualinked.sharded.model import ShardedModel
 from lingualinked.telemetry.history import History
 from lingualinked.telemetry.perfetto import write_trace
@@ -34,16 +36,28 @@ class TraceWriter:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Run a test, and write what its models did meanwhile, also if it fails."""
+        """Run a test, and write what models did meanwhile on the clusters among its fixtures, also if it fails."""
+        values = getattr(item, "funcargs", {}).values()
+        clusters = {value for value in values if isinstance(value, Cluster)}
+        clusters |= {value.cluster for value in values if isinstance(value, ShardedModel)}
+        for cluster in clusters:
+            cluster._recorders = set(cluster._recorders)  # noqa: SLF001 - keeps those of models that the test drops
         began_s = time.monotonic()
         try:
             return (yield)
         finally:
-            values = getattr(item, "funcargs", {}).items()
-            models = {name: value for name, value in values if isinstance(value, ShardedModel)}
-            for name, model in models.items():
-                label = item.nodeid if len(models) == 1 else f"{item.nodeid}-{name}"
-                write_trace(_since(model._pipeline.history, began_s), self._folder / file_name(label))  # noqa: SLF001 - without a question to workers that may be dead
+            histories = [
+                _since(recorder.history(), began_s)
+                for cluster in clusters
+                for recorder in cluster._recorders  # noqa: SLF001 - no question to workers that may be dead
+            ]
+            for cluster in clusters:
+                cluster._recorders = weakref.WeakSet(cluster._recorders)  # noqa: SLF001 - as it was
+            self._write(item.nodeid, [each for each in histories if each.steps or each.decisions or each.migrations])
+
+    def _write(self, test: str, histories: list[History]) -> None:
+        for number, history in enumerate(sorted(histories, key=lambda each: each.end_s), start=1):
+            write_trace(history, self._folder / file_name(test if len(histories) == 1 else f"{test}-{number}"))
 
 
 def file_name(test: str) -> str:
