@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,6 +187,20 @@ def test_hooks_are_called_at_the_layers_that_run(pair: tuple[Any, Any]) -> None:
             handle.remove()
     assert [index for index, _ in called[0]] == [index for index, _ in called[1]] == [0, 2, 3]
     assert all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(*called, strict=True))
+
+
+def test_captures_and_saving(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    sharded = pair[0]
+    for model in pair:
+        del layers_of(model)[1]
+    paths = [f"{sharded._parts.layers}.{index}" for index in range(3)]
+    with sharded.capture([f"{path}.mlp" for path in paths], positions=-1) as captured, sharded.skip_layers(0):
+        sharded(IDS)
+    assert [len(captured[f"{path}.mlp"]) for path in paths] == [0, 1, 1]
+    for model, name in zip(pair, ("ours", "theirs"), strict=True):
+        model.save_pretrained(tmp_path / name)
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
+    assert ours == theirs
 
 
 def test_a_static_cache(pair: tuple[Any, Any]) -> None:

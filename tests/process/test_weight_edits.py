@@ -162,6 +162,16 @@ def test_what_was_read_before_shows_the_edit(pair: tuple[Any, Any]) -> None:
 
 
 @torch.no_grad()
+def test_what_is_saved_is_edited(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    for model, name in zip(pair, ("ours", "theirs"), strict=True):
+        projection(model).neg_()
+        model.lm_head.weight[:, 3] = 0.5
+        model.save_pretrained(tmp_path / name)
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
+    assert ours == theirs
+
+
+@torch.no_grad()
 def test_sessions_are_told_that_their_kv_is_older(pair: tuple[Any, Any]) -> None:
     past = [model(IDS).past_key_values for model in pair]
     assert not past[0].made_before_edit

@@ -354,7 +354,7 @@ class Session:
                 records_due = DueRecords.of(step, self._spec, inputs, self.num_tokens + num_new, self.max_cache_len)
                 recorded = records_due.join(reply.parts, route)
             if due and instruments is not None:
-                skipped = self._changes.skips.indices
+                skipped = () if step.skips is None else step.skips.indices
                 values = join_captured(due, reply.parts, route, self._number, skipped)
                 instruments.collect(values, self._engine.trusted)
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known

@@ -5,6 +5,7 @@ Knows modules, ties and how weights are packed; neither stages nor why something
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,27 +21,37 @@ def canonical_name(span: LoadedSpan, name: str) -> str:
     return span.tied.get(name, name)
 
 
-def write_tensor(span: LoadedSpan, name: str, value: Tensor) -> bool:
-    """Write a tensor wherever a cut model holds it; return whether it does.
+def holds_tensor(span: LoadedSpan, name: str) -> bool:
+    """Return whether a cut model holds a tensor, under one of its names."""
+    return next(_places(span, name), None) is not None
+
+
+def write_tensor(span: LoadedSpan, name: str, value: Tensor) -> None:
+    """Write a tensor wherever a cut model holds it.
 
     Memory stays where it is, since captured steps and kernels have its address, except for that of packed weights.
     """
+    for module, held in _places(span, name):
+        if held is None:
+            module.repack(value)
+        else:
+            with torch.inference_mode():  # a buffer may have been made in it
+                held.detach().copy_(value)
+
+
+def _places(span: LoadedSpan, name: str) -> Iterator[tuple[Any, Tensor | None]]:
+    """Yield each module that holds a tensor, and the tensor; None if the module has packed it."""
     source = canonical_name(span, name)
-    is_held = False
     for known in (source, *(target for target, tied in span.tied.items() if tied == source)):
         path, _, attribute = known.rpartition(".")
         try:
             module: Any = find_base(path, span.model.get_submodule(path))[1]
         except AttributeError:
             continue
-        if isinstance(module, PackedLinear) and attribute == "weight":
-            module.repack(value)
-            is_held = True
-        elif isinstance(held := getattr(module, attribute, None), Tensor):
-            with torch.inference_mode():  # a buffer may have been made in it
-                held.detach().copy_(value)
-            is_held = True
-    return is_held
+        is_packed = isinstance(module, PackedLinear) and attribute == "weight"
+        held = None if is_packed else getattr(module, attribute, None)
+        if is_packed or isinstance(held, Tensor):
+            yield module, held
 
 
 def sum_of_products(u: Tensor, v: Tensor) -> Tensor:

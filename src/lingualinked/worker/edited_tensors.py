@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.held_tensors import canonical_name, sum_of_products, write_tensor
+from lingualinked.model.held_tensors import canonical_name, holds_tensor, sum_of_products, write_tensor
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.editing import ChangeKind, EditTensor, TensorChange
 from lingualinked.quantities import count_text
@@ -50,18 +50,17 @@ class EditedTensors:
         Raises ProtocolError if none holds it, or the changes do not fit it.
         """
         # 1) find the tensor as it was loaded, and as it is
-        holding = [stage for stage in stages if stage.find_tensor(request.name) is not None]
+        holding = [stage for stage in stages if holds_tensor(stage.span, request.name)]
         if not holding:
             raise ProtocolError(f"no stage of model {request.model} holds {request.name!r} here")
         current = holding[0].find_tensor(request.name)
         assert current is not None
         key = request.model, canonical_name(holding[0].span, request.name)
         edited = self._edited.get(key)
-        original, known = (
-            (current.clone(memory_format=torch.contiguous_format), {})
-            if edited is None
-            else (edited.original, edited.changes)
-        )
+        if edited is None:
+            original, known = current.to("cpu", copy=True, memory_format=torch.contiguous_format), {}
+        else:
+            original, known = edited.original, edited.changes
         # 2) compute it with the changes: from what it is, if they only add to those in force
         known = known | _with_tensors(request, tensors)
         if missing := [number for number in request.numbers if number not in known]:
@@ -70,19 +69,21 @@ class EditedTensors:
         if edited is not None and tuple(edited.changes) == request.numbers[:num_before]:
             value, due = current.clone(memory_format=torch.contiguous_format), request.numbers[num_before:]
         else:
-            value, due = original.clone(), request.numbers
+            value, due = original.to(current.device, copy=True), request.numbers
         for number in due:
             _apply(value, *known[number])
         # 3) write it wherever it is held
         for stage in holding:
             write_tensor(stage.span, request.name, value)
         self._edited[key] = _Edited(original, {number: known[number] for number in request.numbers})
+        if not request.numbers:
+            del self._edited[key]
 
     def renew(self, model: int, stage: Stage) -> None:
         """Edit the tensors of a stage that goes into service as those that other stages hold are edited."""
         for (number, name), edited in self._edited.items():
-            if number == model and stage.find_tensor(name) is not None:
-                value = edited.original.clone()
+            if number == model and holds_tensor(stage.span, name):
+                value = edited.original.to(stage.device, copy=True)
                 for change in edited.changes.values():
                     _apply(value, *change)
                 write_tensor(stage.span, name, value)
@@ -91,7 +92,7 @@ class EditedTensors:
         """Forget the tensors of a model that none of its stages holds any more."""
         held = list(stages)
         for number, name in list(self._edited):
-            if number == model and all(stage.find_tensor(name) is None for stage in held):
+            if number == model and not any(holds_tensor(stage.span, name) for stage in held):
                 del self._edited[number, name]
 
 
