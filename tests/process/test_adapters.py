@@ -196,6 +196,17 @@ def test_a_folder_with_an_adapter_and_what_is_done_to_it(folders: dict[str, Path
             assert_same(*pair)
             for handle in handles:
                 handle.remove()
+        # a layer that is missing is not switched
+        removed = [model.model.layers[1] for model in pair]
+        for model in pair:
+            del model.model.layers[1]
+            model.set_adapter("default")
+        assert torch.equal(*(model(IDS, use_cache=False).logits for model in pair))
+        with pytest.raises(ll.UnsupportedOperationError, match="without some of its layers"):
+            sharded.load_adapter(str(folders["second"]), "third")
+        for model, layer in zip(pair, removed, strict=True):
+            model.model.layers.insert(1, layer)
+        on_both(pair, lambda model: model.set_adapter("second"))
         # gradients pass through it
         given = [torch.ones(1, 3, 32, requires_grad=True) for _ in pair]
         for model, embeddings in zip(pair, given, strict=True):

@@ -51,12 +51,6 @@ class AdapterLayers:
         self.num_changes += 1
         return True
 
-    def is_own(self, path: str) -> bool:
-        """Return whether a module is a part of an adapter layer, but not of the module that it wraps."""
-        return any(
-            path.startswith(f"{layer}.") and not f"{path}.".startswith(f"{layer}.{_BASE}.") for layer in self.layers
-        )
-
     def read_adapters(self) -> dict[str, Adapter]:
         """Return what all adapters hold now, by name; one that has not changed is the same object as before."""
         if not self._has_changed():
@@ -87,29 +81,34 @@ class AdapterLayers:
             if content.module_of == name
         }
 
-    def read_use(self, asked: Sequence[str] | None, num_rows: int) -> AdapterUse | None:
-        """Return which adapters are active now; `asked` are those of the rows, if the call names them."""
+    def read_use(self, asked: Sequence[str] | None, num_rows: int, skipped: tuple[str, ...] = ()) -> AdapterUse | None:
+        """Return which adapters are active now; `asked` are those of the rows, if the call names them.
+
+        `skipped` are the beginnings of paths that are not in the model at the moment, where nothing is switched.
+        """
         rows = self._rows_of_peft() if asked is None else asked
-        state = [watched.activation for watched in self._watched.values()]
+        state = [skipped, *(watched.activation for watched in self._watched.values())]
         if state != self._activation:
-            self._active = self._read_active()
-            self._activation = [watched.activation for watched in self._watched.values()]
+            self._active = self._read_active(
+                {path: watched for path, watched in self._watched.items() if not path.startswith(skipped)}
+            )
+            self._activation = [skipped, *(watched.activation for watched in self._watched.values())]
         if rows is not None:
             return AdapterUse((), _check_rows(rows, num_rows, self._watched), self._active == _DISABLED)
         return self._active
 
-    def _read_active(self) -> AdapterUse | None:
-        """Return which adapters are active; raise UnsupportedOperationError if layers differ in it."""
-        if not any(watched.names for watched in self._watched.values()):
+    def _read_active(self, present: dict[str, _Watched]) -> AdapterUse | None:
+        """Return which adapters are active in some layers; raise UnsupportedOperationError if layers differ in it."""
+        if not any(watched.names for watched in present.values()):
             return None
-        is_disabled = next(iter(self._watched.values())).layer.disable_adapters
+        is_disabled = next(iter(present.values())).layer.disable_adapters
         if is_disabled:
             self._unmerge()
         names: tuple[str, ...] = ()
-        for watched in self._watched.values():
+        for watched in present.values():
             if watched.effective and len(watched.active) > len(names):
                 names = watched.active
-        for path, watched in self._watched.items():
+        for path, watched in present.items():
             layer = watched.layer
             expected = tuple(name for name in names if name in watched.names)
             if layer.disable_adapters is not is_disabled or watched.effective != expected:
@@ -131,8 +130,12 @@ class AdapterLayers:
                 watched.layer.unmerge()
 
     def check_hooks(self) -> None:
-        """Refuse hooks on the parts of adapter layers, which no stage would call."""
+        """Refuse hooks on the parts of adapter layers, and other forwards of them, which no stage would call."""
         for path, watched in self._watched.items():
+            if "forward" in vars(watched.layer):
+                raise UnsupportedOperationError(
+                    f"another forward of the adapter layer {path} would not be called: replace that of {path}.{_BASE}"
+                )
             if any(watched.hooks):
                 raise UnsupportedOperationError(
                     f"a hook of a part of the adapter layer {path} would not be called: hook {path} itself, or {path}.{_BASE}"
@@ -147,10 +150,9 @@ class AdapterLayers:
 
     def _rows_of_peft(self) -> Sequence[str] | None:
         for layer in self.layers.values():
-            for hook in layer._forward_pre_hooks.values():  # noqa: SLF001 - torch has no public name
+            for hook in vars(layer)["_forward_pre_hooks"].values():
                 if is_of_peft(hook):
                     return list(hook.keywords["adapter_names"])
-            return None
         return None
 
 

@@ -109,6 +109,11 @@ class Adapters:
         unknown = sorted(hub.keys() - set(_HUB_ARGUMENTS))
         if unknown:
             raise UnsupportedOperationError(f"load_adapter({unknown[0]}=) of a sharded model: leave it out")
+        if self._pipeline.edits.skips.indices:
+            raise UnsupportedOperationError(
+                "load_adapter() of a sharded model without some of its layers, whose numbers are no longer the adapter's: put them "
+                "back, load the adapter, and then remove them"
+            )
         folder = "" if peft_model_id is None else os.fspath(peft_model_id)
         adapter = open_adapter(self._pipeline.spec, name, folder, peft_config, adapter_state_dict, **hub)
         for saved in adapter.copies:
@@ -204,7 +209,8 @@ class Adapters:
         if self._adapters.num_changes:
             self._send_adapters()
         self._adapters.check_hooks()
-        return self._adapters.read_use(rows, num_rows)
+        skipped = tuple(f"{self._parts.layers}.{index}." for index in self._pipeline.edits.skips.indices)
+        return self._adapters.read_use(rows, num_rows, skipped)
 
 
 def _named(name: str) -> Any:

@@ -255,7 +255,8 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
     def _follow_adapters(self) -> None:
         """Find the submodules anew once adapters have wrapped some, which changes their paths."""
         if self._hooked_modules.num_changes != self._adapters.num_changes:
-            self._hooked_modules = HookedModules(self, self._parts, self._adapters, self._seal.wrapped.wrapped)  # type: ignore[arg-type]
+            modules, wrapped = self._hooked_modules.modules, self._seal.wrapped.wrapped
+            self._hooked_modules = HookedModules(modules, self._parts, self._adapters, wrapped)
 
     def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
         """Check the labels, unless the user has set a loss function, which may take any."""
@@ -338,7 +339,9 @@ def make_sharded(
     )
     vars(model)["_surgery"] = LayerSurgery(model.get_submodule(parts.layers), pipeline.edits)
     vars(model).update(
-        _hooked_modules=HookedModules(meta, parts, seal.adapters, seal.wrapped.wrapped),
+        _hooked_modules=HookedModules(
+            {path: each for path, each in meta.named_modules() if path}, parts, seal.adapters, seal.wrapped.wrapped
+        ),
         _open_blocks=OpenBlocks(parts),
         _adapters_lock=threading.Lock(),
     )

@@ -32,9 +32,17 @@ _BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_ho
 class HookedModules:
     """The submodules of a model that may have hooks, or a function that replaces their forward; true if one has."""
 
-    def __init__(self, model: nn.Module, parts: ModelParts, adapters: AdapterLayers, wrapped: Collection[int]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        parts: ModelParts,
+        adapters: AdapterLayers,
+        wrapped: Collection[int],
+    ) -> None:
         self.num_changes = adapters.num_changes  # of the modules
-        self.by_path = {path: each for path, each in model.named_modules() if path and not adapters.is_own(path)}
+        self.modules = modules  # of the model without adapters, by path
+        self.by_path = {**modules, **adapters.layers}
+        self.by_path |= {f"{path}.base_layer": modules[path] for path in adapters.layers}
         self._wrapped = wrapped
         self.layers = parts.layers
         self._parts = parts
