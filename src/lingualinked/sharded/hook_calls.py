@@ -87,8 +87,11 @@ class HookCall:
 
         return self.values.describe(value, refuse)
 
-    def take_changes(self) -> tuple[tuple[int, ...], tuple[Tensor, ...], tuple[Strides, ...]]:
-        """Return which tensors were changed in place, the tensors to send, and the strides of those that are new."""
+    def take_changes(self, *, is_last: bool) -> tuple[tuple[int, ...], tuple[Tensor, ...], tuple[Strides, ...]]:
+        """Return which tensors were changed in place, the tensors to send, and the strides of those that are new.
+
+        Before the last answer to a call, what its tensors are now is noted, to notice what is changed later.
+        """
         given, new = self.values.tensors[: len(self.known)], self.values.tensors[len(self.known) :]
         changed = []
         for index, (tensor, before) in enumerate(zip(given, self.known, strict=True)):
@@ -98,14 +101,16 @@ class HookCall:
                 )
             if not has_same_bits(tensor, before):
                 changed.append(index)
-                self.known[index] = tensor.detach().clone()
         for tensor in new:
             if tensor.is_meta or tensor.layout is not torch.strided:
                 raise ArgumentError(
                     f"a hook of {self.path} returned a tensor without data, or a sparse one: return a dense one"
                 )
         packed = [pack_tensor(tensor.detach().cpu()) for tensor in new]
-        self.known += [tensor.detach().clone() for tensor in new]
+        if not is_last:
+            for index in changed:
+                self.known[index] = given[index].detach().clone()
+            self.known += [tensor.detach().clone() for tensor in new]
         contents = [given[index].detach().cpu().contiguous() for index in changed]
         return tuple(changed), (*contents, *(tensor for tensor, _ in packed)), tuple(strides for _, strides in packed)
 

@@ -198,7 +198,7 @@ class CallerHooks:
         self._answer(call, args=new_args, kwargs=new_kwargs, waits_for_output=waits)
 
     def _answer(self, call: HookCall, **changes: Any) -> None:
-        changed, tensors, strides = call.take_changes()
+        changed, tensors, strides = call.take_changes(is_last=not changes.get("waits_for_output", False))
         if self._gradients is not None:
             changes["requires_grad"] = call.take_gradients(changed, self._gradients)
         self._step.answer(tensors, self.points(), changed=changed, strides=strides, **changes)

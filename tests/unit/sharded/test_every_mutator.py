@@ -386,6 +386,24 @@ def test_every_method(original: Any, path: str, record_property: Callable[[str, 
     assert check.outcomes.total() > 75
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_every_narrow_hook(original: Any, record_property: Callable[[str, object], None]) -> None:
+    check = Check(original)
+    inner = ("", ".self_attn", ".self_attn.q_proj", ".mlp", ".mlp.act_fn", ".input_layernorm")
+    paths = ["", "model", "model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
+    for path in (*paths, *(f"model.layers.1{each}" for each in inner)):
+        for wants in ("output", "input", "both"):
+            for positions in (None, -1):
+                check(
+                    f"ll.hook({path!r}, wants={wants!r}, positions={positions})",
+                    lambda model, path=path, wants=wants, positions=positions: ll.hook(
+                        model.get_submodule(path), lambda *given: given[-1] * 2 + 1, wants=wants, positions=positions
+                    ),
+                )
+    check.report(record_property)
+    assert check.outcomes["changes the unsharded model, done as on the unsharded model"] > 35
+
+
 def another(value: Any) -> Any:
     """Make up another value of the same kind."""
     match value:
