@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lingualinked as ll
 from families import reference, save_tiny
+from lingualinked.cluster.inspection import inspect_workers
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]
 
@@ -355,3 +356,25 @@ def test_a_backward_pass_ends_with_a_worker_and_with_a_move(tmp_path: Path) -> N
 
 class OwnError(Exception):
     pass
+
+
+def test_graphs_are_freed_with_what_refers_to_them(llama: Pair) -> None:
+    """Dropped without a backward pass, after one, and after one that leads to a hook only, which leaves its stage waiting."""
+    model = llama[0]
+
+    def held() -> list[int]:
+        reports = inspect_workers(model._pipeline._engine, "abc", 30)
+        return [each.device.held_bytes for each in reports]
+
+    before = held()
+    embeddings = embed(llama[1])
+    kept: list[Tensor] = []
+    with model.model.layers[1].register_forward_hook(lambda _m, _a, output: kept.append(output)):
+        outputs = [model(inputs_embeds=embeddings, use_cache=False) for _ in range(3)]
+    while_held = held()
+    assert all(now > then for now, then in zip(while_held, before, strict=True))
+    outputs[1].logits.sum().backward()
+    torch.autograd.grad(outputs[2].logits.sum(), kept[2])
+    outputs.clear()
+    kept.clear()
+    assert held() == before

@@ -206,8 +206,9 @@ class HostedStage:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of its weights and of all its KV, also of idle caches."""
-        return self.stage.weight_bytes + self._kv_bytes() + sum(each.nbytes for each in self.stage.graphs.idle)
+        """Bytes of its weights, of all its KV, also of idle caches, and of autograd graphs."""
+        idle = sum(each.nbytes for each in self.stage.graphs.idle)
+        return self.stage.weight_bytes + self._kv_bytes() + self.graphs.num_bytes + idle
 
     def snapshot(self) -> StageSnapshot:
         """Return the stage's span, its memory, and the work that it has done."""
