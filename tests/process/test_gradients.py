@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -347,8 +348,19 @@ def test_a_backward_pass_ends_with_a_worker_and_with_a_move(tmp_path: Path) -> N
         model.rebalance(ll.Plan.from_spans([("a", 0, 2), ("b", 2, 3), ("c", 3, 4)]))
         with pytest.raises(ll.ArgumentError, match="layers have moved since the forward pass"):
             output.logits.sum().backward()
-        # 3) a worker ends
+        # 3) Ctrl-C while a stage does not answer; the graph serves again
         output = model(inputs_embeds=embeddings, use_cache=False)
+        os.kill(cluster.pids["b"], signal.SIGSTOP)
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            output.logits.sum().backward(retain_graph=True)
+        timer.join()
+        os.kill(cluster.pids["b"], signal.SIGCONT)
+        embeddings.grad = None
+        output.logits.sum().backward(retain_graph=True)
+        assert embeddings.grad is not None
+        # 4) a worker ends
         os.kill(cluster.pids["b"], signal.SIGKILL)
         with pytest.raises(ll.WorkerDiedError, match="'b'"):
             output.logits.sum().backward()
