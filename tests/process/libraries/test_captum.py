@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import lingualinked as ll
-from process.libraries.conftest import Compare
+from families import reference, save_tiny
+from process.libraries.conftest import Compare, make_compare
 
 attr = pytest.importorskip("captum.attr")
 metrics = pytest.importorskip("captum.metrics")
@@ -124,6 +126,7 @@ BY_GRADIENTS: dict[str, Callable[[Any], Any]] = {
     "GuidedBackprop": lambda model: attr.GuidedBackprop(OfEmbeddings(model)),
     "InputXGradient": lambda model: attr.InputXGradient(of_embeddings(model)),
     "IntegratedGradients": lambda model: attr.IntegratedGradients(of_embeddings(model)),
+    "LayerConductance": lambda model: attr.LayerConductance(of_embeddings(model), mlp_of(model)),
     "Saliency": lambda model: attr.Saliency(of_embeddings(model)),
 }
 
@@ -132,7 +135,42 @@ BY_GRADIENTS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("method", BY_GRADIENTS)
 def test_attributions_by_gradients_of_the_input(compare: Compare, method: str) -> None:
     def script(model: Any) -> Any:
-        options = {"n_steps": 3} if method == "IntegratedGradients" else {}
+        options = {"n_steps": 3} if method in ("IntegratedGradients", "LayerConductance") else {}
         return BY_GRADIENTS[method](model).attribute(embed(model).requires_grad_(), target=TARGET, **options)
 
     compare(script)
+
+
+def test_attributions_by_gradients_of_layers(compare: Compare) -> None:
+    def script(model: Any) -> Any:
+        integrated = attr.LayerIntegratedGradients(of_ids(model), model.get_input_embeddings())
+        multiplied = attr.LayerGradientXActivation(of_ids(model), mlp_of(model))
+        return [
+            integrated.attribute(IDS, baselines=torch.zeros_like(IDS), target=TARGET, n_steps=3),
+            multiplied.attribute(IDS, target=TARGET),
+        ]
+
+    compare(script)
+
+
+def test_attribution_of_a_text_by_gradients(compare: Compare, tokenizer: PreTrainedTokenizerFast) -> None:
+    def script(model: Any) -> Any:
+        method = attr.LLMGradientAttribution(
+            attr.LayerIntegratedGradients(model, model.get_input_embeddings()), tokenizer
+        )
+        result = method.attribute(attr.TextTokenInput("the quick brown fox", tokenizer), target=" dog", n_steps=3)
+        return result.seq_attr, result.token_attr
+
+    compare(script)
+
+
+@pytest.mark.filterwarnings("ignore:Setting (forward, )?backward hooks")
+@pytest.mark.parametrize("method", ["DeepLift", "GuidedBackprop"])
+def test_rules_of_their_own_for_activation_functions(
+    method: str, place: Callable[..., ll.ShardedModel], tmp_path: Path
+) -> None:
+    folder = save_tiny("opt", torch.float32, tmp_path)
+    sharded = place(str(folder), [("a", 0, 2), ("b", 2, 4)])
+    make_compare(sharded, reference(folder))(
+        lambda model: BY_GRADIENTS[method](model).attribute(embed(model).requires_grad_(), target=TARGET)
+    )

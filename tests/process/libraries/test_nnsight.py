@@ -156,6 +156,18 @@ def test_a_trace_stops_early_and_the_next_runs(traced: Compare) -> None:
     traced(script)
 
 
+def test_gradients_of_activations(traced: Compare) -> None:
+    def script(model: Any) -> Any:
+        with model.trace(PROMPT):
+            hidden = model.model.layers[1].output
+            hidden.requires_grad_(True)
+            with model.output.logits.sum().backward():
+                gradient = hidden.grad.save()
+        return gradient
+
+    traced(script)
+
+
 def test_modules_are_cached_and_edits_last(traced: Compare) -> None:
     def script(model: Any) -> Any:
         with model.edit():

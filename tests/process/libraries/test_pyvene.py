@@ -120,6 +120,24 @@ def test_a_rotated_subspace_is_patched(compare: Compare) -> None:
     compare(script)
 
 
+def test_a_rotation_is_trained(compare: Compare) -> None:
+    def script(model: Any) -> Any:
+        torch.manual_seed(0)
+        rotated = intervenable(
+            model,
+            {
+                "layer": 1,
+                "component": "block_output",
+                "low_rank_dimension": 4,
+                "intervention_type": pyvene.LowRankRotatedSpaceIntervention,
+            },
+        )
+        rotated(BASE, [SOURCE], {"sources->base": 3})[1].logits.sum().backward()
+        return [parameter.grad for parameter in rotated.get_trainable_parameters()]
+
+    compare(script)
+
+
 @torch.no_grad()
 def test_what_is_generated_is_steered(compare: Compare) -> None:
     def script(model: Any) -> Any:
