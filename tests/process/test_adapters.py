@@ -60,7 +60,7 @@ def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
         ("llama", torch.float32),
         ("llama-wide", torch.bfloat16),
         ("llama-tied", torch.bfloat16),
-        ("gpt2", torch.float32),
+        ("gpt2", torch.bfloat16),
     ],
     ids=lambda param: f"{param[0]}-{str(param[1]).removeprefix('torch.')}",
 )
