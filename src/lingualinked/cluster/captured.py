@@ -6,6 +6,7 @@ Knows shapes, plans and devices; neither modules nor who collects the values.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
@@ -46,7 +47,7 @@ class ExpectedValue:
             return False
         if tensor.is_floating_point() != self.is_floating_point or (self.is_floating_point and tensor.itemsize < 2):
             return False
-        return self.shape is None or (
+        return self.shape in (None, tensor.shape) or (
             len(self.shape) == tensor.ndim
             and all(due in (None, size) for due, size in zip(self.shape, tensor.shape, strict=True))
         )
@@ -99,9 +100,10 @@ def _values_of(
     if not isinstance(part, RecordedPart) or len(part.captured) != len(part.captured_tensors):
         raise ProtocolError(f"{where} came with other tensors than it announced")
     own = {number: value for number, value in due.items() if stage.start <= value.layer < stage.end}
+    counts = Counter(part.captured)
     for number, value in own.items():
-        if value.is_called_once and value.layer not in skipped and part.captured.count(number) != 1:
-            raise ProtocolError(f"{where} has {part.captured.count(number)} values of {value.path}, and 1 was due")
+        if counts[number] != 1 and value.is_called_once and value.layer not in skipped:
+            raise ProtocolError(f"{where} has {counts[number]} values of {value.path}, and 1 was due")
     for number, tensor in zip(part.captured, part.captured_tensors, strict=True):
         if number not in own:
             raise ProtocolError(f"{where} has a value of what was not asked for there")
