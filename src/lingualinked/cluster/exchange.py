@@ -210,10 +210,7 @@ class Exchange:
                 )
                 self._pending.complete(_key(message), reply)
             case StepRecorded():
-                first = max(0, len(delivery.tensors) - len(message.captured))
-                tensors = delivery.tensors[:first], delivery.tensors[first:]
-                part = RecordedPart(message.layouts, tensors[0], message.captured, tensors[1])
-                self._pending.add_part(_key(message), message.stage, part)
+                self._pending.add_part(_key(message), message.stage, RecordedPart.of(message, delivery.tensors))
             case BackwardDone():
                 self._pending.complete(_key(message), (message, delivery.tensors))
             case TensorRead():

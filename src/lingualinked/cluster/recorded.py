@@ -17,7 +17,7 @@ from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.planned_stage import PlannedStage
-from lingualinked.protocol.steps import Step
+from lingualinked.protocol.steps import Step, StepRecorded
 from lingualinked.quantities import count_text
 
 Recorded = dict[str, tuple[Tensor | None, ...]]
@@ -35,6 +35,15 @@ class RecordedPart:
     tensors: tuple[Tensor, ...]
     captured: tuple[int, ...] = ()
     captured_tensors: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, message: StepRecorded, tensors: tuple[Tensor, ...]) -> RecordedPart:
+        """Sort the tensors that came with a message; `join_captured` notices if they are others than it announced."""
+        first = max(0, len(tensors) - (1 if message.is_stacked else len(message.captured)))
+        recorded, captured = tensors[:first], tensors[first:]
+        if message.is_stacked:
+            captured = tuple(each.clone() for stack in captured if stack.ndim for each in stack.unbind())
+        return cls(message.layouts, recorded, message.captured, captured)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,7 +136,8 @@ class StepRecorded(Message, frozen=True, tag=35):
     """What a stage recorded in a step, sent as soon as the stage has sent the step on.
 
     ``layouts`` say for each of the step's ``records`` which of its items are tensors, in order, and not None. The tensors
-    behind them were captured by the session's instruments with the numbers ``captured``.
+    behind them were captured by the session's instruments with the numbers ``captured``: one for each, or one with a
+    first dimension for all (``is_stacked``).
     """
 
     model: int
@@ -145,3 +146,4 @@ class StepRecorded(Message, frozen=True, tag=35):
     stage: int
     layouts: tuple[tuple[bool, ...], ...]
     captured: tuple[Natural, ...] = ()
+    is_stacked: bool = False

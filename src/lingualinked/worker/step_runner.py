@@ -39,6 +39,8 @@ from lingualinked.worker.pace import Pace
 from lingualinked.worker.paused_steps import PausedSteps
 from lingualinked.worker.peers import Peers
 
+_MOST_STACKED_BYTES = 1 << 20
+
 
 class StepRunner:
     """Runs one step after another; one that stops at hooked modules lets others run meanwhile."""
@@ -164,6 +166,10 @@ class StepRunner:
 def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:
     """Return the message for the caller with what a stage recorded, and its tensors."""
     items = [output.recorded[name] for name in step.records]
+    captured = tuple(tensor for _, tensor in output.captured)
+    # Each tensor of a message is a frame of its own, which costs more than copying a small one.
+    is_alike = len({(tensor.shape, tensor.dtype) for tensor in captured}) == 1 < len(captured)
+    is_stacked = is_alike and sum(tensor.nbytes for tensor in captured) <= _MOST_STACKED_BYTES
     message = StepRecorded(
         model=step.model,
         session=step.session,
@@ -171,9 +177,10 @@ def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tu
         stage=step.stage,
         layouts=tuple(tuple(item is not None for item in each) for each in items),
         captured=tuple(number for number, _ in output.captured),
+        is_stacked=is_stacked,
     )
     recorded = tuple(item for each in items for item in each if item is not None)
-    return message, (*recorded, *(tensor for _, tensor in output.captured))
+    return message, (*recorded, torch.stack(captured)) if is_stacked else (*recorded, *captured)
 
 
 def describe_call(

@@ -13,6 +13,7 @@ from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.route import Route
 from lingualinked.errors import WorkerError
 from lingualinked.planning.plan import Plan
+from lingualinked.protocol.steps import StepRecorded
 
 ROUTE = Route(1, Plan.from_spans([("a", 0, 2), ("b", 2, 4)]))
 
@@ -73,3 +74,13 @@ def test_an_asked_dtype_counts() -> None:
     due = {0: expected(1, dtype=torch.float64)}
     with pytest.raises(WorkerError, match="float64"):
         join_captured(due, {0: part(0), 1: part()}, ROUTE, session=7)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "num_values"), [((torch.ones(3, 2), torch.ones(2, 2, 1)), 2), ((torch.ones(()),), 0), ((), 0)]
+)
+def test_values_that_are_alike_come_as_one_tensor(tensors: tuple[torch.Tensor, ...], num_values: int) -> None:
+    message = StepRecorded(model=1, session=1, number=0, stage=0, layouts=(), captured=(4, 2), is_stacked=True)
+    came = RecordedPart.of(message, tensors)
+    assert [list(each.shape) for each in came.captured_tensors] == [[2, 1]] * num_values
+    assert len(came.tensors) == max(0, len(tensors) - 1)
