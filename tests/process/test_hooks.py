@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.process, pytest.mark.equality]
 IDS = torch.tensor([[0, 0, 1, 17, 93, 54, 8, 17], [1, 5, 6, 7, 8, 9, 10, 11]])
 MASK = (IDS != 0).long()
 
+SPANS = [("a", 0, 1), ("b", 1, 3), ("c", 3, 4)]
+
 Pair = tuple[Any, Any]
 
 
@@ -327,10 +329,8 @@ def test_an_expanded_tensor_stays_one(family: str, place: Any, tmp_path: Path) -
 def test_outputs_are_recorded_between_hooks_as_by_transformers(family: str, place: Any, tmp_path: Path) -> None:
     """Its hooks, which record, are registered in the first call that asks for outputs."""
     folder = save_tiny(family, torch.float32, tmp_path)
-    pair = (
-        place(str(folder), [("a", 0, 2), ("b", 2, 4)], attn_implementation="eager"),
-        reference(folder, attn_implementation="eager"),
-    )
+    eager = {"attn_implementation": "eager"}
+    pair = place(str(folder), SPANS, **eager), reference(folder, **eager)
     asked = {"output_hidden_states": True, "output_attentions": True}
     asked |= {"output_router_logits": True} if family == "mixtral" else {}
 
@@ -339,7 +339,7 @@ def test_outputs_are_recorded_between_hooks_as_by_transformers(family: str, plac
 
     def record(model: Any, **options: bool) -> list[Any]:
         layer = layers_of(model)[2]
-        modules = [layer, attention_of(layer), *([mlp_of(layer).gate] if family == "mixtral" else [])]
+        modules = [*layers_of(model), attention_of(layer), *([mlp_of(layer).gate] if family == "mixtral" else [])]
         outputs = []
         for module in modules:
             with module.register_forward_hook(change, **options):

@@ -231,6 +231,8 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
         finally:
             if not keeps_kv:
                 cache.end()
+        if hooks is not None and "hidden_states" in recorded:
+            recorded["hidden_states"] = hooks.restore_states(recorded["hidden_states"], skips)
         if "attentions" in recorded and "cross_attentions" in self._recordable:
             recorded["cross_attentions"] = ()  # as the class does without an encoder
         # 4) compute the loss here, and return the class's own output

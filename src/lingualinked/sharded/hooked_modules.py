@@ -9,8 +9,6 @@ import itertools
 import operator
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from lingualinked.model.hook_data import Cut, HookPoint
 from lingualinked.model.hook_points import contains_layers
 from lingualinked.sharded.adapter_layers import is_of_peft
@@ -75,11 +73,16 @@ class HookedModules:
     def in_order(self, points: Iterable[HookPoint], recording: RecordingOrder) -> tuple[HookPoint, ...]:
         """Say of points whether their hooks run once transformers has recorded what the modules return."""
         return tuple(
-            msgspec.structs.replace(point, behind_records=True)
+            HookPoint(point.path, point.before, point.after, point.may_skip, behind_records=True)
             if recording.are_behind(point.path, vars(self.by_path[point.path])[_BEHIND])
             else point
             for point in points
         )
+
+    def layer_at(self, path: str) -> int | None:
+        """Return the number of the layer that a path is of, None if it is of something else."""
+        layer = self._parts.layer_of(f"{path}.weight")
+        return layer if path == f"{self.layers}.{layer}" else None
 
     def _wrapped_paths(self) -> Iterable[str]:
         """Return the paths of modules of which `_is_wrapped` holds: quickly, since every step asks."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.hooked_step import HookedStep
     from lingualinked.cluster.step_reply import HookEvent
     from lingualinked.model.hook_data import Cut, HookValue
+    from lingualinked.model.layer_skips import LayerSkips
     from lingualinked.sharded.cache import ShardedCache
     from lingualinked.sharded.gradients import StepGradients
     from lingualinked.sharded.hooked_modules import HookedModules
@@ -62,6 +63,7 @@ class CallerHooks:
         self._given = given  # arguments that stages replace by their own
         self._outputs: dict[str, list[tuple[int, Any]]] = {}  # of modules that every stage runs, with the first stage
         self._num_calls: Counter[tuple[str, int]] = Counter()
+        self._states: dict[int, Tensor] = {}  # behind layers whose hooks run once these are recorded
         self._step: HookedStep
 
     def points(self) -> tuple[HookPoint, ...]:
@@ -137,6 +139,7 @@ class CallerHooks:
                 call = HookCall(path, event.message.stage)
             call.receive(event.message, event.tensors, self._cache, self._gradients)
             output = call.values.rebuild(cast("HookValue", call.output))
+            self._keep_state(path, output)
             return output
 
         if earlier is not None:
@@ -144,6 +147,7 @@ class CallerHooks:
                 forward(*args, **kwargs)
             (result,) = earlier
         elif is_done:
+            self._keep_state(path, output)
             result = _call_hooks_behind(self._modules.by_path[path], args, kwargs, output)
         else:
             try:
@@ -161,6 +165,21 @@ class CallerHooks:
                 self._outputs.setdefault(path, []).append((call.stage, result))
         described = call.describe(result)  # if the module has not run, of what it would have returned
         self._answer(call, output=None if described == call.output else described)
+
+    def _keep_state(self, path: str, output: Any) -> None:
+        """Keep what a layer returns if it is to be recorded without what its hooks make of it."""
+        layer = self._modules.layer_at(path)
+        if layer is not None and any(point.path == path and point.behind_records for point in self._step.points):
+            self._states[layer] = (output[0] if isinstance(output, tuple) else output).clone()
+
+    def restore_states(self, states: tuple[Tensor | None, ...], skips: LayerSkips) -> tuple[Tensor | None, ...]:
+        """Return recorded hidden states, which are the inputs of layers, as they were before such hooks changed them."""
+        before = {skips.num_before(layer) + 1: state for layer, state in self._states.items()}
+        last = len(states) - 1  # what the model returns
+        return tuple(
+            before[index] if index in before and state is not None and index < last else state
+            for index, state in enumerate(states)
+        )
 
     def _receive_part(self, event: HookEvent) -> _Part:
         """Check and return the part of a call that its hooks want."""
