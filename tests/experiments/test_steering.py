@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from both_models import BothModels
 
@@ -210,3 +210,41 @@ def conceptor_steering(
 def test_conceptor_steering(llama: BothModels, prompts: Tensor) -> None:
     _, steered = llama.run(conceptor_steering, prompts[:5], prompts[5:], layer=1, aperture=0.5)
     assert not torch.equal(steered, llama.uncut.generate(prompts[5:], **GREEDY))
+
+
+class WrappedBlock(nn.Module):
+    """A layer with a controller around it, as in the code of Zou et al. (2023) and of Rimsky et al. (2024)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.add: Tensor | None = None
+        self.last: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.block(*args, **kwargs)
+        self.last = output.detach().clone()
+        return output if self.add is None else output + self.add
+
+
+@torch.no_grad()
+def wrapped_blocks(
+    model: Any, positive: Tensor, negative: Tensor, input_ids: Tensor, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Zou et al. (2023); Rimsky et al. (2024): their code puts a module in place of a layer, which calls it."""
+    block = model.model.layers[layer]
+    wrapped = WrappedBlock(block)
+    model.model.layers[layer] = wrapped
+    last = []
+    for ids in (positive, negative):
+        model(ids)
+        last.append(wrapped.last[:, -1])
+    wrapped.add = 3 * (last[0] - last[1]).mean(0)
+    said = model.generate(input_ids, **GREEDY)
+    model.model.layers[layer] = block
+    return wrapped.add, said
+
+
+def test_wrapped_blocks(llama: BothModels, prompts: Tensor) -> None:
+    _, said = llama.run(wrapped_blocks, prompts[:3], prompts[3:6], prompts[6:], layer=1)
+    assert not torch.equal(said, llama.uncut.generate(prompts[6:], **GREEDY))
