@@ -142,7 +142,10 @@ def test_interventions_during_generate(pair: Pair, intervention: Any) -> None:
 
     def intervene(model: Any) -> Any:
         scores, captured = [], []
-        for path in (layer_of(model, 0), f"{layer_of(model, 1)}.mlp", attention_of(model, 2), f"{layer_of(model, 3)}"):
+        paths = [layer_of(model, 0), attention_of(model, 2)]
+        if model.config.model_type == "llama":
+            paths += [f"{layer_of(model, 1)}.mlp", layer_of(model, 3)]
+        for path in paths:
             with model.capture(layer_of(model, 3), what="input") as after, model.intervene({path: intervention}):
                 scores.append(
                     model.generate(
