@@ -337,13 +337,17 @@ def test_outputs_are_recorded_between_hooks_as_by_transformers(family: str, plac
     def change(_module: Any, _args: Any, output: Any) -> Any:
         return output * 2 if isinstance(output, Tensor) else tuple(2 * each for each in output[:2]) + output[2:]
 
+    def change_in_place(_module: Any, _args: Any, output: Any) -> None:
+        first(output).mul_(2)
+
     def record(model: Any, **options: bool) -> list[Any]:
         layer = layers_of(model)[2]
         modules = [*layers_of(model), attention_of(layer), *([mlp_of(layer).gate] if family == "mixtral" else [])]
         outputs = []
         for module in modules:
-            with module.register_forward_hook(change, **options):
-                outputs.append(model(IDS, **asked))
+            for hook in (change, change_in_place):
+                with module.register_forward_hook(hook, **options):
+                    outputs.append(model(IDS, **asked))
         return [each for output in outputs for each in flat(dict(output))]
 
     for _ in range(2):  # before transformers has registered its own, and after

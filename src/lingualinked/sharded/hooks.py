@@ -170,7 +170,7 @@ class CallerHooks:
         """Keep what a layer returns if it is to be recorded without what its hooks make of it."""
         layer = self._modules.layer_at(path)
         if layer is not None and any(point.path == path and point.behind_records for point in self._step.points):
-            self._states[layer] = (output[0] if isinstance(output, tuple) else output).clone()
+            self._states[layer] = output[0] if isinstance(output, tuple) else output  # with changes in place, as there
 
     def restore_states(self, states: tuple[Tensor | None, ...], skips: LayerSkips) -> tuple[Tensor | None, ...]:
         """Return recorded hidden states, which are the inputs of layers, as they were before such hooks changed them."""
