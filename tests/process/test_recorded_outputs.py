@@ -219,7 +219,8 @@ def test_a_stage_that_sends_something_else_ends_the_session(
     past, kept = sharded(IDS).past_key_values, sharded(IDS).past_key_values
     expected = unsharded(IDS).past_key_values
     with monkeypatch.context() as patch:
-        patch.setattr("lingualinked.cluster.exchange.RecordedPart", lambda *part: FAULTS[fault](RecordedPart(*part)))
+        part_of = RecordedPart.of
+        patch.setattr(RecordedPart, "of", lambda *given: FAULTS[fault](part_of(*given)))
         with pytest.raises(ll.WorkerError, match=r"device 'a' raised ProtocolError: what layers .* recorded in a step"):
             sharded(IDS[:, :1], past_key_values=past, output_hidden_states=True)
     with pytest.raises(ll.ClosedError, match="ended with WorkerError"):
