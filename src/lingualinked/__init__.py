@@ -59,10 +59,10 @@ if TYPE_CHECKING:
         Profile as Profile,
     )
     from lingualinked.sample import sample_model as sample_model
+    from lingualinked.sharded.hooks.narrow_hooks import hook as hook
     from lingualinked.sharded.model import ShardedModel as ShardedModel
     from lingualinked.sharded.model_profiles import estimate_profile as estimate_profile, profile_model as profile_model
-    from lingualinked.sharded.narrow_hooks import hook as hook
-    from lingualinked.sharded.weight_edits import WeightEdit as WeightEdit, edit as edit
+    from lingualinked.sharded.weights.weight_edits import WeightEdit as WeightEdit, edit as edit
     from lingualinked.telemetry.decisions import Decision as Decision, Migration as Migration, Move as Move
     from lingualinked.telemetry.endpoint import MetricsEndpoint as MetricsEndpoint
     from lingualinked.telemetry.history import (
@@ -105,8 +105,8 @@ _NAMES = {
     "sample": "sample_model",
     "sharded.model": "ShardedModel",
     "sharded.model_profiles": "estimate_profile profile_model",
-    "sharded.narrow_hooks": "hook",
-    "sharded.weight_edits": "WeightEdit edit",
+    "sharded.hooks.narrow_hooks": "hook",
+    "sharded.weights.weight_edits": "WeightEdit edit",
     "telemetry.decisions": "Decision Migration Move",
     "telemetry.endpoint": "MetricsEndpoint",
     "telemetry.history": "Counters DeviceCounters History StepCounters",

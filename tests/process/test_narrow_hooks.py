@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lingualinked as ll
 from both_models import BothModels
-from lingualinked.sharded.hook_calls import HookCall
+from lingualinked.sharded.hooks.hook_calls import HookCall
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]
 

@@ -22,15 +22,14 @@ from lingualinked.model.hf_internals.building import makes_pipeline_for_device, 
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.model.parts import ModelParts
-from lingualinked.sharded.adapters import Adapters
+from lingualinked.sharded.adapters.model_adapters import Adapters
 from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions
-from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.given_cache import GivenCache, check_empty, max_cache_len_of
 from lingualinked.sharded.gradients import StepGradients
-from lingualinked.sharded.hooked_modules import HookedModules
-from lingualinked.sharded.hooks import CallerHooks
+from lingualinked.sharded.hooks.hooked_modules import HookedModules
+from lingualinked.sharded.hooks.step_hooks import CallerHooks
 from lingualinked.sharded.inputs import (
     LearnedPositions,
     StepShape,
@@ -40,17 +39,18 @@ from lingualinked.sharded.inputs import (
     refuse_arguments,
     take_records,
 )
-from lingualinked.sharded.instruments import OpenBlocks
+from lingualinked.sharded.instruments.in_force import OpenBlocks
+from lingualinked.sharded.instruments.module_calls import find_calls
 from lingualinked.sharded.layer_surgery import LayerSurgery
 from lingualinked.sharded.model_code import ModelCode, check_observers
-from lingualinked.sharded.module_calls import find_calls
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
-from lingualinked.sharded.saving import Saving
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.stand_in_class import make_stand_in
 from lingualinked.sharded.unsupported import UnsupportedOperations
-from lingualinked.sharded.weight_edits import WeightEditor
+from lingualinked.sharded.weights.fetched_weights import FetchedWeights
+from lingualinked.sharded.weights.saving import Saving
+from lingualinked.sharded.weights.weight_edits import WeightEditor
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
-from lingualinked.sharded.adapters import row_adapters
+from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
 from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt

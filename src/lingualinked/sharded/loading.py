@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.control.policy import RebalancePolicy
-from lingualinked.sharded.adapter_files import check_name, open_adapter
+from lingualinked.sharded.adapters.adapter_files import check_name, open_adapter
 from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.describing import describe
 from lingualinked.sharded.forward import make_sharded

@@ -20,11 +20,11 @@ from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.editable import Editable
-from lingualinked.sharded.instrumented import Instrumented
+from lingualinked.sharded.instruments.instrumented import Instrumented
 from lingualinked.sharded.memory_check import check_total_memory
 from lingualinked.sharded.placing import fit_plan
 from lingualinked.sharded.rebalancing import enable_rebalancing, extended_profile
+from lingualinked.sharded.weights.editable import Editable
 from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:

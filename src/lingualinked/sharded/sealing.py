@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.hf_internals.recording import recorded_modules
-from lingualinked.sharded.adapter_layers import AdapterLayers
-from lingualinked.sharded.fetched_weights import FetchedWeights
-from lingualinked.sharded.recording_order import RecordingOrder
-from lingualinked.sharded.remote_tensor import RemoteTensor
+from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
+from lingualinked.sharded.hooks.recording_order import RecordingOrder
+from lingualinked.sharded.hooks.wrapped_modules import WrappedModules, fill_empty, runs_here, wrapper_of
 from lingualinked.sharded.stand_in_class import make_stand_in
 from lingualinked.sharded.unsupported import refusal
-from lingualinked.sharded.wrapped_modules import WrappedModules, fill_empty, runs_here, wrapper_of
+from lingualinked.sharded.weights.fetched_weights import FetchedWeights
+from lingualinked.sharded.weights.remote_tensor import RemoteTensor
 
 _CHANGE = "its layers run in the workers; change the checkpoint with transformers first, then load it sharded"
 _WRAPPED = "a layer has an adapter layer of peft around it, or another wrapper, and not both"

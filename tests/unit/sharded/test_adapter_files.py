@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lingualinked as ll
 from lingualinked.model.parts import build_meta
 from lingualinked.model.spec import ModelSpec
-from lingualinked.sharded.adapter_files import open_adapter
+from lingualinked.sharded.adapters.adapter_files import open_adapter
 from lingualinked.sharded.arguments import LoadArguments
 
 CONFIG = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)

@@ -7,7 +7,7 @@ import torch
 
 from lingualinked.cluster.captured import CapturedValue
 from lingualinked.errors import ArgumentError
-from lingualinked.sharded.captured import Captured
+from lingualinked.sharded.instruments.captured import Captured
 
 
 def value(device: str, *shape: int) -> CapturedValue:

@@ -19,8 +19,8 @@ from torch.overrides import get_testing_overrides, resolve_name
 from torch.testing._internal.generated.annotated_fn_args import annotated_args
 
 import lingualinked as ll
-from lingualinked.sharded.fetched_tensor import FetchedTensor
-from lingualinked.sharded.remote_tensor import RemoteTensor
+from lingualinked.sharded.weights.fetched_tensor import FetchedTensor
+from lingualinked.sharded.weights.remote_tensor import RemoteTensor
 
 SIZE = 4
 NAMED = {"p": 0.5, "dim": 0, "value": 0.5, "split_size_or_sections": 2, "equation": "ij->i", "size": (SIZE, SIZE)}

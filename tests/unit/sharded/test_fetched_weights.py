@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lingualinked as ll
-from lingualinked.sharded.fetched_weights import FetchedWeights
+from lingualinked.sharded.weights.fetched_weights import FetchedWeights
 
 
 class Worker:
@@ -58,7 +58,7 @@ def test_one_that_exceeds_the_bound_is_kept_alone_if_there_is_memory() -> None:
 
 
 def test_what_exceeds_the_bound_and_buffers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lingualinked.sharded.fetched_weights._MAX_SHARE", 0)
+    monkeypatch.setattr("lingualinked.sharded.weights.fetched_weights._MAX_SHARE", 0)
     worker = Worker()
     weights = FetchedWeights(worker.read, worker.check_open, max_bytes=80)
     large, buffer = weights.fetch_of(parameter(21), "1"), weights.fetch_of(torch.empty(1, device="meta"), "2")

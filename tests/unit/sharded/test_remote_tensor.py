@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lingualinked as ll
-from lingualinked.sharded.fetched_tensor import FetchedTensor
-from lingualinked.sharded.remote_tensor import RemoteTensor
+from lingualinked.sharded.weights.fetched_tensor import FetchedTensor
+from lingualinked.sharded.weights.remote_tensor import RemoteTensor
 
 STATES = torch.ones(3, 4)
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import lingualinked as ll
-from lingualinked.sharded.fetched_weights import FetchedWeights
 from lingualinked.sharded.sealing import Seal, SealedModel, call_hooks_around
+from lingualinked.sharded.weights.fetched_weights import FetchedWeights
 
 
 class Model(SealedModel, LlamaForCausalLM):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.sharded.fetched_tensor import FetchedTensor
-from lingualinked.sharded.remote_tensor import RemoteTensor
+from lingualinked.sharded.weights.fetched_tensor import FetchedTensor
+from lingualinked.sharded.weights.remote_tensor import RemoteTensor
 
 DATA = torch.arange(12.0).reshape(3, 4)
 ONES = torch.ones(4)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError, LingualinkedError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
-from lingualinked.sharded.adapter_files import check_copy, check_name, open_adapter
-from lingualinked.sharded.adapter_layers import AdapterLayers
+from lingualinked.sharded.adapters.adapter_files import check_copy, check_name, open_adapter
+from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline

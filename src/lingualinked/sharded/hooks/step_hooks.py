@@ -14,7 +14,7 @@ from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
 from lingualinked.model.hook_data import HookPoint, Items
 from lingualinked.model.hook_points import contains_layers
-from lingualinked.sharded.hook_calls import HookCall, has_same_bits
+from lingualinked.sharded.hooks.hook_calls import HookCall, has_same_bits
 from lingualinked.sharded.sealing import call_hooks_around
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lingualinked.model.layer_skips import LayerSkips
     from lingualinked.sharded.cache import ShardedCache
     from lingualinked.sharded.gradients import StepGradients
-    from lingualinked.sharded.hooked_modules import HookedModules
-    from lingualinked.sharded.recording_order import RecordingOrder
+    from lingualinked.sharded.hooks.hooked_modules import HookedModules
+    from lingualinked.sharded.hooks.recording_order import RecordingOrder
 
 _TOKENS = ("input_ids", "inputs_embeds")  # what a module that runs all layers needs in its first stage alone
 

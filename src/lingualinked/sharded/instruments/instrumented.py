@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.interventions import Intervention
     from lingualinked.model.parts import ModelParts
-    from lingualinked.sharded.captured import Captured
-    from lingualinked.sharded.instruments import InstrumentBlock, OpenBlocks
+    from lingualinked.sharded.instruments.captured import Captured
+    from lingualinked.sharded.instruments.in_force import InstrumentBlock, OpenBlocks
 
 
 class Instrumented:
@@ -96,7 +96,7 @@ class Instrumented:
         ...     model.generate(ids, max_new_tokens=16)
         >>> captured["model.layers.3.mlp"].cat().shape  # rows, steps, hidden
         """
-        from lingualinked.sharded.making_blocks import capture_block  # imports torch
+        from lingualinked.sharded.instruments.making_blocks import capture_block  # imports torch
 
         self._pipeline.check_open()
         return capture_block(
@@ -162,7 +162,7 @@ class Instrumented:
         >>> with model.intervene({"model.layers.5": ll.Add(vector), "model.layers.*.mlp": ll.Scale(0.5, positions=-1)}):
         ...     model.generate(ids, max_new_tokens=16)
         """
-        from lingualinked.sharded.making_blocks import intervention_block  # imports torch
+        from lingualinked.sharded.instruments.making_blocks import intervention_block  # imports torch
 
         self._pipeline.check_open()
         return intervention_block(self, interventions, scope=scope)

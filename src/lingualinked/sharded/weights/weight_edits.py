@@ -19,8 +19,8 @@ from lingualinked.errors import ArgumentError, ClosedError
 from lingualinked.interrupts import interruptible
 from lingualinked.model.held_tensors import sum_of_products
 from lingualinked.protocol.editing import ChangeKind
-from lingualinked.sharded.fetched_weights import FetchedWeights
-from lingualinked.sharded.remote_tensor import RemoteTensor
+from lingualinked.sharded.weights.fetched_weights import FetchedWeights
+from lingualinked.sharded.weights.remote_tensor import RemoteTensor
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline

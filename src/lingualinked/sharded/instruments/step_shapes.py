@@ -13,7 +13,7 @@ from torch import Tensor
 from lingualinked.errors import ArgumentError
 from lingualinked.model.instrument_data import Capture, Change, Instrument, positions_in, rows_in
 from lingualinked.quantities import count_text
-from lingualinked.sharded.module_calls import Dimension, ModuleCall
+from lingualinked.sharded.instruments.module_calls import Dimension, ModuleCall
 
 
 def check_has_tokens(item: Instrument, call: ModuleCall) -> None:

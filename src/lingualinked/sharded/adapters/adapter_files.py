@@ -21,7 +21,7 @@ from lingualinked.errors import ArgumentError, CheckpointError, UnsupportedOpera
 from lingualinked.model.hf_internals.loading import find_file
 from lingualinked.model.parts import build_meta
 from lingualinked.model.safetensors_file import SafetensorsFile, identify_file
-from lingualinked.sharded.adapter_layers import AdapterLayers
+from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lingualinked.sharded.layer_surgery import LayerSurgery
-    from lingualinked.sharded.weight_edits import WeightEdit, WeightEditor
+    from lingualinked.sharded.weights.weight_edits import WeightEdit, WeightEditor
 
 
 class Editable:

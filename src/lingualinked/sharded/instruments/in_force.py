@@ -17,12 +17,12 @@ from lingualinked.cluster.captured import CapturedValue, ExpectedValue
 from lingualinked.errors import ArgumentError
 from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments
 from lingualinked.quantities import count_text
-from lingualinked.sharded.step_shapes import check_change_in_step, count_chosen, due_shape
+from lingualinked.sharded.instruments.step_shapes import check_change_in_step, count_chosen, due_shape
 
 if TYPE_CHECKING:
     from lingualinked.model.parts import ModelParts
-    from lingualinked.sharded.captured import Captured
-    from lingualinked.sharded.module_calls import ModuleCall, ModuleCalls
+    from lingualinked.sharded.instruments.captured import Captured
+    from lingualinked.sharded.instruments.module_calls import ModuleCall, ModuleCalls
 
 Result = TypeVar("Result")
 

@@ -21,7 +21,7 @@ from lingualinked.model.hook_cuts import (
     with_first_input,
     with_first_tensor,
 )
-from lingualinked.sharded.hook_calls import has_same_bits
+from lingualinked.sharded.hooks.hook_calls import has_same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,8 +15,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lingualinked.sharded.fetched_tensor import Editor, FetchedTensor
-from lingualinked.sharded.remote_tensor import Fetch
+from lingualinked.sharded.weights.fetched_tensor import Editor, FetchedTensor
+from lingualinked.sharded.weights.remote_tensor import Fetch
 
 _MAX_KEPT_BYTES = 256 << 20
 _MAX_SHARE = 0.25  # of the free memory, for one parameter that is larger: to fetch it again takes seconds

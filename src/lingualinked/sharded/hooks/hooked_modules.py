@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.model.hook_data import Cut, HookPoint
 from lingualinked.model.hook_points import contains_layers
-from lingualinked.sharded.adapter_layers import is_of_peft
-from lingualinked.sharded.narrow_hooks import NarrowHook, narrow_hooks
-from lingualinked.sharded.wrapped_modules import runs_here, wrapper_of
+from lingualinked.sharded.adapters.adapter_layers import is_of_peft
+from lingualinked.sharded.hooks.narrow_hooks import NarrowHook, narrow_hooks
+from lingualinked.sharded.hooks.wrapped_modules import runs_here, wrapper_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lingualinked.model.parts import ModelParts
-    from lingualinked.sharded.adapter_layers import AdapterLayers
-    from lingualinked.sharded.recording_order import RecordingOrder
+    from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
+    from lingualinked.sharded.hooks.recording_order import RecordingOrder
 
 _BEFORE, _BEHIND, _ALWAYS = "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.sharded.fetched_tensor import Editor, FetchedTensor, function_name, plain, written_by
+from lingualinked.sharded.weights.fetched_tensor import Editor, FetchedTensor, function_name, plain, written_by
 
 _DEVICE = torch.device("cpu")  # where a sharded model takes its inputs; below, the tensors are on the meta device
 _CHANGE = "its data is in a worker: copy_() other data of its shape and dtype into it"

@@ -18,10 +18,10 @@ from lingualinked.device import parse_bytes
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interventions import Ablate, Add, Clamp, Intervention, Project, Replace, Scale
 from lingualinked.model.instrument_data import Capture, Change, ChangeKind, Choice, Dtype, Reduction, Side, Steps
-from lingualinked.sharded.captured import Captured
-from lingualinked.sharded.instruments import Block, InstrumentBlock, ListedPositions, Result
-from lingualinked.sharded.module_calls import find_calls, match_modules
-from lingualinked.sharded.step_shapes import check_change, check_has_tokens
+from lingualinked.sharded.instruments.captured import Captured
+from lingualinked.sharded.instruments.in_force import Block, InstrumentBlock, ListedPositions, Result
+from lingualinked.sharded.instruments.module_calls import find_calls, match_modules
+from lingualinked.sharded.instruments.step_shapes import check_change, check_has_tokens
 
 Scope = Literal["model", "thread"]
 

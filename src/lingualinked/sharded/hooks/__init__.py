@@ -1,0 +1,1 @@
+"""Hooks of submodules, run in the thread that called the model."""

@@ -1,0 +1,1 @@
+"""Captures and interventions: what modules compute, collected or changed as data."""

@@ -1,0 +1,1 @@
+"""Weights of a model that is elsewhere: read, edited and saved."""
