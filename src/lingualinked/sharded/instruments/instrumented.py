@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lingualinked.model.parts import ModelParts
     from lingualinked.sharded.instruments.captured import Captured
     from lingualinked.sharded.instruments.in_force import InstrumentBlock, OpenBlocks
+    from lingualinked.sharded.instruments.retained import RetainingBlock
 
 
 class Instrumented:
@@ -40,7 +41,8 @@ class Instrumented:
         reduce: Literal["mean", "sum", "last", "norm"] | None = None,
         scope: Literal["model", "thread"] | Cache = "model",
         max_bytes: int | str = "1GiB",
-    ) -> InstrumentBlock[Captured]:
+        retain_grad: bool = False,
+    ) -> InstrumentBlock[Captured] | RetainingBlock:
         """Collect what modules compute during the calls in a ``with`` block, chosen and reduced in the stage that computes it.
 
         A decode step sends no more messages than without, but one from each stage with the values. A capture does what a
@@ -74,6 +76,10 @@ class Instrumented:
             ``past_key_values`` (this handle, not copies of it).
         max_bytes : int or str
             How much may be held, in bytes or with a unit (``"1GiB"``).
+        retain_grad : bool
+            Capture the tensors of the autograd graph themselves, by hooks: after ``loss.backward()`` each has its ``grad``,
+            and ``torch.autograd.grad`` takes them, in a call with gradients. They are whole, and each step then waits for
+            this process at each of the modules. Which text a tensor is of is not known (``sessions``).
 
         Returns
         -------
@@ -110,6 +116,7 @@ class Instrumented:
             reduce=reduce,
             scope=scope,
             max_bytes=max_bytes,
+            retain_grad=retain_grad,
         )
 
     def intervene(

@@ -21,6 +21,7 @@ from lingualinked.model.instrument_data import Capture, Change, ChangeKind, Choi
 from lingualinked.sharded.instruments.captured import Captured
 from lingualinked.sharded.instruments.in_force import Block, InstrumentBlock, ListedPositions, Result
 from lingualinked.sharded.instruments.module_calls import find_calls, match_modules
+from lingualinked.sharded.instruments.retained import RetainingBlock
 from lingualinked.sharded.instruments.step_shapes import check_change, check_has_tokens
 
 Scope = Literal["model", "thread"]
@@ -38,7 +39,8 @@ def capture_block(
     reduce: object,
     scope: object,
     max_bytes: int | str,
-) -> InstrumentBlock[Captured]:
+    retain_grad: bool,
+) -> InstrumentBlock[Captured] | RetainingBlock:
     """Check the arguments of `ShardedModel.capture`, and return its block."""
     side = _check_name(what, Side, "what")
     chosen_rows, chosen_positions = as_choice(rows, "rows"), as_choice(positions, "positions")
@@ -57,6 +59,15 @@ def capture_block(
         if reduction is not None or not item.takes_everything:
             check_has_tokens(item, calls[item.path, side])
     captured = Captured(list(paths), parse_bytes(max_bytes, "max_bytes"))
+    if retain_grad:
+        if not items[0].takes_everything or in_steps != "all" or sent_dtype or reduction or isinstance(scope, Cache):
+            raise ArgumentError(
+                "retain_grad=True captures tensors of the autograd graph as they are: leave out positions, rows, steps, dtype, "
+                "reduce and a KV cache as scope, and choose from what was captured"
+            )
+        found = {name: (path, model.get_submodule(name)) for name, path in paths.items()}
+        of_thread = _check_name(scope, Scope, "scope") == "thread"
+        return RetainingBlock(model._pipeline, model._parts, found, side, captured, of_thread=of_thread)  # noqa: SLF001
     shown = {path: name for name, path in paths.items()}
     return _block(
         model, lambda **who: Block(items, (), captured, shown, ListedPositions(items), **who), scope, captured
