@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from lingualinked.errors import ArgumentError
 
@@ -43,6 +43,14 @@ def as_integer(value: object, *, at_least: int) -> int | None:
     except TypeError:
         return None
     return None if isinstance(value, bool) or integer < at_least else integer
+
+
+def as_index(value: object) -> int:
+    """Return an index, NumPy's and a tensor's included, as Python's own; raise TypeError for others, and beyond 64 bits."""
+    index: Any = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(index, bool) or not -(2**63) <= operator.index(index) < 2**63:
+        raise TypeError(f"{value!r} is no index")
+    return operator.index(index)
 
 
 def check_positive(value: object, field: str) -> float:

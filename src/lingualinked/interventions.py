@@ -6,10 +6,11 @@ Knows no model; imports torch only to check the tensors that it is given.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lingualinked.checks import is_number
+from lingualinked.checks import as_float, is_real
 from lingualinked.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ class Scale(Intervention):
     factor: float | Tensor
 
     def __post_init__(self) -> None:
-        if not is_number(self.factor):
-            check_tensor("factor", self.factor, "a number or ")
+        if not _is_float(self.factor):
+            check_tensor("factor", self.factor, "a number that a float holds, or ")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -215,8 +216,10 @@ class Clamp(Intervention):
 
     def __post_init__(self) -> None:
         bounds: Sequence[Any] = [bound for bound in (self.low, self.high) if bound is not None]
-        if not bounds or not all(is_number(bound) for bound in bounds) or not bounds[0] <= bounds[-1]:
-            raise ArgumentError(f"low={self.low!r} and high={self.high!r} must be numbers in order; one may be None")
+        if not bounds or not all(map(_is_float, bounds)) or not bounds[0] <= bounds[-1]:
+            raise ArgumentError(
+                f"low={self.low!r} and high={self.high!r} must be numbers that floats hold, in order; one may be None"
+            )
         if self.direction is not None:
             check_tensor("direction", self.direction)
             if self.direction.ndim != 1 or not self.unit.isfinite().all():  # type: ignore[union-attr]
@@ -237,11 +240,18 @@ class Clamp(Intervention):
         return unit
 
 
+def _is_float(value: object) -> bool:
+    """Return whether a value is a real number, NumPy's included, that is not an integer beyond all floats."""
+    return is_real(value) and (not isinstance(value, int) or math.isfinite(as_float(value, "")))
+
+
 def check_tensor(name: str, value: object, alternative: str = "") -> None:
     """Raise ArgumentError unless a value is a dense tensor of real numbers that holds data."""
     import torch
 
     if not isinstance(value, torch.Tensor):
         raise ArgumentError(f"{name} of type {type(value).__name__} must be {alternative}a tensor")
+    if value.is_meta:
+        raise ArgumentError(f"{name} of {value.dtype} {list(value.shape)} is on the meta device, which holds no data")
     if value.is_complex() or value.layout is not torch.strided or not value.numel():
         raise ArgumentError(f"{name} of {value.dtype} {list(value.shape)} must be a dense tensor of real numbers")

@@ -334,6 +334,9 @@ def test_what_has_no_effect_raises_by_name(llama: Pair) -> None:
     for arguments, complaint in (
         ({"positions": 1.5}, "positions=1.5 must be"),
         ({"positions": []}, "not empty"),
+        ({"positions": 2**63}, "64 bits"),
+        ({"rows": slice(0, 2**63)}, "64 bits"),
+        ({"positions": torch.tensor([True, False])}, "must be an int"),
         ({"positions": True}, "must be an int"),
         ({"positions": slice(None, None, -1)}, "positive step"),
         ({"rows": [[0]]}, "rows="),
@@ -437,3 +440,38 @@ def test_gradients_flow_through_interventions(llama: Pair) -> None:
 
     _, gradient, _ = run((sharded, whole), attribute)
     assert gradient.any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ll.Add,
+        ll.Project,
+        lambda vector: ll.Clamp(0, direction=vector),
+        lambda vector: ll.Scale(vector.sum()),
+    ],
+)
+def test_a_vector_that_should_learn_is_refused_where_gradients_may_flow(llama: Pair, change: Any) -> None:
+    sharded, whole = llama
+    vector = random(HIDDEN)
+    with sharded.intervene({"model.layers.1": change(vector.clone().requires_grad_())}):
+        with pytest.raises(
+            ll.UnsupportedOperationError, match=r"at 'model.layers.1' has a tensor that requires gradients.*detach"
+        ):
+            sharded(IDS)
+        with torch.no_grad():
+            ours = sharded(IDS).logits
+    with torch.no_grad(), whole.intervene({"model.layers.1": change(vector)}):
+        assert torch.equal(ours, whole(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_block_that_was_dropped_ends_with_a_warning(llama: Pair) -> None:
+    sharded, whole = llama
+    block = sharded.intervene({"model.layers.1": ll.Scale(0.0)})
+    block.__enter__()
+    assert not torch.equal(sharded(IDS).logits, whole(IDS).logits)
+    with pytest.warns(ResourceWarning, match="before its end"):
+        del block
+    assert torch.equal(sharded(IDS).logits, whole(IDS).logits)
+    sharded.capture("model.layers.1")  # one that was never entered has nothing to end

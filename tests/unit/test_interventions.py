@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +45,29 @@ def test_directions_span_their_space_whatever_their_length() -> None:
     assert torch.allclose(basis @ basis.T, torch.diag(torch.tensor([1.0, 1, 0, 0])), atol=1e-5)
     assert ll.Project(directions.double()).basis.dtype is torch.float64
     assert ll.Project(directions.bfloat16()).basis.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ll.Add(torch.ones(3, device="meta")),
+        lambda: ll.Project(torch.ones(3, device="meta")),
+        lambda: ll.Clamp(0, direction=torch.ones(3, device="meta")),
+    ],
+)
+def test_a_tensor_without_data_is_refused_by_its_cause(make: Callable[[], Any]) -> None:
+    with pytest.raises(ll.ArgumentError, match="meta device"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ll.Scale(10**400), lambda: ll.Clamp(0, 10**400), lambda: ll.Clamp(-(10**400))]
+)
+def test_an_integer_that_no_float_holds_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(ll.ArgumentError, match="float"):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert ll.Scale(np.float32(0.5)).factor == 0.5
+    assert ll.Clamp(np.float32(-1), np.int64(2)).high == 2

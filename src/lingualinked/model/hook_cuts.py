@@ -5,12 +5,12 @@ Knows torch's tensors and structures of them; neither hooks nor where they are c
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from lingualinked.checks import as_index
 from lingualinked.errors import ArgumentError
 from lingualinked.model.hook_data import Positions
 from lingualinked.quantities import count_text
@@ -24,17 +24,19 @@ def read_positions(given: object) -> Positions | None:
         return None
     try:
         if isinstance(given, slice):
-            bounds = [None if each is None else operator.index(each) for each in (given.start, given.stop, given.step)]
+            bounds = [None if each is None else as_index(each) for each in (given.start, given.stop, given.step)]
             if bounds[2] is not None and bounds[2] <= 0:
                 raise ArgumentError(f"positions={given}: the step must be positive, as for every tensor")
             return Positions("slice", tuple(bounds))
         if hasattr(given, "__index__") and not getattr(given, "ndim", 0):
-            return Positions("one", (operator.index(given),))
+            return Positions("one", (as_index(given),))
         if isinstance(given, Iterable) and not isinstance(given, str):
-            return Positions("several", tuple(map(operator.index, given)))
+            return Positions("several", tuple(map(as_index, given)))
     except TypeError:
         pass
-    raise ArgumentError(f"positions={given!r}: pass an int, a slice, a sequence of ints, or None for all tokens")
+    raise ArgumentError(
+        f"positions={given!r}: pass an int of at most 64 bits, a slice, a sequence of ints, or None for all tokens"
+    )
 
 
 def cut_tensor(states: Tensor, positions: Positions | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
@@ -25,12 +26,10 @@ NEW = torch.zeros(1)
 Pair = namedtuple("Pair", ("left", "right"))  # noqa: PYI024 - as some modules return
 
 
-@pytest.mark.parametrize(
-    "given", [0, -4, True, slice(1, 3), slice(None, None, 2), [2, 0], range(2), torch.tensor(3), ()]
-)
+@pytest.mark.parametrize("given", [0, -4, slice(1, 3), slice(None, None, 2), [2, 0], range(2), torch.tensor(3), ()])
 def test_positions_are_torchs_indices(given: Any) -> None:
     positions = read_positions(given)
-    index = list(given) if isinstance(given, range | tuple) else int(given) if given is True else given
+    index = list(given) if isinstance(given, range | tuple) else given
     part = cut_tensor(STATES, positions)
     assert torch.equal(part, STATES[:, index])
     part.zero_()
@@ -41,10 +40,19 @@ def test_positions_are_torchs_indices(given: Any) -> None:
     assert torch.equal(replaced, expected)
 
 
-@pytest.mark.parametrize("given", ["last", 1.5, {1: 2}.values, [1.5], [[1]], slice(0, 1.0), slice(None, None, -1), "1"])
+@pytest.mark.parametrize(
+    "given",
+    ["last", 1.5, {1: 2}.values, [1.5], [[1]], slice(0, 1.0), slice(None, None, -1), "1", 2**63, slice(0, 2**63), True],
+)
 def test_other_positions_are_refused(given: Any) -> None:
     with pytest.raises(ArgumentError, match="positions="):
         read_positions(given)
+
+
+@pytest.mark.parametrize("mask", [[True, False], torch.tensor([True, False]), np.array([True, False]), np.True_])
+def test_a_mask_is_not_taken_for_the_positions_0_and_1(mask: Any) -> None:
+    with pytest.raises(ArgumentError, match="positions="):
+        read_positions(mask)
 
 
 def test_without_positions_it_is_the_tensor_itself() -> None:

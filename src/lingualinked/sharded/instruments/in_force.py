@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.captured import CapturedValue, ExpectedValue
-from lingualinked.errors import ArgumentError
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments
 from lingualinked.quantities import count_text
 from lingualinked.sharded.instruments.step_shapes import check_change_in_step, count_chosen, due_shape
@@ -66,6 +67,7 @@ class Block:
     listed: ListedPositions
     thread: int | None  # None: of all threads
     cache: object  # None: of all sessions
+    learning: str = ""  # the first of its interventions whose tensors require gradients
 
     def is_for(self, cache: object) -> bool:
         """Return whether it is in force in a call of this thread with a KV cache."""
@@ -99,6 +101,7 @@ class OpenBlocks:
     def in_force(self, cache: object, calls: ModuleCalls) -> InForce | None:
         """Return what is in force in a call of this thread with a KV cache, the same object while that is the same."""
         blocks = tuple(block for block in self._blocks if block.is_for(cache))
+        _check_gradients(blocks)
         if not blocks:
             return None
         known = self._known.get(blocks)
@@ -114,8 +117,19 @@ class InstrumentBlock(Generic[Result]):
     """A ``with`` block during which captures or interventions are in force."""
 
     def __init__(self, blocks: OpenBlocks, make: Callable[[], Block], result: Result) -> None:
-        self._blocks, self._make, self._result = blocks, make, result
         self._block: Block | None = None
+        self._blocks, self._make, self._result = blocks, make, result
+
+    def __del__(self) -> None:
+        if self._block is not None:  # nothing could end it any more, as nothing else refers to this object
+            self._blocks.leave(self._block)
+            warnings.warn(
+                "a block of capture() or intervene() was dropped before its end, and is in force no longer: enter it by `with`, or "
+                "by ExitStack.enter_context()",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
 
     def __enter__(self) -> Result:
         if self._block is not None:
@@ -214,6 +228,16 @@ class InForce:
         for value in values:
             path, captured = self._targets[value.number]
             captured.add(path, value, is_trusted=not trusted or value.device in trusted)
+
+
+def _check_gradients(blocks: Sequence[Block]) -> None:
+    """Raise UnsupportedOperationError if tensors of an intervention are to learn from a step that may have gradients."""
+    for block in blocks:
+        if block.learning and torch.is_grad_enabled():
+            raise UnsupportedOperationError(
+                f"{block.learning} has a tensor that requires gradients, which do not flow to interventions: detach() it, call the "
+                "model under torch.no_grad(), or do the same in a forward hook, to whose tensors they flow"
+            )
 
 
 def _choice_of(item: Instrument) -> object:

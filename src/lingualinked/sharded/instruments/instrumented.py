@@ -85,7 +85,7 @@ class Instrumented:
         -------
         context manager of Captured
             ``with`` gives a mapping: for each module the tensors of all steps that have some of the positions, in the order
-            of the steps; ``[rows, positions, ...]`` each. Without ``rows``, ``positions`` and ``reduce``, tensors have the
+            of the steps; ``[rows, positions, ...]`` each, without gradients. Without ``rows``, ``positions`` and ``reduce``, tensors have the
             shape that they have in the module.
 
         Raises
@@ -162,7 +162,8 @@ class Instrumented:
             block raises it, before anything is sent, if a tensor does not fit the rows and positions of a step, or a chosen
             row or negative position is not in it; the end of the block, if a chosen position was in none of its steps.
         UnsupportedOperationError
-            If every stage runs the module for itself, such as what computes rotary embeddings: hook it instead.
+            If every stage runs the module for itself, such as what computes rotary embeddings: hook it instead. From a call in
+            the block that may have gradients, if a tensor of an intervention requires them.
 
         Examples
         --------

@@ -5,7 +5,7 @@ Knows what users may pass and what modules compute; not when a block is in force
 
 from __future__ import annotations
 
-import operator
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from lingualinked.checks import as_index
 from lingualinked.device import parse_bytes
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interventions import Ablate, Add, Clamp, Intervention, Project, Replace, Scale
@@ -84,6 +85,7 @@ def intervention_block(model: Any, interventions: object, *, scope: object) -> I
     calls, paths, parts = find_calls(model._pipeline.spec), _paths(model), model._parts  # noqa: SLF001 - within the room
     items: list[Change] = []
     tensors: list[Tensor] = []
+    learning = ""
     for pattern, given in interventions.items():
         for each in given if isinstance(given, list | tuple) else [given]:
             if not isinstance(each, Intervention) or type(each) is Intervention:
@@ -93,6 +95,8 @@ def intervention_block(model: Any, interventions: object, *, scope: object) -> I
                 )
             side = _check_name(each.what, Side, "what")
             chosen = as_choice(each.rows, "rows"), as_choice(each.positions, "positions")
+            if not learning and any(isinstance(value, Tensor) and value.requires_grad for value in _values_of(each)):
+                learning = f"{type(each).__name__} at {pattern!r}"
             kind, own, numbers = _arithmetic(each)
             indices = tuple(range(len(tensors), len(tensors) + len(own)))
             tensors += own
@@ -107,9 +111,13 @@ def intervention_block(model: Any, interventions: object, *, scope: object) -> I
 
     def make(**who: Any) -> Block:
         copies = tuple(torch.Tensor.clone(each.detach().cpu()).as_subclass(torch.Tensor) for each in tensors)
-        return Block(tuple(items), copies, None, {}, ListedPositions(items), **who)
+        return Block(tuple(items), copies, None, {}, ListedPositions(items), **who, learning=learning)
 
     return _block(model, make, scope, None)
+
+
+def _values_of(intervention: Intervention) -> list[object]:
+    return [getattr(intervention, field.name) for field in dataclasses.fields(intervention)]
 
 
 def _arithmetic(intervention: Intervention) -> tuple[ChangeKind, list[Tensor], tuple[float | None, ...]]:
@@ -126,7 +134,11 @@ def _arithmetic(intervention: Intervention) -> tuple[ChangeKind, list[Tensor], t
         case Project(mode=mode, basis=basis):
             return mode, [basis], ()
         case Clamp(low=low, high=high, unit=unit):
-            return "clamp", [] if unit is None else [unit], (low, high)
+            return (
+                "clamp",
+                [] if unit is None else [unit],
+                tuple(None if each is None else float(each) for each in (low, high)),
+            )
     raise ArgumentError(f"{type(intervention).__name__} is not an intervention of this library")
 
 
@@ -164,24 +176,19 @@ def as_choice(value: Any, argument: str) -> Choice:
         listed: Any = value.tolist() if hasattr(value, "tolist") else value
         listed = listed if isinstance(listed, list | tuple | range) else [listed]
         if listed and isinstance(listed[0], list | tuple | range) and argument == "positions":
-            return Choice(None, tuple(tuple(map(_index, each)) for each in listed))
+            return Choice(None, tuple(tuple(map(as_index, each)) for each in listed))
         if listed:
-            return Choice(None, (tuple(map(_index, listed)),))
+            return Choice(None, (tuple(map(as_index, listed)),))
     except TypeError:
         pass
     raise ArgumentError(
-        f"{argument}={value!r} must be an int, a slice with a positive step, a sequence of ints that is not empty, or None"
+        f"{argument}={value!r} must be an int of at most 64 bits, a slice with a positive step, a sequence of ints that is not "
+        "empty, or None"
     )
 
 
 def _as_slice(value: slice) -> Choice:
-    start, stop, step = (None if each is None else _index(each) for each in (value.start, value.stop, value.step))
+    start, stop, step = (None if each is None else as_index(each) for each in (value.start, value.stop, value.step))
     if step is not None and step < 1:
         raise TypeError
     return Choice((start, stop, step))
-
-
-def _index(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return operator.index(value)

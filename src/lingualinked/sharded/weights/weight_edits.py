@@ -209,6 +209,10 @@ def _check_fit(parameter: RemoteTensor, kind: ChangeKind, given: tuple[Tensor, .
     like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     meta = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in given]
     try:
+        if any(each.is_meta or each.layout is not torch.strided for each in given):
+            raise RuntimeError("a tensor on the meta device holds no data, and a sparse one has to be made dense")
+        if not all(torch.can_cast(each.dtype, like.dtype) for each in given):
+            raise RuntimeError("its dtype can't hold the sum")
         if kind is ChangeKind.SET:
             if meta[0].dtype != like.dtype or meta[0].shape != like.shape:
                 raise RuntimeError("it is to be set to another shape or dtype")
