@@ -35,6 +35,7 @@ from lingualinked.model.context import StepContext
 from lingualinked.model.instrument_data import Instruments
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.tensor_strides import pack_tensor
 from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.protocol.moving import KVCopied, MoveSession
 from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, Step
@@ -305,6 +306,7 @@ class Session:
         sent = () if instruments is None or not have_changed else instruments.tensors
         num_positions = self.num_tokens + num_new if position_ids is None else int(position_ids.max()) + 1
         route = self._place.route
+        packed, strides = pack_tensor(inputs)
         step = Step(
             model=self._model,
             plan_version=route.version,
@@ -331,6 +333,7 @@ class Session:
             adapters=adapters,
             requires_grad=(gradients.requires_grad,) if gradients is not None and gradients.may_flow else None,
             skips=self._changes.skips if self._changes.skips.indices else None,
+            strides=strides,
         )
         self._edits.clear()
         self._instruments = instruments
@@ -340,7 +343,7 @@ class Session:
         try:
             if gradients is not None and gradients.may_flow:
                 gradients.graph = RemoteGraph(self._engine, step, route, self._timeout_s)
-            tensors = (inputs, *code.tensors, *keep, *sent)
+            tensors = (packed, *code.tensors, *keep, *sent)
             if hooks is None:
                 answer = result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s))
                 reply = cast("StepReply", answer)

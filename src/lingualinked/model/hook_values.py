@@ -1,19 +1,18 @@
 """What a hooked module is called with, and what it returns, as data: nested structures whose tensors travel beside them.
 
-Knows structures, tensors and their memory layout; neither modules nor messages.
+Knows structures and tensors; neither modules nor messages.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, modeling_outputs
 from transformers.utils import ModelOutput
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.hook_data import Entries, HookValue, Items, ObjectAt, Plain, Strides, TensorAt
+from lingualinked.model.hook_data import Entries, HookValue, Items, ObjectAt, Plain, TensorAt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,34 +67,6 @@ def objects_in(value: HookValue) -> Iterator[ObjectAt]:
     elif isinstance(value, Items | Entries):
         for each in value.items:
             yield from objects_in(each)
-
-
-def pack_tensor(tensor: Tensor) -> tuple[Tensor, Strides]:
-    """Return a tensor as it is sent, contiguous, and its strides if they differ from that."""
-    tensor = tensor.detach()
-    once = _without_repeats(tensor, tensor.stride())
-    is_dense = torch.empty_like(once, device="meta").stride() == once.stride()
-    return tensor.contiguous(), None if tensor.is_contiguous() or not is_dense else tensor.stride()
-
-
-def unpack_tensor(tensor: Tensor, strides: Strides) -> Tensor:
-    """Return a tensor with the strides that it had before it was sent; raise ProtocolError if it can't have had them."""
-    if strides is None:
-        return tensor
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=False))
-    if len(strides) != tensor.ndim or min(strides, default=0) < 0 or reach >= tensor.numel():
-        raise ProtocolError(f"a tensor of shape {list(tensor.shape)} can't have the strides {list(strides)}")
-    once = _without_repeats(tensor, strides)
-    own = torch.empty_strided(once.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(once)
-    return own.expand(tensor.shape)
-
-
-def _without_repeats(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return a tensor with one item of each dimension whose stride is 0, along which an expanded tensor repeats itself."""
-    for dimension, stride in enumerate(strides):
-        if stride == 0:
-            tensor = tensor.narrow(dimension, 0, min(1, tensor.shape[dimension]))
-    return tensor
 
 
 def _index_in(known: list[Any], value: Any, add: Callable[[Any], None]) -> int:

@@ -68,6 +68,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
     if (
         len(inputs.tensors) != 1
         or inputs.tensors[0].shape[1] != 1
+        or not inputs.tensors[0].is_contiguous()
         or inputs.records
         or inputs.hooks
         or inputs.instruments is not None

@@ -10,7 +10,7 @@ import enum
 from lingualinked.errors import ProtocolError
 from lingualinked.model.adapter_data import AdapterUse
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hook_data import HookPoint, Strides
 from lingualinked.model.instrument_data import Instruments
 from lingualinked.model.layer_skips import LayerSkips
 from lingualinked.protocol.base import Message, Natural
@@ -68,7 +68,7 @@ class Step(Message, frozen=True, tag=4):
     says of which of the stage's inputs gradients may be asked for. Each stage then adds to ``ends_at_tap`` whether its output is
     what the hooks that ran last in it have returned.
     Stages compute with the adapters that ``adapters`` says, of those that they have (`AddAdapter`); None: without any.
-    They run no layers that ``skips`` names.
+    They run no layers that ``skips`` names. ``strides`` are those of the stage's input if it is sent in another order.
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
     differences are meaningful.
@@ -100,6 +100,7 @@ class Step(Message, frozen=True, tag=4):
     ends_at_tap: tuple[bool, ...] = ()
     adapters: AdapterUse | None = None
     skips: LayerSkips | None = None
+    strides: Strides = None
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

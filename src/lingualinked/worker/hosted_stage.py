@@ -33,6 +33,7 @@ from lingualinked.worker.kept_graphs import KeptGraphs, new_graph
 from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
 from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
+from lingualinked.worker.step_tensors import split_tensors
 
 _MAX_INCOMING = 1 << 16
 
@@ -338,22 +339,6 @@ class HostedStage:
             ),
             session.cache,
         )
-
-
-def split_tensors(step: Step, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Split the tensors of a step into the stage's inputs, and what is for all stages: mask, positions, and so on.
-
-    Raises ProtocolError if some are missing, or the inputs have no rows or no tokens.
-    """
-    num_shared = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL) + (step.logits_to_keep is None)
-    num_shared += 0 if step.instruments is None else step.instruments.num_tensors
-    num_inputs = len(tensors) - num_shared
-    if num_inputs < 1 or tensors[0].ndim < 2 or 0 in tensors[0].shape[:2]:
-        raise ProtocolError(
-            f"a step arrived with the tensors {[list(tensor.shape) for tensor in tensors[:9]]}, of which "
-            f"{num_shared} are announced besides its inputs: inputs must have rows and tokens, at least one of each"
-        )
-    return tensors[:num_inputs], tensors[num_inputs:]
 
 
 def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:

@@ -18,9 +18,9 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.autograd_graph import AutogradGraph
 from lingualinked.model.hook_data import HookPoint, HookValue
 from lingualinked.model.hook_points import ModuleCall
-from lingualinked.model.hook_values import pack_tensor, unpack_tensor
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage_data import StageOutput
+from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
 from lingualinked.protocol.failures import FailureKind, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import encode
@@ -32,12 +32,12 @@ from lingualinked.transport.mailbox import Mailbox
 from lingualinked.worker.cut_calls import apply_cut, describe_cut
 from lingualinked.worker.error_report import ErrorReport, describe_error
 from lingualinked.worker.hook_graph import given_with_gradients, join_graph
-from lingualinked.worker.hosted_stage import split_tensors
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.limits import end_if_device_is_lost
 from lingualinked.worker.pace import Pace
 from lingualinked.worker.paused_steps import PausedSteps
 from lingualinked.worker.peers import Peers
+from lingualinked.worker.step_tensors import split_tensors
 
 _MOST_STACKED_BYTES = 1 << 20
 
@@ -145,10 +145,12 @@ class StepRunner:
             )
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
         else:
+            states, strides = pack_tensor(output.tensors[0])  # all that crosses a boundary
             onward = msgspec.structs.replace(
                 step,
                 stage=step.stage + 1,
                 layout=output.layout,
+                strides=strides,
                 timings=timings,
                 sent_us=clock_us() + encode_us,
                 hooks=hooks,
@@ -156,7 +158,7 @@ class StepRunner:
                 ends_at_tap=() if output.requires_grad is None else (*step.ends_at_tap, output.ends_at_tap),
             )
             _, shared = split_tensors(step, delivery.tensors)
-            hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (*output.tensors, *shared))
+            hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (states, *shared))
         # 5) send the caller what was recorded and captured, while the next stage computes
         if step.records or step.captures:
             recorded, records = describe_recorded(step, output)

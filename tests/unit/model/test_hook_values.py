@@ -11,7 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.hook_data import Entries, Items, ObjectAt, Plain, TensorAt
-from lingualinked.model.hook_values import CallValues, pack_tensor, unpack_tensor
+from lingualinked.model.hook_values import CallValues
+from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
 
 
 def test_structures_survive_and_tensors_keep_their_identity() -> None:

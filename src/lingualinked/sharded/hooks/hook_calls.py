@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lingualinked.errors import ArgumentError, ProtocolError, UnsupportedOperationError
 from lingualinked.model.hook_data import HookValue, Strides
-from lingualinked.model.hook_values import CallValues, objects_in, pack_tensor, unpack_tensor
+from lingualinked.model.hook_values import CallValues, objects_in
+from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
