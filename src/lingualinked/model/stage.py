@@ -280,7 +280,7 @@ class Stage:
                     stops.enter_context(HookedPass(self._model, self.span.parts.layers, inputs.hooks, pause))
                 if count is not None:
                     count.begin_step(states.shape[1])
-                self._layers.order = None if order is None else order.order
+                hooks += self._put_in_order(order)
                 with contextlib.suppress(SpanLeft):
                     result = self._model(**arguments)
                 if count is not None:
@@ -308,9 +308,8 @@ class Stage:
             own = order.own
         if not own:  # what comes in is what goes out
             incoming = self._boundary.outgoing = self._boundary.incoming
-            states = incoming[0] if isinstance(incoming, tuple) else incoming
             assert order is not None
-            record = in_this_thread(lambda *_: recording.record_hidden_state(states))
+            record = in_this_thread(lambda *_: recording.record_incoming(incoming))
             return order, [order.order[-1].register_forward_pre_hook(record)] if self.is_last else []
         # The hooks are for this pass only: stages that share the layer have their own.
         hooks = [own[-1].register_forward_hook(self._boundary.capture_output)]
@@ -318,9 +317,18 @@ class Stage:
             own[0].register_forward_pre_hook(in_this_thread(lambda *_, name=name: recording.record_too(name)))
             for name in _ONLY_RECORDED.intersection(inputs.records)
         ]
-        if order is not None and order.feeds_first:
-            hooks.append(own[0].register_forward_pre_hook(order.feed_first(self._boundary), with_kwargs=True))
+        if self.start and inputs.records:  # as the class does behind the layer, and not what pre-hooks make of it
+            record = in_this_thread(lambda _module, _args, output: recording.record_incoming(output))
+            hooks.append(self._layers[self.start - 1].register_forward_hook(record))
         return order, hooks
+
+    def _put_in_order(self, order: SpanOrder | None) -> list[RemovableHandle]:
+        """Run the layers in this order from now on; return the hook that feeds the first one, ahead of those that look at it."""
+        self._layers.order = None if order is None else order.order
+        if order is None or not order.feeds_first:
+            return []
+        feed = in_this_thread(order.feed_first(self._boundary))
+        return [order.own[0].register_forward_pre_hook(feed, with_kwargs=True, prepend=True)]
 
     @contextlib.contextmanager
     def _own_globals(self, inputs: StageInputs, settings: TorchSettings) -> Iterator[None]:

@@ -14,6 +14,8 @@ from transformers.utils import output_capturing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lingualinked.model.cut import RawOutput
+
 
 def recordable_outputs(model: torch.nn.Module) -> frozenset[str]:
     """Return what transformers records by hooks; empty for classes whose own forward collects it."""
@@ -57,11 +59,11 @@ class Recorders:
                 del hooks[number]
 
 
-def record_hidden_state(states: torch.Tensor | None) -> None:
-    """Record hidden states of the forward pass that is in progress, if it records them and no layer has."""
+def record_incoming(output: RawOutput | None) -> None:
+    """Record what a layer before the span has returned, if the forward pass in progress records hidden states, and has none."""
     collected = output_capturing._active_collector.get()
     if collected is not None and collected.get("hidden_states") == []:
-        collected["hidden_states"].append(states)
+        collected["hidden_states"].append(output[0] if isinstance(output, tuple) else output)
 
 
 def recorded_modules(model: torch.nn.Module) -> frozenset[str]:

@@ -90,7 +90,8 @@ class CallerHooks:
             event = self._step.next_event()
             if isinstance(event, StepReply):
                 if awaited is not None:
-                    raise ProtocolError(f"a step ended before the output of {awaited} came, which has hooks")
+                    error = ProtocolError(f"a step ended before the output of {awaited} came, which has hooks")
+                    raise WorkerError(self._step.spans[-1][0], f"ProtocolError: {error}") from error
                 return event
             message = event.message
             try:
@@ -137,8 +138,11 @@ class CallerHooks:
             event = cast("HookEvent", self._serve_events(path))
             if event.message.stage != call.stage:  # of a module that runs all layers
                 call = HookCall(path, event.message.stage)
-            call.receive(event.message, event.tensors, self._cache, self._gradients)
-            output = call.values.rebuild(cast("HookValue", call.output))
+            try:
+                call.receive(event.message, event.tensors, self._cache, self._gradients)
+                output = call.values.rebuild(cast("HookValue", call.output))
+            except ProtocolError as error:
+                raise WorkerError(event.device, f"ProtocolError: {error}") from error
             self._keep_state(path, output)
             return output
 
@@ -163,6 +167,9 @@ class CallerHooks:
             self._num_calls[path, call.stage] += 1
             if earlier is None:
                 self._outputs.setdefault(path, []).append((call.stage, result))
+        layer = self._modules.layer_at(path)
+        if layer in self._states and (result[0] if isinstance(result, tuple) else result) is self._states[layer]:
+            del self._states[layer]  # it is recorded in the stage, with what later hooks change in place
         described = call.describe(result)  # if the module has not run, of what it would have returned
         self._answer(call, output=None if described == call.output else described)
 
