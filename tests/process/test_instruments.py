@@ -475,3 +475,24 @@ def test_a_block_that_was_dropped_ends_with_a_warning(llama: Pair) -> None:
         del block
     assert torch.equal(sharded(IDS).logits, whole(IDS).logits)
     sharded.capture("model.layers.1")  # one that was never entered has nothing to end
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["input", "output"])
+def test_a_step_with_embeddings_calls_other_modules(pair: Pair, what: str) -> None:
+    embeddings = pair[1].get_input_embeddings()(IDS)
+    table = next(path for path, module in pair[0].named_modules() if module is pair[0].get_input_embeddings())
+
+    def look(model: Any) -> Any:
+        with (
+            model.capture([table, layer_of(model, "*")], what=what) as captured,
+            model.intervene({table: ll.Scale(0.5)}),
+        ):
+            return [
+                model(IDS, use_cache=False).logits,
+                model(inputs_embeds=embeddings, use_cache=False).logits,
+                captured,
+            ]
+
+    _, _, captured = run(pair, look)
+    assert (len(captured[table]), len(captured[layer_of(pair[0], 1)])) == (1, 2)

@@ -40,7 +40,6 @@ from lingualinked.sharded.inputs import (
     take_records,
 )
 from lingualinked.sharded.instruments.in_force import OpenBlocks
-from lingualinked.sharded.instruments.module_calls import find_calls
 from lingualinked.sharded.layer_surgery import LayerSurgery
 from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
@@ -213,7 +212,9 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
             recording.has_recorded = True
         hooks = CallerHooks(self._hooked_modules, cache, given, gradients, recording) if self._hooked_modules else None
         blocks = self._open_blocks
-        instruments = blocks.in_force(cache, find_calls(self._pipeline.spec)) if blocks else None
+        instruments = (
+            blocks.in_force(cache, self._pipeline.spec, takes_embeddings=inputs.is_floating_point()) if blocks else None
+        )
         try:
             logits, recorded = cache.session.step(
                 inputs.detach(),

@@ -18,10 +18,12 @@ from lingualinked.cluster.captured import CapturedValue, ExpectedValue
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments
 from lingualinked.quantities import count_text
+from lingualinked.sharded.instruments.module_calls import find_calls
 from lingualinked.sharded.instruments.step_shapes import check_change_in_step, count_chosen, due_shape
 
 if TYPE_CHECKING:
     from lingualinked.model.parts import ModelParts
+    from lingualinked.model.spec import ModelSpec
     from lingualinked.sharded.instruments.captured import Captured
     from lingualinked.sharded.instruments.module_calls import ModuleCall, ModuleCalls
 
@@ -80,9 +82,9 @@ class OpenBlocks:
 
     def __init__(self, parts: ModelParts) -> None:
         self._parts = parts
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a block may be dropped, and leave, wherever memory is collected
         self._blocks: tuple[Block, ...] = ()
-        self._known: dict[tuple[Block, ...], InForce] = {}
+        self._known: dict[tuple[tuple[Block, ...], bool], InForce] = {}
 
     def __bool__(self) -> bool:
         return bool(self._blocks)
@@ -96,20 +98,23 @@ class OpenBlocks:
         """End a block."""
         with self._lock:
             self._blocks = tuple(each for each in self._blocks if each is not block)
-            self._known = {blocks: known for blocks, known in self._known.items() if block not in blocks}
+            self._known = {key: known for key, known in self._known.items() if block not in key[0]}
 
-    def in_force(self, cache: object, calls: ModuleCalls) -> InForce | None:
-        """Return what is in force in a call of this thread with a KV cache, the same object while that is the same."""
+    def in_force(self, cache: object, spec: ModelSpec, *, takes_embeddings: bool) -> InForce | None:
+        """Return what is in force in a call of this thread with a KV cache, the same object while that is the same.
+
+        A step that ``takes_embeddings`` in place of ids calls other modules.
+        """
         blocks = tuple(block for block in self._blocks if block.is_for(cache))
         _check_gradients(blocks)
         if not blocks:
             return None
-        known = self._known.get(blocks)
+        known = self._known.get((blocks, takes_embeddings))
         if known is None:
-            known = InForce(blocks, self._parts, calls)
+            known = InForce(blocks, self._parts, find_calls(spec, takes_embeddings=takes_embeddings))
             with self._lock:
                 if all(block in self._blocks for block in blocks):
-                    self._known[blocks] = known
+                    self._known[blocks, takes_embeddings] = known
         return known
 
 
@@ -168,13 +173,14 @@ class InForce:
         self._changes: list[tuple[Change, ModuleCall, tuple[Tensor, ...]]] = []
         for block in blocks:
             for item in block.items:
-                call = calls[item.path, item.side]
+                call = calls.get((item.path, item.side))  # None: not called in such a step
                 if isinstance(item, Change):
                     own = tuple(block.tensors[index] for index in item.tensors)
-                    self._changes.append((item, call, own))
+                    if call is not None:
+                        self._changes.append((item, call, own))
                     items.append(_renumbered(item, len(tensors)))
                     continue
-                if block.captured is not None:
+                if block.captured is not None and call is not None:
                     layer = parts.layer_beside(item.path, at_end=item.side == "output")
                     self._captures.append((len(items), item, call, layer, block.captured))
                     self._targets[len(items)] = block.shown[item.path], block.captured

@@ -49,19 +49,19 @@ class ModuleCall:
 ModuleCalls = Mapping[tuple[str, Side], ModuleCall]
 
 
-def find_calls(spec: ModelSpec) -> ModuleCalls:
-    """Return what is known of each module's input and output; it is found out once."""
+def find_calls(spec: ModelSpec, *, takes_embeddings: bool = False) -> ModuleCalls:
+    """Return what is known of each module's input and output, in steps with ids or with embeddings; it is found out once."""
     with _finding:
-        return _find_calls(spec)
+        return _find_calls(spec, takes_embeddings)
 
 
 @functools.lru_cache(maxsize=8)
-def _find_calls(spec: ModelSpec) -> ModuleCalls:
+def _find_calls(spec: ModelSpec, takes_embeddings: bool) -> ModuleCalls:
     # Building sets torch's default dtype, of all threads: here it stays as it is. Some kernels can't run float32 on the meta device.
     default = str(torch.get_default_dtype()).removeprefix("torch.")
     meta: Any = build_meta(dataclasses.replace(spec, dtype=default))
     meta.to(torch.bfloat16)
-    seen = [_run_pass(meta, *sizes) for sizes in _PASSES]
+    seen = [_run_pass(meta, *sizes, takes_embeddings=takes_embeddings) for sizes in _PASSES]
     return {
         key: _join(*(each.get(key, []) for each in seen)) for key in dict.fromkeys(key for each in seen for key in each)
     }
@@ -98,7 +98,9 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
 
 
-def _run_pass(meta: Any, num_rows: int, num_tokens: int, num_kept: int) -> dict[tuple[str, Side], list[torch.Tensor]]:
+def _run_pass(
+    meta: Any, num_rows: int, num_tokens: int, num_kept: int, *, takes_embeddings: bool
+) -> dict[tuple[str, Side], list[torch.Tensor]]:
     """Run the model without data; return the first tensors that each module is called with, and returns."""
     seen: dict[tuple[str, Side], list[torch.Tensor]] = {}
 
@@ -121,7 +123,12 @@ def _run_pass(meta: Any, num_rows: int, num_tokens: int, num_kept: int) -> dict[
             watch(path, module)
     ids = torch.zeros((num_rows, num_tokens), dtype=torch.int64, device="meta")
     with torch.no_grad(), NoData():
-        meta(input_ids=ids, use_cache=False, logits_to_keep=num_kept)
+        if takes_embeddings:
+            embeddings = meta.get_input_embeddings()(ids)
+            seen.clear()
+            meta(inputs_embeds=embeddings, use_cache=False, logits_to_keep=num_kept)
+        else:
+            meta(input_ids=ids, use_cache=False, logits_to_keep=num_kept)
     return seen
 
 
