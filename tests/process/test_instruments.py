@@ -496,3 +496,13 @@ def test_a_step_with_embeddings_calls_other_modules(pair: Pair, what: str) -> No
 
     _, _, captured = run(pair, look)
     assert (len(captured[table]), len(captured[layer_of(pair[0], 1)])) == (1, 2)
+
+
+@torch.no_grad()
+def test_hidden_states_contain_interventions_whatever_was_called_before(llama: Pair) -> None:
+    sharded, _ = llama
+    for _ in range(2):
+        with sharded.capture("model.layers.1") as before, sharded.intervene({"model.layers.1": ll.Ablate()}):
+            states = sharded(IDS, output_hidden_states=True).hidden_states
+        assert not states[2].any()
+        assert before["model.layers.1"][0].any()

@@ -165,6 +165,12 @@ class Instrumented:
             If every stage runs the module for itself, such as what computes rotary embeddings: hook it instead. From a call in
             the block that may have gradients, if a tensor of an intervention requires them.
 
+        Notes
+        -----
+        Recorded ``hidden_states`` contain what interventions have made of a layer's output. Those of the uncut model do not
+        contain what a hook made that was registered after its first call that recorded them, as transformers' own hooks then
+        run before it; a `capture` in an outer block has the values before.
+
         Examples
         --------
         >>> with model.intervene({"model.layers.5": ll.Add(vector), "model.layers.*.mlp": ll.Scale(0.5, positions=-1)}):
