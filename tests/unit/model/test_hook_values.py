@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import linear
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -53,6 +54,8 @@ def test_a_tensor_keeps_its_strides() -> None:
         torch.arange(3.0).expand(2, 3),
         torch.arange(6.0).view(2, 1, 3).transpose(0, 2).expand(3, 4, 2),
         torch.tensor(1.0),
+        torch.arange(48.0).view(2, 4, 6)[:, 1:3, ::2],
+        torch.arange(24.0).view(2, 4, 3).transpose(1, 2)[:, :, 1:3],
     ):
         packed, strides = pack_tensor(tensor)
         again = unpack_tensor(packed, strides)
@@ -61,7 +64,15 @@ def test_a_tensor_keeps_its_strides() -> None:
         assert again.stride() == tensor.stride()
 
 
-@pytest.mark.parametrize("strides", [(1,), (-1, 1), (3, 9), (1000, 1)])
+@pytest.mark.parametrize("bias", [None, torch.ones(64)])
+def test_products_of_a_tensor_with_gaps_have_the_same_bits(bias: torch.Tensor | None) -> None:
+    weight, states = torch.randn(64, 256), torch.randn(2, 40, 512)
+    for tensor in (states[..., :256], states[:, 1:9, ::2]):
+        again = unpack_tensor(*pack_tensor(tensor))
+        assert torch.equal(linear(again, weight, bias), linear(tensor, weight, bias))
+
+
+@pytest.mark.parametrize("strides", [(1,), (-1, 1), (3, 2), (1000, 1)])
 def test_strides_that_can_not_be_are_refused(strides: tuple[int, ...]) -> None:
     with pytest.raises(ProtocolError, match="can't have the strides"):
         unpack_tensor(torch.zeros(2, 3), strides)
