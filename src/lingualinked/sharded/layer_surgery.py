@@ -6,6 +6,7 @@ Knows modules, and which layers are skipped; neither workers nor steps.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
@@ -28,12 +29,15 @@ class SealedLayers(SealedModule):
     """Mixin for the class of the list of layers; comes before ``nn.ModuleList``."""
 
     if TYPE_CHECKING:
-        _surgery: LayerSurgery
+        _surgery: weakref.ref[LayerSurgery]  # the model has it: a circle would keep the weights until the collector runs
 
         def __iter__(self) -> Iterator[nn.Module]: ...
 
     def _change(self, content: list[nn.Module]) -> None:
-        self._surgery.replace(cast("nn.ModuleList", self), content)
+        surgery = self._surgery()
+        if surgery is None:
+            _refuse("the model is not there any more")
+        surgery.replace(cast("nn.ModuleList", self), content)
 
     def __setitem__(self, index: int, module: nn.Module) -> None:
         content = list(self)
@@ -87,7 +91,7 @@ class LayerSurgery:
         self._all = tuple(layers)
         self._edits = edits
         self._current = layers
-        vars(layers)["_surgery"] = self
+        vars(layers)["_surgery"] = weakref.ref(self)
         object.__setattr__(layers, "__class__", sealed_class(nn.ModuleList, SealedLayers))
 
     def replace(self, layers: nn.ModuleList, content: list[nn.Module]) -> None:

@@ -9,6 +9,7 @@ import copy
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -114,6 +115,10 @@ def _call_with(
         del forwards[num_forwards - 1 :]  # if a hook before it has raised
 
 
+def _no_surgery() -> None:
+    """Stand for the reference of a list that is not that of the layers."""
+
+
 class SealedModule:
     """Mixin for the class of every submodule; comes before the real class."""
 
@@ -144,7 +149,7 @@ class SealedModule:
             else:
                 object.__setattr__(self, name, value)
             return
-        surgery = vars(held).get("_surgery") if isinstance(held, nn.ModuleList) else None
+        surgery = vars(held).get("_surgery", _no_surgery)() if isinstance(held, nn.ModuleList) else None
         if surgery is not None and isinstance(value, nn.ModuleList):
             if not set_wrapper(self, self._path, name, value):
                 surgery.adopt(self, name, value)
@@ -316,6 +321,8 @@ class Seal:
         self._states: list[tuple[nn.Module, dict[str, Any]]] = []
         self.adapters = AdapterLayers()
         self.wrapped, self.recording = WrappedModules(), RecordingOrder(recorded_modules(model))
+        # Not owned by modules: a circle would keep the model until the collector runs.
+        shared = {f"_{name}": weakref.proxy(getattr(self, name)) for name in ("adapters", "wrapped", "recording")}
         for path, module in list(model.named_modules()):
             state, prefix = vars(module), f"{path}." if path else ""
             for key, value in list(state.items()):
@@ -324,7 +331,7 @@ class Seal:
                 elif not key.startswith("_forward_"):
                     content = {each: replace(held, f"{prefix}{each}") for each, held in value.items()}
                     state[key] = SealedDict(content, path, key)
-            state["_adapters"], state["_wrapped"], state["_recording"] = self.adapters, self.wrapped, self.recording
+            state.update(shared)
             self.wrapped.add(module)
             if module is model:
                 state["_sealed"] = frozenset(name for name, value in state.items() if _is_setting(name, value))
