@@ -53,3 +53,15 @@ def test_what_is_captured_has_gradients(shared_cluster: ll.Cluster, tmp_path: Pa
         assert ours.grad is not None
         assert torch.equal(ours.grad, kept[path].grad)
     assert captured.devices[paths[0]] == ("a",)
+
+
+def test_a_step_with_gradients_leaves_the_bits_of_others_as_they_were(
+    shared_cluster: ll.Cluster, tmp_path: Path
+) -> None:
+    folder = save_tiny("llama", torch.float32, tmp_path)
+    whole: Any = reference(folder)  # whose weights require gradients: torch multiplies strided inputs otherwise then
+    plan = ll.Plan.from_spans([("a", 0, 1), ("b", 1, 3), ("c", 3, 4)])
+    with ll.ShardedModel.from_pretrained(str(folder), cluster=shared_cluster, plan=plan, progress=False) as sharded:
+        sharded(inputs_embeds=embed(whole, IDS).detach().requires_grad_()).logits.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(sharded(IDS, logits_to_keep=1).logits, whole(IDS, logits_to_keep=1).logits)

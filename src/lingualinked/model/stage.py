@@ -35,7 +35,7 @@ from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.stage_adapters import StageAdapters, find_base
 from lingualinked.model.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
 from lingualinked.model.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
-from lingualinked.model.torch_settings import TorchSettings, read_torch_settings, torch_settings
+from lingualinked.model.torch_settings import TorchSettings, frozen, read_torch_settings, torch_settings
 from lingualinked.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -236,7 +236,6 @@ class Stage:
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         if inputs.graph is not None:
-            self._model.requires_grad_(False)  # weights do not learn, nor do adapters
             tensors = inputs.graph.begin(tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {
@@ -342,6 +341,7 @@ class Stage:
             computing.computed_attention(exact_attention.attend),
             computing.computed_rotation(self._rotary_modules, faster_rotation),
             self.adapters.used(inputs.adapters),
+            contextlib.nullcontext() if inputs.graph is None else frozen(self._model),
         ):
             for rope in self._ropes if inputs.rope_reach else ():
                 rope.stretch(inputs.rope_reach, self.device)

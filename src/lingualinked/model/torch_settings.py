@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import backends
+from torch import backends, nn
 
 TorchSettings = Mapping[str, bool | int | str]
 """Values by name, of the settings that differ from torch's defaults."""
@@ -125,3 +125,19 @@ def torch_settings(settings: TorchSettings) -> Iterator[None]:
                 _SETTINGS[name].write(value)
         if before:
             torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Make no weight of a model require gradients within the context.
+
+    Only there: whether a weight does determines how torch multiplies strided inputs, even where no gradients are computed.
+    """
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in learning:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in learning:
+            weight.requires_grad_(True)

@@ -29,7 +29,9 @@ class SealedLayers(SealedModule):
     """Mixin for the class of the list of layers; comes before ``nn.ModuleList``."""
 
     if TYPE_CHECKING:
-        _surgery: weakref.ref[LayerSurgery]  # the model has it: a circle would keep the weights until the collector runs
+        _surgery: weakref.ref[
+            LayerSurgery
+        ]  # the model has it: a circle would keep the weights until the collector runs
 
         def __iter__(self) -> Iterator[nn.Module]: ...
 
