@@ -68,12 +68,12 @@ def test_hooks_of_the_whole_model_have_their_effect(sharded: Any, unsharded: Pre
             r"config\._attn_implementation was 'sdpa' .* 'eager' now",
         ),
         (
-            lambda model: vars(model.model.layers[1].mlp).update(forward=print),
-            lambda model: vars(model.model.layers[1].mlp).pop("forward"),
-            r"model\.layers\.1\.mlp\.forward .* has been changed",
+            lambda model: vars(model.model.layers[1].mlp).update(hidden_size=7),
+            lambda model: vars(model.model.layers[1].mlp).update(hidden_size=32),
+            r"model\.layers\.1\.mlp\.hidden_size .* has been changed",
         ),
     ],
-    ids=["config", "attention", "forward"],
+    ids=["config", "attention", "attribute"],
 )
 def test_what_could_not_be_seen_is_refused_at_the_next_call(
     sharded: Any, change: Callable[[Any], object], restore: Callable[[Any], object], name: str
