@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.model.cut import StandIn
+from lingualinked.model.hook_cuts import first_tensor, with_first_input, with_first_tensor
 from lingualinked.model.hook_points import contains_layers
 from lingualinked.model.instrument_data import (
     Capture,
@@ -173,9 +173,9 @@ class InstrumentedPass:
         def after(_module: nn.Module, _args: Any, output: Any) -> Any:
             if threading.get_ident() != self._thread:
                 return None
-            states, key = first_tensor(output, place.path, "output")
+            states = first_tensor(f"the output of {place.path}", output)
             changed = self._run(place, items, states)
-            return None if changed is states else _with_tensor(output, key, changed)
+            return None if changed is states else with_first_tensor(output, changed)
 
         return after
 
@@ -183,12 +183,9 @@ class InstrumentedPass:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if kwargs is None or threading.get_ident() != self._thread:
                 return None
-            is_positional = any(isinstance(each, Tensor) for each in args)
-            states, key = first_tensor(args if is_positional else kwargs, place.path, "input")
+            states = first_tensor(f"the input of {place.path}", (*args, *kwargs.values()))
             changed = self._run(place, items, states)
-            if changed is states:
-                return None
-            return (_with_tensor(args, key, changed), kwargs) if is_positional else (args, {**kwargs, key: changed})
+            return None if changed is states else with_first_input(args, kwargs, changed)
 
         return before
 
@@ -303,25 +300,3 @@ def changed_values(item: Change, values: Tensor, tensors: tuple[Tensor, ...]) ->
             f"an intervention of the kind {item.kind!r} at {item.path} makes {list(changed.shape)} of values {list(values.shape)}"
         )
     return changed
-
-
-def first_tensor(value: Any, path: str, side: Side) -> tuple[Tensor, Any]:
-    """Return the first tensor of what a module is called with or returns, and its index or name there."""
-    if isinstance(value, Tensor):
-        return value, None
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
-    for key, each in items:
-        if isinstance(each, Tensor):
-            return each, key
-    raise ArgumentError(f"the {side} of {path} has no tensor")
-
-
-def _with_tensor(value: Any, key: Any, changed: Tensor) -> Any:
-    """Return a copy of a structure with another tensor in one place."""
-    if isinstance(value, Tensor):
-        return changed
-    if isinstance(value, ModelOutput):
-        return dataclasses.replace(value, **{key: changed})  # type: ignore[type-var]
-    if isinstance(value, dict):
-        return {**value, key: changed}
-    return type(value)(changed if index == key else each for index, each in enumerate(value))

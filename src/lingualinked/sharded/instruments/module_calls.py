@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 
 from lingualinked.errors import ArgumentError
+from lingualinked.model.hook_cuts import first_tensor
 from lingualinked.model.instrument_data import Side
-from lingualinked.model.instruments import first_tensor
 from lingualinked.model.parts import NoData, build_meta
 from lingualinked.model.spec import ModelSpec
 
@@ -106,7 +106,7 @@ def _run_pass(
 
     def record(path: str, side: Side, value: Any) -> None:
         try:
-            seen.setdefault((path, side), []).append(first_tensor(value, path, side)[0])
+            seen.setdefault((path, side), []).append(first_tensor(f"the {side} of {path}", value))
         except ArgumentError:
             seen.pop((path, side))
 

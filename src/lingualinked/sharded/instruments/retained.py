@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.cluster.captured import CapturedValue
 from lingualinked.errors import ArgumentError
-from lingualinked.model.instruments import first_tensor
+from lingualinked.model.hook_cuts import first_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,7 +58,7 @@ class RetainingBlock:
     def _register(self, name: str, path: str, module: nn.Module, thread: int | None) -> RemovableHandle:
         def keep(value: Any) -> None:
             if thread in (None, threading.get_ident()):
-                self._keep(name, path, first_tensor(value, path, self._side)[0])
+                self._keep(name, path, first_tensor(f"the {self._side} of {path}", value))
 
         if self._side == "input":
             return module.register_forward_pre_hook(
