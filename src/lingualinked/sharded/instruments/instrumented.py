@@ -85,7 +85,7 @@ class Instrumented:
         -------
         context manager of Captured
             ``with`` gives a mapping: for each module the tensors of all steps that have some of the positions, in the order
-            of the steps; ``[rows, positions, ...]`` each, without gradients. Without ``rows``, ``positions`` and ``reduce``, tensors have the
+            of the steps; ``[rows, positions, ...]`` each, without gradients unless ``retain_grad``. Without ``rows``, ``positions`` and ``reduce``, tensors have the
             shape that they have in the module.
 
         Raises
