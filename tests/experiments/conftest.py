@@ -16,7 +16,7 @@ import lingualinked as ll
 from accelerators import device
 from both_models import BothModels
 from families import VOCABULARY, reference, save_tiny
-from lingualinked.cluster.fork_server import fork_servers
+from lingualinked.processes.fork_server import fork_servers
 
 SPANS = [("a", 0, 1), ("b", 1, 3), ("c", 3, 4)]
 

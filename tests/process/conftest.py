@@ -26,7 +26,7 @@ import lingualinked as ll
 from accelerators import device, on_accelerator
 from families import VOCABULARY
 from lingualinked import disk_cache
-from lingualinked.cluster.fork_server import fork_servers
+from lingualinked.processes.fork_server import fork_servers
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 import lingualinked as ll
 from lingualinked.cluster import forked_workers, spawned_workers
-from lingualinked.cluster.booting import Booting
-from lingualinked.cluster.forked_workers import ForkedWorkers
+from lingualinked.processes.booting import Booting
+from lingualinked.processes.forked_workers import ForkedWorkers
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.measuring import ProbeLink
 from processes import are_gone, family, fork_server, stopped

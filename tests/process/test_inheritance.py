@@ -99,7 +99,7 @@ sys.path += [*folders[:3], pathlib.Path(folders[3])]
 import lingualinked as ll
 with ll.Cluster(1) as cluster:
     cluster.wait()
-    from lingualinked.cluster.server_process import import_path
+    from lingualinked.processes.server_process import import_path
     say(import_path())
 """
 

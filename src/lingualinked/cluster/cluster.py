@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Self
 from lingualinked.checks import check_positive
 from lingualinked.cluster.devices import as_devices, check_added_device
 from lingualinked.cluster.emulation import delayed_from, emulation_of
-from lingualinked.cluster.launch import Launcher
 from lingualinked.cluster.pending import result_of, results_of
-from lingualinked.cluster.resources import check_addition, check_start
 from lingualinked.device import CALLER, Device, Links, check_links, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.own_threads import close_from_here
+from lingualinked.processes.launch import Launcher
+from lingualinked.processes.resources import check_addition, check_start
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot

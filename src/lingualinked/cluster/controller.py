@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, cast
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import attribute_report, request_report
 from lingualinked.cluster.pending import result_of, settle
-from lingualinked.cluster.resources import start_thread
 from lingualinked.cluster.route import Routes
 from lingualinked.control.events import (
     DeviceLost,
@@ -29,6 +28,7 @@ from lingualinked.control.events import (
 )
 from lingualinked.errors import ClosedError, LingualinkedError
 from lingualinked.planning.plan import Plan
+from lingualinked.processes.resources import start_thread
 from lingualinked.telemetry.decisions import Decision, Migration
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.samples import StepSample

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lingualinked.cluster.exchange import Exchange, closed
 from lingualinked.cluster.pending import Pending, settle
-from lingualinked.cluster.resources import start_thread
 from lingualinked.device import CALLER, Link
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
+from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.gradients import AbandonBackward, FreeGraph, ResumeBackward, RunBackward

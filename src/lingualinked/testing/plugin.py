@@ -81,7 +81,7 @@ def _setup_of(request: pytest.FixtureRequest) -> Setup:
 @pytest.fixture(scope="session")
 def _fork_server() -> Iterator[None]:
     """Keep the process that forks the workers of all clusters: starting it takes longer than most tests."""
-    from lingualinked.cluster.launch import kept_fork_server  # imports what starts processes
+    from lingualinked.processes.launch import kept_fork_server  # imports what starts processes
 
     with kept_fork_server():
         yield

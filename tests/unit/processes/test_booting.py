@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from lingualinked.cluster.booting import Booting
 from lingualinked.errors import ArgumentError, ClosedError
+from lingualinked.processes.booting import Booting
 from lingualinked.protocol.boot import Boot, Emulation
 
 BOOT = Boot(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from lingualinked.cluster.server_process import ErrorFile, ServerProcess, import_path, worker_environment
+from lingualinked.processes.server_process import ErrorFile, ServerProcess, import_path, worker_environment
 from lingualinked.protocol.boot import GRACE_S, ForkWorker, Preload, WorkerEnded, WorkerForked
 from lingualinked.transport.socket_folder import make_socket_folder
 

@@ -13,10 +13,10 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 
-from lingualinked.cluster.booting import Booting
-from lingualinked.cluster.fork_server import ForkChannel, fork_servers
-from lingualinked.cluster.server_process import ErrorFile, how_it_ended, wait_for_end
-from lingualinked.cluster.worker_starter import WorkerProcess
+from lingualinked.processes.booting import Booting
+from lingualinked.processes.fork_server import ForkChannel, fork_servers
+from lingualinked.processes.server_process import ErrorFile, how_it_ended, wait_for_end
+from lingualinked.processes.worker_starter import WorkerProcess
 from lingualinked.protocol.boot import GRACE_S, Boot, WorkerForked
 
 

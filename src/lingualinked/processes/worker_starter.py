@@ -1,6 +1,6 @@
 """What a way of starting workers offers to who watches them.
 
-Knows neither of the two ways: `lingualinked.cluster.forked_workers` and `lingualinked.cluster.spawned_workers`.
+Knows neither of the two ways: `lingualinked.processes.forked_workers` and `lingualinked.processes.spawned_workers`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
-from lingualinked.cluster.booting import Booting
-from lingualinked.cluster.server_process import ErrorFile
+from lingualinked.processes.booting import Booting
+from lingualinked.processes.server_process import ErrorFile
 from lingualinked.protocol.boot import Boot
 
 

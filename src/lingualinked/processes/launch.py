@@ -16,13 +16,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lingualinked.cluster.booting import Booting
-from lingualinked.cluster.fork_server import fork_servers
-from lingualinked.cluster.forked_workers import ForkedWorkers
-from lingualinked.cluster.resources import start_thread
-from lingualinked.cluster.server_process import open_pidfd
-from lingualinked.cluster.spawned_workers import SpawnedWorkers
-from lingualinked.cluster.worker_starter import WorkerProcess, WorkerStarter
+from lingualinked.processes.booting import Booting
+from lingualinked.processes.fork_server import fork_servers
+from lingualinked.processes.forked_workers import ForkedWorkers
+from lingualinked.processes.resources import start_thread
+from lingualinked.processes.server_process import open_pidfd
+from lingualinked.processes.spawned_workers import SpawnedWorkers
+from lingualinked.processes.worker_starter import WorkerProcess, WorkerStarter
 from lingualinked.protocol.boot import GRACE_S, Boot
 
 _POLL_MS = 200

@@ -10,9 +10,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 
-from lingualinked.cluster.booting import Booting
-from lingualinked.cluster.server_process import ErrorFile, ServerProcess, how_it_ended
-from lingualinked.cluster.worker_starter import WorkerProcess
+from lingualinked.processes.booting import Booting
+from lingualinked.processes.server_process import ErrorFile, ServerProcess, how_it_ended
+from lingualinked.processes.worker_starter import WorkerProcess
 from lingualinked.protocol.boot import Boot, Preload
 from lingualinked.transport.socket_folder import make_socket_folder
 
