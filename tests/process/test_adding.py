@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
-from lingualinked.cluster import forked_workers, spawned_workers
+from lingualinked.processes import forked_workers, spawned_workers
 from lingualinked.processes.booting import Booting
 from lingualinked.processes.forked_workers import ForkedWorkers
 from lingualinked.protocol.boot import Boot
