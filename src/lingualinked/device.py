@@ -9,69 +9,19 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 
+from lingualinked.address import parse_address, parse_advertised
 from lingualinked.checks import as_float, is_integer
 from lingualinked.errors import ArgumentError
+from lingualinked.public_key import check_key_name, raw_key
+from lingualinked.units import MOST_BYTES, parse_bytes, parse_rate, parse_seconds
 
-MOST_BYTES = 2**64 - 1
-"""The largest memory that a processor addresses."""
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
-_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|B)?\s*", re.IGNORECASE | re.ASCII)
-_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(bit|b|B)(?:/s|ps)\s*", re.ASCII)
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|ms|us|µs)\s*", re.ASCII)
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _ACCELERATOR = re.compile(r"cpu|mps|cuda:\d+")
-
-
-def parse_bytes(amount: int | str, field: str = "memory") -> int:
-    """Parse a memory size in bytes or with a unit (``"512MiB"``, ``"1.5 GB"``); an error names ``field``."""
-    match = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
-    if match is not None:
-        number_of_bytes = int(Fraction(match[1]) * _UNITS[(match[2] or "").upper()])
-    elif isinstance(amount, int) and not isinstance(amount, bool):
-        number_of_bytes = amount
-    else:
-        raise ArgumentError(
-            f"{field}={amount!r} is not a valid memory size: write bytes, or a number with a unit (2GiB)"
-        )
-    if number_of_bytes <= 0:
-        raise ArgumentError(f"{field}={amount!r} must be positive")
-    return number_of_bytes
-
-
-def parse_rate(rate: float | str, field: str = "bandwidth") -> float:
-    """Parse bytes per second, or a number with a unit (``"100Mbit/s"``, ``"12.5MB/s"``; decimal prefixes)."""
-    match = _RATE.fullmatch(rate) if isinstance(rate, str) else None
-    if match is not None:
-        bytes_per_s = float(match[1]) * 1000.0 ** " KMGT".index(match[2] or " ") / (1 if match[3] == "B" else 8)
-    else:
-        refusal = f"{field}={rate!r} is not a valid bandwidth: write bytes per second, or 100Mbit/s, or 12.5MB/s"
-        bytes_per_s = as_float(rate, refusal)
-    if not 0 < bytes_per_s < math.inf:
-        raise ArgumentError(f"{field}={rate!r} must be positive and finite")
-    return bytes_per_s
-
-
-def parse_seconds(duration: float | str, field: str = "latency") -> float:
-    """Parse a duration in seconds or with a unit (``"3ms"``, ``"250us"``), which may be zero."""
-    match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
-    if match is not None:
-        seconds = float(match[1]) * _SECONDS[match[2]]
-    else:
-        refusal = f"{field}={duration!r} is not a valid duration: write seconds, or 3ms, or 250us"
-        seconds = as_float(duration, refusal)
-    if not 0 <= seconds < math.inf:
-        raise ArgumentError(f"{field}={duration!r} must be finite and not negative")
-    return seconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A device that runs one worker process.
+    """A device that runs one worker process: this machine, or another one where ``lingualinked worker`` runs.
 
     Parameters
     ----------
@@ -80,12 +30,12 @@ class Device:
     accelerator : str
         ``"cpu"``, ``"cuda:N"`` or ``"mps"``: where the worker's stages hold their weights and compute.
     threads : int or None
-        Threads that the worker computes with; ``None``: its share of the machine's cores.
+        Threads that the worker computes with; ``None``: its share of the machine's cores, or what a daemon allows.
     cpus : tuple of int or None
-        Cores that the worker is pinned to; ``None``: any. It is an error on systems that can't pin processes to cores.
+        Cores that a local worker is pinned to; ``None``: any. It is an error on systems that can't pin processes to cores.
     memory : int, str or None
         Limit on what the worker holds for its stages (weights, KV cache, working memory) beyond an idle worker, in
-        bytes or with a unit (``"2GiB"``); ``None``: no limit. It is checked before weights are read and enforced: on
+        bytes or with a unit (``"2GiB"``); ``None``: no limit, or what a daemon has left. It is checked before weights are read and enforced: on
         Linux by the kernel (``RLIMIT_DATA``), on a CUDA GPU by torch's allocator, where what the driver needs for each
         process (about half a GiB) comes on top.
     slowdown : float
@@ -93,14 +43,26 @@ class Device:
         to the CPU time that the step took. At least 1; only local CPU workers can emulate.
     bandwidth : float, str or None
         Of the device's network connection, in bytes per second or with a unit (``"100Mbit/s"``); messages to and from a
-        local worker are delayed accordingly. ``None``: not limited.
+        local worker are delayed accordingly. ``None``: not limited. Connections of a device with an `address` are as fast
+        as they are: what is stated there, and of its links, serves plans that are made without a measurement.
     latency : float, str or None
-        Of the device's network connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is emulated.
+        Of the device's network connection, one way, in seconds or with a unit (``"3ms"``); ``None``: none is emulated. Of
+        a device with an `address` it is a statement too.
     watts : float or None
         Power while it computes, for ``objective="energy"``; ``None``: measured with the model if the machine has
         counters, by RAPL for processors and by NVML for NVIDIA's GPUs (`DeviceProfile.watts`).
     trusted : bool
         Whether it may see token ids and logits. As soon as one device is marked, only marked devices may.
+    address : str or None
+        Where the device's daemon (``lingualinked worker``) listens: ``"tcp://HOST:PORT"`` with a host name, an IPv4 address,
+        or an IPv6 address in brackets. ``None``: the worker is a process of this machine.
+    server_key : str or None
+        Public key of that daemon, 40 characters, as it prints it; ``None``: what ``known_hosts`` says for this address.
+    key : str or None
+        Name of the key by which this process is authorised there (``lingualinked keys new NAME``); ``None``: ``"default"``.
+    advertise : str or None
+        Where other devices reach this one's worker: ``"HOST"``, or behind a port map ``"HOST:PORT"`` or
+        ``"HOST:FIRST-LAST"``. ``None``: what the daemon says, else the host of `address`.
 
     Raises
     ------
@@ -118,6 +80,10 @@ class Device:
     latency: float | str | None = None
     watts: float | None = None
     trusted: bool = False
+    address: str | None = None
+    server_key: str | None = None
+    key: str | None = None
+    advertise: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or self.name != self.name.strip():
@@ -151,6 +117,33 @@ class Device:
                 raise ArgumentError(f"{field} must be positive and finite")
         if not isinstance(self.trusted, bool):
             raise ArgumentError(f"trusted={self.trusted!r} of device {self.name!r} must be True or False")
+        if self.address is None:
+            self._refuse_fields(("server_key", "key", "advertise"), "only a device with an address has one")
+        else:
+            self._check_remote(self.address)
+
+    def _check_remote(self, address: str) -> None:
+        of_device = f"of device {self.name!r}"
+        object.__setattr__(self, "address", str(parse_address(address, f"address {of_device}")))
+        self._refuse_fields(
+            ("cpus",), "only a local worker can be pinned to cores; a daemon's are chosen where it is started"
+        )
+        if self.slowdown != 1:
+            raise ArgumentError(
+                f"slowdown={self.slowdown!r} {of_device}: only a local worker can emulate a slower device"
+            )
+        if self.server_key is not None:
+            raw_key(self.server_key, f"server_key {of_device}")
+        if self.key is not None:
+            check_key_name(self.key, f"key {of_device}")
+        if self.advertise is not None:
+            parse_advertised(self.advertise, f"advertise {of_device}")
+
+    def _refuse_fields(self, fields: Iterable[str], why: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None:
+                raise ArgumentError(f"{field}={value!r} of device {self.name!r} has no effect: {why}; leave it out")
 
     def _check_slowdown(self) -> None:
         field = f"slowdown={self.slowdown!r} of device {self.name!r}"
@@ -185,6 +178,9 @@ class Link:
         Bytes per second, or with a unit (``"1Gbit/s"``); ``None``: not limited.
     latency : float or str
         One way, in seconds or with a unit (``"2ms"``).
+    relay : str or None
+        Name of a third device through whose daemon these messages travel, for two ends that can't reach each other; that
+        daemon must allow it (``lingualinked worker --relay``). ``None``: they travel directly.
 
     Raises
     ------
@@ -194,11 +190,14 @@ class Link:
 
     bandwidth: float | str | None = None
     latency: float | str = 0.0
+    relay: str | None = None
 
     def __post_init__(self) -> None:
         if self.bandwidth is not None:
             parse_rate(self.bandwidth, "bandwidth of a link")
         parse_seconds(self.latency, "latency of a link")
+        if self.relay is not None and not isinstance(self.relay, str):
+            raise ArgumentError(f"relay={self.relay!r} of a link must be the name of a device")
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
@@ -229,8 +228,12 @@ def link_between(source: Device | None, target: Device | None, links: Links) -> 
 
 
 def check_links(links: object, names: Iterable[str], end: str | None = None) -> dict[tuple[str, str], Link]:
-    """Check that every link leads from one known party to another, with one end at a given one; return a copy."""
-    known = {CALLER, *names}
+    """Check that every link leads from one known party to another, with one end at a given one; return a copy.
+
+    Its relay, if any, must be a third party, and a device.
+    """
+    devices = set(names)
+    known = {CALLER, *devices}
     if not isinstance(links, Mapping):
         raise ArgumentError(f"links is a {type(links).__name__}: give a dict from (source, target) to Link")
     for ends, link in links.items():
@@ -243,6 +246,11 @@ def check_links(links: object, names: Iterable[str], end: str | None = None) -> 
             raise ArgumentError(f"links has {ends!r}: a link connects two different devices")
         if end not in (None, *ends):
             raise ArgumentError(f"links has {ends!r}, which is not a link of device {end!r}: leave it out")
+        if link.relay is not None and (link.relay not in devices or link.relay in ends):
+            others = sorted(devices.difference(ends))
+            raise ArgumentError(
+                f"relay={link.relay!r} of the link {ends!r} must be a third device: choose from {others}"
+            )
     return dict(links)
 
 

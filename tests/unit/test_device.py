@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
+from zmq.utils import z85
 
 import lingualinked as ll
-from lingualinked.device import check_links, link_between, parse_bytes, parse_rate, parse_seconds
+from lingualinked.device import check_links, link_between
+from lingualinked.public_key import fingerprint, raw_key
+from lingualinked.units import parse_bytes, parse_rate, parse_seconds
 
 UNITS = {
     "": 1,
@@ -172,3 +175,103 @@ def test_links_that_lead_nowhere_are_refused(links: Any, message: str) -> None:
 def test_a_link_refuses_by_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(ll.ArgumentError, match=f"{next(iter(arguments))} of a link"):
         ll.Link(**arguments)
+
+
+KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # of ZeroMQ's own examples
+
+
+@pytest.mark.parametrize(
+    ("address", "canonical"),
+    [
+        ("tcp://10.0.0.5:5600", "tcp://10.0.0.5:5600"),
+        ("tcp://NAS.lan.:5600", "tcp://nas.lan:5600"),
+        ("tcp://[2001:DB8:0::1]:1", "tcp://[2001:db8::1]:1"),
+        ("tcp://[fe80::1%eth0]:65535", "tcp://[fe80::1%eth0]:65535"),
+        ("tcp://my_box-2:80", "tcp://my_box-2:80"),
+    ],
+)
+def test_equal_addresses_are_written_alike(address: str, canonical: str) -> None:
+    assert ll.Device(name="nas", address=address).address == canonical
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "10.0.0.5:5600",
+        "tcp://10.0.0.5",
+        "tcp://10.0.0.5:",
+        "tcp://10.0.0.5:0",
+        "tcp://10.0.0.5:65536",
+        "tcp://10.0.0.5:56-57",
+        "tcp://10.0.0:5600",
+        "tcp://10.0.0.256:5600",
+        "tcp://fe80::1:5600",
+        "tcp://[fe80::1:5600",
+        "tcp://[10.0.0.5]:5600",
+        "tcp://0.0.0.0:5600",
+        "tcp://[::]:5600",
+        "tcp://*:5600",
+        "tcp://:5600",
+        "tcp://a b:5600",
+        "tcp://-nas:5600",
+        "tcp://user@nas:5600",
+        "ipc:///tmp/x",
+        "",
+        5600,
+    ],
+)
+def test_an_address_that_leads_nowhere_is_refused(address: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=r"^address of device 'nas'="):
+        ll.Device(name="nas", address=address)
+
+
+@pytest.mark.parametrize("advertise", ["nas", "10.0.0.5:5", "[FE80::1]:5601-5699"])
+def test_what_others_can_reach_is_a_host_with_or_without_ports(advertise: str) -> None:
+    assert ll.Device(name="nas", address="tcp://nas:5600", advertise=advertise).advertise == advertise
+
+
+@pytest.mark.parametrize(
+    "advertise", ["", "0.0.0.0", "nas:0", "nas:5-4", "nas:", "[::]:5", "a b", "tcp://nas:5", "fe80::1", 5]
+)
+def test_what_others_can_not_reach_is_refused(advertise: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=r"^advertise of device 'nas'="):
+        ll.Device(name="nas", address="tcp://nas:5600", advertise=advertise)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("server_key", KEY), ("key", "laptop"), ("advertise", "nas.lan"), ("advertise", 5)]
+)
+def test_a_local_device_has_nothing_of_a_remote_one(field: str, value: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=rf"^{field}=.*only a device with an address"):
+        ll.Device(name="nas", **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("cpus", (0,)), ("slowdown", 2.0)])
+def test_a_remote_device_has_nothing_of_a_local_one(field: str, value: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=rf"^{field}=.*only a local worker"):
+        ll.Device(name="nas", address="tcp://nas:5600", **{field: value})
+
+
+@pytest.mark.parametrize("server_key", [KEY[:-1], KEY + "7", KEY[:-1] + "~", "%nSc0" * 8 + " ", "#####" * 8, b"x" * 40])
+def test_a_server_key_is_a_public_key(server_key: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=r"^server_key of device 'nas'=.* is not a public key"):
+        ll.Device(name="nas", address="tcp://nas:5600", server_key=server_key)
+
+
+@pytest.mark.parametrize("key", ["", ".hidden", "../up", "a/b", "x.pub", "a" * 65, 3])
+def test_a_key_has_the_name_of_a_file(key: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=r"^key of device 'nas'="):
+        ll.Device(name="nas", address="tcp://nas:5600", key=key)
+
+
+@given(raw=st.binary(min_size=32, max_size=32))
+def test_every_key_of_zeromq_is_read_as_zeromq_reads_it(raw: bytes) -> None:
+    assert raw_key(z85.encode(raw).decode()) == raw
+    assert fingerprint(z85.encode(raw).decode()).startswith("SHA256:")
+
+
+@pytest.mark.parametrize("relay", ["a", "b", "d", "caller"])
+def test_a_relay_is_a_third_device(relay: str) -> None:
+    assert check_links({("a", "b"): ll.Link(relay="c")}, "abc")
+    with pytest.raises(ll.ArgumentError, match=rf"relay='{relay}' .* choose from \['c'\]"):
+        check_links({("a", "b"): ll.Link(relay=relay)}, "abc")

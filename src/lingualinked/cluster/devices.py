@@ -38,8 +38,10 @@ def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
             raise ArgumentError(f"devices holds {device!r}, which is not a lingualinked.Device")
         if any(device.name == other.name for other in filled):
             raise ArgumentError(f"two devices are named {device.name!r}: names must differ")
-        filled.append(_filled(device, len(devices)))
-    return tuple(filled)
+        _check_address(device, filled)
+        filled.append(device)
+    num_local = sum(device.address is None for device in filled)
+    return tuple(_filled(device, num_local) for device in filled)
 
 
 def check_added_device(device: Device, others: Sequence[Device]) -> Device:
@@ -49,14 +51,26 @@ def check_added_device(device: Device, others: Sequence[Device]) -> Device:
     names = [other.name for other in others]
     if device.name in names:
         raise ArgumentError(f"a device named {device.name!r} is in this cluster already ({names}): choose another name")
-    return _filled(device, len(others) + 1)
+    _check_address(device, others)
+    return _filled(device, 1 + sum(other.address is None for other in others))
 
 
-def _filled(device: Device, num_devices: int) -> Device:
-    """Return a device with its share of the cores as threads, unless it states their number."""
+def _check_address(device: Device, others: Sequence[Device]) -> None:
+    for other in others:
+        if device.address is not None and device.address == other.address:
+            raise ArgumentError(
+                f"devices {other.name!r} and {device.name!r} have one address, {device.address}: a daemon runs one worker for a "
+                "caller; leave one of them out"
+            )
+
+
+def _filled(device: Device, num_local: int) -> Device:
+    """Return a local device with its share of the cores as threads, unless it states their number."""
+    if device.address is not None:
+        return device  # its daemon knows its cores and accelerators
     _check_local(device)
     check_accelerator(device)
-    share = max(1, usable_cores() // num_devices)
+    share = max(1, usable_cores() // num_local)
     threads = device.threads or (share if device.cpus is None else len(device.cpus))
     return dataclasses.replace(device, threads=threads)
 

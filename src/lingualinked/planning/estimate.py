@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lingualinked.checks import as_float
-from lingualinked.device import CALLER, Device, Links, check_links, link_between, parse_rate
+from lingualinked.device import CALLER, Device, Links, check_links, link_between
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, Profile
+from lingualinked.units import parse_rate
 from lingualinked.workload import Workload
 
 _FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)FLOP(?:/s|S|s)\s*", re.ASCII)

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from lingualinked.device import CALLER, MOST_BYTES
+from lingualinked.device import CALLER
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.explanation import Explanation, WhatIf
 from lingualinked.planning.plan import Plan
@@ -20,6 +20,7 @@ from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import DeviceProfile, Profile
 from lingualinked.quantities import count_text
 from lingualinked.registry import explanation_of
+from lingualinked.units import MOST_BYTES
 from lingualinked.workload import Objective
 
 

@@ -11,12 +11,12 @@ import functools
 import math
 from collections.abc import Callable
 
-from lingualinked.device import MOST_BYTES
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.solver import fits
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.quantities import bytes_text, count_text
+from lingualinked.units import MOST_BYTES
 from lingualinked.workload import Workload
 
 

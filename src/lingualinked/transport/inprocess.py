@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lingualinked.errors import ArgumentError
+from lingualinked.public_key import raw_key
 from lingualinked.transport.codec import (
     Limits,
     MalformedError,
@@ -22,7 +23,7 @@ from lingualinked.transport.codec import (
     encode_message,
 )
 from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.keys import KeyPair, generate_keypair, raw_key
+from lingualinked.transport.keys import KeyPair, generate_keypair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES
 from lingualinked.transport.refusals import Refusals

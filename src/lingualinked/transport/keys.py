@@ -5,13 +5,12 @@ Knows no sockets and no messages.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 
 import zmq
-from zmq.utils import z85
 
 from lingualinked.errors import ArgumentError, ProtocolError
+from lingualinked.public_key import raw_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +44,6 @@ def generate_keypair() -> KeyPair:
         )
     public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
-
-
-def raw_key(public_key: str) -> bytes:
-    """Return the 32 bytes of a public key in Z85 text, or raise ArgumentError if it is not a valid one."""
-    try:
-        raw = z85.decode(public_key)
-    except (KeyError, ValueError, struct.error):
-        raw = b""
-    if len(raw) != 32:
-        raise ArgumentError(
-            f"{public_key!r} is not a public key: a key is 40 characters of Z85 text, as generate_keypair() makes them"
-        )
-    return raw
 
 
 def authorise(authorised: dict[str, str], name: str, public_key: str) -> str | None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import zmq
 
 from lingualinked.errors import ArgumentError
+from lingualinked.public_key import raw_key
 from lingualinked.quantities import count_text
 from lingualinked.transport.codec import (
     Limits,
@@ -31,7 +32,7 @@ from lingualinked.transport.codec import (
 )
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.handshakes import TIMEOUT_MS
-from lingualinked.transport.keys import KeyPair, raw_key
+from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES, MAX_NUM_FRAMES
 from lingualinked.transport.refusals import Refusals

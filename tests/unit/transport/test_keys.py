@@ -7,7 +7,8 @@ import pytest
 import zmq
 
 from lingualinked.errors import ArgumentError, ProtocolError
-from lingualinked.transport.keys import KeyPair, authorise, generate_keypair, raw_key
+from lingualinked.public_key import raw_key
+from lingualinked.transport.keys import KeyPair, authorise, generate_keypair
 
 
 def test_pairs_are_new_each_time_and_hide_the_secret() -> None:

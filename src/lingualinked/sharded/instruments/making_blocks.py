@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import Cache
 
 from lingualinked.checks import as_index
-from lingualinked.device import parse_bytes
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interventions import Ablate, Add, Clamp, Intervention, Project, Replace, Scale
 from lingualinked.model.instrument_data import Capture, Change, ChangeKind, Choice, Dtype, Reduction, Side, Steps
@@ -24,6 +23,7 @@ from lingualinked.sharded.instruments.in_force import Block, InstrumentBlock, Li
 from lingualinked.sharded.instruments.module_calls import find_calls, match_modules
 from lingualinked.sharded.instruments.retained import RetainingBlock
 from lingualinked.sharded.instruments.step_shapes import check_change, check_has_tokens
+from lingualinked.units import parse_bytes
 
 Scope = Literal["model", "thread"]
 
