@@ -1,0 +1,157 @@
+"""The conversation of a caller and a device's daemon, as msgspec structs, and its codec: a union of its own.
+
+Knows neither who sends them nor over what. Nothing in it is secret, and no tensor or text of a model goes this way.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from lingualinked.errors import ProtocolError
+from lingualinked.protocol.base import Message, Natural
+from lingualinked.protocol.boot import Boot
+from lingualinked.versions import Versions
+
+MAX_FRAME_BYTES = 1 << 20
+"""Of a message, each of which is one frame: a `Boot` names every party of its cluster."""
+
+HEARTBEAT_MS = 500
+HEARTBEAT_TIMEOUT_MS = 2_000
+"""A connection over which nothing was heard for this long is closed, by the threads of libzmq at each end."""
+
+ANSWER_S = 5.0
+"""Seconds in which a daemon is found, lets a caller in, and accepts a worker, or an error says why not."""
+
+
+class HostFacts(Message, frozen=True):
+    """What a daemon says of its host and of what it allows there."""
+
+    name: str  # of the daemon
+    versions: Versions
+    system: str  # and its release
+    processor: str
+    num_cores: Natural  # that its workers may use
+    threads: Natural  # that a worker computes with, unless its device states a number
+    accelerator: str  # of its workers
+    memory_bytes: Natural  # of the host
+    available_bytes: Natural  # of the host's memory, now
+    leasable_bytes: Natural | None  # of what all workers together may take, now; None: no limit is set
+    free_disk_bytes: Natural  # where weights are kept
+    host_id: str  # equal for processes that can share memory
+    allows_relays: bool
+    advertise: str | None  # where others reach its workers: a host, or host:ports; None: where they reach the daemon
+
+
+# --- from a caller to a daemon
+
+
+class Enter(Message, frozen=True, tag=1):
+    """The first message of a connection: a caller wants to use this daemon."""
+
+    versions: Versions
+
+
+class StartWorker(Message, frozen=True, tag=2):
+    """Start a worker for a device of this name, within these limits."""
+
+    name: str
+    class_names: tuple[str, ...]  # transformers classes whose code it will need
+    memory_bytes: Natural | None  # None: all that is not leased
+    threads: Natural | None  # None: what the daemon says
+
+
+class BootWorker(Message, frozen=True, tag=3):
+    """The answer to `WorkerKeyMade`: who the worker is. What only its host knows in it is for the daemon to fill in."""
+
+    boot: Boot
+
+
+class StopWorker(Message, frozen=True, tag=4):
+    """End a worker; it is not reported as ended."""
+
+    name: str
+
+
+class Leave(Message, frozen=True, tag=5):
+    """End all workers of this connection; the answer is `Left`."""
+
+
+# --- from a daemon to a caller
+
+
+class Entered(Message, frozen=True, tag=16):
+    """Answer to `Enter`."""
+
+    facts: HostFacts
+    caller_host: str  # the address that this connection comes from, as the daemon sees it
+
+
+class WorkerLeased(Message, frozen=True, tag=17):
+    """Answer to `StartWorker`: the worker starts, and these limits are its own."""
+
+    name: str
+    memory_bytes: Natural | None  # None: no limit
+    threads: Natural
+    accelerator: str
+
+
+class Refused(Message, frozen=True, tag=18):
+    """Answer to `Enter` or `StartWorker`: no, and why."""
+
+    reason: str
+
+
+class WorkerKeyMade(Message, frozen=True, tag=19):
+    """A worker has made its key pair, in its own process; it waits for `BootWorker`."""
+
+    name: str
+    public_key: str
+    pid: int  # on its host
+
+
+class WorkerEnded(Message, frozen=True, tag=20):
+    """A worker has ended, and how."""
+
+    name: str
+    how: str
+
+
+class Beat(Message, frozen=True, tag=21):
+    """The daemon is there, and its caller can still be reached: what can't be sent ends the caller's lease."""
+
+
+class Left(Message, frozen=True, tag=22):
+    """Answer to `Leave`: the workers are gone."""
+
+
+ToDaemon = Enter | StartWorker | BootWorker | StopWorker | Leave
+FromDaemon = Entered | WorkerLeased | Refused | WorkerKeyMade | WorkerEnded | Beat | Left
+
+_M = TypeVar("_M")
+_encoder = msgspec.msgpack.Encoder()
+_to_daemon: msgspec.msgpack.Decoder[ToDaemon] = msgspec.msgpack.Decoder(ToDaemon)
+_from_daemon: msgspec.msgpack.Decoder[FromDaemon] = msgspec.msgpack.Decoder(FromDaemon)
+
+
+def encode(message: ToDaemon | FromDaemon) -> bytes:
+    """Encode a message."""
+    return _encoder.encode(message)
+
+
+def decode_to_daemon(payload: bytes) -> ToDaemon:
+    """Decode what a caller sends, or raise ProtocolError if it is not a known message, or a field has the wrong type."""
+    return _decode(_to_daemon, payload)
+
+
+def decode_from_daemon(payload: bytes) -> FromDaemon:
+    """Decode what a daemon sends, or raise ProtocolError as `decode_to_daemon` does."""
+    return _decode(_from_daemon, payload)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_M], payload: bytes) -> _M:
+    try:
+        return decoder.decode(payload)
+    except Exception as error:  # msgspec also raises errors of text decoding and of deep nesting
+        raise ProtocolError(f"the payload is not a message between a caller and a daemon: {error}") from error
