@@ -21,5 +21,5 @@ class Versions(NamedTuple):
 
 def installed_versions() -> Versions:
     """Return the versions that are installed here."""
-    names = ("lingualinked", "torch", "transformers")
-    return Versions(*map(importlib.metadata.version, names), python=platform.python_version())
+    version = importlib.metadata.version
+    return Versions(version("lingualinked"), version("torch"), version("transformers"), platform.python_version())
