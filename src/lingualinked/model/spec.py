@@ -20,6 +20,20 @@ class CheckpointFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileContent:
+    """What is in a file of weights, wherever it lies: equal on every host that has the same file."""
+
+    name: str  # without folder: "model-00001-of-00002.safetensors"
+    num_bytes: int
+    header_bytes: int  # its length included
+    header_digest: str  # BLAKE2b of the header, in hexadecimal digits
+    fingerprint: str  # BLAKE2b of the header, the file's length, and 64 bytes from the middle of every tensor
+    tensor_digests: tuple[
+        str, ...
+    ] = ()  # SHA-256 of each tensor, by its place in the file; empty unless all is verified
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A model and where its weights come from, the same for every stage."""
 
@@ -30,3 +44,5 @@ class ModelSpec:
     load_format: Literal["safetensors", "dummy", "blank"]  # "blank" weights are arbitrary, for measuring times
     files: tuple[CheckpointFile, ...]  # empty unless "safetensors"
     seed: int = 0  # of the dummy weights
+    contents: tuple[FileContent, ...] = ()  # of `files`, in their order; empty unless a worker is on another host
+    config_digest: str = ""  # BLAKE2b of the config.json beside the files; empty without one, or without `contents`

@@ -1,0 +1,85 @@
+"""Ranges of bytes of a checkpoint's files: merged, subtracted, cut into parts, and the checksum of a part.
+
+Knows numbers only; reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import xxhash
+
+PART_BYTES = 1 << 20
+"""Most bytes of a file that travel in one message, and that have one checksum on disk."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ByteRange:
+    """Bytes ``[start, stop)`` of a checkpoint's file; `file` is the file's index in ``ModelSpec.contents``."""
+
+    file: int
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes it has."""
+        return self.stop - self.start
+
+    def covers(self, other: ByteRange) -> bool:
+        """Return whether all of another range lies in this one."""
+        return self.file == other.file and self.start <= other.start and other.stop <= self.stop
+
+
+def checksum_bytes(data: bytes | bytearray | memoryview) -> int:
+    """Return the 64-bit checksum of a part, which finds accidental changes, not deliberate ones."""
+    # XXH3: at 22 GiB/s a twelfth of the time in which the page cache is read; CRC-32 would take as long as reading.
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def merge_ranges(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Return the same bytes in as few ranges as possible, in order; empty ranges are dropped."""
+    merged: list[ByteRange] = []
+    for each in sorted(each for each in ranges if each.num_bytes > 0):
+        last = merged[-1] if merged else None
+        if last is not None and last.file == each.file and each.start <= last.stop:
+            merged[-1] = ByteRange(last.file, last.start, max(last.stop, each.stop))
+        else:
+            merged.append(each)
+    return tuple(merged)
+
+
+def subtract_ranges(ranges: Iterable[ByteRange], held: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Return what `ranges` have and `held` lack, merged."""
+    holes = {file: list(each) for file, each in groupby(merge_ranges(held), lambda each: each.file)}
+    left: list[ByteRange] = []
+    for each in merge_ranges(ranges):
+        start = each.start
+        for hole in holes.get(each.file, ()):
+            if hole.stop <= start:
+                continue
+            if hole.start >= each.stop:
+                break
+            if hole.start > start:
+                left.append(ByteRange(each.file, start, hole.start))
+            start = hole.stop
+        if start < each.stop:
+            left.append(ByteRange(each.file, start, each.stop))
+    return tuple(left)
+
+
+def cut_ranges(ranges: Iterable[ByteRange], max_bytes: int = PART_BYTES) -> Iterator[ByteRange]:
+    """Cut ranges into parts that end at multiples of `max_bytes` of their file, so that all parties cut alike."""
+    for each in ranges:
+        start = each.start
+        while start < each.stop:
+            stop = min(each.stop, start - start % max_bytes + max_bytes)
+            yield ByteRange(each.file, start, stop)
+            start = stop
+
+
+def num_bytes_of(ranges: Iterable[ByteRange]) -> int:
+    """Return the bytes of ranges that do not overlap."""
+    return sum(each.num_bytes for each in ranges)
