@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,53 +47,79 @@ def stopped(pid: int) -> None:
     wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
 
 
-class Script:
-    """A user's script in a Python of its own; a context manager that leaves no process behind.
+class Program:
+    """A program that runs beside the tests; a context manager that leaves no process of it behind.
 
-    The script says something by printing it as JSON, a line each; at the end its standard input is closed.
+    It says something by printing it as JSON, a line each; at the end its standard input is closed.
 
     Parameters
     ----------
-    code : str
-        The script.
+    command : sequence of str or Path
+        What to run.
     folder : Path
-        Where its file goes.
+        Where its standard error goes.
     cwd : Path or None
         The folder that it runs in; ``None``: this process's own.
+    environment : mapping or None
+        All its environment variables; ``None``: this process's own.
     """
 
-    def __init__(self, code: str, folder: Path, *, cwd: Path | None = None) -> None:
-        path = folder / "script.py"
-        path.write_text(code)
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        folder: Path,
+        *,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._errors = folder / "errors.txt"
         self._heard = b""
+        self.printed: list[str] = []  # lines that are no JSON
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, path],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 bufsize=0,  # what is read ahead, no select sees
                 cwd=cwd,
+                env=environment,
                 start_new_session=True,  # so that what it forks is found when a test fails
             )
 
     def hear(self, timeout_s: float = 90.0) -> Any:
-        """Wait for the next thing that the script says."""
+        """Wait for the next thing that it says as JSON."""
+        while True:
+            line = self._read_line(timeout_s)
+            if line.startswith((b"{", b"[", b'"')):  # not what a library prints
+                return json.loads(line)
+            self.printed.append(line.decode(errors="replace"))
+
+    def read_until(self, text: str, timeout_s: float = 90.0) -> str:
+        """Wait for a line of its output that has this text; return the line."""
+        while True:
+            line = self._read_line(timeout_s).decode(errors="replace")
+            if text in line:
+                return line
+
+    def _read_line(self, timeout_s: float) -> bytes:
         assert self.process.stdout is not None
         deadline = time.monotonic() + timeout_s
         while True:
             line, newline, rest = self._heard.partition(b"\n")
             if newline:
                 self._heard = rest
-                if line.startswith((b"{", b"[", b'"')):  # not what a library prints
-                    return json.loads(line)
-                continue
+                return line
             left_s = max(0.0, deadline - time.monotonic())
-            assert select.select([self.process.stdout], [], [], left_s)[0], f"the script is silent:\n{self.errors()}"
+            assert select.select([self.process.stdout], [], [], left_s)[0], f"the program is silent:\n{self.errors()}"
             data = self.process.stdout.read(4096)
-            assert data, f"the script has ended:\n{self.errors()}"
+            assert data, f"the program has ended:\n{self._heard!r}\n{self.errors()}"
             self._heard += data
+
+    def tell(self, text: str) -> None:
+        """Write a line to its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode() + b"\n")
 
     def end(self, timeout_s: float = 60.0) -> int:
         """Close its standard input and wait for its end; return the exit status."""
@@ -117,3 +143,22 @@ class Script:
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             pipe.close()
+
+
+class Script(Program):
+    """A user's script in a Python of its own.
+
+    Parameters
+    ----------
+    code : str
+        The script.
+    folder : Path
+        Where its file goes.
+    cwd : Path or None
+        The folder that it runs in; ``None``: this process's own.
+    """
+
+    def __init__(self, code: str, folder: Path, *, cwd: Path | None = None) -> None:
+        path = folder / "script.py"
+        path.write_text(code)
+        super().__init__([sys.executable, path], folder, cwd=cwd)
