@@ -20,7 +20,7 @@ from lingualinked.model.spec import CheckpointFile
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from io import FileIO
 
 DTYPES = {
@@ -74,36 +74,35 @@ class SafetensorsFile:
         self._file: FileIO | None = None
         try:
             with self._unchanged() as opened:
-                header_length = int.from_bytes(opened.read(8), "little")
-                if file.num_bytes < 8 or header_length > min(file.num_bytes - 8, _MAX_HEADER_BYTES):
-                    raise self._damaged(
-                        f"its header claims {count_text(header_length, 'byte')}, the file has {file.num_bytes:,}"
-                    )
-                header = opened.read(header_length)
+                self.header_bytes = header_size(self.path, opened.read(8), file.num_bytes)
+                header = opened.read(self.header_bytes - 8)
         finally:
             self.close()  # a checkpoint may have more files than a process may open
-        self.header_bytes = 8 + header_length
-        self.entries = self._parse(header)  # by name, in the order of the header
-        expected_bytes = max((entry.stop for entry in self.entries.values()), default=self.header_bytes)
-        if expected_bytes != file.num_bytes:
-            raise self._damaged(
-                f"it has {count_text(file.num_bytes, 'byte')} where its header announces {expected_bytes:,}"
-            )
+        self.entries = parse_header(self.path, header, file.num_bytes)
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into new, aligned memory, without a second copy and without mapping the file."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        target = memoryview(values)
+        tensor, target = empty_tensor(entry)
+        self.read_into(entry.start, target)
+        return tensor
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Read the bytes from `start` on that fill `target`; raise CheckpointError if the file ends before."""
         with self._unchanged() as opened:
-            opened.seek(entry.start)
+            opened.seek(start)
             while target:
                 num_read = opened.readinto(target)
                 if not num_read:
-                    raise self._damaged(f"it ends within the tensor {name!r}")
+                    raise damaged(self.path, f"it ends before byte {start + target.nbytes:,}")
+                start += num_read
                 target = target[num_read:]
-        return tensor
+
+    def read_pieces(self, places: Iterable[tuple[int, int]]) -> bytes:
+        """Read many small pieces, each from a start to a stop, into one string."""
+        with self._unchanged() as opened:
+            descriptor = opened.fileno()
+            return b"".join(os.pread(descriptor, stop - start, start) for start, stop in places)
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[FileIO]:
@@ -134,35 +133,58 @@ class SafetensorsFile:
             self._file.close()
             self._file = None
 
-    def _parse(self, header: bytes) -> dict[str, TensorEntry]:
-        try:
-            fields: dict[str, Any] = json.loads(header)
-            fields.pop("__metadata__", None)
-            return {name: self._entry(name, each) for name, each in fields.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._damaged(f"its header is malformed ({error!r})") from error
 
-    def _entry(self, name: str, fields: dict[str, Any]) -> TensorEntry:
-        if fields["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{name} in {self.path} has the dtype {fields['dtype']}, which is not supported: "
-                f"convert the checkpoint to one of {', '.join(sorted(DTYPES))}"
-            )
-        begin, end = fields["data_offsets"]
-        entry = TensorEntry(
-            dtype=DTYPES[fields["dtype"]],
-            shape=tuple(fields["shape"]),
-            start=self.header_bytes + begin,
-            stop=self.header_bytes + end,
-        )
-        if begin < 0 or end - begin != math.prod(entry.shape) * entry.dtype.itemsize:
-            raise ValueError(f"{name} of shape {entry.shape} can't take up bytes {begin} to {end}")
-        return entry
+def empty_tensor(entry: TensorEntry) -> tuple[torch.Tensor, memoryview]:
+    """Make a tensor in new, aligned memory, and return it with its bytes, which are to be filled."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return tensor, memoryview(values)
 
-    def _damaged(self, cause: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} is truncated or not a safetensors file: {cause}; copy or download it again"
+
+def header_size(path: str, beginning: bytes, num_bytes: int) -> int:
+    """Return the size of a header, with the 8 bytes of its length, from the beginning of a file of `num_bytes`."""
+    header_length = int.from_bytes(beginning[:8], "little")
+    if num_bytes < 8 or header_length > min(num_bytes - 8, _MAX_HEADER_BYTES):
+        raise damaged(path, f"its header claims {count_text(header_length, 'byte')}, the file has {num_bytes:,}")
+    return 8 + header_length
+
+
+def parse_header(path: str, header: bytes, num_bytes: int) -> dict[str, TensorEntry]:
+    """Return the tensors of a file of `num_bytes`, by name, in the order of its header (without its length)."""
+    header_bytes = 8 + len(header)
+    try:
+        fields: dict[str, Any] = json.loads(header)
+        fields.pop("__metadata__", None)
+        entries = {name: _entry(path, name, each, header_bytes) for name, each in fields.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged(path, f"its header is malformed ({error!r})") from error
+    expected_bytes = max((entry.stop for entry in entries.values()), default=header_bytes)
+    if expected_bytes != num_bytes:
+        raise damaged(path, f"it has {count_text(num_bytes, 'byte')} where its header announces {expected_bytes:,}")
+    return entries
+
+
+def _entry(path: str, name: str, fields: dict[str, Any], header_bytes: int) -> TensorEntry:
+    if fields["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{name} in {path} has the dtype {fields['dtype']}, which is not supported: "
+            f"convert the checkpoint to one of {', '.join(sorted(DTYPES))}"
         )
+    begin, end = fields["data_offsets"]
+    entry = TensorEntry(
+        dtype=DTYPES[fields["dtype"]],
+        shape=tuple(fields["shape"]),
+        start=header_bytes + begin,
+        stop=header_bytes + end,
+    )
+    if begin < 0 or end - begin != math.prod(entry.shape) * entry.dtype.itemsize:
+        raise ValueError(f"{name} of shape {entry.shape} can't take up bytes {begin} to {end}")
+    return entry
+
+
+def damaged(path: str, cause: str) -> CheckpointError:
+    """Make the error for a file that is not what its header says."""
+    return CheckpointError(f"{path} is truncated or not a safetensors file: {cause}; copy or download it again")
 
 
 def _unreadable(path: str, error: OSError) -> str:
