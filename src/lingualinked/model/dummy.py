@@ -13,7 +13,7 @@ import torch
 from lingualinked.model.weights import untied_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from transformers import PreTrainedModel
 
@@ -35,6 +35,9 @@ class DummyWeights:
             name: tuple(parameter.shape) for name, parameter in self._like.items()
         }
         self.num_bytes_read = 0
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Do nothing: each is generated when it is read."""
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Generate one parameter."""

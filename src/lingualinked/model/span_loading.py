@@ -18,6 +18,7 @@ from lingualinked.model.dummy import BlankWeights, DummyWeights
 from lingualinked.model.hf_internals import building, loading
 from lingualinked.model.parts import ModelParts, build_meta, check_span, parts_of
 from lingualinked.model.safetensors_file import FileChangedError
+from lingualinked.model.weight_files.fetching import FetchError
 from lingualinked.model.weights import CheckpointWeights, LazyTensor, WeightSource
 from lingualinked.quantities import count_text
 
@@ -55,20 +56,22 @@ def load_span(
     end: int,
     *,
     progress: Callable[[int], None] | None = None,
+    open_files: Callable[[ModelSpec], WeightSource] | None = None,
     fallback: Callable[[PreTrainedModel], WeightSource] | None = None,
 ) -> LoadedSpan:
     """Load layers ``[start, end)`` and what must run before or after them.
 
-    ``progress`` is called in this thread with the bytes of weights loaded so far. ``fallback`` makes another source of
-    weights, from the whole model on the meta device, for when files can't be read here or have changed.
+    ``progress`` is called in this thread with the bytes of weights loaded so far. ``open_files`` finds or fetches the files
+    of a caller on another host; without it they lie here. ``fallback`` makes another source of weights, from the whole
+    model on the meta device, for when files can't be read or fetched here or have changed.
     """
     whole = build_meta(spec)
     parts = parts_of(spec, whole)
     check_span(start, end, parts.num_layers)
     try:
-        with contextlib.closing(_open_source(spec, whole)) as source:
+        with contextlib.closing(_open_source(spec, whole, open_files)) as source:
             return _load_from(source, whole, parts, spec, start, end, progress)
-    except FileChangedError as error:
+    except (FileChangedError, FetchError) as error:
         if fallback is None:
             raise
         cause = str(error)
@@ -102,11 +105,10 @@ def _load_from(
         if progress is not None:
             progress(num_loaded * dtype.itemsize)
 
-    # 1) choose the tensors that the span needs
-    mapped = _map_weights(whole, source.shapes)
+    # 1) choose the tensors that the span needs, and have them at hand
     tied = building.ties(whole)
-    prune(whole, parts, start, end, Boundary())
-    chosen = _choose_keys(mapped, tied, set(whole.state_dict()))
+    chosen = choose_tensors(whole, parts, source.shapes, start, end)
+    source.prepare(chosen.values())
     # 2) make transformers build the cut class and load them
     boundary = Boundary()
     model = loading.load_model(
@@ -119,9 +121,24 @@ def _load_from(
     return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=tied, num_bytes_read=source.num_bytes_read)
 
 
-def _open_source(spec: ModelSpec, meta_model: PreTrainedModel) -> WeightSource:
+def choose_tensors(
+    whole: PreTrainedModel, parts: ModelParts, shapes: Mapping[str, tuple[int, ...]], start: int, end: int
+) -> dict[str, str]:
+    """Return a checkpoint's keys that a span needs, by the name under which to pass them to the loader.
+
+    Prunes the whole model, which is on the meta device; raises CheckpointError if tensors are missing or do not fit it.
+    """
+    mapped = _map_weights(whole, shapes)
+    tied = building.ties(whole)
+    prune(whole, parts, start, end, Boundary())
+    return _choose_keys(mapped, tied, set(whole.state_dict()))
+
+
+def _open_source(
+    spec: ModelSpec, meta_model: PreTrainedModel, open_files: Callable[[ModelSpec], WeightSource] | None = None
+) -> WeightSource:
     if spec.load_format == "safetensors":
-        return CheckpointWeights(spec.files)
+        return CheckpointWeights(spec.files) if open_files is None else open_files(spec)
     return (DummyWeights if spec.load_format == "dummy" else BlankWeights)(meta_model, spec.seed)
 
 

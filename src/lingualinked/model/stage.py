@@ -49,8 +49,7 @@ if TYPE_CHECKING:
     from lingualinked.model.weights import WeightSource
 
 
-# What is not asked for by its argument: a class would compute a loss from what this stage records alone.
-_ONLY_RECORDED = frozenset({"router_logits"})
+_ONLY_RECORDED = frozenset({"router_logits"})  # not requested: a class would compute a loss from one stage's alone
 
 
 class Stage:
@@ -91,20 +90,21 @@ class Stage:
         accelerator: str = "cpu",
         progress: Callable[[int], None] | None = None,
         shared: Sequence[Stage] = (),
+        open_files: Callable[[ModelSpec], WeightSource] | None = None,
         fallback: Callable[[PreTrainedModel], WeightSource] | None = None,
     ) -> Stage:
         """Load layers ``[start, end)`` of a model; read no other weights.
 
         Layers that the stages in `shared`, on the same accelerator, hold are shared with them, not loaded; those stages stay
-        usable. `progress` and `fallback` are those of `load_span`.
+        usable. `progress`, `open_files` and `fallback` are those of `load_span`.
         """
         device = accelerator_device(accelerator)
         # 1) load the layers that no shared stage holds
         loaded: list[Stage] = []
+        report = None if progress is None else lambda done: progress(done + sum(each.weight_bytes for each in loaded))
         for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in shared]):
-            before = sum(stage.weight_bytes for stage in loaded)
-            report = None if progress is None else lambda num_bytes: progress(before + num_bytes)  # noqa: B023
-            loaded.append(cls(load_span(spec, *missing, progress=report, fallback=fallback), *missing, device))
+            span = load_span(spec, *missing, progress=report, open_files=open_files, fallback=fallback)
+            loaded.append(cls(span, *missing, device))
         # 2) join them with the shared ones
         if len(loaded) == 1 and (loaded[0].start, loaded[0].end) == (start, end):
             return loaded[0]

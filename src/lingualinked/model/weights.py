@@ -11,7 +11,7 @@ from lingualinked.model.hf_internals import building
 from lingualinked.model.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -31,6 +31,9 @@ class WeightSource(Protocol):
     @property
     def num_bytes_read(self) -> int:
         """Bytes read so far."""
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Have these tensors at hand, since they are read next, and no others."""
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Materialise one tensor in new, aligned CPU memory."""
@@ -68,6 +71,9 @@ class CheckpointWeights:
         self._file_of = {name: file for file in self._files for name in file.entries}
         self.shapes: Mapping[str, Shape] = {name: file.entries[name].shape for name, file in self._file_of.items()}
         self.num_bytes_read = sum(file.header_bytes for file in self._files)
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Do nothing: the files are here."""
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, and only its own bytes."""

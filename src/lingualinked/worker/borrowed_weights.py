@@ -6,7 +6,7 @@ Knows names, holders and how to request; the loading thread waits here for what 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +50,9 @@ class BorrowedWeights:
         }
         self.num_bytes_read = 0
         self.last_asked = ""
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Do nothing: each is requested when it is read."""
 
     def read_tensor(self, name: str) -> Tensor:
         """Fetch one parameter, or raise CheckpointError if no worker holds it or the received parts do not fit."""

@@ -1,6 +1,6 @@
 """What the files of weights want of those who fetch bytes of them, and offer to those who serve bytes of them.
 
-Interfaces only.
+Interfaces and an error; fetches nothing.
 """
 
 from __future__ import annotations
@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from lingualinked.errors import CheckpointError
 from lingualinked.model.weight_files.byte_ranges import ByteRange
 
 DeliverPart = Callable[[ByteRange, bytes | bytearray | memoryview], None]
 """Writes a part that has arrived. Any part of a requested range, in any order, of any length; the data are copied."""
+
+
+class FetchError(CheckpointError):
+    """No source has bytes that are missing here."""
 
 
 class Fetcher(Protocol):
@@ -25,7 +30,7 @@ class Fetcher(Protocol):
 
         Raises
         ------
-        CheckpointError
+        FetchError
             If no source has the bytes.
         """
 

@@ -1,0 +1,48 @@
+"""Which bytes of a checkpoint's files a span of layers needs: what a worker may ask for.
+
+Knows specifications and headers; fetches and serves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from lingualinked.model.parts import build_meta, check_span, parts_of
+from lingualinked.model.safetensors_file import SafetensorsFile
+from lingualinked.model.span_loading import choose_tensors
+from lingualinked.model.weight_files.byte_ranges import ByteRange, merge_ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lingualinked.model.safetensors_file import TensorEntry
+    from lingualinked.model.spec import ModelSpec
+
+
+@functools.lru_cache(maxsize=256)
+def ranges_of_span(spec: ModelSpec, start: int, end: int) -> tuple[ByteRange, ...]:
+    """Return the bytes that layers ``[start, end)`` need, merged: all headers, and the tensors that `load_span` reads.
+
+    The files must be readable here. A part of a span needs no more than the span.
+    """
+    if not spec.files:
+        return ()
+    files = [SafetensorsFile(file) for file in spec.files]
+    places = locate_tensors([file.entries for file in files])
+    whole = build_meta(spec)
+    parts = parts_of(spec, whole)
+    check_span(start, end, parts.num_layers)
+    shapes = {name: file.entries[name].shape for file in files for name in file.entries}
+    chosen = choose_tensors(whole, parts, shapes, start, end)
+    headers = [ByteRange(index, 0, file.header_bytes) for index, file in enumerate(files)]
+    return merge_ranges([*headers, *(places[key] for key in chosen.values())])
+
+
+def locate_tensors(files: Sequence[Mapping[str, TensorEntry]]) -> dict[str, ByteRange]:
+    """Return where each tensor of a checkpoint's files lies."""
+    return {
+        name: ByteRange(index, entry.start, entry.stop)
+        for index, entries in enumerate(files)
+        for name, entry in entries.items()
+    }
