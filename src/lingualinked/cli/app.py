@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lingualinked.cli import keys_command
 from lingualinked.errors import ArgumentError, LingualinkedError
 from lingualinked.workload import Workload
 
@@ -40,6 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_command.app)
 
 Devices = Annotated[
     str, typer.Option("--devices", "-d", help="A number of local CPU workers, or a cluster file (TOML).")
