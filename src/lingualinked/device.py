@@ -40,7 +40,7 @@ class Device:
         process (about half a GiB) comes on top.
     slowdown : float
         Makes the worker emulate a device that computes this many times slower: it rests after every step, in proportion
-        to the CPU time that the step took. At least 1; only local CPU workers can emulate.
+        to the CPU time that the step took. At least 1; only CPU workers can emulate.
     bandwidth : float, str or None
         Of the device's network connection, in bytes per second or with a unit (``"100Mbit/s"``); messages to and from a
         local worker are delayed accordingly. ``None``: not limited. Connections of a device with an `address` are as fast
@@ -128,10 +128,6 @@ class Device:
         self._refuse_fields(
             ("cpus",), "only a local worker can be pinned to cores; a daemon's are chosen where it is started"
         )
-        if self.slowdown != 1:
-            raise ArgumentError(
-                f"slowdown={self.slowdown!r} {of_device}: only a local worker can emulate a slower device"
-            )
         if self.server_key is not None:
             raw_key(self.server_key, f"server_key {of_device}")
         if self.key is not None:

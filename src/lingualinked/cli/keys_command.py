@@ -10,6 +10,9 @@ from typing import Annotated
 
 import typer
 
+from lingualinked.errors import ArgumentError
+from lingualinked.public_key import fingerprint, is_public_key
+
 app = typer.Typer(
     name="keys",
     help="Make keys, authorise clients of this machine's daemon, and trust daemons of other machines, as with ssh.",
@@ -25,10 +28,10 @@ PublicKey = Annotated[str, typer.Argument(help="A public key (40 characters, in 
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="Name of the key.")] = "default") -> None:
     """Make a key pair, by which daemons will know you."""
-    from lingualinked.transport.key_files import client_name, key_path, make_key
+    from lingualinked.transport.key_files import client_name, key_path, make_key  # imports zmq
 
     keys = make_key(name)
-    typer.echo(f"Made the key {name!r}: {_fingerprint(keys.public)}")
+    typer.echo(f"Made the key {name!r}: {fingerprint(keys.public)}")
     typer.echo(f"Its secret half is in {key_path(name)} and never leaves this machine.")
     typer.echo("To authorise it, run this on each device that you want to use:")
     typer.echo(f"  lingualinked keys authorize '{keys.public}' --name {client_name(name)}")
@@ -40,11 +43,11 @@ def authorize(
     name: Annotated[str | None, typer.Option(help="Name of the client in lists and logs.")] = None,
 ) -> None:
     """Let the holder of a key use this machine's daemon, at once."""
-    from lingualinked.transport.key_lists import authorize_client
+    from lingualinked.transport.key_lists import authorize_client  # imports zmq
 
     public_key, named = _read_public_key(key)
     name = authorize_client(public_key, name or named)
-    typer.echo(f"Authorised {name!r}: {_fingerprint(public_key)}")
+    typer.echo(f"Authorised {name!r}: {fingerprint(public_key)}")
 
 
 @app.command(context_settings=_ANY_KEY)
@@ -53,17 +56,17 @@ def trust(
     key: PublicKey,
 ) -> None:
     """Record the public key of another machine's daemon, so that cluster files need not state it."""
-    from lingualinked.transport.key_lists import trust_daemon
+    from lingualinked.transport.key_lists import trust_daemon  # imports zmq
 
     public_key, _ = _read_public_key(key)
-    typer.echo(f"The daemon at {trust_daemon(address, public_key)} is known by {_fingerprint(public_key)}")
+    typer.echo(f"The daemon at {trust_daemon(address, public_key)} is known by {fingerprint(public_key)}")
 
 
 @app.command("list")
 def list_keys() -> None:
     """Show your own keys, the authorised clients, and the daemons that you know."""
-    from lingualinked.transport.key_files import own_keys
-    from lingualinked.transport.key_lists import AuthorizedClients, known_hosts
+    from lingualinked.transport.key_files import own_keys  # imports zmq
+    from lingualinked.transport.key_lists import AuthorizedClients, known_hosts  # imports zmq
 
     clients, hosts = AuthorizedClients().names, known_hosts().values()
     for title, keys in (
@@ -74,7 +77,7 @@ def list_keys() -> None:
         typer.echo(f"{title}:{'' if keys else ' none'}")
         width = max(map(len, keys), default=0)
         for name, key in keys.items():  # no table: a key that is wrapped or cut can't be copied
-            typer.echo(f"  {name:{width}}  {_fingerprint(key)}  {key}")
+            typer.echo(f"  {name:{width}}  {fingerprint(key)}  {key}")
 
 
 @app.command(context_settings=_ANY_KEY)
@@ -84,25 +87,16 @@ def revoke(
     ],
 ) -> None:
     """End what a client has on this machine's daemon and let it in no more; or forget a daemon."""
-    from lingualinked.transport.key_lists import forget_daemon, revoke_client
+    from lingualinked.transport.key_lists import forget_daemon, revoke_client  # imports zmq
 
     if who.startswith("tcp://"):
-        typer.echo(f"The daemon at {who} is no longer known by {_fingerprint(forget_daemon(who))}")
+        typer.echo(f"The daemon at {who} is no longer known by {fingerprint(forget_daemon(who))}")
         return
-    typer.echo(f"Revoked {who!r}: {_fingerprint(revoke_client(who))}")
-
-
-def _fingerprint(public_key: str) -> str:
-    from lingualinked.public_key import fingerprint
-
-    return fingerprint(public_key)
+    typer.echo(f"Revoked {who!r}: {fingerprint(revoke_client(who))}")
 
 
 def _read_public_key(text: str) -> tuple[str, str | None]:
     """Return a key and the name beside it, from a file that `new` wrote or from the text itself."""
-    from lingualinked.errors import ArgumentError
-    from lingualinked.public_key import is_public_key
-
     if not is_public_key(text) and text.endswith(".pub"):
         try:
             text = Path(text).read_text(encoding="utf-8")
