@@ -9,6 +9,7 @@ from typing import get_args, get_origin
 
 import msgspec
 
+from lingualinked.environment import Environment
 from lingualinked.model.adapter_data import AdaptedModule, Adapter
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import CheckpointFile, ModelSpec
@@ -19,6 +20,7 @@ from lingualinked.protocol.steps import StageTimes, Step
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
+from lingualinked.versions import Versions
 
 TYPES = [
     kind
@@ -61,6 +63,14 @@ VALUES = {
     "state": SessionState(number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False, lags={}),
     "layout": None,
     "rounding": Rounding("0123456789abcdef", 2),
+    "environment": Environment(
+        host="nas",
+        versions=Versions("0.1.0", "2.13.0+cpu", "5.23.0", "3.12.3"),
+        processor="EPYC",
+        cpu_capability="AVX2",
+        accelerator="",
+        threads=2,
+    ),
     "max_kv_tokens": None,
     "max_cache_len": 64,
     "first": 2**31,

@@ -6,8 +6,9 @@ import itertools
 
 import lingualinked as ll
 from lingualinked.device import CALLER
+from lingualinked.link_profile import LinkProfile
 from lingualinked.module_times import ModuleTimes, StepTime
-from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, Profile
+from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 
 MIB = 1024**2
 

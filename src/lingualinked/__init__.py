@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Replace as Replace,
         Scale as Scale,
     )
+    from lingualinked.link_profile import LinkProfile as LinkProfile
     from lingualinked.module_times import ModuleTimes as ModuleTimes, StepTime as StepTime
     from lingualinked.planning.comparison import Comparison as Comparison
     from lingualinked.planning.estimate import DeviceSpecs as DeviceSpecs
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from lingualinked.planning.solved import Solved as Solved
     from lingualinked.profile import (
         DeviceProfile as DeviceProfile,
-        LinkProfile as LinkProfile,
         ModelProfile as ModelProfile,
         Profile as Profile,
     )
@@ -101,7 +101,8 @@ _NAMES = {
     "planning.simulation.result": "Simulation",
     "planning.simulation.simulate": "simulate",
     "planning.solved": "Solved",
-    "profile": "DeviceProfile LinkProfile ModelProfile Profile",
+    "link_profile": "LinkProfile",
+    "profile": "DeviceProfile ModelProfile Profile",
     "sample": "sample_model",
     "sharded.model": "ShardedModel",
     "sharded.model_profiles": "estimate_profile profile_model",

@@ -15,7 +15,9 @@ import msgspec
 
 from lingualinked.checks import MOST, is_count
 from lingualinked.device import CALLER, Device
+from lingualinked.environment import Environment, Environments
 from lingualinked.errors import ArgumentError
+from lingualinked.link_profile import LinkProfile
 from lingualinked.module_times import ModuleTimes
 from lingualinked.quantities import count_text
 from lingualinked.shown import Shown
@@ -153,6 +155,8 @@ class DeviceProfile:
         Mean power during the measurement; ``None`` if the machine does not report it.
     power_source : str
         What measured the power, or why nothing did; empty if it was not requested.
+    environment : Environment or None
+        What its worker computes with; ``None`` if no worker was asked.
 
     Raises
     ------
@@ -169,6 +173,7 @@ class DeviceProfile:
     free_bytes: int | None = None
     measured_watts: float | None = None
     power_source: str = ""
+    environment: Environment | None = None
 
     def __post_init__(self) -> None:
         if self.free_bytes is not None and not 0 <= self.free_bytes <= MOST:
@@ -203,37 +208,6 @@ class DeviceProfile:
         return seconds, spread_s
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LinkProfile:
-    """The measured latency and bandwidth of one link.
-
-    Parameters
-    ----------
-    source, target : str
-        Names of devices, or of the caller.
-    latency_s : float
-        Seconds of a small message, from sending to receiving.
-    bandwidth_bytes_per_s : float or None
-        Rate of large messages; ``None``: no limit.
-    """
-
-    source: str
-    target: str
-    latency_s: float
-    bandwidth_bytes_per_s: float | None
-
-    def __post_init__(self) -> None:
-        link = f"of the link from {self.source!r} to {self.target!r}"
-        if not (math.isfinite(self.latency_s) and self.latency_s >= 0):
-            raise ArgumentError(f"latency_s={self.latency_s!r} {link} must be finite and not negative")
-        if self.bandwidth_bytes_per_s is not None and not 0 < self.bandwidth_bytes_per_s < math.inf:
-            raise ArgumentError(f"bandwidth_bytes_per_s={self.bandwidth_bytes_per_s!r} {link} must be positive")
-
-    def transfer_s(self, num_bytes: float) -> float:
-        """Return the seconds for which a number of bytes occupies the link."""
-        return 0.0 if self.bandwidth_bytes_per_s is None else num_bytes / self.bandwidth_bytes_per_s
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)  # no slots: look-ups are kept
 class Profile(Shown):
     """A model measured on the devices and links of a cluster.
@@ -247,7 +221,7 @@ class Profile(Shown):
     links : tuple of LinkProfile
         Every link between two devices, and between each device and the caller, in both directions.
     versions : dict of str to str
-        Versions of the libraries used; empty if times are estimated rather than measured.
+        Versions of the caller's libraries; empty if times are estimated rather than measured.
     doubt : str
         Why the measured times are doubtful; empty if they are not. A doubtful profile is not kept on disk.
 
@@ -301,6 +275,11 @@ class Profile(Shown):
     def names(self) -> tuple[str, ...]:
         """Names of the devices."""
         return tuple(each.device.name for each in self.devices)
+
+    @property
+    def environments(self) -> Environments:
+        """What the workers compute with, of the devices that have been measured."""
+        return {each.device.name: each.environment for each in self.devices if each.environment is not None}
 
     def device(self, name: str) -> DeviceProfile:
         """Return the profile of one device.

@@ -26,15 +26,25 @@ class Rounding(msgspec.Struct, frozen=True):
     independent_rows: Annotated[int, msgspec.Meta(ge=0)]
 
 
-def describe_difference(roundings: Mapping[str, Rounding]) -> str:
-    """Say why the workers of some devices can't give the bits of one; empty if they can."""
+def describe_difference(roundings: Mapping[str, Rounding], processors: Mapping[str, str] | None = None) -> str:
+    """Say why the workers of some devices can't give the bits of one; empty if they can.
+
+    On one ``processor`` those whose fingerprint is not known round as the others do; on several that has to be shown.
+    """
     groups: dict[str, list[str]] = {}
     for device, rounding in roundings.items():
         if rounding.fingerprint:
             groups.setdefault(rounding.fingerprint, []).append(device)
-    if len(groups) < 2:
-        return ""
-    return f"{' and '.join(', '.join(map(repr, names)) for names in groups.values())} sum in different orders"
+    if len(groups) > 1:
+        return f"{' and '.join(', '.join(map(repr, names)) for names in groups.values())} sum in different orders"
+    unknown = [device for device, rounding in roundings.items() if not rounding.fingerprint]
+    names = {(processors or {}).get(device, "") for device in roundings}
+    if unknown and len(names) > 1:
+        return (
+            f"processors differ ({', '.join(sorted(names))}), and {', '.join(map(repr, unknown))} had no memory to find "
+            "out how it rounds"
+        )
+    return ""
 
 
 def independent_rows(roundings: Iterable[Rounding]) -> int:

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 import lingualinked as ll
+from lingualinked.model.environment_probe import read_environment
 from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import Acknowledged, Hello, IntroduceWorker, decode, encode
 from lingualinked.transport.delivery import Delivery
@@ -39,7 +40,7 @@ class Outsider:
         engine.expect_worker(self.name)
         engine.authorise_worker(self.name, keys.public)
         self.mailbox.connect("caller", address, key)
-        self.send("caller", encode(Hello(pid=1, address=self.mailbox.address)))
+        self.send("caller", encode(Hello(pid=1, address=self.mailbox.address, environment=read_environment())))
         introductions: list[IntroduceWorker] = []
         while len(introductions) < self.num_workers:
             delivery = self.mailbox.receive(30)

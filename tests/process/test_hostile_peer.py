@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.model.environment_probe import read_environment
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.failures import FailureKind, RequestFailed, StepFailed
 from lingualinked.protocol.measuring import Ping, Pong
@@ -242,7 +243,10 @@ def to_the_caller(aim: Aim) -> Iterator[Kind]:
     refusals = [RequestFailed(request=each, kind=FailureKind.ERROR, cause="no", traceback="") for each in range(500)]
     yield "RequestFailed: of all that may be asked", [frames(each) for each in refusals]
     for address in ("tcp://127.0.0.1:1", "udp://127.0.0.1:1", "pgm://x", "vmci://1:1", "ipc:///run/x.sock"):
-        yield f"Hello: from {address.partition(':')[0]}", [frames(Hello(pid=1, address=address))]
+        yield (
+            f"Hello: from {address.partition(':')[0]}",
+            [frames(Hello(pid=1, address=address, environment=read_environment()))],
+        )
     logs = [LogRecord(level=each, logger=f"lingualinked.{each}", text="\x1b[2J\n[a] x") for each in range(3_000)]
     yield "LogRecord: 3,000 loggers", [frames(each) for each in logs]
 

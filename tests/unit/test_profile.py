@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 import lingualinked as ll
+from lingualinked.link_profile import LinkProfile
 from lingualinked.module_times import ModuleTimes, StepTime
-from lingualinked.profile import LinkProfile, Profile
+from lingualinked.profile import Profile
 from profiles import profile, times
 
 

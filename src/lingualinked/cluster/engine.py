@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -20,8 +21,10 @@ from torch import Tensor
 from lingualinked.cluster.exchange import Exchange, closed
 from lingualinked.cluster.pending import Pending, settle
 from lingualinked.device import CALLER, Link
+from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import wait_in_pieces
+from lingualinked.model.environment_probe import read_environment
 from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.editing import EditTensor
@@ -58,6 +61,11 @@ def end_with_interpreter() -> None:
     """Stop a daemon thread where it is if the interpreter is ending: it closes clusters, and nobody hears of an error."""
     if threading.current_thread().daemon and not threading.main_thread().is_alive():
         threading.Event().wait()
+
+
+@functools.cache
+def _own_environment() -> Environment:
+    return read_environment()
 
 
 class Engine:
@@ -135,6 +143,10 @@ class Engine:
         if name == CALLER:
             return self._mailbox.address, self._mailbox.public_key
         return self._exchange.addresses[name], self._exchange.public_keys[name]
+
+    def environments(self) -> dict[str, Environment]:
+        """Return what the caller and the workers that are ready compute with, by name."""
+        return {CALLER: _own_environment(), **self._exchange.environments}
 
     def may_lend(self, lender: str, borrower: str) -> bool:
         """Whether one device may give weights that it holds to another: what trusted ones hold stays on such."""

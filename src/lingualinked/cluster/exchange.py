@@ -19,8 +19,9 @@ from torch import Tensor
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.recorded import RecordedPart
-from lingualinked.cluster.remote_text import RemoteLog
+from lingualinked.cluster.remote_text import RemoteLog, readable_environment
 from lingualinked.cluster.step_reply import HookEvent, StepReply
+from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.gradients import BackwardDone
@@ -56,13 +57,14 @@ logger = logging.getLogger("lingualinked.cluster")
 class Exchange:
     """The requests that a cluster's caller has sent, and the answers that it awaits.
 
-    Other threads may read `addresses`, `ended`, `public_keys` and `settled`.
+    Other threads may read `addresses`, `ended`, `environments`, `public_keys` and `settled`.
     """
 
     def __init__(self, mailbox: Mailbox, devices: Iterable[str]) -> None:
         self.addresses: dict[str, str] = {}  # where workers listen, of those that have said hello
         self.ended: dict[str, str] = {}  # how workers ended, of those that have
         self.settled = {name: threading.Event() for name in devices}  # set once ready, or never to be
+        self.environments: dict[str, Environment] = {}  # what workers compute with, of those that have said hello
         self.public_keys: dict[str, str] = {}  # of the workers that have one by now
         self._mailbox = mailbox
         self._pending = PendingAnswers()
@@ -87,6 +89,7 @@ class Exchange:
         if settled is None:
             return
         self.public_keys.pop(device, None)
+        self.environments.pop(device, None)
         self._logs.pop(device, None)
         if self.addresses.pop(device, None) is not None:
             for other in self.addresses.keys() - self.ended.keys():
@@ -230,6 +233,7 @@ class Exchange:
                     raise ProtocolError(f"{sender!r} has said hello before")
                 self._mailbox.connect(sender, message.address, self.public_keys[sender])
                 self.addresses[sender] = message.address
+                self.environments[sender] = readable_environment(message.environment)
                 self._introduce(sender)
             case Ping():
                 self._mailbox.send(sender, encode(Pong(number=message.number)))

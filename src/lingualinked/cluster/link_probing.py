@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.pending import results_of
 from lingualinked.device import CALLER, Device, Link, link_between
-from lingualinked.profile import LinkProfile
+from lingualinked.link_profile import LinkProfile
 from lingualinked.protocol.measuring import LinkProbed, ProbeLink
 
 if TYPE_CHECKING:

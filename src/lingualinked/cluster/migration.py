@@ -141,7 +141,7 @@ class Migrator:
             )
         answers = [cast("StageLoaded", each) for each in loaded]
         progress.weight_bytes = sum(answer.num_bytes_read for answer in answers)
-        target = target.with_rounding(answer.rounding for answer in answers)
+        target = target.with_rounding((answer.rounding for answer in answers), self._engine.environments())
         self._adapters.copy_to(target)
         progress.end_lap()
         # 3) copy KV ahead, while sessions go on

@@ -151,7 +151,8 @@ class Pipeline:
                 on_progress=on_progress,
             )
         )
-        self._routes.begin(route.with_rounding(cast("StageLoaded", each).rounding for each in loaded))
+        roundings = [cast("StageLoaded", each).rounding for each in loaded]
+        self._routes.begin(route.with_rounding(roundings, self._engine.environments()))
 
     def open_session(self, max_cache_len: int = 0) -> Session:
         """Open a session; its KV appears in the stages with its first step.

@@ -21,6 +21,7 @@ from lingualinked.cluster.link_probing import measure_links, tournament
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.remote_text import readable
 from lingualinked.device import CALLER, Device
+from lingualinked.environment import Environment
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.profile import DeviceProfile, Profile
@@ -65,11 +66,12 @@ def profile_devices(
     free: defaultdict[str, list[int]] = defaultdict(list)  # a worker that answers early may not see what others take
     for device, answer in zip(devices, answers, strict=True):
         free[device.accelerator].append(answer.free_bytes)
+    environments = cluster._engine.environments()  # noqa: SLF001 - within the room
     measured = []
     for device, answer in zip(devices, answers, strict=True):
         alike = groups[_likeness(cluster.as_it_behaves(device), answer.hardware)]
         free_bytes = share_of_memory(device, devices, min(free[device.accelerator]))
-        measured.append(_device_profile(device, alike, footprint.profile, free_bytes))
+        measured.append(_device_profile(device, alike, footprint.profile, free_bytes, environments[device.name]))
     names = [device.name for device in devices]
     return Profile(
         model=footprint.profile,
@@ -101,7 +103,8 @@ def extend_profile(
     known = [each for each in profile.devices if _likeness(each.device, each.hardware) == likeness]
     alike = [answer, *map(_as_measured, known)]
     free_bytes = share_of_memory(device, [device, *others], answer.free_bytes)
-    measured = _device_profile(device, alike, footprint.profile, free_bytes)
+    environment = cluster._engine.environments()[device_name]  # noqa: SLF001 - within the room
+    measured = _device_profile(device, alike, footprint.profile, free_bytes, environment)
     rounds = [[(device_name, other)] for other in (CALLER, *profile.names)]
     return dataclasses.replace(
         profile,
@@ -225,7 +228,7 @@ def _as_measured(known: DeviceProfile) -> ModelMeasured:
 
 
 def _device_profile(
-    device: Device, alike: Sequence[ModelMeasured], model: ModelProfile, free_bytes: int
+    device: Device, alike: Sequence[ModelMeasured], model: ModelProfile, free_bytes: int, environment: Environment
 ) -> DeviceProfile:
     layers = [_times(answer.layers.get(kind) for answer in alike) for kind in range(len(model.kinds))]
     layer_bytes = [model.layer_weight_bytes[model.kind_of_layer.index(kind)] for kind in range(len(model.kinds))]
@@ -254,6 +257,7 @@ def _device_profile(
         free_bytes=free_bytes,
         measured_watts=statistics.median(watts) if watts else None,
         power_source=sources[0],
+        environment=environment,
     )
 
 

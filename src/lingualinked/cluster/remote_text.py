@@ -9,12 +9,18 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from lingualinked.environment import Environment
+from lingualinked.versions import Versions
+
 if TYPE_CHECKING:  # it imports torch
     from lingualinked.protocol.messages import LogRecord
 
 
 _LOGGERS = frozenset({"lingualinked.worker", "lingualinked.transport"})
 _MAX_CHARACTERS = 20_000
+_MAX_NAME = 200  # characters of a version, of a processor's name
 _BURST, _PER_S = 1_000, 50.0  # records of one device
 
 
@@ -23,6 +29,20 @@ def readable(text: str) -> str:
     if len(text) > _MAX_CHARACTERS:
         text = f"{text[:_MAX_CHARACTERS]} [... {len(text) - _MAX_CHARACTERS} more characters]"
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
+def readable_environment(environment: Environment) -> Environment:
+    """Return what a worker says it computes with, as it can be shown."""
+    texts = {name: value for name, value in msgspec.structs.asdict(environment).items() if isinstance(value, str)}
+    return msgspec.structs.replace(
+        environment,
+        versions=Versions(*map(_in_one_line, environment.versions)),
+        **{name: _in_one_line(value) for name, value in texts.items()},
+    )
+
+
+def _in_one_line(text: str) -> str:
+    return readable(text[:_MAX_NAME]).replace("\n", " ")
 
 
 class RemoteLog:

@@ -9,9 +9,12 @@ import dataclasses
 import threading
 from collections.abc import Iterable
 
+from lingualinked import environment, rounding
+from lingualinked.device import CALLER
+from lingualinked.environment import Environments
 from lingualinked.errors import LingualinkedError
 from lingualinked.planning.plan import Plan
-from lingualinked.rounding import Rounding, describe_difference, independent_rows
+from lingualinked.rounding import Rounding, independent_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -22,10 +25,15 @@ class Route:
     plan: Plan
     independent_rows: int = 0  # as in `Rounding`, of all its workers
 
-    def with_rounding(self, loaded: Iterable[Rounding]) -> Route:
-        """Return the same route with what its workers, stage by stage, say of how they round."""
+    def with_rounding(self, loaded: Iterable[Rounding], environments: Environments) -> Route:
+        """Return the same route with what its workers, stage by stage, say of how they round and what they compute with."""
         roundings = dict(zip(self.stage_devices, loaded, strict=True))
-        because = self.plan.inexact_because or describe_difference(roundings)
+        own = {name: each for name, each in environments.items() if name in (CALLER, *roundings)}
+        because = (
+            self.plan.inexact_because
+            or environment.describe_difference(own)
+            or rounding.describe_difference(roundings, {name: each.processor for name, each in own.items()})
+        )
         plan = dataclasses.replace(self.plan, inexact_because=because)
         return Route(self.version, plan, independent_rows(roundings.values()))
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 
 from lingualinked.control.speed import SpeedLevel
 from lingualinked.device import CALLER
+from lingualinked.link_profile import LinkProfile
 from lingualinked.planning.scaling import scale_times
 from lingualinked.planning.workload_costs import HEADER_BYTES, stage_s
-from lingualinked.profile import DeviceProfile, LinkProfile, Profile
+from lingualinked.profile import DeviceProfile, Profile
 from lingualinked.telemetry.samples import StageTiming, StepSample
 
 _CONTEXT_STEP = 32  # tokens of context within which a step is taken to cost the same

@@ -11,12 +11,13 @@ import functools
 import math
 from collections.abc import Sequence
 
-from lingualinked.device import Device
+from lingualinked.environment import rounding_key
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.planner import solve
 from lingualinked.planning.prediction import step_s_of, value_of
 from lingualinked.planning.workload_costs import WorkloadCosts
+from lingualinked.profile import DeviceProfile
 from lingualinked.telemetry.decisions import Migration, moves_between
 from lingualinked.workload import Objective, Workload
 
@@ -72,8 +73,8 @@ class Proposer:
             raise InfeasiblePlanError("no usable device is left: admit one")
         pool = usable
         if current.exact:
-            kinds = {_rounding(live.device(name).device) for name in current.devices}
-            pool = [name for name in usable if _rounding(live.device(name).device) in kinds]
+            kinds = {_rounding(live.device(name)) for name in current.devices}
+            pool = [name for name in usable if _rounding(live.device(name)) in kinds]
         try:
             best = self._best(current, pool, num_sessions, keep_order=keep_order)
         except InfeasiblePlanError:
@@ -149,7 +150,6 @@ def _in_flight(plan: Plan, num_sessions: int) -> Workload:
     return dataclasses.replace(plan.measured.model.fit_workload(plan.workload), num_sessions=num_sessions)
 
 
-def _rounding(device: Device) -> tuple[str, int | None]:
+def _rounding(profile: DeviceProfile) -> tuple[object, ...]:
     """Return what the last bits of a device's results depend on, if known."""
-    kind = device.accelerator.split(":")[0]
-    return kind, device.threads if kind == "cpu" else None
+    return rounding_key(profile.device, profile.environment)

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from lingualinked.checks import as_float
 from lingualinked.device import CALLER, Device, Links, check_links, link_between
 from lingualinked.errors import ArgumentError
+from lingualinked.link_profile import LinkProfile
 from lingualinked.module_times import ModuleTimes, StepTime
-from lingualinked.profile import DeviceProfile, LinkProfile, ModelProfile, Profile
+from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.units import parse_rate
 from lingualinked.workload import Workload
 

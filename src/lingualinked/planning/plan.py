@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from lingualinked.device import Device
+from lingualinked.environment import Environments, inexact_because
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.comparison import Comparison
 from lingualinked.planning.explanation import Explanation
@@ -122,7 +123,9 @@ class Plan(Shown):
             return plan
         check_plan(plan, profile.model.num_layers, profile.names)
         plan = dataclasses.replace(plan, profile=profile, workload=profile.model.fit_workload(workload))
-        return complete_plan(plan, profile.model.weights, [each.device for each in profile.devices])
+        return complete_plan(
+            plan, profile.model.weights, [each.device for each in profile.devices], profile.environments
+        )
 
     @property
     def num_layers(self) -> int:
@@ -141,7 +144,15 @@ class Plan(Shown):
 
     @property
     def exact(self) -> bool:
-        """Whether the placement gives the bits of the unsharded model under the same settings."""
+        """Whether the placement gives the bits of the unsharded model under the same settings.
+
+        That model is uncut transformers on any one of the machines that hold stages, with their versions of torch and
+        transformers, their accelerator and as many threads. So all stages must have those in common, and their processors
+        the instruction set; where processors differ in name, their workers compare the bits of products, attention and
+        elementwise functions when they load. The caller must have the same transformers and release of torch, by which it
+        prepares steps and turns logits into tokens; its processor does not count. A plan that no worker has loaded yet
+        knows of versions and processors what its profile has measured, or nothing.
+        """
         return not self.inexact_because
 
     @property
@@ -277,27 +288,18 @@ def _predict(plan: Plan, profile: Profile, workload: Workload) -> Prediction:
     return predict(plan.stages, profile, workload, plan.reserve)
 
 
-def complete_plan(plan: Plan, weights: WeightBytes, devices: Iterable[Device]) -> Plan:
-    """Fill in the bytes of a plan's stages, and whether its devices give the unsharded model's bits."""
+def complete_plan(
+    plan: Plan, weights: WeightBytes, devices: Iterable[Device], environments: Environments | None = None
+) -> Plan:
+    """Fill in the bytes of a plan's stages, and whether its devices give the unsharded model's bits, by what is known."""
     by_name = {device.name: device for device in devices}
     return dataclasses.replace(
         plan,
         stages=tuple(
             dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
         ),
-        inexact_because=inexact_because([by_name[name] for name in plan.devices]),
+        inexact_because=inexact_because([by_name[name] for name in plan.devices], environments),
     )
-
-
-def inexact_because(devices: Sequence[Device]) -> str:
-    """Say why stages on these devices can't give the unsharded model's bits; empty if they can."""
-    kinds = sorted({device.accelerator.split(":")[0] for device in devices})
-    if len(kinds) > 1:
-        return f"mixed accelerators ({', '.join(kinds)}) round differently"
-    threads = sorted({device.threads for device in devices if device.threads is not None})
-    if kinds == ["cpu"] and len(threads) > 1:
-        return f"mixed thread counts ({', '.join(map(str, threads))}) sum in different orders"
-    return ""
 
 
 def check_plan(plan: Plan, num_layers: int, device_names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from lingualinked.environment import Environment
 from lingualinked.errors import ProtocolError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
@@ -120,10 +121,11 @@ class DismissWorker(Message, frozen=True, tag=33):
 
 
 class Hello(Message, frozen=True, tag=16):
-    """A worker is ready, and its inbox listens at this address."""
+    """A worker is ready, computes with this, and its inbox listens at this address."""
 
     pid: int
     address: str
+    environment: Environment
 
 
 class Progress(Message, frozen=True, tag=17):

@@ -16,6 +16,7 @@ import torch
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
+from lingualinked.model.environment_probe import read_environment
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.boot import Boot, Emulation
@@ -148,7 +149,8 @@ class Worker:
 
     def run(self) -> NoReturn:
         """Send `Hello`, then handle messages until the lifeline ends the process."""
-        self._send_to_caller(Hello(pid=os.getpid(), address=self._mailbox.address))
+        environment = read_environment(self._boot.accelerator)
+        self._send_to_caller(Hello(pid=os.getpid(), address=self._mailbox.address, environment=environment))
         while True:
             waiting = self._inbox.next_message()
             if waiting is not None:

@@ -27,6 +27,7 @@ from lingualinked.errors import (
     WorkerError,
 )
 from lingualinked.model.context import MaskMode, PositionMode
+from lingualinked.model.environment_probe import read_environment
 from lingualinked.model.hook_data import Entries, Items, Plain
 from lingualinked.protocol.failures import FailureKind, KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
@@ -72,7 +73,7 @@ class Conversation:
 
     def greet(self, *names: str) -> None:
         for name in names:
-            self.say(name, Hello(pid=1, address=self.workers[name].address))
+            self.say(name, Hello(pid=1, address=self.workers[name].address, environment=HERE))
         for name in self.workers:
             while isinstance(introduction := self.heard(name), IntroduceWorker):
                 self.say(name, Acknowledged(request=introduction.request))
@@ -193,6 +194,7 @@ def recorded(stage: int, *, model: int = 1, layouts: tuple[tuple[bool, ...], ...
     return StepRecorded(model=model, session=1, number=0, stage=stage, layouts=layouts)
 
 
+HERE = read_environment()
 DONE = StepDone(model=1, session=1, number=0, timings=())
 FAILED = StepFailed(model=1, session=1, number=0, kind=FailureKind.ERROR, cause="E: x", traceback="")
 
@@ -545,7 +547,7 @@ def test_an_answer_about_another_model_is_none(talk: Conversation, kind: type[An
 def test_workers_are_introduced_to_each_other_once_and_are_ready_then() -> None:
     conversation = Conversation()
     for name in "ab":
-        conversation.say(name, Hello(pid=1, address=conversation.workers[name].address))
+        conversation.say(name, Hello(pid=1, address=conversation.workers[name].address, environment=HERE))
     assert not conversation.exchange.settled["b"].is_set()
     for name, about in (("a", "b"), ("b", "a")):
         introduction = conversation.heard(name)
@@ -565,7 +567,7 @@ def test_workers_are_introduced_to_each_other_once_and_are_ready_then() -> None:
 def test_who_dies_before_it_is_introduced_holds_nobody_up() -> None:
     conversation = Conversation()
     for name in "ab":
-        conversation.say(name, Hello(pid=1, address=conversation.workers[name].address))
+        conversation.say(name, Hello(pid=1, address=conversation.workers[name].address, environment=HERE))
     introduction = conversation.heard("b")
     assert isinstance(introduction, IntroduceWorker)
     conversation.say("b", Acknowledged(request=introduction.request))
@@ -582,7 +584,7 @@ def test_a_device_that_is_forgotten_is_forgotten_by_all(talk: Conversation) -> N
 @pytest.mark.parametrize("address", ["udp://1.2.3.4:5", "pgm://x", "", "inproc://x"])
 def test_a_hello_from_nowhere_is_refused(address: str) -> None:
     conversation = Conversation()
-    conversation.say("a", Hello(pid=1, address=address))
+    conversation.say("a", Hello(pid=1, address=address, environment=HERE))
     assert not conversation.exchange.settled["a"].is_set()
     assert conversation.caller.num_refused == 1
     conversation.exchange.close()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import lingualinked as ll
+from lingualinked.environment import inexact_because
 from lingualinked.planning.even import even_plan
-from lingualinked.planning.plan import inexact_because
 from lingualinked.weight_bytes import WeightBytes
 
 SIZES = st.integers(1, 50)

@@ -14,10 +14,10 @@ import pytest
 from scipy import optimize
 
 import lingualinked as ll
+from lingualinked.link_profile import LinkProfile
 from lingualinked.planning.left_out import sessions_to_pay
 from lingualinked.planning.planner import solve
 from lingualinked.planning.workload_costs import kv_capacity
-from lingualinked.profile import LinkProfile
 from profiles import MIB, profile
 
 WORKLOAD = ll.Workload(prompt_tokens=64, new_tokens=64)

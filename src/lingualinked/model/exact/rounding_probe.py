@@ -49,6 +49,7 @@ def probe_rounding(
             digest.update(whole.view(torch.uint8).numpy().tobytes())
             digest.update(function(slice(0, 1)).view(torch.uint8).numpy().tobytes())
             least = max(least, _least_independent(function, whole))
+        digest.update(_left_over(dtype).view(torch.uint8).numpy().tobytes())
     return Rounding(digest.hexdigest()[:16], least if least <= _COUNTS[-3] else 0)  # three counts have to confirm it
 
 
@@ -110,6 +111,13 @@ def _cancelling_attention(
     keys[:, :, half : 2 * half], values[:, :, half : 2 * half] = keys[:, :, :half], -values[:, :, :half]
     values[:, :, 2 * half :] = 0
     return queries, keys, values
+
+
+def _left_over(dtype: torch.dtype) -> Tensor:
+    """Compute what is left over at the end of vectors, for which the system's functions of one number are called."""
+    states = torch.linspace(-6, 6, _VECTOR - 1).to(dtype)
+    functions = (torch.exp, torch.sin, torch.cos, torch.tanh, torch.erf, functional.silu, functional.gelu)
+    return torch.cat([*(function(states) for function in functions), torch.pow(10_000.0, states / 6)])
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
