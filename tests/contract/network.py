@@ -36,7 +36,8 @@ class Network:
         if self.kind == "inprocess":
             mailbox = InProcessMailbox(self._hub, name, self.keys[name], is_open=False, **limits)
         else:
-            mailbox = ZmqMailbox(name, self.keys[name], self.kind, shared_memory=self.kind == "ipc", **limits)
+            is_local = self.kind == "ipc"
+            mailbox = ZmqMailbox(name, self.keys[name], ipc=is_local, shared_memory=is_local, **limits)
         self._mailboxes.append(mailbox)
         for other in authorised:
             mailbox.authorise(other, self.keys[other].public)

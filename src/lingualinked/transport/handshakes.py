@@ -40,6 +40,11 @@ class Handshakes:
             self._undecided.pop(descriptor, None)
             self.num_open -= 1
 
+    @property
+    def num_waiting(self) -> int:
+        """Number of open connections that may not have completed their handshake, or have done so within seconds."""
+        return len(self._undecided)
+
     def exclude_refused(self) -> None:
         """Exclude one connection that was refused, and counted, elsewhere."""
         self._num_refused += 1

@@ -86,7 +86,7 @@ class InProcessMailbox(Mailbox):
         self._queue: queue.SimpleQueue[tuple[str, Sequence[bytes]] | None] = queue.SimpleQueue()
         self._is_woken = False
         self._hub = hub
-        self.address = f"{_SCHEME}{secrets.token_hex(16)}"
+        self.addresses = (f"{_SCHEME}{secrets.token_hex(16)}",)
         hub.add(self)
 
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102

@@ -27,7 +27,7 @@ _MAX_DELAYED_BYTES = 1 << 30  # of one sender
 
 
 class Mailbox(abc.ABC):
-    """One party's inbox, with an address that others send to, and the peers that the party sends to.
+    """One party's inbox, with addresses that others send to, and the peers that the party sends to.
 
     A mailbox belongs to the thread that made it: only that thread may call `authorise`, `withdraw`, `connect`, `disconnect`,
     `send`, `receive` and `close`. Any thread, signal handler or finalizer may call `wake`. Once the owning thread has ended,
@@ -41,10 +41,13 @@ class Mailbox(abc.ABC):
 
     name: str  # for error messages; other parties choose what they call it
     public_key: str  # what others pass to `connect`, with the address
-    address: str  # where others connect to; never reused after the mailbox is closed
+    addresses: tuple[
+        str, ...
+    ]  # where others connect to, the fastest one first; the host of a TCP address may be a wildcard
     _refusals: Refusals
     _authorised: dict[str, str]  # public key -> name
     _peers: dict[str, tuple[str, str]]  # name -> address, public key
+    _elsewhere: set[str]  # public keys of parties on other hosts
 
     def __init__(self, name: str, public_key: str, refusals: Refusals) -> None:
         self.name = name
@@ -52,11 +55,17 @@ class Mailbox(abc.ABC):
         self._refusals = refusals
         self._authorised = {}
         self._peers = {}
+        self._elsewhere = set()
         self._links: dict[str, ShapedLink] = {}
         self._delayed = DelayQueue()
         self._delayed_from: frozenset[str] = frozenset()
         self._closed = False
         self.encode_s = 0.0  # of the last `send`
+
+    @property
+    def address(self) -> str:
+        """The address for parties of this host; never reused after the mailbox is closed."""
+        return self.addresses[0]
 
     @property
     def num_refused(self) -> int:
@@ -73,17 +82,20 @@ class Mailbox(abc.ABC):
         """
         self._refusals.add(sender, kind, detail, level)
 
-    def authorise(self, name: str, public_key: str) -> None:
+    def authorise(self, name: str, public_key: str, *, same_host: bool = True) -> None:
         """Let the holder of a key connect from now on. Does nothing if the key is authorised under this name already.
 
-        A key that had the name before loses it, and its messages are dropped. A connection that has been refused stays
+        With a party that is not on the same host, no memory is shared, in neither direction. A key that had the name before loses it, and its messages are dropped. A connection that has been refused stays
         refused: its maker has to `disconnect` and `connect` again. Raises ArgumentError if the key is authorised under
         another name.
         """
         self._check_open()
         before = authorise(self._authorised, name, public_key)
+        if not same_host:
+            self._elsewhere.add(public_key)
         self._authorise(public_key)
         if before is not None:
+            self._elsewhere.discard(before)
             self._withdraw(before)
 
     def withdraw(self, name: str) -> None:
@@ -91,6 +103,7 @@ class Mailbox(abc.ABC):
         self._check_open()
         for key in [key for key, owner in self._authorised.items() if owner == name]:
             del self._authorised[key]
+            self._elsewhere.discard(key)
             self._withdraw(key)
 
     def connect(self, name: str, address: str, public_key: str) -> None:
@@ -235,5 +248,5 @@ class Mailbox(abc.ABC):
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"at {self.address}"
+        state = "closed" if self._closed else f"at {', '.join(self.addresses)}"
         return f"<{type(self).__name__} {self.name!r} {state}>"

@@ -11,14 +11,17 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from lingualinked.transport.gate import Gate
 from lingualinked.transport.handshakes import EVENTS, Handshakes
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.waker import Waker
+
+logger = logging.getLogger("lingualinked.transport")
 
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"lingualinked"
@@ -44,10 +47,11 @@ class ZapHandler:
         events: zmq.Socket[bytes] = context.socket(zmq.PAIR)
         requests.linger = events.linger = 0
         self._stop = Waker()
-        self._authorised: dict[bytes, str] = {}  # shared with the thread; each change is of one entry
+        self._authorised: dict[bytes, str] = {}  # shared with the thread, as the gates; each change is of one entry
+        self._gates: list[Gate] = []
         self._thread = threading.Thread(
             target=_serve_requests,
-            args=(context, requests, events, self._stop, self._authorised, refusals),
+            args=(context, requests, events, self._stop, self._authorised, self._gates, refusals),
             name="lingualinked-zap",
             daemon=True,
         )
@@ -62,6 +66,10 @@ class ZapHandler:
     def watch_handshakes(self, inbox: zmq.Socket[bytes]) -> None:
         """Count connections to a socket that end without an authorised key; for one socket, before it is bound."""
         inbox.monitor(_MONITOR_ENDPOINT, EVENTS)
+
+    def guard(self, gate: Gate) -> None:
+        """Close a gate of the watched socket while too many of its connections are in their handshake."""
+        self._gates.append(gate)
 
     def authorise(self, key: bytes, user_id: str) -> None:
         """Accept connections from the holder of a raw public key, whose frames will carry this user id."""
@@ -89,6 +97,7 @@ def _serve_requests(
     events: zmq.Socket[bytes],
     stop: Waker,
     authorised: Mapping[bytes, str],
+    gates: Sequence[Gate],
     refusals: Refusals,
 ) -> None:
     items: list[tuple[zmq.Socket[bytes] | int, int]] = [
@@ -96,12 +105,17 @@ def _serve_requests(
     ]
     handshakes = Handshakes()
     num_accepted: Counter[str] = collections.Counter()
+    was_flooded = False
     try:
         while not stop.clear():
             left_s = handshakes.next_expiry_s() - time.monotonic()
             zmq.zmq_poll(items, -1 if left_s == math.inf else max(math.ceil(left_s * 1000), 0))
-            # 1) count handshakes
+            # 1) count handshakes; strangers must not take all descriptors
             _receive_events(events, handshakes)
+            for gate in gates:
+                if gate.adjust(handshakes.num_waiting) and not was_flooded:
+                    was_flooded = True
+                    logger.warning("so many connections show no key that new ones wait; later on, this is not logged")
             # 2) answer all requests: a refused connection must be excluded before its end is counted as a failure
             while requests.poll(0):
                 has_room = handshakes.num_open <= _OPEN_PER_KEY * len(authorised)

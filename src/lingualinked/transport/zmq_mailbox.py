@@ -12,12 +12,11 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -38,6 +37,7 @@ from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAU
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.rings import Rings
 from lingualinked.transport.socket_folder import make_socket_folder, new_socket_path
+from lingualinked.transport.tcp_listener import TcpEndpoint, TcpListener
 from lingualinked.transport.waker import Waker
 from lingualinked.transport.zap import DOMAIN, ZapHandler
 
@@ -46,19 +46,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lingualinked.transport")
 
-_LOOPBACK = "tcp://127.0.0.1:*"
 _CURVE_OVERHEAD_BYTES = 33  # of a frame that MAXMSGSIZE is compared with
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_UNREAD = 1_000  # messages of one peer in the inbox; the others stay with the peer
 _MAX_UNSENT = 100_000  # messages to one peer; far more than are ever in flight to one that receives
 # Anything else is refused: a transport that libzmq lacks would abort the process, and names would be looked up in the network.
-_TCP_ADDRESS = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]):\d{1,5}")
+_TCP_ADDRESS = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+(%[\w.-]+)?\]):\d{1,5}", re.ASCII)
 _IPC_ADDRESS = re.compile(r"ipc://(/.+)/[0-9a-f]{8}")
 _MAX_POLL_MS = 2**31 - 1
+# Of connections over TCP, so that one that was cut is closed. The answer to a heartbeat comes behind the bytes that are
+# under way, which take half a minute on a slow link, and not while the receiver leaves a thousand messages unread.
+_HEARTBEAT_MS = 10_000
+_HEARTBEAT_TIMEOUT_MS = 60_000
+_CONNECT_TIMEOUT_MS = 3_000  # then it tries again: less often, the kernel repeats what was dropped
 
 
 class ZmqMailbox(Mailbox):
-    """A mailbox that processes of one machine reach over ipc or loopback.
+    """A mailbox that processes reach over ipc, and over TCP from other machines.
 
     Everything on a socket is encrypted. Only holders of authorised keys can connect: others, and peers without
     encryption, fail in the handshake, before anything that they send is read. If the address is that of a unix socket,
@@ -70,8 +74,10 @@ class ZmqMailbox(Mailbox):
 
     With `serves_gpu`, large tensors are received in pinned memory, from which a GPU copies them.
 
-    It listens on a unix socket where libzmq supports it, in `socket_folder`, or else in a new folder that is removed
-    when the mailbox is closed; with ``"tcp"``, on a free port of 127.0.0.1.
+    It listens on a unix socket if `ipc` is true and libzmq supports it, in `socket_folder`, or else in a new folder that is
+    removed when the mailbox is closed; and at the endpoint `tcp`, if given. With neither, it listens on a free port of
+    127.0.0.1. While too many connections over TCP show no key, the kernel delays new ones. A connection over TCP that was
+    cut is noticed within about a minute.
 
     Limits apply before encryption, and are the same for all parties. A frame that exceeds its limit is not read, and
     its sender loses the connection. A message is compared with its limit when it is received: until then it is in
@@ -82,8 +88,9 @@ class ZmqMailbox(Mailbox):
         self,
         name: str,
         keys: KeyPair,
-        address: Literal["ipc", "tcp"] | None = None,
         *,
+        ipc: bool = True,
+        tcp: TcpEndpoint | None = None,
         socket_folder: str | None = None,
         shared_memory: bool = True,
         serves_gpu: bool = False,
@@ -94,7 +101,6 @@ class ZmqMailbox(Mailbox):
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
         self._keys = keys
         self._socket_folder = socket_folder
-        kind = _kind_of_address(address)
         self.sent_shared_bytes = self.received_shared_bytes = 0  # of tensors, through shared memory
         self._sockets = _Sockets(self._refusals)
         self._rings = Rings(is_used=shared_memory, is_pinned=serves_gpu)
@@ -103,8 +109,12 @@ class ZmqMailbox(Mailbox):
         self._finalizer.atexit = False
         weakref.finalize(self, self._sockets.remove_files)
         try:
-            endpoint = _LOOPBACK if kind == "tcp" else self._sockets.new_endpoint(socket_folder)
-            self.address = self._sockets.bind(endpoint, keys, max_frame_bytes + _CURVE_OVERHEAD_BYTES)
+            self._sockets.protect_inbox(keys, max_frame_bytes + _CURVE_OVERHEAD_BYTES)
+            uses_ipc = ipc and zmq.has("ipc")
+            local = (self._sockets.bind_ipc(socket_folder),) if uses_ipc else ()
+            if tcp is None and not uses_ipc:
+                tcp = TcpEndpoint()
+            self.addresses = local if tcp is None else (*local, self._sockets.bind_tcp(tcp))
         except BaseException:
             self.close()
             raise
@@ -184,7 +194,8 @@ class ZmqMailbox(Mailbox):
             raise ArgumentError(
                 f"mailbox {self.name!r} can't connect to {name!r} at {address!r} ({error}): pass the address of its mailbox"
             ) from error
-        self._rings.add_writer(name)
+        if public_key not in self._elsewhere:
+            self._rings.add_writer(name)
 
     def _is_reachable(self, address: str) -> bool:
         """Return whether an address is a valid one, and in the given folder if it is that of a unix socket."""
@@ -227,7 +238,7 @@ class ZmqMailbox(Mailbox):
             return None
         num_all_bytes = len(frames[0]) + sum(tensor.nbytes for tensor in message.tensors)
         self.received_shared_bytes += num_all_bytes - num_bytes
-        if message.offer is not None:
+        if message.offer is not None and key not in self._elsewhere:
             self._rings.open_reader(key, message.offer)
         decode_s = time.perf_counter() - began_s
         return self._hold_until_due(
@@ -261,6 +272,7 @@ class _Sockets:
         self._pid = os.getpid()
         self.outboxes: dict[str, zmq.Socket[bytes]] = {}
         self._files = contextlib.ExitStack()
+        self._listeners: list[TcpListener] = []
         with contextlib.ExitStack() as undo:
             self.waker = Waker()
             undo.callback(self.waker.close)
@@ -272,16 +284,26 @@ class _Sockets:
             self._zap.watch_handshakes(self.inbox)
             undo.pop_all()
 
-    def new_endpoint(self, folder: str | None) -> str:
-        """Choose a name for a unix socket in a folder, or in a new one; `close` removes what was made."""
+    def bind_ipc(self, folder: str | None) -> str:
+        """Listen on a new unix socket in a folder, or in a new one; `close` removes what was made."""
         if folder is None:
             folder = make_socket_folder()
             self._files.callback(shutil.rmtree, folder, ignore_errors=True)
         path = new_socket_path(folder)
         self._files.callback(Path(path).unlink, missing_ok=True)
+        self.inbox.bind(f"ipc://{path}")
         return f"ipc://{path}"
 
-    def bind(self, endpoint: str, keys: KeyPair, max_frame_bytes: int) -> str:
+    def bind_tcp(self, endpoint: TcpEndpoint) -> str:
+        """Listen at an endpoint; return the address at which others reach it."""
+        listener = TcpListener(endpoint)
+        self._listeners.append(listener)
+        listener.bind_socket(self.inbox)
+        self._zap.guard(listener.gate)
+        return listener.address
+
+    def protect_inbox(self, keys: KeyPair, max_frame_bytes: int) -> None:
+        """Let in nobody without an authorised key, and nothing that is too large; before the inbox is bound."""
         self.inbox.curve_server = True
         self.inbox.curve_publickey = keys.public.encode()
         self.inbox.curve_secretkey = keys.secret.encode()
@@ -289,10 +311,6 @@ class _Sockets:
         self.inbox.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self.inbox.maxmsgsize = max_frame_bytes
         self.inbox.rcvhwm = _MAX_UNREAD
-        self.inbox.bind(endpoint)
-        bound = self.inbox.get(zmq.LAST_ENDPOINT)
-        assert isinstance(bound, bytes)
-        return bound.decode().rstrip("\0")
 
     def authorise(self, public_key: str) -> None:
         # Frames carry the key as user id, not the name: libzmq ends a user id at the first zero byte.
@@ -308,6 +326,8 @@ class _Sockets:
             outbox.curve_serverkey = public_key.encode()
             outbox.curve_publickey = keys.public.encode()
             outbox.curve_secretkey = keys.secret.encode()
+            if address.startswith("tcp:"):
+                _prepare_for_network(outbox, address)
             outbox.connect(address)
         except BaseException:
             outbox.close()
@@ -322,6 +342,8 @@ class _Sockets:
             return
         self.waker.close()
         self.inbox.close()
+        for listener in self._listeners:
+            listener.close()
         while self.outboxes:
             self.outboxes.popitem()[1].close()
         self.remove_files()
@@ -341,10 +363,8 @@ class _Sockets:
         return socket
 
 
-def _kind_of_address(address: str | None) -> str:
-    kinds = ["ipc", "tcp"] if zmq.has("ipc") else ["tcp"]
-    if address is None:
-        return kinds[0]
-    if address not in kinds:
-        raise ArgumentError(f"address={address!r} can't be used on {sys.platform}: pass {' or '.join(kinds)}, or None")
-    return address
+def _prepare_for_network(outbox: zmq.Socket[bytes], address: str) -> None:
+    outbox.ipv6 = "[" in address
+    outbox.connect_timeout = _CONNECT_TIMEOUT_MS
+    outbox.heartbeat_ivl = _HEARTBEAT_MS
+    outbox.heartbeat_timeout = outbox.heartbeat_ttl = _HEARTBEAT_TIMEOUT_MS
