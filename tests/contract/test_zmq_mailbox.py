@@ -319,6 +319,45 @@ def test_ipc_addresses_are_in_a_private_folder_and_tcp_ones_local(zmq_network: N
     assert not path.parent.exists()
 
 
+def test_a_mailbox_has_one_inbox_for_all_its_addresses() -> None:
+    mine, near, far = generate_keypair(), generate_keypair(), generate_keypair()
+    with contextlib.ExitStack() as stack:
+        box = stack.enter_context(ZmqMailbox("box", mine, tcp=TcpEndpoint(advertise="10.77.0.1")))
+        kinds = [address.partition(":")[0] for address in box.addresses]
+        assert kinds == (["ipc", "tcp"] if zmq.has("ipc") else ["tcp"])
+        port = box.addresses[-1].removeprefix("tcp://10.77.0.1:")
+        for name, keys, address in (("near", near, box.address), ("far", far, f"tcp://127.0.0.1:{port}")):
+            box.authorise(name, keys.public)
+            peer = stack.enter_context(ZmqMailbox(name, keys, ipc=False))
+            peer.connect("box", address, mine.public)
+            peer.send("box", b"", [torch.ones(2)])
+        assert {take(box).sender, take(box).sender} == {"near", "far"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux filters what comes to a socket")
+@pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)
+@pytest.mark.parametrize("spoken", [b"", GREETING[:12], GREETING], ids=["silent", "begun", "greeted"])
+def test_half_open_connections_leave_descriptors_and_sessions_alone(zmq_network: Network, spoken: bytes) -> None:
+    a, b = zmq_network.open_all("a", "b")
+    host, port = b.address.removeprefix("tcp://").split(":")
+    handles, most = Path("/proc/self/fd"), 0
+    before = sum(1 for _ in handles.iterdir())
+    with contextlib.ExitStack() as stack:
+        for number in range(600):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((host, int(port)))
+            with contextlib.suppress(OSError):
+                client.send(spoken)
+            if number % 20 == 0:
+                a.send("b", b"meanwhile")
+                assert take(b).payload == b"meanwhile"
+            most = max(most, sum(1 for _ in handles.iterdir()) - before - number)
+    assert most < 550
+    a.send("b", b"after")
+    assert take(b).payload == b"after"
+
+
 def test_a_socket_lies_in_the_folder_that_is_named(tmp_path: Path) -> None:
     with ZmqMailbox("a", generate_keypair(), socket_folder=str(tmp_path)) as a:
         assert [f"ipc://{path}" for path in tmp_path.iterdir()] == [a.address]
@@ -354,6 +393,7 @@ def test_nothing_but_mailboxes_is_connected_to(tmp_path: Path, address: str) -> 
             mailbox.connect("other", address, keys.public)
         mailbox.connect("near", f"ipc://{tmp_path}/01234567", keys.public)
         mailbox.connect("far", "tcp://127.0.0.1:5555", keys.public)
+        mailbox.connect("farther", "tcp://[fe80::1%lo]:5555", keys.public)
 
 
 def test_what_fails_in_the_making_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

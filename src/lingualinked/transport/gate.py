@@ -6,9 +6,12 @@ Knows one socket and the kernel's filters; no keys and no libzmq. Has no effect 
 from __future__ import annotations
 
 import ctypes
+import logging
 import socket
 import struct
 import sys
+
+logger = logging.getLogger("lingualinked.transport")
 
 MOST_WAITING = 100
 """Connections in their handshake at which a gate closes; it opens again at half as many."""
@@ -28,16 +31,22 @@ class Gate:
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self.is_closed = False
+        self._was_closed = False
 
-    def adjust(self, num_waiting: int) -> bool:
-        """Close or open the gate by the number of connections in their handshake; return whether it has just closed."""
+    def adjust(self, num_waiting: int) -> None:
+        """Close or open the gate by the number of connections in their handshake."""
         if not self.is_closed and num_waiting >= MOST_WAITING:
             # The kernel copies the filter.
             self.is_closed = self._set(_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(_DROP_ALL)))
-            return self.is_closed
-        if self.is_closed and num_waiting <= MOST_WAITING // 2:
+            if self.is_closed and not self._was_closed:
+                self._was_closed = True
+                logger.warning(
+                    "%d connections to %s show no key: new ones have to wait; more floods are not logged",
+                    num_waiting,
+                    self._listener.getsockname()[:2],
+                )
+        elif self.is_closed and num_waiting <= MOST_WAITING // 2:
             self.is_closed = not self._set(_DETACH_FILTER, struct.pack("i", 0))
-        return False
 
     def _set(self, option: int, value: bytes) -> bool:
         if sys.platform != "linux":

@@ -21,8 +21,6 @@ from lingualinked.transport.handshakes import EVENTS, Handshakes
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.waker import Waker
 
-logger = logging.getLogger("lingualinked.transport")
-
 ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"lingualinked"
 _ACCEPTED = b"200"
@@ -45,6 +43,7 @@ class ZapHandler:
         requests: zmq.Socket[bytes] = context.socket(zmq.REP)
         # Once this socket's queue of events is full, libzmq's thread waits, and with it whoever floods it with connections.
         events: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        events.rcvhwm = 1  # beside the thousand that libzmq's end holds
         requests.linger = events.linger = 0
         self._stop = Waker()
         self._authorised: dict[bytes, str] = {}  # shared with the thread, as the gates; each change is of one entry
@@ -105,17 +104,12 @@ def _serve_requests(
     ]
     handshakes = Handshakes()
     num_accepted: Counter[str] = collections.Counter()
-    was_flooded = False
     try:
         while not stop.clear():
             left_s = handshakes.next_expiry_s() - time.monotonic()
             zmq.zmq_poll(items, -1 if left_s == math.inf else max(math.ceil(left_s * 1000), 0))
-            # 1) count handshakes; strangers must not take all descriptors
-            _receive_events(events, handshakes)
-            for gate in gates:
-                if gate.adjust(handshakes.num_waiting) and not was_flooded:
-                    was_flooded = True
-                    logger.warning("so many connections show no key that new ones wait; later on, this is not logged")
+            # 1) count handshakes; strangers must not use up the descriptors
+            _receive_events(events, handshakes, gates)
             # 2) answer all requests: a refused connection must be excluded before its end is counted as a failure
             while requests.poll(0):
                 has_room = handshakes.num_open <= _OPEN_PER_KEY * len(authorised)
@@ -131,15 +125,20 @@ def _serve_requests(
         _terminate(context, requests, events, stop)
 
 
-def _receive_events(events: zmq.Socket[bytes], handshakes: Handshakes) -> None:
-    """Record the events that have come, up to a limit."""
+def _receive_events(events: zmq.Socket[bytes], handshakes: Handshakes, gates: Sequence[Gate]) -> None:
+    """Record the events that have come, up to a limit, and adjust the gates to each."""
     for _ in range(_MAX_EVENTS):
         now_s = time.monotonic()  # read before the poll, so that later events can't be missed
-        if not events.poll(0):
+        has_event = bool(events.poll(0))
+        if has_event:
+            message = parse_monitor_message(events.recv_multipart())
+            handshakes.record_event(message["event"], message["value"], now_s)
+        else:
             handshakes.expire_undecided(now_s)
+        for gate in gates:
+            gate.adjust(handshakes.num_waiting)
+        if not has_event:
             return
-        message = parse_monitor_message(events.recv_multipart())
-        handshakes.record_event(message["event"], message["value"], now_s)
 
 
 def _terminate(
