@@ -19,7 +19,9 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     Parameters
     ----------
     host : str
-        Name of its machine.
+        Name of its host.
+    machine : str
+        Equal for processes on one machine until that starts anew, whatever containers they are in.
     versions : Versions
         Of Python and the libraries.
     processor : str
@@ -33,6 +35,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     host: str
+    machine: str
     versions: Versions
     processor: str
     cpu_capability: str

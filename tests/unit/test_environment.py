@@ -15,6 +15,7 @@ from lingualinked.versions import Versions
 
 HERE = Environment(
     host="here",
+    machine="0",
     versions=Versions(lingualinked="0.1.0", torch="2.13.0+cpu", transformers="5.23.0", python="3.12.3"),
     processor="EPYC",
     cpu_capability="AVX2",
@@ -30,7 +31,7 @@ def other(
     torch: str = HERE.versions.torch, transformers: str = HERE.versions.transformers, **changed: object
 ) -> Environment:
     versions = HERE.versions._replace(torch=torch, transformers=transformers)
-    return msgspec.structs.replace(HERE, host="there", versions=versions, **changed)
+    return msgspec.structs.replace(HERE, host="there", machine="1", versions=versions, **changed)
 
 
 def test_equal_environments_are_exact_whatever_their_hosts_and_processors_are_called() -> None:

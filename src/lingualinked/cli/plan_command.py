@@ -84,10 +84,11 @@ def _find_or_estimate_profile(
     footprint = described.footprint()
     workload = footprint.profile.fit_workload(workload)
     filled = as_devices(asked.devices)
-    found = saved_profile(filled, asked.links, footprint, workload)
-    if found is not None:
-        return found
-    check_devices(footprint, filled, asked.links, workload)
+    if all(device.address is None for device in filled):  # of other hosts, nothing is known before their workers answer
+        found = saved_profile(filled, asked.links, footprint, workload, {})
+        if found is not None:
+            return found
+        check_devices(footprint, filled, asked.links, workload, {})
     if progress:
         typer.echo(_announcement(footprint.profile, filled, workload), err=True)
     with ll.Cluster(filled, links=asked.links) as cluster:

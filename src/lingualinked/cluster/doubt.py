@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Self
 
 import psutil
@@ -47,12 +47,17 @@ class OtherWork:
         return seconds
 
 
-def find_doubt(model: ModelProfile, devices: Sequence[DeviceProfile], other_cores: float) -> str:
-    """Explain why times measured while others kept so many cores busy can't be trusted; an empty text if they can."""
+def find_doubt(model: ModelProfile, devices: Sequence[DeviceProfile], here: Collection[str], other_cores: float) -> str:
+    """Explain why times can't be trusted; an empty text if they can.
+
+    Processes other than workers kept ``other_cores`` of this machine busy, which the devices ``here`` have measured on; of
+    other machines that is not known.
+    """
     reasons = []
     num_cores = psutil.cpu_count() or 1
-    needed = sum((each.device.threads or 1) if each.device.accelerator == "cpu" else 1 for each in devices)
-    if other_cores > max(0, num_cores - needed) + _LEAST_CORES:
+    local = [each.device for each in devices if each.device.name in here]
+    needed = sum((device.threads or 1) if device.accelerator == "cpu" else 1 for device in local)
+    if local and other_cores > max(0, num_cores - needed) + _LEAST_CORES:
         reasons.append(f"other processes kept {other_cores:.1f} of {num_cores} cores busy")
     for phase in ("prefill", "decode step"):
         names: dict[str, list[str]] = {}  # by how far they spread: devices that are alike are measured once

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from lingualinked.cluster.doubt import OtherWork, find_doubt
-from lingualinked.cluster.link_probing import measure_links, tournament
+from lingualinked.cluster.link_probing import all_pairs, measure_links
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.remote_text import readable
 from lingualinked.device import CALLER, Device
@@ -52,33 +52,36 @@ def profile_devices(
 ) -> Profile:
     """Measure a model on devices of a cluster, all at the same time, and then every link between them and the caller.
 
-    What devices that are alike have measured is taken together, and so with links: with equal devices it is the
-    machine's noise that differs. ``on_progress`` is told a device's name and how many of its `num_measurements` are
+    What equal devices of one machine have measured is taken together, since it is the machine's noise that differs, and
+    so with links within a machine. ``on_progress`` is told a device's name and how many of its `num_measurements` are
     done, on the cluster's I/O thread.
     """
     for device in devices:
         cluster._engine.wait_for_worker(device.name, cluster.timeout_s)  # noqa: SLF001 - within the room
-    with OtherWork(cluster.pids.values()) as others:
+    environments = cluster._engine.environments()  # noqa: SLF001 - within the room
+    machines = {name: each.machine for name, each in environments.items()}
+    here = [device.name for device in devices if machines[device.name] == machines[CALLER]]
+    with OtherWork(pid for name, pid in cluster.pids.items() if name in here) as others:
         answers = _measure_models(cluster, devices, footprint, workload, on_progress)
     groups: defaultdict[object, list[ModelMeasured]] = defaultdict(list)
+    free: defaultdict[object, list[int]] = defaultdict(list)  # a worker that answers early may not see what others take
     for device, answer in zip(devices, answers, strict=True):
-        groups[_likeness(cluster.as_it_behaves(device), answer.hardware)].append(answer)
-    free: defaultdict[str, list[int]] = defaultdict(list)  # a worker that answers early may not see what others take
-    for device, answer in zip(devices, answers, strict=True):
-        free[device.accelerator].append(answer.free_bytes)
-    environments = cluster._engine.environments()  # noqa: SLF001 - within the room
+        groups[_likeness(cluster.as_it_behaves(device), answer.hardware, machines[device.name])].append(answer)
+        free[machines[device.name], device.accelerator].append(answer.free_bytes)
     measured = []
     for device, answer in zip(devices, answers, strict=True):
-        alike = groups[_likeness(cluster.as_it_behaves(device), answer.hardware)]
-        free_bytes = share_of_memory(device, devices, min(free[device.accelerator]))
+        machine = machines[device.name]
+        alike = groups[_likeness(cluster.as_it_behaves(device), answer.hardware, machine)]
+        beside = [each for each in devices if machines[each.name] == machine]
+        free_bytes = share_of_memory(device, beside, min(free[machine, device.accelerator]))
         measured.append(_device_profile(device, alike, footprint.profile, free_bytes, environments[device.name]))
     names = [device.name for device in devices]
     return Profile(
         model=footprint.profile,
         devices=tuple(measured),
-        links=measure_links(cluster, tournament([CALLER, *names])),
+        links=measure_links(cluster, all_pairs([CALLER, *names])),
         versions=library_versions(),
-        doubt=find_doubt(footprint.profile, measured, others.num_cores),
+        doubt=find_doubt(footprint.profile, measured, here, others.num_cores),
     )
 
 
@@ -99,17 +102,23 @@ def extend_profile(
     for each in (device, *others):
         cluster._engine.wait_for_worker(each.name, cluster.timeout_s)  # noqa: SLF001 - within the room
     (answer,) = _measure_models(cluster, [device], footprint, workload, lambda _device, _num_done: None)
-    likeness = _likeness(cluster.as_it_behaves(device), answer.hardware)
-    known = [each for each in profile.devices if _likeness(each.device, each.hardware) == likeness]
+    environments = cluster._engine.environments()  # noqa: SLF001 - within the room
+    machine = environments[device_name].machine
+    beside = [each for each in others if environments[each.name].machine == machine]
+    likeness = _likeness(cluster.as_it_behaves(device), answer.hardware, machine)
+    known = [
+        each
+        for each in map(profile.device, [each.name for each in beside])
+        if _likeness(each.device, each.hardware, machine) == likeness
+    ]
     alike = [answer, *map(_as_measured, known)]
-    free_bytes = share_of_memory(device, [device, *others], answer.free_bytes)
-    environment = cluster._engine.environments()[device_name]  # noqa: SLF001 - within the room
-    measured = _device_profile(device, alike, footprint.profile, free_bytes, environment)
-    rounds = [[(device_name, other)] for other in (CALLER, *profile.names)]
+    free_bytes = share_of_memory(device, [device, *beside], answer.free_bytes)
+    measured = _device_profile(device, alike, footprint.profile, free_bytes, environments[device_name])
+    pairs = [(device_name, other) for other in (CALLER, *profile.names)]
     return dataclasses.replace(
         profile,
         devices=(*profile.devices, measured),
-        links=(*profile.links, *measure_links(cluster, rounds, profile.links)),
+        links=(*profile.links, *measure_links(cluster, pairs, profile.links)),
     )
 
 
@@ -194,12 +203,12 @@ def _measure_models(
     ]
 
 
-def _likeness(device: Device, hardware: str) -> object:
-    return device.accelerator.partition(":")[0], hardware, device.threads, device.slowdown, device.cpus is None
+def _likeness(device: Device, hardware: str, machine: str) -> object:
+    return machine, device.accelerator.partition(":")[0], hardware, device.threads, device.slowdown, device.cpus is None
 
 
 def share_of_memory(device: Device, devices: Sequence[Device], free_bytes: int) -> int:
-    """Return how much of the free memory of a processor or GPU is for one of the devices that share it.
+    """Return how much of the free memory of a processor or GPU is for one of the devices of a machine that share it.
 
     What others may hold by their limits is not; if there is less than all limits together, each gets the same part of its own. What
     limits leave is shared equally by the devices without one.

@@ -6,6 +6,7 @@ Knows torch and what is installed; not what any of it means for results.
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -18,12 +19,20 @@ def read_environment(accelerator: str = "cpu") -> Environment:
     """Return what this process computes with on a processor, or on an accelerator if it is there."""
     return Environment(
         host=platform.node(),
+        machine=_machine(),
         versions=installed_versions(),
         processor=processor_name(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         accelerator=_accelerator_name(accelerator),
         threads=torch.get_num_threads(),
     )
+
+
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return platform.node()
 
 
 def _accelerator_name(accelerator: str) -> str:

@@ -70,6 +70,12 @@ class LinkProbed(Message, frozen=True, tag=27):
     seconds: tuple[float, ...]
 
 
+class PingWorker(Message, frozen=True, tag=70):
+    """Acknowledge this at once: the caller times how long it travels, with the tensor that comes with it."""
+
+    request: int
+
+
 class Ping(Message, frozen=True, tag=9):
     """Request for an immediate ``Pong``."""
 

@@ -17,7 +17,7 @@ from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.gradients import AbandonBackward, BackwardDone, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.hooking import HookAnswered, HookReached
-from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
+from lingualinked.protocol.measuring import LinkProbed, MeasureModel, ModelMeasured, Ping, PingWorker, Pong, ProbeLink
 from lingualinked.protocol.moving import (
     AnnounceMove,
     CopyKV,
@@ -145,7 +145,7 @@ class StageLoaded(Message, frozen=True, tag=18):
 
 
 class Acknowledged(Message, frozen=True, tag=25):
-    """Answer to `EmulateDevice`, `CutLinks`, `IntroduceWorker`, `AnnounceMove` `ForkSession` and `EditTensor`: done."""
+    """Answer to `EmulateDevice`, `CutLinks`, `IntroduceWorker`, `PingWorker`, `AnnounceMove`, `ForkSession` and `EditTensor`: done."""
 
     request: int
 
@@ -188,6 +188,7 @@ CallerMessage = (
     | DismissWorker
     | MeasureModel
     | ProbeLink
+    | PingWorker
     | AnnounceMove
     | KeepPlan
     | CopyKV
@@ -214,6 +215,7 @@ Request = (
     | CutLinks
     | MeasureModel
     | ProbeLink
+    | PingWorker
     | AnnounceMove
     | CopyKV
     | ForkSession

@@ -6,9 +6,11 @@ Knows footprints, clusters and files; neither checkpoints nor how profiles are m
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import os
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +28,7 @@ from lingualinked.workload import Objective, Workload
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
     from lingualinked.device import Device, Links
+    from lingualinked.environment import Environments
     from lingualinked.model.footprint import Footprint
 
 _SOLVER = 2  # raise it when the solver decides differently, so that plans on disk are solved again
@@ -43,7 +46,10 @@ def find_profile(
 ) -> Profile:
     """Load the profile from disk, or measure it; keep it unless it is doubtful or was measured under load."""
     devices, links = cluster.devices, cluster.links
-    found = None if refresh else saved_profile(devices, links, footprint, workload)
+    from lingualinked.cluster.remote_hosts import remote_environments  # imports torch
+
+    environments = remote_environments(cluster)
+    found = None if refresh else saved_profile(devices, links, footprint, workload, environments)
     if found is not None:
         return found.without(*without)
     measured = [device for device in devices if device.name not in without]
@@ -52,16 +58,33 @@ def find_profile(
         profile = profile_devices(cluster, measured, footprint, workload, bars.update)
     is_of_these = cluster.devices == devices and not without and not cluster.is_throttled
     if is_idle and is_of_these and not profile.doubt:
-        write_cached(_name("profile", devices, links, footprint, workload), profile.to_json())
+        write_cached(_name("profile", devices, links, footprint, workload, environments), profile.to_json())
     return profile
 
 
-def saved_profile(devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload) -> Profile | None:
-    """Load the profile of a model on these devices from disk; ``None`` if there is no readable one."""
-    kept = read_cached(_name("profile", devices, links, footprint, workload))
+def saved_profile(
+    devices: Sequence[Device],
+    links: Links,
+    footprint: Footprint,
+    workload: Workload,
+    environments: Environments,
+) -> Profile | None:
+    """Load the profile of a model on these devices from disk; ``None`` if there is no readable one.
+
+    ``environments`` are those of the devices on other hosts.
+    """
+    kept = read_cached(_name("profile", devices, links, footprint, workload, environments))
     with contextlib.suppress(ArgumentError):
-        return None if kept is None else Profile.from_json(kept)
+        return None if kept is None else _on_devices(Profile.from_json(kept), devices)
     return None
+
+
+def _on_devices(profile: Profile, devices: Sequence[Device]) -> Profile:
+    """Return a profile from disk with the devices as they are reached now."""
+    now = {device.name: device for device in devices}
+    return dataclasses.replace(
+        profile, devices=tuple(dataclasses.replace(each, device=now[each.device.name]) for each in profile.devices)
+    )
 
 
 def find_plan(
@@ -73,13 +96,17 @@ def find_plan(
     progress: bool,
 ) -> Plan:
     """Load the plan from disk, or measure, solve and keep it: importing a solver takes as long as loading a small model."""
+    from lingualinked.cluster.remote_hosts import remote_available_bytes, remote_environments  # imports torch
+
     devices = cluster.devices
-    name = _name("plan", devices, cluster.links, footprint, workload, objective, DEFAULT_RESERVE, _SOLVER)
+    environments = remote_environments(cluster)
+    name = _name("plan", devices, cluster.links, footprint, workload, environments, objective, DEFAULT_RESERVE, _SOLVER)
     kept = read_cached(name)
     if kept is not None:
         with contextlib.suppress(ArgumentError):
-            return Plan.from_json(kept)
-    check_devices(footprint, devices, cluster.links, workload)
+            plan = Plan.from_json(kept)
+            return dataclasses.replace(plan, profile=_on_devices(plan.measured, devices))
+    check_devices(footprint, devices, cluster.links, workload, remote_available_bytes(cluster))
     profile = find_profile(cluster, footprint, workload, progress=progress)
     from lingualinked.planning.planner import solve  # imports scipy
 
@@ -90,21 +117,45 @@ def find_plan(
     return plan
 
 
-def check_devices(footprint: Footprint, devices: Sequence[Device], links: Links, workload: Workload) -> None:
-    """Check that some plan fits the devices of this machine, before anything is measured; raises like `solve`."""
+def check_devices(
+    footprint: Footprint, devices: Sequence[Device], links: Links, workload: Workload, available: Mapping[str, int]
+) -> None:
+    """Check that some plan fits the devices, before anything is measured; raises like `solve`.
+
+    ``available`` are the bytes of memory that devices on other hosts have.
+    """
     from lingualinked.planning.fitting import check_fits  # imports scipy
 
-    on_cpu = [device.name for device in devices if device.accelerator == "cpu"]
+    on_cpu = [device.name for device in devices if device.accelerator == "cpu" and device.address is None]
     free = dict.fromkeys(on_cpu, psutil.virtual_memory().available // max(1, len(on_cpu)))
-    check_fits(footprint.profile, devices, links, workload, free_bytes=free, reserve=DEFAULT_RESERVE)
+    check_fits(footprint.profile, devices, links, workload, free_bytes={**free, **available}, reserve=DEFAULT_RESERVE)
 
 
 def _name(
-    kind: str, devices: Sequence[Device], links: Links, footprint: Footprint, workload: Workload, *others: object
+    kind: str,
+    devices: Sequence[Device],
+    links: Links,
+    footprint: Footprint,
+    workload: Workload,
+    environments: Environments,
+    *others: object,
 ) -> str:
-    """Name a file by a digest of everything that its content depends on."""
+    """Name a file by a digest of everything that its content depends on.
+
+    Another host is known by what it computes with: its addresses and keys may change.
+    """
     known = [(*ends, links[ends]) for ends in sorted(links)]
-    machine = library_versions(), platform.node(), processor_name()
-    key = [footprint.profile, tuple(devices), known, workload, *machine, *others]
+    machine = library_versions(), platform.node(), processor_name(), os.environ.get("ATEN_CPU_CAPABILITY", "")
+    hosts = {name: msgspec.structs.replace(each, machine="") for name, each in environments.items()}
+    placed = [
+        device
+        if device.address is None
+        else (
+            dataclasses.replace(device, address=None, server_key=None, key=None, advertise=None),
+            hosts.get(device.name),
+        )
+        for device in devices
+    ]
+    key = [footprint.profile, placed, known, workload, *machine, *others]
     digest = hashlib.blake2b(msgspec.json.encode(key, order="sorted"), digest_size=16).hexdigest()
     return f"{kind}-{digest}.json"

@@ -24,7 +24,7 @@ from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed
 from lingualinked.protocol.gradients import AbandonBackward, BackwardMessage, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.hooking import HookAnswered
-from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, Pong, ProbeLink
+from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, PingWorker, Pong, ProbeLink
 from lingualinked.protocol.messages import (
     Acknowledged,
     CallerMessage,
@@ -189,6 +189,8 @@ class Worker:
         match message:
             case InspectWorker():
                 self._answer_request(message.request, lambda: self._make_report(message))
+            case PingWorker():
+                self._acknowledge(message.request, lambda: None)
             case EmulateDevice() | CutLinks():
                 self._acknowledge(message.request, lambda: self._pretend(message))
             case IntroduceWorker():

@@ -43,8 +43,8 @@ def with_spread(made: Profile, name: str, share: float, *, is_decode: bool) -> l
 @pytest.mark.parametrize("is_decode", [True, False])
 def test_repeats_that_lie_far_apart(four_cores: None, is_decode: bool) -> None:
     made = profile(ll.Device(name="a", threads=1), ll.Device(name="b", threads=1))
-    assert find_doubt(made.model, with_spread(made, "b", 0.4, is_decode=is_decode), 0.0) == ""
-    found = find_doubt(made.model, with_spread(made, "b", 0.9, is_decode=is_decode), 0.0)
+    assert find_doubt(made.model, with_spread(made, "b", 0.4, is_decode=is_decode), made.names, 0.0) == ""
+    found = find_doubt(made.model, with_spread(made, "b", 0.9, is_decode=is_decode), made.names, 0.0)
     phase = "decode step" if is_decode else "prefill"
     share = {True: 84, False: 90}[is_decode]  # the prologue and the epilogue do not spread: 90 % of 16.2 in 17.3 ms
     assert found == f"the repeats of a {phase} on device 'b' spread by {share} %"
@@ -53,13 +53,13 @@ def test_repeats_that_lie_far_apart(four_cores: None, is_decode: bool) -> None:
 def test_devices_that_are_alike_are_named_in_one_sentence(four_cores: None) -> None:
     made = profile(ll.Device(name="a", threads=1), ll.Device(name="b", threads=1))
     both = dataclasses.replace(made, devices=tuple(with_spread(made, "a", 0.9, is_decode=False)))
-    found = find_doubt(made.model, with_spread(both, "b", 0.9, is_decode=False), 0.0)
+    found = find_doubt(made.model, with_spread(both, "b", 0.9, is_decode=False), both.names, 0.0)
     assert found == "the repeats of a prefill on devices 'a', 'b' spread by 90 %"
 
 
 def test_a_spread_of_microseconds_does_not_matter(four_cores: None) -> None:
     made = profile(ll.Device(name="a", threads=1), layer_s=1e-5)
-    assert find_doubt(made.model, with_spread(made, "a", 0.9, is_decode=True), 0.0) == ""
+    assert find_doubt(made.model, with_spread(made, "a", 0.9, is_decode=True), made.names, 0.0) == ""
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_other_processes_matter_where_they_leave_too_few_cores(
 ) -> None:
     made = profile(ll.Device(name="a", threads=threads), ll.Device(name="b", threads=threads))
     expected = f"other processes kept {other_cores} of 4 cores busy" if is_doubtful else ""
-    assert find_doubt(made.model, made.devices, other_cores) == expected
+    assert find_doubt(made.model, made.devices, made.names, other_cores) == expected
 
 
 def test_what_others_compute_is_what_the_machine_did_beyond_this_process_and_its_workers(
