@@ -14,7 +14,7 @@ from lingualinked.whole_file import write_whole_file
 
 def read_cached(name: str) -> bytes | None:
     """Return the content of a file in the cache folder; ``None`` if it can't be read."""
-    folder = _folder()
+    folder = cache_folder()
     if folder is not None:
         with contextlib.suppress(OSError):
             return (folder / name).read_bytes()
@@ -23,7 +23,7 @@ def read_cached(name: str) -> bytes | None:
 
 def write_cached(name: str, text: str) -> None:
     """Write a file that only this user can read, if the cache folder can be written to."""
-    folder = _folder()
+    folder = cache_folder()
     if folder is not None:
         with contextlib.suppress(OSError):  # a disk that is full or read-only
             folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,8 @@ def write_cached(name: str, text: str) -> None:
             write_whole_file(folder / name, text, mode=0o600)
 
 
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
+    """Return the library's folder in the user's cache folder; ``None`` if the user has none."""
     parent = os.environ.get("XDG_CACHE_HOME", "")
     if Path(parent).is_absolute():
         return Path(parent) / "lingualinked"

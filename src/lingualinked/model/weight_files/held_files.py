@@ -1,4 +1,4 @@
-"""Serves bytes of a checkpoint's files that lie here as a whole.
+"""Serves bytes of a checkpoint's files that lie here, as a whole or in a cache.
 
 Knows files; not who asks for their bytes, or whether they may.
 """
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from lingualinked.errors import CheckpointError
 from lingualinked.model.safetensors_file import SafetensorsFile
-from lingualinked.model.weight_files.byte_ranges import ByteRange
+from lingualinked.model.weight_files.byte_ranges import ByteRange, subtract_ranges
+from lingualinked.model.weight_files.cached_file import DamagedPartsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lingualinked.model.spec import CheckpointFile
+    from lingualinked.model.spec import CheckpointFile, ModelSpec
+    from lingualinked.model.weight_files.weight_cache import WeightCache
 
 
 class WholeFiles:
@@ -46,3 +48,43 @@ class WholeFiles:
         for file in self._files:
             if file is not None:
                 file.close()
+
+
+class HeldWeights:
+    """`HeldFiles` of a worker: the files of a model that lie here, and the parts of others in the cache."""
+
+    def __init__(self, spec: ModelSpec, found: Sequence[CheckpointFile | None], cache: WeightCache | None) -> None:
+        self._whole = WholeFiles(found)
+        self._cached = {
+            index: cached
+            for index, content in enumerate(spec.contents)
+            if found[index] is None and cache is not None and (cached := cache.find_file(content)) is not None
+        }
+
+    @property
+    def held(self) -> tuple[ByteRange, ...]:
+        """What is held now, merged."""
+        cached = [each for index, file in self._cached.items() for each in file.held(index)]
+        return tuple(sorted((*self._whole.held, *cached)))
+
+    def read(self, part: ByteRange) -> bytes:
+        """Read bytes of one file; raise CheckpointError if they are not held, or no longer what was written."""
+        file = self._cached.get(part.file)
+        if file is None:
+            return self._whole.read(part)
+        if subtract_ranges([part], file.held(part.file)):
+            raise CheckpointError(
+                f"bytes {part.start:,} to {part.stop:,} of file {part.file} are not in the cache here"
+            )
+        data = bytearray(part.num_bytes)
+        try:
+            file.read_into(part.start, memoryview(data))
+        except DamagedPartsError as error:
+            raise CheckpointError(f"bytes of {file.folder} are no longer what was written") from error
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._whole.close()
+        for file in self._cached.values():
+            file.close()

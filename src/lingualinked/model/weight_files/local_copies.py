@@ -1,0 +1,125 @@
+"""Finds copies of a checkpoint's files on this disk, by their content.
+
+Knows folders of models and Hugging Face's cache; nothing of the network.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from lingualinked.errors import CheckpointError
+from lingualinked.model.safetensors_file import identify_file
+from lingualinked.model.weight_files.describing import describe_file, digest_config
+from lingualinked.quantities import count_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lingualinked.model.spec import CheckpointFile, FileContent, ModelSpec
+
+logger = logging.getLogger("lingualinked.model")
+
+_MAX_DEPTH = 6  # below a folder of models
+_MAX_FOLDERS = 20_000
+_SKIPPED = {"blobs", "refs", ".locks", ".git", ".cache"}
+
+_describe = functools.lru_cache(maxsize=4096)(describe_file)  # a file that changes is another key
+
+
+class LocalCopies:
+    """The files of checkpoints in a folder of models, and in Hugging Face's cache."""
+
+    def __init__(self, models: Path | None = None, *, hub: bool = True) -> None:
+        self._roots = [] if models is None else [models]
+        if hub:
+            self._roots.append(Path(HF_HUB_CACHE))
+
+    def find(self, spec: ModelSpec) -> tuple[list[CheckpointFile | None], list[str]]:
+        """Find a copy of each file of a model, and say of those that are called alike how they differ.
+
+        A copy counts if its name, length and fingerprint are equal, and the values in the config.json beside it, if any.
+        The caller's own path comes first: hosts may share a disk.
+        """
+        # 1) by names
+        wanted = {content.name for content in spec.contents}
+        named: defaultdict[str, list[Path]] = defaultdict(list)
+        for file in spec.files:
+            named[Path(file.path).name].append(Path(file.path))
+        for root in self._roots:
+            for path in _walk(root, wanted):
+                named[path.name].append(path)
+        # 2) by their content
+        found: list[CheckpointFile | None] = []
+        differences: list[str] = []
+        folders = {Path(file.path).parent.name for file in spec.files}
+        for content in spec.contents:
+            compared = [_compare(path, content, spec.config_digest) for path in named[content.name]]
+            equal = next((file for file, _ in compared if file is not None), None)
+            found.append(equal)
+            if equal is None:
+                differences += [
+                    f"{path} on host {socket.gethostname()!r} {difference}"
+                    for path, (_, difference) in zip(named[content.name], compared, strict=True)
+                    # Files of other models are called alike as well.
+                    if difference and (path.parent.name in folders or not difference.startswith(_LENGTH))
+                ]
+        return found, differences
+
+
+_LENGTH = "has "
+
+
+def _compare(path: Path, content: FileContent, config_digest: str) -> tuple[CheckpointFile | None, str]:
+    """Return a file if it has this content, else how it differs; both are empty if it is not there."""
+    try:
+        file = identify_file(str(path))
+    except CheckpointError:
+        return None, ""
+    if file.num_bytes != content.num_bytes:
+        return None, f"{_LENGTH}{count_text(file.num_bytes, 'byte')}, and the caller's {content.num_bytes:,}"
+    try:
+        own = _describe(file)
+    except CheckpointError as error:
+        return None, f"can't be used: {error}"
+    if own.header_digest != content.header_digest:
+        return None, "differs from the caller's in its header: in the names, shapes or dtypes of tensors"
+    if own.fingerprint != content.fingerprint:
+        return None, "differs from the caller's in the values of its tensors"
+    config = digest_config(path.parent)
+    if config and config_digest and config != config_digest:
+        return None, "is the caller's, but the config.json beside it is not"
+    return file, ""
+
+
+def _walk(root: Path, names: set[str]) -> Iterator[Path]:
+    """Find files by name below a folder, up to a depth; links to folders are followed once."""
+    seen: set[tuple[int, int]] = set()
+    level = [root]
+    for _ in range(_MAX_DEPTH + 1):
+        below: list[Path] = []
+        for folder in level:
+            try:
+                status = folder.stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                if len(seen) > _MAX_FOLDERS:
+                    logger.warning("%s has more than %s folders: not all are searched for models", root, _MAX_FOLDERS)
+                    return
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.name in names:
+                            yield Path(entry.path)
+                        elif entry.name not in _SKIPPED and entry.is_dir():
+                            below.append(Path(entry.path))
+            except OSError:  # a folder that this user can't read, or that is gone
+                continue
+        level = sorted(below)
