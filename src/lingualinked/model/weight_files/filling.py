@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lingualinked.model.weight_files.byte_ranges import ByteRange, cut_ranges, num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.fetching import FetchError
+from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -67,7 +68,7 @@ def _fetch(files: Mapping[int, CachedFile], ranges: Sequence[ByteRange], fetcher
 
     def deliver(part: ByteRange, data: bytes | bytearray | memoryview) -> None:
         if len(data) != part.num_bytes or not any(each.covers(part) for each in ranges):
-            raise FetchError(f"a source sent {len(data):,} bytes as {part}, which were not requested")
+            raise FetchError(f"a source sent {count_text(len(data), 'byte')} as {part}, which was not requested")
         files[part.file].write(part.start, data)
 
     try:
@@ -78,7 +79,9 @@ def _fetch(files: Mapping[int, CachedFile], ranges: Sequence[ByteRange], fetcher
     held = [each for index, file in files.items() for each in file.held(index)]
     missing = subtract_ranges(ranges, held)
     if missing:
-        raise FetchError(f"{num_bytes_of(missing):,} of {num_bytes_of(ranges):,} bytes were not delivered")
+        raise FetchError(
+            f"{count_text(num_bytes_of(missing), 'byte')} of {num_bytes_of(ranges):,} requested ones did not arrive"
+        )
 
 
 def _batches(missing: Iterable[ByteRange]) -> list[list[ByteRange]]:
