@@ -29,7 +29,7 @@ def start(
 ) -> None:
     """Time from nothing to the first token, against one plain process; and what planning adds."""
     from benchmarks.start import run_planned_start, run_start
-    from lingualinked.cli.cluster_file import read_devices
+    from lingualinked.cli.devices_option import read_devices
 
     asked = read_devices(devices)
     run_start(asked.devices, asked.links, repeats)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster as Cluster
     from lingualinked.control.policy import RebalancePolicy as RebalancePolicy
     from lingualinked.device import Device as Device, Link as Link
+    from lingualinked.device_specs import DeviceSpecs as DeviceSpecs
     from lingualinked.errors import (
         ArgumentError as ArgumentError,
         CheckpointError as CheckpointError,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from lingualinked.link_profile import LinkProfile as LinkProfile
     from lingualinked.module_times import ModuleTimes as ModuleTimes, StepTime as StepTime
     from lingualinked.planning.comparison import Comparison as Comparison
-    from lingualinked.planning.estimate import DeviceSpecs as DeviceSpecs
     from lingualinked.planning.explanation import Explanation as Explanation
     from lingualinked.planning.plan import Plan as Plan
     from lingualinked.planning.planned_stage import PlannedStage as PlannedStage
@@ -86,13 +86,13 @@ _NAMES = {
     "cluster.cluster": "Cluster",
     "control.policy": "RebalancePolicy",
     "device": "Device Link",
+    "device_specs": "DeviceSpecs",
     "errors": "ArgumentError CheckpointError ClosedError DeviceMemoryError InfeasiblePlanError KVCapacityError "
     "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StaleKVWarning StepTimeoutError UncuttableModelError "
     "UnsupportedOperationError WorkerDiedError WorkerError",
     "interventions": "Ablate Add Clamp Project Replace Scale",
     "module_times": "ModuleTimes StepTime",
     "planning.comparison": "Comparison",
-    "planning.estimate": "DeviceSpecs",
     "planning.explanation": "Explanation",
     "planning.plan": "Plan",
     "planning.planned_stage": "PlannedStage",

@@ -44,7 +44,12 @@ app = typer.Typer(
 app.add_typer(keys_command.app)
 
 Devices = Annotated[
-    str, typer.Option("--devices", "-d", help="A number of local CPU workers, or a cluster file (TOML).")
+    str,
+    typer.Option(
+        "--devices",
+        "-d",
+        help="A number of local CPU workers, a cluster file (TOML), or tcp://HOST:PORT#PUBLIC-KEY of a daemon.",
+    ),
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16, ...")]
@@ -79,7 +84,11 @@ def options(
 def demo(
     devices: Annotated[
         str | None,
-        typer.Option("--devices", "-d", help="A number of local CPU workers (by default 3), or a cluster file (TOML)."),
+        typer.Option(
+            "--devices",
+            "-d",
+            help="A number of local CPU workers (by default 3), a cluster file (TOML), or tcp://HOST:PORT#PUBLIC-KEY of a daemon.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most; by default 60.")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import read_devices
 from lingualinked.cli.demo_command import unsharded
+from lingualinked.cli.devices_option import read_devices
 from lingualinked.cli.plan_command import load_format_of
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
@@ -96,7 +96,7 @@ def run_bench(
     console = new_console()
     # 1) load the model by the given plan, or by one that is solved for
     with (
-        ll.Cluster(asked.devices, links=asked.links) as cluster,
+        ll.Cluster(asked) as cluster,
         ll.ShardedModel.from_pretrained(
             path,
             cluster=cluster,

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import read_devices
+from lingualinked.cli.devices_option import read_devices
 from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows
 from lingualinked.display.telemetry_view import telemetry_rows
@@ -33,13 +33,13 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     # 1) limit the memory of each device, so that the model has to be cut
     from lingualinked.sharded.describing import describe  # imports torch
 
-    limited = asked.devices
     if devices.isdecimal():
-        memory = _memory_of_each(describe(LoadArguments.of(path)).footprint().profile, len(limited))
-        limited = tuple(dataclasses.replace(each, memory=memory) for each in limited)
+        memory = _memory_of_each(describe(LoadArguments.of(path)).footprint().profile, len(asked.devices))
+        limited = tuple(dataclasses.replace(each, memory=memory) for each in asked.devices)
+        asked = dataclasses.replace(asked, devices=limited)
         if len(limited) > 1:
             console.print(f"Each device has {bytes_text(memory)} of memory, so that none can hold the whole model.\n")
-    with ll.Cluster(limited, links=asked.links) as cluster:
+    with ll.Cluster(asked) as cluster:
         # 2) measure, solve and load
         arguments = LoadArguments.of(path, cluster=cluster)
         plan = find_or_fit_plan(describe(arguments), arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import read_devices
+from lingualinked.cli.devices_option import read_devices
 
 
 def run_generate(
@@ -28,7 +28,7 @@ def run_generate(
     tokenizer = read_tokenizer(path)
     inputs = encode(tokenizer, prompt)
     with (
-        ll.Cluster(asked.devices, links=asked.links) as cluster,
+        ll.Cluster(asked) as cluster,
         ll.ShardedModel.from_pretrained(path, cluster=cluster, dtype=dtype, progress=progress) as model,
     ):
         import torch

@@ -13,9 +13,8 @@ import typer
 from rich.text import Text
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import read_devices
+from lingualinked.cli.devices_option import read_devices
 from lingualinked.cli.output import check_picture
-from lingualinked.cluster.devices import as_devices
 from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows
 from lingualinked.quantities import count_text
@@ -83,15 +82,16 @@ def _find_or_estimate_profile(
         return described.estimate(asked.devices, asked.specs, asked.links, workload)
     footprint = described.footprint()
     workload = footprint.profile.fit_workload(workload)
-    filled = as_devices(asked.devices)
-    if all(device.address is None for device in filled):  # of other hosts, nothing is known before their workers answer
-        found = saved_profile(filled, asked.links, footprint, workload, {})
+    if all(
+        device.address is None for device in asked.devices
+    ):  # of other hosts, nothing is known before their workers answer
+        found = saved_profile(asked.devices, asked.links, footprint, workload, {})
         if found is not None:
             return found
-        check_devices(footprint, filled, asked.links, workload, {})
+        check_devices(footprint, asked.devices, asked.links, workload, {})
     if progress:
-        typer.echo(_announcement(footprint.profile, filled, workload), err=True)
-    with ll.Cluster(filled, links=asked.links) as cluster:
+        typer.echo(_announcement(footprint.profile, asked.devices, workload), err=True)
+    with ll.Cluster(asked) as cluster:
         return find_profile(cluster, footprint, workload, progress=progress)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 
 import lingualinked as ll
-from lingualinked.cli.cluster_file import read_devices
+from lingualinked.cli.devices_option import read_devices
 from lingualinked.cli.generate_command import encode, read_tokenizer
 from lingualinked.cli.output import check_output
 from lingualinked.console import new_console
@@ -48,7 +48,7 @@ def run_trace(
     tokenizer = read_tokenizer(path)
     inputs = [encode(tokenizer, text) for text in texts]
     # On any exit the model is closed first: calls in progress then raise, so that the pool does not wait for ever.
-    with ThreadPoolExecutor(num_requests) as pool, ll.Cluster(asked.devices, links=asked.links) as cluster:
+    with ThreadPoolExecutor(num_requests) as pool, ll.Cluster(asked) as cluster:
         workload = ll.Workload(
             prompt_tokens=max(each["input_ids"].shape[1] for each in inputs),
             new_tokens=max_new_tokens,

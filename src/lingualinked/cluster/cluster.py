@@ -15,10 +15,12 @@ import weakref
 from collections.abc import Mapping, MutableSet, Sequence
 from typing import TYPE_CHECKING, Self
 
+from lingualinked.address import parse_advertised
 from lingualinked.checks import check_positive
-from lingualinked.cluster.devices import as_devices, check_added_device
+from lingualinked.cluster.devices import check_added_device, describe_cluster
 from lingualinked.cluster.emulation import delayed_from, emulation_of
 from lingualinked.cluster.pending import result_of, results_of
+from lingualinked.cluster_file import Devices
 from lingualinked.device import CALLER, Device, Links, check_links, link_between
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
@@ -52,13 +54,17 @@ class Cluster:
 
     Parameters
     ----------
-    devices : int or sequence of Device
-        So many local CPU workers, or the devices to run workers on.
+    devices : int, str, PathLike or sequence of Device
+        So many local CPU workers; the devices to run workers on; the path of a cluster file (TOML), which says this and the
+        three arguments below; ``"tcp://HOST:PORT#PUBLIC-KEY"`` of a daemon, or several with blanks between them; or
+        ``"auto"``: every accelerator of this machine, else two CPU workers.
     links : mapping of (str, str) to Link, optional
         Links between devices, by the names of source and target (``"caller"`` is this process), where they are other than
         what their two ends give: the smaller bandwidth and the sum of the latencies.
+    advertise : str or None
+        Where devices with an address reach this process, as in `Device`; ``None``: where it connects to them from.
     timeout_s : float or None
-        Seconds that any one answer of a worker may take; ``None``: 600.
+        Seconds that any one answer of a worker may take; ``None``: what a cluster file says, else 600.
     max_frame_bytes : int
         Largest frame on a socket, in bytes, 256 KiB at least; larger tensors travel in several, all else in one.
     shared_memory : bool
@@ -83,17 +89,23 @@ class Cluster:
     @interruptible
     def __init__(
         self,
-        devices: int | Sequence[Device],
+        devices: Devices,
         *,
         links: Links | None = None,
+        advertise: str | None = None,
         timeout_s: float | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         shared_memory: bool = True,
         _class_names: tuple[str, ...] = (),
         _forks: bool | None = None,
     ) -> None:
-        self.devices = as_devices(devices)
-        self.links = check_links(links or {}, [device.name for device in self.devices])
+        described = describe_cluster(devices)
+        self.devices = described.devices
+        self.links = {**described.links, **check_links(links or {}, [device.name for device in self.devices])}
+        self.advertise = described.advertise if advertise is None else advertise
+        if self.advertise is not None:
+            parse_advertised(self.advertise, "advertise")
+        timeout_s = described.timeout_s if timeout_s is None else timeout_s
         self._behaving = {device.name: device for device in self.devices}  # as the workers do now
         self._changes = threading.Lock()  # one change at a time of what devices there are and how they behave
         self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else check_positive(timeout_s, "timeout_s")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Literal
 
 from lingualinked.cluster.discovery import check_accelerator, local_devices
+from lingualinked.cluster_file import ClusterDescription, Devices, check_distinct, read_description
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError
 
@@ -22,26 +22,36 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def as_devices(devices: int | Sequence[Device]) -> tuple[Device, ...]:
-    """Return the devices that a cluster would have: so many local ones, or these, each with its number of threads."""
-    if isinstance(devices, bool) or not isinstance(devices, int | Sequence) or isinstance(devices, str):
-        raise ArgumentError(f"devices={devices!r} must be a number of local workers or a sequence of Device")
-    if isinstance(devices, int):
+def describe_cluster(devices: Devices) -> ClusterDescription:
+    """Return what is said of a cluster that is to run on these devices, each local one with its number of threads.
+
+    Raises ArgumentError for what can't be used.
+    """
+    if isinstance(devices, ClusterDescription):
+        described = devices
+    elif devices == "auto":
+        described = ClusterDescription(devices=tuple(local_devices()))
+    elif isinstance(devices, str | os.PathLike):
+        described = read_description(devices)
+    elif isinstance(devices, int) and not isinstance(devices, bool):
         if devices < 1:
             raise ArgumentError(f"devices={devices} must be at least 1")
-        devices = [Device(name=f"worker-{index}") for index in range(devices)]
-    if not devices:
+        described = ClusterDescription(devices=tuple(Device(name=f"worker-{index}") for index in range(devices)))
+    elif isinstance(devices, Sequence) and not isinstance(devices, str | bytes):
+        described = ClusterDescription(devices=tuple(devices))
+    else:
+        raise ArgumentError(
+            f"devices={devices!r} must be 'auto', a number of local workers, a sequence of Device, or a cluster file"
+        )
+    if not described.devices:
         raise ArgumentError("devices is empty: a cluster needs at least one")
-    filled: list[Device] = []
-    for device in devices:
+    for number, device in enumerate(described.devices):
         if not isinstance(device, Device):
             raise ArgumentError(f"devices holds {device!r}, which is not a lingualinked.Device")
-        if any(device.name == other.name for other in filled):
-            raise ArgumentError(f"two devices are named {device.name!r}: names must differ")
-        _check_address(device, filled)
-        filled.append(device)
-    num_local = sum(device.address is None for device in filled)
-    return tuple(_filled(device, num_local) for device in filled)
+        check_distinct(device, described.devices[:number])
+    num_local = sum(device.address is None for device in described.devices)
+    filled = tuple(_filled(device, num_local) for device in described.devices)
+    return dataclasses.replace(described, devices=filled)
 
 
 def check_added_device(device: Device, others: Sequence[Device]) -> Device:
@@ -51,17 +61,8 @@ def check_added_device(device: Device, others: Sequence[Device]) -> Device:
     names = [other.name for other in others]
     if device.name in names:
         raise ArgumentError(f"a device named {device.name!r} is in this cluster already ({names}): choose another name")
-    _check_address(device, others)
+    check_distinct(device, others)
     return _filled(device, 1 + sum(other.address is None for other in others))
-
-
-def _check_address(device: Device, others: Sequence[Device]) -> None:
-    for other in others:
-        if device.address is not None and device.address == other.address:
-            raise ArgumentError(
-                f"devices {other.name!r} and {device.name!r} have one address, {device.address}: a daemon runs one worker for a "
-                "caller; leave one of them out"
-            )
 
 
 def _filled(device: Device, num_local: int) -> Device:
@@ -87,14 +88,3 @@ def _check_local(device: Device) -> None:
                 f"cpus={device.cpus} of device {device.name!r}: cores {foreign} are not among those this process "
                 f"may use ({sorted(os.sched_getaffinity(0))})"
             )
-
-
-def asked_devices(devices: Literal["auto"] | int | Sequence[Device]) -> tuple[Device, ...]:
-    """Return the devices of a cluster that is made for a model: those found here, so many local ones, or these."""
-    if isinstance(devices, str):
-        if devices != "auto":
-            raise ArgumentError(
-                f"devices={devices!r} must be 'auto', a number of local workers or a sequence of Device"
-            )
-        devices = local_devices()
-    return as_devices(devices)

@@ -8,66 +8,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 
-from lingualinked.checks import as_float
 from lingualinked.device import CALLER, Device, Links, check_links, link_between
+from lingualinked.device_specs import DeviceSpecs
 from lingualinked.errors import ArgumentError
 from lingualinked.link_profile import LinkProfile
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
-from lingualinked.units import parse_rate
 from lingualinked.workload import Workload
 
-_FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)FLOP(?:/s|S|s)\s*", re.ASCII)
 _ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _HOP_LATENCY_S = 5e-4  # of handling a message at both ends, about
 _STAGE_S = 1e-3  # of what a stage does besides its layers in any step, about
 _LENGTHS = tuple(2**exponent for exponent in range(1, 18))  # for which times are stated, besides the workload's own
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSpecs:
-    """The stated compute and memory rates of a device.
-
-    Use it with `estimate_profile` to plan for a device that can't be measured.
-
-    Parameters
-    ----------
-    flops : float or str
-        Floating-point operations per second in the model's dtype, or with a unit (``"2TFLOP/s"``).
-    memory_bandwidth : float or str
-        Bytes per second that it reads weights with, or with a unit (``"50GB/s"``).
-
-    Raises
-    ------
-    ArgumentError
-        For a value that can't be used; the message names the field.
-    """
-
-    flops: float | str
-    memory_bandwidth: float | str
-
-    def __post_init__(self) -> None:
-        parse_rate(self.memory_bandwidth, "memory_bandwidth")
-        if not 0 < self.flops_per_s < math.inf:
-            raise ArgumentError(f"flops={self.flops!r} must be positive and finite")
-
-    @property
-    def flops_per_s(self) -> float:
-        """Floating-point operations per second."""
-        if isinstance(self.flops, str):
-            match = _FLOPS.fullmatch(self.flops)
-            if match is None:
-                raise ArgumentError(f"flops={self.flops!r} is not a valid rate: write a number, or 2TFLOP/s")
-            return float(match[1]) * 1000.0 ** " KMGTP".index(match[2] or " ")
-        return as_float(self.flops, f"flops={self.flops!r} is not a valid rate: write a number, or 2TFLOP/s")
-
-    @property
-    def memory_bytes_per_s(self) -> float:
-        """Bytes per second."""
-        return parse_rate(self.memory_bandwidth, "memory_bandwidth")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from lingualinked.device import Device, Links
-from lingualinked.planning.estimate import DeviceSpecs, LayerOperations, roofline_profile
+from lingualinked.device_specs import DeviceSpecs
+from lingualinked.planning.estimate import LayerOperations, roofline_profile
 from lingualinked.planning.planner import solve
 from lingualinked.planning.remedy import model_fits
 from lingualinked.profile import ModelProfile

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from lingualinked.device_specs import DeviceSpecs
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model.architectures import check_architecture
 from lingualinked.model.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
@@ -24,7 +25,7 @@ from lingualinked.model.operations import count_operations
 from lingualinked.model.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.span_loading import check_weights
 from lingualinked.model.spec import ModelSpec
-from lingualinked.planning.estimate import DeviceSpecs, LayerOperations, roofline_profile
+from lingualinked.planning.estimate import LayerOperations, roofline_profile
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import LoadArguments, check_attn_implementation, select_config_attributes
 

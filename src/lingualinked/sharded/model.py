@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.devices import asked_devices
+from lingualinked.cluster.devices import describe_cluster
+from lingualinked.cluster_file import ClusterDescription, Devices
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
@@ -62,7 +63,7 @@ class ShardedModel(Instrumented, Editable):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        devices: Literal["auto"] | int | Sequence[Device] = "auto",
+        devices: Devices = "auto",
         cluster: Cluster | None = None,
         plan: Plan | Literal["even"] | None = None,
         objective: Objective = "throughput",
@@ -91,9 +92,10 @@ class ShardedModel(Instrumented, Editable):
         pretrained_model_name_or_path : str or PathLike
             A folder with ``config.json`` and safetensors files, or a model id of the Hugging Face hub; or a folder with a LoRA
             adapter of peft (``adapter_config.json``), whose base model is loaded, and then the adapter.
-        devices : "auto", int or sequence of Device
-            Where to run: every accelerator found, else two CPU workers; a number of local CPU workers; or the given
-            devices. A cluster is started for the model and closed with it.
+        devices : "auto", int, str, PathLike or sequence of Device
+            Where to run: every accelerator found, else two CPU workers; a number of local CPU workers; the given
+            devices; those of a cluster file (TOML); or ``"tcp://HOST:PORT#PUBLIC-KEY"`` of a daemon. A cluster is started
+            for the model and closed with it; see `Cluster`.
         cluster : Cluster or None
             A running cluster to use instead; several models may share its workers.
         plan : Plan, "even" or None
@@ -175,13 +177,13 @@ class ShardedModel(Instrumented, Editable):
         if cluster is not None and devices != "auto":
             raise ArgumentError("pass devices= or cluster=, not both: a cluster has its own devices")
         folder = Path(arguments.path) / subfolder
-        asked = asked_devices(devices) if cluster is None else cluster.devices
+        described = ClusterDescription(devices=cluster.devices) if cluster else describe_cluster(devices)
         # 2) refuse what exceeds all memory, before any process starts (only the headers of an unmodified model tell)
         if load_format == "auto" and config is None and not kwargs:
             check_total_memory(
                 folder,
                 None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
-                asked,
+                described.devices,
                 workload if plan is None else None,
                 DEFAULT_RESERVE if plan is None else 0.0,
             )
@@ -189,7 +191,7 @@ class ShardedModel(Instrumented, Editable):
         own = None
         try:
             if cluster is None:
-                cluster = own = Cluster(asked, timeout_s=timeout_s, _class_names=_class_names(folder))
+                cluster = own = Cluster(described, timeout_s=timeout_s, _class_names=_class_names(folder))
             from lingualinked.sharded.loading import load  # imports torch
 
             return load(dataclasses.replace(arguments, cluster=cluster, owns_cluster=own is not None), ShardedModel)

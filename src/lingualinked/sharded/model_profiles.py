@@ -10,23 +10,25 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lingualinked.cluster.cluster import Cluster
+from lingualinked.cluster.devices import describe_cluster
+from lingualinked.cluster_file import Devices, read_description
 from lingualinked.errors import ArgumentError
 from lingualinked.interrupts import interruptible
 from lingualinked.profile import Profile
 from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.model import ShardedModel
-from lingualinked.sharded.saved import find_profile
+from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
     from lingualinked.device import Device, Links
-    from lingualinked.planning.estimate import DeviceSpecs
+    from lingualinked.device_specs import DeviceSpecs
 
 
 @interruptible
 def profile_model(
     model_or_path: ShardedModel | str | os.PathLike[str],
-    cluster: Cluster,
+    cluster: Cluster | Devices,
     *,
     workload: Workload | None = None,
     refresh: bool = False,
@@ -45,8 +47,8 @@ def profile_model(
     ----------
     model_or_path : ShardedModel, str or PathLike
         A sharded model, or what `ShardedModel.from_pretrained` takes.
-    cluster : Cluster
-        The cluster to measure on.
+    cluster : Cluster, int, str, PathLike or sequence of Device
+        The cluster to measure on, or what `Cluster` takes as devices: then one is started for the measurement.
     workload : Workload or None
         Gives the shapes; ``None``: the default workload.
     refresh : bool
@@ -67,8 +69,6 @@ def profile_model(
     """
     from lingualinked.sharded.describing import describe, describe_spec  # imports torch
 
-    if not isinstance(cluster, Cluster):
-        raise ArgumentError(f"cluster is a {type(cluster).__name__}: pass a lingualinked.Cluster")
     if isinstance(model_or_path, ShardedModel):
         if kwargs:
             raise ArgumentError(f"a loaded model is measured as it is: leave out {', '.join(sorted(kwargs))}")
@@ -77,13 +77,24 @@ def profile_model(
         described = describe(_arguments(model_or_path, kwargs))
     footprint = described.footprint()
     fitting = footprint.profile.fit_workload(workload)
-    return find_profile(cluster, footprint, fitting, refresh=refresh, progress=progress)
+    if isinstance(cluster, Cluster):
+        return find_profile(cluster, footprint, fitting, refresh=refresh, progress=progress)
+    asked = describe_cluster(cluster)
+    if all(
+        device.address is None for device in asked.devices
+    ):  # of other hosts, nothing is known before their workers answer
+        found = None if refresh else saved_profile(asked.devices, asked.links, footprint, fitting, {})
+        if found is not None:
+            return found
+        check_devices(footprint, asked.devices, asked.links, fitting, {})
+    with Cluster(asked) as own:
+        return find_profile(own, footprint, fitting, refresh=refresh, progress=progress)
 
 
 def estimate_profile(
     path: str | os.PathLike[str],
-    devices: Sequence[Device],
-    specs: Mapping[str, DeviceSpecs],
+    devices: Sequence[Device] | str | os.PathLike[str],
+    specs: Mapping[str, DeviceSpecs] | None = None,
     *,
     links: Links | None = None,
     workload: Workload | None = None,
@@ -95,10 +106,10 @@ def estimate_profile(
     ----------
     path : str or PathLike
         As in `ShardedModel.from_pretrained`; with ``load_format="dummy"`` a ``config.json`` suffices.
-    devices : sequence of Device
-        With their stated memory, bandwidth and latency.
-    specs : mapping of str to DeviceSpecs
-        Operations and bytes per second of each device, by name.
+    devices : sequence of Device, str or PathLike
+        With their stated memory, bandwidth and latency; or the path of a cluster file, which has links and specs too.
+    specs : mapping of str to DeviceSpecs, optional
+        Operations and bytes per second of each device, by name, unless the cluster file states them.
     links : mapping of (str, str) to Link, optional
         Links that differ from what their two ends imply.
     workload : Workload or None
@@ -119,7 +130,10 @@ def estimate_profile(
     """
     from lingualinked.sharded.describing import describe  # imports torch
 
-    return describe(_arguments(path, kwargs)).estimate(devices, specs, links, workload)
+    if isinstance(devices, str | os.PathLike):
+        cluster = read_description(devices)
+        devices, specs, links = cluster.devices, {**cluster.specs, **(specs or {})}, {**cluster.links, **(links or {})}
+    return describe(_arguments(path, kwargs)).estimate(devices, specs or {}, links, workload)
 
 
 def _arguments(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> LoadArguments:

@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         f"{MARK}(devices=2, model=None, scope='function', **arguments): what the fixtures `cluster` and `sharded_model` "
-        "run on: a number of workers or a list of lingualinked.Device, or a list of these, for one run with each; "
+        "run on: a number of workers, a list of lingualinked.Device or a cluster file, or a list of these, for one run with each; "
         "a checkpoint (None: the bundled one); how long both are kept; arguments of ShardedModel.from_pretrained",
     )
     folder = config.getoption("--lingualinked-trace")

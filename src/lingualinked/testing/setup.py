@@ -6,6 +6,7 @@ Knows pytest's markers; starts nothing.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,15 +27,15 @@ class Setup:
 
     Parameters
     ----------
-    devices : int or tuple of Device
-        A number of local workers with one thread each, or the devices.
+    devices : int, str, PathLike or tuple of Device
+        A number of local workers with one thread each, the devices, or a cluster file.
     cluster_arguments, model_arguments : mapping of str to object
         Of `FaultyCluster` and of ``ShardedModel.from_pretrained``.
     scope : {"session", "package", "module", "class", "function"}
         How long both are kept.
     """
 
-    devices: int | tuple[Device, ...] = DEFAULT_DEVICES
+    devices: int | str | os.PathLike[str] | tuple[Device, ...] = DEFAULT_DEVICES
     cluster_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scope: Scope = "function"
@@ -42,8 +43,10 @@ class Setup:
     @property
     def label(self) -> str:
         """How it appears in the name of a test."""
-        if isinstance(self.devices, int):
+        if isinstance(self.devices, int | str):
             return f"devices={self.devices}"
+        if isinstance(self.devices, os.PathLike):
+            return f"devices={os.fspath(self.devices)}"
         return f"devices={'+'.join(device.name for device in self.devices)}"
 
 
@@ -75,21 +78,33 @@ def setups_of(item: pytest.Item | pytest.Function) -> list[Setup]:
     return [Setup(devices=each, cluster_arguments=of_cluster, model_arguments=asked, scope=scope) for each in variants]
 
 
-def _variants(devices: object, test: str) -> list[int | tuple[Device, ...]]:
+def _variants(devices: object, test: str) -> list[int | str | os.PathLike[str] | tuple[Device, ...]]:
     """Return each number or list of devices that a test is to run with."""
-    from lingualinked.device import Device  # only once a test needs devices
+    # Only once a test needs devices:
+    from lingualinked.cluster_file import read_description
+    from lingualinked.device import Device
+    from lingualinked.errors import ArgumentError
 
-    def variant_of(value: object) -> int | tuple[Device, ...] | None:
+    def variant_of(value: object) -> int | str | os.PathLike[str] | tuple[Device, ...] | None:
+        if isinstance(value, str | os.PathLike):
+            try:
+                return value if value == "auto" or read_description(value) else None
+            except ArgumentError as error:
+                raise pytest.UsageError(f"{test}: {error}") from error
         if isinstance(value, int):
             return value if value >= 1 and not isinstance(value, bool) else None
         found = tuple(value) if isinstance(value, Sequence) else ()
         return found if found and all(isinstance(each, Device) for each in found) else None
 
     whole = variant_of(devices)
-    variants = [whole] if whole or not isinstance(devices, Sequence) else [variant_of(each) for each in devices]
+    variants = (
+        [whole]
+        if whole or isinstance(devices, str) or not isinstance(devices, Sequence)
+        else [variant_of(each) for each in devices]
+    )
     if not variants or None in variants:
         raise pytest.UsageError(
-            f"{test}: devices={devices!r} of @pytest.mark.{MARK}: give a positive number or a list of lingualinked.Device, "
-            "or a list of these, for one run with each"
+            f"{test}: devices={devices!r} of @pytest.mark.{MARK}: give a positive number, a list of lingualinked.Device or a "
+            "cluster file, or a list of these, for one run with each"
         )
     return [each for each in variants if each is not None]

@@ -21,6 +21,7 @@ import lingualinked.cli
 from lingualinked.cli import doctor_command
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
+from lingualinked.cluster.devices import describe_cluster
 from lingualinked.model.exact import linear_speed
 from lingualinked.sharded.progress import DeviceProgress
 
@@ -44,7 +45,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     asked: list[tuple[str, ...]] = []
 
     def refuse(_: Cluster, devices: Any, **__: Any) -> None:
-        asked.append(tuple(device.name for device in devices))
+        asked.append(tuple(device.name for device in describe_cluster(devices).devices))
         raise StartedError
 
     monkeypatch.setattr(Cluster, "__init__", refuse)

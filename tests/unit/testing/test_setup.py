@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_without_a_marker() -> None:
     assert read() == [Setup()]
 
 
-@pytest.mark.parametrize("devices", [0, -1, True, "2", None, [], [[]], [NEAR, 2], [0], 1.5, ["near"]])
+@pytest.mark.parametrize("devices", [0, -1, True, None, [], [[]], [NEAR, 2], [0], 1.5])
 def test_what_are_no_devices(devices: object) -> None:
     with pytest.raises(pytest.UsageError, match=r"test_it: devices=.* of @pytest\.mark\.lingualinked: give a positive"):
         read(mark(devices=devices))
@@ -69,3 +70,15 @@ def test_what_are_no_devices(devices: object) -> None:
 def test_what_else_is_refused(wrong: Any, complaint: str) -> None:
     with pytest.raises(pytest.UsageError, match=complaint):
         read(wrong)
+
+
+def test_a_cluster_file_is_read_before_any_test_runs(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text("[[devices]]\nname = 'near'\n")
+    setups = read(mark(devices=[str(path), 2, path]))
+    assert [each.devices for each in setups] == [str(path), 2, path]
+    assert [each.label for each in setups] == [f"devices={path}", "devices=2", f"devices={path}"]
+    assert [each.devices for each in read(mark(devices=str(path)))] == [str(path)]
+    path.write_text("[[devices]]\nnam = 'near'\n")
+    with pytest.raises(pytest.UsageError, match=r"test_it: .*unknown field 'nam': did you mean 'name'"):
+        read(mark(devices=path))
