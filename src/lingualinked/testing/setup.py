@@ -88,7 +88,9 @@ def _variants(devices: object, test: str) -> list[int | str | os.PathLike[str] |
     def variant_of(value: object) -> int | str | os.PathLike[str] | tuple[Device, ...] | None:
         if isinstance(value, str | os.PathLike):
             try:
-                return value if value == "auto" or read_description(value) else None
+                if value != "auto":
+                    read_description(value)
+                return value
             except ArgumentError as error:
                 raise pytest.UsageError(f"{test}: {error}") from error
         if isinstance(value, int):
