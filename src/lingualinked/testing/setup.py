@@ -80,8 +80,7 @@ def setups_of(item: pytest.Item | pytest.Function) -> list[Setup]:
 
 def _variants(devices: object, test: str) -> list[int | str | os.PathLike[str] | tuple[Device, ...]]:
     """Return each number or list of devices that a test is to run with."""
-    # Only once a test needs devices:
-    from lingualinked.cluster_file import read_description
+    from lingualinked.cluster_file import read_description  # only once a test needs devices
     from lingualinked.device import Device
     from lingualinked.errors import ArgumentError
 
