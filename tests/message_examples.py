@@ -75,6 +75,10 @@ VALUES = {
     "max_kv_tokens": None,
     "max_cache_len": 64,
     "first": 2**31,
+    "file": 3,
+    "start": 2**40,
+    "num_bytes": 2**20,
+    "checksum": 2**64 - 1,
     "logits_to_keep": 1,
     "worker": WorkerSnapshot(
         device="a", pid=7, threads=1, resident_bytes=2**40, idle_resident_bytes=2**30, num_refused=0

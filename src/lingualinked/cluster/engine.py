@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from lingualinked.cluster.exchange import Exchange, closed
+from lingualinked.cluster.file_sharing import SharedLoad
 from lingualinked.cluster.pending import Pending, settle
 from lingualinked.device import CALLER, Link
 from lingualinked.environment import Environment
@@ -76,6 +77,7 @@ class Engine:
         self._shared_memory = shared_memory
         self._max_frame_bytes = max_frame_bytes
         self.trusted: frozenset[str] = frozenset()  # devices; the cluster says which
+        self.fetching: frozenset[str] = frozenset()  # devices that can't read this process's files, likewise
         self._owner_pid = os.getpid()
         # Reentrant: a finalizer posts, and the garbage collector may run one in the middle of a post.
         self._lock = threading.RLock()
@@ -230,6 +232,15 @@ class Engine:
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.unload_model(model))
 
+    def share_files(self, load: SharedLoad) -> None:
+        """Send parts of files to a worker that asks for them, until `end_sharing`."""
+        self._post(lambda: self._exchange.files.begin(load))
+
+    def end_sharing(self, load: int) -> None:
+        """Send no more parts of files for a load, by the number of its request; does nothing once the engine is stopped."""
+        with contextlib.suppress(ClosedError, UnsupportedOperationError):
+            self._post(lambda: self._exchange.files.end(load))
+
     def shape_link(self, device: str, link: Link) -> None:
         """Send messages to a worker through an emulated link from now on."""
         self._post(lambda: self._mailbox.shape_link(device, link.bandwidth_bytes_per_s, link.latency_s))
@@ -267,7 +278,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it
             ready.set_exception(error)
             return
-        exchange = self._exchange = Exchange(self._mailbox, devices)
+        exchange = self._exchange = Exchange(self._mailbox, devices, self._post)
         ready.set_result(None)
         try:
             while not self._stopping:

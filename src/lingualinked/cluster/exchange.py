@@ -10,13 +10,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 import msgspec
 from torch import Tensor
 
 from lingualinked.cluster.failures import error_of
+from lingualinked.cluster.file_sharing import FileSharing
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.remote_text import RemoteLog, readable_environment
@@ -47,6 +48,7 @@ from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.reading import TensorRead
 from lingualinked.protocol.roles import TO_CALLER, Role
 from lingualinked.protocol.steps import EndSession, StepDone, StepRecorded
+from lingualinked.protocol.weights import FetchPart, FilesFound
 from lingualinked.transport.cut_links import CutLinks
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
@@ -60,7 +62,7 @@ class Exchange:
     Other threads may read `addresses`, `ended`, `environments`, `public_keys` and `settled`.
     """
 
-    def __init__(self, mailbox: Mailbox, devices: Iterable[str]) -> None:
+    def __init__(self, mailbox: Mailbox, devices: Iterable[str], post: Callable[[Callable[[], None]], None]) -> None:
         self.addresses: dict[str, str] = {}  # where workers listen, of those that have said hello
         self.ended: dict[str, str] = {}  # how workers ended, of those that have
         self.settled = {name: threading.Event() for name in devices}  # set once ready, or never to be
@@ -69,6 +71,7 @@ class Exchange:
         self._mailbox = mailbox
         self._pending = PendingAnswers()
         self._cut_links = CutLinks(mailbox)
+        self.files = FileSharing(self._send, post)
         self._unloaded: set[int] = set()
         self._logs: dict[str, RemoteLog] = {}
         self._introductions = itertools.count(-1, -1)  # as numbers of requests; those of the others count upwards
@@ -95,6 +98,7 @@ class Exchange:
             for other in self.addresses.keys() - self.ended.keys():
                 self._send(other, DismissWorker(name=device), ())
         self._mailbox.disconnect(device)
+        self.files.lose_worker(device, "it is not part of the cluster any more")
         how = self.ended.pop(device, "it is not part of the cluster any more")
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
         settled.set()
@@ -187,11 +191,13 @@ class Exchange:
             return
         self.ended[device] = how
         self._mailbox.disconnect(device)
+        self.files.lose_worker(device, how)
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
         self.settled[device].set()
 
     def close(self) -> None:
         """Fail all pending answers, and close the mailbox."""
+        self.files.close()
         self._pending.fail_all(closed)
         for event in self.settled.values():
             event.set()
@@ -222,7 +228,15 @@ class Exchange:
                 event = HookEvent(message, sender, delivery.tensors)
                 if not self._pending.pause(_key(message), message.path, event, time.monotonic()):
                     self._end_paused_step(sender, message)
-            case StageLoaded() | KVCopied() | Acknowledged() | ModelMeasured() | LinkProbed() | WorkerReport():
+            case (
+                StageLoaded()
+                | KVCopied()
+                | Acknowledged()
+                | ModelMeasured()
+                | LinkProbed()
+                | WorkerReport()
+                | FilesFound()
+            ):
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():
                 self._pending.fail(_key(message), error_of(sender, message))
@@ -235,6 +249,8 @@ class Exchange:
                 self.addresses[sender] = message.address
                 self.environments[sender] = readable_environment(message.environment)
                 self._introduce(sender)
+            case FetchPart():
+                self.files.send_part(message, sender)
             case Ping():
                 self._mailbox.send(sender, encode(Pong(number=message.number)))
             case LogRecord():
@@ -254,6 +270,8 @@ class Exchange:
             return  # what nobody waits for any more changes nothing
         if role is Role.ASKED:
             fits = sender == pending.asked and isinstance(message, pending.answer | RequestFailed | Progress)
+        elif role is Role.FILE_BORROWER:
+            fits = sender == pending.asked and pending.answer is StageLoaded
         else:
             senders = {pending.asked} if role is Role.LAST_STAGE else pending.devices
             answer = KVCopied if role is Role.KV_ENDS else StepDone
@@ -319,6 +337,8 @@ def _key(message: AnyMessage) -> Key:
     """Return the key of the pending answer that a message completes, fails, or reports progress of."""
     if isinstance(message, StepDone | StepFailed | StepRecorded | HookReached):
         return "step", message.session, message.number
+    if isinstance(message, FetchPart):
+        return "request", message.load, 0
     return "request", message.request, 0  # type: ignore[union-attr]
 
 

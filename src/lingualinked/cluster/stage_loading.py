@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.file_supplies import FileLoad, arrange_supplies
 from lingualinked.cluster.route import Route
 from lingualinked.device import CALLER
 from lingualinked.model.spec import ModelSpec
@@ -34,25 +35,39 @@ def request_stages(
     """
     helpers = () if held is None else held.stage_devices
     ends = (CALLER, *route.stage_devices, CALLER)
+    # 1) for workers that can't read the caller's files: find out what they lack, and who sends it to them
+    loads = [
+        FileLoad(number=engine.next_request(), device=stage.device, start=stage.start, end=stage.end)
+        for stage in route.plan.stages
+    ]
+    supplies = arrange_supplies(engine, spec, loads, timeout_s, is_move=held is not None)
+    # 2) ask all workers at once
     futures = []
-    for index, stage in enumerate(route.plan.stages):
+    for index, (stage, load) in enumerate(zip(route.plan.stages, loads, strict=True)):
         message = LoadStage(
-            request=engine.next_request(),
+            request=load.number,
             model=model,
             plan_version=route.version,
             stage=index,
-            spec=spec,
+            spec=supplies.spec if load.number in supplies.of_load else spec,
             start=stage.start,
             end=stage.end,
             previous_name=ends[index],
             next_name=ends[index + 2],
             max_kv_tokens=max_kv_tokens,
             holders=() if held is None else tuple(_holders(engine, model, held, stage.device)),
+            supplies=supplies.of_load.get(load.number, ()),
         )
         progress = None if on_progress is None else functools.partial(on_progress, stage.device)
         what = f"loading layers [{stage.start}, {stage.end})"
         futures.append(engine.request(stage.device, message, what, timeout_s, progress, helpers))
+        if message.supplies:
+            futures[-1].add_done_callback(functools.partial(_end_sharing, engine, load.number))
     return futures
+
+
+def _end_sharing(engine: Engine, load: int, _loaded: concurrent.futures.Future[object]) -> None:
+    engine.end_sharing(load)
 
 
 def _holders(engine: Engine, model: int, route: Route, borrower: str) -> Iterator[WeightHolder]:

@@ -49,6 +49,14 @@ class WorkerKey(msgspec.Struct, frozen=True, kw_only=True):
     public_key: str  # of a new CURVE key pair (Z85 text); the secret half never leaves the process
 
 
+class WeightFolders(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a worker that does not read the caller's files has weights of its own."""
+
+    models: str | None  # a folder with copies of checkpoints
+    cache: str  # for what it fetches
+    cache_bytes: int  # the most that the cache may take; 0: nothing is kept
+
+
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's configuration, sent to that worker alone: its identity, its caller and its limits."""
 
@@ -65,6 +73,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     shared_memory: bool  # whether it may exchange large tensors through memory
     log_level: int  # lowest level of the log records that it sends to the caller
     emulation: Emulation  # at first
+    weight_folders: WeightFolders | None = None  # None: it reads the caller's files
 
 
 class WorkerForked(msgspec.Struct, frozen=True, kw_only=True, tag=True):

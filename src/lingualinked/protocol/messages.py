@@ -32,6 +32,15 @@ from lingualinked.protocol.moving import (
 )
 from lingualinked.protocol.reading import ReadTensor, TensorRead
 from lingualinked.protocol.steps import EndSession, Step, StepDone, StepRecorded
+from lingualinked.protocol.weights import (
+    FetchPart,
+    FilePart,
+    FilesFound,
+    FindFiles,
+    ShareFiles,
+    StopSharing,
+    WeightSupply,
+)
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
@@ -57,7 +66,8 @@ class LoadStage(Message, frozen=True, tag=1):
     The stage accepts steps only from ``previous_name`` and sends its outputs to ``next_name``. All sessions together may
     hold ``max_kv_tokens`` rows x tokens of KV. The stage shares layers that stages of other versions hold on this worker.
     If the checkpoint's files can't be read here, or have changed, the other weights are fetched from their ``holders``;
-    without holders, loading fails.
+    without holders, loading fails. A worker that does not read the caller's files has copies of its own, or fetches what it
+    lacks from the ``supplies``.
     """
 
     request: int
@@ -71,6 +81,7 @@ class LoadStage(Message, frozen=True, tag=1):
     next_name: str
     max_kv_tokens: int | None
     holders: tuple[WeightHolder, ...]
+    supplies: tuple[WeightSupply, ...]
 
 
 class UnloadModel(Message, frozen=True, tag=2):
@@ -145,7 +156,7 @@ class StageLoaded(Message, frozen=True, tag=18):
 
 
 class Acknowledged(Message, frozen=True, tag=25):
-    """Answer to `EmulateDevice`, `CutLinks`, `IntroduceWorker`, `PingWorker`, `AnnounceMove`, `ForkSession` and `EditTensor`: done."""
+    """Answer to `EmulateDevice`, `CutLinks`, `IntroduceWorker`, `PingWorker`, `AnnounceMove`, `ForkSession`, `EditTensor` and others: done."""
 
     request: int
 
@@ -175,7 +186,7 @@ class LogRecord(Message, frozen=True, tag=24):
     text: str
 
 
-PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVReceived | FetchWeight | WeightChunk
+PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVReceived | FetchWeight | WeightChunk | FetchPart | FilePart
 """The messages between workers."""
 
 CallerMessage = (
@@ -198,6 +209,10 @@ CallerMessage = (
     | EditTensor
     | AddAdapter
     | RemoveAdapter
+    | FindFiles
+    | ShareFiles
+    | StopSharing
+    | FilePart
     | Ping
     | Pong
     | Step
@@ -225,6 +240,8 @@ Request = (
     | AddAdapter
     | RemoveAdapter
     | ResumeBackward
+    | FindFiles
+    | ShareFiles
 )
 WorkerMessage = (
     Hello
@@ -239,6 +256,8 @@ WorkerMessage = (
     | Pong
     | WorkerReport
     | TensorRead
+    | FilesFound
+    | FetchPart
     | StepDone
     | StepRecorded
     | HookReached

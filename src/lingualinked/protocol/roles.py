@@ -19,6 +19,7 @@ from lingualinked.protocol import (
     moving,
     reading,
     steps,
+    weights,
 )
 from lingualinked.protocol.base import Message
 
@@ -33,6 +34,8 @@ class Role(enum.Enum):
     KV_TARGET = "the worker that the KV was sent to"
     BORROWER = "a worker that needs these weights, as announced by the caller"
     LENDER = "the worker that was asked for the weight"
+    FILE_BORROWER = "a worker that is loading a stage, of the files that it needs, as the caller has named it"
+    FILE_SOURCE = "a party that the files of a stage are fetched from, as the caller has named it"
     PROBED = "the party that was sent a Ping"
     LAST_STAGE = "the worker of the last stage of the step"
     ANY_STAGE = "a worker of one of the stages of the step"
@@ -73,6 +76,11 @@ TO_WORKER: Mapping[type[Message], Role] = {
     moving.KVReceived: Role.KV_TARGET,
     moving.FetchWeight: Role.BORROWER,
     moving.WeightChunk: Role.LENDER,
+    weights.FindFiles: Role.CALLER,
+    weights.ShareFiles: Role.CALLER,
+    weights.StopSharing: Role.CALLER,
+    weights.FetchPart: Role.FILE_BORROWER,
+    weights.FilePart: Role.FILE_SOURCE,
 }
 """The messages that a worker accepts, and from whom."""
 
@@ -87,6 +95,8 @@ TO_CALLER: Mapping[type[Message], Role] = {
     measuring.LinkProbed: Role.ASKED,
     messages.WorkerReport: Role.ASKED,
     reading.TensorRead: Role.ASKED,
+    weights.FilesFound: Role.ASKED,
+    weights.FetchPart: Role.FILE_BORROWER,
     gradients.BackwardDone: Role.ASKED,
     failures.RequestFailed: Role.ASKED,
     moving.KVCopied: Role.KV_ENDS,
@@ -116,6 +126,8 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     adapting.AddAdapter: messages.Acknowledged,
     adapting.RemoveAdapter: messages.Acknowledged,
     gradients.ResumeBackward: gradients.BackwardDone,
+    weights.FindFiles: weights.FilesFound,
+    weights.ShareFiles: messages.Acknowledged,
     steps.Step: steps.StepDone,
 }
 """The answer to each message of the caller that has one."""

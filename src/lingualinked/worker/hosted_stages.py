@@ -24,6 +24,7 @@ from lingualinked.protocol.steps import Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
 from lingualinked.worker.edited_tensors import EditedTensors
+from lingualinked.worker.file_exchange import StageFiles
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.limits import spare_bytes
 
@@ -67,8 +68,12 @@ class HostedStages:
         on_loaded: Callable[[Stage], None],
         on_error: Callable[[Exception], None],
         request_part: RequestPart,
+        files: StageFiles | None = None,
     ) -> None:
-        """Load a stage in the background; the callbacks run on the worker's loop."""
+        """Load a stage in the background; the callbacks run on the worker's loop.
+
+        The weights come from `files`, or else from those of the caller.
+        """
         # 1) on the loop: register the stage as wanted; unloading its model, or keeping another plan, cancels it
         self.drop_idle_caches()
         key = StageKey(request.model, request.plan_version, request.stage)
@@ -88,9 +93,13 @@ class HostedStages:
             self._borrowed[request.request] = key, borrowed
             return borrowed
 
+        num_done = 0
+
         def progress(num_bytes: int) -> None:
+            nonlocal num_done
             check_cancelled()
-            self._background.call_on_loop(lambda: on_progress(num_bytes))
+            num_done = most = max(num_done, num_bytes)  # weights that were fetched first are then loaded
+            self._background.call_on_loop(lambda: on_progress(most))
 
         def load_in_background() -> None:
             # 2) in the background: load the layers that no stage here holds, from the checkpoint or from other workers
@@ -104,6 +113,9 @@ class HostedStages:
                     progress=progress,
                     shared=[each for each in own if each.start < request.end and request.start < each.end],
                     fallback=borrow if request.holders else None,
+                    open_files=None
+                    if files is None
+                    else lambda spec: files.open_weights(spec, check_cancelled, progress),
                 )
             except LoadCancelledError:
                 self._background.call_on_loop(lambda: release_memory(self._accelerator))
@@ -115,6 +127,8 @@ class HostedStages:
                 self._background.call_on_loop(functools.partial(self._put_in_service, key, hosted, on_loaded))
             finally:
                 self._borrowed.pop(request.request, None)
+                if files is not None:
+                    files.end()
 
         self._background.submit(load_in_background)
 

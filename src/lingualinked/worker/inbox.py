@@ -14,6 +14,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.messages import CallerMessage, CutLinks, EmulateDevice, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
+from lingualinked.protocol.weights import WeightMessage
 from lingualinked.transport import cut_links
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
@@ -75,7 +76,7 @@ class Inbox:
             self.refuse(delivery, error, kind)
             return False  # otherwise a flood of them would hold up waiting messages
         assert isinstance(message, CallerMessage | PeerMessage)
-        queue = self._moves if isinstance(message, LoadStage | MovingMessage) else self._others
+        queue = self._moves if isinstance(message, LoadStage | MovingMessage | WeightMessage) else self._others
         queue.add((message, delivery))
         return self._count(delivery, 1)
 

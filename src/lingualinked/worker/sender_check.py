@@ -13,6 +13,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.roles import TO_WORKER, Role
 from lingualinked.worker.announced_moves import AnnouncedMoves
+from lingualinked.worker.file_exchange import FileExchange
 from lingualinked.worker.hosted_stages import HostedStages
 from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.peers import Peers
@@ -27,7 +28,13 @@ class SenderCheck:
     """The roles that parties have towards one worker at the moment, as the other objects of the worker know them."""
 
     def __init__(
-        self, peers: Peers, stages: HostedStages, mover: KVMover, moves: AnnouncedMoves, probes: LinkProbes
+        self,
+        peers: Peers,
+        stages: HostedStages,
+        mover: KVMover,
+        moves: AnnouncedMoves,
+        probes: LinkProbes,
+        files: FileExchange,
     ) -> None:
         self._peers = peers
         self._parties: Mapping[Role, Callable[[Any], Collection[str]]] = {
@@ -36,6 +43,8 @@ class SenderCheck:
             Role.KV_TARGET: lambda message: mover.kv_targets(message.request),
             Role.BORROWER: lambda message: moves.borrowers(message.model),
             Role.LENDER: lambda message: stages.lenders(message.request),
+            Role.FILE_BORROWER: lambda message: files.borrowers(message.load),
+            Role.FILE_SOURCE: lambda message: files.sources(message.load),
             Role.PROBED: lambda message: probes.targets,
         }
 

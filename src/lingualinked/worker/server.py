@@ -58,6 +58,7 @@ from lingualinked.protocol.moving import (
 )
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.steps import EndSession, Step
+from lingualinked.protocol.weights import FindFiles, ShareFiles, WeightMessage
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.keys import KeyPair
@@ -69,6 +70,7 @@ from lingualinked.worker.background import Background
 from lingualinked.worker.backward_runner import BackwardRunner
 from lingualinked.worker.borrower import Borrower
 from lingualinked.worker.error_report import describe_error
+from lingualinked.worker.file_exchange import FileExchange
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.inbox import Inbox
 from lingualinked.worker.kv_mover import KVMover
@@ -139,9 +141,9 @@ class Worker:
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
-        self._inbox = Inbox(
-            mailbox, SenderCheck(self._peers, self._stages, self._mover, self._moves, self._probes).check_sender
-        )
+        self._files = FileExchange.open(boot.weight_folders, self._peers, background)
+        check = SenderCheck(self._peers, self._stages, self._mover, self._moves, self._probes, self._files)
+        self._inbox = Inbox(mailbox, check.check_sender)
         self._pace = Pace(boot.threads, 1.0)
         self._steps = StepRunner(mailbox, self._peers, self._stages, self._pace, boot.accelerator)
         self._backward = BackwardRunner(mailbox, self._stages, boot.accelerator)
@@ -169,6 +171,9 @@ class Worker:
             return
         if isinstance(message, Step | HookAnswered | EndSession | BackwardMessage):
             self._handle_step(message, delivery)
+            return
+        if isinstance(message, WeightMessage):
+            self._files.handle(message, delivery)
             return
         match message:
             case LoadStage():
@@ -199,6 +204,10 @@ class Worker:
                 self._answer_request(message.request, lambda: self._measure_model(message))
             case ProbeLink():
                 self._answer_request(message.request, lambda: self._probes.start_probe(message))
+            case FindFiles():
+                self._files.find_files(message, self._send_to_caller)
+            case ShareFiles():
+                self._acknowledge(message.request, lambda: self._files.share(message))
             case ReadTensor() | EditTensor():
                 self._handle_tensor(message, delivery)
             case AddAdapter() | RemoveAdapter():
@@ -276,7 +285,12 @@ class Worker:
             self._borrower.request_part(message.request, holder, parameter, first)
 
         self._stages.load_stage(
-            message, progress, loaded, lambda error: self._report_failure(message.request, error), request_part
+            message,
+            progress,
+            loaded,
+            lambda error: self._report_failure(message.request, error),
+            request_part,
+            self._files.files_of(message),
         )
 
     def _drop_moves(self, model: int) -> None:

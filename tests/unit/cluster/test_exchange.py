@@ -48,6 +48,7 @@ from lingualinked.protocol.messages import (
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
 from lingualinked.protocol.steps import EndSession, StageTimes, Step, StepDone, StepRecorded
+from lingualinked.protocol.weights import FetchPart
 from lingualinked.rounding import Rounding
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.transport.keys import generate_keypair
@@ -62,7 +63,7 @@ class Conversation:
         self.keys = {name: generate_keypair() for name in ("first", "second")}
         self.caller = InProcessMailbox(hub, "caller")
         self.workers = {name: InProcessMailbox(hub, name) for name in "ab"}
-        self.exchange = Exchange(self.caller, self.workers)
+        self.exchange = Exchange(self.caller, self.workers, lambda command: command())
         for name, worker in self.workers.items():
             self.exchange.authorise_worker(name, worker.public_key)
             worker.connect("caller", self.caller.address, self.caller.public_key)
@@ -467,6 +468,7 @@ SENDERS = {
     Role.KV_ENDS: {"a", "b"},
     Role.ANY_STAGE: {"a", "b"},
     Role.LAST_STAGE: {"b"},
+    Role.FILE_BORROWER: {"a"},
 }
 
 
@@ -509,7 +511,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
     elif kind is not Hello:
         assert (talk.caller.num_refused == before) is (sender in SENDERS[role])
     assert bool(pending.parts) is (kind is StepRecorded and sender in SENDERS[Role.ANY_STAGE])
-    if role in (None, Role.WORKER) or sender not in SENDERS[role] or kind in (Progress, StepRecorded):
+    if role in (None, Role.WORKER) or sender not in SENDERS[role] or kind in (Progress, StepRecorded, FetchPart):
         assert not answered.done()
     else:
         assert answered.done()

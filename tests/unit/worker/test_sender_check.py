@@ -15,6 +15,7 @@ from lingualinked.protocol.messages import AnyMessage, IntroduceWorker
 from lingualinked.protocol.moving import AnnounceMove, FetchWeight, KVChunk, StagePlace
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER, Role
 from lingualinked.protocol.steps import EndSession, Step
+from lingualinked.protocol.weights import FetchPart, FilePart
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.worker.announced_moves import AnnouncedMoves
@@ -37,6 +38,8 @@ PARTIES = {
     "target": {Role.WORKER, Role.KV_TARGET},
     "borrower": {Role.WORKER, Role.BORROWER},
     "lender": {Role.WORKER, Role.LENDER},
+    "file borrower": {Role.WORKER, Role.FILE_BORROWER},
+    "file source": {Role.WORKER, Role.FILE_SOURCE},
     "probed": {Role.WORKER, Role.PROBED},
     "bystander": {Role.WORKER},
     "unintroduced": set(),
@@ -68,7 +71,11 @@ def roles() -> SenderCheck:
     mover._transfers[REQUEST] = transfer
     probe: Any = None
     probes._waiting["probed"] = deque([probe])
-    return SenderCheck(peers, stages, mover, moves, probes)
+    files: Any = SimpleNamespace(
+        borrowers=lambda load: ("file borrower",) if load == REQUEST else (),
+        sources=lambda load: ("file source",) if load == REQUEST else (),
+    )
+    return SenderCheck(peers, stages, mover, moves, probes, files)
 
 
 def is_taken(roles: SenderCheck, message: Message, sender: str) -> bool:
@@ -82,7 +89,7 @@ def is_taken(roles: SenderCheck, message: Message, sender: str) -> bool:
 def aimed(kind: type[Message], **fields: Any) -> Any:
     """A message about something that the worker has."""
     message = example(kind)  # type: ignore[arg-type]
-    known = {"model": MODEL, "plan_version": OLD, "stage": STAGE, "request": REQUEST} | fields
+    known = {"model": MODEL, "plan_version": OLD, "stage": STAGE, "request": REQUEST, "load": REQUEST} | fields
     return msgspec.structs.replace(
         message, **{name: known[name] for name in known.keys() & set(kind.__struct_fields__)}
     )
@@ -124,6 +131,11 @@ def test_kv_comes_from_who_holds_the_layers_under_the_other_version(roles: Sende
     assert is_taken(roles, aimed(KVChunk, plan_version=OLD), "source")
     for fields in ({"plan_version": NEW}, {"stage": 0}, {"model": MODEL + 1}, {"plan_version": 9}):
         assert not is_taken(roles, aimed(KVChunk, **fields), "source")
+
+
+def test_parts_of_files_belong_to_a_load(roles: SenderCheck) -> None:
+    assert not is_taken(roles, aimed(FetchPart, load=REQUEST + 1), "file borrower")
+    assert not is_taken(roles, aimed(FilePart, load=REQUEST + 1), "file source")
 
 
 def test_weights_are_lent_of_the_model_that_moves(roles: SenderCheck) -> None:

@@ -1,0 +1,147 @@
+"""Finds out what workers on other hosts lack of a checkpoint's files, and arranges who sends it to them.
+
+Knows loads, ranges and which worker may have what; sends no bytes of files.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
+
+from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.file_sharing import SharedLoad
+from lingualinked.cluster.pending import result_of
+from lingualinked.device import CALLER
+from lingualinked.errors import CheckpointError, LingualinkedError
+from lingualinked.model.spec import ModelSpec
+from lingualinked.model.weight_files.byte_ranges import ByteRange, subtract_ranges
+from lingualinked.model.weight_files.describing import describe_contents
+from lingualinked.model.weight_files.span_ranges import ranges_of_span
+from lingualinked.protocol.weights import FindFiles, Ranges, ShareFiles, WeightSupply
+
+if TYPE_CHECKING:
+    from lingualinked.protocol.weights import FilesFound
+
+_FIND_S = 5.0
+"""Seconds that a worker has to say what it has for others: one that is busy for longer is no source."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FileLoad:
+    """A stage that a worker is to load, by the number of the request."""
+
+    number: int
+    device: str
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Supplies:
+    """The model as its workers on other hosts are sent it, and from whom each load may fetch files, by its number."""
+
+    spec: ModelSpec
+    of_load: dict[int, tuple[WeightSupply, ...]]
+
+
+def arrange_supplies(
+    engine: Engine, spec: ModelSpec, loads: Sequence[FileLoad], timeout_s: float, *, is_move: bool
+) -> Supplies:
+    """Make the caller, and every worker that has some, send the files that workers on other hosts need for their loads.
+
+    They do until `Engine.end_sharing`. Raises CheckpointError if the caller's files can't be read; in a move there is then
+    nobody to fetch them from, since the weights are in workers' memory, too.
+    """
+    loads = [load for load in loads if load.device in engine.fetching]
+    if not loads or spec.load_format != "safetensors":
+        return Supplies(spec=spec, of_load={})
+    # 1) find out what each load needs, and what every worker has
+    try:
+        described = _describe(spec)
+        needed = {load.number: ranges_of_span(spec, load.start, load.end) for load in loads}
+    except CheckpointError:
+        if is_move:
+            return Supplies(spec=spec, of_load={})
+        raise
+    held = _find_files(engine, described, {load.device for load in loads}, timeout_s)
+    # 2) make those that have something send it to those that lack it
+    supplies: dict[int, dict[str, tuple[ByteRange, ...]]] = {load.number: {} for load in loads}
+    asked: list[tuple[int, str, concurrent.futures.Future[object]]] = []
+    for load in loads:
+        lacking = subtract_ranges(needed[load.number], held.get(load.device, ()))
+        for name, ranges in held.items():
+            if name == load.device or not engine.may_lend(name, load.device) or not _common(lacking, ranges):
+                continue
+            lent = supplies[load.number][name] = _common(needed[load.number], ranges)
+            message = ShareFiles(
+                request=engine.next_request(),
+                load=load.number,
+                borrower=load.device,
+                spec=described,
+                ranges=_bounds(lent),
+            )
+            future = engine.request(name, message, "sharing files", min(timeout_s, _FIND_S))
+            asked.append((load.number, name, future))
+            del future  # see `result_of`
+    while asked:
+        number, name, _ = asked[0]
+        try:
+            result_of(asked.pop(0)[2])
+        except LingualinkedError:
+            del supplies[number][name]  # the others, and the caller, have it too
+    # 3) send the caller's own
+    for load in loads:
+        engine.share_files(
+            SharedLoad(
+                number=load.number,
+                borrower=load.device,
+                spec=spec,
+                ranges=needed[load.number],
+                sources=tuple(supplies[load.number]),
+            )
+        )
+    own = WeightSupply(name=CALLER, ranges=None)
+    return Supplies(
+        spec=described,
+        of_load={
+            number: (own, *(WeightSupply(name=name, ranges=_bounds(ranges)) for name, ranges in others.items()))
+            for number, others in supplies.items()
+        },
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _describe(spec: ModelSpec) -> ModelSpec:
+    return describe_contents(spec)
+
+
+def _find_files(
+    engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: float
+) -> dict[str, tuple[ByteRange, ...]]:
+    """Ask all workers on other hosts what they have; those that do not answer have nothing."""
+    asked = []
+    for name in sorted(engine.fetching - engine.ended_devices()):
+        message = FindFiles(request=engine.next_request(), spec=spec)
+        patience_s = timeout_s if name in loading else min(timeout_s, _FIND_S)
+        asked.append((name, engine.request(name, message, "looking for files", patience_s)))
+    held = {}
+    while asked:
+        name, _ = asked[0]
+        try:
+            found = cast("FilesFound", result_of(asked.pop(0)[1]))
+        except LingualinkedError:
+            continue
+        held[name] = tuple(ByteRange(*bounds) for bounds in found.ranges)
+    return held
+
+
+def _common(ranges: Iterable[ByteRange], others: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    ranges = tuple(ranges)
+    return subtract_ranges(ranges, subtract_ranges(ranges, others))
+
+
+def _bounds(ranges: Iterable[ByteRange]) -> Ranges:
+    return tuple((each.file, each.start, each.stop) for each in ranges)
