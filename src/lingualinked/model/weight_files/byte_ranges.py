@@ -32,6 +32,10 @@ class ByteRange:
         """Return whether all of another range lies in this one."""
         return self.file == other.file and self.start <= other.start and other.stop <= self.stop
 
+    def overlaps(self, other: ByteRange) -> bool:
+        """Return whether some byte lies in both ranges."""
+        return self.file == other.file and max(self.start, other.start) < min(self.stop, other.stop)
+
 
 def checksum_bytes(data: bytes | bytearray | memoryview) -> int:
     """Return the 64-bit checksum of a part, which finds accidental changes, not deliberate ones."""

@@ -18,7 +18,7 @@ from lingualinked.model.weight_files.describing import digest_header, digest_ten
 from lingualinked.model.weight_files.fetching import FetchError
 from lingualinked.model.weight_files.filling import fill_files
 from lingualinked.model.weight_files.span_ranges import locate_tensors
-from lingualinked.quantities import bytes_text
+from lingualinked.quantities import bytes_text, count_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +49,7 @@ class RemoteWeights:
         self._fetcher = fetcher
         self._local: dict[int, SafetensorsFile] = {}
         self._cached: dict[int, CachedFile] = {}
+        self._places: dict[str, ByteRange] = {}  # of tensors
         self.num_bytes_read = 0
         try:
             # 1) find the files that lie here
@@ -164,7 +165,7 @@ class RemoteWeights:
             with self._cache.disk_errors(num_bytes_of(missing)):
                 fill_files(self._cached, missing, self._fetcher)
         except FetchError as error:
-            raise self._unavailable(error) from error
+            raise self._unavailable(error, missing) from error
 
     def _fetch_into(self, place: ByteRange, target: memoryview) -> None:
         """Fetch a range into memory."""
@@ -179,13 +180,23 @@ class RemoteWeights:
         try:
             self._fetcher.fetch([place], deliver)
         except FetchError as error:
-            raise self._unavailable(error) from error
+            raise self._unavailable(error, [place]) from error
         if subtract_ranges([place], got):
             raise FetchError(f"the sources have not sent all of {place}")
 
-    def _unavailable(self, error: FetchError) -> FetchError:
+    def _unavailable(self, error: FetchError, ranges: Iterable[ByteRange]) -> FetchError:
         also = f"; nor can a copy on this host be used: {'; '.join(self._differences)}" if self._differences else ""
-        return FetchError(f"the weights of {self._model} can't be fetched: {error}{also}")
+        return FetchError(f"{self._describe_missing(ranges)} can't be fetched: {error}{also}")
+
+    def _describe_missing(self, ranges: Iterable[ByteRange]) -> str:
+        """Name the tensors that ranges belong to and that are not here."""
+        held = [each for index, file in self._cached.items() for each in file.held(index)]
+        missing = subtract_ranges(ranges, held)
+        names = [name for name, place in self._places.items() if any(place.overlaps(each) for each in missing)]
+        if not names:
+            return f"headers of files of {self._model}"
+        more = f" and {count_text(len(names) - 1, 'other tensor')}" if len(names) > 1 else ""
+        return f"{names[0]}{more} of {self._model}"
 
     def _read_headers(self, indices: list[int]) -> dict[int, bytes]:
         places = {index: ByteRange(index, 0, self._contents[index].header_bytes) for index in indices}

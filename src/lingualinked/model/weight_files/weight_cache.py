@@ -144,13 +144,13 @@ class WeightCache:
             if error.errno not in _FULL:
                 raise ResourceError(
                     f"weights can't be kept in {host} ({error}): check the folder, set XDG_CACHE_HOME to another one, or "
-                    "load weights without a cache ({_NO_CACHE})"
+                    f"load weights without a cache ({_NO_CACHE})"
                 ) from error
             free = shutil.disk_usage(_existing(self.folder)).free
             raise ResourceError(
                 f"the disk of {host} is full: {bytes_text(needed)} of weights are to be kept there and {bytes_text(free)} "
                 f"are free, {bytes_text(max(0, needed - free), round_up=True)} too few: free disk space, set XDG_CACHE_HOME "
-                "to a folder on a larger disk, or load weights without a cache ({_NO_CACHE})"
+                f"to a folder on a larger disk, or load weights without a cache ({_NO_CACHE})"
             ) from error
 
     def _folder_of(self, content: FileContent) -> Path:
@@ -184,7 +184,7 @@ class WeightCache:
                     f"the cache of weights in {self.folder} on host {socket.gethostname()!r} may take up "
                     f"{bytes_text(self.max_bytes)} ({_BOUND}), too little for {bytes_text(total)} beside "
                     f"{bytes_text(used)} in use: raise {_BOUND} to {bytes_text(used + needed, round_up=True)}, or load "
-                    "weights without a cache ({_NO_CACHE})"
+                    f"weights without a cache ({_NO_CACHE})"
                 )
 
     def _reserve(self, file: CachedFile, ranges: Sequence[ByteRange]) -> None:

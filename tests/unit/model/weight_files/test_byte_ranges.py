@@ -69,3 +69,9 @@ def test_a_range_covers_what_lies_in_it() -> None:
     assert whole.covers(ByteRange(1, 10, 20))
     assert not whole.covers(ByteRange(0, 10, 20))
     assert not whole.covers(ByteRange(1, 10, 21))
+
+
+@given(RANGES, RANGES)
+def test_ranges_overlap_if_they_share_a_byte(first: list[ByteRange], second: list[ByteRange]) -> None:
+    for each, other in itertools.product(first, second):
+        assert each.overlaps(other) == bool(as_set([each]) & as_set([other]))
