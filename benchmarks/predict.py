@@ -16,8 +16,8 @@ import lingualinked as ll
 from benchmarks.overhead import SHAPE
 from lingualinked.cli.bench_command import Speed, draw_prompt, generate
 from lingualinked.cli.repeats import Repeats, ratios
-from lingualinked.cluster.devices import usable_cores
 from lingualinked.console import new_console
+from lingualinked.processor import usable_cores
 from lingualinked.tables import Rows
 
 _SPARE_CORES = 0.5

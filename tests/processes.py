@@ -25,12 +25,12 @@ from waiting import wait_until
 
 def fork_server(cluster: Any) -> psutil.Process:
     """The process that forks a cluster's workers, perhaps those of other clusters too."""
-    return psutil.Process(cluster._launcher._starter.server.process.pid)
+    return psutil.Process(cluster._workers.launcher._starter.server.process.pid)
 
 
 def family(cluster: Any) -> list[psutil.Process]:
     """Every process that is to end with a cluster: its workers, and the fork server if no other cluster uses it."""
-    server = getattr(cluster._launcher._starter, "server", None)  # none where nothing is forked
+    server = getattr(cluster._workers.launcher._starter, "server", None)  # none where nothing is forked
     alone = server is not None and server.num_users == 1
     pids = [*cluster.pids.values(), *([server.process.pid] if alone else [])]
     return [psutil.Process(pid) for pid in sorted(pids)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ArgumentError as ArgumentError,
         CheckpointError as CheckpointError,
         ClosedError as ClosedError,
+        DaemonError as DaemonError,
         DeviceMemoryError as DeviceMemoryError,
         InfeasiblePlanError as InfeasiblePlanError,
         KVCapacityError as KVCapacityError,
@@ -87,7 +88,7 @@ _NAMES = {
     "control.policy": "RebalancePolicy",
     "device": "Device Link",
     "device_specs": "DeviceSpecs",
-    "errors": "ArgumentError CheckpointError ClosedError DeviceMemoryError InfeasiblePlanError KVCapacityError "
+    "errors": "ArgumentError CheckpointError ClosedError DaemonError DeviceMemoryError InfeasiblePlanError KVCapacityError "
     "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StaleKVWarning StepTimeoutError UncuttableModelError "
     "UnsupportedOperationError WorkerDiedError WorkerError",
     "interventions": "Ablate Add Clamp Project Replace Scale",

@@ -49,13 +49,16 @@ class Advertised:
 
 
 def parse_address(text: object, field: str, *, wildcard: bool = False) -> Address:
-    """Parse ``tcp://HOST:PORT``: a name, an IPv4 address, an IPv6 address in brackets, and with ``wildcard`` also ``*``."""
+    """Parse ``tcp://HOST:PORT``: a name, an IPv4 address, an IPv6 address in brackets.
+
+    With ``wildcard``, where to listen: also ``*``, and port 0 for any free one.
+    """
     remedy = "write tcp://HOST:PORT, such as tcp://10.0.0.5:5600, tcp://nas.lan:5600 or tcp://[fe80::1%eth0]:5600"
     match = _AFTER_HOST.fullmatch(text.removeprefix("tcp://")) if isinstance(text, str) else None
     if not isinstance(text, str) or not text.startswith("tcp://") or match is None or not match["ports"]:
         raise ArgumentError(f"{field}={text!r} is not the address of a daemon: {remedy}")
     host = "*" if match["host"] == "*" else _parse_host(match["host"])
-    ports = _parse_ports(match["ports"])
+    ports = range(1) if wildcard and match["ports"] == "0" else _parse_ports(match["ports"])
     if host is None or ports is None or len(ports) != 1:
         wrong = f"{match['host']!r} is not a host" if host is None else f"{match['ports']!r} is not a port (1 to 65535)"
         raise ArgumentError(f"{field}={text!r} is not the address of a daemon: {wrong}; {remedy}")
@@ -83,6 +86,14 @@ def parse_advertised(text: object, field: str) -> Advertised:
             f"{field}={text!r} is no address that others can reach: write the host's own name or address"
         )
     return advertised
+
+
+def parse_ports(text: str, field: str) -> tuple[int, int]:
+    """Parse ``PORT`` or ``FIRST-LAST``; return the first and the last one."""
+    ports = _parse_ports(text)
+    if ports is None:
+        raise ArgumentError(f"{field}={text!r} is not a range of ports: write PORT or FIRST-LAST, such as 5601-5699")
+    return ports[0], ports[-1]
 
 
 def _parse_host(text: str) -> str | None:

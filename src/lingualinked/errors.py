@@ -16,6 +16,7 @@
     ├── WorkerError
     │   └── DeviceMemoryError (RuntimeError)
     ├── WorkerDiedError
+    ├── DaemonError
     └── StepTimeoutError (TimeoutError)
     OverloadWarning (UserWarning)
     StaleKVWarning (UserWarning)
@@ -146,6 +147,26 @@ class WorkerDiedError(LingualinkedError):
         )
         self.device = device
         self.how = how
+
+
+class DaemonError(LingualinkedError):
+    """The daemon of a device on another host can't be reached, is not the expected one, or refuses what it is asked for.
+
+    Parameters
+    ----------
+    device : str
+        Name of the device.
+    address : str
+        Where its daemon listens.
+    cause : str
+        What went wrong, and what to do.
+    """
+
+    def __init__(self, device: str, address: str, cause: str) -> None:
+        super().__init__(f"the daemon of device {device!r} at {address}: {cause}")
+        self.device = device
+        self.address = address
+        self.cause = cause
 
 
 class StepTimeoutError(LingualinkedError, TimeoutError):

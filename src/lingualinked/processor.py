@@ -1,4 +1,4 @@
-"""Finds out which processor this machine has.
+"""Finds out which processor this machine has, and how many of its cores this process may use.
 
 Knows what the operating system reports, not what the processor can do.
 """
@@ -6,6 +6,7 @@ Knows what the operating system reports, not what the processor can do.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from pathlib import Path
 
@@ -27,3 +28,10 @@ def describe_processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         return "\n".join(line for line in lines if not line.startswith(_DIFFERING))
     return processor_name()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

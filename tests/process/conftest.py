@@ -54,7 +54,7 @@ def shared_cluster(shared_fork_server: None) -> Iterator[ll.Cluster]:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for profiles and plans: not by the environment, with which workers need another fork server."""
-    monkeypatch.setattr(disk_cache, "_folder", lambda: tmp_path / "lingualinked")
+    monkeypatch.setattr(disk_cache, "cache_folder", lambda: tmp_path / "lingualinked")
     return tmp_path / "lingualinked"
 
 

@@ -35,7 +35,7 @@ class Outsider:
         self.num_workers = len(cluster.devices)
         address, key = engine.peer("caller")
         keys = generate_keypair()
-        self.mailbox = ZmqMailbox(self.name, keys, socket_folder=cluster._launcher.socket_folder)
+        self.mailbox = ZmqMailbox(self.name, keys, socket_folder=cluster._workers.socket_folder)
         self.mailbox.authorise("caller", key)
         engine.expect_worker(self.name)
         engine.authorise_worker(self.name, keys.public)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
-from lingualinked.processes import forked_workers, spawned_workers
-from lingualinked.processes.booting import Booting
+from lingualinked.cluster.workers import ClusterWorkers
 from lingualinked.processes.forked_workers import ForkedWorkers
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.measuring import ProbeLink
@@ -51,7 +49,14 @@ def load(cluster: ll.Cluster, path: str, plan: ll.Plan) -> Any:
 def state(cluster: ll.Cluster) -> tuple[Any, ...]:
     """Everything that a failed addition must leave as it was."""
     settled = sorted(cluster._engine._exchange.settled)
-    return cluster.devices, cluster.links, dict(cluster._behaving), cluster.pids, cluster._launcher.pids(), settled
+    return (
+        cluster.devices,
+        cluster.links,
+        dict(cluster._behaving),
+        cluster.pids,
+        cluster._workers.launcher.pids(),
+        settled,
+    )
 
 
 def works(cluster: ll.Cluster, path: str, unsharded: PreTrainedModel, plan: ll.Plan) -> None:
@@ -174,14 +179,15 @@ def test_a_worker_that_can_not_start_leaves_the_cluster_as_it_was(
 ) -> None:
     before = state(cluster)
 
-    def spoil(channel: socket.socket, record: Boot) -> Booting:
-        return Booting(channel, msgspec.structs.replace(record, caller_key="~" * 40))
+    def spoil(workers: ClusterWorkers, record: Boot) -> None:
+        add(workers, msgspec.structs.replace(record, caller_key="~" * 40))
+
+    add = ClusterWorkers.add
 
     with load(cluster, tiny_llama, OLD) as model:
         for _ in range(2):
             with monkeypatch.context() as patch:
-                for way in (forked_workers, spawned_workers):
-                    patch.setattr(way, "Booting", spoil)
+                patch.setattr(ClusterWorkers, "add", spoil)
                 with pytest.raises(ll.WorkerDiedError, match=r"'late' died \(exit status 1.*last words") as caught:
                     cluster.add(LATE, links={("late", "a"): ll.Link(latency="1ms")})
             assert caught.value.device == "late"
@@ -212,7 +218,7 @@ def test_a_worker_that_is_not_ready_in_time_is_ended(
         if forks:
             server.resume()  # now it forks those that nobody waits for any more
         cluster.timeout_s = 60.0
-        wait_until(lambda: len(cluster._launcher._processes) == 1)
+        wait_until(lambda: len(cluster._workers.launcher._processes) == 1)
         assert state(cluster) == before
         assert family(cluster) == processes
         cluster.add(LATE)
@@ -227,18 +233,18 @@ def test_a_plain_worker_that_is_killed_while_it_starts(tiny_llama: str, unsharde
         cluster.wait()
         before = state(cluster)
         adding = pool.submit(cluster.add, LATE)
-        wait_until(lambda: "late" in cluster._launcher.pids())
+        wait_until(lambda: "late" in cluster._workers.launcher.pids())
         assert "late" not in cluster.pids  # it is none of the cluster's yet
-        os.kill(cluster._launcher.pids()["late"], signal.SIGKILL)
+        os.kill(cluster._workers.launcher.pids()["late"], signal.SIGKILL)
         with pytest.raises(ll.WorkerDiedError, match=r"'late' died \(killed by signal 9"):
             adding.result(60)
         assert state(cluster) == before
-        assert len(cluster._launcher._processes) == 1
+        assert len(cluster._workers.launcher._processes) == 1
 
 
 def test_a_cluster_whose_fork_server_has_died_says_so(own_fork_server: None, cluster: ll.Cluster) -> None:
     before = state(cluster)
-    if not isinstance(cluster._launcher._starter, ForkedWorkers):
+    if not isinstance(cluster._workers.launcher._starter, ForkedWorkers):
         pytest.skip("nothing is forked here")
     fork_server(cluster).kill()
     for _ in range(2):
@@ -269,7 +275,7 @@ def test_closing_while_a_device_is_added_ends_both(own_fork_server: None) -> Non
         processes = [server, psutil.Process(cluster.pids["a"])]
         stopped(server.pid)  # so that both additions wait, one for its worker, one for the other
         adding = [pool.submit(cluster.add, ll.Device(name=name, threads=1)) for name in ("late", "later")]
-        wait_until(lambda: len(cluster._launcher._processes) == 2)
+        wait_until(lambda: len(cluster._workers.launcher._processes) == 2)
         cluster.close()
         for future in adding:
             with pytest.raises(ll.ClosedError):

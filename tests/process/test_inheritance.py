@@ -39,7 +39,7 @@ os.rmdir("../gone")
 cluster = ll.Cluster(1)
 (pid,) = cluster.pids.values()
 limits = dict(soft=resource.prlimit(pid, resource.RLIMIT_NOFILE)[0], hard=hard)
-say([pid, cluster._launcher._starter.server.process.pid, limits])
+say([pid, cluster._workers.launcher._starter.server.process.pid, limits])
 os.kill(pid, signal.SIGKILL)
 try:
     cluster.workers()
@@ -118,7 +118,7 @@ STARTS = """
 sys.path.insert(0, os.environ["SHADOWS"])
 import lingualinked as ll
 cluster = ll.Cluster(1)
-server = cluster._launcher._starter.server
+server = cluster._workers.launcher._starter.server
 say([server.process.pid, server.socket_folder])
 threading.Event().wait()
 """

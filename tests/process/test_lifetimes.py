@@ -230,7 +230,7 @@ def make(num_workers):
     )
 
 def pids(model):
-    return [*model.cluster.pids.values(), model.cluster._launcher._starter.server.process.pid]
+    return [*model.cluster.pids.values(), model.cluster._workers.launcher._starter.server.process.pid]
 
 ids = torch.tensor([[1, 2, 3]])
 """

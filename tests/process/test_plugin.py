@@ -30,7 +30,7 @@ NOTES = pathlib.Path("pids.jsonl")
 @pytest.fixture(autouse=True)
 def noted(request, cluster):
     with NOTES.open("a") as file:
-        folder = cluster._launcher.socket_folder
+        folder = cluster._workers.socket_folder
         print(json.dumps([request.node.name, [sorted(cluster.pids.values()), folder]]), file=file)
 
 @pytest.hookimpl(wrapper=True)

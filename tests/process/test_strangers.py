@@ -118,7 +118,7 @@ import lingualinked as ll
 
 with ll.Cluster(2) as cluster:
     cluster.add(ll.Device(name="late", threads=1))
-    server = cluster._launcher._starter.server.process.pid
+    server = cluster._workers.launcher._starter.server.process.pid
     pids = {**cluster.pids, "caller": os.getpid(), "fork server": server}
     print(json.dumps([pids, {"caller": cluster._engine._mailbox.public_key, **cluster._engine._exchange.public_keys}]), flush=True)
     sys.stdin.read()
@@ -151,7 +151,7 @@ def test_clusters_share_a_fork_server_that_ends_with_the_last(own_fork_server: N
         assert server.is_running()
         with ll.Cluster(1) as third:
             third.wait()
-            folder = Path(third._launcher.socket_folder).parent
+            folder = Path(third._workers.socket_folder).parent
             workers = [psutil.Process(pid) for pid in third.pids.values()]
             first.close()
             assert server.is_running()

@@ -33,6 +33,7 @@ PUBLIC_NAMES = [
     "Cluster",
     "Comparison",
     "Counters",
+    "DaemonError",
     "Decision",
     "Device",
     "DeviceCounters",

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from lingualinked.cli import keys_command
 from lingualinked.errors import ArgumentError, LingualinkedError
+from lingualinked.worker.daemon.command import serve
 from lingualinked.workload import Workload
 
 _INTERRUPTED = 130  # the exit status that a shell reports for a process ended by an interrupt
@@ -42,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_command.app)
+app.command("worker")(serve)
 
 Devices = Annotated[
     str,

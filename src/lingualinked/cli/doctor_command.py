@@ -10,8 +10,8 @@ import platform
 
 import psutil
 
-from lingualinked.cluster.devices import usable_cores
 from lingualinked.console import new_console
+from lingualinked.processor import usable_cores
 from lingualinked.quantities import bytes_text, count_text
 from lingualinked.tables import Rows
 from lingualinked.worker.power import UnknownPowerError, find_counter

@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Self
 from lingualinked.address import parse_advertised
 from lingualinked.checks import check_positive
 from lingualinked.cluster.devices import check_added_device, describe_cluster
-from lingualinked.cluster.emulation import delayed_from, emulation_of
+from lingualinked.cluster.emulation import delayed_from, emulated_link, emulation_of
 from lingualinked.cluster.pending import result_of, results_of
+from lingualinked.cluster.workers import ClusterWorkers
 from lingualinked.cluster_file import Devices
-from lingualinked.device import CALLER, Device, Links, check_links, link_between
+from lingualinked.device import CALLER, Device, Links, check_links
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.own_threads import close_from_here
-from lingualinked.processes.launch import Launcher
 from lingualinked.processes.resources import check_addition, check_start
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES
+from lingualinked.transport.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
@@ -121,27 +122,36 @@ class Cluster:
         self._max_frame_bytes = max_frame_bytes
         self._shared_memory = shared_memory
         check_start(self.devices)
+        self._tcp = TcpEndpoint() if any(device.address is not None for device in self.devices) else None
         ends = contextlib.ExitStack()
         self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
         self._recorders: MutableSet[Recorder] = weakref.WeakSet()  # of its models
         ends.callback(_close_all, self._endpoints)
         self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
         try:
-            self._launcher = launcher = uninterrupted(_launch)(ends, _class_names, _forks)
+            self._workers = workers = ClusterWorkers(_class_names, forks=_forks)
+            ends.callback(workers.stop)
+            self.devices = workers.prepare(self.devices)
+            self._behaving = {device.name: device for device in self.devices}
             # Imported only now: the workers import torch and zmq meanwhile.
             import lingualinked.cluster.engine  # noqa: F401 - before what an interrupt has to wait for
 
             self._engine = engine = uninterrupted(_start_engine)(
-                ends, [device.name for device in self.devices], launcher.socket_folder, max_frame_bytes, shared_memory
+                ends,
+                [device.name for device in self.devices],
+                workers.socket_folder,
+                max_frame_bytes,
+                shared_memory,
+                self._tcp,
             )
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
             engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
             for device in self.devices:
-                engine.shape_link(device.name, link_between(None, device, self.links))
+                engine.shape_link(device.name, emulated_link(None, device, self.links))
             boots = [
                 self._boot(device, emulation_of(device.name, self._behaving, self.links)) for device in self.devices
             ]
-            uninterrupted(launcher.start)(boots, engine.authorise_worker, engine.mark_dead)
+            uninterrupted(workers.start)(boots, engine.authorise_worker, engine.mark_dead)
         except BaseException:
             self._finalizer()
             raise
@@ -150,10 +160,11 @@ class Cluster:
         address, key = self._engine.peer(CALLER)
         return Boot(
             name=device.name,
-            socket_folder=self._launcher.socket_folder,
+            socket_folder=self._workers.socket_folder or "",
             caller_address=address,
             caller_key=key,
-            caller_pid=os.getpid(),
+            starter_pid=os.getpid(),
+            tcp=self._tcp,
             accelerator=device.accelerator,
             threads=device.threads or 1,
             cpus=device.cpus,
@@ -168,7 +179,7 @@ class Cluster:
     def close(self) -> None:
         """End the workers; returns once they are gone. Models on this cluster raise `ClosedError` from then on."""
         self._finalizer()
-        self._launcher.stop()  # returns at once, or when the thread that is closing the cluster already has done it
+        self._workers.stop()  # returns at once, or when the thread that is closing the cluster already has done it
 
     @property
     def closed(self) -> bool:
@@ -177,11 +188,14 @@ class Cluster:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids of the workers, by device name; waits until all have started. One that has ended has none."""
+        """Process ids of the workers, each on its own host, by device name; waits until all have started.
+
+        One that has ended has none.
+        """
         for device in self.devices:
             with contextlib.suppress(WorkerDiedError):
                 self._engine.wait_for_worker(device.name, self.timeout_s)
-        pids = self._launcher.pids()
+        pids = self._engine.pids(self._workers.leases) | self._workers.pids()
         return {device.name: pids[device.name] for device in self.devices if device.name in pids}
 
     @interruptible
@@ -256,17 +270,19 @@ class Cluster:
             behaving = {**self._behaving, device.name: device}
             known = {**self.links, **check_links(links or {}, behaving, device.name)}
             try:
+                (device,) = self._workers.prepare([device])
+                behaving[device.name] = device
                 self._engine.expect_worker(device.name)
-                self._engine.shape_link(device.name, link_between(None, device, known))
+                self._engine.shape_link(device.name, emulated_link(None, device, known))
                 self._engine.expect_delays(delayed_from(CALLER, behaving, known))
                 self._announce(behaving, known)
-                self._launcher.add(self._boot(device, emulation_of(device.name, behaving, known)))
+                self._workers.add(self._boot(device, emulation_of(device.name, behaving, known)))
                 self._engine.wait_for_worker(device.name, self.timeout_s)
                 self._engine.trusted |= {device.name} if device.trusted else set()
                 self._behaving, self.links, self.devices = behaving, known, (*self.devices, device)
             except BaseException:
                 self.devices, self.links, self._behaving = before
-                uninterrupted(self._launcher.remove)(device.name)
+                uninterrupted(self._workers.remove)(device.name)
                 uninterrupted(self._engine.drop_worker)(device.name)
                 raise
 
@@ -343,7 +359,7 @@ class Cluster:
                         for each in behaving
                     ]
                 )
-            self._engine.shape_link(name, link_between(None, changed, self.links))
+            self._engine.shape_link(name, emulated_link(None, changed, self.links))
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""
@@ -364,12 +380,6 @@ class Cluster:
         return f"<Cluster of {', '.join(device.name for device in self.devices)}: {state}>"
 
 
-def _launch(ends: contextlib.ExitStack, class_names: tuple[str, ...], forks: bool | None) -> Launcher:
-    launcher = Launcher(class_names, forks=forks)
-    ends.callback(launcher.stop)
-    return launcher
-
-
 def _close_all(endpoints: weakref.WeakSet[MetricsEndpoint]) -> None:
     for endpoint in list(endpoints):
         endpoint.close()
@@ -378,13 +388,14 @@ def _close_all(endpoints: weakref.WeakSet[MetricsEndpoint]) -> None:
 def _start_engine(
     ends: contextlib.ExitStack,
     devices: Sequence[str],
-    socket_folder: str,
+    socket_folder: str | None,
     max_frame_bytes: int,
     shared_memory: bool,
+    tcp: TcpEndpoint | None,
 ) -> Engine:
     from lingualinked.cluster.engine import Engine  # imports torch and zmq
 
-    engine = Engine(devices, socket_folder, max_frame_bytes, shared_memory)
+    engine = Engine(devices, socket_folder, max_frame_bytes, shared_memory, tcp)
     ends.callback(engine.stop)
     return engine
 

@@ -13,13 +13,7 @@ from lingualinked.cluster.discovery import check_accelerator, local_devices
 from lingualinked.cluster_file import ClusterDescription, Devices, check_distinct, read_description
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from lingualinked.processor import usable_cores
 
 
 def describe_cluster(devices: Devices) -> ClusterDescription:

@@ -18,8 +18,17 @@ def delayed_from(name: str, devices: Mapping[str, Device], links: Links) -> tupl
     return tuple(
         source
         for source, other in parties.items()
-        if source != name and not _is_plain(link_between(other, parties[name], links))
+        if source != name and not _is_plain(emulated_link(other, parties[name], links))
     )
+
+
+def emulated_link(source: Device | None, target: Device | None, links: Links) -> Link:
+    """Return the link to emulate from one device to another, or from or to the caller (``None``).
+
+    A link to or from a device on another host is as it is: what is stated of it serves plans only.
+    """
+    is_real = any(end is not None and end.address is not None for end in (source, target))
+    return Link() if is_real else link_between(source, target, links)
 
 
 def _is_plain(link: Link) -> bool:
@@ -34,7 +43,7 @@ def emulation_of(
     emulated_links = []
     for target, other in {CALLER: None, **devices}.items():
         if target != name:
-            link = link_between(device, other, links)
+            link = emulated_link(device, other, links)
             bandwidth = link.bandwidth_bytes_per_s
             emulated_links.append(
                 EmulatedLink(

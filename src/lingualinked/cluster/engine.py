@@ -38,6 +38,7 @@ from lingualinked.protocol.roles import ANSWERS
 from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.tcp_listener import TcpEndpoint
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
 logger = logging.getLogger("lingualinked.cluster")
@@ -72,8 +73,16 @@ def _own_environment() -> Environment:
 class Engine:
     """Everything that one cluster sends and receives, on one thread."""
 
-    def __init__(self, devices: Iterable[str], socket_folder: str, max_frame_bytes: int, shared_memory: bool) -> None:
+    def __init__(
+        self,
+        devices: Iterable[str],
+        socket_folder: str | None,
+        max_frame_bytes: int,
+        shared_memory: bool,
+        tcp: TcpEndpoint | None,
+    ) -> None:
         self._socket_folder = socket_folder
+        self._tcp = tcp
         self._shared_memory = shared_memory
         self._max_frame_bytes = max_frame_bytes
         self.trusted: frozenset[str] = frozenset()  # devices; the cluster says which
@@ -139,6 +148,11 @@ class Engine:
     def ended_devices(self) -> frozenset[str]:
         """Devices whose workers have ended."""
         return frozenset(self._exchange.ended)
+
+    def pids(self, devices: Iterable[str]) -> dict[str, int]:
+        """Process ids of these devices' workers that are ready and have not ended, as they see them themselves."""
+        known = self._exchange.pids
+        return {name: known[name] for name in devices if name in known and name not in self._exchange.ended}
 
     def peer(self, name: str) -> tuple[str, str]:
         """Address and public key of a worker that is ready, or of the caller."""
@@ -271,6 +285,8 @@ class Engine:
             self._mailbox = ZmqMailbox(
                 CALLER,
                 generate_keypair(),
+                ipc=self._tcp is None,
+                tcp=self._tcp,
                 socket_folder=self._socket_folder,
                 shared_memory=self._shared_memory,
                 max_frame_bytes=self._max_frame_bytes,

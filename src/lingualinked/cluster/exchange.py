@@ -59,11 +59,12 @@ logger = logging.getLogger("lingualinked.cluster")
 class Exchange:
     """The requests that a cluster's caller has sent, and the answers that it awaits.
 
-    Other threads may read `addresses`, `ended`, `environments`, `public_keys` and `settled`.
+    Other threads may read `addresses`, `ended`, `environments`, `pids`, `public_keys` and `settled`.
     """
 
     def __init__(self, mailbox: Mailbox, devices: Iterable[str], post: Callable[[Callable[[], None]], None]) -> None:
         self.addresses: dict[str, str] = {}  # where workers listen, of those that have said hello
+        self.pids: dict[str, int] = {}  # of the same, each on its own host
         self.ended: dict[str, str] = {}  # how workers ended, of those that have
         self.settled = {name: threading.Event() for name in devices}  # set once ready, or never to be
         self.environments: dict[str, Environment] = {}  # what workers compute with, of those that have said hello
@@ -91,9 +92,8 @@ class Exchange:
         settled = self.settled.pop(device, None)
         if settled is None:
             return
-        self.public_keys.pop(device, None)
-        self.environments.pop(device, None)
-        self._logs.pop(device, None)
+        for known in (self.public_keys, self.pids, self.environments, self._logs):
+            known.pop(device, None)
         if self.addresses.pop(device, None) is not None:
             for other in self.addresses.keys() - self.ended.keys():
                 self._send(other, DismissWorker(name=device), ())
@@ -248,6 +248,7 @@ class Exchange:
                 self._mailbox.connect(sender, message.address, self.public_keys[sender])
                 self.addresses[sender] = message.address
                 self.environments[sender] = readable_environment(message.environment)
+                self.pids[sender] = message.pid
                 self._introduce(sender)
             case FetchPart():
                 self.files.send_part(message, sender)

@@ -1,43 +1,49 @@
 """How a process that has started becomes a worker: it says which key is its own, and is told who it is.
 
-Knows one socket and one worker; not how the process was started.
+Knows one socket; neither how the process was started nor who decides what it is told.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
 
 import msgspec
 
-from lingualinked.errors import LingualinkedError
 from lingualinked.protocol.boot import Boot, WorkerKey
 
 
 class Booting:
-    """The caller's end of the conversation with a worker that starts; the channel is closed once all is said."""
+    """One end of the conversation with a worker that starts; the channel is closed once all is said.
 
-    def __init__(self, channel: socket.socket, boot: Boot) -> None:
+    Between the two messages may lie the way to a caller on another machine, and back.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
-        self._boot = boot
         self._text = b""
+        self._has_key = False
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable when the worker has said something; -1 once all is said."""
-        return self._channel.fileno()
+        """Return the descriptor that is readable when the worker says its key; -1 once it has said something."""
+        return -1 if self._has_key else self._channel.fileno()
 
-    def answer(self, admit: Callable[[str, str], None]) -> None:
-        """Read the worker's key; once it is complete, authorise it and send the worker its `Boot`."""
-        try:
+    def read_key(self) -> str | None:
+        """Return the worker's key once it is complete; what says something else is hung up on, and ends."""
+        with contextlib.suppress(OSError, msgspec.DecodeError):
             self._text += (data := self._channel.recv(4096))
             if data and not self._text.endswith(b"\n"):
-                return
-            # In this order: a worker connects as soon as it has its Boot, and a refusal is final.
-            admit(self._boot.name, msgspec.json.decode(self._text, type=WorkerKey).public_key)
-            self._channel.sendall(msgspec.json.encode(self._boot) + b"\n")
-        except (OSError, msgspec.DecodeError, LingualinkedError):
-            pass  # it ends when the channel is closed, which who watches it sees and tells
+                return None
+            public_key = msgspec.json.decode(self._text, type=WorkerKey).public_key
+            self._has_key = True
+            return public_key
+        self.close()
+        return None
+
+    def send_boot(self, boot: Boot) -> None:
+        """Tell the worker who it is; it may connect to the caller at once, where a refusal is final."""
+        with contextlib.suppress(OSError):  # one that has ended is seen by who watches it
+            self._channel.sendall(msgspec.json.encode(boot) + b"\n")
         self.close()
 
     def close(self) -> None:

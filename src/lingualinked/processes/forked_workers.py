@@ -17,7 +17,7 @@ from lingualinked.processes.booting import Booting
 from lingualinked.processes.fork_server import ForkChannel, fork_servers
 from lingualinked.processes.server_process import ErrorFile, how_it_ended, wait_for_end
 from lingualinked.processes.worker_starter import WorkerProcess
-from lingualinked.protocol.boot import GRACE_S, Boot, WorkerForked
+from lingualinked.protocol.boot import GRACE_S, WorkerForked
 
 
 class ForkedWorkers:
@@ -35,11 +35,11 @@ class ForkedWorkers:
             self._channel = ForkChannel(self.server, self.errors)
             undo.pop_all()
 
-    def start(self, boot: Boot, register: Callable[[ForkedWorker], None]) -> None:
+    def start(self, name: str, register: Callable[[ForkedWorker], None]) -> None:
         """Start one worker."""
         ours, theirs = socket.socketpair()
-        register(ForkedWorker(Booting(ours, boot), boot.name))
-        self._channel.fork(boot.name, self._class_names, theirs)
+        register(ForkedWorker(Booting(ours), name))
+        self._channel.fork(name, self._class_names, theirs)
 
     def descriptors(self, living: Iterable[ForkedWorker]) -> list[int | None]:
         """Return what becomes readable when something can be known of an end."""

@@ -13,10 +13,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lingualinked.processes.booting import Booting
+from lingualinked.errors import LingualinkedError
 from lingualinked.processes.fork_server import fork_servers
 from lingualinked.processes.forked_workers import ForkedWorkers
 from lingualinked.processes.resources import start_thread
@@ -52,7 +52,7 @@ class Launcher:
         self._stop_lock = threading.RLock()
         self._stopping = False
         self._processes: list[WorkerProcess] = []
-        self._admit: Callable[[str, str], None] = lambda name, public_key: None
+        self._on_key: Callable[[str, str], None] = lambda name, public_key: None
         self._on_end: Callable[[str, str], None] = lambda name, how: None
         self._thread: threading.Thread | None = None
         self._starter: WorkerStarter[Any]
@@ -73,25 +73,33 @@ class Launcher:
         """Where the sockets of the cluster are to lie; it goes with the launcher."""
         return self._starter.socket_folder
 
-    def start(self, boots: list[Boot], admit: Callable[[str, str], None], on_end: Callable[[str, str], None]) -> None:
-        """Start one worker per boot record.
+    def start(
+        self, names: Iterable[str], on_key: Callable[[str, str], None], on_end: Callable[[str, str], None]
+    ) -> None:
+        """Start one worker per name.
 
-        On a thread of this launcher, ``admit`` lets a worker connect, by name and public key, before it is told who it
-        is, and ``on_end`` is told the name of a worker that has ended, and how.
+        On a thread of this launcher, ``on_key`` is told the name of a worker and the public key that it has made, upon
+        which `boot` is to tell the worker who it is, and ``on_end`` the name of a worker that has ended, and how.
         """
-        self._admit, self._on_end = admit, on_end
-        for boot in boots:
-            self._starter.start(boot, self._register)
+        self._on_key, self._on_end = on_key, on_end
+        for name in names:
+            self._starter.start(name, self._register)
         thread = threading.Thread(target=self._watch, name="lingualinked-processes", daemon=True)
         start_thread(thread)
         self._thread = thread  # only now: what did not start can't be joined
 
-    def add(self, boot: Boot) -> None:
+    def add(self, name: str) -> None:
         """Start one more worker beside those that run; does nothing once stopped."""
         with self._stop_lock:
             if not self._stopping:
-                self._starter.start(boot, self._register)
+                self._starter.start(name, self._register)
                 self._wake_watcher()
+
+    def boot(self, boot: Boot) -> None:
+        """Tell the worker of that name who it is, once it has said its key; does nothing for one that is given up."""
+        for process in self._kept():
+            if process.name == boot.name:
+                process.booting.send_boot(boot)
 
     def remove(self, name: str) -> None:
         """Force a worker's end and forget it, without a word to who is told of ends; does nothing once stopped.
@@ -171,23 +179,31 @@ class Launcher:
                 return
             if self._woken.fileno() in ready:
                 self._woken.recv(4096)
-            # 2) let those in that have said their key
+            # 2) report the keys that workers have made
             for descriptor in ready & booting.keys():
-                booting[descriptor].answer(self._admit)
+                self._read_key(booting[descriptor])
             # 3) tell of those that have ended
             for name, how in self._newly_ended(ready):
                 tail = self._starter.errors.tail()
                 self._on_end(name, f"{how}; last words of this cluster's workers:\n{tail}" if tail else how)
             self._reap()
 
-    def _booting(self) -> dict[int, Booting]:
-        """Return the conversations with workers that are not yet told who they are, by descriptor."""
+    def _booting(self) -> dict[int, WorkerProcess]:
+        """Return the workers that have not said their key, by the descriptor on which they will."""
         with self._lock:
             return {
-                process.booting.fileno(): process.booting
+                process.booting.fileno(): process
                 for process in self._processes
                 if not process.given_up and process.booting.fileno() >= 0
             }
+
+    def _read_key(self, process: WorkerProcess) -> None:
+        public_key = process.booting.read_key()
+        if public_key is not None:
+            try:
+                self._on_key(process.name, public_key)
+            except LingualinkedError:
+                process.booting.close()  # it ends, which is seen here and reported
 
     def _newly_ended(self, ready: set[int]) -> list[tuple[str, str]]:
         ended = []

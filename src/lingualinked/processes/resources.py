@@ -18,21 +18,26 @@ from lingualinked.quantities import count_text
 # Counted on running clusters, with some to spare for the libraries that are imported meanwhile.
 _DESCRIPTORS = 38
 _DESCRIPTORS_PER_WORKER = 4
+_DESCRIPTORS_FOR_DAEMONS = 12
+_DESCRIPTORS_PER_DAEMON = 6  # beside those for its worker
 _DESCRIPTORS_TO_ADD = 8
 _TASKS = 10
 _TASKS_PER_WORKER = 6  # beside its compute threads
+_TASKS_FOR_DAEMONS = 3
 
 
 def check_start(devices: Sequence[Device]) -> None:
     """Raise ResourceError unless a cluster can start with workers on these devices."""
     _check_working_folder()
-    _check_descriptors(_DESCRIPTORS + _DESCRIPTORS_PER_WORKER * len(devices))
-    _check_tasks(_TASKS + sum(map(_tasks_of, devices)))
+    num_daemons = sum(device.address is not None for device in devices)
+    num_descriptors = _DESCRIPTORS + _DESCRIPTORS_PER_WORKER * len(devices) + _DESCRIPTORS_PER_DAEMON * num_daemons
+    _check_descriptors(num_descriptors + (_DESCRIPTORS_FOR_DAEMONS if num_daemons else 0))
+    _check_tasks(_TASKS + sum(map(_tasks_of, devices)) + (_TASKS_FOR_DAEMONS if num_daemons else 0))
 
 
 def check_addition(device: Device) -> None:
     """Raise ResourceError unless one more worker can start."""
-    _check_descriptors(_DESCRIPTORS_TO_ADD)
+    _check_descriptors(_DESCRIPTORS_TO_ADD + (_DESCRIPTORS_PER_DAEMON if device.address is not None else 0))
     _check_tasks(_tasks_of(device))
 
 
@@ -47,6 +52,8 @@ def start_thread(thread: threading.Thread) -> None:
 
 
 def _tasks_of(device: Device) -> int:
+    if device.address is not None:
+        return 0  # they run on another host
     return _TASKS_PER_WORKER + (device.threads or 1)
 
 

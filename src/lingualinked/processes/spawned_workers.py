@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from lingualinked.processes.booting import Booting
 from lingualinked.processes.server_process import ErrorFile, ServerProcess, how_it_ended
 from lingualinked.processes.worker_starter import WorkerProcess
-from lingualinked.protocol.boot import Boot, Preload
+from lingualinked.protocol.boot import Preload
 from lingualinked.transport.socket_folder import make_socket_folder
 
 
@@ -28,12 +28,12 @@ class SpawnedWorkers:
             self.errors = ErrorFile(self.socket_folder)
             undo.pop_all()
 
-    def start(self, boot: Boot, register: Callable[[SpawnedWorker], None]) -> None:
+    def start(self, name: str, register: Callable[[SpawnedWorker], None]) -> None:
         """Start one worker."""
         preload = Preload(
             caller_pid=os.getpid(), forks=False, socket_folder=self.socket_folder, class_names=self._class_names
         )
-        register(SpawnedWorker(boot, ServerProcess(preload, self.errors)))
+        register(SpawnedWorker(name, ServerProcess(preload, self.errors)))
 
     def descriptors(self, living: Iterable[SpawnedWorker]) -> list[int | None]:
         """Return what becomes readable when something can be known of an end."""
@@ -64,8 +64,8 @@ class SpawnedWorkers:
 class SpawnedWorker(WorkerProcess):
     """One of them."""
 
-    def __init__(self, boot: Boot, process: ServerProcess) -> None:
-        super().__init__(Booting(process.channel.dup(), boot), boot.name, process.pid, process.handle)
+    def __init__(self, name: str, process: ServerProcess) -> None:
+        super().__init__(Booting(process.channel.dup()), name, process.pid, process.handle)
         self.process = process
 
     def kill(self) -> None:

@@ -12,7 +12,6 @@ from typing import Protocol, TypeVar
 
 from lingualinked.processes.booting import Booting
 from lingualinked.processes.server_process import ErrorFile
-from lingualinked.protocol.boot import Boot
 
 
 class WorkerProcess(abc.ABC):
@@ -53,7 +52,7 @@ class WorkerStarter(Protocol[P]):
     socket_folder: str  # where the sockets of the cluster are to lie; it goes with the starter
     errors: ErrorFile  # what the workers write to their standard output and error
 
-    def start(self, boot: Boot, register: Callable[[P], None]) -> None:
+    def start(self, name: str, register: Callable[[P], None]) -> None:
         """Start one worker; it is registered before anything can be heard of it."""
 
     def descriptors(self, living: Iterable[P]) -> list[int | None]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from lingualinked.transport.tcp_listener import TcpEndpoint
+
 GRACE_S = 2.0
 """Seconds that workers have to end by themselves before they are killed."""
 
@@ -58,13 +60,17 @@ class WeightFolders(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker's configuration, sent to that worker alone: its identity, its caller and its limits."""
+    """One worker's configuration, sent to that worker alone: its identity, its caller and its limits.
+
+    What depends on the worker's host comes from the process that starts it there: the caller, or a daemon.
+    """
 
     name: str
-    socket_folder: str  # of its socket; the worker removes the folder once the caller has ended
+    socket_folder: str  # of its socket; the worker removes the folder once the process that started it has ended
     caller_address: str
     caller_key: str
-    caller_pid: int  # the process whose end ends this worker
+    starter_pid: int  # the process whose end ends this worker
+    tcp: TcpEndpoint | None  # where it listens for other hosts; None: it has none to listen for
     accelerator: str
     threads: int
     cpus: tuple[int, ...] | None  # cores that it is pinned to

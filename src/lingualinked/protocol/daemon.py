@@ -54,7 +54,7 @@ class Enter(Message, frozen=True, tag=1):
 
 
 class StartWorker(Message, frozen=True, tag=2):
-    """Start a worker for a device of this name, within these limits."""
+    """Start a worker for a device of this name, within these limits; a connection has one at most."""
 
     name: str
     class_names: tuple[str, ...]  # transformers classes whose code it will need
@@ -68,14 +68,8 @@ class BootWorker(Message, frozen=True, tag=3):
     boot: Boot
 
 
-class StopWorker(Message, frozen=True, tag=4):
-    """End a worker; it is not reported as ended."""
-
-    name: str
-
-
-class Leave(Message, frozen=True, tag=5):
-    """End all workers of this connection; the answer is `Left`."""
+class Leave(Message, frozen=True, tag=4):
+    """End the worker of this connection; the answer is `Left`."""
 
 
 # --- from a daemon to a caller
@@ -108,7 +102,6 @@ class WorkerKeyMade(Message, frozen=True, tag=19):
 
     name: str
     public_key: str
-    pid: int  # on its host
 
 
 class WorkerEnded(Message, frozen=True, tag=20):
@@ -123,10 +116,10 @@ class Beat(Message, frozen=True, tag=21):
 
 
 class Left(Message, frozen=True, tag=22):
-    """Answer to `Leave`: the workers are gone."""
+    """Answer to `Leave`: the worker has ended."""
 
 
-ToDaemon = Enter | StartWorker | BootWorker | StopWorker | Leave
+ToDaemon = Enter | StartWorker | BootWorker | Leave
 FromDaemon = Entered | WorkerLeased | Refused | WorkerKeyMade | WorkerEnded | Beat | Left
 
 _M = TypeVar("_M")

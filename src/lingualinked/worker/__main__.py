@@ -1,4 +1,4 @@
-"""Entry point of a started process, whose standard input is the caller's socket.
+"""Entry point of a started process, whose standard input is the caller's socket; and of ``python -m``, which runs a daemon.
 
 Knows the first line that it reads there: the caller's import path, as a list. Only the standard library is imported
 before that, since the other modules may lie on that path alone.
@@ -20,7 +20,10 @@ def _take_over_import_path() -> None:
 
 
 if __name__ == "__main__":
-    _take_over_import_path()
-    from lingualinked.worker.forking import main
+    if __spec__ is None:  # started by its path
+        _take_over_import_path()
+        from lingualinked.worker.forking import main
+    else:
+        from lingualinked.worker.daemon.command import main
 
     main()

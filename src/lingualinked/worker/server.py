@@ -95,12 +95,14 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     """Run a worker until the caller, who holds the other end of the socket `channel`, has ended."""
     # 1) limits first, since threads inherit their cores; then the thread that ends this process with its caller
     apply_limits(boot.threads, boot.cpus, boot.memory_bytes, boot.accelerator)
-    Lifeline(channel, boot.caller_pid, boot.socket_folder)
+    Lifeline(channel, boot.starter_pid, boot.socket_folder)
     # 2) the mailbox, and what wakes its loop: log records, and callbacks of background jobs
     handler = forward_logs(boot.log_level)
     mailbox = ZmqMailbox(
         boot.name,
         keys,
+        ipc=boot.tcp is None,
+        tcp=boot.tcp,
         socket_folder=boot.socket_folder,
         shared_memory=boot.shared_memory,
         serves_gpu=boot.accelerator.startswith("cuda"),

@@ -147,6 +147,8 @@ def public_errors() -> list[type[ll.LingualinkedError]]:
 def test_every_error_is_one_message(kind: type[ll.LingualinkedError], monkeypatch: pytest.MonkeyPatch) -> None:
     if issubclass(kind, ll.WorkerError):
         error: ll.LingualinkedError = kind("phone", "ValueError: odd", "Traceback (most recent call last):\n  in f")
+    elif issubclass(kind, ll.DaemonError):
+        error = kind("phone", "tcp://phone:5600", "odd")
     elif kind in (ll.UncuttableModelError, ll.WorkerDiedError):
         error = kind("phone", "odd")  # type: ignore[call-arg]
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import lingualinked as ll
-from lingualinked.cluster.devices import check_added_device, describe_cluster, usable_cores
+from lingualinked.cluster.devices import check_added_device, describe_cluster
+from lingualinked.processor import usable_cores
 
 NAS = ll.Device(name="nas", address="tcp://nas:5600", accelerator="cuda:7")
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from lingualinked.errors import ArgumentError, ClosedError
 from lingualinked.processes.booting import Booting
 from lingualinked.protocol.boot import Boot, Emulation
 
@@ -17,7 +16,8 @@ BOOT = Boot(
     socket_folder="/nowhere",
     caller_address="ipc:///nowhere",
     caller_key="key",
-    caller_pid=1,
+    starter_pid=1,
+    tcp=None,
     accelerator="cpu",
     threads=1,
     cpus=None,
@@ -29,56 +29,45 @@ BOOT = Boot(
 )
 
 
-class Admission:
-    """Who has been let in, or why nobody is."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.admitted: list[tuple[str, str]] = []
-        self.error = error
-
-    def __call__(self, name: str, public_key: str) -> None:
-        if self.error is not None:
-            raise self.error
-        self.admitted.append((name, public_key))
-
-
 @pytest.fixture
 def ends() -> Iterator[tuple[Booting, socket.socket]]:
     ours, theirs = socket.socketpair()
-    booting = Booting(ours, BOOT)
+    booting = Booting(ours)
     with theirs:
         yield booting, theirs
     booting.close()
 
 
-def test_a_worker_is_told_who_it_is_once_its_key_is_known(ends: tuple[Booting, socket.socket]) -> None:
-    (booting, worker), admission = ends, Admission()
-    for part in (b'{"public', b'_key": "k"}', b"\n"):
-        assert booting.fileno() >= 0
+def test_a_worker_says_its_key_and_is_told_who_it_is(ends: tuple[Booting, socket.socket]) -> None:
+    booting, worker = ends
+    for part in (b'{"public', b'_key": "k"}'):
         worker.sendall(part)
-        booting.answer(admission)
-    assert admission.admitted == [("a", "k")]
-    assert booting.fileno() == -1
+        assert booting.fileno() >= 0
+        assert booting.read_key() is None
+    worker.sendall(b"\n")
+    assert booting.read_key() == "k"
+    assert booting.fileno() == -1  # nothing is to be read any more, however long the answer takes
+    booting.send_boot(BOOT)
     assert msgspec.json.decode(worker.recv(65536), type=Boot) == BOOT
     assert worker.recv(1) == b""
 
 
 @pytest.mark.parametrize("said", [b"\n", b"no key\n", b"[]\n", b'{"public_key": 1}\n', b"\xff\n", None])
 def test_who_says_something_else_is_told_nothing(said: bytes | None, ends: tuple[Booting, socket.socket]) -> None:
-    (booting, worker), admission = ends, Admission()
+    booting, worker = ends
     if said is None:
         worker.shutdown(socket.SHUT_WR)
     else:
         worker.sendall(said)
-    booting.answer(admission)
-    assert (admission.admitted, booting.fileno()) == ([], -1)
+    assert booting.read_key() is None
+    assert booting.fileno() == -1
     assert worker.recv(1) == b""
+    booting.send_boot(BOOT)  # does nothing
 
 
-@pytest.mark.parametrize("error", [ArgumentError("no key"), ClosedError("closed")])
-def test_who_is_not_let_in_is_told_nothing(error: Exception, ends: tuple[Booting, socket.socket]) -> None:
+def test_who_is_not_let_in_is_told_nothing(ends: tuple[Booting, socket.socket]) -> None:
     booting, worker = ends
     worker.sendall(b'{"public_key": "k"}\n')
-    booting.answer(Admission(error))
-    assert booting.fileno() == -1
+    assert booting.read_key() == "k"
+    booting.close()
     assert worker.recv(1) == b""

@@ -12,6 +12,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.protocol import daemon
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.daemon import decode_from_daemon, decode_to_daemon, encode
+from lingualinked.transport.tcp_listener import TcpEndpoint
 from lingualinked.versions import Versions, installed_versions
 
 FACTS = daemon.HostFacts(
@@ -35,7 +36,8 @@ BOOT = Boot(
     socket_folder="",
     caller_address="tcp://10.0.0.1:1",
     caller_key="key",
-    caller_pid=0,
+    starter_pid=0,
+    tcp=TcpEndpoint(),
     accelerator="cpu",
     threads=1,
     cpus=None,
@@ -49,14 +51,13 @@ TO_DAEMON = [
     daemon.Enter(versions=installed_versions()),
     daemon.StartWorker(name="a", class_names=("LlamaForCausalLM",), memory_bytes=2**40, threads=None),
     daemon.BootWorker(boot=BOOT),
-    daemon.StopWorker(name="a"),
     daemon.Leave(),
 ]
 FROM_DAEMON = [
     daemon.Entered(facts=FACTS, caller_host="10.0.0.1"),
     daemon.WorkerLeased(name="a", memory_bytes=None, threads=4, accelerator="cuda:0"),
     daemon.Refused(reason="no memory"),
-    daemon.WorkerKeyMade(name="a", public_key="key", pid=9),
+    daemon.WorkerKeyMade(name="a", public_key="key"),
     daemon.WorkerEnded(name="a", how="exit status 1"),
     daemon.Beat(),
     daemon.Left(),

@@ -1,0 +1,119 @@
+"""The workers of one cluster, started here or by daemons on other hosts.
+
+Knows who starts which; not what the workers do. Workers start before the caller has imported torch, so nothing here does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lingualinked.device import Device
+from lingualinked.processes.launch import Launcher
+from lingualinked.protocol.boot import Boot
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.remote.connection import Lease
+    from lingualinked.cluster.remote.remote_workers import RemoteWorkers
+
+_Report = Callable[[str, str], None]
+
+
+class ClusterWorkers:
+    """Starts workers on devices, lets each in once it has made its key, and ends them.
+
+    Nothing starts here for a cluster whose devices are all on other hosts.
+    """
+
+    def __init__(self, class_names: tuple[str, ...], *, forks: bool | None = None) -> None:
+        self._class_names = class_names
+        self._forks = forks
+        self.launcher: Launcher | None = None
+        self._remote: RemoteWorkers | None = None
+        self.leases: dict[str, Lease] = {}  # of devices on other hosts
+        self._boots: dict[str, Boot] = {}  # of workers that have not said their key
+        self._authorise: _Report = lambda name, public_key: None
+        self._on_end: _Report = lambda name, how: None
+        self._has_started = False
+
+    def prepare(self, devices: Sequence[Device]) -> tuple[Device, ...]:
+        """Make ready to start workers on devices; return the devices with what daemons have decided about them.
+
+        Raises `ResourceError`, and for devices on other hosts also `DaemonError` and `ArgumentError`.
+        """
+        if self.launcher is None and any(device.address is None for device in devices):
+            self.launcher = Launcher(self._class_names, forks=self._forks)
+            if self._has_started:
+                self.launcher.start((), self._admit, self._on_end)
+        distant = [device for device in devices if device.address is not None]
+        if not distant:
+            return tuple(devices)
+        if self._remote is None:
+            from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq
+
+            self._remote = RemoteWorkers(self._class_names)
+            if self._has_started:
+                self._remote.start(self._admit, self._on_end)
+        self.leases |= {device.name: lease for device, lease in zip(distant, self._remote.lease(distant), strict=True)}
+        return tuple(self._as_leased(device) if device.address is not None else device for device in devices)
+
+    def _as_leased(self, device: Device) -> Device:
+        limits = self.leases[device.name].limits
+        return dataclasses.replace(
+            device, threads=limits.threads, memory=limits.memory_bytes, accelerator=limits.accelerator
+        )
+
+    @property
+    def socket_folder(self) -> str | None:
+        """Where the sockets of the cluster's processes on this host are to lie; ``None`` if it starts none here."""
+        return None if self.launcher is None else self.launcher.socket_folder
+
+    def start(self, boots: Sequence[Boot], authorise: _Report, on_end: _Report) -> None:
+        """Start one worker per boot record, for the devices that are prepared.
+
+        On threads of its own, ``authorise`` lets a worker connect, by name and public key, before it is told who it is,
+        and ``on_end`` is told the name of a worker that has ended, and how.
+        """
+        self._authorise, self._on_end = authorise, on_end
+        self._boots = {boot.name: boot for boot in boots}
+        self._has_started = True
+        if self.launcher is not None:
+            self.launcher.start([name for name in self._boots if name not in self.leases], self._admit, on_end)
+        if self._remote is not None:
+            self._remote.start(self._admit, on_end)
+
+    def add(self, boot: Boot) -> None:
+        """Start one more worker, for a device that is prepared."""
+        self._boots[boot.name] = boot
+        if boot.name not in self.leases:
+            assert self.launcher is not None
+            self.launcher.add(boot.name)
+
+    def _admit(self, name: str, public_key: str) -> None:
+        # In this order: a worker connects as soon as it has its Boot, and a refusal is final.
+        self._authorise(name, public_key)
+        starter = self._starter(name)
+        boot = self._boots.pop(name, None)
+        if starter is not None and boot is not None:
+            starter.boot(boot)
+
+    def _starter(self, name: str) -> Launcher | RemoteWorkers | None:
+        return self._remote if name in self.leases else self.launcher
+
+    def remove(self, name: str) -> None:
+        """End a worker and forget it, without reporting its end."""
+        starter = self._starter(name)
+        if starter is not None:
+            starter.remove(name)
+        self.leases.pop(name, None)
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers on this host that have started and not ended, by device name."""
+        return {} if self.launcher is None else self.launcher.pids()
+
+    def stop(self) -> None:
+        """End every worker; returns once they have ended."""
+        for starter in (self._remote, self.launcher):
+            if starter is not None:
+                starter.stop()

@@ -1,0 +1,119 @@
+"""The socket at which a daemon's callers come: authenticated, encrypted, and bounded in what it takes.
+
+Knows public keys and bytes; not what is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import zmq
+
+from lingualinked.address import Address
+from lingualinked.protocol.daemon import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, MAX_FRAME_BYTES
+from lingualinked.public_key import raw_key
+from lingualinked.transport.handshakes import TIMEOUT_MS
+from lingualinked.transport.keys import KeyPair
+from lingualinked.transport.refusals import Refusals
+from lingualinked.transport.tcp_listener import TcpEndpoint, TcpListener
+from lingualinked.transport.zap import DOMAIN, ZapHandler
+
+logger = logging.getLogger("lingualinked.daemon")
+
+_CLOSE_TIMEOUT_S = 5.0
+_MAX_UNREAD = 16  # messages of one caller; the others stay with it
+_MAX_AT_ONCE = 100  # messages read before the loop does something else
+
+
+class Received(NamedTuple):
+    """A message, and who sent it."""
+
+    routing_id: bytes  # of the connection
+    payload: bytes
+    public_key: str
+    host: str
+
+
+class Door:
+    """Listens at an address for holders of keys that are let in; raises as `TcpListener` does."""
+
+    def __init__(self, bind: Address, keys: KeyPair, owner: str) -> None:
+        self._let_in: set[str] = set()
+        with contextlib.ExitStack() as undo:
+            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            self._zap = ZapHandler(self._context, Refusals(owner))
+            undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
+            self._router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+            undo.callback(self._router.close)
+            self._set_up(keys)
+            self._zap.watch_handshakes(self._router)
+            ports = (bind.port, bind.port) if bind.port else None
+            self._listener = TcpListener(TcpEndpoint(host=bind.host, ports=ports))
+            undo.callback(self._listener.close)
+            self._listener.bind_socket(self._router)
+            self._zap.guard(self._listener.gate)
+            self.address = Address(bind.host, self._listener.port)
+            undo.pop_all()
+
+    def _set_up(self, keys: KeyPair) -> None:
+        router = self._router
+        router.curve_server = True
+        router.curve_publickey = keys.public.encode()
+        router.curve_secretkey = keys.secret.encode()
+        router.zap_domain = DOMAIN
+        router.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        router.linger = 0
+        router.handshake_ivl = TIMEOUT_MS
+        router.maxmsgsize = MAX_FRAME_BYTES
+        router.rcvhwm = _MAX_UNREAD
+        # A caller that does not read what it is sent is found by heartbeats; two beats a second don't fill the memory.
+        router.sndhwm = 0
+        router.router_mandatory = 1
+        router.heartbeat_ivl, router.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
+        router.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
+
+    def admit(self, public_keys: Iterable[str] | Mapping[str, str]) -> None:
+        """Let in the holders of these keys, and no others from now on."""
+        wanted = set(public_keys)
+        for key in self._let_in - wanted:
+            self._zap.withdraw(raw_key(key))
+        for key in wanted - self._let_in:
+            self._zap.authorise(raw_key(key), key)
+        self._let_in = wanted
+
+    def wait(self, timeout_s: float, descriptors: Sequence[int]) -> set[int]:
+        """Wait until something can be received, or read from a descriptor; return the descriptors."""
+        items: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._router, zmq.POLLIN)]
+        items += [(descriptor, zmq.POLLIN) for descriptor in descriptors]
+        return {each for each, _ in zmq.zmq_poll(items, int(timeout_s * 1000) + 1) if isinstance(each, int)}
+
+    def receive(self) -> Iterator[Received]:
+        """Receive the messages that have come, up to a limit."""
+        for _ in range(_MAX_AT_ONCE):
+            try:
+                routing_id, *frames = self._router.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            if len(frames) == 1:
+                frame = frames[0]
+                yield Received(routing_id.bytes, frame.bytes, str(frame.get("User-Id")), str(frame.get("Peer-Address")))
+
+    def send(self, routing_id: bytes, payload: bytes) -> bool:
+        """Send a message; return whether the connection is still there."""
+        try:
+            self._router.send_multipart([routing_id, payload], zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket, and with it all connections."""
+        self._router.close()
+        self._listener.close()
+        if not self._zap.stop(_CLOSE_TIMEOUT_S):
+            logger.warning("a ZeroMQ context did not end within %s s", _CLOSE_TIMEOUT_S)

@@ -1,0 +1,50 @@
+"""What a daemon says of its host.
+
+Knows the operating system's figures; imports no torch.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+
+import psutil
+
+from lingualinked.disk_cache import cache_folder
+from lingualinked.host_id import host_id
+from lingualinked.processor import processor_name, usable_cores
+from lingualinked.protocol.daemon import HostFacts
+from lingualinked.versions import installed_versions
+from lingualinked.worker.daemon.options import DaemonOptions
+
+
+def collect_facts(options: DaemonOptions, leasable_bytes: int | None) -> HostFacts:
+    """Return the facts of this host as they are now."""
+    memory = psutil.virtual_memory()
+    return HostFacts(
+        name=options.name,
+        versions=installed_versions(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processor=processor_name(),
+        num_cores=usable_cores(),
+        threads=options.threads,
+        accelerator=options.accelerator,
+        memory_bytes=memory.total,
+        available_bytes=memory.available,
+        leasable_bytes=leasable_bytes,
+        free_disk_bytes=_free_disk_bytes(),
+        host_id=host_id(),
+        allows_relays=options.allows_relays,
+        advertise=options.advertise,
+    )
+
+
+def _free_disk_bytes() -> int:
+    folder = cache_folder() or Path.cwd()
+    for each in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(each).free
+        except OSError:  # it is made when it is needed
+            continue
+    return 0

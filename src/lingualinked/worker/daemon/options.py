@@ -1,0 +1,31 @@
+"""What a daemon was asked to do when it was started.
+
+Knows numbers and texts, all checked; not how they were given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lingualinked.address import Address
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonOptions:
+    """The options of ``lingualinked worker``."""
+
+    bind: Address  # port 0: any free one
+    name: str
+    memory_bytes: int | None  # that all workers together may take; None: no limit
+    threads: int  # of a worker whose device states no number
+    accelerator: str
+    models: str | None  # folder of checkpoints
+    cache_bytes: int  # of weights kept on disk
+    verifies: bool  # checkpoints by all their bytes
+    ports: tuple[int, int] | None  # first and last one at which workers may listen
+    advertise: str | None
+    allows_relays: bool
+    serves_once: bool
+    wait_s: float | None  # for the caller that is served once
+    clients: tuple[str, ...]  # public keys that are let in for this run, beside the list of authorised ones
+    has_lifeline: bool  # ends when its standard input is closed
