@@ -30,7 +30,7 @@ from lingualinked.processes.resources import check_addition, check_start
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
-from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES
+from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, check_frame_limit
 from lingualinked.transport.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
-
-MIN_FRAME_BYTES = 256 << 10
-"""Everything but tensors travels in one frame: a worker's error with its traceback takes most."""
 
 
 class Cluster:
@@ -110,16 +107,9 @@ class Cluster:
         self._behaving = {device.name: device for device in self.devices}  # as the workers do now
         self._changes = threading.Lock()  # one change at a time of what devices there are and how they behave
         self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else check_positive(timeout_s, "timeout_s")
-        if not isinstance(max_frame_bytes, int):
-            raise ArgumentError(f"max_frame_bytes={max_frame_bytes!r} must be a whole number")
-        if max_frame_bytes < MIN_FRAME_BYTES:
-            raise ArgumentError(
-                f"max_frame_bytes={max_frame_bytes} can't carry every message: give {MIN_FRAME_BYTES} ({MIN_FRAME_BYTES >> 10} KiB) "
-                "or more"
-            )
         if not isinstance(shared_memory, bool):
             raise ArgumentError(f"shared_memory={shared_memory!r} must be True or False")
-        self._max_frame_bytes = max_frame_bytes
+        self._max_frame_bytes = check_frame_limit(max_frame_bytes)
         self._shared_memory = shared_memory
         check_start(self.devices)
         self._tcp = TcpEndpoint() if any(device.address is not None for device in self.devices) else None
