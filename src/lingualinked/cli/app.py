@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lingualinked.cli import keys_command
+from lingualinked.cli import cache_command, keys_command
 from lingualinked.errors import ArgumentError, LingualinkedError
 from lingualinked.worker.daemon.command import serve
 from lingualinked.workload import Workload
@@ -42,6 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cache_command.app)
 app.add_typer(keys_command.app)
 app.command("worker")(serve)
 

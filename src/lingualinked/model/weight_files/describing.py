@@ -75,6 +75,14 @@ def describe_file(file: CheckpointFile, *, verify: bool = False) -> FileContent:
     return content
 
 
+def model_name(path: Path) -> str:
+    """Return what people call the model that a file belongs to: its folder's name, or its name on the hub."""
+    folder = path.parent
+    if folder.parent.name == "snapshots":  # of Hugging Face's cache: models--OWNER--NAME/snapshots/COMMIT
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
 def digest_config(folder: Path) -> str:
     """Return the digest of a folder's config.json, by its values; empty if it can't be read."""
     try:

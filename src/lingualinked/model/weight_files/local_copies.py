@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from lingualinked.errors import CheckpointError
 from lingualinked.model.safetensors_file import identify_file
-from lingualinked.model.weight_files.describing import describe_file, digest_config
+from lingualinked.model.weight_files.describing import describe_file, digest_config, model_name
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class LocalCopies:
         # 2) by their content
         found: list[CheckpointFile | None] = []
         differences: list[str] = []
-        folders = {Path(file.path).parent.name for file in spec.files}
+        names = {model_name(Path(file.path)) for file in spec.files}
         for content in spec.contents:
             compared = [_compare(path, content, spec.config_digest) for path in named[content.name]]
             equal = next((file for file, _ in compared if file is not None), None)
@@ -69,7 +69,7 @@ class LocalCopies:
                     f"{path} on host {socket.gethostname()!r} {difference}"
                     for path, (_, difference) in zip(named[content.name], compared, strict=True)
                     # Files of other models are called alike as well.
-                    if difference and (path.parent.name in folders or not difference.startswith(_LENGTH))
+                    if difference and (model_name(path) in names or not difference.startswith(_LENGTH))
                 ]
         return found, differences
 

@@ -14,7 +14,7 @@ from lingualinked.errors import CheckpointError
 from lingualinked.model.safetensors_file import SafetensorsFile, empty_tensor, header_size, parse_header
 from lingualinked.model.weight_files.byte_ranges import ByteRange, num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.cached_file import DamagedPartsError
-from lingualinked.model.weight_files.describing import digest_header, digest_tensor
+from lingualinked.model.weight_files.describing import digest_header, digest_tensor, model_name
 from lingualinked.model.weight_files.fetching import FetchError
 from lingualinked.model.weight_files.filling import fill_files
 from lingualinked.model.weight_files.span_ranges import locate_tensors
@@ -44,7 +44,7 @@ class RemoteWeights:
 
     def __init__(self, spec: ModelSpec, copies: LocalCopies, cache: WeightCache | None, fetcher: Fetcher) -> None:
         self._contents = spec.contents
-        self._model = Path(spec.files[0].path).parent.name
+        self._model = model_name(Path(spec.files[0].path))
         self._cache = cache
         self._fetcher = fetcher
         self._local: dict[int, SafetensorsFile] = {}
