@@ -1,4 +1,4 @@
-"""The command line: ``lingualinked demo | generate | keys | cache | plan | bench | trace | doctor | worker``.
+"""The command line: ``lingualinked demo | discover | generate | keys | cache | plan | bench | trace | doctor | worker``.
 
 Parses options and prints results; the library that users import does the work.
 """

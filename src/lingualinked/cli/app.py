@@ -246,6 +246,20 @@ def trace(
 
 
 @app.command()
+def discover(
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="How long to look.")] = 3.0,
+    write: Annotated[Path | None, typer.Option(help="Write a cluster file of what is found.")] = None,
+    interface: Annotated[
+        str | None, typer.Option(help="Look on the interface that has this address alone; by default on all.")
+    ] = None,
+) -> None:
+    """Find daemons of the local network that announce themselves; trusts none of them."""
+    from lingualinked.cli.discover_command import run_discover
+
+    run_discover(seconds, write, interface)
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine offers: cores, memory, accelerators, versions."""
     from lingualinked.cli.doctor_command import run_doctor

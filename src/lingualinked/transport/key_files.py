@@ -34,6 +34,10 @@ _BY_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
+class _KeyExistsError(ArgumentError):
+    """There is a key of that name already."""
+
+
 def config_folder() -> Path:
     """Return the folder of keys and of lists of keys: ``$XDG_CONFIG_HOME/lingualinked``, by default in ``~/.config``."""
     parent = os.environ.get("XDG_CONFIG_HOME", "")
@@ -55,7 +59,7 @@ def make_key(name: str) -> KeyPair:
     path = key_path(name)
     with locked_folder():
         if path.exists():
-            raise ArgumentError(
+            raise _KeyExistsError(
                 f"there is a key {name!r} already ({path}), and a key is never overwritten: choose another name, or delete it"
             )
         keys = generate_keypair()
@@ -95,7 +99,14 @@ def find_client_keys(name: str | None) -> KeyPair:
 
 def find_daemon_keys() -> KeyPair:
     """Read the key pair of this user's daemon; make it if there is none yet."""
-    return _read_key(key_path(DAEMON_KEY)) or make_key(DAEMON_KEY)
+    path = key_path(DAEMON_KEY)
+    keys = _read_key(path)
+    if keys is None:
+        with contextlib.suppress(_KeyExistsError):  # another daemon starts at the same time
+            return make_key(DAEMON_KEY)
+        keys = _read_key(path)
+        assert keys is not None
+    return keys
 
 
 def own_keys() -> dict[str, str]:

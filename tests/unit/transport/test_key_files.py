@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,8 @@ def test_the_folder_is_in_the_home_folder_by_default(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     assert config_folder() == tmp_path / ".config" / "lingualinked"
     assert key_path("default").parent == config_folder() / "keys"
+
+
+def test_daemons_that_start_at_once_have_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: find_daemon_keys().public, range(8)))) == 1
