@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import ipaddress
+import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ from lingualinked.public_key import fingerprint
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, Zeroconf
+
+logger = logging.getLogger("lingualinked.daemon")
 
 SERVICE_TYPE = "_lingualinked._tcp.local."
 
@@ -44,7 +48,7 @@ class Announcement:
 
 
 class Announcer:
-    """Announces a daemon until it is stopped; on the interface of its address, or on all if it listens at all.
+    """Announces a daemon until it is stopped.
 
     Parameters
     ----------
@@ -73,23 +77,33 @@ class Announcer:
         )
         self._interface = interface
         self._responder: Zeroconf | None = None
+        self._registering = threading.Thread()
 
     def start(self) -> None:
-        """Begin to answer those who look for daemons."""
+        """Begin to answer those who look for daemons; it takes some seconds until that is agreed in the network."""
         with _named_errors("announce"):
-            responder = _open(self._interface)
-            try:
-                responder.register_service(_service_of(self._announced, self._interface), allow_name_change=True)
-            except BaseException:
-                responder.close()
-                raise
-        self._responder = responder
+            self._responder = responder = _open(self._interface)
+        service = _service_of(self._announced, self._interface)
+        self._registering = threading.Thread(
+            target=_register, args=(responder, service), name="lingualinked-announcing", daemon=True
+        )
+        self._registering.start()
 
     def stop(self) -> None:
         """Say that the daemon is gone, and answer no more."""
         responder, self._responder = self._responder, None
         if responder is not None:
-            responder.close()  # which takes back what was registered
+            responder.close()  # which takes back what was registered, and ends a registration that is under way
+            self._registering.join()
+
+
+def _register(responder: Zeroconf, service: ServiceInfo) -> None:
+    try:
+        with _named_errors("announce"):
+            responder.register_service(service, allow_name_change=True)
+    except (ArgumentError, RuntimeError) as error:  # it may be closed meanwhile
+        if not responder.done:
+            logger.error("%s", error)
 
 
 def find_announced(seconds: float, interface: str | None = None) -> tuple[Announcement, ...]:

@@ -5,11 +5,12 @@ Knows texts and where a daemon's log goes; not what the daemon does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import socket
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +19,11 @@ from lingualinked.errors import ArgumentError, LingualinkedError
 from lingualinked.processor import usable_cores
 from lingualinked.public_key import fingerprint
 from lingualinked.units import parse_bytes
+from lingualinked.worker.daemon.host_facts import describe_hardware
 from lingualinked.worker.daemon.options import DaemonOptions
+
+if TYPE_CHECKING:
+    from lingualinked.transport.announcing import Announcer
 
 logger = logging.getLogger("lingualinked.daemon")
 
@@ -56,6 +61,9 @@ def serve(
     relay: Annotated[
         bool, typer.Option("--relay", help="Let other devices of a caller send through this one.")
     ] = False,
+    announce: Annotated[
+        bool, typer.Option("--announce", help="Let `lingualinked discover` find this device in the local network.")
+    ] = False,
     authorize: Annotated[
         list[str] | None, typer.Option(help="Public key of a client to let in for this run; may be repeated.")
     ] = None,
@@ -87,6 +95,7 @@ def serve(
         ports=None if ports is None else parse_ports(ports, "--ports"),
         advertise=advertise,
         allows_relays=relay,
+        announces=announce,
         serves_once=once,
         wait_s=wait,
         clients=tuple(authorize or ()),
@@ -123,15 +132,36 @@ def run_daemon(options: DaemonOptions) -> int:
         )
     # A daemon that serves once leaves nothing behind, and many may start from one home folder.
     keys = generate_keypair() if options.serves_once else find_daemon_keys()
+    announcers = contextlib.ExitStack()
     daemon = Daemon(options, keys, clients)
 
     def announce() -> None:
+        reached_at = _reached_at(daemon.address, options.advertise)
+        if options.announces:
+            announcers.callback(_start_announcing(options, reached_at, keys.public).stop)
         number, key = len(clients.names), fingerprint(keys.public)
         logger.info("listens at %s for %d authorised clients, with the key %s", daemon.address, number, key)
-        sys.stdout.write(f"{_reached_at(daemon.address, options.advertise)}#{keys.public}\n")
+        sys.stdout.write(f"{reached_at}#{keys.public}\n")
         sys.stdout.flush()
 
-    return daemon.run(announce)
+    with announcers:
+        return daemon.run(announce)
+
+
+def _start_announcing(options: DaemonOptions, address: Address, public_key: str) -> Announcer:
+    """Announce the daemon on the interface that it listens at, or on all."""
+    from lingualinked.transport.announcing import Announcer  # imports zmq
+
+    bound = options.bind
+    announcer = Announcer(
+        name=options.name,
+        address=address,
+        hardware=describe_hardware(options.accelerator),
+        public_key=public_key,
+        interface=None if bound.is_wildcard else bound.host,
+    )
+    announcer.start()
+    return announcer
 
 
 def _log_to_standard_error() -> None:

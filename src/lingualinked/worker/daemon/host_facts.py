@@ -15,6 +15,7 @@ from lingualinked.disk_cache import cache_folder
 from lingualinked.host_id import host_id
 from lingualinked.processor import processor_name, usable_cores
 from lingualinked.protocol.daemon import HostFacts
+from lingualinked.quantities import bytes_text, count_text
 from lingualinked.versions import installed_versions
 from lingualinked.worker.daemon.options import DaemonOptions
 
@@ -38,6 +39,12 @@ def collect_facts(options: DaemonOptions, leasable_bytes: int | None) -> HostFac
         allows_relays=options.allows_relays,
         advertise=options.advertise,
     )
+
+
+def describe_hardware(accelerator: str) -> str:
+    """Return what the host has, in a line for people."""
+    memory = bytes_text(psutil.virtual_memory().total)
+    return f"{processor_name()}, {count_text(usable_cores(), 'core')}, {memory}, {accelerator}"
 
 
 def _free_disk_bytes() -> int:

@@ -25,6 +25,7 @@ class DaemonOptions:
     ports: tuple[int, int] | None  # first and last one at which workers may listen
     advertise: str | None
     allows_relays: bool
+    announces: bool  # itself in the local network
     serves_once: bool
     wait_s: float | None  # for the caller that is served once
     clients: tuple[str, ...]  # public keys that are let in for this run, beside the list of authorised ones
