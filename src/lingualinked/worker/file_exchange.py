@@ -5,6 +5,7 @@ Knows messages, peers and the weights on this device's disk; files are read in t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +71,7 @@ class FileExchange:
         self._peers = peers
         self._background = background
         self._fetchers: dict[int, PartFetcher] = {}  # of the stages that are loading, by the numbers of their requests
+        self._awaited: Counter[tuple[int, str]] = Counter()  # parts requested and not received, by load and source
         self._server = PartServer(self._open_held, self._send_served)
 
     @classmethod
@@ -91,12 +93,13 @@ class FileExchange:
 
         fetcher = PartFetcher(request.supplies, [each.name for each in request.spec.contents], request_part)
         self._fetchers[request.request] = fetcher
-        return StageFiles(self._storage, fetcher, lambda: self._fetchers.pop(request.request, None))
+        return StageFiles(
+            self._storage, fetcher, lambda: self._background.call_on_loop(lambda: self._end_load(request.request))
+        )
 
     def sources(self, load: int) -> Collection[str]:
-        """Return who may send parts for a stage that is loading."""
-        fetcher = self._fetchers.get(load)
-        return () if fetcher is None else fetcher.sources
+        """Return who may send parts for a stage that is loading: those from which some are awaited."""
+        return [name for (number, name), num_awaited in self._awaited.items() if number == load and num_awaited > 0]
 
     def borrowers(self, load: int) -> Collection[str]:
         """Return who may fetch parts here for a stage that is loading there."""
@@ -109,6 +112,7 @@ class FileExchange:
                 part = ByteRange(message.file, message.start, message.start + message.num_bytes)
                 self._server.request_part(message.load, delivery.sender, part, message.receipt)
             case FilePart():
+                self._awaited[message.load, delivery.sender] -= 1
                 if message.load in self._fetchers:
                     data = delivery.tensors[0] if delivery.tensors else None
                     self._fetchers[message.load].deliver_part(delivery.sender, message, data)
@@ -135,6 +139,11 @@ class FileExchange:
         """Close all files."""
         self._server.close()
 
+    def _end_load(self, load: int) -> None:
+        self._fetchers.pop(load, None)
+        for key in [key for key in self._awaited if key[0] == load]:
+            del self._awaited[key]
+
     def _open_held(self, spec: ModelSpec) -> HeldFiles:
         if self._storage is None:
             raise CheckpointError("this worker has no files of its own")
@@ -144,6 +153,7 @@ class FileExchange:
         message = FetchPart(load=load, file=part.file, start=part.start, num_bytes=part.num_bytes, receipt=receipt)
         try:
             self._peers.send(source, message)
+            self._awaited[load, source] += 1
         except LingualinkedError as error:
             if load in self._fetchers:
                 self._fetchers[load].lose_source(source, f"can't be reached: {error}")

@@ -9,7 +9,7 @@ import dataclasses
 import heapq
 import queue
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -83,11 +83,6 @@ class PartFetcher:
         self._events: queue.SimpleQueue[tuple[str, FilePart | str, Tensor | None]] = queue.SimpleQueue()
         self._missing: dict[ByteRange, tuple[str, ...]] = {}  # the parts that have not come, with who has them
         self._queues: dict[tuple[str, ...], list[ByteRange]] = {}  # heaps of those not requested, by who has them
-
-    @property
-    def sources(self) -> Collection[str]:
-        """Who may be asked."""
-        return self._sources.keys()
 
     def fetch(self, ranges: Sequence[ByteRange], deliver: DeliverPart) -> None:
         """Fetch ranges: return once `deliver` has been called in this thread with all of them.
@@ -170,8 +165,9 @@ class PartFetcher:
             return
         part = ByteRange(answer.file, answer.start, answer.start + answer.num_bytes)
         source.heard_s = self._clock()
-        source.receipts.append(answer.receipt)
-        source.in_flight.discard(part)
+        if part in source.in_flight:
+            source.in_flight.discard(part)
+            source.receipts.append(answer.receipt)
         if part not in self._missing:
             return  # another source was faster
         if answer.error or data is None or not data.numel():
