@@ -67,9 +67,9 @@ def remote_cluster(
         )
         return msgspec.structs.replace(boot(cluster, device, *rest), weight_folders=folders)
 
-    def describe_elsewhere(spec: ModelSpec) -> ModelSpec:
+    def describe_elsewhere(spec: ModelSpec, *, verify: bool = False) -> ModelSpec:
         files = [dataclasses.replace(file, path=f"/on/another/host{file.path}") for file in spec.files]
-        return dataclasses.replace(describe_contents(spec), files=tuple(files))
+        return dataclasses.replace(describe_contents(spec, verify=verify), files=tuple(files))
 
     with monkeypatch.context() as patch:
         patch.setattr(Cluster, "_boot", remote_boot)

@@ -135,6 +135,7 @@ class Cluster:
                 self._tcp,
             )
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
+            engine.fetching = frozenset(device.name for device in self.devices if device.address is not None)
             engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
             for device in self.devices:
                 engine.shape_link(device.name, emulated_link(None, device, self.links))
@@ -269,6 +270,7 @@ class Cluster:
                 self._workers.add(self._boot(device, emulation_of(device.name, behaving, known)))
                 self._engine.wait_for_worker(device.name, self.timeout_s)
                 self._engine.trusted |= {device.name} if device.trusted else set()
+                self._engine.fetching |= {device.name} if device.address is not None else set()
                 self._behaving, self.links, self.devices = behaving, known, (*self.devices, device)
             except BaseException:
                 self.devices, self.links, self._behaving = before

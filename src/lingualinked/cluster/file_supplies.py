@@ -6,6 +6,7 @@ Knows loads, ranges and which worker may have what; sends no bytes of files.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -66,7 +67,10 @@ def arrange_supplies(
         if is_move:
             return Supplies(spec=spec, of_load={})
         raise
-    held = _find_files(engine, described, {load.device for load in loads}, timeout_s)
+    found = _find_files(engine, described, {load.device for load in loads}, timeout_s)
+    held = {name: tuple(ByteRange(*bounds) for bounds in each.ranges) for name, each in found.items()}
+    if any(found[load.device].verifies for load in loads if load.device in found):
+        described = _describe(spec, verify=True)
     # 2) make those that have something send it to those that lack it
     supplies: dict[int, dict[str, tuple[ByteRange, ...]]] = {load.number: {} for load in loads}
     asked: list[tuple[int, str, concurrent.futures.Future[object]]] = []
@@ -114,28 +118,23 @@ def arrange_supplies(
 
 
 @functools.lru_cache(maxsize=16)
-def _describe(spec: ModelSpec) -> ModelSpec:
-    return describe_contents(spec)
+def _describe(spec: ModelSpec, *, verify: bool = False) -> ModelSpec:
+    return describe_contents(spec, verify=verify)
 
 
-def _find_files(
-    engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: float
-) -> dict[str, tuple[ByteRange, ...]]:
+def _find_files(engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: float) -> dict[str, FilesFound]:
     """Ask all workers on other hosts what they have; those that do not answer have nothing."""
     asked = []
     for name in sorted(engine.fetching - engine.ended_devices()):
         message = FindFiles(request=engine.next_request(), spec=spec)
         patience_s = timeout_s if name in loading else min(timeout_s, _FIND_S)
         asked.append((name, engine.request(name, message, "looking for files", patience_s)))
-    held = {}
+    found = {}
     while asked:
         name, _ = asked[0]
-        try:
-            found = cast("FilesFound", result_of(asked.pop(0)[1]))
-        except LingualinkedError:
-            continue
-        held[name] = tuple(ByteRange(*bounds) for bounds in found.ranges)
-    return held
+        with contextlib.suppress(LingualinkedError):
+            found[name] = cast("FilesFound", result_of(asked.pop(0)[1]))
+    return found
 
 
 def _common(ranges: Iterable[ByteRange], others: Iterable[ByteRange]) -> tuple[ByteRange, ...]:

@@ -57,6 +57,7 @@ class WeightFolders(msgspec.Struct, frozen=True, kw_only=True):
     models: str | None  # a folder with copies of checkpoints
     cache: str  # for what it fetches
     cache_bytes: int  # the most that the cache may take; 0: nothing is kept
+    verifies: bool = False  # compares all bytes of what it loads with the caller's
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,10 +27,11 @@ class FindFiles(Message, frozen=True, tag=64):
 
 
 class FilesFound(Message, frozen=True, tag=65):
-    """Answer to `FindFiles`."""
+    """Answer to `FindFiles`: what is here, and whether this worker is to compare all bytes with the caller's."""
 
     request: int
     ranges: Ranges
+    verifies: bool
 
 
 class ShareFiles(Message, frozen=True, tag=66):

@@ -66,8 +66,11 @@ class FileExchange:
     The worker of a caller on this host needs none: without `storage` nothing is fetched and nothing is here.
     """
 
-    def __init__(self, storage: WeightStorage | None, peers: Peers, background: Background) -> None:
+    def __init__(
+        self, storage: WeightStorage | None, peers: Peers, background: Background, *, verifies: bool = False
+    ) -> None:
         self._storage = storage
+        self._verifies = verifies
         self._peers = peers
         self._background = background
         self._fetchers: dict[int, PartFetcher] = {}  # of the stages that are loading, by the numbers of their requests
@@ -81,7 +84,7 @@ class FileExchange:
             return cls(None, peers, background)
         models = None if folders.models is None else Path(folders.models)
         cache = WeightCache(Path(folders.cache), folders.cache_bytes) if folders.cache_bytes else None
-        return cls(WeightStorage(models=models, cache=cache), peers, background)
+        return cls(WeightStorage(models=models, cache=cache), peers, background, verifies=folders.verifies)
 
     def files_of(self, request: LoadStage) -> StageFiles | None:
         """Return the files for a stage that is to be loaded; None: the caller's files are read."""
@@ -126,7 +129,8 @@ class FileExchange:
 
         def report(held: tuple[ByteRange, ...]) -> None:
             ranges = tuple((each.file, each.start, each.stop) for each in held)
-            self._background.call_on_loop(lambda: answer(FilesFound(request=message.request, ranges=ranges)))
+            found = FilesFound(request=message.request, ranges=ranges, verifies=self._verifies)
+            self._background.call_on_loop(lambda: answer(found))
 
         self._server.find_held(message.spec, report)
 

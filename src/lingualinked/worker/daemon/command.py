@@ -10,12 +10,14 @@ import logging
 import platform
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lingualinked.address import Address, parse_address, parse_advertised, parse_ports
 from lingualinked.errors import ArgumentError, LingualinkedError
+from lingualinked.model.weight_files.weight_cache import default_cache_folder
 from lingualinked.processor import usable_cores
 from lingualinked.public_key import fingerprint
 from lingualinked.units import parse_bytes
@@ -50,7 +52,10 @@ def serve(
     cache_bytes: Annotated[
         str, typer.Option(help="Disk space for weights that were sent here; 0 for none.")
     ] = _DEFAULT_CACHE,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare local checkpoints by all their bytes.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare all weights that workers load here with the caller's, byte by byte."),
+    ] = False,
     ports: Annotated[
         str | None, typer.Option(help="Ports at which workers may listen (5601-5699); by default any free ones.")
     ] = None,
@@ -83,14 +88,20 @@ def serve(
         raise ArgumentError(f"--wait {wait:g} has no effect without --once: add it, or leave this out")
     if advertise is not None:
         parse_advertised(advertise, "--advertise")
+    if models is not None and not Path(models).is_dir():
+        raise ArgumentError(
+            f"--models={models!r} is not a folder on this host: give the one that the checkpoints lie in"
+        )
+    max_cache_bytes = 0 if cache_bytes == "0" else parse_bytes(cache_bytes, "--cache-bytes")
     options = DaemonOptions(
         bind=_numeric(parse_address(bind, "--bind", wildcard=True)),
         name=name or platform.node() or "device",
         memory_bytes=None if memory is None else parse_bytes(memory, "--memory"),
         threads=threads or usable_cores(),
         accelerator=accelerator,
-        models=models,
-        cache_bytes=0 if cache_bytes == "0" else parse_bytes(cache_bytes, "--cache-bytes"),
+        models=None if models is None else str(Path(models).absolute()),
+        cache=str(default_cache_folder()) if max_cache_bytes else "",
+        cache_bytes=max_cache_bytes,
         verifies=verify,
         ports=None if ports is None else parse_ports(ports, "--ports"),
         advertise=advertise,

@@ -18,7 +18,7 @@ import msgspec
 
 from lingualinked.errors import LingualinkedError, ProtocolError
 from lingualinked.processes.launch import kept_fork_server
-from lingualinked.protocol.boot import GRACE_S
+from lingualinked.protocol.boot import GRACE_S, WeightFolders
 from lingualinked.protocol.daemon import (
     Beat,
     BootWorker,
@@ -221,6 +221,12 @@ class Daemon:
                 threads=limits.threads,
                 cpus=None,
                 memory_bytes=limits.memory_bytes,
+                weight_folders=WeightFolders(
+                    models=options.models,
+                    cache=options.cache,
+                    cache_bytes=options.cache_bytes,
+                    verifies=options.verifies,
+                ),
             )
         )
 

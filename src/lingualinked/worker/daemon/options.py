@@ -20,7 +20,8 @@ class DaemonOptions:
     threads: int  # of a worker whose device states no number
     accelerator: str
     models: str | None  # folder of checkpoints
-    cache_bytes: int  # of weights kept on disk
+    cache: str  # folder of weights that were fetched
+    cache_bytes: int  # of it on disk; 0: nothing is kept
     verifies: bool  # checkpoints by all their bytes
     ports: tuple[int, int] | None  # first and last one at which workers may listen
     advertise: str | None
