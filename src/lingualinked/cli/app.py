@@ -260,8 +260,48 @@ def discover(
 
 
 @app.command()
-def doctor() -> None:
-    """Show what this machine offers: cores, memory, accelerators, versions."""
-    from lingualinked.cli.doctor_command import run_doctor
+def doctor(
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster", "-c", help="A cluster file (TOML), addresses of daemons, or a number of local workers."
+        ),
+    ] = None,
+    toml: Annotated[
+        Path | None, typer.Option(help="With --cluster: write a cluster file with the measured figures, for plan.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --cluster: a checkpoint, or a folder with a config.json, to plan for.")
+    ] = None,
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 128,
+    batch_size: BatchSize = 1,
+    num_sessions: NumSessions = 1,
+    objective: Annotated[str, typer.Option(help="throughput, latency or energy.")] = "throughput",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Show what this machine offers or, with --cluster, what each device and link of a cluster does; status 1 if one fails."""
+    if cluster is None:
+        for option, value in (("--toml", toml), ("--model", model)):
+            if value is not None:
+                raise ArgumentError(f"{option} {value} has no effect without --cluster: add it, or leave this out")
+        from lingualinked.cli.doctor_command import run_doctor
 
-    run_doctor()
+        run_doctor()
+        return
+    from lingualinked.cli.cluster_doctor import run_cluster_doctor
+
+    is_well = run_cluster_doctor(
+        cluster,
+        toml=toml,
+        model=model,
+        dtype=dtype,
+        workload=Workload(
+            prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions
+        ),
+        objective=objective,  # type: ignore[arg-type]  # solve() refuses others
+        progress=not quiet,
+    )
+    if not is_well:
+        raise typer.Exit(1)

@@ -62,7 +62,7 @@ def profile_devices(
     machines = {name: each.machine for name, each in environments.items()}
     here = [device.name for device in devices if machines[device.name] == machines[CALLER]]
     with OtherWork(pid for name, pid in cluster.pids.items() if name in here) as others:
-        answers = _measure_models(cluster, devices, footprint, workload, on_progress)
+        answers = measure_models(cluster, devices, footprint, workload, on_progress)
     groups: defaultdict[object, list[ModelMeasured]] = defaultdict(list)
     free: defaultdict[object, list[int]] = defaultdict(list)  # a worker that answers early may not see what others take
     for device, answer in zip(devices, answers, strict=True):
@@ -101,7 +101,7 @@ def extend_profile(
     others = [cluster.device(name) for name in profile.names]
     for each in (device, *others):
         cluster._engine.wait_for_worker(each.name, cluster.timeout_s)  # noqa: SLF001 - within the room
-    (answer,) = _measure_models(cluster, [device], footprint, workload, lambda _device, _num_done: None)
+    (answer,) = measure_models(cluster, [device], footprint, workload, lambda _device, _num_done: None)
     environments = cluster._engine.environments()  # noqa: SLF001 - within the room
     machine = environments[device_name].machine
     beside = [each for each in others if environments[each.name].machine == machine]
@@ -162,13 +162,14 @@ def num_measurements(device: Device, model: ModelProfile, workload: Workload) ->
     return len(measured_spans(model, device.memory_bytes)) * len(step_shapes(workload, model.max_positions))
 
 
-def _measure_models(
+def measure_models(
     cluster: Cluster,
     devices: Sequence[Device],
     footprint: Footprint,
     workload: Workload,
     on_progress: Callable[[str, int], None],
 ) -> list[ModelMeasured]:
+    """Make devices measure a model's parts in the shapes of a workload, all at the same time."""
     model = footprint.profile
     workload = model.fit_workload(workload)
     blank = dataclasses.replace(footprint.spec, load_format="blank", files=())

@@ -1,4 +1,4 @@
-"""What the workers on other hosts say of these: what they compute with, and how much memory they have.
+"""What is known of the hosts of workers: what those compute with, and the memory and disk that they have.
 
 Knows clusters and reports; not what is planned with them.
 """
@@ -6,13 +6,16 @@ Knows clusters and reports; not what is planned with them.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from typing import TYPE_CHECKING
 
 from lingualinked.cluster.inspection import inspect_workers
+from lingualinked.disk_cache import cache_folder
 from lingualinked.errors import WorkerDiedError
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
+    from lingualinked.device import Device
     from lingualinked.environment import Environment
 
 
@@ -30,6 +33,19 @@ def remote_available_bytes(cluster: Cluster) -> dict[str, int]:
     """Ask the workers on other hosts how much memory their stages could use."""
     reports = inspect_workers(cluster._engine, _remote_names(cluster), cluster.timeout_s)  # noqa: SLF001 - within the room
     return {report.device.device: report.device.available_bytes for report in reports}
+
+
+def free_disk_bytes(cluster: Cluster, device: Device) -> int | None:
+    """Return the free disk space where the worker of a device keeps weights; ``None`` if it can't be found out."""
+    lease = cluster._workers.leases.get(device.name)  # noqa: SLF001 - within the room
+    if lease is not None:
+        return lease.facts.free_disk_bytes
+    folder = cache_folder()
+    while folder is not None and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with contextlib.suppress(OSError):
+        return None if folder is None else shutil.disk_usage(folder).free
+    return None
 
 
 def _remote_names(cluster: Cluster) -> list[str]:

@@ -19,7 +19,8 @@ from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.workload import Workload
 
 _ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-_HOP_LATENCY_S = 5e-4  # of handling a message at both ends, about
+HOP_LATENCY_S = 5e-4
+"""Seconds that handling a message takes at both ends, about: what a stated latency does not include."""
 _STAGE_S = 1e-3  # of what a stage does besides its layers in any step, about
 _LENGTHS = tuple(2**exponent for exponent in range(1, 18))  # for which times are stated, besides the workload's own
 
@@ -68,11 +69,26 @@ def roofline_profile(
             LinkProfile(
                 source=source,
                 target=target,
-                latency_s=link.latency_s + _HOP_LATENCY_S,
+                latency_s=link.latency_s + HOP_LATENCY_S,
                 bandwidth_bytes_per_s=None if rate == math.inf else rate,
             )
         )
     return Profile(model=model, devices=tuple(profiles), links=tuple(link_profiles))
+
+
+def roofline_specs(
+    model: ModelProfile, operations: LayerOperations, times: ModuleTimes, slowdown: float = 1.0
+) -> DeviceSpecs:
+    """Return the rates with which the roofline model gives the measured times of a model's first kind of layer.
+
+    Prefill, with all its tokens, is limited by operations, and a decode step by memory. A device that emulates a slower one
+    has the rates of its processor.
+    """
+    prefill = max(times.steps, key=lambda step: step.tokens)
+    decode = min(times.steps, key=lambda step: (step.tokens, step.context))
+    flops, _ = _layer_needs(model, operations, 0, prefill.rows, prefill.tokens, prefill.context)
+    _, num_bytes = _layer_needs(model, operations, 0, decode.rows, decode.tokens, decode.context)
+    return DeviceSpecs(flops=slowdown * flops / prefill.seconds, memory_bandwidth=slowdown * num_bytes / decode.seconds)
 
 
 def _device_profile(

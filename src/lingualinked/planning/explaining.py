@@ -6,7 +6,6 @@ Knows profiles, plans and the solver; nothing of how a text is shown.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
 from lingualinked.device import CALLER
@@ -27,27 +26,12 @@ from lingualinked.workload import Objective
 def explain_plan(plan: Plan) -> Explanation:
     """Explain a plan that has a profile."""
     profile = plan.measured
-    objective: Objective = plan.solved.objective if plan.solved else "throughput"
-    now = _value(plan, objective)
-
-    def what_if(change: str, changed: Profile) -> WhatIf:
-        try:
-            best = solve(
-                changed,
-                objective=objective,
-                workload=plan.workload,
-                reserve=plan.reserve,
-                min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
-            )
-        except InfeasiblePlanError:  # what was placed by hand need not respect every limit
-            return WhatIf(change=change, gain=1.0, tokens_per_s=_rate(plan, objective))
-        return WhatIf(change=change, gain=now / _value(best, objective), tokens_per_s=_rate(best, objective))
-
+    objective = _objective(plan)
     copies = [
-        what_if(f"a second {name!r}", profile.with_copy(name, _unused_name(f"{name}-2", profile)))
+        weigh_change(plan, f"a second {name!r}", profile.with_copy(name, unused_name(f"{name}-2", profile)))
         for name in plan.devices
     ]
-    what_ifs = itertools.starmap(what_if, _changes(plan, profile))
+    what_ifs = (weigh_change(plan, change, changed) for change, changed in _changes(plan, profile))
     return Explanation(
         limit=_limit(plan, objective),
         another_device=max(copies, key=lambda each: each.gain),
@@ -56,6 +40,34 @@ def explain_plan(plan: Plan) -> Explanation:
         tokens_per_s=_rate(plan, objective),
         fewer_devices=_fewer_devices(plan) if objective == "throughput" else "",
     )
+
+
+def weigh_change(plan: Plan, change: str, changed: Profile) -> WhatIf:
+    """Return what the best plan would do with a changed profile."""
+    objective = _objective(plan)
+    try:
+        best = solve(
+            changed,
+            objective=objective,
+            workload=plan.workload,
+            reserve=plan.reserve,
+            min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
+        )
+    except InfeasiblePlanError:  # what was placed by hand need not respect every limit
+        return WhatIf(change=change, gain=1.0, tokens_per_s=_rate(plan, objective))
+    gain = _value(plan, objective) / _value(best, objective)
+    return WhatIf(change=change, gain=gain, tokens_per_s=_rate(best, objective))
+
+
+def unused_name(name: str, profile: Profile) -> str:
+    """Return a name like this one that no device of a profile has."""
+    while name in (CALLER, *profile.names):
+        name += "'"
+    return name
+
+
+def _objective(plan: Plan) -> Objective:
+    return plan.solved.objective if plan.solved else "throughput"
 
 
 def _fewer_devices(plan: Plan) -> str:
@@ -140,12 +152,6 @@ def _value(plan: Plan, objective: Objective) -> float:
 def _rate(plan: Plan, objective: Objective) -> float:
     predicted = plan.predicted
     return predicted.stream_tokens_per_s if objective == "latency" else predicted.tokens_per_s
-
-
-def _unused_name(name: str, profile: Profile) -> str:
-    while name in (CALLER, *profile.names):
-        name += "'"
-    return name
 
 
 def _replaced(profile: Profile, name: str, changed: DeviceProfile) -> Profile:
