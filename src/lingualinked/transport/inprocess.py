@@ -31,6 +31,7 @@ from lingualinked.transport.refusals import Refusals
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lingualinked.transport.tcp_listener import TcpEndpoint
 
 _SCHEME = "inprocess://"
 
@@ -117,6 +118,16 @@ class InProcessMailbox(Mailbox):
             delivery = None if item is None else self._decode(*item)
             if delivery is not None or left_s <= 0:  # refused messages may keep coming
                 return delivery
+
+    def listen(self, endpoint: TcpEndpoint) -> str:  # noqa: D102
+        raise ArgumentError(f"mailbox {self.name!r} can't listen at {endpoint}: other processes can't reach it")
+
+    def is_connected(self, name: str) -> bool:  # noqa: D102
+        self._check_peer(name)
+        return name not in self._refused_peers
+
+    def explain_unconnected(self, name: str) -> str:  # noqa: D102
+        return "" if self.is_connected(name) else "it refused the key"
 
     def wake(self) -> None:  # noqa: D102
         self._is_woken = True

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lingualinked.transport.refusals import Refusals
+    from lingualinked.transport.tcp_listener import TcpEndpoint
 
 _MAX_DELAY_S = 60.0
 _MAX_DELAYED_BYTES = 1 << 30  # of one sender
@@ -124,6 +125,24 @@ class Mailbox(abc.ABC):
             )
         self._connect(name, address, public_key)
         self._peers[name] = (address, public_key)
+
+    @abc.abstractmethod
+    def listen(self, endpoint: TcpEndpoint) -> str:
+        """Listen at one more endpoint from now on; return the address at which others reach it.
+
+        Raises ArgumentError and ResourceError as `TcpListener` does.
+        """
+
+    @abc.abstractmethod
+    def is_connected(self, name: str) -> bool:
+        """Return whether the connection to a peer has come about since `connect`; those within a host always have.
+
+        If it has not, `receive` returns None, as from a `wake`, once it has.
+        """
+
+    @abc.abstractmethod
+    def explain_unconnected(self, name: str) -> str:
+        """Say in a few words why the connection to a peer has not come about; within half a second."""
 
     def disconnect(self, name: str) -> None:
         """Disconnect from a peer, if connected, and drop the messages that wait to be sent to it."""

@@ -6,16 +6,11 @@ Knows no model and not what a payload means; `codec` defines the wire format, `z
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
 import re
-import shutil
 import time
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
@@ -30,35 +25,22 @@ from lingualinked.transport.codec import (
     encode_message,
 )
 from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.handshakes import TIMEOUT_MS
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES, MAX_NUM_FRAMES
 from lingualinked.transport.refusals import Refusals
 from lingualinked.transport.rings import Rings
-from lingualinked.transport.socket_folder import make_socket_folder, new_socket_path
-from lingualinked.transport.tcp_listener import TcpEndpoint, TcpListener
-from lingualinked.transport.waker import Waker
-from lingualinked.transport.zap import DOMAIN, ZapHandler
+from lingualinked.transport.sockets import Sockets
+from lingualinked.transport.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger("lingualinked.transport")
-
 _CURVE_OVERHEAD_BYTES = 33  # of a frame that MAXMSGSIZE is compared with
-_CLOSE_TIMEOUT_S = 5.0
-_MAX_UNREAD = 1_000  # messages of one peer in the inbox; the others stay with the peer
-_MAX_UNSENT = 100_000  # messages to one peer; far more than are ever in flight to one that receives
 # Anything else is refused: a transport that libzmq lacks would abort the process, and names would be looked up in the network.
 _TCP_ADDRESS = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+(%[\w.-]+)?\]):\d{1,5}", re.ASCII)
 _IPC_ADDRESS = re.compile(r"ipc://(/.+)/[0-9a-f]{8}")
 _MAX_POLL_MS = 2**31 - 1
-# Of connections over TCP, so that one that was cut is closed. The answer to a heartbeat comes behind the bytes that are
-# under way, which take half a minute on a slow link, and not while the receiver leaves a thousand messages unread.
-_HEARTBEAT_MS = 10_000
-_HEARTBEAT_TIMEOUT_MS = 60_000
-_CONNECT_TIMEOUT_MS = 3_000  # then it tries again: less often, the kernel repeats what was dropped
 
 
 class ZmqMailbox(Mailbox):
@@ -101,8 +83,9 @@ class ZmqMailbox(Mailbox):
         self._limits = Limits(max_frame_bytes=max_frame_bytes, max_message_bytes=max_message_bytes)
         self._keys = keys
         self._socket_folder = socket_folder
+        self._awaited: set[str] = set()  # peers whose connection `receive` returns for
         self.sent_shared_bytes = self.received_shared_bytes = 0  # of tensors, through shared memory
-        self._sockets = _Sockets(self._refusals)
+        self._sockets = Sockets(self._refusals)
         self._rings = Rings(is_used=shared_memory, is_pinned=serves_gpu)
         # The finalizer must not refer to the mailbox. Not at exit: the thread that owns the sockets may still run then.
         self._finalizer = weakref.finalize(self, _close, self._sockets, self._rings)
@@ -111,10 +94,9 @@ class ZmqMailbox(Mailbox):
         try:
             self._sockets.protect_inbox(keys, max_frame_bytes + _CURVE_OVERHEAD_BYTES)
             uses_ipc = ipc and zmq.has("ipc")
-            local = (self._sockets.bind_ipc(socket_folder),) if uses_ipc else ()
-            if tcp is None and not uses_ipc:
-                tcp = TcpEndpoint()
-            self.addresses = local if tcp is None else (*local, self._sockets.bind_tcp(tcp))
+            self.addresses = (self._sockets.bind_ipc(socket_folder),) if uses_ipc else ()
+            if tcp is not None or not uses_ipc:
+                self.listen(tcp or TcpEndpoint())
         except BaseException:
             self.close()
             raise
@@ -124,6 +106,12 @@ class ZmqMailbox(Mailbox):
             (self._inbox, zmq.POLLIN),
             (self._waker.fileno(), zmq.POLLIN),
         ]
+
+    def listen(self, endpoint: TcpEndpoint) -> str:  # noqa: D102
+        self._check_open()
+        address = self._sockets.bind_tcp(endpoint)
+        self.addresses = (*self.addresses, address)
+        return address
 
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
         self._check_peer(name)
@@ -156,15 +144,36 @@ class ZmqMailbox(Mailbox):
             wait_ms = min(left_s * 1000, _MAX_POLL_MS)
             due_ms = self._delayed.next_due_in_s * 1000
             # Rounded down for a delayed message: pop_due() sleeps for the rest.
-            ready = zmq.zmq_poll(self._poll_items, max(int(due_ms), 0) if due_ms < wait_ms else math.ceil(wait_ms))
+            items = self._poll_items
+            if self._sockets.connecting:
+                items = [*items, *((each.events, zmq.POLLIN) for each in self._sockets.connecting.values())]
+            ready = zmq.zmq_poll(items, max(int(due_ms), 0) if due_ms < wait_ms else math.ceil(wait_ms))
             # 2) a wake-up comes first, then a delayed message that is due, then a new one
-            if self._waker.clear():
+            if self._waker.clear() or (self._sockets.connecting and self._has_awaited_connection()):
                 return None
             delivery = self._receive_one() if ready and self._delayed.next_due_in_s > 0 else self._delayed.pop_due()
             # 3) without a message, wait again until the deadline
             is_over = not ready or left_s <= 0  # refused messages may keep coming
             if delivery is not None or (is_over and left_s * 1000 <= min(_MAX_POLL_MS, due_ms)):
                 return delivery
+
+    def is_connected(self, name: str) -> bool:  # noqa: D102
+        self._check_peer(name)
+        self._sockets.read_events()
+        if name not in self._sockets.connecting:
+            return True
+        self._awaited.add(name)
+        return False
+
+    def explain_unconnected(self, name: str) -> str:  # noqa: D102
+        self._check_peer(name)
+        monitor = self._sockets.connecting.get(name)
+        return "" if monitor is None else monitor.explain(self._peers[name][0])
+
+    def _has_awaited_connection(self) -> bool:
+        connected = self._sockets.read_events() & self._awaited
+        self._awaited -= connected
+        return bool(connected)
 
     def wake(self) -> None:  # noqa: D102
         self._waker.set()
@@ -205,6 +214,7 @@ class ZmqMailbox(Mailbox):
         return self._socket_folder in (None, of_ipc[1])
 
     def _disconnect(self, name: str) -> None:
+        self._awaited.discard(name)
         self._sockets.disconnect(name)
         self._rings.close_writer(name)
 
@@ -260,111 +270,6 @@ class ZmqMailbox(Mailbox):
         return frames, num_bytes, num_frames
 
 
-def _close(sockets: _Sockets, rings: Rings) -> None:
+def _close(sockets: Sockets, rings: Rings) -> None:
     sockets.close()
     rings.close()
-
-
-class _Sockets:
-    """The mailbox's sockets and files: apart from the mailbox, so that its finalizer can close them."""
-
-    def __init__(self, refusals: Refusals) -> None:
-        self._pid = os.getpid()
-        self.outboxes: dict[str, zmq.Socket[bytes]] = {}
-        self._files = contextlib.ExitStack()
-        self._listeners: list[TcpListener] = []
-        with contextlib.ExitStack() as undo:
-            self.waker = Waker()
-            undo.callback(self.waker.close)
-            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-            self._zap = ZapHandler(self._context, refusals)
-            undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
-            self.inbox = self._socket(zmq.PULL)
-            undo.callback(self.inbox.close)
-            self._zap.watch_handshakes(self.inbox)
-            undo.pop_all()
-
-    def bind_ipc(self, folder: str | None) -> str:
-        """Listen on a new unix socket in a folder, or in a new one; `close` removes what was made."""
-        if folder is None:
-            folder = make_socket_folder()
-            self._files.callback(shutil.rmtree, folder, ignore_errors=True)
-        path = new_socket_path(folder)
-        self._files.callback(Path(path).unlink, missing_ok=True)
-        self.inbox.bind(f"ipc://{path}")
-        return f"ipc://{path}"
-
-    def bind_tcp(self, endpoint: TcpEndpoint) -> str:
-        """Listen at an endpoint; return the address at which others reach it."""
-        listener = TcpListener(endpoint)
-        self._listeners.append(listener)
-        listener.bind_socket(self.inbox)
-        self._zap.guard(listener.gate)
-        return listener.address
-
-    def protect_inbox(self, keys: KeyPair, max_frame_bytes: int) -> None:
-        """Let in nobody without an authorised key, and nothing that is too large; before the inbox is bound."""
-        self.inbox.curve_server = True
-        self.inbox.curve_publickey = keys.public.encode()
-        self.inbox.curve_secretkey = keys.secret.encode()
-        self.inbox.zap_domain = DOMAIN
-        self.inbox.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        self.inbox.maxmsgsize = max_frame_bytes
-        self.inbox.rcvhwm = _MAX_UNREAD
-
-    def authorise(self, public_key: str) -> None:
-        # Frames carry the key as user id, not the name: libzmq ends a user id at the first zero byte.
-        self._zap.authorise(raw_key(public_key), public_key)
-
-    def withdraw(self, public_key: str) -> None:
-        self._zap.withdraw(raw_key(public_key))
-
-    def connect(self, name: str, address: str, public_key: str, keys: KeyPair) -> None:
-        outbox = self._socket(zmq.PUSH)
-        outbox.sndhwm = _MAX_UNSENT
-        try:
-            outbox.curve_serverkey = public_key.encode()
-            outbox.curve_publickey = keys.public.encode()
-            outbox.curve_secretkey = keys.secret.encode()
-            if address.startswith("tcp:"):
-                _prepare_for_network(outbox, address)
-            outbox.connect(address)
-        except BaseException:
-            outbox.close()
-            raise
-        self.outboxes[name] = outbox
-
-    def disconnect(self, name: str) -> None:
-        self.outboxes.pop(name).close()
-
-    def close(self) -> None:
-        if os.getpid() != self._pid:  # a forked child holds copies, and must not close the parent's sockets
-            return
-        self.waker.close()
-        self.inbox.close()
-        for listener in self._listeners:
-            listener.close()
-        while self.outboxes:
-            self.outboxes.popitem()[1].close()
-        self.remove_files()
-        if not self._zap.stop(_CLOSE_TIMEOUT_S):
-            logger.warning("a ZeroMQ context did not end within %s s; its threads keep running", _CLOSE_TIMEOUT_S)
-
-    def remove_files(self) -> None:
-        """Remove the unix socket, and the folder if the mailbox made it."""
-        if os.getpid() == self._pid:
-            self._files.close()
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = 0
-        socket.handshake_ivl = TIMEOUT_MS
-        return socket
-
-
-def _prepare_for_network(outbox: zmq.Socket[bytes], address: str) -> None:
-    outbox.ipv6 = "[" in address
-    outbox.connect_timeout = _CONNECT_TIMEOUT_MS
-    outbox.heartbeat_ivl = _HEARTBEAT_MS
-    outbox.heartbeat_timeout = outbox.heartbeat_ttl = _HEARTBEAT_TIMEOUT_MS
