@@ -20,6 +20,7 @@ from lingualinked.protocol.steps import StageTimes, Step
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
+from lingualinked.transport.tcp_listener import TcpEndpoint
 from lingualinked.versions import Versions
 
 TYPES = [
@@ -72,6 +73,7 @@ VALUES = {
         accelerator="",
         threads=2,
     ),
+    "endpoint": TcpEndpoint(host="::", ports=(5601, 5699), advertise="nas.lan:5601-5699"),
     "max_kv_tokens": None,
     "max_cache_len": 64,
     "first": 2**31,

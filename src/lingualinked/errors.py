@@ -17,6 +17,7 @@
     │   └── DeviceMemoryError (RuntimeError)
     ├── WorkerDiedError
     ├── DaemonError
+    ├── UnreachableError (ConnectionError)
     └── StepTimeoutError (TimeoutError)
     OverloadWarning (UserWarning)
     StaleKVWarning (UserWarning)
@@ -165,6 +166,34 @@ class DaemonError(LingualinkedError):
     def __init__(self, device: str, address: str, cause: str) -> None:
         super().__init__(f"the daemon of device {device!r} at {address}: {cause}")
         self.device = device
+        self.address = address
+        self.cause = cause
+
+
+class UnreachableError(LingualinkedError, ConnectionError):
+    """A party of a cluster can't connect to another one, over a network.
+
+    Parameters
+    ----------
+    source, target : str
+        Names of devices, or ``"caller"``.
+    address : str
+        Where the target was to be reached.
+    cause : str
+        Why it was not, in a few words.
+    """
+
+    def __init__(self, source: str, target: str, address: str, cause: str) -> None:
+        one, other = ("the caller" if name == "caller" else f"device {name!r}" for name in (source, target))
+        where = "Cluster(advertise=...)" if target == "caller" else "Device(advertise=...) or the daemon's --advertise"
+        port = address.rpartition(":")[2]
+        super().__init__(
+            f"{one} can't connect to {other} at {address} ({cause}): see that firewalls let TCP port {port} through, say by "
+            f"{where} where {other} is reached, or lead these messages through a third device by "
+            f"links={{({source!r}, {target!r}): ll.Link(relay=...)}}"
+        )
+        self.source = source
+        self.target = target
         self.address = address
         self.cause = cause
 

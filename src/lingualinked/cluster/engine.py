@@ -21,6 +21,7 @@ from torch import Tensor
 from lingualinked.cluster.exchange import Exchange, closed
 from lingualinked.cluster.file_sharing import SharedLoad
 from lingualinked.cluster.pending import Pending, settle
+from lingualinked.cluster.reach import Reach
 from lingualinked.device import CALLER, Link
 from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
@@ -140,6 +141,8 @@ class Engine:
             raise closed()
         if name in self._exchange.ended:
             raise WorkerDiedError(name, self._exchange.ended[name])
+        if name in self._exchange.failed:
+            raise self._exchange.failed[name].with_traceback(None)  # of the last time
         if not in_time:
             raise StepTimeoutError(
                 f"the worker on device {name!r} was not ready within timeout_s={timeout_s:g}: raise it on a busy machine"
@@ -294,7 +297,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it
             ready.set_exception(error)
             return
-        exchange = self._exchange = Exchange(self._mailbox, devices, self._post)
+        exchange = self._exchange = Exchange(self._mailbox, devices, self._post, Reach("this host"))
         ready.set_result(None)
         try:
             while not self._stopping:

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.file_sharing import FileSharing
+from lingualinked.cluster.introductions import Introduction, Introductions
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
+from lingualinked.cluster.reach import Reach, RemoteHost
 from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.remote_text import RemoteLog, readable_environment
 from lingualinked.cluster.step_reply import HookEvent, StepReply
+from lingualinked.device import CALLER
 from lingualinked.environment import Environment
-from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError, WorkerError
+from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
 from lingualinked.protocol.gradients import BackwardDone
 from lingualinked.protocol.hooking import HookAnswered, HookReached
@@ -34,8 +37,9 @@ from lingualinked.protocol.messages import (
     CallerMessage,
     DismissWorker,
     Hello,
-    IntroduceWorker,
+    Listening,
     LogRecord,
+    PeerConnected,
     Progress,
     StageLoaded,
     UnloadModel,
@@ -46,9 +50,10 @@ from lingualinked.protocol.messages import (
 )
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.reading import TensorRead
-from lingualinked.protocol.roles import TO_CALLER, Role
+from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
 from lingualinked.protocol.steps import EndSession, StepDone, StepRecorded
 from lingualinked.protocol.weights import FetchPart, FilesFound
+from lingualinked.transport.awaited_connections import AwaitedConnections
 from lingualinked.transport.cut_links import CutLinks
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.mailbox import Mailbox
@@ -59,13 +64,16 @@ logger = logging.getLogger("lingualinked.cluster")
 class Exchange:
     """The requests that a cluster's caller has sent, and the answers that it awaits.
 
-    Other threads may read `addresses`, `ended`, `environments`, `pids`, `public_keys` and `settled`.
+    Other threads may read `addresses`, `ended`, `environments`, `failed`, `pids`, `public_keys` and `settled`.
     """
 
-    def __init__(self, mailbox: Mailbox, devices: Iterable[str], post: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self, mailbox: Mailbox, devices: Iterable[str], post: Callable[[Callable[[], None]], None], reach: Reach
+    ) -> None:
         self.addresses: dict[str, str] = {}  # where workers listen, of those that have said hello
         self.pids: dict[str, int] = {}  # of the same, each on its own host
         self.ended: dict[str, str] = {}  # how workers ended, of those that have
+        self.failed: dict[str, Exception] = {}  # why workers that are there can't be used
         self.settled = {name: threading.Event() for name in devices}  # set once ready, or never to be
         self.environments: dict[str, Environment] = {}  # what workers compute with, of those that have said hello
         self.public_keys: dict[str, str] = {}  # of the workers that have one by now
@@ -75,16 +83,28 @@ class Exchange:
         self.files = FileSharing(self._send, post)
         self._unloaded: set[int] = set()
         self._logs: dict[str, RemoteLog] = {}
-        self._introductions = itertools.count(-1, -1)  # as numbers of requests; those of the others count upwards
+        self._numbers = itertools.count(-1, -1)  # of its own requests; those of the others count upwards
+        self._reach = reach
+        reach.add_party(CALLER, mailbox.address)
+        self._connections = AwaitedConnections(mailbox)
+        self._introductions = Introductions(reach, self.public_keys, self._ask_to_meet, self._connections.add)
 
     def expect_worker(self, device: str) -> None:
         """Prepare for the worker of a device that is added."""
         self.settled[device] = threading.Event()
 
+    def locate_worker(self, device: str, host: RemoteHost) -> str:
+        """Prepare for a worker on another host, before it is authorised; return the address by which it reaches the caller."""
+        self._reach.add_remote(device, host)
+        missing = self._reach.missing_endpoint(CALLER, device)
+        if missing is not None:
+            self._reach.add_endpoint(CALLER, host.local_host, self._mailbox.listen(missing[1]))
+        return self._reach.address(CALLER, device)
+
     def authorise_worker(self, device: str, public_key: str) -> None:
         """Accept messages that come with a key as those of a device's worker, unless the device has been dropped."""
         if device in self.settled:
-            self._mailbox.authorise(device, public_key)
+            self._mailbox.authorise(device, public_key, same_host=self._reach.shares_host(CALLER, device))
             self.public_keys[device] = public_key
 
     def drop_worker(self, device: str) -> None:
@@ -97,18 +117,23 @@ class Exchange:
         if self.addresses.pop(device, None) is not None:
             for other in self.addresses.keys() - self.ended.keys():
                 self._send(other, DismissWorker(name=device), ())
+        self._connections.forget(device)
         self._mailbox.disconnect(device)
         self.files.lose_worker(device, "it is not part of the cluster any more")
+        self._reach.forget(device)
+        self.failed.pop(device, None)
         how = self.ended.pop(device, "it is not part of the cluster any more")
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
         settled.set()
 
     def handle_next(self, timeout_s: float | None) -> None:
         """Wait for one message, until an answer is late or ``timeout_s`` is over, and handle it."""
-        left_s = self._pending.time_left(time.monotonic())
+        lefts_s = (self._pending.time_left(time.monotonic()), self._connections.time_left())
+        left_s = min((left_s for left_s in lefts_s if left_s is not None), default=None)
         delivery = self._mailbox.receive(left_s if timeout_s is None else timeout_s)
         if delivery is not None:
             self.handle_delivery(delivery)
+        self._connections.decide()
         self._pending.expire(time.monotonic())
 
     def handle_delivery(self, delivery: Delivery) -> None:
@@ -190,6 +215,7 @@ class Exchange:
         if device not in self.settled:
             return
         self.ended[device] = how
+        self._connections.forget(device)
         self._mailbox.disconnect(device)
         self.files.lose_worker(device, how)
         self._pending.fail_device(device, lambda: WorkerDiedError(device, how))
@@ -236,6 +262,11 @@ class Exchange:
                 | LinkProbed()
                 | WorkerReport()
                 | FilesFound()
+                | Listening()
+                | PeerConnected()
+                | ModelMeasured()
+                | LinkProbed()
+                | WorkerReport()
             ):
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():
@@ -245,7 +276,8 @@ class Exchange:
             case Hello():
                 if sender in self.addresses:
                     raise ProtocolError(f"{sender!r} has said hello before")
-                self._mailbox.connect(sender, message.address, self.public_keys[sender])
+                self._reach.add_party(sender, message.address)
+                self._mailbox.connect(sender, self._reach.address(sender, CALLER), self.public_keys[sender])
                 self.addresses[sender] = message.address
                 self.environments[sender] = readable_environment(message.environment)
                 self.pids[sender] = message.pid
@@ -288,35 +320,29 @@ class Exchange:
 
     def _introduce(self, device: str) -> None:
         """Introduce a worker and those that are there to each other; it is ready once all have acknowledged it."""
-        settled = self.settled[device]
-        others = self.addresses.keys() - self.ended.keys() - {device}
-        waiting = {(to, about) for other in others for to, about in ((other, device), (device, other))}
-        if not waiting:
-            settled.set()
-        for to, about in sorted(waiting):
-            number = next(self._introductions)
-            pending = Pending(
-                devices=frozenset([to]),
-                asked=to,
-                answer=Acknowledged,
-                model=None,
-                what=f"the introduction of {about!r}",
-                timeout_s=math.inf,  # whoever waits for the device has a bound
-                deadline=math.inf,
-            )
 
-            def noted(told: Future[object], pair: tuple[str, str] = (to, about)) -> None:
-                if isinstance(told.exception(), WorkerError):
-                    logger.error("%r could not be introduced to %r: %s", pair[1], pair[0], told.exception())
-                waiting.discard(pair)
-                if not waiting:
-                    settled.set()
+        def ready(error: Exception | None) -> None:
+            if error is not None:
+                self.failed[device] = error
+            if device in self.settled:
+                self.settled[device].set()
 
-            pending.future.add_done_callback(noted)
-            introduction = IntroduceWorker(
-                request=number, name=about, public_key=self.public_keys[about], address=self.addresses[about]
-            )
-            self.send_request(to, introduction, (), ("request", number, 0), pending)
+        self._introductions.introduce(device, self.addresses.keys() - self.ended.keys() - {device}, ready)
+
+    def _ask_to_meet(self, device: str, make: Callable[[int], Introduction], what: str) -> Future[object]:
+        message = make(next(self._numbers))
+        pending = Pending(
+            devices=frozenset([device]),
+            asked=device,
+            answer=ANSWERS[type(message)],
+            model=None,
+            what=what,
+            timeout_s=math.inf,  # whoever waits for the device has a bound
+            deadline=math.inf,
+        )
+        future = pending.future
+        self.send_request(device, message, (), ("request", message.request, 0), pending)
+        return future
 
     def _end_paused_step(self, device: str, message: HookReached | HookAnswered) -> None:
         """End a step that waits for hooks and that nobody awaits any more: its worker keeps its memory, and a thread."""

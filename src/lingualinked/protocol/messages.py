@@ -44,6 +44,7 @@ from lingualinked.protocol.weights import (
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
+from lingualinked.transport.tcp_listener import TcpEndpoint
 
 # --- from the caller, about a worker and its stages
 
@@ -114,12 +115,30 @@ class CutLinks(Message, frozen=True, tag=63):
 
 
 class IntroduceWorker(Message, frozen=True, tag=29):
-    """Accept messages from another worker, which holds this key, and send its messages to this address."""
+    """Accept messages from another worker, which holds this key, and send its messages to this address.
+
+    Memory is shared with it if it is on the same host.
+    """
 
     request: int
     name: str
     public_key: str
     address: str
+    same_host: bool = True
+
+
+class ConnectPeer(Message, frozen=True, tag=80):
+    """Connect to a worker that accepts messages from here; the answer comes once it is known whether that works."""
+
+    request: int
+    name: str
+
+
+class ListenOverNetwork(Message, frozen=True, tag=81):
+    """Listen at one more endpoint, for workers on other hosts."""
+
+    request: int
+    endpoint: TcpEndpoint
 
 
 class DismissWorker(Message, frozen=True, tag=33):
@@ -161,6 +180,20 @@ class Acknowledged(Message, frozen=True, tag=25):
     request: int
 
 
+class Listening(Message, frozen=True, tag=82):
+    """Answer to `ListenOverNetwork`: where others reach the worker from now on."""
+
+    request: int
+    address: str
+
+
+class PeerConnected(Message, frozen=True, tag=83):
+    """Answer to `ConnectPeer`: the connection is there, or a few words say why not."""
+
+    request: int
+    why_not: str
+
+
 class StageReport(Message, frozen=True):
     """One hosted stage, of a model under a plan version."""
 
@@ -196,6 +229,8 @@ CallerMessage = (
     | EmulateDevice
     | CutLinks
     | IntroduceWorker
+    | ConnectPeer
+    | ListenOverNetwork
     | DismissWorker
     | MeasureModel
     | ProbeLink
@@ -250,6 +285,8 @@ WorkerMessage = (
     | KVCopied
     | KVRefused
     | Acknowledged
+    | Listening
+    | PeerConnected
     | ModelMeasured
     | LinkProbed
     | Ping

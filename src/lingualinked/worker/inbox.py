@@ -40,9 +40,9 @@ class Inbox:
         self._cut_links = cut_links.CutLinks(mailbox)
         self._load: dict[str, tuple[int, int]] = {}  # waiting messages and their bytes, by sender
 
-    def next_message(self) -> Waiting | None:
-        """Wait for a message or a wake-up of the mailbox; return the message, or None."""
-        delivery = self._mailbox.receive(0 if self._moves or self._others else None)
+    def next_message(self, timeout_s: float | None = None) -> Waiting | None:
+        """Wait for a message, a wake-up of the mailbox or the time-out; return the message, or None."""
+        delivery = self._mailbox.receive(0 if self._moves or self._others else timeout_s)
         while delivery is not None and self._accept(delivery):
             delivery = self._mailbox.receive(0)
         # Otherwise a session that moves would wait for the steps of all others.

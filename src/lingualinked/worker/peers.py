@@ -5,12 +5,22 @@ Knows one mailbox, names, keys and addresses; not what the messages mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lingualinked.errors import ProtocolError
-from lingualinked.protocol.messages import DismissWorker, IntroduceWorker, PeerMessage, encode
+from lingualinked.errors import PeerUnknownError, ProtocolError
+from lingualinked.protocol.messages import (
+    ConnectPeer,
+    DismissWorker,
+    IntroduceWorker,
+    Listening,
+    ListenOverNetwork,
+    PeerConnected,
+    PeerMessage,
+    encode,
+)
+from lingualinked.transport.awaited_connections import AwaitedConnections
 from lingualinked.transport.mailbox import Mailbox
 
 
@@ -19,6 +29,7 @@ class Peers:
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
+        self.connections = AwaitedConnections(mailbox)
         self._known = {mailbox.name: (mailbox.address, mailbox.public_key)}  # by name
         mailbox.authorise(mailbox.name, mailbox.public_key)  # a worker may host the next stage itself
 
@@ -34,12 +45,30 @@ class Peers:
         introduced = peer.address, peer.public_key
         if self._known.get(peer.name, introduced) != introduced:
             raise ProtocolError(f"{peer.name!r} is known with another address or key")
-        self._mailbox.authorise(peer.name, peer.public_key)
+        self._mailbox.authorise(peer.name, peer.public_key, same_host=peer.same_host)
         self._known[peer.name] = introduced
+
+    def prepare_network(
+        self, message: ConnectPeer | ListenOverNetwork, send: Callable[[PeerConnected], None]
+    ) -> Listening | None:
+        """Listen at one more endpoint, and return the answer; or connect to a worker that knows this one, and send it later.
+
+        Raises PeerUnknownError if the worker has not been introduced.
+        """
+        if isinstance(message, ListenOverNetwork):
+            return Listening(request=message.request, address=self._mailbox.listen(message.endpoint))
+        if message.name not in self._known:
+            raise PeerUnknownError(f"{message.name!r} has not been introduced to {self._mailbox.name!r}")
+        self._mailbox.connect(message.name, *self._known[message.name])
+        self.connections.add(
+            message.name, lambda why_not: send(PeerConnected(request=message.request, why_not=why_not))
+        )
+        return None
 
     def dismiss(self, peer: DismissWorker) -> None:
         """Remove a worker and close the connection to it; does nothing if it is not known."""
         if self._known.pop(peer.name, None) is not None:
+            self.connections.forget(peer.name)
             self._mailbox.withdraw(peer.name)
             self._mailbox.disconnect(peer.name)
 

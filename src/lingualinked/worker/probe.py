@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 
 import torch
 
@@ -60,16 +61,15 @@ class LinkProbes:
         if len(waiting) == 1:
             waiting[0].send_next_ping()
 
-    def answer_ping(self, ping: Ping, sender: str) -> None:
-        """Answer a party that measures the link to this worker."""
-        self._peers.send(sender, Pong(number=ping.number))
-
-    def receive_pong(self, pong: Pong, sender: str) -> LinkProbed | None:
-        """Record a target's answer; return the times after the last answer of a measurement."""
+    def receive(self, message: Ping | Pong, sender: str, report: Callable[[LinkProbed], None]) -> None:
+        """Answer a party that measures the link to this worker, or record a target's answer; report after the last one."""
+        if isinstance(message, Ping):
+            self._peers.send(sender, Pong(number=message.number))
+            return
         waiting = self._waiting[sender]
-        answer = waiting[0].receive_pong(pong)
+        answer = waiting[0].receive_pong(message)
         if answer is not None:
             waiting.popleft()
             if waiting:
                 waiting[0].send_next_ping()
-        return answer
+            report(answer)

@@ -28,12 +28,14 @@ from lingualinked.protocol.measuring import MeasureModel, ModelMeasured, Ping, P
 from lingualinked.protocol.messages import (
     Acknowledged,
     CallerMessage,
+    ConnectPeer,
     CutLinks,
     DismissWorker,
     EmulateDevice,
     Hello,
     InspectWorker,
     IntroduceWorker,
+    ListenOverNetwork,
     LoadStage,
     LogRecord,
     PeerMessage,
@@ -156,7 +158,8 @@ class Worker:
         environment = read_environment(self._boot.accelerator)
         self._send_to_caller(Hello(pid=os.getpid(), address=self._mailbox.address, environment=environment))
         while True:
-            waiting = self._inbox.next_message()
+            waiting = self._inbox.next_message(self._peers.connections.time_left())
+            self._peers.connections.decide()
             if waiting is not None:
                 message, delivery = waiting
                 try:
@@ -188,7 +191,7 @@ class Worker:
             case DismissWorker():
                 self._peers.dismiss(message)
             case Ping() | Pong():
-                self._handle_probe(message, delivery.sender)
+                self._probes.receive(message, delivery.sender, self._send_to_caller)
             case _:
                 self._handle_request(message, delivery)
 
@@ -202,6 +205,10 @@ class Worker:
                 self._acknowledge(message.request, lambda: self._pretend(message))
             case IntroduceWorker():
                 self._acknowledge(message.request, lambda: self._peers.introduce(message))
+            case ConnectPeer() | ListenOverNetwork():
+                self._answer_request(
+                    message.request, lambda: self._peers.prepare_network(message, self._send_to_caller)
+                )
             case MeasureModel():
                 self._answer_request(message.request, lambda: self._measure_model(message))
             case ProbeLink():
@@ -370,14 +377,6 @@ class Worker:
 
         self._stages.drop_idle_caches()
         return Measurer(message, self._boot.accelerator, self._pace, progress).run()
-
-    def _handle_probe(self, message: Ping | Pong, sender: str) -> None:
-        if isinstance(message, Ping):
-            self._probes.answer_ping(message, sender)
-            return
-        answer = self._probes.receive_pong(message, sender)
-        if answer is not None:
-            self._send_to_caller(answer)
 
     def _receive_step(self, step: Step, delivery: Delivery) -> None:
         if self._stages.is_due(step):

@@ -16,6 +16,7 @@ import torch
 
 from lingualinked.cluster.exchange import Exchange
 from lingualinked.cluster.pending import Pending
+from lingualinked.cluster.reach import Reach
 from lingualinked.cluster.step_reply import StepReply
 from lingualinked.errors import (
     ArgumentError,
@@ -63,7 +64,7 @@ class Conversation:
         self.keys = {name: generate_keypair() for name in ("first", "second")}
         self.caller = InProcessMailbox(hub, "caller")
         self.workers = {name: InProcessMailbox(hub, name) for name in "ab"}
-        self.exchange = Exchange(self.caller, self.workers, lambda command: command())
+        self.exchange = Exchange(self.caller, self.workers, lambda command: command(), Reach("here"))
         for name, worker in self.workers.items():
             self.exchange.authorise_worker(name, worker.public_key)
             worker.connect("caller", self.caller.address, self.caller.public_key)
