@@ -31,7 +31,6 @@ from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, check_frame_limit
-from lingualinked.transport.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
@@ -112,7 +111,6 @@ class Cluster:
         self._max_frame_bytes = check_frame_limit(max_frame_bytes)
         self._shared_memory = shared_memory
         check_start(self.devices)
-        self._tcp = TcpEndpoint() if any(device.address is not None for device in self.devices) else None
         ends = contextlib.ExitStack()
         self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
         self._recorders: MutableSet[Recorder] = weakref.WeakSet()  # of its models
@@ -132,7 +130,7 @@ class Cluster:
                 workers.socket_folder,
                 max_frame_bytes,
                 shared_memory,
-                self._tcp,
+                self.advertise,
             )
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
             engine.fetching = frozenset(device.name for device in self.devices if device.address is not None)
@@ -148,14 +146,15 @@ class Cluster:
             raise
 
     def _boot(self, device: Device, emulation: Emulation) -> Boot:
-        address, key = self._engine.peer(CALLER)
+        address, key = self._engine.address_for(device.name, self._workers.hosts.get(device.name))
         return Boot(
             name=device.name,
             socket_folder=self._workers.socket_folder or "",
             caller_address=address,
             caller_key=key,
             starter_pid=os.getpid(),
-            tcp=self._tcp,
+            same_host=self._workers.shares_host(device.name),
+            tcp=self._workers.endpoint_of(device),
             accelerator=device.accelerator,
             threads=device.threads or 1,
             cpus=device.cpus,
@@ -197,6 +196,8 @@ class Cluster:
         ------
         WorkerDiedError
             If a worker ended instead; the message has its last words.
+        UnreachableError
+            If two devices, or one and this process, can't connect to each other.
         StepTimeoutError
             If a worker was not ready within ``timeout_s``.
         ClosedError
@@ -383,11 +384,11 @@ def _start_engine(
     socket_folder: str | None,
     max_frame_bytes: int,
     shared_memory: bool,
-    tcp: TcpEndpoint | None,
+    advertise: str | None,
 ) -> Engine:
     from lingualinked.cluster.engine import Engine  # imports torch and zmq
 
-    engine = Engine(devices, socket_folder, max_frame_bytes, shared_memory, tcp)
+    engine = Engine(devices, socket_folder, max_frame_bytes, shared_memory, advertise)
     ends.callback(engine.stop)
     return engine
 

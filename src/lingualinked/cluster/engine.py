@@ -21,10 +21,12 @@ from torch import Tensor
 from lingualinked.cluster.exchange import Exchange, closed
 from lingualinked.cluster.file_sharing import SharedLoad
 from lingualinked.cluster.pending import Pending, settle
-from lingualinked.cluster.reach import Reach
+from lingualinked.cluster.reach import Reach, RemoteHost
+from lingualinked.cluster.remote.locating import resolve_advertised
 from lingualinked.device import CALLER, Link
 from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
+from lingualinked.host_id import host_id
 from lingualinked.interrupts import wait_in_pieces
 from lingualinked.model.environment_probe import read_environment
 from lingualinked.processes.resources import start_thread
@@ -39,7 +41,6 @@ from lingualinked.protocol.roles import ANSWERS
 from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.transport.mailbox import Mailbox
-from lingualinked.transport.tcp_listener import TcpEndpoint
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
 
 logger = logging.getLogger("lingualinked.cluster")
@@ -80,10 +81,10 @@ class Engine:
         socket_folder: str | None,
         max_frame_bytes: int,
         shared_memory: bool,
-        tcp: TcpEndpoint | None,
+        advertise: str | None,
     ) -> None:
         self._socket_folder = socket_folder
-        self._tcp = tcp
+        self._reach = Reach(host_id(), resolve_advertised(advertise))
         self._shared_memory = shared_memory
         self._max_frame_bytes = max_frame_bytes
         self.trusted: frozenset[str] = frozenset()  # devices; the cluster says which
@@ -123,6 +124,15 @@ class Engine:
     def expect_worker(self, device: str) -> None:
         """Prepare for the worker of a device that is added."""
         self._call(lambda: self._exchange.expect_worker(device))
+
+    def address_for(self, device: str, host: RemoteHost | None) -> tuple[str, str]:
+        """Return the caller's address and public key for a device's worker, which is on this host or another one.
+
+        Raises ArgumentError or ResourceError if the caller can't listen where a worker on another host reaches it.
+        """
+        if host is not None:
+            self._call(lambda: self._exchange.locate_worker(device, host))
+        return self._reach.address(CALLER, device), self._mailbox.public_key
 
     def authorise_worker(self, device: str, public_key: str) -> None:
         """Accept messages that come with a key as those of a device's worker; return once they are accepted."""
@@ -288,8 +298,6 @@ class Engine:
             self._mailbox = ZmqMailbox(
                 CALLER,
                 generate_keypair(),
-                ipc=self._tcp is None,
-                tcp=self._tcp,
                 socket_folder=self._socket_folder,
                 shared_memory=self._shared_memory,
                 max_frame_bytes=self._max_frame_bytes,
@@ -297,7 +305,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it
             ready.set_exception(error)
             return
-        exchange = self._exchange = Exchange(self._mailbox, devices, self._post, Reach("this host"))
+        exchange = self._exchange = Exchange(self._mailbox, devices, self._post, self._reach)
         ready.set_result(None)
         try:
             while not self._stopping:

@@ -93,13 +93,12 @@ class Exchange:
         """Prepare for the worker of a device that is added."""
         self.settled[device] = threading.Event()
 
-    def locate_worker(self, device: str, host: RemoteHost) -> str:
-        """Prepare for a worker on another host, before it is authorised; return the address by which it reaches the caller."""
+    def locate_worker(self, device: str, host: RemoteHost) -> None:
+        """Prepare for a worker on another host, before it is authorised: listen where it reaches the caller."""
         self._reach.add_remote(device, host)
         missing = self._reach.missing_endpoint(CALLER, device)
         if missing is not None:
             self._reach.add_endpoint(CALLER, host.local_host, self._mailbox.listen(missing[1]))
-        return self._reach.address(CALLER, device)
 
     def authorise_worker(self, device: str, public_key: str) -> None:
         """Accept messages that come with a key as those of a device's worker, unless the device has been dropped."""

@@ -9,11 +9,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lingualinked.address import parse_advertised
 from lingualinked.device import Device
+from lingualinked.host_id import host_id
 from lingualinked.processes.launch import Launcher
 from lingualinked.protocol.boot import Boot
+from lingualinked.transport.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
+    from lingualinked.cluster.reach import RemoteHost
     from lingualinked.cluster.remote.connection import Lease
     from lingualinked.cluster.remote.remote_workers import RemoteWorkers
 
@@ -32,6 +36,7 @@ class ClusterWorkers:
         self.launcher: Launcher | None = None
         self._remote: RemoteWorkers | None = None
         self.leases: dict[str, Lease] = {}  # of devices on other hosts
+        self.hosts: dict[str, RemoteHost] = {}  # likewise
         self._boots: dict[str, Boot] = {}  # of workers that have not said their key
         self._authorise: _Report = lambda name, public_key: None
         self._on_end: _Report = lambda name, how: None
@@ -50,12 +55,16 @@ class ClusterWorkers:
         if not distant:
             return tuple(devices)
         if self._remote is None:
-            from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq
+            from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq, as the one below
 
             self._remote = RemoteWorkers(self._class_names)
             if self._has_started:
                 self._remote.start(self._admit, self._on_end)
-        self.leases |= {device.name: lease for device, lease in zip(distant, self._remote.lease(distant), strict=True)}
+        from lingualinked.cluster.remote.locating import locate
+
+        for device, lease in zip(distant, self._remote.lease(distant), strict=True):
+            self.leases[device.name] = lease
+            self.hosts[device.name] = locate(device, lease)
         return tuple(self._as_leased(device) if device.address is not None else device for device in devices)
 
     def _as_leased(self, device: Device) -> Device:
@@ -68,6 +77,17 @@ class ClusterWorkers:
     def socket_folder(self) -> str | None:
         """Where the sockets of the cluster's processes on this host are to lie; ``None`` if it starts none here."""
         return None if self.launcher is None else self.launcher.socket_folder
+
+    def shares_host(self, name: str) -> bool:
+        """Whether a device's worker can share memory with this process."""
+        return name not in self.hosts or self.hosts[name].host_id == host_id()
+
+    def endpoint_of(self, device: Device) -> TcpEndpoint | None:
+        """Return what a device says of where its worker listens, for its daemon to complete; ``None`` for a local one."""
+        if device.address is None:
+            return None
+        has_ports = device.advertise is not None and parse_advertised(device.advertise, "advertise").ports is not None
+        return TcpEndpoint(advertise=device.advertise if has_ports else None)
 
     def start(self, boots: Sequence[Boot], authorise: _Report, on_end: _Report) -> None:
         """Start one worker per boot record, for the devices that are prepared.
@@ -107,6 +127,7 @@ class ClusterWorkers:
         if starter is not None:
             starter.remove(name)
         self.leases.pop(name, None)
+        self.hosts.pop(name, None)
 
     def pids(self) -> dict[str, int]:
         """Process ids of the workers on this host that have started and not ended, by device name."""

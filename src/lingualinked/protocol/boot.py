@@ -71,6 +71,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     caller_address: str
     caller_key: str
     starter_pid: int  # the process whose end ends this worker
+    same_host: bool  # as the caller: whether they may share memory
     tcp: TcpEndpoint | None  # where it listens for other hosts; None: it has none to listen for
     accelerator: str
     threads: int

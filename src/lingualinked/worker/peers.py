@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lingualinked.errors import PeerUnknownError, ProtocolError
+from lingualinked.device import CALLER
+from lingualinked.errors import PeerUnknownError, ProtocolError, UnreachableError
 from lingualinked.protocol.messages import (
     ConnectPeer,
     DismissWorker,
@@ -47,6 +48,15 @@ class Peers:
             raise ProtocolError(f"{peer.name!r} is known with another address or key")
         self._mailbox.authorise(peer.name, peer.public_key, same_host=peer.same_host)
         self._known[peer.name] = introduced
+
+    def await_caller(self, address: str) -> None:
+        """Make `connections.decide` raise UnreachableError if no connection to the caller comes about."""
+
+        def decided(why_not: str) -> None:
+            if why_not:
+                raise UnreachableError(self._mailbox.name, CALLER, address, why_not)
+
+        self.connections.add(CALLER, decided)
 
     def prepare_network(
         self, message: ConnectPeer | ListenOverNetwork, send: Callable[[PeerConnected], None]

@@ -114,7 +114,7 @@ def serve(boot: Boot, keys: KeyPair, channel: int) -> None:
     background = Background(mailbox.wake)
     # 3) the loop
     try:
-        mailbox.authorise(CALLER, boot.caller_key)  # it introduces the other workers later
+        mailbox.authorise(CALLER, boot.caller_key, same_host=boot.same_host)  # it introduces the other workers later
         mailbox.connect(CALLER, boot.caller_address, boot.caller_key)
         Worker(boot, mailbox, handler, background).run()
     finally:
@@ -154,7 +154,8 @@ class Worker:
         self._emulate(boot.emulation)
 
     def run(self) -> NoReturn:
-        """Send `Hello`, then handle messages until the lifeline ends the process."""
+        """Send `Hello`, then handle messages until the lifeline ends the process, or UnreachableError: the caller is."""
+        self._peers.await_caller(self._boot.caller_address)
         environment = read_environment(self._boot.accelerator)
         self._send_to_caller(Hello(pid=os.getpid(), address=self._mailbox.address, environment=environment))
         while True:

@@ -17,6 +17,7 @@ BOOT = Boot(
     caller_address="ipc:///nowhere",
     caller_key="key",
     starter_pid=1,
+    same_host=True,
     tcp=None,
     accelerator="cpu",
     threads=1,

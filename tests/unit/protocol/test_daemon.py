@@ -37,6 +37,7 @@ BOOT = Boot(
     caller_address="tcp://10.0.0.1:1",
     caller_key="key",
     starter_pid=0,
+    same_host=True,
     tcp=TcpEndpoint(),
     accelerator="cpu",
     threads=1,

@@ -84,6 +84,7 @@ class Lease(NamedTuple):
     limits: WorkerLeased
     facts: HostFacts
     caller_host: str  # the address of this process, as the daemon sees it
+    address: Address  # of the daemon; numeric
 
 
 class DaemonConnection:
@@ -241,7 +242,7 @@ class DaemonConnection:
             case WorkerLeased():
                 assert self._entered is not None
                 self._phase = _Phase.LEASED
-                self.leased.set_result(Lease(message, self._entered.facts, self._entered.caller_host))
+                self.leased.set_result(Lease(message, self._entered.facts, self._entered.caller_host, self._address))
             case Refused():
                 self._fail(message.reason)
             case WorkerKeyMade():

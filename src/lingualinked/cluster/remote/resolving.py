@@ -22,31 +22,37 @@ def resolve_address(device: Device, timeout_s: float) -> Address:
     """Return the numeric address of a device's daemon, or raise DaemonError if its host name is not found in time."""
     assert device.address is not None
     address = parse_address(device.address, f"address of device {device.name!r}")
+    try:
+        return Address(resolve_host(address.host, timeout_s), address.port)
+    except OSError as error:
+        raise DaemonError(device.name, device.address, str(error)) from error
+
+
+def resolve_host(host: str, timeout_s: float) -> str:
+    """Return the numeric address of a host, or raise OSError with what went wrong and what to do."""
     found: concurrent.futures.Future[str] = concurrent.futures.Future()
 
     def look_up() -> None:
         try:
-            found.set_result(_look_up(address.host, address.port))
+            found.set_result(_look_up(host))
         except (OSError, UnicodeError) as error:
             found.set_exception(error)
 
     # Nothing can interrupt a look-up, and a name server may be silent for minutes.
     threading.Thread(target=look_up, name="resolving-lingualinked", daemon=True).start()
     try:
-        return Address(found.result(timeout_s), address.port)
+        return found.result(timeout_s)
     except concurrent.futures.TimeoutError:
         reason = f"no name server answered within {timeout_s:g} s"
     except (OSError, UnicodeError) as error:
         reason = str(error.strerror if isinstance(error, OSError) else error)
-    raise DaemonError(
-        device.name,
-        device.address,
-        f"the host name {address.host!r} can't be resolved ({reason}): write its IP address, or mend /etc/hosts or the name server",
+    raise OSError(
+        f"the host name {host!r} can't be resolved ({reason}): write its IP address, or mend /etc/hosts or the name server"
     )
 
 
-def _look_up(host: str, port: int) -> str:
-    *_, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+def _look_up(host: str) -> str:
+    *_, found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     # With the interface, if it is a link-local address.
     return socket.getnameinfo(found, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
 

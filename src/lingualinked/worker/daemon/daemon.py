@@ -211,12 +211,14 @@ class Daemon:
         options, limits = self._options, caller.limits
         if limits is None or message.boot.name != limits.name:
             raise ProtocolError(f"there is no worker for a device {message.boot.name!r}")
+        asked = message.boot.tcp
+        advertise = options.advertise if asked is None or asked.advertise is None else asked.advertise
         caller.boot_worker(
             msgspec.structs.replace(
                 message.boot,
                 socket_folder=caller.socket_folder,
                 starter_pid=os.getpid(),
-                tcp=TcpEndpoint(host=options.bind.host, ports=options.ports, advertise=options.advertise),
+                tcp=TcpEndpoint(host=options.bind.host, ports=options.ports, advertise=advertise),
                 accelerator=limits.accelerator,
                 threads=limits.threads,
                 cpus=None,
