@@ -298,6 +298,7 @@ class Engine:
             self._mailbox = ZmqMailbox(
                 CALLER,
                 generate_keypair(),
+                ipc=self._socket_folder is not None,  # a folder that children of this process remove after a kill -9
                 socket_folder=self._socket_folder,
                 shared_memory=self._shared_memory,
                 max_frame_bytes=self._max_frame_bytes,
