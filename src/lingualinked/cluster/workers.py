@@ -55,12 +55,12 @@ class ClusterWorkers:
         if not distant:
             return tuple(devices)
         if self._remote is None:
-            from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq, as the one below
+            from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq
 
             self._remote = RemoteWorkers(self._class_names)
             if self._has_started:
                 self._remote.start(self._admit, self._on_end)
-        from lingualinked.cluster.remote.locating import locate
+        from lingualinked.cluster.remote.locating import locate  # imports zmq
 
         for device, lease in zip(distant, self._remote.lease(distant), strict=True):
             self.leases[device.name] = lease
