@@ -41,6 +41,7 @@ class DaemonProcess:
 
     def __init__(self, home: Path, client: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
         home.mkdir(parents=True, exist_ok=True)
+        self.home = home
         self._log = home / "daemon.log"
         authorize = ["--authorize", client] if client else []
         bind = [] if "--bind" in arguments else ["--bind", "tcp://127.0.0.1:0"]
@@ -121,7 +122,7 @@ class Daemons:
         self._num = 0
 
     def start(self, *arguments: str) -> DaemonProcess:
-        """Start a daemon with further arguments; returns once it listens."""
+        """Start a daemon with further arguments; returns once it listens. It may be ended earlier, as a context manager."""
         self._num += 1
         home = self._folder / str(self._num)
         daemon = self._ends.enter_context(DaemonProcess(home, self.keys.public, "--threads", "1", *arguments))

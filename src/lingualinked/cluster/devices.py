@@ -9,10 +9,10 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from lingualinked.cluster.discovery import check_accelerator, local_devices
 from lingualinked.cluster_file import ClusterDescription, Devices, check_distinct, read_description
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError
+from lingualinked.processes.accelerators import check_accelerator, local_devices
 from lingualinked.processor import usable_cores
 
 

@@ -21,7 +21,7 @@ HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2_000
 """A connection over which nothing was heard for this long is closed, by the threads of libzmq at each end."""
 
-ANSWER_S = 5.0
+ANSWER_S = 4.5
 """Seconds in which a daemon is found, lets a caller in, and accepts a worker, or an error says why not."""
 
 

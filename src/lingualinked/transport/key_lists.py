@@ -183,7 +183,7 @@ def find_server_key(device: Device) -> str:
 
 
 def wrong_server_key(device: Device) -> str:
-    """Say that whoever answers at a device's address does not hold the key that it must, as loudly as ssh."""
+    """Say that what answers at a device's address does not hold the key that it must, as loudly as ssh."""
     assert device.address is not None
     forget = "change server_key= of the device"
     if device.server_key is not None:
@@ -195,7 +195,7 @@ def wrong_server_key(device: Device) -> str:
         )
         forget = f"run `lingualinked keys revoke {shlex.quote(device.address)}` and `lingualinked keys trust {shlex.quote(device.address)} PUBKEY`"
     return (
-        f"device {device.name!r}: the daemon at {device.address} does not hold the key {expected}. Another machine or program "
+        f"it does not hold the key {expected}. Another machine or program "
         "may be answering in its place, so nothing was sent to it. If you know that its key has changed, compare the "
         f"fingerprint there (`lingualinked keys list`) and {forget}"
     )

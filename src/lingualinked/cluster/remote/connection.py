@@ -16,7 +16,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from lingualinked.address import Address
-from lingualinked.cluster.remote.resolving import why_unreachable
+from lingualinked.cluster.remote.resolving import PROBE_S
 from lingualinked.device import Device
 from lingualinked.errors import DaemonError, LingualinkedError, ProtocolError
 from lingualinked.protocol.boot import Boot
@@ -70,6 +70,15 @@ class _Phase(enum.Enum):
     CLOSED = "closed"
 
 
+class NotConnectedError(Exception):
+    """No connection came about; to find out why takes time, which others need not wait for."""
+
+    def __init__(self, device: Device, address: Address) -> None:
+        super().__init__(device.name)
+        self.device = device
+        self.address = address
+
+
 class KnownDaemon(NamedTuple):
     """Where a daemon is, the public key that it must hold, and the keys with which this process enters."""
 
@@ -90,7 +99,7 @@ class Lease(NamedTuple):
 class DaemonConnection:
     """One device's daemon, entered with a key of ours, for one worker.
 
-    `leased` gets the `Lease`, or a `DaemonError` within `ANSWER_S`. After that, `on_key` is told the public key of the
+    `leased` gets the `Lease`, or a `DaemonError` or `NotConnectedError`, by ``deadline_s`` (monotonic seconds). After that, `on_key` is told the public key of the
     worker, and `on_end` once how it has ended.
     """
 
@@ -99,6 +108,7 @@ class DaemonConnection:
         context: zmq.Context[zmq.Socket[bytes]],
         device: Device,
         daemon: KnownDaemon,
+        deadline_s: float,
         class_names: tuple[str, ...],
         leased: concurrent.futures.Future[Lease],
         on_key: Callable[[str, str], None],
@@ -117,7 +127,7 @@ class DaemonConnection:
         self._num_failed_handshakes = 0
         self._entered: Entered | None = None
         self._heard_s = time.monotonic()
-        self.deadline_s = self._heard_s + ANSWER_S
+        self._answer_by_s = deadline_s
         self._monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         try:
@@ -186,11 +196,16 @@ class DaemonConnection:
             if self._phase is not _Phase.CLOSED:
                 self._handle_event(event["event"], event["value"])
 
+    @property
+    def deadline_s(self) -> float:
+        """When `expire` is due (monotonic seconds); what keeps a connection from coming about takes time to find out."""
+        return self._answer_by_s - (PROBE_S if self._phase is _Phase.CONNECTING else 0.0)
+
     def expire(self, now_s: float) -> None:
         """Fail unless the worker is leased in time."""
         if now_s >= self.deadline_s and self._phase not in (_Phase.LEASED, _Phase.CLOSED):
             if self._phase is _Phase.CONNECTING:
-                self._fail(why_unreachable(self._address))
+                self._fail_to_connect()
             else:
                 port = self._address.port
                 self._fail(
@@ -205,7 +220,7 @@ class DaemonConnection:
                     self._phase = _Phase.HANDSHAKE
             case zmq.EVENT_CONNECT_RETRIED:
                 if self._phase is _Phase.CONNECTING:
-                    self._fail(why_unreachable(self._address))
+                    self._fail_to_connect()
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 if self._phase is _Phase.HANDSHAKE:
                     self._phase = _Phase.ENTERING
@@ -279,6 +294,10 @@ class DaemonConnection:
             self.close()
         else:
             self._end(str(error))
+
+    def _fail_to_connect(self) -> None:
+        self.leased.set_exception(NotConnectedError(self._device, self._address))
+        self.close()
 
     def _send(self, message: ToDaemon) -> None:
         if self._phase is not _Phase.CLOSED:

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 import zmq
 
 from lingualinked.cluster.pending import results_of
-from lingualinked.cluster.remote.connection import DaemonConnection, KnownDaemon, Lease
-from lingualinked.cluster.remote.resolving import resolve_address
+from lingualinked.cluster.remote.connection import DaemonConnection, KnownDaemon, Lease, NotConnectedError
+from lingualinked.cluster.remote.resolving import PROBE_S, resolve_address, why_unreachable
 from lingualinked.device import Device
-from lingualinked.errors import ClosedError
+from lingualinked.errors import ClosedError, DaemonError
 from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.boot import GRACE_S, Boot
 from lingualinked.protocol.daemon import ANSWER_S
@@ -68,21 +68,32 @@ class RemoteWorkers:
         deadline_s = time.monotonic() + ANSWER_S
         known = [
             KnownDaemon(
-                resolve_address(device, max(0.1, deadline_s - time.monotonic())),
+                resolve_address(device, max(0.1, deadline_s - PROBE_S - time.monotonic())),
                 find_server_key(device),
                 find_client_keys(device.key),
             )
             for device in devices
         ]
-        return results_of([self._connect(*each) for each in zip(devices, known, strict=True)])
+        try:
+            return results_of([self._connect(*each, deadline_s) for each in zip(devices, known, strict=True)])
+        except NotConnectedError as error:
+            cause = why_unreachable(error.address)
+            raise DaemonError(error.device.name, str(error.device.address), cause) from None
 
-    def _connect(self, device: Device, daemon: KnownDaemon) -> concurrent.futures.Future[Lease]:
+    def _connect(self, device: Device, daemon: KnownDaemon, deadline_s: float) -> concurrent.futures.Future[Lease]:
         leased: concurrent.futures.Future[Lease] = concurrent.futures.Future()
 
         def connect() -> None:
             try:
                 self._connections[device.name] = DaemonConnection(
-                    self._context, device, daemon, self._class_names, leased, self._report_key, self._report_end
+                    self._context,
+                    device,
+                    daemon,
+                    deadline_s,
+                    self._class_names,
+                    leased,
+                    self._report_key,
+                    self._report_end,
                 )
             except BaseException as error:  # noqa: BLE001 - whoever waits raises it
                 leased.set_exception(error)

@@ -15,7 +15,8 @@ from lingualinked.address import Address, parse_address
 from lingualinked.device import Device
 from lingualinked.errors import DaemonError
 
-_PROBE_S = 1.0
+PROBE_S = 1.0
+"""Seconds that it takes at most to find out why an address can't be reached."""
 
 
 def resolve_address(device: Device, timeout_s: float) -> Address:
@@ -61,7 +62,7 @@ def why_unreachable(address: Address) -> str:
     """Try to connect, and say why that fails and what to do; for an address at which no connection came about."""
     ask = f"see that `lingualinked worker --bind ...` runs there and listens at port {address.port}"
     try:
-        socket.create_connection((address.host, address.port), _PROBE_S).close()
+        socket.create_connection((address.host, address.port), PROBE_S).close()
     except ConnectionRefusedError:
         return f"nothing listens there: {ask}"
     except TimeoutError:

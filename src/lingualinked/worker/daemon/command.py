@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lingualinked.address import Address, parse_address, parse_advertised, parse_ports
+from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, LingualinkedError
 from lingualinked.model.weight_files.weight_cache import default_cache_folder
+from lingualinked.processes.accelerators import check_accelerator
 from lingualinked.processor import usable_cores
 from lingualinked.public_key import fingerprint
 from lingualinked.units import parse_bytes
@@ -86,6 +88,8 @@ def serve(
     """
     if wait is not None and not once:
         raise ArgumentError(f"--wait {wait:g} has no effect without --once: add it, or leave this out")
+    name = name or platform.node() or "device"
+    check_accelerator(Device(name=name, accelerator=accelerator))
     if advertise is not None:
         parse_advertised(advertise, "--advertise")
     if models is not None and not Path(models).is_dir():
@@ -95,7 +99,7 @@ def serve(
     max_cache_bytes = 0 if cache_bytes == "0" else parse_bytes(cache_bytes, "--cache-bytes")
     options = DaemonOptions(
         bind=_numeric(parse_address(bind, "--bind", wildcard=True)),
-        name=name or platform.node() or "device",
+        name=name,
         memory_bytes=None if memory is None else parse_bytes(memory, "--memory"),
         threads=threads or usable_cores(),
         accelerator=accelerator,

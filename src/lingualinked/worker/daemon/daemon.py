@@ -247,6 +247,8 @@ class Daemon:
             self._door.admit(self._clients.names)
         for caller in list(self._callers.values()):
             if caller.public_key not in self._clients.names:
+                how = "its client's key is not authorised any more"
+                self._send(caller.routing_id, WorkerEnded(name=caller.device, how=how))
                 self._dismiss(caller, "is not authorised any more")
             elif not self._send(caller.routing_id, Beat()):
                 self._dismiss(caller, "can't be reached any more")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lingualinked as ll
-from lingualinked.cluster import discovery
-from lingualinked.cluster.discovery import check_accelerator, local_devices
+from lingualinked.processes import accelerators
+from lingualinked.processes.accelerators import check_accelerator, local_devices
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A Linux machine on which torch can't be imported; gives the folder of its device files."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(discovery, "_DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(accelerators, "_DEVICE_FILES", tmp_path)
     return tmp_path
 
 
