@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from accelerators import on_accelerator
 
@@ -124,6 +131,22 @@ def tiny_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
 def save_tiny(family: str, dtype: torch.dtype, folder: Path, **arguments: Any) -> Path:
     """Save the tiny model of a family as a checkpoint."""
     tiny_model(family, dtype).save_pretrained(folder, **arguments)
+    return folder
+
+
+def save_several_parts(folder: Path) -> Path:
+    """Save a checkpoint of six layers in two files, in which each layer takes several parts of 1 MiB."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="12MB")
+    assert len(list(folder.glob("*.safetensors"))) == 2
     return folder
 
 

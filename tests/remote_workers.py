@@ -45,6 +45,16 @@ class Traffic:
             self.num_bytes += num_bytes
 
 
+def hide_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make workers on other hosts look for the caller's files where they are not: a host's own copy has another path."""
+
+    def describe_elsewhere(spec: ModelSpec, *, verify: bool = False) -> ModelSpec:
+        files = [dataclasses.replace(file, path=f"/on/another/host{file.path}") for file in spec.files]
+        return dataclasses.replace(describe_contents(spec, verify=verify), files=tuple(files))
+
+    monkeypatch.setattr(file_supplies, "_describe", describe_elsewhere)
+
+
 @contextlib.contextmanager
 def remote_cluster(
     devices: Sequence[ll.Device],
@@ -67,13 +77,9 @@ def remote_cluster(
         )
         return msgspec.structs.replace(boot(cluster, device, *rest), weight_folders=folders)
 
-    def describe_elsewhere(spec: ModelSpec, *, verify: bool = False) -> ModelSpec:
-        files = [dataclasses.replace(file, path=f"/on/another/host{file.path}") for file in spec.files]
-        return dataclasses.replace(describe_contents(spec, verify=verify), files=tuple(files))
-
     with monkeypatch.context() as patch:
         patch.setattr(Cluster, "_boot", remote_boot)
-        patch.setattr(file_supplies, "_describe", describe_elsewhere)
+        hide_files(patch)
         with ll.Cluster(devices, **arguments) as cluster:
             cluster._engine.fetching = frozenset(device.name for device in cluster.devices)
             yield cluster

@@ -12,11 +12,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
 from accelerators import device
-from families import reference
+from families import reference, save_several_parts
 from lingualinked.model.weight_files.byte_ranges import ByteRange
 from lingualinked.model.weight_files.held_files import WholeFiles
 from remote_workers import Traffic, remote_cluster, traffic
@@ -35,20 +34,7 @@ TWO = [("a", 0, 3), ("b", 3, 6)]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two files, in which layers take several parts each."""
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="12MB")
-    assert len(list(folder.glob("*.safetensors"))) == 2
-    return folder
+    return save_several_parts(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

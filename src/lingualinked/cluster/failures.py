@@ -6,7 +6,14 @@ Knows the messages and the exception tree; the remote traceback stays with every
 from __future__ import annotations
 
 from lingualinked.cluster.remote_text import readable
-from lingualinked.errors import ArgumentError, CheckpointError, DeviceMemoryError, LingualinkedError, WorkerError
+from lingualinked.errors import (
+    ArgumentError,
+    CheckpointError,
+    DeviceMemoryError,
+    LingualinkedError,
+    ResourceError,
+    WorkerError,
+)
 from lingualinked.protocol.failures import FailureKind, KVRefused, RequestFailed, StepFailed
 
 
@@ -16,7 +23,11 @@ def error_of(device: str, failure: RequestFailed | KVRefused | StepFailed) -> Li
     if failure.kind is FailureKind.MEMORY:
         return DeviceMemoryError(device, cause, traceback)
     raised = WorkerError(device, cause, traceback)
-    asked_for = {FailureKind.CHECKPOINT: CheckpointError, FailureKind.ARGUMENT: ArgumentError}.get(failure.kind)
+    asked_for = {
+        FailureKind.CHECKPOINT: CheckpointError,
+        FailureKind.ARGUMENT: ArgumentError,
+        FailureKind.RESOURCE: ResourceError,
+    }.get(failure.kind)
     if asked_for is None:
         return raised
     error = asked_for(f"device {device!r}: {cause.partition(': ')[2]}")

@@ -42,30 +42,31 @@ class FileLoad:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Supplies:
-    """The model as its workers on other hosts are sent it, and from whom each load may fetch files, by its number."""
+    """The model as its workers on other hosts are sent it; by the number of each load, from whom it may fetch what."""
 
     spec: ModelSpec
     of_load: dict[int, tuple[WeightSupply, ...]]
+    shared: dict[int, SharedLoad]
 
 
 def arrange_supplies(
     engine: Engine, spec: ModelSpec, loads: Sequence[FileLoad], timeout_s: float, *, is_move: bool
 ) -> Supplies:
-    """Make the caller, and every worker that has some, send the files that workers on other hosts need for their loads.
+    """Make every worker that has some send the files that workers on other hosts need for their loads.
 
-    They do until `Engine.end_sharing`. Raises CheckpointError if the caller's files can't be read; in a move there is then
+    They do until `Engine.end_sharing`, as the caller does from `Engine.share_files` on. Raises CheckpointError if the caller's files can't be read; in a move there is then
     nobody to fetch them from, since the weights are in workers' memory, too.
     """
     loads = [load for load in loads if load.device in engine.fetching]
     if not loads or spec.load_format != "safetensors":
-        return Supplies(spec=spec, of_load={})
+        return Supplies(spec=spec, of_load={}, shared={})
     # 1) find out what each load needs, and what every worker has
     try:
         described = _describe(spec)
         needed = {load.number: ranges_of_span(spec, load.start, load.end) for load in loads}
     except CheckpointError:
         if is_move:
-            return Supplies(spec=spec, of_load={})
+            return Supplies(spec=spec, of_load={}, shared={})
         raise
     found = _find_files(engine, described, {load.device for load in loads}, timeout_s)
     held = {name: tuple(ByteRange(*bounds) for bounds in each.ranges) for name, each in found.items()}
@@ -90,29 +91,30 @@ def arrange_supplies(
             future = engine.request(name, message, "sharing files", min(timeout_s, _FIND_S))
             asked.append((load.number, name, future))
             del future  # see `result_of`
+    names = {number: tuple(others) for number, others in supplies.items()}
     while asked:
         number, name, _ = asked[0]
         try:
             result_of(asked.pop(0)[2])
         except LingualinkedError:
             del supplies[number][name]  # the others, and the caller, have it too
-    # 3) send the caller's own
-    for load in loads:
-        engine.share_files(
-            SharedLoad(
-                number=load.number,
-                borrower=load.device,
-                spec=spec,
-                ranges=needed[load.number],
-                sources=tuple(supplies[load.number]),
-            )
-        )
+    # 3) add the caller, who has everything
     own = WeightSupply(name=CALLER, ranges=None)
     return Supplies(
         spec=described,
         of_load={
             number: (own, *(WeightSupply(name=name, ranges=_bounds(ranges)) for name, ranges in others.items()))
             for number, others in supplies.items()
+        },
+        shared={
+            load.number: SharedLoad(
+                number=load.number,
+                borrower=load.device,
+                spec=spec,
+                ranges=needed[load.number],
+                sources=names[load.number],
+            )
+            for load in loads
         },
     )
 

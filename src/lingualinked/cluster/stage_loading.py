@@ -60,6 +60,8 @@ def request_stages(
         )
         progress = None if on_progress is None else functools.partial(on_progress, stage.device)
         what = f"loading layers [{stage.start}, {stage.end})"
+        if load.number in supplies.shared:
+            engine.share_files(supplies.shared[load.number])
         futures.append(engine.request(stage.device, message, what, timeout_s, progress, helpers))
         if message.supplies:
             futures[-1].add_done_callback(functools.partial(_end_sharing, engine, load.number))

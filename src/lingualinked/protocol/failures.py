@@ -17,6 +17,7 @@ class FailureKind(enum.IntEnum):
     MEMORY = 1
     CHECKPOINT = 2
     ARGUMENT = 3
+    RESOURCE = 4
 
 
 class RequestFailed(Message, frozen=True, tag=22):

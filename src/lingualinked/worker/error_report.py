@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 from typing import TypedDict
 
-from lingualinked.errors import ArgumentError, CheckpointError
+from lingualinked.errors import ArgumentError, CheckpointError, ResourceError
 from lingualinked.protocol.failures import FailureKind
 from lingualinked.worker.limits import is_out_of_memory
 
@@ -32,6 +32,8 @@ def describe_error(error: Exception) -> ErrorReport:
         kind = FailureKind.CHECKPOINT
     elif isinstance(error, ArgumentError):
         kind = FailureKind.ARGUMENT
+    elif isinstance(error, ResourceError):
+        kind = FailureKind.RESOURCE
     return {
         "kind": kind,
         "cause": _clip(f"{type(error).__name__}: {error}"),

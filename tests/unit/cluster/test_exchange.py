@@ -24,6 +24,7 @@ from lingualinked.errors import (
     ClosedError,
     DeviceMemoryError,
     ProtocolError,
+    ResourceError,
     WorkerDiedError,
     WorkerError,
 )
@@ -171,6 +172,7 @@ def test_a_step_goes_to_the_first_stage_and_its_answer_comes_from_the_last(talk:
         (FailureKind.MEMORY, DeviceMemoryError, "worker on device 'a' raised ValueError: no"),
         (FailureKind.CHECKPOINT, CheckpointError, "device 'a': no"),
         (FailureKind.ARGUMENT, ArgumentError, "device 'a': no"),
+        (FailureKind.RESOURCE, ResourceError, "device 'a': no"),
     ],
 )
 def test_a_failure_is_the_error_of_its_kind_with_the_remote_traceback(
