@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conversations import spec_of
 from families import save_tiny
 from lingualinked.errors import CheckpointError, ResourceError
+from lingualinked.model.checkpoint import resolve_files
 from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.weight_files.byte_ranges import ByteRange, cut_ranges, num_bytes_of, subtract_ranges
+from lingualinked.model.weight_files.byte_ranges import PART_BYTES, ByteRange, cut_ranges, num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.describing import describe_contents
 from lingualinked.model.weight_files.fetching import DeliverPart, FetchError
 from lingualinked.model.weight_files.held_files import WholeFiles
@@ -287,6 +289,47 @@ def test_what_is_held_can_be_served_to_others(tiny: ModelSpec, tmp_path: Path, c
     assert {each.name for each in cache.folder.iterdir()} >= {each.fingerprint for each in spec.contents[1:]}
 
 
+@pytest.mark.parametrize("has_cache", [True, False])
+@pytest.mark.parametrize("verify", [True, False])
+def test_tensors_of_any_size_are_read_bit_by_bit(
+    has_cache: bool, verify: bool, tmp_path: Path, cache: WeightCache
+) -> None:
+    tensors = {
+        "empty": torch.zeros(0, 7),
+        "scalar": torch.tensor(3.5, dtype=torch.bfloat16),
+        "odd": torch.arange(13, dtype=torch.int8),
+        "large": torch.randn(700_000),  # crosses parts
+        "larger": torch.randn(3, 400_001).to(torch.float16),
+        **{f"{'name' * 60}.{number}": torch.full((1,), number) for number in range(6000)},  # a header of several parts
+    }
+    (tmp_path / "tiny").mkdir()
+    save_file(tensors, tmp_path / "tiny" / "model.safetensors")
+    spec = ModelSpec(
+        class_name="",
+        config_json="{}",
+        dtype="float32",
+        attn_implementation=None,
+        load_format="safetensors",
+        files=resolve_files(tmp_path / "tiny"),
+    )
+    described = remote(spec, verify=verify)
+    assert described.contents[0].header_bytes > PART_BYTES
+    names = ["empty", "larger", "scalar", "odd", f"{'name' * 60}.17"]
+    for _ in range(2):
+        caller = Caller(spec)
+        source = WeightStorage(cache=cache if has_cache else None, hub=False).open_weights(described, caller)
+        with contextlib.closing(source):
+            source.prepare(names)
+            fetched = caller.sent_bytes
+            for name in names:
+                assert torch.equal(source.read_tensor(name), tensors[name])
+            if has_cache:
+                assert caller.sent_bytes == fetched
+                source.prepare(["large"])
+                assert torch.equal(source.read_tensor("large"), tensors["large"])
+    assert caller.sent == [] or not has_cache
+
+
 def test_nothing_is_left_open(tiny: ModelSpec, cache: WeightCache) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     caller = Caller(tiny)
@@ -294,5 +337,8 @@ def test_nothing_is_left_open(tiny: ModelSpec, cache: WeightCache) -> None:
     with pytest.raises(FetchError):
         load(remote(tiny), WeightStorage(cache=cache, hub=False), caller)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+    caller.left_parts = -1
+    with contextlib.closing(WeightStorage(cache=cache, hub=False).open_weights(remote(tiny), caller)):
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + len(tiny.files)  # there may be hundreds
     assert cache.clear() >= 0
     assert cache.disk_bytes() == 0

@@ -16,7 +16,6 @@ from lingualinked.model.weight_files.byte_ranges import (
     ByteRange,
     checksum_bytes,
     cut_ranges,
-    merge_ranges,
     subtract_ranges,
 )
 from lingualinked.model.weight_files.part_journal import PartJournal, StoredPart
@@ -46,20 +45,22 @@ class CachedFile:
         self.num_bytes = num_bytes
         self._lock = _open_shared(folder)
         self._claims: int | None = None  # opened by who writes: closing it anywhere frees all claims of the process
-        self._data = _open(folder / DATA)
+        self._data: int | None = None
         self._journal = PartJournal(folder / JOURNAL)
         self._boundaries = [header_bytes]
         self._written: list[StoredPart] = []
         self._written_bytes, self._committed_s = 0, time.monotonic()
         try:
-            if os.fstat(self._data).st_size != num_bytes:  # new, or no longer what the record is about
+            data = self._open_data()
+            if os.fstat(data).st_size != num_bytes:  # new, or no longer what the record is about
                 self._journal.forget_all()
-                os.ftruncate(self._data, num_bytes)
+                os.ftruncate(data, num_bytes)
             self._journal.read_new()
+            os.utime(folder / LOCK)  # when it was last used
         except BaseException:
             self.close()
             raise
-        os.utime(folder / LOCK)  # when it was last used
+        self.close_data()
 
     def set_boundaries(self, boundaries: Iterable[int]) -> None:
         """Let no part lie across these offsets, so that tensors can be checked by themselves."""
@@ -68,16 +69,17 @@ class CachedFile:
     def held(self, file: int) -> tuple[ByteRange, ...]:
         """Return what all processes have recorded, as ranges of a file of this index."""
         self._journal.read_new()
-        return merge_ranges(ByteRange(file, each.start, each.stop) for each in self._journal.parts)
+        return tuple(ByteRange(file, each.start, each.stop) for each in self._journal.held)
 
     def allocated_bytes(self) -> int:
         """Return the bytes of disk that the copy takes up."""
-        return os.fstat(self._data).st_blocks * 512
+        return os.fstat(self._open_data()).st_blocks * 512
 
     def reserve(self, ranges: Iterable[ByteRange]) -> None:
         """Take up the disk space of ranges; raises OSError if there is too little."""
+        data = self._open_data()
         for each in ranges:
-            os.posix_fallocate(self._data, each.start, each.num_bytes)
+            os.posix_fallocate(data, each.start, each.num_bytes)
 
     def claim(self, part: ByteRange) -> bool:
         """Claim a range for writing; return False if another process has claimed some of it."""
@@ -100,8 +102,9 @@ class CachedFile:
         for part in cut_ranges(self._between_boundaries(start, start + len(view))):
             piece = view[part.start - start : part.stop - start]
             self._written.append(StoredPart(part.start, part.stop, checksum_bytes(piece)))
+        target = self._open_data()
         while view:
-            num_written = os.pwrite(self._data, view, start)
+            num_written = os.pwrite(target, view, start)
             view, start = view[num_written:], start + num_written
         self._written_bytes += len(data)
         if self._written_bytes >= _COMMIT_BYTES or time.monotonic() >= self._committed_s + _COMMIT_S:
@@ -111,7 +114,7 @@ class CachedFile:
         """Record what was written, after the disk has it."""
         written, self._written, self._written_bytes = self._written, [], 0
         if written:
-            os.fdatasync(self._data)
+            os.fdatasync(self._open_data())
             self._journal.add_parts(written)
         self._committed_s = time.monotonic()
 
@@ -128,9 +131,9 @@ class CachedFile:
         last = max([stop, *(each.stop for each in parts)])
         # Parts end where tensors do, so that this is a copy only when something else is read.
         view = target if (first, last) == (start, stop) else memoryview(bytearray(last - first))
-        position = first
+        position, source = first, self._open_data()
         while position < last:
-            num_read = os.preadv(self._data, [view[position - first :]], position)
+            num_read = os.preadv(source, [view[position - first :]], position)
             if not num_read:
                 self._drop(parts)
             position += num_read
@@ -151,16 +154,26 @@ class CachedFile:
         whole = ByteRange(0, 0, 0)  # no length: to the end of the file
         if self.claim(whole):
             if not self.held(0):
-                os.ftruncate(self._data, 0)
-                os.ftruncate(self._data, self.num_bytes)
+                os.ftruncate(self._open_data(), 0)
+                os.ftruncate(self._open_data(), self.num_bytes)
             self.release(whole)
+
+    def close_data(self) -> None:
+        """Close what is opened again when it is used: a model may have more files than a process may open."""
+        for descriptor in (self._data, self._claims):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._data = self._claims = None
 
     def close(self) -> None:
         """Close the file; what was written and not recorded is fetched again."""
-        self._journal.close()
-        for descriptor in (self._data, self._claims, self._lock):
-            if descriptor is not None:
-                os.close(descriptor)
+        self.close_data()
+        os.close(self._lock)
+
+    def _open_data(self) -> int:
+        if self._data is None:
+            self._data = _open(self.folder / DATA)
+        return self._data
 
     def _between_boundaries(self, start: int, stop: int) -> list[ByteRange]:
         first = bisect.bisect_right(self._boundaries, start)

@@ -47,8 +47,7 @@ def fill_files(files: Mapping[int, CachedFile], missing: Sequence[ByteRange], fe
         claimed = [part for part in batch if files[part.file].claim(part)]
         try:
             # 2) fetch what nobody has recorded meanwhile
-            held = [each for index, file in files.items() for each in file.held(index)]
-            left = subtract_ranges(claimed, held)
+            left = subtract_ranges(claimed, _held(files, claimed))
             if left:
                 _fetch(files, left, fetcher)
         finally:
@@ -74,14 +73,18 @@ def _fetch(files: Mapping[int, CachedFile], ranges: Sequence[ByteRange], fetcher
     try:
         fetcher.fetch(ranges, deliver)
     finally:
-        for file in files.values():
-            file.commit()
-    held = [each for index, file in files.items() for each in file.held(index)]
-    missing = subtract_ranges(ranges, held)
+        for index in {each.file for each in ranges}:
+            files[index].commit()
+    missing = subtract_ranges(ranges, _held(files, ranges))
     if missing:
         raise FetchError(
             f"{count_text(num_bytes_of(missing), 'byte')} of {num_bytes_of(ranges):,} requested ones did not arrive"
         )
+
+
+def _held(files: Mapping[int, CachedFile], ranges: Iterable[ByteRange]) -> list[ByteRange]:
+    """Return what is on record now of the files that ranges are of."""
+    return [each for index in {each.file for each in ranges} for each in files[index].held(index)]
 
 
 def _batches(missing: Iterable[ByteRange]) -> list[list[ByteRange]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lingualinked.errors import CheckpointError
 from lingualinked.model.safetensors_file import SafetensorsFile, empty_tensor, header_size, parse_header
-from lingualinked.model.weight_files.byte_ranges import ByteRange, num_bytes_of, subtract_ranges
+from lingualinked.model.weight_files.byte_ranges import ByteRange, merge_ranges, num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.cached_file import DamagedPartsError
 from lingualinked.model.weight_files.describing import digest_header, digest_tensor, model_name
 from lingualinked.model.weight_files.fetching import FetchError
@@ -154,8 +154,7 @@ class RemoteWeights:
         assert self._cache is not None or not self._cached
         if self._cache is None:
             return
-        held = [each for index, file in self._cached.items() for each in file.held(index)]
-        missing = subtract_ranges(ranges, held)
+        missing = self._missing(ranges)
         if not missing:
             return
         by_file = {index: [each for each in missing if each.file == index] for index in {each.file for each in missing}}
@@ -166,6 +165,12 @@ class RemoteWeights:
                 fill_files(self._cached, missing, self._fetcher)
         except FetchError as error:
             raise self._unavailable(error, missing) from error
+
+    def _missing(self, ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+        """Return what the cache lacks of some ranges."""
+        merged = merge_ranges(ranges)
+        indices = {each.file for each in merged} & self._cached.keys()
+        return subtract_ranges(merged, [each for index in indices for each in self._cached[index].held(index)])
 
     def _fetch_into(self, place: ByteRange, target: memoryview) -> None:
         """Fetch a range into memory."""
@@ -190,8 +195,7 @@ class RemoteWeights:
 
     def _describe_missing(self, ranges: Iterable[ByteRange]) -> str:
         """Name the tensors that ranges belong to and that are not here."""
-        held = [each for index, file in self._cached.items() for each in file.held(index)]
-        missing = subtract_ranges(ranges, held)
+        missing = self._missing(ranges)
         names = [name for name, place in self._places.items() if any(place.overlaps(each) for each in missing)]
         if not names:
             return f"headers of files of {self._model}"
@@ -215,6 +219,8 @@ class RemoteWeights:
                     "load the model again once nothing writes to the file"
                 )
             headers[index] = bytes(header)
+            if index in self._cached:
+                self._cached[index].close_data()
             self.num_bytes_read += len(header)
         return headers
 

@@ -22,7 +22,7 @@ import msgspec
 
 from lingualinked.disk_cache import cache_folder
 from lingualinked.errors import CheckpointError, ResourceError
-from lingualinked.model.weight_files.byte_ranges import ByteRange, merge_ranges, num_bytes_of
+from lingualinked.model.weight_files.byte_ranges import ByteRange, num_bytes_of
 from lingualinked.model.weight_files.cached_file import JOURNAL, LOCK, CachedFile
 from lingualinked.model.weight_files.part_journal import PartJournal
 from lingualinked.quantities import bytes_text
@@ -229,9 +229,8 @@ def _disk_bytes(folder: Path) -> int:
 def _describe(folder: Path) -> CacheEntry | None:
     try:
         about = msgspec.json.decode((folder / _ABOUT).read_bytes(), type=_About)
-        with contextlib.closing(PartJournal(folder / JOURNAL)) as journal:
-            journal.read_new()
-            held = num_bytes_of(merge_ranges(ByteRange(0, each.start, each.stop) for each in journal.parts))
+        journal = PartJournal(folder / JOURNAL)
+        journal.read_new()
     except (OSError, msgspec.DecodeError):
         return None
     return CacheEntry(
@@ -239,7 +238,7 @@ def _describe(folder: Path) -> CacheEntry | None:
         model=about.model,
         name=about.name,
         num_bytes=about.num_bytes,
-        held_bytes=held,
+        held_bytes=num_bytes_of(journal.held),
         disk_bytes=_disk_bytes(folder),
         last_used_s=_last_used_s(folder),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+from lingualinked.model.weight_files.byte_ranges import ByteRange, merge_ranges
 from lingualinked.model.weight_files.part_journal import PartJournal, StoredPart
 
 PARTS = st.tuples(st.integers(0, 40), st.integers(1, 9), st.integers(0, 2**64 - 1)).map(
@@ -21,14 +22,15 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["add", "drop"]), st.lists(PARTS, m
 
 @contextlib.contextmanager
 def journal() -> Iterator[PartJournal]:
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(PartJournal(Path(folder) / "parts")) as opened:
-        yield opened
+    with tempfile.TemporaryDirectory() as folder:
+        yield PartJournal(Path(folder) / "parts")
 
 
 def reopened(opened: PartJournal) -> list[StoredPart]:
-    with contextlib.closing(PartJournal(Path(f"/proc/self/fd/{opened._descriptor}").readlink())) as other:
-        other.read_new()
-        return other.parts
+    other = PartJournal(opened._path)
+    other.read_new()
+    assert other.held == merge_ranges(ByteRange(0, each.start, each.stop) for each in other.parts)
+    return other.parts
 
 
 @given(ACTIONS)
@@ -44,6 +46,7 @@ def test_parts_are_those_added_and_not_dropped_since(actions: list[tuple[str, li
                 for part in parts:
                     expected = {each for each in expected if each.stop <= part.start or part.stop <= each.start}
         assert opened.parts == sorted(expected) == reopened(opened)
+        assert opened.held == merge_ranges(ByteRange(0, each.start, each.stop) for each in expected)
         for part in expected:
             assert part in opened.find_parts(part.start, part.start + 1)
             assert part not in opened.find_parts(part.stop, part.stop + 1)
@@ -54,9 +57,9 @@ def test_a_torn_record_is_ignored_and_overwritten(num_kept: int, garbage: bytes)
     first, second, third = (StoredPart(start, start + 5, start) for start in (0, 5, 10))
     with journal() as opened:
         opened.add_parts([first, second])
-        os.ftruncate(opened._descriptor, 32 + num_kept)  # the crash was within the second record
+        os.truncate(opened._path, 32 + num_kept)  # the crash was within the second record
         assert reopened(opened) == [first]
-        os.pwrite(opened._descriptor, garbage, 32)
+        overwrite(opened._path, 32, garbage)
         assert reopened(opened) == [first]
         opened.add_parts([third])
         assert reopened(opened) == [first, third]
@@ -67,17 +70,23 @@ def test_a_damaged_record_is_ignored(position: int) -> None:
     first, second = StoredPart(0, 5, 1), StoredPart(5, 10, 2)
     with journal() as opened:
         opened.add_parts([first, second])
-        byte = os.pread(opened._descriptor, 1, position)[0]
-        os.pwrite(opened._descriptor, bytes([byte ^ 64]), position)
+        byte = opened._path.read_bytes()[position]
+        overwrite(opened._path, position, bytes([byte ^ 64]))
         assert reopened(opened) == [second]
 
 
 def test_what_another_process_forgets_is_forgotten() -> None:
     with journal() as opened:
         opened.add_parts([StoredPart(0, 5, 1), StoredPart(5, 9, 1)])
-        with contextlib.closing(PartJournal(Path(f"/proc/self/fd/{opened._descriptor}").readlink())) as other:
-            other.read_new()
-            opened.forget_all()
-            opened.add_parts([StoredPart(7, 9, 3)])
-            other.read_new()
-            assert other.parts == [StoredPart(7, 9, 3)]
+        other = PartJournal(opened._path)
+        other.read_new()
+        opened.forget_all()
+        opened.add_parts([StoredPart(7, 9, 3)])
+        other.read_new()
+        assert other.parts == [StoredPart(7, 9, 3)]
+
+
+def overwrite(path: Path, position: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(data)
