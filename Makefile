@@ -13,8 +13,9 @@ PROCESSES = $(shell $(PYTHON) -c 'import os; print(1 + min(os.cpu_count() or 1, 
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
 LIBRARIES := build/libraries/.installed
+RAY     := build/ray/.installed
 
-.PHONY: help demo bench test test-families test-gpu test-libraries interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test test-families test-gpu test-libraries test-ray interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +43,10 @@ test-gpu: $(DEV)  ## Run the tests that compare bits on a CUDA GPU; they are ski
 # They are not in the environment of the other targets: what they need is three times as much as what the project needs.
 test-libraries: $(LIBRARIES)  ## Run the tests of nnsight, TransformerLens, pyvene and captum on a sharded model
 	PYTHONPATH=$(dir $(LIBRARIES)) $(BIN)/python -m pytest tests/process/libraries
+
+# As for test-libraries: Ray is large, and nothing else here needs it.
+test-ray: $(RAY)  ## Run the tests on a Ray cluster of two nodes, which they start on this machine
+	PYTHONPATH=$(CURDIR)/$(dir $(RAY)) $(BIN)/python -m pytest tests/process/ray
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
@@ -107,4 +112,9 @@ $(DEV): $(RUNTIME)
 $(LIBRARIES): $(DEV) tests/process/libraries/requirements.txt
 	rm -rf $(dir $@)
 	$(PIP) install --quiet --no-deps --target $(dir $@) -r tests/process/libraries/requirements.txt
+	@touch $@
+
+$(RAY): $(DEV) tests/process/ray/requirements.txt
+	rm -rf $(dir $@)
+	$(PIP) install --quiet --no-deps --target $(dir $@) -r tests/process/ray/requirements.txt
 	@touch $@

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Self
 
 from lingualinked.address import parse_advertised
 from lingualinked.checks import check_positive
+from lingualinked.cluster.closing import close_all, shut_down
 from lingualinked.cluster.devices import check_added_device, describe_cluster
 from lingualinked.cluster.emulation import delayed_from, emulated_link, emulation_of
+from lingualinked.cluster.on_ray import OnRay
 from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.workers import ClusterWorkers
 from lingualinked.cluster_file import Devices
 from lingualinked.device import CALLER, Device, Links, check_links
 from lingualinked.errors import ArgumentError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
-from lingualinked.own_threads import close_from_here
 from lingualinked.processes.resources import check_addition, check_start
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
@@ -34,6 +35,7 @@ from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, check
 
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
+    from lingualinked.cluster.ray_placement import RayPlacement
     from lingualinked.telemetry.endpoint import MetricsEndpoint
     from lingualinked.telemetry.recorder import Recorder
 
@@ -41,7 +43,7 @@ DEFAULT_TIMEOUT_S = 600.0
 """Seconds that any one answer of a worker may take unless the user says otherwise."""
 
 
-class Cluster:
+class Cluster(OnRay):
     """Worker processes on devices, ready to hold models.
 
     The workers start when the cluster is made, or when `add` takes in one more, and live until `close`, until the cluster
@@ -95,6 +97,7 @@ class Cluster:
         shared_memory: bool = True,
         _class_names: tuple[str, ...] = (),
         _forks: bool | None = None,
+        _placement: RayPlacement | None = None,
     ) -> None:
         described = describe_cluster(devices)
         self.devices = described.devices
@@ -114,10 +117,10 @@ class Cluster:
         ends = contextlib.ExitStack()
         self._endpoints: weakref.WeakSet[MetricsEndpoint] = weakref.WeakSet()
         self._recorders: MutableSet[Recorder] = weakref.WeakSet()  # of its models
-        ends.callback(_close_all, self._endpoints)
-        self._finalizer = weakref.finalize(self, _shut_down, ends, os.getpid())
+        ends.callback(close_all, self._endpoints)
+        self._finalizer = weakref.finalize(self, shut_down, ends, os.getpid())
         try:
-            self._workers = workers = ClusterWorkers(_class_names, forks=_forks)
+            self._workers = workers = ClusterWorkers(_class_names, forks=_forks, placement=_placement)
             ends.callback(workers.stop)
             self.devices = workers.prepare(self.devices)
             self._behaving = {device.name: device for device in self.devices}
@@ -373,11 +376,6 @@ class Cluster:
         return f"<Cluster of {', '.join(device.name for device in self.devices)}: {state}>"
 
 
-def _close_all(endpoints: weakref.WeakSet[MetricsEndpoint]) -> None:
-    for endpoint in list(endpoints):
-        endpoint.close()
-
-
 def _start_engine(
     ends: contextlib.ExitStack,
     devices: Sequence[str],
@@ -391,10 +389,3 @@ def _start_engine(
     engine = Engine(devices, socket_folder, max_frame_bytes, shared_memory, advertise)
     ends.callback(engine.stop)
     return engine
-
-
-@uninterrupted
-def _shut_down(ends: contextlib.ExitStack, owner_pid: int) -> None:
-    if os.getpid() != owner_pid:
-        return  # a forked child: the workers are the parent's
-    close_from_here(ends.close)

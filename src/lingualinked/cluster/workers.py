@@ -17,6 +17,7 @@ from lingualinked.protocol.boot import Boot
 from lingualinked.transport.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
+    from lingualinked.cluster.ray_placement import RayPlacement
     from lingualinked.cluster.reach import RemoteHost
     from lingualinked.cluster.remote.connection import Lease
     from lingualinked.cluster.remote.remote_workers import RemoteWorkers
@@ -30,9 +31,12 @@ class ClusterWorkers:
     Nothing starts here for a cluster whose devices are all on other hosts.
     """
 
-    def __init__(self, class_names: tuple[str, ...], *, forks: bool | None = None) -> None:
+    def __init__(
+        self, class_names: tuple[str, ...], *, forks: bool | None = None, placement: RayPlacement | None = None
+    ) -> None:
         self._class_names = class_names
         self._forks = forks
+        self.placement = placement  # of devices by Ray
         self.launcher: Launcher | None = None
         self._remote: RemoteWorkers | None = None
         self.leases: dict[str, Lease] = {}  # of devices on other hosts
@@ -57,7 +61,7 @@ class ClusterWorkers:
         if self._remote is None:
             from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq
 
-            self._remote = RemoteWorkers(self._class_names)
+            self._remote = RemoteWorkers(self._class_names, None if self.placement is None else self.placement.keys)
             if self._has_started:
                 self._remote.start(self._admit, self._on_end)
         from lingualinked.cluster.remote.locating import locate  # imports zmq
@@ -138,3 +142,5 @@ class ClusterWorkers:
         for starter in (self._remote, self.launcher):
             if starter is not None:
                 starter.stop()
+        if self.placement is not None:
+            self.placement.close()

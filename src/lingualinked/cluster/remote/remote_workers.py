@@ -26,6 +26,7 @@ from lingualinked.protocol.boot import GRACE_S, Boot
 from lingualinked.protocol.daemon import ANSWER_S
 from lingualinked.transport.key_files import find_client_keys
 from lingualinked.transport.key_lists import find_server_key
+from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.waker import Waker
 
 logger = logging.getLogger("lingualinked.cluster")
@@ -35,10 +36,14 @@ _Said = tuple[str, str]
 
 
 class RemoteWorkers:
-    """The workers on other hosts of one cluster, one connection each."""
+    """The workers on other hosts of one cluster, one connection each.
 
-    def __init__(self, class_names: tuple[str, ...]) -> None:
+    This process enters with ``keys``; ``None``: with those that each device names.
+    """
+
+    def __init__(self, class_names: tuple[str, ...], keys: KeyPair | None = None) -> None:
         self._class_names = class_names
+        self._keys = keys
         self._owner_pid = os.getpid()
         self._lock = threading.RLock()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
@@ -70,7 +75,7 @@ class RemoteWorkers:
             KnownDaemon(
                 resolve_address(device, max(0.1, deadline_s - PROBE_S - time.monotonic())),
                 find_server_key(device),
-                find_client_keys(device.key),
+                self._keys or find_client_keys(device.key),
             )
             for device in devices
         ]
