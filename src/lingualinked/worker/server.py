@@ -159,8 +159,8 @@ class Worker:
         environment = read_environment(self._boot.accelerator)
         self._send_to_caller(Hello(pid=os.getpid(), address=self._mailbox.address, environment=environment))
         while True:
+            self._peers.connections.decide()  # before the wait, which ends once what is not yet connected is
             waiting = self._inbox.next_message(self._peers.connections.time_left())
-            self._peers.connections.decide()
             if waiting is not None:
                 message, delivery = waiting
                 try:
