@@ -17,7 +17,7 @@ from lingualinked.planning.plan import Plan
 from lingualinked.planning.planner import solve
 from lingualinked.planning.prediction import step_s_of, value_of
 from lingualinked.planning.workload_costs import WorkloadCosts
-from lingualinked.profile import DeviceProfile
+from lingualinked.profile import DeviceProfile, Profile
 from lingualinked.telemetry.decisions import Migration, moves_between
 from lingualinked.workload import Objective, Workload
 
@@ -46,7 +46,7 @@ class Proposer:
     def __init__(self, objective: Objective, min_gain: float) -> None:
         self._objective = objective
         self._min_gain = min_gain
-        self._load_bytes_per_s = _LOAD_BYTES_PER_S
+        self._load_bytes_per_s: float | None = None
 
     def learn_load_rate(self, migration: Migration) -> None:
         """Learn from a migration how fast weights are loaded."""
@@ -141,8 +141,18 @@ class Proposer:
             link = live.link(move.source, move.target)
             kv_bytes += num_bytes
             copy_s += link.latency_s + link.transfer_s(num_bytes)
-        cost_s = max(loaded.values()) / self._load_bytes_per_s + copy_s + _STALL_STEPS * step_s
+        load_s = max(num_bytes / self._load_rate(live, target) for target, num_bytes in loaded.items())
+        cost_s = load_s + copy_s + _STALL_STEPS * step_s
         return cost_s if math.isfinite(cost_s) else math.inf, sum(loaded.values()) + kv_bytes
+
+    def _load_rate(self, live: Profile, device: str) -> float:
+        """Return the bytes of weights per second that a device loads; on another host, it may have to fetch them first."""
+        if self._load_bytes_per_s is not None:
+            return self._load_bytes_per_s
+        if live.device(device).device.address is None:
+            return _LOAD_BYTES_PER_S
+        links = [link.bandwidth_bytes_per_s or math.inf for link in live.links if link.target == device]
+        return min(_LOAD_BYTES_PER_S, max(links))
 
 
 def _in_flight(plan: Plan, num_sessions: int) -> Workload:

@@ -13,6 +13,7 @@ from lingualinked.display.profile_view import doubt_notes
 from lingualinked.planning.comparison import Comparison
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.prediction import Prediction
+from lingualinked.profile import Profile
 from lingualinked.quantities import bytes_text, count_text, seconds_text
 from lingualinked.tables import Rows
 
@@ -53,7 +54,7 @@ def plan_rows(plan: Plan) -> Rows:
             for index, stage in enumerate(predicted.stages)
         ],
         bars=[stage.decode_s / slowest if slowest else 0.0 for stage in predicted.stages],
-        notes=[*predicted.lines, *_solver_notes(plan), *doubt_notes(plan.profile)],
+        notes=[*_host_notes(plan.profile), *predicted.lines, *_solver_notes(plan), *doubt_notes(plan.profile)],
     )
 
 
@@ -154,6 +155,16 @@ def _add_legend(axes: Any) -> None:
 
 def _place(index: int, stage: Any) -> tuple[str, str, str, str]:
     return stage.device, str(index), f"[{stage.start}, {stage.end})", str(stage.end - stage.start)
+
+
+def _host_notes(profile: Profile) -> list[str]:
+    """Return a note that says where devices on other hosts are; none without such."""
+    found = []
+    for each in profile.devices:
+        if each.device.address is not None:
+            host = f" ({each.environment.host})" if each.environment is not None else ""
+            found.append(f"{each.device.name} at {each.device.address}{host}")
+    return [f"on other hosts: {', '.join(found)}"] if found else []
 
 
 def _solver_notes(plan: Plan) -> list[str]:
