@@ -59,10 +59,10 @@ def check_total_memory(
 
 
 def _total_memory(devices: Sequence[Device]) -> float:
-    """Sum the memory limits of devices; CPU devices without a limit share this machine's memory."""
+    """Sum the memory limits of devices; CPU devices without one share this machine's memory, and of other hosts' none is known."""
     limits = [device.memory_bytes for device in devices if device.memory_bytes is not None]
     unlimited = [device for device in devices if device.memory_bytes is None]
-    if any(device.accelerator != "cpu" for device in unlimited):
+    if any(device.accelerator != "cpu" or device.address is not None for device in unlimited):
         return math.inf
     return sum(limits) + (psutil.virtual_memory().total if unlimited else 0)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 import lingualinked as ll
@@ -98,11 +100,14 @@ def test_what_a_model_may_not_read_does_not_count(tmp_path: Path) -> None:
     check_total_memory(write(tmp_path, TENSORS, dtype="I64"), None, devices(1), None, 0.0)
 
 
-def test_where_memory_is_not_known_nothing_is_refused(tmp_path: Path) -> None:
+def test_where_memory_is_not_known_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, TENSORS)
     gpu = ll.Device(name="gpu", accelerator="cuda:0")
     check_total_memory(tmp_path, None, [*devices(1), gpu], None, 0.0)
     check_total_memory(tmp_path, None, devices(1, None), None, 0.0)  # this machine has more than 5 MiB
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1))
+    away = ll.Device(name="away", address="tcp://10.0.0.5:5600")
+    check_total_memory(tmp_path, None, [*devices(1), away], None, 0.0)  # however little this machine has
 
 
 def test_what_can_not_be_read_is_left_to_the_loader(tmp_path: Path) -> None:
