@@ -78,7 +78,7 @@ def arrange_supplies(
     for load in loads:
         lacking = subtract_ranges(needed[load.number], held.get(load.device, ()))
         for name, ranges in held.items():
-            if name == load.device or not engine.may_lend(name, load.device) or not _common(lacking, ranges):
+            if name == load.device or not _trusts(engine, load.device, name) or not _common(lacking, ranges):
                 continue
             lent = supplies[load.number][name] = _common(needed[load.number], ranges)
             message = ShareFiles(
@@ -125,9 +125,10 @@ def _describe(spec: ModelSpec, *, verify: bool = False) -> ModelSpec:
 
 
 def _find_files(engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: float) -> dict[str, FilesFound]:
-    """Ask all workers on other hosts what they have; those that do not answer have nothing."""
+    """Ask workers on other hosts what they have: those that load, and those they may fetch from; the silent have nothing."""
+    askable = {name for name in engine.fetching if any(_trusts(engine, each, name) for each in loading)}
     asked = []
-    for name in sorted(engine.fetching - engine.ended_devices()):
+    for name in sorted(askable - engine.ended_devices()):
         message = FindFiles(request=engine.next_request(), spec=spec)
         patience_s = timeout_s if name in loading else min(timeout_s, _FIND_S)
         asked.append((name, engine.request(name, message, "looking for files", patience_s)))
@@ -137,6 +138,11 @@ def _find_files(engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: f
         with contextlib.suppress(LingualinkedError):
             found[name] = cast("FilesFound", result_of(asked.pop(0)[1]))
     return found
+
+
+def _trusts(engine: Engine, borrower: str, source: str) -> bool:
+    """Return whether a worker may fetch files from another: what trusted ones have and hold comes from such and stays there."""
+    return (borrower in engine.trusted) == (source in engine.trusted)
 
 
 def _common(ranges: Iterable[ByteRange], others: Iterable[ByteRange]) -> tuple[ByteRange, ...]:

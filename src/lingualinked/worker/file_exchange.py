@@ -94,7 +94,8 @@ class FileExchange:
         def request_part(source: str, part: ByteRange, receipt: int) -> None:
             self._background.call_on_loop(lambda: self._request_part(request.request, source, part, receipt))
 
-        fetcher = PartFetcher(request.supplies, [each.name for each in request.spec.contents], request_part)
+        names = [content.name for content in request.spec.contents]
+        fetcher = PartFetcher(request.supplies, names, request_part, self._background.call_on_loop)
         self._fetchers[request.request] = fetcher
         return StageFiles(
             self._storage, fetcher, lambda: self._background.call_on_loop(lambda: self._end_load(request.request))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -66,6 +67,7 @@ class PartFetcher:
         supplies: Sequence[WeightSupply],
         file_names: Sequence[str],
         request_part: RequestPart,
+        call_on_loop: Callable[[Callable[[], None]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sources = {each.name: _Source(each.name) for each in supplies}
@@ -75,6 +77,8 @@ class PartFetcher:
         }
         self._file_names = file_names
         self._request_part = request_part
+        self._call_on_loop = call_on_loop
+        self._loop_answered: threading.Event | None = None  # asked in the turn before
         self.check_wanted: Callable[[], None] = lambda: None  # raises once the stage is no longer wanted
         self.on_fetched: Callable[[int], None] = lambda num_bytes: None  # told the bytes fetched so far
         self._num_fetched = 0
@@ -159,6 +163,7 @@ class PartFetcher:
         except queue.Empty:
             self._replace_silent()
             return
+        self._loop_answered = None
         source = self._sources[name]
         if isinstance(answer, str):
             self._fail(source, answer)
@@ -187,6 +192,14 @@ class PartFetcher:
 
     def _replace_silent(self) -> None:
         """Replace sources that have not answered for a while, if others have what they were asked for."""
+        # While a step holds up this worker's own loop, answers may be waiting there: it must have answered just now.
+        if self._loop_answered is None:
+            self._loop_answered = threading.Event()
+            self._call_on_loop(self._loop_answered.set)
+            return
+        if not self._loop_answered.is_set():
+            return
+        self._loop_answered = None
         now = self._clock()
         for source in self._sources.values():
             silent_s = now - source.heard_s

@@ -27,8 +27,16 @@ class Sources:
         self.answers: dict[str, Callable[[ByteRange], tuple[bytes, int, str] | None]] = {}
         self.shared = {each.name: SharedParts(ALL) for each in supplies}
         self.now = 0.0
-        self.fetcher = PartFetcher(supplies, ["a.safetensors", "b.safetensors"], self.request, lambda: self.now)
+        self.is_busy = False
+        self.fetcher = PartFetcher(
+            supplies, ["a.safetensors", "b.safetensors"], self.request, self.call, lambda: self.now
+        )
         self.got: dict[ByteRange, bytes] = {}
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """The loop, unless a step holds it up."""
+        if not self.is_busy:
+            callback()
 
     def request(self, source: str, part: ByteRange, receipt: int) -> None:
         self.asked[source] += 1
@@ -109,6 +117,25 @@ def test_a_source_that_fails_is_replaced_and_named_if_no_other_is_left(
     with pytest.raises(FetchError, match=rf"device 'bad' .*{why}.*; device 'good' has ended: it was killed") as caught:
         sources.fetch(ByteRange(1, 0, 10))
     assert "bytes [0, 10) of b.safetensors can't be fetched" in str(caught.value)
+
+
+def test_a_source_is_not_replaced_while_its_answers_wait_in_this_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingualinked.worker.part_fetcher._TURN_S", 0.001)
+    sources = Sources(supply("slow"), supply("other"))
+    for name in ("slow", "other"):
+        sources.answers[name] = lambda part: None
+    sources.is_busy = True
+    turns = iter(range(100))
+
+    def check_wanted() -> None:
+        sources.now += 10.0
+        if next(turns) == 99:
+            raise KeyError
+
+    sources.fetcher.check_wanted = check_wanted
+    with pytest.raises(KeyError):
+        sources.fetch()
+    assert not any(source.failure for source in sources.fetcher._sources.values())
 
 
 def test_what_nobody_has_is_named() -> None:
