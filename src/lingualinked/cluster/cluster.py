@@ -15,10 +15,8 @@ import weakref
 from collections.abc import Mapping, MutableSet, Sequence
 from typing import TYPE_CHECKING, Self
 
-from lingualinked.address import parse_advertised
-from lingualinked.checks import check_positive
 from lingualinked.cluster.closing import close_all, shut_down
-from lingualinked.cluster.devices import check_added_device, describe_cluster
+from lingualinked.cluster.devices import check_added_device, check_relays, describe_cluster
 from lingualinked.cluster.emulation import delayed_from, emulated_link, emulation_of
 from lingualinked.cluster.on_ray import OnRay
 from lingualinked.cluster.pending import result_of, results_of
@@ -99,16 +97,11 @@ class Cluster(OnRay):
         _forks: bool | None = None,
         _placement: RayPlacement | None = None,
     ) -> None:
-        described = describe_cluster(devices)
-        self.devices = described.devices
-        self.links = {**described.links, **check_links(links or {}, [device.name for device in self.devices])}
-        self.advertise = described.advertise if advertise is None else advertise
-        if self.advertise is not None:
-            parse_advertised(self.advertise, "advertise")
-        timeout_s = described.timeout_s if timeout_s is None else timeout_s
+        described = describe_cluster(devices, links=links, advertise=advertise, timeout_s=timeout_s)
+        self.devices, self.links, self.advertise = described.devices, described.links, described.advertise
+        self.timeout_s = DEFAULT_TIMEOUT_S if described.timeout_s is None else described.timeout_s
         self._behaving = {device.name: device for device in self.devices}  # as the workers do now
         self._changes = threading.Lock()  # one change at a time of what devices there are and how they behave
-        self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else check_positive(timeout_s, "timeout_s")
         if not isinstance(shared_memory, bool):
             raise ArgumentError(f"shared_memory={shared_memory!r} must be True or False")
         self._max_frame_bytes = check_frame_limit(max_frame_bytes)
@@ -264,6 +257,7 @@ class Cluster(OnRay):
             check_addition(device)
             behaving = {**self._behaving, device.name: device}
             known = {**self.links, **check_links(links or {}, behaving, device.name)}
+            check_relays(known, [*self.devices, device])
             try:
                 (device,) = self._workers.prepare([device])
                 behaving[device.name] = device

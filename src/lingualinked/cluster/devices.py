@@ -9,17 +9,21 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from lingualinked.address import parse_advertised
+from lingualinked.checks import check_positive
 from lingualinked.cluster_file import ClusterDescription, Devices, check_distinct, read_description
-from lingualinked.device import Device
+from lingualinked.device import Device, Links, check_links
 from lingualinked.errors import ArgumentError
 from lingualinked.processes.accelerators import check_accelerator, local_devices
 from lingualinked.processor import usable_cores
 
 
-def describe_cluster(devices: Devices) -> ClusterDescription:
+def describe_cluster(
+    devices: Devices, *, links: Links | None = None, advertise: str | None = None, timeout_s: float | None = None
+) -> ClusterDescription:
     """Return what is said of a cluster that is to run on these devices, each local one with its number of threads.
 
-    Raises ArgumentError for what can't be used.
+    What is given beside the devices takes precedence over a cluster file. Raises ArgumentError for what can't be used.
     """
     if isinstance(devices, ClusterDescription):
         described = devices
@@ -45,7 +49,36 @@ def describe_cluster(devices: Devices) -> ClusterDescription:
         check_distinct(device, described.devices[:number])
     num_local = sum(device.address is None for device in described.devices)
     filled = tuple(_filled(device, num_local) for device in described.devices)
-    return dataclasses.replace(described, devices=filled)
+    given = check_links(links or {}, [device.name for device in filled])
+    if advertise is not None:
+        parse_advertised(advertise, "advertise")
+    if timeout_s is not None:
+        check_positive(timeout_s, "timeout_s")
+    described = dataclasses.replace(
+        described,
+        devices=filled,
+        links={**described.links, **given},
+        advertise=described.advertise if advertise is None else advertise,
+        timeout_s=described.timeout_s if timeout_s is None else timeout_s,
+    )
+    check_relays(described.links, filled)
+    return described
+
+
+def check_relays(links: Links, devices: Sequence[Device]) -> None:
+    """Check that each relay has a daemon, and that one end at least is on another machine."""
+    remote = {device.name for device in devices if device.address is not None}
+    for ends, link in links.items():
+        if link.relay is None:
+            continue
+        if link.relay not in remote:
+            raise ArgumentError(
+                f"relay={link.relay!r} of the link {ends!r} is a local device, which has no daemon: choose from {sorted(remote)}"
+            )
+        if remote.isdisjoint(ends):
+            raise ArgumentError(
+                f"relay={link.relay!r} of the link {ends!r}: both ends are on this machine; leave it out"
+            )
 
 
 def check_added_device(device: Device, others: Sequence[Device]) -> Device:

@@ -183,21 +183,17 @@ def find_server_key(device: Device) -> str:
 
 
 def wrong_server_key(device: Device) -> str:
-    """Say that what answers at a device's address does not hold the key that it must, as loudly as ssh."""
+    """Say of whoever answers at a device's address that it does not hold the key that it must, as loudly as ssh."""
     assert device.address is not None
-    forget = "change server_key= of the device"
     if device.server_key is not None:
-        expected = f"{fingerprint(device.server_key)} of server_key="
+        expected, remedy = f"{fingerprint(device.server_key)} of server_key=", "change server_key= of the device"
     else:
-        known = known_hosts().get(device.address)
-        expected = (
-            f"{fingerprint(known.public_key)} of line {known.line} of {hosts_path()}" if known else f"of {hosts_path()}"
-        )
-        forget = f"run `lingualinked keys revoke {shlex.quote(device.address)}` and `lingualinked keys trust {shlex.quote(device.address)} PUBKEY`"
+        known, address = known_hosts().get(device.address), shlex.quote(device.address)
+        expected = f"{fingerprint(known.public_key)} of line {known.line} of {hosts_path()}" if known else "that it had"
+        remedy = f"run `lingualinked keys revoke {address}` and `lingualinked keys trust {address} PUBKEY`"
     return (
-        f"it does not hold the key {expected}. Another machine or program "
-        "may be answering in its place, so nothing was sent to it. If you know that its key has changed, compare the "
-        f"fingerprint there (`lingualinked keys list`) and {forget}"
+        f"it does not hold the key {expected}. Another machine or program may be answering in its place, so nothing was sent "
+        f"to it. If you know that its key has changed, compare the fingerprint there (`lingualinked keys list`) and {remedy}"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import lingualinked as ll
@@ -24,3 +26,30 @@ def test_a_daemon_runs_one_worker_for_a_caller() -> None:
         describe_cluster([NAS, again])
     with pytest.raises(ll.ArgumentError, match="'nas' and 'box' have one address"):
         check_added_device(again, [NAS])
+
+
+def test_a_relay_has_a_daemon_and_something_to_do() -> None:
+    here = [ll.Device(name="here"), ll.Device(name="there")]
+    hub = ll.Device(name="hub", address="tcp://hub:5600")
+    relayed = ll.Link(relay="hub")
+    assert describe_cluster([*here, NAS, hub], links={("here", "nas"): relayed}).links == {("here", "nas"): relayed}
+    assert describe_cluster([NAS, hub], links={("nas", "caller"): relayed})
+    with pytest.raises(
+        ll.ArgumentError, match=r"relay='there' .* is a local device, which has no daemon: choose from \['nas'\]"
+    ):
+        describe_cluster([*here, NAS], links={("here", "nas"): ll.Link(relay="there")})
+    with pytest.raises(ll.ArgumentError, match=r"both ends are on this machine"):
+        describe_cluster([*here, hub], links={("here", "there"): relayed})
+
+
+def test_arguments_take_precedence_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text(
+        "timeout_s = 5\nadvertise = 'a'\n[[devices]]\nname = 'x'\n[[devices]]\nname = 'y'\n"
+        "[[links]]\nsource = 'x'\ntarget = 'y'\nlatency = '1ms'\n[[links]]\nsource = 'y'\ntarget = 'x'\nlatency = '1ms'\n"
+    )
+    described = describe_cluster(path, links={("x", "y"): ll.Link(latency="2ms")}, advertise="b", timeout_s=6)
+    assert (described.advertise, described.timeout_s) == ("b", 6)
+    assert [link.latency_s for link in described.links.values()] == [2e-3, 1e-3]
+    kept = describe_cluster(path)
+    assert (kept.advertise, kept.timeout_s) == ("a", 5)
