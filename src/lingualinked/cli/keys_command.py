@@ -42,7 +42,7 @@ def authorize(
     key: PublicKey,
     name: Annotated[str | None, typer.Option(help="Name of the client in lists and logs.")] = None,
 ) -> None:
-    """Let the holder of a key use this machine's daemon, at once."""
+    """Let the holder of a key use this machine's daemon, also one that is running."""
     from lingualinked.transport.key_lists import authorize_client  # imports zmq
 
     public_key, named = _read_public_key(key)

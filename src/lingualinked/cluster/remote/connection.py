@@ -6,6 +6,7 @@ Knows one socket and its monitor, on one thread; neither other daemons nor what 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import enum
 import itertools
 import time
@@ -301,7 +302,8 @@ class DaemonConnection:
 
     def _send(self, message: ToDaemon) -> None:
         if self._phase is not _Phase.CLOSED:
-            self._socket.send(encode(message), zmq.DONTWAIT)
+            with contextlib.suppress(zmq.Again):  # the connection has been refused already, of which the monitor tells
+                self._socket.send(encode(message), zmq.DONTWAIT)
 
     def _close_sockets(self) -> None:
         if not self._socket.closed:

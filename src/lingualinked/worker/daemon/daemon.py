@@ -245,6 +245,7 @@ class Daemon:
     def _beat(self) -> None:
         if self._clients.refresh():
             self._door.admit(self._clients.names)
+            logger.info("now lets in %s", ", ".join(sorted(self._clients.names.values())) or "nobody")
         for caller in list(self._callers.values()):
             if caller.public_key not in self._clients.names:
                 how = "its client's key is not authorised any more"
