@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -27,8 +29,10 @@ def pair(daemons: Daemons) -> list[DaemonProcess]:
     return [daemons.start("--name", "first"), daemons.start("--name", "second")]
 
 
-def greedy(model: Any) -> torch.Tensor:
-    return model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)  # type: ignore[no-any-return]
+def generate(model: Any, num_tokens: int = 8) -> torch.Tensor:
+    return model.generate(  # type: ignore[no-any-return]
+        IDS, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+    )
 
 
 def test_two_daemons_give_the_tokens_of_the_uncut_model(
@@ -40,7 +44,7 @@ def test_two_daemons_give_the_tokens_of_the_uncut_model(
         ll.Cluster(devices) as cluster,
         ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False) as model,
     ):
-        assert torch.equal(greedy(model), greedy(unsharded))
+        assert torch.equal(generate(model), generate(unsharded))
         assert [device.threads for device in cluster.devices] == [1, 1]
         assert cluster._workers.launcher is None  # nothing is started here
         workers = [worker.pid for daemon in pair for worker in daemon.workers()]
@@ -57,4 +61,52 @@ def test_local_and_remote_devices_work_together(pair: list[DaemonProcess], tiny_
                 tiny_llama, cluster=cluster, plan=ll.Plan.from_spans(spans), progress=False
             ) as model,
         ):
-            assert torch.equal(greedy(model), greedy(unsharded))
+            assert torch.equal(generate(model), generate(unsharded))
+
+
+def test_layers_move_between_devices_that_come_later(
+    pair: list[DaemonProcess], tiny_llama: str, unsharded: Any
+) -> None:
+    """Onto a remote device that a local cluster takes in, to another one, and back, while tokens are generated."""
+    expected = generate(unsharded, 60)
+    with (
+        ll.Cluster([ll.Device(name="here", threads=1)]) as cluster,
+        ll.ShardedModel.from_pretrained(
+            tiny_llama, cluster=cluster, plan=ll.Plan.from_spans([("here", 0, 4)]), progress=False
+        ) as model,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for daemon, name in zip(pair, "ab", strict=True):
+            cluster.add(daemon.device(name))
+        assert set(cluster.pids) == {"here", "a", "b"}
+        for spans in (
+            [("here", 0, 1), ("a", 1, 4)],
+            [("b", 0, 3), ("a", 3, 4)],
+            [("a", 0, 2), ("b", 2, 4)],
+            [("here", 0, 4)],
+        ):
+            tokens = pool.submit(generate, model, 60)
+            model.rebalance(ll.Plan.from_spans(spans))
+            assert torch.equal(tokens.result(), expected)
+    assert [daemon.workers() for daemon in pair] == [[], []]
+
+
+def test_several_callers_and_models_at_once(pair: list[DaemonProcess], tiny_llama: str, unsharded: Any) -> None:
+    expected = generate(unsharded, 40)
+
+    def serve(first: str, second: str) -> list[torch.Tensor]:
+        devices = [daemon.device(name) for daemon, name in zip(pair, (first, second), strict=True)]
+        futures = []
+        plans = [ll.Plan.from_spans([(first, 0, k), (second, k, 4)]) for k in (1, 3)]
+        with ll.Cluster(devices) as cluster, ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as models:
+            for plan in plans:
+                models.enter_context(
+                    model := ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False)
+                )
+                futures.append(pool.submit(generate, model, 40))
+            return [future.result() for future in futures]
+
+    with ThreadPoolExecutor(2) as pool:
+        for tokens in [*pool.map(serve, "ac", "bd")]:
+            assert all(torch.equal(each, expected) for each in tokens)
+    assert [daemon.workers() for daemon in pair] == [[], []]
