@@ -131,15 +131,11 @@ class CachedFile:
         last = max([stop, *(each.stop for each in parts)])
         # Parts end where tensors do, so that this is a copy only when something else is read.
         view = target if (first, last) == (start, stop) else memoryview(bytearray(last - first))
-        position, source = first, self._open_data()
-        while position < last:
-            num_read = os.preadv(source, [view[position - first :]], position)
-            if not num_read:
-                self._drop(parts)
-            position += num_read
-        damaged = [
-            each for each in parts if checksum_bytes(view[each.start - first : each.stop - first]) != each.checksum
-        ]
+        damaged = []
+        for part in parts:  # one by one: what is in the processor's cache is checked at 59 GiB/s, what is not at 22
+            piece = view[part.start - first : part.stop - first]
+            if not self._read_piece(part.start, piece) or checksum_bytes(piece) != part.checksum:
+                damaged.append(part)
         if damaged:
             self._drop(damaged)
         if view is not target:
@@ -169,6 +165,16 @@ class CachedFile:
         """Close the file; what was written and not recorded is fetched again."""
         self.close_data()
         os.close(self._lock)
+
+    def _read_piece(self, start: int, target: memoryview) -> bool:
+        """Fill `target` with the bytes from `start` on; return False if the file ends before."""
+        data = self._open_data()
+        while target:
+            num_read = os.preadv(data, [target], start)
+            if not num_read:
+                return False
+            target, start = target[num_read:], start + num_read
+        return True
 
     def _open_data(self) -> int:
         if self._data is None:
