@@ -334,6 +334,35 @@ def test_a_mailbox_has_one_inbox_for_all_its_addresses() -> None:
         assert {take(box).sender, take(box).sender} == {"near", "far"}
 
 
+@pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)
+def test_a_connection_has_come_about_or_it_is_said_why_not(zmq_network: Network) -> None:
+    b = zmq_network.open("b", ["a"])
+    a = zmq_network.open("a", [])
+    a.connect("b", b.address, zmq_network.keys["b"].public)
+    while not a.is_connected("b"):  # bounded by the time limit
+        assert a.receive(WAIT_S) is None  # as after a wake
+    assert a.explain_unconnected("b") == ""
+    stranger = zmq_network.open("stranger", [])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nowhere = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    reasons = {}
+    for name, address, key in (
+        ("unwelcome", b.address, "b"),
+        ("another key", b.address, "c"),
+        ("nowhere", nowhere, "b"),
+    ):
+        stranger.connect(name, address, zmq_network.keys[key].public)
+    await_count(b, 2)
+    for name in ("unwelcome", "another key", "nowhere"):
+        assert not stranger.is_connected(name)
+        reasons[name] = stranger.explain_unconnected(name)
+    assert reasons == {
+        "unwelcome": "it refused the key",
+        "another key": "what listens there has another key, or is something else",
+        "nowhere": "connection refused: nothing listens there, or a firewall rejects it",
+    }
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux filters what comes to a socket")
 @pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)
 @pytest.mark.parametrize("spoken", [b"", GREETING[:12], GREETING], ids=["silent", "begun", "greeted"])

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import msgspec
 
+from lingualinked.errors import LingualinkedError
 from lingualinked.protocol.boot import GRACE_S, Boot, ForkWorker, Preload, WorkerEnded, WorkerForked, WorkerKey
 from lingualinked.worker.inheritance import shed_inheritance
 from lingualinked.worker.lifeline import Lifeline, end_process
@@ -220,6 +221,8 @@ class _WorkerForker:
                 self._detach_after_fork(cluster)
                 _become_worker(boot, cluster.channel)
                 status = 0
+            except LingualinkedError as error:  # raised on purpose: it says all
+                sys.stderr.write(f"{type(error).__name__}: {error}\n")
             except BaseException:  # noqa: BLE001 - this process must end here in any case
                 sys.excepthook(*sys.exc_info())
             finally:
