@@ -115,7 +115,7 @@ class Cluster(OnRay):
         try:
             self._workers = workers = ClusterWorkers(_class_names, forks=_forks, placement=_placement)
             ends.callback(workers.stop)
-            self.devices = workers.prepare(self.devices)
+            self.devices = workers.prepare(self.devices, self.links)
             self._behaving = {device.name: device for device in self.devices}
             # Imported only now: the workers import torch and zmq meanwhile.
             import lingualinked.cluster.engine  # noqa: F401 - before what an interrupt has to wait for
@@ -128,21 +128,20 @@ class Cluster(OnRay):
                 shared_memory,
                 self.advertise,
             )
+            engine.use_relays(workers.relay, workers.open_relay)
             engine.trusted = frozenset(device.name for device in self.devices if device.trusted)
             engine.fetching = frozenset(device.name for device in self.devices if device.address is not None)
             engine.expect_delays(delayed_from(CALLER, self._behaving, self.links))
             for device in self.devices:
                 engine.shape_link(device.name, emulated_link(None, device, self.links))
-            boots = [
-                self._boot(device, emulation_of(device.name, self._behaving, self.links)) for device in self.devices
-            ]
+            boots = [self._boot(device, self._behaving, self.links) for device in self.devices]
             uninterrupted(workers.start)(boots, engine.authorise_worker, engine.mark_dead)
         except BaseException:
             self._finalizer()
             raise
 
-    def _boot(self, device: Device, emulation: Emulation) -> Boot:
-        address, key = self._engine.address_for(device.name, self._workers.hosts.get(device.name))
+    def _boot(self, device: Device, behaving: Mapping[str, Device], links: Links) -> Boot:
+        address, key = self._engine.address_for(device.name, self._workers.hosts)
         return Boot(
             name=device.name,
             socket_folder=self._workers.socket_folder or "",
@@ -158,7 +157,7 @@ class Cluster(OnRay):
             max_frame_bytes=self._max_frame_bytes,
             shared_memory=self._shared_memory,
             log_level=logging.getLogger("lingualinked").getEffectiveLevel(),
-            emulation=emulation,
+            emulation=emulation_of(device.name, behaving, links),
         )
 
     @uninterrupted
@@ -259,13 +258,13 @@ class Cluster(OnRay):
             known = {**self.links, **check_links(links or {}, behaving, device.name)}
             check_relays(known, [*self.devices, device])
             try:
-                (device,) = self._workers.prepare([device])
+                (device,) = self._workers.prepare([device], known)
                 behaving[device.name] = device
                 self._engine.expect_worker(device.name)
                 self._engine.shape_link(device.name, emulated_link(None, device, known))
                 self._engine.expect_delays(delayed_from(CALLER, behaving, known))
                 self._announce(behaving, known)
-                self._workers.add(self._boot(device, emulation_of(device.name, behaving, known)))
+                self._workers.add(self._boot(device, behaving, known))
                 self._engine.wait_for_worker(device.name, self.timeout_s)
                 self._engine.trusted |= {device.name} if device.trusted else set()
                 self._engine.fetching |= {device.name} if device.address is not None else set()

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -125,13 +125,24 @@ class Engine:
         """Prepare for the worker of a device that is added."""
         self._call(lambda: self._exchange.expect_worker(device))
 
-    def address_for(self, device: str, host: RemoteHost | None) -> tuple[str, str]:
-        """Return the caller's address and public key for a device's worker, which is on this host or another one.
+    def use_relays(
+        self, relay: Callable[[str, str], str | None], open_relay: Callable[[str, str], concurrent.futures.Future[str]]
+    ) -> None:
+        """Lead messages of pairs for which ``relay`` names a device through that one, where ``open_relay`` opens a way."""
+        introductions = self._exchange.introductions
+        introductions.relay, introductions.open_relay = relay, open_relay
 
-        Raises ArgumentError or ResourceError if the caller can't listen where a worker on another host reaches it.
+    def address_for(self, device: str, hosts: Mapping[str, RemoteHost]) -> tuple[str, str]:
+        """Return the caller's address and public key for a device's worker; ``hosts`` are those of devices on other hosts.
+
+        Raises ArgumentError or ResourceError if the caller can't listen where they reach it.
         """
-        if host is not None:
-            self._call(lambda: self._exchange.locate_worker(device, host))
+        for name, host in hosts.items():
+            self._call(functools.partial(self._exchange.locate_worker, name, host))
+        hub = self._exchange.introductions.relay(device, CALLER)
+        if hub is not None and device in hosts:
+            opened = self._exchange.introductions.open_relay(hub, self._reach.address(CALLER, hub))
+            self._reach.add_relay(device, CALLER, opened.result(_START_S))
         return self._reach.address(CALLER, device), self._mailbox.public_key
 
     def authorise_worker(self, device: str, public_key: str) -> None:

@@ -87,7 +87,9 @@ class Exchange:
         self._reach = reach
         reach.add_party(CALLER, mailbox.address)
         self._connections = AwaitedConnections(mailbox)
-        self._introductions = Introductions(reach, self.public_keys, self._ask_to_meet, self._connections.add)
+        self.introductions = Introductions(
+            reach, self.public_keys, self._ask_to_meet, self._connect_worker, self._admit_worker
+        )
 
     def expect_worker(self, device: str) -> None:
         """Prepare for the worker of a device that is added."""
@@ -273,14 +275,7 @@ class Exchange:
             case Progress():
                 self._pending.progress(_key(message), message.num_done, time.monotonic())
             case Hello():
-                if sender in self.addresses:
-                    raise ProtocolError(f"{sender!r} has said hello before")
-                self._reach.add_party(sender, message.address)
-                self._mailbox.connect(sender, self._reach.address(sender, CALLER), self.public_keys[sender])
-                self.addresses[sender] = message.address
-                self.environments[sender] = readable_environment(message.environment)
-                self.pids[sender] = message.pid
-                self._introduce(sender)
+                self._greet(message, sender)
             case FetchPart():
                 self.files.send_part(message, sender)
             case Ping():
@@ -317,6 +312,16 @@ class Exchange:
         if not fits:
             raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
 
+    def _greet(self, message: Hello, sender: str) -> None:
+        if sender in self.pids:
+            raise ProtocolError(f"{sender!r} has said hello before")
+        self._reach.add_party(sender, message.address)
+        if not self._reach.uses_network(CALLER, sender):  # otherwise perhaps through a relay
+            self._mailbox.connect(sender, message.address, self.public_keys[sender])
+        self.environments[sender] = readable_environment(message.environment)
+        self.pids[sender] = message.pid
+        self._introduce(sender)
+
     def _introduce(self, device: str) -> None:
         """Introduce a worker and those that are there to each other; it is ready once all have acknowledged it."""
 
@@ -326,7 +331,23 @@ class Exchange:
             if device in self.settled:
                 self.settled[device].set()
 
-        self._introductions.introduce(device, self.addresses.keys() - self.ended.keys() - {device}, ready)
+        self.introductions.introduce(device, ready)
+
+    def _connect_worker(self, device: str) -> Future[str]:
+        """Connect to a worker that has said where it is, unless it is connected; the future says why that failed, if so."""
+        why_not: Future[str] = Future()
+        if self._reach.uses_network(CALLER, device):
+            self._mailbox.connect(device, self._reach.address(device, CALLER), self.public_keys[device])
+            self._connections.add(device, why_not.set_result)
+        else:
+            why_not.set_result("")
+        return why_not
+
+    def _admit_worker(self, device: str) -> set[str]:
+        """Let others send to a worker, now that it is connected; return the others that are there."""
+        others = self.addresses.keys() - self.ended.keys()
+        self.addresses[device] = self._reach.address(device, CALLER)
+        return others
 
     def _ask_to_meet(self, device: str, make: Callable[[int], Introduction], what: str) -> Future[object]:
         message = make(next(self._numbers))

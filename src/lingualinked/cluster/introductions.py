@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from lingualinked.cluster.reach import Reach
 from lingualinked.cluster.remote_text import readable
@@ -20,40 +21,42 @@ from lingualinked.protocol.messages import (
     ListenOverNetwork,
     PeerConnected,
 )
-from lingualinked.transport.tcp_listener import TcpEndpoint
 
 Introduction = IntroduceWorker | ConnectPeer | ListenOverNetwork
-_Ask = Callable[[str, Callable[[int], Introduction], str], "Future[object]"]
-_Request = tuple[str, Callable[[int], Introduction], str]  # to whom, what by its number, and in words
-_Steps = Generator[Sequence[_Request], Sequence[object], None]  # requests, and then their answers
+_Steps = Generator[Sequence[Future[Any]], Sequence[object], None]  # what each step waits for; and the results of that
 
 
 class Introductions:
-    """Introduces workers to each other, each pair in steps, all of which are requests that both answer.
+    """Introduces workers to each other, each pair in steps.
 
-    ``ask`` sends a request, made from its number, to a worker; ``await_connection`` tells why the caller is not connected to
-    a worker, or an empty text once it is.
+    ``ask`` sends a request, made from its number, to a worker. ``connect`` connects the caller to a worker, and says why that
+    did not work, or an empty text. ``admit`` is told of a worker that the caller is connected to, and returns the others.
     """
 
     def __init__(
         self,
         reach: Reach,
         public_keys: Mapping[str, str],
-        ask: _Ask,
-        await_connection: Callable[[str, Callable[[str], None]], None],
+        ask: Callable[[str, Callable[[int], Introduction], str], Future[object]],
+        connect: Callable[[str], Future[str]],
+        admit: Callable[[str], Collection[str]],
     ) -> None:
         self._reach = reach
         self._public_keys = public_keys
         self._ask = ask
-        self._await_connection = await_connection
+        self._connect = connect
+        self._admit = admit
+        # Through which device one party reaches another one, and what opens a relay there to an address.
+        self.relay: Callable[[str, str], str | None] = lambda source, target: None
+        self.open_relay: Callable[[str, str], Future[str]]
 
-    def introduce(self, device: str, others: Collection[str], on_ready: Callable[[Exception | None], None]) -> None:
-        """Introduce a worker and others to each other; call ``on_ready`` in the end, with the first error if there was one.
+    def introduce(self, device: str, on_ready: Callable[[Exception | None], None]) -> None:
+        """Introduce a worker and all others to each other; call ``on_ready`` in the end, with the first error if there was one.
 
         A worker that dies meanwhile holds nobody up.
         """
         outcomes: list[Exception] = []
-        waiting = set(others)
+        waiting: set[str] = set()
 
         def introduced(other: str, error: Exception | None) -> None:
             waiting.discard(other)
@@ -62,43 +65,61 @@ class Introductions:
             if not waiting:
                 on_ready(outcomes[0] if outcomes else None)
 
-        def caller_connected(reason: str) -> None:
-            if reason:
-                on_ready(UnreachableError(CALLER, device, self._reach.address(device, CALLER), reason))
-                return
-            if not waiting:
-                on_ready(None)
-            for other in sorted(others):
-                self._run(self._steps(device, other), functools.partial(introduced, other))
+        def met_caller(error: Exception | None) -> None:
+            others = [] if error is not None else sorted(self._admit(device))
+            waiting.update(others)
+            if not others:
+                on_ready(error)
+            for other in others:
+                self._run(self._meet(device, other), functools.partial(introduced, other))
 
-        if self._reach.uses_network(CALLER, device):
-            self._await_connection(device, caller_connected)
-        else:
-            caller_connected("")
+        self._run(self._meet_caller(device), met_caller)
 
-    def _steps(self, one: str, other: str) -> _Steps:
-        # 1) the one that is on this host listens where the other one reaches it
-        missing = self._reach.missing_endpoint(one, other)
-        if missing is not None:
-            name, endpoint = missing
-            (answer,) = yield [self._listening(name, endpoint)]
-            assert isinstance(answer, Listening)
-            self._reach.add_endpoint(name, endpoint.host, answer.address)
-        # 2) each accepts the other: only then may one connect, since a refusal is final
+    def _meet_caller(self, device: str) -> _Steps:
+        yield from self._lead_through_relay(CALLER, device)
+        (why_not,) = yield [self._connect(device)]
+        if why_not:
+            raise UnreachableError(CALLER, device, self._reach.address(device, CALLER), str(why_not))
+
+    def _meet(self, one: str, other: str) -> _Steps:
         pairs = [(one, other), (other, one)]
-        yield [self._introduction(*pair) for pair in pairs]
+        # 1) the one that is on this host listens where the other one reaches it; or a relay does
+        yield from self._listen(one, other)
+        for pair in pairs:
+            yield from self._lead_through_relay(*pair)
+        # 2) each accepts the other: only then may one connect, since a refusal is final
+        yield [self._introduce(*pair) for pair in pairs]
         # 3) over a network it may turn out that one can't reach the other
         if self._reach.uses_network(one, other):
-            answers = yield [self._connecting(*pair) for pair in pairs]
+            answers = yield [
+                self._ask(to, functools.partial(ConnectPeer, name=about), f"connecting to {about!r}")
+                for to, about in pairs
+            ]
             for (to, about), connected in zip(pairs, answers, strict=True):
                 assert isinstance(connected, PeerConnected)
                 if connected.why_not:
                     raise UnreachableError(to, about, self._reach.address(about, to), readable(connected.why_not))
 
-    def _listening(self, name: str, endpoint: TcpEndpoint) -> _Request:
-        return name, lambda request: ListenOverNetwork(request=request, endpoint=endpoint), "listening over the network"
+    def _listen(self, one: str, other: str) -> _Steps:
+        missing = self._reach.missing_endpoint(one, other)
+        if missing is not None:
+            name, endpoint = missing
 
-    def _introduction(self, to: str, about: str) -> _Request:
+            def make(request: int) -> ListenOverNetwork:
+                return ListenOverNetwork(request=request, endpoint=endpoint)
+
+            (answer,) = yield [self._ask(name, make, "listening over the network")]
+            assert isinstance(answer, Listening)
+            self._reach.add_endpoint(name, endpoint.host, answer.address)
+
+    def _lead_through_relay(self, source: str, target: str) -> _Steps:
+        hub = self.relay(source, target)
+        if hub is not None and self._reach.uses_network(source, target):
+            yield from self._listen(target, hub)
+            (address,) = yield [self.open_relay(hub, self._reach.address(target, hub))]
+            self._reach.add_relay(source, target, str(address))
+
+    def _introduce(self, to: str, about: str) -> Future[object]:
         def make(request: int) -> IntroduceWorker:
             return IntroduceWorker(
                 request=request,
@@ -108,24 +129,20 @@ class Introductions:
                 same_host=self._reach.shares_host(about, to),
             )
 
-        return to, make, f"the introduction of {about!r}"
-
-    def _connecting(self, to: str, about: str) -> _Request:
-        return to, lambda request: ConnectPeer(request=request, name=about), f"connecting to {about!r}"
+        return self._ask(to, make, f"the introduction of {about!r}")
 
     def _run(
         self, steps: _Steps, on_done: Callable[[Exception | None], None], answers: Sequence[object] | None = None
     ) -> None:
-        """Make the requests of each step once all of the step before are answered; stop at the first error."""
+        """Go on with each step once all that the one before waits for is there; stop at the first error."""
         try:
-            requests = next(steps) if answers is None else steps.send(answers)
+            futures = next(steps) if answers is None else steps.send(answers)
         except StopIteration:
             on_done(None)
             return
         except LingualinkedError as error:
             on_done(error)
             return
-        futures = [self._ask(*request) for request in requests]
         left = len(futures)
 
         def answered(_: Future[object]) -> None:

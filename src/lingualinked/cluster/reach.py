@@ -34,6 +34,7 @@ class Reach:
         self._remote: dict[str, RemoteHost] = {}
         self._addresses: dict[str, str] = {}  # as parties say them
         self._endpoints: dict[tuple[str, str], str] = {}  # by party of this host, and the address of the host
+        self._relays: dict[tuple[str, str], str] = {}  # addresses, by who connects and to whom
 
     def add_remote(self, name: str, host: RemoteHost) -> None:
         """Record where a device is, before its worker has said hello."""
@@ -49,11 +50,16 @@ class Reach:
         """Record that a party of this host listens for devices that reach the host at this address of it."""
         self._endpoints[name, local_host] = address
 
+    def add_relay(self, source: str, target: str, address: str) -> None:
+        """Record that one party reaches another one at the address of a relay."""
+        self._relays[source, target] = address
+
     def forget(self, name: str) -> None:
         """Forget a device and its worker."""
         self._remote.pop(name, None)
         self._addresses.pop(name, None)
         self._endpoints = {key: address for key, address in self._endpoints.items() if key[0] != name}
+        self._relays = {key: address for key, address in self._relays.items() if name not in key}
 
     def shares_host(self, one: str, other: str) -> bool:
         """Whether two parties can share memory."""
@@ -73,6 +79,8 @@ class Reach:
 
     def address(self, of: str, seen_from: str) -> str:
         """Return the address by which a party reaches another one, which has said what it knows."""
+        if (seen_from, of) in self._relays:
+            return self._relays[seen_from, of]
         remote = self._remote.get(of)
         if remote is not None:
             return str(Address(remote.host, parse_address(self._addresses[of], "address", wildcard=True).port))

@@ -5,12 +5,14 @@ Knows who starts which; not what the workers do. Workers start before the caller
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lingualinked.address import parse_advertised
-from lingualinked.device import Device
+from lingualinked.address import Address, parse_address, parse_advertised
+from lingualinked.device import Device, Links
+from lingualinked.errors import ArgumentError
 from lingualinked.host_id import host_id
 from lingualinked.processes.launch import Launcher
 from lingualinked.protocol.boot import Boot
@@ -34,6 +36,7 @@ class ClusterWorkers:
     def __init__(
         self, class_names: tuple[str, ...], *, forks: bool | None = None, placement: RayPlacement | None = None
     ) -> None:
+        self._links: Links = {}
         self._class_names = class_names
         self._forks = forks
         self.placement = placement  # of devices by Ray
@@ -46,11 +49,14 @@ class ClusterWorkers:
         self._on_end: _Report = lambda name, how: None
         self._has_started = False
 
-    def prepare(self, devices: Sequence[Device]) -> tuple[Device, ...]:
+    def prepare(self, devices: Sequence[Device], links: Links) -> tuple[Device, ...]:
         """Make ready to start workers on devices; return the devices with what daemons have decided about them.
+
+        ``links`` are all of the cluster's, of which some lead through a relay.
 
         Raises `ResourceError`, and for devices on other hosts also `DaemonError` and `ArgumentError`.
         """
+        self._links = links
         if self.launcher is None and any(device.address is None for device in devices):
             self.launcher = Launcher(self._class_names, forks=self._forks)
             if self._has_started:
@@ -81,6 +87,31 @@ class ClusterWorkers:
     def socket_folder(self) -> str | None:
         """Where the sockets of the cluster's processes on this host are to lie; ``None`` if it starts none here."""
         return None if self.launcher is None else self.launcher.socket_folder
+
+    def relay(self, source: str, target: str) -> str | None:
+        """Return the device through which one party reaches another one; ``None``: directly."""
+        link = self._links.get((source, target))
+        return None if link is None else link.relay
+
+    def open_relay(self, hub: str, address: str) -> concurrent.futures.Future[str]:
+        """Have a device's daemon forward bytes to an address; the future gets the address at which it is reached."""
+        relayed: concurrent.futures.Future[str] = concurrent.futures.Future()
+        if self._remote is None or hub not in self.hosts:
+            relayed.set_exception(
+                ArgumentError(f"relay={hub!r} of a link is a device of this host: name one with an address")
+            )
+            return relayed
+        host = self.hosts[hub].host
+
+        def opened(port: concurrent.futures.Future[int]) -> None:
+            error = port.exception()
+            if error is None:
+                relayed.set_result(str(Address(host, port.result())))
+            else:
+                relayed.set_exception(error)
+
+        self._remote.open_relay(hub, parse_address(address, "address of a party")).add_done_callback(opened)
+        return relayed
 
     def shares_host(self, name: str) -> bool:
         """Whether a device's worker can share memory with this process."""

@@ -68,6 +68,14 @@ class BootWorker(Message, frozen=True, tag=3):
     boot: Boot
 
 
+class OpenRelay(Message, frozen=True, tag=7):
+    """Listen for a party, and forward its bytes to this numeric address, for as long as this connection lasts."""
+
+    number: Natural
+    host: str
+    port: Natural
+
+
 class Leave(Message, frozen=True, tag=4):
     """End the worker of this connection; the answer is `Left`."""
 
@@ -115,12 +123,20 @@ class Beat(Message, frozen=True, tag=21):
     """The daemon is there, and its caller can still be reached: what can't be sent ends the caller's lease."""
 
 
+class RelayOpened(Message, frozen=True, tag=23):
+    """Answer to `OpenRelay`: the port at which others reach the relay, or why there is none."""
+
+    number: Natural
+    port: Natural | None
+    reason: str
+
+
 class Left(Message, frozen=True, tag=22):
     """Answer to `Leave`: the worker has ended."""
 
 
-ToDaemon = Enter | StartWorker | BootWorker | Leave
-FromDaemon = Entered | WorkerLeased | Refused | WorkerKeyMade | WorkerEnded | Beat | Left
+ToDaemon = Enter | StartWorker | BootWorker | OpenRelay | Leave
+FromDaemon = Entered | WorkerLeased | Refused | WorkerKeyMade | WorkerEnded | Beat | RelayOpened | Left
 
 _M = TypeVar("_M")
 _encoder = msgspec.msgpack.Encoder()

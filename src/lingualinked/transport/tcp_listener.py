@@ -73,6 +73,17 @@ class TcpListener:
         finally:
             zmq_socket.set(zmq.USE_FD, -1)
 
+    def fileno(self) -> int:
+        """Return the descriptor to poll for input."""
+        return self._socket.fileno()
+
+    def accept(self) -> socket.socket | None:
+        """Accept a connection without libzmq; return None if none has come, or if it has ended already."""
+        try:
+            return self._socket.accept()[0]
+        except OSError:
+            return None
+
     def close(self) -> None:
         """Close this end of the socket; does nothing the second time."""
         self._socket.close()

@@ -52,6 +52,7 @@ TO_DAEMON = [
     daemon.Enter(versions=installed_versions()),
     daemon.StartWorker(name="a", class_names=("LlamaForCausalLM",), memory_bytes=2**40, threads=None),
     daemon.BootWorker(boot=BOOT),
+    daemon.OpenRelay(number=3, host="::1", port=65535),
     daemon.Leave(),
 ]
 FROM_DAEMON = [
@@ -61,6 +62,7 @@ FROM_DAEMON = [
     daemon.WorkerKeyMade(name="a", public_key="key"),
     daemon.WorkerEnded(name="a", how="exit status 1"),
     daemon.Beat(),
+    daemon.RelayOpened(number=3, port=None, reason="no port is free"),
     daemon.Left(),
 ]
 

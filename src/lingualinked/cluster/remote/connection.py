@@ -34,7 +34,9 @@ from lingualinked.protocol.daemon import (
     HostFacts,
     Leave,
     Left,
+    OpenRelay,
     Refused,
+    RelayOpened,
     StartWorker,
     ToDaemon,
     WorkerEnded,
@@ -127,6 +129,7 @@ class DaemonConnection:
         self._phase = _Phase.CONNECTING
         self._num_failed_handshakes = 0
         self._entered: Entered | None = None
+        self._relays: dict[int, concurrent.futures.Future[int]] = {}  # asked for
         self._heard_s = time.monotonic()
         self._answer_by_s = deadline_s
         self._monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
@@ -164,6 +167,12 @@ class DaemonConnection:
         """Tell the worker who it is."""
         self._send(BootWorker(boot=boot))
 
+    def open_relay(self, target: Address, opened: concurrent.futures.Future[int]) -> None:
+        """Ask for a relay to an address; ``opened`` gets the port at which others reach it, or a DaemonError."""
+        number = next(_numbers)
+        self._relays[number] = opened
+        self._send(OpenRelay(number=number, host=target.host, port=target.port))
+
     def leave(self) -> None:
         """End the worker; `left` is done once it has ended."""
         if self._phase in (_Phase.CONNECTING, _Phase.HANDSHAKE):
@@ -176,6 +185,9 @@ class DaemonConnection:
         if self._phase is not _Phase.CLOSED:
             self._phase = _Phase.CLOSED
             self._close_sockets()
+            for opened in self._relays.values():
+                opened.set_exception(self._error("it ended before it had opened a relay"))
+            self._relays.clear()
             self.left.set_result(None)
 
     def read(self) -> None:
@@ -268,6 +280,12 @@ class DaemonConnection:
                     self.leave()
             case WorkerEnded():
                 self._end(message.how)
+            case RelayOpened():
+                opened = self._relays.pop(message.number, None)
+                if opened is not None and message.port is not None:
+                    opened.set_result(message.port)
+                elif opened is not None:
+                    opened.set_exception(self._error(message.reason))
             case Left():
                 self.close()
 
@@ -287,9 +305,12 @@ class DaemonConnection:
         self._on_end(self.name, how)
         self.close()
 
-    def _fail(self, cause: str) -> None:
+    def _error(self, cause: str) -> DaemonError:
         assert self._device.address is not None
-        error = DaemonError(self.name, self._device.address, cause)
+        return DaemonError(self.name, self._device.address, cause)
+
+    def _fail(self, cause: str) -> None:
+        error = self._error(cause)
         if not self.leased.done():
             self.leased.set_exception(error)
             self.close()

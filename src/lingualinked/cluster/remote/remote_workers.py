@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import zmq
 
+from lingualinked.address import Address
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.remote.connection import DaemonConnection, KnownDaemon, Lease, NotConnectedError
 from lingualinked.cluster.remote.resolving import PROBE_S, resolve_address, why_unreachable
 from lingualinked.device import Device
-from lingualinked.errors import ClosedError, DaemonError
+from lingualinked.errors import ClosedError, DaemonError, WorkerDiedError
 from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.boot import GRACE_S, Boot
 from lingualinked.protocol.daemon import ANSWER_S
@@ -117,6 +118,20 @@ class RemoteWorkers:
             self._unreported.clear()
 
         self._post(report)
+
+    def open_relay(self, hub: str, target: Address) -> concurrent.futures.Future[int]:
+        """Have a device's daemon forward bytes to an address; the future gets the port at which it is reached."""
+        opened: concurrent.futures.Future[int] = concurrent.futures.Future()
+
+        def open_it() -> None:
+            if hub in self._connections:
+                self._connections[hub].open_relay(target, opened)
+            else:
+                opened.set_exception(WorkerDiedError(hub, "its daemon has ended"))
+
+        if not self._post(open_it):
+            opened.set_exception(ClosedError("the cluster is closed: make a new one"))
+        return opened
 
     def boot(self, boot: Boot) -> None:
         """Tell the worker of that name who it is."""

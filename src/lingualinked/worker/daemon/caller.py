@@ -8,11 +8,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from lingualinked.address import Address, parse_address
+from lingualinked.errors import ResourceError
 from lingualinked.processes.launch import Launcher
 from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.daemon import StartWorker, WorkerLeased
+from lingualinked.transport.relay import Relay
+from lingualinked.transport.tcp_listener import TcpEndpoint
 
+_MOST_RELAYS = 64
 Report = Callable[["Caller", str], None]
 
 
@@ -28,6 +33,7 @@ class Caller:
         self.limits: WorkerLeased | None = None  # of the worker
         self.is_ending = False
         self._launcher: Launcher | None = None
+        self._relays: list[Relay] = []
 
     def __str__(self) -> str:
         return f"{self.client} at {self.host}"
@@ -51,15 +57,30 @@ class Caller:
         assert self._launcher is not None
         self._launcher.boot(boot)
 
+    def open_relay(self, endpoint: TcpEndpoint, target: Address) -> int:
+        """Forward bytes to an address while the lease lasts; return the port at which others reach the relay.
+
+        Raises ResourceError or ArgumentError if there are too many, or it can't listen.
+        """
+        if len(self._relays) >= _MOST_RELAYS:
+            raise ResourceError(f"a caller has {_MOST_RELAYS} relays at most")
+        relay = Relay(endpoint, target)
+        self._relays.append(relay)
+        return parse_address(relay.address, "address of a relay", wildcard=True).port
+
     def end_worker(self, then: Callable[[], None]) -> threading.Thread | None:
-        """End its worker, on a thread, and call ``then``; at once if there is none. Return the thread."""
+        """End its worker and its relays, on a thread, and call ``then``; at once if there are none. Return the thread."""
         launcher, self._launcher = self._launcher, None
-        if launcher is None:
+        relays, self._relays = self._relays, []
+        if launcher is None and not relays:
             then()
             return None
 
         def end() -> None:
-            launcher.stop()
+            for relay in relays:
+                relay.close()
+            if launcher is not None:
+                launcher.stop()
             then()
 
         thread = threading.Thread(target=end, name="lingualinked-ending", daemon=True)

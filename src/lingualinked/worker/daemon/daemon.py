@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -16,7 +17,8 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from lingualinked.errors import LingualinkedError, ProtocolError
+from lingualinked.address import Address
+from lingualinked.errors import LingualinkedError, ProtocolError, UnsupportedOperationError
 from lingualinked.processes.launch import kept_fork_server
 from lingualinked.protocol.boot import GRACE_S, WeightFolders
 from lingualinked.protocol.daemon import (
@@ -27,7 +29,9 @@ from lingualinked.protocol.daemon import (
     FromDaemon,
     Leave,
     Left,
+    OpenRelay,
     Refused,
+    RelayOpened,
     StartWorker,
     ToDaemon,
     WorkerEnded,
@@ -157,6 +161,8 @@ class Daemon:
             self._start_worker(caller, message)
         elif isinstance(message, BootWorker):
             self._boot_worker(caller, message)
+        elif isinstance(message, OpenRelay):
+            self._open_relay(caller, message)
         else:
             self._dismiss(caller, "left", lambda: self._send(routing_id, Left()))
 
@@ -231,6 +237,20 @@ class Daemon:
                 ),
             )
         )
+
+    def _open_relay(self, caller: Caller, message: OpenRelay) -> None:
+        options, port, reason = self._options, None, ""
+        try:
+            if not options.allows_relays:
+                raise UnsupportedOperationError("it does not relay: start it with --relay")
+            target = Address(str(ipaddress.ip_address(message.host)), message.port)
+            endpoint = TcpEndpoint(host=options.bind.host, ports=options.ports, advertise=options.advertise)
+            port = caller.open_relay(endpoint, target)
+            logger.info("%s relays to %s", caller, target)
+        except (LingualinkedError, ValueError) as error:
+            reason = str(error)
+            logger.warning("%s gets no relay to %s: %s", caller, message.host, reason)
+        self._send(caller.routing_id, RelayOpened(number=message.number, port=port, reason=reason))
 
     def _report_key(self, caller: Caller, public_key: str) -> None:
         if not caller.is_ending:
