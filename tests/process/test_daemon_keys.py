@@ -15,6 +15,7 @@ import torch
 import lingualinked as ll
 from daemons import DaemonProcess
 from lingualinked.public_key import fingerprint
+from lingualinked.transport.announcing import Announcement, find_announced
 from lingualinked.transport.key_files import make_key
 from lingualinked.transport.key_lists import hosts_path, trust_daemon
 from lingualinked.transport.keys import generate_keypair
@@ -83,3 +84,16 @@ def test_a_daemon_that_does_not_hold_the_known_key_is_loud(daemon: DaemonProcess
     with pytest.raises(ll.DaemonError, match=expected):
         ll.Cluster(daemon.address)
     assert not daemon.workers()
+
+
+def test_a_daemon_that_announces_itself_is_found_and_not_trusted(home: Path) -> None:
+    with DaemonProcess(home / "theirs", "", "--name", "nas", "--announce") as daemon:
+        daemon.wait_until_it_listens()
+        found: list[Announcement] = []
+        for _ in range(10):
+            found = [each for each in find_announced(1.0, "127.0.0.1") if each.address == daemon.address]
+            if found:
+                break
+        assert [(each.name, each.fingerprint) for each in found] == [("nas", fingerprint(daemon.server_key))]
+        with pytest.raises(ll.ArgumentError, match="is not known"):
+            ll.Cluster(found[0].address)
