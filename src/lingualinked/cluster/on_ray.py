@@ -67,7 +67,7 @@ class OnRay:
         Returns
         -------
         Cluster
-            With devices that are named after their nodes and numbered; `ray` has those that are started again later.
+            With devices that are named after their nodes and numbered; its `ray` restarts those that die.
 
         Raises
         ------

@@ -36,9 +36,12 @@ class DaemonActor:
         self._options = options
         self._start()
 
-    def listen(self) -> str:
-        """Return where the daemon listens, ``tcp://HOST:PORT#PUBLIC-KEY``; start another one if it has ended."""
-        if self._daemon.poll() is not None:
+    def listen(self, ended: str = "") -> str:
+        """Return where the daemon listens, ``tcp://HOST:PORT#PUBLIC-KEY``, once it is not where one ``ended`` that did."""
+        if self._line == ended:
+            assert self._daemon.stdin is not None
+            self._daemon.stdin.close()  # it ends, if it has not yet
+            self._daemon.wait()
             self._start()
         return self._line
 

@@ -114,7 +114,7 @@ class RayPlacement:
         self._demand, self._timeout_s = demand, timeout_s
         self._actors: list[Any] = []
         self._lines = [""] * num_devices  # where their daemons were last heard to listen
-        self._num_lives = [0] * num_devices
+        self._num_lives = [1] * num_devices
         self._group = ray.util.placement_group([demand.bundle()] * num_devices, strategy=strategy)
         try:
             # 1) let Ray choose a node for each
@@ -133,31 +133,45 @@ class RayPlacement:
                 arguments = (*demand.daemon_options(), "--authorize", self.keys.public)
                 self._actors.append(actor.options(**options).remote(*arguments))
             # 3) hear where they listen
-            self.devices = self.restarted()
+            self._lines = self._ask([each.listen.remote() for each in self._actors])
+            self.devices = tuple(self._device(index) for index in range(num_devices))
         except BaseException:
             self.close()
             raise
 
-    def restarted(self) -> tuple[Device, ...]:
-        """Return the devices that were started since the last call, each under a name of its own, to be added to the cluster.
+    def restart(self, name: str) -> Device:
+        """Return the device that takes the place of one whose worker has died, to be added to the cluster.
 
-        Ray starts an actor again that has died; a daemon whose worker has died is replaced now.
+        Ray starts an actor again that has died, on the same node or another one; otherwise a new daemon is started in it. What is
+        left of the device is ended.
+
+        Parameters
+        ----------
+        name : str
+            Of the device that has died (`WorkerDiedError.device`).
+
+        Returns
+        -------
+        Device
+            With a name of its own: ``"gpu-box-1.2"`` after ``"gpu-box-1"``.
 
         Raises
         ------
+        ArgumentError
+            If Ray has placed no such device, or it was restarted before.
         ResourceError
             If a daemon could not be started.
         StepTimeoutError
-            If one does not listen within the time allowed, such as while no node has room for it.
+            If it does not listen within the time allowed, such as while no node has room for it.
         """
-        lines = self._ask([each.listen.remote() for each in self._actors])
-        changed = [index for index, line in enumerate(lines) if line != self._lines[index]]
-        devices = []
-        for index in changed:
-            self._lines[index] = lines[index]
-            self._num_lives[index] += 1
-            devices.append(self._device(index))
-        return tuple(devices)
+        names = [device.name for device in self.devices]
+        if name not in names:
+            raise ArgumentError(f"Ray has placed no device {name!r}: choose from {names}")
+        index = names.index(name)
+        (self._lines[index],) = self._ask([self._actors[index].listen.remote(self._lines[index])])
+        self._num_lives[index] += 1
+        self.devices = (*self.devices[:index], self._device(index), *self.devices[index + 1 :])
+        return self.devices[index]
 
     def close(self) -> None:
         """Return to Ray what it has lent; does nothing if this process has left that Ray cluster meanwhile."""

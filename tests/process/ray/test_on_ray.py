@@ -109,7 +109,7 @@ def test_what_has_died_is_started_again_and_can_be_added(nodes: Nodes, num_above
                 model.generate(ids, max_new_tokens=8)
         except ll.WorkerDiedError as error:
             say(error.device == second)
-    (device,) = cluster.ray.restarted()
+    device = cluster.ray.restart(second)
     cluster.add(device)
     say(device.name == second + ".2")
     plan = ll.Plan.from_spans([(first, 0, 4), (device.name, 4, 8)])
