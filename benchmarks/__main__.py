@@ -76,6 +76,19 @@ def hops(
 
 
 @app.command()
+def fetching(
+    sources: Annotated[
+        int, typer.Option(min=1, help="The most sources: the caller, and daemons that have the weights.")
+    ] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Loads from each number of sources.")] = 3,
+) -> None:
+    """Weights that travel to a daemon from one source or several, against a copy of the files; time of the processors."""
+    from benchmarks.fetching import run_fetching
+
+    run_fetching(sources, repeats)
+
+
+@app.command()
 def hooks(
     repeats: Annotated[int, typer.Option(min=1, help="40 decode steps and 4 prefills each of every case.")] = 5,
 ) -> None:

@@ -54,7 +54,8 @@ class DeviceProgress:
         bar = self._bars.get(device)
         if bar is not None:
             with self._lock:
-                bar.update(num_done - bar.n)
+                # What is fetched may take more bytes than what is loaded: its dtype is the checkpoint's.
+                bar.update((num_done if bar.total is None else min(num_done, bar.total)) - bar.n)
 
     def __enter__(self) -> Self:
         return self

@@ -140,10 +140,6 @@ class FileExchange:
         ranges = [ByteRange(*bounds) for bounds in message.ranges]
         self._server.share(message.load, message.borrower, message.spec, ranges)
 
-    def close(self) -> None:
-        """Close all files."""
-        self._server.close()
-
     def _end_load(self, load: int) -> None:
         self._fetchers.pop(load, None)
         for key in [key for key in self._awaited if key[0] == load]:
