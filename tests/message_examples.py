@@ -66,6 +66,7 @@ VALUES = {
     "rounding": Rounding("0123456789abcdef", 2),
     "environment": Environment(
         host="nas",
+        host_id="b0",
         machine="a0",
         versions=Versions("0.1.0", "2.13.0+cpu", "5.23.0", "3.12.3"),
         processor="EPYC",

@@ -20,6 +20,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     ----------
     host : str
         Name of its host.
+    host_id : str
+        Equal for processes that share memory and network interfaces.
     machine : str
         Equal for processes on one machine until that starts anew, whatever containers they are in.
     versions : Versions
@@ -35,6 +37,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     host: str
+    host_id: str
     machine: str
     versions: Versions
     processor: str

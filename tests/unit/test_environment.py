@@ -15,6 +15,7 @@ from lingualinked.versions import Versions
 
 HERE = Environment(
     host="here",
+    host_id="0",
     machine="0",
     versions=Versions(lingualinked="0.1.0", torch="2.13.0+cpu", transformers="5.23.0", python="3.12.3"),
     processor="EPYC",

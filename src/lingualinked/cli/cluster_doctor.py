@@ -169,7 +169,7 @@ def _write_toml(path: Path, asked: ClusterDescription, checkup: Checkup, dtype: 
         comments[device.name] = [f"{processor}; rates are of layers in {dtype}, memory is what was free"]
     left_out = [each.device.name for each in checkup.devices if each.specs is None]
     head = [
-        "Measured by lingualinked doctor; lingualinked plan takes it as it is. Links within one machine are left out.",
+        "Measured by lingualinked doctor; lingualinked plan takes it as it is. Links within one host are left out.",
         f"The latency of a link is what was measured less {seconds_text(HOP_LATENCY_S)}, which plan adds for handling a message.",
         *([f"Left out, since they could not be measured: {', '.join(left_out)}"] if left_out else []),
     ]
@@ -182,13 +182,13 @@ def _write_toml(path: Path, asked: ClusterDescription, checkup: Checkup, dtype: 
 
 
 def _far_links(asked: ClusterDescription, checkup: Checkup) -> dict[tuple[str, str], Link]:
-    """Return the measured links between machines; those within one are emulated, if they are stated."""
-    machines = {each.device.name: each.environment.machine for each in checkup.devices if each.environment is not None}
-    machines[CALLER] = checkup.caller.machine
+    """Return the measured links between hosts; those within one are emulated, if they are stated."""
+    hosts = {each.device.name: each.environment.host_id for each in checkup.devices if each.environment is not None}
+    hosts[CALLER] = checkup.caller.host_id
     found = {}
     for each in checkup.links:
         link, ends = each.link, (each.source, each.target)
-        if link is None or machines[each.source] == machines[each.target]:
+        if link is None or hosts[each.source] == hosts[each.target]:
             continue
         stated = asked.links.get(ends, Link())
         found[ends] = Link(

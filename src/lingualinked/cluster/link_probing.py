@@ -13,8 +13,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+from lingualinked.cluster.emulation import emulated_link
 from lingualinked.cluster.pending import result_of, results_of
-from lingualinked.device import CALLER, Device, Link, link_between
+from lingualinked.device import CALLER, Device, Link
 from lingualinked.link_profile import LinkProfile
 from lingualinked.protocol.measuring import LinkProbed, PingWorker, ProbeLink
 
@@ -36,15 +37,15 @@ def measure_links(
 ) -> tuple[LinkProfile, ...]:
     """Measure the links between pairs of parties, there and back.
 
-    Links within one machine differ in what is emulated alone, and what those that are alike have shown is taken together,
+    Links within one host differ in what is emulated alone, and what those that are alike have shown is taken together,
     with what is ``known`` from before. Every other link is measured for itself and in each direction, while no other
-    pair uses the network of its two machines.
+    pair uses the network of its two hosts.
     """
-    machines = {name: each.machine for name, each in cluster._engine.environments().items()}  # noqa: SLF001 - within the room
-    near = [pair for pair in pairs if machines[pair[0]] == machines[pair[1]]]
+    hosts = {name: each.host_id for name, each in cluster._engine.environments().items()}  # noqa: SLF001 - within the room
+    near = [pair for pair in pairs if hosts[pair[0]] == hosts[pair[1]]]
     far = [pair for pair in pairs if pair not in near]
-    links = _measure_near(cluster, near, [each for each in known if machines[each.source] == machines[each.target]])
-    for disjoint in rounds(far, machines):
+    links = _measure_near(cluster, near, [each for each in known if hosts[each.source] == hosts[each.target]])
+    for disjoint in rounds(far, hosts):
         with concurrent.futures.ThreadPoolExecutor(len(disjoint)) as threads:
             found = results_of([threads.submit(measure_pair, cluster, *pair) for pair in disjoint])
         links += [link for both in found for link in both]
@@ -140,11 +141,11 @@ def _time_own_message(cluster: Cluster, target: str, size: int) -> float:
 
 
 def _measure_near(cluster: Cluster, pairs: Sequence[Pair], known: Sequence[LinkProfile]) -> list[LinkProfile]:
-    """Measure links within one machine, which are as slow back as there but for what is known to be emulated."""
+    """Measure links within one host, which are as slow back as there but for what is known to be emulated."""
     by_name: dict[str, Device | None] = {CALLER: None} | {device.name: device for device in cluster.devices}
 
     def likeness(source: str, target: str) -> Link:
-        return link_between(by_name[source], by_name[target], cluster.links)
+        return emulated_link(by_name[source], by_name[target], cluster.links)
 
     latencies: defaultdict[Link, list[float]] = defaultdict(list)
     rates: defaultdict[Link, list[float]] = defaultdict(list)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lingualinked.environment import Environment
+from lingualinked.host_id import host_id
 from lingualinked.processor import processor_name
 from lingualinked.versions import installed_versions
 
@@ -19,6 +20,7 @@ def read_environment(accelerator: str = "cpu") -> Environment:
     """Return what this process computes with on a processor, or on an accelerator if it is there."""
     return Environment(
         host=platform.node(),
+        host_id=host_id(),
         machine=_machine(),
         versions=installed_versions(),
         processor=processor_name(),

@@ -181,10 +181,10 @@ def _examine_device(cluster: Cluster, device: Device, dtype: str) -> DeviceFindi
 
 
 def _examine_links(cluster: Cluster, pairs: Sequence[Pair]) -> list[LinkFinding]:
-    """Measure the links between pairs, each while no other pair uses the same two machines."""
-    machines = {name: each.machine for name, each in cluster._engine.environments().items()}  # noqa: SLF001 - as above
+    """Measure the links between pairs, each while no other pair uses the same two hosts."""
+    hosts = {name: each.host_id for name, each in cluster._engine.environments().items()}  # noqa: SLF001 - as above
     found: list[LinkFinding] = []
-    for disjoint in rounds(pairs, machines):
+    for disjoint in rounds(pairs, hosts):
         with concurrent.futures.ThreadPoolExecutor(len(disjoint)) as threads:
             for findings in threads.map(lambda pair: _examine_pair(cluster, pair), disjoint):
                 found += findings

@@ -146,7 +146,7 @@ def _name(
     """
     known = [(*ends, links[ends]) for ends in sorted(links)]
     machine = library_versions(), platform.node(), processor_name(), os.environ.get("ATEN_CPU_CAPABILITY", "")
-    hosts = {name: msgspec.structs.replace(each, machine="") for name, each in environments.items()}
+    hosts = {name: msgspec.structs.replace(each, host_id="", machine="") for name, each in environments.items()}
     placed = [
         device
         if device.address is None

@@ -20,6 +20,7 @@ FOOTPRINT: Any = SimpleNamespace(profile=profile().model)
 WORKLOAD = ll.Workload()
 NAS = Environment(
     host="nas",
+    host_id="0",
     machine="0",
     versions=Versions(lingualinked="0.1.0", torch="2.13.0", transformers="5.23.0", python="3.12.3"),
     processor="EPYC",
@@ -50,7 +51,7 @@ def find(asked: ll.Device, environment: Environment) -> ll.Profile | None:
 def test_a_host_that_moved_or_started_anew_is_known_again() -> None:
     keep(NAS)
     moved = device("tcp://10.0.0.77:5601", advertise="nas.example")
-    found = find(moved, msgspec.structs.replace(NAS, machine="1"))
+    found = find(moved, msgspec.structs.replace(NAS, host_id="1", machine="1"))
     assert found is not None
     assert found.device("nas").device == moved, "it is reached where it is now"
 
