@@ -140,12 +140,11 @@ def _link_rows(checkup: Checkup) -> Rows:
                 "-" if bandwidth is None else f"{8 * bandwidth / 1e6:,.0f} Mbit/s",
             )
         )
-    reasons = dict.fromkeys(
-        f"{each.source} -> {each.target}: {each.trouble}"
-        for each in checkup.links
-        if "can't be used" not in each.trouble and each.trouble
+    failed = [each for each in checkup.links if each.link is None and not each.is_of_lost_end]
+    reasons = {each.trouble: f"{each.source} -> {each.target}: {each.trouble}" for each in reversed(failed)}
+    return Rows(
+        "Links", ("from -> to", "reached", "latency", "bandwidth"), rows, notes=list(reversed(reasons.values()))
     )
-    return Rows("Links", ("from -> to", "reached", "latency", "bandwidth"), rows, notes=list(reasons))
 
 
 def _write_toml(path: Path, asked: ClusterDescription, checkup: Checkup, dtype: str) -> None:

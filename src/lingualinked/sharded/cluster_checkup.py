@@ -47,6 +47,7 @@ class LinkFinding:
     target: str
     link: LinkProfile | None = None
     trouble: str = ""
+    is_of_lost_end: bool = False  # whether it was not tried, since one of its devices can't be used at all
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,15 +118,13 @@ def examine(started: StartedDevices, dtype: str) -> Checkup:
     return Checkup(
         caller=read_environment(),
         devices=tuple(found[device.name] for device in devices),
-        links=tuple(
-            known.get(ends) or LinkFinding(source=ends[0], target=ends[1], trouble=_end_in_trouble(ends, troubles))
-            for ends in itertools.permutations(names, 2)
-        ),
+        links=tuple(known.get(ends) or _link_of_lost_end(ends, troubles) for ends in itertools.permutations(names, 2)),
     )
 
 
-def _end_in_trouble(ends: Pair, troubles: Mapping[str, str]) -> str:
-    return f"{' and '.join(repr(name) for name in ends if name in troubles)} can't be used"
+def _link_of_lost_end(ends: Pair, troubles: Mapping[str, str]) -> LinkFinding:
+    lost = " and ".join(repr(name) for name in ends if name in troubles)
+    return LinkFinding(source=ends[0], target=ends[1], trouble=f"{lost} can't be used", is_of_lost_end=True)
 
 
 def _try_to_start(
@@ -172,7 +171,7 @@ def _examine_device(cluster: Cluster, device: Device, dtype: str) -> DeviceFindi
         available = report.device.available_bytes
         finding = dataclasses.replace(
             finding,
-            memory_bytes=min(available, share_of_memory(device, beside, available)),
+            memory_bytes=available if device.memory is not None else share_of_memory(device, beside, available),
             specs=measure_rates(cluster, device, dtype),
         )
     except LingualinkedError as error:
