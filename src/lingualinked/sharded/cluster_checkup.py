@@ -205,13 +205,14 @@ def _examine_apart(
     found: dict[str, DeviceFinding] = {}
     between: list[LinkFinding] = []
     for pair in pairs:
-        two = [device for device in devices if device.name in pair]
+        relays = {asked.links[ends].relay for ends in (pair, pair[::-1]) if ends in asked.links}
+        two = [device for device in devices if device.name in (*pair, *relays)]
         with contextlib.ExitStack() as ends:
             cluster, trouble = _try_to_start(ends, asked, two)
             if cluster is None:
                 between += _both_ways(pair, trouble)
                 continue
-            if len(two) == 1:
+            if CALLER in pair:
                 found |= {each.device.name: each for each in _examine_devices(cluster, dtype)}
             between += _examine_pair(cluster, pair)
     return {device.name: found.get(device.name, DeviceFinding(device=device)) for device in devices}, between
