@@ -26,6 +26,7 @@ from lingualinked.model.weight_files.held_files import WholeFiles
 from lingualinked.model.weight_files.span_ranges import ranges_of_span
 from lingualinked.model.weight_files.storage import WeightStorage
 from lingualinked.model.weight_files.weight_cache import WeightCache
+from lingualinked.model.weights import CheckpointWeights
 
 SPANS = [(0, 1), (1, 3), (3, 4), (0, 4)]
 
@@ -125,6 +126,19 @@ def test_a_broken_fetch_is_resumed(tiny: ModelSpec, cache: WeightCache) -> None:
     assert caller.sent_bytes == num_bytes_of(ranges_of_span(tiny, 0, 4))
 
 
+def test_what_nobody_sends_is_borrowed_from_those_that_run_the_model(tiny: ModelSpec, cache: WeightCache) -> None:
+    caller, storage = Caller(tiny), WeightStorage(cache=cache, hub=False)
+    caller.left_parts = 0
+    loaded = load_span(
+        remote(tiny),
+        0,
+        4,
+        open_files=lambda spec: storage.open_weights(spec, caller),
+        fallback=lambda _meta: CheckpointWeights(tiny.files),
+    )
+    assert_equal(loaded, load_span(tiny, 0, 4))
+
+
 @pytest.mark.parametrize("place", ["tiny", "deep/er/renamed", "models--org--tiny/snapshots/0123"])
 def test_a_copy_is_used_wherever_it_lies(place: str, tiny: ModelSpec, tmp_path: Path) -> None:
     models = tmp_path / "models"
@@ -173,6 +187,20 @@ def test_a_copy_that_differs_is_named_and_not_used(
     cache.clear()
     with pytest.raises(FetchError, match=r"the connection broke; nor can a copy on this host be used: .* values"):
         load(remote(tiny), WeightStorage(models, cache, hub=False), caller)
+
+
+def test_a_copy_of_another_length_is_named_if_its_folder_is_called_alike(
+    tiny: ModelSpec, tmp_path: Path, cache: WeightCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    models, name = tmp_path / "models", Path(tiny.files[0].path).name
+    for folder in ("tiny", "other"):
+        (models / folder).mkdir(parents=True)
+        (models / folder / name).write_bytes(b"short")
+    with caplog.at_level(logging.WARNING, "lingualinked"):
+        load(remote(tiny), WeightStorage(models, cache, hub=False), Caller(tiny))
+    (record,) = caplog.records
+    assert f"{models}/tiny/{name} on host" in record.getMessage()
+    assert "has 5 bytes in place of the" in record.getMessage()
 
 
 def test_a_copy_with_another_config_is_not_used(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -101,3 +103,31 @@ def test_what_another_process_fills_is_not_removed_until_it_dies(tmp_path: Path)
             process.wait()
             cache.reserve([(file, WHOLE)])
     assert [entry.model for entry in cache.entries()] == ["other"]
+
+
+def test_a_disk_that_is_full_is_named_before_anything_is_fetched(tmp_path: Path) -> None:
+    code = f"""
+import shutil, weight_fetching
+try:
+    weight_fetching.fill({str(tmp_path)!r}, 0, {4 * SIZE})
+except Exception as error:
+    print(type(error).__name__, error)
+print(shutil.disk_usage({str(tmp_path)!r}).used)
+"""
+    mount = f"mount -t tmpfs -o size=8m none {tmp_path} && exec {sys.executable} -c {shlex.quote(code)}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"this user may not mount a small disk: {done.stderr}")
+    error, used = done.stdout.splitlines()
+    assert re.fullmatch(
+        rf"ResourceError the disk of {tmp_path} on host '.*' is full: 19.1 MiB of weights are to be kept there and "
+        r"8.0 MiB are free, 11.1 MiB too few: free disk space, .*",
+        error,
+    )
+    assert int(used) < 100_000

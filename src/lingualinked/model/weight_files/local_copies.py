@@ -21,7 +21,7 @@ from lingualinked.model.weight_files.describing import describe_file, digest_con
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lingualinked.model.spec import CheckpointFile, FileContent, ModelSpec
 
@@ -59,44 +59,54 @@ class LocalCopies:
         # 2) by their content
         found: list[CheckpointFile | None] = []
         differences: list[str] = []
-        names = {model_name(Path(file.path)) for file in spec.files}
+        models = {model_name(Path(file.path)) for file in spec.files}
         for content in spec.contents:
-            compared = [_compare(path, content, spec.config_digest) for path in named[content.name]]
-            equal = next((file for file, _ in compared if file is not None), None)
+            equal, differing = _compare(named[content.name], content, spec.config_digest, models)
             found.append(equal)
-            if equal is None:
-                differences += [
-                    f"{path} on host {socket.gethostname()!r} {difference}"
-                    for path, (_, difference) in zip(named[content.name], compared, strict=True)
-                    # Files of other models are called alike as well.
-                    if difference and (model_name(path) in names or not difference.startswith(_LENGTH))
-                ]
+            differences += [] if equal is not None else differing
         return found, differences
 
 
-_LENGTH = "has "
+def _compare(
+    paths: Iterable[Path], content: FileContent, config_digest: str, models: set[str]
+) -> tuple[CheckpointFile | None, list[str]]:
+    """Return the first file with this content, or None and how those differ that seem to be meant for it."""
+    differences: list[str] = []
+    for path in paths:
+        try:
+            file = identify_file(str(path))
+        except CheckpointError:  # the caller's path, where nothing is
+            continue
+        if file.num_bytes != content.num_bytes:  # of another model, most likely: files of all models are called alike
+            expected = f"{content.num_bytes:,} of the caller's"
+            difference = f"has {count_text(file.num_bytes, 'byte')} in place of the {expected}"
+            differences += [_describe_difference(path, difference)] if model_name(path) in models else []
+            continue
+        difference = _find_difference(file, content, config_digest)
+        if not difference:
+            return file, []
+        differences.append(_describe_difference(path, difference))
+    return None, differences
 
 
-def _compare(path: Path, content: FileContent, config_digest: str) -> tuple[CheckpointFile | None, str]:
-    """Return a file if it has this content, else how it differs; both are empty if it is not there."""
-    try:
-        file = identify_file(str(path))
-    except CheckpointError:
-        return None, ""
-    if file.num_bytes != content.num_bytes:
-        return None, f"{_LENGTH}{count_text(file.num_bytes, 'byte')}, and the caller's {content.num_bytes:,}"
+def _find_difference(file: CheckpointFile, content: FileContent, config_digest: str) -> str:
+    """Say how a file of the right length differs; empty if it does not."""
     try:
         own = _describe(file)
     except CheckpointError as error:
-        return None, f"can't be used: {error}"
+        return f"can't be used: {error}"
     if own.header_digest != content.header_digest:
-        return None, "differs from the caller's in its header: in the names, shapes or dtypes of tensors"
+        return "differs from the caller's in its header: in the names, shapes or dtypes of tensors"
     if own.fingerprint != content.fingerprint:
-        return None, "differs from the caller's in the values of its tensors"
-    config = digest_config(path.parent)
+        return "differs from the caller's in the values of its tensors"
+    config = digest_config(Path(file.path).parent)
     if config and config_digest and config != config_digest:
-        return None, "is the caller's, but the config.json beside it is not"
-    return file, ""
+        return "is the caller's, but the config.json beside it is not"
+    return ""
+
+
+def _describe_difference(path: Path, difference: str) -> str:
+    return f"{path} on host {socket.gethostname()!r} {difference}"
 
 
 def _walk(root: Path, names: set[str]) -> Iterator[Path]:

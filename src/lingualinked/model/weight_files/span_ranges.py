@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lingualinked.model.safetensors_file import TensorEntry
-    from lingualinked.model.spec import ModelSpec
+    from lingualinked.model.spec import CheckpointFile, ModelSpec
 
 
 @functools.lru_cache(maxsize=256)
@@ -28,15 +28,23 @@ def ranges_of_span(spec: ModelSpec, start: int, end: int) -> tuple[ByteRange, ..
     """
     if not spec.files:
         return ()
-    files = [SafetensorsFile(file) for file in spec.files]
-    places = locate_tensors([file.entries for file in files])
+    headers, places, shapes = _read_headers(spec.files)
     whole = build_meta(spec)
     parts = parts_of(spec, whole)
     check_span(start, end, parts.num_layers)
-    shapes = {name: file.entries[name].shape for file in files for name in file.entries}
     chosen = choose_tensors(whole, parts, shapes, start, end)
-    headers = [ByteRange(index, 0, file.header_bytes) for index, file in enumerate(files)]
     return merge_ranges([*headers, *(places[key] for key in chosen.values())])
+
+
+@functools.lru_cache(maxsize=2)  # of a model with many experts it takes seconds, and there is a span for each device
+def _read_headers(
+    files: tuple[CheckpointFile, ...],
+) -> tuple[list[ByteRange], dict[str, ByteRange], dict[str, tuple[int, ...]]]:
+    """Read where all headers lie, where all tensors, and their shapes."""
+    opened = [SafetensorsFile(file) for file in files]
+    headers = [ByteRange(index, 0, file.header_bytes) for index, file in enumerate(opened)]
+    shapes = {name: entry.shape for file in opened for name, entry in file.entries.items()}
+    return headers, locate_tensors([file.entries for file in opened]), shapes
 
 
 def locate_tensors(files: Sequence[Mapping[str, TensorEntry]]) -> dict[str, ByteRange]:
