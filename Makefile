@@ -15,7 +15,7 @@ DEV     := $(VENV)/.dev-installed
 LIBRARIES := build/libraries/.installed
 RAY     := build/ray/.installed
 
-.PHONY: help demo bench test test-families test-gpu test-libraries test-ray interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test test-families test-gpu test-libraries test-network test-ray interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,10 @@ test-libraries: $(LIBRARIES)  ## Run the tests of nnsight, TransformerLens, pyve
 test-ray: $(RAY)  ## Run the tests on a Ray cluster of two nodes, which they start on this machine
 	PYTHONPATH=$(CURDIR)/$(dir $(RAY)) $(BIN)/python -m pytest tests/process/ray
 
+# Of hosts in network namespaces, so as root. CI draws one of the lengthy ones in `make proof SAMPLE=`.
+test-network: $(DEV)  ## Run callers and daemons on hosts of their own, joined by limited, cut and overheard networks
+	LINGUALINKED_NETWORK=all $(BIN)/python -m pytest -o timeout=600 -o faulthandler_timeout=500 -o log_cli=true -o log_cli_level=INFO tests/network
+
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
 
@@ -55,8 +59,9 @@ soak-hooks: $(DEV)  ## Run eight threads with hooks on sessions of their own 300
 	LINGUALINKED_NUM_HOOK_ROUNDS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_hooks_under_fire.py -k eight_threads
 
 # SAMPLE is a text, such as a commit: it draws a few cases that take seconds. Without it, all take about an hour.
-proof: $(DEV)  ## Compare millions of products with torch's, refuse wrong orders, force instruction sets; SAMPLE= for a few
+proof: $(DEV)  ## Compare millions of products with torch's, refuse wrong orders, force instruction sets; SAMPLE= for a few, and a test of the network
 	$(BIN)/python -m benchmarks products $(if $(SAMPLE),--sample $(SAMPLE))
+	$(if $(SAMPLE),LINGUALINKED_NETWORK=$(SAMPLE) $(BIN)/python -m pytest -q -o timeout=300 -o faulthandler_timeout=250 -m lengthy tests/network)
 	$(if $(SAMPLE),,LINGUALINKED_PROOF=all $(BIN)/python -m pytest -q -o timeout=0 -o faulthandler_timeout=0 tests/unit/model/exact/test_probe.py tests/unit/model/exact/test_float_probe.py tests/unit/model/exact/test_attention_orders.py tests/model/test_instruction_sets.py)
 
 check: lint types layers test docs notebooks  ## Everything that has to hold before a commit

@@ -74,6 +74,7 @@ class Program:
     ) -> None:
         self._errors = folder / "errors.txt"
         self._heard = b""
+        self._is_closed = False
         self.printed: list[str] = []  # lines that are no JSON
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
@@ -134,15 +135,22 @@ class Program:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End it with all that it has started in its session; does nothing the second time."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             pipe.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class Script(Program):

@@ -24,7 +24,7 @@ from network.capture import Capture
 from network.namespaces import bridge, ip, ip_json, tc
 from processes import Program
 
-_SUBNET = "10.77.0"
+_SUBNET = "10.0.0"
 _HEADER_BYTES = 66  # of a packet with data: Ethernet 14, IPv4 20, TCP with time stamps 32
 
 
@@ -73,6 +73,8 @@ class Host:
         self._programs = contextlib.ExitStack()
         self._num_programs = 0
         self.hidden: list[Path] = []  # folders of this machine that programs started from now on find empty
+        self.small: dict[Path, str] = {}  # folders that they find empty and so large (``"4m"``)
+        self._cgroup: Path | None = None
         for folder in (self.home, self.folder / "tmp", self.folder / "run"):
             folder.mkdir(parents=True)
         (self.folder / "run").chmod(0o700)
@@ -109,16 +111,21 @@ class Host:
         self._num_programs += 1
         folder = self.folder / f"program-{self._num_programs}"
         folder.mkdir()
-        hide = 'while [ "$1" != -- ]; do mount -t tmpfs none "$1" || exit; shift; done; shift; exec "$@"'
-        return self._programs.enter_context(
+        hide = 'while [ "$1" != -- ]; do mount -t tmpfs -o "size=$2" none "$1" || exit; shift 2; done; shift; exec "$@"'
+        covered = [each for path in self.hidden for each in (path, "4k")]
+        covered += [each for path, size in self.small.items() for each in (path, size)]
+        program = self._programs.enter_context(
             Program(
                 # ``ip netns exec`` has given the program a mount namespace of its own.
-                ["ip", "netns", "exec", self.namespace, "sh", "-c", hide, "sh", *self.hidden, "--", *command],
+                ["ip", "netns", "exec", self.namespace, "sh", "-c", hide, "sh", *covered, "--", *command],
                 folder,
                 cwd=self.home,
                 environment={**self.environment, **(environment or {})},
             )
         )
+        if self._cgroup is not None:
+            (self._cgroup / "cgroup.procs").write_text(str(program.process.pid))
+        return program
 
     def start_python(self, code: str, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> Program:
         """Start a Python script here."""
@@ -152,6 +159,18 @@ class Host:
                 *("-n", name, "qdisc", "replace", "dev", interface, "root"),
                 *("tbf", "rate", rate, "burst", "64kb", "latency", "50ms"),
             )
+
+    def slow_down(self, share: float) -> None:
+        """Let programs started from now on use so much of one core; raise OSError where cgroups can't do that."""
+        old = Path("/sys/fs/cgroup/cpu")
+        self._cgroup = (old if old.is_dir() else old.parent) / self.namespace
+        self._cgroup.mkdir()
+        period_us = 5000  # short beside a step
+        if old.is_dir():
+            (self._cgroup / "cpu.cfs_period_us").write_text(str(period_us))
+            (self._cgroup / "cpu.cfs_quota_us").write_text(str(int(share * period_us)))
+        else:
+            (self._cgroup / "cpu.max").write_text(f"{int(share * period_us)} {period_us}")
 
     def cut(self) -> None:
         """Let the switch drop everything from and to this host; nobody is told."""
@@ -191,6 +210,8 @@ class Host:
             assert not left, f"left running on host {self.name}: {left}"
         finally:
             namespaces.remove(self.namespace)
+            if self._cgroup is not None:
+                self._cgroup.rmdir()
 
     def left(self, timeout_s: float = 10.0) -> dict[int, str]:
         """Return the command lines of processes that still run here after a while; at once when none does."""
@@ -223,9 +244,9 @@ class Network:
             self.close()
             raise
 
-    def add(self, name: str, *, rate: str | None = None) -> Host:
-        """Add a host, by a name of a few letters that is its own."""
-        host = Host(self, name, f"{_SUBNET}.{len(self.hosts) + 1}")
+    def add(self, name: str, *, rate: str | None = None, address: str | None = None) -> Host:
+        """Add a host, by a name of up to 12 letters that is its own."""
+        host = Host(self, name, f"{_SUBNET}.{len(self.hosts) + 11}" if address is None else address)
         self.hosts.append(host)
         host.connect()
         if rate is not None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_NAME = re.compile(r"ll-(\d+)-[0-9a-f]{4}-\w+")
+_NAME = re.compile(r"ll-(\d+)-[0-9a-f]{4}-[\w-]+")
 _CLONE_NEWNET = 0x40000000
 
 
@@ -34,7 +34,7 @@ def why_unavailable() -> str | None:
         return "network namespaces are Linux's"
     if os.geteuid() != 0:
         return "only root may make network namespaces"
-    missing = [name for name in ("bridge", "ip", "tc") if shutil.which(name) is None]
+    missing = [name for name in ("bridge", "ip", "ss", "tc") if shutil.which(name) is None]
     if missing:
         return f"iproute2 is not installed: no {' and no '.join(missing)}"
     name = new_name("try")

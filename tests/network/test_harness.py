@@ -131,7 +131,7 @@ def test_what_a_program_leaves_behind_is_told_and_ended() -> None:
 def test_what_a_crashed_run_has_left_is_removed(network: Network, tmp_path: Path) -> None:
     crash = (
         "import os, sys; sys.path[:0] = ['tests']; from network.hosts import Network\n"
-        "network = Network(); host = network.add('one'); host.start('sleep', '600')\n"
+        "network = Network(); host = network.add('one-pc'); host.start('sleep', '600')\n"
         "print(host.namespace, flush=True); os._exit(1)"
     )
     process = subprocess.run(
