@@ -22,7 +22,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.cluster import profiling
+from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.profiling import measured_spans
+from lingualinked.cluster_file import ClusterDescription
+from lingualinked.cluster_file_writer import write_cluster_file
 from lingualinked.model.footprint import Footprint
 from lingualinked.module_times import ModuleTimes
 from lingualinked.sharded import saved
@@ -170,6 +173,24 @@ def test_a_second_start_measures_nothing(cache: Path, pair: ll.Cluster, tiny_lla
         ll.profile_model(tiny_llama, pair, workload=WORKLOAD, refresh=True)
     with pytest.raises(AssertionError, match="measured again"):
         ll.profile_model(tiny_llama, pair, workload=WORKLOAD, dtype="bfloat16")
+
+
+def test_a_cluster_file_is_measured_or_estimated(
+    cache: Path, pair: ll.Cluster, tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+    file = tmp_path / "cluster.toml"
+    described = ClusterDescription(
+        devices=pair.devices,
+        links=pair.links,
+        specs={device.name: ll.DeviceSpecs(flops="1TFLOP/s", memory_bandwidth="10GB/s") for device in pair.devices},
+    )
+    write_cluster_file(file, described)
+    estimated = ll.estimate_profile(tiny_llama, str(file), workload=WORKLOAD)
+    assert [each.device for each in estimated.devices] == list(pair.devices)
+    assert estimated.link("caller", pair.devices[0].name).latency_s > 0
+    monkeypatch.setattr(Cluster, "__init__", None)  # no worker is started where a profile is on disk
+    assert ll.profile_model(tiny_llama, file, workload=WORKLOAD) == measured
 
 
 def test_a_doubtful_profile_is_not_kept_and_the_first_requests_correct_it(
