@@ -79,6 +79,7 @@ def test_layers_move_between_devices_that_come_later(
         for daemon, name in zip(pair, "ab", strict=True):
             cluster.add(daemon.device(name))
         assert set(cluster.pids) == {"here", "a", "b"}
+        cluster.throttle("a", slowdown=1.5)  # it rests after each step, as a local one does
         for spans in (
             [("here", 0, 1), ("a", 1, 4)],
             [("b", 0, 3), ("a", 3, 4)],

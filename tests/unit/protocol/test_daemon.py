@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import msgspec
@@ -72,6 +73,12 @@ def test_messages_survive() -> None:
     assert [decode_from_daemon(encode(message)) for message in FROM_DAEMON] == FROM_DAEMON
     assert {type(message) for message in TO_DAEMON} == set(get_args(daemon.ToDaemon))
     assert {type(message) for message in FROM_DAEMON} == set(get_args(daemon.FromDaemon))
+
+
+def test_the_documentation_explains_every_message() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8").partition("## Daemons")[2]
+    names = [type(message).__name__ for message in (*TO_DAEMON, *FROM_DAEMON)]
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("message", FROM_DAEMON)
