@@ -196,6 +196,19 @@ def test_a_daemon_is_killed(daemon: DaemonProcess, daemons: Daemons, tiny_llama:
     daemon.wait_until_idle()
 
 
+def test_a_daemon_is_silent(daemons: Daemons) -> None:
+    """As when a network is cut: both sides give up, and nothing is taken up again when it is back."""
+    with daemons.start() as silent, ll.Cluster([silent.device("b")]) as cluster:
+        wait_until(lambda: len(silent.workers()) == 1, 60)
+        stopped(silent.process.pid)
+        with pytest.raises(ll.WorkerDiedError, match=r"'b' died \(nothing was heard for .* the network is cut"):
+            repeat(cluster.wait)
+        silent.process.send_signal(signal.SIGCONT)
+        silent.wait_until_idle()
+        with ll.Cluster([silent.device("b")]) as again:
+            assert again.device("b").threads == 1
+
+
 def test_a_daemon_is_told_to_end(daemons: Daemons) -> None:
     with daemons.start() as mortal, ll.Cluster([mortal.device("b")]) as cluster:
         processes = psutil.Process(mortal.process.pid).children(recursive=True)

@@ -100,6 +100,10 @@ def test_more_memory_than_there_is(daemon: DaemonProcess, refused: Callable[...,
     assert re.search("2.0 GiB is not free: of 1.0 GiB that it may lease, 1.0 GiB are not leased; state a smaller", text)
 
 
+def test_more_threads_than_it_allows(daemon: DaemonProcess, refused: Callable[..., str]) -> None:
+    assert "threads=2 are more than the 1 that it allows: state fewer" in refused(daemon.device("a", threads=2))
+
+
 def test_a_stopped_daemon(daemon: DaemonProcess, refused: Callable[..., str]) -> None:
     os.kill(daemon.process.pid, signal.SIGSTOP)
     try:

@@ -75,6 +75,8 @@ class Cluster(OnRay):
         If there is no device, a name occurs twice, a link leads to no device, or a number is not positive.
     ResourceError
         If this process may not open enough files or start enough threads and processes, or has no folder for sockets.
+    DaemonError
+        If the daemon of a device with an address can't be reached, does not hold the key that it must, or refuses.
 
     Examples
     --------
@@ -234,6 +236,8 @@ class Cluster(OnRay):
             If it is no device, its name is taken, a core is not this process's to use, or a link is not one of its own.
         ResourceError
             If this process may not open enough files or start enough threads and processes.
+        DaemonError
+            As in `Cluster`.
         ClosedError
             If the cluster has been closed, also meanwhile.
         WorkerDiedError

@@ -14,6 +14,7 @@ from lingualinked.address import Address, parse_address, parse_advertised
 from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError
 from lingualinked.host_id import host_id
+from lingualinked.interrupts import uninterrupted
 from lingualinked.processes.launch import Launcher
 from lingualinked.protocol.boot import Boot
 from lingualinked.transport.tcp_listener import TcpEndpoint
@@ -58,24 +59,33 @@ class ClusterWorkers:
         """
         self._links = links
         if self.launcher is None and any(device.address is None for device in devices):
-            self.launcher = Launcher(self._class_names, forks=self._forks)
-            if self._has_started:
-                self.launcher.start((), self._admit, self._on_end)
+            uninterrupted(self._make_launcher)()
         distant = [device for device in devices if device.address is not None]
         if not distant:
             return tuple(devices)
         if self._remote is None:
-            from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq
+            import lingualinked.cluster.remote.remote_workers  # noqa: F401 - zmq too, before what an interrupt waits for
 
-            self._remote = RemoteWorkers(self._class_names, None if self.placement is None else self.placement.keys)
-            if self._has_started:
-                self._remote.start(self._admit, self._on_end)
+            uninterrupted(self._make_remote)()
+            assert self._remote is not None
         from lingualinked.cluster.remote.locating import locate  # imports zmq
 
         for device, lease in zip(distant, self._remote.lease(distant), strict=True):
             self.leases[device.name] = lease
             self.hosts[device.name] = locate(device, lease)
         return tuple(self._as_leased(device) if device.address is not None else device for device in devices)
+
+    def _make_launcher(self) -> None:
+        self.launcher = Launcher(self._class_names, forks=self._forks)
+        if self._has_started:
+            self.launcher.start((), self._admit, self._on_end)
+
+    def _make_remote(self) -> None:
+        from lingualinked.cluster.remote.remote_workers import RemoteWorkers  # imports zmq
+
+        self._remote = RemoteWorkers(self._class_names, None if self.placement is None else self.placement.keys)
+        if self._has_started:
+            self._remote.start(self._admit, self._on_end)
 
     def _as_leased(self, device: Device) -> Device:
         limits = self.leases[device.name].limits

@@ -33,7 +33,7 @@ class HostFacts(Message, frozen=True):
     system: str  # and its release
     processor: str
     num_cores: Natural  # that its workers may use
-    threads: Natural  # that a worker computes with, unless its device states a number
+    threads: Natural  # that a worker computes with, unless its device states fewer
     accelerator: str  # of its workers
     memory_bytes: Natural  # of the host
     available_bytes: Natural  # of the host's memory, now

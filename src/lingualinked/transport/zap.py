@@ -39,7 +39,9 @@ class ZapHandler:
     No socket of the context may be bound yet. See `RFC 27/ZAP <https://rfc.zeromq.org/spec/27/>`_.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], refusals: Refusals) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], refusals: Refusals, open_per_key: int = _OPEN_PER_KEY
+    ) -> None:
         requests: zmq.Socket[bytes] = context.socket(zmq.REP)
         # Once this socket's queue of events is full, libzmq's thread waits, and with it whoever floods it with connections.
         events: zmq.Socket[bytes] = context.socket(zmq.PAIR)
@@ -50,7 +52,7 @@ class ZapHandler:
         self._gates: list[Gate] = []
         self._thread = threading.Thread(
             target=_serve_requests,
-            args=(context, requests, events, self._stop, self._authorised, self._gates, refusals),
+            args=(context, requests, events, self._stop, self._authorised, self._gates, refusals, open_per_key),
             name="lingualinked-zap",
             daemon=True,
         )
@@ -98,6 +100,7 @@ def _serve_requests(
     authorised: Mapping[bytes, str],
     gates: Sequence[Gate],
     refusals: Refusals,
+    open_per_key: int,
 ) -> None:
     items: list[tuple[zmq.Socket[bytes] | int, int]] = [
         (each, zmq.POLLIN) for each in (requests, events, stop.fileno())
@@ -112,7 +115,7 @@ def _serve_requests(
             _receive_events(events, handshakes, gates)
             # 2) answer all requests: a refused connection must be excluded before its end is counted as a failure
             while requests.poll(0):
-                has_room = handshakes.num_open <= _OPEN_PER_KEY * len(authorised)
+                has_room = handshakes.num_open <= open_per_key * len(authorised)
                 reply = _answer_request(requests.recv_multipart(), authorised, num_accepted, has_room, refusals)
                 if reply[2] != _ACCEPTED:
                     handshakes.exclude_refused()

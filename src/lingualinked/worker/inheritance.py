@@ -20,6 +20,11 @@ def shed_inheritance() -> None:
         if signal.getsignal(number) is signal.SIG_IGN and number not in _IGNORED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
+    allow_open_files()
+
+
+def allow_open_files() -> None:
+    """Allow this process as many open files as may be allowed."""
     if sys.platform != "win32":
         import resource
 

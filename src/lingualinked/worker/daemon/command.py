@@ -25,6 +25,7 @@ from lingualinked.public_key import fingerprint
 from lingualinked.units import parse_bytes
 from lingualinked.worker.daemon.host_facts import describe_hardware
 from lingualinked.worker.daemon.options import DaemonOptions
+from lingualinked.worker.inheritance import allow_open_files
 
 if TYPE_CHECKING:
     from lingualinked.transport.announcing import Announcer
@@ -47,7 +48,7 @@ def serve(
         str | None, typer.Option(help="Memory that all workers together may take (8GiB); by default no limit.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of a worker; by default the number of cores.")
+        int | None, typer.Option(min=1, help="Threads of a worker at most; by default the number of cores.")
     ] = None,
     accelerator: Annotated[str, typer.Option(help="Where workers compute: cpu, cuda:N or mps.")] = "cpu",
     models: Annotated[str | None, typer.Option(help="Folder of checkpoints that workers may read.")] = None,
@@ -139,6 +140,7 @@ def run_daemon(options: DaemonOptions) -> int:
     from lingualinked.worker.daemon.daemon import Daemon  # and this
 
     _log_to_standard_error()
+    allow_open_files()  # a few for each caller
     clients = Clients(options.clients)
     if not clients.names and not options.bind.is_loopback:
         raise ArgumentError(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from lingualinked.address import Address
-from lingualinked.errors import LingualinkedError, ProtocolError, UnsupportedOperationError
+from lingualinked.errors import LingualinkedError, ProtocolError, ResourceError, UnsupportedOperationError
 from lingualinked.processes.launch import kept_fork_server
 from lingualinked.protocol.boot import GRACE_S, WeightFolders
 from lingualinked.protocol.daemon import (
@@ -78,6 +78,7 @@ class Daemon:
         self._commands: collections.deque[Callable[[], None]] = collections.deque()  # of other threads
         self._waker = Waker()
         self._status: int | None = None  # to exit with
+        self._why = ""
         self._served: Caller | None = None  # once, and nobody else
         try:
             self._door = Door(options.bind, keys, options.name)
@@ -104,19 +105,20 @@ class Daemon:
                     self.stop(0, "its standard input was closed")
                 self._waker.clear()
                 while self._commands:
-                    self._commands.popleft()()
+                    with _logged_errors("something could not be done for a caller"):
+                        self._commands.popleft()()
                 self._receive()
                 if time.monotonic() >= next_beat_s:
                     next_beat_s = time.monotonic() + BEAT_S
                     self._beat()
                     self._check_wait(time.monotonic() - began_s)
+            logger.info("ends: %s", self._why)
             return self._status
 
     def stop(self, status: int, why: str) -> None:
         """Stop serving; may be called by a signal handler."""
         if self._status is None:
-            self._status = status
-            logger.info("ends: %s", why)
+            self._status, self._why = status, why
         self._waker.set()
 
     @contextlib.contextmanager
@@ -145,9 +147,11 @@ class Daemon:
             except ProtocolError as error:
                 logger.warning("%s at %s: %s", client, host, error)
                 version = installed_versions().lingualinked
-                self._send(
-                    routing_id, Refused(reason=f"it can't understand what it was sent; it has lingualinked {version}")
-                )
+                reason = f"it can't understand what it was sent ({error}); it has lingualinked {version}"
+                self._send(routing_id, Refused(reason=reason))
+            except Exception as error:  # costs this caller its worker, and nobody else anything
+                logger.exception("%s at %s could not be served", client, host)
+                self._send(routing_id, Refused(reason=f"it failed ({error!r}): its log says more"))
 
     def _handle(self, routing_id: bytes, message: ToDaemon, client: str, public_key: str, host: str) -> None:
         caller = self._callers.get(routing_id)
@@ -191,6 +195,7 @@ class Daemon:
         if caller.device:
             raise ProtocolError("a connection has one worker at most")
         try:
+            self._check_threads(asked.threads)
             memory_bytes = self._shares.lease(caller.routing_id, asked.memory_bytes)
             caller.limits = WorkerLeased(
                 name=asked.name,
@@ -203,7 +208,7 @@ class Daemon:
                 lambda caller, key: self._post(lambda: self._report_key(caller, key)),
                 lambda caller, how: self._post(lambda: self._report_end(caller, how)),
             )
-        except LingualinkedError as error:
+        except (LingualinkedError, OSError) as error:
             logger.warning("%s gets no worker: %s", caller, error)
             self._send(caller.routing_id, Refused(reason=str(error)))
             self._dismiss(caller, "was refused a worker")
@@ -212,6 +217,13 @@ class Daemon:
         threads = count_text(caller.limits.threads, "thread")
         logger.info("%s gets a worker for its device %r: %s, %s", caller, asked.name, threads, memory)
         self._send(caller.routing_id, caller.limits)
+
+    def _check_threads(self, asked: int | None) -> None:
+        allowed = self._options.threads
+        if asked is not None and asked > allowed:
+            raise ResourceError(
+                f"threads={asked} are more than the {allowed} that it allows: state fewer, or start it with --threads {asked}"
+            )
 
     def _boot_worker(self, caller: Caller, message: BootWorker) -> None:
         options, limits = self._options, caller.limits
@@ -306,3 +318,11 @@ class Daemon:
     def _send(self, routing_id: bytes, message: FromDaemon) -> bool:
         """Send a message; return whether the connection is still there."""
         return self._door.send(routing_id, encode(message))
+
+
+@contextlib.contextmanager
+def _logged_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        logger.exception(what)

@@ -24,6 +24,7 @@ from lingualinked.transport.zap import DOMAIN, ZapHandler
 logger = logging.getLogger("lingualinked.daemon")
 
 _CLOSE_TIMEOUT_S = 5.0
+_OPEN_PER_KEY = 64  # connections, on average: each is a caller with a worker of its own
 _MAX_UNREAD = 16  # messages of one caller; the others stay with it
 _MAX_AT_ONCE = 100  # messages read before the loop does something else
 
@@ -44,7 +45,7 @@ class Door:
         self._let_in: set[str] = set()
         with contextlib.ExitStack() as undo:
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-            self._zap = ZapHandler(self._context, Refusals(owner))
+            self._zap = ZapHandler(self._context, Refusals(owner), _OPEN_PER_KEY)
             undo.callback(self._zap.stop, _CLOSE_TIMEOUT_S)
             self._router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
             undo.callback(self._router.close)

@@ -17,7 +17,7 @@ class DaemonOptions:
     bind: Address  # port 0: any free one
     name: str
     memory_bytes: int | None  # that all workers together may take; None: no limit
-    threads: int  # of a worker whose device states no number
+    threads: int  # that a worker computes with, unless its device states fewer
     accelerator: str
     models: str | None  # folder of checkpoints
     cache: str  # folder of weights that were fetched
