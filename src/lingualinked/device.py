@@ -176,7 +176,8 @@ class Link:
         One way, in seconds or with a unit (``"2ms"``).
     relay : str or None
         Name of a third device through whose daemon these messages travel, for two ends that can't reach each other; that
-        daemon must allow it (``lingualinked worker --relay``). ``None``: they travel directly.
+        daemon must allow it (``lingualinked worker --relay``). Bandwidth and latency are then those of the whole way.
+        ``None``: they travel directly.
 
     Raises
     ------
