@@ -16,9 +16,11 @@ import torch
 import lingualinked as ll
 from accelerators import device
 from families import reference, save_several_parts
+from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.model.weight_files.byte_ranges import ByteRange
 from lingualinked.model.weight_files.held_files import WholeFiles
 from remote_workers import Traffic, remote_cluster, traffic
+from waiting import wait_until
 
 pytestmark = [
     pytest.mark.process,
@@ -154,6 +156,44 @@ def test_a_file_that_changes_meanwhile_is_named(
         with pytest.raises(ll.CheckpointError, match=r"device 'a': .* the caller .* has been replaced or written to"):
             load(cluster, folder, [("a", 0, 6)])
         assert cluster.workers()
+
+
+@pytest.mark.parametrize("what", ["cluster", "model"])
+def test_closing_ends_what_is_being_fetched(
+    what: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, is_reading, may_go_on = WholeFiles.read, threading.Event(), threading.Event()
+
+    def wait_and_read(files: WholeFiles, part: ByteRange) -> bytes:
+        is_reading.set()
+        may_go_on.wait(1.0)
+        return read(files, part)
+
+    errors: list[Exception] = []
+    with remote_cluster([device("a")], tmp_path, monkeypatch) as cluster:
+        monkeypatch.setattr(WholeFiles, "read", wait_and_read)
+        unload: list[Any] = []
+        monkeypatch.setattr(
+            Pipeline, "load", lambda self, bars, load=Pipeline.load: (unload.append(self), load(self, bars))
+        )
+
+        def load_it() -> None:
+            try:
+                load(cluster, checkpoint, [("a", 0, 6)])
+            except ll.LingualinkedError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=load_it)
+        thread.start()
+        assert is_reading.wait(60)
+        if what == "cluster":
+            cluster.close()
+        else:
+            unload[0].unload()
+        thread.join(60)
+        may_go_on.set()
+        assert isinstance(errors[0], ll.ClosedError)
+    wait_until(lambda: not any(each.name == "lingualinked-files" for each in threading.enumerate()))
 
 
 def test_dummy_weights_and_local_workers_cost_no_message(

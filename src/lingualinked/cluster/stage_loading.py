@@ -64,12 +64,16 @@ def request_stages(
             engine.share_files(supplies.shared[load.number])
         futures.append(engine.request(stage.device, message, what, timeout_s, progress, helpers))
         if message.supplies:
-            futures[-1].add_done_callback(functools.partial(_end_sharing, engine, load.number))
+            futures[-1].add_done_callback(functools.partial(_end_sharing, engine, load.number, tuple(supplies.shared)))
     return futures
 
 
-def _end_sharing(engine: Engine, load: int, _loaded: concurrent.futures.Future[object]) -> None:
-    engine.end_sharing(load)
+def _end_sharing(
+    engine: Engine, load: int, all_loads: tuple[int, ...], loaded: concurrent.futures.Future[object]
+) -> None:
+    """End the sharing of files for a stage that is loaded; for all of its route if it failed, since none is of use then."""
+    for number in (load,) if loaded.exception() is None else all_loads:
+        engine.end_sharing(number)
 
 
 def _holders(engine: Engine, model: int, route: Route, borrower: str) -> Iterator[WeightHolder]:
