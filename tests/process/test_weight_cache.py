@@ -13,12 +13,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import lingualinked as ll
 from lingualinked.errors import ResourceError
 from lingualinked.model.weight_files.byte_ranges import PART_BYTES, ByteRange, num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.weight_cache import WeightCache
+from remote_workers import remote_cluster
 from weight_fetching import CONTENT, SIZE, byte_block
 
 WHOLE = (ByteRange(0, 0, SIZE),)
@@ -131,3 +135,27 @@ print(shutil.disk_usage({str(tmp_path)!r}).used)
         error,
     )
     assert int(used) < 100_000
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("cache_bytes", "error"), [(0, None), (40_000, r"^device 'a': the cache of weights in .* may take up 39.1 KiB")]
+)
+def test_a_worker_needs_room_in_its_cache_or_none(
+    cache_bytes: int,
+    error: str | None,
+    tiny_llama: str,
+    unsharded: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = [ll.Device(name="a", threads=1)]
+    with remote_cluster(devices, tmp_path, monkeypatch, cache_bytes=cache_bytes) as cluster:
+        if error is not None:
+            with pytest.raises(ll.ResourceError, match=error):
+                ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, progress=False)
+            return
+        with ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, progress=False) as model:
+            ids = torch.tensor([[1, 17, 93]])
+            assert torch.equal(model(ids).logits, unsharded(ids).logits)
+    assert list(tmp_path.iterdir()) == []
