@@ -6,6 +6,7 @@ import configparser
 import inspect
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def test_kubernetes_objects_refer_to_each_other() -> None:
     assert {"podSelector": {"matchLabels": objects["Job/caller"]["spec"]["template"]["metadata"]["labels"]}} in policy[
         "ingress"
     ][0]["from"]
+
+
+def test_the_cluster_file_on_kubernetes_names_the_pods() -> None:
+    objects = manifests()
+    workers = objects["StatefulSet/worker"]["spec"]
+    cluster = tomllib.loads(objects["ConfigMap/lingualinked-cluster"]["data"]["cluster.toml"])
+    names = [f"worker-{index}" for index in range(workers["replicas"])]
+    assert [device["name"] for device in cluster["devices"]] == names
+    port = workers["template"]["spec"]["containers"][0]["ports"][0]["containerPort"]
+    assert [device["address"] for device in cluster["devices"]] == [f"tcp://{name}.worker:{port}" for name in names]
 
 
 def test_the_unit_is_one_of_systemd() -> None:
