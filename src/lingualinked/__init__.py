@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lingualinked.control.policy import RebalancePolicy as RebalancePolicy
     from lingualinked.device import Device as Device, Link as Link
     from lingualinked.device_specs import DeviceSpecs as DeviceSpecs
+    from lingualinked.environment import Environment as Environment
     from lingualinked.errors import (
         ArgumentError as ArgumentError,
         CheckpointError as CheckpointError,
@@ -88,6 +89,7 @@ _NAMES = {
     "control.policy": "RebalancePolicy",
     "device": "Device Link",
     "device_specs": "DeviceSpecs",
+    "environment": "Environment",
     "errors": "ArgumentError CheckpointError ClosedError DaemonError DeviceMemoryError InfeasiblePlanError KVCapacityError "
     "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StaleKVWarning StepTimeoutError UncuttableModelError "
     "UnsupportedOperationError WorkerDiedError WorkerError",

@@ -24,8 +24,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         Equal for processes that share memory and network interfaces.
     machine : str
         Equal for processes on one machine until that starts anew, whatever containers they are in.
-    versions : Versions
-        Of Python and the libraries.
+    versions : tuple of str
+        Versions of lingualinked, torch, transformers and Python, also as attributes of these names.
     processor : str
         Model of the processor.
     cpu_capability : str

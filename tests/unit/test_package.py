@@ -41,6 +41,7 @@ PUBLIC_NAMES = [
     "DeviceProfile",
     "DeviceSample",
     "DeviceSpecs",
+    "Environment",
     "Explanation",
     "History",
     "InfeasiblePlanError",

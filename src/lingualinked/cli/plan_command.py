@@ -68,6 +68,7 @@ def load_format_of(path: str) -> Literal["auto", "dummy"]:
 def _find_or_estimate_profile(
     path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool
 ) -> ll.Profile:
+    from lingualinked.cluster.remote_hosts import remote_available_bytes  # imports torch
     from lingualinked.sharded.describing import describe  # imports torch
 
     asked = read_devices(devices)
@@ -82,9 +83,8 @@ def _find_or_estimate_profile(
         return described.estimate(asked.devices, asked.specs, asked.links, workload)
     footprint = described.footprint()
     workload = footprint.profile.fit_workload(workload)
-    if all(
-        device.address is None for device in asked.devices
-    ):  # of other hosts, nothing is known before their workers answer
+    is_local = all(device.address is None for device in asked.devices)
+    if is_local:  # of other hosts, nothing is known before their workers answer
         found = saved_profile(asked.devices, asked.links, footprint, workload, {})
         if found is not None:
             return found
@@ -92,6 +92,8 @@ def _find_or_estimate_profile(
     if progress:
         typer.echo(_announcement(footprint.profile, asked.devices, workload), err=True)
     with ll.Cluster(asked) as cluster:
+        if not is_local:
+            check_devices(footprint, cluster.devices, cluster.links, workload, remote_available_bytes(cluster))
         return find_profile(cluster, footprint, workload, progress=progress)
 
 
