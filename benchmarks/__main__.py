@@ -89,6 +89,17 @@ def fetching(
 
 
 @app.command()
+def network_hops(
+    size: Annotated[list[int] | None, typer.Option(help="Bytes of a tensor.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Twenty hops each.")] = 5,
+) -> None:
+    """Time a hop over TCP between network namespaces against ipc, and CURVE against plain ZeroMQ. Needs root."""
+    from benchmarks.network_hops import run_network_hops
+
+    run_network_hops(tuple(size or (2_000, 64 << 10, 8 << 20)), repeats)
+
+
+@app.command()
 def hooks(
     repeats: Annotated[int, typer.Option(min=1, help="40 decode steps and 4 prefills each of every case.")] = 5,
 ) -> None:

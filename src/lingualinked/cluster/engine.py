@@ -129,8 +129,19 @@ class Engine:
         self, relay: Callable[[str, str], str | None], open_relay: Callable[[str, str], concurrent.futures.Future[str]]
     ) -> None:
         """Lead messages of pairs for which ``relay`` names a device through that one, where ``open_relay`` opens a way."""
+
+        def open_here(hub: str, address: str) -> concurrent.futures.Future[str]:
+            relayed: concurrent.futures.Future[str] = concurrent.futures.Future()
+
+            def opened(done: concurrent.futures.Future[str]) -> None:
+                with contextlib.suppress(ClosedError):  # what waits for it has failed
+                    self._post(lambda: settle(relayed, done.result))  # on this thread, which alone may go on
+
+            open_relay(hub, address).add_done_callback(opened)
+            return relayed
+
         introductions = self._exchange.introductions
-        introductions.relay, introductions.open_relay = relay, open_relay
+        introductions.relay, introductions.open_relay = relay, open_here
 
     def address_for(self, device: str, hosts: Mapping[str, RemoteHost]) -> tuple[str, str]:
         """Return the caller's address and public key for a device's worker; ``hosts`` are those of devices on other hosts.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ def sample_of(
 ) -> StepSample:
     """Return what is kept of a step that began at a time, over so many rows and tokens behind so many others."""
     sent_bytes = [*(each.received_bytes for each in reply.timings[1:]), reply.num_bytes]
+    total_s = time.monotonic() - began_s
     return StepSample(
         time_s=began_s,
         session=step.session,
@@ -78,21 +79,44 @@ def sample_of(
         rows=rows,
         tokens=tokens,
         context=context,
-        total_s=time.monotonic() - began_s,
+        total_s=total_s,
         stages=tuple(
             StageTiming(
                 device=stage.device,
                 start=stage.start,
                 end=stage.end,
-                hop_s=times.hop_us / 1e6,
-                wait_s=times.wait_us / 1e6,
+                hop_s=hop_s,
+                wait_s=wait_s,
                 compute_s=times.compute_us / 1e6,
                 codec_s=times.codec_us / 1e6,
                 sent_bytes=num_bytes,
             )
-            for stage, times, num_bytes in zip(route.plan.stages, reply.timings, sent_bytes, strict=True)
+            for stage, times, num_bytes, (hop_s, wait_s) in zip(
+                route.plan.stages, reply.timings, sent_bytes, _delays(reply.timings, total_s), strict=True
+            )
         ),
     )
+
+
+def _delays(timings: Sequence[StageTimes], total_s: float) -> list[tuple[float, float]]:
+    """Return the seconds that a step of this length travelled to each stage, and waited there.
+
+    Clocks of two hosts are not compared. What no stage accounts for is the travel between hosts and back to the caller, in
+    equal parts. A clock that was set anew, as after a sleep, makes no stage wait longer than the step took.
+    """
+    left_s = total_s - sum(each.compute_us + each.codec_us + (each.hop_us or 0) for each in timings) / 1e6
+    waits_s = []
+    for each in timings:
+        wait_s = each.wait_us / 1e6
+        if each.hop_us is None:
+            wait_s = max(0.0, min(wait_s, left_s))
+        left_s -= wait_s
+        waits_s.append(wait_s)
+    share_s = max(0.0, left_s) / (1 + sum(each.hop_us is None for each in timings))
+    return [
+        (share_s if each.hop_us is None else each.hop_us / 1e6, wait_s)
+        for each, wait_s in zip(timings, waits_s, strict=True)
+    ]
 
 
 def _kept_shape(num_rows: int, num_new: int, logits_to_keep: int | Tensor) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ class StageTimes(Message, frozen=True):
     """One stage's measurements of a step: bytes received, and microseconds (see `lingualinked.telemetry.samples`)."""
 
     received_bytes: Natural
-    hop_us: Natural
+    hop_us: Natural | None  # None: from another host, whose clock is not this one
     wait_us: Natural
     compute_us: Natural
     codec_us: Natural

@@ -19,7 +19,8 @@ class StageTiming:
     start, end : int
         Its half-open layer range.
     hop_s : float
-        Seconds of transmission of the step's message to the stage.
+        Seconds of transmission of the step's message to the stage. From another host, whose clock is not compared: an equal
+        part of what the step took beyond all that stages measured.
     wait_s : float
         Seconds that the message waited for the stage to be free.
     compute_s : float

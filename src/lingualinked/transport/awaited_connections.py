@@ -26,7 +26,8 @@ class AwaitedConnections:
 
         `decide` does so. A peer that is disconnected meanwhile is forgotten.
         """
-        deadline_s = time.monotonic() + CONNECT_S
+        # Asked now, so that `receive` returns once it is connected.
+        deadline_s = time.monotonic() + (0.0 if self._mailbox.is_connected(name) else CONNECT_S)
         self._awaited.setdefault(name, (deadline_s, []))[1].append(on_decided)
 
     def forget(self, name: str) -> None:

@@ -21,4 +21,5 @@ class Delivery:
     tensors: tuple[Tensor, ...]  # contiguous, on the CPU, in memory that nothing else uses
     num_bytes: int  # before encryption, however they travelled
     decode_s: float = 0.0
+    same_host: bool = True  # as its sender; only then do both read one clock
     due_s: float = 0.0  # when it was due on an emulated link (monotonic seconds); 0 on other links

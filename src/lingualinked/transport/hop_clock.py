@@ -21,16 +21,17 @@ class HopClock:
     """Splits the delay of each message into travel and waiting.
 
     The shortest recent delay belongs to a message that did not wait, and includes the offset between the two clocks;
-    anything beyond it is waiting. Processes of one machine share one clock. This is the queuing delay of S. Shalunov et
-    al., "Low Extra Delay Background Transport (LEDBAT)", RFC 6817.
+    anything beyond it is waiting. Processes of one machine share one clock. Between machines the offset is not known, and so
+    the travel is not either. This is the queuing delay of S. Shalunov et al., "Low Extra Delay Background Transport
+    (LEDBAT)", RFC 6817.
     """
 
     def __init__(self) -> None:
         self._shortest: defaultdict[str, list[int]] = defaultdict(list)  # in this window and in the last one
         self._count: defaultdict[str, int] = defaultdict(int)
 
-    def split_delay(self, sender: str, sent_us: int, due_s: float) -> tuple[int, int]:
-        """Return the microseconds that a message travelled, and those that it has waited here until now.
+    def split_delay(self, sender: str, sent_us: int, due_s: float, *, same_host: bool = True) -> tuple[int | None, int]:
+        """Return the microseconds that a message travelled, if known, and those that it has waited here until now.
 
         `sent_us` is the sender's `clock_us` when it sent the message. `due_s` is when the message was due on an emulated
         link (monotonic seconds), which gives both exactly; 0 on other links.
@@ -46,4 +47,4 @@ class HopClock:
         recent = self._shortest[sender]
         recent[0] = min(recent[0], delay_us)
         hop_us = min(recent)
-        return max(0, hop_us), max(0, delay_us - hop_us)
+        return max(0, hop_us) if same_host else None, max(0, delay_us - hop_us)

@@ -252,7 +252,10 @@ class ZmqMailbox(Mailbox):
             self._rings.open_reader(key, message.offer)
         decode_s = time.perf_counter() - began_s
         return self._hold_until_due(
-            Delivery(sender, message.payload, message.tensors, num_all_bytes, decode_s), message.due_us
+            Delivery(
+                sender, message.payload, message.tensors, num_all_bytes, decode_s, same_host=key not in self._elsewhere
+            ),
+            message.due_us,
         )
 
     def _read_frames(self) -> tuple[list[zmq.Frame], int, int]:

@@ -98,7 +98,9 @@ class StepRunner:
 
     def _run_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
         # 1) how long the step travelled and waited
-        hop_us, wait_us = self._hops.split_delay(delivery.sender, step.sent_us, delivery.due_s)
+        hop_us, wait_us = self._hops.split_delay(
+            delivery.sender, step.sent_us, delivery.due_s, same_host=delivery.same_host
+        )
         # 2) run it
         hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))
         if step.number == 0:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lingualinked as ll
-from lingualinked.cluster.step_reply import StepReply, check_reply
+from lingualinked.cluster.step_reply import StepReply, _delays, check_reply
 from lingualinked.protocol.steps import StageTimes
 
 TIMES = (StageTimes(received_bytes=1, hop_us=2, wait_us=3, compute_us=4, codec_us=5),) * 2
@@ -69,3 +69,24 @@ def test_what_was_not_is_the_fault_of_who_answered(
 
 def test_an_unknown_vocabulary_is_not_checked() -> None:
     check_reply(StepReply((GOOD[..., :7],), TIMES, 1), ("a", "b"), INPUTS, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "waited_us", "total_s", "hops_s", "waits_s"),
+    [
+        (2, 0, 2_000, 1.0, (0.001, 0.001), (0.002, 0.002)),
+        (0, 2, 2_000, 0.084, (0.02, 0.02), (0.002, 0.002)),  # twice there, and once back
+        (1, 1, 2_000, 0.065, (0.001, 0.02), (0.002, 0.002)),
+        (0, 2, 2_000_000_000, 0.030, (0.0, 0.0), (0.010, 0.0)),  # a clock that was set anew
+    ],
+)
+def test_travel_between_hosts_is_what_no_stage_accounts_for(
+    near: int, far: int, waited_us: int, total_s: float, hops_s: tuple[float, ...], waits_s: tuple[float, ...]
+) -> None:
+    stages = [
+        StageTimes(received_bytes=1, hop_us=hop_us, wait_us=waited_us, compute_us=10_000, codec_us=0)
+        for hop_us in [1_000] * near + [None] * far
+    ]
+    hops, waits = zip(*_delays(stages, total_s), strict=True)
+    assert hops == pytest.approx(hops_s)
+    assert waits == pytest.approx(waits_s)

@@ -58,3 +58,10 @@ def test_the_clock_may_start_anew_on_the_way(now: list[int]) -> None:
 def test_an_emulated_link_says_when_a_message_was_due(now: list[int]) -> None:
     now[0] = 1_009_000
     assert HopClock().split_delay("a", 1_000_000, 1.005) == (5_000, 4_000)
+
+
+def test_between_hosts_only_the_waiting_is_known(now: list[int]) -> None:
+    hops = HopClock()
+    for sent_us, delay_us, expected in ((1000, 300, 0), (5000, 900, 600), (9000, 250, 0), (20_000, 1250, 1000)):
+        now[0] = 2_000_000_000 + sent_us + delay_us  # half an hour apart
+        assert hops.split_delay("a", sent_us, 0.0, same_host=False) == (None, expected)
