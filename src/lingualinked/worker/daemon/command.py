@@ -214,4 +214,15 @@ def _reached_at(address: Address, advertise: str | None) -> Address:
             probe.connect(_NOWHERE)
             return Address(str(probe.getsockname()[0]), address.port)
         except OSError:  # no route leads out
-            return Address(platform.node() or "localhost", address.port)
+            return Address(_own_address(probe.family), address.port)
+
+
+def _own_address(family: socket.AddressFamily | int) -> str:
+    """Return the first address of this host that others may reach, or else its name."""
+    import psutil
+
+    of_family = [
+        each.address for addresses in psutil.net_if_addrs().values() for each in addresses if each.family == family
+    ]
+    usable = [each for each in of_family if not Address(each, 1).is_loopback and "%" not in each]
+    return next(iter(usable), platform.node() or "localhost")
