@@ -32,9 +32,10 @@ def list_files() -> None:
     models: dict[str, list[CacheEntry]] = {}
     for entry in cache.entries():
         models.setdefault(entry.model, []).append(entry)
+    typer.echo(f"{cache.folder}: {bytes_text(cache.disk_bytes())}")  # unbroken, so that the path can be copied
     new_console().print(
         Rows(
-            title=f"{cache.folder}: {bytes_text(cache.disk_bytes())}",
+            title="",
             columns=("model", "files", "held", "of", "on disk", "last used"),
             rows=[_row(model, entries) for model, entries in models.items()],
         )

@@ -58,6 +58,9 @@ class WeightFolders(msgspec.Struct, frozen=True, kw_only=True):
     cache: str  # for what it fetches
     cache_bytes: int  # the most that the cache may take; 0: nothing is kept
     verifies: bool = False  # compares all bytes of what it loads with the caller's
+    owner: str = (
+        ""  # of what it fetches, which no worker of another owner is given: the public key of the caller's client
+    )
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):

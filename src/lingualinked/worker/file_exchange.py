@@ -83,7 +83,7 @@ class FileExchange:
         if folders is None:
             return cls(None, peers, background)
         models = None if folders.models is None else Path(folders.models)
-        cache = WeightCache(Path(folders.cache), folders.cache_bytes) if folders.cache_bytes else None
+        cache = WeightCache(Path(folders.cache), folders.cache_bytes, folders.owner) if folders.cache_bytes else None
         return cls(WeightStorage(models=models, cache=cache), peers, background, verifies=folders.verifies)
 
     def files_of(self, request: LoadStage) -> StageFiles | None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lingualinked.model.weight_files.fetching import FetchError
 from lingualinked.model.weight_files.held_files import HeldWeights
 from lingualinked.model.weight_files.local_copies import LocalCopies
 from lingualinked.model.weight_files.remote_weights import RemoteWeights
-from lingualinked.model.weights import CheckpointWeights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,12 +44,12 @@ class WeightStorage:
         Raises
         ------
         FetchError
-            If headers are missing and no source has them.
+            If headers are missing and no source has them, or the caller does not say what its files contain.
         ResourceError
             If the disk or the cache is too small for them.
         """
-        if not spec.contents:  # the caller says that its files lie here
-            return CheckpointWeights(spec.files)
+        if not spec.contents:  # its paths alone give nobody a file of this host
+            raise FetchError("the caller can't say what the checkpoint's files contain: it can't read them any more")
         return RemoteWeights(spec, self._copies, self._cache, fetcher)
 
     def open_held(self, spec: ModelSpec) -> HeldFiles:

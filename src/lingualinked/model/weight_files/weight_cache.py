@@ -1,6 +1,6 @@
 """The cache of fetched weights on this disk: bounded in size, shared by all workers of a user.
 
-Knows folders of files by their fingerprints; not which model needs which bytes.
+Knows folders of files by their owners and fingerprints; not which model needs which bytes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import operator
 import os
 import secrets
@@ -37,7 +38,7 @@ DEFAULT_CACHE_BYTES = 20 << 30
 _ABOUT, _REMOVED = "about.json", "removed-"
 _BOUND = "--cache-bytes"  # a daemon's option
 _NO_CACHE = f"{_BOUND} 0"
-_NAME_LENGTH = 32  # of a folder: a fingerprint's digits
+_NAME_LENGTH = 32  # of a folder, and a fingerprint's digits
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -53,7 +54,7 @@ class _About(msgspec.Struct, frozen=True):
 class CacheEntry:
     """A file in the cache."""
 
-    fingerprint: str
+    folder: str  # its name in the cache
     model: str  # the name of its folder where it came from
     name: str
     num_bytes: int  # of the whole file
@@ -71,11 +72,16 @@ def default_cache_folder() -> Path:
 
 
 class WeightCache:
-    """Copies of checkpoint files that may take up `max_bytes` of disk together."""
+    """Copies of checkpoint files that may take up `max_bytes` of disk together.
 
-    def __init__(self, folder: Path, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    A fingerprint is of a sample of a file's bytes, and whoever fetches a file decides what the others are. What one
+    `owner` has fetched is therefore not given to another one, who has a copy of its own.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = DEFAULT_CACHE_BYTES, owner: str = "") -> None:
         self.folder = folder
         self.max_bytes = max_bytes
+        self._owner = owner
 
     def open_file(self, content: FileContent, model: str) -> CachedFile:
         """Open the copy of a file, or begin one; raise ResourceError if the disk does not allow it."""
@@ -157,6 +163,8 @@ class WeightCache:
         name = content.fingerprint
         if len(name) != _NAME_LENGTH or not set(name) <= set(string.hexdigits.lower()):
             raise CheckpointError(f"{name!r} is not the fingerprint of a file: it can't be trusted")
+        if self._owner:
+            name = hashlib.blake2b(f"{self._owner} {name}".encode(), digest_size=_NAME_LENGTH // 2).hexdigest()
         return self.folder / name
 
     def _folders(self) -> list[Path]:
@@ -234,7 +242,7 @@ def _describe(folder: Path) -> CacheEntry | None:
     except (OSError, msgspec.DecodeError):
         return None
     return CacheEntry(
-        fingerprint=folder.name,
+        folder=folder.name,
         model=about.model,
         name=about.name,
         num_bytes=about.num_bytes,

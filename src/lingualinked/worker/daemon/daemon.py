@@ -245,6 +245,7 @@ class Daemon:
                     models=options.models,
                     cache=options.cache,
                     cache_bytes=options.cache_bytes,
+                    owner=caller.public_key,
                     verifies=options.verifies,
                 ),
             )

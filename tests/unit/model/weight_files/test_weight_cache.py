@@ -41,7 +41,7 @@ def fill(cache: WeightCache, number: int) -> None:
 
 
 def numbers(cache: WeightCache) -> list[int]:
-    return [int(entry.fingerprint, 16) for entry in cache.entries()]
+    return [int(entry.folder, 16) for entry in cache.entries()]
 
 
 def test_files_are_listed_with_the_last_used_first(cache: WeightCache) -> None:
@@ -174,3 +174,17 @@ def test_a_damaged_description_is_not_listed(cache: WeightCache) -> None:
 def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
     assert default_cache_folder() == Path("/some/where/lingualinked/weights")
+
+
+def test_what_one_owner_has_fetched_is_not_given_to_another(cache: WeightCache) -> None:
+    first, second = (WeightCache(cache.folder, cache.max_bytes, owner) for owner in ("first", "second"))
+    with contextlib.closing(first.open_file(content(1), "model")) as file:
+        first.reserve([(file, ALL)])
+        file.write(0, bytes(SIZE))
+        file.commit()
+    assert second.find_file(content(1)) is None
+    assert cache.find_file(content(1)) is None
+    found = first.find_file(content(1))
+    assert found is not None
+    found.close()
+    assert [entry.held_bytes for entry in cache.entries()] == [SIZE]  # all owners share the space
