@@ -15,7 +15,7 @@ from lingualinked.cli import app
 from lingualinked.cluster_file import ClusterDescription, read_cluster_file
 from lingualinked.cluster_file_writer import write_cluster_file
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 SLOW = ll.Device(name="slow", threads=1, slowdown=2.0, bandwidth="400Mbit/s", latency="2ms")
 
