@@ -74,7 +74,7 @@ def test_with_a_slow_link(network: Network, large_checkpoint: Path, uncut_large:
 def compare(
     laptop: Host, memory: dict[Host, str], checkpoint: Path, uncut: Uncut, prompt: list[int], num_new: int
 ) -> None:
-    """Measure both plans; no device alone can hold the model."""
+    """Measure both plans on daemons with so much memory, and compare what was gained with what was predicted."""
     daemons = {host: Daemon(host, clients=[own_key(laptop)]) for host in memory}
     caller = Caller(laptop)
     for daemon in daemons.values():
