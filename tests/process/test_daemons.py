@@ -111,3 +111,23 @@ def test_several_callers_and_models_at_once(pair: list[DaemonProcess], tiny_llam
         for tokens in [*pool.map(serve, "ac", "bd")]:
             assert all(torch.equal(each, expected) for each in tokens)
     assert [daemon.workers() for daemon in pair] == [[], []]
+
+
+def test_a_pair_is_led_through_the_daemon_of_a_third_device(
+    daemons: Daemons, pair: list[DaemonProcess], tiny_llama: str, unsharded: Any
+) -> None:
+    with daemons.start("--name", "hub", "--relay") as hub:
+        devices = [daemon.device(name) for daemon, name in zip((*pair, hub), ("a", "b", "hub"), strict=True)]
+        plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 4)])
+        links = {("a", "b"): ll.Link(relay="hub"), ("b", "caller"): ll.Link(relay="hub")}
+        with (
+            ll.Cluster(devices, links=links) as cluster,
+            ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False) as model,
+        ):
+            assert torch.equal(generate(model), generate(unsharded))
+            assert hub.log().count("relays to tcp://127.0.0.1:") == 2
+        with (
+            ll.Cluster(devices, links={("hub", "a"): ll.Link(relay="b")}) as cluster,
+            pytest.raises(ll.errors.DaemonError, match=r"device 'b' .* it does not relay: start it with --relay"),
+        ):
+            cluster.wait()
