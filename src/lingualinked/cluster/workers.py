@@ -104,7 +104,7 @@ class ClusterWorkers:
         return None if link is None else link.relay
 
     def open_relay(self, hub: str, address: str) -> concurrent.futures.Future[str]:
-        """Have a device's daemon forward bytes to an address; the future gets the address at which it is reached."""
+        """Make a device's daemon forward bytes to an address; the future gets the address at which that is reached."""
         relayed: concurrent.futures.Future[str] = concurrent.futures.Future()
         if self._remote is None or hub not in self.hosts:
             relayed.set_exception(

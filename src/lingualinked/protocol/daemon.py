@@ -100,7 +100,7 @@ class WorkerLeased(Message, frozen=True, tag=17):
 
 
 class Refused(Message, frozen=True, tag=18):
-    """Answer to `Enter` or `StartWorker`: no, and why."""
+    """Answer to `Enter` or `StartWorker`: no, and why; or what was granted is withdrawn."""
 
     reason: str
 

@@ -19,7 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 from lingualinked.address import Address
 from lingualinked.cluster.remote.resolving import PROBE_S
 from lingualinked.device import Device
-from lingualinked.errors import DaemonError, LingualinkedError, ProtocolError
+from lingualinked.errors import ClosedError, DaemonError, LingualinkedError, ProtocolError
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.daemon import (
     ANSWER_S,
@@ -102,8 +102,9 @@ class Lease(NamedTuple):
 class DaemonConnection:
     """One device's daemon, entered with a key of ours, for one worker.
 
-    `leased` gets the `Lease`, or a `DaemonError` or `NotConnectedError`, by ``deadline_s`` (monotonic seconds). After that, `on_key` is told the public key of the
-    worker, and `on_end` once how it has ended.
+    `leased` gets the `Lease`, or a `DaemonError` or `NotConnectedError`, by ``deadline_s`` (monotonic seconds), or a
+    `ClosedError` if the connection is closed before. After that, `on_key` is told the public key of the worker, and `on_end`
+    once how it has ended.
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class DaemonConnection:
         if self._phase is not _Phase.CLOSED:
             self._phase = _Phase.CLOSED
             self._close_sockets()
+            if not self.leased.done():
+                self.leased.set_exception(ClosedError("the cluster is closed: make a new one"))
             for opened in self._relays.values():
                 opened.set_exception(self._error("it ended before it had opened a relay"))
             self._relays.clear()
@@ -296,14 +299,15 @@ class DaemonConnection:
             how = f"nothing was heard for {silent_s:.1f} s of its daemon at {self._device.address}: the network is cut, or the host is down"
         else:
             how = f"its daemon at {self._device.address} has ended"
-        if self._phase is _Phase.LEASED:
-            self._end(how)
-        else:
-            self._fail(how)
+        self._end(how)
 
     def _end(self, how: str) -> None:
-        self._on_end(self.name, how)
-        self.close()
+        """Report how the worker has ended, or that there is none yet."""
+        if self._phase is _Phase.LEASED:
+            self._on_end(self.name, how)
+            self.close()
+        else:
+            self._fail(how)
 
     def _error(self, cause: str) -> DaemonError:
         assert self._device.address is not None
@@ -311,11 +315,11 @@ class DaemonConnection:
 
     def _fail(self, cause: str) -> None:
         error = self._error(cause)
-        if not self.leased.done():
+        if self._phase is _Phase.LEASED:
+            self._end(str(error))
+        else:
             self.leased.set_exception(error)
             self.close()
-        else:
-            self._end(str(error))
 
     def _fail_to_connect(self) -> None:
         self.leased.set_exception(NotConnectedError(self._device, self._address))

@@ -91,6 +91,9 @@ class RemoteWorkers:
 
         def connect() -> None:
             try:
+                before = self._connections.pop(device.name, None)
+                if before is not None:  # its daemon did not answer when it was left
+                    before.close()
                 self._connections[device.name] = DaemonConnection(
                     self._context,
                     device,
@@ -120,7 +123,7 @@ class RemoteWorkers:
         self._post(report)
 
     def open_relay(self, hub: str, target: Address) -> concurrent.futures.Future[int]:
-        """Have a device's daemon forward bytes to an address; the future gets the port at which it is reached."""
+        """Make a device's daemon forward bytes to an address; the future gets the port at which that is reached."""
         opened: concurrent.futures.Future[int] = concurrent.futures.Future()
 
         def open_it() -> None:
@@ -181,8 +184,9 @@ class RemoteWorkers:
             while not self._stopping:
                 self._serve()
         finally:
-            with self._lock:
+            with self._lock:  # nothing is posted after this
                 self._stopping = True
+            self._run_commands()  # those who wait for them get an error below
             for connection in self._connections.values():
                 connection.close()
             self._waker.close()
@@ -198,9 +202,7 @@ class RemoteWorkers:
         zmq.zmq_poll(items, -1 if left_s == float("inf") else max(0, int(left_s * 1000) + 1))
         # 2) commands of other threads
         self._waker.clear()
-        while self._commands:
-            with _logging_errors("a daemon could not be told something"):
-                self._commands.popleft()()
+        self._run_commands()
         # 3) what daemons say, and what has happened to connections
         for connection in list(self._connections.values()):
             with _logging_errors(f"what the daemon of device {connection.name!r} says could not be handled"):
@@ -208,6 +210,11 @@ class RemoteWorkers:
                 connection.expire(time.monotonic())
             if not connection.sockets:
                 del self._connections[connection.name]
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            with _logging_errors("a daemon could not be told something"):
+                self._commands.popleft()()
 
     def _report_key(self, name: str, public_key: str) -> None:
         if self._on_key is None:

@@ -155,6 +155,8 @@ class Daemon:
 
     def _handle(self, routing_id: bytes, message: ToDaemon, client: str, public_key: str, host: str) -> None:
         caller = self._callers.get(routing_id)
+        if caller is not None and caller.public_key != public_key:
+            return  # the connection of that name has just ended; a client may choose how its own is named
         if isinstance(message, Enter):
             if caller is None:
                 self._let_in(Caller(routing_id, client, public_key, host), message.versions)
@@ -281,8 +283,7 @@ class Daemon:
             logger.info("now lets in %s", ", ".join(sorted(self._clients.names.values())) or "nobody")
         for caller in list(self._callers.values()):
             if caller.public_key not in self._clients.names:
-                how = "its client's key is not authorised any more"
-                self._send(caller.routing_id, WorkerEnded(name=caller.device, how=how))
+                self._send(caller.routing_id, Refused(reason="this client's key is not authorised any more"))
                 self._dismiss(caller, "is not authorised any more")
             elif not self._send(caller.routing_id, Beat()):
                 self._dismiss(caller, "can't be reached any more")
