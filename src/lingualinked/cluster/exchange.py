@@ -265,9 +265,6 @@ class Exchange:
                 | FilesFound()
                 | Listening()
                 | PeerConnected()
-                | ModelMeasured()
-                | LinkProbed()
-                | WorkerReport()
             ):
                 self._pending.complete(_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed():

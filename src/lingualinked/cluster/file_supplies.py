@@ -54,8 +54,8 @@ def arrange_supplies(
 ) -> Supplies:
     """Make every worker that has some send the files that workers on other hosts need for their loads.
 
-    They do until `Engine.end_sharing`, as the caller does from `Engine.share_files` on. Raises CheckpointError if the caller's files can't be read; in a move there is then
-    nobody to fetch them from, since the weights are in workers' memory, too.
+    They do until `Engine.end_sharing`, as the caller does from `Engine.share_files` on. Raises CheckpointError if the caller's
+    files can't be read; in a move there is then nobody to fetch them from, since the weights are in workers' memory, too.
     """
     loads = [load for load in loads if load.device in engine.fetching]
     if not loads or spec.load_format != "safetensors":
@@ -64,14 +64,14 @@ def arrange_supplies(
     try:
         described = _describe(spec)
         needed = {load.number: ranges_of_span(spec, load.start, load.end) for load in loads}
+        found = _find_files(engine, described, {load.device for load in loads}, timeout_s)
+        if any(found[load.device].verifies for load in loads if load.device in found):
+            described = _describe(spec, verify=True)
     except CheckpointError:
         if is_move:
             return Supplies(spec=spec, of_load={}, shared={})
         raise
-    found = _find_files(engine, described, {load.device for load in loads}, timeout_s)
     held = {name: tuple(ByteRange(*bounds) for bounds in each.ranges) for name, each in found.items()}
-    if any(found[load.device].verifies for load in loads if load.device in found):
-        described = _describe(spec, verify=True)
     # 2) make those that have something send it to those that lack it
     supplies: dict[int, dict[str, tuple[ByteRange, ...]]] = {load.number: {} for load in loads}
     asked: list[tuple[int, str, concurrent.futures.Future[object]]] = []
@@ -93,7 +93,7 @@ def arrange_supplies(
             del future  # see `result_of`
     names = {number: tuple(others) for number, others in supplies.items()}
     while asked:
-        number, name, _ = asked[0]
+        number, name = asked[0][:2]
         try:
             result_of(asked.pop(0)[2])
         except LingualinkedError:
@@ -134,7 +134,7 @@ def _find_files(engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: f
         asked.append((name, engine.request(name, message, "looking for files", patience_s)))
     found = {}
     while asked:
-        name, _ = asked[0]
+        name = asked[0][0]
         with contextlib.suppress(LingualinkedError):
             found[name] = cast("FilesFound", result_of(asked.pop(0)[1]))
     return found
