@@ -77,9 +77,14 @@ class Relay:
             if len(self._pipes) >= MOST_CONNECTIONS:
                 source.close()
                 return
-            pipe = _Pipe(source, self._target, self._forget)
+            try:
+                pipe = _Pipe(source, self._target, self._forget)
+                pipe.start()
+            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
+                logger.warning("a relay to %s can't take a connection: %s", self._target, error)
+                source.close()
+                return
             self._pipes.add(pipe)
-        pipe.start()
 
     def _forget(self, pipe: _Pipe) -> None:
         with self._lock:

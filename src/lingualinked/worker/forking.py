@@ -98,7 +98,7 @@ def _import_classes(names: tuple[str, ...]) -> None:
     """Import the modelling code of transformers classes."""
     transformers = importlib.import_module("transformers")
     for name in names:
-        with contextlib.suppress(AttributeError, ImportError):  # loading the stage will raise
+        with contextlib.suppress(Exception):  # loading the stage will raise; other workers are not to end for it
             getattr(transformers, name)
     gc.freeze()  # imported modules stay: collecting them again would slow steps down, and copy shared pages
 
