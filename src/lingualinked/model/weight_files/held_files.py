@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lingualinked.errors import CheckpointError
 from lingualinked.model.safetensors_file import SafetensorsFile
 from lingualinked.model.weight_files.byte_ranges import ByteRange, subtract_ranges
-from lingualinked.model.weight_files.cached_file import DamagedPartsError
+from lingualinked.model.weight_files.cached_file import CachedFile, DamagedPartsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,11 +55,15 @@ class HeldWeights:
 
     def __init__(self, spec: ModelSpec, found: Sequence[CheckpointFile | None], cache: WeightCache | None) -> None:
         self._whole = WholeFiles(found)
-        self._cached = {
-            index: cached
-            for index, content in enumerate(spec.contents)
-            if found[index] is None and cache is not None and (cached := cache.find_file(content)) is not None
-        }
+        self._cached: dict[int, CachedFile] = {}
+        try:
+            for index, content in enumerate(spec.contents):
+                cached = cache.find_file(content) if found[index] is None and cache is not None else None
+                if cached is not None:
+                    self._cached[index] = cached
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def held(self) -> tuple[ByteRange, ...]:

@@ -60,24 +60,26 @@ class RemoteWeights:
             # 2) open the cache for the others
             others = [index for index in range(len(found)) if index not in self._local]
             if cache is not None:
-                self._cached = {index: cache.open_file(spec.contents[index], self._model) for index in others}
+                for index in others:
+                    self._cached[index] = cache.open_file(spec.contents[index], self._model)
             # 3) read all headers
             headers = self._read_headers(others)
             entries = [
                 self._local[index].entries if index in self._local else self._parse(index, headers[index])
                 for index in range(len(found))
             ]
+            # 4) find the tensors in them
+            self._places = locate_tensors(entries)
+            self._entries: Mapping[str, TensorEntry] = {
+                name: entries[place.file][name] for name, place in self._places.items()
+            }
+            self._digests = self._digests_by_name(entries)
+            self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+            for index, cached in self._cached.items():
+                cached.set_boundaries(edge for entry in entries[index].values() for edge in (entry.start, entry.stop))
         except BaseException:
             self.close()
             raise
-        self._places = locate_tensors(entries)
-        self._entries: Mapping[str, TensorEntry] = {
-            name: entries[place.file][name] for name, place in self._places.items()
-        }
-        self._digests = self._digests_by_name(entries)
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
-        for index, cached in self._cached.items():
-            cached.set_boundaries(edge for entry in entries[index].values() for edge in (entry.start, entry.stop))
 
     def prepare(self, names: Iterable[str]) -> None:
         """Fetch what is missing of these tensors into the cache.

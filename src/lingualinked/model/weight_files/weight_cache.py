@@ -88,9 +88,12 @@ class WeightCache:
         folder = self._folder_of(content)
         with self.disk_errors(content.header_bytes):
             file = CachedFile(folder, content.num_bytes, content.header_bytes)
-            if not (folder / _ABOUT).exists():
-                about = _About(model=model, name=content.name, num_bytes=content.num_bytes)
-                write_whole_file(folder / _ABOUT, msgspec.json.encode(about).decode(), mode=0o600)
+            with contextlib.ExitStack() as undo:
+                undo.callback(file.close)
+                if not (folder / _ABOUT).exists():
+                    about = _About(model=model, name=content.name, num_bytes=content.num_bytes)
+                    write_whole_file(folder / _ABOUT, msgspec.json.encode(about).decode(), mode=0o600)
+                undo.pop_all()
         return file
 
     def find_file(self, content: FileContent) -> CachedFile | None:
