@@ -28,7 +28,8 @@ class Device:
     name : str
         Unique within a cluster; appears in plans, errors and logs.
     accelerator : str
-        ``"cpu"``, ``"cuda:N"`` or ``"mps"``: where the worker's stages hold their weights and compute.
+        ``"cpu"``, ``"cuda:N"`` or ``"mps"``: where the worker's stages hold their weights and compute. A daemon decides that
+        where it is started; another accelerator than its own is an error.
     threads : int or None
         Threads that the worker computes with; ``None``: its share of the machine's cores, or what a daemon allows.
     cpus : tuple of int or None

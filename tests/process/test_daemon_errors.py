@@ -65,6 +65,12 @@ def test_an_unknown_server(daemon: DaemonProcess, refused: Callable[..., str]) -
     assert re.search("key .* is not known.*lingualinked keys trust", text)
 
 
+def test_an_accelerator_that_is_not_the_daemons(daemon: DaemonProcess, refused: Callable[..., str]) -> None:
+    text = refused(daemon.device("a", accelerator="cuda:1"), ll.ArgumentError)
+    assert "accelerator='cuda:1'" in text
+    assert "runs workers on 'cpu': leave it out, or start that with --accelerator cuda:1" in text
+
+
 def test_a_key_that_is_not_authorised(daemon: DaemonProcess, refused: Callable[..., str]) -> None:
     text = refused(daemon.device("a", key="unknown"))
     assert re.search("does not let in our key 'unknown': run `lingualinked keys authorize '.{40}'` there", text)

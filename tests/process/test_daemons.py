@@ -80,6 +80,8 @@ def test_layers_move_between_devices_that_come_later(
             cluster.add(daemon.device(name))
         assert set(cluster.pids) == {"here", "a", "b"}
         cluster.throttle("a", slowdown=1.5)  # it rests after each step, as a local one does
+        with pytest.raises(ll.ArgumentError, match="bandwidth='1MB/s' has no effect on device 'a'"):
+            cluster.throttle("a", bandwidth="1MB/s")
         for spans in (
             [("here", 0, 1), ("a", 1, 4)],
             [("b", 0, 3), ("a", 3, 4)],

@@ -348,8 +348,9 @@ def test_what_needs_layers_or_writes_weights_refuses_to_be_used(sharded: Any) ->
 
 def test_a_model_is_neither_copied_nor_pickled(sharded: Any, tmp_path: Any) -> None:
     for use in (copy.copy, copy.deepcopy, pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
-        with pytest.raises(ll.UnsupportedOperationError, match="can't be pickled or copied"):
-            use(sharded)
+        for of_this_process in (sharded, sharded.cluster):
+            with pytest.raises(ll.UnsupportedOperationError, match="can't be pickled or copied"):
+                use(of_this_process)
 
 
 def test_generation_config_of_the_file_and_of_the_user(sharded: Any) -> None:

@@ -13,17 +13,17 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, MutableSet, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lingualinked.cluster.closing import close_all, shut_down
-from lingualinked.cluster.devices import check_added_device, check_relays, describe_cluster
+from lingualinked.cluster.devices import check_added_device, check_relays, check_throttled, describe_cluster
 from lingualinked.cluster.emulation import delayed_from, emulated_link, emulation_of
 from lingualinked.cluster.on_ray import OnRay
 from lingualinked.cluster.pending import result_of, results_of
 from lingualinked.cluster.workers import ClusterWorkers
 from lingualinked.cluster_file import Devices
 from lingualinked.device import CALLER, Device, Links, check_links
-from lingualinked.errors import ArgumentError, WorkerDiedError
+from lingualinked.errors import ArgumentError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.processes.resources import check_addition, check_start
 from lingualinked.protocol.boot import Boot, Emulation
@@ -327,11 +327,12 @@ class Cluster(OnRay):
         Raises
         ------
         ArgumentError
-            If there is no such device, or a value can't be used.
+            If there is no such device, or a value can't be used; also for ``bandwidth`` and ``latency`` of a device with an
+            `address`, whose connections are not emulated.
         ClosedError, WorkerDiedError, StepTimeoutError
             If a worker can't be told.
         """
-        self.device(name)
+        check_throttled(self.device(name), bandwidth, latency)
         self._engine.check_owner()
         with self._changes:
             before = self._behaving
@@ -367,6 +368,11 @@ class Cluster(OnRay):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedOperationError(
+            "a cluster can't be pickled or copied: its workers belong to this process; pass its devices, and make one there"
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else count_text(len(self.devices), "worker")

@@ -92,6 +92,16 @@ def check_added_device(device: Device, others: Sequence[Device]) -> Device:
     return _filled(device, 1 + sum(other.address is None for other in others))
 
 
+def check_throttled(device: Device, bandwidth: object, latency: object) -> None:
+    """Refuse to slow down the connections of a device with an address, which no one emulates."""
+    for field, value in (("bandwidth", bandwidth), ("latency", latency)):
+        if value is not None and device.address is not None:
+            raise ArgumentError(
+                f"{field}={value!r} has no effect on device {device.name!r} at {device.address}: its connections are as fast as "
+                "they are; leave it out, or shape them on that host (`tc`)"
+            )
+
+
 def _filled(device: Device, num_local: int) -> Device:
     """Return a local device with its share of the cores as threads, unless it states their number."""
     if device.address is not None:

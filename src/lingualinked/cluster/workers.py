@@ -89,6 +89,12 @@ class ClusterWorkers:
 
     def _as_leased(self, device: Device) -> Device:
         limits = self.leases[device.name].limits
+        # "cpu" is also what a device has that says nothing of it.
+        if device.accelerator not in ("cpu", limits.accelerator):
+            raise ArgumentError(
+                f"accelerator={device.accelerator!r} of device {device.name!r}: its daemon at {device.address} runs workers on "
+                f"{limits.accelerator!r}: leave it out, or start that with --accelerator {device.accelerator}"
+            )
         return dataclasses.replace(
             device, threads=limits.threads, memory=limits.memory_bytes, accelerator=limits.accelerator
         )
