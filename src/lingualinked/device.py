@@ -36,9 +36,9 @@ class Device:
         Cores that a local worker is pinned to; ``None``: any. It is an error on systems that can't pin processes to cores.
     memory : int, str or None
         Limit on what the worker holds for its stages (weights, KV cache, working memory) beyond an idle worker, in
-        bytes or with a unit (``"2GiB"``); ``None``: no limit, or what a daemon has left. It is checked before weights are read and enforced: on
-        Linux by the kernel (``RLIMIT_DATA``), on a CUDA GPU by torch's allocator, where what the driver needs for each
-        process (about half a GiB) comes on top.
+        bytes or with a unit (``"2GiB"``); ``None``: no limit, or what a daemon has left. It is checked before weights are read
+        and enforced: on Linux by the kernel (``RLIMIT_DATA``), on a CUDA GPU by torch's allocator, where what the driver
+        needs for each process (about half a GiB) comes on top.
     slowdown : float
         Makes the worker emulate a device that computes this many times slower: it rests after every step, in proportion
         to the CPU time that the step took. At least 1; only CPU workers can emulate.

@@ -29,7 +29,7 @@ class Rounding(msgspec.Struct, frozen=True):
 def describe_difference(roundings: Mapping[str, Rounding], processors: Mapping[str, str] | None = None) -> str:
     """Say why the workers of some devices can't give the bits of one; empty if they can.
 
-    On one ``processor`` those whose fingerprint is not known round as the others do; on several that has to be shown.
+    Devices with processors of one name round alike; with several names, each must have a fingerprint that shows it.
     """
     groups: dict[str, list[str]] = {}
     for device, rounding in roundings.items():

@@ -211,8 +211,8 @@ def _likeness(device: Device, hardware: str, machine: str) -> object:
 def share_of_memory(device: Device, devices: Sequence[Device], free_bytes: int) -> int:
     """Return how much of the free memory of a processor or GPU is for one of the devices of a machine that share it.
 
-    What others may hold by their limits is not; if there is less than all limits together, each gets the same part of its own. What
-    limits leave is shared equally by the devices without one.
+    What others may hold by their limits is not; if there is less than all limits together, each gets the same part of its
+    own. What limits leave is shared equally by the devices without one.
     """
     sharing = [each for each in devices if each.accelerator == device.accelerator]
     claimed = sum(each.memory_bytes or 0 for each in sharing)

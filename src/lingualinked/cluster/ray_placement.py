@@ -142,8 +142,8 @@ class RayPlacement:
     def restart(self, name: str) -> Device:
         """Return the device that takes the place of one whose worker has died, to be added to the cluster.
 
-        Ray starts an actor again that has died, on the same node or another one; otherwise a new daemon is started in it. What is
-        left of the device is ended.
+        Ray starts an actor again that has died, on the same node or another one; otherwise a new daemon is started in it.
+        What is left of the device is ended.
 
         Parameters
         ----------

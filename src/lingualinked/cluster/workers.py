@@ -173,10 +173,11 @@ class ClusterWorkers:
         return self._remote if name in self.leases else self.launcher
 
     def remove(self, name: str) -> None:
-        """End a worker and forget it, without reporting its end."""
-        starter = self._starter(name)
-        if starter is not None:
-            starter.remove(name)
+        """End a worker and forget it, without reporting its end; also one that was only asked for."""
+        for starter in (self._remote, self.launcher):
+            if starter is not None:
+                starter.remove(name)
+        self._boots.pop(name, None)
         self.leases.pop(name, None)
         self.hosts.pop(name, None)
 

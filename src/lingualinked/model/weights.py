@@ -33,7 +33,7 @@ class WeightSource(Protocol):
         """Bytes read so far."""
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Have these tensors at hand, since they are read next, and no others."""
+        """Make these tensors ready to be read: they are read next, and no others."""
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Materialise one tensor in new, aligned CPU memory."""

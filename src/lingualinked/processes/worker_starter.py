@@ -62,7 +62,7 @@ class WorkerStarter(Protocol[P]):
         """Note what is said of workers on those of `descriptors` that are readable."""
 
     def how_ended(self, worker: P, ready: set[int]) -> str | None:
-        """Say in words how a worker has ended, once `read` has noted what there is; ``None``: as far as is known it lives."""
+        """Say in words how a worker has ended, once `read` has noted what there is; ``None``: it is not known to have ended."""
 
     def hang_up(self, workers: Iterable[P]) -> None:
         """Let the workers see that the caller is done with them."""

@@ -86,9 +86,9 @@ class Mailbox(abc.ABC):
     def authorise(self, name: str, public_key: str, *, same_host: bool = True) -> None:
         """Let the holder of a key connect from now on. Does nothing if the key is authorised under this name already.
 
-        With a party that is not on the same host, no memory is shared, in neither direction. A key that had the name before loses it, and its messages are dropped. A connection that has been refused stays
-        refused: its maker has to `disconnect` and `connect` again. Raises ArgumentError if the key is authorised under
-        another name.
+        With a party that is not on the same host, no memory is shared, in either direction. A key that had the name before
+        loses it, and its messages are dropped. A connection that has been refused stays refused: its maker has to
+        `disconnect` and `connect` again. Raises ArgumentError if the key is authorised under another name.
         """
         self._check_open()
         before = authorise(self._authorised, name, public_key)

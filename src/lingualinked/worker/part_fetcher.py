@@ -58,8 +58,8 @@ class _Source:
 class PartFetcher:
     """A `lingualinked.model.weight_files.fetching.Fetcher` of what the parties in `supplies` have.
 
-    Parts are requested with `request_part` and delivered by `deliver_part`. A source that fails, dies, sends a part that does not match its checksum, or is silent while others have
-    what it was asked for, is replaced by the others.
+    Parts are requested with `request_part` and delivered by `deliver_part`. A source that fails, dies, sends a part that does
+    not match its checksum, or is silent while others have what it was asked for, is replaced by the others.
     """
 
     def __init__(
