@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from lingualinked.whole_file import write_whole_file
@@ -40,3 +41,12 @@ def cache_folder() -> Path | None:
         return Path.home() / ".cache" / "lingualinked"
     except RuntimeError:  # the user has no home folder
         return None
+
+
+def free_cache_bytes() -> int | None:
+    """Return the free disk space where the cache folder is, or will be made; ``None`` if it can't be found out."""
+    folder = cache_folder()
+    for each in () if folder is None else (folder, *folder.parents):
+        with contextlib.suppress(OSError):  # it is made when it is needed
+            return shutil.disk_usage(each).free
+    return None

@@ -18,7 +18,7 @@ from lingualinked.cluster.pending import result_of
 from lingualinked.device import CALLER
 from lingualinked.errors import CheckpointError, LingualinkedError
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.weight_files.byte_ranges import ByteRange, subtract_ranges
+from lingualinked.model.weight_files.byte_ranges import ByteRange, intersect_ranges, subtract_ranges
 from lingualinked.model.weight_files.describing import describe_contents
 from lingualinked.model.weight_files.span_ranges import ranges_of_span
 from lingualinked.protocol.weights import FindFiles, Ranges, ShareFiles, WeightSupply
@@ -78,9 +78,9 @@ def arrange_supplies(
     for load in loads:
         lacking = subtract_ranges(needed[load.number], held.get(load.device, ()))
         for name, ranges in held.items():
-            if name == load.device or not _trusts(engine, load.device, name) or not _common(lacking, ranges):
+            if name == load.device or not _trusts(engine, load.device, name) or not intersect_ranges(lacking, ranges):
                 continue
-            lent = supplies[load.number][name] = _common(needed[load.number], ranges)
+            lent = supplies[load.number][name] = intersect_ranges(needed[load.number], ranges)
             message = ShareFiles(
                 request=engine.next_request(),
                 load=load.number,
@@ -143,11 +143,6 @@ def _find_files(engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: f
 def _trusts(engine: Engine, borrower: str, source: str) -> bool:
     """Return whether a worker may fetch files from another: what trusted ones have and hold comes from such and stays there."""
     return (borrower in engine.trusted) == (source in engine.trusted)
-
-
-def _common(ranges: Iterable[ByteRange], others: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-    ranges = tuple(ranges)
-    return subtract_ranges(ranges, subtract_ranges(ranges, others))
 
 
 def _bounds(ranges: Iterable[ByteRange]) -> Ranges:

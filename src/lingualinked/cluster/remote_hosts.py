@@ -6,11 +6,10 @@ Knows clusters and reports; not what is planned with them.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from typing import TYPE_CHECKING
 
 from lingualinked.cluster.inspection import inspect_workers
-from lingualinked.disk_cache import cache_folder
+from lingualinked.disk_cache import free_cache_bytes
 from lingualinked.errors import WorkerDiedError
 
 if TYPE_CHECKING:
@@ -40,12 +39,7 @@ def free_disk_bytes(cluster: Cluster, device: Device) -> int | None:
     lease = cluster._workers.leases.get(device.name)  # noqa: SLF001 - within the room
     if lease is not None:
         return lease.facts.free_disk_bytes
-    folder = cache_folder()
-    while folder is not None and not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    with contextlib.suppress(OSError):
-        return None if folder is None else shutil.disk_usage(folder).free
-    return None
+    return free_cache_bytes()
 
 
 def _remote_names(cluster: Cluster) -> list[str]:

@@ -19,6 +19,7 @@ from lingualinked.model.weight_files.byte_ranges import (
     ByteRange,
     checksum_bytes,
     cut_ranges,
+    intersect_ranges,
     merge_ranges,
     subtract_ranges,
 )
@@ -100,7 +101,10 @@ class PartFetcher:
                 groups = [
                     group
                     for wanted, names in groups
-                    for group in ((_common(wanted, held), (*names, name)), (subtract_ranges(wanted, held), names))
+                    for group in (
+                        (intersect_ranges(wanted, held), (*names, name)),
+                        (subtract_ranges(wanted, held), names),
+                    )
                 ]
         self._queues.clear()
         self._missing = {part: names for wanted, names in groups for part in cut_ranges(wanted)}
@@ -223,8 +227,3 @@ class PartFetcher:
             for part in self._queues.pop(names):
                 if part in self._missing:
                     self._queue_part(part)
-
-
-def _common(ranges: tuple[ByteRange, ...], others: tuple[ByteRange, ...]) -> tuple[ByteRange, ...]:
-    """Return what is both in some ranges and in others."""
-    return subtract_ranges(ranges, subtract_ranges(ranges, others))

@@ -74,6 +74,12 @@ def subtract_ranges(ranges: Iterable[ByteRange], held: Iterable[ByteRange]) -> t
     return tuple(left)
 
 
+def intersect_ranges(ranges: Iterable[ByteRange], others: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Return the bytes that are both in `ranges` and in `others`, merged."""
+    ranges = tuple(ranges)
+    return subtract_ranges(ranges, subtract_ranges(ranges, others))
+
+
 def cut_ranges(ranges: Iterable[ByteRange], max_bytes: int = PART_BYTES) -> Iterator[ByteRange]:
     """Cut ranges into parts that end at multiples of `max_bytes` of their file, so that all parties cut alike."""
     for each in ranges:

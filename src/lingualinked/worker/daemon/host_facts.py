@@ -6,12 +6,10 @@ Knows the operating system's figures; imports no torch.
 from __future__ import annotations
 
 import platform
-import shutil
-from pathlib import Path
 
 import psutil
 
-from lingualinked.disk_cache import cache_folder
+from lingualinked.disk_cache import free_cache_bytes
 from lingualinked.host_id import host_id
 from lingualinked.processor import processor_name, usable_cores
 from lingualinked.protocol.daemon import HostFacts
@@ -34,7 +32,7 @@ def collect_facts(options: DaemonOptions, leasable_bytes: int | None) -> HostFac
         memory_bytes=memory.total,
         available_bytes=memory.available,
         leasable_bytes=leasable_bytes,
-        free_disk_bytes=_free_disk_bytes(),
+        free_disk_bytes=free_cache_bytes() or 0,
         host_id=host_id(),
         allows_relays=options.allows_relays,
         advertise=options.advertise,
@@ -45,13 +43,3 @@ def describe_hardware(accelerator: str) -> str:
     """Return what the host has, in a line for people."""
     memory = bytes_text(psutil.virtual_memory().total)
     return f"{processor_name()}, {count_text(usable_cores(), 'core')}, {memory}, {accelerator}"
-
-
-def _free_disk_bytes() -> int:
-    folder = cache_folder() or Path.cwd()
-    for each in (folder, *folder.parents):
-        try:
-            return shutil.disk_usage(each).free
-        except OSError:  # it is made when it is needed
-            continue
-    return 0

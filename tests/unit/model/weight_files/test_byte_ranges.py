@@ -11,6 +11,7 @@ from lingualinked.model.weight_files.byte_ranges import (
     ByteRange,
     checksum_bytes,
     cut_ranges,
+    intersect_ranges,
     merge_ranges,
     num_bytes_of,
     subtract_ranges,
@@ -46,6 +47,13 @@ def test_what_is_left_is_the_difference(ranges: list[ByteRange], held: list[Byte
     left = subtract_ranges(ranges, held)
     assert as_set(left) == as_set(ranges) - as_set(held)
     assert is_merged(left)
+
+
+@given(RANGES, RANGES)
+def test_what_both_have_is_the_intersection(ranges: list[ByteRange], others: list[ByteRange]) -> None:
+    both = intersect_ranges(ranges, others)
+    assert as_set(both) == as_set(ranges) & as_set(others)
+    assert is_merged(both)
 
 
 @given(RANGES, st.integers(1, 9))

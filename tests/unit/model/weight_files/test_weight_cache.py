@@ -11,6 +11,7 @@ import pytest
 
 from lingualinked.errors import CheckpointError, ResourceError
 from lingualinked.model.spec import FileContent
+from lingualinked.model.weight_files import weight_cache
 from lingualinked.model.weight_files.byte_ranges import PART_BYTES, ByteRange
 from lingualinked.model.weight_files.cached_file import CachedFile
 from lingualinked.model.weight_files.weight_cache import WeightCache, default_cache_folder
@@ -188,3 +189,15 @@ def test_what_one_owner_has_fetched_is_not_given_to_another(cache: WeightCache) 
     assert found is not None
     found.close()
     assert [entry.held_bytes for entry in cache.entries()] == [SIZE]  # all owners share the space
+
+
+def test_a_file_that_could_not_be_begun_is_in_nobodys_use(cache: WeightCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weight_cache, "write_whole_file", fail)
+        with pytest.raises(ResourceError, match="full"):
+            cache.open_file(content(1), "model 1")
+    cache.clear()
+    assert not (cache.folder / content(1).fingerprint).exists()
