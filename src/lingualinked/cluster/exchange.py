@@ -321,12 +321,14 @@ class Exchange:
 
     def _introduce(self, device: str) -> None:
         """Introduce a worker and those that are there to each other; it is ready once all have acknowledged it."""
+        settled = self.settled[device]
 
         def ready(error: Exception | None) -> None:
+            if self.settled.get(device) is not settled:
+                return  # it was dropped meanwhile, and another one may have its name
             if error is not None:
                 self.failed[device] = error
-            if device in self.settled:
-                self.settled[device].set()
+            settled.set()
 
         self.introductions.introduce(device, ready)
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import msgspec
@@ -579,6 +579,21 @@ def test_who_dies_before_it_is_introduced_holds_nobody_up() -> None:
     conversation.exchange.mark_dead("a", "killed")
     assert conversation.exchange.settled["b"].is_set()
     conversation.exchange.close()
+
+
+def test_the_end_of_an_introduction_does_not_count_for_another_device_of_that_name(talk: Conversation) -> None:
+    late = talk.workers["late"] = InProcessMailbox(talk.hub, "late")
+    late.connect("caller", talk.caller.address, talk.caller.public_key)
+    ready: list[Callable[[Exception | None], None]] = []
+    talk.exchange.introductions.introduce = lambda _, on_ready: ready.append(on_ready)  # type: ignore[method-assign]
+    talk.exchange.expect_worker("late")
+    talk.exchange.authorise_worker("late", late.public_key)
+    talk.greet("late")
+    talk.exchange.drop_worker("late")
+    talk.exchange.expect_worker("late")
+    ready[0](ValueError("of the one before"))
+    assert not talk.exchange.settled["late"].is_set()
+    assert talk.exchange.failed == {}
 
 
 def test_a_device_that_is_forgotten_is_forgotten_by_all(talk: Conversation) -> None:

@@ -140,6 +140,16 @@ def test_the_death_of_another_one_holds_nobody_up_and_other_errors_are_told_once
     assert asked.ready == [None, None if isinstance(error, WorkerDiedError) else error]
 
 
+def test_a_device_that_is_dropped_meanwhile_holds_nobody_up() -> None:
+    asked = Asked()
+    asked.add("here")
+    asked.add("nas")
+    asked.connecting["nas"].set_result("")
+    asked.reach.forget("nas")
+    asked.answer(acknowledge)
+    assert [type(error) for error in asked.ready] == [type(None), KeyError]
+
+
 def test_a_pair_may_be_led_through_a_relay() -> None:
     asked, opened = Asked(), Future[str]()
     asked.introductions.relay = lambda source, target: "pi" if (source, target) == ("nas", "here") else None
