@@ -12,6 +12,8 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
+import msgspec
+
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.file_sharing import SharedLoad
 from lingualinked.cluster.pending import result_of
@@ -25,6 +27,9 @@ from lingualinked.protocol.weights import FindFiles, Ranges, ShareFiles, WeightS
 
 if TYPE_CHECKING:
     from lingualinked.protocol.weights import FilesFound
+
+_MOST_RANGES = 10_000
+"""Ranges that a worker may say it has: tensors are adjacent, and what it is said to have is told to the others."""
 
 _FIND_S = 5.0
 """Seconds that a worker has to say what it has for others: one that is busy for longer is no source."""
@@ -136,7 +141,9 @@ def _find_files(engine: Engine, spec: ModelSpec, loading: set[str], timeout_s: f
     while asked:
         name = asked[0][0]
         with contextlib.suppress(LingualinkedError):
-            found[name] = cast("FilesFound", result_of(asked.pop(0)[1]))
+            answer = cast("FilesFound", result_of(asked.pop(0)[1]))
+            has_too_many = len(answer.ranges) > _MOST_RANGES
+            found[name] = msgspec.structs.replace(answer, ranges=()) if has_too_many else answer
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lingualinked.environment import Environment
+from lingualinked.protocol.daemon import HostFacts
 from lingualinked.versions import Versions
 
 if TYPE_CHECKING:  # it imports torch
@@ -37,6 +38,16 @@ def readable_environment(environment: Environment) -> Environment:
     return msgspec.structs.replace(
         environment,
         versions=Versions(*map(_in_one_line, environment.versions)),
+        **{name: _in_one_line(value) for name, value in texts.items()},
+    )
+
+
+def readable_facts(facts: HostFacts) -> HostFacts:
+    """Return what a daemon says of its host, as it can be shown."""
+    texts = {name: value for name, value in msgspec.structs.asdict(facts).items() if isinstance(value, str)}
+    return msgspec.structs.replace(
+        facts,
+        versions=Versions(*map(_in_one_line, facts.versions)),
         **{name: _in_one_line(value) for name, value in texts.items()},
     )
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,11 +56,14 @@ class FileChangedError(CheckpointError):
 
 
 def identify_file(path: str) -> CheckpointFile:
-    """Describe a file as it is now; raise CheckpointError if it is missing or can't be read."""
+    """Describe a file as it is now; raise CheckpointError if it is missing, can't be read, or is a device or a pipe."""
     try:
-        return _identity(path, Path(path).stat())
+        status = Path(path).stat()
     except OSError as error:
         raise CheckpointError(_unreadable(path, error)) from error
+    if not stat.S_ISREG(status.st_mode):  # to open it might block, or have effects
+        raise CheckpointError(_unreadable(path, OSError("it is not a regular file")))
+    return _identity(path, status)
 
 
 class SafetensorsFile:

@@ -5,6 +5,7 @@ Knows neither who sends them nor over what. Nothing in it is secret, and no tens
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeVar
 
 import msgspec
@@ -23,6 +24,9 @@ HEARTBEAT_TIMEOUT_MS = 2_000
 
 ANSWER_S = 4.5
 """Seconds in which a daemon is found, lets a caller in, and accepts a worker, or an error says why not."""
+
+_MOST_TEXTS = 100
+_MOST_CHARACTERS = 200
 
 
 class HostFacts(Message, frozen=True):
@@ -147,6 +151,14 @@ _from_daemon: msgspec.msgpack.Decoder[FromDaemon] = msgspec.msgpack.Decoder(From
 def encode(message: ToDaemon | FromDaemon) -> bytes:
     """Encode a message."""
     return _encoder.encode(message)
+
+
+def check_texts(texts: Collection[str]) -> None:
+    """Raise ProtocolError unless all are short and printable, and not too many: they go to logs and to other processes."""
+    if len(texts) > _MOST_TEXTS or not all(text.isprintable() and len(text) <= _MOST_CHARACTERS for text in texts):
+        raise ProtocolError(
+            f"at most {_MOST_TEXTS} names of at most {_MOST_CHARACTERS} printable characters each are expected"
+        )
 
 
 def decode_to_daemon(payload: bytes) -> ToDaemon:

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from lingualinked.address import Address
 from lingualinked.cluster.remote.resolving import PROBE_S
+from lingualinked.cluster.remote_text import readable, readable_facts
 from lingualinked.device import Device
 from lingualinked.errors import ClosedError, DaemonError, LingualinkedError, ProtocolError
 from lingualinked.protocol.boot import Boot
@@ -60,6 +62,10 @@ _EVENTS = (
     | zmq.EVENT_DISCONNECTED
 )
 _MOST_FAILED_HANDSHAKES = 2  # libzmq would try for ever; the second one rules out a daemon that was just ending
+_BURST, _PER_S = (
+    1_000,
+    20.0,
+)  # messages since the connection was made: a daemon sends two beats a second, and a few others
 _CUT_AFTER_S = 1.2  # without a beat: a daemon that ends by itself was heard more recently
 _numbers = itertools.count()
 
@@ -130,8 +136,10 @@ class DaemonConnection:
         self._phase = _Phase.CONNECTING
         self._num_failed_handshakes = 0
         self._entered: Entered | None = None
+        self._has_key = False  # of the worker
         self._relays: dict[int, concurrent.futures.Future[int]] = {}  # asked for
-        self._heard_s = time.monotonic()
+        self._num_read = 0  # messages
+        self._began_s = self._heard_s = time.monotonic()
         self._answer_by_s = deadline_s
         self._monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -146,6 +154,9 @@ class DaemonConnection:
         socket.linger = self._monitor.linger = 0
         socket.handshake_ivl = TIMEOUT_MS
         socket.maxmsgsize = MAX_FRAME_BYTES
+        # Unlimited: a connection that ends while libzmq has stopped reading it aborts the process at its next heartbeat
+        # (libzmq issues 3937 and 4767). `read` ends the connection to a daemon that sends too much instead.
+        socket.rcvhwm = 0
         socket.ipv6 = ":" in self._address.host
         # The threads of libzmq send and expect them, so that the lease holds while this process computes.
         socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
@@ -191,6 +202,8 @@ class DaemonConnection:
             for opened in self._relays.values():
                 opened.set_exception(self._error("it ended before it had opened a relay"))
             self._relays.clear()
+            if not self.leased.done():
+                self.leased.set_exception(self._error("it ended before there was a worker"))
             self.left.set_result(None)
 
     def read(self) -> None:
@@ -202,8 +215,11 @@ class DaemonConnection:
         while self._phase is not _Phase.CLOSED and self._socket.poll(0):
             payload = self._socket.recv()
             self._heard_s = time.monotonic()
+            self._num_read += 1
             try:
-                self._handle(decode_from_daemon(payload))
+                if self._num_read > _BURST + _PER_S * (self._heard_s - self._began_s):
+                    raise ProtocolError("too many messages")
+                self._handle(self._check_due(decode_from_daemon(payload)))
             except ProtocolError as error:
                 self._fail(
                     f"it sent what can't be understood ({error}): install the same version of lingualinked on both hosts"
@@ -254,6 +270,29 @@ class DaemonConnection:
                 if self._phase is not _Phase.HANDSHAKE:
                     self._lose()
 
+    def _check_due(self, message: FromDaemon) -> FromDaemon:
+        """Return a message of the daemon, with texts that can be shown; raise ProtocolError if it is not due."""
+        match message:
+            case Entered():
+                is_due = self._entered is None
+                message = Entered(facts=readable_facts(message.facts), caller_host=message.caller_host)
+            case WorkerLeased():
+                is_due = self._entered is not None and not self.leased.done()
+            case WorkerKeyMade():
+                is_due = self.leased.done() and not self._has_key
+                self._has_key = True
+            case Refused() | RelayOpened():
+                is_due = True
+                message = msgspec.structs.replace(message, reason=readable(message.reason))
+            case WorkerEnded():
+                is_due = True
+                message = msgspec.structs.replace(message, how=readable(message.how))
+            case _:
+                is_due = True
+        if not is_due:
+            raise ProtocolError(f"{type(message).__name__} is not due")
+        return message
+
     def _handle(self, message: FromDaemon) -> None:
         match message:
             case Beat():
@@ -282,7 +321,10 @@ class DaemonConnection:
                 except LingualinkedError:  # the cluster is closed, or the key can't be used
                     self.leave()
             case WorkerEnded():
-                self._end(message.how)
+                if self.leased.done():
+                    self._end(message.how)
+                else:
+                    self._fail(message.how)
             case RelayOpened():
                 opened = self._relays.pop(message.number, None)
                 if opened is not None and message.port is not None:

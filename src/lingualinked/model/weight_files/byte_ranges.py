@@ -59,16 +59,17 @@ def subtract_ranges(ranges: Iterable[ByteRange], held: Iterable[ByteRange]) -> t
     """Return what `ranges` have and `held` lack, merged."""
     holes = {file: list(each) for file, each in groupby(merge_ranges(held), lambda each: each.file)}
     left: list[ByteRange] = []
+    after: dict[int, int] = {}  # of each file, the first hole that may reach into what follows
     for each in merge_ranges(ranges):
-        start = each.start
-        for hole in holes.get(each.file, ()):
-            if hole.stop <= start:
-                continue
-            if hole.start >= each.stop:
-                break
-            if hole.start > start:
-                left.append(ByteRange(each.file, start, hole.start))
-            start = hole.stop
+        own, start, place = holes.get(each.file, ()), each.start, after.get(each.file, 0)
+        while place < len(own) and own[place].start < each.stop:
+            if own[place].start > start:
+                left.append(ByteRange(each.file, start, own[place].start))
+            start = max(start, own[place].stop)
+            if start > each.stop:
+                break  # it may reach into the next range
+            place += 1
+        after[each.file] = place
         if start < each.stop:
             left.append(ByteRange(each.file, start, each.stop))
     return tuple(left)

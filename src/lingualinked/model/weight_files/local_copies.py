@@ -46,13 +46,15 @@ class LocalCopies:
         """Find a copy of each file of a model, and say of those that are called alike how they differ.
 
         A copy counts if its name, length and fingerprint are equal, and the values in the config.json beside it, if any.
-        The caller's own path comes first: hosts may share a disk.
+        The caller's own path comes first: hosts may share a disk. How a file differs there is not said, since it may be
+        any file of this user.
         """
         # 1) by names
         wanted = {content.name for content in spec.contents}
+        shared: defaultdict[str, list[Path]] = defaultdict(list)
         named: defaultdict[str, list[Path]] = defaultdict(list)
         for file in spec.files:
-            named[Path(file.path).name].append(Path(file.path))
+            shared[Path(file.path).name].append(Path(file.path))
         for root in self._roots:
             for path in _walk(root, wanted):
                 named[path.name].append(path)
@@ -61,7 +63,9 @@ class LocalCopies:
         differences: list[str] = []
         models = {model_name(Path(file.path)) for file in spec.files}
         for content in spec.contents:
-            equal, differing = _compare(named[content.name], content, spec.config_digest, models)
+            equal, differing = _compare(shared[content.name], content, spec.config_digest, models)
+            if equal is None:
+                equal, differing = _compare(named[content.name], content, spec.config_digest, models)
             found.append(equal)
             differences += [] if equal is not None else differing
         return found, differences

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from lingualinked.address import Address
+from lingualinked.address import Address, parse_address
 from lingualinked.errors import LingualinkedError, ProtocolError, ResourceError, UnsupportedOperationError
 from lingualinked.processes.launch import kept_fork_server
 from lingualinked.protocol.boot import GRACE_S, WeightFolders
@@ -37,6 +37,7 @@ from lingualinked.protocol.daemon import (
     WorkerEnded,
     WorkerKeyMade,
     WorkerLeased,
+    check_texts,
     decode_to_daemon,
     encode,
 )
@@ -147,11 +148,18 @@ class Daemon:
             except ProtocolError as error:
                 logger.warning("%s at %s: %s", client, host, error)
                 version = installed_versions().lingualinked
-                reason = f"it can't understand what it was sent ({error}); it has lingualinked {version}"
-                self._send(routing_id, Refused(reason=reason))
+                self._give_up(
+                    routing_id, f"it can't understand what it was sent ({error}); it has lingualinked {version}"
+                )
             except Exception as error:  # costs this caller its worker, and nobody else anything
                 logger.exception("%s at %s could not be served", client, host)
-                self._send(routing_id, Refused(reason=f"it failed ({error!r}): its log says more"))
+                self._give_up(routing_id, f"it failed ({error!r}): its log says more")
+
+    def _give_up(self, routing_id: bytes, reason: str) -> None:
+        """Refuse to go on with a caller."""
+        self._send(routing_id, Refused(reason=reason))
+        if routing_id in self._callers:
+            self._dismiss(self._callers[routing_id], "was given up")
 
     def _handle(self, routing_id: bytes, message: ToDaemon, client: str, public_key: str, host: str) -> None:
         caller = self._callers.get(routing_id)
@@ -159,6 +167,7 @@ class Daemon:
             return  # the connection of that name has just ended; a client may choose how its own is named
         if isinstance(message, Enter):
             if caller is None:
+                check_texts(message.versions)
                 self._let_in(Caller(routing_id, client, public_key, host), message.versions)
         elif caller is None or caller.is_ending:
             if isinstance(message, Leave):
@@ -196,6 +205,7 @@ class Daemon:
     def _start_worker(self, caller: Caller, asked: StartWorker) -> None:
         if caller.device:
             raise ProtocolError("a connection has one worker at most")
+        check_texts((asked.name, *asked.class_names))
         try:
             self._check_threads(asked.threads)
             memory_bytes = self._shares.lease(caller.routing_id, asked.memory_bytes)
@@ -258,14 +268,22 @@ class Daemon:
         try:
             if not options.allows_relays:
                 raise UnsupportedOperationError("it does not relay: start it with --relay")
-            target = Address(str(ipaddress.ip_address(message.host)), message.port)
+            target = self._relay_target(message)
             endpoint = TcpEndpoint(host=options.bind.host, ports=options.ports, advertise=options.advertise)
             port = caller.open_relay(endpoint, target)
             logger.info("%s relays to %s", caller, target)
         except (LingualinkedError, ValueError) as error:
             reason = str(error)
-            logger.warning("%s gets no relay to %s: %s", caller, message.host, reason)
+            logger.warning("%s gets no relay to %r: %s", caller, message.host, reason)
         self._send(caller.routing_id, RelayOpened(number=message.number, port=port, reason=reason))
+
+    def _relay_target(self, message: OpenRelay) -> Address:
+        """Return where a relay leads: to a port of another host, never to what listens for this one alone."""
+        host = ipaddress.ip_address(message.host)
+        target = parse_address(str(Address(str(getattr(host, "ipv4_mapped", None) or host), message.port)), "target")
+        if target.is_loopback and not self._options.bind.is_loopback:
+            raise UnsupportedOperationError("it does not relay to what listens on its own host alone")
+        return target
 
     def _report_key(self, caller: Caller, public_key: str) -> None:
         if not caller.is_ending:

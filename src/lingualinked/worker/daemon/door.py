@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import zmq
@@ -25,8 +28,29 @@ logger = logging.getLogger("lingualinked.daemon")
 
 _CLOSE_TIMEOUT_S = 5.0
 _OPEN_PER_KEY = 64  # connections, on average: each is a caller with a worker of its own
-_MAX_UNREAD = 16  # messages of one caller; the others stay with it
+_MAX_UNSENT = 1_000  # messages to one caller, of which it is sent two a second; more than one that reads ever has
+_BURST, _PER_S = 1_000, 20.0  # messages of one client; an honest one sends a few for each worker
+_MOST_HUNG_UP = 10_000
 _MAX_AT_ONCE = 100  # messages read before the loop does something else
+
+
+class Budget:
+    """How many messages a client may still send: some at once, then so many a second."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._num_left = float(_BURST)
+        self._seen_s = clock()
+
+    def spend(self) -> bool:
+        """Count a message; return whether it may be sent."""
+        now_s = self._clock()
+        self._num_left = min(_BURST, self._num_left + (now_s - self._seen_s) * _PER_S)
+        self._seen_s = now_s
+        if self._num_left < 1:
+            return False
+        self._num_left -= 1
+        return True
 
 
 class Received(NamedTuple):
@@ -43,6 +67,8 @@ class Door:
 
     def __init__(self, bind: Address, keys: KeyPair, owner: str) -> None:
         self._let_in: set[str] = set()
+        self._budgets: dict[str, Budget] = {}  # by key
+        self._hung_up: set[bytes] = set()  # connections
         with contextlib.ExitStack() as undo:
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             self._zap = ZapHandler(self._context, Refusals(owner), _OPEN_PER_KEY)
@@ -69,9 +95,10 @@ class Door:
         router.linger = 0
         router.handshake_ivl = TIMEOUT_MS
         router.maxmsgsize = MAX_FRAME_BYTES
-        router.rcvhwm = _MAX_UNREAD
-        # A caller that does not read what it is sent is found by heartbeats; two beats a second don't fill the memory.
-        router.sndhwm = 0
+        # Unlimited: a connection that ends while libzmq has stopped reading it aborts the process at its next heartbeat
+        # (libzmq issues 3937 and 4767). `receive` hangs up on who sends too much instead.
+        router.rcvhwm = 0
+        router.sndhwm = _MAX_UNSENT
         router.router_mandatory = 1
         router.heartbeat_ivl, router.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
         router.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
@@ -80,8 +107,10 @@ class Door:
         """Let in the holders of these keys, and no others from now on."""
         wanted = set(public_keys)
         for key in self._let_in - wanted:
+            del self._budgets[key]
             self._zap.withdraw(raw_key(key))
         for key in wanted - self._let_in:
+            self._budgets[key] = Budget()
             self._zap.authorise(raw_key(key), key)
         self._let_in = wanted
 
@@ -92,25 +121,43 @@ class Door:
         return {each for each, _ in zmq.zmq_poll(items, int(timeout_s * 1000) + 1) if isinstance(each, int)}
 
     def receive(self) -> Iterator[Received]:
-        """Receive the messages that have come, up to a limit."""
+        """Receive the messages that have come, up to a limit; hang up on clients that send too many."""
         for _ in range(_MAX_AT_ONCE):
             try:
                 routing_id, *frames = self._router.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            if len(frames) == 1:
-                frame = frames[0]
-                yield Received(routing_id.bytes, frame.bytes, str(frame.get("User-Id")), str(frame.get("Peer-Address")))
+            frame = frames[0]
+            key = str(frame.get("User-Id"))
+            if key not in self._let_in or not self._budgets[key].spend():
+                self._hang_up(routing_id.bytes, frame)
+            elif len(frames) == 1 and routing_id.bytes not in self._hung_up:
+                yield Received(routing_id.bytes, frame.bytes, key, str(frame.get("Peer-Address")))
 
     def send(self, routing_id: bytes, payload: bytes) -> bool:
-        """Send a message; return whether the connection is still there."""
+        """Send a message; return whether the connection is still there, and its other end reads what it is sent."""
         try:
             self._router.send_multipart([routing_id, payload], zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             return False
         return True
+
+    def _hang_up(self, routing_id: bytes, frame: zmq.Frame) -> None:
+        """End the connection that a frame came from, once: its descriptor may be that of another one later."""
+        if routing_id in self._hung_up:
+            return
+        if len(self._hung_up) >= _MOST_HUNG_UP:
+            self._hung_up.clear()
+        self._hung_up.add(routing_id)
+        logger.warning(
+            "a client at %s sends too many messages, or is not authorised any more: its connection is ended",
+            frame.get("Peer-Address"),
+        )
+        # libzmq can't end a single connection; it sees the end of this one, and closes its descriptor.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(frame.get(zmq.SRCFD)))) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket, and with it all connections."""
