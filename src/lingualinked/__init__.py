@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         StaleKVWarning as StaleKVWarning,
         StepTimeoutError as StepTimeoutError,
         UncuttableModelError as UncuttableModelError,
+        UnreachableError as UnreachableError,
         UnsupportedOperationError as UnsupportedOperationError,
         WorkerDiedError as WorkerDiedError,
         WorkerError as WorkerError,
@@ -92,7 +93,7 @@ _NAMES = {
     "environment": "Environment",
     "errors": "ArgumentError CheckpointError ClosedError DaemonError DeviceMemoryError InfeasiblePlanError KVCapacityError "
     "LingualinkedError OverloadWarning PeerUnknownError ProtocolError ResourceError StaleKVWarning StepTimeoutError UncuttableModelError "
-    "UnsupportedOperationError WorkerDiedError WorkerError",
+    "UnreachableError UnsupportedOperationError WorkerDiedError WorkerError",
     "interventions": "Ablate Add Clamp Project Replace Scale",
     "module_times": "ModuleTimes StepTime",
     "planning.comparison": "Comparison",

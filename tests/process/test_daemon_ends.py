@@ -76,6 +76,20 @@ def test_a_dropped_cluster_and_an_interrupted_start_leave_no_worker(
         assert cluster.device("a").memory_bytes == 1 << 30
 
 
+def test_a_cluster_that_could_not_be_used_ends_with_its_last_reference(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lingualinked.transport.awaited_connections.CONNECT_S", 0.5)
+
+    def fail() -> None:
+        ll.Cluster([daemon.device("a", advertise="192.0.2.1")]).wait()
+
+    with pytest.raises(ll.UnreachableError, match=r"the caller can't connect to device 'a' at tcp://192.0.2.1:"):
+        fail()
+    gc.collect()
+    daemon.wait_until_idle()
+
+
 def test_fifty_clusters_one_after_the_other_leave_nothing(daemon: DaemonProcess) -> None:
     def held() -> tuple[int, int, int]:
         process = psutil.Process(daemon.process.pid)
@@ -207,6 +221,8 @@ def test_a_daemon_is_silent(daemons: Daemons) -> None:
         silent.wait_until_idle()
         with ll.Cluster([silent.device("b")]) as again:
             assert again.device("b").threads == 1
+        cluster.add(silent.device("later"))  # what has ended leaves its address to another device
+        assert set(cluster.pids) == {"later"}
 
 
 def test_a_daemon_is_told_to_end(daemons: Daemons) -> None:

@@ -78,6 +78,7 @@ PUBLIC_NAMES = [
     "StepTimeoutError",
     "Telemetry",
     "UncuttableModelError",
+    "UnreachableError",
     "UnsupportedOperationError",
     "WeightEdit",
     "WorkerDiedError",

@@ -238,6 +238,8 @@ class Cluster(OnRay):
             If this process may not open enough files or start enough threads and processes.
         DaemonError
             As in `Cluster`.
+        UnreachableError
+            If it and another device or this process can't connect to each other.
         ClosedError
             If the cluster has been closed, also meanwhile.
         WorkerDiedError
@@ -256,7 +258,7 @@ class Cluster(OnRay):
         self._engine.check_owner()  # before the lock, which a fork may have left taken
         with self._changes:
             before = self.devices, self.links, self._behaving
-            device = check_added_device(device, self.devices)
+            device = check_added_device(device, self.devices, self._engine.ended_devices())
             check_addition(device)
             behaving = {**self._behaving, device.name: device}
             known = {**self.links, **check_links(links or {}, behaving, device.name)}

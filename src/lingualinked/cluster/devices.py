@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lingualinked.address import parse_advertised
 from lingualinked.checks import check_positive
@@ -81,14 +81,17 @@ def check_relays(links: Links, devices: Sequence[Device]) -> None:
             )
 
 
-def check_added_device(device: Device, others: Sequence[Device]) -> Device:
-    """Return the device that a cluster of others would have in addition, with its number of threads."""
+def check_added_device(device: Device, others: Sequence[Device], ended: Collection[str] = ()) -> Device:
+    """Return the device that a cluster of others would have in addition, with its number of threads.
+
+    The worker of a device that has ended leaves its address to another one, but not its name.
+    """
     if not isinstance(device, Device):
         raise ArgumentError(f"device={device!r} is not a lingualinked.Device")
     names = [other.name for other in others]
     if device.name in names:
         raise ArgumentError(f"a device named {device.name!r} is in this cluster already ({names}): choose another name")
-    check_distinct(device, others)
+    check_distinct(device, [other for other in others if other.name not in ended])
     return _filled(device, 1 + sum(other.address is None for other in others))
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from lingualinked.cluster.exchange import Exchange, closed
+from lingualinked.cluster.failures import renewed
 from lingualinked.cluster.file_sharing import SharedLoad
 from lingualinked.cluster.pending import Pending, settle
 from lingualinked.cluster.reach import Reach, RemoteHost
@@ -174,7 +175,7 @@ class Engine:
         if name in self._exchange.ended:
             raise WorkerDiedError(name, self._exchange.ended[name])
         if name in self._exchange.failed:
-            raise self._exchange.failed[name].with_traceback(None)  # of the last time
+            raise renewed(self._exchange.failed[name])
         if not in_time:
             raise StepTimeoutError(
                 f"the worker on device {name!r} was not ready within timeout_s={timeout_s:g}: raise it on a busy machine"

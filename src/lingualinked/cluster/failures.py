@@ -33,3 +33,11 @@ def error_of(device: str, failure: RequestFailed | KVRefused | StepFailed) -> Li
     error = asked_for(f"device {device!r}: {cause.partition(': ')[2]}")
     error.__cause__ = raised
     return error
+
+
+def renewed(error: Exception) -> Exception:
+    """Return an equal error without a traceback: one that is raised again and again keeps alive all whom it has reached."""
+    again = error.__class__.__new__(error.__class__)
+    again.args, again.__cause__ = error.args, error.__cause__
+    again.__dict__.update(error.__dict__)
+    return again

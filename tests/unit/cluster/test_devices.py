@@ -26,6 +26,9 @@ def test_a_daemon_runs_one_worker_for_a_caller() -> None:
         describe_cluster([NAS, again])
     with pytest.raises(ll.ArgumentError, match="'nas' and 'box' have one address"):
         check_added_device(again, [NAS])
+    assert check_added_device(again, [NAS], ended={"nas"}) == again  # as after a restart of the daemon
+    with pytest.raises(ll.ArgumentError, match="a device named 'nas' is in this cluster already"):
+        check_added_device(NAS, [NAS], ended={"nas"})
 
 
 def test_a_relay_has_a_daemon_and_something_to_do() -> None:

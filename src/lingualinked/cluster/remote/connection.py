@@ -239,11 +239,7 @@ class DaemonConnection:
             if self._phase is _Phase.CONNECTING:
                 self._fail_to_connect()
             else:
-                port = self._address.port
-                self._fail(
-                    f"{self._phase.value} within {ANSWER_S:g} s: see that it is `lingualinked worker` that listens at port {port}, and "
-                    "that it is not stopped"
-                )
+                self._fail_for_silence(self._phase, ANSWER_S)
 
     def _handle_event(self, event: int, value: int) -> None:
         match event:
@@ -264,7 +260,9 @@ class DaemonConnection:
                 )
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._num_failed_handshakes += 1
-                if self._num_failed_handshakes == _MOST_FAILED_HANDSHAKES or value == zmq.EAGAIN:
+                if value == zmq.EAGAIN:  # it took too long
+                    self._fail_for_silence(_Phase.HANDSHAKE, TIMEOUT_MS / 1000)
+                elif self._num_failed_handshakes == _MOST_FAILED_HANDSHAKES:
                     self._fail(wrong_server_key(self._device))
             case zmq.EVENT_DISCONNECTED:
                 if self._phase is not _Phase.HANDSHAKE:
@@ -362,6 +360,12 @@ class DaemonConnection:
         else:
             self.leased.set_exception(error)
             self.close()
+
+    def _fail_for_silence(self, phase: _Phase, waited_s: float) -> None:
+        self._fail(
+            f"{phase.value} within {waited_s:g} s: see that it is `lingualinked worker` that listens at port {self._address.port}, "
+            "and that it is not stopped"
+        )
 
     def _fail_to_connect(self) -> None:
         self.leased.set_exception(NotConnectedError(self._device, self._address))
