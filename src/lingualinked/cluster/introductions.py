@@ -60,7 +60,8 @@ class Introductions:
 
         def introduced(other: str, error: Exception | None) -> None:
             waiting.discard(other)
-            if error is not None and not isinstance(error, WorkerDiedError):
+            is_death = isinstance(error, WorkerDiedError) and error.device in (device, other)  # or a relay's
+            if error is not None and not is_death:
                 outcomes.append(error)
             if not waiting:
                 on_ready(outcomes[0] if outcomes else None)

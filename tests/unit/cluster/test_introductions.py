@@ -150,6 +150,19 @@ def test_a_device_that_is_dropped_meanwhile_holds_nobody_up() -> None:
     assert [type(error) for error in asked.ready] == [type(None), KeyError]
 
 
+def test_the_death_of_a_relay_is_told() -> None:
+    asked, opened = Asked(), Future[str]()
+    asked.introductions.relay = lambda source, target: "pi" if (source, target) == ("nas", "here") else None
+    asked.introductions.open_relay = lambda hub, address: opened
+    asked.add("here")
+    asked.reach.add_remote("pi", RemoteHost("pi", "10.0.0.2", "10.0.0.1"))
+    asked.add("nas")
+    asked.connecting["nas"].set_result("")
+    asked.answer(acknowledge)
+    opened.set_exception(died := WorkerDiedError("pi", "its daemon has ended"))
+    assert asked.ready == [None, died]
+
+
 def test_a_pair_may_be_led_through_a_relay() -> None:
     asked, opened = Asked(), Future[str]()
     asked.introductions.relay = lambda source, target: "pi" if (source, target) == ("nas", "here") else None
