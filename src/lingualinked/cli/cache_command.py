@@ -59,7 +59,7 @@ def _open() -> WeightCache:
 
 def _row(model: str, entries: list[CacheEntry]) -> tuple[str, ...]:
     return (
-        model,
+        "".join(each if each.isprintable() else "?" for each in model),  # a caller on another host has named it
         str(len(entries)),
         bytes_text(sum(entry.held_bytes for entry in entries)),
         bytes_text(sum(entry.num_bytes for entry in entries)),

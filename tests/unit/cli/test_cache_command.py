@@ -53,3 +53,9 @@ def test_what_is_in_use_is_left(cache: WeightCache) -> None:
     with contextlib.closing(cache.open_file(content, "llama")):
         assert run("clear").rstrip().endswith("KiB are in use")
     assert len(cache.entries()) == 1
+
+
+def test_a_name_of_a_caller_does_not_control_the_terminal(cache: WeightCache) -> None:
+    fill(cache, 1, "\x1b]0;evil\x07\nforged")
+    assert "?]0;evil??forged" in run("list")
+    assert "\x1b" not in run("list")
