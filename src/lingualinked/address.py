@@ -83,7 +83,7 @@ def parse_advertised(text: object, field: str) -> Advertised:
     advertised = Advertised(host, ports)
     if Address(host, 1).is_wildcard:
         raise ArgumentError(
-            f"{field}={text!r} is no address that others can reach: write the host's own name or address"
+            f"{field}={text!r} is not an address that others can reach: write the host's own name or address"
         )
     return advertised
 
