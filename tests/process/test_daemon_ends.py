@@ -235,6 +235,19 @@ def test_a_daemon_is_told_to_end(daemons: Daemons) -> None:
         assert are_gone(processes)
 
 
+def test_layers_have_nowhere_to_go(daemons: Daemons, tiny_llama: str) -> None:
+    with (
+        daemons.start() as mortal,
+        ll.Cluster([mortal.device("b")]) as cluster,
+        load(cluster, tiny_llama, "b") as model,
+    ):
+        mortal.end()
+        with pytest.raises(ll.WorkerDiedError, match=r"'b' died .*its daemon at .* has ended"):
+            repeat(cluster.wait)
+        with pytest.raises(ll.WorkerDiedError, match="'b' died"):
+            model.rebalance()  # no device is left to be measured
+
+
 def test_a_client_is_revoked(daemons: Daemons, tmp_path: Path) -> None:
     clients = tmp_path / "config" / "lingualinked" / "authorized_clients"
     clients.parent.mkdir(mode=0o700, parents=True)

@@ -25,6 +25,8 @@ def enable_rebalancing(
     plan = pipeline.plan
     profile, given = plan.profile, workload or plan.workload
     if profile is None:
+        if all(device.name in pipeline.ended_devices for device in pipeline.cluster.devices):
+            pipeline.cluster.wait()  # raises WorkerDiedError: nothing is left to be measured
         footprint = described.footprint()
         fitting = footprint.profile.fit_workload(given)
         profile = find_profile(
