@@ -94,13 +94,13 @@ def test_starts_and_stops_leave_nothing_in_the_daemon(lab: Lab, number: int) -> 
     before = _holdings(daemon, lab.caller)
     for _ in range(number):
         lab.caller.run(cycle)
-    wait_until(lambda: not daemon.worker_pids)
-    after = _holdings(daemon, lab.caller)
-    log.info(f"{number} starts and stops: {before} became {after}")
-    for name, value in after.items():
-        assert value <= before[name] + (4 << 20 if name.endswith("bytes") else 0), (
-            f"{name}: {before[name]} became {value}"
-        )
+    allowed = {name: value + (4 << 20 if name.endswith("bytes") else 0) for name, value in before.items()}
+
+    def is_flat() -> bool:  # libzmq closes the last connection a moment after it has ended
+        return all(value <= allowed[name] for name, value in _holdings(daemon, lab.caller).items())
+
+    wait_until(is_flat)
+    log.info(f"{number} starts and stops: {before} became {_holdings(daemon, lab.caller)}")
 
 
 def _holdings(daemon: Daemon, caller: Caller) -> dict[str, int]:

@@ -25,7 +25,7 @@ LLAMA_70B = {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is another one")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_caller_plans_a_model_of_70_billion_parameters_in_a_few_hundred_mebibytes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     script = Path(__file__).with_name("light_caller.py")

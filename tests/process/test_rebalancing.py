@@ -132,7 +132,8 @@ def test_asking_tells_what_would_be_done_and_does_it(
         assert done.migration.succeeded
         assert num_layers(model, "c") < 8
         assert answers_alike(model, whole)
-        assert model.rebalance().migrations == () or num_layers(model, "c") > 2
+        model.rebalance()
+        assert answers_alike(model, whole)
         assert [each.action for each in model.telemetry.decisions][:2] == ["move", "move"]
         assert str(done).startswith("move [")
 
