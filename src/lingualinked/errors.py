@@ -25,9 +25,27 @@
 Knows no torch, no sockets and no processes.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 
 class LingualinkedError(Exception):
     """Base of every error that the library raises on purpose."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return _remade, (
+            type(self),
+            self.args,
+            self.__dict__,
+        )  # as a process pool and Ray send it; `args` is the text alone
+
+
+def _remade(kind: type[LingualinkedError], args: tuple[object, ...], fields: dict[str, object]) -> LingualinkedError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class ArgumentError(LingualinkedError, ValueError):

@@ -5,6 +5,8 @@ Knows the messages and the exception tree; the remote traceback stays with every
 
 from __future__ import annotations
 
+import copy
+
 from lingualinked.cluster.remote_text import readable
 from lingualinked.errors import (
     ArgumentError,
@@ -37,7 +39,6 @@ def error_of(device: str, failure: RequestFailed | KVRefused | StepFailed) -> Li
 
 def renewed(error: Exception) -> Exception:
     """Return an equal error without a traceback: one that is raised again and again keeps alive all whom it has reached."""
-    again = error.__class__.__new__(error.__class__)
-    again.args, again.__cause__ = error.args, error.__cause__
-    again.__dict__.update(error.__dict__)
+    again = copy.copy(error)
+    again.__cause__ = error.__cause__
     return again
