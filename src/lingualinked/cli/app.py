@@ -259,8 +259,12 @@ def discover(
     run_discover(seconds, write, interface)
 
 
+_OF_A_PLAN = ("prompt_tokens", "new_tokens", "batch_size", "num_sessions", "objective", "dtype")
+
+
 @app.command()
 def doctor(
+    context: typer.Context,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -283,13 +287,13 @@ def doctor(
 ) -> None:
     """Show what this machine offers or, with --cluster, what each device and link of a cluster does; status 1 if one fails."""
     if cluster is None:
-        for option, value in (("--toml", toml), ("--model", model)):
-            if value is not None:
-                raise ArgumentError(f"{option} {value} has no effect without --cluster: add it, or leave this out")
+        _refuse_options(context, ("toml", "model", *_OF_A_PLAN, "quiet"), "--cluster")
         from lingualinked.cli.doctor_command import run_doctor
 
         run_doctor()
         return
+    if model is None:
+        _refuse_options(context, _OF_A_PLAN, "--model")
     from lingualinked.cli.cluster_doctor import run_cluster_doctor
 
     is_well = run_cluster_doctor(
@@ -305,3 +309,11 @@ def doctor(
     )
     if not is_well:
         raise typer.Exit(1)
+
+
+def _refuse_options(context: typer.Context, names: tuple[str, ...], needed: str) -> None:
+    """Refuse options that were given and have no effect without another one."""
+    for name in names:
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise ArgumentError(f"{option} has no effect without {needed}: add it, or leave this out")

@@ -119,6 +119,20 @@ def test_what_would_have_no_effect_is_refused(started: list[tuple[str, ...]]) ->
 
 
 @pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--toml", "x.toml"], "--cluster"),
+        (["--dtype", "bfloat16"], "--cluster"),
+        (["--cluster", "2", "--num-sessions", "4"], "--model"),
+    ],
+)
+def test_options_of_a_checkup_that_would_have_no_effect_are_refused(arguments: list[str], needed: str) -> None:
+    result = run("doctor", *arguments)
+    assert result.exit_code == 1
+    assert f"has no effect without {needed}" in result.output
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--sample", "--temperature", "0"],

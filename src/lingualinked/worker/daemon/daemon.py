@@ -95,8 +95,8 @@ class Daemon:
             ends.callback(self._end_all)
             ends.callback(self._door.close)  # first, so that callers see the end of the daemon, not of their worker
             ends.enter_context(self._handled_signals())
+            self._door.admit(self._clients.names)  # at once: a client that comes meanwhile waits, and is not refused
             ends.enter_context(kept_fork_server())  # it imports torch, before the first caller comes
-            self._door.admit(self._clients.names)
             announce()
             began_s = next_beat_s = time.monotonic()
             while self._status is None:
