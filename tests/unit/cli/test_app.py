@@ -163,6 +163,8 @@ def test_every_error_is_one_message(kind: type[ll.LingualinkedError], monkeypatc
         error: ll.LingualinkedError = kind("phone", "ValueError: odd", "Traceback (most recent call last):\n  in f")
     elif issubclass(kind, ll.DaemonError):
         error = kind("phone", "tcp://phone:5600", "odd")
+    elif issubclass(kind, ll.UnreachableError):
+        error = kind("phone", "nas", "tcp://nas:5601", "odd")
     elif kind in (ll.UncuttableModelError, ll.WorkerDiedError):
         error = kind("phone", "odd")  # type: ignore[call-arg]
     else:
