@@ -46,7 +46,7 @@ FACTS = HostFacts(
     allows_relays=False,
     advertise=None,
 )
-ENTERED = Entered(facts=FACTS, caller_host="127.0.0.1")
+ENTERED = Entered(facts=FACTS)
 LEASED = WorkerLeased(name="a", memory_bytes=1 << 30, threads=1, accelerator="cpu")
 Start = Callable[..., ll.Device]
 

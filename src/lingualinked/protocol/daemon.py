@@ -91,7 +91,6 @@ class Entered(Message, frozen=True, tag=16):
     """Answer to `Enter`."""
 
     facts: HostFacts
-    caller_host: str  # the address that this connection comes from, as the daemon sees it
 
 
 class WorkerLeased(Message, frozen=True, tag=17):

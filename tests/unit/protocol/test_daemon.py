@@ -57,7 +57,7 @@ TO_DAEMON = [
     daemon.Leave(),
 ]
 FROM_DAEMON = [
-    daemon.Entered(facts=FACTS, caller_host="10.0.0.1"),
+    daemon.Entered(facts=FACTS),
     daemon.WorkerLeased(name="a", memory_bytes=None, threads=4, accelerator="cuda:0"),
     daemon.Refused(reason="no memory"),
     daemon.WorkerKeyMade(name="a", public_key="key"),

@@ -101,7 +101,6 @@ class Lease(NamedTuple):
 
     limits: WorkerLeased
     facts: HostFacts
-    caller_host: str  # the address of this process, as the daemon sees it
     address: Address  # of the daemon; numeric
 
 
@@ -273,7 +272,7 @@ class DaemonConnection:
         match message:
             case Entered():
                 is_due = self._entered is None
-                message = Entered(facts=readable_facts(message.facts), caller_host=message.caller_host)
+                message = Entered(facts=readable_facts(message.facts))
             case WorkerLeased():
                 is_due = self._entered is not None and not self.leased.done()
             case WorkerKeyMade():
@@ -310,7 +309,7 @@ class DaemonConnection:
             case WorkerLeased():
                 assert self._entered is not None
                 self._phase = _Phase.LEASED
-                self.leased.set_result(Lease(message, self._entered.facts, self._entered.caller_host, self._address))
+                self.leased.set_result(Lease(message, self._entered.facts, self._address))
             case Refused():
                 self._fail(message.reason)
             case WorkerKeyMade():

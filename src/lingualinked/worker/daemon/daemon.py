@@ -200,7 +200,7 @@ class Daemon:
             self._served = caller
         logger.info("%s came", caller)
         facts = collect_facts(self._options, self._shares.left_bytes)
-        self._send(caller.routing_id, Entered(facts=facts, caller_host=caller.host))
+        self._send(caller.routing_id, Entered(facts=facts))
 
     def _start_worker(self, caller: Caller, asked: StartWorker) -> None:
         if caller.device:
