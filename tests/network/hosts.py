@@ -74,7 +74,6 @@ class Host:
         self._num_programs = 0
         self.hidden: list[Path] = []  # folders of this machine that programs started from now on find empty
         self.small: dict[Path, str] = {}  # folders that they find empty and so large (``"4m"``)
-        self._cgroup: Path | None = None
         for folder in (self.home, self.folder / "tmp", self.folder / "run"):
             folder.mkdir(parents=True)
         (self.folder / "run").chmod(0o700)
@@ -123,8 +122,6 @@ class Host:
                 environment={**self.environment, **(environment or {})},
             )
         )
-        if self._cgroup is not None:
-            (self._cgroup / "cgroup.procs").write_text(str(program.process.pid))
         return program
 
     def start_python(self, code: str, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> Program:
@@ -159,18 +156,6 @@ class Host:
                 *("-n", name, "qdisc", "replace", "dev", interface, "root"),
                 *("tbf", "rate", rate, "burst", "64kb", "latency", "50ms"),
             )
-
-    def slow_down(self, share: float) -> None:
-        """Let programs started from now on use so much of one core; raise OSError where cgroups can't do that."""
-        old = Path("/sys/fs/cgroup/cpu")
-        self._cgroup = (old if old.is_dir() else old.parent) / self.namespace
-        self._cgroup.mkdir()
-        period_us = 5000  # short beside a step
-        if old.is_dir():
-            (self._cgroup / "cpu.cfs_period_us").write_text(str(period_us))
-            (self._cgroup / "cpu.cfs_quota_us").write_text(str(int(share * period_us)))
-        else:
-            (self._cgroup / "cpu.max").write_text(f"{int(share * period_us)} {period_us}")
 
     def cut(self) -> None:
         """Let the switch drop everything from and to this host; nobody is told."""
@@ -210,8 +195,6 @@ class Host:
             assert not left, f"left running on host {self.name}: {left}"
         finally:
             namespaces.remove(self.namespace)
-            if self._cgroup is not None:
-                self._cgroup.rmdir()
 
     def left(self, timeout_s: float = 10.0) -> dict[int, str]:
         """Return the command lines of processes that still run here after a while; at once when none does."""

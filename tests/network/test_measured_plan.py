@@ -1,4 +1,4 @@
-"""A plan from measurements of a slow host, and one of a slow link, beat the even plan by what was predicted."""
+"""A plan from measurements of a slow device, and one of a slow link, beat the even plan by what was predicted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ COMPARE = """
 import statistics, time, torch
 workload = ll.Workload(prompt_tokens=len(prompt), new_tokens=num_new)
 cluster = ll.Cluster([{devices}])
-profile = ll.profile_model(path, cluster, workload=workload)
+for _ in range(3):  # other programs may disturb a measurement, which it then says
+    profile = ll.profile_model(path, cluster, workload=workload)
+    if not profile.doubt:
+        break
 plans = {{
     "even": ll.baseline(profile, "even", workload=workload),
     "measured": ll.solve(profile, workload=workload, objective="latency"),
@@ -53,33 +56,35 @@ cluster.close()
 """
 
 
-def test_with_a_slow_host(network: Network, large_checkpoint: Path, uncut_large: Uncut) -> None:
+def test_with_a_slow_device(network: Network, large_checkpoint: Path, uncut_large: Uncut) -> None:
     laptop, fast, slow = (network.add(name) for name in ("laptop", "desk-pc", "attic-nas"))
-    try:
-        slow.slow_down(0.25)
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made here: {error}")
-    compare(laptop, {fast: "55MiB", slow: "55MiB"}, large_checkpoint, uncut_large, PROMPT, 40)
+    fields = {fast: {"memory": "45MiB"}, slow: {"memory": "45MiB", "slowdown": 4.0}}
+    compare(laptop, fields, large_checkpoint, uncut_large, PROMPT, 40)
 
 
 def test_with_a_slow_link(network: Network, large_checkpoint: Path, uncut_large: Uncut) -> None:
     laptop, *near = (network.add(name) for name in ("laptop", "desk-pc", "sofa-laptop"))
     far = network.add("attic-nas", rate="5mbit")
-    memory = dict.fromkeys([*near, far], "45MiB")
+    fields: dict[Host, dict[str, object]] = {host: {"memory": "45MiB"} for host in (*near, far)}
     compare(
-        laptop, memory, large_checkpoint, uncut_large, [token % 1000 + 3 for token in range(7, 7 + 17 * 256, 17)], 4
+        laptop, fields, large_checkpoint, uncut_large, [token % 1000 + 3 for token in range(7, 7 + 17 * 256, 17)], 4
     )
 
 
 def compare(
-    laptop: Host, memory: dict[Host, str], checkpoint: Path, uncut: Uncut, prompt: list[int], num_new: int
+    laptop: Host,
+    fields: dict[Host, dict[str, object]],
+    checkpoint: Path,
+    uncut: Uncut,
+    prompt: list[int],
+    num_new: int,
 ) -> None:
-    """Measure both plans on daemons with so much memory, and compare what was gained with what was predicted."""
-    daemons = {host: Daemon(host, clients=[own_key(laptop)]) for host in memory}
+    """Measure both plans on the devices of daemons with these fields, and compare what was gained with what was predicted."""
+    daemons = {host: Daemon(host, clients=[own_key(laptop)]) for host in fields}
     caller = Caller(laptop)
     for daemon in daemons.values():
         daemon.wait()
-    devices = ", ".join(daemon.device(memory=memory[host]) for host, daemon in daemons.items())
+    devices = ", ".join(daemon.device(**fields[host]) for host, daemon in daemons.items())
     found = caller.run(COMPARE.format(devices=devices), path=str(checkpoint), prompt=prompt, num_new=num_new)
     for name, figures in found.items():
         log.info(f"{name}: {figures['spans']}: {figures['predicted']:.3f} s predicted, {figures['seconds']:.3f} s seen")
