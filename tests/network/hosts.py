@@ -113,7 +113,7 @@ class Host:
         hide = 'while [ "$1" != -- ]; do mount -t tmpfs -o "size=$2" none "$1" || exit; shift 2; done; shift; exec "$@"'
         covered = [each for path in self.hidden for each in (path, "4k")]
         covered += [each for path, size in self.small.items() for each in (path, size)]
-        program = self._programs.enter_context(
+        return self._programs.enter_context(
             Program(
                 # ``ip netns exec`` has given the program a mount namespace of its own.
                 ["ip", "netns", "exec", self.namespace, "sh", "-c", hide, "sh", *covered, "--", *command],
@@ -122,7 +122,6 @@ class Host:
                 environment={**self.environment, **(environment or {})},
             )
         )
-        return program
 
     def start_python(self, code: str, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> Program:
         """Start a Python script here."""
