@@ -29,6 +29,7 @@ class Flow(NamedTuple):
     source_port: int
     target: str
     target_port: int
+    start: int = -1  # its first sequence number, since ports are used again; -1: it began before the capture
 
 
 class Capture:
@@ -70,13 +71,17 @@ class Capture:
 
     def flows(self) -> dict[Flow, bytes]:
         """Return the bytes that each TCP connection carried each way, in order, each once."""
+        parsed = [each for packet in self._packets if (each := _parse(packet)) is not None]
+        starts: dict[Flow, set[int]] = defaultdict(set)
+        for flow, sequence, _, begins in parsed:
+            if begins:
+                starts[flow].add(sequence)
         segments: dict[Flow, dict[int, bytes]] = defaultdict(dict)
-        for packet in self._packets:
-            parsed = _parse(packet)
-            if parsed is not None:
-                flow, sequence, payload = parsed
-                kept = segments[flow].get(sequence, b"")
-                segments[flow][sequence] = max(kept, payload, key=len)
+        for flow, sequence, payload, _ in parsed:
+            if payload:
+                start = min(starts[flow], key=lambda first, at=sequence: (at - first) % 2**32, default=-1)
+                of_flow = segments[flow._replace(start=start)]
+                of_flow[sequence] = max(of_flow.get(sequence, b""), payload, key=len)
         return {flow: _in_order(of_flow) for flow, of_flow in segments.items()}
 
     def find(self, pattern: bytes) -> list[str]:
@@ -119,18 +124,16 @@ def _open() -> socket.socket:
     return opened
 
 
-def _parse(packet: bytes) -> tuple[Flow, int, bytes] | None:
-    """Return the flow, the sequence number and the payload of a TCP segment over IPv4; None for all else."""
+def _parse(packet: bytes) -> tuple[Flow, int, bytes, bool] | None:
+    """Return a TCP segment's flow, sequence number, payload, and whether it begins the flow; None for all but IPv4."""
     if len(packet) < 54 or packet[12:14] != b"\x08\x00" or packet[23] != socket.IPPROTO_TCP:
         return None
     tcp = 14 + 4 * (packet[14] & 15)
     end = 14 + int.from_bytes(packet[16:18]) or len(packet)  # short packets are padded
     source_port, target_port, sequence = struct.unpack_from("!HHI", packet, tcp)
     payload = packet[tcp + 4 * (packet[tcp + 12] >> 4) : max(end, 14)]
-    if not payload:
-        return None
     flow = Flow(socket.inet_ntoa(packet[26:30]), source_port, socket.inet_ntoa(packet[30:34]), target_port)
-    return flow, sequence, payload
+    return flow, sequence, payload, bool(packet[tcp + 13] & 2)
 
 
 def _in_order(segments: dict[int, bytes]) -> bytes:
