@@ -18,7 +18,7 @@ from lingualinked.model.weight_files.held_files import WholeFiles
 from lingualinked.model.weight_files.part_server import PartServer, ServedPart
 from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.messages import CallerMessage
-from lingualinked.protocol.weights import FetchPart, FilePart, StopSharing
+from lingualinked.protocol.weights import FetchPart, StopSharing, answer_with, range_of
 
 logger = logging.getLogger("lingualinked.cluster")
 
@@ -76,8 +76,7 @@ class FileSharing:
             return  # the load has failed meanwhile, or its model was unloaded
         if load.borrower != borrower:
             raise ProtocolError(f"{borrower!r} asked for a part that {load.borrower!r} is to load")
-        part = ByteRange(message.file, message.start, message.start + message.num_bytes)
-        self._server.request_part(message.load, borrower, part, message.receipt)
+        self._server.request_part(message.load, borrower, range_of(message), message.receipt)
 
     def close(self) -> None:
         """Close all files, and end the thread that reads."""
@@ -92,15 +91,7 @@ class FileSharing:
 
     def _send_served(self, borrower: str, served: ServedPart, on_sent: Callable[[], None]) -> None:
         """Send a part; called in the thread that reads."""
-        message = FilePart(
-            load=served.load,
-            file=served.part.file,
-            start=served.part.start,
-            num_bytes=served.part.num_bytes,
-            checksum=served.checksum,
-            error=served.error,
-            receipt=served.receipt,
-        )
+        message = answer_with(served)
 
         def send() -> None:
             try:

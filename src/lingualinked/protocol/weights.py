@@ -6,6 +6,8 @@ Knows neither who has which bytes nor what they are for. A part's bytes are sent
 from __future__ import annotations
 
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.weight_files.byte_ranges import ByteRange
+from lingualinked.model.weight_files.part_server import ServedPart
 from lingualinked.protocol.base import Message, Natural
 
 Ranges = tuple[tuple[Natural, Natural, Natural], ...]
@@ -79,3 +81,21 @@ class FilePart(Message, frozen=True, tag=68):
 
 WeightMessage = StopSharing | FetchPart | FilePart
 """The messages that move parts of files."""
+
+
+def range_of(message: FetchPart | FilePart) -> ByteRange:
+    """Return the bytes that a message is about."""
+    return ByteRange(message.file, message.start, message.start + message.num_bytes)
+
+
+def answer_with(served: ServedPart) -> FilePart:
+    """Return the message with which a part is sent that was requested."""
+    return FilePart(
+        load=served.load,
+        file=served.part.file,
+        start=served.part.start,
+        num_bytes=served.part.num_bytes,
+        checksum=served.checksum,
+        error=served.error,
+        receipt=served.receipt,
+    )

@@ -26,6 +26,8 @@ from lingualinked.protocol.weights import (
     ShareFiles,
     StopSharing,
     WeightMessage,
+    answer_with,
+    range_of,
 )
 from lingualinked.worker.background import Background
 from lingualinked.worker.part_fetcher import PartFetcher
@@ -113,8 +115,7 @@ class FileExchange:
         """Handle a message about parts of files."""
         match message:
             case FetchPart():
-                part = ByteRange(message.file, message.start, message.start + message.num_bytes)
-                self._server.request_part(message.load, delivery.sender, part, message.receipt)
+                self._server.request_part(message.load, delivery.sender, range_of(message), message.receipt)
             case FilePart():
                 self._awaited[message.load, delivery.sender] -= 1
                 if message.load in self._fetchers:
@@ -161,15 +162,7 @@ class FileExchange:
 
     def _send_served(self, borrower: str, served: ServedPart, on_sent: Callable[[], None]) -> None:
         """Send a part; called in the server's thread."""
-        message = FilePart(
-            load=served.load,
-            file=served.part.file,
-            start=served.part.start,
-            num_bytes=served.part.num_bytes,
-            checksum=served.checksum,
-            error=served.error,
-            receipt=served.receipt,
-        )
+        message = answer_with(served)
 
         def send() -> None:
             try:

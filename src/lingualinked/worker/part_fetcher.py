@@ -25,7 +25,7 @@ from lingualinked.model.weight_files.byte_ranges import (
 )
 from lingualinked.model.weight_files.fetching import DeliverPart, FetchError
 from lingualinked.model.weight_files.shared_parts import MAX_PARTS_IN_FLIGHT
-from lingualinked.protocol.weights import FilePart, WeightSupply
+from lingualinked.protocol.weights import FilePart, WeightSupply, range_of
 from lingualinked.quantities import count_text
 from lingualinked.transport.tensor_bytes import memory_of
 
@@ -172,7 +172,7 @@ class PartFetcher:
         if isinstance(answer, str):
             self._fail(source, answer)
             return
-        part = ByteRange(answer.file, answer.start, answer.start + answer.num_bytes)
+        part = range_of(answer)
         source.heard_s = self._clock()
         if part in source.in_flight:
             source.in_flight.discard(part)
