@@ -10,18 +10,16 @@ import dataclasses
 import ipaddress
 import logging
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from lingualinked.address import Address, parse_address
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError
 from lingualinked.public_key import fingerprint
+from lingualinked.transport.host_addresses import own_addresses
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, Zeroconf
@@ -159,7 +157,7 @@ def _service_of(announced: Announcement, interface: str | None = None) -> Servic
     try:
         numeric = [ipaddress.ip_address(address.host)]
     except ValueError:  # a name; without an address, a service would not be found
-        own = set(_own_addresses()) if interface is None else {interface}
+        own = set(own_addresses()) if interface is None else {interface}
         numeric = [ipaddress.ip_address(text) for text in sorted(own)]
     return ServiceInfo(
         SERVICE_TYPE,
@@ -170,11 +168,6 @@ def _service_of(announced: Announcement, interface: str | None = None) -> Servic
     )
 
 
-def _own_addresses() -> Iterator[str]:
-    for addresses in psutil.net_if_addrs().values():
-        yield from (each.address for each in addresses if each.family in (socket.AF_INET, socket.AF_INET6))
-
-
 def _short(text: str) -> str:
     return text.encode()[:_MOST_BYTES].decode(errors="ignore")
 
@@ -182,7 +175,7 @@ def _short(text: str) -> str:
 def _open(interface: str | None) -> Zeroconf:
     from zeroconf import InterfaceChoice, Zeroconf
 
-    own = sorted(set(_own_addresses()))
+    own = sorted(set(own_addresses()))
     # zeroconf would leave a socket open. All of 127/8 is the loopback interface.
     if interface is not None and interface not in own and not interface.startswith("127."):
         raise ArgumentError(f"no interface of this machine has the address {interface!r}: choose from {own}")

@@ -5,14 +5,13 @@ Knows a device, what its daemon says, and this host's routes; no cluster.
 
 from __future__ import annotations
 
-import socket
-
-from lingualinked.address import Address, Advertised, parse_advertised
+from lingualinked.address import Advertised, parse_advertised
 from lingualinked.cluster.reach import RemoteHost
 from lingualinked.cluster.remote.connection import Lease
 from lingualinked.cluster.remote.resolving import resolve_host
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, DaemonError
+from lingualinked.transport.host_addresses import local_host_towards
 
 _RESOLVE_S = 2.0
 
@@ -31,7 +30,9 @@ def locate(device: Device, lease: Lease) -> RemoteHost:
             except OSError as error:
                 raise DaemonError(device.name, str(lease.address), f"{field} {text!r} {error}") from error
             break
-    return RemoteHost(host_id=lease.facts.host_id, host=host, local_host=_local_host(lease.address))
+    return RemoteHost(
+        host_id=lease.facts.host_id, host=host, local_host=local_host_towards(lease.address.host, lease.address.port)
+    )
 
 
 def resolve_advertised(text: str | None) -> Advertised | None:
@@ -43,12 +44,3 @@ def resolve_advertised(text: str | None) -> Advertised | None:
         return Advertised(resolve_host(advertised.host, _RESOLVE_S), advertised.ports)
     except OSError as error:
         raise ArgumentError(f"advertise={text!r} {error}") from error
-
-
-def _local_host(daemon: Address) -> str:
-    """Return the address of this host from which a daemon is reached."""
-    family = socket.AF_INET6 if ":" in daemon.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # sends nothing: it asks the kernel for the route
-        probe.connect((daemon.host, daemon.port))
-        host: str = probe.getsockname()[0]
-        return host

@@ -14,6 +14,7 @@ import threading
 from lingualinked.address import Address, parse_address
 from lingualinked.device import Device
 from lingualinked.errors import DaemonError
+from lingualinked.transport.host_addresses import look_up
 
 PROBE_S = 1.0
 """Seconds that it takes at most to find out why an address can't be reached."""
@@ -33,14 +34,14 @@ def resolve_host(host: str, timeout_s: float) -> str:
     """Return the numeric address of a host, or raise OSError with what went wrong and what to do."""
     found: concurrent.futures.Future[str] = concurrent.futures.Future()
 
-    def look_up() -> None:
+    def resolve() -> None:
         try:
-            found.set_result(_look_up(host))
+            found.set_result(look_up(host))
         except (OSError, UnicodeError) as error:
             found.set_exception(error)
 
     # Nothing can interrupt a look-up, and a name server may be silent for minutes.
-    threading.Thread(target=look_up, name="resolving-lingualinked", daemon=True).start()
+    threading.Thread(target=resolve, name="resolving-lingualinked", daemon=True).start()
     try:
         return found.result(timeout_s)
     except concurrent.futures.TimeoutError:
@@ -50,12 +51,6 @@ def resolve_host(host: str, timeout_s: float) -> str:
     raise OSError(
         f"the host name {host!r} can't be resolved ({reason}): write its IP address, or mend /etc/hosts or the name server"
     )
-
-
-def _look_up(host: str) -> str:
-    *_, found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-    # With the interface, if it is a link-local address.
-    return socket.getnameinfo(found, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
 
 
 def why_unreachable(address: Address) -> str:

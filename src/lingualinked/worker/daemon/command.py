@@ -22,6 +22,7 @@ from lingualinked.model.weight_files.weight_cache import default_cache_folder
 from lingualinked.processes.accelerators import check_accelerator
 from lingualinked.processor import usable_cores
 from lingualinked.public_key import fingerprint
+from lingualinked.transport.host_addresses import local_host_towards, look_up, own_addresses
 from lingualinked.units import parse_bytes
 from lingualinked.worker.daemon.host_facts import describe_hardware
 from lingualinked.worker.daemon.options import DaemonOptions
@@ -195,12 +196,11 @@ def _numeric(address: Address) -> Address:
     if address.host == "*":
         return Address("0.0.0.0", address.port)  # noqa: S104 - asked for
     try:
-        *_, found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        return Address(look_up(address.host), address.port)
     except OSError as error:
         raise ArgumentError(
             f"--bind={str(address)!r}: the host name can't be resolved ({error.strerror}): write an IP address of this machine"
         ) from error
-    return Address(socket.getnameinfo(found, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0], address.port)
 
 
 def _reached_at(address: Address, advertise: str | None) -> Address:
@@ -209,20 +209,15 @@ def _reached_at(address: Address, advertise: str | None) -> Address:
         return Address(parse_advertised(advertise, "--advertise").host, address.port)
     if not address.is_wildcard:
         return address
-    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(_NOWHERE)
-            return Address(str(probe.getsockname()[0]), address.port)
-        except OSError:  # no route leads out
-            return Address(_own_address(probe.family), address.port)
+    if ":" in address.host:
+        return Address(_own_address(socket.AF_INET6), address.port)
+    try:
+        return Address(local_host_towards(*_NOWHERE), address.port)
+    except OSError:  # no route leads out
+        return Address(_own_address(socket.AF_INET), address.port)
 
 
-def _own_address(family: socket.AddressFamily | int) -> str:
+def _own_address(family: int) -> str:
     """Return the first address of this host that others may reach, or else its name."""
-    import psutil
-
-    of_family = [
-        each.address for addresses in psutil.net_if_addrs().values() for each in addresses if each.family == family
-    ]
-    usable = [each for each in of_family if not Address(each, 1).is_loopback and "%" not in each]
+    usable = [each for each in own_addresses(family) if not Address(each, 1).is_loopback and "%" not in each]
     return next(iter(usable), platform.node() or "localhost")
