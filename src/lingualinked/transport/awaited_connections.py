@@ -17,9 +17,8 @@ class AwaitedConnections:
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
-        self._awaited: dict[
-            str, tuple[float, list[Callable[[str], None]]]
-        ] = {}  # by peer: until when, and whom to tell
+        # By peer: until when, and whom to tell.
+        self._awaited: dict[str, tuple[float, list[Callable[[str], None]]]] = {}
 
     def add(self, name: str, on_decided: Callable[[str], None]) -> None:
         """Call ``on_decided`` with an empty text once a connected peer is reached, or with a reason after `CONNECT_S`.

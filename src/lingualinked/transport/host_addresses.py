@@ -8,8 +8,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-import psutil
-
 
 def look_up(host: str) -> str:
     """Return the numeric address of a host; raise OSError, or UnicodeError for a name that can't be one."""
@@ -28,6 +26,8 @@ def local_host_towards(host: str, port: int) -> str:
 
 def own_addresses(*families: int) -> Iterator[str]:
     """Return this host's addresses on all interfaces, of these families, or of IPv4 and IPv6."""
+    import psutil  # only here: the command line imports this module for other commands, too
+
     for addresses in psutil.net_if_addrs().values():
         yield from (
             each.address for each in addresses if each.family in (families or (socket.AF_INET, socket.AF_INET6))

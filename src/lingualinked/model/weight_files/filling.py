@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from lingualinked.model.weight_files.cached_file import CachedFile
     from lingualinked.model.weight_files.fetching import Fetcher
 
-_BATCH_BYTES = (
-    64 << 20
-)  # claimed and fetched at once: large beside what is on its way, small beside what others wait for
+# Claimed and fetched at once: large beside what is on its way, small beside what others wait for.
+_BATCH_BYTES = 64 << 20
 _CLAIM_BYTES = 8 << 20
 _WAIT_S = 0.05
 

@@ -18,13 +18,11 @@ import typer
 from lingualinked.address import Address, parse_address, parse_advertised, parse_ports
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, LingualinkedError
-from lingualinked.model.weight_files.weight_cache import default_cache_folder
 from lingualinked.processes.accelerators import check_accelerator
 from lingualinked.processor import usable_cores
 from lingualinked.public_key import fingerprint
 from lingualinked.transport.host_addresses import local_host_towards, look_up, own_addresses
 from lingualinked.units import parse_bytes
-from lingualinked.worker.daemon.host_facts import describe_hardware
 from lingualinked.worker.daemon.options import DaemonOptions
 from lingualinked.worker.inheritance import allow_open_files
 
@@ -98,6 +96,8 @@ def serve(
         raise ArgumentError(
             f"--models={models!r} is not a folder on this host: give the one that the checkpoints lie in"
         )
+    from lingualinked.model.weight_files.weight_cache import default_cache_folder  # other commands need none of it
+
     max_cache_bytes = 0 if cache_bytes == "0" else parse_bytes(cache_bytes, "--cache-bytes")
     options = DaemonOptions(
         bind=_numeric(parse_address(bind, "--bind", wildcard=True)),
@@ -169,6 +169,7 @@ def run_daemon(options: DaemonOptions) -> int:
 def _start_announcing(options: DaemonOptions, address: Address, public_key: str) -> Announcer:
     """Announce the daemon on the interface that it listens at, or on all."""
     from lingualinked.transport.announcing import Announcer  # imports zmq
+    from lingualinked.worker.daemon.host_facts import describe_hardware  # and msgspec
 
     bound = options.bind
     announcer = Announcer(
