@@ -6,41 +6,89 @@ Counts rows x tokens; knows neither bytes nor where KV lies.
 from __future__ import annotations
 
 import threading
+import weakref
+from typing import Protocol
 
 from lingualinked.errors import KVCapacityError
 from lingualinked.quantities import count_text
+
+
+class BudgetUser(Protocol):
+    """Who keeps KV that may be given up, or waits for room; called on any thread, `handle_room` also by a finalizer."""
+
+    def give_up_one(self) -> bool:
+        """End a session whose KV is only kept; whether there was one."""
+
+    def handle_room(self) -> None:
+        """Learn that there is more room than before."""
 
 
 class KVBudget:
     """Rows x tokens of KV that all sessions of a model may hold together; ``None``: without a limit."""
 
     def __init__(self, max_tokens: int | None) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._held: dict[int, int] = {}
+        self._reserved: dict[int, int] = {}
+        self._users: weakref.WeakSet[BudgetUser] = weakref.WeakSet()
         self._lock = threading.RLock()  # a finalizer releases, and may run in the middle of a hold
+
+    @property
+    def free_share(self) -> float:
+        """Which share of the budget is neither held nor reserved; 1 without a limit."""
+        return 1.0 if not self.max_tokens else 1 - self._others(None) / self.max_tokens
+
+    def add_user(self, user: BudgetUser) -> None:
+        """Ask a user to give up what it keeps before a request is refused, and tell it when there is room."""
+        self._users.add(user)
 
     def hold(self, session: int, num_tokens: int) -> None:
         """Let a session hold so many row-tokens in all.
 
         Raises KVCapacityError if all together would exceed the limit; nothing changes then.
         """
-        if self._max_tokens is None:
+        if self.max_tokens is None:
             return
-        with self._lock:
-            others = sum(self._held.values()) - self._held.get(session, 0)
-            if others + num_tokens > self._max_tokens:
-                raise KVCapacityError(
-                    f"KV budget out of memory. {count_text(num_tokens, 'token')} of KV for this session and {others:,} of others exceed "
-                    f"max_kv_tokens={self._max_tokens}: end other sessions, shorten the text, or raise it"
-                )
+        if num_tokens <= self._reserved.get(session, 0):
             self._held[session] = num_tokens
+        elif not self._change(session, self._held, num_tokens):
+            raise KVCapacityError(
+                f"KV budget out of memory. {count_text(num_tokens, 'token')} of KV for this session and {self._others(session):,} of "
+                f"others exceed max_kv_tokens={self.max_tokens}: end other sessions, shorten the text, or raise it"
+            )
+
+    def reserve(self, session: int, num_tokens: int) -> bool:
+        """Keep room for so many row-tokens of a session, until it ends; return whether there is so much."""
+        return self.max_tokens is None or self._change(session, self._reserved, num_tokens)
 
     def hold_as_much(self, session: int, other: int) -> None:
         """Let a session hold as much as another does."""
-        with self._lock:
-            self.hold(session, self._held.get(other, 0))
+        self.hold(session, self._held.get(other, 0))
 
     def release(self, session: int) -> None:
         """Give back what a session holds."""
         with self._lock:
             self._held.pop(session, None)
+            self._reserved.pop(session, None)
+        for user in [*self._users]:
+            user.handle_room()
+
+    def _change(self, session: int, numbers: dict[int, int], num_tokens: int) -> bool:
+        """Change what a session holds or has reserved if there is room, or once others have given up what they keep."""
+        while True:
+            with self._lock:
+                counted = max(self._held.get(session, 0), self._reserved.get(session, 0))
+                if num_tokens <= counted or not self._others(session) + num_tokens > (self.max_tokens or 0):
+                    numbers[session] = num_tokens
+                    return True
+            # Without the lock: whoever gives up has one of its own.
+            if not any(user.give_up_one() for user in [*self._users]):
+                return False
+
+    def _others(self, session: int | None) -> int:
+        """Row-tokens that all other sessions hold or have reserved; a finalizer may release some at any moment."""
+        with self._lock:
+            held = {**self._reserved}
+            for other, num_tokens in self._held.items():
+                held[other] = max(num_tokens, held.get(other, 0))
+            return sum(num_tokens for other, num_tokens in held.items() if other != session)

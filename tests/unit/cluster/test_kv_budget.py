@@ -82,3 +82,48 @@ def test_what_tries_smaller_batches_knows_that_memory_does_not_suffice() -> None
         assert isinstance(error, RuntimeError)
         assert len(error.args) == 1
         assert " out of memory." in error.args[0]
+
+
+class Keeper:
+    """Keeps sessions that it can do without."""
+
+    def __init__(self, budget: KVBudget, *sessions: int) -> None:
+        self.budget, self.sessions, self.num_told = budget, [*sessions], 0
+        budget.add_user(self)
+
+    def give_up_one(self) -> bool:
+        if not self.sessions:
+            return False
+        self.budget.release(self.sessions.pop(0))
+        return True
+
+    def handle_room(self) -> None:
+        self.num_told += 1
+
+
+def test_room_may_be_reserved_before_it_is_held() -> None:
+    budget = KVBudget(10)
+    assert budget.reserve(1, 8)
+    assert not budget.reserve(2, 3)
+    budget.hold(1, 2)
+    with pytest.raises(ll.KVCapacityError, match=r"3 tokens of KV for this session and 8 of others"):
+        budget.hold(2, 3)
+    budget.hold(1, 9)
+    assert budget.free_share == pytest.approx(0.1)
+    assert budget.reserve(1, 5)
+    budget.release(1)
+    assert budget.free_share == 1
+    assert KVBudget(None).reserve(1, 10**12)
+
+
+def test_what_is_only_kept_is_given_up_before_a_session_is_refused() -> None:
+    budget = KVBudget(10)
+    for session in (1, 2, 3):
+        budget.hold(session, 3)
+    keeper = Keeper(budget, 1, 2)
+    budget.hold(4, 4)
+    assert keeper.sessions == [2]
+    assert budget.reserve(5, 3)
+    assert keeper.sessions == []
+    assert keeper.num_told == 2
+    assert not budget.reserve(6, 1)

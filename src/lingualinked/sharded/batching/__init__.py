@@ -1,0 +1,1 @@
+"""Continuous batching: hundreds of prompts at once, joined and retired at every step."""
