@@ -5,7 +5,9 @@ Knows steps and edits of KV; neither generation modes nor what made the tokens.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
@@ -16,21 +18,20 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.captured import StepInstruments, join_captured
+from lingualinked.cluster.captured import StepInstruments
 from lingualinked.cluster.engine import Engine, end_with_interpreter
-from lingualinked.cluster.hooked_step import HookedStep, StepHooks
 from lingualinked.cluster.kv_age import KVAge
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.kv_requests import KVRequests
-from lingualinked.cluster.pending import result_of, results_of
-from lingualinked.cluster.recorded import DueRecords, Recorded
-from lingualinked.cluster.remote_graph import GraphUser, RemoteGraph
+from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.recorded import Recorded
+from lingualinked.cluster.remote_graph import RemoteGraph
 from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.step_reply import StepReply, check_reply, sample_of
+from lingualinked.cluster.session_use import SessionUse
+from lingualinked.cluster.step_in_flight import StepInFlight, StepOptions
 from lingualinked.cluster.tensor_edits import TensorEdits
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
 from lingualinked.interrupts import uninterrupted
-from lingualinked.model.adapter_data import AdapterUse
 from lingualinked.model.context import StepContext
 from lingualinked.model.instrument_data import Instruments
 from lingualinked.model.rotary import RopeReach
@@ -43,6 +44,7 @@ from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us
 
 _MAX_WAIT_S = 0.1
+_PLAIN = StepOptions()
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,7 +82,7 @@ class Session:
         self.num_tokens = 0
         self.kv_has_gradients = False  # whether tokens of its KV were computed in steps with gradients
         self.last_step: StepSample | None = None
-        self.stepping_thread: int | None = None  # which runs a step now, and its hooks
+        self.stepping_thread: int | None = None  # which runs the hooks of a step now
         self._engine = engine
         self._model = model
         self._number = number
@@ -102,10 +104,10 @@ class Session:
         self._next_step = 0
         self._holds_kv = False
         self._requests = KVRequests(engine, model, number, timeout_s)
-        self._running = threading.Lock()
-        self._rests = threading.Event()  # unless a step runs
-        self._rests.set()
-        self._changing = threading.Lock()  # held during a step, and while it changes to another route
+        self._flights: collections.deque[StepInFlight] = collections.deque()
+        self._flying_thread = 0  # which has started them
+        self._use = SessionUse(edits.gate)
+        self._used = contextlib.ExitStack()  # its use by the steps in flight
         self._broken_by = ""
         self._unsaid: list[LingualinkedError] = []  # what broke it between two steps, until a step raises it
         self._finalizer = weakref.finalize(self, _end, engine, model, number, self._place, budget)
@@ -122,39 +124,45 @@ class Session:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
-        *,
-        keeps_kv: bool = True,
-        records: tuple[str, ...] = (),
-        hidden_state_indices: tuple[int, ...] | None = None,
-        hooks: StepHooks | None = None,
-        instruments: StepInstruments | None = None,
-        gradients: GraphUser | None = None,
-        adapters: AdapterUse | None = None,
+        options: StepOptions = _PLAIN,
     ) -> tuple[Tensor, Recorded]:
         """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
 
         Inputs are token ids, int64 ``[rows, tokens]``, or embeddings, ``[rows, tokens, hidden]``; the mask is int64
         ``[rows, past + tokens]``, and positions are int64 ``[1 or rows, tokens]``. ``logits_to_keep`` is as in
-        transformers: 0 for all positions, N for the last N, or indices. ``keeps_kv`` tells whether later steps follow;
-        ``records`` what layers record (`protocol.steps.RECORDS`), ``hidden_state_indices`` which hidden states, if not
-        all. For ``gradients``, the stages keep the step's autograd graph.
+        transformers: 0 for all positions, N for the last N, or indices.
 
         If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has
         ended. What broke it between two steps is raised by the next one itself, once.
         """
-        if not self._running.acquire(blocking=False):
-            raise ArgumentError("past_key_values is in use by another thread: a session runs one step at a time")
-        try:
-            self.stepping_thread = threading.get_ident()
-            self._rests.clear()
-            with self._changes.gate.step(), self._changing:
+        return self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options).finish()
+
+    def start_step(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        logits_to_keep: int | Tensor,
+        options: StepOptions = _PLAIN,
+    ) -> StepInFlight:
+        """Send a step, as `step` does, to be finished later by the same thread.
+
+        Several may be in flight, which the stages run in order, and which are finished in order; one with hooks only alone.
+        Until all are finished, the session does not change to another route. If one fails, those behind it fail with it.
+        """
+        is_first = not (self._flights and self._flying_thread == threading.get_ident())
+        if not is_first and (self._flights[-1].options.hooks or options.hooks):
+            raise ArgumentError("past_key_values is in use by a step with hooks: finish it before the next one starts")
+        with contextlib.ExitStack() as undo:
+            if is_first:
+                undo.enter_context(self._use.for_steps())
                 self._switch_route()
-                options = (keeps_kv, records, hidden_state_indices, hooks, instruments, gradients, adapters)
-                return self._step(inputs, attention_mask, position_ids, logits_to_keep, *options)
-        finally:
-            self.stepping_thread = None
-            self._rests.set()
-            self._running.release()
+                self._flying_thread = threading.get_ident()
+            flight = self._send_step(inputs, attention_mask, position_ids, logits_to_keep, options)
+            self._flights.append(flight)
+            if is_first:
+                self._used = undo.pop_all()
+        return flight
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the KV rows ``rows`` (int64 ``[new rows]``); reaches the stages with the next step."""
@@ -174,10 +182,8 @@ class Session:
 
         If that fails, the other session has ended.
         """
-        if not self._running.acquire(blocking=False):
-            raise ArgumentError("past_key_values is in use by another thread: copy it between two steps")
         try:
-            with self._changing, other._changing:
+            with self._use.alone(), self._use.for_change(), other._use.for_change():
                 self._switch_route()
                 self._check_open()
                 self._announce_switch()
@@ -194,8 +200,6 @@ class Session:
         except BaseException:
             other.end()
             raise
-        finally:
-            self._running.release()
 
     def record_past(self, on: bool) -> None:
         """Make sliding layers keep what a later crop may need, or stop keeping it."""
@@ -208,8 +212,11 @@ class Session:
         self._edits.append(KVEdit(kind=KVEditKind.RESERVE, values=(num_tokens,)))
 
     def end(self) -> None:
-        """Free the session's KV in every stage."""
+        """Free the session's KV in every stage; steps that this thread has in flight are lost."""
         self._finalizer()
+        if self._flying_thread == threading.get_ident():
+            self._flights.clear()
+            self._used.close()
 
     def runs_on(self, route: Route) -> bool:
         """Whether it runs on a route, or has ended."""
@@ -225,8 +232,8 @@ class Session:
         Whoever asks asks again: a step in progress may wait for a hook that waits for the migration, until it is late, which
         ends the session.
         """
-        if self._rests.wait(_MAX_WAIT_S):
-            with self._changing:
+        if self._use.wait_for_rest(_MAX_WAIT_S):
+            with self._use.for_change():
                 self._switch_route()
 
     def _switch_route(self) -> None:
@@ -278,27 +285,22 @@ class Session:
                 raise self._unsaid.pop()
             raise ClosedError(f"this session has ended{self._broken_by}: start anew with past_key_values=None")
 
-    def _step(
+    def _send_step(
         self,
         inputs: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
-        keeps_kv: bool,
-        records: tuple[str, ...],
-        hidden_state_indices: tuple[int, ...] | None,
-        hooks: StepHooks | None,
-        instruments: StepInstruments | None,
-        gradients: GraphUser | None,
-        adapters: AdapterUse | None,
-    ) -> tuple[Tensor, Recorded]:
+        options: StepOptions,
+    ) -> StepInFlight:
         self._check_open()
-        self.kv_age.begin_step(holds_kv=self._holds_kv)
+        self.kv_age.begin_step(holds_kv=self._holds_kv or bool(self._flights))
         self._announce_switch()
         # 1) count its KV, and encode what travels beside the inputs
+        instruments, gradients = options.instruments, options.gradients
         num_rows, num_new = inputs.shape[:2]
         due = {} if instruments is None else instruments.due_captures(num_rows, num_new, self.num_tokens)
-        if keeps_kv:
+        if options.keeps_kv:
             self._budget.hold(self._number, num_rows * (self.max_cache_len or self.num_tokens + num_new))
         code = self._context.encode(attention_mask, position_ids, num_new)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
@@ -313,7 +315,7 @@ class Session:
             stage=0,
             session=self._number,
             number=self._next_step,
-            keeps_kv=keeps_kv,
+            keeps_kv=options.keeps_kv,
             layout=None,
             mask=code.mask,
             positions=code.positions,
@@ -324,13 +326,13 @@ class Session:
             sent_us=clock_us(),
             timings=(),
             torch_settings=tuple(read_torch_settings().items()),
-            records=records,
-            hidden_state_indices=hidden_state_indices,
+            records=options.records,
+            hidden_state_indices=options.hidden_state_indices,
             max_cache_len=self.max_cache_len,
-            hooks=() if hooks is None else hooks.points(),
+            hooks=() if options.hooks is None else options.hooks.points(),
             instruments=(instruments.given if instruments else Instruments((), 0)) if have_changed else None,
             captures=bool(due),
-            adapters=adapters,
+            adapters=options.adapters,
             requires_grad=(gradients.requires_grad,) if gradients is not None and gradients.may_flow else None,
             skips=self._changes.skips if self._changes.skips.indices else None,
             strides=strides,
@@ -338,45 +340,54 @@ class Session:
         self._edits.clear()
         self._instruments = instruments
         self._next_step += 1
-        # 2) send it to the first stage, and wait for the logits of the last one
-        began_s = time.monotonic()
+        # 2) send it to the first stage
+        flight = StepInFlight(step, route, inputs, logits_to_keep, self.num_tokens, options, due, self._finish_step)
         try:
             if gradients is not None and gradients.may_flow:
                 gradients.graph = RemoteGraph(self._engine, step, route, self._timeout_s)
-            tensors = (packed, *code.tensors, *keep, *sent)
-            if hooks is None:
-                answer = result_of(self._engine.step(route.stage_devices, step, tensors, self._timeout_s))
-                reply = cast("StepReply", answer)
-            else:
-                hooked = HookedStep(self._engine, step, route, self.end)
-                hooked.start(tensors, self._timeout_s)
-                reply = hooks.run(hooked)
-            logits = check_reply(reply, route.stage_devices, inputs, logits_to_keep, self._vocabulary)
-            recorded: Recorded = {}
-            if records or due:
-                records_due = DueRecords.of(step, self._spec, inputs, self.num_tokens + num_new, self.max_cache_len)
-                recorded = records_due.join(reply.parts, route)
-            if due and instruments is not None:
-                skipped = () if step.skips is None else step.skips.indices
-                values = join_captured(due, reply.parts, route, self._number, skipped)
-                instruments.collect(values, self._engine.trusted)
-        except BaseException as error:  # also an interrupt: what the stages hold is no longer known
-            end_with_interpreter()
-            self._broken_by = f" with {type(error).__name__}"
-            self.end()
-            if gradients is not None:
-                gradients.graph = None  # which frees it
+            flight.send(self._engine, (packed, *code.tensors, *keep, *sent), self._timeout_s, self.end)
+        except BaseException as error:
+            self._break(error, flight)
             raise
-        # 3) count what the stages hold now, and report the timings
-        self.last_step = sample_of(step, route, reply, began_s, num_rows, num_new, self.num_tokens)
-        self._watch(self.last_step)
-        self._holds_kv = keeps_kv
-        if gradients is not None:
-            gradients.logits_require_grad, gradients.ends_at_tap = reply.requires_grad, reply.ends_at_tap
-            self.kv_has_gradients |= keeps_kv and gradients.flow
+        # 3) count the tokens that the stages hold behind it
         self.num_rows = num_rows
         self.num_tokens += num_new
-        return logits, recorded
+        return flight
+
+    def _finish_step(self, flight: StepInFlight) -> tuple[Tensor, Recorded]:
+        if not self._flights or self._flights[0] is not flight:
+            self._check_open()  # one before it has failed
+            raise ArgumentError("steps are finished in the order in which they were started, and each once")
+        try:
+            try:
+                self.stepping_thread = None if flight.options.hooks is None else threading.get_ident()
+                results = flight.receive(self._spec, self._vocabulary, self.max_cache_len, self._engine.trusted)
+            except BaseException as error:  # also an interrupt: what the stages hold is no longer known
+                self._break(error, flight)
+                raise
+            finally:
+                self.stepping_thread = None
+            self._flights.popleft()
+            # Report the timings, and what the stages hold now.
+            self.last_step = flight.sample()
+            self._watch(self.last_step)
+            self._holds_kv = flight.options.keeps_kv
+            gradients = flight.options.gradients
+            if gradients is not None:
+                flight.report_gradients()
+                self.kv_has_gradients |= flight.options.keeps_kv and gradients.flow
+            return results
+        finally:
+            if not self._flights:
+                self._used.close()
+
+    def _break(self, error: BaseException, flight: StepInFlight) -> None:
+        """End the session after a step that failed."""
+        end_with_interpreter()
+        self._broken_by = f" with {type(error).__name__}"
+        self.end()
+        if flight.options.gradients is not None:
+            flight.options.gradients.graph = None  # which frees it
 
 
 @uninterrupted

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lingualinked.cluster.step_in_flight import StepOptions
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
 from lingualinked.model.hf_internals.computing import balancing_loss
@@ -221,13 +222,15 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
                 mask,
                 positions,
                 keep,
-                keeps_kv=keeps_kv,
-                records=records,
-                hidden_state_indices=selected,
-                hooks=hooks,
-                instruments=instruments,
-                gradients=gradients,
-                adapters=adapters,
+                StepOptions(
+                    keeps_kv=keeps_kv,
+                    records=records,
+                    hidden_state_indices=selected,
+                    hooks=hooks,
+                    instruments=instruments,
+                    gradients=gradients,
+                    adapters=adapters,
+                ),
             )
         finally:
             if not keeps_kv:
