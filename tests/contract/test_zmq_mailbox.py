@@ -23,6 +23,7 @@ from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.transport.keys import KeyPair, generate_keypair
 from lingualinked.transport.tcp_listener import TcpEndpoint
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from waiting import wait_until
 
 
 class Interrupted:
@@ -332,6 +333,24 @@ def test_a_mailbox_has_one_inbox_for_all_its_addresses() -> None:
             peer.connect("box", address, mine.public)
             peer.send("box", b"", [torch.ones(2)])
         assert {take(box).sender, take(box).sender} == {"near", "far"}
+
+
+@pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)
+def test_a_connection_that_is_awaited_is_not_missed_by_who_asks_for_another(
+    zmq_network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, c = (zmq_network.open(name, "abc") for name in "abc")
+    b.connect("a", a.address, zmq_network.keys["a"].public)
+    b.send("a", b"")
+    for peer in (b, c):
+        a.connect(peer.name, peer.address, zmq_network.keys[peer.name].public)
+    with monkeypatch.context() as patch:
+        patch.setattr(a._sockets, "read_events", lambda: None)
+        assert not a.is_connected("b")
+    wait_until(lambda: a.is_connected("c") and not a._sockets.connecting)
+    assert a.receive(WAIT_S) is None  # as after a wake, before the message
+    assert a.is_connected("b")
+    assert take(a).sender == "b"
 
 
 @pytest.mark.parametrize("zmq_network", ["tcp"], indirect=True)

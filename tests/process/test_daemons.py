@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 import lingualinked as ll
 from daemons import DaemonProcess, Daemons, running_daemons
+from lingualinked.cluster.remote.remote_workers import RemoteWorkers
+from lingualinked.cluster.workers import ClusterWorkers
 
 pytestmark = pytest.mark.process
 
@@ -92,6 +95,32 @@ def test_layers_move_between_devices_that_come_later(
             model.rebalance(ll.Plan.from_spans(spans))
             assert torch.equal(tokens.result(), expected)
     assert [daemon.workers() for daemon in pair] == [[], []]
+
+
+def test_a_device_is_added_whose_worker_is_faster_than_the_cluster(
+    pair: list[DaemonProcess], tiny_llama: str, unsharded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key is here before the cluster has done anything else for the device."""
+    prepare, report = ClusterWorkers.prepare, RemoteWorkers._report_key
+    is_here = threading.Event()
+
+    def prepare_slowly(workers: ClusterWorkers, *arguments: Any) -> tuple[ll.Device, ...]:
+        prepared = prepare(workers, *arguments)
+        if any(device.address is not None for device in prepared):
+            assert is_here.wait(30)
+        return prepared
+
+    def report_and_say_so(workers: RemoteWorkers, *said: str) -> None:
+        report(workers, *said)
+        is_here.set()
+
+    monkeypatch.setattr(ClusterWorkers, "prepare", prepare_slowly)
+    monkeypatch.setattr(RemoteWorkers, "_report_key", report_and_say_so)
+    with ll.Cluster([ll.Device(name="here", threads=1)], timeout_s=60) as cluster:
+        cluster.add(pair[0].device("a"))
+        plan = ll.Plan.from_spans([("here", 0, 2), ("a", 2, 4)])
+        with ll.ShardedModel.from_pretrained(tiny_llama, cluster=cluster, plan=plan, progress=False) as model:
+            assert torch.equal(generate(model), generate(unsharded))
 
 
 def test_several_callers_and_models_at_once(pair: list[DaemonProcess], tiny_llama: str, unsharded: Any) -> None:

@@ -154,7 +154,9 @@ class Engine:
         hub = self._exchange.introductions.relay(device, CALLER)
         if hub is not None and device in hosts:
             opened = self._exchange.introductions.open_relay(hub, self._reach.address(CALLER, hub))
-            self._reach.add_relay(device, CALLER, opened.result(_START_S))
+            if not concurrent.futures.wait([opened], _START_S).done:
+                raise StepTimeoutError(f"the daemon of device {hub!r} did not open a relay within {_START_S:g} s")
+            self._reach.add_relay(device, CALLER, opened.result())
         return self._reach.address(CALLER, device), self._mailbox.public_key
 
     def authorise_worker(self, device: str, public_key: str) -> None:
@@ -177,8 +179,10 @@ class Engine:
         if name in self._exchange.failed:
             raise renewed(self._exchange.failed[name])
         if not in_time:
+            state = "it has not said hello" if name not in self._exchange.pids else "it is not connected to all others"
             raise StepTimeoutError(
-                f"the worker on device {name!r} was not ready within timeout_s={timeout_s:g}: raise it on a busy machine"
+                f"the worker on device {name!r} was not ready within timeout_s={timeout_s:g} ({state}): raise it on a busy "
+                "machine"
             )
 
     def ended_devices(self) -> frozenset[str]:
@@ -355,7 +359,11 @@ class Engine:
         """Run a command on the I/O thread and wait until it is done."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._post(lambda: settle(done, command))
-        done.result(_START_S)
+        if not concurrent.futures.wait([done], _START_S).done:
+            raise StepTimeoutError(
+                f"the cluster's I/O thread did not answer within {_START_S:g} s: is the machine overloaded?"
+            )
+        done.result()
 
     def _post(self, command: Callable[[], None]) -> None:
         self.check_owner()

@@ -151,10 +151,17 @@ class Exchange:
             assert isinstance(message, WorkerMessage)
             self._handle(message, delivery)
         except ProtocolError as error:
-            self._mailbox.refuse(delivery.sender, kind, str(error))
+            self._refuse(delivery.sender, kind, str(error))
         except Exception as error:  # a progress bar that can't be drawn, a log handler that raises
-            self._mailbox.refuse(delivery.sender, kind, f"{type(error).__name__}: {error}")
+            self._refuse(delivery.sender, kind, f"{type(error).__name__}: {error}")
             logger.debug("a message from %r could not be handled", delivery.sender, exc_info=True)
+
+    def _refuse(self, sender: str, kind: str, detail: str) -> None:
+        """Count a message as unusable; a worker whose greeting that was will never be ready."""
+        self._mailbox.refuse(sender, kind, detail)
+        if kind in ("no message", "Hello") and sender not in self.pids and sender in self.settled:
+            self.failed[sender] = ProtocolError(f"the greeting of device {sender!r} can't be used: {detail}")
+            self.settled[sender].set()
 
     def cut_links(self, devices: Iterable[str]) -> None:
         """Handle no messages of these devices, and those of all others that have come while their links were cut."""

@@ -85,7 +85,7 @@ class ClusterWorkers:
 
         self._remote = RemoteWorkers(self._class_names, None if self.placement is None else self.placement.keys)
         if self._has_started:
-            self._remote.start(self._admit, self._on_end)
+            self._remote.start((), self._admit, self._on_end)
 
     def _as_leased(self, device: Device) -> Device:
         limits = self.leases[device.name].limits
@@ -150,16 +150,16 @@ class ClusterWorkers:
         self._boots = {boot.name: boot for boot in boots}
         self._has_started = True
         if self.launcher is not None:
-            self.launcher.start([name for name in self._boots if name not in self.leases], self._admit, on_end)
+            self.launcher.start([boot.name for boot in boots if boot.name not in self.leases], self._admit, on_end)
         if self._remote is not None:
-            self._remote.start(self._admit, on_end)
+            self._remote.start([boot.name for boot in boots if boot.name in self.leases], self._admit, on_end)
 
     def add(self, boot: Boot) -> None:
         """Start one more worker, for a device that is prepared."""
-        self._boots[boot.name] = boot
-        if boot.name not in self.leases:
-            assert self.launcher is not None
-            self.launcher.add(boot.name)
+        self._boots[boot.name] = boot  # first: the key of a leased worker may be here already
+        starter = self._starter(boot.name)
+        assert starter is not None
+        starter.add(boot.name)
 
     def _admit(self, name: str, public_key: str) -> None:
         # In this order: a worker connects as soon as it has its Boot, and a refusal is final.

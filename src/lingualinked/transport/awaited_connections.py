@@ -23,15 +23,16 @@ class AwaitedConnections:
     def add(self, name: str, on_decided: Callable[[str], None]) -> None:
         """Call ``on_decided`` with an empty text once a connected peer is reached, or with a reason after `CONNECT_S`.
 
-        `decide` does so. A peer that is disconnected meanwhile is forgotten.
+        `decide` does so, or `forget`.
         """
         # Asked now, so that `receive` returns once it is connected.
         deadline_s = time.monotonic() + (0.0 if self._mailbox.is_connected(name) else CONNECT_S)
         self._awaited.setdefault(name, (deadline_s, []))[1].append(on_decided)
 
     def forget(self, name: str) -> None:
-        """Forget a peer; before it is disconnected."""
-        self._awaited.pop(name, None)
+        """Forget a peer, and tell who waits for it; before it is disconnected."""
+        for on_decided in self._awaited.pop(name, (0.0, []))[1]:
+            on_decided("it was disconnected meanwhile")
 
     def time_left(self) -> float | None:
         """Seconds until `decide` is due, unless `receive` returns before; ``None`` if nothing is awaited."""

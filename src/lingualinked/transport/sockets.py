@@ -114,12 +114,10 @@ class Sockets:
         if monitor is not None:
             self.connecting[name] = monitor
 
-    def read_events(self) -> set[str]:
-        """Return the peers to which a connection over TCP has come about since the last call."""
-        connected = {name for name, monitor in self.connecting.items() if monitor.has_connected()}
-        for name in connected:
+    def read_events(self) -> None:
+        """Follow the connections over TCP; those that have come about are `connecting` no more."""
+        for name in [name for name, monitor in self.connecting.items() if monitor.has_connected()]:
             self.connecting.pop(name).close()
-        return connected
 
     def disconnect(self, name: str) -> None:
         """Close the outbox for a peer."""

@@ -137,6 +137,8 @@ class ZmqMailbox(Mailbox):
 
     def receive(self, timeout_s: float | None) -> Delivery | None:  # noqa: D102
         self._check_open()
+        if self._has_awaited_connection():  # of which `is_connected` has learnt when it was asked for another one
+            return None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             # 1) wait for a message, a wake-up, the next delayed message or the deadline
@@ -149,7 +151,7 @@ class ZmqMailbox(Mailbox):
                 items = [*items, *((each.events, zmq.POLLIN) for each in self._sockets.connecting.values())]
             ready = zmq.zmq_poll(items, max(int(due_ms), 0) if due_ms < wait_ms else math.ceil(wait_ms))
             # 2) a wake-up comes first, then a delayed message that is due, then a new one
-            if self._waker.clear() or (self._sockets.connecting and self._has_awaited_connection()):
+            if self._waker.clear() or self._has_awaited_connection():
                 return None
             delivery = self._receive_one() if ready and self._delayed.next_due_in_s > 0 else self._delayed.pop_due()
             # 3) without a message, wait again until the deadline
@@ -161,6 +163,7 @@ class ZmqMailbox(Mailbox):
         self._check_peer(name)
         self._sockets.read_events()
         if name not in self._sockets.connecting:
+            self._awaited.discard(name)
             return True
         self._awaited.add(name)
         return False
@@ -171,7 +174,10 @@ class ZmqMailbox(Mailbox):
         return "" if monitor is None else monitor.explain(self._peers[name][0])
 
     def _has_awaited_connection(self) -> bool:
-        connected = self._sockets.read_events() & self._awaited
+        if not self._sockets.connecting and not self._awaited:
+            return False
+        self._sockets.read_events()
+        connected = self._awaited - self._sockets.connecting.keys()
         self._awaited -= connected
         return bool(connected)
 

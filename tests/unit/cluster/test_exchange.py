@@ -602,9 +602,12 @@ def test_a_device_that_is_forgotten_is_forgotten_by_all(talk: Conversation) -> N
 
 
 @pytest.mark.parametrize("address", ["udp://1.2.3.4:5", "pgm://x", "", "inproc://x"])
-def test_a_hello_from_nowhere_is_refused(address: str) -> None:
+def test_a_hello_from_nowhere_is_refused_and_not_waited_for_again(address: str) -> None:
     conversation = Conversation()
     conversation.say("a", Hello(pid=1, address=address, environment=HERE))
-    assert not conversation.exchange.settled["a"].is_set()
     assert conversation.caller.num_refused == 1
+    assert conversation.exchange.settled["a"].is_set()
+    with pytest.raises(ProtocolError, match="the greeting of device 'a' can't be used"):
+        raise conversation.exchange.failed["a"]
+    assert not conversation.exchange.addresses
     conversation.exchange.close()

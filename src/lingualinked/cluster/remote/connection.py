@@ -21,7 +21,7 @@ from lingualinked.address import Address
 from lingualinked.cluster.remote.resolving import PROBE_S
 from lingualinked.cluster.remote_text import readable, readable_facts
 from lingualinked.device import Device
-from lingualinked.errors import ClosedError, DaemonError, LingualinkedError, ProtocolError
+from lingualinked.errors import ClosedError, DaemonError, ProtocolError
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.daemon import (
     ANSWER_S,
@@ -313,10 +313,7 @@ class DaemonConnection:
             case Refused():
                 self._fail(message.reason)
             case WorkerKeyMade():
-                try:
-                    self._on_key(self.name, message.public_key)
-                except LingualinkedError:  # the cluster is closed, or the key can't be used
-                    self.leave()
+                self._on_key(self.name, message.public_key)
             case WorkerEnded():
                 if self.leased.done():
                     self._end(message.how)

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import zmq
 
@@ -33,7 +33,6 @@ from lingualinked.transport.waker import Waker
 logger = logging.getLogger("lingualinked.cluster")
 
 _LEAVE_S = 2 * GRACE_S + 1.0  # the daemon lets a worker end by itself first, then kills it
-_Said = tuple[str, str]
 
 
 class RemoteWorkers:
@@ -49,9 +48,10 @@ class RemoteWorkers:
         self._lock = threading.RLock()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._connections: dict[str, DaemonConnection] = {}  # of the thread
-        self._on_key: Callable[[str, str], None] | None = None
-        self._on_end: Callable[[str, str], None] | None = None
-        self._unreported: list[tuple[str, _Said]] = []  # until `start`
+        self._on_key: Callable[[str, str], None] = lambda name, public_key: None
+        self._on_end: Callable[[str, str], None] = lambda name, how: None
+        # Of the thread; by the names of workers that are leased and not started yet: what is to be reported.
+        self._unreported: dict[str, list[Callable[[], None]]] = {}
         self._stopping = False
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="lingualinked-daemons", daemon=True)
@@ -62,7 +62,9 @@ class RemoteWorkers:
             raise
 
     def lease(self, devices: Sequence[Device]) -> list[Lease]:
-        """Get a worker for each device from its daemon, all at once.
+        """Get a worker for each device from its daemon, all at once; `start` or `add` has to follow.
+
+        A daemon starts the worker at once. Until then, what it says of it is kept.
 
         Raises
         ------
@@ -94,6 +96,7 @@ class RemoteWorkers:
                 before = self._connections.pop(device.name, None)
                 if before is not None:  # its daemon did not answer when it was left
                     before.close()
+                self._unreported[device.name] = []
                 self._connections[device.name] = DaemonConnection(
                     self._context,
                     device,
@@ -111,14 +114,20 @@ class RemoteWorkers:
             raise ClosedError("the cluster is closed: make a new one")
         return leased
 
-    def start(self, on_key: Callable[[str, str], None], on_end: Callable[[str, str], None]) -> None:
-        """From now on, report keys and ends as a `Launcher` does; those that came meanwhile at once."""
+    def start(
+        self, names: Iterable[str], on_key: Callable[[str, str], None], on_end: Callable[[str, str], None]
+    ) -> None:
+        """From now on, report the keys and ends of these leased workers as a `Launcher` does."""
+        self._on_key, self._on_end = on_key, on_end
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Report the key and the end of one more worker that is leased, also if they are known already."""
 
         def report() -> None:
-            self._on_key, self._on_end = on_key, on_end
-            for kind, said in self._unreported:
-                (on_key if kind == "key" else on_end)(*said)
-            self._unreported.clear()
+            for each in self._unreported.pop(name, ()):
+                each()
 
         self._post(report)
 
@@ -217,16 +226,25 @@ class RemoteWorkers:
                 self._commands.popleft()()
 
     def _report_key(self, name: str, public_key: str) -> None:
-        if self._on_key is None:
-            self._unreported.append(("key", (name, public_key)))
-        else:
-            self._on_key(name, public_key)
+        def report() -> None:
+            try:
+                self._on_key(name, public_key)
+            except Exception as error:  # noqa: BLE001 - the cluster is closed, or the key can't be used: who waits hears so
+                self._on_end(name, f"it was not let in ({error})")
+                if name in self._connections:
+                    self._connections[name].leave()
+
+        self._report(name, report)
 
     def _report_end(self, name: str, how: str) -> None:
-        if self._on_end is None:
-            self._unreported.append(("end", (name, how)))
+        self._report(name, lambda: self._on_end(name, how))
+
+    def _report(self, name: str, report: Callable[[], None]) -> None:
+        """Report something now, or once the worker is started: whoever is told would not know it yet."""
+        if name in self._unreported:
+            self._unreported[name].append(report)
         else:
-            self._on_end(name, how)
+            report()
 
 
 @contextlib.contextmanager
