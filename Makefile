@@ -23,7 +23,7 @@ help:  ## List the targets
 demo: $(RUNTIME)  ## Run the bundled model on three worker processes
 	$(BIN)/lingualinked demo
 
-bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="overhead --repeats 9"; without NAME, list them
+bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="hops --repeats 9"; without NAME, list them
 	$(BIN)/python -m benchmarks $(or $(NAME),--help)
 
 # What draws architectures: any text; empty for all of them.

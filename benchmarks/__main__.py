@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(
     name="benchmarks",
-    help="Measure the library against the unsharded model, and its plans against what was predicted and proven.",
+    help="Measure the library's parts, and its plans against what was predicted and proven. Models are measured by `lingualinked bench`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,30 +37,14 @@ def start(
 
 
 @app.command()
-def overhead(
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
-    context: Annotated[list[int] | None, typer.Option(help="Prompt lengths to measure at.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode in each run.")] = 32,
+def watching(
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 10,
 ) -> None:
-    """Decode speed of two workers with one thread each, against the unsharded model, and watched for rebalancing or not."""
-    from benchmarks.overhead import run_overhead
+    """Decode speed of two workers with one thread each, watched for rebalancing or not."""
+    from benchmarks.watching import run_watching
 
-    run_overhead(tuple(context or (16, 2048)), new_tokens, repeats)
-
-
-@app.command()
-def decode(
-    shape: Annotated[str, typer.Option(help="160m or 1b.")] = "160m",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    workers: Annotated[int, typer.Option(min=1, help="Workers of one thread.")] = 2,
-    case: Annotated[list[str] | None, typer.Option(help="Of the table's rows; all without it.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to decode in each run.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
-) -> None:
-    """Decode speed of workers with one thread each, against the unsharded model with one thread and with two."""
-    from benchmarks.decode import CASES, run_decode
-
-    run_decode(shape, dtype, workers, tuple(case or CASES), new_tokens, repeats)
+    run_watching(context, repeats)
 
 
 @app.command()

@@ -19,19 +19,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import lingualinked as ll
-from benchmarks.decode import SHAPES as CPU_SHAPES
-from benchmarks.overhead import SHAPE, tokens_per_s
+from lingualinked.cli.bench import shapes
+from lingualinked.cli.bench.timing import decode_tokens_per_s
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.model.dummy import DummyWeights
 from lingualinked.tables import Rows
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {**SHAPE, "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+    "tiny": {**shapes.LLAMA_160M, "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
              "num_key_value_heads": 4},
-    "llama-1b": CPU_SHAPES["1b"],
-    "llama-8b": {**SHAPE, "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
+    "llama-1b": shapes.SHAPES["1b"],
+    "llama-8b": shapes.SHAPES["8b"],
 }  # fmt: skip
 """TinyLlama-1.1B, and Llama-3.1-8B but for its rotary embeddings."""
 
@@ -105,7 +104,7 @@ def run_gpu(
         speeds: dict[str, list[float]] = {row: [] for row in sides}
         for _ in range(repeats):
             for row, side in sides.items():
-                speeds[row].append(batch * tokens_per_s(side, ids, new_tokens))
+                speeds[row].append(decode_tokens_per_s(side, ids, new_tokens, attention_mask=None))
             if time.monotonic() > deadline_s:
                 break
         copied = Repeats([_copy_bytes_per_s(accelerator) for _ in range(5)])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import lingualinked as ll
-from benchmarks.overhead import SHAPE, VOCABULARY
+from lingualinked.cli.bench.shapes import LLAMA_160M
 from lingualinked.cli.repeats import Repeats
 from lingualinked.console import new_console
 from lingualinked.tables import Rows
@@ -55,7 +55,7 @@ def run_hooks(repeats: int) -> None:
     console = new_console()
     plan = ll.Plan.from_spans([("worker-0", 0, 6), ("worker-1", 6, 12)])
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_160M))
         with (
             ll.Cluster([ll.Device(name=name, threads=1) for name in plan.devices]) as cluster,
             ll.ShardedModel.from_pretrained(
@@ -68,7 +68,7 @@ def run_hooks(repeats: int) -> None:
 
 
 def _measure_decode(model: Any, num_rounds: int) -> Rows:
-    ids = torch.randint(3, VOCABULARY, (1, _CONTEXT))
+    ids = torch.randint(3, LLAMA_160M["vocab_size"], (1, _CONTEXT))
     pasts = {name: model(ids, logits_to_keep=1).past_key_values for name in CASES}
     hops: list[float] = []
 
@@ -87,7 +87,7 @@ def _measure_decode(model: Any, num_rounds: int) -> Rows:
 
 
 def _measure_prefill(model: Any, num_rounds: int) -> Rows:
-    ids = torch.randint(3, VOCABULARY, (1, _PROMPT))
+    ids = torch.randint(3, LLAMA_160M["vocab_size"], (1, _PROMPT))
 
     def prefill_us(_: str) -> float:
         began_s = time.perf_counter()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import lingualinked as ll
-from benchmarks.overhead import SHAPE
+from lingualinked.cli.bench.shapes import LLAMA_160M
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.model.memory import use_one_heap
@@ -33,7 +33,7 @@ _WAYS = {"socket": False, "shared memory": True}
 _NUM_WARM = 4  # rounds before those that count: in the first one, the memory is offered
 
 PREFILL = {
-    **SHAPE,
+    **LLAMA_160M,
     "num_hidden_layers": 2,
     "hidden_size": 4096,
     "intermediate_size": 64,
@@ -45,7 +45,7 @@ PREFILL = {
 """Computes little for a hidden state of 8 KiB a token."""
 
 DECODE = {
-    **SHAPE,
+    **LLAMA_160M,
     "num_hidden_layers": 2,
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 import lingualinked as ll
-from benchmarks.overhead import SHAPE, VOCABULARY
+from lingualinked.cli.bench.shapes import LLAMA_160M
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.tables import Rows
@@ -34,9 +34,9 @@ def run_instruments(context: int, num_steps: int) -> None:
     torch.set_num_threads(1)
     console = new_console()
     plan = ll.Plan.from_spans([("worker-0", 0, 6), ("worker-1", 6, 12)])
-    vector = torch.randn(SHAPE["hidden_size"])  # type: ignore[call-overload]
+    vector = torch.randn(LLAMA_160M["hidden_size"])
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_160M))
         with (
             ll.Cluster([ll.Device(name=name, threads=1) for name in plan.devices]) as cluster,
             ll.ShardedModel.from_pretrained(
@@ -86,7 +86,7 @@ def _alternate(
 
     And the seconds of processor time that caller and workers use for them, which others' load changes little.
     """
-    ids = torch.randint(3, VOCABULARY, (1, context), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, LLAMA_160M["vocab_size"], (1, context), generator=torch.Generator().manual_seed(0))
     caches = [model(ids, logits_to_keep=1).past_key_values for _ in range(2)]
     times_ms: list[list[float]] = [[], []]
     processes = [psutil.Process(pid) for pid in (os.getpid(), *model.cluster.pids.values())]

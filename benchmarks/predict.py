@@ -5,22 +5,27 @@ Knows the public face; every plan of a cluster is loaded beside the others, and 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lingualinked as ll
-from benchmarks.overhead import SHAPE
-from lingualinked.cli.bench_command import Speed, draw_prompt, generate
+from lingualinked.cli.bench.models import draw_ids
+from lingualinked.cli.bench.shapes import LLAMA_160M
+from lingualinked.cli.bench.throughput import answers_tokens_per_s
+from lingualinked.cli.bench.timing import generate
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.processor import usable_cores
 from lingualinked.tables import Rows
 
 _SPARE_CORES = 0.5
+_NUM_STEPS = 12
 
 CLUSTERS = {
     "two devices": (
@@ -42,6 +47,34 @@ CLUSTERS = {
 """Emulated heterogeneous clusters: slowdowns from 2 to 8, links from 50 to 1000 Mbit/s."""
 
 
+@dataclasses.dataclass(slots=True)
+class Speed:
+    """The measured speed of a model, run by run."""
+
+    first_token_s: list[float] = dataclasses.field(default_factory=list)  # of a single session
+    step_s: list[float] = dataclasses.field(default_factory=list)  # the median decode step of a run
+    tokens_per_s: list[float] = dataclasses.field(default_factory=list)  # new ones, of all sessions together
+
+    def time_stream(self, model: Any, workload: ll.Workload) -> None:
+        """Time a single session: its first token, and the decode steps after it."""
+        ids = draw_ids(model, 1, workload.prompt_tokens)
+        with torch.inference_mode():
+            began_s = time.perf_counter()
+            past = model(ids, logits_to_keep=1).past_key_values
+            self.first_token_s.append(time.perf_counter() - began_s)
+            steps = []
+            for _ in range(_NUM_STEPS):
+                began_s = time.perf_counter()
+                model(ids[:, -1:], past_key_values=past)
+                steps.append(time.perf_counter() - began_s)
+        self.step_s.append(Repeats(steps).median)
+
+    def time_sessions(self, model: Any, workload: ll.Workload) -> None:
+        """Time one answer per session, all at once."""
+        prompts = [draw_ids(model, 1, workload.prompt_tokens, seed) for seed in range(workload.num_sessions)]
+        self.tokens_per_s.append(answers_tokens_per_s(model, prompts, workload.new_tokens, len(prompts)))
+
+
 def run_predict(repeats: int, new_tokens: int, prompt_tokens: int) -> None:
     """Print, for each cluster, predicted, measured and simulated figures of the solved plan, and what solving brings."""
     torch.set_num_threads(1)
@@ -60,7 +93,7 @@ def run_predict(repeats: int, new_tokens: int, prompt_tokens: int) -> None:
 
 def _measure_cluster(devices: tuple[ll.Device, ...], workload: ll.Workload, repeats: int) -> Any:
     with tempfile.TemporaryDirectory() as folder, ll.Cluster(devices) as cluster:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_160M))
         profile = ll.profile_model(folder, cluster, workload=workload, load_format="dummy", refresh=True)
         plans = {"solved": ll.solve(profile, workload=workload)}
         plans |= {kind: ll.baseline(profile, kind, workload=workload) for kind in ("even", "sum_objective")}
@@ -72,11 +105,11 @@ def _measure_cluster(devices: tuple[ll.Device, ...], workload: ll.Workload, repe
         }
         measured = {name: Speed() for name in models}
         for model in models.values():  # what a shape costs the first time is not what is predicted
-            generate(model, draw_prompt(model, workload, 0), 2)
+            generate(model, draw_ids(model, 1, workload.prompt_tokens), 2)
         for _ in range(repeats):
             measured["solved"].time_stream(models["solved"], workload)
             for name, model in models.items():
-                measured[name].time_sessions(model, workload, workload.num_sessions)
+                measured[name].time_sessions(model, workload)
         return _figures(plans["solved"], measured["solved"], workload), _worth(plans, measured)
 
 

@@ -19,7 +19,8 @@ import torch
 from transformers.utils import logging
 
 import lingualinked as ll
-from benchmarks.overhead import SHAPE, VOCABULARY, unsharded_dummy
+from lingualinked.cli.bench.models import uncut_dummy
+from lingualinked.cli.bench.shapes import LLAMA_160M
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
 from lingualinked.display.decisions_view import record_line
@@ -43,8 +44,8 @@ def run_rebalance(num_sessions: int, new_tokens: int, repeats: int) -> None:
     workload = ll.Workload(prompt_tokens=_PROMPT_TOKENS, new_tokens=new_tokens, num_sessions=num_sessions)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
-        unsharded_dummy(folder).save_pretrained(folder)  # what is moved is read from files, as it would be
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_160M))
+        uncut_dummy(folder).save_pretrained(folder)  # what is moved is read from files, as it would be
         slowed = [
             dataclasses.replace(device, slowdown=_SLOWDOWN * _FACTOR) if device.name == _SLOW else device
             for device in devices
@@ -105,7 +106,7 @@ class _Stream:
 
     def _run(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        prompt = torch.randint(3, VOCABULARY, (1, self._workload.prompt_tokens), generator=generator)
+        prompt = torch.randint(3, LLAMA_160M["vocab_size"], (1, self._workload.prompt_tokens), generator=generator)
         while not self._enough.is_set():
             self._model.generate(
                 prompt,

@@ -16,7 +16,7 @@ from benchmarks.gpu import GraphLoop
 from families import tiny_model
 
 CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
-NAMES = ("start", "overhead", "hops", "fetching", "predict", "planner", "soak", "rebalance", "products")
+NAMES = ("start", "watching", "hops", "fetching", "predict", "planner", "soak", "rebalance", "products")
 
 
 @pytest.mark.parametrize("name", NAMES)

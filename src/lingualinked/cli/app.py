@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from lingualinked.cli import cache_command, keys_command
+from lingualinked.cli.bench import commands as bench_commands
 from lingualinked.errors import ArgumentError, LingualinkedError
 from lingualinked.worker.daemon.command import serve
 from lingualinked.workload import Workload
@@ -42,6 +43,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_commands.app)
 app.add_typer(cache_command.app)
 app.add_typer(keys_command.app)
 app.command("worker")(serve)
@@ -180,40 +182,6 @@ def plan(
         plot=plot,
         dtype=dtype,
         explain=explain,
-        progress=not quiet,
-    )
-
-
-@app.command()
-def bench(
-    path: Annotated[str, typer.Argument(help="Folder of a checkpoint or of a config.json alone, or a hub id.")],
-    devices: Devices = "2",
-    plan: Annotated[
-        str | None,
-        typer.Option(help="A file that `lingualinked plan --json` wrote, or even; by default measured and solved."),
-    ] = None,
-    prompt_tokens: PromptTokens = 128,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 32,
-    batch_size: BatchSize = 1,
-    num_sessions: NumSessions = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is printed.")] = 3,
-    dtype: Dtype = "auto",
-    unsharded: Annotated[
-        bool, typer.Option("--unsharded", help="Load the unsharded model into this process too, and compare.")
-    ] = False,
-    quiet: Quiet = False,
-) -> None:
-    """Time a model cut over your devices: first token, decode step and tokens per second, next to the prediction."""
-    from lingualinked.cli.bench_command import run_bench
-
-    run_bench(
-        path,
-        devices,
-        Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions),
-        dtype,
-        plan,
-        repeats,
-        beside_unsharded=unsharded,
         progress=not quiet,
     )
 

@@ -30,7 +30,7 @@ STARTS = {
     "demo": ["demo"],
     "generate": ["generate", ll.sample_model(), "Once"],
     "plan": ["plan", ll.sample_model()],
-    "bench": ["bench", ll.sample_model()],
+    "bench": ["bench", "decode", ll.sample_model()],
     "trace": ["trace"],
 }
 
@@ -236,44 +236,6 @@ def test_an_answer_has_no_special_tokens_unless_all_of_it_is_asked_for(monkeypat
     assert run(*arguments, "--raw").stdout == f"{whole}\n"
     answer = run(*arguments).stdout
     assert whole == f"{tokenizer.bos_token}{prompt}{answer.rstrip()}"
-
-
-def test_a_model_is_timed_as_it_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(ll.sample_model())
-    model.plan = ll.Plan.from_spans([("a", 0, 3), ("b", 3, 8)])
-    given: list[Any] = []
-
-    def load(*_: Any, plan: Any, **__: Any) -> Any:
-        given.append(plan)
-        return contextlib.nullcontext(model)
-
-    monkeypatch.setattr(ll, "Cluster", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(ll.ShardedModel, "from_pretrained", load)
-    path = tmp_path / "plan.json"
-    path.write_text(model.plan.to_json())
-    shape = ["--prompt-tokens", 3, "--new-tokens", 2, "--num-sessions", 2, "--repeats", 1]
-    result = run(*STARTS["bench"], "--plan", path, "--unsharded", *shape)
-    assert result.exit_code == 0, result.output
-    assert given == [model.plan]
-    for row in ("first token, ms", "decode step, ms", "tokens/s with 2 sessions"):
-        assert row in result.stdout
-    assert "unsharded" in result.stdout
-
-
-def test_what_can_not_be_timed_is_refused_first(started: list[tuple[str, ...]], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((Path(ll.sample_model()) / "config.json").read_text())
-    (tmp_path / "plan.json").write_text("{")
-    for arguments, complaint in (
-        ([ll.sample_model(), "--plan", tmp_path / "none.json"], "--plan"),
-        ([ll.sample_model(), "--plan", tmp_path / "plan.json"], "plan"),
-        ([tmp_path, "--unsharded"], "--unsharded needs weights"),
-    ):
-        result = run("bench", *arguments)
-        assert result.exit_code == 1, result.output
-        assert complaint in result.stderr
-    assert not started
 
 
 def test_doctor_says_which_kernel_each_dtype_gets() -> None:

@@ -1,0 +1,121 @@
+"""``lingualinked bench overhead``: what a step costs beside the compute, and what crosses the sockets.
+
+Knows the timings of steps; models whose layers compute next to nothing leave the fixed cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lingualinked.cli.bench.measurement import Measurement
+from lingualinked.cli.bench.models import BenchModels
+
+_TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 256,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+"""A Llama whose layers compute next to nothing, but for their number."""
+
+_MOST_HOP_US = 150.0
+_NUM_WARM = 50
+
+
+@dataclasses.dataclass(slots=True)
+class _Parts:
+    """Microseconds of a hop by where they go, step by step: a step of N stages has N + 1 hops."""
+
+    whole: list[float] = dataclasses.field(default_factory=list)
+    transport: list[float] = dataclasses.field(default_factory=list)  # sockets and encryption, to and between stages
+    waiting: list[float] = dataclasses.field(default_factory=list)  # in workers' queues
+    codec: list[float] = dataclasses.field(default_factory=list)  # encoding and decoding in workers
+    rest: list[float] = dataclasses.field(default_factory=list)  # the caller, the way back to it, workers' own Python
+
+    def add(self, step: Any, elapsed_s: float) -> None:
+        """Count a step's times."""
+        stages = step.stages
+        num_hops = len(stages) + 1
+
+        def share_us(name: str) -> float:
+            return sum(float(getattr(stage, name)) for stage in stages) * 1e6 / num_hops
+
+        whole = elapsed_s * 1e6 / num_hops - share_us("compute_s")
+        known = {"transport": share_us("hop_s"), "waiting": share_us("wait_s"), "codec": share_us("codec_s")}
+        self.whole.append(whole)
+        for name, value in known.items():
+            getattr(self, name).append(value)
+        self.rest.append(whole - sum(known.values()))
+
+
+def write_tiny(folder: str, num_layers: int) -> None:
+    """Write the config of a model whose layers compute next to nothing."""
+    (Path(folder) / "config.json").write_text(json.dumps({**_TINY, "num_hidden_layers": num_layers}), encoding="utf-8")
+
+
+def measure_overhead(models: BenchModels, num_steps: int) -> list[Measurement]:
+    """Measure the fixed cost of a hop, by its parts, and the bytes of a decode step."""
+    model = models.sharded
+    ids = models.draw_ids(1, 16)
+    parts = _Parts()
+    sent: list[list[float]] = []
+    with torch.inference_mode():
+        past = model(ids, logits_to_keep=1).past_key_values
+        for number in range(_NUM_WARM + num_steps):
+            began_s = time.perf_counter()
+            model(ids[:, -1:], past_key_values=past)
+            elapsed_s = time.perf_counter() - began_s
+            if number >= _NUM_WARM:
+                parts.add(past.session.last_step, elapsed_s)
+                sent.append([float(stage.sent_bytes) for stage in past.session.last_step.stages])
+    num_stages = len(sent[0])
+    state_bytes = 2 * model.config.hidden_size
+    notes = [
+        f"Of a step of {num_stages} stages, all that is compute in no stage, by its {num_stages + 1} hops; the parts are shares of it.",
+        f"A hidden state has {state_bytes} bytes.",
+    ]
+    measurements = [
+        Measurement(
+            what="fixed cost of a hop",
+            unit="µs",
+            values={"whole": _quiet(parts.whole)},
+            at_most=_MOST_HOP_US,
+            notes=tuple(notes),
+        )
+    ]
+    for name, what in (
+        ("transport", "sockets and encryption"),
+        ("waiting", "waiting in the workers' queues"),
+        ("codec", "encoding and decoding in workers"),
+        ("rest", "the caller, the way back to it, and the workers' loops"),
+    ):
+        measurements.append(Measurement(what=f"  {what}", unit="µs", values={"part": _quiet(getattr(parts, name))}))
+    if num_stages > 1:
+        measurements.append(
+            Measurement(
+                what="bytes of a hop beside the hidden state",
+                unit="bytes",
+                values={"the last hop between stages": [step[-2] - state_bytes for step in sent[:1]]},
+                at_most=256.0 + 32 * num_stages,
+            )
+        )
+    return measurements
+
+
+def _quiet(values: list[float]) -> list[float]:
+    """Return the quartiles: single steps of a busy machine may wait for a core."""
+    ordered = sorted(values)
+    return [ordered[len(ordered) * quarter // 4] for quarter in (1, 2, 3)]

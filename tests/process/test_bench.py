@@ -1,0 +1,65 @@
+"""Each measurement runs on real workers, and what it compares has the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import lingualinked as ll
+from lingualinked.cli.bench.decode import measure_decode
+from lingualinked.cli.bench.measurement import Measurement
+from lingualinked.cli.bench.memory import measure_memory_growth
+from lingualinked.cli.bench.models import BenchModels, BenchOptions
+from lingualinked.cli.bench.overhead import measure_overhead
+from lingualinked.cli.bench.prefill import measure_prefill
+from lingualinked.cli.bench.throughput import measure_sessions
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[BenchModels]:
+    threads = torch.get_num_threads()
+    options = BenchOptions(
+        model=ll.sample_model(), plan="even", against=("uncut-1", "one-step", "lingualinked"), repeats=1
+    )
+    with BenchModels(options) as models:
+        assert models.sharded.plan.num_layers == models.uncut.config.num_hidden_layers
+        assert models.paper_way is not models.sharded
+        yield models
+    torch.set_num_threads(threads)
+
+
+def sides(measurements: list[Measurement]) -> list[list[str]]:
+    assert all(value > 0 for each in measurements for values in each.values.values() for value in values)
+    return [list(each.values) for each in measurements]
+
+
+def test_decode(models: BenchModels) -> None:
+    measured = measure_decode(models, [1, 2], 5, 4, 1)
+    assert sides(measured) == 2 * [["sharded", "uncut-1", "one-step", "lingualinked"]]
+    assert "equal to" in measured[0].notes[0]
+    assert "NOT" not in measured[0].notes[0]
+    assert sides(measure_decode(models, [1], 5, 4, 2))
+
+
+def test_prefill(models: BenchModels) -> None:
+    assert sides(measure_prefill(models, [12], 5)) == [["sharded", "uncut-1", "one-step"]]
+
+
+def test_throughput(models: BenchModels) -> None:
+    assert sides(measure_sessions(models, 2, 5, 4)) == [["sharded", "one after the other", "uncut-1"]]
+
+
+def test_memory(models: BenchModels) -> None:
+    measured = measure_memory_growth(models, 200, 5)
+    assert sides(measured) == 3 * [["after 200 steps", "after 100"]]
+
+
+def test_overhead(models: BenchModels) -> None:
+    whole, *parts, size = measure_overhead(models, 8)
+    assert whole.values["whole"]
+    assert len(parts) == 4
+    assert 0 < size.values["the last hop between stages"][0] < 320
