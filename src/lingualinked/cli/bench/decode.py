@@ -12,9 +12,9 @@ import torch
 
 import lingualinked as ll
 from lingualinked.cli.bench.measurement import Measurement, take_turns
-from lingualinked.cli.bench.models import BenchModels, one_at_a_time, torch_threads
+from lingualinked.cli.bench.models import BenchModels, one_at_a_time
 from lingualinked.cli.bench.peers.sides import peer_sides
-from lingualinked.cli.bench.timing import call_tokens_per_s, decode_tokens_per_s, generate
+from lingualinked.cli.bench.timing import call_tokens_per_s, decode_tokens_per_s, generate, torch_threads
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.model.exact.linear_speed import measure_memory
 from lingualinked.quantities import count_text

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ import lingualinked as ll
 from lingualinked.cli.bench.peers.disk_offload import load_offloaded
 from lingualinked.cli.bench.peers.llama_cpp import LlamaCpp, check_programs, write_gguf
 from lingualinked.cli.bench.shapes import SHAPES
+from lingualinked.cli.bench.timing import torch_threads
 from lingualinked.cli.devices_option import read_devices
 from lingualinked.cli.plan_command import load_format_of
 from lingualinked.cluster_file import ClusterDescription
@@ -201,17 +202,6 @@ class _Unchanged(LogitsProcessor):
 def one_at_a_time() -> dict[str, Any]:
     """Return arguments of `generate` with which a sharded model runs one step of the whole batch after another."""
     return {"logits_processor": LogitsProcessorList([_Unchanged()])}
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Compute with so many threads of torch in this process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure_with_threads(threads: int, measure: Callable[[Any], float], model: Any) -> float:

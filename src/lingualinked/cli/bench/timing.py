@@ -5,10 +5,22 @@ Knows `generate` and clocks; not what is compared.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
+
+Kind = Literal["decode", "prefill", "throughput"]
+"""Tokens per second after the prompt, of the prompt, and of whole answers."""
+
+
+def tokens_per_s(kind: Kind, model: Any, ids: torch.Tensor, new_tokens: int) -> float:
+    """Return tokens per second of one kind."""
+    if kind == "prefill":
+        return ids.numel() / call_s(model, ids, 1)
+    return (decode_tokens_per_s if kind == "decode" else call_tokens_per_s)(model, ids, new_tokens)
 
 
 def decode_tokens_per_s(model: Any, ids: torch.Tensor, new_tokens: int, **arguments: Any) -> float:
@@ -41,6 +53,17 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int, **arguments: Any) -
     }
     tokens: torch.Tensor = model.generate(ids, max_new_tokens=new_tokens, **options)
     return tokens
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads of torch in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Clock:

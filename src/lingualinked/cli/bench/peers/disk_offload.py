@@ -6,35 +6,10 @@ Knows transformers' device_map; the weights are the sharded model's.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lingualinked.cli.bench.timing import call_s, call_tokens_per_s, decode_tokens_per_s
 from lingualinked.errors import ArgumentError
-from lingualinked.processor import usable_cores
-
-if TYPE_CHECKING:
-    from lingualinked.cli.bench.models import BenchModels
-    from lingualinked.cli.bench.peers.sides import Kind
-
-
-def disk_offload_side(
-    models: BenchModels, kind: Kind, rows: int, prompt_tokens: int, new_tokens: int
-) -> Callable[[], float]:
-    """Return a function that measures the offloaded model with all cores of this machine, in tokens per second."""
-    from lingualinked.cli.bench.models import torch_threads  # which imports this module's callers
-
-    ids = models.draw_ids(rows, prompt_tokens)
-
-    def measure() -> float:
-        model = models.disk_offloaded
-        with torch_threads(usable_cores()):
-            if kind == "prefill":
-                return ids.numel() / call_s(model, ids, 1)
-            return (decode_tokens_per_s if kind == "decode" else call_tokens_per_s)(model, ids, new_tokens)
-
-    return measure
 
 
 def load_offloaded(path: str, uncut: Any, folder: str) -> Any:

@@ -12,15 +12,13 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
 
+from lingualinked.cli.bench.timing import Kind
 from lingualinked.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from lingualinked.cli.bench.peers.sides import Kind
 
 _SERVER, _BENCH, _BATCHED = "ggml-rpc-server", "llama-bench", "llama-batched-bench"
 _START_S = 20.0

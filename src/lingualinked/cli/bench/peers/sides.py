@@ -6,13 +6,10 @@ Knows which of them were asked for; not how they run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from lingualinked.cli.bench.models import BenchModels
-
-Kind = Literal["decode", "prefill", "throughput"]
-"""Tokens per second after the prompt, of the prompt, and of whole answers."""
+from lingualinked.cli.bench.models import BenchModels
+from lingualinked.cli.bench.timing import Kind, tokens_per_s, torch_threads
+from lingualinked.processor import usable_cores
 
 
 def peer_sides(
@@ -21,9 +18,13 @@ def peer_sides(
     """Return the sides of other programs, among those that were asked for."""
     sides: dict[str, Callable[[], float]] = {}
     if "accelerate" in models.options.against:
-        from lingualinked.cli.bench.peers.disk_offload import disk_offload_side
+        ids = models.draw_ids(rows, prompt_tokens)
 
-        sides["accelerate"] = disk_offload_side(models, kind, rows, prompt_tokens, new_tokens)
+        def measure_offloaded() -> float:
+            with torch_threads(usable_cores()):
+                return tokens_per_s(kind, models.disk_offloaded, ids, new_tokens)
+
+        sides["accelerate"] = measure_offloaded
     if "llama.cpp" in models.options.against:
         sides["llama.cpp"] = lambda: models.llama_cpp.tokens_per_s(kind, rows, prompt_tokens, new_tokens)
     return sides
