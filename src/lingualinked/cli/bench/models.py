@@ -17,16 +17,19 @@ from typing import Any, Self
 
 import psutil
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import lingualinked as ll
 from lingualinked.cli.bench.peers.disk_offload import load_offloaded
 from lingualinked.cli.bench.peers.llama_cpp import LlamaCpp, check_programs, write_gguf
 from lingualinked.cli.bench.shapes import SHAPES
 from lingualinked.cli.bench.timing import torch_threads
+from lingualinked.cli.demo_command import unsharded
 from lingualinked.cli.devices_option import read_devices
 from lingualinked.cli.plan_command import load_format_of
 from lingualinked.cluster_file import ClusterDescription
+from lingualinked.model.span_loading import load_span
+from lingualinked.model.spec import ModelSpec
 from lingualinked.processor import usable_cores
 from lingualinked.quantities import bytes_text
 
@@ -110,8 +113,6 @@ class BenchModels:
             if self.load_format == "dummy":
                 self._models["uncut"] = uncut_dummy(self.path, self.options.dtype)
             else:
-                from lingualinked.cli.demo_command import unsharded
-
                 self._models["uncut"] = unsharded(self.path, self.options.dtype)
         return self._models["uncut"]
 
@@ -172,11 +173,6 @@ def draw_ids(model: Any, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 def uncut_dummy(folder: str, dtype: str = "auto") -> Any:
     """Make the uncut transformers model with the weights that ``load_format="dummy"`` fills."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lingualinked.model.span_loading import load_span
-    from lingualinked.model.spec import ModelSpec
-
     config = AutoConfig.from_pretrained(folder)
     name = str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
     spec = ModelSpec(
