@@ -15,6 +15,7 @@ import torch
 from lingualinked.cli.bench.measurement import Measurement, take_turns
 from lingualinked.cli.bench.models import BenchModels
 from lingualinked.cli.bench.timing import generate
+from lingualinked.quantities import count_text
 
 _BATCH = 16
 
@@ -55,7 +56,7 @@ def measure_load(
     low, high = prompt_tokens
     return [
         Measurement(
-            what=f"{num_requests} requests of {low} to {high} tokens, {new_tokens} new ones each",
+            what=f"{count_text(num_requests, 'request')} of {low} to {count_text(high, 'token')}, {new_tokens:,} new ones each",
             unit="tokens/s",
             values=take_turns(sides, models.options.repeats, num_warm=0),
             at_least={"uncut-2": 1.5, one_by_one: 6.0},
