@@ -15,6 +15,7 @@ import torch
 
 from lingualinked.cli.bench.measurement import Measurement
 from lingualinked.cli.bench.models import BenchModels
+from lingualinked.quantities import count_text
 
 _TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -84,8 +85,8 @@ def measure_overhead(models: BenchModels, num_steps: int) -> list[Measurement]:
     num_stages = len(sent[0])
     state_bytes = 2 * model.config.hidden_size
     notes = [
-        f"Of a step of {num_stages} stages, all that is compute in no stage, by its {num_stages + 1} hops; the parts are shares of it.",
-        f"A hidden state has {state_bytes} bytes.",
+        f"Of a step of {count_text(num_stages, 'stage')}, all that is compute in no stage, by its {count_text(num_stages + 1, 'hop')}.",
+        f"A hidden state has {count_text(state_bytes, 'byte')}.",
     ]
     measurements = [
         Measurement(
