@@ -36,7 +36,7 @@ from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.gradients import AbandonBackward, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.messages import CutLinks, EmulateDevice, LoadStage, Request, check
-from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, KeepPlan, MoveSession
+from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, JoinSessions, KeepPlan, MoveSession
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
 from lingualinked.protocol.steps import EndSession, Step
@@ -53,6 +53,7 @@ _OF_A_MODEL = (
     | AnnounceMove
     | CopyKV
     | ForkSession
+    | JoinSessions
     | ReadTensor
     | EditTensor
     | RunBackward

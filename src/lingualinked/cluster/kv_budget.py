@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from lingualinked.errors import KVCapacityError
@@ -60,6 +61,24 @@ class KVBudget:
     def reserve(self, session: int, num_tokens: int) -> bool:
         """Keep room for so many row-tokens of a session, until it ends; return whether there is so much."""
         return self.max_tokens is None or self._change(session, self._reserved, num_tokens)
+
+    def hold_all(self, held: Mapping[int, int]) -> None:
+        """Let several sessions hold so many row-tokens each, or none of them if that would exceed the limit."""
+        before = {session: self._held.get(session, 0) for session in held}
+        try:
+            for session, num_tokens in held.items():
+                self.hold(session, num_tokens)
+        except KVCapacityError:
+            with self._lock:
+                self._held.update(before)
+            raise
+
+    def join(self, sessions: Iterable[int], joined: int) -> None:
+        """Let a session hold in place of others what they hold."""
+        with self._lock:
+            held = [self._held.pop(session) for session in sessions if session in self._held]
+            if held:
+                self._held[joined] = sum(held)
 
     def hold_as_much(self, session: int, other: int) -> None:
         """Let a session hold as much as another does."""

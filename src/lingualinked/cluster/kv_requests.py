@@ -10,7 +10,7 @@ import dataclasses
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.route import Route
-from lingualinked.protocol.moving import CopyKV, ForkSession
+from lingualinked.protocol.moving import CopyKV, ForkSession, JoinedRows, JoinSessions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,6 +37,25 @@ class KVRequests:
                     fork=fork,
                 ),
                 "copying KV",
+                self.timeout_s,
+            )
+            for stage, device in enumerate(route.stage_devices)
+        ]
+
+    def join(self, route: Route, parts: tuple[JoinedRows, ...]) -> list[concurrent.futures.Future[object]]:
+        """Ask each stage to make this session of the rows of others, which end."""
+        return [
+            self.engine.request(
+                device,
+                JoinSessions(
+                    request=self.engine.next_request(),
+                    model=self.model,
+                    plan_version=route.version,
+                    stage=stage,
+                    session=self.session,
+                    parts=parts,
+                ),
+                "joining KV",
                 self.timeout_s,
             )
             for stage, device in enumerate(route.stage_devices)

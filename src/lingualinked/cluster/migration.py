@@ -73,6 +73,10 @@ class Migrator:
         """Return whether a thread, by its number, runs a step of some session."""
         return any(session.stepping_thread == thread for session in self._living_sessions())
 
+    def num_in_use(self) -> int:
+        """Return of how many sessions steps are in flight."""
+        return sum(session._use.is_in_use for session in self._living_sessions())  # noqa: SLF001 - within the room
+
     def record_move(self, stall_s: float, num_bytes: int) -> None:
         """Count a session that has switched: the seconds it waited, and the bytes of its final copy of KV."""
         with self._lock:

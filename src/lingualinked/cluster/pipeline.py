@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.cluster import Cluster
@@ -25,6 +25,7 @@ from lingualinked.cluster.remote_adapters import RemoteAdapters
 from lingualinked.cluster.remote_weights import RemoteWeights
 from lingualinked.cluster.route import Route, Routes
 from lingualinked.cluster.session import Session
+from lingualinked.cluster.split_session import AnySession, SplitSession
 from lingualinked.cluster.stage_loading import request_stages
 from lingualinked.cluster.tensor_edits import TensorEdits
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
@@ -116,7 +117,13 @@ class Pipeline:
     @property
     def independent_rows(self) -> int:
         """Rows from which on a batch's rows do not depend on each other (`ShardedModel.independent_rows`)."""
-        return 0 if self.adapters.numbers else self._routes.current.independent_rows
+        has_shared = self.adapters.numbers or self._reach.depends_on_length
+        return 0 if has_shared else self._routes.current.independent_rows
+
+    @property
+    def num_sessions_in_use(self) -> int:
+        """Sessions of which steps are in flight."""
+        return self._migrator.num_in_use()
 
     @property
     def corrected_plan(self) -> Plan:
@@ -176,6 +183,17 @@ class Pipeline:
         )
         self._migrator.add_session(session)
         return session
+
+    def open_split_session(self, sizes: Sequence[int], max_cache_len: int = 0) -> SplitSession:
+        """Open a session of microbatches of so many rows each, which follow each other through the stages."""
+        least_rows = self.independent_rows
+        return SplitSession(sizes, least_rows, lambda: self.open_session(max_cache_len), self._budget)
+
+    def open_session_like(self, session: AnySession) -> AnySession:
+        """Open a session with as much room, split as another is."""
+        if isinstance(session, SplitSession):
+            return self.open_split_session(session.sizes, session.max_cache_len)
+        return self.open_session(session.max_cache_len)
 
     @property
     def profile(self) -> Profile | None:

@@ -23,6 +23,11 @@ class SessionUse:
         self._rests.set()
         self._changing = threading.Lock()  # held while steps run, and while it changes to another route
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a thread runs steps."""
+        return self._in_use.locked()
+
     @contextlib.contextmanager
     def for_steps(self) -> Iterator[None]:
         """Run steps in this context; waits for changes of the model and of the route. ArgumentError if another thread does."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -101,6 +102,12 @@ class StepContext:
         """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask, as beam search does with the KV cache."""
         if self.mask is not None:
             self.mask = self.mask.index_select(0, rows)
+
+    def join_rows(self, others: Sequence[StepContext]) -> StepContext:
+        """Return the state of a session of these rows and those of others, which have seen as many tokens."""
+        masks = [each.mask for each in (self, *others)]
+        known = [mask for mask in masks if mask is not None]
+        return StepContext(torch.cat(known) if len(known) == len(masks) else None, self.num_tokens)
 
     def crop(self, num_tokens: int) -> None:
         """Remove the last ``num_tokens`` tokens."""

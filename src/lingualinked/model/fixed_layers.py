@@ -6,6 +6,7 @@ Their tensors stay where they are, so that CUDA graphs can use them. Knows no st
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -100,6 +101,13 @@ class _Fixed:
         state = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
         vars(copied).update(state, count=count)
         return copied
+
+    def append_rows(self, others: Sequence[Self]) -> None:
+        """Append the rows of layers that hold the same tokens of other rows."""
+        for name in ("keys", "values"):
+            held = [getattr(each, name) for each in (self, *others)]
+            setattr(self, name, None if held[0] is None else torch.cat(held))
+        self.count.captured.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows with the indices `beam_idx`, in this order; of as many rows, in place."""

@@ -32,7 +32,7 @@ from lingualinked.model.kv_layers import (
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import Cache, PreTrainedConfig
@@ -252,6 +252,18 @@ class StageCache:
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows with these indices (int64, on any device; repeats allowed), in this order, as beam search does."""
         self.hf.reorder_cache(cast("torch.LongTensor", rows))
+
+    @torch.inference_mode()
+    def append_rows(self, others: Sequence[StageCache]) -> None:
+        """Append the rows of other sessions of as many tokens, whose caches become unusable; raise ProtocolError for others."""
+        for other in others:
+            if (other.num_tokens, other.max_cache_len, other.lags) != (self.num_tokens, self.max_cache_len, self.lags):
+                raise ProtocolError(
+                    f"KV of {count_text(other.num_tokens, 'token')} can't be joined with KV of {self.num_tokens}: both "
+                    "must have come through the same steps"
+                )
+        for slot, layer in self.owned.items():
+            layer.append_rows([cast("Any", other.owned.pop(slot)) for other in others])
 
     def crop(self, num_tokens: int) -> None:
         """Remove tokens at the end; 0 only drops what was recorded beyond a sliding window.

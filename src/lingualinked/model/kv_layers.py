@@ -6,7 +6,7 @@ Each replaces a layer of transformers' DynamicCache, except for `crop`: call `dr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -134,6 +134,13 @@ class GrowingTensor:
         """Remove tokens at the end."""
         self._stop = max(self._start, self._stop - num_tokens)
 
+    def append_rows(self, others: Sequence[GrowingTensor]) -> None:
+        """Append the rows of others, which hold as many tokens."""
+        states = torch.cat([self.view, *(other.view for other in others)])
+        self._buffer = self._buffer.to(states.dtype)
+        self._allocate(len(states), self._buffer.shape[2])
+        self._fill(states)
+
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows with these indices, in this order."""
         states = self.view.index_select(0, rows.to(self._buffer.device))
@@ -169,6 +176,11 @@ class _Growing:
         """Keep the rows with the indices `beam_idx`, in this order."""
         for each in self._grown:
             each.reorder(beam_idx)
+
+    def append_rows(self, others: Sequence[Self]) -> None:
+        """Append the rows of layers that hold the same tokens of other rows."""
+        for own, *more in zip(self._grown, *(other._grown for other in others), strict=True):  # noqa: SLF001 - of the same class
+            own.append_rows(more)
 
     def copy(self, growth: Growth) -> Self:
         """Return an independent layer that holds copies of the same tokens."""

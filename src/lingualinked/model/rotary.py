@@ -22,8 +22,12 @@ class RopeReach:
 
     def __init__(self, spec: ModelSpec) -> None:
         fields = json.loads(spec.config_json)
-        self._unstretched: int = fields["max_position_embeddings"] if _is_dynamic(fields.get("rope_parameters")) else 0
+        parameters = fields.get("rope_parameters")
+        self._unstretched: int = fields["max_position_embeddings"] if _has_type(parameters, "dynamic") else 0
         self._reach = self._unstretched
+        self.depends_on_length = self._unstretched > 0 or _has_type(
+            parameters, "longrope"
+        )  # of the longest row of a step
         self._lock = threading.Lock()
 
     def advance(self, num_tokens: int) -> int:
@@ -42,10 +46,10 @@ class RopeReach:
         return reach
 
 
-def _is_dynamic(parameters: Any) -> bool:
-    """Return whether rope parameters, for all layers or by type of layer, have the type "dynamic"."""
+def _has_type(parameters: Any, name: str) -> bool:
+    """Return whether rope parameters, for all layers or by type of layer, have a type."""
     if not isinstance(parameters, dict):
         return False
     if "rope_type" in parameters:
-        return "dynamic" in parameters["rope_type"]
-    return any(_is_dynamic(each) for each in parameters.values())
+        return name in parameters["rope_type"]
+    return any(_has_type(each, name) for each in parameters.values())

@@ -22,7 +22,7 @@ from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.float_linear import speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
-from lingualinked.model.exact.rounding_probe import fills_vectors, find_groups, probe_rounding
+from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
 from lingualinked.model.hf_internals import building, computing, recording
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import HookedPass, ModuleCall, in_this_thread
@@ -131,7 +131,7 @@ class Stage:
         if self.device.type != "cpu":
             return Rounding(self.device.type, 0)
         rounding = probe_rounding(self._config.dtype, torch.get_num_threads(), find_groups(self._model))
-        return rounding if fills_vectors(self._model) else Rounding(rounding.fingerprint, 0)
+        return rounding if keeps_rows_apart(self._model) else Rounding(rounding.fingerprint, 0)
 
     def find_weight(self, name: str) -> Tensor | None:
         """Return a parameter of the whole model (of tied ones, the source), or None if the stage does not hold it."""

@@ -23,6 +23,7 @@ from lingualinked.protocol.moving import (
     CopyKV,
     FetchWeight,
     ForkSession,
+    JoinSessions,
     KeepPlan,
     KVChunk,
     KVCopied,
@@ -240,6 +241,7 @@ CallerMessage = (
     | CopyKV
     | MoveSession
     | ForkSession
+    | JoinSessions
     | ReadTensor
     | EditTensor
     | AddAdapter
@@ -269,6 +271,7 @@ Request = (
     | AnnounceMove
     | CopyKV
     | ForkSession
+    | JoinSessions
     | ReadTensor
     | EditTensor
     | RunBackward

@@ -5,7 +5,12 @@ Knows neither why they move nor how. Tensors are sent with a message, never in i
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from lingualinked.protocol.base import Message, Natural
+from lingualinked.protocol.steps import KVEdit
 
 
 class StagePlace(Message, frozen=True):
@@ -127,6 +132,25 @@ class ForkSession(Message, frozen=True, tag=40):
     fork: int
 
 
+class JoinedRows(Message, frozen=True):
+    """The rows of a session that must be before step ``number``, once ``edits`` have been made of its KV."""
+
+    session: int
+    number: int
+    edits: tuple[KVEdit, ...]
+
+
+class JoinSessions(Message, frozen=True, tag=75):
+    """Make one session, ``session``, of the rows of several within stage ``stage``, which end there."""
+
+    request: int
+    model: int
+    plan_version: int
+    stage: int
+    session: int
+    parts: Annotated[tuple[JoinedRows, ...], msgspec.Meta(min_length=1)]
+
+
 class KVCopied(Message, frozen=True, tag=28):
     """Answer to `CopyKV`, from the target: all KV has been received, and its bytes."""
 
@@ -162,6 +186,15 @@ class WeightChunk(Message, frozen=True, tag=32):
 
 
 MovingMessage = (
-    AnnounceMove | CopyKV | KVChunk | KVReceived | MoveSession | ForkSession | KeepPlan | FetchWeight | WeightChunk
+    AnnounceMove
+    | CopyKV
+    | KVChunk
+    | KVReceived
+    | MoveSession
+    | ForkSession
+    | JoinSessions
+    | KeepPlan
+    | FetchWeight
+    | WeightChunk
 )
 """The messages that move layers and sessions between plan versions, or copy a session."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from lingualinked.cluster.split_session import AnySession, SplitSession
 from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
 from lingualinked.quantities import count_text
 
@@ -34,9 +35,13 @@ class ShardedCache(Cache):
 
     _is_user_defined = False  # transformers sets it
 
-    def __init__(self, pipeline: Pipeline, max_cache_len: int = 0) -> None:
+    def __init__(self, pipeline: Pipeline, max_cache_len: int = 0, sizes: Sequence[int] = ()) -> None:
         # Not Cache.__init__, which would make layers.
-        self.session = pipeline.open_session(max_cache_len)
+        self.session: AnySession = (
+            pipeline.open_split_session(sizes, max_cache_len)
+            if len(sizes) > 1
+            else pipeline.open_session(max_cache_len)
+        )
         self._pipeline = weakref.ref(pipeline)  # so that a handle does not keep the model loaded
         self._num_layers = pipeline.plan.stages[-1].end
 
@@ -52,8 +57,8 @@ class ShardedCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the KV in every stage into a new session, to continue the text in two ways."""
         copied = self.__new__(type(self))
-        vars(copied).update(vars(self), session=self._open_pipeline().open_session(self.session.max_cache_len))
-        self.session.copy_to(copied.session)
+        vars(copied).update(vars(self), session=self._open_pipeline().open_session_like(self.session))
+        self.session.copy_to(cast("Any", copied.session))
         memo[id(self)] = copied
         return copied
 
@@ -118,7 +123,7 @@ class ShardedCache(Cache):
         self._check_between_steps("reset()")
         pipeline = self._open_pipeline()
         self.session.end()
-        self.session = pipeline.open_session(self.session.max_cache_len)
+        self.session = pipeline.open_session_like(self.session)
 
     def end(self) -> None:
         """Free the KV in every stage; the handle can no longer be used."""
@@ -128,6 +133,11 @@ class ShardedCache(Cache):
     def made_before_edit(self) -> bool:
         """Whether KV is held that was made, at least in part, before the model's weights or layers were changed."""
         return self.is_initialized and self.session.kv_age.is_before_edit
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches that its rows run as, which follow each other through the stages."""
+        return len(self.session.parts) if isinstance(self.session, SplitSession) else 1
 
     @property
     def batch_size(self) -> int:
@@ -177,17 +187,19 @@ class ShardedCache(Cache):
 class ShardedDynamicCache(ShardedCache, DynamicCache):
     """The handle of a KV cache that grows with the text."""
 
-    def __init__(self, pipeline: Pipeline, sliding_window: int | None = None) -> None:
-        super().__init__(pipeline)
+    def __init__(self, pipeline: Pipeline, sliding_window: int | None = None, sizes: Sequence[int] = ()) -> None:
+        super().__init__(pipeline, sizes=sizes)
         self._sliding_window = sliding_window
         self._records_past = False
 
     @classmethod
-    def adopt(cls, empty: DynamicCache, pipeline: Pipeline, sliding_window: int | None) -> Self:
+    def adopt(
+        cls, empty: DynamicCache, pipeline: Pipeline, sliding_window: int | None, sizes: Sequence[int] = ()
+    ) -> Self:
         """Turn an empty KV cache of transformers, checked by `check_empty`, into the handle of a new session, in place."""
         records_past = any(getattr(layer, "record_past", False) for layer in empty.layers)
         cache = cls._adopt(empty)
-        cls.__init__(cache, pipeline, sliding_window)
+        cls.__init__(cache, pipeline, sliding_window, sizes)
         if records_past:
             cache.activate_past_recording()
         return cache
@@ -250,17 +262,19 @@ class ShardedDynamicCache(ShardedCache, DynamicCache):
 class ShardedStaticCache(ShardedCache, StaticCache):
     """The handle of a KV cache that has room for so many tokens from its first step on."""
 
-    def __init__(self, pipeline: Pipeline, max_lengths: tuple[int, ...], *, is_bounded: bool) -> None:
-        super().__init__(pipeline, max(max_lengths))
+    def __init__(
+        self, pipeline: Pipeline, max_lengths: tuple[int, ...], sizes: Sequence[int] = (), *, is_bounded: bool
+    ) -> None:
+        super().__init__(pipeline, max(max_lengths), sizes)
         self._max_lengths = max_lengths  # by layer
         self._is_bounded = is_bounded  # not if all layers keep a sliding window only
 
     @classmethod
-    def adopt(cls, empty: StaticCache, pipeline: Pipeline) -> Self:
+    def adopt(cls, empty: StaticCache, pipeline: Pipeline, sizes: Sequence[int] = ()) -> Self:
         """Turn an empty KV cache of transformers, checked by `check_empty`, into the handle of a new session, in place."""
         max_lengths, is_bounded = layer_lengths(empty), not all(empty.is_sliding)
         cache = cls._adopt(empty)
-        cls.__init__(cache, pipeline, max_lengths, is_bounded=is_bounded)
+        cls.__init__(cache, pipeline, max_lengths, sizes, is_bounded=is_bounded)
         return cache
 
     def check_room(self, num_new: int) -> None:

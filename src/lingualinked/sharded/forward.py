@@ -202,7 +202,7 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
         # 3) run the step in the session of the given KV cache, or in a new one
         asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
         keeps_kv = past is not None or asks_for_kv
-        cache = self._open_session() if past is None else self._as_session(past)
+        cache = self._open_session_for_step() if past is None else self._as_session(past)
         cache.check_room(shape.new)
         adapters = self._use_adapters(rows, shape.rows)
         self._follow_adapters()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,12 +23,23 @@ from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
 from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
+from lingualinked.sharded.microbatching import Batch, check_num_microbatches
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
-# The model that generates in this context, and the sessions that it has opened; None outside of `generate`.
-_call: contextvars.ContextVar[tuple[object, list[ShardedCache]] | None] = contextvars.ContextVar("call", default=None)
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """A call of `generate`: of which model, the sessions that it has opened, and how its rows are split."""
+
+    model: object
+    num_microbatches: int | None  # that the user asks for
+    opened: list[ShardedCache] = dataclasses.field(default_factory=list)
+    sizes: tuple[int, ...] = ()  # of microbatches
+
+
+_call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("call", default=None)
 
 # Settings of a GenerationConfig that are not supported here, and why.
 _CACHES = (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked")  # the last three are static too
@@ -54,7 +66,9 @@ class ShardedGeneration:
         """Generate token ids with transformers' own ``generate``, while the layers run in the workers.
 
         Takes the arguments of ``transformers.GenerationMixin.generate``, and ``adapter_names``, one for each row of the prompt
-        ("__base__" for none), in place of the active adapters. When the call ends, normally or not, the KV of
+        ("__base__" for none), in place of the active adapters. Several rows run as microbatches, which follow each other
+        through the stages, where that is predicted to be faster and changes no bit; or as ``num_microbatches`` of them, as even
+        as can be, with the beams of a prompt in one. When the call ends, normally or not, the KV of
         its sessions is freed in every stage; only a returned ``past_key_values`` keeps its session.
 
         Raises
@@ -74,10 +88,11 @@ class ShardedGeneration:
             _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
         check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs)
         # 2) run transformers' loop, which calls `forward` for each step
-        with _generating(self, kwargs.pop("adapter_names", None)) as opened:
+        call = _Call(self, check_num_microbatches(kwargs.pop("num_microbatches", None)))
+        with _generating(call, kwargs.pop("adapter_names", None)):
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
             # 3) keep the session that the caller gets with the result; the others end here
-            opened[:] = [cache for cache in opened if not _may_hold(result, cache)]
+            call.opened[:] = [cache for cache in call.opened if not _may_hold(result, cache)]
             return result
 
     def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
@@ -137,15 +152,16 @@ class ShardedGeneration:
             )
         if given is not None and not isinstance(given, ShardedCache | tuple):
             check_empty(given, self.config)
+        sizes = self._choose_sizes(generation_config, model_kwargs, batch_size)
         if given is not None or generation_config.use_cache is False or is_static:
             own = super()._prepare_cache_for_generation  # type: ignore[misc]
             own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         else:
-            model_kwargs["past_key_values"] = self._open_session()
+            model_kwargs["past_key_values"] = self._open_session(sizes)
         past = model_kwargs.get("past_key_values")
         if past is None:
             return
-        cache = self._as_session(past)
+        cache = self._as_session(past, sizes)
         cache.session.reserve(max_cache_length)
         if given is not None:
             return
@@ -153,7 +169,7 @@ class ShardedGeneration:
             cache.activate_past_recording()
         call = _call.get()
         if call is not None:
-            call[1].append(cache)
+            call.opened.append(cache)
 
     def _prepare_static_cache(
         self,
@@ -162,23 +178,57 @@ class ShardedGeneration:
         max_cache_len: int,
         prefill_chunk_size: int | None,  # noqa: ARG002 - with one, transformers would make room for KV in this process
         model_kwargs: dict[str, Any],
-    ) -> ShardedCache:
-        """Open a session whose static KV cache is as long as transformers would make it."""
+    ) -> GivenCache:
+        """Make an empty static KV cache as long as transformers would, which then becomes the handle of a session."""
         own = super()._prepare_static_cache  # type: ignore[misc]
         empty = own(cache_implementation, batch_size, max_cache_len, None, model_kwargs)
-        return self._as_session(check_empty(empty, self.config))
+        return check_empty(empty, self.config)
+
+    def _choose_sizes(self, config: GenerationConfig, model_kwargs: dict[str, Any], batch_size: int) -> tuple[int, ...]:
+        """Return the rows of the microbatches that a call's batch runs as, and keep them for steps without KV."""
+        call = _call.get()
+        past = model_kwargs.get("past_key_values")
+        if call is None or call.model is not self:
+            return ()
+        if isinstance(past, ShardedCache) and past.is_initialized:
+            if call.num_microbatches not in (None, past.num_microbatches):
+                raise ArgumentError(
+                    f"num_microbatches={call.num_microbatches} with past_key_values whose rows run as {past.num_microbatches}: "
+                    "leave it out, or start anew with past_key_values=None"
+                )
+            return ()
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        num_prompt_tokens = next((each.shape[-1] for each in (positions, mask) if each is not None), 1)
+        num_together = max(config.num_beams or 1, config.num_return_sequences or 1)
+        batch = Batch(
+            num_rows=batch_size * num_together,
+            num_together=num_together,
+            mask=mask,
+            prompt_tokens=num_prompt_tokens,
+            new_tokens=max(1, config.max_length - num_prompt_tokens),
+        )
+        if call.num_microbatches is not None:
+            call.sizes = batch.split_as_asked(call.num_microbatches)
+        else:
+            call.sizes = batch.split_best(self._pipeline, in_lockstep=True)
+        return call.sizes
 
     def _checked_in_call(self) -> bool:
         """Whether a `generate` of this model is running, which has checked the model for all its steps."""
         call = _call.get()
-        return call is not None and call[0] is self
+        return call is not None and call.model is self
 
-    def _as_session(self, past: GivenCache) -> ShardedCache:
-        """Return the handle of a session; turn an empty KV cache into that of a new one."""
-        return adopt(past, self._pipeline, self._sliding_window)
+    def _as_session(self, past: GivenCache, sizes: Sequence[int] = ()) -> ShardedCache:
+        """Return the handle of a session; turn an empty KV cache into that of a new one, in microbatches of such sizes."""
+        return adopt(past, self._pipeline, self._sliding_window, sizes)
 
-    def _open_session(self) -> ShardedCache:
-        return ShardedDynamicCache(self._pipeline, self._sliding_window)
+    def _open_session(self, sizes: Sequence[int] = ()) -> ShardedCache:
+        return ShardedDynamicCache(self._pipeline, self._sliding_window, sizes)
+
+    def _open_session_for_step(self) -> ShardedCache:
+        """Open a session for a step that is given none; it is split as the batch of the call that it belongs to."""
+        call = _call.get()
+        return self._open_session(call.sizes if call is not None and call.model is self else ())
 
     @functools.cached_property
     def _sliding_window(self) -> int | None:
@@ -192,19 +242,18 @@ def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _generating(model: object, rows: Sequence[str] | None) -> Iterator[list[ShardedCache]]:
-    """Record that a model, which has been checked, generates; at the end, end the sessions left in the list.
+def _generating(call: _Call, rows: Sequence[str] | None) -> Iterator[None]:
+    """Record that a model, which has been checked, generates; at the end, end the sessions that the call still lists.
 
     `rows` are the adapters of the rows, if the call names them.
     """
-    opened: list[ShardedCache] = []
-    token, row_token = _call.set((model, opened)), row_adapters.set((model, rows))
+    token, row_token = _call.set(call), row_adapters.set((call.model, rows))
     try:
-        yield opened
+        yield
     finally:
         _call.reset(token)
         row_adapters.reset(row_token)
-        for cache in opened:
+        for cache in call.opened:
             cache.end()
 
 

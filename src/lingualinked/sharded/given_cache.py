@@ -5,6 +5,7 @@ Knows transformers' kinds of caches and layers; opens no session itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
@@ -50,13 +51,16 @@ def check_empty(given: object, config: PreTrainedConfig) -> DynamicCache | Stati
     return given
 
 
-def adopt(given: GivenCache, pipeline: Pipeline, sliding_window: int | None) -> ShardedCache:
-    """Return the handle of a session; turn an empty KV cache of transformers, checked, into that of a new one, in place."""
+def adopt(given: GivenCache, pipeline: Pipeline, sliding_window: int | None, sizes: Sequence[int] = ()) -> ShardedCache:
+    """Return the handle of a session; turn an empty KV cache of transformers, checked, into that of a new one, in place.
+
+    A new one has microbatches of ``sizes`` rows, if there are several.
+    """
     if isinstance(given, ShardedCache):
         return given
     if isinstance(given, StaticCache):
-        return ShardedStaticCache.adopt(given, pipeline)
-    return ShardedDynamicCache.adopt(given, pipeline, sliding_window)
+        return ShardedStaticCache.adopt(given, pipeline, sizes)
+    return ShardedDynamicCache.adopt(given, pipeline, sliding_window, sizes)
 
 
 def max_cache_len_of(given: GivenCache) -> int:

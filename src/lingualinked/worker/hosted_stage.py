@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
-import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
@@ -19,18 +18,18 @@ from lingualinked.model.autograd_graph import AutogradGraph
 from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import ModuleCall
-from lingualinked.model.instruments import StageInstruments
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.layer_skips import NO_SKIPS
 from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.model.stage_data import StageInputs, StageOutput
-from lingualinked.protocol.moving import SessionState
-from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
+from lingualinked.protocol.moving import JoinedRows, SessionState
+from lingualinked.protocol.steps import Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot
+from lingualinked.worker.hosted_session import HostedSession, edit_kv, join_rows, reorder_rows
 from lingualinked.worker.kept_graphs import KeptGraphs, new_graph
-from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
+from lingualinked.worker.kv_copy import Piece, write_pieces
 from lingualinked.worker.limits import spare_bytes
 from lingualinked.worker.pace import Pace
 from lingualinked.worker.step_tensors import split_tensors
@@ -39,20 +38,6 @@ _MAX_INCOMING = 1 << 16
 
 Pause = Callable[[ModuleCall, AutogradGraph | None], tuple[HookPoint, ...] | None]
 """Waits until the hooks of a module have run; returns the hooked modules from now on, if they have changed."""
-
-
-@dataclasses.dataclass(slots=True)
-class HostedSession:
-    """A stage's state of one session."""
-
-    cache: StageCache | None  # its KV; None if it keeps none
-    context: StepContext
-    number: int = 0  # of its next step
-    num_rows: int = 0  # with num_tokens the size that its KV has or will have, as counted against the budget
-    num_tokens: int = 0
-    instruments: StageInstruments | None = None  # captures and interventions at the stage's modules
-    # In progress, by the plan version and stage of their target.
-    copies: dict[tuple[int, int], KVCopy] = dataclasses.field(default_factory=dict)
 
 
 class HostedStage:
@@ -120,6 +105,23 @@ class HostedStage:
             context=StepContext(source.context.mask, source.context.num_tokens),
             copies={},
         )
+
+    def join_sessions(self, session: int, parts: Sequence[JoinedRows]) -> None:
+        """Make one session of the rows of several, which end; raise ProtocolError unless they are here, before those steps."""
+        found = [self.sessions.get(part.session) for part in parts]
+        known = [each for each in found if each is not None]
+        if session in self.sessions or len({part.session for part in parts}) != len(known):
+            raise ProtocolError(
+                f"sessions {[part.session for part in parts]} can't be joined as {session} on this stage"
+            )
+        for part, each in zip(parts, known, strict=True):
+            if each.number != part.number or each.cache is None:
+                raise ProtocolError(f"session {part.session} is not before step {part.number} on this stage")
+            edit_kv(part.edits, each, each.cache)
+            reorder_rows(part.edits, each, each.cache, None)
+        self.sessions[session] = join_rows(known)
+        for part in parts:
+            del self.sessions[part.session]
 
     def end_session(self, session: int, *, moved: bool = False) -> None:
         """Free a session's KV, including KV received in advance; does nothing if there is none.
@@ -301,12 +303,10 @@ class HostedStage:
             raise ProtocolError("a step edits the KV of a session that keeps no KV")
         # 2) edit the KV; rows are reordered after the budget is checked, since an order may repeat them
         if session.cache is not None:
-            for edit in step.edits:
-                if edit.kind is not KVEditKind.REORDER:
-                    _apply_edit(edit, session, session.cache)
+            edit_kv(step.edits, session, session.cache)
             num_tokens = session.cache.max_cache_len or session.context.num_tokens + num_new
             self._check_budget(session, num_rows, num_tokens)
-            _reorder_rows(step.edits, session, session.cache, num_rows)
+            reorder_rows(step.edits, session, session.cache, num_rows)
         # 3) decode mask and positions, and run the stage
         num_context = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL)
         context, others = shared[:num_context], shared[num_context:]
@@ -339,47 +339,3 @@ class HostedStage:
             ),
             session.cache,
         )
-
-
-def _reorder_rows(edits: Sequence[KVEdit], session: HostedSession, cache: StageCache, num_rows: int) -> None:
-    """Reorder a session's KV by all orders of a step at once; the result must have the step's number of rows."""
-    orders = [edit.values for edit in edits if edit.kind is KVEditKind.REORDER]
-    if not orders:
-        return
-    if cache.num_rows:  # an index beyond them would end all that a GPU computes for this process
-        orders.insert(0, tuple(range(cache.num_rows)))
-    order = functools.reduce(_compose_orders, orders)  # intermediate orders may have any number of rows
-    if len(order) != num_rows:
-        raise ProtocolError(f"an order of {count_text(len(order), 'row')} of KV arrived in a step of {num_rows}")
-    rows = torch.tensor(order, dtype=torch.long)
-    cache.reorder(rows)
-    session.context.reorder(rows)
-    for copy in session.copies.values():
-        copy.record_reorder(rows)
-
-
-def _compose_orders(rows: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    if not all(0 <= row < len(rows) for row in order):
-        raise ProtocolError(f"an order names rows that are not among {len(rows)}")
-    return tuple(rows[row] for row in order)
-
-
-def _apply_edit(edit: KVEdit, session: HostedSession, cache: StageCache) -> None:
-    """Apply an edit to a session's KV, except for an order of rows."""
-    if len(edit.values) != 1:
-        raise ProtocolError(f"an edit of KV has {len(edit.values)} values, and must have one")
-    (value,) = edit.values
-    if edit.kind is KVEditKind.RECORD:
-        cache.record_past(bool(value))
-        return
-    if edit.kind is KVEditKind.RESERVE:
-        cache.reserve(value)
-        return
-    if not 0 <= value <= session.context.num_tokens:  # a negative number would corrupt the budget
-        raise ProtocolError(
-            f"a crop of {count_text(value, 'token')} exceeds the session's {session.context.num_tokens}"
-        )
-    cache.crop(value)
-    session.context.crop(value)
-    for copy in session.copies.values():
-        copy.record_crop()

@@ -19,7 +19,7 @@ from lingualinked.model.memory import release_memory
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.messages import LoadStage, StageReport
-from lingualinked.protocol.moving import ForkSession, WeightChunk
+from lingualinked.protocol.moving import ForkSession, JoinSessions, WeightChunk
 from lingualinked.protocol.steps import Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
@@ -219,11 +219,14 @@ class HostedStages:
         for hosted in others:
             hosted.end_session(session, moved=True)
 
-    def fork_session(self, message: ForkSession) -> None:
-        """Copy a session within a stage under another number; raise ProtocolError if it is missing, or at another step."""
+    def make_session(self, message: ForkSession | JoinSessions) -> None:
+        """Make a session of the KV of others within a stage; raise ProtocolError if one is missing, or at another step."""
         hosted = self.get_stage(StageKey(message.model, message.plan_version, message.stage))
         self.trim_idle_caches()
-        hosted.fork_session(message.session, message.number, message.fork)
+        if isinstance(message, ForkSession):
+            hosted.fork_session(message.session, message.number, message.fork)
+        else:
+            hosted.join_sessions(message.session, message.parts)
 
     def end_session(self, model: int, session: int, plan_version: int) -> None:
         """Free a session's KV under every plan version, and accept no more of it while it may be moving.

@@ -15,7 +15,7 @@ from lingualinked.model.context import StepContext
 from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVReceived, SessionState
 from lingualinked.quantities import count_text
 from lingualinked.worker.announced_moves import AnnouncedMoves
-from lingualinked.worker.hosted_stage import HostedSession
+from lingualinked.worker.hosted_session import HostedSession
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.kv_copy import KVCopy, Piece
 from lingualinked.worker.peers import Peers

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -51,6 +52,7 @@ from lingualinked.protocol.moving import (
     CopyKV,
     FetchWeight,
     ForkSession,
+    JoinSessions,
     KeepPlan,
     KVChunk,
     KVReceived,
@@ -141,7 +143,7 @@ class Worker:
         self._reader = TensorReader(self._stages, mailbox)
         self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
         # Steps that wait until their session has moved, by model, plan version and session.
-        self._early: dict[tuple[int, int, int], tuple[Step, Delivery]] = {}
+        self._early: defaultdict[tuple[int, int, int], list[tuple[Step, Delivery]]] = defaultdict(list)
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
@@ -258,8 +260,8 @@ class Worker:
                 self._answer_request(message.request, lambda: self._mover.handle_answer(message))
             case MoveSession():
                 self._move_session(message)
-            case ForkSession():
-                self._acknowledge(message.request, lambda: self._stages.fork_session(message))
+            case ForkSession() | JoinSessions():
+                self._acknowledge(message.request, lambda: self._stages.make_session(message))
             case KeepPlan():
                 self._drop_moves(message.model)
                 self._stages.keep_plan(message.model, message.plan_version)
@@ -308,20 +310,19 @@ class Worker:
         for part in (self._moves, self._mover, self._lender, self._borrower, self._reader):
             part.drop_model(model)
         for key in [key for key in self._early if key[0] == model]:
-            step, delivery = self._early.pop(key)
-            error = StaleMessageError(
-                f"a step arrived of session {step.session}, which has not moved to the step's plan version"
-            )
-            self._inbox.refuse(delivery, error, "Step")
+            for step, delivery in self._early.pop(key):
+                error = StaleMessageError(
+                    f"a step arrived of session {step.session}, which has not moved to the step's plan version"
+                )
+                self._inbox.refuse(delivery, error, "Step")
 
     def _move_session(self, message: MoveSession) -> None:
         try:
             self._stages.move_session(message.model, message.session, message.plan_version)
         except ProtocolError as error:  # it ended while it moved; otherwise its next step fails
             logger.debug("session %d was not moved: %s", message.session, error)
-        early = self._early.pop((message.model, message.plan_version, message.session), None)
-        if early is not None:
-            self._steps.serve_step(*early)
+        for step, delivery in self._early.pop((message.model, message.plan_version, message.session), ()):
+            self._steps.serve_step(step, delivery)
 
     def _receive_kv(self, message: KVChunk, delivery: Delivery) -> None:
         accepted = True
@@ -383,7 +384,7 @@ class Worker:
         if self._stages.is_due(step):
             self._steps.serve_step(step, delivery)
         else:
-            self._early[step.model, step.plan_version, step.session] = step, delivery
+            self._early[step.model, step.plan_version, step.session].append((step, delivery))
 
     def _end_session(self, message: EndSession) -> None:
         self._steps.abandon_steps(message.model, message.session)

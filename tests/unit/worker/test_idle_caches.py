@@ -147,7 +147,7 @@ def test_idle_caches_leave_as_much_memory_as_they_take(stages: HostedStages, mon
     assert other.stage.graphs.idle[0].max_cache_len == 3 * ROOM
     spare = 0
     talk(other, 4)
-    stages.fork_session(ForkSession(request=1, model=2, plan_version=1, stage=0, session=4, number=8, fork=5))
+    stages.make_session(ForkSession(request=1, model=2, plan_version=1, stage=0, session=4, number=8, fork=5))
     assert idle_caches(stages) == [0, 0]
 
 

@@ -60,6 +60,15 @@ def fills_vectors(model: nn.Module) -> bool:
     return all(size % _VECTOR == 0 for size in sizes)
 
 
+def keeps_rows_apart(model: nn.Module) -> bool:
+    """Say whether a model computes each row with as many others as the batch has, wherever it is in the batch.
+
+    Experts do not: each computes with as many rows as happen to come to it.
+    """
+    has_experts = any(path.rpartition(".")[2] == "experts" for path, _ in model.named_modules())
+    return not has_experts and fills_vectors(model)
+
+
 def find_groups(model: nn.Module) -> tuple[int, ...]:
     """Return the numbers of heads that share keys, of a model's layers where some do."""
     groups = {getattr(module, "num_key_value_groups", 1) for module in model.modules()}

@@ -1,0 +1,232 @@
+"""A batch that runs as several sessions, its microbatches, whose steps follow each other through the stages.
+
+Knows which rows each has; neither generation nor why the batch is split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+from torch import Tensor
+
+from lingualinked.cluster.joined_rows import join_rows
+from lingualinked.cluster.session import Session
+from lingualinked.cluster.step_in_flight import StepInFlight, StepOptions
+from lingualinked.errors import KVCapacityError
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.kv_age import KVAge
+    from lingualinked.cluster.kv_budget import KVBudget
+    from lingualinked.cluster.recorded import Recorded
+    from lingualinked.model.adapter_data import AdapterUse
+    from lingualinked.telemetry.samples import StepSample
+
+_PLAIN = StepOptions()
+
+
+class SplitSession:
+    """A session of several microbatches, with the face of a `Session`: ``parts``, and the number of rows of each, in order.
+
+    What needs all rows together, such as hooks and orders of rows across microbatches, makes one session of them, which it
+    then stays: `parts` has one element. So does an order that leaves a microbatch fewer than ``least_rows`` rows.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], least_rows: int, open_session: Callable[[], Session], budget: KVBudget
+    ) -> None:
+        self.sizes = tuple(sizes)
+        self.least_rows = least_rows
+        self.parts = [open_session() for _ in sizes]
+        self._open_session = open_session
+        self._budget = budget
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens per row for which there is room from the first step on; 0: it grows."""
+        return self.parts[0].max_cache_len
+
+    @property
+    def num_rows(self) -> int:
+        """Rows whose KV is held."""
+        return sum(part.num_rows for part in self.parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of each row whose KV is held."""
+        return self.parts[0].num_tokens
+
+    @property
+    def kv_has_gradients(self) -> bool:
+        """Whether tokens of its KV were computed in steps with gradients."""
+        return any(part.kv_has_gradients for part in self.parts)
+
+    @property
+    def kv_age(self) -> KVAge:
+        """Whether its KV was made before the model was changed."""
+        return self.parts[0].kv_age
+
+    @property
+    def last_step(self) -> StepSample | None:
+        """Timings of the last step of the last microbatch."""
+        return self.parts[-1].last_step
+
+    @property
+    def stepping_thread(self) -> int | None:
+        """The thread that runs the hooks of a step now."""
+        return self.parts[0].stepping_thread
+
+    @property
+    def ended(self) -> bool:
+        """Whether the session has been ended."""
+        return any(part.ended for part in self.parts)
+
+    def step(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        logits_to_keep: int | Tensor,
+        options: StepOptions = _PLAIN,
+    ) -> tuple[Tensor, Recorded]:
+        """Run one step, as `Session.step` does."""
+        return self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options).finish()
+
+    def start_step(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        logits_to_keep: int | Tensor,
+        options: StepOptions = _PLAIN,
+    ) -> StepInFlight | SplitStep:
+        """Send a step of each microbatch, as `Session.start_step` does."""
+        needs_all = options.hooks is not None or options.instruments is not None or options.gradients is not None
+        if needs_all or len(inputs) != sum(self.sizes):
+            self.join()
+        if len(self.parts) == 1:
+            return self.parts[0].start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
+        # 1) count the KV of all microbatches, or of none
+        if options.keeps_kv:
+            numbers = [part._number for part in self.parts]  # noqa: SLF001 - within the room
+            num_tokens = self.max_cache_len or self.num_tokens + inputs.shape[1]
+            self._budget.hold_all(dict(zip(numbers, (size * num_tokens for size in self.sizes), strict=True)))
+        # 2) send their steps
+        flights: list[StepInFlight] = []
+        try:
+            for part, rows in zip(self.parts, self._slices(), strict=True):
+                mask, positions = (_rows_of(each, rows) for each in (attention_mask, position_ids))
+                own = dataclasses.replace(options, adapters=_adapters_of(options.adapters, rows))
+                flights.append(part.start_step(inputs[rows], mask, positions, logits_to_keep, own))
+        except BaseException as error:
+            if flights or not isinstance(error, KVCapacityError):
+                self.end()
+            raise
+        return SplitStep(self, flights)
+
+    def _slices(self) -> Iterator[slice]:
+        return (slice(*bounds) for bounds in itertools.pairwise(itertools.accumulate(self.sizes, initial=0)))
+
+    def join(self) -> None:
+        """Make one session of all microbatches; it ends if that fails."""
+        if len(self.parts) == 1:
+            return
+        parts, joined = self.parts, self._open_session()
+        try:
+            join_rows(parts, joined)
+        except BaseException:
+            joined.end()
+            raise
+        finally:
+            for part in parts:
+                part.end()
+            self.parts, self.sizes = [joined], (sum(self.sizes),)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the KV rows ``rows`` (int64 ``[new rows]``), each microbatch its own where the order allows that."""
+        chosen = [rows[(rows >= part.start) & (rows < part.stop)] - part.start for part in self._slices()]
+        is_in_order = torch.equal(
+            torch.cat([each + part.start for each, part in zip(chosen, self._slices(), strict=True)]), rows
+        )
+        if not is_in_order or min(map(len, chosen)) < max(1, self.least_rows):
+            self.join()
+            chosen = [rows]
+        for part, own in zip(self.parts, chosen, strict=True):
+            part.reorder(own)
+        self.sizes = tuple(map(len, chosen))
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget the last ``num_tokens`` tokens, as `Session.crop` does."""
+        for part in self.parts:
+            part.crop(num_tokens)
+
+    def copy_to(self, other: SplitSession) -> None:
+        """Make a session of as many microbatches that has just been opened go on from here, as `Session.copy_to` does."""
+        if len(self.parts) == 1:
+            other.join()
+        try:
+            for part, copied in zip(self.parts, other.parts, strict=True):
+                part.copy_to(copied)
+        except BaseException:
+            other.end()
+            raise
+        other.sizes = self.sizes
+
+    def record_past(self, on: bool) -> None:
+        """Make sliding layers keep what a later crop may need, or stop keeping it."""
+        for part in self.parts:
+            part.record_past(on)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Reserve room for so many tokens per row in all, and for no more, where the KV grows."""
+        for part in self.parts:
+            part.reserve(num_tokens)
+
+    def end(self) -> None:
+        """Free the session's KV in every stage."""
+        for part in self.parts:
+            part.end()
+
+
+class SplitStep:
+    """A step of each microbatch in flight; see `lingualinked.cluster.step_in_flight.StepInFlight`."""
+
+    def __init__(self, session: SplitSession, flights: Sequence[StepInFlight]) -> None:
+        self._session = session
+        self._flights = flights
+
+    def finish(self) -> tuple[Tensor, Recorded]:
+        """Wait for all answers; return the logits and the records of all rows. If one fails, the session ends."""
+        try:
+            results = [flight.finish() for flight in self._flights]
+        except BaseException:
+            self._session.end()
+            raise
+        recorded = {
+            name: tuple(_join(items) for items in zip(*(each[name] for _, each in results), strict=True))
+            for name in results[0][1]
+        }
+        return torch.cat([logits for logits, _ in results]), recorded
+
+
+def _join(items: Sequence[Tensor | None]) -> Tensor | None:
+    """Join what the same layer recorded of all microbatches; its first dimension are rows, or rows x tokens."""
+    known = [item for item in items if item is not None]
+    return torch.cat(known) if known else None
+
+
+def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """Return some rows of a tensor, whose only row is that of all."""
+    return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
+
+
+def _adapters_of(use: AdapterUse | None, rows: slice) -> AdapterUse | None:
+    return use if use is None or use.rows is None else msgspec.structs.replace(use, rows=use.rows[rows])
+
+
+AnySession = Session | SplitSession
+"""A session, split or not."""

@@ -1,0 +1,90 @@
+"""Decides how many microbatches the rows of a ``generate`` call run as.
+
+Knows a call's rows and how workers round; neither sessions nor steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from lingualinked.checks import is_count
+from lingualinked.errors import ArgumentError
+from lingualinked.planning.microbatches import best_number, knows_rows, split_rows
+from lingualinked.quantities import count_text
+from lingualinked.workload import Workload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.planning.plan import Plan
+    from lingualinked.planning.prediction import Prediction
+
+_MOST_PER_DEVICE = 4  # microbatches that are tried
+
+
+def check_num_microbatches(value: object) -> int | None:
+    """Check ``num_microbatches``: a number, or None for the best one that changes no bit."""
+    if value is None or is_count(value):
+        return value
+    raise ArgumentError(
+        f"num_microbatches={value!r} must be a positive integer, or None for the fastest number that changes no bit"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The rows of a call, and how long it is."""
+
+    num_rows: int
+    num_together: int  # rows in sequence that belong to one prompt
+    mask: Tensor | None  # of the prompts, if some are padded
+    prompt_tokens: int
+    new_tokens: int
+
+    def split_as_asked(self, num_microbatches: int) -> tuple[int, ...]:
+        """Return the rows of each of so many microbatches; raise ArgumentError if there are fewer prompts."""
+        num_prompts = self.num_rows // self.num_together
+        if num_microbatches > num_prompts:
+            raise ArgumentError(
+                f"num_microbatches={num_microbatches} exceeds {count_text(num_prompts, 'prompt')}: give more rows, or ask for "
+                "fewer microbatches"
+            )
+        return split_rows(self.num_rows, num_microbatches, self.num_together)
+
+    def split_best(self, pipeline: Pipeline, *, in_lockstep: bool) -> tuple[int, ...]:
+        """Return the rows of the microbatches that are predicted to be fastest, of those that change no bit.
+
+        Where no profile says what rows cost, as many microbatches as devices keep all of them busy; in lockstep, that may
+        take longer than one.
+        """
+        plan = pipeline.plan
+        num_devices = len(plan.devices)
+        least_rows = pipeline.independent_rows
+        most = min(self.num_rows // self.num_together, _MOST_PER_DEVICE * num_devices)
+        if num_devices == 1 or not least_rows or self.num_rows < 2 * least_rows:
+            return (self.num_rows,)
+        exact = [number for number in range(1, most + 1) if number == 1 or self._is_exact(number, least_rows)]
+        if plan.profile is None or not knows_rows(plan.profile):
+            number = max(each for each in exact if each == 1 or (not in_lockstep and each <= num_devices))
+        else:
+            workload = Workload(prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens)
+            predict = functools.partial(_predict, plan, workload, self)
+            number = best_number(exact, predict, in_lockstep=in_lockstep, num_sessions=1 + pipeline.num_sessions_in_use)
+        return split_rows(self.num_rows, number, self.num_together)
+
+    def _is_exact(self, number: int, least_rows: int) -> bool:
+        """Say whether all microbatches have enough rows, and padded ones among them if the batch has: others need no mask."""
+        sizes = split_rows(self.num_rows, number, self.num_together)
+        if min(sizes) < least_rows:
+            return False
+        parts = () if self.mask is None or bool(self.mask.all()) else self.mask.split(sizes)
+        return not any(bool(part.all()) for part in parts)
+
+
+def _predict(plan: Plan, workload: Workload, batch: Batch, number: int) -> Prediction:
+    """Predict the largest of so many microbatches."""
+    size = max(split_rows(batch.num_rows, number, batch.num_together))
+    return plan.predict(dataclasses.replace(workload, batch_size=size))
