@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -143,7 +142,7 @@ class Worker:
         self._reader = TensorReader(self._stages, mailbox)
         self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
         # Steps that wait until their session has moved, by model, plan version and session.
-        self._early: defaultdict[tuple[int, int, int], list[tuple[Step, Delivery]]] = defaultdict(list)
+        self._early: dict[tuple[int, int, int], list[tuple[Step, Delivery]]] = {}
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
@@ -384,7 +383,7 @@ class Worker:
         if self._stages.is_due(step):
             self._steps.serve_step(step, delivery)
         else:
-            self._early[step.model, step.plan_version, step.session].append((step, delivery))
+            self._early.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))
 
     def _end_session(self, message: EndSession) -> None:
         self._steps.abandon_steps(message.model, message.session)
