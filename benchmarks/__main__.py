@@ -5,6 +5,7 @@ Knows typer; each benchmark lies in a module of its own, imported when it runs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,28 @@ def start(
     asked = read_devices(devices)
     run_start(asked.devices, asked.links, repeats)
     run_planned_start(asked.devices, asked.links, repeats)
+
+
+@app.command()
+def measure(
+    name: Annotated[list[str] | None, typer.Argument(help="Reports of docs/performance/; all without it.")] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option("--llama-cpp", help="Folder of llama.cpp's programs; without it, llama.cpp is left out."),
+    ] = None,
+) -> None:
+    """Measure what docs/performance.md shows, about 20 minutes on a quiet machine, and make its tables anew."""
+    from benchmarks.page import run_measure
+
+    run_measure(name or [], llama_cpp)
+
+
+@app.command()
+def page() -> None:
+    """Make the tables of docs/performance.md anew, from the reports in docs/performance/."""
+    from benchmarks.page import run_page
+
+    run_page()
 
 
 @app.command()

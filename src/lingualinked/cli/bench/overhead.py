@@ -86,6 +86,7 @@ def measure_overhead(models: BenchModels, num_steps: int) -> list[Measurement]:
     state_bytes = 2 * model.config.hidden_size
     notes = [
         f"Of a step of {count_text(num_stages, 'stage')}, all that is compute in no stage, by its {count_text(num_stages + 1, 'hop')}.",
+        f"Of the hops: median and quartiles of {count_text(num_steps, 'step')}.",
         f"A hidden state has {count_text(state_bytes, 'byte')}.",
     ]
     measurements = [
