@@ -84,6 +84,7 @@ VALUES = {
     "num_bytes": 2**20,
     "checksum": 2**64 - 1,
     "logits_to_keep": 1,
+    "least_rows": 2,
     "worker": WorkerSnapshot(
         device="a", pid=7, threads=1, resident_bytes=2**40, idle_resident_bytes=2**30, num_refused=0
     ),

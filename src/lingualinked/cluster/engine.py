@@ -37,6 +37,7 @@ from lingualinked.protocol.gradients import AbandonBackward, FreeGraph, ResumeBa
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.messages import CutLinks, EmulateDevice, LoadStage, Request, check
 from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, JoinSessions, KeepPlan, MoveSession
+from lingualinked.protocol.packed import PackedStep
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
 from lingualinked.protocol.steps import EndSession, Step
@@ -265,6 +266,23 @@ class Engine:
             lambda: self._exchange.send_request(devices[0], step, tensors, ("step", step.session, step.number), pending)
         )
         return future
+
+    def packed_step(
+        self, devices: Sequence[str], step: PackedStep, tensors: tuple[Tensor, ...], timeout_s: float
+    ) -> concurrent.futures.Future[object]:
+        """Send a packed step through the stages on these devices; the future gives the last stage's `PackedAnswer`."""
+        check(step)
+        pending = Pending(
+            devices=frozenset(devices),
+            asked=devices[-1],
+            answer=ANSWERS[PackedStep],
+            model=step.model,
+            what=f"a packed step through devices {', '.join(map(repr, devices))}",
+            timeout_s=timeout_s,
+            deadline=time.monotonic() + timeout_s,
+        )
+        self._post(lambda: self._exchange.send_request(devices[0], step, tensors, ("packed", step.number, 0), pending))
+        return pending.future
 
     def answer_hooks(self, device: str, message: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
         """Send what hooks have made of a call to the worker whose step waits for it."""

@@ -16,9 +16,11 @@ from concurrent.futures import Future
 import msgspec
 from torch import Tensor
 
+from lingualinked.cluster.awaited_answers import answer_key, check_answer, find_role
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.file_sharing import FileSharing
 from lingualinked.cluster.introductions import Introduction, Introductions
+from lingualinked.cluster.packed_reply import PackedAnswer
 from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.reach import Reach, RemoteHost
 from lingualinked.cluster.recorded import RecordedPart
@@ -49,8 +51,9 @@ from lingualinked.protocol.messages import (
     encode,
 )
 from lingualinked.protocol.moving import KVCopied
+from lingualinked.protocol.packed import PackedDone, PackedFailed
 from lingualinked.protocol.reading import TensorRead
-from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
+from lingualinked.protocol.roles import ANSWERS, Role
 from lingualinked.protocol.steps import EndSession, StepDone, StepRecorded
 from lingualinked.protocol.weights import FetchPart, FilesFound
 from lingualinked.transport.awaited_connections import AwaitedConnections
@@ -241,7 +244,7 @@ class Exchange:
         sender = delivery.sender
         match message:
             case StepDone():
-                pending = self._pending.find(_key(message))
+                pending = self._pending.find(answer_key(message))
                 parts = {} if pending is None else pending.parts
                 reply = StepReply(
                     delivery.tensors,
@@ -251,16 +254,18 @@ class Exchange:
                     message.requires_grad,
                     message.ends_at_tap,
                 )
-                self._pending.complete(_key(message), reply)
+                self._pending.complete(answer_key(message), reply)
             case StepRecorded():
-                self._pending.add_part(_key(message), message.stage, RecordedPart.of(message, delivery.tensors))
+                self._pending.add_part(answer_key(message), message.stage, RecordedPart.of(message, delivery.tensors))
+            case PackedDone():
+                self._pending.complete(answer_key(message), PackedAnswer(message, delivery.tensors, delivery.num_bytes))
             case BackwardDone():
-                self._pending.complete(_key(message), (message, delivery.tensors))
+                self._pending.complete(answer_key(message), (message, delivery.tensors))
             case TensorRead():
-                self._pending.complete(_key(message), delivery.tensors)
+                self._pending.complete(answer_key(message), delivery.tensors)
             case HookReached():
                 event = HookEvent(message, sender, delivery.tensors)
-                if not self._pending.pause(_key(message), message.path, event, time.monotonic()):
+                if not self._pending.pause(answer_key(message), message.path, event, time.monotonic()):
                     self._end_paused_step(sender, message)
             case (
                 StageLoaded()
@@ -273,11 +278,11 @@ class Exchange:
                 | Listening()
                 | PeerConnected()
             ):
-                self._pending.complete(_key(message), message)
-            case RequestFailed() | KVRefused() | StepFailed():
-                self._pending.fail(_key(message), error_of(sender, message))
+                self._pending.complete(answer_key(message), message)
+            case RequestFailed() | KVRefused() | StepFailed() | PackedFailed():
+                self._pending.fail(answer_key(message), error_of(sender, message))
             case Progress():
-                self._pending.progress(_key(message), message.num_done, time.monotonic())
+                self._pending.progress(answer_key(message), message.num_done, time.monotonic())
             case Hello():
                 self._greet(message, sender)
             case FetchPart():
@@ -289,32 +294,15 @@ class Exchange:
 
     def _passes_cuts(self, message: AnyMessage) -> bool:
         """Say whether it is an answer that comes over a link that is cut."""
-        pending = self._pending.find(_key(message)) if isinstance(message, Acknowledged | RequestFailed) else None
+        pending = self._pending.find(answer_key(message)) if isinstance(message, Acknowledged | RequestFailed) else None
         return pending is not None and pending.passes_cuts
 
     def _check_role(self, message: AnyMessage, sender: str) -> None:
         """Refuse a message that its sender may not send, or that does not answer what was asked."""
-        role = TO_CALLER.get(type(message))
-        if role is None:
-            raise ProtocolError(f"{type(message).__name__} is not for the caller")
-        if role is Role.WORKER or (pending := self._pending.find(_key(message))) is None:
-            return  # what nobody waits for any more changes nothing
-        if role is Role.ASKED:
-            fits = sender == pending.asked and isinstance(message, pending.answer | RequestFailed | Progress)
-        elif role is Role.FILE_BORROWER:
-            fits = sender == pending.asked and pending.answer is StageLoaded
-        else:
-            senders = {pending.asked} if role is Role.LAST_STAGE else pending.devices
-            answer = KVCopied if role is Role.KV_ENDS else StepDone
-            fits = sender in senders and pending.answer is answer and message.model == pending.model  # type: ignore[union-attr]
-            if isinstance(message, StepRecorded):
-                fits = fits and pending.awaits_part(message.stage, sender)
-            if isinstance(message, HookReached):
-                fits = fits and pending.takes_hooks and pending.held_answer is None
-            if pending.paused_at and isinstance(message, StepDone | HookReached):
-                fits = False  # the step waits for this process; what stages before that one recorded may still arrive
-        if not fits:
-            raise ProtocolError(f"{type(message).__name__} from {sender!r}, and it is for {role.value} to say")
+        role = find_role(message)
+        pending = None if role is Role.WORKER else self._pending.find(answer_key(message))
+        if pending is not None:  # what nobody waits for any more changes nothing
+            check_answer(message, sender, role, pending)
 
     def _greet(self, message: Hello, sender: str) -> None:
         if sender in self.pids:
@@ -384,15 +372,6 @@ class Exchange:
 
     def _send(self, device: str, message: CallerMessage, tensors: tuple[Tensor, ...]) -> None:
         self._mailbox.send(device, encode(message), tensors)
-
-
-def _key(message: AnyMessage) -> Key:
-    """Return the key of the pending answer that a message completes, fails, or reports progress of."""
-    if isinstance(message, StepDone | StepFailed | StepRecorded | HookReached):
-        return "step", message.session, message.number
-    if isinstance(message, FetchPart):
-        return "request", message.load, 0
-    return "request", message.request, 0  # type: ignore[union-attr]
 
 
 def closed() -> ClosedError:

@@ -17,9 +17,12 @@ from lingualinked.errors import (
     WorkerError,
 )
 from lingualinked.protocol.failures import FailureKind, KVRefused, RequestFailed, StepFailed
+from lingualinked.protocol.packed import PackedFailed, PackedFailure
 
 
-def error_of(device: str, failure: RequestFailed | KVRefused | StepFailed) -> LingualinkedError:
+def error_of(
+    device: str, failure: RequestFailed | KVRefused | StepFailed | PackedFailed | PackedFailure
+) -> LingualinkedError:
     """Make the caller's error of a worker's failure; if what was asked for is at fault, the worker's own is its cause."""
     cause, traceback = readable(failure.cause), readable(failure.traceback)
     if failure.kind is FailureKind.MEMORY:

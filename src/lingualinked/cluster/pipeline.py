@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import threading
@@ -20,6 +21,7 @@ from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.observer import Observer
+from lingualinked.cluster.packed_steps import PackedSteps
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.remote_adapters import RemoteAdapters
 from lingualinked.cluster.remote_weights import RemoteWeights
@@ -32,6 +34,8 @@ from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceA
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError, LingualinkedError, UnsupportedOperationError
 from lingualinked.interrupts import uninterrupted
+from lingualinked.model.packed.qualifying import why_not_packed
+from lingualinked.model.parts import build_meta
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.passage.holdings import Holdings
@@ -105,6 +109,16 @@ class Pipeline:
             self._routes,
             self._recorder,
             cluster._endpoints,  # noqa: SLF001 - within the room
+        )
+        self.packed_steps = PackedSteps(
+            self._engine,
+            self._model,
+            self._routes,
+            self.edits,
+            self._controller.record_step,
+            timeout_s,
+            self._vocabulary,
+            functools.partial(_why_not_packed, spec),
         )
         self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller, self._observer)
         self._finalizer.atexit = False
@@ -301,6 +315,10 @@ def _vocabulary(spec: ModelSpec) -> int | None:
     config = json.loads(spec.config_json)
     size = {**config, **config.get("text_config", {})}.get("vocab_size")
     return size if isinstance(size, int) else None
+
+
+def _why_not_packed(spec: ModelSpec) -> str:
+    return why_not_packed(build_meta(spec))
 
 
 @uninterrupted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lingualinked.cluster.step_gate import StepGate
 from lingualinked.errors import ArgumentError
@@ -22,6 +22,8 @@ class SessionUse:
         self._rests = threading.Event()  # unless steps run
         self._rests.set()
         self._changing = threading.Lock()  # held while steps run, and while it changes to another route
+        self._counting = threading.Lock()
+        self._num_packed = 0  # packed steps that it is part of
 
     @property
     def is_in_use(self) -> bool:
@@ -38,6 +40,33 @@ class SessionUse:
                     yield
             finally:
                 self._rests.set()
+
+    @contextlib.contextmanager
+    def for_packed_step(self, on_first: Callable[[], None]) -> Iterator[None]:
+        """Be part of a packed step in this context, which any thread may leave; of several at once, `on_first` in the first one.
+
+        Waits for changes of the route; raises ArgumentError if other steps run.
+        """
+        with self._counting:
+            if not self._num_packed:
+                self._begin_packed(on_first)
+            self._num_packed += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._num_packed -= 1
+                if not self._num_packed:
+                    self._packed.close()
+
+    def _begin_packed(self, on_first: Callable[[], None]) -> None:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self.alone())
+            self._rests.clear()
+            undo.callback(self._rests.set)
+            undo.enter_context(self._changing)
+            on_first()
+            self._packed = undo.pop_all()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from lingualinked.errors import StepTimeoutError
 from lingualinked.interrupts import wait_in_pieces
@@ -19,24 +19,27 @@ class StepGate:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._running: Counter[int] = Counter()  # steps, by the threads that run them
+        self._running: Counter[Hashable] = Counter()  # steps, by the threads that run them, or by their own keys
         self._num_changes = 0  # that run, or wait for steps to end
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Run a step in this context; waits for changes, unless this thread is in a hook of another step."""
-        thread = threading.get_ident()
+    def step(self, key: Hashable = None) -> Iterator[None]:
+        """Run a step in this context; waits for changes, unless this thread is in a hook of another step.
+
+        A step that another thread ends has a key of its own, and waits in any case.
+        """
+        user = threading.get_ident() if key is None else key
         with self._condition:
-            if self._num_changes and not self._running[thread]:
+            if self._num_changes and not self._running[user]:
                 self._wait(lambda: not self._num_changes, threading.TIMEOUT_MAX)
-            self._running[thread] += 1
+            self._running[user] += 1
         try:
             yield
         finally:
             with self._condition:
-                self._running[thread] -= 1
-                if not self._running[thread]:
-                    del self._running[thread]
+                self._running[user] -= 1
+                if not self._running[user]:
+                    del self._running[user]
                     if self._num_changes:
                         self._condition.notify_all()
 

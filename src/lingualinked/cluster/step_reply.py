@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,8 +66,16 @@ def check_reply(
     raise WorkerError(devices[-1], f"ProtocolError: {error}") from error
 
 
+class StepLabel(NamedTuple):
+    """What a step is known by in telemetry."""
+
+    session: int
+    number: int
+    plan_version: int
+
+
 def sample_of(
-    step: Step, route: Route, reply: StepReply, began_s: float, rows: int, tokens: int, context: int
+    step: Step | StepLabel, route: Route, reply: StepReply, began_s: float, rows: int, tokens: int, context: int
 ) -> StepSample:
     """Return what is kept of a step that began at a time, over so many rows and tokens behind so many others."""
     sent_bytes = [*(each.received_bytes for each in reply.timings[1:]), reply.num_bytes]

@@ -31,6 +31,7 @@ from lingualinked.protocol.moving import (
     MoveSession,
     WeightChunk,
 )
+from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedStep
 from lingualinked.protocol.reading import ReadTensor, TensorRead
 from lingualinked.protocol.steps import EndSession, Step, StepDone, StepRecorded
 from lingualinked.protocol.weights import (
@@ -220,7 +221,19 @@ class LogRecord(Message, frozen=True, tag=24):
     text: str
 
 
-PeerMessage = Step | EndSession | Ping | Pong | KVChunk | KVReceived | FetchWeight | WeightChunk | FetchPart | FilePart
+PeerMessage = (
+    Step
+    | PackedStep
+    | EndSession
+    | Ping
+    | Pong
+    | KVChunk
+    | KVReceived
+    | FetchWeight
+    | WeightChunk
+    | FetchPart
+    | FilePart
+)
 """The messages between workers."""
 
 CallerMessage = (
@@ -253,6 +266,7 @@ CallerMessage = (
     | Ping
     | Pong
     | Step
+    | PackedStep
     | HookAnswered
     | EndSession
     | RunBackward
@@ -300,6 +314,8 @@ WorkerMessage = (
     | FetchPart
     | StepDone
     | StepRecorded
+    | PackedDone
+    | PackedFailed
     | HookReached
     | BackwardDone
     | RequestFailed

@@ -17,6 +17,7 @@ from lingualinked.protocol import (
     measuring,
     messages,
     moving,
+    packed,
     reading,
     steps,
     weights,
@@ -69,6 +70,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     measuring.Ping: Role.WORKER,
     measuring.Pong: Role.PROBED,
     steps.Step: Role.PREVIOUS,
+    packed.PackedStep: Role.PREVIOUS,
     steps.EndSession: Role.PREVIOUS,
     hooking.HookAnswered: Role.CALLER,
     gradients.RunBackward: Role.CALLER,
@@ -109,6 +111,8 @@ TO_CALLER: Mapping[type[Message], Role] = {
     steps.StepDone: Role.LAST_STAGE,
     failures.StepFailed: Role.ANY_STAGE,
     steps.StepRecorded: Role.ANY_STAGE,
+    packed.PackedDone: Role.LAST_STAGE,
+    packed.PackedFailed: Role.ANY_STAGE,
     hooking.HookReached: Role.ANY_STAGE,
 }
 """The messages that the caller accepts, and from whom."""
@@ -137,5 +141,6 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     weights.FindFiles: weights.FilesFound,
     weights.ShareFiles: messages.Acknowledged,
     steps.Step: steps.StepDone,
+    packed.PackedStep: packed.PackedDone,
 }
 """The answer to each message of the caller that has one."""

@@ -77,7 +77,8 @@ class HostedStage:
             finally:
                 started = pace.skip_pause(started, paused)
 
-        session = self._find_session(step, len(tensors[0]) if tensors and tensors[0].ndim else 0)
+        num_rows = len(tensors[0]) if tensors and tensors[0].ndim else 0
+        session = self.find_session(step.session, step.number, num_rows, step.max_cache_len, keeps_kv=step.keeps_kv)
         graph = new_graph(step)
         try:
             output = self._compute(session, step, tensors, pause_timed, graph)
@@ -88,9 +89,13 @@ class HostedStage:
         if not step.keeps_kv:
             self.end_session(step.session)
         elapsed_s = pace.finish_timer(started)
+        self.record_step(elapsed_s)
+        return output, elapsed_s
+
+    def record_step(self, elapsed_s: float) -> None:
+        """Record a step, and its seconds of compute, for the snapshot."""
         self._num_steps += 1
         self._compute_s += elapsed_s
-        return output, elapsed_s
 
     def fork_session(self, session: int, number: int, fork: int) -> None:
         """Copy a session with its KV as session `fork`; raise ProtocolError unless it is here, before step `number`."""
@@ -248,27 +253,30 @@ class HostedStage:
                 release_memory(accelerator)
         return self._new_cache(max_cache_len)
 
-    def _find_session(self, step: Step, num_rows: int) -> HostedSession:
-        session = self.sessions.get(step.session)
+    def find_session(
+        self, key: int, number: int, num_rows: int, max_cache_len: int, *, keeps_kv: bool = True
+    ) -> HostedSession:
+        """Return the session whose step `number` is about to run, and count that; raise ProtocolError if another one is due."""
+        session = self.sessions.get(key)
         if session is None:
-            if step.number != 0:
-                raise ProtocolError(f"step {step.number} arrived for session {step.session}, which has no state here")
-            cache = self._open_cache(num_rows, step.max_cache_len) if step.keeps_kv else None
-            session = self.sessions[step.session] = HostedSession(cache, StepContext())
-        elif step.number != session.number:
-            raise ProtocolError(
-                f"step {step.number} of session {step.session} arrived, and step {session.number} is due"
-            )
+            if number != 0:
+                raise ProtocolError(f"step {number} arrived for session {key}, which has no state here")
+            cache = self._open_cache(num_rows, max_cache_len) if keeps_kv else None
+            session = self.sessions[key] = HostedSession(cache, StepContext())
+        elif number != session.number:
+            raise ProtocolError(f"step {number} of session {key} arrived, and step {session.number} is due")
         session.number += 1
         return session
 
-    def _check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
-        """Record the size that a session's KV will have, and check the budget of all sessions."""
+    def check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
+        """Record the size that a session's KV will have, and check the budget of all sessions (ProtocolError)."""
         session.num_rows, session.num_tokens = num_rows, num_tokens
-        if sum(each.size for each in self.stage.graphs.idle) > self._room():
-            self.stage.graphs.idle.clear()
-        if self._max_kv_tokens is not None:
-            self._check_room(sum(each.num_rows * each.num_tokens for each in self.sessions.values()))
+        if self._max_kv_tokens is None:
+            return
+        idle = self.stage.graphs.idle
+        if idle and sum(each.size for each in idle) > self._room():
+            idle.clear()
+        self._check_room(sum(each.num_rows * each.num_tokens for each in self.sessions.values()))
 
     def _check_incoming(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
         """Check the budget of the sessions that move here, and record the size of this one's KV."""
@@ -305,7 +313,7 @@ class HostedStage:
         if session.cache is not None:
             edit_kv(step.edits, session, session.cache)
             num_tokens = session.cache.max_cache_len or session.context.num_tokens + num_new
-            self._check_budget(session, num_rows, num_tokens)
+            self.check_budget(session, num_rows, num_tokens)
             reorder_rows(step.edits, session, session.cache, num_rows)
         # 3) decode mask and positions, and run the stage
         num_context = (step.mask is MaskMode.FULL) + (step.positions is PositionMode.FULL)

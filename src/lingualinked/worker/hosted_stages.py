@@ -20,7 +20,6 @@ from lingualinked.model.stage import Stage
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.messages import LoadStage, StageReport
 from lingualinked.protocol.moving import ForkSession, JoinSessions, WeightChunk
-from lingualinked.protocol.steps import Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
 from lingualinked.worker.edited_tensors import EditedTensors
@@ -169,31 +168,27 @@ class HostedStages:
         hosted = self._stages.get(key)
         return (0, 0) if hosted is None else (hosted.stage.start, hosted.stage.end)
 
-    def is_due(self, step: Step) -> bool:
-        """Return whether a step can run, or fail, now; if not, it must wait until its session has moved to this version.
+    def is_due(self, key: StageKey, session: int, number: int) -> bool:
+        """Return whether a session's step can run, or fail, now; if not, it must wait until the session has moved to this version.
 
         Raises ProtocolError if the step has run already, or is the first one of a session that runs under another version.
         """
-        hosted = self._stages.get(StageKey(step.model, step.plan_version, step.stage))
+        hosted = self._stages.get(key)
         if hosted is None:
             return True
-        session = hosted.sessions.get(step.session)
-        if session is not None:
-            if step.number < session.number:
-                raise ProtocolError(
-                    f"step {step.number} of session {step.session} arrived, and {session.number} is due"
-                )
+        state = hosted.sessions.get(session)
+        if state is not None:
+            if number < state.number:
+                raise ProtocolError(f"step {number} of session {session} arrived, and {state.number} is due")
             return True
         is_elsewhere = any(
-            step.session in other.sessions
-            for key, other in self._stages.items()
-            if key.model == step.model and key.plan_version != step.plan_version
+            session in other.sessions
+            for at, other in self._stages.items()
+            if at.model == key.model and at.plan_version != key.plan_version
         )
-        if is_elsewhere and step.number == 0:
-            raise ProtocolError(
-                f"the first step arrived of session {step.session}, which runs under another plan version"
-            )
-        return not is_elsewhere and not hosted.is_receiving(step.session)
+        if is_elsewhere and number == 0:
+            raise ProtocolError(f"the first step arrived of session {session}, which runs under another plan version")
+        return not is_elsewhere and not hosted.is_receiving(session)
 
     def move_session(self, model: int, session: int, plan_version: int) -> None:
         """Run a session under a plan version from now on; does nothing if it already does.

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import msgspec
-import torch
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
@@ -59,10 +58,10 @@ from lingualinked.protocol.moving import (
     MovingMessage,
     WeightChunk,
 )
+from lingualinked.protocol.packed import PackedStep
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.protocol.weights import FindFiles, ShareFiles, WeightMessage
-from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
@@ -80,7 +79,7 @@ from lingualinked.worker.kv_mover import KVMover
 from lingualinked.worker.lender import Lender
 from lingualinked.worker.lifeline import Lifeline
 from lingualinked.worker.limits import apply_limits, resident_bytes
-from lingualinked.worker.load_report import describe_loaded
+from lingualinked.worker.load_report import describe_loaded, describe_worker
 from lingualinked.worker.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.measure import Measurer
 from lingualinked.worker.pace import Pace
@@ -176,7 +175,7 @@ class Worker:
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
             return
-        if isinstance(message, Step | HookAnswered | EndSession | BackwardMessage):
+        if isinstance(message, Step | PackedStep | HookAnswered | EndSession | BackwardMessage):
             self._handle_step(message, delivery)
             return
         if isinstance(message, WeightMessage):
@@ -224,10 +223,14 @@ class Worker:
             case AddAdapter() | RemoveAdapter():
                 self._acknowledge(message.request, lambda: change_adapters(self._stages, message, delivery.tensors))
 
-    def _handle_step(self, message: Step | HookAnswered | EndSession | BackwardMessage, delivery: Delivery) -> None:
+    def _handle_step(
+        self, message: Step | PackedStep | HookAnswered | EndSession | BackwardMessage, delivery: Delivery
+    ) -> None:
         match message:
             case Step():
                 self._receive_step(message, delivery)
+            case PackedStep():
+                self._steps.packed.receive_step(message, delivery)
             case HookAnswered():
                 self._steps.resume_step(message, delivery.tensors)
             case EndSession():
@@ -306,7 +309,7 @@ class Worker:
 
     def _drop_moves(self, model: int) -> None:
         """End all transfers of a model that moves, and refuse the steps that wait for its sessions to move."""
-        for part in (self._moves, self._mover, self._lender, self._borrower, self._reader):
+        for part in (self._moves, self._mover, self._lender, self._borrower, self._reader, self._steps.packed):
             part.drop_model(model)
         for key in [key for key in self._early if key[0] == model]:
             for step, delivery in self._early.pop(key):
@@ -322,6 +325,7 @@ class Worker:
             logger.debug("session %d was not moved: %s", message.session, error)
         for step, delivery in self._early.pop((message.model, message.plan_version, message.session), ()):
             self._steps.serve_step(step, delivery)
+        self._steps.packed.run_due()
 
     def _receive_kv(self, message: KVChunk, delivery: Delivery) -> None:
         accepted = True
@@ -344,17 +348,9 @@ class Worker:
         self._acknowledge(message.request, lambda: self._stages.edit_tensor(message, delivery.tensors))
 
     def _make_report(self, message: InspectWorker) -> WorkerReport:
-        worker = WorkerSnapshot(
-            device=self._boot.name,
-            pid=os.getpid(),
-            threads=torch.get_num_threads(),
-            resident_bytes=resident_bytes(),
-            idle_resident_bytes=self._idle_resident_bytes,
-            num_refused=self._mailbox.num_refused,
-        )
         return WorkerReport(
             request=message.request,
-            worker=worker,
+            worker=describe_worker(self._boot.name, self._idle_resident_bytes, self._mailbox.num_refused),
             device=self._vitals.read_vitals(self._stages.held_bytes()),
             stages=self._stages.reports(),
         )
@@ -380,7 +376,7 @@ class Worker:
         return Measurer(message, self._boot.accelerator, self._pace, progress).run()
 
     def _receive_step(self, step: Step, delivery: Delivery) -> None:
-        if self._stages.is_due(step):
+        if self._stages.is_due(StageKey(step.model, step.plan_version, step.stage), step.session, step.number):
             self._steps.serve_step(step, delivery)
         else:
             self._early.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))

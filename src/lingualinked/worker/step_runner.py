@@ -35,6 +35,7 @@ from lingualinked.worker.hook_graph import given_with_gradients, join_graph
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.limits import end_if_device_is_lost
 from lingualinked.worker.pace import Pace
+from lingualinked.worker.packed_runner import PackedRunner
 from lingualinked.worker.paused_steps import PausedSteps
 from lingualinked.worker.peers import Peers
 from lingualinked.worker.step_tensors import split_tensors
@@ -52,6 +53,7 @@ class StepRunner:
         self._pace = pace
         self._accelerator = accelerator
         self._paused = PausedSteps()
+        self.packed = PackedRunner(mailbox, peers, stages, pace, accelerator)
         self._hops = HopClock()
         self._last_encode_us = 0
 

@@ -48,6 +48,7 @@ from lingualinked.protocol.messages import (
     encode,
 )
 from lingualinked.protocol.moving import KVCopied
+from lingualinked.protocol.packed import PackedDone, PackedFailed
 from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
 from lingualinked.protocol.steps import EndSession, StageTimes, Step, StepDone, StepRecorded
 from lingualinked.protocol.weights import FetchPart
@@ -488,9 +489,11 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
     if kind is not Hello:
         talk.greet("bystander")
     role, message = TO_CALLER.get(kind), example(kind)
-    is_step = kind in (StepDone, StepFailed, StepRecorded, HookReached)
+    is_packed = kind in (PackedDone, PackedFailed)
+    is_step = is_packed or kind in (StepDone, StepFailed, StepRecorded, HookReached)
+    of_step = PackedDone if is_packed else StepDone
     answer = (
-        kind if kind in ANSWERS.values() else KVCopied if kind is KVRefused else StepDone if is_step else StageLoaded
+        kind if kind in ANSWERS.values() else KVCopied if kind is KVRefused else of_step if is_step else StageLoaded
     )
     pending = Pending(
         devices=frozenset("ab") if is_step or answer is KVCopied else frozenset("a"),
@@ -504,9 +507,8 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         takes_hooks=kind is HookReached,
     )
     answered = pending.future  # a pause completes it, and makes another one
-    talk.exchange.send_request(
-        "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending
-    )
+    key = ("packed", 7, 0) if is_packed else ("step", 7, 7) if is_step else ("request", 7, 0)
+    talk.exchange.send_request("a", InspectWorker(request=7), (), key, pending)
     before = talk.caller.num_refused
     talk.say(sender, message)
     if role is None or (kind is Hello and sender != "bystander"):
@@ -522,13 +524,11 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
 
 @pytest.mark.parametrize("kind", ANSWERS.values(), ids=lambda kind: kind.__name__)
 def test_an_answer_to_something_else_is_none(talk: Conversation, kind: type[AnyMessage]) -> None:
-    is_step = kind is StepDone
+    key = {StepDone: ("step", 7, 7), PackedDone: ("packed", 7, 0)}.get(kind, ("request", 7, 0))
     pending = Pending(
         devices=frozenset("a"), asked="a", answer=Hello, model=7, what="", timeout_s=60, deadline=time.monotonic() + 60
     )
-    talk.exchange.send_request(
-        "a", InspectWorker(request=7), (), ("step", 7, 7) if is_step else ("request", 7, 0), pending
-    )
+    talk.exchange.send_request("a", InspectWorker(request=7), (), key, pending)
     talk.say("a", example(kind))
     assert talk.caller.num_refused == 1
     assert not pending.future.done()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class DynamicRope:
         self._arguments = {} if layer_type is None else {"layer_type": layer_type}
         self._prefix = "" if layer_type is None else f"{layer_type}_"
 
+    @property
+    def unstretched(self) -> int:
+        """The length of text up to which it is not stretched."""
+        return int(self._module.original_max_seq_len)  # type: ignore[arg-type]
+
     def stretch(self, num_tokens: int, device: torch.device) -> None:
         """Put the embedding into its state after a text of `num_tokens` tokens, whatever its present state."""
         module: Any = self._module
@@ -89,6 +94,17 @@ def dynamic_ropes(model: torch.nn.Module) -> list[DynamicRope]:
         kinds = getattr(module, "rope_type", None) if hasattr(module, "max_seq_len_cached") else None
         by_type = kinds if isinstance(kinds, dict) else {None: kinds or ""}
         found += [DynamicRope(module, layer_type) for layer_type, kind in by_type.items() if "dynamic" in kind]
+    return found
+
+
+def length_ropes(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Find the rotary embeddings that depend on the length of the text, whether they keep state or not."""
+    found = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", "") if hasattr(module, "max_seq_len_cached") else ""
+        of_types = kinds.values() if isinstance(kinds, dict) else [kinds or ""]
+        if any("dynamic" in kind or kind == "longrope" for kind in of_types):
+            found.append(module)
     return found
 
 
@@ -114,3 +130,40 @@ def balancing_loss(model: Any, router_logits: tuple[Any, ...], attention_mask: t
     if compute is None:
         return None
     return compute(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+
+
+@contextlib.contextmanager
+def replaced_attention(
+    wrap_attention: Callable[[Callable[..., Any]], Callable[..., Any]],
+    wrap_mask: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Wrap the attention function that models get from transformers' interface, and the one that makes masks, within the context.
+
+    Needs `GLOBAL_STATE`.
+    """
+    get_interface = ALL_ATTENTION_FUNCTIONS.get_interface
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    own_masks = dict(masks._local_mapping)
+
+    def get_wrapped(implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return wrap_attention(get_interface(implementation, default))
+
+    vars(ALL_ATTENTION_FUNCTIONS)["get_interface"] = get_wrapped
+    masks._local_mapping.update({name: wrap_mask(function) for name, function in masks.items()})
+    try:
+        yield
+    finally:
+        del vars(ALL_ATTENTION_FUNCTIONS)["get_interface"]
+        masks._local_mapping.clear()
+        masks._local_mapping.update(own_masks)
+
+
+def uses_interface(model: Any) -> bool:
+    """Whether the attention of a model's class goes through transformers' interface, as its source shows."""
+    return bool(model._can_set_attn_implementation())
+
+
+def attention_implementation(model: Any) -> str | None:
+    """Return the name by which a model finds its attention function."""
+    name: str | None = model.config.get_text_config()._attn_implementation
+    return name

@@ -1,0 +1,128 @@
+"""The KV caches of several texts, as one cache of transformers in a forward pass over all their new tokens.
+
+Knows caches and places in the pass; neither attention nor masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import Cache
+
+from lingualinked.errors import UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from torch import Tensor
+
+    from lingualinked.model.kv_cache import StageCache
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextPlace:
+    """Where the new tokens of one text are in the pass, ``[start, stop)``, and its KV cache."""
+
+    start: int
+    stop: int
+    cache: StageCache
+
+    @property
+    def num_new(self) -> int:
+        """Number of its new tokens."""
+        return self.stop - self.start
+
+
+class PackedCache:
+    """What `Stage.step` takes as the KV cache of a pass over several texts; `hf` is what the model gets."""
+
+    is_static = False
+    captured: dict[Any, Any]
+
+    def __init__(self, places: Sequence[TextPlace]) -> None:
+        self.places = places
+        self.hf = PackedStates(places)
+        self.num_tokens = 0
+
+    def check_room(self, _num_tokens: int) -> None:
+        """Check nothing: each text's room was checked before."""
+
+    def advance(self, _num_tokens: int, skipped: Collection[int] = ()) -> None:
+        """Count the tokens of a finished pass, in each text's cache."""
+        self.hf.check_attended("")
+        for place in self.places:
+            if place.cache.is_static:
+                place.cache.count.end_step()
+            place.cache.advance(place.num_new, skipped)
+
+    def begin(self) -> None:
+        """Prepare the texts' caches for a pass."""
+        for place in self.places:
+            if place.cache.is_static:
+                place.cache.count.begin_step(place.num_new)
+
+
+class PackedStates(Cache):
+    """Adds each text's new keys and values to its own cache; attention then reads all of each text's (`take_states`)."""
+
+    def __init__(self, places: Sequence[TextPlace]) -> None:
+        super().__init__(layers=list(places[0].cache.hf.layers))  # for their types
+        self._places = places
+        self.mask_layer = 0  # the layer whose lengths the mask in the making is for
+        self._added: tuple[Tensor, Tensor] | None = None  # what attention has not read yet
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether masks are always made, which each text's cache says for itself."""
+        return False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values of all new tokens, ``[1, heads, tokens, dim]``, to the texts' caches, and return them."""
+        self.check_attended(f", before layer {layer_idx}")
+        self._held = [
+            place.cache.owned[layer_idx].update(
+                key_states.narrow(2, place.start, place.num_new), value_states.narrow(2, place.start, place.num_new)
+            )
+            for place in self._places
+        ]
+        self._added = key_states, value_states
+        return key_states, value_states
+
+    def take_states(self, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the keys and values of each text for attention that was given those of the new tokens."""
+        if self._added is None or key is not self._added[0] or value is not self._added[1]:
+            raise not_through_interface("it computes with other keys and values than the KV cache has returned")
+        self._added = None
+        held, self._held = self._held, []
+        return held
+
+    def check_attended(self, where: str) -> None:
+        """Raise UnsupportedOperationError if keys were added that attention has not read through the interface."""
+        if self._added is not None:
+            self._added = None
+            raise not_through_interface(f"one of them does not compute it through transformers' interface{where}")
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Note the layer, for whose lengths in each text's cache masks are made; the sizes are not used."""
+        self.mask_layer = layer_idx
+        return query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As `get_mask_sizes`."""
+        self.mask_layer = layer_idx
+        return 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the texts have lengths of their own
+        """Return 0: positions are given."""
+        return 0
+
+
+def not_through_interface(why: str) -> UnsupportedOperationError:
+    """Make the error of a model whose attention can't be computed text by text."""
+    return UnsupportedOperationError(
+        f"packed steps need layers whose attention goes through transformers' AttentionInterface: {why}; use ordinary steps"
+    )
