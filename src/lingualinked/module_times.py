@@ -6,6 +6,7 @@ Plain data; knows neither how it is measured nor what is planned with it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -68,7 +69,8 @@ class ModuleTimes:
         The estimate is linear in the context for decode steps and in the tokens for prefill steps, then in the rows:
         interpolated between the nearest measured shapes, and extrapolated with their slope. If only one prefill was
         measured, the line goes through the decode step, a pass of one token, so that constant costs are not multiplied by
-        the number of tokens.
+        the number of tokens. Where prefills of as many tokens were measured at two contexts, each new token takes longer by
+        as much for each token before it.
 
         Parameters
         ----------
@@ -77,19 +79,42 @@ class ModuleTimes:
         context : float
             Tokens in the KV cache before it.
         """
-        decode = tokens == 1
-        steps = [step for step in self.steps if (step.tokens == 1) == decode] or list(self.steps)
+        is_decode = tokens == 1
+        steps = [step for step in self.steps if (step.tokens == 1) == is_decode] or list(self.steps)
         by_rows = []
         for measured in sorted({step.rows for step in steps}):
-            points = [
-                (step.context if decode else step.tokens, step.seconds) for step in steps if step.rows == measured
-            ]
-            if not decode and len(points) == 1:
+            alike = [step for step in steps if step.rows == measured]
+            if is_decode:
+                seconds = _linear([(step.context, step.seconds) for step in alike], context)
+            else:
                 one_token = [step for step in self.steps if step.rows == measured and step.tokens == 1]
-                shortest = min(one_token, key=lambda step: step.context, default=None)
-                points += [] if shortest is None else [(1, shortest.seconds)]
-            by_rows.append((measured, _linear(points, context if decode else tokens)))
+                seconds = _prefill_s(alike, one_token, tokens, context)
+            by_rows.append((measured, seconds))
         return _linear(by_rows, rows)
+
+
+def _prefill_s(steps: Sequence[StepTime], one_token: Sequence[StepTime], tokens: int, context: float) -> float:
+    growth_s = _growth_s(steps)
+    by_tokens: dict[int, float] = {}  # as if nothing came before them
+    for step in sorted(steps, key=_context, reverse=True):
+        by_tokens[step.tokens] = max(0.0, step.seconds - growth_s * step.tokens * step.context)
+    if len(by_tokens) == 1 and one_token:
+        by_tokens[1] = min(one_token, key=_context).seconds
+    return _linear(list(by_tokens.items()), tokens) + growth_s * tokens * context
+
+
+def _growth_s(steps: Sequence[StepTime]) -> float:
+    """Return the seconds that each pair of a new token and one before it adds, by prefills of equal size at different contexts."""
+    growth_s, most_pairs = 0.0, 0
+    for first, second in itertools.combinations(sorted(steps, key=_context), 2):
+        num_pairs = first.tokens * (second.context - first.context)
+        if first.tokens == second.tokens > 1 and num_pairs > most_pairs:
+            growth_s, most_pairs = max(0.0, (second.seconds - first.seconds) / num_pairs), num_pairs
+    return growth_s
+
+
+def _context(step: StepTime) -> int:
+    return step.context
 
 
 def _linear(points: Sequence[tuple[float, float]], x: float) -> float:

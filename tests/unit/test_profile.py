@@ -67,6 +67,18 @@ def test_what_a_step_takes_in_any_case_is_not_multiplied_by_its_tokens(tokens: i
     assert ModuleTimes((prefill, decode)).seconds(1, tokens, 0) == pytest.approx(3.0 + 2.0 * tokens)
 
 
+@given(tokens=st.integers(2, 5_000), context=st.integers(0, 5_000))
+def test_new_tokens_take_longer_behind_others(tokens: int, context: int) -> None:
+    """3 s that every step takes, 2 s a token, and 0.01 s for each pair of a new token and one before it."""
+
+    def step(tokens: int, context: int) -> StepTime:
+        seconds = 3.0 + 2.0 * tokens + 0.01 * tokens * context
+        return StepTime(rows=1, tokens=tokens, context=context, seconds=seconds)
+
+    measured = ModuleTimes((step(10, 90), step(100, 0), step(10, 0)))
+    assert measured.seconds(1, tokens, context) == pytest.approx(step(tokens, context).seconds)
+
+
 def test_times_do_not_fall_with_tokens_beyond_those_measured() -> None:
     steps = (StepTime(rows=1, tokens=100, context=0, seconds=2.0), StepTime(rows=1, tokens=1, context=0, seconds=3.0))
     assert ModuleTimes(steps).seconds(1, 10_000, 0) == 2.0

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lingualinked.workload import Workload
 
 _NUM_PREFILLS, _NUM_DECODES = 5, 6  # repeats that count; one more goes before them
+_NUM_CHUNKS, _LEAST_CHUNK = 8, 16  # of a prompt, whose first and last one are measured, and tokens of one
 _MEASURING_BYTES = 64 << 20  # that measuring takes beside weights: buffers, results
 _LIBRARIES = ("lingualinked", "torch", "transformers")
 
@@ -125,12 +126,16 @@ def extend_profile(
 def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[MeasuredShape, ...]:
     """Return the shapes of steps that a workload consists of: its prefill, and decode steps early and late in an answer.
 
-    The last token of a text needs a position as well: where they are learned, one must be left for it.
+    Of a prefill in chunks, the first and the last are added, if a chunk of an eighth is long enough to be measured. The last token
+    of a text needs a position as well: where they are learned, one must be left for it.
     """
     early, late = workload.prompt_tokens, workload.num_tokens
     if max_positions is not None:
         late = min(late, max_positions - 1)
     steps = [(max(2, workload.prompt_tokens), 0), *((1, context) for context in sorted({early, late}))]
+    chunk = workload.prompt_tokens // _NUM_CHUNKS
+    if chunk >= _LEAST_CHUNK:
+        steps += [(chunk, 0), (chunk, workload.prompt_tokens - chunk)]
     return tuple(
         MeasuredShape(rows=rows, tokens=tokens, context=context)
         for rows in sorted({1, workload.batch_size})

@@ -48,20 +48,25 @@ def check_reply(
     inputs: Tensor,
     logits_to_keep: int | Tensor,
     vocabulary: int | None,
+    *,
+    wants_logits: bool = True,
 ) -> Tensor:
     """Return the logits of an answer, or raise a WorkerError of a ProtocolError if it is not what was asked for.
 
-    ``vocabulary`` is how many logits each token has, if that is known.
+    ``vocabulary`` is how many logits each token has, if that is known. Of a step that wants no logits, they are of no tokens.
     """
     shape = _kept_shape(inputs.shape[0], inputs.shape[1], logits_to_keep)
     logits = reply.tensors[0] if len(reply.tensors) == 1 else torch.empty(0)
     fits = logits.is_floating_point() and logits.itemsize > 1 and tuple(logits.shape[:-1]) == shape
+    if not wants_logits:
+        logits, fits = torch.empty(inputs.shape[0], 0, vocabulary or 0), not reply.tensors
     if fits and vocabulary in (None, logits.shape[-1]) and len(reply.timings) == len(devices):
         return logits
     came = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in reply.tensors) or "none"
+    due = f"logits {[*shape, vocabulary or 'vocabulary']}" if wants_logits else "no logits"
     error = ProtocolError(
-        f"the answer to a step came with the tensors {came} and the times of {count_text(len(reply.timings), 'stage')}, where logits "
-        f"{[*shape, vocabulary or 'vocabulary']} and the times of {len(devices)} were due"
+        f"the answer to a step came with the tensors {came} and the times of {count_text(len(reply.timings), 'stage')}, where "
+        f"{due} and the times of {len(devices)} were due"
     )
     raise WorkerError(devices[-1], f"ProtocolError: {error}") from error
 

@@ -23,7 +23,7 @@ RawOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
 class SpanLeft(Exception):  # noqa: N818 - it ends a forward pass and is not an error
-    """The forward pass has reached the first layer after the span."""
+    """The forward pass has reached the first layer after the span, or what follows the last layer if that is not needed."""
 
 
 class Boundary:
@@ -33,15 +33,18 @@ class Boundary:
         self.incoming: RawOutput | None = None  # of the last layer before the span, on the previous stage
         self.outgoing: RawOutput | None = None  # of the last layer of the span
         self.is_passed = False  # whether the forward pass goes on behind the span, to return what it has recorded
+        self.is_end = False  # whether it ends with the last layer of the span, though the epilogue is here
 
     def capture_output(self, _layer: nn.Module, _arguments: Any, output: RawOutput) -> None:
-        """Keep the output of the last layer; a forward hook."""
+        """Keep the output of the last layer, and leave the span if the forward pass ends there; a forward hook."""
         self.outgoing = output
+        if self.is_end:
+            raise SpanLeft
 
     def clear(self) -> None:
         """Drop both tensors, so that they can be freed between steps."""
         self.incoming = self.outgoing = None
-        self.is_passed = False
+        self.is_passed = self.is_end = False
 
 
 class StandIn(nn.Module):

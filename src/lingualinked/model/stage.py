@@ -251,9 +251,9 @@ class Stage:
             arguments["inputs_embeds"] = states
         else:  # only their shape and dtype count, since the prologue's result is discarded; autocast may change the states' dtype
             arguments["inputs_embeds"] = states.detach().to(self._config.dtype)
-        if not self.is_first:
             self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:
+            self._boundary.is_end = not inputs.wants_logits and not inputs.records
             if self.device.type != "cpu":
                 check_indices(inputs.logits_to_keep, states.shape[1])
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
@@ -285,7 +285,7 @@ class Stage:
                 if count is not None:
                     count.end_step()
             if self.is_last:
-                outputs: tuple[Tensor, ...] = (result.logits,)
+                outputs: tuple[Tensor, ...] = (result.logits,) if inputs.wants_logits else ()
             else:
                 outputs, layout = flatten_output(self._boundary.outgoing)
             recorded = {name: self._recorded(name, result.get(name) or (), inputs, order) for name in inputs.records}

@@ -36,6 +36,7 @@ class StageInputs:
     attention_mask: Tensor | None  # [rows, past + tokens] int64
     position_ids: Tensor | None  # [rows or 1, tokens] int64
     logits_to_keep: int | Tensor = 0  # for the last stage: the number of last positions, 0 for all, or indices
+    wants_logits: bool = True  # else the last stage ends with its last layer, and has no output
     rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
     torch_settings: TorchSettings = field(default_factory=dict)  # the caller's
     records: tuple[str, ...] = ()  # what the model's output is to hold besides logits, such as "hidden_states"
@@ -73,6 +74,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or inputs.hooks
         or inputs.instruments is not None
         or inputs.graph is not None
+        or not inputs.wants_logits
         or inputs.skips != NO_SKIPS
         or not isinstance(keep, int)
     ):

@@ -55,7 +55,8 @@ class Step(Message, frozen=True, tag=4):
 
     Its tensors are, in order: the stage's inputs (token ids or embeddings on the first stage, the raw output of the
     previous stage's last layer on others), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, the
-    indices of the logits to keep if ``logits_to_keep`` is ``None``, and those of ``instruments``.
+    indices of the logits to keep if ``logits_to_keep`` is ``None``, and those of ``instruments``. Unless it ``wants_logits``, the
+    last stage computes none, and sends none to the caller.
 
     ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
     ``torch_settings`` are the caller's settings that differ from torch's defaults, such as autocast: stages compute under
@@ -101,6 +102,7 @@ class Step(Message, frozen=True, tag=4):
     adapters: AdapterUse | None = None
     skips: LayerSkips | None = None
     strides: Strides = None
+    wants_logits: bool = True
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

@@ -332,6 +332,7 @@ class HostedStage:
                 attention_mask=mask,
                 position_ids=positions,
                 logits_to_keep=keep,
+                wants_logits=step.wants_logits,
                 rope_reach=step.rope_reach,
                 torch_settings=dict(step.torch_settings),
                 records=step.records,

@@ -118,8 +118,15 @@ class Measurer:
     def _make_prefill(
         self, hosted: HostedStage, timer: ModuleTimer[Any], shape: MeasuredShape
     ) -> Callable[[], _Sample]:
-        """Return a function that times one prefill."""
-        return lambda: self._time_step(_TrialSession(hosted, self._request, shape.rows), timer, shape)
+        """Return a function that times one prefill, or a chunk of one behind others."""
+
+        def step() -> _Sample:
+            session = _TrialSession(hosted, self._request, shape.rows)
+            if shape.context:
+                session.run_step(shape.context)
+            return self._time_step(session, timer, shape)
+
+        return step
 
     def _make_decode(
         self, hosted: HostedStage, timer: ModuleTimer[Any], rows: int

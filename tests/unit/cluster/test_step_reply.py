@@ -33,6 +33,13 @@ def test_what_was_asked_for_in_each_row_is_taken() -> None:
         assert check((logits,), TIMES, keep) is logits
 
 
+def test_no_logits_are_taken_where_none_were_asked_for() -> None:
+    reply, logits = StepReply((), TIMES, 1), StepReply((torch.zeros(3, 1, 64),), TIMES, 1)
+    assert check_reply(reply, ("a", "b"), INPUTS, 1, 64, wants_logits=False).shape == (3, 0, 64)
+    with pytest.raises(ll.WorkerError, match="where no logits and the times of 2 were due"):
+        check_reply(logits, ("a", "b"), INPUTS, 1, 64, wants_logits=False)
+
+
 GOOD = torch.zeros(3, 1, 64)
 
 

@@ -60,6 +60,18 @@ def test_only_the_logits_asked_for_are_given(spec: ModelSpec) -> None:
         assert stage.step(step, None).tensors[0].shape == (1, kept, 97)
 
 
+def test_what_follows_the_last_layer_runs_only_for_logits(spec: ModelSpec) -> None:
+    stage = Stage.load(spec, 0, 4)
+    ids = torch.arange(7)[None]
+    whole, parted = stage.new_cache(), stage.new_cache()
+    stage.step(inputs(ids[:, :4]), whole)
+    first = inputs(ids[:, :4])
+    first.wants_logits = False
+    assert stage.step(first, parted).tensors == ()
+    expected, given = (stage.step(inputs(ids[:, 4:]), cache).tensors[0] for cache in (whole, parted))
+    assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("layout", [(True, True), (False,), (True, False, True)])
 def test_a_layout_of_other_tensors_is_refused(spec: ModelSpec, layout: tuple[bool, ...]) -> None:
     with pytest.raises(ArgumentError, match="1 tensor arrived at a stage, which does not match the layout"):
