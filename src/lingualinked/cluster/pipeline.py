@@ -51,8 +51,10 @@ from lingualinked.workload import Objective, Workload
 if TYPE_CHECKING:
     from lingualinked.control.correction import Correction
     from lingualinked.protocol.messages import StageLoaded
+    from lingualinked.telemetry.samples import StepSample
 
 _LAST_REPORT_S = 1.0
+_LATEST_STEPS = 512
 _models = itertools.count(1)
 _sessions = itertools.count(1)  # of all models: answers to steps are told by session and step alone
 
@@ -214,6 +216,10 @@ class Pipeline:
         """The profile that decisions use; ``None`` if nothing has been measured."""
         balancer = self._controller.balancer
         return self.plan.profile if balancer is None or balancer.profile is None else balancer.profile
+
+    def latest_steps(self) -> list[StepSample]:
+        """Return the latest steps of all sessions, oldest first."""
+        return self._recorder.latest_steps(_LATEST_STEPS)
 
     @property
     def is_rebalancing_enabled(self) -> bool:

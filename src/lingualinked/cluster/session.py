@@ -8,14 +8,12 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from lingualinked.cluster.captured import StepInstruments
@@ -27,11 +25,11 @@ from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.recorded import Recorded
 from lingualinked.cluster.remote_graph import RemoteGraph
 from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.session_place import SessionPlace, end_session
 from lingualinked.cluster.session_use import SessionUse
-from lingualinked.cluster.step_in_flight import StepInFlight, StepOptions
+from lingualinked.cluster.step_in_flight import MOST_TOKENS_AHEAD, StepInFlight, StepOptions
 from lingualinked.cluster.tensor_edits import TensorEdits
 from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
-from lingualinked.interrupts import uninterrupted
 from lingualinked.model.context import StepContext
 from lingualinked.model.instrument_data import Instruments
 from lingualinked.model.rotary import RopeReach
@@ -45,13 +43,6 @@ from lingualinked.transport.hop_clock import clock_us
 
 _MAX_WAIT_S = 0.1
 _PLAIN = StepOptions()
-
-
-@dataclasses.dataclass(slots=True)
-class _Place:
-    """Where a session runs, apart from the session, so that its finalizer can end it there."""
-
-    route: Route
 
 
 class Session:
@@ -87,7 +78,7 @@ class Session:
         self._model = model
         self._number = number
         self._routes = routes
-        self._place = _Place(routes.target)
+        self._place = SessionPlace(routes.target)
         self._moved_from: Route | None = None  # until all workers have been told
         self._budget = budget
         self._reach = reach
@@ -110,7 +101,7 @@ class Session:
         self._used = contextlib.ExitStack()  # its use by the steps in flight
         self._broken_by = ""
         self._unsaid: list[LingualinkedError] = []  # what broke it between two steps, until a step raises it
-        self._finalizer = weakref.finalize(self, _end, engine, model, number, self._place, budget)
+        self._finalizer = weakref.finalize(self, end_session, engine, model, number, self._place, budget)
         self._finalizer.atexit = False
 
     @property
@@ -133,9 +124,11 @@ class Session:
         transformers: 0 for all positions, N for the last N, or indices.
 
         If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has
-        ended. What broke it between two steps is raised by the next one itself, once.
+        ended. What broke it between two steps is raised by the next one itself, once. A step that wants no logits is not waited for:
+        the next one raises what it would.
         """
-        return self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options).finish()
+        flight = self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
+        return flight.finish() if options.wants_logits else flight.no_logits
 
     def start_step(
         self,
@@ -149,7 +142,12 @@ class Session:
 
         Several may be in flight, which the stages run in order, and which are finished in order; one with hooks only alone.
         Until all are finished, the session does not change to another route. If one fails, those behind it fail with it.
+        Those that want no logits need not be finished: later ones do that.
         """
+        if (
+            self._flying_thread == threading.get_ident()
+        ):  # make room, or let all end if it is to change to another route
+            self.finish_silent_steps(MOST_TOKENS_AHEAD if self._place.route is self._routes.target else 0)
         is_first = not (self._flights and self._flying_thread == threading.get_ident())
         if not is_first and (self._flights[-1].options.hooks or options.hooks):
             raise ArgumentError("past_key_values is in use by a step with hooks: finish it before the next one starts")
@@ -168,7 +166,7 @@ class Session:
         """Keep the KV rows ``rows`` (int64 ``[new rows]``); reaches the stages with the next step."""
         values = tuple(int(row) for row in rows.tolist())
         self._edits.append(KVEdit(kind=KVEditKind.REORDER, values=values))
-        self._context.reorder(torch.tensor(values, dtype=torch.long))
+        self._context.reorder(rows.cpu().long())
         self.num_rows = len(values)
 
     def crop(self, num_tokens: int) -> None:
@@ -207,9 +205,8 @@ class Session:
 
     def reserve(self, num_tokens: int) -> None:
         """Reserve room for so many tokens per row in all, and for no more, where the KV grows."""
-        if self.max_cache_len:
-            return
-        self._edits.append(KVEdit(kind=KVEditKind.RESERVE, values=(num_tokens,)))
+        if not self.max_cache_len:
+            self._edits.append(KVEdit(kind=KVEditKind.RESERVE, values=(num_tokens,)))
 
     def end(self) -> None:
         """Free the session's KV in every stage; steps that this thread has in flight are lost."""
@@ -301,7 +298,8 @@ class Session:
         num_rows, num_new = inputs.shape[:2]
         due = {} if instruments is None else instruments.due_captures(num_rows, num_new, self.num_tokens)
         if options.keeps_kv:
-            self._budget.hold(self._number, num_rows * (self.max_cache_len or self.num_tokens + num_new))
+            num_tokens = self.num_tokens + num_new + options.num_tokens_ahead
+            self._budget.hold(self._number, num_rows * (self.max_cache_len or num_tokens))
         code = self._context.encode(attention_mask, position_ids, num_new)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
         have_changed = instruments is not self._instruments
@@ -336,6 +334,7 @@ class Session:
             requires_grad=(gradients.requires_grad,) if gradients is not None and gradients.may_flow else None,
             skips=self._changes.skips if self._changes.skips.indices else None,
             strides=strides,
+            wants_logits=options.wants_logits,
         )
         self._edits.clear()
         self._instruments = instruments
@@ -354,32 +353,34 @@ class Session:
         self.num_tokens += num_new
         return flight
 
+    def finish_silent_steps(self, most_tokens: int = 0, until: StepInFlight | None = None) -> None:
+        """Finish the first steps in flight, as long as they want no logits, until no more row-tokens are in flight."""
+        while self._flights and self._flights[0] is not until and not self._flights[0].options.wants_logits:
+            if sum(each.num_rows * each.num_new for each in self._flights) <= most_tokens:
+                return
+            self._flights[0].finish()
+
     def _finish_step(self, flight: StepInFlight) -> tuple[Tensor, Recorded]:
+        self.finish_silent_steps(until=flight)
         if not self._flights or self._flights[0] is not flight:
             self._check_open()  # one before it has failed
             raise ArgumentError("steps are finished in the order in which they were started, and each once")
         try:
-            try:
-                self.stepping_thread = None if flight.options.hooks is None else threading.get_ident()
-                results = flight.receive(self._spec, self._vocabulary, self.max_cache_len, self._engine.trusted)
-            except BaseException as error:  # also an interrupt: what the stages hold is no longer known
-                self._break(error, flight)
-                raise
-            finally:
-                self.stepping_thread = None
+            self.stepping_thread = None if flight.options.hooks is None else threading.get_ident()
+            results = flight.receive(self._spec, self._vocabulary, self.max_cache_len, self._engine.trusted)
             self._flights.popleft()
-            # Report the timings, and what the stages hold now.
             self.last_step = flight.sample()
             self._watch(self.last_step)
             self._holds_kv = flight.options.keeps_kv
-            gradients = flight.options.gradients
-            if gradients is not None:
-                flight.report_gradients()
-                self.kv_has_gradients |= flight.options.keeps_kv and gradients.flow
-            return results
+            self.kv_has_gradients |= flight.report_gradients() and self._holds_kv
+        except BaseException as error:  # also an interrupt: what the stages hold is no longer known
+            self._break(error, flight)
+            raise
         finally:
+            self.stepping_thread = None
             if not self._flights:
                 self._used.close()
+        return results
 
     def _break(self, error: BaseException, flight: StepInFlight) -> None:
         """End the session after a step that failed."""
@@ -388,11 +389,3 @@ class Session:
         self.end()
         if flight.options.gradients is not None:
             flight.options.gradients.graph = None  # which frees it
-
-
-@uninterrupted
-def _end(engine: Engine, model: int, number: int, place: _Place, budget: KVBudget) -> None:
-    route = place.route
-    message = EndSession(model=model, plan_version=route.version, stage=0, session=number)
-    engine.end_session(route.stage_devices, message)
-    budget.release(number)  # not before: what then takes its room goes behind it, and workers count too

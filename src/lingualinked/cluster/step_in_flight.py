@@ -10,6 +10,8 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from lingualinked.cluster.captured import join_captured
 from lingualinked.cluster.hooked_step import HookedStep
 from lingualinked.cluster.pending import result_of
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from lingualinked.protocol.steps import Step
     from lingualinked.telemetry.samples import StepSample
 
+MOST_TOKENS_AHEAD = 8192
+"""Row-tokens of one session that may be in flight when another step starts: their hidden states wait in the workers."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
@@ -38,15 +43,24 @@ class StepOptions:
 
     ``keeps_kv`` tells whether later steps follow; ``records`` what layers record (`protocol.steps.RECORDS`),
     ``hidden_state_indices`` which hidden states, if not all. For ``gradients``, the stages keep the step's autograd graph.
+    A chunk of a prompt before the last one ``wants_logits`` not: it gives logits of no tokens. ``num_tokens_ahead`` are those per row
+    that come in later steps and for which there has to be room before this one runs.
     """
 
     keeps_kv: bool = True
+    wants_logits: bool = True
+    num_tokens_ahead: int = 0
     records: tuple[str, ...] = ()
     hidden_state_indices: tuple[int, ...] | None = None
     hooks: StepHooks | None = None
     instruments: StepInstruments | None = None
     gradients: GraphUser | None = None
     adapters: AdapterUse | None = None
+
+    def of_chunk(self, num_ahead: int, *, is_observed: bool) -> StepOptions:
+        """Return those of a chunk behind which others come; it computes logits only if anybody sees what it returns."""
+        is_observed |= bool(self.records or self.hooks or self.instruments or self.gradients)
+        return dataclasses.replace(self, num_tokens_ahead=num_ahead, wants_logits=is_observed)
 
 
 class StepInFlight:
@@ -76,6 +90,7 @@ class StepInFlight:
         self._hooked: HookedStep | None = None
         self._reply: StepReply
         self._began_s = time.monotonic()
+        self._answered_s: list[float] = []  # when the answer came, which may be long before anybody asks for it
 
     def send(
         self, engine: Engine, tensors: tuple[Tensor, ...], timeout_s: float, on_failure: Callable[[], None]
@@ -83,9 +98,16 @@ class StepInFlight:
         """Send it to the first stage; ``on_failure`` is called as soon as it has failed in the middle of its hooks."""
         if self.options.hooks is None:
             self._answers.append(engine.step(self._route.stage_devices, self._step, tensors, timeout_s))
+            answered_s = self._answered_s
+            self._answers[0].add_done_callback(lambda _: answered_s.append(time.monotonic()))
         else:
             self._hooked = HookedStep(engine, self._step, self._route, on_failure)
             self._hooked.start(tensors, timeout_s)
+
+    @property
+    def no_logits(self) -> tuple[Tensor, Recorded]:
+        """What a step that wants no logits gives: logits of no tokens, and nothing recorded."""
+        return torch.empty(self.num_rows, 0, 0), {}
 
     def finish(self) -> tuple[Tensor, Recorded]:
         """Wait for the answer; return the logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
@@ -104,7 +126,8 @@ class StepInFlight:
         else:
             assert self._hooked is not None
             self._reply = hooks.run(self._hooked)
-        logits = check_reply(self._reply, self._route.stage_devices, self._inputs, self._logits_to_keep, vocabulary)
+        due = self._inputs, self._logits_to_keep, vocabulary
+        logits = check_reply(self._reply, self._route.stage_devices, *due, wants_logits=self.options.wants_logits)
         recorded: Recorded = {}
         if self.options.records or self._due:
             num_tokens = self._num_past + self.num_new
@@ -116,14 +139,15 @@ class StepInFlight:
             instruments.collect(values, trusted)
         return logits, recorded
 
-    def report_gradients(self) -> None:
-        """Tell those who asked for gradients what the answer says of them."""
+    def report_gradients(self) -> bool:
+        """Tell those who asked for gradients what the answer says of them; return whether gradients flow."""
         gradients = self.options.gradients
-        if gradients is not None:
-            gradients.logits_require_grad, gradients.ends_at_tap = self._reply.requires_grad, self._reply.ends_at_tap
+        if gradients is None:
+            return False
+        gradients.logits_require_grad, gradients.ends_at_tap = self._reply.requires_grad, self._reply.ends_at_tap
+        return gradients.flow
 
     def sample(self) -> StepSample:
         """Return what telemetry keeps of it."""
-        return sample_of(
-            self._step, self._route, self._reply, self._began_s, self.num_rows, self.num_new, self._num_past
-        )
+        shape = self.num_rows, self.num_new, self._num_past
+        return sample_of(self._step, self._route, self._reply, self._began_s, *shape, *self._answered_s)

@@ -80,11 +80,18 @@ class StepLabel(NamedTuple):
 
 
 def sample_of(
-    step: Step | StepLabel, route: Route, reply: StepReply, began_s: float, rows: int, tokens: int, context: int
+    step: Step | StepLabel,
+    route: Route,
+    reply: StepReply,
+    began_s: float,
+    rows: int,
+    tokens: int,
+    context: int,
+    ended_s: float | None = None,
 ) -> StepSample:
-    """Return what is kept of a step that began at a time, over so many rows and tokens behind so many others."""
+    """Return what is kept of a step that began at a time and ended at another, or now, over so many rows and tokens behind others."""
+    total_s = (time.monotonic() if ended_s is None else ended_s) - began_s
     sent_bytes = [*(each.received_bytes for each in reply.timings[1:]), reply.num_bytes]
-    total_s = time.monotonic() - began_s
     return StepSample(
         time_s=began_s,
         session=step.session,

@@ -5,6 +5,7 @@ Knows costs; no solver.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from lingualinked.device import CALLER
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.planning.prediction import DevicePrediction, HopPrediction, Prediction, StagePrediction
+from lingualinked.planning.prefill_prediction import StageCost, cost_of
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.workload import Workload
@@ -63,3 +65,18 @@ def predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workload
             )
         )
     return Prediction(workload=costs.workload, stages=tuple(predicted), hops=hops, devices=tuple(devices))
+
+
+def prefill_costs(stages: Sequence[PlannedStage], profile: Profile, rows: int) -> tuple[list[StageCost], float]:
+    """Return what chunks of a prompt cost in each stage, and the seconds that follow the last layer, once."""
+    costs = WorkloadCosts(profile, Workload(prompt_tokens=1, new_tokens=1, batch_size=rows), 0.0)
+    result = []
+    for source, stage in zip([CALLER, *(each.device for each in stages)], stages, strict=False):
+        device, kinds = profile.device(stage.device), profile.model.kind_of_layer[stage.start : stage.end]
+        parts = [(times, kinds.count(kind)) for kind, times in enumerate(device.layers) if kind in kinds]
+        parts += [(device.stage, 1), *([(device.prologue, 1)] if stage.start == 0 else [])]
+        link = 0.0 if source == stage.device else profile.link(source, stage.device).latency_s
+        transfer_s = functools.partial(costs.transfer_s, source, stage.device)
+        result.append(StageCost(cost_of(parts, rows), link, transfer_s))
+    last = stages[-1].device
+    return result, profile.device(last).epilogue.seconds(rows, 1, 0) + costs.hop_s(last, CALLER, 1)

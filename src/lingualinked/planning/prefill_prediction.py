@@ -6,8 +6,10 @@ Knows what steps cost as functions; neither profiles nor plans.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from lingualinked.module_times import ModuleTimes
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.shown import Printed
 
@@ -17,6 +19,7 @@ StepCost = Callable[[int, int], float]
 _NUMBERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 _GRANULE = 32  # tokens: matrix products and attention take them in blocks of this size, or of a multiple
 _LEAST_GAIN = 1.02  # times as fast as the whole prompt at once
+_FAR = 1024  # tokens of context at which it is read how times grow
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +64,21 @@ class PrefillPrediction(Printed):
             f"{self.prefill_chunk_size:,}: first token after {seconds_text(self.first_token_s)}, at once after "
             f"{seconds_text(self.whole_s)}"
         )
+
+
+def cost_of(parts: Sequence[tuple[ModuleTimes, int]], rows: int) -> StepCost:
+    """Return what a step of so many rows costs in parts of a model, each as often as it says."""
+
+    @functools.cache
+    def line(tokens: int) -> tuple[float, float]:
+        here, far = (sum(count * times.seconds(rows, tokens, each) for times, count in parts) for each in (0, _FAR))
+        return here, (far - here) / _FAR
+
+    def seconds(tokens: int, context: int) -> float:
+        start_s, slope = line(tokens)
+        return start_s + slope * context
+
+    return seconds
 
 
 def predict_first_token_s(stages: Iterable[StageCost], after_s: float, prompt_tokens: int, chunk_size: int) -> float:

@@ -44,6 +44,7 @@ from lingualinked.sharded.instruments.in_force import OpenBlocks
 from lingualinked.sharded.layer_surgery import LayerSurgery
 from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
+from lingualinked.sharded.prefill import PipelinedPrefill, options_of_chunk
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.stand_in_class import make_stand_in
@@ -56,7 +57,9 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
 
 
-class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, ShardedGeneration):
+class ShardedCausalLM(
+    SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, PipelinedPrefill, ShardedGeneration
+):
     """The overrides of a sharded model's class; comes before the transformers class in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
@@ -216,21 +219,22 @@ class ShardedCausalLM(SealedModel, Adapters, Conversions, Saving, UnsupportedOpe
         instruments = (
             blocks.in_force(cache, self._pipeline.spec, takes_embeddings=inputs.is_floating_point()) if blocks else None
         )
+        options = StepOptions(
+            keeps_kv=keeps_kv,
+            records=records,
+            hidden_state_indices=selected,
+            hooks=hooks,
+            instruments=instruments,
+            gradients=gradients,
+            adapters=adapters,
+        )
         try:
             logits, recorded = cache.session.step(
                 inputs.detach(),
                 mask,
                 positions,
                 keep,
-                StepOptions(
-                    keeps_kv=keeps_kv,
-                    records=records,
-                    hidden_state_indices=selected,
-                    hooks=hooks,
-                    instruments=instruments,
-                    gradients=gradients,
-                    adapters=adapters,
-                ),
+                options_of_chunk(cache.session, options, shape.new),
             )
         finally:
             if not keeps_kv:

@@ -23,7 +23,11 @@ from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
 from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
+<<<<<<< HEAD
 from lingualinked.sharded.microbatching import Batch, check_num_microbatches
+=======
+from lingualinked.sharded.prefill import check_chunk_size
+>>>>>>> 445e15f (wip)
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
@@ -112,6 +116,7 @@ class ShardedGeneration:
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """Refuse unsupported settings, once transformers has merged those of all sources."""
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+        check_chunk_size(config.prefill_chunk_size)
         for name, reason in _REFUSED.items():
             value = getattr(config, name)
             if value is not None and value is not False:

@@ -66,6 +66,11 @@ class Recorder:
             newest = list(itertools.islice(reversed(self._steps), num_new))
         return count, newest[::-1]
 
+    def latest_steps(self, most: int) -> list[StepSample]:
+        """Return the latest steps, up to a number of them, oldest first."""
+        with self._lock:
+            return [*itertools.islice(reversed(self._steps), most)][::-1]
+
     def add_device(self, sample: DeviceSample) -> None:
         """Record a sample of a device."""
         with self._lock:
