@@ -114,8 +114,16 @@ class Cut:
             for cache in self.caches:
                 cache.record_past(True)
 
-    def step(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor = 0) -> Tensor:
-        """Return the logits of new tokens; only a stage's output reaches the next one."""
+    def step(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        keep: int | Tensor = 0,
+        *,
+        wants_logits: bool = True,
+    ) -> Tensor:
+        """Return the logits of new tokens, or an empty tensor; only a stage's output reaches the next one."""
         tensors: tuple[Tensor, ...] = (tokens,)
         layout = None
         for stage, cache in zip(self.stages, self.caches, strict=True):
@@ -125,10 +133,14 @@ class Cut:
                 attention_mask=mask,
                 position_ids=positions,
                 logits_to_keep=keep,
+                wants_logits=wants_logits,
                 torch_settings=self.torch_settings,
             )
             output = stage.step(inputs, cache)
             tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout
+        if not wants_logits:
+            assert not tensors
+            return torch.empty(0)
         (logits,) = tensors
         return logits
 
@@ -168,6 +180,23 @@ def greedy(conversation: Whole | Cut, num_new: int = 16) -> list[Tensor]:
         mask = extend(mask, 1)
         logits.append(conversation.step(logits[-1][:, -1:].argmax(-1), mask, positions_of(mask, 1), 1))
     return logits
+
+
+def in_chunks(conversation: Whole | Cut, mask_width: int = 0) -> list[Tensor]:
+    """Prefill a left-padded batch in chunks, and decode; give the logits of the last chunk and of the token behind it.
+
+    A cut model computes no other logits. Masks are filled up to a width, if there is one.
+    """
+    tokens = prompt(3, 12)
+    logits = []
+    for end in (5, 10, 12, 13):
+        chunk = tokens[:, :end][:, 5 * ((end - 1) // 5) :] if end < 13 else prompt(3, 1)
+        mask = torch.ones(3, end, dtype=torch.long)
+        mask[1, :3] = mask[2, :7] = 0
+        wide = torch.nn.functional.pad(mask, (0, max(0, mask_width - end)))
+        silent = {"wants_logits": False} if isinstance(conversation, Cut) and end < 12 else {}
+        logits.append(conversation.step(chunk, wide, positions_of(mask, chunk.shape[1]), 1, **silent))
+    return logits[2:]
 
 
 def beam_and_back(conversation: Whole | Cut) -> list[Tensor]:

@@ -144,7 +144,7 @@ class SimulatedPipeline:
         busiest_s = max(stage.compute_s for stage in stages)
         return StepSample(
             time_s=self.time_s,
-            session=1,
+            session=self.num_steps % self.num_sessions,
             number=self.num_steps,
             plan_version=1,
             rows=1,

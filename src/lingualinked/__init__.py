@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lingualinked.planning.planned_stage import PlannedStage as PlannedStage
     from lingualinked.planning.planner import baseline as baseline, solve as solve
     from lingualinked.planning.prediction import Prediction as Prediction
+    from lingualinked.planning.prefill_prediction import PrefillPrediction as PrefillPrediction
     from lingualinked.planning.simulation.result import Simulation as Simulation
     from lingualinked.planning.simulation.simulate import simulate as simulate
     from lingualinked.planning.solved import Solved as Solved
@@ -102,6 +103,7 @@ _NAMES = {
     "planning.planned_stage": "PlannedStage",
     "planning.planner": "baseline solve",
     "planning.prediction": "Prediction",
+    "planning.prefill_prediction": "PrefillPrediction",
     "planning.simulation.result": "Simulation",
     "planning.simulation.simulate": "simulate",
     "planning.solved": "Solved",

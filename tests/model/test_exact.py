@@ -20,6 +20,7 @@ from conversations import (
     beam_and_back,
     extend,
     greedy,
+    in_chunks,
     load_stage,
     load_stages,
     positions_of,
@@ -53,6 +54,15 @@ def test_cut_anywhere_is_exact(family: str, dtype: torch.dtype, checkpoint: Chec
         stages = load_stages(spec, num_stages, NUM_LAYERS)
         assert_equal(greedy(Cut(stages)), said)
         assert_equal(beam_and_back(Cut(stages, records_past=True)), beamed)
+
+
+@pytest.mark.parametrize("max_cache_len", [0, 20], ids=["a growing KV cache", "a static KV cache"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_in_chunks_is_exact(family: str, max_cache_len: int, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family, torch.float32)
+    cut = Cut(load_stages(spec_of(folder), 2, NUM_LAYERS), max_cache_len=max_cache_len)
+    whole = Whole(reference(folder), max_cache_len=max_cache_len)
+    assert_equal(*(in_chunks(each, max_cache_len) for each in (cut, whole)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -59,9 +59,9 @@ def generate(model: Any, **arguments: Any) -> Any:
     return model.generate(**call | arguments, return_dict_in_generate=True, output_logits=True)
 
 
-def assert_equal(ours: Any, theirs: Any) -> None:
-    assert torch.equal(ours.sequences, theirs.sequences)
-    assert all(map(torch.equal, ours.logits, theirs.logits))
+def assert_equal(ours: Any, theirs: Any, what: str = "") -> None:
+    assert torch.equal(ours.sequences, theirs.sequences), what
+    assert all(map(torch.equal, ours.logits, theirs.logits)), what
 
 
 def prompt_steps(model: Any) -> list[ll.StepSample]:
@@ -74,8 +74,7 @@ def test_each_way_to_generate(pair: Pair) -> None:
     for mode, arguments in MODES.items():
         if "position_ids" in arguments and pair[1].config.model_type == "bloom":
             continue
-        ours, theirs = (generate(model, **arguments) for model in pair)
-        assert_equal(ours, theirs), mode
+        assert_equal(*(generate(model, **arguments) for model in pair), mode)
 
 
 def test_a_text_goes_on_in_chunks(pair: Pair) -> None:
@@ -209,7 +208,7 @@ def test_an_interrupt_ends_the_session(monkeypatch: pytest.MonkeyPatch, sharded:
     with pytest.raises(KeyboardInterrupt):
         generate(sharded, past_key_values=past, inputs=IDS.repeat(1, 2))
     with pytest.raises(ll.ClosedError):
-        generate(sharded, past_key_values=past)
+        generate(sharded, past_key_values=past, inputs=IDS.repeat(1, 3))
     wait_until(lambda: num_sessions(sharded) == [0, 0, 0])
     generate(sharded)
 

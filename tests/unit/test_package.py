@@ -59,6 +59,7 @@ PUBLIC_NAMES = [
     "Plan",
     "PlannedStage",
     "Prediction",
+    "PrefillPrediction",
     "Profile",
     "Project",
     "ProtocolError",

@@ -15,6 +15,7 @@ _WINDOWS_PER_HORIZON = 24
 _LEAST_CHANGE = 0.6  # sessions
 _LEAST_SHARE = 0.25  # of the number that holds
 _MOST_CHANGES = 16
+_MOST_SESSIONS = 1024  # whose latest steps are remembered
 _SELDOM = 0.25  # of a session more than the number: one that is in flight so seldom does not count
 
 
@@ -31,6 +32,7 @@ class SessionLevel:
         self._horizon_s = horizon_s
         self._changes: deque[float] = deque(maxlen=_MOST_CHANGES)
         self._last_done_s = -math.inf
+        self._ends_s: dict[int, float] = {}  # of the latest step of each session, the one that stepped last at the end
         self._in_flight_s = self._busy_s = 0.0  # of the window that is being filled
         self._before = float(planned)  # mean of the window before
 
@@ -46,7 +48,12 @@ class SessionLevel:
     def observe(self, sample: StepSample) -> bool:
         """Learn from a step that has come back; return whether the number has changed."""
         done_s = sample.end_s
-        self._in_flight_s += sample.total_s
+        # Chunks of a prompt that are in flight at once are one session's.
+        before_s = self._ends_s.pop(sample.session, -math.inf)
+        self._in_flight_s += max(0.0, done_s - max(sample.time_s, before_s))
+        self._ends_s[sample.session] = max(done_s, before_s)
+        if len(self._ends_s) > _MOST_SESSIONS:
+            del self._ends_s[next(iter(self._ends_s))]
         self._busy_s += max(0.0, done_s - max(self._last_done_s, sample.time_s))
         self._last_done_s = max(self._last_done_s, done_s)
         if self._busy_s < self._horizon_s / _WINDOWS_PER_HORIZON:

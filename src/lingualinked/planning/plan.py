@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
+from lingualinked.checks import is_count
 from lingualinked.device import Device
 from lingualinked.environment import Environments, inexact_because
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
@@ -18,6 +19,7 @@ from lingualinked.planning.comparison import Comparison
 from lingualinked.planning.explanation import Explanation
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.planning.prediction import Prediction
+from lingualinked.planning.prefill_prediction import PrefillPrediction, predict_prefill
 from lingualinked.planning.solved import Solved
 from lingualinked.profile import Profile
 from lingualinked.quantities import count_text
@@ -182,6 +184,33 @@ class Plan(Shown):
         if not isinstance(workload, Workload):
             raise ArgumentError(f"workload is a {type(workload).__name__}: give a lingualinked.Workload")
         return _predict(self, self.measured, workload)
+
+    def predict_prefill(
+        self, prompt_tokens: int, *, batch_size: int = 1, prefill_chunk_size: int | Literal["auto"] = "auto"
+    ) -> PrefillPrediction:
+        """Predict the time from a prompt to its first token, in chunks that follow each other through the stages.
+
+        Parameters
+        ----------
+        prompt_tokens : int
+            Tokens of the prompt, per row.
+        batch_size : int
+            Rows.
+        prefill_chunk_size : int or "auto"
+            Tokens of a chunk, per row; ``"auto"``: the number of which the prediction is best.
+
+        Raises
+        ------
+        ArgumentError
+            If a number is not positive, or the plan has no profile.
+        """
+        from lingualinked.planning.predicting import prefill_costs  # imports NumPy
+
+        size = None if prefill_chunk_size == "auto" else prefill_chunk_size
+        for name, value in (("prompt_tokens", prompt_tokens), ("batch_size", batch_size), ("prefill_chunk_size", size)):
+            if value is not None and not is_count(value):
+                raise ArgumentError(f"{name}={value!r} must be a positive integer")
+        return predict_prefill(*prefill_costs(self.stages, self.measured, batch_size), prompt_tokens, size)
 
     @property
     def measured(self) -> Profile:

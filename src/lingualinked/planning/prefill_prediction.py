@@ -56,11 +56,12 @@ class PrefillPrediction(Printed):
     whole_s: float
 
     def __str__(self) -> str:
+        prompt = f"a prompt of {count_text(self.prompt_tokens, 'token')}"
         num_chunks = -(-self.prompt_tokens // self.prefill_chunk_size)
         if num_chunks == 1:
-            return f"a prompt of {self.prompt_tokens:,} tokens at once: first token after {seconds_text(self.first_token_s)}"
+            return f"{prompt} at once: first token after {seconds_text(self.first_token_s)}"
         return (
-            f"a prompt of {count_text(self.prompt_tokens, 'token')} in {count_text(num_chunks, 'chunk')} of up to "
+            f"{prompt} in {count_text(num_chunks, 'chunk')} of up to "
             f"{self.prefill_chunk_size:,}: first token after {seconds_text(self.first_token_s)}, at once after "
             f"{seconds_text(self.whole_s)}"
         )

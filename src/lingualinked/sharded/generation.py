@@ -23,11 +23,8 @@ from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
 from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
-<<<<<<< HEAD
 from lingualinked.sharded.microbatching import Batch, check_num_microbatches
-=======
 from lingualinked.sharded.prefill import check_chunk_size
->>>>>>> 445e15f (wip)
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline

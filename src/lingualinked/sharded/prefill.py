@@ -76,8 +76,14 @@ class PipelinedPrefill:
         takes_embeddings = is_first_iteration and model_kwargs.get("inputs_embeds") is not None
         if size is None or cache is None or takes_embeddings:
             generation_config.prefill_chunk_size = None if size == AUTO else size
-            with _explained(size) if takes_embeddings else contextlib.nullcontext():
+            try:
                 return run()
+            except ArgumentError as error:  # each chunk of ids would come with all embeddings
+                if not takes_embeddings or size in (None, AUTO):
+                    raise
+                raise ArgumentError(
+                    f"prefill_chunk_size={size} of inputs_embeds, which transformers does not cut into chunks: leave it out ({error})"
+                ) from error
         # 1) find the new tokens
         assert isinstance(cache, ShardedCache)
         past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
@@ -114,21 +120,6 @@ def _in_chunks(prompt: ChunkedPrompt) -> Iterator[None]:
         raise
     finally:
         _prompt.reset(token)
-
-
-@contextlib.contextmanager
-def _explained(size: object) -> Iterator[None]:
-    """Say what an error comes from, if the arguments are those of a prompt's first chunk, and the embeddings those of all."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise (
-            error
-            if size in (None, AUTO)
-            else ArgumentError(
-                f"prefill_chunk_size={size} of inputs_embeds, which transformers does not cut into chunks: leave it out ({error})"
-            )
-        ) from error
 
 
 def check_chunk_size(size: object) -> None:

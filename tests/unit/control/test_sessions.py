@@ -57,6 +57,14 @@ def test_sessions_in_flight_are_counted_within_seconds(planned: int, num_session
     assert abs(level.num_sessions - num_sessions) <= num_sessions / 4
 
 
+def test_chunks_of_a_prompt_are_one_session() -> None:
+    level = SessionLevel(1, horizon_s=60.0)
+    for time_s in range(100):
+        for number in range(8):  # all are sent at once, and come back one after the other
+            level.observe(step(time_s, 0.1 * (1 + number)))
+    assert level.num_sessions == 1
+
+
 def test_sessions_one_after_the_other_are_one() -> None:
     level = SessionLevel(1, horizon_s=60.0)
     time_s = 0.0
