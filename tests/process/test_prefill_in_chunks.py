@@ -87,6 +87,16 @@ def test_a_text_goes_on_in_chunks(pair: Pair) -> None:
     assert_equal(*results)
 
 
+def test_microbatches_have_chunks_of_their_own(sharded: Any) -> None:
+    ids = torch.cat([BATCH, IDS.roll(9)])
+    whole = generate(sharded, inputs=ids, num_microbatches=2)
+    chunks = [step for step in sharded.telemetry.history.steps[-18:] if step.context < IDS.shape[1]]
+    assert [step.rows for step in chunks] == [2] * 10
+    parts = [generate(sharded, inputs=part) for part in ids.split(2)]
+    assert torch.equal(whole.sequences, torch.cat([part.sequences for part in parts]))
+    assert all(map(torch.equal, whole.logits, map(torch.cat, zip(*(part.logits for part in parts), strict=True))))
+
+
 def test_chunks_are_chosen_and_stay_as_they_are(sharded: Any, unsharded: PreTrainedModel) -> None:
     ids = IDS.repeat(1, 12)
     first, second = (generate(sharded, inputs=ids, prefill_chunk_size="auto") for _ in range(2))

@@ -94,7 +94,8 @@ class SplitSession:
         options: StepOptions = _PLAIN,
     ) -> tuple[Tensor, Recorded]:
         """Run one step, as `Session.step` does."""
-        return self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options).finish()
+        flight = self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
+        return flight.finish() if options.wants_logits else flight.no_logits
 
     def start_step(
         self,
@@ -113,7 +114,7 @@ class SplitSession:
         # 1) count the KV of all microbatches, or of none
         if options.keeps_kv:
             numbers = [part._number for part in self.parts]  # noqa: SLF001 - within the room
-            num_tokens = self.max_cache_len or self.num_tokens + inputs.shape[1]
+            num_tokens = self.max_cache_len or self.num_tokens + inputs.shape[1] + options.num_tokens_ahead
             self._budget.hold_all(dict(zip(numbers, (size * num_tokens for size in self.sizes), strict=True)))
         # 2) send their steps
         flights: list[StepInFlight] = []
@@ -131,10 +132,16 @@ class SplitSession:
     def _slices(self) -> Iterator[slice]:
         return (slice(*bounds) for bounds in itertools.pairwise(itertools.accumulate(self.sizes, initial=0)))
 
+    def finish_silent_steps(self) -> None:
+        """Finish the steps in flight that want no logits."""
+        for part in self.parts:
+            part.finish_silent_steps()
+
     def join(self) -> None:
         """Make one session of all microbatches; it ends if that fails."""
         if len(self.parts) == 1:
             return
+        self.finish_silent_steps()
         parts, joined = self.parts, self._open_session()
         try:
             join_rows(parts, joined)
@@ -198,6 +205,11 @@ class SplitStep:
     def __init__(self, session: SplitSession, flights: Sequence[StepInFlight]) -> None:
         self._session = session
         self._flights = flights
+
+    @property
+    def no_logits(self) -> tuple[Tensor, Recorded]:
+        """What a step that wants no logits gives, as of a `StepInFlight`."""
+        return torch.cat([flight.no_logits[0] for flight in self._flights]), {}
 
     def finish(self) -> tuple[Tensor, Recorded]:
         """Wait for all answers; return the logits and the records of all rows. If one fails, the session ends."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.cluster.session import Session
+    from lingualinked.cluster.split_session import AnySession
     from lingualinked.cluster.step_in_flight import StepOptions
 
 AUTO = "auto"
@@ -35,7 +35,7 @@ _prompt: contextvars.ContextVar[ChunkedPrompt | None] = contextvars.ContextVar("
 class ChunkedPrompt:
     """A prompt that runs in chunks: all are in flight at once, and only the last one computes logits."""
 
-    def __init__(self, session: Session, num_tokens: int, *, is_observed: bool) -> None:
+    def __init__(self, session: AnySession, num_tokens: int, *, is_observed: bool) -> None:
         self.session = session
         self._num_ahead = num_tokens  # per row, after the chunks so far
         self._is_observed = is_observed  # whether code of the user's sees what each chunk returns
@@ -46,7 +46,7 @@ class ChunkedPrompt:
         return options if self._num_ahead <= 0 else options.of_chunk(self._num_ahead, is_observed=self._is_observed)
 
 
-def options_of_chunk(session: Session, options: StepOptions, num_new: int) -> StepOptions:
+def options_of_chunk(session: AnySession, options: StepOptions, num_new: int) -> StepOptions:
     """Return the options of a step, with those of the next chunk of a prompt if one runs in this session."""
     prompt = _prompt.get()
     return options if prompt is None or prompt.session is not session else prompt.options_of_next(options, num_new)
