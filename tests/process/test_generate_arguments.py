@@ -94,13 +94,13 @@ EFFECTIVE: dict[str, dict[str, Any]] = {
 }
 REFUSED: dict[str, Any] = {
     "assistant_early_exit": 2,
-    "cache_implementation": ["offloaded", "offloaded_static", "offloaded_hybrid", "quantized", "paged"],
+    "cache_implementation": ["offloaded", "offloaded_static", "offloaded_hybrid", "quantized"],
     "compile_config": CompileConfig(),
     "dola_layers": "low",
     "speculation_type": "dflash",
     "use_mtp": True,
 }
-DEPRECATED = {"continuous_batching_config"}  # transformers itself points to generate_batch, which is refused
+DEPRECATED = {"continuous_batching_config"}  # transformers itself points to generate_batch
 
 
 def outcome(generate: Callable[[], Any]) -> dict[str, Any]:

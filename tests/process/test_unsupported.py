@@ -30,8 +30,9 @@ WORKING = {
         get_expanded_tied_weights_keys get_input_embeddings get_output_embeddings get_parameter get_parameter_or_buffer
         get_position_embeddings get_submodule modules named_buffers named_children named_modules
         named_non_persistent_buffers named_parameters parameters retrieve_modules_from_names state_dict""",
-    "runs it": """adjust_generation_fn compute_transition_scores eval forward from_pretrained generate heal_tokens
-        load_custom_generate prepare_inputs_for_generation""",
+    "runs it": """adjust_generation_fn compute_transition_scores continuous_batching_context_manager eval forward
+        from_pretrained generate generate_batch heal_tokens init_continuous_batching load_custom_generate
+        prepare_inputs_for_generation""",
     "writes files": "save_pretrained",
     "changes adapters, here and in the stages": """active_adapters add_adapter delete_adapter disable_adapters enable_adapters
         get_adapter_state_dict load_adapter set_adapter""",
@@ -75,7 +76,6 @@ def test_refused_by_name(sharded: Any, name: str) -> None:
         lambda model: model.save_pretrained("folder", push_to_hub=True),
         lambda model: model.load_state_dict({}, strict=False),
         lambda model: model.resize_token_embeddings(200),
-        lambda model: model.generate_batch([[1, 2]]),
         lambda model: model.type(torch.float16),
         lambda model: model.requires_grad_(True),
     ],
@@ -181,5 +181,5 @@ def test_a_trace_would_record_what_the_workers_answer(sharded: Any) -> None:
 
 
 def test_a_manager_of_continuous_batching_is_refused_when_it_is_made(sharded: Any) -> None:
-    with pytest.raises(ll.UnsupportedOperationError, match=r"^continuous batching of a sharded model"):
+    with pytest.raises(ll.UnsupportedOperationError, match=r"call init_continuous_batching of the model$"):
         ContinuousBatchingManager(sharded, sharded.generation_config, ContinuousBatchingConfig())

@@ -60,7 +60,11 @@ class KVBudget:
 
     def reserve(self, session: int, num_tokens: int) -> bool:
         """Keep room for so many row-tokens of a session, until it ends; return whether there is so much."""
-        return self.max_tokens is None or self._change(session, self._reserved, num_tokens)
+        shrinks = num_tokens < self._reserved.get(session, 0)
+        has_room = self.max_tokens is None or self._change(session, self._reserved, num_tokens)
+        if shrinks:
+            self._tell_of_room()
+        return has_room
 
     def hold_all(self, held: Mapping[int, int]) -> None:
         """Let several sessions hold so many row-tokens each, or none of them if that would exceed the limit."""
@@ -89,6 +93,9 @@ class KVBudget:
         with self._lock:
             self._held.pop(session, None)
             self._reserved.pop(session, None)
+        self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
         for user in [*self._users]:
             user.handle_room()
 

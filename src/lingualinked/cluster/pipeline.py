@@ -81,7 +81,7 @@ class Pipeline:
         self.spec = spec
         self._objective = objective  # of moves
         self._model = next(_models)
-        self._budget = KVBudget(max_kv_tokens)
+        self.kv_budget = KVBudget(max_kv_tokens)
         self._reach = RopeReach(spec)
         self._max_kv_tokens = max_kv_tokens
         self._vocabulary = _vocabulary(spec)
@@ -187,7 +187,7 @@ class Pipeline:
             self._model,
             next(_sessions),
             self._routes,
-            self._budget,
+            self.kv_budget,
             self._reach,
             self.edits,
             self._controller.record_step,
@@ -203,7 +203,7 @@ class Pipeline:
     def open_split_session(self, sizes: Sequence[int], max_cache_len: int = 0) -> SplitSession:
         """Open a session of microbatches of so many rows each, which follow each other through the stages."""
         least_rows = self.independent_rows
-        return SplitSession(sizes, least_rows, lambda: self.open_session(max_cache_len), self._budget)
+        return SplitSession(sizes, least_rows, lambda: self.open_session(max_cache_len), self.kv_budget)
 
     def open_session_like(self, session: AnySession) -> AnySession:
         """Open a session with as much room, split as another is."""

@@ -208,6 +208,10 @@ class Session:
         if not self.max_cache_len:
             self._edits.append(KVEdit(kind=KVEditKind.RESERVE, values=(num_tokens,)))
 
+    def reserve_budget(self, num_tokens: int) -> bool:
+        """Keep room in the KV budget for so many row-tokens, until it ends; return whether there is so much."""
+        return self._budget.reserve(self._number, num_tokens)
+
     def end(self) -> None:
         """Free the session's KV in every stage; steps that this thread has in flight are lost."""
         self._finalizer()

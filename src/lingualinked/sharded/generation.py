@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.sharded.adapters.model_adapters import row_adapters
+from lingualinked.sharded.batching.batched_generation import BatchedGeneration
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
 from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
@@ -53,7 +54,7 @@ _REFUSED = {
 }
 
 
-class ShardedGeneration:
+class ShardedGeneration(BatchedGeneration):
     """Mixin that overrides parts of transformers' ``GenerationMixin``; comes before it in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
@@ -86,7 +87,7 @@ class ShardedGeneration:
         self._pipeline.check_open()
         self._check_unchanged()
         if kwargs.get("cache_implementation") == "paged":
-            _refuse_setting("cache_implementation", "paged", "continuous batching is not supported yet")
+            return self._generate_paged(*args, **kwargs)
         check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs)
         # 2) run transformers' loop, which calls `forward` for each step
         call = _Call(self, check_num_microbatches(kwargs.pop("num_microbatches", None)))
@@ -121,14 +122,6 @@ class ShardedGeneration:
         if config.cache_implementation not in _CACHES:
             _refuse_setting("cache_implementation", config.cache_implementation, "the KV stays where the layers are")
         return config, model_kwargs
-
-    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a manager of continuous batching, which calls this without arguments before it runs layers itself."""
-        if not args and not kwargs:
-            raise UnsupportedOperationError(
-                "continuous batching of a sharded model is not supported yet; call generate with a padded batch"
-            )
-        return super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         try:

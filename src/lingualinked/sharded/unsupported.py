@@ -18,7 +18,6 @@ _COMPILE = "its layers run uncompiled in the workers; call the model itself"
 _ATTENTION = "its stages are loaded already; pass attn_implementation= to ShardedModel.from_pretrained"
 _DEFAULT = "its stages run transformers' default; use the unsharded model for others"
 _HOTSWAP = "adapters are added and deleted; call delete_adapter, then load_adapter"
-_BATCH = "continuous batching is not supported yet; call generate with a padded batch"
 
 _REMEDIES = {
     _WEIGHTS: (
@@ -73,11 +72,6 @@ _REMEDIES = {
         "set_use_kernels",
     ),
     _HOTSWAP: ("enable_peft_hotswap",),
-    _BATCH: (
-        "continuous_batching_context_manager",
-        "generate_batch",
-        "init_continuous_batching",
-    ),
 }
 
 

@@ -17,8 +17,8 @@ class Limits:
     max_tokens: int  # new tokens of a microbatch
     chunk_tokens: int  # of them, those of prompts; a shorter prompt is never cut
     max_requests: int  # of a microbatch
+    min_shared: int  # tokens that a common beginning must exceed to be copied
     prompts_first: bool = False  # whether prompts take their place in a microbatch before single tokens do
-    min_shared: int = 64  # tokens that a common beginning must exceed to be copied
     margin: float = 0.0  # share of the room that has to be free for another request, while others run
 
 

@@ -85,15 +85,6 @@ class Scheduler:
             self._retire(live)
         return True
 
-    def cancel_all(self) -> list[str]:
-        """End all requests; return their keys."""
-        requests = [*(each for each in self._live.values() if not each.is_over), *self._waiting]
-        keys = [each.key for parent in requests for each in (parent, *parent.children)]
-        self._waiting.clear()
-        for key in keys:
-            self.cancel(key)
-        return keys
-
     def end_step(self, number: int, outcomes: Mapping[str, Outcome]) -> None:
         """Record what came of a microbatch."""
         for request, part in self._flights.pop(number):
