@@ -20,6 +20,7 @@ from lingualinked.errors import ArgumentError
 from lingualinked.link_profile import LinkProfile
 from lingualinked.module_times import ModuleTimes
 from lingualinked.quantities import count_text
+from lingualinked.rounding import Rounding
 from lingualinked.shown import Shown
 from lingualinked.weight_bytes import WeightBytes
 from lingualinked.whole_file import write_whole_file
@@ -157,6 +158,8 @@ class DeviceProfile:
         What measured the power, or why nothing did; empty if it was not requested.
     environment : Environment or None
         What its worker computes with; ``None`` if no worker was asked.
+    rounding : Rounding or None
+        How it rounds in the model's dtype, and what a row's bits depend on; ``None`` if no worker was asked.
 
     Raises
     ------
@@ -174,6 +177,7 @@ class DeviceProfile:
     measured_watts: float | None = None
     power_source: str = ""
     environment: Environment | None = None
+    rounding: Rounding | None = None
 
     def __post_init__(self) -> None:
         if self.free_bytes is not None and not 0 <= self.free_bytes <= MOST:

@@ -30,6 +30,9 @@ class Workload:
         Rows of a session: prompts that one ``generate`` call runs together.
     num_sessions : int
         Sessions in flight at the same time.
+    num_microbatches : int or None
+        Microbatches that a session's rows run as, which follow each other through the stages; ``None``: as many as are fastest,
+        of the numbers that change no bit where rows run so (`DeviceProfile.rounding`).
     trusted_layers : (int, int)
         Numbers of layers at the beginning and at the end of the model that stay on devices marked ``trusted``. Once any
         device is marked, the first and the last layer do so in any case.
@@ -44,6 +47,7 @@ class Workload:
     new_tokens: int = 128
     batch_size: int = 1
     num_sessions: int = 1
+    num_microbatches: int | None = None
     trusted_layers: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
@@ -52,6 +56,28 @@ class Workload:
             value = getattr(self, name)
             if not is_count(value):
                 raise ArgumentError(f"{name}={value!r} of a workload must be a positive integer, at most {MOST}")
+
+        if self.num_microbatches is not None and not (
+            is_count(self.num_microbatches) and self.num_microbatches <= self.batch_size
+        ):
+            raise ArgumentError(
+                f"num_microbatches={self.num_microbatches!r} of a workload must be an integer from 1 to batch_size={self.batch_size}"
+            )
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step: of the largest microbatch."""
+        return -(-self.batch_size // (self.num_microbatches or 1))
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Steps that are in flight at the same time: one of each microbatch of each session."""
+        return self.num_sessions * (self.num_microbatches or 1)
+
+    def by_microbatch(self) -> Workload:
+        """Return the same requests with each microbatch as one of its own."""
+        rows, in_flight = self.step_rows, self.steps_in_flight
+        return dataclasses.replace(self, batch_size=rows, num_sessions=in_flight, num_microbatches=None)
 
     @property
     def num_tokens(self) -> int:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
     from lingualinked.model.footprint import Footprint
     from lingualinked.profile import ModelProfile
-    from lingualinked.workload import Workload
+    from lingualinked.rounding import Rounding
+from lingualinked.workload import Workload
 
 _NUM_PREFILLS, _NUM_DECODES = 5, 6  # repeats that count; one more goes before them
 _NUM_CHUNKS, _LEAST_CHUNK = 8, 16  # of a prompt, whose first and last one are measured, and tokens of one
@@ -239,6 +240,7 @@ def _as_measured(known: DeviceProfile) -> ModelMeasured:
         epilogue=known.epilogue,
         watts=known.measured_watts,
         power_source=known.power_source,
+        rounding=known.rounding or Rounding("", 0),
     )
 
 
@@ -273,6 +275,7 @@ def _device_profile(
         measured_watts=statistics.median(watts) if watts else None,
         power_source=sources[0],
         environment=environment,
+        rounding=alike[0].rounding,
     )
 
 

@@ -102,7 +102,7 @@ class Proposer:
 
     def _best(self, now: Plan, pool: Sequence[str], num_sessions: int, *, keep_order: bool) -> Plan:
         """Return the best plan that leaves devices in their order or, unless they keep it, one that is plainly better."""
-        live = now.measured
+        live, workload = now.measured, _in_flight(now, num_sessions)
         kept = [name for name in now.devices if name in pool]
         order = [*kept, *(name for name in pool if name not in kept)]
         solved = functools.partial(
@@ -112,11 +112,10 @@ class Proposer:
             workload=now.workload,
             reserve=now.reserve,
             min_tokens_per_s=None if now.solved is None else now.solved.min_tokens_per_s,
-            num_sessions=num_sessions,
+            num_sessions=workload.num_sessions,
         )
         if keep_order:
             return solved(order=order)
-        workload = _in_flight(now, num_sessions)
         best = solved()
         if best.devices != tuple(name for name in order if name in best.devices):
             with contextlib.suppress(InfeasiblePlanError):
@@ -156,8 +155,9 @@ class Proposer:
 
 
 def _in_flight(plan: Plan, num_sessions: int) -> Workload:
-    """Return the plan's workload with so many sessions in flight."""
-    return dataclasses.replace(plan.measured.model.fit_workload(plan.workload), num_sessions=num_sessions)
+    """Return the plan's workload with so many sessions in flight, each a microbatch if its batches are split."""
+    workload = plan.measured.model.fit_workload(plan.workload)
+    return dataclasses.replace(workload, num_sessions=math.ceil(num_sessions / (workload.num_microbatches or 1)))
 
 
 def _rounding(profile: DeviceProfile) -> tuple[object, ...]:

@@ -1,16 +1,20 @@
-"""How long a batch takes that runs as several microbatches, and the number of them that is fastest.
+"""How the rows of a batch are split into microbatches, which numbers of them change no bit, and how long they take.
 
-Knows predictions; neither what parts cost nor which numbers change no bit.
+Knows profiles and predictions; neither what parts cost nor who runs the batch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
 
 from lingualinked.planning.prediction import Prediction
 from lingualinked.profile import Profile
+from lingualinked.rounding import independent_rows
+from lingualinked.workload import Workload
+
+MOST_PER_DEVICE = 4
+"""Microbatches that are tried at most for each device: with more, weights are only read more often."""
 
 
 def split_rows(num_rows: int, num_microbatches: int, num_together: int = 1) -> tuple[int, ...]:
@@ -20,46 +24,28 @@ def split_rows(num_rows: int, num_microbatches: int, num_together: int = 1) -> t
     return tuple(num_together * (stop - start) for start, stop in itertools.pairwise(bounds))
 
 
-def batch_s(predicted: Prediction, num_microbatches: int, *, in_lockstep: bool, num_sessions: int = 1) -> float:
-    """Return the seconds in which a batch is answered that runs as so many microbatches, each as predicted.
+def exact_numbers(profile: Profile, devices: Collection[str], workload: Workload) -> list[int]:
+    """Return the numbers of microbatches in which a batch may run on some devices, all of which leave the bits as they are.
 
-    In lockstep, the steps of all microbatches end before the next ones begin, so that the pipeline fills and drains with every
-    token; else each goes on by itself. `num_sessions` such batches are in flight at once.
+    That is one alone where the profile does not know what more rows cost, or how the devices round.
     """
-    others = num_sessions * num_microbatches
-    prefill, decode = _busiest_s(predicted, is_decode=False), _busiest_s(predicted, is_decode=True)
-    first_s = max(predicted.first_token_s + (num_microbatches - 1) * prefill, others * prefill)
-    step_s = predicted.step_s + (num_microbatches - 1) * decode if in_lockstep else predicted.step_s
-    return first_s + (predicted.workload.new_tokens - 1) * max(step_s, others * decode)
+    roundings = [profile.device(name).rounding for name in devices]
+    known = [each for each in roundings if each is not None]
+    least_rows = independent_rows(known) if len(known) == len(roundings) and knows_rows(profile) else 0
+    most = MOST_PER_DEVICE * len(devices) if least_rows and len(devices) > 1 else 1
+    return [1, *(number for number in range(2, most + 1) if workload.batch_size // number >= least_rows)]
 
 
-def best_number(
-    candidates: Iterable[int],
-    predict: Callable[[int], Prediction],
-    *,
-    in_lockstep: bool = False,
-    num_sessions: int = 1,
-) -> int:
-    """Return the number of microbatches with which a batch is answered first; of equal ones the smallest.
+def lockstep_s(predicted: Prediction) -> float:
+    """Return the seconds in which a batch is answered if no microbatch begins its next step before all have ended theirs.
 
-    `predict` returns what is predicted of one microbatch, for a number of them.
+    The pipeline then fills and drains with every token.
     """
-    seconds = {
-        number: batch_s(predict(number), number, in_lockstep=in_lockstep, num_sessions=num_sessions)
-        for number in candidates
-    }
-    return min(seconds, key=lambda number: (seconds[number], number))
+    others = (predicted.workload.num_microbatches or 1) - 1
+    step_s = predicted.step_s + others * predicted.busiest_s(is_decode=True)
+    return predicted.first_token_s + (predicted.workload.new_tokens - 1) * step_s
 
 
 def knows_rows(profile: Profile) -> bool:
     """Say whether a profile has measured what more rows cost."""
     return all(len({step.rows for step in times.steps}) > 1 for each in profile.devices for times in each.layers)
-
-
-def _busiest_s(predicted: Prediction, *, is_decode: bool) -> float:
-    """Return the seconds of a step on the device or link that it keeps busy the longest."""
-    devices: defaultdict[str, float] = defaultdict(float)
-    for stage in predicted.stages:
-        devices[stage.device] += stage.decode_s if is_decode else stage.prefill_s
-    hops = [each.decode_transfer_s if is_decode else each.prefill_transfer_s for each in predicted.hops]
-    return max(*devices.values(), *hops)

@@ -6,15 +6,18 @@ Knows profiles, workloads and the solver of placement problems; no process and n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 from lingualinked.checks import MOST, is_count, is_number
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
+from lingualinked.planning.microbatches import exact_numbers
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
 from lingualinked.planning.placement.problem import Placement, Problem
 from lingualinked.planning.placement.solver import solve_problem
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
+from lingualinked.planning.prediction import Prediction, step_s_of
 from lingualinked.planning.remedy import add_remedy, model_fits
 from lingualinked.planning.solved import Solved
 from lingualinked.planning.workload_costs import WorkloadCosts
@@ -48,7 +51,8 @@ def solve(
       \text{num\_sessions})`. The bottleneck :math:`B` is the :math:`\max` over the devices of their stages'
       :math:`c_{d} + \sum_i c_{di}`, and over the links of their transfer time; its inverse is a full pipeline's rate.
       One session is served best by the plan of least latency, often on fewer devices; many by the one of least
-      bottleneck. Among equals, the latency;
+      bottleneck. Among equals, the latency. A batch that runs as :math:`m` microbatches is :math:`m` steps of fewer rows in
+      flight; the best :math:`m` of those that change no bit is chosen, unless the workload has one;
     - ``"energy"``: :math:`\sum_k w_{d_k} (c_{d_k} + \sum_i c_{d_k i})` with each device's power :math:`w_d`, where the
       bottleneck leaves at least ``min_tokens_per_s``;
 
@@ -91,35 +95,64 @@ def solve(
     arXiv:2312.00388, whose objective is the sum; it never rewards a pipeline's overlap.
     """
     _check_arguments(profile, objective, min_tokens_per_s, reserve)
+    workload = profile.model.fit_workload(workload)
     if num_sessions is not None and not is_count(num_sessions):
         raise ArgumentError(f"num_sessions={num_sessions!r} must be a positive integer, at most {MOST}")
-    workload = profile.model.fit_workload(workload)
+    numbers = exact_numbers(profile, profile.names, workload) if workload.num_microbatches is None else []
+    if len(numbers) > 1 and objective != "energy":  # for which weights are best read once
+        solve_split = functools.partial(
+            solve,
+            profile,
+            objective=objective,
+            order=order,
+            min_tokens_per_s=min_tokens_per_s,
+            reserve=reserve,
+            num_sessions=num_sessions,
+        )
+        plans = [solve_split(workload=dataclasses.replace(workload, num_microbatches=number)) for number in numbers]
+        return min(plans, key=lambda plan: step_s_of(_in_flight(plan, num_sessions), objective))
+    split = workload.num_microbatches or 1
     problem = WorkloadCosts(profile, workload, reserve).problem()
     if num_sessions is not None:
-        problem = dataclasses.replace(problem, num_sessions=num_sessions)
-    floor_s = None if min_tokens_per_s is None else workload.batch_size / float(min_tokens_per_s)
+        problem = dataclasses.replace(problem, num_sessions=split * num_sessions)
+    floor_s = None if min_tokens_per_s is None else workload.step_rows / float(min_tokens_per_s)
+    minimised = objective
+    if objective == "latency" and split > 1:  # of all rows, whose microbatches are in flight together
+        minimised, problem = "throughput", dataclasses.replace(problem, num_sessions=split)
     indices = _indices(order, profile)
     try:
-        solution = solve_problem(problem, objective, order=indices, max_bottleneck_s=floor_s)
+        solution = solve_problem(problem, minimised, order=indices, max_bottleneck_s=floor_s)
     except InfeasiblePlanError as error:
         if floor_s is not None and model_fits(profile, workload, reserve):
             full = dataclasses.replace(problem, num_sessions=math.inf)
-            fastest = workload.batch_size / solve_problem(full, order=indices).value
+            fastest = workload.step_rows / solve_problem(full, order=indices).value
             raise InfeasiblePlanError(
                 f"no plan gives min_tokens_per_s={min_tokens_per_s:g}: the fastest gives {fastest:.1f} tokens/s with its "
                 "pipeline full; ask for less, or add a device"
             ) from error
         raise add_remedy(error, profile, workload, reserve) from error
+    plan = _plan(problem, solution.placement, profile, workload, reserve)
+    value = split * solution.value
+    if split > 1 and objective != "energy":
+        value = step_s_of(_in_flight(plan, num_sessions), objective)  # until the first of them is through, others wait
     used = {span.device for span in solution.placement}
     solved = Solved(
         objective=objective,
-        value=solution.value,
-        lower_bound=solution.lower_bound,
+        value=value,
+        lower_bound=split * solution.lower_bound,
         unused=tuple(name for index, name in enumerate(problem.names) if index not in used),
         min_tokens_per_s=min_tokens_per_s,
         num_sessions=num_sessions,
     )
-    return dataclasses.replace(_plan(problem, solution.placement, profile, workload, reserve), solved=solved)
+    return dataclasses.replace(plan, solved=solved)
+
+
+def _in_flight(plan: Plan, num_sessions: int | None) -> Prediction:
+    """Predict a plan with so many sessions in flight, in place of those of its workload."""
+    predicted = plan.predicted
+    if num_sessions is None:
+        return predicted
+    return plan.predict(dataclasses.replace(predicted.workload, num_sessions=num_sessions))
 
 
 def baseline(

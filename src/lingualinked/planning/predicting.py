@@ -5,12 +5,15 @@ Knows costs; no solver.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 
 from lingualinked.device import CALLER
+from lingualinked.planning.microbatches import exact_numbers
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.planning.prediction import DevicePrediction, HopPrediction, Prediction, StagePrediction
 from lingualinked.planning.prefill_prediction import StageCost, cost_of
@@ -20,7 +23,18 @@ from lingualinked.workload import Workload
 
 
 def predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workload, reserve: float) -> Prediction:
-    """Predict what stages do, in pipeline order."""
+    """Predict what stages do, in pipeline order; in the best number of microbatches, if the workload has none."""
+
+    def predict_split(number: int) -> Prediction:
+        return _predict(stages, profile, dataclasses.replace(workload, num_microbatches=number), reserve)
+
+    if workload.num_microbatches is not None:
+        return _predict(stages, profile, workload, reserve)
+    devices = {stage.device for stage in stages}
+    return min(map(predict_split, exact_numbers(profile, devices, workload)), key=operator.attrgetter("interval_s"))
+
+
+def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workload, reserve: float) -> Prediction:
     costs, model = WorkloadCosts(profile, workload, reserve), profile.model
     predicted = []
     for stage in stages:
@@ -60,7 +74,8 @@ def predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workload
                 device=name,
                 used_bytes=used,
                 capacity_bytes=None if device.capacity_bytes == math.inf else int(device.capacity_bytes),
-                busy_s=sum(costs.mean(stage.prefill_s, stage.decode_s) for stage in hosted),
+                busy_s=sum(costs.mean(stage.prefill_s, stage.decode_s) for stage in hosted)
+                * (workload.num_microbatches or 1),
                 watts=device.watts,
             )
         )

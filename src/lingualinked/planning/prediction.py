@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from typing import Any
 
 from lingualinked.quantities import count_text, seconds_text
@@ -27,7 +28,7 @@ class StagePrediction:
     start, end : int
         Its half-open layer range.
     prefill_s, decode_s : float
-        Seconds of compute of a prefill, and of a decode step at the workload's mean context.
+        Seconds of compute of a microbatch's prefill, and of its decode step at the workload's mean context.
     weight_bytes, kv_bytes, working_bytes : int
         What it holds: weights, KV of all sessions in flight, intermediate results.
     """
@@ -97,10 +98,12 @@ class DevicePrediction:
 class Prediction(Printed):
     """A plan under a workload.
 
+    A mean step gives one token for each row of a session, whose microbatches pass through the stages one after the other.
+
     Parameters
     ----------
     workload : Workload
-        What it is predicted for.
+        What it is predicted for, with the number of microbatches.
     stages : tuple of StagePrediction
         In pipeline order.
     hops : tuple of HopPrediction
@@ -116,20 +119,38 @@ class Prediction(Printed):
 
     @property
     def step_s(self) -> float:
-        """Seconds of a decode step of one session, from the caller through all stages and back."""
+        """Seconds of a decode step of one microbatch, from the caller through all stages and back."""
         compute = sum(stage.decode_s for stage in self.stages)
         return compute + sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
 
     @property
     def first_token_s(self) -> float:
-        """Seconds from a prompt to its first token, with nothing else in flight."""
-        compute = sum(stage.prefill_s for stage in self.stages)
-        return compute + sum(hop.latency_s + hop.prefill_transfer_s for hop in self.hops)
+        """Seconds from a session's prompts to the first token of each, with nothing else in flight."""
+        return self._prefill_s + (self._num_microbatches - 1) * self.busiest_s(is_decode=False)
 
     @property
     def request_s(self) -> float:
         """Seconds of a whole request, with nothing else in flight."""
-        return self.first_token_s + (self.workload.new_tokens - 1) * self.step_s
+        step_s = max(self.step_s, self._num_microbatches * self.busiest_s(is_decode=True))
+        return self.first_token_s + (self.workload.new_tokens - 1) * step_s
+
+    def busiest_s(self, *, is_decode: bool) -> float:
+        """Seconds for which a prefill or a decode step keeps one device or link busy, at most."""
+        devices: defaultdict[str, float] = defaultdict(float)
+        for stage in self.stages:
+            devices[stage.device] += stage.decode_s if is_decode else stage.prefill_s
+        hops = [hop.decode_transfer_s if is_decode else hop.prefill_transfer_s for hop in self.hops]
+        return max(*devices.values(), *hops)
+
+    @property
+    def _prefill_s(self) -> float:
+        """Seconds of a microbatch's prefill, from the caller through all stages and back."""
+        compute = sum(stage.prefill_s for stage in self.stages)
+        return compute + sum(hop.latency_s + hop.prefill_transfer_s for hop in self.hops)
+
+    @property
+    def _num_microbatches(self) -> int:
+        return self.workload.num_microbatches or 1
 
     @property
     def bottleneck_s(self) -> float:
@@ -230,7 +251,8 @@ class Prediction(Printed):
         workload = self.workload
         hops = sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
         sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
-        asked = f"{sessions} of {rows}, {workload.prompt_tokens:,} prompt + {workload.new_tokens:,} new tokens"
+        split = "" if self._num_microbatches == 1 else f" in {self._num_microbatches} microbatches"
+        asked = f"{sessions} of {rows}{split}, {workload.prompt_tokens:,} prompt + {workload.new_tokens:,} new tokens"
         first, step, between = map(seconds_text, (self.first_token_s, self.step_s, hops))
         now, full = self.tokens_per_s, self.pipeline_tokens_per_s
         notes = [
@@ -253,7 +275,7 @@ class Prediction(Printed):
         """List the seconds of a mean step on each device and each link; latency keeps no link busy."""
         seconds = [(device.busy_s, f"device {device.device!r}") for device in self.devices]
         for hop in self.hops:
-            busy_s = self.mean(hop.prefill_transfer_s, hop.decode_transfer_s)
+            busy_s = self._num_microbatches * self.mean(hop.prefill_transfer_s, hop.decode_transfer_s)
             name = f"link {hop.source!r} -> {hop.target!r}"
             seconds.append((hop.latency_s + busy_s if with_latency else busy_s, name))
         return seconds

@@ -37,7 +37,7 @@ class WorkloadCosts:
         return self._stage_s(device, start, end, 1, self.workload.mean_context)
 
     def prefill_s(self, device: DeviceProfile, start: int, end: int) -> float:
-        """Seconds of the prefill of a batch in the stage of layers ``[start, end)``."""
+        """Seconds of the prefill of a microbatch in the stage of layers ``[start, end)``."""
         return self._stage_s(device, start, end, self.workload.prompt_tokens, 0)
 
     def mean(self, prefill: float, decode: float) -> float:
@@ -46,7 +46,7 @@ class WorkloadCosts:
 
     def hop_bytes(self, source: str, target: str, tokens: int) -> float:
         """Bytes that a step of so many new tokens sends from one party to another."""
-        model, rows = self.profile.model, self.workload.batch_size
+        model, rows = self.profile.model, self.workload.step_rows
         if source == CALLER:
             return HEADER_BYTES + rows * tokens * _ID_BYTES
         if target == CALLER:
@@ -73,7 +73,7 @@ class WorkloadCosts:
 
     def working_bytes(self) -> int:
         """Bytes of intermediate results of the largest step."""
-        model, rows = self.profile.model, self.workload.batch_size
+        model, rows = self.profile.model, self.workload.step_rows
         return rows * (self.workload.prompt_tokens * model.working_bytes + model.logits_bytes)
 
     def capacity_bytes(self, device: DeviceProfile) -> float:
@@ -121,7 +121,7 @@ class WorkloadCosts:
             may_be_last=trusted,
             may_close=closing,
             watts=np.array([math.nan if each.watts is None else each.watts for each in devices]),
-            num_sessions=self.workload.num_sessions,
+            num_sessions=self.workload.steps_in_flight,
             num_front=min(max(1, front), model.num_layers),
             num_back=min(max(1, back), model.num_layers),
         )
@@ -129,10 +129,10 @@ class WorkloadCosts:
         return problem
 
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:
-        return stage_s(self.profile.model, device, start, end, self.workload.batch_size, tokens, context)
+        return stage_s(self.profile.model, device, start, end, self.workload.step_rows, tokens, context)
 
     def _mean_s(self, times: ModuleTimes) -> float:
-        rows, prompt = self.workload.batch_size, self.workload.prompt_tokens
+        rows, prompt = self.workload.step_rows, self.workload.prompt_tokens
         return self.mean(times.seconds(rows, prompt, 0), times.seconds(rows, 1, self.workload.mean_context))
 
     def _mean_hop_s(self, source: str, target: str) -> float:

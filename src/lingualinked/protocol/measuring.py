@@ -8,6 +8,7 @@ from __future__ import annotations
 from lingualinked.model.spec import ModelSpec
 from lingualinked.module_times import ModuleTimes
 from lingualinked.protocol.base import Message
+from lingualinked.rounding import Rounding
 
 
 class MeasuredShape(Message, frozen=True):
@@ -41,7 +42,7 @@ class MeasureModel(Message, frozen=True, tag=7):
 class ModelMeasured(Message, frozen=True, tag=26):
     """Answer to `MeasureModel`: the times of each kind of layer in the spans, and of the other parts if they were there.
 
-    ``watts`` is the mean power meanwhile; ``power_source`` says what measured it, or why it is ``None``.
+    ``rounding`` is how the worker rounds in the model's dtype. ``watts`` is the mean power meanwhile; ``power_source`` says what measured it, or why it is ``None``.
     """
 
     request: int
@@ -53,6 +54,7 @@ class ModelMeasured(Message, frozen=True, tag=26):
     epilogue: ModuleTimes | None
     watts: float | None
     power_source: str
+    rounding: Rounding
 
 
 class ProbeLink(Message, frozen=True, tag=8):

@@ -6,12 +6,11 @@ Knows a call's rows and how workers round; neither sessions nor steps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 from lingualinked.checks import is_count
 from lingualinked.errors import ArgumentError
-from lingualinked.planning.microbatches import best_number, knows_rows, split_rows
+from lingualinked.planning.microbatches import MOST_PER_DEVICE, knows_rows, lockstep_s, split_rows
 from lingualinked.quantities import count_text
 from lingualinked.workload import Workload
 
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.planning.plan import Plan
-    from lingualinked.planning.prediction import Prediction
-
-_MOST_PER_DEVICE = 4  # microbatches that are tried
 
 
 def check_num_microbatches(value: object) -> int | None:
@@ -63,17 +59,29 @@ class Batch:
         plan = pipeline.plan
         num_devices = len(plan.devices)
         least_rows = pipeline.independent_rows
-        most = min(self.num_rows // self.num_together, _MOST_PER_DEVICE * num_devices)
+        most = min(self.num_rows // self.num_together, MOST_PER_DEVICE * num_devices)
         if num_devices == 1 or not least_rows or self.num_rows < 2 * least_rows:
             return (self.num_rows,)
         exact = [number for number in range(1, most + 1) if number == 1 or self._is_exact(number, least_rows)]
         if plan.profile is None or not knows_rows(plan.profile):
             number = max(each for each in exact if each == 1 or (not in_lockstep and each <= num_devices))
         else:
-            workload = Workload(prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens)
-            predict = functools.partial(_predict, plan, workload, self)
-            number = best_number(exact, predict, in_lockstep=in_lockstep, num_sessions=1 + pipeline.num_sessions_in_use)
+            sessions = 1 + pipeline.num_sessions_in_use
+            number = min(exact, key=lambda each: self._predicted_s(plan, each, sessions, in_lockstep=in_lockstep))
         return split_rows(self.num_rows, number, self.num_together)
+
+    def _predicted_s(self, plan: Plan, number: int, num_sessions: int, *, in_lockstep: bool) -> float:
+        """Return the seconds between the answers of so many calls at once, of which each runs as so many microbatches."""
+        predicted = plan.predict(
+            Workload(
+                prompt_tokens=self.prompt_tokens,
+                new_tokens=self.new_tokens,
+                batch_size=self.num_rows,
+                num_microbatches=number,
+            )
+        )
+        call_s = lockstep_s(predicted) if in_lockstep else predicted.request_s
+        return max(call_s / num_sessions, self.new_tokens * predicted.bottleneck_s)
 
     def _is_exact(self, number: int, least_rows: int) -> bool:
         """Say whether all microbatches have enough rows, and padded ones among them if the batch has: others need no mask."""
@@ -82,9 +90,3 @@ class Batch:
             return False
         parts = () if self.mask is None or bool(self.mask.all()) else self.mask.split(sizes)
         return not any(bool(part.all()) for part in parts)
-
-
-def _predict(plan: Plan, workload: Workload, batch: Batch, number: int) -> Prediction:
-    """Predict the largest of so many microbatches."""
-    size = max(split_rows(batch.num_rows, number, batch.num_together))
-    return plan.predict(dataclasses.replace(workload, batch_size=size))

@@ -24,6 +24,7 @@ from lingualinked.model.stage import Stage, accelerator_device
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMeasured
 from lingualinked.protocol.steps import Step
+from lingualinked.rounding import Rounding, independent_rows
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.limits import describe_hardware, free_bytes
 from lingualinked.worker.module_timer import ModuleTimer, clock_of
@@ -62,6 +63,7 @@ class Measurer:
         pairs = [end for start, end in request.spans if end - start == self._most_layers]
         self._paired = {request.kind_of_layer[end - 1] for end in pairs}
         self._samples: defaultdict[tuple[Part, MeasuredShape], list[float]] = defaultdict(list)
+        self._roundings: list[Rounding] = []  # of the spans
         # Read before each step: in service, the processor's caches hold neither weights nor code at that time either.
         self._flushing = torch.zeros(_FLUSH_BYTES // 4) if accelerator == "cpu" else None
         self._clock = clock_of(self._device, pace)
@@ -97,11 +99,13 @@ class Measurer:
             epilogue=parts.get("epilogue"),
             watts=watts,
             power_source=power_source,
+            rounding=Rounding(self._roundings[0].fingerprint, independent_rows(self._roundings)),
         )
 
     def _measure_span(self, start: int, end: int) -> None:
         span = load_span(self._request.spec, start, end)
         stage = Stage(span, start, end, self._device)
+        self._roundings.append(stage.rounding)
         hosted = HostedStage(stage, CALLER, CALLER, max_kv_tokens=None)
         with ModuleTimer(span, start, end, self._clock) as timer, self._power.measure():
             for rows in sorted({shape.rows for shape in self._request.shapes}):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 import lingualinked as ll
 from lingualinked.module_times import ModuleTimes, StepTime
-from lingualinked.planning.microbatches import batch_s, best_number, knows_rows, split_rows
+from lingualinked.planning.microbatches import exact_numbers, lockstep_s, split_rows
 from lingualinked.planning.prediction import Prediction
+from lingualinked.rounding import Rounding
 from profiles import profile
 
 WORKLOAD = ll.Workload(prompt_tokens=16, new_tokens=11)
 
 
-def plan(num_stages: int, *, row_s: float, fixed_s: float, rows: tuple[int, ...] = (1, 16)) -> ll.Plan:
+def plan(
+    num_stages: int, *, row_s: float, fixed_s: float, rows: tuple[int, ...] = (1, 16), independent_rows: int = 2
+) -> ll.Plan:
     """Equal stages on devices of which each layer takes so long a row beside a fixed time, in a prefill and in a decode step."""
     devices = [ll.Device(name=f"device-{index}") for index in range(num_stages)]
     known = profile(*devices, num_layers=num_stages, latency_s=0.0)
@@ -29,7 +33,12 @@ def plan(num_stages: int, *, row_s: float, fixed_s: float, rows: tuple[int, ...]
         known,
         devices=tuple(
             dataclasses.replace(
-                each, layers=(ModuleTimes(tuple(steps)),), stage=nothing, prologue=nothing, epilogue=nothing
+                each,
+                layers=(ModuleTimes(tuple(steps)),),
+                stage=nothing,
+                prologue=nothing,
+                epilogue=nothing,
+                rounding=Rounding("same", independent_rows),
             )
             for each in known.devices
         ),
@@ -39,8 +48,10 @@ def plan(num_stages: int, *, row_s: float, fixed_s: float, rows: tuple[int, ...]
     return ll.Plan.from_spans(spans, profile=known, workload=WORKLOAD)
 
 
-def predict(made: ll.Plan, number: int) -> Prediction:
-    return made.predict(dataclasses.replace(WORKLOAD, batch_size=16 // number))
+def predict(made: ll.Plan, number: int, num_sessions: int = 1) -> Prediction:
+    return made.predict(
+        dataclasses.replace(WORKLOAD, batch_size=16, num_microbatches=number, num_sessions=num_sessions)
+    )
 
 
 @pytest.mark.parametrize(("rows", "number", "together", "sizes"), [
@@ -52,35 +63,49 @@ def test_rows_are_split_evenly_and_beams_stay_together(
     assert split_rows(rows, number, together) == sizes
 
 
-def test_in_lockstep_the_pipeline_fills_and_drains_with_every_token() -> None:
+def test_microbatches_follow_each_other_through_the_stages() -> None:
     made = plan(2, row_s=0.0, fixed_s=1.0)
-    assert batch_s(predict(made, 1), 1, in_lockstep=True) == pytest.approx(11 * 2)
-    assert batch_s(predict(made, 2), 2, in_lockstep=True) == pytest.approx(11 * 3)
-    assert batch_s(predict(made, 2), 2, in_lockstep=False) == pytest.approx(3 + 10 * 2)
+    whole, halves = predict(made, 1), predict(made, 2)
+    assert (whole.first_token_s, whole.request_s) == (2, 11 * 2)
+    assert (halves.first_token_s, halves.request_s) == (3, 3 + 10 * 2)
+    assert (whole.bottleneck_s, halves.bottleneck_s) == (1, 2)  # all devices are busy all the time
+    assert (lockstep_s(whole), lockstep_s(halves)) == (11 * 2, 11 * 3)  # the pipeline fills and drains with every token
 
 
 def test_other_batches_in_flight_keep_devices_busy() -> None:
     made = plan(2, row_s=0.0, fixed_s=1.0)
-    assert batch_s(predict(made, 1), 1, in_lockstep=True, num_sessions=4) == pytest.approx(11 * 4)
+    assert predict(made, 1, num_sessions=4).interval_s == 1
+    assert predict(made, 2, num_sessions=4).interval_s == 2
 
 
-@pytest.mark.parametrize(("row_s", "fixed_s", "in_lockstep", "best"), [
-    (1.0, 0.0, True, 16),  # all of the time is for rows: the more, the sooner the pipeline is full
-    (0.0, 1.0, True, 1),  # all of it is for weights, which each microbatch reads anew
-    (1.0, 16.0, False, 2),  # each goes on by itself: as many as keep both devices busy
-    (1.0, 0.0, False, 16),
+@pytest.mark.parametrize(("row_s", "fixed_s", "num_sessions", "best"), [
+    (1.0, 0.0, 1, 8),  # all of the time is for rows: the more, the sooner the pipeline is full
+    (1.0, 16.0, 1, 2),  # each reads the weights anew: as many as keep both devices busy
+    (1.0, 16.0, 4, 1),  # other sessions fill the pipeline
 ])  # fmt: skip
-def test_the_best_number_depends_on_what_rows_cost(row_s: float, fixed_s: float, in_lockstep: bool, best: int) -> None:
+def test_a_plan_is_predicted_in_the_best_number_that_changes_no_bit(
+    row_s: float, fixed_s: float, num_sessions: int, best: int
+) -> None:
     made = plan(2, row_s=row_s, fixed_s=fixed_s)
-    found = best_number((1, 2, 4, 8, 16), lambda number: predict(made, number), in_lockstep=in_lockstep)
-    assert found == best
+    batch = dataclasses.replace(WORKLOAD, batch_size=16, num_sessions=num_sessions)
+    assert made.predict(batch).workload.num_microbatches == best
+    solved = ll.solve(made.measured, workload=batch)
+    assert solved.predicted.workload.num_microbatches == best
+    assert solved.solved is not None
+    assert solved.solved.value == pytest.approx(solved.predicted.interval_s)
 
 
-def test_a_pipeline_that_other_batches_fill_gains_nothing() -> None:
-    made = plan(2, row_s=1.0, fixed_s=16.0)
-    assert best_number((1, 2, 4), lambda number: predict(made, number), num_sessions=4) == 1
+@pytest.mark.parametrize("change", [{"rows": (1,)}, {"independent_rows": 0}], ids=str)
+def test_what_rows_cost_and_what_their_bits_depend_on_must_be_known(change: dict[str, Any]) -> None:
+    made = plan(2, row_s=1.0, fixed_s=1.0, **change)
+    assert exact_numbers(made.measured, made.devices, dataclasses.replace(WORKLOAD, batch_size=16)) == [1]
 
 
-def test_a_profile_of_one_number_of_rows_does_not_know_what_rows_cost() -> None:
-    assert not knows_rows(plan(2, row_s=0.0, fixed_s=1.0, rows=(1,)).measured)
-    assert knows_rows(plan(2, row_s=0.0, fixed_s=1.0).measured)
+def test_one_device_has_nothing_to_overlap() -> None:
+    made = plan(1, row_s=1.0, fixed_s=1.0)
+    assert exact_numbers(made.measured, made.devices, dataclasses.replace(WORKLOAD, batch_size=16)) == [1]
+
+
+def test_a_workload_has_no_more_microbatches_than_rows() -> None:
+    with pytest.raises(ll.ArgumentError, match="num_microbatches=3"):
+        ll.Workload(batch_size=2, num_microbatches=3)

@@ -88,7 +88,7 @@ def simulate(
     predicted = plan.predicted if workload is None else plan.predict(workload)
     return simulate_times(
         pipeline_times(predicted),
-        predicted.workload,
+        predicted.workload.by_microbatch(),
         num_requests=num_requests,
         arrivals=arrivals,
         seed=seed,
