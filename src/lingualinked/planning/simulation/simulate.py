@@ -41,7 +41,7 @@ def simulate(
     the one before is back at the caller. At most ``num_sessions`` requests are in flight; the next one starts at the
     instant at which one is finished. Devices and links are the servers: each serves one step at a time, first in, first
     out; steps that reach it at the same instant are served in the order in which they were issued. Decode steps all take
-    what they are predicted to take at the workload's mean context.
+    what they are predicted to take at the workload's mean context. Where batches run as microbatches, each of these is a request.
 
     Given these times, this is exact: no fluid limit, no sampling. Each visit of a step is one event; a million of them take
     about a second. Where steps on a line with repeated servers reach one at the same instant by different ways, but for the
