@@ -28,10 +28,10 @@ def predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workload
     def predict_split(number: int) -> Prediction:
         return _predict(stages, profile, dataclasses.replace(workload, num_microbatches=number), reserve)
 
-    if workload.num_microbatches is not None:
+    numbers = exact_numbers(profile, {stage.device for stage in stages}, workload)
+    if workload.num_microbatches is not None or len(numbers) == 1:
         return _predict(stages, profile, workload, reserve)
-    devices = {stage.device for stage in stages}
-    return min(map(predict_split, exact_numbers(profile, devices, workload)), key=operator.attrgetter("interval_s"))
+    return min(map(predict_split, numbers), key=operator.attrgetter("interval_s"))
 
 
 def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workload, reserve: float) -> Prediction:
