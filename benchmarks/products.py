@@ -22,7 +22,7 @@ SHAPES = (  # inputs and outputs of layers of real models
     (768, 768), (768, 3072), (3072, 768), (768, 32000), (896, 4864), (1024, 3072), (2048, 2048), (2048, 5632), (5632, 2048),
     (2048, 256), (3072, 8192), (4096, 4096), (4096, 14336), (14336, 4096), (11008, 4096), (4096, 32000), (8192, 1024),
 )  # fmt: skip
-ROWS = (1, 2, 3, 4, 6, 7, 8, 12, 16)
+ROWS = (1, 2, 3, 4, 6, 7, 8, 12, 16, 24, 33, 64)
 DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float16: torch.int16}
 _SAMPLED_SHAPES = 3
 _SAMPLED_OUTPUTS = 100_000
@@ -52,7 +52,7 @@ def run_products(num_outputs: int, sample: str) -> None:
             )
         )
     columns = ("inputs x outputs", "dtype", "kernels", "compared", "different", "s")
-    new_console().print(Rows("Products of 1 to 16 rows against torch's, bit for bit", columns, found))
+    new_console().print(Rows("Products of 1 to 64 rows against torch's, bit for bit", columns, found))
     if num_different:
         raise LingualinkedError(
             f"{num_different:,} outputs differ from torch's: please report this, with the table above"

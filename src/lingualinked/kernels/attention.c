@@ -118,9 +118,9 @@ INLINE long first_dims(const struct attention *a, long product) {
     return -(thread + 1) * a->together * ((a->tokens < BLOCK ? a->tokens : BLOCK) + 2) & 3;
 }
 
-// Compute attention of some queries that share keys and values, beginning with one of them.
+// Compute attention of some queries that share keys and values, beginning with one of them; fetch what comes next.
 INLINE void attend(const struct attention *a, const int dtype, const int order, long batch, long key_head, long first_row,
-                   int rows) {
+                   int rows, const uint16_t *next_keys) {
     const long dim = a->dim, blocks = (dim + 31) / 32;
     queries query[ROWS];
     scores score[ROWS];  // then weights
@@ -148,8 +148,10 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         const long count = a->tokens - first < BLOCK ? a->tokens - first : BLOCK;
         const uint16_t *keys = a->keys + place(&a->of_keys, batch, key_head, first);
         const uint16_t *values = a->values + place(&a->of_values, batch, key_head, first);
+        const uint16_t *following = a->tokens - first > BLOCK ? keys + BLOCK * a->of_keys.token : next_keys;
+        const struct ahead next_values = {values, a->of_values.token}, next = {following, a->of_keys.token};
         // 1) scores of the block
-        score_block(dtype, order, rows, keys, a->of_keys.token, count, dim, query, score);
+        score_block(dtype, order, rows, keys, a->of_keys.token, count, dim, query, score, next_values);
         // 2) weights; what was added up for lower scores shrinks
         for (int row = 0; row < rows; row++) {
             const long at = place(&a->of_mask, batch, head[row], token[row]) + first;
@@ -169,7 +171,7 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         }
         // 3) weighted values
         FOR_ROWS(rows, add_rows(dtype, order, NUMBER, values, a->of_values.token, dim, score + row, count, apart + row,
-                                total + row))
+                                total + row, next))
     }
     // 4) divide by the sum of weights
     for (int row = 0; row < rows; row++) {
@@ -189,11 +191,11 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
     }
 }
 
-typedef void attends(const struct attention *, long, long, long, int);
+typedef void attends(const struct attention *, long, long, long, int, const uint16_t *);
 
-#define VARIANT(name, dtype, order)                                                                                \
-    static void name(const struct attention *a, long batch, long key_head, long first_row, int rows) {             \
-        attend(a, dtype, order, batch, key_head, first_row, rows);                                                 \
+#define VARIANT(name, dtype, order)                                                                                      \
+    static void name(const struct attention *a, long batch, long key_head, long first, int rows, const uint16_t *next) { \
+        attend(a, dtype, order, batch, key_head, first, rows, next);                                                     \
     }
 VARIANT(bfloat16_alone, BFLOAT16, ALONE)
 VARIANT(bfloat16_few, BFLOAT16, FEW)
@@ -215,8 +217,12 @@ static void attend_share(const void *attention, long from, long to) {
     const int order = a->together == 1 ? ALONE : a->together < LANES ? FEW : MANY;
     for (long at = from; at < to; at++) {
         const long number = at / parts, end = (at % parts + 1) * rows / parts;
-        for (long row = at % parts * rows / parts; row < end; row += ROWS)
-            variants[a->dtype][order](a, number / key_heads, number % key_heads, row, (int)(end - row < ROWS ? end - row : ROWS));
+        for (long row = at % parts * rows / parts; row < end; row += ROWS) {
+            const long next = end - row > ROWS || at + 1 == to ? number : (at + 1) / parts;
+            const uint16_t *next_keys = a->keys + place(&a->of_keys, next / key_heads, next % key_heads, 0);
+            const int count = (int)(end - row < ROWS ? end - row : ROWS);
+            variants[a->dtype][order](a, number / key_heads, number % key_heads, row, count, next_keys);
+        }
     }
 }
 

@@ -12,6 +12,9 @@
 // tokens are computed as those of FEW.
 //
 // Products are exact in float32, but for those of tiny numbers: MANY adds them as they are (fused), the others round them.
+//
+// While keys are multiplied, the values of the same tokens are fetched, and meanwhile the next keys: these and those lie in pieces
+// too short for the processor to fetch them ahead by itself.
 
 #pragma once
 
@@ -135,15 +138,28 @@ INLINE void score_rows(const int dtype, const int rows, const int lanes, const _
     for (int row = 0; row < rows; row++) _mm512_mask_storeu_ps(score[row] + at, mask, total[row]);
 }
 
+// Keys or values of tokens that will be needed next, in elements.
+struct ahead {
+    const uint16_t *first;
+    long stride;
+};
+
+// Fetch 32 dimensions of a token, from one on.
+INLINE void fetch(struct ahead ahead, long token, long dim) {
+    _mm_prefetch((const char *)(ahead.first + token * ahead.stride + dim), _MM_HINT_T1);
+}
+
 // Compute scores of a block of tokens.
 INLINE void score_block(const int dtype, const int order, int rows, const uint16_t *keys, long stride, long count, long dim,
-                        const queries *query, scores *score) {
+                        const queries *query, scores *score, struct ahead ahead) {
     const int one_by_one = order == MANY && count >= MANY_TOKENS;
     const long rest = order == ALONE || one_by_one || (dtype == BFLOAT16 && count == 1) ? 0 : count % LANES;
     __m512i pairs[MAX_DIM / 2];
     for (long at = 0; at < count; at += TILE) {
         const long size = count - at < TILE ? count - at : TILE;
         const __mmask16 mask = (__mmask16)((1u << size) - 1), last = (__mmask16)(mask & ~((1u << (size - rest)) - 1));
+        for (long token = at; token < at + size; token++)
+            for (long first = 0; first < dim; first += 32) fetch(ahead, token, first);
         transpose_keys(keys + at * stride, stride, size, dim, pairs);
         if (one_by_one)
             FOR_ROWS(rows, score_rows(dtype, NUMBER, 1, pairs, dim, query + row, score + row, at, mask))
@@ -162,9 +178,10 @@ INLINE void load_value(const int dtype, const uint16_t *value, __mmask32 mask, _
 
 // Add weighted values of one token to sums.
 INLINE void add_value(const int dtype, const int is_fused, const int rows, const int blocks, const uint16_t *value, __mmask32 mask,
-                      const scores *weight, long token, __m512 (*sum)[2][2]) {
+                      const scores *weight, long token, __m512 (*sum)[2][2], struct ahead ahead, long first) {
     for (int block = 0; block < blocks; block++) {
         __m512 half[2];
+        fetch(ahead, token, 32 * (first + block));
         load_value(dtype, value + 32 * block, mask, half);
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < 2; i++)
@@ -174,9 +191,10 @@ INLINE void add_value(const int dtype, const int is_fused, const int rows, const
 
 // Add weighted values of four tokens to sums, as (0 + 2) + (1 + 3).
 INLINE void add_four(const int dtype, const int rows, const int blocks, const uint16_t *value, long stride, __mmask32 mask,
-                     const scores *weight, long token, __m512 (*sum)[2][2]) {
+                     const scores *weight, long token, __m512 (*sum)[2][2], struct ahead ahead, long first) {
     for (int block = 0; block < blocks; block++) {
         __m512 four[4][2], by[4];
+        for (int i = 0; i < 4; i++) fetch(ahead, token + i, 32 * (first + block));
         for (int i = 0; i < 4; i++) load_value(dtype, value + i * stride + 32 * block, mask, four[i]);
         for (int row = 0; row < rows; row++) {
             for (int i = 0; i < 4; i++) by[i] = _mm512_set1_ps(weight[row][token + i]);
@@ -191,7 +209,8 @@ INLINE void add_four(const int dtype, const int rows, const int blocks, const ui
 
 // Add weighted values of some tokens to the totals in one or two blocks of 32 dimensions.
 INLINE void add_values(const int dtype, const int order, const int rows, const int blocks, const uint16_t *value, long stride,
-                       __mmask32 mask, const scores *weight, long count, const dims *apart, long block, totals *total) {
+                       __mmask32 mask, const scores *weight, long count, const dims *apart, long block, totals *total,
+                       struct ahead ahead) {
     const long chunk = order == MANY ? chunk_of(count) : count;
     for (long first = 0; first < count; first += chunk) {
         const long end = count - first < chunk ? count : first + chunk;
@@ -201,12 +220,12 @@ INLINE void add_values(const int dtype, const int order, const int rows, const i
             for (int i = 0; i < 2 * blocks; i++)
                 sum[row][i / 2][i % 2] = order == MANY ? _mm512_setzero_ps() : total[row][block + i / 2][i % 2];
         for (; order == ALONE && token + 4 <= end; token += 4)
-            add_four(dtype, rows, blocks, value + token * stride, stride, mask, weight, token, sum);
+            add_four(dtype, rows, blocks, value + token * stride, stride, mask, weight, token, sum, ahead, block);
         for (long rest = end - 1; order == ALONE && rest >= token; rest--)
-            add_value(dtype, order == MANY, rows, blocks, value + rest * stride, mask, weight, rest, sum);
+            add_value(dtype, order == MANY, rows, blocks, value + rest * stride, mask, weight, rest, sum, ahead, block);
         for (; order == FEW && !block && token + 8 <= end; token += 4) {
             for (int i = 0; i < 4; i++, token++)
-                add_value(dtype, order == MANY, rows, blocks, value + token * stride, mask, weight, token, sum);
+                add_value(dtype, order == MANY, rows, blocks, value + token * stride, mask, weight, token, sum, ahead, block);
             __m512 before[4][2];
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < 2; i++) {
@@ -214,13 +233,13 @@ INLINE void add_values(const int dtype, const int order, const int rows, const i
                     sum[row][0][i] = _mm512_mask_mov_ps(before[row][i], apart[row][i], _mm512_setzero_ps());
                 }
             for (int i = 0; i < 4; i++)
-                add_value(dtype, order == MANY, rows, blocks, value + (token + i) * stride, mask, weight, token + i, sum);
+                add_value(dtype, order == MANY, rows, blocks, value + (token + i) * stride, mask, weight, token + i, sum, ahead, block);
             for (int row = 0; row < rows; row++)
                 for (int i = 0; i < 2; i++)
                     sum[row][0][i] = _mm512_mask_add_ps(sum[row][0][i], apart[row][i], before[row][i], sum[row][0][i]);
         }
         for (; order != ALONE && token < end; token++)
-            add_value(dtype, order == MANY, rows, blocks, value + token * stride, mask, weight, token, sum);
+            add_value(dtype, order == MANY, rows, blocks, value + token * stride, mask, weight, token, sum, ahead, block);
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < 2 * blocks; i++) {
                 __m512 *to = &total[row][block + i / 2][i % 2];
@@ -231,10 +250,10 @@ INLINE void add_values(const int dtype, const int order, const int rows, const i
 
 // Add weighted values of some tokens to the totals of some queries.
 INLINE void add_rows(const int dtype, const int order, const int rows, const uint16_t *value, long stride, long dim,
-                     const scores *weight, long count, const dims *apart, totals *total) {
+                     const scores *weight, long count, const dims *apart, totals *total, struct ahead ahead) {
     long block = 0;
     for (; block + 2 <= dim / 32; block += 2)
-        add_values(dtype, order, rows, 2, value + 32 * block, stride, 0xffffffff, weight, count, apart, block, total);
+        add_values(dtype, order, rows, 2, value + 32 * block, stride, 0xffffffff, weight, count, apart, block, total, ahead);
     for (; 32 * block < dim; block++)
-        add_values(dtype, order, rows, 1, value + 32 * block, stride, dims_of(dim, block), weight, count, apart, block, total);
+        add_values(dtype, order, rows, 1, value + 32 * block, stride, dims_of(dim, block), weight, count, apart, block, total, ahead);
 }

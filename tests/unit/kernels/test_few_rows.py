@@ -66,7 +66,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
     num_outputs = draw(
         st.integers(-(-product_probe.MIN_ELEMENTS // num_inputs), max(65, min(9000, 400_000 // num_inputs)))
     )
-    return draw(st.integers(1, 16)), num_inputs, num_outputs
+    return draw(st.one_of(st.integers(1, 16), st.integers(17, few_rows.MAX_ROWS))), num_inputs, num_outputs
 
 
 @given(
@@ -153,7 +153,7 @@ def product_of(num_rows: int, num_inputs: int, num_outputs: int) -> tuple[Tensor
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_threads_of_one_process_do_not_disturb_each_other(num_threads: int) -> None:
     with threads(num_threads), torch.inference_mode(), ThreadPoolExecutor(8) as pool:
-        products = [product_of(num_rows, 1056, 320) for num_rows in (1, 2, 7, 16)] * 50
+        products = [product_of(num_rows, 1056, 320) for num_rows in (1, 2, 7, 16, 33)] * 50
         results = pool.map(lambda product: torch.equal(product[1](product[0]), product[2]), products)
         assert all(results)
 
@@ -186,7 +186,7 @@ def test_nothing_outside_the_buffers_is_touched(
     weight.forbid_writing()
     bias = guarded_copy(torch.randn(num_outputs).bfloat16(), at_end) if has_bias else None
     for num_threads in (1, 3):
-        for num_rows in (1, 2, 5, 6, 7, 12, 13, 16):
+        for num_rows in (1, 2, 5, 6, 7, 12, 13, 16, 25, 64):
             rows = guarded_copy(torch.randn(num_rows, num_inputs).bfloat16(), at_end)
             expected = few_rows.multiply(rows, layer.address, bias, num_outputs, 512)
             buffer = GuardedBuffer(2 * num_rows * num_outputs, at_end)
