@@ -18,6 +18,15 @@ INLINE long place(const struct strides *of, long batch, long head, long token) {
     return batch * of->batch + head * of->head + token * of->token;
 }
 
+// One of several texts of different lengths, with one new token each, whose keys and values lie anywhere.
+struct text {
+    uint16_t *keys, *values;  // [heads / group][tokens][dim] each
+    long key_head, key_token, value_head, value_token;  // strides
+    long tokens;
+    long place;               // of its new token among all queries and results
+    long appends;             // whether the new key and value, at this place as well, are still to become the last ones
+};
+
 struct attention {
     const uint16_t *query, *keys, *values;  // [batch][heads][queries][dim], twice [batch][heads / group][tokens][dim]
     uint16_t *result;                       // [batch][queries][heads][dim]
@@ -30,8 +39,16 @@ struct attention {
     double scale;
     double (*exponential)(double);                       // exp, for weights that do not fill a vector
     float (*exponential32)(float), (*logarithm)(float);  // expf, logf
+    const struct text *texts;  // in place of batch, keys, values and tokens, with one query each; or null
+    long num_texts;            // then keys and values are new ones, [1][heads / group][places][dim]
     struct team team;
 };
+
+INLINE struct text text_of(const struct attention *a, long batch) {
+    if (a->texts) return a->texts[batch];
+    return (struct text){(uint16_t *)a->keys + batch * a->of_keys.batch, (uint16_t *)a->values + batch * a->of_values.batch,
+                         a->of_keys.head, a->of_keys.token, a->of_values.head, a->of_values.token, a->tokens, 0, 0};
+}
 
 INLINE __m512 maximum(__m512 a, __m512 b) {  // NaN if one is
     const __mmask16 is_nan = _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
@@ -112,15 +129,17 @@ INLINE float weigh_scores(const struct attention *a, const int dtype, float *sco
 
 // Return how many dimensions lie before a multiple of 16 bytes in torch's buffer for the product of this number: these are apart.
 // Each of its threads has a buffer, with scores, two more numbers for each query, and results; one follows the other.
-INLINE long first_dims(const struct attention *a, long product) {
+INLINE long first_dims(const struct attention *a, long tokens, long product) {
     const long products = a->batch * a->heads * a->queries / a->together;
     const long thread = product / ((products + a->team.threads - 1) / a->team.threads);
-    return -(thread + 1) * a->together * ((a->tokens < BLOCK ? a->tokens : BLOCK) + 2) & 3;
+    return -(thread + 1) * a->together * ((tokens < BLOCK ? tokens : BLOCK) + 2) & 3;
 }
 
 // Compute attention of some queries that share keys and values, beginning with one of them; fetch what comes next.
-INLINE void attend(const struct attention *a, const int dtype, const int order, long batch, long key_head, long first_row,
+INLINE void attend(const struct attention *a, const int dtype, const int order, long number, long key_head, long first_row,
                    int rows, const uint16_t *next_keys) {
+    const struct text text = text_of(a, number);
+    const long batch = a->texts ? 0 : number;
     const long dim = a->dim, blocks = (dim + 31) / 32;
     queries query[ROWS];
     scores score[ROWS];  // then weights
@@ -131,27 +150,27 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
     for (int row = 0; row < rows; row++) {
         head[row] = key_head * a->group + (first_row + row) / a->queries;
         token[row] = (first_row + row) % a->queries;
-        const uint16_t *from = a->query + place(&a->of_query, batch, head[row], token[row]);
+        const uint16_t *from = a->query + place(&a->of_query, batch, head[row], text.place + token[row]);
         for (long block = 0; block < blocks; block++) {
             const __m512i all = _mm512_maskz_loadu_epi16(dims_of(dim, block), from + 32 * block);
             _mm512_storeu_ps(query[row] + 32 * block, widen(dtype, _mm512_castsi512_si256(all)));
             _mm512_storeu_ps(query[row] + 32 * block + 16, widen(dtype, _mm512_extracti64x4_epi64(all, 1)));
             total[row][block][0] = total[row][block][1] = _mm512_setzero_ps();
         }
-        const long first = first_dims(a, ((batch * a->heads + head[row]) * a->queries + token[row]) / a->together);
+        const long first = first_dims(a, text.tokens, ((batch * a->heads + head[row]) * a->queries + token[row]) / a->together);
         apart[row][0] = (__mmask16)((1u << (dtype == FLOAT16 ? first : (first + 1) / 2)) - 1);
         apart[row][1] = (__mmask16)((1u << (dtype == FLOAT16 ? 0 : first / 2)) - 1);
         highest[row] = -__builtin_inff();
         sum[row] = 0;
     }
-    for (long first = 0; first < a->tokens; first += BLOCK) {
-        const long count = a->tokens - first < BLOCK ? a->tokens - first : BLOCK;
-        const uint16_t *keys = a->keys + place(&a->of_keys, batch, key_head, first);
-        const uint16_t *values = a->values + place(&a->of_values, batch, key_head, first);
-        const uint16_t *following = a->tokens - first > BLOCK ? keys + BLOCK * a->of_keys.token : next_keys;
-        const struct ahead next_values = {values, a->of_values.token}, next = {following, a->of_keys.token};
+    for (long first = 0; first < text.tokens; first += BLOCK) {
+        const long count = text.tokens - first < BLOCK ? text.tokens - first : BLOCK;
+        const uint16_t *keys = text.keys + key_head * text.key_head + first * text.key_token;
+        const uint16_t *values = text.values + key_head * text.value_head + first * text.value_token;
+        const uint16_t *following = text.tokens - first > BLOCK ? keys + BLOCK * text.key_token : next_keys;
+        const struct ahead next_values = {values, text.value_token}, next = {following, text.key_token};
         // 1) scores of the block
-        score_block(dtype, order, rows, keys, a->of_keys.token, count, dim, query, score, next_values);
+        score_block(dtype, order, rows, keys, text.key_token, count, dim, query, score, next_values);
         // 2) weights; what was added up for lower scores shrinks
         for (int row = 0; row < rows; row++) {
             const long at = place(&a->of_mask, batch, head[row], token[row]) + first;
@@ -170,7 +189,7 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
                 total[row][i / 2][i % 2] = _mm512_mul_ps(total[row][i / 2][i % 2], _mm512_set1_ps(shrink));
         }
         // 3) weighted values
-        FOR_ROWS(rows, add_rows(dtype, order, NUMBER, values, a->of_values.token, dim, score + row, count, apart + row,
+        FOR_ROWS(rows, add_rows(dtype, order, NUMBER, values, text.value_token, dim, score + row, count, apart + row,
                                 total + row, next))
     }
     // 4) divide by the sum of weights
@@ -178,7 +197,7 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         if (sum[row] == 0) sum[row] = 1;
         const float top = highest[row] == -__builtin_inff() ? 0 : highest[row];
         if (a->logsums) a->logsums[(batch * a->heads + head[row]) * a->queries + token[row]] = top + a->logarithm(sum[row]);
-        uint16_t *result = a->result + ((batch * a->queries + token[row]) * a->heads + head[row]) * dim;
+        uint16_t *result = a->result + ((batch * a->queries + text.place + token[row]) * a->heads + head[row]) * dim;
         for (long block = 0; block < blocks; block++) {
             __m256i half[2];
             for (int i = 0; i < 2; i++)
@@ -193,9 +212,9 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
 
 typedef void attends(const struct attention *, long, long, long, int, const uint16_t *);
 
-#define VARIANT(name, dtype, order)                                                                                      \
-    static void name(const struct attention *a, long batch, long key_head, long first, int rows, const uint16_t *next) { \
-        attend(a, dtype, order, batch, key_head, first, rows, next);                                                     \
+#define VARIANT(name, dtype, order)                                                                                       \
+    static void name(const struct attention *a, long number, long key_head, long first, int rows, const uint16_t *next) { \
+        attend(a, dtype, order, number, key_head, first, rows, next);                                                     \
     }
 VARIANT(bfloat16_alone, BFLOAT16, ALONE)
 VARIANT(bfloat16_few, BFLOAT16, FEW)
@@ -205,10 +224,27 @@ VARIANT(float16_many, FLOAT16, MANY)
 
 static attends *const variants[][3] = {{bfloat16_alone, bfloat16_few, bfloat16_many}, {float16_few, float16_few, float16_many}};
 
+// Return how many groups of heads there are, of all rows or texts.
+static long groups_of(const struct attention *a) { return (a->texts ? a->num_texts : a->batch) * a->heads / a->group; }
+
 // Return into how many parts the queries of a group are divided, so that no thread is idle.
 static long parts_of(const struct attention *a) {
-    const long groups = a->batch * a->heads / a->group, threads = a->team.threads;
+    const long groups = groups_of(a), threads = a->team.threads;
     return groups % threads && groups < 4 * threads ? threads : 1;
+}
+
+// Write the new key and value of a text behind those that it has.
+static void append(const struct attention *a, const struct text *text, long key_head) {
+    const uint16_t *key = a->keys + place(&a->of_keys, 0, key_head, text->place);
+    const uint16_t *value = a->values + place(&a->of_values, 0, key_head, text->place);
+    const long last = text->tokens - 1;
+    for (long at = 0; at < a->dim; at += 32) {
+        const __mmask32 mask = dims_of(a->dim, at / 32);
+        _mm512_mask_storeu_epi16(text->keys + key_head * text->key_head + last * text->key_token + at, mask,
+                                 _mm512_maskz_loadu_epi16(mask, key + at));
+        _mm512_mask_storeu_epi16(text->values + key_head * text->value_head + last * text->value_token + at, mask,
+                                 _mm512_maskz_loadu_epi16(mask, value + at));
+    }
 }
 
 static void attend_share(const void *attention, long from, long to) {
@@ -217,16 +253,16 @@ static void attend_share(const void *attention, long from, long to) {
     const int order = a->together == 1 ? ALONE : a->together < LANES ? FEW : MANY;
     for (long at = from; at < to; at++) {
         const long number = at / parts, end = (at % parts + 1) * rows / parts;
+        if (a->texts && a->texts[number / key_heads].appends) append(a, &a->texts[number / key_heads], number % key_heads);
         for (long row = at % parts * rows / parts; row < end; row += ROWS) {
             const long next = end - row > ROWS || at + 1 == to ? number : (at + 1) / parts;
-            const uint16_t *next_keys = a->keys + place(&a->of_keys, next / key_heads, next % key_heads, 0);
+            const struct text text = text_of(a, next / key_heads);
             const int count = (int)(end - row < ROWS ? end - row : ROWS);
-            variants[a->dtype][order](a, number / key_heads, number % key_heads, row, count, next_keys);
+            variants[a->dtype][order](a, number / key_heads, number % key_heads, row, count,
+                                      text.keys + next % key_heads * text.key_head);
         }
     }
 }
 
 // Compute attention, with as many threads as it says.
-void attention(struct attention *a) {
-    share_work(&a->team, attend_share, a, a->batch * a->heads / a->group * parts_of(a));
-}
+void attention(struct attention *a) { share_work(&a->team, attend_share, a, groups_of(a) * parts_of(a)); }

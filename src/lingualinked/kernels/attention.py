@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import struct
 import sys
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +27,8 @@ _NO_MASK, _CHOICES, _ADDENDS = range(3)
 _MAX_DIM = 256
 _DIM_MULTIPLE = 8
 _MIN_DIM = 16  # of several queries; MKL adds up fewer than 12 dimensions otherwise
-_ARGUMENTS = struct.Struct("@6P21ld3P" + native.TEAM)  # `struct attention` of attention.c
+_ARGUMENTS = struct.Struct("@6P21ld4Pl" + native.TEAM)  # `struct attention` of attention.c
+_TEXT = struct.Struct("@2P7l")  # its `struct text`
 
 
 def is_available() -> bool:
@@ -101,8 +105,71 @@ def attend(
         mask_kind,
         scale,
         *_mathematics(),
+        0,
+        0,
     )
     return result
+
+
+class Text(NamedTuple):
+    """A text with one new token, as `struct text` of attention.c describes it; strides are in elements."""
+
+    keys_address: int  # of [1, key heads, its tokens, dim], dimensions side by side
+    values_address: int
+    keys_head_stride: int
+    keys_token_stride: int
+    values_head_stride: int
+    values_token_stride: int
+    num_tokens: int
+    place: int  # of the new token in the pass
+    appends: bool  # whether its key and value are still to be written behind the others, which have room for them
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, place: int, *, appends: bool = False) -> Self:
+        """Describe a text by its keys and values, ``[1, key heads, tokens, dim]``, the new one included."""
+        (_, *key_strides, _), (_, *value_strides, _) = keys.stride(), values.stride()
+        described = keys.data_ptr(), values.data_ptr(), *key_strides, *value_strides, keys.shape[2], place, appends
+        return cls._make(described)
+
+
+def attend_texts(
+    query: Tensor, new_keys: Tensor, new_values: Tensor, texts: Sequence[Text], scale: float, result: Tensor
+) -> None:
+    """Compute attention of the one new token of each text over the text alone, without a mask: with the bits of `attend`.
+
+    All places of a pass have ``query`` ``[1, heads, places, dim]``, new keys and values ``[1, key heads, places, dim]``, and
+    `result` ``[1, places, heads, dim]``, contiguous, which is filled in the places of the texts.
+    """
+    described = b"".join(itertools.starmap(_TEXT.pack, texts))
+    memory = ctypes.create_string_buffer(described, len(described))
+    _, num_heads, _, dim = query.shape
+    native.call(
+        "attention",
+        "attention",
+        _ARGUMENTS,
+        query.data_ptr(),
+        new_keys.data_ptr(),
+        new_values.data_ptr(),
+        result.data_ptr(),
+        *(0, 0),
+        *query.stride()[:3],
+        *new_keys.stride()[:3],
+        *new_values.stride()[:3],
+        *(0, 0, 0),
+        1,
+        num_heads,
+        num_heads // new_keys.shape[1],
+        1,
+        0,
+        dim,
+        1,
+        _DTYPES.index(query.dtype),
+        _NO_MASK,
+        scale,
+        *_mathematics(),
+        ctypes.addressof(memory),
+        len(texts),
+    )
 
 
 def _lies_in_rows(states: Tensor) -> bool:

@@ -58,3 +58,42 @@ def test_nothing_outside_the_buffers_is_touched(
             assert sums.isfinite().all()
             assert result.is_untouched_around()
             assert logsums.is_untouched_around()
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "group", "num_threads"), [(8, 3, 1), (64, 1, 1), (64, 4, 3), (256, 5, 3)])
+def test_texts_of_different_lengths_have_the_bits_of_each_alone(
+    dim: int, group: int, num_threads: int, dtype: torch.dtype, at_end: bool
+) -> None:
+    num_places, num_key_heads = 9, 2
+    query = guarded_copy(torch.randn(1, num_key_heads * group, num_places, dim).to(dtype), at_end)
+    new = [guarded_copy(torch.randn(1, num_places, num_key_heads, dim).to(dtype), at_end) for _ in range(2)]
+    new_keys, new_values = (each.transpose(1, 2) for each in new)
+    buffers = [GuardedBuffer(ELEMENT_BYTES * query.numel(), at_end)]
+    result = buffers[0].tensor(1, num_places, num_key_heads * group, dim, dtype=dtype).zero_()
+    texts, expected = [], {}
+    with threads(num_threads):
+        for place, num_tokens in ((0, 1), (2, 530), (3, 15), (5, 33), (8, 64)):
+            appends, size = place % 2 == 0, (1, num_key_heads, num_tokens, dim)
+            keys, values = (torch.randn(size).to(dtype) for _ in range(2))
+            buffers += [GuardedBuffer(keys.nbytes, at_end) for _ in range(2)]
+            keys, values = (
+                memory.tensor(*size, dtype=dtype).copy_(each)
+                for memory, each in zip(buffers[-2:], (keys, values), strict=True)
+            )
+            if not appends:
+                buffers[-1].forbid_writing()
+                buffers[-2].forbid_writing()
+            texts.append(attention.Text.of(keys, values, place, appends=appends))
+            full = [keys.clone(), values.clone()]
+            if appends:
+                full[0][:, :, -1], full[1][:, :, -1] = new_keys[:, :, place], new_values[:, :, place]
+            expected[place] = keys, values, full, attention.attend(query[:, :, place : place + 1], *full, 0.3)
+        attention.attend_texts(query, new_keys, new_values, texts, 0.3, result)
+    for place, (keys, values, full, attended) in expected.items():
+        assert torch.equal(result[:, place : place + 1], attended)
+        assert torch.equal(keys, full[0])
+        assert torch.equal(values, full[1])
+    assert not result[:, [1, 4, 6, 7]].any()
+    assert all(buffer.is_untouched_around() for buffer in buffers)
