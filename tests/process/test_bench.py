@@ -61,5 +61,5 @@ def test_memory(models: BenchModels) -> None:
 def test_overhead(models: BenchModels) -> None:
     whole, *parts, size = measure_overhead(models, 8)
     assert whole.values["whole"]
-    assert len(parts) == 4
+    assert len(parts) == 5
     assert 0 < size.values["the last hop between stages"][0] < 320

@@ -9,13 +9,13 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lingualinked.cli.bench.measurement import Measurement
 from lingualinked.cli.bench.models import BenchModels
 from lingualinked.quantities import count_text
+from lingualinked.telemetry.samples import StepSample
 
 _TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,22 +44,23 @@ class _Parts:
     transport: list[float] = dataclasses.field(default_factory=list)  # sockets and encryption, to and between stages
     waiting: list[float] = dataclasses.field(default_factory=list)  # in workers' queues
     codec: list[float] = dataclasses.field(default_factory=list)  # encoding and decoding in workers
-    rest: list[float] = dataclasses.field(default_factory=list)  # the caller, the way back to it, workers' own Python
+    rest: list[float] = dataclasses.field(
+        default_factory=list
+    )  # the way back to the caller, its thread, workers' loops
+    caller: list[float] = dataclasses.field(default_factory=list)  # of the step, in `forward` before and after it
 
-    def add(self, step: Any, elapsed_s: float) -> None:
+    def add(self, step: StepSample, elapsed_s: float) -> None:
         """Count a step's times."""
-        stages = step.stages
-        num_hops = len(stages) + 1
-
-        def share_us(name: str) -> float:
-            return sum(float(getattr(stage, name)) for stage in stages) * 1e6 / num_hops
-
-        whole = elapsed_s * 1e6 / num_hops - share_us("compute_s")
-        known = {"transport": share_us("hop_s"), "waiting": share_us("wait_s"), "codec": share_us("codec_s")}
-        self.whole.append(whole)
-        for name, value in known.items():
-            getattr(self, name).append(value)
-        self.rest.append(whole - sum(known.values()))
+        stages, num_hops = step.stages, len(step.stages) + 1
+        compute, transport, waiting, codec = (
+            sum(getattr(stage, name) for stage in stages) for name in ("compute_s", "hop_s", "wait_s", "codec_s")
+        )
+        whole = step.total_s - compute
+        times = {"whole": whole, "transport": transport, "waiting": waiting, "codec": codec}
+        times["rest"] = whole - transport - waiting - codec
+        for name, value in times.items():
+            getattr(self, name).append(value * 1e6 / num_hops)
+        self.caller.append((elapsed_s - step.total_s) * 1e6)
 
 
 def write_tiny(folder: str, num_layers: int) -> None:
@@ -85,7 +86,10 @@ def measure_overhead(models: BenchModels, num_steps: int) -> list[Measurement]:
     num_stages = len(sent[0])
     state_bytes = 2 * model.config.hidden_size
     notes = [
-        f"Of a step of {count_text(num_stages, 'stage')}, all that is compute in no stage, by its {count_text(num_stages + 1, 'hop')}.",
+        (
+            f"Of a step of {count_text(num_stages, 'stage')}, all that is compute in no stage, by its {count_text(num_stages + 1, 'hop')}; "
+            "the caller's checks that nothing has been changed that a stage would have to know are apart, since they are once a step."
+        ),
         f"Of the hops: median and quartiles of {count_text(num_steps, 'step')}.",
         f"A hidden state has {count_text(state_bytes, 'byte')}.",
     ]
@@ -102,9 +106,11 @@ def measure_overhead(models: BenchModels, num_steps: int) -> list[Measurement]:
         ("transport", "sockets and encryption"),
         ("waiting", "waiting in the workers' queues"),
         ("codec", "encoding and decoding in workers"),
-        ("rest", "the caller, the way back to it, and the workers' loops"),
+        ("rest", "the way back to the caller, its thread, and the workers' loops"),
     ):
         measurements.append(Measurement(what=f"  {what}", unit="µs", values={"part": _quiet(getattr(parts, name))}))
+    caller = Measurement(what="the caller's own work", unit="µs", values={"a step": _quiet(parts.caller)})
+    measurements.append(caller)
     if num_stages > 1:
         measurements.append(
             Measurement(

@@ -23,6 +23,7 @@ from lingualinked.errors import ArgumentError
 _SERVER, _BENCH, _BATCHED = "ggml-rpc-server", "llama-bench", "llama-batched-bench"
 _START_S = 20.0
 _RUN_S = 600.0
+_MOST_TRIES = 5
 _BLOCK = 1 << 20  # random values that weights repeat
 
 
@@ -45,17 +46,24 @@ class LlamaCpp:
             raise
 
     def tokens_per_s(self, kind: Kind, rows: int, prompt_tokens: int, new_tokens: int) -> float:
-        """Return tokens per second: of the prompt, after it, or of whole answers to `rows` clients at once."""
+        """Return tokens per second: of a prompt, after it, or of whole answers to so many clients at once."""
         if rows == 1 and kind != "throughput":
             counts = (prompt_tokens, 0, 0) if kind == "prefill" else (0, new_tokens, prompt_tokens)
             arguments = [text for each in zip(("-p", "-n", "-d"), map(str, counts), strict=True) for text in each]
             (row,) = json.loads(self._run(_BENCH, "-r", "1", "-o", "json", *arguments))
             return float(row["avg_ts"])
-        size = rows * (prompt_tokens + new_tokens)
-        counts = ("-npp", str(prompt_tokens), "-ntg", str(new_tokens), "-npl", str(rows), "-c", str(size))  # type: ignore[assignment]
-        text = self._run(_BATCHED, "--output-format", "jsonl", *map(str, counts))
-        row = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+        row = self._run_batched(rows, prompt_tokens, max(1, new_tokens))
         return float(row["speed_tg"] if kind == "decode" else rows * new_tokens / row["t"])
+
+    def _run_batched(self, rows: int, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+        shape = ("-npp", prompt_tokens, "-ntg", new_tokens, "-npl", rows, "-c", rows * (prompt_tokens + new_tokens))
+        for _ in range(_MOST_TRIES):  # what it says last is lost now and then, when its logging thread ends too early
+            text = self._run(_BATCHED, "--output-format", "jsonl", *map(str, shape))
+            for line in text.splitlines():
+                if line.startswith("{"):
+                    row: dict[str, float] = json.loads(line)
+                    return row
+        raise ArgumentError(f"{_BATCHED} says nothing: try it by itself")
 
     def close(self) -> None:
         """End the servers."""
