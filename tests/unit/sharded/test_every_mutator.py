@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
+from lingualinked.cluster.step_in_flight import StepOptions
 from lingualinked.cluster.step_reply import HookEvent, StepReply
 from lingualinked.cluster.tensor_edits import Changes
 from lingualinked.model.hook_data import HookPoint
@@ -98,6 +99,7 @@ class LocalSession:
 
     max_cache_len = 0
     stepping_thread = None
+    kv_has_gradients = False
 
     def __init__(self, model: Any) -> None:
         self.num_rows, self.num_tokens, self.ended = 0, 0, False
@@ -110,11 +112,7 @@ class LocalSession:
         mask: Any,
         positions: Any,
         keep: Any,
-        *,
-        keeps_kv: bool = True,
-        records: tuple[str, ...] = (),
-        hooks: Any = None,
-        **_: Any,
+        options: StepOptions,
     ) -> tuple[Tensor, dict[str, Any]]:
         def run() -> Any:
             return self._model(
@@ -123,12 +121,12 @@ class LocalSession:
                 position_ids=positions,
                 logits_to_keep=keep,
                 past_key_values=self._kv,
-                **{f"output_{name}": True for name in records},
+                **{f"output_{name}": True for name in options.records},
             )
 
-        output = run() if hooks is None else LocalStep(self._model, hooks, run).run()
+        output = run() if options.hooks is None else LocalStep(self._model, options.hooks, run).run()
         self.num_rows, self.num_tokens = ids.shape[0], self.num_tokens + ids.shape[1]
-        return output.logits, {name: output[name] for name in records}
+        return output.logits, {name: output[name] for name in options.records}
 
     def reserve(self, num_tokens: int) -> None:
         pass
@@ -175,11 +173,13 @@ class LocalEdits:
 class LocalPipeline:
     """Stands for a pipeline of workers."""
 
+    independent_rows = 0
+
     def __init__(self, model: Any) -> None:
         self._model = model
         self.edits = LocalEdits(model)
         self.weights = SimpleNamespace(read=lambda _, name, *__: model.get_parameter_or_buffer(name).detach().clone())
-        self.plan = SimpleNamespace(stages=[SimpleNamespace(end=model.config.num_hidden_layers)])
+        self.plan = SimpleNamespace(stages=[SimpleNamespace(end=model.config.num_hidden_layers)], devices=("a",))
 
     def check_open(self) -> None:
         pass
