@@ -85,6 +85,9 @@ VALUES = {
     "checksum": 2**64 - 1,
     "logits_to_keep": 1,
     "least_rows": 2,
+    "num_steps": 64,
+    "run_steps": 63,
+    "position_rows": 8,
     "worker": WorkerSnapshot(
         device="a", pid=7, threads=1, resident_bytes=2**40, idle_resident_bytes=2**30, num_refused=0
     ),

@@ -164,7 +164,5 @@ def test_several_threads_at_once(sharded: Any, unsharded: PreTrainedModel) -> No
 
 def test_a_session_used_by_two_threads_is_refused(sharded: Any) -> None:
     past = sharded(IDS).past_key_values
-    assert past.session._running.acquire(blocking=False)
-    with pytest.raises(ll.ArgumentError, match="another thread"):
+    with past.session._use.alone(), pytest.raises(ll.ArgumentError, match="another thread"):
         sharded(IDS[:, :1], past_key_values=past)
-    past.session._running.release()

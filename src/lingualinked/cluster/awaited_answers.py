@@ -5,7 +5,7 @@ Knows messages, roles and what is pending; neither mailboxes nor what an answer 
 
 from __future__ import annotations
 
-from lingualinked.cluster.pending import Key, Pending
+from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.failures import RequestFailed, StepFailed
 from lingualinked.protocol.hooking import HookReached
@@ -13,6 +13,7 @@ from lingualinked.protocol.messages import AnyMessage, Progress, StageLoaded
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.packed import PackedDone, PackedFailed
 from lingualinked.protocol.roles import TO_CALLER, Role
+from lingualinked.protocol.running import TokensChosen
 from lingualinked.protocol.steps import StepDone, StepRecorded
 from lingualinked.protocol.weights import FetchPart
 
@@ -21,11 +22,19 @@ def answer_key(message: AnyMessage) -> Key:
     """Return the key of the pending answer that a message completes, fails, or reports progress of."""
     if isinstance(message, StepDone | StepFailed | StepRecorded | HookReached):
         return "step", message.session, message.number
+    if isinstance(message, TokensChosen):
+        return "run", message.session, 0
     if isinstance(message, PackedDone | PackedFailed):
         return "packed", message.number, 0
     if isinstance(message, FetchPart):
         return "request", message.load, 0
     return "request", message.request, 0  # type: ignore[union-attr]
+
+
+def pending_key(message: AnyMessage, pending: PendingAnswers) -> Key:
+    """Return the key of the pending answer that a message is about: the run's, if the failed step is one of a run."""
+    key = answer_key(message)
+    return ("run", message.session, 0) if isinstance(message, StepFailed) and pending.find(key) is None else key
 
 
 def find_role(message: AnyMessage) -> Role:
@@ -44,9 +53,12 @@ def check_answer(message: AnyMessage, sender: str, role: Role, pending: Pending)
         fits = sender == pending.asked and pending.answer is StageLoaded
     else:
         senders = {pending.asked} if role is Role.LAST_STAGE else pending.devices
-        is_packed = isinstance(message, PackedDone | PackedFailed)
-        answer = KVCopied if role is Role.KV_ENDS else PackedDone if is_packed else StepDone
-        fits = sender in senders and pending.answer is answer and message.model == pending.model  # type: ignore[union-attr]
+        answers: tuple[type, ...] = (StepDone, TokensChosen)
+        if role is Role.KV_ENDS:
+            answers = (KVCopied,)
+        elif isinstance(message, PackedDone | PackedFailed):
+            answers = (PackedDone,)
+        fits = sender in senders and pending.answer in answers and message.model == pending.model  # type: ignore[union-attr]
         if isinstance(message, StepRecorded):
             fits = fits and pending.awaits_part(message.stage, sender)
         if isinstance(message, HookReached):

@@ -24,6 +24,7 @@ from lingualinked.cluster.file_sharing import SharedLoad
 from lingualinked.cluster.pending import Pending, settle
 from lingualinked.cluster.reach import Reach, RemoteHost
 from lingualinked.cluster.remote.locating import resolve_advertised
+from lingualinked.cluster.step_reply import RunStart
 from lingualinked.device import CALLER, Link
 from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
@@ -40,6 +41,7 @@ from lingualinked.protocol.moving import AnnounceMove, CopyKV, ForkSession, Join
 from lingualinked.protocol.packed import PackedStep
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
+from lingualinked.protocol.running import BeginRun, EndRun
 from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.transport.keys import generate_keypair
 from lingualinked.transport.mailbox import Mailbox
@@ -49,6 +51,7 @@ logger = logging.getLogger("lingualinked.cluster")
 
 _START_S = 60.0
 _STOP_S = 2.0
+_Command = EndSession | MoveSession | KeepPlan | HookAnswered | AbandonBackward | FreeGraph | EndRun
 _OF_A_MODEL = (
     LoadStage
     | AnnounceMove
@@ -247,24 +250,28 @@ class Engine:
         return pending.future
 
     def step(
-        self, devices: Sequence[str], step: Step, tensors: tuple[Tensor, ...], timeout_s: float
+        self,
+        devices: Sequence[str],
+        step: Step,
+        tensors: tuple[Tensor, ...],
+        timeout_s: float,
+        run: RunStart | None = None,
     ) -> concurrent.futures.Future[object]:
-        """Send a step through the stages on these devices; the future gives the last stage's `StepReply`."""
+        """Send a step through the stages on these devices; the future gives the last stage's `StepReply`, or the last one of a run."""
         pending = Pending(
             devices=frozenset(devices),
             asked=devices[-1],
-            answer=ANSWERS[Step],
+            answer=ANSWERS[Step if run is None else BeginRun],
             model=step.model,
             what=f"a step through devices {', '.join(map(repr, devices))}",
             timeout_s=timeout_s,
             deadline=time.monotonic() + timeout_s,
             part_senders=tuple(devices) if step.records or step.captures else (),
             takes_hooks=bool(step.hooks),
+            on_tokens=None if run is None else run.on_tokens,
         )
         future = pending.future  # before the step is sent: it has another one as soon as it has stopped at a hook
-        self._post(
-            lambda: self._exchange.send_request(devices[0], step, tensors, ("step", step.session, step.number), pending)
-        )
+        self._post(lambda: self._exchange.send_step(devices, step, tensors, pending, run))
         return future
 
     def packed_step(
@@ -288,9 +295,7 @@ class Engine:
         """Send what hooks have made of a call to the worker whose step waits for it."""
         self._post(lambda: self._exchange.answer_hooks(device, message, tensors))
 
-    def send_command(
-        self, device: str, message: EndSession | MoveSession | KeepPlan | HookAnswered | AbandonBackward | FreeGraph
-    ) -> None:
+    def send_command(self, device: str, message: _Command) -> None:
         """Send a command that has no answer; does nothing once the engine is stopped, or in a forked child."""
         with contextlib.suppress(ClosedError, UnsupportedOperationError):
             self._post(lambda: self._exchange.send_command(device, message, message.model))

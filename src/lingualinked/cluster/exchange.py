@@ -16,7 +16,7 @@ from concurrent.futures import Future
 import msgspec
 from torch import Tensor
 
-from lingualinked.cluster.awaited_answers import answer_key, check_answer, find_role
+from lingualinked.cluster.awaited_answers import answer_key, check_answer, find_role, pending_key
 from lingualinked.cluster.failures import error_of
 from lingualinked.cluster.file_sharing import FileSharing
 from lingualinked.cluster.introductions import Introduction, Introductions
@@ -25,7 +25,7 @@ from lingualinked.cluster.pending import Key, Pending, PendingAnswers
 from lingualinked.cluster.reach import Reach, RemoteHost
 from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.remote_text import RemoteLog, readable_environment
-from lingualinked.cluster.step_reply import HookEvent, StepReply
+from lingualinked.cluster.step_reply import HookEvent, RunReply, RunStart, StepReply
 from lingualinked.device import CALLER
 from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError
@@ -54,7 +54,8 @@ from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.packed import PackedDone, PackedFailed
 from lingualinked.protocol.reading import TensorRead
 from lingualinked.protocol.roles import ANSWERS, Role
-from lingualinked.protocol.steps import EndSession, StepDone, StepRecorded
+from lingualinked.protocol.running import TokensChosen
+from lingualinked.protocol.steps import EndSession, Step, StepDone, StepRecorded
 from lingualinked.protocol.weights import FetchPart, FilesFound
 from lingualinked.transport.awaited_connections import AwaitedConnections
 from lingualinked.transport.cut_links import CutLinks
@@ -187,6 +188,21 @@ class Exchange:
         else:
             self._pending.add(key, pending)
 
+    def send_step(
+        self, devices: Sequence[str], step: Step, tensors: tuple[Tensor, ...], pending: Pending, run: RunStart | None
+    ) -> None:
+        """Send a step to the first of these devices; if it begins a run, tell the last one before."""
+        if run is None:
+            self.send_request(devices[0], step, tensors, ("step", step.session, step.number), pending)
+            return
+        key = ("run", step.session, 0)
+        self.send_request(devices[-1], run.begin, run.state, key, pending)
+        if self._pending.find(key) is pending:
+            try:
+                self._send(devices[0], step, tensors)
+            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                self._pending.fail(key, error.with_traceback(None))
+
     def answer_hooks(self, device: str, message: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
         """Send what hooks have made of a call to the worker whose step waits for it; end the step if nobody waits for it."""
         key = ("step", message.session, message.number)
@@ -243,22 +259,8 @@ class Exchange:
     def _handle(self, message: WorkerMessage, delivery: Delivery) -> None:
         sender = delivery.sender
         match message:
-            case StepDone():
-                pending = self._pending.find(answer_key(message))
-                parts = {} if pending is None else pending.parts
-                reply = StepReply(
-                    delivery.tensors,
-                    message.timings,
-                    delivery.num_bytes,
-                    parts,
-                    message.requires_grad,
-                    message.ends_at_tap,
-                )
-                self._pending.complete(answer_key(message), reply)
-            case StepRecorded():
-                self._pending.add_part(answer_key(message), message.stage, RecordedPart.of(message, delivery.tensors))
-            case PackedDone():
-                self._pending.complete(answer_key(message), PackedAnswer(message, delivery.tensors, delivery.num_bytes))
+            case StepDone() | TokensChosen() | StepRecorded() | PackedDone():
+                self._handle_step(message, delivery)
             case BackwardDone():
                 self._pending.complete(answer_key(message), (message, delivery.tensors))
             case TensorRead():
@@ -280,7 +282,7 @@ class Exchange:
             ):
                 self._pending.complete(answer_key(message), message)
             case RequestFailed() | KVRefused() | StepFailed() | PackedFailed():
-                self._pending.fail(answer_key(message), error_of(sender, message))
+                self._pending.fail(pending_key(message, self._pending), error_of(sender, message))
             case Progress():
                 self._pending.progress(answer_key(message), message.num_done, time.monotonic())
             case Hello():
@@ -292,6 +294,21 @@ class Exchange:
             case LogRecord():
                 self._logs.setdefault(sender, RemoteLog(sender)).write(message)
 
+    def _handle_step(self, message: StepDone | TokensChosen | StepRecorded | PackedDone, delivery: Delivery) -> None:
+        key = answer_key(message)
+        match message:
+            case StepDone():
+                pending = self._pending.find(key)
+                reply = StepReply.of(message, delivery, {} if pending is None else pending.parts)
+                self._pending.complete(key, reply)
+            case TokensChosen():
+                chosen = RunReply(message, delivery.tensors, delivery.num_bytes)
+                self._pending.report(key, chosen, time.monotonic())
+            case StepRecorded():
+                self._pending.add_part(key, message.stage, RecordedPart.of(message, delivery.tensors))
+            case PackedDone():
+                self._pending.complete(key, PackedAnswer(message, delivery.tensors, delivery.num_bytes))
+
     def _passes_cuts(self, message: AnyMessage) -> bool:
         """Say whether it is an answer that comes over a link that is cut."""
         pending = self._pending.find(answer_key(message)) if isinstance(message, Acknowledged | RequestFailed) else None
@@ -300,7 +317,7 @@ class Exchange:
     def _check_role(self, message: AnyMessage, sender: str) -> None:
         """Refuse a message that its sender may not send, or that does not answer what was asked."""
         role = find_role(message)
-        pending = None if role is Role.WORKER else self._pending.find(answer_key(message))
+        pending = None if role is Role.WORKER else self._pending.find(pending_key(message, self._pending))
         if pending is not None:  # what nobody waits for any more changes nothing
             check_answer(message, sender, role, pending)
 

@@ -58,6 +58,16 @@ class KVBudget:
                 f"others exceed max_kv_tokens={self.max_tokens}: end other sessions, shorten the text, or raise it"
             )
 
+    def hold_up_to(self, session: int, least: int, most: int) -> int:
+        """Let a session hold as many row-tokens in all as there is room for, at least and at most so many; return how many.
+
+        Raises KVCapacityError if there is no room for the least.
+        """
+        if self.max_tokens is not None:
+            most = max(least, min(most, max(self.max_tokens - self._others(session), self._reserved.get(session, 0))))
+        self.hold(session, most)
+        return most
+
     def reserve(self, session: int, num_tokens: int) -> bool:
         """Keep room for so many row-tokens of a session, until it ends; return whether there is so much."""
         shrinks = num_tokens < self._reserved.get(session, 0)

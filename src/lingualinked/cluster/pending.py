@@ -36,6 +36,7 @@ class Pending:
     parts: dict[int, object] = dataclasses.field(default_factory=dict)  # by the place of the sender
     passes_cuts: bool = False  # whether its answer comes over a link that is cut
     takes_hooks: bool = False  # whether it may be interrupted by hooks
+    on_tokens: Callable[[object], bool] | None = None  # told the tokens of each step of a run; whether more are due
     paused_at: str = ""  # the module whose hooks run in this process at the moment
     held_answer: object = None  # which came before the last part
     future: concurrent.futures.Future[object] = dataclasses.field(default_factory=concurrent.futures.Future)
@@ -166,6 +167,23 @@ class PendingAnswers:
             pending.paused_at, pending.deadline = "", now + pending.timeout_s
         return pending is not None
 
+    def report(self, key: Key, reply: object, now: float) -> None:
+        """Report what a step of a run has given, and restart the time-out; the answer is complete with the last one.
+
+        What is not what was due raises a LingualinkedError, and the answer fails with it.
+        """
+        pending = self._pending.get(key)
+        if pending is None or pending.on_tokens is None:
+            return
+        pending.deadline = now + pending.timeout_s
+        try:
+            goes_on = pending.on_tokens(reply)
+        except LingualinkedError as error:
+            self.fail(key, error.with_traceback(None))
+        else:
+            if not goes_on:
+                self.complete(key, reply)
+
     def fail(self, key: Key, error: Exception) -> None:
         """Fail one answer; does nothing if it is no longer pending."""
         pending = self._pending.pop(key, None)
@@ -189,8 +207,8 @@ class PendingAnswers:
         self._fail_where(lambda _, pending: pending.model == model, make_error)
 
     def fail_session(self, session: int, make_error: Callable[[], LingualinkedError]) -> None:
-        """Fail the steps of a session."""
-        self._fail_where(lambda key, _: key[:2] == ("step", session), make_error)
+        """Fail the steps of a session, in a run too."""
+        self._fail_where(lambda key, _: key[0] in ("step", "run") and key[1] == session, make_error)
 
     def fail_all(self, make_error: Callable[[], LingualinkedError]) -> None:
         """Fail everything."""

@@ -6,46 +6,41 @@ Knows steps and edits of KV; neither generation modes nor what made the tokens.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import threading
-import time
 import weakref
 from collections.abc import Callable
-from typing import cast
 
 from torch import Tensor
 
-from lingualinked.cluster.captured import StepInstruments
 from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.kv_age import KVAge
 from lingualinked.cluster.kv_budget import KVBudget
-from lingualinked.cluster.kv_requests import KVRequests
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.recorded import Recorded
 from lingualinked.cluster.remote_graph import RemoteGraph
-from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.session_place import SessionPlace, end_session
+from lingualinked.cluster.route import Routes
+from lingualinked.cluster.routed_session import RoutedSession
+from lingualinked.cluster.run_in_flight import RunInFlight
+from lingualinked.cluster.session_place import end_session
 from lingualinked.cluster.session_use import SessionUse
 from lingualinked.cluster.step_in_flight import MOST_TOKENS_AHEAD, StepInFlight, StepOptions
 from lingualinked.cluster.tensor_edits import TensorEdits
-from lingualinked.errors import ArgumentError, ClosedError, LingualinkedError
+from lingualinked.errors import ArgumentError, ClosedError
 from lingualinked.model.context import StepContext
 from lingualinked.model.instrument_data import Instruments
 from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.tensor_strides import pack_tensor
 from lingualinked.model.torch_settings import read_torch_settings
-from lingualinked.protocol.moving import KVCopied, MoveSession
-from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, Step
+from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us
 
-_MAX_WAIT_S = 0.1
 _PLAIN = StepOptions()
 
 
-class Session:
+class Session(RoutedSession):
     """One conversation through all stages; used by one thread at a time.
 
     Its KV cache holds ``max_cache_len`` tokens per row from the first step on; 0: it grows. ``watch`` is told a `StepSample` of every step, and ``record_move``, at every change to another route, how many
@@ -68,39 +63,29 @@ class Session:
         spec: ModelSpec,
         max_cache_len: int = 0,
     ) -> None:
+        super().__init__(engine, model, number, routes, record_move, timeout_s)
         self.max_cache_len = max_cache_len
         self.num_rows = 0
         self.num_tokens = 0
         self.kv_has_gradients = False  # whether tokens of its KV were computed in steps with gradients
         self.last_step: StepSample | None = None
         self.stepping_thread: int | None = None  # which runs the hooks of a step now
-        self._engine = engine
-        self._model = model
-        self._number = number
-        self._routes = routes
-        self._place = SessionPlace(routes.target)
-        self._moved_from: Route | None = None  # until all workers have been told
         self._budget = budget
         self._reach = reach
         self._changes = edits
         self.kv_age = KVAge(edits)
         self._watch = watch
-        self._record_move = record_move
         self._timeout_s = timeout_s
         self._vocabulary = vocabulary
         self._spec = spec
         self._context = StepContext()
         self._edits: list[KVEdit] = []
-        self._instruments: StepInstruments | None = None  # as the stages know them
-        self._next_step = 0
-        self._holds_kv = False
-        self._requests = KVRequests(engine, model, number, timeout_s)
         self._flights: collections.deque[StepInFlight] = collections.deque()
         self._flying_thread = 0  # which has started them
+        self._run: RunInFlight | None = None  # which is not finished, though the stages may have ended it
         self._use = SessionUse(edits.gate)
         self._used = contextlib.ExitStack()  # its use by the steps in flight
-        self._broken_by = ""
-        self._unsaid: list[LingualinkedError] = []  # what broke it between two steps, until a step raises it
+        self._landing = threading.Lock()
         self._finalizer = weakref.finalize(self, end_session, engine, model, number, self._place, budget)
         self._finalizer.atexit = False
 
@@ -144,6 +129,7 @@ class Session:
         Until all are finished, the session does not change to another route. If one fails, those behind it fail with it.
         Those that want no logits need not be finished: later ones do that.
         """
+        self._finish_run()
         if (
             self._flying_thread == threading.get_ident()
         ):  # make room, or let all end if it is to change to another route
@@ -153,7 +139,7 @@ class Session:
             raise ArgumentError("past_key_values is in use by a step with hooks: finish it before the next one starts")
         with contextlib.ExitStack() as undo:
             if is_first:
-                undo.enter_context(self._use.for_steps())
+                undo.enter_context(self._use.for_steps(self._end_run if options.run else None))
                 self._switch_route()
                 self._flying_thread = threading.get_ident()
             flight = self._send_step(inputs, attention_mask, position_ids, logits_to_keep, options)
@@ -164,6 +150,7 @@ class Session:
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the KV rows ``rows`` (int64 ``[new rows]``); reaches the stages with the next step."""
+        self._finish_run()
         values = tuple(int(row) for row in rows.tolist())
         self._edits.append(KVEdit(kind=KVEditKind.REORDER, values=values))
         self._context.reorder(rows.cpu().long())
@@ -171,6 +158,7 @@ class Session:
 
     def crop(self, num_tokens: int) -> None:
         """Forget the last ``num_tokens`` tokens; 0 still drops what sliding layers kept for a crop."""
+        self._finish_run()
         self._edits.append(KVEdit(kind=KVEditKind.CROP, values=(num_tokens,)))
         self._context.crop(num_tokens)
         self.num_tokens -= num_tokens
@@ -180,6 +168,7 @@ class Session:
 
         If that fails, the other session has ended.
         """
+        self._finish_run()
         try:
             with self._use.alone(), self._use.for_change(), other._use.for_change():
                 self._switch_route()
@@ -216,69 +205,9 @@ class Session:
         """Free the session's KV in every stage; steps that this thread has in flight are lost."""
         self._finalizer()
         if self._flying_thread == threading.get_ident():
+            self._run = None
             self._flights.clear()
-            self._used.close()
-
-    def runs_on(self, route: Route) -> bool:
-        """Whether it runs on a route, or has ended."""
-        return self.ended or self._place.route is route
-
-    def copy_kv_ahead(self, target: Route) -> list[concurrent.futures.Future[object]]:
-        """Copy its KV to the stages of another route while it goes on; return the futures of the answers."""
-        return [] if self.ended or not self._holds_kv else self._copy_kv(target, is_final=False)
-
-    def switch_route(self) -> None:
-        """Switch to the target route after the step in progress; stay if that fails, or the step lasts.
-
-        Whoever asks asks again: a step in progress may wait for a hook that waits for the migration, until it is late, which
-        ends the session.
-        """
-        if self._use.wait_for_rest(_MAX_WAIT_S):
-            with self._use.for_change():
-                self._switch_route()
-
-    def _switch_route(self) -> None:
-        source, target = self._place.route, self._routes.target
-        if source is target or self.ended:
-            return
-        if self._holds_kv:
-            # 1) a final copy sends what has changed of its KV
-            began_s = time.monotonic()
-            try:
-                answers = results_of(self._copy_kv(target, is_final=True))
-            except LingualinkedError as error:
-                if self.ended:  # while its KV was being copied: that is no failure of the migration
-                    return
-                if not self._routes.reject_target(target, error.with_traceback(None)):
-                    self._unsaid.append(error)
-                    self._broken_by = f" with {type(error).__name__}, on its way back from a migration that failed"
-                    self.end()
-                return
-            # 2) tell the workers: the next step runs in the new stages
-            self._moved_from = source
-            self._place.route = target
-            self._instruments = None
-            self._announce_switch()
-            num_bytes = sum(cast("KVCopied", answer).num_bytes for answer in answers)
-            self._record_move(time.monotonic() - began_s, num_bytes)
-        self._place.route = target
-        # 3) it may have been ended meanwhile, in the stages that it has left
-        if self.ended:
-            for index, device in enumerate(target.stage_devices):
-                end = EndSession(model=self._model, plan_version=target.version, stage=index, session=self._number)
-                self._engine.send_command(device, end)
-
-    def _announce_switch(self) -> None:
-        """Tell workers that the session has switched; the next step does it if an interrupt prevented it."""
-        if self._moved_from is not None:
-            route = self._place.route
-            for device in dict.fromkeys((*self._moved_from.stage_devices, *route.stage_devices)):
-                move = MoveSession(model=self._model, session=self._number, plan_version=route.version)
-                self._engine.send_command(device, move)
-            self._moved_from = None
-
-    def _copy_kv(self, target: Route, *, is_final: bool) -> list[concurrent.futures.Future[object]]:
-        return self._requests.copy_kv(self._place.route, target, self._next_step, is_final=is_final)
+            self._land()
 
     def _check_open(self) -> None:
         if self.ended:
@@ -298,13 +227,14 @@ class Session:
         self.kv_age.begin_step(holds_kv=self._holds_kv or bool(self._flights))
         self._announce_switch()
         # 1) count its KV, and encode what travels beside the inputs
-        instruments, gradients = options.instruments, options.gradients
+        instruments, gradients, run = options.instruments, options.gradients, options.run
         num_rows, num_new = inputs.shape[:2]
         due = {} if instruments is None else instruments.due_captures(num_rows, num_new, self.num_tokens)
+        num_steps = 1 if run is None or self._reach.advances else run.num_steps
         if options.keeps_kv:
-            num_tokens = self.num_tokens + num_new + options.num_tokens_ahead
-            self._budget.hold(self._number, num_rows * (self.max_cache_len or num_tokens))
+            num_steps = self._hold_kv(num_rows, num_new + options.num_tokens_ahead, num_steps)
         code = self._context.encode(attention_mask, position_ids, num_new)
+        later = None if run is None or self._reach.advances else run.later_code(self._context)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
         have_changed = instruments is not self._instruments
         sent = () if instruments is None or not have_changed else instruments.tensors
@@ -339,18 +269,24 @@ class Session:
             skips=self._changes.skips if self._changes.skips.indices else None,
             strides=strides,
             wants_logits=options.wants_logits,
+            runner="" if later is None else route.stage_devices[-1],
+            run_steps=0 if later is None else num_steps - 1,
         )
         self._edits.clear()
         self._instruments = instruments
         self._next_step += 1
         # 2) send it to the first stage
-        flight = StepInFlight(step, route, inputs, logits_to_keep, self.num_tokens, options, due, self._finish_step)
+        arguments = (step, route, inputs, logits_to_keep, self.num_tokens, options, due, self._finish_step)
+        if later is None:
+            flight = StepInFlight(*arguments)
+        else:
+            flight = self._run = RunInFlight(*arguments, self, later, self._vocabulary)
         try:
             if gradients is not None and gradients.may_flow:
                 gradients.graph = RemoteGraph(self._engine, step, route, self._timeout_s)
             flight.send(self._engine, (packed, *code.tensors, *keep, *sent), self._timeout_s, self.end)
         except BaseException as error:
-            self._break(error, flight)
+            self.break_off(error, flight)
             raise
         # 3) count the tokens that the stages hold behind it
         self.num_rows = num_rows
@@ -378,15 +314,68 @@ class Session:
             self._holds_kv = flight.options.keeps_kv
             self.kv_has_gradients |= flight.report_gradients() and self._holds_kv
         except BaseException as error:  # also an interrupt: what the stages hold is no longer known
-            self._break(error, flight)
+            self.break_off(error, flight)
             raise
         finally:
             self.stepping_thread = None
             if not self._flights:
-                self._used.close()
+                self._land()
         return results
 
-    def _break(self, error: BaseException, flight: StepInFlight) -> None:
+    def _land(self) -> None:
+        """Let others use the session, which has nothing in flight; on the I/O thread after a run, which may coincide."""
+        with self._landing:
+            used, self._used = self._used, contextlib.ExitStack()
+        used.close()
+
+    def _hold_kv(self, num_rows: int, num_new: int, num_steps: int) -> int:
+        """Count the KV that a step needs, and those behind it in a run; return of how many steps there is room for."""
+        if self.max_cache_len:
+            self._budget.hold(self._number, num_rows * self.max_cache_len)
+            return num_steps
+        least = num_rows * (self.num_tokens + num_new)
+        return (
+            1 + (self._budget.hold_up_to(self._number, least, least + num_rows * (num_steps - 1)) - least) // num_rows
+        )
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            self._run.end()
+
+    def _finish_run(self) -> None:
+        """End a run that this thread has started, to do something else with the session."""
+        if self._run is not None and self._flying_thread == threading.get_ident():
+            self._run.finish()
+
+    def count_steps(self, num_steps: int) -> None:
+        """Count the steps that the stages have begun by themselves in a run, which has ended; on the I/O thread.
+
+        So the session rests, and can move, even if nobody takes the tokens of the run.
+        """
+        self._next_step += num_steps
+        self._context.extend(num_steps)
+        self._holds_kv = True
+        self._flights.pop()  # chunks of a prompt before the run may still be to be finished
+        if not self._flights:
+            self._land()
+
+    def take_step(self, sample: StepSample, num_new: int) -> None:
+        """Count the tokens of a step of a run, and report its timings."""
+        self.num_tokens += num_new
+        self.last_step = sample
+        self._watch(sample)
+
+    def finish_run(self, num_untaken: int, *, can_undo: bool) -> None:
+        """Drop the KV of steps of a run whose tokens nobody takes; the session ends if that is impossible."""
+        self._run = None
+        if num_untaken and not can_undo:
+            self._broken_by = ", in whose KV there are tokens that can't be dropped"
+            self.end()
+        elif num_untaken:
+            self._edits.append(KVEdit(kind=KVEditKind.CROP, values=(num_untaken,)))
+            self._context.crop(num_untaken)
+
+    def break_off(self, error: BaseException, flight: StepInFlight) -> None:
         """End the session after a step that failed."""
         end_with_interpreter()
         self._broken_by = f" with {type(error).__name__}"

@@ -31,12 +31,15 @@ class SessionUse:
         return self._in_use.locked()
 
     @contextlib.contextmanager
-    def for_steps(self) -> Iterator[None]:
-        """Run steps in this context; waits for changes of the model and of the route. ArgumentError if another thread does."""
+    def for_steps(self, end_run: Callable[[], None] | None = None) -> Iterator[None]:
+        """Run steps in this context; waits for changes of the model and of the route. ArgumentError if another thread does.
+
+        A run ends soon once ``end_run`` is called.
+        """
         with self.alone():
             self._rests.clear()
             try:
-                with self._gate.step(), self._changing:
+                with self._gate.step(end_run and object(), end_run), self._changing:
                     yield
             finally:
                 self._rests.set()

@@ -20,24 +20,30 @@ class StepGate:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._running: Counter[Hashable] = Counter()  # steps, by the threads that run them, or by their own keys
+        self._runs: list[Callable[[], None]] = []  # what ends each of the runs
         self._num_changes = 0  # that run, or wait for steps to end
 
     @contextlib.contextmanager
-    def step(self, key: Hashable = None) -> Iterator[None]:
+    def step(self, key: Hashable = None, end_run: Callable[[], None] | None = None) -> Iterator[None]:
         """Run a step in this context; waits for changes, unless this thread is in a hook of another step.
 
-        A step that another thread ends has a key of its own, and waits in any case.
+        A step that another thread ends has a key of its own. A change calls ``end_run`` so that it needn't wait for all of a run.
         """
-        user = threading.get_ident() if key is None else key
+        thread = threading.get_ident()
+        user = thread if key is None else key
         with self._condition:
-            if self._num_changes and not self._running[user]:
+            if self._num_changes and not self._running[thread]:
                 self._wait(lambda: not self._num_changes, threading.TIMEOUT_MAX)
             self._running[user] += 1
+            if end_run is not None:
+                self._runs.append(end_run)
         try:
             yield
         finally:
             with self._condition:
                 self._running[user] -= 1
+                if end_run is not None:
+                    self._runs.remove(end_run)
                 if not self._running[user]:
                     del self._running[user]
                     if self._num_changes:
@@ -51,6 +57,9 @@ class StepGate:
             return
         with self._condition:
             self._num_changes += 1
+            runs = [*self._runs]
+        for end_run in runs:
+            end_run()
         try:
             with self._condition:
                 if not self._wait(lambda: not self._running, timeout_s):

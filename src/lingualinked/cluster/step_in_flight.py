@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.hooked_step import StepHooks
     from lingualinked.cluster.remote_graph import GraphUser
     from lingualinked.cluster.route import Route
+    from lingualinked.cluster.run_request import RunRequest
     from lingualinked.model.adapter_data import AdapterUse
     from lingualinked.model.spec import ModelSpec
     from lingualinked.protocol.steps import Step
@@ -45,6 +46,7 @@ class StepOptions:
     ``hidden_state_indices`` which hidden states, if not all. For ``gradients``, the stages keep the step's autograd graph.
     A chunk of a prompt before the last one ``wants_logits`` not: it gives logits of no tokens. ``num_tokens_ahead`` are those per row
     that come in later steps and for which there has to be room before this one runs.
+    With ``run``, they go on with the tokens that they choose, if that is possible: the step is then a `RunInFlight`.
     """
 
     keeps_kv: bool = True
@@ -56,6 +58,7 @@ class StepOptions:
     instruments: StepInstruments | None = None
     gradients: GraphUser | None = None
     adapters: AdapterUse | None = None
+    run: RunRequest | None = None
 
     def of_chunk(self, num_ahead: int, *, is_observed: bool) -> StepOptions:
         """Return those of a chunk behind which others come; it computes logits only if anybody sees what it returns."""

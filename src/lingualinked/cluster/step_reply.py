@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 from lingualinked.cluster.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.protocol.hooking import HookReached
-from lingualinked.protocol.steps import StageTimes, Step
+from lingualinked.protocol.running import BeginRun, TokensChosen
+from lingualinked.protocol.steps import StageTimes, Step, StepDone
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StageTiming, StepSample
+from lingualinked.transport.delivery import Delivery
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +33,35 @@ class StepReply:
     parts: Mapping[int, object] = dataclasses.field(default_factory=dict)  # what stages recorded, by stage
     requires_grad: bool = False  # whether the logits have a gradient
     ends_at_tap: tuple[bool, ...] = ()  # of the other stages: whether their output is what hooks have returned
+
+    @classmethod
+    def of(cls, message: StepDone, delivery: Delivery, parts: Mapping[int, object]) -> StepReply:
+        """Return the answer that a message is, with what stages have recorded."""
+        outcome = message.requires_grad, message.ends_at_tap
+        return cls(delivery.tensors, message.timings, delivery.num_bytes, parts, *outcome)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunStart:
+    """What the last stage is sent of a run, and what is called on the I/O thread with each `RunReply`: whether more are due."""
+
+    begin: BeginRun
+    state: tuple[Tensor, ...]
+    on_tokens: Callable[[object], bool]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunReply:
+    """What the last stage says of a step of a run, the logits if it has chosen no tokens, and the bytes of the message."""
+
+    message: TokensChosen
+    tensors: tuple[Tensor, ...]
+    num_bytes: int
+
+    @property
+    def timings(self) -> tuple[StageTimes, ...]:
+        """What each stage tells of the step."""
+        return self.message.timings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +113,7 @@ class StepLabel(NamedTuple):
 def sample_of(
     step: Step | StepLabel,
     route: Route,
-    reply: StepReply,
+    reply: StepReply | RunReply,
     began_s: float,
     rows: int,
     tokens: int,

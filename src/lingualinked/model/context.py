@@ -98,6 +98,10 @@ class StepContext:
         self._record_seen(mask, num_new)
         return mask, positions
 
+    def extend(self, num_tokens: int) -> None:
+        """Record tokens as seen whose masks extend the last one by ones."""
+        self._record_seen(self._extended(num_tokens), num_tokens)
+
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask, as beam search does with the KV cache."""
         if self.mask is not None:

@@ -30,6 +30,11 @@ class RopeReach:
         )  # of the longest row of a step
         self._lock = threading.Lock()
 
+    @property
+    def advances(self) -> bool:
+        """Whether the embeddings are ever stretched."""
+        return self._unstretched > 0
+
     def advance(self, num_tokens: int) -> int:
         """Return how far the embeddings are stretched before a step (tokens; 0: never), then record the step.
 

@@ -33,6 +33,7 @@ from lingualinked.protocol.moving import (
 )
 from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedStep
 from lingualinked.protocol.reading import ReadTensor, TensorRead
+from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
 from lingualinked.protocol.steps import EndSession, Step, StepDone, StepRecorded
 from lingualinked.protocol.weights import (
     FetchPart,
@@ -269,6 +270,8 @@ CallerMessage = (
     | PackedStep
     | HookAnswered
     | EndSession
+    | BeginRun
+    | EndRun
     | RunBackward
     | ResumeBackward
     | AbandonBackward
@@ -313,6 +316,7 @@ WorkerMessage = (
     | FilesFound
     | FetchPart
     | StepDone
+    | TokensChosen
     | StepRecorded
     | PackedDone
     | PackedFailed

@@ -19,6 +19,7 @@ from lingualinked.protocol import (
     moving,
     packed,
     reading,
+    running,
     steps,
     weights,
 )
@@ -30,7 +31,7 @@ class Role(enum.Enum):
 
     CALLER = "the caller"
     WORKER = "a worker that the caller has introduced, or the caller"
-    PREVIOUS = "the party before this stage in the plan, or the caller"
+    PREVIOUS = "the party before this stage in the plan, before the first one in a run the last one, or the caller"
     KV_SOURCE = "a worker from which KV moves here, as announced by the caller"
     KV_TARGET = "the worker that the KV was sent to"
     BORROWER = "a worker that needs these weights, as announced by the caller"
@@ -73,6 +74,8 @@ TO_WORKER: Mapping[type[Message], Role] = {
     packed.PackedStep: Role.PREVIOUS,
     steps.EndSession: Role.PREVIOUS,
     hooking.HookAnswered: Role.CALLER,
+    running.BeginRun: Role.CALLER,
+    running.EndRun: Role.CALLER,
     gradients.RunBackward: Role.CALLER,
     gradients.ResumeBackward: Role.CALLER,
     gradients.AbandonBackward: Role.CALLER,
@@ -109,6 +112,7 @@ TO_CALLER: Mapping[type[Message], Role] = {
     moving.KVCopied: Role.KV_ENDS,
     failures.KVRefused: Role.KV_ENDS,
     steps.StepDone: Role.LAST_STAGE,
+    running.TokensChosen: Role.LAST_STAGE,
     failures.StepFailed: Role.ANY_STAGE,
     steps.StepRecorded: Role.ANY_STAGE,
     packed.PackedDone: Role.LAST_STAGE,
@@ -142,5 +146,6 @@ ANSWERS: Mapping[type[Message], type[Message]] = {
     weights.ShareFiles: messages.Acknowledged,
     steps.Step: steps.StepDone,
     packed.PackedStep: packed.PackedDone,
+    running.BeginRun: running.TokensChosen,
 }
 """The answer to each message of the caller that has one."""

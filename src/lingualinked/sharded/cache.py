@@ -258,6 +258,11 @@ class ShardedDynamicCache(ShardedCache, DynamicCache):
         """Whether `crop` works: yes."""
         return True
 
+    @property
+    def can_crop(self) -> bool:
+        """Whether `crop` works at any length: unless layers forget what leaves their window."""
+        return self._sliding_window is None or self._records_past
+
 
 class ShardedStaticCache(ShardedCache, StaticCache):
     """The handle of a KV cache that has room for so many tokens from its first step on."""

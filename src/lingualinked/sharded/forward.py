@@ -24,6 +24,7 @@ from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.adapters.model_adapters import Adapters
+from lingualinked.sharded.asked_run import asked_run, step_as_asked
 from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions
 from lingualinked.sharded.generation import ShardedGeneration
@@ -219,6 +220,7 @@ class ShardedCausalLM(
         instruments = (
             blocks.in_force(cache, self._pipeline.spec, takes_embeddings=inputs.is_floating_point()) if blocks else None
         )
+        asked = None if records or hooks or instruments or gradients else asked_run(self)
         options = StepOptions(
             keeps_kv=keeps_kv,
             records=records,
@@ -229,12 +231,12 @@ class ShardedCausalLM(
             adapters=adapters,
         )
         try:
-            logits, recorded = cache.session.step(
-                inputs.detach(),
-                mask,
-                positions,
-                keep,
+            logits, recorded = step_as_asked(
+                asked,
+                cache.session,
+                (inputs.detach(), mask, positions, keep),
                 options_of_chunk(cache.session, options, shape.new),
+                None if self._positions is None else self._positions.num_positions,
             )
         finally:
             if not keeps_kv:
@@ -244,7 +246,7 @@ class ShardedCausalLM(
         if "attentions" in recorded and "cross_attentions" in self._recordable:
             recorded["cross_attentions"] = ()  # as the class does without an encoder
         # 4) compute the loss here, and return the class's own output
-        if gradients is not None:
+        if gradients is not None and logits is not None:
             logits = gradients.end(logits)
         loss = None
         if targets is not None:

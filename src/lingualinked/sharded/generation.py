@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
@@ -26,6 +26,8 @@ from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
 from lingualinked.sharded.microbatching import Batch, check_num_microbatches
 from lingualinked.sharded.prefill import check_chunk_size
+from lingualinked.sharded.random_loans import drawing_here
+from lingualinked.sharded.token_loop import LoopArguments, TokenLoop
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
@@ -122,6 +124,33 @@ class ShardedGeneration(BatchedGeneration):
         if config.cache_implementation not in _CACHES:
             _refuse_setting("cache_implementation", config.cache_implementation, "the KV stays where the layers are")
         return config, model_kwargs
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode greedily or sample: the stages choose the tokens where they can, else transformers' loop does it here."""
+        given = LoopArguments(
+            input_ids=input_ids,
+            processors=logits_processor,
+            criteria=stopping_criteria,
+            config=generation_config,
+            streamer=streamer,
+            model_kwargs=model_kwargs,
+        )
+        loop = None if synced_gpus else TokenLoop.of(self, given)
+        if loop is not None:
+            return loop.run()
+        options = {"synced_gpus": synced_gpus, "streamer": streamer}
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        with drawing_here() if generation_config.do_sample else contextlib.nullcontext():
+            return super()._sample(*arguments, **options, **model_kwargs)  # type: ignore[misc]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         try:

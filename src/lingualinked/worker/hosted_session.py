@@ -29,6 +29,8 @@ class HostedSession:
     number: int = 0  # of its next step
     num_rows: int = 0  # with num_tokens the size that its KV has or will have, as counted against the budget
     num_tokens: int = 0
+    runner: str = ""  # the worker that may send the first stage its next steps, in a run
+    run_steps: int = 0  # how many of them
     instruments: StageInstruments | None = None  # captures and interventions at the stage's modules
     # In progress, by the plan version and stage of their target.
     copies: dict[tuple[int, int], KVCopy] = dataclasses.field(default_factory=dict)

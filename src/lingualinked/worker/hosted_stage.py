@@ -79,6 +79,7 @@ class HostedStage:
 
         num_rows = len(tensors[0]) if tensors and tensors[0].ndim else 0
         session = self.find_session(step.session, step.number, num_rows, step.max_cache_len, keeps_kv=step.keeps_kv)
+        session.runner, session.run_steps = step.runner, step.run_steps
         graph = new_graph(step)
         try:
             output = self._compute(session, step, tensors, pause_timed, graph)
@@ -96,6 +97,18 @@ class HostedStage:
         """Record a step, and its seconds of compute, for the snapshot."""
         self._num_steps += 1
         self._compute_s += elapsed_s
+
+    def is_next(self, step: Step) -> bool:
+        """Return whether a step is its session's next one."""
+        session = self.sessions.get(step.session)
+        return step.number == (0 if session is None else session.number)
+
+    def runner_of(self, step: Step) -> str:
+        """Return the worker that may send this step of a run to the first stage; "" if no worker may."""
+        session = self.sessions.get(step.session)
+        if session is None or step.number != session.number or step.run_steps >= session.run_steps:
+            return ""
+        return session.runner
 
     def fork_session(self, session: int, number: int, fork: int) -> None:
         """Copy a session with its KV as session `fork`; raise ProtocolError unless it is here, before step `number`."""
@@ -266,6 +279,7 @@ class HostedStage:
         elif number != session.number:
             raise ProtocolError(f"step {number} of session {key} arrived, and step {session.number} is due")
         session.number += 1
+        session.runner, session.run_steps = "", 0
         return session
 
     def check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:

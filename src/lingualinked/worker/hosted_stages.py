@@ -20,6 +20,8 @@ from lingualinked.model.stage import Stage
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.messages import LoadStage, StageReport
 from lingualinked.protocol.moving import ForkSession, JoinSessions, WeightChunk
+from lingualinked.protocol.packed import PackedStep
+from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.worker.background import Background
 from lingualinked.worker.borrowed_weights import BorrowedWeights, RequestPart
 from lingualinked.worker.edited_tensors import EditedTensors
@@ -131,10 +133,13 @@ class HostedStages:
 
         self._background.submit(load_in_background)
 
-    def step_senders(self, model: int, plan_version: int, stage: int) -> tuple[str, ...]:
-        """Return who may send steps to a stage, besides the caller: the party before it."""
-        hosted = self._stages.get(StageKey(model, plan_version, stage))
-        return () if hosted is None else (hosted.previous_name,)
+    def step_senders(self, message: Step | PackedStep | EndSession) -> tuple[str, ...]:
+        """Return who may send a step to a stage, or end its session, besides the caller: the party before it, or who runs it."""
+        hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
+        if hosted is None:
+            return ()
+        runner = hosted.runner_of(message) if isinstance(message, Step) and message.stage == 0 else ""
+        return (hosted.previous_name, runner) if runner else (hosted.previous_name,)
 
     def lenders(self, request: int) -> tuple[str, ...]:
         """Return the worker that a part of a weight was last requested from, for a stage that is being loaded."""

@@ -38,7 +38,7 @@ class SenderCheck:
     ) -> None:
         self._peers = peers
         self._parties: Mapping[Role, Callable[[Any], Collection[str]]] = {
-            Role.PREVIOUS: lambda message: stages.step_senders(message.model, message.plan_version, message.stage),
+            Role.PREVIOUS: stages.step_senders,
             Role.KV_SOURCE: mover.kv_senders,
             Role.KV_TARGET: lambda message: mover.kv_targets(message.request),
             Role.BORROWER: lambda message: moves.borrowers(message.model),

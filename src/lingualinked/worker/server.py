@@ -60,6 +60,7 @@ from lingualinked.protocol.moving import (
 )
 from lingualinked.protocol.packed import PackedStep
 from lingualinked.protocol.reading import ReadTensor
+from lingualinked.protocol.running import BeginRun, EndRun, RunMessage
 from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.protocol.weights import FindFiles, ShareFiles, WeightMessage
 from lingualinked.transport.delivery import Delivery
@@ -175,7 +176,7 @@ class Worker:
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
             return
-        if isinstance(message, Step | PackedStep | HookAnswered | EndSession | BackwardMessage):
+        if isinstance(message, Step | PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage):
             self._handle_step(message, delivery)
             return
         if isinstance(message, WeightMessage):
@@ -224,7 +225,7 @@ class Worker:
                 self._acknowledge(message.request, lambda: change_adapters(self._stages, message, delivery.tensors))
 
     def _handle_step(
-        self, message: Step | PackedStep | HookAnswered | EndSession | BackwardMessage, delivery: Delivery
+        self, message: Step | PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage, delivery: Delivery
     ) -> None:
         match message:
             case Step():
@@ -235,6 +236,8 @@ class Worker:
                 self._steps.resume_step(message, delivery.tensors)
             case EndSession():
                 self._end_session(message)
+            case BeginRun() | EndRun():
+                self._steps.handle_run(message, delivery.tensors)
             case RunBackward():
                 self._backward.run(message, delivery.tensors)
             case ResumeBackward():

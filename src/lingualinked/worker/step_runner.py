@@ -24,6 +24,7 @@ from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
 from lingualinked.protocol.failures import FailureKind, StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import encode
+from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
 from lingualinked.protocol.steps import StageTimes, Step, StepDone, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.transport.delivery import Delivery
@@ -38,6 +39,7 @@ from lingualinked.worker.pace import Pace
 from lingualinked.worker.packed_runner import PackedRunner
 from lingualinked.worker.paused_steps import PausedSteps
 from lingualinked.worker.peers import Peers
+from lingualinked.worker.runs import Runs, TokenRun
 from lingualinked.worker.step_tensors import split_tensors
 
 _MOST_STACKED_BYTES = 1 << 20
@@ -54,6 +56,7 @@ class StepRunner:
         self._accelerator = accelerator
         self._paused = PausedSteps()
         self.packed = PackedRunner(mailbox, peers, stages, pace, accelerator)
+        self._runs = Runs()
         self._hops = HopClock()
         self._last_encode_us = 0
 
@@ -70,6 +73,15 @@ class StepRunner:
             return
         self._paused.start_step(key, lambda wait: self._serve_step(step, delivery, wait))
 
+    def handle_run(self, message: BeginRun | EndRun, tensors: tuple[Tensor, ...]) -> None:
+        """Begin a run, and run its first step if that was here before it; or end a run."""
+        if isinstance(message, EndRun):
+            self._runs.end(message)
+            return
+        early = self._runs.begin(message, tensors)
+        if early is not None:
+            self.serve_step(*early)
+
     def resume_step(self, answer: HookAnswered, tensors: tuple[Tensor, ...]) -> None:
         """Go on with a step whose hooks have run, or end it."""
         if answer.goes_on:
@@ -78,8 +90,9 @@ class StepRunner:
             self.abandon_steps(answer.model, answer.session)
 
     def abandon_steps(self, model: int, session: int | None = None) -> None:
-        """End the steps of a session, or of all sessions of a model, that wait for hooks."""
+        """End the runs of a session, or of all sessions of a model, and the steps that wait for hooks."""
         self._paused.abandon_steps(model, session)
+        self._runs.drop(model, session)
 
     def _serve_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
         try:
@@ -103,8 +116,12 @@ class StepRunner:
         hop_us, wait_us = self._hops.split_delay(
             delivery.sender, step.sent_us, delivery.due_s, same_host=delivery.same_host
         )
-        # 2) run it
+        # 2) run it, unless its run is still to begin
         hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))
+        run = self._runs.find(step) if hosted.stage.is_last else None
+        if step.runner and run is None and hosted.stage.is_last and hosted.is_next(step):
+            self._runs.keep_early(step, delivery)
+            return
         if step.number == 0:
             self._stages.trim_idle_caches()
         hooks = step.hooks
@@ -124,6 +141,10 @@ class StepRunner:
             return answer.points  # type: ignore[no-any-return]
 
         output, elapsed_s = hosted.run_step(step, delivery.tensors, self._pace, pause)
+        if run is not None:
+            started = self._pace.start_timer()
+            tokens = run.choose(output.tensors[0])
+            elapsed_s += self._pace.finish_timer(started)
         # 3) add this stage's times to the step's header
         # This message is not encoded yet: of the two before, the quicker one counts. A prompt takes longer than a token, and
         # a message that seems to be sent later than it is would seem to arrive before it was sent.
@@ -137,8 +158,10 @@ class StepRunner:
             codec_us=round(delivery.decode_s * 1e6) + encode_us,
         )
         timings = (*step.timings, times)
-        # 4) send logits to the caller, or hidden states to the next stage
-        if hosted.stage.is_last:
+        # 4) send tokens or logits to the caller, or hidden states to the next stage
+        if run is not None:
+            hosted.sent_bytes += self._send_tokens(step, run, tokens, output.tensors, timings)
+        elif hosted.stage.is_last:
             done = StepDone(
                 model=step.model,
                 session=step.session,
@@ -167,6 +190,32 @@ class StepRunner:
         if step.records or step.captures:
             recorded, records = describe_recorded(step, output)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
+
+    def _send_tokens(
+        self,
+        step: Step,
+        run: TokenRun,
+        tokens: Tensor | None,
+        logits: tuple[Tensor, ...],
+        timings: tuple[StageTimes, ...],
+    ) -> int:
+        """Send what a run has chosen behind a step as the next step to the first stage, and to the caller; return the bytes."""
+        num_bytes = 0
+        goes_on = tokens is not None and run.num_left > 0
+        if tokens is not None and goes_on:
+            onward = run.next_step(step, self._mailbox.name, clock_us() + self._last_encode_us)
+            num_bytes += self._peers.send(run.first_name, onward, (tokens[:, None],))
+        else:
+            self._runs.drop(step.model, step.session)
+        chosen = TokensChosen(
+            model=step.model,
+            session=step.session,
+            number=step.number,
+            timings=timings,
+            tokens=() if tokens is None else tuple(tokens.tolist()),
+            goes_on=goes_on,
+        )
+        return num_bytes + self._mailbox.send(CALLER, encode(chosen), () if tokens is not None else logits)
 
 
 def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:

@@ -16,8 +16,8 @@ from message_examples import STEP
 class AtOnce:
     """An exchange whose steps have stopped at a hook before anybody can look."""
 
-    def send_request(self, _device: str, _message: Any, _tensors: Any, key: Any, pending: Pending) -> None:
-        answers = PendingAnswers()
+    def send_step(self, _devices: Any, step: Any, _tensors: Any, pending: Pending, _run: None) -> None:
+        answers, key = PendingAnswers(), ("step", step.session, step.number)
         answers.add(key, pending)
         answers.pause(key, "mlp", "event", 0.0)
 

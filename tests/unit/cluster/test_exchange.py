@@ -50,6 +50,7 @@ from lingualinked.protocol.messages import (
 from lingualinked.protocol.moving import KVCopied
 from lingualinked.protocol.packed import PackedDone, PackedFailed
 from lingualinked.protocol.roles import ANSWERS, TO_CALLER, Role
+from lingualinked.protocol.running import TokensChosen
 from lingualinked.protocol.steps import EndSession, StageTimes, Step, StepDone, StepRecorded
 from lingualinked.protocol.weights import FetchPart
 from lingualinked.rounding import Rounding
@@ -490,7 +491,7 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         talk.greet("bystander")
     role, message = TO_CALLER.get(kind), example(kind)
     is_packed = kind in (PackedDone, PackedFailed)
-    is_step = is_packed or kind in (StepDone, StepFailed, StepRecorded, HookReached)
+    is_step = is_packed or kind in (StepDone, StepFailed, StepRecorded, HookReached, TokensChosen)
     of_step = PackedDone if is_packed else StepDone
     answer = (
         kind if kind in ANSWERS.values() else KVCopied if kind is KVRefused else of_step if is_step else StageLoaded
@@ -505,9 +506,18 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
         deadline=time.monotonic() + 60,
         part_senders=(sender,) * 8 if kind is StepRecorded and sender in "ab" else (),
         takes_hooks=kind is HookReached,
+        on_tokens=lambda _: False,
     )
     answered = pending.future  # a pause completes it, and makes another one
-    key = ("packed", 7, 0) if is_packed else ("step", 7, 7) if is_step else ("request", 7, 0)
+    key = (
+        ("run", 7, 0)
+        if kind is TokensChosen
+        else ("packed", 7, 0)
+        if is_packed
+        else ("step", 7, 7)
+        if is_step
+        else ("request", 7, 0)
+    )
     talk.exchange.send_request("a", InspectWorker(request=7), (), key, pending)
     before = talk.caller.num_refused
     talk.say(sender, message)
@@ -524,7 +534,9 @@ def test_each_answer_is_taken_from_whose_it_is_to_give_alone(
 
 @pytest.mark.parametrize("kind", ANSWERS.values(), ids=lambda kind: kind.__name__)
 def test_an_answer_to_something_else_is_none(talk: Conversation, kind: type[AnyMessage]) -> None:
-    key = {StepDone: ("step", 7, 7), PackedDone: ("packed", 7, 0)}.get(kind, ("request", 7, 0))
+    key = {StepDone: ("step", 7, 7), PackedDone: ("packed", 7, 0), TokensChosen: ("run", 7, 0)}.get(
+        kind, ("request", 7, 0)
+    )
     pending = Pending(
         devices=frozenset("a"), asked="a", answer=Hello, model=7, what="", timeout_s=60, deadline=time.monotonic() + 60
     )

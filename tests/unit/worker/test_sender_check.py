@@ -34,6 +34,7 @@ PARTIES = {
     "caller": {Role.CALLER, Role.WORKER, Role.PREVIOUS},
     "previous": {Role.WORKER, Role.PREVIOUS},
     "next": {Role.WORKER},
+    "runner": {Role.WORKER},  # of sessions in a run, whose first stage is elsewhere
     "source": {Role.WORKER, Role.KV_SOURCE},
     "target": {Role.WORKER, Role.KV_TARGET},
     "borrower": {Role.WORKER, Role.BORROWER},
@@ -56,6 +57,7 @@ def roles() -> SenderCheck:
     stages = HostedStages("cpu", Background(lambda: None))
     for version in (OLD, NEW):
         hosted: Any = SimpleNamespace(previous_name="previous", stage=SimpleNamespace(start=2, end=4))
+        hosted.runner_of = lambda _: "runner"
         stages._stages[StageKey(MODEL, version, STAGE)] = hosted
     asked: Any = SimpleNamespace(last_asked="lender")
     stages._borrowed[REQUEST] = StageKey(MODEL, NEW, STAGE), asked
@@ -120,6 +122,14 @@ def test_what_was_on_its_way_when_a_stage_went_is_no_cause_for_alarm(roles: Send
     with pytest.raises(ProtocolError) as caught:
         roles.check_sender(aimed(EndSession), "next")
     assert not isinstance(caught.value, StaleMessageError)
+
+
+def test_the_runner_of_a_session_sends_steps_to_the_first_stage_alone(roles: SenderCheck) -> None:
+    hosted = roles._parties[Role.PREVIOUS].__self__._stages  # type: ignore[attr-defined]
+    hosted[StageKey(MODEL, OLD, 0)] = hosted[StageKey(MODEL, OLD, STAGE)]
+    assert is_taken(roles, aimed(Step, stage=0), "runner")
+    assert not is_taken(roles, aimed(Step, stage=0), "next")
+    assert not is_taken(roles, aimed(EndSession, stage=0), "runner")
 
 
 def test_each_stage_has_a_party_of_its_own_before_it(roles: SenderCheck) -> None:
