@@ -22,8 +22,13 @@ class KVRequests:
     session: int
     timeout_s: float
 
-    def fork(self, route: Route, number: int, fork: int) -> list[concurrent.futures.Future[object]]:
-        """Ask each stage to copy the KV that it holds, before step `number`, as that of session `fork`."""
+    def fork(
+        self, route: Route, number: int, fork: int, num_tokens: int | None
+    ) -> list[concurrent.futures.Future[object]]:
+        """Ask each stage to copy the KV that it holds, before step `number`, as that of session `fork`.
+
+        `num_tokens` is how many of the first tokens are copied; None: all.
+        """
         return [
             self.engine.request(
                 device,
@@ -35,6 +40,7 @@ class KVRequests:
                     session=self.session,
                     number=number,
                     fork=fork,
+                    num_tokens=num_tokens,
                 ),
                 "copying KV",
                 self.timeout_s,

@@ -8,6 +8,7 @@ Knows one session from within, as `cluster/session.py` does; neither other sessi
 from __future__ import annotations
 
 import contextlib
+import threading
 
 from lingualinked.cluster.route import Route
 from lingualinked.cluster.session import Session
@@ -40,6 +41,9 @@ def check_session(session: Session, model: int) -> None:
 
 def use_session(session: Session, uses: contextlib.ExitStack, timeout_s: float) -> Route:
     """Keep a session in use until ``uses`` is closed, and return the route that it runs on: the target, if it could switch."""
+    session._finish_run()
+    if session._flying_thread == threading.get_ident():
+        session.finish_silent_steps()
     if session._place.route is not session._routes.target:
         wait_in_pieces(session._use.wait_for_rest, timeout_s)  # for packed steps of its own, which hold it on its route
     uses.enter_context(session._use.for_packed_step(session._switch_route))

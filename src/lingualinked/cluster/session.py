@@ -130,11 +130,10 @@ class Session(RoutedSession):
         Those that want no logits need not be finished: later ones do that.
         """
         self._finish_run()
-        if (
-            self._flying_thread == threading.get_ident()
-        ):  # make room, or let all end if it is to change to another route
+        is_ours = self._flying_thread == threading.get_ident()
+        if is_ours:  # make room, or let all end if it is to change to another route
             self.finish_silent_steps(MOST_TOKENS_AHEAD if self._place.route is self._routes.target else 0)
-        is_first = not (self._flights and self._flying_thread == threading.get_ident())
+        is_first = not (self._flights and is_ours)
         if not is_first and (self._flights[-1].options.hooks or options.hooks):
             raise ArgumentError("past_key_values is in use by a step with hooks: finish it before the next one starts")
         with contextlib.ExitStack() as undo:
@@ -163,27 +162,33 @@ class Session(RoutedSession):
         self._context.crop(num_tokens)
         self.num_tokens -= num_tokens
 
-    def copy_to(self, other: Session) -> None:
+    def copy_to(self, other: Session, num_tokens: int | None = None) -> None:
         """Make a session that has just been opened go on from here by itself, with a copy of the KV in every stage.
 
-        If that fails, the other session has ended.
+        With `num_tokens`, it goes on behind so many of the tokens. If that fails, the other session has ended.
         """
         self._finish_run()
+        kept = self.num_tokens if num_tokens is None else num_tokens
         try:
+            context = self._context.copy(kept)
             with self._use.alone(), self._use.for_change(), other._use.for_change():
                 self._switch_route()
                 self._check_open()
                 self._announce_switch()
                 other._place.route = self._place.route
                 if self._holds_kv:
-                    self._budget.hold_as_much(other._number, self._number)  # stages copy what edits are still to drop
-                    results_of(self._requests.fork(self._place.route, self._next_step, other._number))
+                    if num_tokens is None:
+                        self._budget.hold_as_much(other._number, self._number)  # with what edits are still to drop
+                    else:
+                        self._budget.hold(other._number, self.num_rows * (self.max_cache_len or kept))
+                    results_of(self._requests.fork(self._place.route, self._next_step, other._number, num_tokens))
                     other._instruments = self._instruments
-                other.num_rows, other.num_tokens = self.num_rows, self.num_tokens
+                other.num_rows, other.num_tokens = self.num_rows, kept
                 other.kv_has_gradients = self.kv_has_gradients
-                other._context = StepContext(self._context.mask, self._context.num_tokens)
+                other._context = context
                 other.kv_age.copy_from(self.kv_age)
-                other._edits, other._next_step, other._holds_kv = [*self._edits], self._next_step, self._holds_kv
+                edits = [each for each in self._edits if num_tokens is None or each.kind is not KVEditKind.CROP]
+                other._edits, other._next_step, other._holds_kv = edits, self._next_step, self._holds_kv
         except BaseException:
             other.end()
             raise

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lingualinked.errors import ArgumentError
+from lingualinked.quantities import count_text
+
 
 class MaskMode(enum.IntEnum):
     """How a step's attention mask is sent: there is none, as the last mask extended by ones, or in full."""
@@ -101,6 +104,13 @@ class StepContext:
     def extend(self, num_tokens: int) -> None:
         """Record tokens as seen whose masks extend the last one by ones."""
         self._record_seen(self._extended(num_tokens), num_tokens)
+
+    def copy(self, num_tokens: int) -> StepContext:
+        """Return the state after the first ``num_tokens`` tokens; raise ArgumentError if there are fewer."""
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise ArgumentError(f"can't copy {num_tokens} of {count_text(self.num_tokens, 'token')}")
+        mask = None if self.mask is None else self.mask[..., : self.mask.shape[-1] - (self.num_tokens - num_tokens)]
+        return StepContext(mask, num_tokens)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask, as beam search does with the KV cache."""

@@ -159,20 +159,28 @@ class StageCache:
         return sum(layer.nbytes for layer in self.owned.values())
 
     @torch.inference_mode()
-    def copy(self) -> StageCache:
-        """Return an independent copy, for a session that continues from here."""
+    def copy(self, num_dropped: int = 0) -> StageCache:
+        """Return an independent copy, for a session that continues from here, or from before the last `num_dropped` tokens.
+
+        Raises ArgumentError if these can't be removed (`crop`).
+        """
+        if num_dropped:
+            self._check_crop()
         growth, count = copy.copy(self._growth), self.count.copy()
         owned: dict[int, OwnedLayer] = {
-            slot: layer.copy(count) if isinstance(layer, OwnedFixedLayer) else layer.copy(growth)
+            slot: layer.copy(count) if isinstance(layer, OwnedFixedLayer) else layer.copy(growth, num_dropped)
             for slot, layer in self.owned.items()
         }
         layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
-        elsewhere = [layer for slot, layer in enumerate(layers) if slot not in owned]
+        elsewhere: list[Any] = [layer for slot, layer in enumerate(layers) if slot not in owned]
         copied = copy.copy(self)
         vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
         copied.hf.layers = layers
         for layer in elsewhere:
             vars(layer).update(count=count)
+            if num_dropped:
+                layer.drop_last(num_dropped)
+        copied.num_tokens -= num_dropped
         return copied
 
     def check_room(self, num_tokens: int) -> None:
@@ -270,12 +278,18 @@ class StageCache:
 
         Raises ArgumentError if a sliding window is full and has not recorded the tokens that it needs again.
         """
-        if self.is_static:
-            raise ArgumentError("can't crop a static KV cache, as in transformers: use one that grows")
         if num_tokens < 0:
             raise ArgumentError(
                 f"can't crop a KV cache by {num_tokens}: pass the number of tokens to remove, at least 0"
             )
+        self._check_crop()
+        for each in (*self.owned.values(), *self._elsewhere):
+            each.drop_last(num_tokens)
+        self.num_tokens = max(0, self.num_tokens - num_tokens)
+
+    def _check_crop(self) -> None:
+        if self.is_static:
+            raise ArgumentError("can't crop a static KV cache, as in transformers: use one that grows")
         for layer in self._sliding_layers():
             if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
                 raise ArgumentError(
@@ -283,9 +297,6 @@ class StageCache:
                     f"({count_text(layer.sliding_window, 'token')}) "
                     "is full and its past was not recorded; activate past recording before the prefill"
                 )
-        for each in (*self.owned.values(), *self._elsewhere):
-            each.drop_last(num_tokens)
-        self.num_tokens = max(0, self.num_tokens - num_tokens)
 
     def record_past(self, on: bool = True) -> None:
         """Keep tokens that leave a sliding window until the next crop, which may need them again."""

@@ -120,10 +120,11 @@ class GrowingTensor:
         self._allocate(states.shape[0], states.shape[2])
         self._fill(states)
 
-    def copy(self) -> GrowingTensor:
-        """Return a tensor that holds copies of the same tokens."""
-        copied = GrowingTensor(self.view)
-        copied.replace(self.view)
+    def copy(self, num_dropped: int = 0) -> GrowingTensor:
+        """Return a tensor that holds copies of the same tokens, less the last `num_dropped`."""
+        kept = self.view.narrow(2, 0, max(0, len(self) - num_dropped))
+        copied = GrowingTensor(kept)
+        copied.replace(kept)
         return copied
 
     def keep_last(self, num_tokens: int) -> None:
@@ -151,12 +152,15 @@ class GrowingTensor:
 class _Growing:
     """Base of the growing layers, with keys and values in growing tensors (transformers' `keys` and `values` stay None)."""
 
+    _keeps_all = False  # tokens, so that those at the end can be left out of a copy
     _grown: tuple[GrowingTensor, ...] = ()
     growth: Growth  # of the session in the stage; changes when another stage adopts the layer
 
     if TYPE_CHECKING:
 
         def get_seq_length(self) -> int: ...
+
+        def drop_last(self, num_tokens: int) -> None: ...
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set shapes, dtype and device from the first states."""
@@ -182,10 +186,13 @@ class _Growing:
         for own, *more in zip(self._grown, *(other._grown for other in others), strict=True):  # noqa: SLF001 - of the same class
             own.append_rows(more)
 
-    def copy(self, growth: Growth) -> Self:
-        """Return an independent layer that holds copies of the same tokens."""
+    def copy(self, growth: Growth, num_dropped: int = 0) -> Self:
+        """Return an independent layer that holds copies of the same tokens, less the last `num_dropped`."""
         copied = copy.copy(self)
-        vars(copied).update(growth=growth, _grown=tuple(each.copy() for each in self._grown))
+        dropped = num_dropped if self._keeps_all else 0
+        vars(copied).update(growth=growth, _grown=tuple(each.copy(dropped) for each in self._grown))
+        if num_dropped > dropped:
+            copied.drop_last(num_dropped)
         return copied
 
     @property
@@ -247,6 +254,8 @@ class _Growing:
 
 class GrowingLayer(_Growing, CacheLayer):
     """Full attention: keeps every token."""
+
+    _keeps_all = True
 
     def __init__(self, growth: Growth) -> None:
         super().__init__()

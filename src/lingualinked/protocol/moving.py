@@ -121,7 +121,10 @@ class MoveSession(Message, frozen=True, tag=15):
 
 
 class ForkSession(Message, frozen=True, tag=40):
-    """Copy a session, which must be before step ``number``, within stage ``stage``, as session ``fork``."""
+    """Copy a session, which must be before step ``number``, within stage ``stage``, as session ``fork``.
+
+    Of its KV, only that of the first ``num_tokens`` tokens is copied, if that is not None.
+    """
 
     request: int
     model: int
@@ -130,6 +133,7 @@ class ForkSession(Message, frozen=True, tag=40):
     session: int
     number: int
     fork: int
+    num_tokens: Natural | None = None
 
 
 class JoinedRows(Message, frozen=True):

@@ -21,6 +21,7 @@ from lingualinked.model.hook_points import ModuleCall
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.layer_skips import NO_SKIPS
 from lingualinked.model.memory import release_memory
+from lingualinked.model.packed.packed_pass import PackedStage
 from lingualinked.model.stage import Stage
 from lingualinked.model.stage_data import StageInputs, StageOutput
 from lingualinked.protocol.moving import JoinedRows, SessionState
@@ -93,6 +94,11 @@ class HostedStage:
         self.record_step(elapsed_s)
         return output, elapsed_s
 
+    @functools.cached_property
+    def packed(self) -> PackedStage:
+        """The stage, for packed steps; raises UnsupportedOperationError if its model's class can't run them."""
+        return PackedStage(self.stage)
+
     def record_step(self, elapsed_s: float) -> None:
         """Record a step, and its seconds of compute, for the snapshot."""
         self._num_steps += 1
@@ -110,17 +116,24 @@ class HostedStage:
             return ""
         return session.runner
 
-    def fork_session(self, session: int, number: int, fork: int) -> None:
-        """Copy a session with its KV as session `fork`; raise ProtocolError unless it is here, before step `number`."""
+    def fork_session(self, session: int, number: int, fork: int, num_tokens: int | None = None) -> None:
+        """Copy a session with the KV of `num_tokens` tokens, or all, as session `fork`.
+
+        Raises ProtocolError unless it is here, before step `number`, and ArgumentError if it has not so many tokens.
+        """
         source = self.sessions.get(session)
         if source is None or source.number != number:
             raise ProtocolError(f"session {session} is not before step {number} on this stage")
         if fork in self.sessions:
             raise ProtocolError(f"session {fork} has state here already")
+        kept = source.context.num_tokens if num_tokens is None else num_tokens
+        context = source.context.copy(kept)
+        cache = None if source.cache is None else source.cache.copy(source.context.num_tokens - kept)
         self.sessions[fork] = dataclasses.replace(
             source,
-            cache=None if source.cache is None else source.cache.copy(),
-            context=StepContext(source.context.mask, source.context.num_tokens),
+            cache=cache,
+            context=context,
+            num_tokens=source.num_tokens if cache is None or num_tokens is None else cache.max_cache_len or kept,
             copies={},
         )
 

@@ -224,7 +224,7 @@ class HostedStages:
         hosted = self.get_stage(StageKey(message.model, message.plan_version, message.stage))
         self.trim_idle_caches()
         if isinstance(message, ForkSession):
-            hosted.fork_session(message.session, message.number, message.fork)
+            hosted.fork_session(message.session, message.number, message.fork, message.num_tokens)
         else:
             hosted.join_sessions(message.session, message.parts)
 

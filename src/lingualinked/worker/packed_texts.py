@@ -14,8 +14,7 @@ from lingualinked.model.context import ContextCode, MaskMode, PositionMode
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.layer_skips import NO_SKIPS
 from lingualinked.model.packed.choosing import check_choice
-from lingualinked.model.packed.packed_pass import PassInputs, TextPart, run_pass
-from lingualinked.model.packed.qualifying import why_not_packed
+from lingualinked.model.packed.packed_pass import PassInputs, TextPart
 from lingualinked.protocol.packed import PackedFailure, PackedStep, PackedText
 from lingualinked.quantities import count_text
 from lingualinked.worker.error_report import describe_error
@@ -51,9 +50,7 @@ class PackedTexts:
     """The texts of a packed step that one stage runs, and why it does not run the others."""
 
     def __init__(self, hosted: HostedStage, step: PackedStep) -> None:
-        why_not = why_not_packed(hosted.stage.span.model)
-        if why_not:
-            raise UnsupportedOperationError(f"packed steps are not possible: {why_not}; use ordinary steps")
+        self._stage = hosted.packed
         self.texts: list[PackedText] = []
         self.failures: list[PackedFailure] = []
         self._hosted = hosted
@@ -86,6 +83,7 @@ class PackedTexts:
     def _prepare(self, session: HostedSession, text: PackedText) -> StageCache:
         """Edit a session's KV, and check that it has room for the new tokens."""
         cache = session.cache
+        session.runner, session.run_steps = "", 0
         if cache is None:
             raise ProtocolError("a session in a packed step keeps KV")
         if session.instruments is not None:
@@ -109,8 +107,7 @@ class PackedTexts:
             if self.failures:
                 states = states[:, [place for start, stop in self._kept for place in range(start, stop)]]
             parts = [TextPart(cache, text.num_new, text.num_logits) for text, cache in self._pairs()]
-            output = run_pass(
-                self._hosted.stage,
+            output = self._stage.run(
                 PassInputs(
                     states=states,
                     parts=parts,

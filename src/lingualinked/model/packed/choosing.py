@@ -82,5 +82,5 @@ def choose_tokens(logits: Tensor, choices: Sequence[TokenChoice], lengths: Seque
     logprobs: list[float] = []
     if returned:
         places = torch.tensor([[tokens[row]] for row in returned], device=scores.device)
-        logprobs = scores[returned].log_softmax(dim=-1).gather(1, places).squeeze(1).tolist()
+        logprobs = scores[returned].softmax(dim=-1).gather(1, places).log().squeeze(1).tolist()  # as transformers does
     return ChosenTokens(tuple(tokens), tuple(logprobs))

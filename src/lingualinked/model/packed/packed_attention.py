@@ -39,9 +39,11 @@ class PackedMask:
 class PackedAttention:
     """Computes attention, and makes masks, text by text in one pass."""
 
-    def __init__(self, places: Sequence[TextPlace], states: PackedStates) -> None:
+    def __init__(self, places: Sequence[TextPlace], states: PackedStates, num_ghosts: int) -> None:
         self._places = places
         self._states = states
+        self._num_ghosts = num_ghosts
+        self._sizes = [*(place.num_new for place in places), *([num_ghosts] if num_ghosts else ())]
 
     def wrap_attention(self, attend: Attend) -> Attend:
         """Return a function for all texts, in place of one for a batch."""
@@ -67,14 +69,13 @@ class PackedAttention:
         masks = [None] * len(self._places) if attention_mask is None else attention_mask.masks
         _check_arguments(kwargs)
         held = self._states.take_states(key, value)
-        outputs = []
-        for place, (keys, values), mask in zip(self._places, held, masks, strict=True):
-            own = _own_arguments(kwargs, place)
-            queries = query.narrow(2, place.start, place.num_new)
-            outputs.append(attend(module, queries, keys, values, mask, *args, **own)[0])
-        num_ghosts = query.shape[2] - self._places[-1].stop
-        if num_ghosts:
-            outputs.append(outputs[-1][:, -1:].expand(-1, num_ghosts, -1, -1))
+        queries = query.split(self._sizes, dim=2)[: len(self._places)]
+        outputs = [
+            attend(module, own, keys, values, mask, *args, **_own_arguments(kwargs, place))[0]
+            for place, own, (keys, values), mask in zip(self._places, queries, held, masks, strict=True)
+        ]
+        if self._num_ghosts:
+            outputs.append(outputs[-1][:, -1:].expand(-1, self._num_ghosts, -1, -1))
         return torch.cat(outputs, dim=1), None
 
     def _make_masks(

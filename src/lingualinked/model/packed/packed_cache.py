@@ -35,14 +35,17 @@ class TextPlace:
 
 
 class PackedCache:
-    """What `Stage.step` takes as the KV cache of a pass over several texts; `hf` is what the model gets."""
+    """What `Stage.step` takes as the KV cache of a pass over several texts; `hf` is what the model gets.
+
+    Behind the texts' tokens are `num_ghosts` others, which belong to no text.
+    """
 
     is_static = False
     captured: dict[Any, Any]
 
-    def __init__(self, places: Sequence[TextPlace]) -> None:
+    def __init__(self, places: Sequence[TextPlace], num_ghosts: int) -> None:
         self.places = places
-        self.hf = PackedStates(places)
+        self.hf = PackedStates(places, num_ghosts)
         self.num_tokens = 0
 
     def check_room(self, _num_tokens: int) -> None:
@@ -66,9 +69,10 @@ class PackedCache:
 class PackedStates(Cache):
     """Adds each text's new keys and values to its own cache; attention then reads all of each text's (`take_states`)."""
 
-    def __init__(self, places: Sequence[TextPlace]) -> None:
+    def __init__(self, places: Sequence[TextPlace], num_ghosts: int) -> None:
         super().__init__(layers=list(places[0].cache.hf.layers))  # for their types
         self._places = places
+        self._sizes = [*(place.num_new for place in places), *([num_ghosts] if num_ghosts else ())]
         self.mask_layer = 0  # the layer whose lengths the mask in the making is for
         self._added: tuple[Tensor, Tensor] | None = None  # what attention has not read yet
         self._held: list[tuple[Tensor, Tensor]] = []
@@ -83,11 +87,10 @@ class PackedStates(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values of all new tokens, ``[1, heads, tokens, dim]``, to the texts' caches, and return them."""
         self.check_attended(f", before layer {layer_idx}")
+        keys, values = key_states.split(self._sizes, dim=2), value_states.split(self._sizes, dim=2)
         self._held = [
-            place.cache.owned[layer_idx].update(
-                key_states.narrow(2, place.start, place.num_new), value_states.narrow(2, place.start, place.num_new)
-            )
-            for place in self._places
+            place.cache.owned[layer_idx].update(*states)
+            for place, *states in zip(self._places, keys, values, strict=False)  # without ghosts
         ]
         self._added = key_states, value_states
         return key_states, value_states

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def rotated_by_text(model: nn.Module, places: Sequence[TextPlace]) -> Iterator[None]:
-    """Make rotary embeddings rotate each text as if it were alone, within the context. Needs `GLOBAL_STATE`."""
-    modules = computing.length_ropes(model)
+def rotated_by_text(modules: Sequence[nn.Module], places: Sequence[TextPlace]) -> Iterator[None]:
+    """Make these rotary embeddings rotate each text as if it were alone, within the context. Needs `GLOBAL_STATE`."""
     for module in modules:
         vars(module)["forward"] = _by_text(module, places)
     try:
