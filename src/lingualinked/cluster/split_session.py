@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.joined_rows import join_rows
+from lingualinked.cluster.joined_run import JoinedRun
+from lingualinked.cluster.run_in_flight import RunInFlight
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.step_in_flight import StepInFlight, StepOptions
 from lingualinked.errors import KVCapacityError
@@ -95,6 +97,7 @@ class SplitSession:
     ) -> tuple[Tensor, Recorded]:
         """Run one step, as `Session.step` does."""
         flight = self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
+        assert not isinstance(flight, JoinedRun), "who asks for a run starts the step"
         return flight.finish() if options.wants_logits else flight.no_logits
 
     def start_step(
@@ -104,7 +107,7 @@ class SplitSession:
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
         options: StepOptions = _PLAIN,
-    ) -> StepInFlight | SplitStep:
+    ) -> StepInFlight | SplitStep | JoinedRun:
         """Send a step of each microbatch, as `Session.start_step` does."""
         needs_all = options.hooks is not None or options.instruments is not None or options.gradients is not None
         if needs_all or len(inputs) != sum(self.sizes):
@@ -112,22 +115,39 @@ class SplitSession:
         if len(self.parts) == 1:
             return self.parts[0].start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
         # 1) count the KV of all microbatches, or of none
+        run = options.run
         if options.keeps_kv:
-            numbers = [part._number for part in self.parts]  # noqa: SLF001 - within the room
-            num_tokens = self.max_cache_len or self.num_tokens + inputs.shape[1] + options.num_tokens_ahead
-            self._budget.hold_all(dict(zip(numbers, (size * num_tokens for size in self.sizes), strict=True)))
+            most_steps = 1 if run is None else run.num_steps
+            num_steps = self._hold_kv(inputs.shape[1] + options.num_tokens_ahead, most_steps)
+            run = run and dataclasses.replace(run, num_steps=num_steps)
         # 2) send their steps
         flights: list[StepInFlight] = []
         try:
             for part, rows in zip(self.parts, self._slices(), strict=True):
                 mask, positions = (_rows_of(each, rows) for each in (attention_mask, position_ids))
-                own = dataclasses.replace(options, adapters=_adapters_of(options.adapters, rows))
+                own_run = run and run.of_rows(rows.start, rows.stop)
+                own = dataclasses.replace(options, adapters=_adapters_of(options.adapters, rows), run=own_run)
                 flights.append(part.start_step(inputs[rows], mask, positions, logits_to_keep, own))
         except BaseException as error:
             if flights or not isinstance(error, KVCapacityError):
                 self.end()
             raise
-        return SplitStep(self, flights)
+        is_run = any(isinstance(flight, RunInFlight) for flight in flights)
+        return JoinedRun(flights, self.sizes, self.end) if is_run else SplitStep(self, flights)
+
+    def _hold_kv(self, num_new: int, most_steps: int) -> int:
+        """Count the KV of all microbatches for a step and those behind it in a run; return of how many steps there is room for."""
+        numbers = [part._number for part in self.parts]  # noqa: SLF001 - within the room
+        for num_steps in sorted({1, most_steps}, reverse=True):
+            num_tokens = self.max_cache_len or self.num_tokens + num_new + num_steps - 1
+            try:
+                self._budget.hold_all(dict(zip(numbers, (size * num_tokens for size in self.sizes), strict=True)))
+            except KVCapacityError:
+                if num_steps == 1:
+                    raise
+            else:
+                return num_steps
+        raise AssertionError
 
     def _slices(self) -> Iterator[slice]:
         return (slice(*bounds) for bounds in itertools.pairwise(itertools.accumulate(self.sizes, initial=0)))

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lingualinked.cluster.joined_run import JoinedRun
 from lingualinked.cluster.recorded import Recorded
 from lingualinked.cluster.run_in_flight import RunInFlight
 from lingualinked.cluster.run_request import RunRequest
@@ -30,7 +31,7 @@ class AskedRun:
     num_tokens: int  # of the text with the step
     make: Callable[[int], RunRequest]  # for at most so many steps
     most_steps: int
-    flight: RunInFlight | None = None
+    flight: RunInFlight | JoinedRun | None = None
 
     def request(self, num_past: int, num_new: int, max_cache_len: int, num_positions: int | None) -> RunRequest | None:
         """Return what to ask of a step; None if it is a part of a prompt, or there is no room for what follows."""
@@ -59,7 +60,7 @@ def step_as_asked(
     if options.run is None:
         return session.step(*tensors, options)
     step = session.start_step(*tensors, options)
-    if isinstance(step, RunInFlight):
+    if isinstance(step, RunInFlight | JoinedRun):
         assert asked is not None
         asked.flight = step
         return None, {}

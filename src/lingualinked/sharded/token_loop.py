@@ -83,8 +83,6 @@ class TokenLoop:
         config, cache = given.config, given.model_kwargs.get("past_key_values")
         if not isinstance(cache, ShardedCache) or not config.use_cache or not _calls_own_methods(model):
             return None
-        if isinstance(cache.session, SplitSession) and len(cache.session.parts) > 1:
-            return None
         records = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if config.return_dict_in_generate and any(getattr(config, name) for name in records):
             return None
@@ -94,8 +92,12 @@ class TokenLoop:
         loop = cls(model, given, specs, cache)
         if loop._pads and (not len(loop._eos) or config._pad_token_tensor is None):  # noqa: SLF001
             return None
+        is_split = isinstance(cache.session, SplitSession) and len(cache.session.parts) > 1
         needs_undo = (
-            config.do_sample or loop._calls_user or any(type(each) not in _KNOWN_TO_STAGES for each in given.criteria)
+            config.do_sample
+            or loop._calls_user
+            or (is_split and len(loop._eos) > 0)  # a microbatch does not know when all rows have met one
+            or any(type(each) not in _KNOWN_TO_STAGES for each in given.criteria)
         )
         return None if needs_undo and not loop._can_undo else loop
 

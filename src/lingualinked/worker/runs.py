@@ -68,7 +68,7 @@ class TokenRun:
         if len(self._eos):
             tokens = tokens * self._unfinished + self._begin.pad_token_id * (1 - self._unfinished)
             self._unfinished = self._unfinished & ~torch.isin(tokens, self._eos)
-            if not self._unfinished.any():
+            if not self._unfinished.any() and self._begin.part is None:  # other rows of the batch go on
                 self.num_left = 0
         if self._begin.processors:
             self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)
