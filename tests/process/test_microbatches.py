@@ -90,6 +90,44 @@ def test_where_rows_are_independent_the_whole_batch_is_met(
     assert torch.equal(torch.stack(result.logits), torch.stack(whole.logits))
 
 
+@pytest.mark.parametrize("arguments", [{}, {"eos_token_id": [7, 30, 41]}, {"repetition_penalty": 1.3}], ids=str)
+def test_microbatches_go_on_by_themselves(sharded: Any, uncut: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Without logits for the caller, each has a run of its own; rows that have ended are padded until all have."""
+    call = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True, **arguments}
+    ours = sharded.generate(prompts(), num_microbatches=2, **call)
+    parts = [uncut.generate(half, **call).sequences for half in prompts().chunk(2)]
+    length = max(part.shape[1] for part in parts)
+    padded = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
+    assert torch.equal(ours.sequences, torch.cat(padded))
+    held = {part.num_tokens for part in ours.past_key_values.session.parts}
+    assert held == {ours.sequences.shape[1] - 1}
+    ended = torch.tensor([len(set(row) & {7, 30, 41}) > 0 for row in ours.sequences[:, 6:].tolist()])
+    assert "eos_token_id" not in arguments or ended.sum() > 0
+
+
+def test_microbatches_share_the_random_numbers_of_the_batch(sharded: Any, uncut: PreTrainedModel) -> None:
+    if not 0 < sharded.independent_rows <= NUM_ROWS // 2:
+        pytest.skip("rows of a batch depend on each other here")
+    call = {"do_sample": True, "max_new_tokens": 8, "top_k": 20}
+    results, states = [], []
+    for model, split in ((sharded, {"num_microbatches": 2}), (uncut, {})):
+        torch.manual_seed(5)
+        results.append(model.generate(prompts(), **call, **split))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*results)
+    assert torch.equal(*states)
+
+
+def test_a_batch_is_split_where_that_changes_no_bit(sharded: Any, uncut: PreTrainedModel) -> None:
+    call = {"do_sample": False, "max_new_tokens": NUM_NEW, "return_dict_in_generate": True}
+    result = sharded.generate(prompts(), **call)
+    is_exact = 0 < sharded.independent_rows <= NUM_ROWS // 2
+    assert result.past_key_values.num_microbatches == (2 if is_exact else 1)
+    assert torch.equal(result.sequences, uncut.generate(prompts(), **call).sequences)
+    # Where steps wait for each other, nothing says here that more microbatches are faster.
+    assert generate(sharded, prompts()).past_key_values.num_microbatches == 1
+
+
 def test_what_layers_record_comes_of_all_rows(sharded: Any, uncut: PreTrainedModel) -> None:
     asked = {"output_hidden_states": True, "output_attentions": True}
     ours = generate(sharded, prompts(), num_microbatches=2, **asked)

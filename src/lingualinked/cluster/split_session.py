@@ -157,6 +157,12 @@ class SplitSession:
         for part in self.parts:
             part.finish_silent_steps()
 
+    def drop_parts(self, sizes: Sequence[int]) -> None:
+        """Run as fewer microbatches, of so many rows each, from the first step on."""
+        for part in self.parts[len(sizes) :]:
+            part.end()
+        self.parts, self.sizes = self.parts[: len(sizes)], tuple(sizes)
+
     def join(self) -> None:
         """Make one session of all microbatches; it ends if that fails."""
         if len(self.parts) == 1:

@@ -139,6 +139,11 @@ class ShardedCache(Cache):
         """Microbatches that its rows run as, which follow each other through the stages."""
         return len(self.session.parts) if isinstance(self.session, SplitSession) else 1
 
+    def split_before_step(self, sizes: Sequence[int]) -> None:
+        """Make fewer microbatches of rows that none has, yet."""
+        if sizes and not self.is_initialized and isinstance(self.session, SplitSession):
+            self.session.drop_parts(sizes)
+
     @property
     def batch_size(self) -> int:
         """Rows whose KV is held; -1 before the first step."""

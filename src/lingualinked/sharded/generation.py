@@ -41,6 +41,7 @@ class _Call:
     num_microbatches: int | None  # that the user asks for
     opened: list[ShardedCache] = dataclasses.field(default_factory=list)
     sizes: tuple[int, ...] = ()  # of microbatches
+    lockstep_sizes: tuple[int, ...] = ()  # of those that are best if each step waits for all; no more of them
 
 
 _call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("call", default=None)
@@ -147,6 +148,9 @@ class ShardedGeneration(BatchedGeneration):
         loop = None if synced_gpus else TokenLoop.of(self, given)
         if loop is not None:
             return loop.run()
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, ShardedCache):
+            cache.split_before_step(self._lockstep_sizes())
         options = {"synced_gpus": synced_gpus, "streamer": streamer}
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         with drawing_here() if generation_config.do_sample else contextlib.nullcontext():
@@ -177,6 +181,8 @@ class ShardedGeneration(BatchedGeneration):
         if given is not None and not isinstance(given, ShardedCache | tuple):
             check_empty(given, self.config)
         sizes = self._choose_sizes(generation_config, model_kwargs, batch_size)
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            sizes = self._lockstep_sizes()
         if given is not None or generation_config.use_cache is False or is_static:
             own = super()._prepare_cache_for_generation  # type: ignore[misc]
             own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
@@ -232,10 +238,16 @@ class ShardedGeneration(BatchedGeneration):
             new_tokens=max(1, config.max_length - num_prompt_tokens),
         )
         if call.num_microbatches is not None:
-            call.sizes = batch.split_as_asked(call.num_microbatches)
+            call.sizes = call.lockstep_sizes = batch.split_as_asked(call.num_microbatches)
         else:
-            call.sizes = batch.split_best(self._pipeline, in_lockstep=True)
+            call.sizes = batch.split_best(self._pipeline, in_lockstep=False)
+            call.lockstep_sizes = batch.split_best(self._pipeline, in_lockstep=True, most=len(call.sizes))
         return call.sizes
+
+    def _lockstep_sizes(self) -> tuple[int, ...]:
+        """Return the rows of the microbatches of this call if each step waits for all."""
+        call = _call.get()
+        return () if call is None or call.model is not self else call.lockstep_sizes
 
     def _checked_in_call(self) -> bool:
         """Whether a `generate` of this model is running, which has checked the model for all its steps."""
@@ -251,8 +263,7 @@ class ShardedGeneration(BatchedGeneration):
 
     def _open_session_for_step(self) -> ShardedCache:
         """Open a session for a step that is given none; it is split as the batch of the call that it belongs to."""
-        call = _call.get()
-        return self._open_session(call.sizes if call is not None and call.model is self else ())
+        return self._open_session(self._lockstep_sizes())
 
     @functools.cached_property
     def _sliding_window(self) -> int | None:

@@ -50,24 +50,25 @@ class Batch:
             )
         return split_rows(self.num_rows, num_microbatches, self.num_together)
 
-    def split_best(self, pipeline: Pipeline, *, in_lockstep: bool) -> tuple[int, ...]:
-        """Return the rows of the microbatches that are predicted to be fastest, of those that change no bit.
+    def split_best(self, pipeline: Pipeline, *, in_lockstep: bool, most: int | None = None) -> tuple[int, ...]:
+        """Return the rows of the microbatches that are predicted to be fastest, of those that change no bit; at most so many.
 
-        Where no profile says what rows cost, as many microbatches as devices keep all of them busy; in lockstep, that may
-        take longer than one.
+        Where no profile says what rows cost, as many microbatches as devices keep all of them busy, unless other calls do; in
+        lockstep, that may take longer than one.
         """
         plan = pipeline.plan
         num_devices = len(plan.devices)
         least_rows = pipeline.independent_rows
-        most = min(self.num_rows // self.num_together, MOST_PER_DEVICE * num_devices)
+        most = min(self.num_rows // self.num_together, MOST_PER_DEVICE * num_devices, most or self.num_rows)
+        num_sessions = 1 + pipeline.num_sessions_in_use
         if num_devices == 1 or not least_rows or self.num_rows < 2 * least_rows:
             return (self.num_rows,)
         exact = [number for number in range(1, most + 1) if number == 1 or self._is_exact(number, least_rows)]
         if plan.profile is None or not knows_rows(plan.profile):
-            number = max(each for each in exact if each == 1 or (not in_lockstep and each <= num_devices))
+            fitting = 1 if in_lockstep else max(1, num_devices // num_sessions)
+            number = max(each for each in exact if each <= fitting)
         else:
-            sessions = 1 + pipeline.num_sessions_in_use
-            number = min(exact, key=lambda each: self._predicted_s(plan, each, sessions, in_lockstep=in_lockstep))
+            number = min(exact, key=lambda each: self._predicted_s(plan, each, num_sessions, in_lockstep=in_lockstep))
         return split_rows(self.num_rows, number, self.num_together)
 
     def _predicted_s(self, plan: Plan, number: int, num_sessions: int, *, in_lockstep: bool) -> float:
