@@ -197,7 +197,7 @@ class _Unchanged(LogitsProcessor):
 
 def one_at_a_time() -> dict[str, Any]:
     """Return arguments of `generate` with which a sharded model runs one step of the whole batch after another."""
-    return {"logits_processor": LogitsProcessorList([_Unchanged()])}
+    return {"logits_processor": LogitsProcessorList([_Unchanged()]), "num_microbatches": 1}
 
 
 def _measure_with_threads(threads: int, measure: Callable[[Any], float], model: Any) -> float:
