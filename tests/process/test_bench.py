@@ -9,6 +9,7 @@ import torch
 
 import lingualinked as ll
 from lingualinked.cli.bench.decode import measure_decode
+from lingualinked.cli.bench.load import measure_load
 from lingualinked.cli.bench.measurement import Measurement
 from lingualinked.cli.bench.memory import measure_memory_growth
 from lingualinked.cli.bench.models import BenchModels, BenchOptions
@@ -53,13 +54,18 @@ def test_throughput(models: BenchModels) -> None:
     assert sides(measure_sessions(models, 2, 5, 4)) == [["sharded", "one after the other", "uncut-1"]]
 
 
+def test_load(models: BenchModels) -> None:
+    assert sides(measure_load(models, 3, (3, 9), 3)) == [["sharded", "uncut-1", "one after the other"]]
+
+
 def test_memory(models: BenchModels) -> None:
     measured = measure_memory_growth(models, 200, 5)
     assert sides(measured) == 3 * [["after 200 steps", "after 100"]]
 
 
 def test_overhead(models: BenchModels) -> None:
-    whole, *parts, size = measure_overhead(models, 8)
+    whole, *parts, size, _, back = measure_overhead(models, 8)
     assert whole.values["whole"]
     assert len(parts) == 5
     assert 0 < size.values["the last hop between stages"][0] < 320
+    assert all(value > 0 for value in back.values["from the last stage"])

@@ -132,7 +132,7 @@ def uncut_in_place(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_report_is_printed_and_written(uncut_in_place: Any, tmp_path: Path) -> None:
     path, shape = tmp_path / "report.json", ["--prompt-tokens", 3, "--new-tokens", 3, "--repeats", 1]
-    modes = "uncut-1,one-step,lingualinked"
+    modes = "uncut-1,lingualinked"
     result = run("decode", ll.sample_model(), "--rows", 2, "--against", modes, *shape, "--json", path)
     assert result.exit_code == 0, result.output
     assert "decode, 2 rows of 3 + 3 tokens: sharded" in result.stdout
@@ -140,7 +140,7 @@ def test_a_report_is_printed_and_written(uncut_in_place: Any, tmp_path: Path) ->
     report = Report.from_json(path.read_bytes())
     assert list(report.measurements[0].values) == ["sharded", *modes.split(",")]
     assert report.command.endswith(
-        "--rows 2 --prompt-tokens 3 --new-tokens 3 --against uncut-1,one-step,lingualinked --repeats 1"
+        "--rows 2 --prompt-tokens 3 --new-tokens 3 --against uncut-1,lingualinked --repeats 1"
     )
 
 

@@ -11,13 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from lingualinked.cli.bench.measurement import Measurement, take_turns
 from lingualinked.cli.bench.models import BenchModels
 from lingualinked.cli.bench.timing import generate
+from lingualinked.errors import LingualinkedError
 from lingualinked.quantities import count_text
 
 _BATCH = 16
+_ONE_BY_ONE = "one after the other"
+
+Answer = Callable[[Any, list[torch.Tensor], int], list[list[int]]]
+"""Answers prompts with a model; returns the new tokens of each."""
 
 
 def measure_load(
@@ -26,43 +32,57 @@ def measure_load(
     """Measure `generate_batch` of mixed prompts, against uncut left-padded batches and one prompt after the other."""
     rng = random.Random(0)  # noqa: S311 - lengths, no secret
     prompts = [models.draw_ids(1, rng.randint(*prompt_tokens), seed) for seed in range(num_requests)]
-    one_by_one = "one after the other"
+    tokens: dict[Answer, list[list[int]]] = {}
 
-    def timed(answer: Callable[[Any], object], model: Any) -> float:
+    def timed(answer: Answer, model: Any) -> float:
         began_s = time.perf_counter()
-        answer(model)
+        tokens[answer] = answer(model, prompts, new_tokens)
         return num_requests * new_tokens / (time.perf_counter() - began_s)
 
-    def one_after_the_other(model: Any) -> None:
-        for prompt in prompts:
-            generate(model, prompt, new_tokens)
-
-    def in_padded_batches(model: Any) -> None:
-        for start in range(0, num_requests, _BATCH):
-            ids, mask = _pad_left(prompts[start : start + _BATCH])
-            generate(model, ids, new_tokens, attention_mask=mask)
-
-    def continuously(model: Any) -> None:
-        from transformers import GenerationConfig
-
-        config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0)
-        model.generate_batch([prompt[0].tolist() for prompt in prompts], generation_config=config, progress_bar=False)
-
     sides: dict[str, Callable[[], float]] = {
-        "sharded": lambda: timed(continuously, models.sharded),
-        **models.uncut_sides(lambda model: timed(in_padded_batches, model)),
-        one_by_one: lambda: timed(one_after_the_other, models.sharded),
+        "sharded": lambda: timed(_answer_together, models.sharded),
+        **models.uncut_sides(lambda model: timed(_answer_padded, model)),
+        _ONE_BY_ONE: lambda: timed(_answer_one_by_one, models.sharded),
     }
+    _answer_together(models.sharded, prompts[:2], new_tokens)  # what is made at the first call is not timed
+    values = take_turns(sides, models.options.repeats, num_warm=0)
+    together, one_by_one = tokens[_answer_together], tokens[_answer_one_by_one]
+    num_equal = sum(ours == theirs for ours, theirs in zip(together, one_by_one, strict=True))
     low, high = prompt_tokens
     return [
         Measurement(
             what=f"{count_text(num_requests, 'request')} of {low} to {count_text(high, 'token')}, {new_tokens:,} new ones each",
             unit="tokens/s",
-            values=take_turns(sides, models.options.repeats, num_warm=0),
-            at_least={"uncut-2": 1.5, one_by_one: 6.0},
-            notes=(f"The uncut model answers in left-padded batches of {_BATCH}.",),
+            values=values,
+            at_least={"uncut-2": 1.5, _ONE_BY_ONE: 6.0},
+            notes=(
+                f"The uncut model answers in left-padded batches of {_BATCH}.",
+                f"All tokens of {num_equal} of {count_text(num_requests, 'request')} are those of one after the other.",
+            ),
         )
     ]
+
+
+def _answer_together(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> list[list[int]]:
+    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0)
+    texts = [prompt[0].tolist() for prompt in prompts]
+    outputs = model.generate_batch(texts, generation_config=config, progress_bar=False)
+    for output in outputs.values():
+        if output.error:
+            raise LingualinkedError(f"request {output.request_id} has failed: {output.error}")
+    return [list(output.generated_tokens) for output in outputs.values()]
+
+
+def _answer_one_by_one(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> list[list[int]]:
+    return [generate(model, prompt, new_tokens)[0, prompt.shape[1] :].tolist() for prompt in prompts]
+
+
+def _answer_padded(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> list[list[int]]:
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), _BATCH):
+        ids, mask = _pad_left(prompts[start : start + _BATCH])
+        answers += generate(model, ids, new_tokens, attention_mask=mask)[:, ids.shape[1] :].tolist()
+    return answers
 
 
 def _pad_left(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

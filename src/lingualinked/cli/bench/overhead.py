@@ -14,6 +14,7 @@ import torch
 
 from lingualinked.cli.bench.measurement import Measurement
 from lingualinked.cli.bench.models import BenchModels
+from lingualinked.cli.bench.timing import decode_tokens_per_s
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StepSample
 
@@ -34,6 +35,7 @@ _TINY = {
 
 _MOST_HOP_US = 150.0
 _NUM_WARM = 50
+_NUM_CALLS = 5
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,7 +86,7 @@ def measure_overhead(models: BenchModels, num_steps: int) -> list[Measurement]:
                 parts.add(past.session.last_step, elapsed_s)
                 sent.append([float(stage.sent_bytes) for stage in past.session.last_step.stages])
     num_stages = len(sent[0])
-    state_bytes = 2 * model.config.hidden_size
+    state_bytes = model.dtype.itemsize * model.config.get_text_config().hidden_size
     notes = [
         (
             f"Of a step of {count_text(num_stages, 'stage')}, all that is compute in no stage, by its {count_text(num_stages + 1, 'hop')}; "
@@ -120,7 +122,29 @@ def measure_overhead(models: BenchModels, num_steps: int) -> list[Measurement]:
                 at_most=256.0 + 32 * num_stages,
             )
         )
-    return measurements
+    return [*measurements, *_measure_sampling(models, num_steps)]
+
+
+def _measure_sampling(models: BenchModels, num_steps: int) -> list[Measurement]:
+    """Measure what a sampled token costs beyond compute, and what the last stage sends to the caller for it."""
+    model, ids = models.sharded, models.draw_ids(1, 16)
+    beyond, sent = [], []
+    for _ in range(_NUM_CALLS):
+        new_tokens = max(8, num_steps // _NUM_CALLS)
+        token_s = 1 / decode_tokens_per_s(model, ids, new_tokens, do_sample=True)
+        steps = [step for step in model.telemetry.steps[-new_tokens:] if step.is_decode]
+        compute_s = sum(stage.compute_s for step in steps for stage in step.stages) / len(steps)
+        beyond.append((token_s - compute_s) * 1e6)
+        sent.append(sum(step.stages[-1].sent_bytes for step in steps) / len(steps))
+    return [
+        Measurement(what="a sampled token, all that is compute in no stage", unit="µs", values={"generate": beyond}),
+        Measurement(
+            what="bytes back to the caller for a sampled token",
+            unit="bytes",
+            values={"from the last stage": sent},
+            at_most=256.0,
+        ),
+    ]
 
 
 def _quiet(values: list[float]) -> list[float]:
