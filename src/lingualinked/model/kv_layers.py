@@ -70,6 +70,11 @@ class GrowingTensor:
         return self._buffer.narrow(2, self._start, self._stop - self._start)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the tokens held."""
+        return self._buffer.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self._buffer.nbytes
@@ -91,11 +96,15 @@ class GrowingTensor:
         if states.dtype != self._buffer.dtype:  # autocast was turned on or off since
             self._buffer = self._buffer.to(torch.promote_types(states.dtype, self._buffer.dtype))
         num_new = states.shape[2]
+        self.extend(num_new, growth, expected)
+        self._buffer.narrow(2, self._stop - num_new, num_new).copy_(states)
+        return self.view.contiguous() if self._buffer.is_cuda else self.view
+
+    def extend(self, num_new: int, growth: Growth, expected: int) -> None:
+        """Hold so many more tokens, which are still to be written."""
         if self._stop + num_new > self._buffer.shape[2]:
             self._make_room(num_new, growth, expected)
-        self._buffer.narrow(2, self._stop, num_new).copy_(states)
         self._stop += num_new
-        return self.view.contiguous() if self._buffer.is_cuda else self.view
 
     def _make_room(self, num_new: int, growth: Growth, expected: int) -> None:
         held, source, capacity = len(self), self.view, self._buffer.shape[2]
@@ -268,6 +277,17 @@ class GrowingLayer(_Growing, CacheLayer):
         keys, values = self._grown
         expected = self.growth.reserved_tokens
         return self._extend(keys, key_states, expected), self._extend(values, value_states, expected)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Say whether there are tokens, and of this dtype."""
+        return bool(self._grown) and all(each.dtype is dtype for each in self._grown)
+
+    def make_room(self) -> tuple[Tensor, Tensor]:
+        """Hold one more token, which the caller writes to the end of the keys and values that are returned."""
+        for each in self._grown:
+            each.extend(1, self.growth, self.growth.reserved_tokens)
+        keys, values = self._grown
+        return keys.view, values.view
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""

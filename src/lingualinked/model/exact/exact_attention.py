@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -62,6 +62,27 @@ def uses_kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
         and _computes_fused()
         and is_exact(query.dtype, query.shape[3], group, num_new, is_masked, torch.get_num_threads())
     )
+
+
+def attend_texts(
+    query: Tensor, key: Tensor, value: Tensor, texts: Sequence[attention.Text], scaling: float | None = None
+) -> Tensor:
+    """Compute attention of texts with one new token each, with the bits of `attend` for each alone; add their new states to them.
+
+    New states are ``[1, heads, places, dim]``, the result is ``[1, places, heads, dim]``, of which only the texts' places count.
+    """
+    _, num_heads, num_places, dim = query.shape
+    result = query.new_empty(1, num_places, num_heads, dim)
+    attention.attend_texts(query, key, value, texts, dim**-0.5 if scaling is None else scaling, result)
+    return result
+
+
+def uses_kernel_for_texts(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, Any]
+) -> bool:
+    """Return whether `attend_texts` may compute this, given the new states and the named arguments of `attend`."""
+    one_query, one_key, one_value = (each.narrow(2, 0, 1) for each in (query, key, value))
+    return not any(map(arguments.get, _ARGUMENTS)) and uses_kernel(module, one_query, one_key, one_value, None)
 
 
 def _together(group: int, num_new: int, is_masked: bool) -> int:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.kernels.attention import Text
+from lingualinked.model.exact import exact_attention
+from lingualinked.model.kv_layers import GrowingLayer
 from lingualinked.model.packed.packed_cache import PackedStates, TextPlace, not_through_interface
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
@@ -68,15 +71,37 @@ class PackedAttention:
             raise not_through_interface("the model makes their mask by itself")
         masks = [None] * len(self._places) if attention_mask is None else attention_mask.masks
         _check_arguments(kwargs)
-        held = self._states.take_states(key, value)
-        queries = query.split(self._sizes, dim=2)[: len(self._places)]
-        outputs = [
-            attend(module, own, keys, values, mask, *args, **_own_arguments(kwargs, place))[0]
-            for place, own, (keys, values), mask in zip(self._places, queries, held, masks, strict=True)
-        ]
+        layer = self._states.take_layer(key, value)
+        # 1) compute the texts with one new token together, where the kernel has the bits of their attention
+        texts: dict[int, Text] = {}
+        is_known = attend is exact_attention.attend and not args
+        if is_known and exact_attention.uses_kernel_for_texts(module, query, key, value, kwargs):
+            texts = self._describe_texts(layer, masks, key)
+        if texts:
+            together = exact_attention.attend_texts(query, key, value, [*texts.values()], kwargs.get("scaling"))
+        # 2) compute the others one by one
+        parts = [each.split(self._sizes, dim=2) for each in (query, key, value)]
+        outputs: list[Tensor] = []
+        for number, (place, mask, own, *new) in enumerate(
+            zip(self._places, masks, *parts, strict=False)
+        ):  # without ghosts
+            if number in texts:
+                outputs.append(together[:, place.start : place.stop])
+            else:
+                held = place.cache.owned[layer].update(*new)
+                outputs.append(attend(module, own, *held, mask, *args, **_own_arguments(kwargs, place))[0])
         if self._num_ghosts:
             outputs.append(outputs[-1][:, -1:].expand(-1, self._num_ghosts, -1, -1))
         return torch.cat(outputs, dim=1), None
+
+    def _describe_texts(self, layer: int, masks: Sequence[Any], key: Tensor) -> dict[int, Text]:
+        """Make room for the new token of each text that has one, no mask, and growing KV; describe them by number."""
+        texts = {}
+        for number, (place, mask) in enumerate(zip(self._places, masks, strict=True)):
+            own = place.cache.owned[layer]
+            if place.num_new == 1 and mask is None and type(own) is GrowingLayer and own.holds(key.dtype):
+                texts[number] = Text.of(*own.make_room(), place.start, appends=True)
+        return texts
 
     def _make_masks(
         self,

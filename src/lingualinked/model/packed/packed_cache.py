@@ -35,17 +35,14 @@ class TextPlace:
 
 
 class PackedCache:
-    """What `Stage.step` takes as the KV cache of a pass over several texts; `hf` is what the model gets.
-
-    Behind the texts' tokens are `num_ghosts` others, which belong to no text.
-    """
+    """What `Stage.step` takes as the KV cache of a pass over several texts; `hf` is what the model gets."""
 
     is_static = False
     captured: dict[Any, Any]
 
-    def __init__(self, places: Sequence[TextPlace], num_ghosts: int) -> None:
+    def __init__(self, places: Sequence[TextPlace]) -> None:
         self.places = places
-        self.hf = PackedStates(places, num_ghosts)
+        self.hf = PackedStates(places)
         self.num_tokens = 0
 
     def check_room(self, _num_tokens: int) -> None:
@@ -67,15 +64,12 @@ class PackedCache:
 
 
 class PackedStates(Cache):
-    """Adds each text's new keys and values to its own cache; attention then reads all of each text's (`take_states`)."""
+    """Takes the new keys and values of all texts; attention, which reads each text's (`take_layer`), adds them to its cache."""
 
-    def __init__(self, places: Sequence[TextPlace], num_ghosts: int) -> None:
+    def __init__(self, places: Sequence[TextPlace]) -> None:
         super().__init__(layers=list(places[0].cache.hf.layers))  # for their types
-        self._places = places
-        self._sizes = [*(place.num_new for place in places), *([num_ghosts] if num_ghosts else ())]
         self.mask_layer = 0  # the layer whose lengths the mask in the making is for
-        self._added: tuple[Tensor, Tensor] | None = None  # what attention has not read yet
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._added: tuple[Tensor, Tensor, int] | None = None  # what attention has not read yet, and of which layer
 
     @property
     def is_compileable(self) -> bool:
@@ -85,23 +79,17 @@ class PackedStates(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add keys and values of all new tokens, ``[1, heads, tokens, dim]``, to the texts' caches, and return them."""
+        """Keep keys and values of all new tokens, ``[1, heads, tokens, dim]``, until attention takes them; return them."""
         self.check_attended(f", before layer {layer_idx}")
-        keys, values = key_states.split(self._sizes, dim=2), value_states.split(self._sizes, dim=2)
-        self._held = [
-            place.cache.owned[layer_idx].update(*states)
-            for place, *states in zip(self._places, keys, values, strict=False)  # without ghosts
-        ]
-        self._added = key_states, value_states
+        self._added = key_states, value_states, layer_idx
         return key_states, value_states
 
-    def take_states(self, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return the keys and values of each text for attention that was given those of the new tokens."""
+    def take_layer(self, key: Tensor, value: Tensor) -> int:
+        """Return the layer whose attention was given these keys and values of the new tokens, and has to add them."""
         if self._added is None or key is not self._added[0] or value is not self._added[1]:
             raise not_through_interface("it computes with other keys and values than the KV cache has returned")
-        self._added = None
-        held, self._held = self._held, []
-        return held
+        (_, _, layer), self._added = self._added, None
+        return layer
 
     def check_attended(self, where: str) -> None:
         """Raise UnsupportedOperationError if keys were added that attention has not read through the interface."""

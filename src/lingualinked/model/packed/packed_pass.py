@@ -89,7 +89,7 @@ class PackedStage:
         if 0 < num_logits < inputs.least_rows:
             kept += kept[-1:] * (inputs.least_rows - num_logits)
         # 3) run the model's forward pass
-        cache = PackedCache(places, num_ghosts)
+        cache = PackedCache(places)
         attention = PackedAttention(places, cache.hf, num_ghosts)
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(building.GLOBAL_STATE)
