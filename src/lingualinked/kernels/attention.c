@@ -20,11 +20,13 @@ INLINE long place(const struct strides *of, long batch, long head, long token) {
 
 // One of several texts of different lengths, with one new token each, whose keys and values lie anywhere.
 struct text {
-    uint16_t *keys, *values;  // [heads / group][tokens][dim] each
-    long key_head, key_token, value_head, value_token;  // strides
+    uint16_t *keys;            // [heads / group][tokens][dim]
+    long key_head, key_token;  // strides
+    uint16_t *values;
+    long value_head, value_token;
     long tokens;
-    long place;               // of its new token among all queries and results
-    long appends;             // whether the new key and value, at this place as well, are still to become the last ones
+    long place;    // of its new token among all queries and results
+    long appends;  // whether the new key and value, at this place as well, are still to become the last ones
 };
 
 struct attention {
@@ -46,8 +48,9 @@ struct attention {
 
 INLINE struct text text_of(const struct attention *a, long batch) {
     if (a->texts) return a->texts[batch];
-    return (struct text){(uint16_t *)a->keys + batch * a->of_keys.batch, (uint16_t *)a->values + batch * a->of_values.batch,
-                         a->of_keys.head, a->of_keys.token, a->of_values.head, a->of_values.token, a->tokens, 0, 0};
+    return (struct text){(uint16_t *)a->keys + batch * a->of_keys.batch, a->of_keys.head, a->of_keys.token,
+                         (uint16_t *)a->values + batch * a->of_values.batch, a->of_values.head, a->of_values.token,
+                         a->tokens, 0, 0};
 }
 
 INLINE __m512 maximum(__m512 a, __m512 b) {  // NaN if one is

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import struct
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ _MAX_DIM = 256
 _DIM_MULTIPLE = 8
 _MIN_DIM = 16  # of several queries; MKL adds up fewer than 12 dimensions otherwise
 _ARGUMENTS = struct.Struct("@6P21ld4Pl" + native.TEAM)  # `struct attention` of attention.c
-_TEXT = struct.Struct("@2P7l")  # its `struct text`
+_TEXT = struct.Struct("@P2lP5l")  # its `struct text`
 
 
 def is_available() -> bool:
@@ -111,25 +110,18 @@ def attend(
     return result
 
 
-class Text(NamedTuple):
-    """A text with one new token, as `struct text` of attention.c describes it; strides are in elements."""
+Location = tuple[int, int, int]
+"""The address of the first token of keys or values, and the strides of heads and tokens, in elements."""
 
-    keys_address: int  # of [1, key heads, its tokens, dim], dimensions side by side
-    values_address: int
-    keys_head_stride: int
-    keys_token_stride: int
-    values_head_stride: int
-    values_token_stride: int
+
+class Text(NamedTuple):
+    """A text with one new token, as `struct text` of attention.c describes it."""
+
+    keys: Location  # of [1, key heads, its tokens, dim], dimensions side by side
+    values: Location
     num_tokens: int
     place: int  # of the new token in the pass
     appends: bool  # whether its key and value are still to be written behind the others, which have room for them
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor, place: int, *, appends: bool = False) -> Self:
-        """Describe a text by its keys and values, ``[1, key heads, tokens, dim]``, the new one included."""
-        (_, *key_strides, _), (_, *value_strides, _) = keys.stride(), values.stride()
-        described = keys.data_ptr(), values.data_ptr(), *key_strides, *value_strides, keys.shape[2], place, appends
-        return cls._make(described)
 
 
 def attend_texts(
@@ -140,7 +132,7 @@ def attend_texts(
     All places of a pass have ``query`` ``[1, heads, places, dim]``, new keys and values ``[1, key heads, places, dim]``, and
     `result` ``[1, places, heads, dim]``, contiguous, which is filled in the places of the texts.
     """
-    described = b"".join(itertools.starmap(_TEXT.pack, texts))
+    described = b"".join(_TEXT.pack(*keys, *values, *others) for keys, values, *others in texts)
     memory = ctypes.create_string_buffer(described, len(described))
     _, num_heads, _, dim = query.shape
     native.call(

@@ -75,6 +75,12 @@ class GrowingTensor:
         return self._buffer.dtype
 
     @property
+    def location(self) -> tuple[int, int, int]:
+        """The address of the first token held, and the strides of heads and tokens, in elements; valid until the next change."""
+        _, head, token, _ = self._buffer.stride()
+        return self._buffer.data_ptr() + self._start * token * self._buffer.element_size(), head, token
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self._buffer.nbytes
@@ -278,16 +284,19 @@ class GrowingLayer(_Growing, CacheLayer):
         expected = self.growth.reserved_tokens
         return self._extend(keys, key_states, expected), self._extend(values, value_states, expected)
 
-    def holds(self, dtype: torch.dtype) -> bool:
-        """Say whether there are tokens, and of this dtype."""
-        return bool(self._grown) and all(each.dtype is dtype for each in self._grown)
+    def make_room(self, dtype: torch.dtype) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+        """Hold one more token, which the caller writes; return where keys and values lie (`GrowingTensor.location`).
 
-    def make_room(self) -> tuple[Tensor, Tensor]:
-        """Hold one more token, which the caller writes to the end of the keys and values that are returned."""
-        for each in self._grown:
-            each.extend(1, self.growth, self.growth.reserved_tokens)
+        None if no tokens of this dtype are held: then call `update`.
+        """
+        if not self._grown:
+            return None
         keys, values = self._grown
-        return keys.view, values.view
+        if keys.dtype is not dtype or values.dtype is not dtype:
+            return None
+        keys.extend(1, self.growth, self.growth.reserved_tokens)
+        values.extend(1, self.growth, self.growth.reserved_tokens)
+        return keys.location, values.location
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""

@@ -85,7 +85,8 @@ def test_texts_of_different_lengths_have_the_bits_of_each_alone(
             if not appends:
                 buffers[-1].forbid_writing()
                 buffers[-2].forbid_writing()
-            texts.append(attention.Text.of(keys, values, place, appends=appends))
+            locations = ((each.data_ptr(), *each.stride()[1:3]) for each in (keys, values))
+            texts.append(attention.Text(*locations, num_tokens, place, appends))
             full = [keys.clone(), values.clone()]
             if appends:
                 full[0][:, :, -1], full[1][:, :, -1] = new_keys[:, :, place], new_values[:, :, place]

@@ -99,8 +99,10 @@ class PackedAttention:
         texts = {}
         for number, (place, mask) in enumerate(zip(self._places, masks, strict=True)):
             own = place.cache.owned[layer]
-            if place.num_new == 1 and mask is None and type(own) is GrowingLayer and own.holds(key.dtype):
-                texts[number] = Text.of(*own.make_room(), place.start, appends=True)
+            if place.num_new == 1 and mask is None and type(own) is GrowingLayer:
+                locations = own.make_room(key.dtype)
+                if locations is not None:
+                    texts[number] = Text(*locations, own.get_seq_length(), place.start, appends=True)
         return texts
 
     def _make_masks(
