@@ -79,6 +79,8 @@ class PackedAttention:
             texts = self._describe_texts(layer, masks, key)
         if texts:
             together = exact_attention.attend_texts(query, key, value, [*texts.values()], kwargs.get("scaling"))
+            if len(texts) == len(self._places) and not self._num_ghosts:
+                return together, None
         # 2) compute the others one by one
         parts = [each.split(self._sizes, dim=2) for each in (query, key, value)]
         outputs: list[Tensor] = []
