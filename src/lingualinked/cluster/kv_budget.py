@@ -13,6 +13,8 @@ from typing import Protocol
 from lingualinked.errors import KVCapacityError
 from lingualinked.quantities import count_text
 
+_NOBODY = -1  # no session has this number
+
 
 class BudgetUser(Protocol):
     """Who keeps KV that may be given up, or waits for room; called on any thread, `handle_room` also by a finalizer."""
@@ -37,7 +39,7 @@ class KVBudget:
     @property
     def free_share(self) -> float:
         """Which share of the budget is neither held nor reserved; 1 without a limit."""
-        return 1.0 if not self.max_tokens else 1 - self._others(None) / self.max_tokens
+        return 1.0 if not self.max_tokens else 1 - self._others(_NOBODY) / self.max_tokens
 
     def add_user(self, user: BudgetUser) -> None:
         """Ask a user to give up what it keeps before a request is refused, and tell it when there is room."""
@@ -67,6 +69,10 @@ class KVBudget:
             most = max(least, min(most, max(self.max_tokens - self._others(session), self._reserved.get(session, 0))))
         self.hold(session, most)
         return most
+
+    def make_room(self, num_tokens: int) -> bool:
+        """Let others give up what they keep until so many row-tokens are free; return whether they are."""
+        return self.max_tokens is None or self._change(_NOBODY, {}, num_tokens)
 
     def reserve(self, session: int, num_tokens: int) -> bool:
         """Keep room for so many row-tokens of a session, until it ends; return whether there is so much."""
@@ -101,9 +107,9 @@ class KVBudget:
     def release(self, session: int) -> None:
         """Give back what a session holds."""
         with self._lock:
-            self._held.pop(session, None)
-            self._reserved.pop(session, None)
-        self._tell_of_room()
+            held = self._held.pop(session, 0), self._reserved.pop(session, 0)
+        if any(held):
+            self._tell_of_room()
 
     def _tell_of_room(self) -> None:
         for user in [*self._users]:
@@ -121,7 +127,7 @@ class KVBudget:
             if not any(user.give_up_one() for user in [*self._users]):
                 return False
 
-    def _others(self, session: int | None) -> int:
+    def _others(self, session: int) -> int:
         """Row-tokens that all other sessions hold or have reserved; a finalizer may release some at any moment."""
         with self._lock:
             held = {**self._reserved}

@@ -127,3 +127,8 @@ def test_what_is_only_kept_is_given_up_before_a_session_is_refused() -> None:
     assert keeper.sessions == []
     assert keeper.num_told == 2
     assert not budget.reserve(6, 1)
+    assert not budget.make_room(1)
+    budget.release(6)
+    assert keeper.num_told == 2  # for it held nothing
+    budget.release(5)
+    assert budget.make_room(3)

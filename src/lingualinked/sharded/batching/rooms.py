@@ -58,6 +58,8 @@ class SessionRooms:
                 return False
             others = self._reserved.keys() - {slot}
         is_new = slot not in self._sessions
+        if is_new and not self._pipeline.kv_budget.make_room(num_tokens):
+            return False
         session = self._pipeline.open_session() if is_new else self._sessions[slot]
         if not session.reserve_budget(num_tokens):
             if is_new:
