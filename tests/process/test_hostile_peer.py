@@ -33,6 +33,7 @@ from lingualinked.protocol.messages import (
     encode,
 )
 from lingualinked.protocol.moving import FetchWeight, KVChunk, KVSlice, MoveSession, SessionState
+from lingualinked.protocol.packed import PackedDone, PackedStep, PackedText
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
 from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, StageTimes, Step, StepDone
 from lingualinked.transport.codec import Limits, encode_message
@@ -183,6 +184,22 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
     yield "Step: many rows", [frames(aim.step(edits=(many,)), states)]
     yield "Step: without tensors", [frames(aim.step())]
     yield "Step: wrong tensors", [frames(aim.step(), torch.zeros(0, 0, 7, dtype=torch.bool))]
+    text = PackedText(session=aim.session, number=aim.number, num_new=1, num_logits=1)
+    packed = PackedStep(
+        model=aim.model,
+        plan_version=aim.version,
+        stage=1,
+        number=1,
+        texts=(text,),
+        failures=(),
+        layout=None,
+        sent_us=0,
+        timings=(),
+    )
+    yield "PackedStep: the next one, forged", [frames(packed, states)]
+    yield "PackedStep: to the first stage", [frames(msgspec.structs.replace(packed, stage=0), ids)]
+    yield "PackedStep: a session twice", [frames(msgspec.structs.replace(packed, texts=(text, text)), states)]
+    yield "PackedStep: of nothing", [frames(msgspec.structs.replace(packed, texts=()))]
     for stage, version in itertools.product((0, 1, 2), (aim.version - 1, aim.version, aim.version + 1)):
         end = EndSession(model=aim.model, plan_version=version, stage=stage, session=aim.session)
         yield f"EndSession: stage {stage}, version {version - aim.version:+}", [frames(end)]
@@ -230,6 +247,10 @@ def to_the_caller(aim: Aim) -> Iterator[Kind]:
     times = StageTimes(received_bytes=1, hop_us=1, wait_us=1, compute_us=1, codec_us=1)
     done = StepDone(model=aim.model, session=aim.session, number=aim.number, timings=(times,) * 3)
     yield "StepDone: forged logits", [frames(done, torch.full((1, 1, 128), 7.0))]
+    forged = PackedDone(
+        model=aim.model, number=1, sessions=(aim.session,), failures=(), tokens=(7,), logprobs=(), timings=(times,) * 3
+    )
+    yield "PackedDone: forged token", [frames(forged)]
     yield "StepDone: without tensors", [frames(msgspec.structs.replace(done, timings=()))]
     failed = StepFailed(
         model=aim.model,
@@ -311,6 +332,7 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
     unasked = {kind.__name__ for kind, role in TO_CALLER.items() if kind is not Hello}
     assert idle <= ANSWERED | LOGGED | unasked | {
         "RequestFailed: of all that may be asked",
+        "PackedDone: forged token",
         "StepDone: forged logits",
         "StepDone: without tensors",
     }

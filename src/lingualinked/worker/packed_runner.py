@@ -23,7 +23,7 @@ from lingualinked.protocol.steps import StageTimes
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
-from lingualinked.worker.error_report import describe_error
+from lingualinked.worker.error_report import ErrorReport, describe_error
 from lingualinked.worker.hosted_stage import HostedStage
 from lingualinked.worker.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.limits import end_if_device_is_lost
@@ -67,8 +67,15 @@ class PackedRunner:
                 self._early.append((step, delivery))
 
     def drop_model(self, model: int) -> None:
-        """Forget the packed steps of a model that wait: it moves on, or is unloaded."""
+        """Report the packed steps of a model that wait for their sessions: it moves on, or is unloaded."""
+        dropped = [step for step, _ in self._early if step.model == model]
         self._early = [each for each in self._early if each[0].model != model]
+        for step in dropped:
+            sessions = ", ".join(str(text.session) for text in step.texts[:9])
+            error = ProtocolError(
+                f"a packed step arrived of sessions {sessions}, one of which has not moved to the step's plan version"
+            )
+            self._report_failure(step, describe_error(error))
 
     def _is_due(self, step: PackedStep) -> bool:
         key = StageKey(step.model, step.plan_version, step.stage)
@@ -85,12 +92,15 @@ class PackedRunner:
             failure = describe_error(error)
         else:
             return
-        failed = PackedFailed(model=step.model, number=step.number, **failure)
-        self._mailbox.send(CALLER, encode(failed))
+        self._report_failure(step, failure)
         end_if_device_is_lost(self._accelerator)
         if failure["kind"] is FailureKind.MEMORY:
             self._stages.drop_idle_caches()
             release_memory(self._accelerator)
+
+    def _report_failure(self, step: PackedStep, failure: ErrorReport) -> None:
+        failed = PackedFailed(model=step.model, number=step.number, **failure)
+        self._mailbox.send(CALLER, encode(failed))
 
     def _run(self, step: PackedStep, delivery: Delivery) -> None:
         # 1) how long the step travelled and waited
