@@ -95,7 +95,7 @@ class RunInFlight(StepInFlight):
         self._session = session
         self._later = later
         self._vocabulary = vocabulary
-        self._engine: Engine
+        self._engine: Engine | None = None  # once it has been sent
         self._received: collections.deque[tuple[RunReply, StepSample]] = collections.deque()
         self._has_ended = False
         self._is_ending = False
@@ -135,11 +135,13 @@ class RunInFlight(StepInFlight):
         )
         state: tuple[Tensor, ...] = (request.input_ids,) if request.processors else ()
         state += () if request.random_state is None else (request.random_state,)
-        self._engine = engine
         check(begin)
         answer = engine.step(devices, step, tensors, timeout_s, RunStart(begin, state, self._receive))
         self._answers.append(answer)
         answer.add_done_callback(lambda _: self._notify())
+        self._engine = engine
+        if self._is_ending:
+            self._send_end()
 
     def await_tokens(self) -> bool:
         """Wait for the tokens behind the next step; return False if the stages have ended the run and all are taken.
@@ -163,12 +165,15 @@ class RunInFlight(StepInFlight):
             return ChosenTokens(None, reply.tensors[0])
         return ChosenTokens(torch.tensor(reply.message.tokens), None)
 
-    def end(self, *, chooses: bool = True) -> None:
-        """Let the stages begin no further step; of the one under way they choose the tokens, or send the logits."""
+    def end(self) -> None:
+        """Let the stages begin no further step; any thread may call it."""
         if not self._has_ended and not self._is_ending:
             self._is_ending = True
-            step = self._step
-            message = EndRun(model=step.model, session=step.session, number=step.number, chooses=chooses)
+            self._send_end()
+
+    def _send_end(self) -> None:
+        if self._engine is not None:
+            message = EndRun(model=self._step.model, session=self._step.session, number=self._step.number)
             self._engine.send_command(self._route.stage_devices[-1], message)
 
     def finish(self) -> None:  # type: ignore[override]
@@ -212,7 +217,12 @@ class RunInFlight(StepInFlight):
         num_past = self._num_past + (self.num_new + self.num_begun - 2 if self.num_begun > 1 else 0)
         num_new = self.num_new if self.num_begun == 1 else 1
         step = msgspec.structs.replace(self._step, number=number)
-        sample = sample_of(step, self._route, reply, self._began_s, self.num_rows, num_new, num_past, now_s)
+        # At least as long as its stages say: two messages may be read one right after the other.
+        accounted_us = sum(
+            each.compute_us + each.codec_us + each.wait_us + (each.hop_us or 0) for each in reply.timings
+        )
+        ended_s = max(now_s, self._began_s + accounted_us / 1e6)
+        sample = sample_of(step, self._route, reply, self._began_s, self.num_rows, num_new, num_past, ended_s)
         self._began_s = now_s
         goes_on = reply.message.goes_on
         if goes_on:

@@ -141,11 +141,7 @@ class Session(RoutedSession):
                 undo.enter_context(self._use.for_steps(self._end_run if options.run else None))
                 self._switch_route()
                 self._flying_thread = threading.get_ident()
-            flight = self._send_step(inputs, attention_mask, position_ids, logits_to_keep, options)
-            self._flights.append(flight)
-            if is_first:
-                self._used = undo.pop_all()
-        return flight
+            return self._send_step(inputs, attention_mask, position_ids, logits_to_keep, options, undo)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the KV rows ``rows`` (int64 ``[new rows]``); reaches the stages with the next step."""
@@ -227,6 +223,7 @@ class Session(RoutedSession):
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
         options: StepOptions,
+        used: contextlib.ExitStack,
     ) -> StepInFlight:
         self._check_open()
         self.kv_age.begin_step(holds_kv=self._holds_kv or bool(self._flights))
@@ -286,6 +283,10 @@ class Session(RoutedSession):
             flight = StepInFlight(*arguments)
         else:
             flight = self._run = RunInFlight(*arguments, self, later, self._vocabulary)
+        # It is in flight before it is sent: a run may have ended before this thread goes on.
+        if not self._flights:
+            self._used = used.pop_all()
+        self._flights.append(flight)
         try:
             if gradients is not None and gradients.may_flow:
                 gradients.graph = RemoteGraph(self._engine, step, route, self._timeout_s)

@@ -41,7 +41,7 @@ class BeginRun(Message, frozen=True, tag=71):
 class TokensChosen(Message, frozen=True, tag=72):
     """The tokens that follow a step of a run, one for each row, and whether the next step is under way.
 
-    If none could be chosen, or the caller wants to choose, there are none, and the logits are beside the message.
+    If none could be chosen, there are none, and the logits are beside the message.
     """
 
     model: int
@@ -53,12 +53,11 @@ class TokensChosen(Message, frozen=True, tag=72):
 
 
 class EndRun(Message, frozen=True, tag=73):
-    """Begin no further step of a session's run; of the step under way, choose the tokens, or send the logits (``chooses``)."""
+    """Begin no further step of a session's run: the step under way is the last one."""
 
     model: int
     session: int
     number: int  # of the run's first step
-    chooses: bool
 
 
 RunMessage = BeginRun | EndRun

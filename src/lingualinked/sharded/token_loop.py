@@ -26,6 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils import ModelOutput
 
 from lingualinked.cluster.run_request import RunRequest
+from lingualinked.cluster.session import Session
 from lingualinked.cluster.split_session import SplitSession
 from lingualinked.model.sampling.processors import ProcessorSpec, describe_processors
 from lingualinked.model.torch_settings import read_torch_settings
@@ -82,6 +83,8 @@ class TokenLoop:
         """Return the loop of a call; None if all of it has to run in this process, as transformers has it."""
         config, cache = given.config, given.model_kwargs.get("past_key_values")
         if not isinstance(cache, ShardedCache) or not config.use_cache or not _calls_own_methods(model):
+            return None
+        if not isinstance(cache.session, Session | SplitSession):
             return None
         records = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if config.return_dict_in_generate and any(getattr(config, name) for name in records):
@@ -249,5 +252,9 @@ def _calls_own_methods(model: Any) -> bool:
         return False
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return False
-    update = type(model)._update_model_kwargs_for_generation  # noqa: SLF001
-    return update is GenerationMixin._update_model_kwargs_for_generation  # noqa: SLF001
+    names = (
+        "prepare_inputs_for_generation",
+        "_update_model_kwargs_for_generation",
+    )  # of Phi-3, one forgets the KV at a length
+    bases = [each for each in type(model).__mro__[1:] if not each.__module__.startswith("lingualinked.")]
+    return all(name not in vars(base) for base in bases for name in names if base is not GenerationMixin)

@@ -37,7 +37,6 @@ class TokenRun:
         self.first_name = begin.first_name
         self.number = begin.number  # of the step that is due next
         self.num_left = begin.num_steps
-        self.chooses = True  # whether the caller still wants tokens
         self._begin = begin
         left = list(tensors)
         rows = len(begin.unfinished)
@@ -54,12 +53,10 @@ class TokenRun:
     def choose(self, logits: Tensor) -> Tensor | None:
         """Choose the tokens behind a step, int64 ``[rows]``, from its logits, ``[rows, kept tokens, vocabulary]``.
 
-        None if the caller chooses them, or they can't be chosen; the run has ended then.
+        None if they can't be chosen; the run has ended then.
         """
         self.number += 1
         self.num_left -= 1
-        if not self.chooses:
-            return None
         try:
             tokens = choose_tokens(logits[:, -1].cpu(), self._ids, self._processors, self._draws)
         except Exception as error:  # noqa: BLE001 - the caller meets it again, as in the process of an uncut model
@@ -125,7 +122,7 @@ class Runs:
         """Begin no further step of a run; does nothing if it has ended."""
         run = self._runs.get(message.session)
         if run is not None and run.model == message.model and run.number >= message.number:
-            run.num_left, run.chooses = 1, run.chooses and message.chooses
+            run.num_left = 1
 
     def drop(self, model: int, session: int | None = None) -> None:
         """Forget the run of a session, or of all sessions of a model, and the steps that wait for them."""
