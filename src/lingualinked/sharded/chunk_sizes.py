@@ -69,12 +69,12 @@ def _usual_cost(num_layers: int, overhead: int, tokens: int, _context: int) -> f
 def stage_times(
     steps: list[StepSample], spans: tuple[tuple[str, int, int], ...], num_rows: int
 ) -> list[ModuleTimes] | None:
-    """Return what steps of so many rows took in each stage; None if there was no prompt among them."""
+    """Return what steps of so many rows took in each stage; None unless some had more tokens than others."""
     compute_s: defaultdict[tuple[int, int], list[tuple[float, ...]]] = defaultdict(list)
     for step in steps:
         if step.rows == num_rows and tuple((each.device, each.start, each.end) for each in step.stages) == spans:
             compute_s[step.tokens, step.context].append(tuple(each.compute_s for each in step.stages))
-    if not any(tokens > 1 for tokens, _ in compute_s):
+    if len({tokens for tokens, _ in compute_s}) < 2:
         return None
     medians = {
         shape: [statistics.median(seconds) for seconds in zip(*samples, strict=True)]

@@ -47,6 +47,7 @@ def test_steps_tell_what_chunks_cost() -> None:
     assert first.seconds(1, 64, 128) == pytest.approx(0.9)
     assert second.seconds(1, 64, 128) == pytest.approx(1.8)
     assert stage_times(steps[2:3], PLAN.spans, 1) is None
+    assert stage_times(steps[:2], PLAN.spans, 1) is None  # nothing says what a chunk costs beside its tokens
     assert stage_times(steps, (("a", 0, 8),), 1) is None
 
 
