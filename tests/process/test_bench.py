@@ -14,7 +14,7 @@ from lingualinked.cli.bench.measurement import Measurement
 from lingualinked.cli.bench.memory import measure_memory_growth
 from lingualinked.cli.bench.models import BenchModels, BenchOptions
 from lingualinked.cli.bench.overhead import measure_overhead
-from lingualinked.cli.bench.prefill import measure_prefill
+from lingualinked.cli.bench.prefill import measure_prefill, read_chunk_size
 from lingualinked.cli.bench.throughput import measure_sessions
 
 pytestmark = pytest.mark.process
@@ -47,7 +47,13 @@ def test_decode(models: BenchModels) -> None:
 
 
 def test_prefill(models: BenchModels) -> None:
-    assert sides(measure_prefill(models, [12], 5)) == [["sharded", "uncut-1", "one-step"]]
+    assert sides(measure_prefill(models, [12], read_chunk_size("whole"))) == [["sharded", "uncut-1"]]
+    (measured,) = measure_prefill(models, [12], read_chunk_size("5"))
+    assert sides([measured]) == [["sharded", "uncut-1", "ideal", "one-step"]]
+    assert measured.notes == ("prompts of 12 ran in chunks of 5; the ideal is made of the times that these take alone",)
+    for text in ("0", "five"):
+        with pytest.raises(ll.ArgumentError, match="positive number of tokens, auto or whole"):
+            read_chunk_size(text)
 
 
 def test_throughput(models: BenchModels) -> None:

@@ -87,6 +87,21 @@ def test_a_text_goes_on_in_chunks(pair: Pair) -> None:
     assert_equal(*results)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"do_sample": True, "top_k": 20}, {"inputs": BATCH, "do_sample": True}], ids=str
+)
+def test_tokens_that_the_last_stage_chooses_follow_the_chunks(
+    sharded: Any, unsharded: PreTrainedModel, arguments: dict[str, Any]
+) -> None:
+    call = {"inputs": IDS, "max_new_tokens": 8, "eos_token_id": None, "do_sample": False, "prefill_chunk_size": 5}
+    tokens = []
+    for model in (sharded, unsharded):
+        torch.manual_seed(3)
+        tokens.append(model.generate(**call | arguments))
+    assert torch.equal(*tokens)
+    assert [step.tokens for step in prompt_steps(sharded)] == [5, 5, 5, 5, 3]
+
+
 def test_microbatches_have_chunks_of_their_own(sharded: Any) -> None:
     ids = torch.cat([BATCH, IDS.roll(9)])
     whole = generate(sharded, inputs=ids, num_microbatches=2)

@@ -111,8 +111,9 @@ def prefill(
         list[int] | None, typer.Option(min=2, help="Tokens of the prompt; 1,024, and may be repeated.")
     ] = None,
     chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a chunk of the sharded model; by default the prompt is whole.")
-    ] = None,
+        str,
+        typer.Option(help="Tokens of a chunk of the sharded model, or auto, or whole."),
+    ] = "auto",
     against: Against = _UNCUT,
     plan: PlanFile = None,
     dtype: Dtype = "auto",
@@ -123,7 +124,7 @@ def prefill(
 ) -> None:
     """Tokens of a prompt per second, whole or in chunks that follow each other."""
     from lingualinked.cli.bench.models import BenchOptions
-    from lingualinked.cli.bench.prefill import measure_prefill
+    from lingualinked.cli.bench.prefill import measure_prefill, read_chunk_size
 
     options = BenchOptions(
         model=model,
@@ -135,8 +136,8 @@ def prefill(
         slowdown=slowdown,
         llama_cpp=llama_cpp,
     )
-    sizes = tokens or [1024]
-    _run(context, options, json, lambda models: measure_prefill(models, sizes, chunk_size))
+    sizes, size = tokens or [1024], read_chunk_size(chunk_size)
+    _run(context, options, json, lambda models: measure_prefill(models, sizes, size))
 
 
 @app.command()
