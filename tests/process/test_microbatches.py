@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import lingualinked as ll
+from lingualinked.telemetry.perfetto import trace_of
 from process.conftest import load_unsharded, save_random
 
 pytestmark = pytest.mark.process
@@ -144,6 +145,15 @@ def test_without_kv_and_with_kv_of_a_fixed_size(
 ) -> None:
     result = generate(sharded, prompts(), num_microbatches=2, **arguments)
     assert torch.equal(result.sequences, halves(uncut, prompts(), **arguments)[0])
+
+
+def test_telemetry_says_which_microbatch_a_step_was_of(sharded: Any) -> None:
+    generate(sharded, prompts(), num_microbatches=2)
+    steps = sharded.telemetry.history.steps[-2 * NUM_NEW :]
+    assert sorted(step.microbatch for step in steps) == NUM_NEW * [0] + NUM_NEW * [1]
+    assert {step.rows for step in steps} == {NUM_ROWS // 2}
+    names = {event["name"] for event in trace_of(sharded.telemetry.history)["traceEvents"]}
+    assert {"prefill, microbatch 0", "decode, microbatch 1"} <= names
 
 
 def test_a_padded_batch_and_its_embeddings(sharded: Any, uncut: PreTrainedModel) -> None:

@@ -177,10 +177,10 @@ class Pipeline:
         roundings = [cast("StageLoaded", each).rounding for each in loaded]
         self._routes.begin(route.with_rounding(roundings, self._engine.environments()))
 
-    def open_session(self, max_cache_len: int = 0) -> Session:
+    def open_session(self, max_cache_len: int = 0, microbatch: int | None = None) -> Session:
         """Open a session; its KV appears in the stages with its first step.
 
-        Its KV cache holds ``max_cache_len`` tokens per row from the start; 0: it grows.
+        Its KV cache holds ``max_cache_len`` tokens per row from the start; 0: it grows. Telemetry says which ``microbatch`` it is.
         """
         session = Session(
             self._engine,
@@ -190,7 +190,7 @@ class Pipeline:
             self.kv_budget,
             self._reach,
             self.edits,
-            self._controller.record_step,
+            functools.partial(_record_step, self._controller, microbatch),
             self._migrator.record_move,
             self.timeout_s,
             self._vocabulary,
@@ -202,8 +202,15 @@ class Pipeline:
 
     def open_split_session(self, sizes: Sequence[int], max_cache_len: int = 0) -> SplitSession:
         """Open a session of microbatches of so many rows each, which follow each other through the stages."""
-        least_rows = self.independent_rows
-        return SplitSession(sizes, least_rows, lambda: self.open_session(max_cache_len), self.kv_budget)
+        opener = weakref.WeakMethod(self.open_session)  # so that a session does not keep the model loaded
+
+        def open_part(microbatch: int | None) -> Session:
+            open_session = opener()
+            if open_session is None:
+                raise ClosedError("the model of this session is closed: load it again with from_pretrained")
+            return open_session(max_cache_len, microbatch)
+
+        return SplitSession(sizes, self.independent_rows, open_part, self.kv_budget)
 
     def open_session_like(self, session: AnySession) -> AnySession:
         """Open a session with as much room, split as another is."""
@@ -315,6 +322,10 @@ class Pipeline:
                 self._observer.inspect(min(self.timeout_s, _LAST_REPORT_S))
         self._finalizer()
         self._controller.join()
+
+
+def _record_step(controller: Controller, microbatch: int | None, sample: StepSample) -> None:
+    controller.record_step(sample if microbatch is None else dataclasses.replace(sample, microbatch=microbatch))
 
 
 def _vocabulary(spec: ModelSpec) -> int | None:

@@ -39,11 +39,11 @@ class SplitSession:
     """
 
     def __init__(
-        self, sizes: Sequence[int], least_rows: int, open_session: Callable[[], Session], budget: KVBudget
+        self, sizes: Sequence[int], least_rows: int, open_session: Callable[[int | None], Session], budget: KVBudget
     ) -> None:
         self.sizes = tuple(sizes)
         self.least_rows = least_rows
-        self.parts = [open_session() for _ in sizes]
+        self.parts = [open_session(index) for index in range(len(sizes))]
         self._open_session = open_session
         self._budget = budget
 
@@ -168,7 +168,7 @@ class SplitSession:
         if len(self.parts) == 1:
             return
         self.finish_silent_steps()
-        parts, joined = self.parts, self._open_session()
+        parts, joined = self.parts, self._open_session(None)
         try:
             join_rows(parts, joined)
         except BaseException:

@@ -127,6 +127,7 @@ class _Trace:
             queues[place] = iter(self._lanes(f"{_name(place)} waiting", spans))
         for step, each, (start_ns, end_ns), lane in zip(steps, visits, spans_ns, caller, strict=True):
             kind = "decode" if step.is_decode else "prefill"
+            kind += "" if step.microbatch is None else f", microbatch {step.microbatch}"
             label = {"session": step.session, "step": step.number}
             self._add_slice(lane, kind, start_ns, end_ns, _arguments(step))
             tail = (lane, start_ns + 1)

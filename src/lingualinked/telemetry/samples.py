@@ -64,6 +64,8 @@ class StepSample:
         Seconds from request to answer, on the caller's clock.
     stages : tuple of StageTiming
         In pipeline order.
+    microbatch : int or None
+        Which microbatch of its batch the rows are, from 0 on; ``None`` if they are the whole batch.
     """
 
     time_s: float
@@ -75,6 +77,7 @@ class StepSample:
     context: int
     total_s: float
     stages: tuple[StageTiming, ...]
+    microbatch: int | None = None
 
     @property
     def end_s(self) -> float:
