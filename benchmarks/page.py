@@ -24,18 +24,18 @@ _LLAMA_CPP = "llama.cpp"
 _UNCUT = "uncut-1,uncut-2"
 
 RUNS = {
-    "decode-160m": f"decode 160m --rows 1 --rows 16 --new-tokens 64 --against {_UNCUT},one-step,{_LLAMA_CPP} --repeats 5",
-    "decode-1b": f"decode 1b --rows 1 --rows 16 --new-tokens 32 --against {_UNCUT},{_LLAMA_CPP} --repeats 3",
-    "decode-bloom": "decode bloom-560m --prompt-tokens 64 --new-tokens 32 --against lingualinked --repeats 3",
+    "decode-160m": f"decode 160m --rows 1 --rows 16 --new-tokens 64 --against {_UNCUT},one-step,{_LLAMA_CPP}",
+    "decode-1b": f"decode 1b --rows 1 --rows 16 --new-tokens 24 --against uncut-2,{_LLAMA_CPP} --repeats 2",
+    "decode-bloom": "decode bloom-560m --prompt-tokens 64 --new-tokens 32 --against lingualinked --repeats 2",
     "offload-bloom": "decode bloom-560m --new-tokens 8 --dtype float32 --against accelerate --repeats 1",
-    "prefill-160m": f"prefill 160m --tokens 512 --tokens 1024 --against {_UNCUT},{_LLAMA_CPP} --repeats 5",
-    "prefill-1b": f"prefill 1b --tokens 512 --tokens 1024 --against {_UNCUT},{_LLAMA_CPP} --repeats 2",
-    "throughput-160m": f"throughput 160m --against uncut-2,{_LLAMA_CPP} --repeats 5",
-    "throughput-1b": f"throughput 1b --against uncut-2,{_LLAMA_CPP} --repeats 2",
+    "prefill-160m": f"prefill 160m --tokens 512 --tokens 1024 --against {_UNCUT},{_LLAMA_CPP}",
+    "prefill-1b": f"prefill 1b --tokens 512 --tokens 1024 --against uncut-2,{_LLAMA_CPP} --repeats 1",
+    "throughput-160m": f"throughput 160m --against uncut-2,{_LLAMA_CPP}",
+    "throughput-1b": f"throughput 1b --new-tokens 16 --against uncut-2,{_LLAMA_CPP} --repeats 2",
     "throughput-slow": "throughput 160m --devices 4 --slowdown 4 --sessions 8 --against none --repeats 2",
-    "load-160m": "load 160m --repeats 2",
+    "load-160m": "load 160m --repeats 1",
     "overhead": "overhead --steps 2000",
-    "memory": "memory 160m",
+    "memory": "memory sample",
 }
 """The command that writes each report of the page."""
 

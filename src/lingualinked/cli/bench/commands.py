@@ -28,7 +28,8 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="Folder of a checkpoint or of a config.json alone, a hub id, or a built-in shape: 160m, 1b, 8b or bloom-560m."
+        help="Folder of a checkpoint or of a config.json alone, a hub id, a built-in shape (160m, 1b, 8b or bloom-560m), or sample: "
+        "the bundled checkpoint."
     ),
 ]
 Devices = Annotated[

@@ -36,6 +36,9 @@ from lingualinked.quantities import bytes_text
 MODES = ("uncut-1", "uncut-2", "one-step", "lingualinked", "accelerate", "llama.cpp")
 """What a sharded model can be compared with, by the names of ``--against``."""
 
+SAMPLE = "sample"
+"""The name of the checkpoint that the package brings."""
+
 _FIRST_ID = 3  # lower ids are often padding, beginning and end of text
 
 
@@ -69,12 +72,13 @@ class BenchModels:
         self.workload = workload or ll.Workload()
         self._stack = contextlib.ExitStack()
         self._models: dict[str, Any] = {}
-        self.load_format = "dummy" if options.model in SHAPES else load_format_of(options.model)
+        of_shape = options.model in SHAPES
+        self.load_format = "dummy" if of_shape else "auto" if options.model == SAMPLE else load_format_of(options.model)
         self.description = _describe_devices(options)
 
     def __enter__(self) -> Self:
         torch.set_num_threads(1)
-        self.path = self.options.model
+        self.path = ll.sample_model() if self.options.model == SAMPLE else self.options.model
         if self.load_format == "dummy" and not Path(self.path).is_dir():
             self.path = self._stack.enter_context(tempfile.TemporaryDirectory())
             config = dict(SHAPES[self.options.model])
