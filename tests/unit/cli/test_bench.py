@@ -92,6 +92,8 @@ def test_this_machine_is_described() -> None:
         (["decode", "--against", "uncut-3"], "'uncut-3' must be one of"),
         (["decode", "--against", "llama.cpp", "--llama-cpp", "/nowhere"], "build llama.cpp"),
         (["throughput", "--against", "one-step"], "not measured by this command"),
+        (["prefill", "--against", "lingualinked"], "not measured by this command"),
+        (["prefill", "--chunk-size", "whole", "--against", "one-step"], "not measured by this command"),
         (["load", "--shortest", "9", "--longest", "8"], "--longest 8"),
         (["decode", "--plan", "none.json"], "--plan 'none.json'"),
         (["decode", "--json", "/nowhere/report.json"], "--json"),

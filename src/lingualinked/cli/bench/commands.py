@@ -127,17 +127,18 @@ def prefill(
     from lingualinked.cli.bench.models import BenchOptions
     from lingualinked.cli.bench.prefill import measure_prefill, read_chunk_size
 
+    sizes, size = tokens or [1024], read_chunk_size(chunk_size)
+    unknown = ("lingualinked",) if size is not None else ("lingualinked", "one-step")
     options = BenchOptions(
         model=model,
         devices=devices,
         dtype=dtype,
         plan=plan,
-        against=_modes(against),
+        against=_modes(against, without=unknown),
         repeats=repeats,
         slowdown=slowdown,
         llama_cpp=llama_cpp,
     )
-    sizes, size = tokens or [1024], read_chunk_size(chunk_size)
     _run(context, options, json, lambda models: measure_prefill(models, sizes, size))
 
 
@@ -161,7 +162,7 @@ def throughput(
     from lingualinked.cli.bench.models import BenchOptions
     from lingualinked.cli.bench.throughput import measure_sessions
 
-    modes = _modes(against, without=("one-step",))
+    modes = _modes(against, without=("one-step", "lingualinked"))
     options = BenchOptions(
         model=model,
         devices=devices,
