@@ -103,10 +103,10 @@ class PackedSteps:
                 step = self._make_step(route, texts, adapters)
                 flight.set_sent(step, route)
                 answered = self._engine.packed_step(route.stage_devices, step, (ids,), self._timeout_s)
-            except BaseException as error:
+                answered.add_done_callback(lambda done: flight.land(done, self._vocabulary, self._watch))
+            except BaseException as error:  # also an interrupt: nobody would end the use of its sessions
                 flight.abandon(error)
                 raise
-        answered.add_done_callback(lambda done: flight.land(done, self._vocabulary, self._watch))
         return flight
 
     def _check_parts(self, parts: Sequence[PackedPart], adapters: AdapterUse | None) -> None:
