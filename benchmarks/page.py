@@ -48,14 +48,17 @@ def run_measure(names: list[str], llama_cpp: Path | None) -> None:
         raise ArgumentError(f"there is no report {min(unknown)!r}: choose from {', '.join(RUNS)}")
     REPORTS.mkdir(exist_ok=True)
     console = new_console()
+    failed = []
     for name in names or RUNS:
         command = [str(_PROGRAM), "bench", *_arguments(RUNS[name], llama_cpp)]
         began_s = time.monotonic()
         done = subprocess.run([*command, "--json", str(REPORTS / f"{name}.json")], check=False)
         console.print(f"{name}: {seconds_text(time.monotonic() - began_s)}", highlight=False)
         if done.returncode != 0:
-            raise ArgumentError(f"the command of {name} has failed: {' '.join(command[1:])}")
+            failed.append(name)
     run_page()
+    if failed:
+        raise ArgumentError(f"not measured, as said above: {', '.join(failed)}")
 
 
 def run_page() -> None:
