@@ -117,6 +117,24 @@ def test_no_import_hides_in_a_string() -> None:
     assert hidden <= BY_NAME
 
 
+def test_messages_load_no_transformers() -> None:
+    """Whoever speaks the protocol needs its plain data alone."""
+    reached = [module for module in MODULES if module.startswith("lingualinked.protocol.")]
+    for module in reached:
+        reached += [each for each in loaded_with(module) if each in MODULES and each not in reached]
+    assert "lingualinked.model.sampling.processor_data" in reached
+    assert [module for module in reached if any(each.startswith("transformers") for each in loaded_with(module))] == []
+
+
+def loaded_with(module: str) -> Iterator[str]:
+    """Yield what a module imports when it is imported, by the names in its statements."""
+    for node in tree_of(module).body:
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (str(node.module), *(f"{node.module}.{each.name}" for each in node.names))
+
+
 def test_no_exception_is_listed() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     settings = tomllib.loads(text)["tool"]["importlinter"]

@@ -10,7 +10,7 @@ import dataclasses
 from torch import Tensor
 
 from lingualinked.model.context import ContextCode, StepContext
-from lingualinked.model.sampling.processors import BatchPart, ProcessorSpec
+from lingualinked.model.sampling.processor_data import BatchPart, ProcessorSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Knows what the last stage is told of a run and what it says of each step; not ho
 from __future__ import annotations
 
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.sampling.processors import BatchPart, ProcessorSpec
+from lingualinked.model.sampling.processor_data import BatchPart, ProcessorSpec
 from lingualinked.protocol.base import Message, Natural
 from lingualinked.protocol.steps import StageTimes
 

@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput
 from lingualinked.cluster.run_request import RunRequest
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.split_session import SplitSession
-from lingualinked.model.sampling.processors import ProcessorSpec, describe_processors
+from lingualinked.model.sampling.processor_data import ProcessorSpec
+from lingualinked.model.sampling.processors import describe_processors
 from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.sharded.asked_run import AskedRun, asking
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache

@@ -13,7 +13,7 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.packed.packed_pass import PassInputs
 from lingualinked.model.packed.token_choice import TokenChoice
-from lingualinked.model.sampling.processors import ProcessorSpec
+from lingualinked.model.sampling.processor_data import ProcessorSpec
 from lingualinked.model.stage_data import StageOutput
 from lingualinked.protocol.failures import FailureKind
 from lingualinked.protocol.messages import decode

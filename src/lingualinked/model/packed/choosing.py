@@ -14,7 +14,8 @@ from transformers import LogitsProcessor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.packed.token_choice import TokenChoice
-from lingualinked.model.sampling.processors import ProcessorSpec, build_processors, describe_processors
+from lingualinked.model.sampling.processor_data import ProcessorSpec
+from lingualinked.model.sampling.processors import build_processors, describe_processors
 
 # Those whose scores depend on the scores before alone, or on the number of ids beside.
 _OF_SCORES = frozenset(

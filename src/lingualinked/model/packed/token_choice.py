@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from lingualinked.model.sampling.processors import ProcessorSpec
+from lingualinked.model.sampling.processor_data import ProcessorSpec
 
 
 class TokenChoice(msgspec.Struct, frozen=True, array_like=True, gc=False):

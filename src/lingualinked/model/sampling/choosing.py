@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from transformers import LogitsProcessorList
 
-from lingualinked.model.sampling.processors import BatchPart
+from lingualinked.model.sampling.processor_data import BatchPart
 
 
 @dataclasses.dataclass(slots=True)

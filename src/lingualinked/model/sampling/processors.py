@@ -1,4 +1,4 @@
-"""Transformers' own logits processors as plain data, and made again from it in another process.
+"""Describes transformers' own logits processors as plain data, and makes them from it in another process.
 
 Knows their attributes; neither when they are applied nor who sends them.
 """
@@ -6,7 +6,7 @@ Knows their attributes; neither when they are applied nor who sends them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,32 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from lingualinked.errors import ProtocolError
-
-Number = bool | int | float
-
-
-class TensorData(NamedTuple):
-    """A small tensor: its dtype, its shape and its values, row by row."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    values: tuple[Number, ...]
-
-
-class BatchPart(NamedTuple):
-    """The rows ``[first, stop)`` of a batch of ``num_rows``, whose tokens are chosen apart from the others."""
-
-    first: int
-    stop: int
-    num_rows: int
-
-
-class ProcessorSpec(NamedTuple):
-    """A logits processor: the name of its class, and its attributes in the order of `_ATTRIBUTES`."""
-
-    kind: str
-    values: tuple[Number | TensorData | None, ...]
-
+from lingualinked.model.sampling.processor_data import BatchPart, Number, ProcessorSpec, TensorData
 
 # The attributes of each class whose scores depend on nothing but these, the ids and the scores before.
 _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
@@ -69,10 +44,9 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
 
 # Attributes that a processor derives from the others when it is called first.
 _DERIVED = {"bad_word_ids": None, "length_1_bias": None, "multi_token_biases": None, "prepared_bias_variables": False}
-_BY_ROW = (
-    "encoder_input_ids",
-    "prompt_ignore_length",
-)  # of each row of ids, or of each prompt, of which several rows were made
+
+# Attributes with a value for each row of ids, or for each prompt, of which several rows were made.
+_BY_ROW = ("encoder_input_ids", "prompt_ignore_length")
 
 _CALLS: Mapping[type, Any] = {kind: kind.__call__ for kind in (getattr(logits_process, name) for name in _ATTRIBUTES)}
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from lingualinked.model.sampling.choosing import Draws, choose_tokens, skip_draws
-from lingualinked.model.sampling.processors import BatchPart
+from lingualinked.model.sampling.processor_data import BatchPart
 
 IDS = torch.zeros(6, 1, dtype=torch.long)
 

@@ -12,13 +12,8 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.sampling.processors import (
-    _ATTRIBUTES,
-    BatchPart,
-    ProcessorSpec,
-    build_processors,
-    describe_processors,
-)
+from lingualinked.model.sampling.processor_data import BatchPart, ProcessorSpec
+from lingualinked.model.sampling.processors import _ATTRIBUTES, build_processors, describe_processors
 
 EOS = torch.tensor([2, 5])
 IDS = torch.tensor([[0, 3, 4, 3, 4, 9, 3, 4], [1, 2, 2, 7, 8, 1, 7, 8], [0, 0, 5, 6, 5, 6, 5, 6]])
