@@ -26,6 +26,31 @@ class Rounding(msgspec.Struct, frozen=True):
     independent_rows: Annotated[int, msgspec.Meta(ge=0)]
 
 
+class Invariance(msgspec.Struct, frozen=True):
+    """Whether the bits of a stage's texts depend on nothing but themselves.
+
+    Parameters
+    ----------
+    fingerprint : str
+        As that of `Rounding`, with one thread.
+    because : str
+        Why they may depend on other texts or on the number of threads; empty: they do not.
+    """
+
+    fingerprint: str
+    because: str
+
+
+def describe_variance(invariances: Mapping[str, Invariance], processors: Mapping[str, str]) -> str:
+    """Say why a text's bits may depend on other texts, or on where it is computed; empty if they do not."""
+    for device, invariance in invariances.items():
+        if invariance.because:
+            return f"device {device!r}: {invariance.because}"
+    roundings = {device: Rounding(each.fingerprint, 0) for device, each in invariances.items()}
+    difference = describe_difference(roundings, processors)
+    return difference and f"{difference}: use devices with one kind of processor"
+
+
 def describe_difference(roundings: Mapping[str, Rounding], processors: Mapping[str, str] | None = None) -> str:
     """Say why the workers of some devices can't give the bits of one; empty if they can.
 

@@ -13,6 +13,7 @@ import weakref
 from typing import cast
 
 from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.invariance_check import check_invariance
 from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.remote_adapters import RemoteAdapters
 from lingualinked.cluster.route import Route, Routes
@@ -145,6 +146,8 @@ class Migrator:
             )
         answers = [cast("StageLoaded", each) for each in loaded]
         progress.weight_bytes = sum(answer.num_bytes_read for answer in answers)
+        if self._spec.batch_invariant:
+            check_invariance(self._routes, target, answers, self._engine.environments())
         target = target.with_rounding((answer.rounding for answer in answers), self._engine.environments())
         self._adapters.copy_to(target)
         progress.end_lap()

@@ -45,6 +45,8 @@ class PackedSteps:
         timeout_s: float,
         vocabulary: int | None,
         find_reason: Callable[[], str],
+        *,
+        is_invariant: bool,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -54,6 +56,7 @@ class PackedSteps:
         self._timeout_s = timeout_s
         self._vocabulary = vocabulary
         self._find_reason = find_reason
+        self._is_invariant = is_invariant
         self._starting = threading.Lock()  # sessions' parts are sent in the order in which they are counted
 
     @functools.cached_property
@@ -154,4 +157,5 @@ class PackedSteps:
             torch_settings=tuple(read_torch_settings().items()),
             adapters=adapters,
             skips=skips if skips.indices else None,
+            is_invariant=self._is_invariant,
         )

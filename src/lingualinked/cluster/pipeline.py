@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.controller import Controller
 from lingualinked.cluster.engine import Engine, end_with_interpreter
+from lingualinked.cluster.invariance_check import check_invariance
 from lingualinked.cluster.kv_budget import KVBudget
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.observer import Observer
@@ -26,6 +27,7 @@ from lingualinked.cluster.pending import results_of
 from lingualinked.cluster.remote_adapters import RemoteAdapters
 from lingualinked.cluster.remote_weights import RemoteWeights
 from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.row_sessions import RowSessions
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.split_session import AnySession, SplitSession
 from lingualinked.cluster.stage_loading import request_stages
@@ -121,6 +123,7 @@ class Pipeline:
             timeout_s,
             self._vocabulary,
             functools.partial(_why_not_packed, spec),
+            is_invariant=spec.batch_invariant,
         )
         self._finalizer = weakref.finalize(self, _free, self._engine, self._model, self._controller, self._observer)
         self._finalizer.atexit = False
@@ -160,10 +163,12 @@ class Pipeline:
         ``on_progress`` is told a device's name and the bytes that it has loaded so far, on the cluster's I/O thread.
         """
         check_memory(self.plan, self.cluster.devices)
+        if self.spec.batch_invariant:
+            self.packed_steps.check_supported()
         for name in self.plan.devices:
             self._engine.wait_for_worker(name, self.timeout_s)
         route = self._routes.current
-        loaded = results_of(
+        answers = results_of(
             request_stages(
                 self._engine,
                 self._model,
@@ -174,8 +179,10 @@ class Pipeline:
                 on_progress=on_progress,
             )
         )
-        roundings = [cast("StageLoaded", each).rounding for each in loaded]
-        self._routes.begin(route.with_rounding(roundings, self._engine.environments()))
+        loaded = [cast("StageLoaded", each) for each in answers]
+        if self.spec.batch_invariant:
+            check_invariance(self._routes, route, loaded, self._engine.environments())
+        self._routes.begin(route.with_rounding((each.rounding for each in loaded), self._engine.environments()))
 
     def open_session(self, max_cache_len: int = 0, microbatch: int | None = None) -> Session:
         """Open a session; its KV appears in the stages with its first step.
@@ -200,6 +207,17 @@ class Pipeline:
         self._migrator.add_session(session)
         return session
 
+    def open_batch(self, sizes: Sequence[int] = (), max_cache_len: int = 0) -> AnySession:
+        """Open a session of one batch, whose microbatches have so many rows each; without sizes, there is one."""
+        if self.spec.batch_invariant:
+            if max_cache_len:
+                raise UnsupportedOperationError(
+                    "a static KV cache with batch_invariant=True: attention reads its whole length, which depends on the batch; use a "
+                    "dynamic one (leave cache_implementation out)"
+                )
+            return RowSessions(self.packed_steps, self.open_session, self.kv_budget, max(1, len(sizes)))
+        return self.open_split_session(sizes, max_cache_len) if len(sizes) > 1 else self.open_session(max_cache_len)
+
     def open_split_session(self, sizes: Sequence[int], max_cache_len: int = 0) -> SplitSession:
         """Open a session of microbatches of so many rows each, which follow each other through the stages."""
         opener = weakref.WeakMethod(self.open_session)  # so that a session does not keep the model loaded
@@ -214,6 +232,8 @@ class Pipeline:
 
     def open_session_like(self, session: AnySession) -> AnySession:
         """Open a session with as much room, split as another is."""
+        if isinstance(session, RowSessions):
+            return self.open_batch((0,) * session.num_microbatches)
         if isinstance(session, SplitSession):
             return self.open_split_session(session.sizes, session.max_cache_len)
         return self.open_session(session.max_cache_len)

@@ -14,7 +14,7 @@ from lingualinked.device import CALLER
 from lingualinked.environment import Environments
 from lingualinked.errors import LingualinkedError
 from lingualinked.planning.plan import Plan
-from lingualinked.rounding import Rounding, independent_rows
+from lingualinked.rounding import Invariance, Rounding, independent_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +53,7 @@ class Routes:
         self.current = first
         self.target = first
         self.error: LingualinkedError | None = None  # why the last target was rejected, if it was
+        self.invariances: dict[str, Invariance] = {}  # of all devices that have had stages of a batch-invariant model
         self._lock = threading.RLock()  # a finalizer may come here in the middle of anything
 
     def begin(self, loaded: Route) -> None:

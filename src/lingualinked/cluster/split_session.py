@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lingualinked.cluster.joined_rows import join_rows
 from lingualinked.cluster.joined_run import JoinedRun
+from lingualinked.cluster.row_sessions import RowSessions
 from lingualinked.cluster.run_in_flight import RunInFlight
 from lingualinked.cluster.session import Session
 from lingualinked.cluster.step_in_flight import StepInFlight, StepOptions
@@ -51,6 +52,11 @@ class SplitSession:
     def max_cache_len(self) -> int:
         """Tokens per row for which there is room from the first step on; 0: it grows."""
         return self.parts[0].max_cache_len
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches that its rows run as."""
+        return len(self.parts)
 
     @property
     def num_rows(self) -> int:
@@ -266,5 +272,5 @@ def _adapters_of(use: AdapterUse | None, rows: slice) -> AdapterUse | None:
     return use if use is None or use.rows is None else msgspec.structs.replace(use, rows=use.rows[rows])
 
 
-AnySession = Session | SplitSession
-"""A session, split or not."""
+AnySession = Session | SplitSession | RowSessions
+"""A session of one of these kinds."""

@@ -17,6 +17,11 @@ _TUPLES = frozenset({"bloom", "falcon", "gptj", "mpt"})
 """The families whose layers return tuples; tests/unit/model/test_layer_order.py compares them with all."""
 
 
+def layer_layout(model_type: str) -> tuple[bool, ...] | None:
+    """Return the layout in which a stage expects the output of the layer before it (`cut.unflatten_output`)."""
+    return (True, False) if model_type in _TUPLES else None
+
+
 class Bypass(StandIn):
     """Stands for a layer that is skipped: returns the hidden states that it is called with, as a layer does."""
 

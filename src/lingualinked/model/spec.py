@@ -46,3 +46,4 @@ class ModelSpec:
     seed: int = 0  # of the dummy weights
     contents: tuple[FileContent, ...] = ()  # of `files`, in their order; empty unless a worker is on another host
     config_digest: str = ""  # BLAKE2b of the config.json beside the files; empty without one, or without `contents`
+    batch_invariant: bool = False  # whether no row's bits may depend on other rows, or the model is refused

@@ -141,3 +141,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in learning:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread within the context."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

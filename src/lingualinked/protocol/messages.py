@@ -44,7 +44,7 @@ from lingualinked.protocol.weights import (
     StopSharing,
     WeightSupply,
 )
-from lingualinked.rounding import Rounding
+from lingualinked.rounding import Invariance, Rounding
 from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
 from lingualinked.transport.tcp_listener import TcpEndpoint
@@ -175,6 +175,7 @@ class StageLoaded(Message, frozen=True, tag=18):
     weight_bytes: int
     num_bytes_read: int
     rounding: Rounding
+    invariance: Invariance | None = None  # of a stage that has to be batch-invariant
 
 
 class Acknowledged(Message, frozen=True, tag=25):

@@ -52,7 +52,8 @@ class PackedStep(Message, frozen=True, tag=84):
     Its tensor holds the tokens of all texts in order: token ids, int64 ``[1, tokens]``, on the first stage, and the output of the
     previous stage's last layer on others. Each text has one row, no padding and consecutive positions. A text that fails is
     left out by the stages that follow, and listed in ``failures``. ``number`` is the packed step's own, among those of all models.
-    No layer sees fewer than ``least_rows`` tokens: the last one is repeated. The other fields are those of `Step`.
+    No layer sees fewer than ``least_rows`` tokens: the last one is repeated. One that ``is_invariant`` has bits that
+    do not depend on the number of threads. The other fields are those of `Step`.
     """
 
     model: int
@@ -69,6 +70,7 @@ class PackedStep(Message, frozen=True, tag=84):
     adapters: AdapterUse | None = None
     skips: LayerSkips | None = None
     strides: Strides = None
+    is_invariant: bool = False
 
 
 class PackedDone(Message, frozen=True, tag=85):

@@ -98,6 +98,7 @@ class LoadArguments:
     objective: Objective = "throughput"
     workload: Workload | None = None
     max_kv_tokens: int | None = None
+    batch_invariant: bool = False
     rebalance: Literal["auto"] | RebalancePolicy | None = None
     seed: int = 0
     load_format: str = "auto"
@@ -121,6 +122,8 @@ class LoadArguments:
             raise ArgumentError(f"workload is a {type(self.workload).__name__}: pass a lingualinked.Workload")
         if self.max_kv_tokens is not None and not is_integer(self.max_kv_tokens, at_least=1):
             raise ArgumentError(f"max_kv_tokens={self.max_kv_tokens!r} must be a positive integer")
+        if not isinstance(self.batch_invariant, bool):
+            raise ArgumentError(f"batch_invariant={self.batch_invariant!r} must be True or False")
         if self.timeout_s is not None:
             check_positive(self.timeout_s, "timeout_s")
         if not isinstance(self.rebalance, RebalancePolicy | None) and self.rebalance != "auto":

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from lingualinked.cluster.split_session import AnySession, SplitSession
+from lingualinked.cluster.session import Session
+from lingualinked.cluster.split_session import AnySession
 from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
 from lingualinked.quantities import count_text
 
@@ -37,11 +38,7 @@ class ShardedCache(Cache):
 
     def __init__(self, pipeline: Pipeline, max_cache_len: int = 0, sizes: Sequence[int] = ()) -> None:
         # Not Cache.__init__, which would make layers.
-        self.session: AnySession = (
-            pipeline.open_split_session(sizes, max_cache_len)
-            if len(sizes) > 1
-            else pipeline.open_session(max_cache_len)
-        )
+        self.session: AnySession = pipeline.open_batch(sizes, max_cache_len)
         self._pipeline = weakref.ref(pipeline)  # so that a handle does not keep the model loaded
         self._num_layers = pipeline.plan.stages[-1].end
 
@@ -137,7 +134,7 @@ class ShardedCache(Cache):
     @property
     def num_microbatches(self) -> int:
         """Microbatches that its rows run as, which follow each other through the stages."""
-        return len(self.session.parts) if isinstance(self.session, SplitSession) else 1
+        return 1 if isinstance(self.session, Session) else self.session.num_microbatches
 
     def split_before_step(self, sizes: Sequence[int]) -> None:
         """Make fewer microbatches of rows that none has, yet."""

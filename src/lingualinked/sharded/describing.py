@@ -112,6 +112,7 @@ def describe(arguments: LoadArguments) -> Described:
         load_format="dummy" if dummy else "safetensors",
         files=files,
         seed=arguments.seed,
+        batch_invariant=arguments.batch_invariant,
     )
     # 4) build it on the meta device, and check the weights against it
     described = describe_spec(spec)

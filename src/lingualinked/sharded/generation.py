@@ -118,6 +118,9 @@ class ShardedGeneration(BatchedGeneration):
         """Refuse unsupported settings, once transformers has merged those of all sources."""
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
         check_chunk_size(config.prefill_chunk_size)
+        if config.prefill_chunk_size is not None and self._pipeline.spec.batch_invariant:
+            reason = "with batch_invariant=True, chunks would begin where other rows' padding lets them"
+            _refuse_setting("prefill_chunk_size", config.prefill_chunk_size, reason)
         for name, reason in _REFUSED.items():
             value = getattr(config, name)
             if value is not None and value is not False:

@@ -69,6 +69,7 @@ class ShardedModel(Instrumented, Editable):
         objective: Objective = "throughput",
         workload: Workload | None = None,
         max_kv_tokens: int | None = None,
+        batch_invariant: bool = False,
         rebalance: Literal["auto"] | RebalancePolicy | None = None,
         seed: int | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
@@ -111,6 +112,9 @@ class ShardedModel(Instrumented, Editable):
         max_kv_tokens : int or None
             KV budget of all sessions together, in rows x tokens; ``None``: what memory allows. A static KV cache counts its
             whole length from the first step on.
+        batch_invariant : bool
+            Whether a text's tokens and logits have the same bits alone and in any batch, in any number of stages and
+            threads. Padding is left out, and what mixes rows is refused. Workers that can't promise it refuse the model.
         rebalance : "auto", RebalancePolicy or None
             Whether layers move automatically, while sessions go on, when a device becomes slower or faster or its memory
             runs out: with the default policy, with the given one, or not at all (`rebalance` moves them by hand). Tokens do
@@ -141,7 +145,8 @@ class ShardedModel(Instrumented, Editable):
         ArgumentError
             If an argument is unknown or can't be used.
         UnsupportedOperationError
-            If an argument of transformers is not supported, or code of the model was replaced in this process.
+            If an argument of transformers is not supported, code of the model was replaced in this process, or
+            ``batch_invariant`` can't be promised.
         UncuttableModelError
             If the architecture can't be cut.
         CheckpointError
@@ -158,6 +163,7 @@ class ShardedModel(Instrumented, Editable):
             objective=objective,
             workload=workload,
             max_kv_tokens=max_kv_tokens,
+            batch_invariant=batch_invariant,
             rebalance=rebalance,
             seed=0 if seed is None else seed,
             load_format=load_format,

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+from lingualinked.model.packed.invariance import probe_invariance
+from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage
 from lingualinked.protocol.messages import StageLoaded
 from lingualinked.rounding import Rounding
@@ -31,7 +33,7 @@ def describe_worker(device: str, idle_resident_bytes: int, num_refused: int) -> 
     )
 
 
-def describe_loaded(request: int, stage: Stage, accelerator: str) -> StageLoaded:
+def describe_loaded(request: int, stage: Stage, accelerator: str, spec: ModelSpec) -> StageLoaded:
     """Return the answer to a request to load a stage."""
     has_room = spare_bytes(accelerator) >= _PROBE_BYTES
     return StageLoaded(
@@ -39,4 +41,5 @@ def describe_loaded(request: int, stage: Stage, accelerator: str) -> StageLoaded
         weight_bytes=stage.weight_bytes,
         num_bytes_read=stage.num_bytes_read,
         rounding=stage.rounding if has_room else Rounding("", 0),
+        invariance=probe_invariance(stage) if spec.batch_invariant else None,
     )

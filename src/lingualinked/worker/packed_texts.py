@@ -116,6 +116,7 @@ class PackedTexts:
                     skips=step.skips or NO_SKIPS,
                     adapters=step.adapters,
                     least_rows=step.least_rows,
+                    is_invariant=step.is_invariant,
                 ),
             )
         except BaseException:

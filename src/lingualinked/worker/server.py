@@ -296,7 +296,7 @@ class Worker:
             self._send_to_caller(Progress(request=message.request, num_done=num_bytes))
 
         def loaded(stage: Stage) -> None:
-            self._send_to_caller(describe_loaded(message.request, stage, self._boot.accelerator))
+            self._send_to_caller(describe_loaded(message.request, stage, self._boot.accelerator, message.spec))
 
         def request_part(holder: WeightHolder, parameter: str, first: int) -> None:
             self._borrower.request_part(message.request, holder, parameter, first)

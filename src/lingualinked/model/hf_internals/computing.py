@@ -6,11 +6,13 @@ Knows functions that a model's code calls; no spans and no stages.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -156,6 +158,33 @@ def replaced_attention(
         del vars(ALL_ATTENTION_FUNCTIONS)["get_interface"]
         masks._local_mapping.clear()
         masks._local_mapping.update(own_masks)
+
+
+@contextlib.contextmanager
+def experts_in_pairs() -> Iterator[None]:
+    """Make an expert that one row has come to multiply two, since one has other bits, within the context. Needs `GLOBAL_STATE`.
+
+    That is for the function that all models of experts call by default, which multiplies the rows of each expert apart.
+    """
+    own = moe._grouped_mm
+    moe._grouped_mm = functools.partial(_multiply_pairs, own)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        moe._grouped_mm = own
+
+
+def _multiply_pairs(own: Callable[..., Any], rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> Any:
+    """Multiply the rows up to each of `offs` with an expert's weight, by transformers' function, single ones twice."""
+    counts = torch.diff(offs, prepend=offs.new_zeros(1))
+    if not bool((counts == 1).any()):
+        return own(rows, weight, offs=offs)
+    is_single = torch.repeat_interleave(counts == 1, counts)
+    num_rows = int(offs[-1])
+    doubled = rows[:num_rows].repeat_interleave(1 + is_single.long(), dim=0)
+    product = own(doubled, weight, offs=torch.cumsum(counts + (counts == 1), 0).to(offs.dtype))
+    places = torch.arange(num_rows, device=rows.device) + torch.cumsum(is_single, 0) - is_single.long()
+    return torch.cat([product[places], product.new_zeros(len(rows) - num_rows, product.shape[1])])
 
 
 def uses_interface(model: Any) -> bool:

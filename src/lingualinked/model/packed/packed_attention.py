@@ -17,6 +17,7 @@ from lingualinked.kernels.attention import Text
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.kv_layers import GrowingLayer
 from lingualinked.model.packed.packed_cache import PackedStates, TextPlace, not_through_interface
+from lingualinked.model.torch_settings import one_thread
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -42,15 +43,19 @@ class PackedMask:
 class PackedAttention:
     """Computes attention, and makes masks, text by text in one pass."""
 
-    def __init__(self, places: Sequence[TextPlace], states: PackedStates, num_ghosts: int) -> None:
+    def __init__(
+        self, places: Sequence[TextPlace], states: PackedStates, num_ghosts: int, *, with_one_thread: bool = False
+    ) -> None:
         self._places = places
+        self._with_one_thread = with_one_thread
         self._states = states
         self._num_ghosts = num_ghosts
         self._sizes = [*(place.num_new for place in places), *([num_ghosts] if num_ghosts else ())]
 
     def wrap_attention(self, attend: Attend) -> Attend:
         """Return a function for all texts, in place of one for a batch."""
-        return functools.partial(self._attend, attend)
+        attend_texts = functools.partial(self._attend, attend)
+        return one_thread()(attend_texts) if self._with_one_thread else attend_texts
 
     def wrap_mask(self, make_mask: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that makes the masks of all texts, in place of one for a batch."""

@@ -50,6 +50,7 @@ class PassInputs:
     skips: LayerSkips = NO_SKIPS
     adapters: AdapterUse | None = None
     least_rows: int = 2  # no layer sees fewer tokens
+    is_invariant: bool = False  # one thread computes attention: with several, where their buffers lie counts
 
 
 class PackedStage:
@@ -90,11 +91,12 @@ class PackedStage:
             kept += kept[-1:] * (inputs.least_rows - num_logits)
         # 3) run the model's forward pass
         cache = PackedCache(places)
-        attention = PackedAttention(places, cache.hf, num_ghosts)
+        attention = PackedAttention(places, cache.hf, num_ghosts, with_one_thread=inputs.is_invariant)
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(building.GLOBAL_STATE)
             contexts.enter_context(computing.replaced_attention(attention.wrap_attention, attention.wrap_mask))
             contexts.enter_context(rotated_by_text(self._ropes, places))
+            contexts.enter_context(computing.experts_in_pairs())
             cache.begin()
             output = self._stage.step(
                 StageInputs(
