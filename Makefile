@@ -15,7 +15,7 @@ DEV     := $(VENV)/.dev-installed
 LIBRARIES := build/libraries/.installed
 RAY     := build/ray/.installed
 
-.PHONY: help demo bench test test-families test-gpu test-libraries test-network test-ray interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench test test-families test-gpu test-libraries test-network test-ray test-invariance interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -54,6 +54,9 @@ test-network: $(DEV)  ## Run callers and daemons on hosts of their own, joined b
 
 interrupts: $(DEV)  ## Send 300 interrupts at random moments beside other work: none may be lost
 	LINGUALINKED_NUM_INTERRUPTS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_interrupts.py
+
+test-invariance: $(DEV)  ## Compare the logits of 1,000 prompts in batches of 1, 7 and 64, in 1 to 8 stages, with 1 and 2 threads, while layers move
+	LINGUALINKED_NUM_PROMPTS=1000 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_batch_invariance.py -k one_digest
 
 soak-hooks: $(DEV)  ## Run eight threads with hooks on sessions of their own 300 times while layers move: no row may be wrong
 	LINGUALINKED_NUM_HOOK_ROUNDS=300 $(BIN)/python -m pytest -s -o timeout=0 -o faulthandler_timeout=0 tests/process/test_hooks_under_fire.py -k eight_threads

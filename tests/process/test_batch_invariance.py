@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import lingualinked as ll
+from process import test_howto as howto
 from process.conftest import save_random
 
 pytestmark = pytest.mark.process
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.process
 NUM_LAYERS, VOCABULARY, NUM_NEW = 8, 96, 4
 NUM_PROMPTS = int(os.environ.get("LINGUALINKED_NUM_PROMPTS", "12"))
 SIZES = (1, 7, 64)  # of batches, mixed at random
-WAYS = [(1, 1, 0), (2, 1, 20), (3, 2, 0), (8, 1, 20)]  # stages, threads of each worker, migrations
+WAYS = [(1, 1, 0), (2, 2, 5)]  # stages, threads of each worker, migrations
 ALL_WAYS = [(stages, threads, moves) for stages in (1, 2, 3, 8) for threads in (1, 2) for moves in (0, 20)]
 
 
@@ -240,6 +241,21 @@ def moving_layers(model: Any, names: Sequence[str], number: int) -> Iterator[Non
         thread.join()
     if failures:
         raise failures[0]
+
+
+def test_the_page_runs(shared_fork_server: None) -> None:
+    names: dict[str, Any] = {}
+    howto.run(
+        howto.code_of("index").replace("devices=3", "devices=1").replace('"even"', '"even", progress=False'),
+        "index",
+        names,
+    )
+    with names["model"]:
+        try:
+            code = howto.code_of("batch_invariance").replace('"even"', '"even", progress=False')
+            howto.run(code, "batch_invariance", names)
+        except ll.UnsupportedOperationError as error:
+            pytest.skip(str(error))
 
 
 def digest_prompts(model: Any, sizes: Sequence[int], seed: int) -> str:

@@ -1,7 +1,8 @@
 """The code of the how-to pages runs as it stands, page by page, and each page leaves the model as it found it.
 
 A line that ends in ``# True`` or ``# False`` is what it says. `docs/howto/pytest.md` is run by test_plugin.py,
-`docs/howto/ray.md` by `make test-ray`; what the pages on other schedulers run is in deploy/.
+`docs/howto/batch_invariance.md` by test_batch_invariance.py, `docs/howto/ray.md` by `make test-ray`; what the pages on other
+schedulers run is in deploy/.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ pytestmark = [
 ]
 
 PAGES = Path(__file__).parents[2] / "docs" / "howto"
-OTHERS = ("index", "pytest", "ray", "slurm", "kubernetes")
+OTHERS = ("index", "batch_invariance", "pytest", "ray", "slurm", "kubernetes")
 NAMES = sorted(path.stem for path in PAGES.glob("*.md") if path.stem not in OTHERS)
 IDS = torch.tensor([[1, 17, 93, 54, 8]])
 

@@ -150,6 +150,10 @@ class RowSessions:
         self._flights.popleft()
         return logits
 
+    def drop_parts(self, sizes: Sequence[int]) -> None:
+        """Run as fewer microbatches from now on."""
+        self.num_microbatches = len(sizes)
+
     def finish_silent_steps(self) -> None:
         """Do nothing: steps of a prompt's chunks, which it does not have, are silent."""
 

@@ -138,7 +138,7 @@ class ShardedCache(Cache):
 
     def split_before_step(self, sizes: Sequence[int]) -> None:
         """Make fewer microbatches of rows that none has, yet."""
-        if sizes and not self.is_initialized and isinstance(self.session, SplitSession):
+        if sizes and not self.is_initialized and not isinstance(self.session, Session):
             self.session.drop_parts(sizes)
 
     @property

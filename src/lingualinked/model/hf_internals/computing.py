@@ -167,7 +167,7 @@ def experts_in_pairs() -> Iterator[None]:
     That is for the function that all models of experts call by default, which multiplies the rows of each expert apart.
     """
     own = moe._grouped_mm
-    moe._grouped_mm = functools.partial(_multiply_pairs, own)  # type: ignore[assignment]
+    moe._grouped_mm = functools.partial(_multiply_pairs, own)
     try:
         yield
     finally:
