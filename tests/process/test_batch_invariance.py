@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 import lingualinked as ll
 from process import test_howto as howto
@@ -161,6 +161,18 @@ def test_a_long_prompt_is_computed_in_pieces_of_its_own(model: Any) -> None:
     long = long[:1100]
     alone = generate(model, [long])[0]
     assert are_equal(generate(model, [short, long])[1], alone)
+
+
+def test_continuous_batching_gives_the_tokens_of_each_prompt_alone(model: Any) -> None:
+    rows = [*prompts(9), (prompts(1, 8)[0] * 300)[:600]]
+    rows.append([*rows[-1][:400], 7])  # whose beginning is not taken from the other's KV
+    config = GenerationConfig(max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    results = model.generate_batch(rows, generation_config=config, progress_bar=False)
+    found = [results[f"req_{place}"].generated_tokens for place in range(len(rows))]
+    assert found == [generate(model, [row])[0][0] for row in rows]
+    limited = ContinuousBatchingConfig(max_batch_tokens=64)
+    with pytest.raises(ll.UnsupportedOperationError, match="max_batch_tokens=64 with batch_invariant=True"):
+        model.generate_batch(rows, generation_config=config, continuous_batching_config=limited, progress_bar=False)
 
 
 def test_what_mixes_rows_is_refused(model: Any) -> None:

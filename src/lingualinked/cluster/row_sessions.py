@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.recorded import Recorded
     from lingualinked.telemetry.samples import StepSample
 
-PIECE_TOKENS = 512
+PIECE_TOKENS = 256
 """A text's tokens are computed in pieces that end at multiples of this number, whatever else is in a step."""
 
 _PLAIN = StepOptions()

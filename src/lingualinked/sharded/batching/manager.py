@@ -58,6 +58,7 @@ class ShardedBatchingManager(ContinuousBatchingManager):
             len(model.plan.stages),
             has_sliding_layers=model._sliding_window is not None,  # noqa: SLF001 - within the room
             num_positions=getattr(model._positions, "num_positions", None),  # noqa: SLF001 - within the room
+            batch_invariant=model._pipeline.spec.batch_invariant,  # noqa: SLF001 - within the room
         )
         self._priorities: dict[str, int] = {}  # of requests that have been added and are not over
         self._wake = Wake()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation import GenerationMode
 
+from lingualinked.cluster.row_sessions import PIECE_TOKENS
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.sharded.batching.events import Limits
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_REQUESTS = 64  # of a microbatch, unless the user says otherwise
-_CHUNK_TOKENS = 256  # of prompts in a microbatch, likewise
+_CHUNK_TOKENS = PIECE_TOKENS  # of prompts in a microbatch, likewise
 _MIN_SHARED = 64  # tokens that a common beginning must exceed: fewer are computed sooner than copied
 _SCHEDULERS = ("fifo", "prefill_first")
 
@@ -82,10 +83,24 @@ def check_generation(generation: GenerationConfig) -> None:
 
 
 def read_settings(
-    config: ContinuousBatchingConfig, num_stages: int, *, has_sliding_layers: bool, num_positions: int | None
+    config: ContinuousBatchingConfig,
+    num_stages: int,
+    *,
+    has_sliding_layers: bool,
+    num_positions: int | None,
+    batch_invariant: bool = False,
 ) -> BatchSettings:
-    """Return what a config means for a pipeline of so many stages; sliding layers forget what a shared beginning needs."""
-    shares = config.allow_block_sharing and not has_sliding_layers
+    """Return what a config means for a pipeline of so many stages; sliding layers forget what a shared beginning needs.
+
+    Where texts are batch-invariant, chunks of prompts are the pieces that any step computes: none is cut, and none begins behind
+    what another text has computed.
+    """
+    if batch_invariant and config.max_batch_tokens is not None:
+        raise UnsupportedOperationError(
+            f"max_batch_tokens={config.max_batch_tokens!r} with batch_invariant=True, whose prompts are cut into pieces of {PIECE_TOKENS} "
+            "tokens: leave it out"
+        )
+    shares = config.allow_block_sharing and not has_sliding_layers and not batch_invariant
     max_requests = config.max_requests_per_batch or _MAX_REQUESTS
     limits = Limits(
         num_groups=1 if config.use_async_batching is False else num_stages,
