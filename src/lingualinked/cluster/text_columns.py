@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.quantities import count_text
 
 _MODE = "batch_invariant=True"
 
@@ -92,7 +93,7 @@ class TextColumns:
             return self._is_text.new_ones((num_rows, past + num_new))
         if mask.ndim != 2:
             raise UnsupportedOperationError(
-                f"attention_mask of {mask.ndim} dimensions with {_MODE}: pass one of two dimensions, in which padding is 0"
+                f"attention_mask of {count_text(mask.ndim, 'dimension')} with {_MODE}: pass one of two dimensions, in which padding is 0"
             )
         is_text = mask[:, : past + num_new] != 0
         if not torch.equal(is_text[:, :past], self._is_text):
@@ -124,6 +125,6 @@ def _kept_columns(num_new: int, logits_to_keep: int | Tensor) -> Tensor:
         return torch.arange(num_new)[-logits_to_keep:]
     if logits_to_keep.ndim != 1:
         raise UnsupportedOperationError(
-            f"logits_to_keep of {logits_to_keep.ndim} dimensions with {_MODE}: pass a number, or indices of one dimension"
+            f"logits_to_keep of {count_text(logits_to_keep.ndim, 'dimension')} with {_MODE}: pass a number, or indices of one dimension"
         )
     return torch.arange(num_new)[logits_to_keep]

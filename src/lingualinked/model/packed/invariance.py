@@ -26,6 +26,7 @@ from lingualinked.model.layer_skips import LayerSkips
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.torch_settings import one_thread
+from lingualinked.quantities import count_text
 from lingualinked.rounding import Invariance
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _why_products_vary(stage: Stage) -> str:
     dtype: torch.dtype = cast("torch.dtype", config.dtype)
     name, text = str(dtype).removeprefix("torch."), config.get_text_config()
     remedy = _REMEDY if dtype is torch.bfloat16 else "load the model with dtype=torch.bfloat16"
-    where = f"in {name} on this processor ({num_threads} thread{'s' * (num_threads > 1)}): {remedy}"
+    where = f"in {name} on this processor ({count_text(num_threads, 'thread')}): {remedy}"
     # 1) products
     shapes = set(_find_products(stage.span.model))
     for in_features, out_features, has_bias in sorted(shapes):
@@ -121,7 +122,7 @@ def _why_layers_vary(stage: Stage) -> str:
                 if not have_equal_bits(output, texts[place].alone[number]):
                     return (
                         f"layers of {type(stage.span.model).__name__} give a text other bits among others than alone, with "
-                        f"{torch.get_num_threads()} threads: {_REMEDY}"
+                        f"{count_text(torch.get_num_threads(), 'thread')}: {_REMEDY}"
                     )
     return ""
 
