@@ -166,8 +166,11 @@ class HostedStage:
 
     def _room(self) -> float:
         """Return the tokens, in all rows, that sessions leave of the budget."""
-        held = sum(each.num_rows * each.num_tokens for each in self.sessions.values())
-        return math.inf if self._max_kv_tokens is None else self._max_kv_tokens - held
+        return math.inf if self._max_kv_tokens is None else self._max_kv_tokens - self._count_held()
+
+    def _count_held(self) -> int:
+        """Return the tokens, in all rows, that sessions hold or are about to."""
+        return sum(each.num_rows * each.num_tokens for each in self.sessions.values())
 
     def write_kv(self, session: int, pieces: Sequence[Piece], max_cache_len: int = 0) -> None:
         """Write KV of a session that still runs elsewhere, in a KV cache of `max_cache_len` tokens per row; 0: one that grows.
@@ -295,15 +298,23 @@ class HostedStage:
         session.runner, session.run_steps = "", 0
         return session
 
-    def check_budget(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
-        """Record the size that a session's KV will have, and check the budget of all sessions (ProtocolError)."""
+    def check_budget(
+        self, session: HostedSession, num_rows: int, num_tokens: int, num_held: int | None = None
+    ) -> int | None:
+        """Record the size that a session's KV will have, and check the budget of all sessions (ProtocolError).
+
+        Returns the row-tokens that all hold with it, if they are counted; `num_held` are those before it, if that is known.
+        """
+        num_before, num_now = session.num_rows * session.num_tokens, num_rows * num_tokens
         session.num_rows, session.num_tokens = num_rows, num_tokens
         if self._max_kv_tokens is None:
-            return
+            return None
+        num_held = self._count_held() if num_held is None else num_held - num_before + num_now
         idle = self.stage.graphs.idle
-        if idle and sum(each.size for each in idle) > self._room():
+        if idle and sum(each.size for each in idle) > self._max_kv_tokens - num_held:
             idle.clear()
-        self._check_room(sum(each.num_rows * each.num_tokens for each in self.sessions.values()))
+        self._check_room(num_held)
+        return num_held
 
     def _check_incoming(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
         """Check the budget of the sessions that move here, and record the size of this one's KV."""

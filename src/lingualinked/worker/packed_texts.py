@@ -58,6 +58,7 @@ class PackedTexts:
         self._sessions: list[HostedSession] = []
         self._caches: list[StageCache] = []
         self._kept: list[tuple[int, int]] = []  # places of their tokens among those of all
+        self._num_held: int | None = None  # row-tokens of all sessions, counted once and not for each text
         start = 0
         for text in step.texts:
             self._add(text, start)
@@ -70,6 +71,7 @@ class PackedTexts:
                 cache = self._prepare(session, text)
             except BaseException:
                 self._hosted.end_session(text.session)
+                self._num_held = None
                 raise
         except Exception as error:  # noqa: BLE001 - the caller raises it for this text
             report = describe_error(error)
@@ -96,7 +98,8 @@ class PackedTexts:
             raise ProtocolError(
                 f"a session in a packed step has {count_text(cache.num_rows, 'row')}, and must have one"
             )
-        self._hosted.check_budget(session, 1, cache.max_cache_len or session.context.num_tokens + text.num_new)
+        num_tokens = cache.max_cache_len or session.context.num_tokens + text.num_new
+        self._num_held = self._hosted.check_budget(session, 1, num_tokens, self._num_held)
         cache.check_room(text.num_new)
         return cache
 

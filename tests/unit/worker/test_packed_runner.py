@@ -131,6 +131,18 @@ def test_what_is_malformed_is_refused(step: PackedStep, tensors: tuple[Tensor, .
         check_packed(step, tensors)
 
 
+def test_the_budget_is_of_all_sessions_also_behind_a_text_that_failed() -> None:
+    worker = Worker(max_kv_tokens=8)
+    worker.receive(packed(text(1, num_new=3), text(2, num_new=6), text(3, num_new=4), text(4, num_new=2)))
+    _, onward, _ = worker.sent[-1]
+    assert [each.session for each in onward.texts] == [1, 3]
+    assert [each.session for each in onward.failures] == [2, 4]
+    assert "9 tokens" in onward.failures[0].cause
+    assert "9 tokens" in onward.failures[1].cause
+    worker.receive(packed(text(1, 1), text(3, 1), text(4)))
+    assert [each.session for each in worker.sent[-1][1].texts] == [1, 4]
+
+
 def test_a_text_that_can_not_run_is_left_out_and_the_others_go_on() -> None:
     worker = Worker()
     worker.receive(packed(text(1), text(2, num_new=2)))

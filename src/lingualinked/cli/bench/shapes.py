@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lingualinked.errors import ArgumentError
-
 LLAMA_160M: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -60,10 +58,3 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """JackFram/llama-160m, TinyLlama-1.1B, Llama-3.1-8B but for its rotary embeddings, and bigscience/bloom-560m."""
-
-
-def check_shape(name: str) -> dict[str, Any]:
-    """Return the config of a built-in shape."""
-    if name not in SHAPES:
-        raise ArgumentError(f"{name!r} is no built-in shape: choose one of {', '.join(SHAPES)}")
-    return SHAPES[name]
