@@ -55,6 +55,7 @@ with ll.Cluster(devices) as cluster:
     model = ll.ShardedModel.from_pretrained(path, cluster=cluster, plan=plan, progress=False)
     assert model.plan.stages[0].device == model.plan.stages[-1].device == "mine", str(model.plan)
     assert set(model.plan.devices) == {"stranger", "mine", "other"}, str(model.plan)
+    model(ids)  # whose logits the caller gets: of what is generated, it gets the tokens alone
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
     print(tokens.tolist())
 """
