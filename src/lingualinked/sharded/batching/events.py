@@ -13,7 +13,7 @@ from typing import Protocol
 class Limits:
     """How much may run at once."""
 
-    num_groups: int  # microbatches in flight
+    num_microbatches: int  # microbatches in flight
     max_tokens: int  # new tokens of a microbatch
     chunk_tokens: int  # of them, those of prompts; a shorter prompt is never cut
     max_requests: int  # of a microbatch

@@ -138,7 +138,7 @@ class Scheduler:
                 if source is None or not source.num_flights:
                     request.is_copying = True
                     self._outbox.append(Copy(request.key, slot, request.slot, num_tokens))
-        while len(self._flights) < self._limits.num_groups and (parts := self._compose()):
+        while len(self._flights) < self._limits.num_microbatches and (parts := self._compose()):
             number = next(self._numbers)
             self._flights[number] = parts
             self._outbox.append(Run(number, tuple(part for _, part in parts)))
@@ -158,21 +158,26 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Admit requests in their order, until there is no room for the next one; those that wait for a common beginning stay."""
-        most = self._limits.max_requests * self._limits.num_groups
+        most = self._limits.max_requests * self._limits.num_microbatches
+        skipped: list[Request] = []
         for request in [*self._waiting]:
             if self._is_full or len(self._live) >= most:
                 return
             if self._live and self._rooms.free_share() < self._limits.margin:
                 return
-            source = self._find_source(request)
+            source, turn = self._find_source(request), _turn(request)
             if source is not None and source[1] == 0:
+                skipped.append(request)
                 continue
             if not self._open(request, source):
                 return
             self._waiting.remove(request)
-            for other in self._waiting:
-                other.num_overtaken += other.arrival < request.arrival
-            if any(other.num_overtaken == _MAX_OVERTAKEN for other in self._waiting):
+            # Those of equal priority behind it have arrived later: there may be thousands.
+            behind = bisect.bisect_right(self._waiting, (*turn[:2], math.inf), key=_turn)
+            overtaken = [each for each in (*skipped, *self._waiting[behind:]) if each.arrival < request.arrival]
+            for other in overtaken:
+                other.num_overtaken += 1
+            if any(other.num_overtaken == _MAX_OVERTAKEN for other in overtaken):
                 self._waiting.sort(key=_turn)
 
     def _find_source(self, request: Request) -> tuple[int, int] | None:
@@ -242,7 +247,7 @@ class Scheduler:
         limits = self._limits
         live = [each for each in self._live.values() if not each.is_over]
         ready = sorted((each for each in live if each.decodes and each.left), key=lambda each: each.rested_since)
-        num_fair = math.ceil(sum(each.decodes for each in live) / limits.num_groups)
+        num_fair = math.ceil(sum(each.decodes for each in live) / limits.num_microbatches)
         prompts = sorted((each for each in live if not each.decodes and each.left), key=_turn)
         parts: list[tuple[Request, Part]] = []
         room = limits.max_tokens

@@ -103,7 +103,7 @@ def read_settings(
     shares = config.allow_block_sharing and not has_sliding_layers and not batch_invariant
     max_requests = config.max_requests_per_batch or _MAX_REQUESTS
     limits = Limits(
-        num_groups=1 if config.use_async_batching is False else num_stages,
+        num_microbatches=1 if config.use_async_batching is False else num_stages,
         max_tokens=config.max_batch_tokens or _CHUNK_TOKENS + max_requests,
         chunk_tokens=config.max_batch_tokens or _CHUNK_TOKENS,
         max_requests=max_requests,

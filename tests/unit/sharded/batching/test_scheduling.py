@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies
 from lingualinked.sharded.batching.events import Admitted, Copy, Failed, Instruction, Limits, Outcome, Request, Run
 from lingualinked.sharded.batching.scheduling import Scheduler
 
-LIMITS = Limits(num_groups=2, max_tokens=64, chunk_tokens=32, max_requests=16, min_shared=8)
+LIMITS = Limits(num_microbatches=2, max_tokens=64, chunk_tokens=32, max_requests=16, min_shared=8)
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ class Simulation:
             assert not choosing & {part.key for part in instruction.parts}
             assert len({part.key for part in instruction.parts}) == len(instruction.parts) <= self.limits.max_requests
             assert 0 < sum(len(part.ids) for part in instruction.parts) <= self.limits.max_tokens
-            assert sum(isinstance(each, Run) for each in self.pending) < self.limits.num_groups
+            assert sum(isinstance(each, Run) for each in self.pending) < self.limits.num_microbatches
             for part in instruction.parts:
                 self.texts.setdefault(part.slot, []).extend(part.ids)
                 assert len(self.texts[part.slot]) <= self.rooms.held[part.slot]
@@ -354,7 +354,7 @@ def test_prompts_may_come_first() -> None:
 def test_whatever_comes_every_request_ends_once(seed: int) -> None:
     rng = random.Random(seed)
     limits = Limits(
-        num_groups=rng.randint(1, 4),
+        num_microbatches=rng.randint(1, 4),
         max_tokens=rng.randint(8, 40),
         chunk_tokens=rng.randint(4, 40),
         max_requests=rng.randint(1, 8),
