@@ -23,7 +23,7 @@ from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us
 
-_LEAST_ROWS = 2  # one row's bits are others than in company
+_LEAST_ROWS = 2  # one row alone is computed to other bits than one among others
 _MOST_ROWS = 16
 _MOST_TRIES = 10
 _numbers = itertools.count(1)  # of all models, as those of sessions

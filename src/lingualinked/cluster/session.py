@@ -335,7 +335,7 @@ class Session(RoutedSession):
         used.close()
 
     def _hold_kv(self, num_rows: int, num_new: int, num_steps: int) -> int:
-        """Count the KV that a step needs, and those behind it in a run; return of how many steps there is room for."""
+        """Count the KV that a step needs, and those behind it in a run; return for how many steps there is room."""
         if self.max_cache_len:
             self._budget.hold(self._number, num_rows * self.max_cache_len)
             return num_steps

@@ -142,7 +142,7 @@ class SplitSession:
         return JoinedRun(flights, self.sizes, self.end) if is_run else SplitStep(self, flights)
 
     def _hold_kv(self, num_new: int, most_steps: int) -> int:
-        """Count the KV of all microbatches for a step and those behind it in a run; return of how many steps there is room for."""
+        """Count the KV of all microbatches for a step and those behind it in a run; return for how many steps there is room."""
         numbers = [part._number for part in self.parts]  # noqa: SLF001 - within the room
         for num_steps in sorted({1, most_steps}, reverse=True):
             num_tokens = self.max_cache_len or self.num_tokens + num_new + num_steps - 1

@@ -44,9 +44,9 @@ class StepOptions:
 
     ``keeps_kv`` tells whether later steps follow; ``records`` what layers record (`protocol.steps.RECORDS`),
     ``hidden_state_indices`` which hidden states, if not all. For ``gradients``, the stages keep the step's autograd graph.
-    A chunk of a prompt before the last one ``wants_logits`` not: it gives logits of no tokens. ``num_tokens_ahead`` are those per row
-    that come in later steps and for which there has to be room before this one runs.
-    With ``run``, they go on with the tokens that they choose, if that is possible: the step is then a `RunInFlight`.
+    Without ``wants_logits``, as in a chunk of a prompt before the last one, the logits are of no tokens. ``num_tokens_ahead`` are the
+    tokens per row that later steps bring and for which there must be room before this one runs. With ``run``, the stages go on with
+    the tokens that they choose, if that is possible: the step is then a `RunInFlight`.
     """
 
     keeps_kv: bool = True

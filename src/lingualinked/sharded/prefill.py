@@ -1,6 +1,6 @@
 """Runs a prompt in chunks that follow each other through the stages, as transformers runs one chunk after the other.
 
-Knows transformers' `generate` and what it asks for each chunk; stages, and what steps cost, are others' business.
+Knows transformers' `generate` and what it asks for each chunk; neither stages nor what steps cost.
 """
 
 from __future__ import annotations

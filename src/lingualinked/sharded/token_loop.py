@@ -1,6 +1,6 @@
 """Transformers' loop of greedy decoding and sampling, in which the stages choose tokens and go on with them by themselves.
 
-Knows transformers' loop, its processors and criteria; runs are sessions' business.
+Knows transformers' loop, its processors and criteria; neither messages nor how a session runs.
 """
 
 from __future__ import annotations
@@ -253,9 +253,7 @@ def _calls_own_methods(model: Any) -> bool:
         return False
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return False
-    names = (
-        "prepare_inputs_for_generation",
-        "_update_model_kwargs_for_generation",
-    )  # of Phi-3, one forgets the KV at a length
+    # Phi-3 has one of its own, which forgets the KV at a length.
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
     bases = [each for each in type(model).__mro__[1:] if not each.__module__.startswith("lingualinked.")]
     return all(name not in vars(base) for base in bases for name in names if base is not GenerationMixin)

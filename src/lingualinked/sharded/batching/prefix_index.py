@@ -1,6 +1,6 @@
 """Finds the slot whose tokens begin like those of a request.
 
-Knows token ids alone; whether a slot may be copied is for others to say.
+Knows token ids alone; not whether a slot may be copied.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Wakes a thread that waits, from any other, and from finalizers.
 
-Knows nothing of why.
+Does not know why.
 """
 
 from __future__ import annotations
