@@ -32,9 +32,18 @@ from lingualinked.protocol.messages import (
     decode,
     encode,
 )
-from lingualinked.protocol.moving import FetchWeight, KVChunk, KVSlice, MoveSession, SessionState
+from lingualinked.protocol.moving import (
+    FetchWeight,
+    JoinedRows,
+    JoinSessions,
+    KVChunk,
+    KVSlice,
+    MoveSession,
+    SessionState,
+)
 from lingualinked.protocol.packed import PackedDone, PackedStep, PackedText
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
+from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
 from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, StageTimes, Step, StepDone
 from lingualinked.transport.codec import Limits, encode_message
 from lingualinked.transport.message_limits import RING_BYTES
@@ -200,6 +209,17 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
     yield "PackedStep: to the first stage", [frames(msgspec.structs.replace(packed, stage=0), ids)]
     yield "PackedStep: a session twice", [frames(msgspec.structs.replace(packed, texts=(text, text)), states)]
     yield "PackedStep: of nothing", [frames(msgspec.structs.replace(packed, texts=()))]
+    crowd = tuple(msgspec.structs.replace(text, session=10**6 + each) for each in range(10_000))
+    yield (
+        "PackedStep: 10,000 sessions",
+        [frames(msgspec.structs.replace(packed, texts=crowd), torch.zeros(1, 10_000, 1))],
+    )
+    yield from of_runs(aim)
+    rows = tuple(JoinedRows(session=each, number=aim.number, edits=()) for each in (aim.session, 10**9))
+    for model in (aim.model, aim.model + 1):
+        join: Any = aim.at(example(JoinSessions))  # type: ignore[arg-type]
+        join = msgspec.structs.replace(join, model=model, session=10**9 + 1, parts=rows)
+        yield f"JoinSessions: of model {model - aim.model:+}", [frames(join)]
     for stage, version in itertools.product((0, 1, 2), (aim.version - 1, aim.version, aim.version + 1)):
         end = EndSession(model=aim.model, plan_version=version, stage=stage, session=aim.session)
         yield f"EndSession: stage {stage}, version {version - aim.version:+}", [frames(end)]
@@ -240,6 +260,30 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
     yield "due at the end of time", [[b"\x01" + msgspec.msgpack.encode((encode(Pong(number=1)), [], 2**64 - 1))]]
 
 
+def of_runs(aim: Aim) -> Iterator[Kind]:
+    """What begins, ends and goes on with runs, of the session and of those that run meanwhile, to any stage."""
+    begin: Any = aim.at(example(BeginRun))  # type: ignore[arg-type]
+    begin = msgspec.structs.replace(begin, unfinished=(True,), part=None, samples=False)
+    end, ids = EndRun(model=aim.model, session=aim.session, number=aim.number), torch.tensor([[5]])
+    sessions = range(aim.session + 1, aim.session + 200)
+    yield "BeginRun: of the session", [frames(begin)]
+    yield "BeginRun: of steps without end", [frames(msgspec.structs.replace(begin, num_steps=10**18))]
+    yield "BeginRun: elsewhere", [frames(msgspec.structs.replace(begin, first_name="outsider"))]
+    yield "BeginRun: with a false state", [frames(msgspec.structs.replace(begin, samples=True), torch.zeros(9))]
+    yield "EndRun: of the session", [frames(end)]
+    yield "EndRun: of all to come", [frames(msgspec.structs.replace(end, session=each, number=0)) for each in sessions]
+    step = aim.step(stage=0, runner="outsider", run_steps=5)
+    yield "Step: of a run that was never begun", [frames(step, ids)]
+    yield (
+        "Step: of the runs to come",
+        [
+            frames(msgspec.structs.replace(step, session=each, number=number), ids)
+            for each in sessions
+            for number in (0, 1, 5)
+        ],
+    )
+
+
 def to_the_caller(aim: Aim) -> Iterator[Kind]:
     """Answers that were not asked for, of every type and to what is waited for."""
     for kind in TYPES:
@@ -251,6 +295,16 @@ def to_the_caller(aim: Aim) -> Iterator[Kind]:
         model=aim.model, number=1, sessions=(aim.session,), failures=(), tokens=(7,), logprobs=(), timings=(times,) * 3
     )
     yield "PackedDone: forged token", [frames(forged)]
+    chosen = TokensChosen(
+        model=aim.model, session=aim.session, number=aim.number, timings=(times,) * 3, tokens=(7,), goes_on=True
+    )
+    runs = [
+        msgspec.structs.replace(chosen, session=each, number=number, goes_on=goes_on)
+        for each in range(aim.session, aim.session + 200)
+        for number in (0, 1, 2, 10**9)
+        for goes_on in (False, True)
+    ]
+    yield "TokensChosen: of all sessions to come", [frames(each) for each in runs]
     yield "StepDone: without tensors", [frames(msgspec.structs.replace(done, timings=()))]
     failed = StepFailed(
         model=aim.model,
@@ -298,7 +352,7 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
         assert isinstance(report, WorkerReport)
         return report.worker.num_refused
 
-    enough, counts = threading.Event(), {"caller": {}, "b": {}}
+    enough, counts = threading.Event(), {"caller": {}, "a": {}, "b": {}, "c": {}}
 
     def keep_generating() -> int:
         num_right = 0
@@ -310,8 +364,11 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
     with ThreadPoolExecutor(1) as pool:
         generating = pool.submit(keep_generating)
         try:
-            for to, kinds in (("b", to_a_worker(aim)), ("caller", to_the_caller(aim))):
-                for name, messages in itertools.chain(no_messages(), kinds):
+            attacks = [(to, of_runs(aim)) for to in "ac"]  # the first stage, and the last one
+            attacks += [("b", itertools.chain(no_messages(), to_a_worker(aim)))]
+            attacks += [("caller", itertools.chain(no_messages(), to_the_caller(aim)))]
+            for to, kinds in attacks:
+                for name, messages in kinds:
                     before = num_refused(to)
                     send(outsider, to, messages)
                     outsider.see_through(to)
@@ -327,7 +384,7 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
     wait_until(lambda: num_sessions(sharded) == [0, 0, 0])
     # What is not refused is answered, logged, or about what nobody asked for.
     refused = {to: {name for name, (num, sent) in by.items() if num >= sent} for to, by in counts.items()}
-    assert counts["b"].keys() - refused["b"] == ANSWERED
+    assert [counts[each].keys() - refused[each] for each in "abc"] == [set(), ANSWERED, set()]
     idle = counts["caller"].keys() - refused["caller"]
     unasked = {kind.__name__ for kind, role in TO_CALLER.items() if kind is not Hello}
     assert idle <= ANSWERED | LOGGED | unasked | {
@@ -335,6 +392,7 @@ def test_nothing_that_a_bystander_says_costs_anyone_a_token(
         "PackedDone: forged token",
         "StepDone: forged logits",
         "StepDone: without tensors",
+        "TokensChosen: of all sessions to come",
     }
 
 

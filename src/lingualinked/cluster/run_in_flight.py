@@ -48,6 +48,9 @@ class ChosenTokens:
     logits: Tensor | None
 
 
+_MOST_IDS = 2**63  # that a tensor can hold
+
+
 class RunSession(Protocol):
     """The session of a run: see `lingualinked.cluster.session.Session`."""
 
@@ -243,7 +246,7 @@ class RunInFlight(StepInFlight):
             message.number == number
             and len(message.tokens) == num_due
             and len(message.timings) == len(devices)
-            and max(message.tokens, default=0) < (self._vocabulary or math.inf)
+            and max(message.tokens, default=0) < (self._vocabulary or _MOST_IDS)
             and not (message.goes_on and (reply.tensors or self.num_begun > self._step.run_steps))
             and (
                 not reply.tensors

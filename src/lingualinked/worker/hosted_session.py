@@ -48,6 +48,8 @@ def join_rows(parts: Sequence[HostedSession]) -> HostedSession:
         context=first.context.join_rows([other.context for other in others]),
         number=0,
         num_rows=sum(part.num_rows for part in parts),
+        runner="",
+        run_steps=0,
         instruments=None,
         copies={},
     )

@@ -134,6 +134,8 @@ class HostedStage:
             cache=cache,
             context=context,
             num_tokens=source.num_tokens if cache is None or num_tokens is None else cache.max_cache_len or kept,
+            runner="",
+            run_steps=0,
             copies={},
         )
 
@@ -141,7 +143,7 @@ class HostedStage:
         """Make one session of the rows of several, which end; raise ProtocolError unless they are here, before those steps."""
         found = [self.sessions.get(part.session) for part in parts]
         known = [each for each in found if each is not None]
-        if session in self.sessions or len({part.session for part in parts}) != len(known):
+        if session in self.sessions or not known or len({part.session for part in parts}) != len(known):
             raise ProtocolError(
                 f"sessions {[part.session for part in parts]} can't be joined as {session} on this stage"
             )

@@ -74,11 +74,15 @@ class StepRunner:
         self._paused.start_step(key, lambda wait: self._serve_step(step, delivery, wait))
 
     def handle_run(self, message: BeginRun | EndRun, tensors: tuple[Tensor, ...]) -> None:
-        """Begin a run, and run its first step if that was here before it; or end a run."""
+        """Begin a run, and run its first step if that was here before it; or end a run. Who asked is told why none can begin."""
         if isinstance(message, EndRun):
             self._runs.end(message)
             return
-        early = self._runs.begin(message, tensors)
+        try:
+            early = self._runs.begin(message, tensors)
+        except Exception as error:  # noqa: BLE001 - the caller re-raises it
+            self._report_failure(message, describe_error(error))
+            return
         if early is not None:
             self.serve_step(*early)
 
@@ -107,7 +111,7 @@ class StepRunner:
             self._stages.drop_idle_caches()
             release_memory(self._accelerator)  # of the step; the error referred to it until here
 
-    def _report_failure(self, step: Step, failure: ErrorReport) -> None:
+    def _report_failure(self, step: Step | BeginRun, failure: ErrorReport) -> None:
         failed = StepFailed(model=step.model, session=step.session, number=step.number, **failure)
         self._mailbox.send(CALLER, encode(failed))
 
