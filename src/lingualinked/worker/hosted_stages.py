@@ -134,12 +134,17 @@ class HostedStages:
         self._background.submit(load_in_background)
 
     def step_senders(self, message: Step | PackedStep | EndSession) -> tuple[str, ...]:
-        """Return who may send a step to a stage, or end its session, besides the caller: the party before it, or who runs it."""
+        """Return who may send a step to a stage, or end its session, besides the caller: the party before it, or who runs it.
+
+        Nobody may send the step of a run that is not in progress: it may have been on its way when the run ended.
+        """
         hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
         if hosted is None:
             return ()
-        runner = hosted.runner_of(message) if isinstance(message, Step) and message.stage == 0 else ""
-        return (hosted.previous_name, runner) if runner else (hosted.previous_name,)
+        if isinstance(message, Step) and message.stage == 0 and message.runner:
+            runner = hosted.runner_of(message)
+            return (runner,) if runner else ()
+        return (hosted.previous_name,)
 
     def lenders(self, request: int) -> tuple[str, ...]:
         """Return the worker that a part of a weight was last requested from, for a stage that is being loaded."""

@@ -127,9 +127,20 @@ def test_what_was_on_its_way_when_a_stage_went_is_no_cause_for_alarm(roles: Send
 def test_the_runner_of_a_session_sends_steps_to_the_first_stage_alone(roles: SenderCheck) -> None:
     hosted = roles._parties[Role.PREVIOUS].__self__._stages  # type: ignore[attr-defined]
     hosted[StageKey(MODEL, OLD, 0)] = hosted[StageKey(MODEL, OLD, STAGE)]
-    assert is_taken(roles, aimed(Step, stage=0), "runner")
-    assert not is_taken(roles, aimed(Step, stage=0), "next")
+    step = aimed(Step, stage=0, runner="runner")
+    assert is_taken(roles, step, "runner")
+    for other in PARTIES.keys() - {"runner", "caller"}:
+        assert not is_taken(roles, step, other)
+    assert not is_taken(roles, aimed(Step, stage=0, runner=""), "runner")
     assert not is_taken(roles, aimed(EndSession, stage=0), "runner")
+
+
+def test_a_step_that_was_on_its_way_when_its_run_ended_is_no_cause_for_alarm(roles: SenderCheck) -> None:
+    hosted: Any = roles._parties[Role.PREVIOUS].__self__._stages  # type: ignore[attr-defined]
+    hosted[StageKey(MODEL, OLD, 0)] = first = hosted[StageKey(MODEL, OLD, STAGE)]
+    first.runner_of = lambda _: ""
+    with pytest.raises(StaleMessageError):
+        roles.check_sender(aimed(Step, stage=0, runner="runner"), "runner")
 
 
 def test_each_stage_has_a_party_of_its_own_before_it(roles: SenderCheck) -> None:
