@@ -248,10 +248,7 @@ class RunInFlight(StepInFlight):
             and len(message.timings) == len(devices)
             and max(message.tokens, default=0) < (self._vocabulary or _MOST_IDS)
             and not (message.goes_on and (reply.tensors or self.num_begun > self._step.run_steps))
-            and (
-                not reply.tensors
-                or (logits is not None and logits.is_floating_point() and len(logits) == self.num_rows)
-            )
+            and (not reply.tensors or (logits is not None and self._are_logits(logits)))
         )
         if not fits:
             error = ProtocolError(
@@ -260,3 +257,13 @@ class RunInFlight(StepInFlight):
                 f"{count_text(len(devices), 'stage')} was due"
             )
             raise WorkerError(devices[-1], f"ProtocolError: {error}") from error
+
+    def _are_logits(self, tensor: Tensor) -> bool:
+        return (
+            tensor.is_floating_point()
+            and tensor.itemsize > 1
+            and tensor.ndim == 3
+            and len(tensor) == self.num_rows
+            and tensor.shape[1] > 0
+            and self._vocabulary in (None, tensor.shape[2])
+        )

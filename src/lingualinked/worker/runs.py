@@ -22,7 +22,7 @@ from lingualinked.transport.delivery import Delivery
 logger = logging.getLogger("lingualinked.worker")
 
 _MOST_STATE_BYTES = 1 << 16  # of a random number generator
-_MOST_EARLY = 1000
+_MOST_EARLY = 1000  # steps without runs, and runs without steps
 
 
 class TokenRun:
@@ -49,6 +49,11 @@ class TokenRun:
         self._draws = Draws(_read_generator(left.pop()), begin.part) if begin.samples else None
         self._unfinished = torch.tensor(begin.unfinished, dtype=torch.long)
         self._eos = torch.tensor(begin.eos_token_ids, dtype=torch.long)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its first step has run."""
+        return self.number > self._begin.number
 
     def choose(self, logits: Tensor) -> Tensor | None:
         """Choose the tokens behind a step, int64 ``[rows]``, from its logits, ``[rows, kept tokens, vocabulary]``.
@@ -102,6 +107,9 @@ class Runs:
     def begin(self, message: BeginRun, tensors: tuple[Tensor, ...]) -> tuple[Step, Delivery] | None:
         """Begin a run; return its first step if that has arrived already. Raises ProtocolError if its tensors don't fit."""
         early = self._early.pop(message.session, None)
+        waiting = [session for session, run in self._runs.items() if not run.has_begun]
+        if len(waiting) >= _MOST_EARLY:  # of sessions that have ended before it came, over a quicker link
+            del self._runs[waiting[0]]
         self._runs[message.session] = TokenRun(message, tensors)
         return early if early is not None and early[0].number == message.number else None
 

@@ -167,6 +167,16 @@ def test_steps_that_wait_for_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     assert runs._early == {}
 
 
+def test_runs_that_wait_for_steps_of_sessions_that_are_gone_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingualinked.worker.runs._MOST_EARLY", 3)
+    runs = Runs()
+    runs.begin(begin(session=100), ())
+    runs._runs[100].choose(LOGITS)
+    for session in range(9):
+        runs.begin(begin(session=session), ())
+    assert runs._runs.keys() == {100, 6, 7, 8}
+
+
 def test_the_last_stage_may_send_steps_of_a_run_that_the_caller_has_begun_alone() -> None:
     hosted = hosted_stage()
     run(hosted, 1, 2, runner="last", run_steps=2)
