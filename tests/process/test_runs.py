@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "forced beginning": {"forced_bos_token_id": 5},
     "decay": {"exponential_decay_length_penalty": (3, 1.2), "eos_token_id": 93},
     "suppressed": {"suppress_tokens": [17, 54], "begin_suppress_tokens": [93, 8]},
+    "more than all": {"top_k": 10**18, "no_repeat_ngram_size": 10**18, "suppress_tokens": [10**9, -5]},
     "invalid values": {"remove_invalid_values": True},
     "all of them": {
         "temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.1,
@@ -101,6 +102,26 @@ def test_rows_that_meet_the_end_of_text_are_padded(sharded: Any, unsharded: PreT
 def test_many_tokens_are_several_runs(sharded: Any, unsharded: PreTrainedModel, counted: Counted) -> None:
     assert_alike(sharded, unsharded, input_ids=IDS, max_new_tokens=150, do_sample=True)
     assert (counted.num_steps, counted.num_runs) == (0, 3)
+
+
+@pytest.mark.parametrize("pad", [-3, 10**17])
+def test_tokens_that_are_none_are_chosen_here(
+    sharded: Any, unsharded: PreTrainedModel, counted: Counted, pad: int
+) -> None:
+    """A row that has ended is padded with what transformers is told to, though no step could take it."""
+    found = unsharded.generate(**PADDED, max_new_tokens=2, do_sample=False, eos_token_id=None)[:, 6:]
+    ids = assert_alike(
+        sharded, unsharded, **PADDED, do_sample=False, eos_token_id=int(found[0, 0]), pad_token_id=pad, max_new_tokens=2
+    )
+    assert ids[0, -1] == pad
+    assert counted.num_runs == 0
+
+
+def test_numbers_that_no_message_can_hold_are_used_here(
+    sharded: Any, unsharded: PreTrainedModel, counted: Counted
+) -> None:
+    assert_alike(sharded, unsharded, input_ids=IDS, do_sample=True, top_k=10**30, no_repeat_ngram_size=10**25)
+    assert counted.num_runs == 0
 
 
 class Heard(BaseStreamer):

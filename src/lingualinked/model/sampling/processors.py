@@ -42,6 +42,8 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "TypicalLogitsWarper": ("filter_value", "mass", "min_tokens_to_keep"),
 }
 
+_MOST_INT = 2**63 - 1  # that a message can hold
+
 # Attributes that a processor derives from the others when it is called first.
 _DERIVED = {"bad_word_ids": None, "length_1_bias": None, "multi_token_biases": None, "prepared_bias_variables": False}
 
@@ -83,7 +85,7 @@ def build_processors(specs: Iterable[ProcessorSpec], part: BatchPart | None = No
     """
     try:
         return LogitsProcessorList([_build(spec, part) for spec in specs])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ProtocolError(f"logits processors arrived that can't be made: {error!r}") from error
 
 
@@ -96,7 +98,7 @@ def _describe(name: str, value: object) -> tuple[Number | TensorData | None, ...
         return _describe_tensor(lengths), _describe_tensor(ids), TensorData("float64", (len(biases),), biases)
     if isinstance(value, Tensor):
         return (_describe_tensor(value),)
-    if type(value) not in (bool, int, float, type(None)):
+    if type(value) not in (bool, int, float, type(None)) or (isinstance(value, int) and abs(value) > _MOST_INT):
         raise TypeError(name)
     return (value,)  # type: ignore[return-value]
 

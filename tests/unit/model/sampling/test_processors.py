@@ -103,9 +103,11 @@ class OwnTopK(logits_process.TopKLogitsWarper):
 
 def test_what_is_not_exactly_transformers_own_is_not_described(monkeypatch: pytest.MonkeyPatch) -> None:
     changed, odd = make("TopKLogitsWarper"), make("TemperatureLogitsWarper")
+    large, small = (make("NoRepeatNGramLogitsProcessor", ngram_size=5) for _ in range(2))
+    large.ngram_size, small.ngram_size = 2**63, -(2**63) - 1  # which no message can hold
     changed.note = "an attribute more"
     odd.temperature = "warm"
-    for each in (OwnProcessor(), OwnTopK(5), changed, odd):
+    for each in (OwnProcessor(), OwnTopK(5), changed, odd, large, small):
         assert describe_processors([make("LogitNormalization"), each]) is None
     monkeypatch.setattr(logits_process.TopKLogitsWarper, "__call__", lambda *_: None)
     assert describe_processors([make("TopKLogitsWarper")]) is None
