@@ -342,6 +342,54 @@ def test_an_interrupt_leaves_nothing_behind(place: Callable[..., Any], tiny_llam
     assert len(model.generate_batch([[1]], GREEDY)) == 1
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Passing `repetition_penalty`"
+)  # of transformers, which makes its processors without a prompt
+@pytest.mark.parametrize("at", ["stage", "caller"])
+def test_a_request_whose_tokens_can_not_be_chosen_fails_alone(sharded: Any, at: str) -> None:
+    """By settings of its own which transformers does not refuse; ``at`` says who chooses."""
+    config = GenerationConfig(
+        max_new_tokens=3,
+        do_sample=True,
+        temperature=0.7,
+        eos_token_id=-1,
+        repetition_penalty=1.1 if at == "caller" else 1.0,
+    )
+    each_its_own = ContinuousBatchingConfig(per_request_processors=True)
+    with sharded.continuous_batching_context_manager(config, continuous_batching_config=each_its_own) as manager:
+        names = [manager.add_request([1, 5, 17], temperature=value) for value in (0.7, 1e-45, 1.3, "warm", 0.9)]
+        outputs = {output.request_id: output for output in (manager.get_result() for _ in names)}
+    errors = [outputs[name].error or "" for name in names]
+    assert ["probability" in error for error in errors] == [False, True, False, False, False]
+    assert [len(outputs[name].generated_tokens) for name in names] == [3, 0, 3, 0, 3]
+    assert errors[3].startswith("TypeError")
+    wait_until(lambda: num_sessions(sharded) == [0, 0, 0])
+
+
+def test_an_interrupt_of_the_wait_at_the_end(place: Callable[..., Any], tiny_llama: str) -> None:
+    """With a manager that is still referenced: its requests fail, and nothing goes on."""
+    model, main = place(tiny_llama, SPANS), threading.main_thread().ident
+    config = GenerationConfig(max_new_tokens=400, do_sample=False, eos_token_id=-1)
+
+    def interrupt() -> None:
+        wait_until(lambda: min(num_sessions(model)) > 0)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread, managers = threading.Thread(target=interrupt), []
+
+    def serve() -> None:
+        with model.continuous_batching_context_manager(config) as manager:
+            managers.append(manager)
+            manager.add_requests(make_prompts(200))
+            thread.start()
+
+    with pytest.raises(KeyboardInterrupt):
+        serve()
+    thread.join()
+    assert not managers[0].is_running()
+    wait_until(lambda: num_sessions(model) == [0, 0])
+
+
 def test_a_closed_model_ends_all_requests(place: Callable[..., Any], tiny_llama: str) -> None:
     model = place(tiny_llama, SPANS)
     config = GenerationConfig(max_new_tokens=400, do_sample=False, eos_token_id=-1)

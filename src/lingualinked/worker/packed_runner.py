@@ -6,6 +6,7 @@ Knows messages, stages and where results go; not who may send what.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 
 import msgspec
@@ -15,10 +16,11 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.memory import release_memory
 from lingualinked.model.packed.choosing import ChosenTokens, choose_tokens
+from lingualinked.model.packed.token_choice import TokenChoice
 from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
 from lingualinked.protocol.failures import FailureKind
 from lingualinked.protocol.messages import encode
-from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedStep
+from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedFailure, PackedStep
 from lingualinked.protocol.steps import StageTimes
 from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.hop_clock import HopClock, clock_us
@@ -119,7 +121,7 @@ class PackedRunner:
         step = msgspec.structs.replace(
             step, texts=tuple(packed.texts), failures=(*step.failures, *packed.failures), layout=layout
         )
-        done, kept = _choose(step, output, packed.lengths) if hosted.stage.is_last else (None, None)
+        done, kept = _choose(hosted, step, output, packed.lengths) if hosted.stage.is_last else (None, None)
         elapsed_s = self._pace.finish_timer(started)
         hosted.record_step(elapsed_s)
         # 3) add this stage's times to the step's header
@@ -148,39 +150,48 @@ class PackedRunner:
         hosted.sent_bytes += self._peers.send(hosted.next_name, onward, () if states is None else (states,))
 
 
-def _choose(step: PackedStep, logits: Tensor | None, lengths: Sequence[int]) -> tuple[PackedDone, Tensor | None]:
+def _choose(
+    hosted: HostedStage, step: PackedStep, output: Tensor | None, lengths: Sequence[int]
+) -> tuple[PackedDone, Tensor | None]:
     """Choose the tokens of the texts that have a choice; return the answer, and the logits that belong to it.
 
-    `lengths` are the numbers of tokens of the texts.
+    A text of which no token can be chosen fails, and ends here. `lengths` are the numbers of tokens of the texts.
     """
     # 1) find the logits of each text
-    last: list[int] = []  # from which a token is chosen
-    returned: list[int] = []
-    end = 0
-    for text in step.texts:
-        start, end = end, end + text.num_logits
-        if text.choice is not None:
-            last.append(end - 1)
-        if text.choice is None or text.choice.returns_logits:
-            returned += range(start, end)
+    rows = None if output is None else output[0]
+    ends = list(itertools.accumulate(text.num_logits for text in step.texts))
+    choosing = [place for place, text in enumerate(step.texts) if text.choice is not None]
     # 2) choose
-    chosen = ChosenTokens((), ())
-    rows = None if logits is None else logits[0]
-    if rows is not None and last:
+    chosen = ChosenTokens((), (), {})
+    if rows is not None and choosing:
+        choices = [step.texts[place].choice or TokenChoice() for place in choosing]
         chosen = choose_tokens(
-            rows[last],
-            [text.choice for text in step.texts if text.choice is not None],
-            [length for text, length in zip(step.texts, lengths, strict=True) if text.choice is not None],
+            rows[[ends[place] - 1 for place in choosing]], choices, [lengths[place] for place in choosing]
         )
+    failed = {choosing[index]: error for index, error in chosen.failed.items()}
+    failures = [
+        PackedFailure(session=step.texts[place].session, stage=step.stage, **describe_error(error))
+        for place, error in failed.items()
+    ]
+    for failure in failures:
+        hosted.end_session(failure.session)
+    # 3) answer for the others
+    left = [(text, end) for place, (text, end) in enumerate(zip(step.texts, ends, strict=True)) if place not in failed]
     done = PackedDone(
         model=step.model,
         number=step.number,
-        sessions=tuple(text.session for text in step.texts),
-        failures=step.failures,
+        sessions=tuple(text.session for text, _ in left),
+        failures=(*step.failures, *failures),
         tokens=chosen.tokens,
         logprobs=chosen.logprobs,
         timings=(),
     )
+    returned = [
+        row
+        for text, end in left
+        if text.choice is None or text.choice.returns_logits
+        for row in range(end - text.num_logits, end)
+    ]
     if rows is None or not returned:
         return done, None
     return done, rows if len(returned) == len(rows) else rows[returned]

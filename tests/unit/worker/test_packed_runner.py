@@ -209,6 +209,30 @@ def test_a_pass_that_fails_ends_all_its_sessions_and_no_other() -> None:
     assert worker.hosted().sessions.keys() == {3}
 
 
+NO_NUMBER = TokenChoice((ProcessorSpec("TemperatureLogitsWarper", (float("nan"),)),), seed=3)
+NO_PROCESSOR = TokenChoice((ProcessorSpec("TopKLogitsWarper", ("x", 0.0, 1)),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("choice", [NO_NUMBER, NO_PROCESSOR, TokenChoice(seed=2**64)])
+def test_a_text_of_which_no_token_can_be_chosen_fails_alone(choice: TokenChoice) -> None:
+    worker = Worker(is_last=True)
+    logits = torch.tensor([[[0.0, 1.0], [3.0, 2.0], [0.0, 1.0], [4.0, 5.0], [6.0, 7.0], [9.0, 8.0]]])
+    worker.receive(
+        packed(
+            text(1, choice=TokenChoice(returns_logprob=True)),
+            text(2, num_new=2, num_logits=2, choice=msgspec.structs.replace(choice, returns_logits=True)),
+            text(3, num_new=2, num_logits=2),
+            text(4, choice=TokenChoice(returns_logits=True)),
+        ),
+        logits,
+    )
+    to, done, (returned,) = worker.sent[-1]
+    assert (to, done.sessions, done.tokens, len(done.logprobs)) == (CALLER, (1, 3, 4), (1, 0), 1)
+    assert [(each.session, each.stage) for each in done.failures] == [(2, 0)]
+    assert torch.equal(returned, logits[0, 3:])
+    assert worker.hosted().sessions.keys() == {1, 3, 4}
+
+
 def test_a_stage_that_is_not_here_is_reported() -> None:
     worker = Worker()
     worker.receive(packed(text(1), plan_version=9))

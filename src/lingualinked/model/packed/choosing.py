@@ -5,7 +5,7 @@ Knows logits and choices; neither texts nor the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,10 +42,14 @@ _OF_SCORES = frozenset(
 
 
 class ChosenTokens(NamedTuple):
-    """The tokens that were chosen, in order, and the logarithms of the probabilities of those whose choices return them."""
+    """The tokens that were chosen, in order, and the logarithms of the probabilities of those whose choices return them.
+
+    ``failed`` says why none could be chosen, by the place of the choice.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    failed: Mapping[int, Exception]
 
 
 def describe_choice(processors: Iterable[LogitsProcessor]) -> tuple[ProcessorSpec, ...] | None:
@@ -62,26 +66,34 @@ def check_choice(choice: TokenChoice) -> None:
 
 
 def choose_tokens(logits: Tensor, choices: Sequence[TokenChoice], lengths: Sequence[int]) -> ChosenTokens:
-    """Choose a token for each row of logits ``[texts, vocabulary]``; no row affects the others.
+    """Choose a token for each row of logits ``[texts, vocabulary]``; no row affects the others, nor does one that fails.
 
     `lengths` are the numbers of tokens of the texts so far.
     """
     # 1) process each text's scores
     scores = logits.to(copy=True, dtype=torch.float32)
+    failed: dict[int, Exception] = {}
     for row, (choice, length) in enumerate(zip(choices, lengths, strict=True)):
         if choice.processors:
             ids = torch.zeros((1, length), dtype=torch.long, device=scores.device)
-            scores[row : row + 1] = build_processors(choice.processors)(ids, scores[row : row + 1])  # type: ignore[arg-type]
+            try:
+                scores[row : row + 1] = build_processors(choice.processors)(ids, scores[row : row + 1])  # type: ignore[arg-type]
+            except Exception as error:  # noqa: BLE001 - a setting that its text's owner made
+                failed[row] = error
     # 2) choose
     tokens: list[int] = scores.argmax(dim=-1).tolist()
     for row, choice in enumerate(choices):
-        if choice.seed is not None:
-            generator = torch.Generator(scores.device).manual_seed(choice.seed)
-            tokens[row] = int(torch.multinomial(scores[row].softmax(dim=-1), 1, generator=generator))
+        if choice.seed is not None and row not in failed:
+            try:
+                generator = torch.Generator(scores.device).manual_seed(choice.seed)
+                tokens[row] = int(torch.multinomial(scores[row].softmax(dim=-1), 1, generator=generator))
+            except Exception as error:  # noqa: BLE001 - scores of which none is a number, or all are excluded
+                failed[row] = error
     # 3) say how probable they were
-    returned = [row for row, choice in enumerate(choices) if choice.returns_logprob]
+    returned = [row for row, choice in enumerate(choices) if choice.returns_logprob and row not in failed]
     logprobs: list[float] = []
     if returned:
         places = torch.tensor([[tokens[row]] for row in returned], device=scores.device)
         logprobs = scores[returned].softmax(dim=-1).gather(1, places).log().squeeze(1).tolist()  # as transformers does
-    return ChosenTokens(tuple(tokens), tuple(logprobs))
+    chosen = tuple(token for row, token in enumerate(tokens) if row not in failed)
+    return ChosenTokens(chosen, tuple(logprobs), failed)

@@ -120,15 +120,18 @@ class BatchedGeneration:
         if warmup and not manager.warmed_up:
             manager.warmup()
         try:
-            manager.start()
-            yield manager
+            try:
+                manager.start()
+                yield manager
+            except Exception:
+                manager.stop(block=block, timeout=timeout)
+                raise
+            manager.stop(block=block, timeout=timeout, keep_for_next_session=persistent_manager)
         except Exception:
-            manager.stop(block=block, timeout=timeout)
             raise
-        except BaseException:  # nothing is left behind an interrupt
+        except BaseException:  # nothing is left behind an interrupt, also of the wait for the requests
             manager.stop(block=True, timeout=timeout, hard_stop=True)
             raise
-        manager.stop(block=block, timeout=timeout, keep_for_next_session=persistent_manager)
         if not persistent_manager:
             manager.destroy()
 

@@ -91,7 +91,7 @@ class RunningBatch:
         for each in (state, *children):
             try:
                 choice = self._chooser.begin(each.request_id, each.logit_processor_kwargs)
-            except (TypeError, ValueError) as error:  # as transformers checks them
+            except Exception as error:  # noqa: BLE001 - as transformers' processors check them, each in its way
                 self._fail(each, error)
                 continue
             request = Request(
@@ -207,7 +207,10 @@ class RunningBatch:
         token, logprob = reply.token, reply.logprob
         if token is None:
             assert reply.logits is not None
-            token, logprob = served.choice.choose(reply.logits[-1], served.request.ids)
+            try:
+                token, logprob = served.choice.choose(reply.logits[-1], served.request.ids)
+            except Exception as error:  # noqa: BLE001 - by settings of this request's own
+                return Outcome(error=error)
         state = served.state
         if state.status != RequestStatus.DECODING:
             state.status = RequestStatus.DECODING
