@@ -28,14 +28,25 @@ pytestmark = [
 
 NUM_INTERRUPTS = int(os.environ.get("LINGUALINKED_NUM_INTERRUPTS", "6"))
 SHARE = max(NUM_INTERRUPTS // 3, 1)
-VERBS = ("load", "generate", "rebalance", "profile", "hooks")
-LONGEST_S = {"load": 3.0, "generate": 0.5, "rebalance": 1.0, "profile": 2.0, "hooks": 1.0}
+LONGEST_S = {
+    "load": 3.0,
+    "generate": 0.5,
+    "run": 0.5,
+    "split": 0.7,
+    "chunks": 0.7,
+    "batch": 1.0,
+    "manager": 1.0,
+    "rebalance": 1.0,
+    "profile": 2.0,
+    "hooks": 1.0,
+}
 
 # What is interrupted never ends by itself; after it, nothing may be there that was not before.
 BEGIN = """
 import json, os, tempfile, threading, time
 import psutil, torch
 import lingualinked as ll
+from transformers import GenerationConfig
 
 def say(what):
     print(json.dumps(what), flush=True)
@@ -47,8 +58,28 @@ devices = [ll.Device(name=name, threads=1) for name in "ab"]
 def load():
     ll.ShardedModel.from_pretrained(path, devices=devices, plan="even").close()
 
-def generate():
-    model.generate(ids, max_new_tokens=60, do_sample=True, eos_token_id=None)
+def generate(prompt=ids, **arguments):
+    model.generate(prompt, **{"max_new_tokens": 60, "do_sample": True, "eos_token_id": None, **arguments})
+
+def run():
+    generate(do_sample=False, max_new_tokens=200)
+
+def split():
+    generate(ids.repeat(4, 1), num_microbatches=2)
+
+def chunks():
+    generate(ids.repeat(2, 40), max_new_tokens=5, prefill_chunk_size=8, num_microbatches=2)
+
+def batch():
+    prompts = [[1, 5, *range(17, 17 + length)] for length in range(6)]
+    model.generate_batch(prompts, GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1))
+
+def manager():
+    settings = GenerationConfig(max_new_tokens=40, do_sample=True, eos_token_id=-1)
+    with model.continuous_batching_context_manager(settings) as served:
+        names = [served.add_request([1, 5, 17 + index], streaming=index == 0) for index in range(4)]
+        for _ in served.request_id_iter(names[0]):
+            pass
 
 def rebalance():
     for plan in plans:
@@ -61,6 +92,10 @@ def hooks():
     layers = model.model.layers
     with layers[2].register_forward_hook(lambda *_: time.sleep(0.001)), ll.hook(layers[6].mlp, torch.neg, positions=-1):
         generate()
+
+def warm_up():
+    for verb in (generate, run, split, chunks, batch, manager, rebalance, profile, hooks):
+        verb()
 
 def held():
     names = sorted(thread.name for thread in threading.enumerate() if type(thread).__name__ != "TMonitor")
@@ -80,7 +115,7 @@ def left(before):
 
 SCRIPT = """
 with ll.ShardedModel.from_pretrained(path, devices=devices, plan=plans[0], progress=False) as model:
-    generate(), rebalance(), profile(), hooks()
+    warm_up()
     before = held()
     for verb in os.environ["VERBS"].split():
         say(["begin", verb])
@@ -106,6 +141,14 @@ def load() -> Iterator[None]:
 
 
 @pytest.fixture
+def verbs(moments: random.Random) -> list[str]:
+    """What each interrupt comes in: everything as often, in a random order, of which a few interrupts see a part."""
+    return [
+        verb for _ in range(SHARE // len(LONGEST_S) + 1) for verb in moments.sample(list(LONGEST_S), len(LONGEST_S))
+    ]
+
+
+@pytest.fixture
 def moments() -> random.Random:
     seed = int(os.environ.get("LINGUALINKED_SEED", random.randrange(10**6)))
     sys.stdout.write(f"LINGUALINKED_SEED={seed}" + "\n")
@@ -119,17 +162,17 @@ def show_progress(index: int) -> None:
 
 
 @pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
-def test_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random) -> None:
-    monkeypatch.setenv("VERBS", " ".join(VERBS[index % len(VERBS)] for index in range(SHARE)))
+def test_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random, verbs: list[str]) -> None:
+    monkeypatch.setenv("VERBS", " ".join(verbs[:SHARE]))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     with Script(BEGIN + SCRIPT, tmp_path) as script:
         for index in range(SHARE):
-            assert script.hear() == ["begin", VERBS[index % len(VERBS)]]
-            time.sleep(moments.uniform(0, LONGEST_S[VERBS[index % len(VERBS)]]))
+            assert script.hear() == ["begin", verbs[index]]
+            time.sleep(moments.uniform(0, LONGEST_S[verbs[index]]))
             script.process.send_signal(signal.SIGINT)
             outcome = script.hear()
-            assert outcome[:3] == ["interrupted", True, 0], (index, outcome)
+            assert outcome[:3] == ["interrupted", True, 0], (index, verbs[index], outcome)
             show_progress(index)
         assert script.hear() == ["tokens", 6]
         assert script.end() == 0
@@ -163,14 +206,18 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
 
 NOTEBOOK = """
 model = ll.ShardedModel.from_pretrained(path, devices=devices, plan=plans[0], progress=False)
-generate(), rebalance(), profile(), hooks()
+warm_up()
 before = held()
 """
 
 
 @pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
 def test_in_a_notebook(
-    jupyter_event_loop: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random
+    jupyter_event_loop: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moments: random.Random,
+    verbs: list[str],
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
@@ -178,7 +225,7 @@ def test_in_a_notebook(
     try:
         kernel.run(BEGIN + NOTEBOOK)
         for index in range(SHARE):
-            verb = VERBS[index % len(VERBS)]
+            verb = verbs[index]
             reply = kernel.interrupt(
                 f"print('begin', flush=True); go_on({verb!r})", moments.uniform(0, LONGEST_S[verb])
             )
