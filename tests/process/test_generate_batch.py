@@ -303,6 +303,12 @@ def test_what_can_not_be_done_is_refused_by_name(sharded: Any) -> None:
         manager.add_request([1], "taken", max_new_tokens=300, eos_token_id=-1)
         with pytest.raises(ll.ArgumentError, match="request_id='taken' is in use"):
             manager.add_request([1], "taken")
+        for priority in (None, "high", float("nan")):
+            with pytest.raises(ll.ArgumentError, match="must be an integer"):
+                manager.add_request([1], priority=priority)
+        manager.cancel_request(["taken"])
+        served = manager.add_request([1], max_new_tokens=1, streaming=True)
+        assert [each.error for each in manager.request_id_iter(served)] == [None]
         manager.stop(hard_stop=True)
         with pytest.raises(ll.ClosedError, match="takes no requests"):
             manager.add_request([1])

@@ -9,7 +9,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,7 +149,8 @@ class ShardedBatchingManager(ContinuousBatchingManager):
         Raises
         ------
         ArgumentError
-            If ids are missing, outside the vocabulary, or exceed the learned positions; if the request id is in use.
+            If ids are missing, outside the vocabulary, or exceed the learned positions; if the request id is in use, or the priority no
+            integer.
         ClosedError
             If the manager has stopped or failed, or the model is closed.
         queue.Full
@@ -157,6 +158,8 @@ class ShardedBatchingManager(ContinuousBatchingManager):
         """
         check_model(self.model)
         ids = self._check_ids(input_ids, max_new_tokens)
+        if not isinstance(priority, int):  # compared with those of others, in the manager's thread
+            raise ArgumentError(f"priority={priority!r} must be an integer")
         denied = self.background_thread_status.can_accept_new_requests()
         if denied is not None:
             cause = self.background_thread_status.fatal_error
@@ -218,7 +221,8 @@ class ShardedBatchingManager(ContinuousBatchingManager):
             for state in drain_queue(self.input_queue):
                 batch.add(state, self._priorities.get(state.request_id, 0))
             for request_id in drain_queue(self.cancel_queue):
-                batch.cancel(request_id)
+                if isinstance(request_id, Hashable):  # others name no request
+                    batch.cancel(request_id)
             if not batch.is_idle:
                 check_between_steps(self.model)
             is_paused = status.is_pause_requested()
