@@ -291,6 +291,25 @@ def test_what_can_not_be_done_is_refused_by_name(sharded: Any) -> None:
     for prompts, text in (([[]], "at least one id"), ([[1, 128]], "from 1 to 128"), ([["a"]], "token ids")):
         with pytest.raises(ll.ArgumentError, match=text):
             sharded.generate_batch(prompts, GREEDY)
+    for prompts, text in (([1, 2], "list of prompts, each a list of token ids"), (None, "list of prompts")):
+        with pytest.raises(ll.ArgumentError, match=text):
+            sharded.generate_batch(prompts, GREEDY)
+    with pytest.raises(ll.ArgumentError, match="number of new tokens"):
+        sharded.generate_batch([[1]], GREEDY, max_new_tokens="3")
+    for generation, settings, text in (
+        ({"max_new_tokens": 3}, None, "generation_config=.* is a dict: give a GenerationConfig"),
+        (GREEDY, {"num_blocks": 3}, "continuous_batching_config=.* is a dict"),
+        (
+            GenerationConfig(max_length=12, eos_token_id=2),
+            None,
+            "max_length=12 ends no request .*: give max_new_tokens",
+        ),
+        (GenerationConfig(eos_token_id=-1), None, "no text would ever end"),
+    ):
+        with pytest.raises(ll.ArgumentError, match=text):
+            sharded.generate_batch([[1]], generation, settings)
+    with pytest.raises(ll.ArgumentError, match="max_length=12"):
+        sharded.generate(torch.tensor([[1]]), cache_implementation="paged", max_length=12)
     with pytest.raises(ll.ArgumentError, match="unknown argument 'top_k' of generate_batch"):
         sharded.generate_batch([[1]], GREEDY, top_k=3)
     handle = sharded.lm_head.register_forward_hook(print)

@@ -20,6 +20,8 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.sharded.batching.manager import ShardedBatchingManager
+from lingualinked.sharded.batching.qualifying import check_ends, read_prompts
+from lingualinked.sharded.batching.settings import check_classes
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -67,6 +69,7 @@ class BatchedGeneration:
         ClosedError
             If the model is closed.
         """
+        check_classes(generation_config, continuous_batching_config)
         kept = vars(self).get("_cached_continuous_batching_manager")
         if isinstance(kept, ShardedBatchingManager):
             return kept
@@ -175,17 +178,18 @@ class BatchedGeneration:
             As `init_continuous_batching`.
         ArgumentError
             If a prompt is empty, has ids outside the vocabulary, or exceeds the learned positions; no request has begun then. If
-            another argument is given.
+            ``max_length`` is set without ``max_new_tokens``, nothing ends the texts, or another argument is given.
         """
         given = kwargs.pop("max_new_tokens", None)
         if kwargs:
             raise ArgumentError(
                 f"unknown argument {min(kwargs)!r} of generate_batch: settings go into generation_config="
             )
-        prompts = [list(each) for each in inputs]
+        check_classes(generation_config, continuous_batching_config)
+        generation = self.generation_config if generation_config is None else generation_config
+        prompts = read_prompts(inputs, given)
         if not prompts:
             return {}
-        generation = self.generation_config if generation_config is None else generation_config
         limit = generation.max_new_tokens if given is None else given
         num_each = generation.num_return_sequences or 1
         hints = WorkloadHints(
@@ -206,6 +210,7 @@ class BatchedGeneration:
             ) as manager,
             tqdm(total=hints.num_requests, disable=not progress_bar, unit="request") as bar,
         ):
+            check_ends(self, manager.generation_config, limit)
             request_ids = manager.add_requests(prompts, max_new_tokens=limit, record_timestamps=record_timestamps)
             while len(results) < hints.num_requests:
                 output = manager.get_result()
@@ -245,7 +250,12 @@ class BatchedGeneration:
         ids = ids if inputs is None else inputs
         if not isinstance(ids, Tensor) or ids.ndim not in (1, 2):
             raise ArgumentError("generate with cache_implementation='paged' needs input_ids of one or two dimensions")
-        config, model_kwargs = self._prepare_generation_config(given.arguments.get("generation_config"), **arguments)  # type: ignore[attr-defined]
+        settings = given.arguments.get("generation_config")
+        named = (each.max_length for each in (settings, self.generation_config) if each is not None)
+        has_max_length = any(length is not None for length in (arguments.get("max_length"), *named))
+        config, model_kwargs = self._prepare_generation_config(settings, **arguments)  # type: ignore[attr-defined]
+        if not has_max_length:
+            config.max_length = None  # transformers' default of 20, which its own continuous batching does not use
         self._validate_model_kwargs(model_kwargs)  # type: ignore[attr-defined]
         if (config.num_return_sequences or 1) != 1:
             raise UnsupportedOperationError(

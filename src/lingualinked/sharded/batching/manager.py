@@ -207,8 +207,7 @@ class ShardedBatchingManager(ContinuousBatchingManager):
         return found[0] if found else None
 
     def _check_ids(self, input_ids: Sequence[int], max_new_tokens: int | None) -> list[int]:
-        limit = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        return check_request(self.model, input_ids, limit)
+        return check_request(self.model, self.generation_config, input_ids, max_new_tokens)
 
     def serve(self, batch: RunningBatch) -> bool:
         """Do all that can be done now, in the manager's thread; return whether to go on."""

@@ -9,6 +9,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import GenerationConfig
+
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 
 # ruff: noqa: SLF001 - of the model that this is about
@@ -33,8 +35,35 @@ def check_between_steps(model: Any) -> None:
         raise UnsupportedOperationError(f"continuous batching of this sharded model: {reason}")
 
 
-def check_request(model: Any, input_ids: Sequence[int], max_new_tokens: int | None) -> list[int]:
-    """Return the ids of a prompt; raise ArgumentError if it can't be continued by so many tokens."""
+def read_prompts(inputs: Any, max_new_tokens: Any) -> list[list[int]]:
+    """Return the prompts of a batch as lists; what they contain is checked with each request."""
+    try:
+        if max_new_tokens is not None:
+            operator.index(max_new_tokens)
+        return [list(each) for each in inputs]
+    except TypeError as error:
+        raise ArgumentError(
+            f"generate_batch needs a list of prompts, each a list of token ids, and a number of new tokens: {error}"
+        ) from error
+
+
+def check_ends(model: Any, generation: GenerationConfig, max_new_tokens: int | None) -> None:
+    """Raise ArgumentError if nothing ends a text: no number of tokens, no end-of-sequence token, no learned positions."""
+    limit = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if limit is None and generation.eos_token_id in (None, -1) and model._positions is None:
+        raise ArgumentError("no text would ever end: give max_new_tokens, or an eos_token_id in generation_config")
+
+
+def check_request(
+    model: Any, generation: GenerationConfig, input_ids: Sequence[int], max_new_tokens: int | None
+) -> list[int]:
+    """Return the ids of a prompt; raise ArgumentError if it can't be continued by so many tokens; None: as many as ``generation`` says."""
+    if max_new_tokens is None:
+        max_new_tokens = generation.max_new_tokens
+        if max_new_tokens is None and generation.max_length is not None:
+            raise ArgumentError(
+                f"max_length={generation.max_length!r} ends no request of continuous batching, as in transformers: give max_new_tokens"
+            )
     try:
         ids = [operator.index(each) for each in input_ids]
         limit = 1 if max_new_tokens is None else operator.index(max_new_tokens)

@@ -51,6 +51,16 @@ class BatchSettings:
     max_text_tokens: int | None
 
 
+def check_classes(generation: object, config: object) -> None:
+    """Refuse what is no configuration, such as a dictionary."""
+    for name, value, expected in (
+        ("generation_config", generation, GenerationConfig),
+        ("continuous_batching_config", config, ContinuousBatchingConfig),
+    ):
+        if value is not None and not isinstance(value, expected):
+            raise ArgumentError(f"{name}={value!r} is a {type(value).__name__}: give a {expected.__name__}")
+
+
 def check_config(config: ContinuousBatchingConfig) -> None:
     """Refuse what has no sharded counterpart, and what is out of range."""
     for name, (is_set, reason) in _REFUSED.items():
