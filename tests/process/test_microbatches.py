@@ -100,7 +100,7 @@ def test_microbatches_go_on_by_themselves(sharded: Any, uncut: PreTrainedModel, 
     length = max(part.shape[1] for part in parts)
     padded = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
     assert torch.equal(ours.sequences, torch.cat(padded))
-    held = {part.num_tokens for part in ours.past_key_values.session.parts}
+    held = {each.num_tokens for each in ours.past_key_values.session.microbatches}
     assert held == {ours.sequences.shape[1] - 1}
     ended = torch.tensor([len(set(row) & {7, 30, 41}) > 0 for row in ours.sequences[:, 6:].tolist()])
     assert "eos_token_id" not in arguments or ended.sum() > 0

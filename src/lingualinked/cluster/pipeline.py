@@ -222,13 +222,13 @@ class Pipeline:
         """Open a session of microbatches of so many rows each, which follow each other through the stages."""
         opener = weakref.WeakMethod(self.open_session)  # so that a session does not keep the model loaded
 
-        def open_part(microbatch: int | None) -> Session:
+        def open_microbatch(microbatch: int | None) -> Session:
             open_session = opener()
             if open_session is None:
                 raise ClosedError("the model of this session is closed: load it again with from_pretrained")
             return open_session(max_cache_len, microbatch)
 
-        return SplitSession(sizes, self.independent_rows, open_part, self.kv_budget)
+        return SplitSession(sizes, self.independent_rows, open_microbatch, self.kv_budget)
 
     def open_session_like(self, session: AnySession) -> AnySession:
         """Open a session with as much room, split as another is."""

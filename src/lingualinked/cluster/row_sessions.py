@@ -150,7 +150,7 @@ class RowSessions:
         self._flights.popleft()
         return logits
 
-    def drop_parts(self, sizes: Sequence[int]) -> None:
+    def drop_microbatches(self, sizes: Sequence[int]) -> None:
         """Run as fewer microbatches from now on."""
         self.num_microbatches = len(sizes)
 

@@ -33,10 +33,10 @@ _PLAIN = StepOptions()
 
 
 class SplitSession:
-    """A session of several microbatches, with the face of a `Session`: ``parts``, and the number of rows of each, in order.
+    """A session of several microbatches, with the face of a `Session`: ``microbatches``, and ``sizes``, the rows of each, in order.
 
     What needs all rows together, such as hooks and orders of rows across microbatches, makes one session of them, which it
-    then stays: `parts` has one element. So does an order that leaves a microbatch fewer than ``least_rows`` rows.
+    then stays: `microbatches` has one element. So does an order that leaves a microbatch fewer than ``least_rows`` rows.
     """
 
     def __init__(
@@ -44,54 +44,54 @@ class SplitSession:
     ) -> None:
         self.sizes = tuple(sizes)
         self.least_rows = least_rows
-        self.parts = [open_session(index) for index in range(len(sizes))]
+        self.microbatches = [open_session(index) for index in range(len(sizes))]
         self._open_session = open_session
         self._budget = budget
 
     @property
     def max_cache_len(self) -> int:
         """Tokens per row for which there is room from the first step on; 0: it grows."""
-        return self.parts[0].max_cache_len
+        return self.microbatches[0].max_cache_len
 
     @property
     def num_microbatches(self) -> int:
         """Microbatches that its rows run as."""
-        return len(self.parts)
+        return len(self.microbatches)
 
     @property
     def num_rows(self) -> int:
         """Rows whose KV is held."""
-        return sum(part.num_rows for part in self.parts)
+        return sum(each.num_rows for each in self.microbatches)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of each row whose KV is held."""
-        return self.parts[0].num_tokens
+        return self.microbatches[0].num_tokens
 
     @property
     def kv_has_gradients(self) -> bool:
         """Whether tokens of its KV were computed in steps with gradients."""
-        return any(part.kv_has_gradients for part in self.parts)
+        return any(each.kv_has_gradients for each in self.microbatches)
 
     @property
     def kv_age(self) -> KVAge:
         """Whether its KV was made before the model was changed."""
-        return self.parts[0].kv_age
+        return self.microbatches[0].kv_age
 
     @property
     def last_step(self) -> StepSample | None:
         """Timings of the last step of the last microbatch."""
-        return self.parts[-1].last_step
+        return self.microbatches[-1].last_step
 
     @property
     def stepping_thread(self) -> int | None:
         """The thread that runs the hooks of a step now."""
-        return self.parts[0].stepping_thread
+        return self.microbatches[0].stepping_thread
 
     @property
     def ended(self) -> bool:
         """Whether the session has been ended."""
-        return any(part.ended for part in self.parts)
+        return any(each.ended for each in self.microbatches)
 
     def step(
         self,
@@ -118,8 +118,8 @@ class SplitSession:
         needs_all = options.hooks is not None or options.instruments is not None or options.gradients is not None
         if needs_all or len(inputs) != sum(self.sizes):
             self.join()
-        if len(self.parts) == 1:
-            return self.parts[0].start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
+        if len(self.microbatches) == 1:
+            return self.microbatches[0].start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
         # 1) count the KV of all microbatches, or of none
         run = options.run
         if options.keeps_kv:
@@ -129,11 +129,11 @@ class SplitSession:
         # 2) send their steps
         flights: list[StepInFlight] = []
         try:
-            for part, rows in zip(self.parts, self._slices(), strict=True):
+            for microbatch, rows in zip(self.microbatches, self._slices(), strict=True):
                 mask, positions = (_rows_of(each, rows) for each in (attention_mask, position_ids))
                 own_run = run and run.of_rows(rows.start, rows.stop)
                 own = dataclasses.replace(options, adapters=_adapters_of(options.adapters, rows), run=own_run)
-                flights.append(part.start_step(inputs[rows], mask, positions, logits_to_keep, own))
+                flights.append(microbatch.start_step(inputs[rows], mask, positions, logits_to_keep, own))
         except BaseException as error:
             if flights or not isinstance(error, KVCapacityError):
                 self.end()
@@ -143,7 +143,7 @@ class SplitSession:
 
     def _hold_kv(self, num_new: int, most_steps: int) -> int:
         """Count the KV of all microbatches for a step and those behind it in a run; return for how many steps there is room."""
-        numbers = [part._number for part in self.parts]  # noqa: SLF001 - within the room
+        numbers = [each._number for each in self.microbatches]  # noqa: SLF001 - within the room
         for num_steps in sorted({1, most_steps}, reverse=True):
             num_tokens = self.max_cache_len or self.num_tokens + num_new + num_steps - 1
             try:
@@ -160,56 +160,56 @@ class SplitSession:
 
     def finish_silent_steps(self) -> None:
         """Finish the steps in flight that want no logits."""
-        for part in self.parts:
-            part.finish_silent_steps()
+        for each in self.microbatches:
+            each.finish_silent_steps()
 
-    def drop_parts(self, sizes: Sequence[int]) -> None:
+    def drop_microbatches(self, sizes: Sequence[int]) -> None:
         """Run as fewer microbatches, of so many rows each, from the first step on."""
-        for part in self.parts[len(sizes) :]:
-            part.end()
-        self.parts, self.sizes = self.parts[: len(sizes)], tuple(sizes)
+        for each in self.microbatches[len(sizes) :]:
+            each.end()
+        self.microbatches, self.sizes = self.microbatches[: len(sizes)], tuple(sizes)
 
     def join(self) -> None:
         """Make one session of all microbatches; it ends if that fails."""
-        if len(self.parts) == 1:
+        if len(self.microbatches) == 1:
             return
         self.finish_silent_steps()
-        parts, joined = self.parts, self._open_session(None)
+        microbatches, joined = self.microbatches, self._open_session(None)
         try:
-            join_rows(parts, joined)
+            join_rows(microbatches, joined)
         except BaseException:
             joined.end()
             raise
         finally:
-            for part in parts:
-                part.end()
-            self.parts, self.sizes = [joined], (sum(self.sizes),)
+            for each in microbatches:
+                each.end()
+            self.microbatches, self.sizes = [joined], (sum(self.sizes),)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the KV rows ``rows`` (int64 ``[new rows]``), each microbatch its own where the order allows that."""
-        chosen = [rows[(rows >= part.start) & (rows < part.stop)] - part.start for part in self._slices()]
+        chosen = [rows[(rows >= own.start) & (rows < own.stop)] - own.start for own in self._slices()]
         is_in_order = torch.equal(
-            torch.cat([each + part.start for each, part in zip(chosen, self._slices(), strict=True)]), rows
+            torch.cat([each + own.start for each, own in zip(chosen, self._slices(), strict=True)]), rows
         )
         if not is_in_order or min(map(len, chosen)) < max(1, self.least_rows):
             self.join()
             chosen = [rows]
-        for part, own in zip(self.parts, chosen, strict=True):
-            part.reorder(own)
+        for each, own in zip(self.microbatches, chosen, strict=True):
+            each.reorder(own)
         self.sizes = tuple(map(len, chosen))
 
     def crop(self, num_tokens: int) -> None:
         """Forget the last ``num_tokens`` tokens, as `Session.crop` does."""
-        for part in self.parts:
-            part.crop(num_tokens)
+        for each in self.microbatches:
+            each.crop(num_tokens)
 
     def copy_to(self, other: SplitSession) -> None:
         """Make a session of as many microbatches that has just been opened go on from here, as `Session.copy_to` does."""
-        if len(self.parts) == 1:
+        if len(self.microbatches) == 1:
             other.join()
         try:
-            for part, copied in zip(self.parts, other.parts, strict=True):
-                part.copy_to(copied)
+            for each, copied in zip(self.microbatches, other.microbatches, strict=True):
+                each.copy_to(copied)
         except BaseException:
             other.end()
             raise
@@ -217,18 +217,18 @@ class SplitSession:
 
     def record_past(self, on: bool) -> None:
         """Make sliding layers keep what a later crop may need, or stop keeping it."""
-        for part in self.parts:
-            part.record_past(on)
+        for each in self.microbatches:
+            each.record_past(on)
 
     def reserve(self, num_tokens: int) -> None:
         """Reserve room for so many tokens per row in all, and for no more, where the KV grows."""
-        for part in self.parts:
-            part.reserve(num_tokens)
+        for each in self.microbatches:
+            each.reserve(num_tokens)
 
     def end(self) -> None:
         """Free the session's KV in every stage."""
-        for part in self.parts:
-            part.end()
+        for each in self.microbatches:
+            each.end()
 
 
 class SplitStep:

@@ -139,7 +139,7 @@ class ShardedCache(Cache):
     def split_before_step(self, sizes: Sequence[int]) -> None:
         """Make fewer microbatches of rows that none has, yet."""
         if sizes and not self.is_initialized and not isinstance(self.session, Session):
-            self.session.drop_parts(sizes)
+            self.session.drop_microbatches(sizes)
 
     @property
     def batch_size(self) -> int:

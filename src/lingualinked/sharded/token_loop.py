@@ -96,11 +96,9 @@ class TokenLoop:
         loop = cls(model, given, specs, cache)
         if loop._pads and (not len(loop._eos) or config._pad_token_tensor is None):  # noqa: SLF001
             return None
-        if (
-            loop._pads and not 0 <= loop._pad < model.config.get_text_config().vocab_size
-        ):  # no token that a stage may send
-            return None
-        is_split = isinstance(cache.session, SplitSession) and len(cache.session.parts) > 1
+        if loop._pads and not 0 <= loop._pad < model.config.get_text_config().vocab_size:
+            return None  # it is no token that a stage may send
+        is_split = isinstance(cache.session, SplitSession) and len(cache.session.microbatches) > 1
         needs_undo = (
             config.do_sample
             or loop._calls_user

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +99,7 @@ class LocalSession:
 
     max_cache_len = 0
     stepping_thread = None
+    num_microbatches = 1
     kv_has_gradients = False
 
     def __init__(self, model: Any) -> None:
@@ -180,11 +181,12 @@ class LocalPipeline:
         self.edits = LocalEdits(model)
         self.weights = SimpleNamespace(read=lambda _, name, *__: model.get_parameter_or_buffer(name).detach().clone())
         self.plan = SimpleNamespace(stages=[SimpleNamespace(end=model.config.num_hidden_layers)], devices=("a",))
+        self.spec = SimpleNamespace(batch_invariant=False)
 
     def check_open(self) -> None:
         pass
 
-    def open_session(self, _max_cache_len: int = 0) -> LocalSession:
+    def open_batch(self, _sizes: Sequence[int] = (), _max_cache_len: int = 0) -> LocalSession:
         return LocalSession(self._model)
 
 
