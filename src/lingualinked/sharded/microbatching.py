@@ -59,10 +59,10 @@ class Batch:
         plan = pipeline.plan
         num_devices = len(plan.devices)
         least_rows = pipeline.independent_rows
-        most = min(self.num_rows // self.num_together, MOST_PER_DEVICE * num_devices, most or self.num_rows)
-        num_sessions = 1 + pipeline.num_sessions_in_use
         if num_devices == 1 or not least_rows or self.num_rows < 2 * least_rows:
             return (self.num_rows,)
+        most = min(self.num_rows // self.num_together, MOST_PER_DEVICE * num_devices, most or self.num_rows)
+        num_sessions = 1 + pipeline.num_sessions_in_use
         exact = [number for number in range(1, most + 1) if number == 1 or self._is_exact(number, least_rows)]
         if plan.profile is None or not knows_rows(plan.profile):
             fitting = 1 if in_lockstep else max(1, num_devices // num_sessions)

@@ -129,6 +129,9 @@ class LocalSession:
         self.num_rows, self.num_tokens = ids.shape[0], self.num_tokens + ids.shape[1]
         return output.logits, {name: output[name] for name in options.records}
 
+    def drop_microbatches(self, sizes: Sequence[int]) -> None:
+        pass
+
     def reserve(self, num_tokens: int) -> None:
         pass
 
