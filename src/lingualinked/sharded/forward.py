@@ -24,9 +24,10 @@ from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.adapters.model_adapters import Adapters
-from lingualinked.sharded.asked_run import asked_run, step_as_asked
 from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions
+from lingualinked.sharded.generating.asked_run import asked_run, step_as_asked
+from lingualinked.sharded.generating.prefill import PipelinedPrefill, options_of_chunk
 from lingualinked.sharded.generation import ShardedGeneration
 from lingualinked.sharded.given_cache import GivenCache, check_empty, max_cache_len_of
 from lingualinked.sharded.gradients import StepGradients
@@ -45,7 +46,6 @@ from lingualinked.sharded.instruments.in_force import OpenBlocks
 from lingualinked.sharded.layer_surgery import LayerSurgery
 from lingualinked.sharded.model_code import ModelCode, check_observers
 from lingualinked.sharded.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
-from lingualinked.sharded.prefill import PipelinedPrefill, options_of_chunk
 from lingualinked.sharded.sealed_config import SealedConfig
 from lingualinked.sharded.sealing import Seal, SealedModel
 from lingualinked.sharded.stand_in_class import make_stand_in

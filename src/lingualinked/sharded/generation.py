@@ -22,12 +22,12 @@ from lingualinked.interrupts import interruptible
 from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.batching.batched_generation import BatchedGeneration
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
+from lingualinked.sharded.generating.microbatching import Batch, check_num_microbatches
+from lingualinked.sharded.generating.prefill import check_chunk_size
+from lingualinked.sharded.generating.random_loans import drawing_here
+from lingualinked.sharded.generating.token_loop import LoopArguments, TokenLoop
 from lingualinked.sharded.given_cache import GivenCache, adopt, check_empty
 from lingualinked.sharded.inputs import check_prompt
-from lingualinked.sharded.microbatching import Batch, check_num_microbatches
-from lingualinked.sharded.prefill import check_chunk_size
-from lingualinked.sharded.random_loans import drawing_here
-from lingualinked.sharded.token_loop import LoopArguments, TokenLoop
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline

@@ -31,9 +31,9 @@ from lingualinked.cluster.split_session import SplitSession
 from lingualinked.model.sampling.processor_data import ProcessorSpec
 from lingualinked.model.sampling.processors import describe_processors
 from lingualinked.model.torch_settings import read_torch_settings
-from lingualinked.sharded.asked_run import AskedRun, asking
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache
-from lingualinked.sharded.random_loans import RandomLoan
+from lingualinked.sharded.generating.asked_run import AskedRun, asking
+from lingualinked.sharded.generating.random_loans import RandomLoan
 
 _MOST_STEPS = 64  # of one run, so that room for KV is not held for long
 _STREAMERS = (TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer, type(None))

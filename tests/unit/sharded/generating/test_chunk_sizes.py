@@ -9,7 +9,7 @@ import pytest
 
 import lingualinked as ll
 from histories import timing
-from lingualinked.sharded.chunk_sizes import ChunkSizes, stage_times
+from lingualinked.sharded.generating.chunk_sizes import ChunkSizes, stage_times
 from lingualinked.telemetry.samples import StepSample
 from profiles import profile
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lingualinked.errors import ArgumentError
 from lingualinked.sharded.cache import ShardedCache
-from lingualinked.sharded.chunk_sizes import ChunkSizes
+from lingualinked.sharded.generating.chunk_sizes import ChunkSizes
 from lingualinked.sharded.inputs import LearnedPositions, check_inputs
 
 if TYPE_CHECKING:
