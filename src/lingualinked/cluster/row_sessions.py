@@ -274,8 +274,16 @@ class RowsInFlight:
         logits = known[0].new_zeros((len(self._texts), self._num_kept, known[0].shape[-1]))
         for place, (text, own) in enumerate(zip(self._texts, found, strict=True)):
             if own:
-                logits[place, text.places] = torch.cat(own)[text.kept]
+                logits[place, _as_slice(text.places)] = torch.cat(own)[_as_slice(text.kept)]
         return logits
+
+
+def _as_slice(indices: Tensor) -> Tensor | slice:
+    """Return the slice of rising indices without a gap, if they are one: torch shares a selection by indices out among threads."""
+    if not len(indices):
+        return indices
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if torch.equal(indices, torch.arange(first, last + 1)) else indices
 
 
 def _pieces(
