@@ -25,7 +25,7 @@ SPANS = [("a", 0, 2), ("b", 2, 3)]
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = LlamaConfig(
         hidden_size=64,
-        intermediate_size=160,
+        intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -131,7 +131,7 @@ class Stage:
         if self.device.type != "cpu":
             return Rounding(self.device.type, 0)
         rounding = probe_rounding(self._config.dtype, torch.get_num_threads(), find_groups(self._model))
-        return rounding if keeps_rows_apart(self._model) else Rounding(rounding.fingerprint, 0)
+        return rounding if keeps_rows_apart(self._model, self._config.dtype) else Rounding(rounding.fingerprint, 0)
 
     def find_weight(self, name: str) -> Tensor | None:
         """Return a parameter of the whole model (of tied ones, the source), or None if the stage does not hold it."""

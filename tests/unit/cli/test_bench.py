@@ -60,7 +60,8 @@ def test_gains_are_above_one_where_the_first_side_is_better() -> None:
     assert list(times.gain("theirs").values) == [0.5, 0.25]
 
 
-def test_a_report_is_a_table_and_json() -> None:
+def test_a_report_is_a_table_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     measured = Measurement(
         what="decode",
         unit="tokens/s",

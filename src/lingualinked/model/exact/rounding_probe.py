@@ -23,7 +23,10 @@ from lingualinked.rounding import Rounding
 _NUM_ROWS = 32
 _NUM_TEXTS = 12  # rows of attention
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16)  # rows of the parts whose bits are compared with those of the whole
-_VECTOR = 32  # elements that are computed at once at most; what is left over at the end is computed by other functions
+VECTOR_BYTES = (
+    128  # computed at once at most, in two registers; what is left over at the end is computed by other functions
+)
+_VECTOR = 32  # elements of float32
 _SHAPES = ((2100, 40), (32, 96), (96, 32), (300, 200))  # inputs, one more than are added up in one piece; outputs
 _NUM_HEADS, _HEAD_SIZE = 2, 64  # with a single one, torch shares out a single row among threads in another way
 
@@ -53,20 +56,20 @@ def probe_rounding(
     return Rounding(digest.hexdigest()[:16], least if least <= _COUNTS[-3] else 0)  # three counts have to confirm it
 
 
-def fills_vectors(model: nn.Module) -> bool:
-    """Say whether no row of what a model computes ends within a vector: then a row's place does not change its bits."""
+def fills_vectors(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Say whether no row of what a model computes in a dtype ends within a vector: then a row's place does not change its bits."""
     sizes = [parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1]
     sizes += [module.in_features for module in model.modules() if isinstance(module, PackedLinear)]  # no parameter
-    return all(size % _VECTOR == 0 for size in sizes)
+    return all(size * dtype.itemsize % VECTOR_BYTES == 0 for size in sizes)
 
 
-def keeps_rows_apart(model: nn.Module) -> bool:
-    """Say whether a model computes each row with as many others as the batch has, wherever it is in the batch.
+def keeps_rows_apart(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Say whether a model computes each row, in a dtype, with as many others as the batch has, wherever it is in the batch.
 
     Experts do not: each computes with as many rows as happen to come to it.
     """
     has_experts = any(path.rpartition(".")[2] == "experts" for path, _ in model.named_modules())
-    return not has_experts and fills_vectors(model)
+    return not has_experts and fills_vectors(model, dtype)
 
 
 def find_groups(model: nn.Module) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from lingualinked.model.exact.bits import have_equal_bits
 from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.exact.product_probe import MIN_ELEMENTS, PROBED_ELEMENTS
 from lingualinked.model.exact.products import BLOCK_OUTPUTS, absorbing_product, cancelling_product
+from lingualinked.model.exact.rounding_probe import VECTOR_BYTES
 from lingualinked.model.hf_internals.computing import torch_attention
 from lingualinked.model.torch_settings import one_thread
 
@@ -28,9 +29,6 @@ _MANY = (*_COUNTS, 511, 512, 513, 640, 768, 1000, 1024, 1025, 1536)
 _NUM_DISTINCT = 64  # rows of the products, which others repeat
 _NEW_AND_HELD = ((1, 0), (1, 7), (1, 40), (1, 600), (2, 0), (7, 0), (33, 0), (200, 0), (3, 45), (7, 520), (88, 600))
 _SPARES = (0, 1, 3, 14)  # tokens beside those of a text
-_VECTOR_BYTES = (
-    128  # that torch computes at once at most, in two registers; what is left over is computed by other functions
-)
 _LEFT_OVER = 31  # elements that fill no vector
 
 
@@ -94,7 +92,7 @@ def has_free_attention(dtype: torch.dtype, num_heads: int, num_key_heads: int, h
 
 def has_free_elements(function: Callable[[Tensor], Tensor], dtype: torch.dtype, size: int, num_threads: int) -> bool:
     """Probe whether an element of rows of `size` has the same bits wherever it is, and whichever thread computes it."""
-    shares = _VECTOR_BYTES // dtype.itemsize * math.lcm(*range(1, num_threads + 1))
+    shares = VECTOR_BYTES // dtype.itemsize * math.lcm(*range(1, num_threads + 1))
     if not size % shares:
         return True  # no vector is cut
     if dtype.itemsize == 2:
