@@ -56,14 +56,15 @@ def probe_rounding(
     return Rounding(digest.hexdigest()[:16], least if least <= _COUNTS[-3] else 0)  # three counts have to confirm it
 
 
-def fills_vectors(model: nn.Module, dtype: torch.dtype) -> bool:
+def fills_vectors(model: nn.Module, dtype: object) -> bool:
     """Say whether no row of what a model computes in a dtype ends within a vector: then a row's place does not change its bits."""
+    assert isinstance(dtype, torch.dtype), "a config may name it"
     sizes = [parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1]
     sizes += [module.in_features for module in model.modules() if isinstance(module, PackedLinear)]  # no parameter
     return all(size * dtype.itemsize % VECTOR_BYTES == 0 for size in sizes)
 
 
-def keeps_rows_apart(model: nn.Module, dtype: torch.dtype) -> bool:
+def keeps_rows_apart(model: nn.Module, dtype: object) -> bool:
     """Say whether a model computes each row, in a dtype, with as many others as the batch has, wherever it is in the batch.
 
     Experts do not: each computes with as many rows as happen to come to it.
