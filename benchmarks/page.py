@@ -24,16 +24,16 @@ _LLAMA_CPP = "llama.cpp"
 _UNCUT = "uncut-1,uncut-2"
 
 RUNS = {
-    "decode-160m": f"decode 160m --rows 1 --rows 16 --new-tokens 64 --against {_UNCUT},one-step,{_LLAMA_CPP}",
-    "decode-1b": f"decode 1b --rows 1 --rows 16 --new-tokens 24 --against uncut-2,{_LLAMA_CPP} --repeats 2",
+    "decode-160m": f"decode 160m --plan even --rows 1 --rows 16 --new-tokens 64 --against {_UNCUT},one-step,{_LLAMA_CPP}",
+    "decode-1b": f"decode 1b --plan even --rows 1 --rows 16 --new-tokens 24 --against uncut-2,{_LLAMA_CPP} --repeats 2",
     "decode-bloom": "decode bloom-560m --prompt-tokens 64 --new-tokens 32 --against lingualinked --repeats 2",
     "offload-bloom": "decode bloom-560m --new-tokens 8 --dtype float32 --against accelerate --repeats 1",
-    "prefill-160m": f"prefill 160m --tokens 512 --tokens 1024 --against {_UNCUT},{_LLAMA_CPP}",
-    "prefill-1b": f"prefill 1b --tokens 512 --tokens 1024 --against uncut-2,{_LLAMA_CPP} --repeats 1",
-    "throughput-160m": f"throughput 160m --against uncut-2,{_LLAMA_CPP}",
-    "throughput-1b": f"throughput 1b --new-tokens 16 --against uncut-2,{_LLAMA_CPP} --repeats 2",
-    "throughput-slow": "throughput 160m --devices 4 --slowdown 4 --sessions 8 --against none --repeats 2",
-    "load-160m": "load 160m --repeats 1",
+    "prefill-160m": f"prefill 160m --plan even --tokens 512 --tokens 1024 --against {_UNCUT},{_LLAMA_CPP}",
+    "prefill-1b": f"prefill 1b --plan even --tokens 512 --tokens 1024 --against uncut-2,{_LLAMA_CPP} --repeats 1",
+    "throughput-160m": f"throughput 160m --plan even --against uncut-2,{_LLAMA_CPP}",
+    "throughput-1b": f"throughput 1b --plan even --new-tokens 16 --against uncut-2,{_LLAMA_CPP} --repeats 2",
+    "throughput-slow": "throughput 160m --plan even --devices 4 --slowdown 4 --sessions 8 --against none --repeats 2",
+    "load-160m": "load 160m --plan even --repeats 1",
     "overhead": "overhead --steps 2000",
     "memory": "memory sample",
 }
