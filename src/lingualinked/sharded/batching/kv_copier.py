@@ -51,9 +51,7 @@ def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:
         source, target, num_tokens, end = job
         try:
             if not source.kv_age.is_before_edit:  # else it would be of another model than the rest of the text
-                source.copy_to(target)
-                if target.num_tokens > num_tokens:
-                    target.crop(target.num_tokens - num_tokens)
+                source.copy_to(target, min(num_tokens, source.num_tokens))
         except LingualinkedError as error:
             logger.debug("KV of a common beginning was not copied, so that it is computed: %s", error)
         end(target.num_tokens == num_tokens and not target.ended)
