@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lingualinked as ll
 from lingualinked.cli.repeats import Repeats
-from lingualinked.cluster import file_supplies
+from lingualinked.cluster.weights import file_supplies
 from lingualinked.console import new_console
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weight_files.describing import describe_contents

@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 import lingualinked as ll
-from lingualinked.cluster import file_supplies
 from lingualinked.cluster.cluster import Cluster
+from lingualinked.cluster.weights import file_supplies
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weight_files.describing import describe_contents
 from lingualinked.protocol.boot import Boot, WeightFolders

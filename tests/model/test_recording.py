@@ -13,8 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 from conversations import load_stage, load_stages, prompt, spec_of
 from families import FAMILIES, reference
-from lingualinked.cluster.recorded import DueRecords, Recorded, RecordedPart, recorded_sizes
 from lingualinked.cluster.route import Route
+from lingualinked.cluster.steps.recorded import DueRecords, Recorded, RecordedPart, recorded_sizes
 from lingualinked.model.kv_cache import StageCache
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stage import Stage

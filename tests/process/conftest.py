@@ -27,12 +27,20 @@ from accelerators import device, on_accelerator
 from families import VOCABULARY
 from lingualinked import disk_cache
 from lingualinked.processes.fork_server import fork_servers
+from lingualinked.sharded.generating import random_loans
 
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements are trusted, whatever else this machine computes while tests run."""
-    monkeypatch.setattr("lingualinked.cluster.profiling.find_doubt", lambda *_: "")
+    monkeypatch.setattr("lingualinked.cluster.measuring.profiling.find_doubt", lambda *_: "")
+
+
+@pytest.fixture(autouse=True)
+def no_loan_outlives_its_loop() -> Iterator[None]:
+    """Fail a test that leaves the random numbers on loan: no later run of this process could sample on its stages."""
+    yield
+    assert not random_loans._loans
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ import torch
 
 import lingualinked as ll
 from daemons import Daemons, running_daemons
-from lingualinked.cluster import file_supplies
+from lingualinked.cluster.weights import file_supplies
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weight_files.describing import describe_contents
 from lingualinked.model.weight_files.weight_cache import WeightCache

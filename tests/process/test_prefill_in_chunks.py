@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import lingualinked as ll
 from families import reference, save_tiny
-from lingualinked.cluster.session import Session
+from lingualinked.cluster.sessions.session import Session
 from lingualinked.telemetry.perfetto import trace_of
 from waiting import num_sessions, wait_until
 

@@ -21,9 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lingualinked as ll
 from families import reference, save_tiny
-from lingualinked.cluster import profiling
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.profiling import measured_spans
+from lingualinked.cluster.measuring import profiling
+from lingualinked.cluster.measuring.profiling import measured_spans
 from lingualinked.cluster_file import ClusterDescription
 from lingualinked.cluster_file_writer import write_cluster_file
 from lingualinked.model.footprint import Footprint

@@ -15,7 +15,7 @@ import accelerators
 import lingualinked as ll
 from accelerators import embed
 from families import reference, save_tiny, tiny_config
-from lingualinked.cluster.recorded import RecordedPart
+from lingualinked.cluster.steps.recorded import RecordedPart
 from waiting import num_sessions, wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]

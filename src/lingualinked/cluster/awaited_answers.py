@@ -5,7 +5,7 @@ Knows messages, roles and what is pending; neither mailboxes nor what an answer 
 
 from __future__ import annotations
 
-from lingualinked.cluster.pending import Key, Pending, PendingAnswers
+from lingualinked.cluster.steps.pending import Key, Pending, PendingAnswers
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.failures import RequestFailed, StepFailed
 from lingualinked.protocol.hooking import HookReached

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 from lingualinked.cluster.closing import close_all, shut_down
 from lingualinked.cluster.devices import check_added_device, check_relays, check_throttled, describe_cluster
 from lingualinked.cluster.emulation import delayed_from, emulated_link, emulation_of
-from lingualinked.cluster.on_ray import OnRay
-from lingualinked.cluster.pending import result_of, results_of
+from lingualinked.cluster.ray.on_ray import OnRay
+from lingualinked.cluster.steps.pending import result_of, results_of
 from lingualinked.cluster.workers import ClusterWorkers
 from lingualinked.cluster_file import Devices
 from lingualinked.device import CALLER, Device, Links, check_links
@@ -33,7 +33,7 @@ from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, check
 
 if TYPE_CHECKING:
     from lingualinked.cluster.engine import Engine
-    from lingualinked.cluster.ray_placement import RayPlacement
+    from lingualinked.cluster.ray.ray_placement import RayPlacement
     from lingualinked.telemetry.endpoint import MetricsEndpoint
     from lingualinked.telemetry.recorder import Recorder
 

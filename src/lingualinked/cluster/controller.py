@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.inspection import attribute_report, request_report
-from lingualinked.cluster.pending import result_of, settle
 from lingualinked.cluster.route import Routes
+from lingualinked.cluster.steps.pending import result_of, settle
 from lingualinked.control.events import (
     DeviceLost,
     Event,

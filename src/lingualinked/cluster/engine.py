@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lingualinked.cluster.exchange import Exchange, closed
 from lingualinked.cluster.failures import renewed
-from lingualinked.cluster.file_sharing import SharedLoad
-from lingualinked.cluster.pending import Pending, settle
-from lingualinked.cluster.reach import Reach, RemoteHost
+from lingualinked.cluster.measuring.reach import Reach, RemoteHost
 from lingualinked.cluster.remote.locating import resolve_advertised
-from lingualinked.cluster.step_reply import RunStart
+from lingualinked.cluster.steps.pending import Pending, settle
+from lingualinked.cluster.steps.step_reply import RunStart
+from lingualinked.cluster.weights.file_sharing import SharedLoad
 from lingualinked.device import CALLER, Link
 from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from lingualinked.cluster.awaited_answers import answer_key, check_answer, find_role, pending_key
 from lingualinked.cluster.failures import error_of
-from lingualinked.cluster.file_sharing import FileSharing
 from lingualinked.cluster.introductions import Introduction, Introductions
-from lingualinked.cluster.packed_reply import PackedAnswer
-from lingualinked.cluster.pending import Key, Pending, PendingAnswers
-from lingualinked.cluster.reach import Reach, RemoteHost
-from lingualinked.cluster.recorded import RecordedPart
+from lingualinked.cluster.measuring.reach import Reach, RemoteHost
+from lingualinked.cluster.packed.packed_reply import PackedAnswer
 from lingualinked.cluster.remote_text import RemoteLog, readable_environment
-from lingualinked.cluster.step_reply import HookEvent, RunReply, RunStart, StepReply
+from lingualinked.cluster.steps.pending import Key, Pending, PendingAnswers
+from lingualinked.cluster.steps.recorded import RecordedPart
+from lingualinked.cluster.steps.step_reply import HookEvent, RunReply, RunStart, StepReply
+from lingualinked.cluster.weights.file_sharing import FileSharing
 from lingualinked.device import CALLER
 from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, ProtocolError, WorkerDiedError

@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.pending import results_of
+from lingualinked.cluster.steps.pending import results_of
 from lingualinked.protocol.messages import InspectWorker, WorkerReport
 
 

@@ -13,13 +13,13 @@ import weakref
 from typing import cast
 
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.invariance_check import check_invariance
-from lingualinked.cluster.pending import results_of
-from lingualinked.cluster.remote_adapters import RemoteAdapters
+from lingualinked.cluster.measuring.invariance_check import check_invariance
 from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.session import Session
-from lingualinked.cluster.stage_loading import request_stages
-from lingualinked.cluster.tensor_edits import TensorEdits
+from lingualinked.cluster.sessions.session import Session
+from lingualinked.cluster.steps.pending import results_of
+from lingualinked.cluster.weights.remote_adapters import RemoteAdapters
+from lingualinked.cluster.weights.stage_loading import request_stages
+from lingualinked.cluster.weights.tensor_edits import TensorEdits
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.messages import StageLoaded

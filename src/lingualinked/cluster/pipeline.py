@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, cast
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.controller import Controller
 from lingualinked.cluster.engine import Engine, end_with_interpreter
-from lingualinked.cluster.invariance_check import check_invariance
-from lingualinked.cluster.kv_budget import KVBudget
+from lingualinked.cluster.kv.kv_budget import KVBudget
+from lingualinked.cluster.measuring.invariance_check import check_invariance
 from lingualinked.cluster.migration import Migrator
 from lingualinked.cluster.observer import Observer
-from lingualinked.cluster.packed_steps import PackedSteps
-from lingualinked.cluster.pending import results_of
-from lingualinked.cluster.remote_adapters import RemoteAdapters
-from lingualinked.cluster.remote_weights import RemoteWeights
+from lingualinked.cluster.packed.packed_steps import PackedSteps
 from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.row_sessions import RowSessions
-from lingualinked.cluster.session import Session
-from lingualinked.cluster.split_session import AnySession, SplitSession
-from lingualinked.cluster.stage_loading import request_stages
-from lingualinked.cluster.tensor_edits import TensorEdits
+from lingualinked.cluster.sessions.row_sessions import RowSessions
+from lingualinked.cluster.sessions.session import Session
+from lingualinked.cluster.sessions.split_session import AnySession, SplitSession
+from lingualinked.cluster.steps.pending import results_of
+from lingualinked.cluster.weights.remote_adapters import RemoteAdapters
+from lingualinked.cluster.weights.remote_weights import RemoteWeights
+from lingualinked.cluster.weights.stage_loading import request_stages
+from lingualinked.cluster.weights.tensor_edits import TensorEdits
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError, LingualinkedError, UnsupportedOperationError

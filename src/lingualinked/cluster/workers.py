@@ -20,8 +20,8 @@ from lingualinked.protocol.boot import Boot
 from lingualinked.transport.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.ray_placement import RayPlacement
-    from lingualinked.cluster.reach import RemoteHost
+    from lingualinked.cluster.measuring.reach import RemoteHost
+    from lingualinked.cluster.ray.ray_placement import RayPlacement
     from lingualinked.cluster.remote.connection import Lease
     from lingualinked.cluster.remote.remote_workers import RemoteWorkers
 

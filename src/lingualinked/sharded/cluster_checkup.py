@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.inspection import inspect_workers
-from lingualinked.cluster.link_probing import Pair, all_pairs, measure_pair, rounds
-from lingualinked.cluster.profiling import share_of_memory
+from lingualinked.cluster.measuring.link_probing import Pair, all_pairs, measure_pair, rounds
+from lingualinked.cluster.measuring.profiling import share_of_memory
 from lingualinked.cluster.remote_hosts import free_disk_bytes
 from lingualinked.cluster_file import ClusterDescription
 from lingualinked.device import CALLER, Device

@@ -12,7 +12,7 @@ import threading
 from transformers.models.llama import LlamaConfig
 
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.profiling import measure_models
+from lingualinked.cluster.measuring.profiling import measure_models
 from lingualinked.device import Device
 from lingualinked.device_specs import DeviceSpecs
 from lingualinked.model.footprint import Footprint

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lingualinked.cluster.step_in_flight import StepOptions
+from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
 from lingualinked.model.hf_internals.computing import balancing_loss

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 
-from lingualinked.cluster.remote_graph import Gradients, RemoteGraph
+from lingualinked.cluster.steps.remote_graph import Gradients, RemoteGraph
 from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
 from lingualinked.quantities import count_text
 

@@ -17,7 +17,7 @@ from lingualinked.model.layer_skips import LayerSkips
 from lingualinked.sharded.sealing import SealedDict, SealedModule, sealed_class, set_wrapper
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.tensor_edits import TensorEdits
+    from lingualinked.cluster.weights.tensor_edits import TensorEdits
 
 _ALLOWED = (
     "a list of layers may lose some, get them back in their places, and have nn.Identity() in place of one, to skip it; "

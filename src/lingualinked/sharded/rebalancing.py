@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lingualinked.cluster.profiling import extend_profile
+from lingualinked.cluster.measuring.profiling import extend_profile
 from lingualinked.sharded.saved import find_profile
 
 if TYPE_CHECKING:

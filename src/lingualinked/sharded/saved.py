@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 
-from lingualinked.cluster.profiling import library_versions, num_measurements, profile_devices
+from lingualinked.cluster.measuring.profiling import library_versions, num_measurements, profile_devices
 from lingualinked.disk_cache import read_cached, write_cached
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan

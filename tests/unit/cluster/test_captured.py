@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lingualinked.cluster.captured import ExpectedValue, join_captured
-from lingualinked.cluster.recorded import RecordedPart
 from lingualinked.cluster.route import Route
+from lingualinked.cluster.steps.captured import ExpectedValue, join_captured
+from lingualinked.cluster.steps.recorded import RecordedPart
 from lingualinked.errors import WorkerError
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.steps import StepRecorded

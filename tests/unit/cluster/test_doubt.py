@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 import lingualinked as ll
-from lingualinked.cluster import doubt
-from lingualinked.cluster.doubt import OtherWork, find_doubt
+from lingualinked.cluster.measuring import doubt
+from lingualinked.cluster.measuring.doubt import OtherWork, find_doubt
 from lingualinked.module_times import ModuleTimes
 from lingualinked.profile import DeviceProfile, Profile
 from profiles import profile

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.pending import Pending, PendingAnswers
+from lingualinked.cluster.steps.pending import Pending, PendingAnswers
 from lingualinked.model.hook_data import HookPoint
 from message_examples import STEP
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from lingualinked.cluster.exchange import Exchange
-from lingualinked.cluster.pending import Pending
-from lingualinked.cluster.reach import Reach
-from lingualinked.cluster.step_reply import StepReply
+from lingualinked.cluster.measuring.reach import Reach
+from lingualinked.cluster.steps.pending import Pending
+from lingualinked.cluster.steps.step_reply import StepReply
 from lingualinked.errors import (
     ArgumentError,
     CheckpointError,

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from lingualinked.cluster.introductions import Introduction, Introductions
-from lingualinked.cluster.reach import Reach, RemoteHost
+from lingualinked.cluster.measuring.reach import Reach, RemoteHost
 from lingualinked.errors import UnreachableError, WorkerDiedError
 from lingualinked.protocol.messages import (
     Acknowledged,

@@ -7,7 +7,7 @@ import gc
 import pytest
 
 import lingualinked as ll
-from lingualinked.cluster.kv_budget import KVBudget
+from lingualinked.cluster.kv.kv_budget import KVBudget
 
 
 def test_sessions_share_a_budget() -> None:

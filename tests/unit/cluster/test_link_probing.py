@@ -7,7 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, strategies as st
 
-from lingualinked.cluster.link_probing import all_pairs, rounds
+from lingualinked.cluster.measuring.link_probing import all_pairs, rounds
 
 
 @given(st.integers(2, 9))

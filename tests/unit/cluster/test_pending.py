@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lingualinked.cluster.pending import Pending, PendingAnswers, result_of, results_of, settle
+from lingualinked.cluster.steps.pending import Pending, PendingAnswers, result_of, results_of, settle
 from lingualinked.errors import ClosedError, StepTimeoutError, WorkerDiedError
 
 STEP, OTHER = ("step", 1, 0), ("step", 2, 0)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import lingualinked as ll
-from lingualinked.cluster.ray_placement import Demand
+from lingualinked.cluster.ray.ray_placement import Demand
 
 
 def test_resources_become_a_bundle_options_of_the_actor_and_of_its_daemon() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lingualinked.address import parse_advertised
-from lingualinked.cluster.reach import Reach, RemoteHost
+from lingualinked.cluster.measuring.reach import Reach, RemoteHost
 from lingualinked.errors import ArgumentError
 from lingualinked.transport.tcp_listener import TcpEndpoint
 

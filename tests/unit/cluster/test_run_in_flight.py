@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.route import Route
-from lingualinked.cluster.run_in_flight import RunInFlight
-from lingualinked.cluster.step_in_flight import StepOptions
-from lingualinked.cluster.step_reply import RunReply
+from lingualinked.cluster.runs.run_in_flight import RunInFlight
+from lingualinked.cluster.steps.step_in_flight import StepOptions
+from lingualinked.cluster.steps.step_reply import RunReply
 from lingualinked.errors import WorkerError
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.running import TokensChosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lingualinked as ll
-from lingualinked.cluster.profiling import share_of_memory
+from lingualinked.cluster.measuring.profiling import share_of_memory
 
 
 def shares(free_bytes: int, *devices: dict[str, Any]) -> list[int]:

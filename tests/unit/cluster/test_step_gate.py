@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lingualinked.cluster.step_gate import StepGate
+from lingualinked.cluster.steps.step_gate import StepGate
 from lingualinked.errors import StepTimeoutError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lingualinked as ll
-from lingualinked.cluster.step_reply import StepReply, _delays, check_reply
+from lingualinked.cluster.steps.step_reply import StepReply, _delays, check_reply
 from lingualinked.protocol.steps import StageTimes
 
 TIMES = (StageTimes(received_bytes=1, hop_us=2, wait_us=3, compute_us=4, codec_us=5),) * 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.tensor_edits import Change, TensorEdits
+from lingualinked.cluster.weights.tensor_edits import Change, TensorEdits
 from lingualinked.errors import WorkerError
 from lingualinked.model.parts import ModelParts
 from lingualinked.planning.plan import Plan

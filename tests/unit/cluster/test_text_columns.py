@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lingualinked.cluster.text_columns import TextColumns
+from lingualinked.cluster.sessions.text_columns import TextColumns
 from lingualinked.errors import UnsupportedOperationError
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lingualinked.cluster.captured import CapturedValue
+from lingualinked.cluster.steps.captured import CapturedValue
 from lingualinked.errors import ArgumentError
 from lingualinked.sharded.instruments.captured import Captured
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
-from lingualinked.cluster.step_in_flight import StepOptions
-from lingualinked.cluster.step_reply import HookEvent, StepReply
-from lingualinked.cluster.tensor_edits import Changes
+from lingualinked.cluster.steps.step_in_flight import StepOptions
+from lingualinked.cluster.steps.step_reply import HookEvent, StepReply
+from lingualinked.cluster.weights.tensor_edits import Changes
 from lingualinked.model.hook_data import HookPoint
 from lingualinked.model.hook_points import HookedPass, ModuleCall
 from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips

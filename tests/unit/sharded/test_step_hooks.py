@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
-from lingualinked.cluster.step_reply import HookEvent, StepReply
+from lingualinked.cluster.steps.step_reply import HookEvent, StepReply
 from lingualinked.model.hook_data import Entries, HookValue, Items, TensorAt
 from lingualinked.model.parts import find_parts
 from lingualinked.protocol.hooking import HookReached

@@ -15,7 +15,7 @@ from lingualinked.cli.bench.measurement import Measurement, take_turns
 from lingualinked.cli.bench.models import BenchModels
 from lingualinked.cli.bench.peers.sides import peer_sides
 from lingualinked.cli.bench.timing import call_s
-from lingualinked.cluster.step_in_flight import StepOptions
+from lingualinked.cluster.steps.step_in_flight import StepOptions
 
 _AT_LEAST = {"uncut-2": 0.95, "ideal": 0.9, "llama.cpp": 1.0}
 

@@ -15,7 +15,7 @@ from lingualinked.errors import LingualinkedError
 from lingualinked.processes.resources import start_thread
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.session import Session
+    from lingualinked.cluster.sessions.session import Session
 
 logger = logging.getLogger("lingualinked.batching")
 

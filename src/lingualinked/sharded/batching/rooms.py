@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.cluster.session import Session
+    from lingualinked.cluster.sessions.session import Session
     from lingualinked.sharded.batching.settings import BatchSettings
 
 _MAX_KEPT = 16  # ended requests, where no budget limits them

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from lingualinked.cluster.packed_flight import PackedPart
+from lingualinked.cluster.packed.packed_flight import PackedPart
 from lingualinked.errors import ArgumentError, DeviceMemoryError, KVCapacityError, LingualinkedError
 from lingualinked.quantities import count_text
 from lingualinked.sharded.batching.events import Admitted, Copy, Failed, Instruction, Outcome, Part, Request, Run
@@ -23,8 +23,8 @@ from lingualinked.sharded.batching.scheduling import Scheduler
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
-    from lingualinked.cluster.packed_flight import PackedFlight
-    from lingualinked.cluster.packed_reply import PartReply
+    from lingualinked.cluster.packed.packed_flight import PackedFlight
+    from lingualinked.cluster.packed.packed_reply import PartReply
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.model.adapter_data import AdapterUse
     from lingualinked.sharded.batching.choosing import Choice, Chooser

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation import GenerationMode
 
-from lingualinked.cluster.row_sessions import PIECE_TOKENS
+from lingualinked.cluster.sessions.row_sessions import PIECE_TOKENS
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.sharded.batching.events import Limits
 

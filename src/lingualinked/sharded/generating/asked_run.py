@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lingualinked.cluster.joined_run import JoinedRun
-from lingualinked.cluster.recorded import Recorded
-from lingualinked.cluster.run_in_flight import RunInFlight
-from lingualinked.cluster.run_request import RunRequest
-from lingualinked.cluster.split_session import AnySession
-from lingualinked.cluster.step_in_flight import StepOptions
+from lingualinked.cluster.runs.joined_run import JoinedRun
+from lingualinked.cluster.runs.run_in_flight import RunInFlight
+from lingualinked.cluster.runs.run_request import RunRequest
+from lingualinked.cluster.sessions.split_session import AnySession
+from lingualinked.cluster.steps.recorded import Recorded
+from lingualinked.cluster.steps.step_in_flight import StepOptions
 
 _asked: contextvars.ContextVar[AskedRun | None] = contextvars.ContextVar("asked run", default=None)
 

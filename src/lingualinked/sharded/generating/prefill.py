@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.cluster.split_session import AnySession
-    from lingualinked.cluster.step_in_flight import StepOptions
+    from lingualinked.cluster.sessions.split_session import AnySession
+    from lingualinked.cluster.steps.step_in_flight import StepOptions
 
 AUTO = "auto"
 

@@ -25,9 +25,9 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils import ModelOutput
 
-from lingualinked.cluster.run_request import RunRequest
-from lingualinked.cluster.session import Session
-from lingualinked.cluster.split_session import SplitSession
+from lingualinked.cluster.runs.run_request import RunRequest
+from lingualinked.cluster.sessions.session import Session
+from lingualinked.cluster.sessions.split_session import SplitSession
 from lingualinked.model.sampling.processor_data import ProcessorSpec
 from lingualinked.model.sampling.processors import describe_processors
 from lingualinked.model.torch_settings import read_torch_settings
@@ -73,9 +73,7 @@ class TokenLoop:
         self._calls_user = type(given.streamer) not in _STREAMERS or not all(
             type(each) in _OWN_CRITERIA for each in given.criteria
         )
-        self._loan = (
-            RandomLoan(self._num_rows, model.config.get_text_config().vocab_size) if given.config.do_sample else None
-        )
+        self._loan: RandomLoan | None = None  # while a loop that samples runs
         self._can_undo = _can_undo(cache)
         self._state: object = None  # of the model, as the run in progress knows it
 
@@ -111,6 +109,8 @@ class TokenLoop:
         """Run the loop; return what transformers' loop returns."""
         model, config, streamer = self._model, self._given.config, self._given.streamer
         try:
+            if config.do_sample:
+                self._loan = RandomLoan(self._num_rows, model.config.get_text_config().vocab_size)
             # 1) the prompt
             asked = self._ask(self._prompt_length())
             with asking(asked):

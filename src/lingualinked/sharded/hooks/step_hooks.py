@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
 
-from lingualinked.cluster.step_reply import StepReply
+from lingualinked.cluster.steps.step_reply import StepReply
 from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
 from lingualinked.model.hook_data import HookPoint, Items
 from lingualinked.model.hook_points import contains_layers
@@ -20,8 +20,8 @@ from lingualinked.sharded.sealing import call_hooks_around
 if TYPE_CHECKING:
     from torch import nn
 
-    from lingualinked.cluster.hooked_step import HookedStep
-    from lingualinked.cluster.step_reply import HookEvent
+    from lingualinked.cluster.steps.hooked_step import HookedStep
+    from lingualinked.cluster.steps.step_reply import HookEvent
     from lingualinked.model.hook_data import Cut, HookValue
     from lingualinked.model.layer_skips import LayerSkips
     from lingualinked.sharded.cache import ShardedCache
@@ -46,7 +46,7 @@ class _Part(NamedTuple):
 
 
 class CallerHooks:
-    """The hooks of one step of a model; see `lingualinked.cluster.hooked_step.StepHooks`."""
+    """The hooks of one step of a model; see `lingualinked.cluster.steps.hooked_step.StepHooks`."""
 
     def __init__(
         self,

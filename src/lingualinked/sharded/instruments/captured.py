@@ -16,7 +16,7 @@ from lingualinked.quantities import bytes_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lingualinked.cluster.captured import CapturedValue
+    from lingualinked.cluster.steps.captured import CapturedValue
 
 
 class CapturedTensors(Sequence["Tensor"]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.captured import CapturedValue, ExpectedValue
+from lingualinked.cluster.steps.captured import CapturedValue, ExpectedValue
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments
 from lingualinked.quantities import count_text
@@ -162,7 +162,7 @@ class _PlannedStep:
 
 
 class InForce:
-    """The instruments of some blocks; see `lingualinked.cluster.captured.StepInstruments`."""
+    """The instruments of some blocks; see `lingualinked.cluster.steps.captured.StepInstruments`."""
 
     def __init__(self, blocks: Sequence[Block], parts: ModelParts, calls: ModuleCalls) -> None:
         items: list[Instrument] = []

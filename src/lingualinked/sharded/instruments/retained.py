@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lingualinked.cluster.captured import CapturedValue
+from lingualinked.cluster.steps.captured import CapturedValue
 from lingualinked.errors import ArgumentError
 from lingualinked.model.hook_cuts import first_tensor
 

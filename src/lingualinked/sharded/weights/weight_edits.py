@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.tensor_edits import Change, Changes
+from lingualinked.cluster.weights.tensor_edits import Change, Changes
 from lingualinked.errors import ArgumentError, ClosedError
 from lingualinked.interrupts import interruptible
 from lingualinked.model.held_tensors import sum_of_products

@@ -1,0 +1,1 @@
+"""How much KV there may be, and its copies."""

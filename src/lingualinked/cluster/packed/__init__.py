@@ -1,0 +1,1 @@
+"""New tokens of several sessions in one pass."""

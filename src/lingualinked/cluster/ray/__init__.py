@@ -1,0 +1,1 @@
+"""A cluster made on a running Ray cluster."""

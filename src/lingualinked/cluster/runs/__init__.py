@@ -1,0 +1,1 @@
+"""Steps that the stages make by themselves."""

@@ -1,0 +1,1 @@
+"""Conversations whose KV lies in every stage."""

@@ -1,0 +1,1 @@
+"""One pass through the stages: sent, in flight, checked."""

@@ -1,0 +1,1 @@
+"""Weights, adapters and their files, in the workers that hold them."""
