@@ -23,7 +23,7 @@ from lingualinked.cli.bench import shapes
 from lingualinked.cli.bench.timing import decode_tokens_per_s
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
-from lingualinked.model.dummy import DummyWeights
+from lingualinked.model.weights.dummy import DummyWeights
 from lingualinked.tables import Rows
 
 SHAPES: dict[str, dict[str, Any]] = {

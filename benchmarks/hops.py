@@ -23,7 +23,7 @@ import lingualinked as ll
 from lingualinked.cli.bench.shapes import LLAMA_160M
 from lingualinked.cli.repeats import Repeats, ratios
 from lingualinked.console import new_console
-from lingualinked.model.memory import use_one_heap
+from lingualinked.model.process.memory import use_one_heap
 from lingualinked.quantities import bytes_text
 from lingualinked.tables import Rows
 from lingualinked.transport.keys import KeyPair, generate_keypair

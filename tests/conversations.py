@@ -15,12 +15,12 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 
 import accelerators
 from families import VOCABULARY, tiny_config
-from lingualinked.model.architectures import check_architecture
-from lingualinked.model.checkpoint import resolve_dtype, resolve_files
+from lingualinked.model.cutting.architectures import check_architecture
+from lingualinked.model.process.torch_settings import TorchSettings
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage
-from lingualinked.model.stage_data import StageInputs
-from lingualinked.model.torch_settings import TorchSettings
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.stages.stage_data import StageInputs
+from lingualinked.model.weights.checkpoint import resolve_dtype, resolve_files
 
 
 def spec_of(

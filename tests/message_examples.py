@@ -10,7 +10,7 @@ from typing import get_args, get_origin
 import msgspec
 
 from lingualinked.environment import Environment
-from lingualinked.model.adapter_data import AdaptedModule, Adapter
+from lingualinked.model.adapters.adapter_data import AdaptedModule, Adapter
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import CheckpointFile, ModelSpec
 from lingualinked.protocol import messages

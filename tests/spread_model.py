@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from accelerators import moved
-from lingualinked.model.parts import find_parts
+from lingualinked.model.cutting.parts import find_parts
 
 
 class SpreadModel:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from conversations import extend, positions_of, prompt
-from lingualinked.model.kv_cache import StageCache
-from lingualinked.model.stage import Stage
-from lingualinked.model.stage_data import StageInputs
-from lingualinked.model.step_graphs import Recorder
+from lingualinked.model.kv.kv_cache import StageCache
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.stages.stage_data import StageInputs
+from lingualinked.model.stages.step_graphs import Recorder
 
 ROOM = 40
 

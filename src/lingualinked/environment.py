@@ -1,6 +1,6 @@
 """What the bits of a worker's results depend on besides its weights and inputs: versions, processor, accelerator, threads.
 
-Plain data, and how it differs between workers; knows no torch. `model/environment_probe.py` finds it out.
+Plain data, and how it differs between workers; knows no torch. `model/process/environment_probe.py` finds it out.
 """
 
 from __future__ import annotations

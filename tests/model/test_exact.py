@@ -28,8 +28,8 @@ from conversations import (
     spec_of,
 )
 from families import FAMILIES, reference
-from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
-from lingualinked.model.stage_data import StageInputs
+from lingualinked.model.cutting.architectures import SUPPORTED_ARCHITECTURES
+from lingualinked.model.stages.stage_data import StageInputs
 
 pytestmark = [pytest.mark.equality, pytest.mark.slow]
 

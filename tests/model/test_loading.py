@@ -20,11 +20,11 @@ from transformers.utils import logging as transformers_logging
 from conversations import Cut, Whole, greedy, load_stages, spec_of
 from families import reference, save_tiny, tiny_config, tiny_model
 from lingualinked.errors import CheckpointError
-from lingualinked.model.parts import build_meta, find_parts
-from lingualinked.model.span_loading import check_weights
+from lingualinked.model.cutting.parts import build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage
-from lingualinked.model.weights import untied_parameters
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.weights.span_loading import check_weights
+from lingualinked.model.weights.weight_sources import untied_parameters
 
 NUM_LAYERS = 4
 SPANS = [(0, 1), (1, 3), (3, 4), (0, 4)]

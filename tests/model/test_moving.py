@@ -14,10 +14,10 @@ from torch import Tensor
 
 from conversations import Cut, Whole, assert_equal, beam_and_back, beams, greedy, load_stage, spec_of
 from families import FAMILIES, reference
-from lingualinked.model.joining import missing_spans
-from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.cutting.joining import missing_spans
+from lingualinked.model.kv.kv_cache import StageCache
 from lingualinked.model.spec import ModelSpec
-from lingualinked.worker.kv_copy import KVCopy, Piece, write_pieces
+from lingualinked.worker.kv.kv_copy import KVCopy, Piece, write_pieces
 
 pytestmark = [pytest.mark.equality, pytest.mark.slow]
 

@@ -13,12 +13,12 @@ from transformers import DynamicCache, StaticCache
 
 from conversations import load_stage, load_stages, prompt, spec_of
 from families import FAMILIES, reference
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.steps.recorded import DueRecords, Recorded, RecordedPart, recorded_sizes
-from lingualinked.model.kv_cache import StageCache
+from lingualinked.model.kv.kv_cache import StageCache
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage
-from lingualinked.model.stage_data import StageInputs
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.stages.stage_data import StageInputs
 from lingualinked.planning.plan import Plan
 
 pytestmark = pytest.mark.equality

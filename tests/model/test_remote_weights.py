@@ -16,8 +16,6 @@ from safetensors.torch import save_file
 from conversations import spec_of
 from families import save_tiny
 from lingualinked.errors import CheckpointError, ResourceError
-from lingualinked.model.checkpoint import resolve_files
-from lingualinked.model.span_loading import LoadedSpan, load_span
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weight_files.byte_ranges import PART_BYTES, ByteRange, cut_ranges, num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.describing import describe_contents
@@ -26,7 +24,9 @@ from lingualinked.model.weight_files.held_files import WholeFiles
 from lingualinked.model.weight_files.span_ranges import ranges_of_span
 from lingualinked.model.weight_files.storage import WeightStorage
 from lingualinked.model.weight_files.weight_cache import WeightCache
-from lingualinked.model.weights import CheckpointWeights
+from lingualinked.model.weights.checkpoint import resolve_files
+from lingualinked.model.weights.span_loading import LoadedSpan, load_span
+from lingualinked.model.weights.weight_sources import CheckpointWeights
 
 SPANS = [(0, 1), (1, 3), (3, 4), (0, 4)]
 

@@ -9,10 +9,10 @@ import torch
 
 from conversations import spec_of
 from families import save_tiny
-from lingualinked.model.span_loading import load_span
 from lingualinked.model.weight_files.byte_ranges import num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.held_files import WholeFiles
 from lingualinked.model.weight_files.span_ranges import ranges_of_span
+from lingualinked.model.weights.span_loading import load_span
 
 SPANS = [(0, 1), (1, 3), (3, 4), (0, 4)]
 

@@ -13,7 +13,7 @@ import accelerators
 from conversations import Cut, Whole, assert_equal, beams, extend, load_stages, prompt, spec_of
 from families import FAMILIES, reference
 from lingualinked.errors import ArgumentError
-from lingualinked.model.architectures import SUPPORTED_ARCHITECTURES
+from lingualinked.model.cutting.architectures import SUPPORTED_ARCHITECTURES
 
 pytestmark = pytest.mark.equality
 

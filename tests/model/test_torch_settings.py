@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import accelerators
 from conversations import Cut, Whole, load_stages, prompt, spec_of
 from families import reference
-from lingualinked.model.torch_settings import read_torch_settings
+from lingualinked.model.process.torch_settings import read_torch_settings
 
 pytestmark = pytest.mark.equality
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from conversations import spec_of
 from families import FAMILIES, ROPE_TYPES, reference, rope_config, save_tiny, tiny_config
-from lingualinked.model.rotary import RopeReach
-from lingualinked.model.stage import Stage
-from lingualinked.model.stage_data import StageInputs
+from lingualinked.model.stages.rotary import RopeReach
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.stages.stage_data import StageInputs
 
 LENGTHS = (9, 100, 70, 80, 9, 70, 130, 64, 63, 66)  # the models have 64 positions
 

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 import lingualinked as ll
-from lingualinked.model.environment_probe import read_environment
+from lingualinked.model.process.environment_probe import read_environment
 from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import Acknowledged, Hello, IntroduceWorker, decode, encode
 from lingualinked.transport.delivery import Delivery

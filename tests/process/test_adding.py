@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lingualinked as ll
-from lingualinked.cluster.workers import ClusterWorkers
+from lingualinked.cluster.workers.cluster_workers import ClusterWorkers
 from lingualinked.processes.forked_workers import ForkedWorkers
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.measuring import ProbeLink
@@ -133,7 +133,7 @@ def test_links_to_and_from_it_are_emulated(cluster: ll.Cluster) -> None:
 
 
 def test_threads_are_its_share_of_the_cores(cluster: ll.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lingualinked.cluster.devices.usable_cores", lambda: 7)
+    monkeypatch.setattr("lingualinked.cluster.workers.devices.usable_cores", lambda: 7)
     cluster.add(ll.Device(name="late"))
     assert cluster.device("late").threads == 2
 

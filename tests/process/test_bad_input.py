@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import lingualinked as ll
-from lingualinked.cluster.inspection import inspect_workers
+from lingualinked.cluster.workers.inspection import inspect_workers
 from waiting import num_sessions, wait_until
 
 pytestmark = pytest.mark.process

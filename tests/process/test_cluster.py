@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 import lingualinked as ll
-from lingualinked.cluster.inspection import inspect_workers
 from lingualinked.cluster.pipeline import Pipeline
+from lingualinked.cluster.workers.inspection import inspect_workers
 from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.describing import describe
 from lingualinked.transport.keys import generate_keypair

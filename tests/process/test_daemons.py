@@ -14,7 +14,7 @@ import torch
 import lingualinked as ll
 from daemons import DaemonProcess, Daemons, running_daemons
 from lingualinked.cluster.remote.remote_workers import RemoteWorkers
-from lingualinked.cluster.workers import ClusterWorkers
+from lingualinked.cluster.workers.cluster_workers import ClusterWorkers
 
 pytestmark = pytest.mark.process
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lingualinked as ll
 from families import reference, save_tiny
-from lingualinked.cluster.inspection import inspect_workers
+from lingualinked.cluster.workers.inspection import inspect_workers
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.environment_probe import read_environment
+from lingualinked.model.process.environment_probe import read_environment
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.failures import FailureKind, RequestFailed, StepFailed
 from lingualinked.protocol.measuring import Ping, Pong

@@ -69,7 +69,7 @@ def test_dropping_a_model_frees_its_stages(shared_cluster: ll.Cluster, tiny_llam
     number = pipeline._model
     del model, pipeline
     with ll.ShardedModel.from_pretrained(tiny_llama, cluster=shared_cluster, plan="even", progress=False) as next_model:
-        from lingualinked.cluster.inspection import inspect_workers
+        from lingualinked.cluster.workers.inspection import inspect_workers
 
         reports = inspect_workers(next_model._pipeline._engine, "abcd", 30)
         assert all(stage.model != number for report in reports for stage in report.stages)

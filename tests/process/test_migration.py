@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 import lingualinked as ll
 from accelerators import device
 from families import reference, save_tiny
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.inspection import inspect_workers
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.workers.inspection import inspect_workers
 from processes import stopped
 from waiting import num_sessions, wait_until
 

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 import lingualinked as ll
 from families import reference, save_tiny
 from lingualinked.cluster.packed.packed_flight import PackedPart, PartReply
-from lingualinked.model.adapter_data import AdapterUse
+from lingualinked.model.adapters.adapter_data import AdapterUse
 from lingualinked.model.packed.choosing import describe_choice
 from lingualinked.model.packed.token_choice import TokenChoice
 

@@ -26,12 +26,12 @@ from lingualinked.cluster.measuring import profiling
 from lingualinked.cluster.measuring.profiling import measured_spans
 from lingualinked.cluster_file import ClusterDescription
 from lingualinked.cluster_file_writer import write_cluster_file
-from lingualinked.model.footprint import Footprint
+from lingualinked.model.cutting.footprint import Footprint
 from lingualinked.module_times import ModuleTimes
 from lingualinked.sharded import saved
 from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.describing import describe
-from lingualinked.worker.power import RaplCounter
+from lingualinked.worker.measuring.power import RaplCounter
 from profiles import MIB, model_profile
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -357,7 +357,7 @@ def test_what_headers_do_not_tell_is_refused_before_workers_are_waited_for(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a worker was waited for")
 
-    monkeypatch.setattr("lingualinked.cluster.engine.Engine.wait_for_worker", refuse)
+    monkeypatch.setattr("lingualinked.cluster.messaging.engine.Engine.wait_for_worker", refuse)
     devices = [ll.Device(name=name, threads=1, memory="20KiB") for name in "ab"]
     with pytest.raises(ll.InfeasiblePlanError, match="one more device of at least"):
         ll.ShardedModel.from_pretrained(tiny_llama, devices=devices, load_format="dummy", progress=False)

@@ -25,7 +25,7 @@ BEGIN = """
 import json, os, resource, sys
 from pathlib import Path
 import lingualinked as ll
-import lingualinked.cluster.engine
+import lingualinked.cluster.messaging.engine
 import lingualinked.sharded.loading
 import torch
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import lingualinked as ll
-from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.messaging.engine import Engine
 from process.conftest import load_unsharded
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]

@@ -23,7 +23,7 @@ def written_tree(page: str) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Comment of each path (``"model/"``, ``"model/stage.py"``) below the package.
+        Comment of each path (``"model/"``, ``"model/stages/stage.py"``) below the package.
     """
     blocks = re.findall(r"^```\w*\nsrc/lingualinked/\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 1, "docs/architecture.md has one fenced block whose first line is src/lingualinked/"

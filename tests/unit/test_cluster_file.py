@@ -12,7 +12,7 @@ from zmq.utils import z85
 
 import lingualinked as ll
 from lingualinked.cli.devices_option import read_devices
-from lingualinked.cluster.devices import describe_cluster
+from lingualinked.cluster.workers.devices import describe_cluster
 from lingualinked.cluster_file import ClusterDescription, read_cluster_file, read_description
 from lingualinked.cluster_file_writer import write_cluster_file
 

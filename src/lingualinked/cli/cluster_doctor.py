@@ -213,7 +213,7 @@ def _plan_model(
     progress: bool,
 ) -> bool:
     """Print whether a model fits, its plan, and what one more device would change; return whether it fits."""
-    from lingualinked.cluster.remote_hosts import remote_available_bytes  # imports torch
+    from lingualinked.cluster.workers.remote_hosts import remote_available_bytes  # imports torch
     from lingualinked.planning.planner import solve  # imports scipy
     from lingualinked.sharded.saved import check_devices, find_profile
 

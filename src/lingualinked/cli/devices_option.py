@@ -5,7 +5,7 @@ Knows its text alone.
 
 from __future__ import annotations
 
-from lingualinked.cluster.devices import describe_cluster
+from lingualinked.cluster.workers.devices import describe_cluster
 from lingualinked.cluster_file import ClusterDescription
 
 

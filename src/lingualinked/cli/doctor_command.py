@@ -14,7 +14,7 @@ from lingualinked.console import new_console
 from lingualinked.processor import usable_cores
 from lingualinked.quantities import bytes_text, count_text
 from lingualinked.tables import Rows
-from lingualinked.worker.power import UnknownPowerError, find_counter
+from lingualinked.worker.measuring.power import UnknownPowerError, find_counter
 
 _LIBRARIES = ("torch", "transformers", "pyzmq", "safetensors", "msgspec", "scipy", "psutil")
 

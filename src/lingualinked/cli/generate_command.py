@@ -52,7 +52,7 @@ def read_tokenizer(path: str) -> Any:
     """Read the tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
 
-    from lingualinked.model.checkpoint import check_fetched  # imports torch
+    from lingualinked.model.weights.checkpoint import check_fetched  # imports torch
 
     if path.startswith(("/", ".")) and not Path(path).exists():
         raise ll.CheckpointError(f"there is no checkpoint at {path!r}: give a folder with config.json, or a hub id")

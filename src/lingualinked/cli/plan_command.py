@@ -68,7 +68,7 @@ def load_format_of(path: str) -> Literal["auto", "dummy"]:
 def _find_or_estimate_profile(
     path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool
 ) -> ll.Profile:
-    from lingualinked.cluster.remote_hosts import remote_available_bytes  # imports torch
+    from lingualinked.cluster.workers.remote_hosts import remote_available_bytes  # imports torch
     from lingualinked.sharded.describing import describe  # imports torch
 
     asked = read_devices(devices)

@@ -16,11 +16,11 @@ from collections.abc import Mapping, MutableSet, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from lingualinked.cluster.closing import close_all, shut_down
-from lingualinked.cluster.devices import check_added_device, check_relays, check_throttled, describe_cluster
-from lingualinked.cluster.emulation import delayed_from, emulated_link, emulation_of
+from lingualinked.cluster.messaging.pending import result_of, results_of
 from lingualinked.cluster.ray.on_ray import OnRay
-from lingualinked.cluster.steps.pending import result_of, results_of
-from lingualinked.cluster.workers import ClusterWorkers
+from lingualinked.cluster.workers.cluster_workers import ClusterWorkers
+from lingualinked.cluster.workers.devices import check_added_device, check_relays, check_throttled, describe_cluster
+from lingualinked.cluster.workers.emulation import delayed_from, emulated_link, emulation_of
 from lingualinked.cluster_file import Devices
 from lingualinked.device import CALLER, Device, Links, check_links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError, WorkerDiedError
@@ -32,7 +32,7 @@ from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, check_frame_limit
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.engine import Engine
+    from lingualinked.cluster.messaging.engine import Engine
     from lingualinked.cluster.ray.ray_placement import RayPlacement
     from lingualinked.telemetry.endpoint import MetricsEndpoint
     from lingualinked.telemetry.recorder import Recorder
@@ -120,7 +120,7 @@ class Cluster(OnRay):
             self.devices = workers.prepare(self.devices, self.links)
             self._behaving = {device.name: device for device in self.devices}
             # Imported only now: the workers import torch and zmq meanwhile.
-            import lingualinked.cluster.engine  # noqa: F401 - before what an interrupt has to wait for
+            import lingualinked.cluster.messaging.engine  # noqa: F401 - before what an interrupt has to wait for
 
             self._engine = engine = uninterrupted(_start_engine)(
                 ends,
@@ -359,7 +359,7 @@ class Cluster(OnRay):
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""
-        from lingualinked.cluster.inspection import inspect_workers  # imports torch
+        from lingualinked.cluster.workers.inspection import inspect_workers  # imports torch
 
         self.wait()
         names = [device.name for device in self.devices]
@@ -389,7 +389,7 @@ def _start_engine(
     shared_memory: bool,
     advertise: str | None,
 ) -> Engine:
-    from lingualinked.cluster.engine import Engine  # imports torch and zmq
+    from lingualinked.cluster.messaging.engine import Engine  # imports torch and zmq
 
     engine = Engine(devices, socket_folder, max_frame_bytes, shared_memory, advertise)
     ends.callback(engine.stop)

@@ -16,30 +16,30 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.controller import Controller
-from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.kv.kv_budget import KVBudget
 from lingualinked.cluster.measuring.invariance_check import check_invariance
-from lingualinked.cluster.migration import Migrator
-from lingualinked.cluster.observer import Observer
+from lingualinked.cluster.messaging.engine import Engine, end_with_interpreter
+from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.cluster.packed.packed_steps import PackedSteps
-from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.plans.controller import Controller
+from lingualinked.cluster.plans.migration import Migrator
+from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.cluster.sessions.row_sessions import RowSessions
 from lingualinked.cluster.sessions.session import Session
 from lingualinked.cluster.sessions.split_session import AnySession, SplitSession
-from lingualinked.cluster.steps.pending import results_of
 from lingualinked.cluster.weights.remote_adapters import RemoteAdapters
 from lingualinked.cluster.weights.remote_weights import RemoteWeights
 from lingualinked.cluster.weights.stage_loading import request_stages
 from lingualinked.cluster.weights.tensor_edits import TensorEdits
+from lingualinked.cluster.workers.observer import Observer
 from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceAsked
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError, LingualinkedError, UnsupportedOperationError
 from lingualinked.interrupts import uninterrupted
+from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.packed.qualifying import why_not_packed
-from lingualinked.model.parts import build_meta
-from lingualinked.model.rotary import RopeReach
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.stages.rotary import RopeReach
 from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.plan_checks import check_memory

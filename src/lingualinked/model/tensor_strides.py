@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.hook_data import Strides
+from lingualinked.model.hooks.hook_data import Strides
 
 _MOST_ROOM = 8
 """How many times the room of its elements a tensor with gaps between them may take."""

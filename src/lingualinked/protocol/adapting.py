@@ -5,7 +5,7 @@ Knows neither where adapters come from nor what is computed with them. Tensors a
 
 from __future__ import annotations
 
-from lingualinked.model.adapter_data import Adapter
+from lingualinked.model.adapters.adapter_data import Adapter
 from lingualinked.protocol.base import Message
 
 

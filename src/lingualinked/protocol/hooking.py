@@ -5,7 +5,7 @@ Knows descriptions of structures; their tensors travel beside the messages. No f
 
 from __future__ import annotations
 
-from lingualinked.model.hook_data import HookPoint, HookValue, Strides
+from lingualinked.model.hooks.hook_data import HookPoint, HookValue, Strides
 from lingualinked.protocol.base import Message, Natural
 
 

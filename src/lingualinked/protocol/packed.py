@@ -9,10 +9,10 @@ from typing import Annotated
 
 import msgspec
 
-from lingualinked.model.adapter_data import AdapterUse
-from lingualinked.model.hook_data import Strides
-from lingualinked.model.layer_skips import LayerSkips
+from lingualinked.model.adapters.adapter_data import AdapterUse
+from lingualinked.model.hooks.hook_data import Strides
 from lingualinked.model.packed.token_choice import TokenChoice
+from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.protocol.base import Message, Natural
 from lingualinked.protocol.failures import FailureKind
 from lingualinked.protocol.steps import KVEdit, StageTimes

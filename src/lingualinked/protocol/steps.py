@@ -8,11 +8,11 @@ from __future__ import annotations
 import enum
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.adapter_data import AdapterUse
+from lingualinked.model.adapters.adapter_data import AdapterUse
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.hook_data import HookPoint, Strides
-from lingualinked.model.instrument_data import Instruments
-from lingualinked.model.layer_skips import LayerSkips
+from lingualinked.model.hooks.hook_data import HookPoint, Strides
+from lingualinked.model.hooks.instrument_data import Instruments
+from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.protocol.base import Message, Natural
 
 

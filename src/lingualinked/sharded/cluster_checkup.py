@@ -13,17 +13,17 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.inspection import inspect_workers
 from lingualinked.cluster.measuring.link_probing import Pair, all_pairs, measure_pair, rounds
 from lingualinked.cluster.measuring.profiling import share_of_memory
-from lingualinked.cluster.remote_hosts import free_disk_bytes
+from lingualinked.cluster.workers.inspection import inspect_workers
+from lingualinked.cluster.workers.remote_hosts import free_disk_bytes
 from lingualinked.cluster_file import ClusterDescription
 from lingualinked.device import CALLER, Device
 from lingualinked.device_specs import DeviceSpecs
 from lingualinked.environment import Environment, describe_difference
 from lingualinked.errors import LingualinkedError
 from lingualinked.link_profile import LinkProfile
-from lingualinked.model.environment_probe import read_environment
+from lingualinked.model.process.environment_probe import read_environment
 from lingualinked.sharded.device_rates import measure_rates
 
 

@@ -18,13 +18,13 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from lingualinked.device_specs import DeviceSpecs
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
-from lingualinked.model.architectures import check_architecture
-from lingualinked.model.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
-from lingualinked.model.footprint import Footprint, measure_footprint
-from lingualinked.model.operations import count_operations
-from lingualinked.model.parts import ModelParts, build_meta, find_parts
-from lingualinked.model.span_loading import check_weights
+from lingualinked.model.cutting.architectures import check_architecture
+from lingualinked.model.cutting.footprint import Footprint, measure_footprint
+from lingualinked.model.cutting.operations import count_operations
+from lingualinked.model.cutting.parts import ModelParts, build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.weights.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
+from lingualinked.model.weights.span_loading import check_weights
 from lingualinked.planning.estimate import LayerOperations, roofline_profile
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.arguments import LoadArguments, check_attn_implementation, select_config_attributes

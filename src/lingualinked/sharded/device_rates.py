@@ -15,7 +15,7 @@ from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.measuring.profiling import measure_models
 from lingualinked.device import Device
 from lingualinked.device_specs import DeviceSpecs
-from lingualinked.model.footprint import Footprint
+from lingualinked.model.cutting.footprint import Footprint
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.estimate import LayerOperations, roofline_specs
 from lingualinked.sharded.describing import describe_spec

@@ -19,10 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.cutting.parts import ModelParts
 from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
-from lingualinked.model.parts import ModelParts
 from lingualinked.sharded.adapters.model_adapters import Adapters
 from lingualinked.sharded.cache import ShardedCache
 from lingualinked.sharded.conversions import Conversions

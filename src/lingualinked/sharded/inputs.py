@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.model.cutting.parts import learned_positions
 from lingualinked.model.hf_internals.recording import selected_hidden_states
-from lingualinked.model.parts import learned_positions
 from lingualinked.quantities import count_text
 
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 from torch import nn
 
 from lingualinked.errors import UnsupportedOperationError
-from lingualinked.model.layer_skips import LayerSkips
+from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.sharded.sealing import SealedDict, SealedModule, sealed_class, set_wrapper
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.devices import describe_cluster
+from lingualinked.cluster.workers.devices import describe_cluster
 from lingualinked.cluster_file import ClusterDescription, Devices
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.device import Device, Links
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.cutting.parts import ModelParts
     from lingualinked.profile import Profile
     from lingualinked.sharded.describing import Described
     from lingualinked.telemetry.decisions import Decision

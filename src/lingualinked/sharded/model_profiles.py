@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.devices import describe_cluster
+from lingualinked.cluster.workers.devices import describe_cluster
 from lingualinked.cluster_file import Devices, read_description
 from lingualinked.errors import ArgumentError
 from lingualinked.interrupts import interruptible

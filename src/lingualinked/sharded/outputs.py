@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from lingualinked.model.parts import NoData, build_meta
+from lingualinked.model.cutting.parts import NoData, build_meta
 from lingualinked.model.spec import ModelSpec
 
 _LOSS_PARAMETERS = inspect.signature(ForCausalLMLoss).parameters

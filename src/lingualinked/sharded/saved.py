@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
     from lingualinked.device import Device, Links
     from lingualinked.environment import Environments
-    from lingualinked.model.footprint import Footprint
+    from lingualinked.model.cutting.footprint import Footprint
 
 _SOLVER = 2  # raise it when the solver decides differently, so that plans on disk are solved again
 
@@ -46,7 +46,7 @@ def find_profile(
 ) -> Profile:
     """Load the profile from disk, or measure it; keep it unless it is doubtful or was measured under load."""
     devices, links = cluster.devices, cluster.links
-    from lingualinked.cluster.remote_hosts import remote_environments  # imports torch
+    from lingualinked.cluster.workers.remote_hosts import remote_environments  # imports torch
 
     environments = remote_environments(cluster)
     found = None if refresh else saved_profile(devices, links, footprint, workload, environments)
@@ -96,7 +96,7 @@ def find_plan(
     progress: bool,
 ) -> Plan:
     """Load the plan from disk, or measure, solve and keep it: importing a solver takes as long as loading a small model."""
-    from lingualinked.cluster.remote_hosts import remote_available_bytes, remote_environments  # imports torch
+    from lingualinked.cluster.workers.remote_hosts import remote_available_bytes, remote_environments  # imports torch
 
     devices = cluster.devices
     environments = remote_environments(cluster)

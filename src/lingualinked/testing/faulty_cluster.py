@@ -11,7 +11,7 @@ import signal
 import time
 
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.steps.pending import results_of
+from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.device import CALLER
 from lingualinked.errors import ArgumentError, StepTimeoutError, WorkerDiedError
 from lingualinked.interrupts import interruptible

@@ -22,7 +22,7 @@ def _take_over_import_path() -> None:
 if __name__ == "__main__":
     if __spec__ is None:  # started by its path
         _take_over_import_path()
-        from lingualinked.worker.forking import main
+        from lingualinked.worker.process.forking import main
     else:
         from lingualinked.worker.daemon.command import main
 

@@ -15,8 +15,8 @@ import msgspec
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
-from lingualinked.model.environment_probe import read_environment
-from lingualinked.model.stage import Stage
+from lingualinked.model.process.environment_probe import read_environment
+from lingualinked.model.stages.stage import Stage
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.editing import EditTensor
@@ -67,29 +67,29 @@ from lingualinked.transport.delivery import Delivery
 from lingualinked.transport.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.zmq_mailbox import ZmqMailbox
-from lingualinked.worker.adapters import change_adapters
-from lingualinked.worker.announced_moves import AnnouncedMoves
 from lingualinked.worker.background import Background
-from lingualinked.worker.backward_runner import BackwardRunner
-from lingualinked.worker.borrower import Borrower
-from lingualinked.worker.error_report import describe_error
-from lingualinked.worker.file_exchange import FileExchange
-from lingualinked.worker.hosted_stages import HostedStages, StageKey
-from lingualinked.worker.inbox import Inbox
-from lingualinked.worker.kv_mover import KVMover
-from lingualinked.worker.lender import Lender
-from lingualinked.worker.lifeline import Lifeline
-from lingualinked.worker.limits import apply_limits, resident_bytes
-from lingualinked.worker.load_report import describe_loaded, describe_worker
-from lingualinked.worker.logs import ForwardingHandler, forward_logs
-from lingualinked.worker.measure import Measurer
-from lingualinked.worker.pace import Pace
-from lingualinked.worker.peers import Peers
-from lingualinked.worker.probe import LinkProbes
-from lingualinked.worker.sender_check import SenderCheck, StaleMessageError
-from lingualinked.worker.step_runner import StepRunner
-from lingualinked.worker.tensor_reader import TensorReader
-from lingualinked.worker.vitals import Vitals
+from lingualinked.worker.hooks.backward_runner import BackwardRunner
+from lingualinked.worker.kv.announced_moves import AnnouncedMoves
+from lingualinked.worker.kv.kv_mover import KVMover
+from lingualinked.worker.measuring.measure import Measurer
+from lingualinked.worker.measuring.probe import LinkProbes
+from lingualinked.worker.measuring.vitals import Vitals
+from lingualinked.worker.messaging.error_report import describe_error
+from lingualinked.worker.messaging.inbox import Inbox
+from lingualinked.worker.messaging.peers import Peers
+from lingualinked.worker.messaging.sender_check import SenderCheck, StaleMessageError
+from lingualinked.worker.process.lifeline import Lifeline
+from lingualinked.worker.process.limits import apply_limits, resident_bytes
+from lingualinked.worker.process.logs import ForwardingHandler, forward_logs
+from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.stages.load_report import describe_loaded, describe_worker
+from lingualinked.worker.steps.pace import Pace
+from lingualinked.worker.steps.step_runner import StepRunner
+from lingualinked.worker.weights.adapters import change_adapters
+from lingualinked.worker.weights.borrower import Borrower
+from lingualinked.worker.weights.file_exchange import FileExchange
+from lingualinked.worker.weights.lender import Lender
+from lingualinked.worker.weights.tensor_reader import TensorReader
 
 logger = logging.getLogger("lingualinked.worker")
 

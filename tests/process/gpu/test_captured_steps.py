@@ -9,9 +9,9 @@ import torch
 
 import accelerators
 from conversations import dummy_spec
-from lingualinked.model.memory import release_memory
-from lingualinked.model.stage import Stage
-from lingualinked.model.step_graphs import Recorder
+from lingualinked.model.process.memory import release_memory
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.stages.step_graphs import Recorder
 from texts_on_a_stage import ROOM, assert_equal, decode, no_collector, run_again
 
 pytestmark = pytest.mark.equality

@@ -21,7 +21,7 @@ import lingualinked.cli
 from lingualinked.cli import doctor_command
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.cluster.devices import describe_cluster
+from lingualinked.cluster.workers.devices import describe_cluster
 from lingualinked.model.exact import linear_speed
 from lingualinked.sharded.progress import DeviceProgress
 

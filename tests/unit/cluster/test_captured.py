@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.steps.captured import ExpectedValue, join_captured
 from lingualinked.cluster.steps.recorded import RecordedPart
 from lingualinked.errors import WorkerError

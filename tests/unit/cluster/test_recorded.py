@@ -12,7 +12,7 @@ from torch import Tensor
 import lingualinked as ll
 from conversations import dummy_spec
 from families import FAMILIES
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.steps.recorded import DueRecords, RecordedPart, recorded_sizes
 
 ROUTE = Route(1, ll.Plan.from_spans([("a", 0, 1), ("b", 1, 3)]))

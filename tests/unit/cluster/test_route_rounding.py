@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.device import CALLER
-from lingualinked.model.environment_probe import read_environment
+from lingualinked.model.process.environment_probe import read_environment
 from lingualinked.planning.plan import Plan
 from lingualinked.rounding import Rounding
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.runs.run_in_flight import RunInFlight
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.cluster.steps.step_reply import RunReply

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.cluster.weights.tensor_edits import Change, TensorEdits
 from lingualinked.errors import WorkerError
-from lingualinked.model.parts import ModelParts
+from lingualinked.model.cutting.parts import ModelParts
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.editing import ChangeKind, EditTensor
 from lingualinked.weight_bytes import WeightBytes

@@ -16,10 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conversations import dummy_spec
-from lingualinked.model import step_graphs
-from lingualinked.model.kv_cache import StageCache
-from lingualinked.model.stage import Stage
-from lingualinked.model.step_graphs import CudaRecorder, StepGraph
+from lingualinked.model.kv.kv_cache import StageCache
+from lingualinked.model.stages import step_graphs
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.stages.step_graphs import CudaRecorder, StepGraph
 from texts_on_a_stage import ROOM, Text, assert_equal, decode, hold_nothing, no_collector, run_again
 
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive"}

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from families import tiny_config, tiny_model
 from lingualinked.errors import CheckpointError
 from lingualinked.model.hf_internals import building, computing, loading
-from lingualinked.model.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+from lingualinked.model.kv.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
 
 
 def meta(family: str) -> transformers.PreTrainedModel:

@@ -13,7 +13,7 @@ from lingualinked.kernels import attention
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage
+from lingualinked.model.stages.stage import Stage
 
 NEW_TOKENS = ((3, 9, 1, 70), (1, 1, 1, 1), (1, 4, 1, 1), (1, 1, 1, 1))
 """Of each text in each pass."""

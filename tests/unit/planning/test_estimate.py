@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 import lingualinked as ll
 from families import FAMILIES, tiny_config
-from lingualinked.model.architectures import check_architecture
+from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.estimate import LayerOperations, _num_attended, roofline_profile
 from lingualinked.sharded.describing import Described, describe_spec

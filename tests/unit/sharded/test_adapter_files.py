@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
-from lingualinked.model.parts import build_meta
+from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.spec import ModelSpec
 from lingualinked.sharded.adapters.adapter_files import open_adapter
 from lingualinked.sharded.arguments import LoadArguments

@@ -25,16 +25,16 @@ import lingualinked as ll
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.cluster.steps.step_reply import HookEvent, StepReply
 from lingualinked.cluster.weights.tensor_edits import Changes
-from lingualinked.model.hook_data import HookPoint
-from lingualinked.model.hook_points import HookedPass, ModuleCall
-from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
-from lingualinked.model.parts import ModelParts, find_parts
+from lingualinked.model.cutting.parts import ModelParts, find_parts
+from lingualinked.model.hooks.hook_data import HookPoint
+from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall
+from lingualinked.model.stages.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.protocol.editing import ChangeKind
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.sharded.forward import make_sharded
 from lingualinked.sharded.model_code import ModelCode
-from lingualinked.worker.paused_steps import PausedSteps
-from lingualinked.worker.step_runner import apply_answer, describe_call
+from lingualinked.worker.hooks.paused_steps import PausedSteps
+from lingualinked.worker.steps.step_runner import apply_answer, describe_call
 from message_examples import STEP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # thousands of calls, on a machine that may be busy

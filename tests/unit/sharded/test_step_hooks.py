@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lingualinked as ll
 from lingualinked.cluster.steps.step_reply import HookEvent, StepReply
-from lingualinked.model.hook_data import Entries, HookValue, Items, TensorAt
-from lingualinked.model.parts import find_parts
+from lingualinked.model.cutting.parts import find_parts
+from lingualinked.model.hooks.hook_data import Entries, HookValue, Items, TensorAt
 from lingualinked.protocol.hooking import HookReached
 from lingualinked.sharded.hooks.hooked_modules import HookedModules
 from lingualinked.sharded.hooks.recording_order import RecordingOrder

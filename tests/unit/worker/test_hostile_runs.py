@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 from torch import Tensor
+from unit.worker.stages.test_hosted_stage import STEP, hosted_stage, run
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
@@ -18,12 +19,11 @@ from lingualinked.protocol.moving import JoinedRows
 from lingualinked.protocol.running import BeginRun, EndRun
 from lingualinked.transport.delivery import Delivery
 from lingualinked.worker.background import Background
-from lingualinked.worker.hosted_stages import HostedStages
-from lingualinked.worker.pace import Pace
-from lingualinked.worker.runs import Runs
-from lingualinked.worker.step_runner import StepRunner
+from lingualinked.worker.stages.hosted_stages import HostedStages
+from lingualinked.worker.steps.pace import Pace
+from lingualinked.worker.steps.runs import Runs
+from lingualinked.worker.steps.step_runner import StepRunner
 from message_examples import example
-from unit.worker.test_hosted_stage import STEP, hosted_stage, run
 
 IDS = torch.tensor([[1, 5], [2, 7]])
 STATE = torch.Generator().get_state()
@@ -154,7 +154,7 @@ def test_what_ends_another_run_or_a_later_one_ends_none() -> None:
 
 
 def test_steps_that_wait_for_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lingualinked.worker.runs._MOST_EARLY", 3)
+    monkeypatch.setattr("lingualinked.worker.steps.runs._MOST_EARLY", 3)
     runs, delivery = Runs(), Delivery(sender="before", payload=b"", tensors=(), num_bytes=1)
     for session in range(3):
         runs.keep_early(msgspec.structs.replace(STEP, session=session), delivery)
@@ -168,7 +168,7 @@ def test_steps_that_wait_for_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_runs_that_wait_for_steps_of_sessions_that_are_gone_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lingualinked.worker.runs._MOST_EARLY", 3)
+    monkeypatch.setattr("lingualinked.worker.steps.runs._MOST_EARLY", 3)
     runs = Runs()
     runs.begin(begin(session=100), ())
     runs._runs[100].choose(LOGITS)

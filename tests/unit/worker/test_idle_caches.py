@@ -13,14 +13,14 @@ from torch import Tensor
 from conversations import dummy_spec, prompt
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.stage import Stage
+from lingualinked.model.stages.stage import Stage
 from lingualinked.protocol.messages import LoadStage
 from lingualinked.protocol.moving import ForkSession
 from lingualinked.protocol.steps import Step
 from lingualinked.worker.background import Background
-from lingualinked.worker.hosted_stage import HostedStage
-from lingualinked.worker.hosted_stages import HostedStages, StageKey
-from lingualinked.worker.pace import Pace
+from lingualinked.worker.stages.hosted_stage import HostedStage
+from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.steps.pace import Pace
 from texts_on_a_stage import hold_nothing, no_collector
 
 ROOM = 32
@@ -105,7 +105,7 @@ def test_idle_caches_take_nothing_from_the_budget(hosted: HostedStage) -> None:
 def test_idle_caches_make_room_in_memory(hosted: HostedStage, monkeypatch: pytest.MonkeyPatch) -> None:
     talk(hosted, 1)
     hosted.end_session(1)
-    monkeypatch.setattr("lingualinked.worker.hosted_stage.spare_bytes", lambda _accelerator: 100)
+    monkeypatch.setattr("lingualinked.worker.stages.hosted_stage.spare_bytes", lambda _accelerator: 100)
     talk(hosted, 2, rows=2)
     assert not hosted.stage.graphs.idle
 
@@ -130,7 +130,7 @@ def idle_caches(stages: HostedStages) -> list[int]:
 
 def test_idle_caches_leave_as_much_memory_as_they_take(stages: HostedStages, monkeypatch: pytest.MonkeyPatch) -> None:
     spare = 10**9
-    monkeypatch.setattr("lingualinked.worker.hosted_stages.spare_bytes", lambda _accelerator: spare)
+    monkeypatch.setattr("lingualinked.worker.stages.hosted_stages.spare_bytes", lambda _accelerator: spare)
     other = stages._stages[StageKey(2, 1, 0)]
     (small,) = other.stage.graphs.idle
     num_bytes = small.nbytes

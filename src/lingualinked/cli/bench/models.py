@@ -28,8 +28,8 @@ from lingualinked.cli.demo_command import unsharded
 from lingualinked.cli.devices_option import read_devices
 from lingualinked.cli.plan_command import load_format_of
 from lingualinked.cluster_file import ClusterDescription
-from lingualinked.model.span_loading import load_span
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.weights.span_loading import load_span
 from lingualinked.processor import usable_cores
 from lingualinked.quantities import bytes_text
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.plans.route import Route
 from lingualinked.protocol.moving import CopyKV, ForkSession, JoinedRows, JoinSessions
 
 

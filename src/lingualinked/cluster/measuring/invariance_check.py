@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from lingualinked import environment, rounding
-from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.device import CALLER
 from lingualinked.environment import Environments
 from lingualinked.errors import UnsupportedOperationError

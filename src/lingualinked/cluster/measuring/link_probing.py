@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from lingualinked.cluster.emulation import emulated_link
-from lingualinked.cluster.steps.pending import result_of, results_of
+from lingualinked.cluster.messaging.pending import result_of, results_of
+from lingualinked.cluster.workers.emulation import emulated_link
 from lingualinked.device import CALLER, Device, Link
 from lingualinked.link_profile import LinkProfile
 from lingualinked.protocol.measuring import LinkProbed, PingWorker, ProbeLink

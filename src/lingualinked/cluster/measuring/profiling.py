@@ -18,8 +18,8 @@ import msgspec
 
 from lingualinked.cluster.measuring.doubt import OtherWork, find_doubt
 from lingualinked.cluster.measuring.link_probing import all_pairs, measure_links
-from lingualinked.cluster.remote_text import readable
-from lingualinked.cluster.steps.pending import results_of
+from lingualinked.cluster.messaging.pending import results_of
+from lingualinked.cluster.workers.remote_text import readable
 from lingualinked.device import CALLER, Device
 from lingualinked.environment import Environment
 from lingualinked.errors import ArgumentError
@@ -29,7 +29,7 @@ from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMe
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
-    from lingualinked.model.footprint import Footprint
+    from lingualinked.model.cutting.footprint import Footprint
     from lingualinked.profile import ModelProfile
     from lingualinked.rounding import Rounding
 from lingualinked.workload import Workload

@@ -15,11 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lingualinked.cluster.messaging.pending import result_of
 from lingualinked.cluster.packed.packed_reply import PackedAnswer, PartReply, read_reply
 from lingualinked.cluster.packed.packed_session import begin_part, break_session
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.sessions.session import Session
-from lingualinked.cluster.steps.pending import result_of
 from lingualinked.cluster.steps.step_reply import StepLabel, StepReply, sample_of
 from lingualinked.errors import LingualinkedError
 from lingualinked.model.packed.token_choice import TokenChoice

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lingualinked.cluster.failures import error_of
+from lingualinked.cluster.messaging.failures import error_of
 from lingualinked.errors import LingualinkedError, ProtocolError, WorkerError
 from lingualinked.protocol.packed import PackedDone, PackedStep, PackedText
 from lingualinked.quantities import count_text

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.sessions.session import Session
 from lingualinked.errors import ArgumentError
 from lingualinked.interrupts import wait_in_pieces

@@ -10,14 +10,14 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 
-from lingualinked.cluster.engine import Engine
+from lingualinked.cluster.messaging.engine import Engine
 from lingualinked.cluster.packed.packed_flight import PackedFlight, PackedPart
 from lingualinked.cluster.packed.packed_session import check_session, use_session
-from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.cluster.weights.tensor_edits import TensorEdits
 from lingualinked.errors import ArgumentError, StepTimeoutError, UnsupportedOperationError
-from lingualinked.model.adapter_data import AdapterUse
-from lingualinked.model.torch_settings import read_torch_settings
+from lingualinked.model.adapters.adapter_data import AdapterUse
+from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.protocol.packed import PackedStep, PackedText
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StepSample

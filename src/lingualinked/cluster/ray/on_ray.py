@@ -13,7 +13,7 @@ from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES
 
 if TYPE_CHECKING:
     from lingualinked.cluster.ray.ray_placement import RayPlacement, Strategy
-    from lingualinked.cluster.workers import ClusterWorkers
+    from lingualinked.cluster.workers.cluster_workers import ClusterWorkers
 
 _PLACING_S = 60.0
 

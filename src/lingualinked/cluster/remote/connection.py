@@ -19,7 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from lingualinked.address import Address
 from lingualinked.cluster.remote.resolving import PROBE_S
-from lingualinked.cluster.remote_text import readable, readable_facts
+from lingualinked.cluster.workers.remote_text import readable, readable_facts
 from lingualinked.device import Device
 from lingualinked.errors import ClosedError, DaemonError, ProtocolError
 from lingualinked.protocol.boot import Boot

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import zmq
 
 from lingualinked.address import Address
+from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.cluster.remote.connection import DaemonConnection, KnownDaemon, Lease, NotConnectedError
 from lingualinked.cluster.remote.resolving import PROBE_S, resolve_address, why_unreachable
-from lingualinked.cluster.steps.pending import results_of
 from lingualinked.device import Device
 from lingualinked.errors import ClosedError, DaemonError, WorkerDiedError
 from lingualinked.processes.resources import start_thread

@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.steps.pending import result_of
+from lingualinked.cluster.messaging.pending import result_of
 from lingualinked.cluster.steps.step_in_flight import StepInFlight
 from lingualinked.cluster.steps.step_reply import RunReply, RunStart, sample_of
 from lingualinked.errors import ProtocolError, WorkerError
@@ -30,8 +30,8 @@ from lingualinked.quantities import count_text
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lingualinked.cluster.engine import Engine
-    from lingualinked.cluster.route import Route
+    from lingualinked.cluster.messaging.engine import Engine
+    from lingualinked.cluster.plans.route import Route
     from lingualinked.cluster.runs.run_request import RunRequest
     from lingualinked.cluster.steps.captured import ExpectedValue
     from lingualinked.cluster.steps.recorded import Recorded

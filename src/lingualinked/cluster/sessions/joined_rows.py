@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lingualinked.cluster.steps.pending import results_of
+from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.protocol.moving import JoinedRows
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from typing import cast
 
-from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.kv.kv_requests import KVRequests
-from lingualinked.cluster.route import Route, Routes
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.pending import results_of
+from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.cluster.sessions.session_place import SessionPlace
 from lingualinked.cluster.sessions.session_use import SessionUse
 from lingualinked.cluster.steps.captured import StepInstruments
-from lingualinked.cluster.steps.pending import results_of
 from lingualinked.errors import LingualinkedError
 from lingualinked.protocol.moving import KVCopied, MoveSession
 from lingualinked.protocol.steps import EndSession

@@ -13,26 +13,26 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine, end_with_interpreter
 from lingualinked.cluster.kv.kv_age import KVAge
 from lingualinked.cluster.kv.kv_budget import KVBudget
-from lingualinked.cluster.route import Routes
+from lingualinked.cluster.messaging.engine import Engine, end_with_interpreter
+from lingualinked.cluster.messaging.pending import results_of
+from lingualinked.cluster.plans.route import Routes
 from lingualinked.cluster.runs.run_in_flight import RunInFlight
 from lingualinked.cluster.sessions.routed_session import RoutedSession
 from lingualinked.cluster.sessions.session_place import end_session
 from lingualinked.cluster.sessions.session_use import SessionUse
-from lingualinked.cluster.steps.pending import results_of
 from lingualinked.cluster.steps.recorded import Recorded
 from lingualinked.cluster.steps.remote_graph import RemoteGraph
 from lingualinked.cluster.steps.step_in_flight import MOST_TOKENS_AHEAD, StepInFlight, StepOptions
 from lingualinked.cluster.weights.tensor_edits import TensorEdits
 from lingualinked.errors import ArgumentError, ClosedError
 from lingualinked.model.context import StepContext
-from lingualinked.model.instrument_data import Instruments
-from lingualinked.model.rotary import RopeReach
+from lingualinked.model.hooks.instrument_data import Instruments
+from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.stages.rotary import RopeReach
 from lingualinked.model.tensor_strides import pack_tensor
-from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.hop_clock import clock_us

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from lingualinked.cluster.engine import Engine
 from lingualinked.cluster.kv.kv_budget import KVBudget
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.plans.route import Route
 from lingualinked.interrupts import uninterrupted
 from lingualinked.protocol.steps import EndSession
 

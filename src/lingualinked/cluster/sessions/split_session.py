@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.kv.kv_age import KVAge
     from lingualinked.cluster.kv.kv_budget import KVBudget
     from lingualinked.cluster.steps.recorded import Recorded
-    from lingualinked.model.adapter_data import AdapterUse
+    from lingualinked.model.adapters.adapter_data import AdapterUse
     from lingualinked.telemetry.samples import StepSample
 
 _PLAIN = StepOptions()

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.steps.recorded import RecordedPart
 from lingualinked.errors import ProtocolError, WorkerError
-from lingualinked.model.instrument_data import Instruments
+from lingualinked.model.hooks.instrument_data import Instruments
 from lingualinked.planning.planned_stage import PlannedStage
 
 

@@ -11,12 +11,12 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.route import Route
-from lingualinked.cluster.steps.pending import result_of
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.pending import result_of
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.steps.step_reply import HookEvent, StepReply
 from lingualinked.errors import ProtocolError, WorkerError
-from lingualinked.model.hook_data import HookPoint
+from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.protocol.hooking import HookAnswered
 from lingualinked.protocol.steps import Step
 

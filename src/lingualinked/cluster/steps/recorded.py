@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
-from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.stages.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.protocol.steps import Step, StepRecorded
 from lingualinked.quantities import count_text
@@ -61,7 +61,7 @@ class RecordedSizes:
 @functools.lru_cache(maxsize=8)
 def recorded_sizes(spec: ModelSpec) -> RecordedSizes:
     """Read the sizes from a model's configuration, whose fields have other names in each family."""
-    from lingualinked.model.architectures import read_config  # imports transformers
+    from lingualinked.model.cutting.architectures import read_config  # imports transformers
 
     config = read_config(spec).get_text_config(decoder=True)
     windows = ("sliding_window", "attention_chunk_size")

@@ -11,12 +11,12 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.route import Route
-from lingualinked.cluster.steps.pending import result_of
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.pending import result_of
+from lingualinked.cluster.plans.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.interrupts import interruptible, uninterrupted
-from lingualinked.model.torch_settings import read_torch_settings
+from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.protocol.gradients import AbandonBackward, BackwardDone, FreeGraph, ResumeBackward, RunBackward
 from lingualinked.protocol.steps import Step
 from lingualinked.quantities import count_text

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from lingualinked.cluster.messaging.pending import result_of
 from lingualinked.cluster.steps.captured import join_captured
 from lingualinked.cluster.steps.hooked_step import HookedStep
-from lingualinked.cluster.steps.pending import result_of
 from lingualinked.cluster.steps.recorded import DueRecords, Recorded
 from lingualinked.cluster.steps.step_reply import StepReply, check_reply, sample_of
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lingualinked.cluster.engine import Engine
-    from lingualinked.cluster.route import Route
+    from lingualinked.cluster.messaging.engine import Engine
+    from lingualinked.cluster.plans.route import Route
     from lingualinked.cluster.runs.run_request import RunRequest
     from lingualinked.cluster.steps.captured import ExpectedValue, StepInstruments
     from lingualinked.cluster.steps.hooked_step import StepHooks
     from lingualinked.cluster.steps.remote_graph import GraphUser
-    from lingualinked.model.adapter_data import AdapterUse
+    from lingualinked.model.adapters.adapter_data import AdapterUse
     from lingualinked.model.spec import ModelSpec
     from lingualinked.protocol.steps import Step
     from lingualinked.telemetry.samples import StepSample

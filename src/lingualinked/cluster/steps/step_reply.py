@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.plans.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.protocol.hooking import HookReached
 from lingualinked.protocol.running import BeginRun, TokensChosen

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.steps.pending import result_of
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.pending import result_of
 from lingualinked.cluster.weights.file_sharing import SharedLoad
 from lingualinked.device import CALLER
 from lingualinked.errors import CheckpointError, LingualinkedError

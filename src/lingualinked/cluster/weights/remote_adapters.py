@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 import msgspec
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.steps.pending import results_of
-from lingualinked.model.adapter_data import AdaptedModule, Adapter
-from lingualinked.model.parts import ModelParts
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.pending import results_of
+from lingualinked.cluster.plans.route import Route, Routes
+from lingualinked.model.adapters.adapter_data import AdaptedModule, Adapter
+from lingualinked.model.cutting.parts import ModelParts
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 
 _MESSAGE_TENSORS = 512

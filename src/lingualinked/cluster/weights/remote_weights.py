@@ -13,12 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.steps.pending import result_of
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.pending import result_of
+from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.errors import WorkerDiedError, WorkerError
 from lingualinked.interrupts import interruptible
-from lingualinked.model.parts import ModelParts
+from lingualinked.model.cutting.parts import ModelParts
 from lingualinked.protocol.reading import ReadTensor
 
 _NUM_AHEAD = 4

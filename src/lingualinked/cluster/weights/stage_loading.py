@@ -9,8 +9,8 @@ import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.route import Route
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.weights.file_supplies import FileLoad, arrange_supplies
 from lingualinked.device import CALLER
 from lingualinked.model.spec import ModelSpec

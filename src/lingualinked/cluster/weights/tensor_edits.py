@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from lingualinked.cluster.engine import Engine
-from lingualinked.cluster.route import Route, Routes
-from lingualinked.cluster.steps.pending import results_of
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.pending import results_of
+from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.cluster.steps.step_gate import StepGate
 from lingualinked.cluster.weights.remote_weights import stages_of
-from lingualinked.model.layer_skips import LayerSkips
-from lingualinked.model.parts import ModelParts
+from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.protocol.editing import ChangeKind, EditTensor, TensorChange
 
 

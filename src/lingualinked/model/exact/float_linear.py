@@ -17,7 +17,7 @@ from torch.nn import functional
 from lingualinked.kernels import bfloat_rows, float_rows, half_rows
 from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.exact.product_probe import Kernel, Shape, find_exact_kernel
-from lingualinked.model.memory import use_huge_pages
+from lingualinked.model.process.memory import use_huge_pages
 
 _MAX_ROWS = max(float_rows.MAX_ROWS, half_rows.MAX_ROWS, bfloat_rows.MAX_ROWS)
 _TRIED_ROWS = (1, 4)  # summed in two orders, of which one may be known

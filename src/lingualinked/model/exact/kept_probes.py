@@ -19,7 +19,7 @@ import transformers
 
 from lingualinked.disk_cache import read_cached, write_cached
 from lingualinked.kernels import native
-from lingualinked.model.torch_settings import read_torch_settings
+from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.processor import describe_processor
 
 _MAX_RESULTS = 10_000  # each length of a prompt is a product of its own

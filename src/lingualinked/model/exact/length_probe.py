@@ -13,7 +13,7 @@ import torch
 
 from lingualinked.model.exact.bits import have_equal_bits
 from lingualinked.model.hf_internals.computing import torch_attention
-from lingualinked.model.torch_settings import torch_settings
+from lingualinked.model.process.torch_settings import torch_settings
 
 _NUM_DRAWS = 8  # of random states; a row of heads alone has thousands of results
 

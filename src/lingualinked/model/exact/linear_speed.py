@@ -15,7 +15,7 @@ from torch import nn
 
 from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
 from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
-from lingualinked.model.memory import use_huge_pages
+from lingualinked.model.process.memory import use_huge_pages
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 ROWS = (1, 8)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from lingualinked.kernels import few_rows
 from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.exact.product_probe import Kernel, Shape, find_exact_kernel
-from lingualinked.model.memory import trim_heap, use_huge_pages
+from lingualinked.model.process.memory import trim_heap, use_huge_pages
 
 _TRIM_BYTES = 8 << 20
 

@@ -21,7 +21,7 @@ from lingualinked.model.exact.product_probe import MIN_ELEMENTS, PROBED_ELEMENTS
 from lingualinked.model.exact.products import BLOCK_OUTPUTS, absorbing_product, cancelling_product
 from lingualinked.model.exact.rounding_probe import VECTOR_BYTES
 from lingualinked.model.hf_internals.computing import torch_attention
-from lingualinked.model.torch_settings import one_thread
+from lingualinked.model.process.torch_settings import one_thread
 
 # Rows of products: few, one more and one less than blocks of kernels have, and prompts.
 _COUNTS = (*range(2, 18), 23, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 128, 129, 192, 255, 256, 257, 300, 384)

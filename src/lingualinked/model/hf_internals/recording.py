@@ -14,7 +14,7 @@ from transformers.utils import output_capturing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lingualinked.model.cut import RawOutput
+    from lingualinked.model.cutting.cut import RawOutput
 
 
 def recordable_outputs(model: torch.nn.Module) -> frozenset[str]:

@@ -21,17 +21,17 @@ from lingualinked.model.exact.row_probe import (
     has_free_elements,
     has_free_products,
 )
-from lingualinked.model.layer_order import layer_layout
-from lingualinked.model.layer_skips import LayerSkips
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
-from lingualinked.model.torch_settings import one_thread
+from lingualinked.model.process.torch_settings import one_thread
+from lingualinked.model.stages.layer_order import layer_layout
+from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.quantities import count_text
 from lingualinked.rounding import Invariance
 
 if TYPE_CHECKING:
-    from lingualinked.model.kv_cache import StageCache
-    from lingualinked.model.stage import Stage
+    from lingualinked.model.kv.kv_cache import StageCache
+    from lingualinked.model.stages.stage import Stage
 
 _PROMPTS = (1, 160, 2, 5, 47, 18)  # tokens
 _LATER = (1, 1, 3)  # tokens of each text after its prompt

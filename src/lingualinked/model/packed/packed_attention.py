@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.kernels.attention import Text
 from lingualinked.model.exact import exact_attention
-from lingualinked.model.kv_layers import GrowingLayer
+from lingualinked.model.kv.kv_layers import GrowingLayer
 from lingualinked.model.packed.packed_cache import PackedStates, TextPlace, not_through_interface
-from lingualinked.model.torch_settings import one_thread
+from lingualinked.model.process.torch_settings import one_thread
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 

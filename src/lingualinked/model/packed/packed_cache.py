@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lingualinked.model.kv_cache import StageCache
+    from lingualinked.model.kv.kv_cache import StageCache
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

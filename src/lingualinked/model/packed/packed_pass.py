@@ -14,20 +14,20 @@ from torch import Tensor
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.hf_internals import building, computing
-from lingualinked.model.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.model.packed.packed_attention import PackedAttention
 from lingualinked.model.packed.packed_cache import PackedCache, TextPlace
 from lingualinked.model.packed.packed_rotation import rotated_by_text
 from lingualinked.model.packed.qualifying import why_not_packed
-from lingualinked.model.stage_data import StageInputs, StageOutput
-from lingualinked.model.torch_settings import TorchSettings
+from lingualinked.model.process.torch_settings import TorchSettings
+from lingualinked.model.stages.layer_skips import NO_SKIPS, LayerSkips
+from lingualinked.model.stages.stage_data import StageInputs, StageOutput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lingualinked.model.adapter_data import AdapterUse
-    from lingualinked.model.kv_cache import StageCache
-    from lingualinked.model.stage import Stage
+    from lingualinked.model.adapters.adapter_data import AdapterUse
+    from lingualinked.model.kv.kv_cache import StageCache
+    from lingualinked.model.stages.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)

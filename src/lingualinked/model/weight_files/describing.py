@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lingualinked.disk_cache import read_cached, write_cached
-from lingualinked.model.safetensors_file import SafetensorsFile
 from lingualinked.model.spec import CheckpointFile, FileContent, ModelSpec
+from lingualinked.model.weights.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
-    from lingualinked.model.safetensors_file import TensorEntry
+    from lingualinked.model.weights.safetensors_file import TensorEntry
 
 _SAMPLE_BYTES = 64
 _DIGEST_BYTES = 16

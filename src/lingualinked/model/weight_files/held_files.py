@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model.safetensors_file import SafetensorsFile
 from lingualinked.model.weight_files.byte_ranges import ByteRange, subtract_ranges
 from lingualinked.model.weight_files.cached_file import CachedFile, DamagedPartsError
+from lingualinked.model.weights.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

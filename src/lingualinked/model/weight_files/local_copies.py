@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model.safetensors_file import identify_file
 from lingualinked.model.weight_files.describing import describe_file, digest_config, model_name
+from lingualinked.model.weights.safetensors_file import identify_file
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:

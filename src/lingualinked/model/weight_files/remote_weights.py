@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model.safetensors_file import SafetensorsFile, empty_tensor, header_size, parse_header
 from lingualinked.model.weight_files.byte_ranges import ByteRange, merge_ranges, num_bytes_of, subtract_ranges
 from lingualinked.model.weight_files.cached_file import DamagedPartsError
 from lingualinked.model.weight_files.describing import digest_header, digest_tensor, model_name
 from lingualinked.model.weight_files.fetching import FetchError
 from lingualinked.model.weight_files.filling import fill_files
 from lingualinked.model.weight_files.span_ranges import locate_tensors
+from lingualinked.model.weights.safetensors_file import SafetensorsFile, empty_tensor, header_size, parse_header
 from lingualinked.quantities import bytes_text, count_text
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lingualinked.model.safetensors_file import TensorEntry
     from lingualinked.model.spec import ModelSpec
     from lingualinked.model.weight_files.cached_file import CachedFile
     from lingualinked.model.weight_files.fetching import Fetcher
     from lingualinked.model.weight_files.local_copies import LocalCopies
     from lingualinked.model.weight_files.weight_cache import WeightCache
+    from lingualinked.model.weights.safetensors_file import TensorEntry
 
 logger = logging.getLogger("lingualinked.model")
 
 
 class RemoteWeights:
-    """A `lingualinked.model.weights.WeightSource` for a worker on another host than the caller.
+    """A `lingualinked.model.weights.weight_sources.WeightSource` for a worker on another host than the caller.
 
     A file that lies here is read; of others, the header and the prepared tensors are fetched into the cache, as far as it
     lacks them, or into memory if there is no cache. If the specification has the digests of tensors, each is checked.

@@ -8,16 +8,16 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from lingualinked.model.parts import build_meta, check_span, parts_of
-from lingualinked.model.safetensors_file import SafetensorsFile
-from lingualinked.model.span_loading import choose_tensors
+from lingualinked.model.cutting.parts import build_meta, check_span, parts_of
 from lingualinked.model.weight_files.byte_ranges import ByteRange, merge_ranges
+from lingualinked.model.weights.safetensors_file import SafetensorsFile
+from lingualinked.model.weights.span_loading import choose_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lingualinked.model.safetensors_file import TensorEntry
     from lingualinked.model.spec import CheckpointFile, ModelSpec
+    from lingualinked.model.weights.safetensors_file import TensorEntry
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lingualinked.model.spec import ModelSpec
     from lingualinked.model.weight_files.fetching import Fetcher, HeldFiles
     from lingualinked.model.weight_files.weight_cache import WeightCache
-    from lingualinked.model.weights import WeightSource
+    from lingualinked.model.weights.weight_sources import WeightSource
 
 
 class WeightStorage:

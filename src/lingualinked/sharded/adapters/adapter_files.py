@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ArgumentError, CheckpointError, UnsupportedOperationError
+from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.hf_internals.loading import find_file
-from lingualinked.model.parts import build_meta
-from lingualinked.model.safetensors_file import SafetensorsFile, identify_file
+from lingualinked.model.weights.safetensors_file import SafetensorsFile, identify_file
 from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
 
 if TYPE_CHECKING:

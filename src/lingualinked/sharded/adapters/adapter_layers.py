@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
-from lingualinked.model.adapter_data import AdaptedModule, Adapter, AdapterUse
+from lingualinked.model.adapters.adapter_data import AdaptedModule, Adapter, AdapterUse
 from lingualinked.quantities import count_text
 
 _BASE = "base_layer"

@@ -23,8 +23,8 @@ from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.adapter_data import AdapterUse
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.adapters.adapter_data import AdapterUse
+    from lingualinked.model.cutting.parts import ModelParts
 
 row_adapters: contextvars.ContextVar[tuple[object, Sequence[str] | None]] = contextvars.ContextVar(
     "row_adapters", default=(None, None)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
-    from lingualinked.model.adapter_data import AdapterUse
+    from lingualinked.model.adapters.adapter_data import AdapterUse
 
 
 class ShardedBatchingManager(ContinuousBatchingManager):

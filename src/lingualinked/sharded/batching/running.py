@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.packed.packed_flight import PackedFlight
     from lingualinked.cluster.packed.packed_reply import PartReply
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.adapter_data import AdapterUse
+    from lingualinked.model.adapters.adapter_data import AdapterUse
     from lingualinked.sharded.batching.choosing import Choice, Chooser
     from lingualinked.sharded.batching.settings import BatchSettings
     from lingualinked.sharded.batching.wake import Wake

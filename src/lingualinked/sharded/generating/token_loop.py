@@ -28,9 +28,9 @@ from transformers.utils import ModelOutput
 from lingualinked.cluster.runs.run_request import RunRequest
 from lingualinked.cluster.sessions.session import Session
 from lingualinked.cluster.sessions.split_session import SplitSession
+from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.model.sampling.processor_data import ProcessorSpec
 from lingualinked.model.sampling.processors import describe_processors
-from lingualinked.model.torch_settings import read_torch_settings
 from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache
 from lingualinked.sharded.generating.asked_run import AskedRun, asking
 from lingualinked.sharded.generating.random_loans import RandomLoan

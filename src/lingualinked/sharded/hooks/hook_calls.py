@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ArgumentError, ProtocolError, UnsupportedOperationError
-from lingualinked.model.hook_data import HookValue, Strides
-from lingualinked.model.hook_values import CallValues, objects_in
+from lingualinked.model.hooks.hook_data import HookValue, Strides
+from lingualinked.model.hooks.hook_values import CallValues, objects_in
 from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
 from lingualinked.quantities import count_text
 

@@ -9,8 +9,8 @@ import itertools
 import operator
 from typing import TYPE_CHECKING, Any
 
-from lingualinked.model.hook_data import Cut, HookPoint
-from lingualinked.model.hook_points import contains_layers
+from lingualinked.model.hooks.hook_data import Cut, HookPoint
+from lingualinked.model.hooks.hook_points import contains_layers
 from lingualinked.sharded.adapters.adapter_layers import is_of_peft
 from lingualinked.sharded.hooks.narrow_hooks import NarrowHook, narrow_hooks
 from lingualinked.sharded.hooks.wrapped_modules import runs_here, wrapper_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.cutting.parts import ModelParts
     from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
     from lingualinked.sharded.hooks.recording_order import RecordingOrder
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model.hook_cuts import (
+from lingualinked.model.hooks.hook_cuts import (
     cut_tensor,
     first_input,
     first_tensor,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-    from lingualinked.model.hook_data import Positions
+    from lingualinked.model.hooks.hook_data import Positions
 
 Wants = Literal["input", "output", "both"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lingualinked.cluster.steps.step_reply import StepReply
 from lingualinked.errors import ProtocolError, UnsupportedOperationError, WorkerError
-from lingualinked.model.hook_data import HookPoint, Items
-from lingualinked.model.hook_points import contains_layers
+from lingualinked.model.hooks.hook_data import HookPoint, Items
+from lingualinked.model.hooks.hook_points import contains_layers
 from lingualinked.sharded.hooks.hook_calls import HookCall, has_same_bits
 from lingualinked.sharded.sealing import call_hooks_around
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from lingualinked.cluster.steps.hooked_step import HookedStep
     from lingualinked.cluster.steps.step_reply import HookEvent
-    from lingualinked.model.hook_data import Cut, HookValue
-    from lingualinked.model.layer_skips import LayerSkips
+    from lingualinked.model.hooks.hook_data import Cut, HookValue
+    from lingualinked.model.stages.layer_skips import LayerSkips
     from lingualinked.sharded.cache import ShardedCache
     from lingualinked.sharded.gradients import StepGradients
     from lingualinked.sharded.hooks.hooked_modules import HookedModules

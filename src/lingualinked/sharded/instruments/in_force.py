@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lingualinked.cluster.steps.captured import CapturedValue, ExpectedValue
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
-from lingualinked.model.instrument_data import Capture, Change, Instrument, Instruments
+from lingualinked.model.hooks.instrument_data import Capture, Change, Instrument, Instruments
 from lingualinked.quantities import count_text
 from lingualinked.sharded.instruments.module_calls import find_calls
 from lingualinked.sharded.instruments.step_shapes import check_change_in_step, count_chosen, due_shape
 
 if TYPE_CHECKING:
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.cutting.parts import ModelParts
     from lingualinked.model.spec import ModelSpec
     from lingualinked.sharded.instruments.captured import Captured
     from lingualinked.sharded.instruments.module_calls import ModuleCall, ModuleCalls

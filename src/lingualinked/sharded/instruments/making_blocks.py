@@ -17,7 +17,7 @@ from transformers import Cache
 from lingualinked.checks import as_index
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interventions import Ablate, Add, Clamp, Intervention, Project, Replace, Scale
-from lingualinked.model.instrument_data import Capture, Change, ChangeKind, Choice, Dtype, Reduction, Side, Steps
+from lingualinked.model.hooks.instrument_data import Capture, Change, ChangeKind, Choice, Dtype, Reduction, Side, Steps
 from lingualinked.sharded.instruments.captured import Captured
 from lingualinked.sharded.instruments.in_force import Block, InstrumentBlock, ListedPositions, Result
 from lingualinked.sharded.instruments.module_calls import find_calls, match_modules

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model.hook_cuts import first_tensor
-from lingualinked.model.instrument_data import Side
-from lingualinked.model.parts import NoData, build_meta
+from lingualinked.model.cutting.parts import NoData, build_meta
+from lingualinked.model.hooks.hook_cuts import first_tensor
+from lingualinked.model.hooks.instrument_data import Side
 from lingualinked.model.spec import ModelSpec
 
 Dimension = int | Literal["rows", "tokens"] | None

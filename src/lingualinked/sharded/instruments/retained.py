@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from lingualinked.cluster.steps.captured import CapturedValue
 from lingualinked.errors import ArgumentError
-from lingualinked.model.hook_cuts import first_tensor
+from lingualinked.model.hooks.hook_cuts import first_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.instrument_data import Side
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.hooks.instrument_data import Side
     from lingualinked.sharded.instruments.captured import Captured
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model.instrument_data import Capture, Change, Instrument, positions_in, rows_in
+from lingualinked.model.hooks.instrument_data import Capture, Change, Instrument, positions_in, rows_in
 from lingualinked.quantities import count_text
 from lingualinked.sharded.instruments.module_calls import Dimension, ModuleCall
 

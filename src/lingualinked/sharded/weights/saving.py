@@ -27,12 +27,12 @@ from lingualinked.model.hf_internals.saving import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from lingualinked.model.safetensors_writer import write_file
+from lingualinked.model.weights.safetensors_writer import write_file
 from lingualinked.whole_file import write_whole_file
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.cutting.parts import ModelParts
 
 _SHARD = re.compile(r"(.*?)-\d{5}-of-\d{5}")
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from lingualinked.cluster.weights.tensor_edits import Change, Changes
 from lingualinked.errors import ArgumentError, ClosedError
 from lingualinked.interrupts import interruptible
-from lingualinked.model.held_tensors import sum_of_products
+from lingualinked.model.weights.held_tensors import sum_of_products
 from lingualinked.protocol.editing import ChangeKind
 from lingualinked.sharded.weights.fetched_weights import FetchedWeights
 from lingualinked.sharded.weights.remote_tensor import RemoteTensor
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.parts import ModelParts
+    from lingualinked.model.cutting.parts import ModelParts
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

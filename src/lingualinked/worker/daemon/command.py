@@ -24,7 +24,7 @@ from lingualinked.public_key import fingerprint
 from lingualinked.transport.host_addresses import local_host_towards, look_up, own_addresses
 from lingualinked.units import parse_bytes
 from lingualinked.worker.daemon.options import DaemonOptions
-from lingualinked.worker.inheritance import allow_open_files
+from lingualinked.worker.process.inheritance import allow_open_files
 
 if TYPE_CHECKING:
     from lingualinked.transport.announcing import Announcer

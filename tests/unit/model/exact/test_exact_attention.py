@@ -18,8 +18,8 @@ from lingualinked.kernels import attention
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_attention import attend, is_exact
 from lingualinked.model.hf_internals.computing import torch_attention
-from lingualinked.model.stage import Stage
-from lingualinked.model.stage_data import StageInputs
+from lingualinked.model.stages.stage import Stage
+from lingualinked.model.stages.stage_data import StageInputs
 
 pytestmark = pytest.mark.slow
 

@@ -23,8 +23,8 @@ from lingualinked.kernels import norm
 from lingualinked.kernels.norm import Kind
 from lingualinked.model.exact.exact_norm import FasterNorm, speed_up_norms
 from lingualinked.model.exact.norm_probe import NormShape, find_kind
-from lingualinked.model.stage import Stage
-from lingualinked.model.torch_settings import torch_settings
+from lingualinked.model.process.torch_settings import torch_settings
+from lingualinked.model.stages.stage import Stage
 
 KINDS: dict[type[nn.Module], Kind] = {
     LlamaRMSNorm: Kind.ROUNDED_AND_WEIGHTED,

@@ -16,7 +16,7 @@ from kernel_checks import run_elsewhere
 from lingualinked.kernels import rotary
 from lingualinked.model.exact import exact_rotary
 from lingualinked.model.exact.exact_rotary import faster_rotation
-from lingualinked.model.torch_settings import torch_settings
+from lingualinked.model.process.torch_settings import torch_settings
 
 FAMILIES = ("cohere", "falcon", "gemma3", "gpt_neox", "llama", "olmo", "phi3", "qwen2_moe", "stablelm")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -17,7 +17,7 @@ from lingualinked.kernels import bfloat_rows, float_rows, half_rows, native
 from lingualinked.model.exact import float_linear
 from lingualinked.model.exact.float_linear import FloatLinear, speed_up_linears
 from lingualinked.model.exact.products import cancelling_product
-from lingualinked.model.torch_settings import torch_settings
+from lingualinked.model.process.torch_settings import torch_settings
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import torch
 
 from lingualinked.model.exact import kept_probes
 from lingualinked.model.exact.kept_probes import keep_result
-from lingualinked.model.torch_settings import read_torch_settings, torch_settings
+from lingualinked.model.process.torch_settings import read_torch_settings, torch_settings
 from lingualinked.rounding import Rounding
 
 

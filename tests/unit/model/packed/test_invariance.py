@@ -12,7 +12,7 @@ from lingualinked.model.packed import invariance
 from lingualinked.model.packed.invariance import probe_invariance
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stage import Stage
+from lingualinked.model.stages.stage import Stage
 
 _SIZES = {
     "hidden_size": 64,

@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model.checkpoint import resolve_files
-from lingualinked.model.safetensors_file import identify_file
 from lingualinked.model.spec import FileContent, ModelSpec
 from lingualinked.model.weight_files.describing import (
     describe_contents,
@@ -21,6 +19,8 @@ from lingualinked.model.weight_files.describing import (
     digest_header,
     digest_tensor,
 )
+from lingualinked.model.weights.checkpoint import resolve_files
+from lingualinked.model.weights.safetensors_file import identify_file
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lingualinked.model.safetensors_file import identify_file
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weight_files.describing import describe_file
 from lingualinked.model.weight_files.local_copies import LocalCopies
+from lingualinked.model.weights.safetensors_file import identify_file
 
 
 def spec_of(path: Path) -> ModelSpec:

@@ -1,0 +1,1 @@
+"""The plan in force, and the way to another one."""

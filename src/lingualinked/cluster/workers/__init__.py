@@ -1,0 +1,1 @@
+"""The workers of a cluster: which devices they are, what they report."""

@@ -1,0 +1,1 @@
+"""Adapters by peft in a stage."""

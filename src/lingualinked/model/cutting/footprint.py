@@ -1,0 +1,114 @@
+"""Measures the bytes of a model's KV and hidden states, and finds which of its layers are of the same kind.
+
+Works on the meta device, without weights; knows no stages and no devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lingualinked.errors import UncuttableModelError
+from lingualinked.model.cutting.cut import flatten_output
+from lingualinked.model.cutting.parts import ModelParts, NoData, build_meta, cache_slots, learned_positions
+from lingualinked.profile import ModelProfile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lingualinked.model.cutting.cut import RawOutput
+    from lingualinked.model.spec import ModelSpec
+
+_NUM_TOKENS = 2  # of the forward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """The sizes of a model, and of what crosses a boundary between two of its layers."""
+
+    spec: ModelSpec
+    profile: ModelProfile
+    layout: tuple[bool, ...] | None  # as in `StageInputs`
+    hidden_size: int  # last dimension of the hidden states
+
+
+def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: ModelSpec) -> Footprint:
+    """Measure a model in bytes, from one forward pass on the meta device without data."""
+    layers = meta_model.get_submodule(parts.layers)
+    assert isinstance(layers, nn.ModuleList)
+    itemsize: int = getattr(torch, spec.dtype).itemsize
+    try:
+        cache, output, logits = _run_without_data(meta_model, parts)
+    except UncuttableModelError:
+        if spec.dtype == "bfloat16":
+            raise
+        # Some kernels do not support float32 on the meta device; shapes are the same in bfloat16.
+        cache, output, logits = _run_without_data(build_meta(replace(spec, dtype="bfloat16")), parts)
+    kv_bytes, windows, kinds = [], [], []
+    for layer in layers:
+        kept = [cache.layers[slot] for slot in sorted(cache_slots([layer])) if slot < len(cache.layers)]
+        kv_bytes.append(
+            sum(itemsize * (each.keys.numel() + each.values.numel()) // each.keys.shape[2] for each in kept)
+        )
+        # A window of one token keeps the whole text, in transformers as here.
+        widths = [each.sliding_window for each in kept if each.is_sliding and each.sliding_window > 1]
+        windows.append(min(widths, default=None))
+        shapes = [f"{name} {list(each.shape)} {each.dtype}" for name, each in layer.named_parameters()]
+        kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], tuple(shapes)))
+    distinct = list(dict.fromkeys(kinds))
+    widest = max(max(parameter.shape) for layer in layers for parameter in layer.parameters())
+    (hidden,), layout = flatten_output(output)
+    hidden_bytes = hidden.numel() * itemsize // _NUM_TOKENS
+    profile = ModelProfile(
+        name=str(meta_model.config.name_or_path or spec.class_name),
+        fingerprint=_fingerprint(spec),
+        dtype=spec.dtype,
+        kinds=tuple(f"{name}, window {window}" if window else name for name, window, *_ in distinct),
+        kind_of_layer=tuple(distinct.index(kind) for kind in kinds),
+        layer_weight_bytes=parts.weights.layers,
+        layer_kv_bytes=tuple(kv_bytes),
+        layer_windows=tuple(windows),
+        prologue_bytes=parts.weights.prologue,
+        epilogue_bytes=parts.weights.epilogue,
+        tied_bytes=parts.weights.tied,
+        hidden_bytes=hidden_bytes,
+        logits_bytes=logits.numel() * itemsize // _NUM_TOKENS,
+        # An estimate: a few copies of the hidden states, partly in float32, and the three widest results of a gated block.
+        working_bytes=12 * hidden_bytes + 3 * widest * itemsize,
+        max_positions=learned_positions(meta_model),
+    )
+    return Footprint(spec=spec, profile=profile, layout=layout, hidden_size=hidden.shape[-1])
+
+
+def _fingerprint(spec: ModelSpec) -> str:
+    """Return a digest of everything that a model's shapes and times depend on, which excludes the place of its files."""
+    config = json.loads(spec.config_json)
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    facts = [spec.class_name, spec.dtype, spec.attn_implementation, config]
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _run_without_data(model: PreTrainedModel, parts: ModelParts) -> tuple[Any, RawOutput, Tensor]:
+    """Run the whole model on the meta device; return its KV cache, the last layer's raw output, and the logits."""
+    outputs: list[Any] = []
+    last = model.get_submodule(f"{parts.layers}.{parts.num_layers - 1}")
+    hook = last.register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad(), NoData():
+            ids = torch.zeros((1, _NUM_TOKENS), dtype=torch.int64, device="meta")
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    except Exception as error:
+        raise UncuttableModelError(
+            type(model).__name__, f"a forward pass without weights failed ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        hook.remove()
+    return cache, outputs[-1], logits

@@ -1,0 +1,1 @@
+"""Hooks, captures and interventions in a stage's forward pass."""

@@ -1,0 +1,317 @@
+"""The KV cache of one session on one stage: growing or fixed layers for the stage's own layers, counting ones for the others.
+
+Knows the kinds of layers; no sessions' owners, budgets or other stages.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+from lingualinked.errors import ArgumentError, ProtocolError, UncuttableModelError
+from lingualinked.model.kv.fixed_layers import (
+    CountingFixedLayer,
+    CountingFixedSlidingLayer,
+    FixedLayer,
+    FixedSlidingLayer,
+    OwnedFixedLayer,
+    TokenCount,
+)
+from lingualinked.model.kv.kv_layers import (
+    CountingLayer,
+    CountingSlidingLayer,
+    GrowingLayer,
+    GrowingSlidingLayer,
+    Growth,
+)
+from lingualinked.quantities import count_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import Cache, PreTrainedConfig
+
+
+OwnedLayer = GrowingLayer | GrowingSlidingLayer | OwnedFixedLayer
+
+
+class StageCache:
+    """Keys and values of one session in the layers of one stage; `Stage.new_cache` makes it.
+
+    `hf` is what the model's forward gets as ``past_key_values`` (don't call its ``crop``), `owned` the stage's own layers by
+    slot, and `num_tokens` counts padding too. `max_cache_len` is the room for tokens per row of a static cache; 0: it grows.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        owned: Collection[int],
+        spare_bytes: Callable[[], float] = lambda: math.inf,
+        max_cache_len: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.max_cache_len = max_cache_len
+        self.hf: Cache = (
+            StaticCache(config=config, max_cache_len=max_cache_len) if max_cache_len else DynamicCache(config=config)
+        )
+        self._is_bounded = not all(self.hf.is_sliding)  # sliding windows alone go on for ever
+        self._growth = Growth(2 * len(owned), spare_bytes)
+        self.count = TokenCount(device or torch.device("cpu"))  # of a static cache
+        self.num_tokens = 0
+        self.arriving_lags: Mapping[int, int] = {}  # `lags` of KV that arrives from elsewhere
+        self.owned: dict[int, OwnedLayer] = {}
+        self._elsewhere: list[Any] = []
+        for slot, kind in enumerate(self.hf.layers):
+            if slot in owned:
+                self.hf.layers[slot] = self.owned[slot] = self._make_layer(slot, kind, config.model_type)
+            else:
+                self.hf.layers[slot] = self._make_counting_layer(slot, kind, config.model_type)
+                self._elsewhere.append(self.hf.layers[slot])
+
+    def _make_layer(self, slot: int, kind: Any, model_type: str) -> OwnedLayer:
+        if type(kind) is DynamicLayer:
+            return GrowingLayer(self._growth)
+        if type(kind) is DynamicSlidingWindowLayer:
+            return GrowingSlidingLayer(kind.sliding_window, self._growth)
+        if type(kind) is StaticLayer:
+            return FixedLayer(self.max_cache_len, self.count)
+        if type(kind) is StaticSlidingWindowLayer:
+            return FixedSlidingLayer(self.max_cache_len, kind.max_cache_len, self.count)
+        raise _unknown(slot, kind, model_type)
+
+    def _make_counting_layer(self, slot: int, kind: Any, model_type: str) -> Any:
+        if type(kind) is DynamicLayer:
+            return CountingLayer()
+        if type(kind) is DynamicSlidingWindowLayer:
+            return CountingSlidingLayer(kind.sliding_window)
+        if type(kind) is StaticLayer:
+            return CountingFixedLayer(self.max_cache_len, self.count)
+        if type(kind) is StaticSlidingWindowLayer:
+            return CountingFixedSlidingLayer(self.max_cache_len, kind.max_cache_len, self.count)
+        raise _unknown(slot, kind, model_type)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its memory is of a fixed size."""
+        return self.max_cache_len > 0
+
+    @property
+    def captured(self) -> dict[Any, Any]:
+        """What a stage has captured that uses the memory of a static cache; forgotten if that becomes another one."""
+        return self.count.captured
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows held; 0 before the first step."""
+        return max((layer.num_rows for layer in self.owned.values()), default=0)
+
+    @property
+    def size(self) -> int:
+        """Tokens in all rows for which a static cache has memory."""
+        return self.num_rows * self.max_cache_len
+
+    @property
+    def windows(self) -> dict[int, bool]:
+        """The sliding windows of a static cache, and whether each is full: steps then do other things on the device."""
+        layers = [each for each in self.hf.layers if isinstance(each, FixedSlidingLayer | CountingFixedSlidingLayer)]
+        return {each.max_cache_len: self.num_tokens >= each.max_cache_len for each in layers}
+
+    def window_tensors(self) -> list[Tensor]:
+        """Return what the sliding layers of a static cache keep, which a step changes everywhere."""
+        layers = [layer for layer in self.owned.values() if isinstance(layer, FixedSlidingLayer)]
+        return [each for layer in layers for each in vars(layer).values() if isinstance(each, torch.Tensor)]
+
+    def full_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values, [rows, heads, max_cache_len, dim], of a static cache's layers of full attention."""
+        layers = [layer for layer in self.owned.values() if isinstance(layer, FixedLayer)]
+        return [layer.read_tokens(0, self.max_cache_len) for layer in layers]
+
+    def new_tokens(self) -> list[Tensor]:
+        """Return views of the keys and values that the step in progress has written to these, of one token."""
+        return [each.narrow(2, self.num_tokens, 1) for layer in self.full_layers() for each in layer]
+
+    def forget_step(self) -> None:
+        """Count the tokens of the step in progress as not seen yet, so that it can be repeated; KV stays as it is."""
+        self.count.on_device.fill_(self.num_tokens)
+        self.advance(0)
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Forget the tokens of a static cache, and keep its memory, for another session."""
+        for layer in self.owned.values():
+            assert isinstance(layer, OwnedFixedLayer)
+            layer.clear()
+        for kind in [kind for kind, graph in self.captured.items() if graph is None]:
+            del self.captured[kind]  # for which memory was short
+        self.num_tokens = 0
+        self.count.on_device.zero_()
+        self.advance(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values of the stage's own layers."""
+        return sum(layer.nbytes for layer in self.owned.values())
+
+    @torch.inference_mode()
+    def copy(self, num_dropped: int = 0) -> StageCache:
+        """Return an independent copy, for a session that continues from here, or from before the last `num_dropped` tokens.
+
+        Raises ArgumentError if these can't be removed (`crop`).
+        """
+        if num_dropped:
+            self._check_crop()
+        growth, count = copy.copy(self._growth), self.count.copy()
+        owned: dict[int, OwnedLayer] = {
+            slot: layer.copy(count) if isinstance(layer, OwnedFixedLayer) else layer.copy(growth, num_dropped)
+            for slot, layer in self.owned.items()
+        }
+        layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
+        elsewhere: list[Any] = [layer for slot, layer in enumerate(layers) if slot not in owned]
+        copied = copy.copy(self)
+        vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
+        copied.hf.layers = layers
+        for layer in elsewhere:
+            vars(layer).update(count=count)
+            if num_dropped:
+                layer.drop_last(num_dropped)
+        copied.num_tokens -= num_dropped
+        return copied
+
+    def check_room(self, num_tokens: int) -> None:
+        """Raise ArgumentError if a static cache has no room for so many tokens more."""
+        if self.is_static and self._is_bounded and self.num_tokens + num_tokens > self.max_cache_len:
+            raise ArgumentError(
+                f"a static KV cache with room for {count_text(self.max_cache_len, 'token')} holds {self.num_tokens:,}, and "
+                f"{num_tokens:,} more were to be added: make it with a larger max_cache_len"
+            )
+
+    def advance(self, num_tokens: int, skipped: Collection[int] = ()) -> None:
+        """Count the tokens of a finished step, in which the layers with some slots were skipped; called by `Stage.step`."""
+        self.num_tokens += num_tokens
+        if self.is_static:
+            self.count.on_host = self.num_tokens
+            for layer in (*self.owned.values(), *self._elsewhere):
+                layer.record_seen()
+            return
+        for slot in range(len(self.hf.layers)):
+            if slot not in self.owned and slot not in skipped:
+                self._layer(slot).advance(num_tokens)
+
+    @property
+    def lags(self) -> dict[int, int]:
+        """By how many tokens layers of a growing cache are behind, since they were skipped, by slot; own layers and others."""
+        if self.is_static:
+            return {}
+        held = {slot: self._length(slot) for slot in range(len(self.hf.layers))}
+        return {slot: self.num_tokens - length for slot, length in held.items() if length < self.num_tokens}
+
+    def _length(self, slot: int) -> int:
+        layer = self._layer(slot)
+        return layer.stop if slot in self.owned else layer.cumulative_length  # type: ignore[no-any-return]
+
+    def _layer(self, slot: int) -> Any:
+        return self.hf.layers[slot]
+
+    def adopt_layers(self, others: Iterable[StageCache]) -> None:
+        """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
+        for other in others:
+            other.captured.clear()
+            for slot in self.owned.keys() & other.owned.keys():
+                layer = self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
+                if isinstance(layer, OwnedFixedLayer):
+                    layer.count = self.count
+                else:
+                    layer.growth = self._growth
+
+    def complete_adoption(self, num_tokens: int, *, records_past: bool, lags: Mapping[int, int]) -> None:
+        """Set the number of tokens that the session, and so each layer, adopted or written, has seen, except for `lags`."""
+        for slot, layer in self.owned.items():
+            if layer.stop != num_tokens - lags.get(slot, 0):
+                raise ProtocolError(
+                    f"KV of layer slot {slot} ends at token {layer.stop}, and the session has {num_tokens}"
+                )
+        self.count.on_device.fill_(num_tokens)
+        self.advance(num_tokens - self.num_tokens)
+        for slot in lags.keys() - self.owned.keys():
+            self._layer(slot).drop_last(lags[slot])
+        self.record_past(records_past)
+
+    @property
+    def records_past(self) -> bool:
+        """Whether sliding layers keep the tokens that leave their window."""
+        return any(layer.record_past for layer in self._sliding_layers())
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens per row that the session is expected to reach; 0: not known."""
+        return self._growth.reserved_tokens
+
+    def reserve(self, num_tokens: int) -> None:
+        """Expect `num_tokens` tokens per row in total (0: not known); once half are held, allocate exactly this many."""
+        self._growth.reserved_tokens = num_tokens
+
+    @torch.inference_mode()
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the rows with these indices (int64, on any device; repeats allowed), in this order, as beam search does."""
+        self.hf.reorder_cache(cast("torch.LongTensor", rows))
+
+    @torch.inference_mode()
+    def append_rows(self, others: Sequence[StageCache]) -> None:
+        """Append the rows of other sessions of as many tokens, whose caches become unusable; raise ProtocolError for others."""
+        for other in others:
+            if (other.num_tokens, other.max_cache_len, other.lags) != (self.num_tokens, self.max_cache_len, self.lags):
+                raise ProtocolError(
+                    f"KV of {count_text(other.num_tokens, 'token')} can't be joined with KV of {self.num_tokens}: both "
+                    "must have come through the same steps"
+                )
+        for slot, layer in self.owned.items():
+            layer.append_rows([cast("Any", other.owned.pop(slot)) for other in others])
+
+    def crop(self, num_tokens: int) -> None:
+        """Remove tokens at the end; 0 only drops what was recorded beyond a sliding window.
+
+        Raises ArgumentError if a sliding window is full and has not recorded the tokens that it needs again.
+        """
+        if num_tokens < 0:
+            raise ArgumentError(
+                f"can't crop a KV cache by {num_tokens}: pass the number of tokens to remove, at least 0"
+            )
+        self._check_crop()
+        for each in (*self.owned.values(), *self._elsewhere):
+            each.drop_last(num_tokens)
+        self.num_tokens = max(0, self.num_tokens - num_tokens)
+
+    def _check_crop(self) -> None:
+        if self.is_static:
+            raise ArgumentError("can't crop a static KV cache, as in transformers: use one that grows")
+        for layer in self._sliding_layers():
+            if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
+                raise ArgumentError(
+                    f"can't crop a KV cache of {count_text(self.num_tokens, 'token')}: the sliding window "
+                    f"({count_text(layer.sliding_window, 'token')}) "
+                    "is full and its past was not recorded; activate past recording before the prefill"
+                )
+
+    def record_past(self, on: bool = True) -> None:
+        """Keep tokens that leave a sliding window until the next crop, which may need them again."""
+        for layer in self._sliding_layers():
+            layer.record_past = on
+
+    def _sliding_layers(self) -> list[GrowingSlidingLayer | CountingSlidingLayer]:
+        return [
+            layer
+            for layer in (*self.owned.values(), *self._elsewhere)
+            if isinstance(layer, (GrowingSlidingLayer, CountingSlidingLayer))
+        ]
+
+
+def _unknown(slot: int, kind: Any, model_type: str) -> UncuttableModelError:
+    return UncuttableModelError(
+        model_type, f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's"
+    )

@@ -1,0 +1,1 @@
+"""What this process computes with: torch's settings, versions, memory."""

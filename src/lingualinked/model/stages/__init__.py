@@ -1,0 +1,1 @@
+"""One stage: its forward pass, and what is kept around it."""

@@ -1,0 +1,400 @@
+"""One stage: a model's own forward pass over its span of layers.
+
+Knows the inputs and outputs of a span; no sockets, sessions' owners or other stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lingualinked.errors import ArgumentError
+from lingualinked.model.adapters.stage_adapters import StageAdapters, find_base
+from lingualinked.model.cutting.cut import SpanLeft, flatten_output, unflatten_output
+from lingualinked.model.cutting.joining import join_spans, missing_spans
+from lingualinked.model.cutting.parts import cache_slots
+from lingualinked.model.exact import exact_attention
+from lingualinked.model.exact.exact_norm import speed_up_norms
+from lingualinked.model.exact.exact_rotary import faster_rotation
+from lingualinked.model.exact.float_linear import speed_up_linears
+from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
+from lingualinked.model.hf_internals import building, computing, recording
+from lingualinked.model.hooks.hook_data import HookPoint
+from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
+from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
+from lingualinked.model.kv.kv_cache import StageCache
+from lingualinked.model.process.torch_settings import TorchSettings, frozen, read_torch_settings, torch_settings
+from lingualinked.model.stages.layer_order import LayerList, SpanOrder
+from lingualinked.model.stages.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
+from lingualinked.model.stages.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
+from lingualinked.model.weights.span_loading import LoadedSpan, load_span
+from lingualinked.rounding import Rounding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+    from lingualinked.model.hooks.instrument_data import Instruments
+    from lingualinked.model.spec import ModelSpec
+    from lingualinked.model.weights.weight_sources import WeightSource
+
+
+_ONLY_RECORDED = frozenset({"router_logits"})  # not requested: a class would compute a loss from one stage's alone
+
+
+class Stage:
+    """Layers ``[start, end)`` of a model, with what must run before or after them; for one thread at a time."""
+
+    def __init__(self, span: LoadedSpan, start: int, end: int, device: torch.device) -> None:
+        self.start, self.end, self.num_layers = start, end, span.parts.num_layers
+        self.is_first, self.is_last = start == 0, end == self.num_layers
+        model: nn.Module = span.model
+        self.span, self._model, self._config = span, model.to(device), span.model.config
+        self._boundary, self.device = span.boundary, device
+        self.num_bytes_read = span.num_bytes_read  # from files, including headers
+        self._base_bytes = span.parts.span_bytes(start, end)
+        self.adapters = StageAdapters(self._model, device)
+        if device.type == "cpu":
+            pack_linears(self._model, self.adapters.layers)
+            speed_up_linears(self._model, self.adapters.layers)
+            speed_up_norms(self._model)
+        layers = self._model.get_submodule(span.parts.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self._layers = LayerList(layers)
+        self._model.set_submodule(span.parts.layers, self._layers)
+        self._slots = self.cache_slots(start, end)
+        self._ropes = computing.dynamic_ropes(self._model)
+        is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
+        num_heads = getattr(self._config.get_text_config(), "num_attention_heads", 0) if is_sdpa else 0
+        self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None, num_heads)
+        self._recorders: recording.Recorders | None = None  # once a step has recorded
+        self._rotary_modules = computing.rotary_modules(self._model) if device.type == "cpu" else []
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        start: int,
+        end: int,
+        *,
+        accelerator: str = "cpu",
+        progress: Callable[[int], None] | None = None,
+        shared: Sequence[Stage] = (),
+        open_files: Callable[[ModelSpec], WeightSource] | None = None,
+        fallback: Callable[[PreTrainedModel], WeightSource] | None = None,
+    ) -> Stage:
+        """Load layers ``[start, end)`` of a model; read no other weights.
+
+        Layers that the stages in `shared`, on the same accelerator, hold are shared with them, not loaded; those stages stay
+        usable. `progress`, `open_files` and `fallback` are those of `load_span`.
+        """
+        device = accelerator_device(accelerator)
+        # 1) load the layers that no shared stage holds
+        loaded: list[Stage] = []
+        report = None if progress is None else lambda done: progress(done + sum(each.weight_bytes for each in loaded))
+        for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in shared]):
+            span = load_span(spec, *missing, progress=report, open_files=open_files, fallback=fallback)
+            loaded.append(cls(span, *missing, device))
+        # 2) join them with the shared ones
+        if len(loaded) == 1 and (loaded[0].start, loaded[0].end) == (start, end):
+            return loaded[0]
+        stage = cls(join_spans([each.span for each in (*shared, *loaded)], start, end), start, end, device)
+        stage.num_bytes_read = sum(each.num_bytes_read for each in loaded)
+        return stage
+
+    def place_instruments(self, given: Instruments, tensors: tuple[Tensor, ...]) -> StageInstruments | None:
+        """Find the modules of captures and interventions, whose tensors must fit them (ProtocolError); None without any here."""
+        own = tuple(tensor.to(self.device) for tensor in tensors)
+        placed = StageInstruments(
+            self._model, self.span.parts, given, own, is_first=self.is_first, is_last=self.is_last
+        )
+        return placed if placed.places else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights, of adapters too."""
+        return self._base_bytes + self.adapters.num_bytes
+
+    @property
+    def rounding(self) -> Rounding:
+        """How its results are rounded, as far as torch's functions for its dtype show."""
+        if self.device.type != "cpu":
+            return Rounding(self.device.type, 0)
+        rounding = probe_rounding(self._config.dtype, torch.get_num_threads(), find_groups(self._model))
+        return rounding if keeps_rows_apart(self._model, self._config.dtype) else Rounding(rounding.fingerprint, 0)
+
+    def find_weight(self, name: str) -> Tensor | None:
+        """Return a parameter of the whole model (of tied ones, the source), or None if the stage does not hold it."""
+        for known in (name, *(target for target, source in self.span.tied.items() if source == name)):
+            path, _, attribute = known.rpartition(".")
+            try:
+                module: nn.Module = find_base(path, self._model.get_submodule(path))[1]
+            except AttributeError:
+                continue
+            if isinstance(module, PackedLinear) and attribute == "weight":
+                return module.weight()
+            held = module._parameters.get(attribute)  # noqa: SLF001 - other attributes of this name are not weights
+            if held is not None:
+                return held.detach()
+        return None
+
+    def find_tensor(self, name: str) -> Tensor | None:
+        """Return a parameter, buffer or other tensor of a module by its name in the whole model, or None."""
+        held = self.find_weight(name)
+        if held is None:
+            path, _, attribute = name.rpartition(".")
+            try:
+                held = getattr(find_base(path, self._model.get_submodule(path))[1], attribute, None)
+            except AttributeError:
+                return None
+        return held.detach() if isinstance(held, Tensor) else None
+
+    def cache_slots(self, start: int, end: int) -> frozenset[int]:
+        """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
+        return cache_slots(self._layers[start:end])
+
+    def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
+        """Make the KV cache of a new session; `spare_bytes` returns the bytes that can still be allocated.
+
+        A static cache has room for `max_cache_len` tokens per row; 0: it grows.
+        """
+        return StageCache(self._config, self._slots, spare_bytes, max_cache_len, self.device)
+
+    def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
+        """Run the model's forward pass over the span, and count its tokens in the KV cache, if there is one.
+
+        The output is valid until the next step with this cache. The KV cache is unusable after a step that raises, unless it
+        is static and has no room for the step (ArgumentError).
+        """
+        with torch.inference_mode() if inputs.graph is None else torch.enable_grad():
+            return self._step(inputs, cache)
+
+    def _step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
+        # 1) a static cache has to have room: beyond it, an accelerator would write to other memory
+        num_new = inputs.tensors[0].shape[1]
+        if cache is not None:
+            cache.check_room(num_new)
+        # 2) replay the step if it has been captured; else run it, and capture it if that is possible
+        graph = decode = None
+        if cache is not None and not self._ropes and not self.adapters and self.graphs.serve(cache):
+            decode = decode_inputs(inputs, cache)
+        if decode is not None and cache is not None:
+            constants = inputs.layout, inputs.logits_to_keep
+            template = dataclasses.replace(inputs, tensors=(), attention_mask=None, position_ids=None)
+            owners = weakref.proxy(self), weakref.proxy(cache)  # they keep the graph, which is freed with them
+            forward = functools.partial(Stage._run_decode, *owners, template)
+            make_masks = functools.partial(Stage._make_masks, *owners)
+            graph = self.graphs.find(decode, constants, inputs.torch_settings, forward, make_masks, cache)
+        if graph is not None and graph.is_trusted and decode is not None:
+            output = StageOutput(tensors=graph.run(decode), layout=graph.layout)
+            self.graphs.num_replayed += 1
+        else:
+            output = self._run_forward(inputs, cache)
+            if inputs.graph is not None:
+                output.tensors = inputs.graph.end(output.tensors, self._model.parameters())
+                output.requires_grad = inputs.graph.outputs_require_grad
+                output.ends_at_tap = inputs.graph.ends_at_tap
+            if graph is not None and decode is not None:
+                graph.layout = output.layout
+                self.graphs.end_trial(graph, decode, output.tensors)
+            output.tensors = self._finished(output.tensors)
+        # 3) count the tokens
+        if cache is not None:
+            cache.advance(num_new, inputs.skips.indices)
+        return output
+
+    def _finished(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Wait until outputs are computed; return them, on the CPU or on a GPU, from which they are sent without a detour."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+            return outputs
+        return tuple(tensor.cpu() for tensor in outputs)
+
+    def _run_decode(self, cache: StageCache, template: StageInputs, inputs: DecodeInputs) -> tuple[Tensor, ...]:
+        """Run a step of one token whose inputs are on the device; the rest is as in a step before."""
+        tensors, mask, positions = (inputs.states,), inputs.mask, inputs.positions
+        step = dataclasses.replace(template, tensors=tensors, attention_mask=mask, position_ids=positions)  # type: ignore[arg-type]
+        return self._run_forward(step, cache).tensors
+
+    def _make_masks(self, cache: StageCache, inputs: DecodeInputs) -> dict[str, Tensor]:
+        """Make the masks of a step as ``generate`` does for a static cache."""
+        states, mask, positions = map(self._to_device, (inputs.states, inputs.mask, inputs.positions))
+        return computing.make_masks(self._config, states, mask, cache.hf, positions)
+
+    def _run_forward(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
+        """Run the model's forward pass over the span; return its outputs, still on the device, and what was recorded."""
+        # 1) put the inputs where the model's forward, or its stand-ins, expect them
+        tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
+        if inputs.graph is not None:
+            tensors = inputs.graph.begin(tensors)
+        states = tensors[0]
+        arguments: dict[str, Any] = {
+            "attention_mask": self._to_device(inputs.attention_mask),
+            "past_key_values": None if cache is None else cache.hf,
+            "use_cache": cache is not None,
+        }
+        if inputs.position_ids is not None:
+            arguments["position_ids"] = self._to_device(inputs.position_ids)
+        if self.is_first and not states.is_floating_point():
+            arguments["input_ids"] = states
+        elif self.is_first:
+            arguments["inputs_embeds"] = states
+        else:  # only their shape and dtype count, since the prologue's result is discarded; autocast may change the states' dtype
+            arguments["inputs_embeds"] = states.detach().to(self._config.dtype)
+            self._boundary.incoming = unflatten_output(tensors, inputs.layout)
+        if self.is_last:
+            self._boundary.is_end = not inputs.wants_logits and not inputs.records
+            if self.device.type != "cpu":
+                check_indices(inputs.logits_to_keep, states.shape[1])
+            arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
+        if inputs.records:
+            self._boundary.is_passed = True
+            arguments |= {f"output_{name}": True for name in inputs.records if name not in _ONLY_RECORDED}
+        # 2) run the forward pass, which ends with logits or at the first layer after the span
+        layout: tuple[bool, ...] | None = None
+        order, hooks = self._prepare_layers(inputs)
+        count = cache.count if cache is not None and cache.is_static else None
+        instrumented = None
+        stops = contextlib.ExitStack()
+        try:
+            with contextlib.ExitStack() as shared:
+                shared.enter_context(self._own_globals(inputs, inputs.torch_settings))
+                if inputs.instruments is not None:
+                    num_rows, num_new = states.shape[:2]
+                    instrumented = stops.enter_context(
+                        InstrumentedPass(inputs.instruments, num_rows, num_new, inputs.past, captures=inputs.captures)
+                    )
+                if inputs.hooks:
+                    pause = functools.partial(self._pause, inputs, shared)
+                    stops.enter_context(HookedPass(self._model, self.span.parts.layers, inputs.hooks, pause))
+                if count is not None:
+                    count.begin_step(states.shape[1])
+                hooks += self._put_in_order(order)
+                with contextlib.suppress(SpanLeft):
+                    result = self._model(**arguments)
+                if count is not None:
+                    count.end_step()
+            if self.is_last:
+                outputs: tuple[Tensor, ...] = (result.logits,) if inputs.wants_logits else ()
+            else:
+                outputs, layout = flatten_output(self._boundary.outgoing)
+            recorded = {name: self._recorded(name, result.get(name) or (), inputs, order) for name in inputs.records}
+        finally:
+            self._layers.order = None
+            stops.close()
+            for hook in hooks:
+                hook.remove()
+            self._boundary.clear()
+        captured = [] if instrumented is None else [(number, value.cpu()) for number, value in instrumented.captured]
+        return StageOutput(tensors=outputs, layout=layout, recorded=recorded, captured=captured)
+
+    def _prepare_layers(self, inputs: StageInputs) -> tuple[SpanOrder | None, list[RemovableHandle]]:
+        """Return which layers to run, if some are skipped, and the hooks at both ends of the span."""
+        order = None
+        own: Sequence[nn.Module] = self._layers[self.start : self.end]
+        if inputs.skips.indices:
+            order = SpanOrder(self._layers, self.start, self.end, inputs.skips, self._boundary, self._config.model_type)
+            own = order.own
+        if not own:  # what comes in is what goes out
+            incoming = self._boundary.outgoing = self._boundary.incoming
+            assert order is not None
+            record = in_this_thread(lambda *_: recording.record_incoming(incoming))
+            return order, [order.order[-1].register_forward_pre_hook(record)] if self.is_last else []
+        # The hooks are for this pass only: stages that share the layer have their own.
+        hooks = [own[-1].register_forward_hook(self._boundary.capture_output)]
+        hooks += [
+            own[0].register_forward_pre_hook(in_this_thread(lambda *_, name=name: recording.record_too(name)))
+            for name in _ONLY_RECORDED.intersection(inputs.records)
+        ]
+        if self.start and inputs.records:  # as the class does behind the layer, and not what pre-hooks make of it
+            record = in_this_thread(lambda _module, _args, output: recording.record_incoming(output))
+            hooks.append(self._layers[self.start - 1].register_forward_hook(record))
+        return order, hooks
+
+    def _put_in_order(self, order: SpanOrder | None) -> list[RemovableHandle]:
+        """Run the layers in this order from now on; return the hook that feeds the first one, ahead of those that look at it."""
+        self._layers.order = None if order is None else order.order
+        if order is None or not order.feeds_first:
+            return []
+        feed = in_this_thread(order.feed_first(self._boundary))
+        return [order.own[0].register_forward_pre_hook(feed, with_kwargs=True, prepend=True)]
+
+    @contextlib.contextmanager
+    def _own_globals(self, inputs: StageInputs, settings: TorchSettings) -> Iterator[None]:
+        """Make what all steps of this process share be that of one step."""
+        if inputs.records and self._recorders is None:
+            self._recorders = recording.Recorders(self._model)
+        with (
+            contextlib.nullcontext() if self._recorders is None or not inputs.records else self._recorders.attached(),
+            building.GLOBAL_STATE,
+            torch_settings(settings),
+            computing.computed_attention(exact_attention.attend),
+            computing.computed_rotation(self._rotary_modules, faster_rotation),
+            self.adapters.used(inputs.adapters),
+            contextlib.nullcontext() if inputs.graph is None else frozen(self._model),
+        ):
+            for rope in self._ropes if inputs.rope_reach else ():
+                rope.stretch(inputs.rope_reach, self.device)
+            yield
+
+    def _pause(
+        self, inputs: StageInputs, shared: contextlib.ExitStack, call: ModuleCall
+    ) -> tuple[HookPoint, ...] | None:
+        """Wait for the hooks of a module; other steps may run meanwhile, on this stage too."""
+        assert inputs.pause is not None
+        settings = read_torch_settings() if inputs.torch_settings else {}
+        boundary, order = vars(self._boundary).copy(), self._layers.order
+        self._layers.order = None
+        shared.close()
+        try:
+            return inputs.pause(call)
+        finally:
+            shared.enter_context(self._own_globals(inputs, settings))
+            vars(self._boundary).update(boundary)
+            self._layers.order = order
+
+    def _recorded(
+        self, name: str, values: tuple[Tensor | None, ...], inputs: StageInputs, order: SpanOrder | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return what a forward pass recorded in this span: stand-ins count in some classes, in others they do not.
+
+        Hidden states are the inputs of the layers, and behind the last layer the output of the model.
+        """
+        has_one_more = name == "hidden_states"
+        start, end, num_layers = map(inputs.skips.num_before, (self.start, self.end, self.num_layers))
+        selected = inputs.hidden_state_indices
+        if order is not None and order.has_substitute and len(values) == 1 + num_layers + has_one_more:
+            values = values[1:]
+        if len(values) == num_layers + has_one_more:
+            values = values[start : end + (has_one_more and self.is_last)]
+        elif has_one_more and not self.is_last:
+            values = values[:-1]
+        if has_one_more and selected is not None:
+            values = tuple(value if start + index in selected else None for index, value in enumerate(values))
+        return tuple(None if value is None else value.cpu() for value in values)
+
+    def _to_device(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def accelerator_device(accelerator: str) -> torch.device:
+    """Return torch's device for the name of an accelerator, or raise ArgumentError if torch can't compute on it."""
+    try:
+        device = torch.device(accelerator)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(
+            f"torch can't compute on accelerator {accelerator!r} ({error}): use 'cpu', 'cuda:N' or 'mps', if this "
+            "machine and this build of torch have it"
+        ) from error
+    return device

@@ -1,0 +1,1 @@
+"""Where weights come from, and how a span gets its own."""

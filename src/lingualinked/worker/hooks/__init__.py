@@ -1,0 +1,1 @@
+"""Steps that stop at hooked modules, and backward passes through what steps have left."""

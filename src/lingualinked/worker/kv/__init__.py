@@ -1,0 +1,1 @@
+"""The KV of sessions on its way between workers."""

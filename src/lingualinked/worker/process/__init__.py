@@ -1,0 +1,1 @@
+"""The worker as a process: how it begins, what it may use, how it ends."""

@@ -1,0 +1,1 @@
+"""The stages of a worker, with their sessions."""

@@ -1,0 +1,1 @@
+"""Runs steps, runs of steps and packed steps, and sends their results on."""

@@ -1,0 +1,1 @@
+"""Weights, adapters and their files: lent, borrowed, fetched, read and edited."""
