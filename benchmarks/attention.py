@@ -1,4 +1,4 @@
-"""The part of ``python -m benchmarks products`` that compares attention of few new tokens with torch's, bit for bit.
+"""The part of ``python -m benchmarks products`` that compares attention of new tokens with torch's, bit for bit.
 
 Knows the attention function of stages; draws shapes, masks and values.
 """
@@ -24,7 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 MASKS = ("none", "padded", "choices", "addends")
 DIMS = (16, 40, 64, 64, 80, 96, 128, 128, 256)
 GROUPS = (1, 1, 2, 3, 4, 5, 8)
-NEW_TOKENS = (1, 1, 2, 3, 4, 5, 7, 8, 16)
+NEW_TOKENS = (1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 32, 37, 64, 128, 200, 256)
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 3e38, -3e38)
 _SAMPLED_CASES = 2
 _SAMPLED_OUTPUTS = 20_000
@@ -50,7 +50,7 @@ def run_attention(num_outputs: int, sample: str) -> None:
         share = f"{by_kernel / compared:.0%}"
         found.append((mask, name, share, f"{compared:,}", f"{different:,}", f"{time.monotonic() - start_s:.0f}"))
     columns = ("mask", "dtype", "by attention.c", "compared", "different", "s")
-    new_console().print(Rows("Attention of 1 to 16 new tokens against torch's, bit for bit", columns, found))
+    new_console().print(Rows("Attention of 1 to 256 new tokens against torch's, bit for bit", columns, found))
     if num_different:
         raise LingualinkedError(
             f"{num_different:,} outputs of attention differ from torch's: please report this, with the table above"

@@ -1,4 +1,4 @@
-// Attention of few new tokens over a KV cache in bfloat16 or float16, as torch computes it where MKL multiplies in the orders
+// Attention of new tokens over a KV cache in bfloat16 or float16, as torch computes it where MKL multiplies in the orders
 // of attention_products.h.
 //
 // Tokens come in blocks of 512. A block's weights are exponentials less the highest score so far, rounded to the dtype once

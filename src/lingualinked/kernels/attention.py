@@ -1,4 +1,4 @@
-"""Attention of few new tokens in bfloat16 or float16, at the speed at which memory gives keys and values.
+"""Attention in bfloat16 or float16: of few new tokens, at the speed at which memory gives keys and values, and of a prompt's chunks.
 
 Knows the orders in which torch computes it where MKL multiplies with AVX2 instructions; not whether torch does so here: who
 calls compares. `attention.c` and `attention_products.h` have the orders.
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from lingualinked.kernels import native
 
-MAX_TOKENS = 16  # new ones
-
+_MAX_TOKENS = 767  # new ones
 _NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"})
 _DTYPES = (torch.bfloat16, torch.float16)  # as attention_products.h numbers them
 _NO_MASK, _CHOICES, _ADDENDS = range(3)
 _MAX_DIM = 256
 _DIM_MULTIPLE = 8
 _MIN_DIM = 16  # of several queries; MKL adds up fewer than 12 dimensions otherwise
+_BLOCKS = ((192, 64), (1, 32))  # how many queries of a head torch multiplies at once, from so many on
+_MIN_REST = 4  # of queries in the last block, which are added up as those in the others
 _ARGUMENTS = struct.Struct("@6P21ld4Pl" + native.TEAM)  # `struct attention` of attention.c
 _TEXT = struct.Struct("@P2lP5l")  # its `struct text`
 
@@ -35,6 +36,19 @@ def is_available() -> bool:
     return sys.platform == "linux" and native.is_available("attention", _NEEDED_FLAGS)
 
 
+def block_of(num_new: int) -> int:
+    """Return how many of so many queries of one head torch multiplies at once; those that are left over are a block, too."""
+    return min(num_new, next(size for least, size in _BLOCKS if num_new >= least))
+
+
+def like_blocks(num_new: int) -> int:
+    """Return the smallest number of queries that come in the same blocks, the last one included, as so many."""
+    block = block_of(num_new)
+    least = next((least for least, size in _BLOCKS if size == block), 1)
+    full = max(block, -(-least // block) * block)
+    return min(num_new, full + num_new % block)
+
+
 def accepts(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, together: int) -> bool:
     """Say whether the kernel computes attention of ``query`` ``[rows, heads, tokens, dim]``, whatever its bits.
 
@@ -42,7 +56,8 @@ def accepts(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, to
     """
     num_rows, num_heads, num_new, dim = query.shape
     return (
-        num_new <= MAX_TOKENS
+        num_new <= _MAX_TOKENS
+        and (num_new <= together or num_new % together == 0 or num_new % together >= _MIN_REST)
         and query.dtype is keys.dtype is values.dtype
         and query.dtype in _DTYPES
         and query.is_cpu

@@ -1,4 +1,4 @@
-"""torch's attention for decoding, computed by a kernel that has been found to have its bits.
+"""torch's attention for decoding and for chunks of a prompt, computed by a kernel that has been found to have its bits.
 
 Knows the attention function that transformers' models call; no models and no stages.
 """
@@ -22,6 +22,8 @@ from lingualinked.model.hf_internals.computing import torch_attention
 # Blocks of torch's kernel have 512 tokens, its vectors 16; MKL multiplies fewer than 12 or more than 192 otherwise.
 _TOKENS_OF_PRODUCTS = (1, 2, 3, 5, 11, 16, 34, 203, 511, 551)
 _TOKENS_OF_SUMS = (1, 2, 14, 15, 16, 17, 34, 49, 203, 551, 1102)
+_TOKENS_OF_BLOCKS = (5, 16, 203, 551)
+_NUM_FEW = 16  # new tokens
 _NUM_QUERIES = 8  # of all rows and new tokens that share keys
 _NUM_KEY_HEADS = 2
 _NUM_SUMS = 64
@@ -60,7 +62,7 @@ def uses_kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
         and group == getattr(module, "num_key_value_groups", 1)
         and attention.accepts(query, key, value, attention_mask, _together(group, num_new, is_masked))
         and _computes_fused()
-        and is_exact(query.dtype, query.shape[3], group, num_new, is_masked, torch.get_num_threads())
+        and is_exact(query.dtype, query.shape[3], *_alike(group, num_new), is_masked, torch.get_num_threads())
     )
 
 
@@ -87,7 +89,12 @@ def uses_kernel_for_texts(
 
 def _together(group: int, num_new: int, is_masked: bool) -> int:
     """Return how many queries torch multiplies at once: transformers joins those of heads that share keys, under a mask."""
-    return group if is_masked and num_new == 1 else num_new
+    return group if is_masked and num_new == 1 else attention.block_of(num_new)
+
+
+def _alike(group: int, num_new: int) -> tuple[int, int]:
+    """Return a group and a number of new tokens that show the same order: of many, the groups do not matter."""
+    return (group, num_new) if num_new <= _NUM_FEW else (min(group, 2), attention.like_blocks(num_new))
 
 
 def _computes_fused() -> bool:
@@ -109,7 +116,7 @@ def is_exact(dtype: torch.dtype, dim: int, group: int, num_new: int, is_masked: 
     return _is_exact_in(
         (cancelling_scores, cancelling_values, tiny_values),
         Shape(dtype, num_rows, group, num_new, dim),
-        _TOKENS_OF_PRODUCTS,
+        _TOKENS_OF_PRODUCTS if num_new <= _NUM_FEW else _TOKENS_OF_BLOCKS,
         is_masked,
     )
 
@@ -278,7 +285,8 @@ def _is_equal(states: Attention) -> bool:
     if not torch.equal(ours.view(torch.int16), theirs.view(torch.int16)):
         return False
     # The sums are compared as well: a result of few bits hides most differences between them.
-    shape = (num_rows, num_heads * num_new // together, together)  # of queries, as torch multiplies them
+    joined = max(num_new, together)  # queries of one head, as the function gets them: with one new token, of one group
+    shape = (num_rows, num_heads * num_new // joined, joined)
     keys, values = (each.repeat_interleave(shape[1] // each.shape[1], dim=1) for each in (keys, values))
     if mask is not None:
         mask = torch.where(mask, 0.0, -math.inf).to(query.dtype) if mask.dtype is torch.bool else mask

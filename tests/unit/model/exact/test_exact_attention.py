@@ -80,7 +80,7 @@ def check(states: States, group: int = 1, mask: Tensor | None = None, scaling: f
     group=st.sampled_from([1, 2, 4]),
     dim=st.sampled_from([8, 16, 24, 64, 80, 128, 208, 256, 20, 288]),
     tokens=st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1025, 1700])),
-    new=st.sampled_from([1, 1, 2, 3, 4, 9]),
+    new=st.sampled_from([1, 1, 2, 3, 4, 9, 17, 32, 33, 36, 64, 100, 128, 192, 260]),
     mask=st.sampled_from(["none", "padded", "choices", "addends"]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     num_threads=st.sampled_from([1, 2]),
@@ -97,7 +97,7 @@ def test_any_shape_has_torchs_bits(
 
 @pytest.mark.parametrize("make", [exact_attention.cancelling_scores, exact_attention.cancelling_values])
 @pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "new"), [(1, 1), (18, 1), (700, 3)])
+@pytest.mark.parametrize(("tokens", "new"), [(1, 1), (18, 1), (700, 3), (700, 40), (551, 200)])
 def test_what_shows_every_order_has_torchs_bits(
     make: exact_attention.MakeAttention, mask_dtype: torch.dtype | None, tokens: int, new: int
 ) -> None:
@@ -110,7 +110,7 @@ def test_what_shows_every_order_has_torchs_bits(
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("tokens", [3, 20, 600])
-@pytest.mark.parametrize(("new", "mask"), [(1, "none"), (1, "padded"), (3, "choices"), (5, "addends")])
+@pytest.mark.parametrize(("new", "mask"), [(1, "none"), (1, "padded"), (3, "choices"), (5, "addends"), (36, "padded")])
 def test_unusual_values_come_out_as_torchs(
     value: float, which: int, everywhere: bool, tokens: int, new: int, mask: str
 ) -> None:
@@ -127,7 +127,8 @@ def test_what_the_kernel_does_not_compute_is_torchs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention, "attend", fail)
     states = random_states(4, 2, 9, 64)
     check(random_states(4, 2, 9, 64, new=3), 2)  # a prompt
-    check(random_states(4, 2, 30, 64, new=17), 2, torch.rand(2, 1, 17, 30) < 0.5)
+    check(random_states(4, 2, 40, 64, new=35), 2, torch.rand(2, 1, 35, 40) < 0.5)  # three queries are left over
+    check(random_states(4, 2, 800, 64, new=768), 2, torch.rand(1, 1, 768, 800) < 0.5)
     check(random_states(4, 2, 9, 8, new=2), 2, torch.rand(2, 1, 2, 9) < 0.5)
     check(states, 2, torch.rand(2, 9, 1, 1).expand(-1, -1, 1, 1).transpose(1, 3).float())
     query, keys, values = states
