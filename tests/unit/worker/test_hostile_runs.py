@@ -8,7 +8,6 @@ import msgspec
 import pytest
 import torch
 from torch import Tensor
-from unit.worker.stages.test_hosted_stage import STEP, hosted_stage, run
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
@@ -24,6 +23,7 @@ from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.runs import Runs
 from lingualinked.worker.steps.step_runner import StepRunner
 from message_examples import example
+from unit.worker.stages.test_hosted_stage import STEP, hosted_stage, run
 
 IDS = torch.tensor([[1, 5], [2, 7]])
 STATE = torch.Generator().get_state()

@@ -8,7 +8,6 @@ import msgspec
 import pytest
 import torch
 from torch import Tensor
-from unit.worker.stages.test_hosted_stage import hosted_stage
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
@@ -27,6 +26,7 @@ from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.packed_runner import PackedRunner
 from lingualinked.worker.steps.packed_texts import check_packed
+from unit.worker.stages.test_hosted_stage import hosted_stage
 
 MODEL, VERSION = 1, 1
 
