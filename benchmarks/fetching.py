@@ -29,7 +29,7 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weight_files.describing import describe_contents
 from lingualinked.quantities import count_text
 from lingualinked.tables import Rows
-from lingualinked.transport.key_files import make_key
+from lingualinked.transport.keys.key_files import make_key
 
 # About 390 MiB in bfloat16, in three files.
 _CONFIG = {

@@ -26,8 +26,8 @@ from lingualinked.console import new_console
 from lingualinked.model.process.memory import use_one_heap
 from lingualinked.quantities import bytes_text
 from lingualinked.tables import Rows
-from lingualinked.transport.keys import KeyPair, generate_keypair
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.keys.keys import KeyPair, generate_keypair
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
 _WAYS = {"socket": False, "shared memory": True}
 _NUM_WARM = 4  # rounds before those that count: in the first one, the memory is offered

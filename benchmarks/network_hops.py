@@ -22,10 +22,10 @@ from lingualinked.cli.repeats import Repeats
 from lingualinked.console import new_console
 from lingualinked.quantities import bytes_text
 from lingualinked.tables import Rows
-from lingualinked.transport.keys import KeyPair, generate_keypair
-from lingualinked.transport.relay import Relay
-from lingualinked.transport.tcp_listener import TcpEndpoint
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.hosts.relay import Relay
+from lingualinked.transport.keys.keys import KeyPair, generate_keypair
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
 _HERE, _THERE = "10.78.0.1", "10.78.0.2"
 _NUM_WARM = 4

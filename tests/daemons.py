@@ -22,8 +22,8 @@ import psutil
 import pytest
 
 import lingualinked as ll
-from lingualinked.transport.key_files import make_key
-from lingualinked.transport.keys import KeyPair
+from lingualinked.transport.keys.key_files import make_key
+from lingualinked.transport.keys.keys import KeyPair
 
 
 class DaemonProcess:

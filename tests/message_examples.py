@@ -20,7 +20,7 @@ from lingualinked.protocol.steps import StageTimes, Step
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 from lingualinked.versions import Versions
 
 TYPES = [

@@ -22,7 +22,7 @@ from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weight_files.describing import describe_contents
 from lingualinked.protocol.boot import Boot, WeightFolders
 from lingualinked.protocol.messages import decode
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
 CACHE_BYTES = 1 << 30
 

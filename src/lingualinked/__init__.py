@@ -65,7 +65,10 @@ if TYPE_CHECKING:
     from lingualinked.sample import sample_model as sample_model
     from lingualinked.sharded.hooks.narrow_hooks import hook as hook
     from lingualinked.sharded.model import ShardedModel as ShardedModel
-    from lingualinked.sharded.model_profiles import estimate_profile as estimate_profile, profile_model as profile_model
+    from lingualinked.sharded.profiles.model_profiles import (
+        estimate_profile as estimate_profile,
+        profile_model as profile_model,
+    )
     from lingualinked.sharded.weights.weight_edits import WeightEdit as WeightEdit, edit as edit
     from lingualinked.telemetry.decisions import Decision as Decision, Migration as Migration, Move as Move
     from lingualinked.telemetry.endpoint import MetricsEndpoint as MetricsEndpoint
@@ -111,7 +114,7 @@ _NAMES = {
     "profile": "DeviceProfile ModelProfile Profile",
     "sample": "sample_model",
     "sharded.model": "ShardedModel",
-    "sharded.model_profiles": "estimate_profile profile_model",
+    "sharded.profiles.model_profiles": "estimate_profile profile_model",
     "sharded.hooks.narrow_hooks": "hook",
     "sharded.weights.weight_edits": "WeightEdit edit",
     "telemetry.decisions": "Decision Migration Move",

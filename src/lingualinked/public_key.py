@@ -1,6 +1,6 @@
 """Public CURVE keys as people read and compare them.
 
-Knows their text alone; `transport.keys` makes and uses key pairs.
+Knows their text alone; `transport.keys.keys` makes and uses key pairs.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ IPC = pytest.param(
 @pytest.fixture(autouse=True)
 def all_tensors_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send tensors of any size through shared memory where there is some, except the first ones to a peer."""
-    monkeypatch.setattr("lingualinked.transport.codec.MIN_SHARED_BYTES", 1)
+    monkeypatch.setattr("lingualinked.transport.wire.codec.MIN_SHARED_BYTES", 1)
 
 
 @pytest.fixture(params=["inprocess", IPC, "tcp"])

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import zmq
 
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
-from lingualinked.transport.keys import KeyPair, generate_keypair
+from lingualinked.transport.keys.keys import KeyPair, generate_keypair
 from lingualinked.transport.mailbox import Mailbox
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
 WAIT_S = 30.0  # of what is sure to come: a bound, never reached
 

@@ -30,7 +30,7 @@ from lingualinked.protocol.daemon import (
     decode_to_daemon,
     encode,
 )
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.keys import generate_keypair
 from lingualinked.versions import installed_versions
 from lingualinked.worker.daemon.door import Door, Received
 

@@ -10,8 +10,8 @@ import pytest
 import lingualinked as ll
 from lingualinked.address import Address
 from lingualinked.public_key import fingerprint
-from lingualinked.transport.announcing import Announcement, Announcer, find_announced
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.hosts.announcing import Announcement, Announcer, find_announced
+from lingualinked.transport.keys.keys import generate_keypair
 
 LOOPBACK = "127.0.0.1"
 ATTEMPTS = 6
@@ -19,7 +19,7 @@ ATTEMPTS = 6
 ANNOUNCER = f"""
 import sys
 from lingualinked.address import Address
-from lingualinked.transport.announcing import Announcer
+from lingualinked.transport.hosts.announcing import Announcer
 announcer = Announcer(
     name=sys.argv[1], address=Address("nas.lan", 5600), hardware="8 cores", public_key=sys.argv[2], interface="{LOOPBACK}"
 )

@@ -15,7 +15,7 @@ import torch
 
 from contract.network import WAIT_S, Network
 from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
-from lingualinked.transport.codec import WIRE_VERSION, Limits, encode_message
+from lingualinked.transport.wire.codec import WIRE_VERSION, Limits, encode_message
 
 VALID = [bytes(frame) for frame in encode_message(b"valid", [torch.arange(3)], Limits())]
 

@@ -22,8 +22,8 @@ import torch
 from contract.network import WAIT_S, Network
 from contract.test_mailbox import VALID, take
 from contract.test_zmq_mailbox import Interrupted
-from lingualinked.transport.message_limits import RING_BYTES
-from lingualinked.transport.shared_ring import RingWriter
+from lingualinked.transport.memory.shared_ring import RingWriter
+from lingualinked.transport.wire.message_limits import RING_BYTES
 from waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create")
@@ -63,7 +63,7 @@ def test_tensors_go_through_shared_memory_once_the_receiver_has_opened_it(pair: 
 
 def test_small_tensors_go_over_the_socket(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair
-    monkeypatch.setattr("lingualinked.transport.codec.MIN_SHARED_BYTES", 4_000)
+    monkeypatch.setattr("lingualinked.transport.wire.codec.MIN_SHARED_BYTES", 4_000)
     exchange(a, b, 999)
     assert a.sent_shared_bytes == 0
     exchange(a, b, 1_000)
@@ -89,7 +89,7 @@ def test_without_proc_everything_goes_over_the_socket(network: Network, monkeypa
     def refuse(_: object, **_how: object) -> None:
         raise FileNotFoundError("/proc")
 
-    monkeypatch.setattr("lingualinked.transport.rings.RingReader", refuse)
+    monkeypatch.setattr("lingualinked.transport.memory.rings.RingReader", refuse)
     a, b = network.open_all("a", "b")
     for _ in range(3):
         exchange(a, b)
@@ -98,7 +98,9 @@ def test_without_proc_everything_goes_over_the_socket(network: Network, monkeypa
 
 def test_order_holds_when_the_ring_is_full(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 1 << 20
-    monkeypatch.setattr("lingualinked.transport.rings.RingWriter", functools.partial(RingWriter, capacity=3 * size))
+    monkeypatch.setattr(
+        "lingualinked.transport.memory.rings.RingWriter", functools.partial(RingWriter, capacity=3 * size)
+    )
     a, b = network.open_all("a", "b")
     exchange(a, b)
     for number in range(6):  # the first three are more than fits
@@ -187,7 +189,7 @@ def test_who_gets_another_key_gets_another_ring(pair: tuple[Any, Any], network: 
 def test_no_memory_for_a_message_loses_only_that(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair
     with monkeypatch.context() as patch:
-        patch.setattr("lingualinked.transport.codec._empty", lambda _, **__: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr("lingualinked.transport.wire.codec._empty", lambda _, **__: (_ for _ in ()).throw(MemoryError()))
         a.send("b", b"", [torch.ones(3)])
         while b.num_refused == 0:
             assert b.receive(0.005) is None
@@ -302,8 +304,8 @@ def test_a_sender_can_not_pass_off_the_ring_of_another(network: Network) -> None
 
 PEER = """
     import sys, torch
-    from lingualinked.transport.keys import KeyPair
-    from lingualinked.transport.zmq_mailbox import ZmqMailbox
+    from lingualinked.transport.keys.keys import KeyPair
+    from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
     mine, other, address = KeyPair(*sys.argv[1:3]), sys.argv[3], sys.argv[4]
     with ZmqMailbox("peer", mine, socket_folder=sys.argv[5]) as box:

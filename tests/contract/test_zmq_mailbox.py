@@ -20,9 +20,9 @@ import zmq
 from contract.network import WAIT_S, Network
 from contract.test_mailbox import VALID, take
 from lingualinked.errors import ArgumentError, ProtocolError
-from lingualinked.transport.keys import KeyPair, generate_keypair
-from lingualinked.transport.tcp_listener import TcpEndpoint
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.keys.keys import KeyPair, generate_keypair
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 from waiting import wait_until
 
 
@@ -455,8 +455,8 @@ def test_what_fails_in_the_making_leaves_nothing(monkeypatch: pytest.MonkeyPatch
 def test_a_process_ends_without_closing_and_a_forked_child_harms_nobody() -> None:
     script = """
         import os, threading
-        from lingualinked.transport.keys import generate_keypair
-        from lingualinked.transport.zmq_mailbox import ZmqMailbox
+        from lingualinked.transport.keys.keys import generate_keypair
+        from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
         keys = generate_keypair()
         box = ZmqMailbox("a", keys)

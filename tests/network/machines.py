@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 from unittest import mock
 
-from lingualinked.transport.key_files import find_daemon_keys, make_key
-from lingualinked.transport.key_lists import authorize_client
+from lingualinked.transport.keys.key_files import find_daemon_keys, make_key
+from lingualinked.transport.keys.key_lists import authorize_client
 from network.hosts import Host
 from processes import Program
 

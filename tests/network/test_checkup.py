@@ -16,9 +16,7 @@ from network.hosts import Network
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
-NEW_KEY = (
-    "import json\nfrom lingualinked.transport.key_files import make_key\nprint(json.dumps(make_key('default').public))"
-)
+NEW_KEY = "import json\nfrom lingualinked.transport.keys.key_files import make_key\nprint(json.dumps(make_key('default').public))"
 DOCTOR = "import sys\nfrom lingualinked.cli import app\napp(['doctor', '--quiet', *sys.argv[1:]])"
 
 

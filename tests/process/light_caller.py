@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import lingualinked as ll
-from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.describing import describe
-from lingualinked.sharded.model_code import ModelCode
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.loading.describing import describe
+from lingualinked.sharded.loading.model_code import ModelCode
 
 
 def main(folder: str) -> None:

@@ -16,9 +16,9 @@ import lingualinked as ll
 from lingualinked.model.process.environment_probe import read_environment
 from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import Acknowledged, Hello, IntroduceWorker, decode, encode
-from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.keys import generate_keypair
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.keys.keys import generate_keypair
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.wire.delivery import Delivery
 from waiting import wait_until
 
 

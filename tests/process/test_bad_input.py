@@ -113,9 +113,9 @@ def test_a_damaged_safetensors_file(load: Load, checkpoint: Path, damage: Callab
 def test_a_safetensors_file_cut_short_after_it_was_looked_at(load: Load, checkpoint: Path, sharded: Any) -> None:
     """What only a worker notices comes back as the same error, with the worker's own as its cause."""
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.sharded.arguments import LoadArguments
-    from lingualinked.sharded.describing import describe
-    from lingualinked.sharded.placing import find_or_fit_plan
+    from lingualinked.sharded.loading.arguments import LoadArguments
+    from lingualinked.sharded.loading.describing import describe
+    from lingualinked.sharded.loading.placing import find_or_fit_plan
 
     arguments = LoadArguments(path=str(checkpoint), cluster=sharded.cluster, plan="even", progress=False)
     described = describe(arguments)

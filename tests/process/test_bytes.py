@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import lingualinked as ll
 from accelerators import device
-from lingualinked.transport.message_limits import MIN_FRAME_BYTES
+from lingualinked.transport.wire.message_limits import MIN_FRAME_BYTES
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]
 

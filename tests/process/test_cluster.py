@@ -22,10 +22,10 @@ from transformers import LlamaConfig, PreTrainedModel
 import lingualinked as ll
 from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.cluster.workers.inspection import inspect_workers
-from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.describing import describe
-from lingualinked.transport.keys import generate_keypair
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.loading.describing import describe
+from lingualinked.transport.keys.keys import generate_keypair
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 from processes import are_gone, family, fork_server
 from waiting import num_sessions, wait_until
 

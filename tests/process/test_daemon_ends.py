@@ -79,7 +79,7 @@ def test_a_dropped_cluster_and_an_interrupted_start_leave_no_worker(
 def test_a_cluster_that_could_not_be_used_ends_with_its_last_reference(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lingualinked.transport.awaited_connections.CONNECT_S", 0.5)
+    monkeypatch.setattr("lingualinked.transport.sockets.awaited_connections.CONNECT_S", 0.5)
 
     def fail() -> None:
         ll.Cluster([daemon.device("a", advertise="192.0.2.1")]).wait()

@@ -17,8 +17,8 @@ import pytest
 import lingualinked as ll
 from daemons import DaemonProcess, Daemons, running_daemons
 from lingualinked.cluster.remote import connection
-from lingualinked.transport.key_files import make_key
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.key_files import make_key
+from lingualinked.transport.keys.keys import generate_keypair
 from lingualinked.versions import installed_versions
 
 pytestmark = pytest.mark.process

@@ -15,10 +15,10 @@ import torch
 import lingualinked as ll
 from daemons import DaemonProcess
 from lingualinked.public_key import fingerprint
-from lingualinked.transport.announcing import Announcement, find_announced
-from lingualinked.transport.key_files import make_key
-from lingualinked.transport.key_lists import hosts_path, trust_daemon
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.hosts.announcing import Announcement, find_announced
+from lingualinked.transport.keys.key_files import make_key
+from lingualinked.transport.keys.key_lists import hosts_path, trust_daemon
+from lingualinked.transport.keys.keys import generate_keypair
 
 pytestmark = pytest.mark.process
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 import lingualinked as ll
 from lingualinked.cluster.pipeline import Pipeline
-from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.describing import describe
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.loading.describing import describe
 from processes import are_gone, family, fork_server, stopped
 from waiting import num_sessions, wait_until
 

@@ -15,7 +15,7 @@ from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 
 import lingualinked as ll
 from families import reference, save_tiny
-from lingualinked.sharded.generation import ShardedGeneration
+from lingualinked.sharded.generating.generation import ShardedGeneration
 
 pytestmark = pytest.mark.process
 

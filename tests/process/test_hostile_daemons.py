@@ -23,8 +23,8 @@ from lingualinked.protocol.daemon import (
     decode_to_daemon,
     encode,
 )
-from lingualinked.transport.key_files import make_key
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.key_files import make_key
+from lingualinked.transport.keys.keys import generate_keypair
 from lingualinked.versions import installed_versions
 
 pytestmark = pytest.mark.process

@@ -45,8 +45,8 @@ from lingualinked.protocol.packed import PackedDone, PackedStep, PackedText
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
 from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
 from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, StageTimes, Step, StepDone
-from lingualinked.transport.codec import Limits, encode_message
-from lingualinked.transport.message_limits import RING_BYTES
+from lingualinked.transport.wire.codec import Limits, encode_message
+from lingualinked.transport.wire.message_limits import RING_BYTES
 from message_examples import TYPES, example
 from process.outsiders import Outsider
 from waiting import num_sessions, wait_until

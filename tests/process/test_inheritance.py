@@ -26,7 +26,7 @@ def say(what):
 UNLUCKY = """
 import resource
 import lingualinked as ll
-import lingualinked.sharded.loading
+import lingualinked.sharded.loading.load
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

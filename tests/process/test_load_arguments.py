@@ -16,7 +16,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 import lingualinked as ll
 from families import reference, save_tiny
-from lingualinked.sharded import arguments as own
+from lingualinked.sharded.loading import arguments as own
 
 pytestmark = pytest.mark.process
 

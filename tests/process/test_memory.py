@@ -56,7 +56,7 @@ def forget_peak(pid):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    import lingualinked.sharded.loading
+    import lingualinked.sharded.loading.load
     import transformers.models.llama.modeling_llama
     devices = [ll.Device(name=name, threads=1) for name in "abc"]
     ids = torch.randint(0, 8000, (1, 64))

@@ -14,7 +14,7 @@ import lingualinked as ll
 from families import save_tiny
 from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
-from lingualinked.sharded.progress import DeviceProgress
+from lingualinked.sharded.loading.progress import DeviceProgress
 
 pytestmark = pytest.mark.process
 

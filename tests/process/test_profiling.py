@@ -28,9 +28,9 @@ from lingualinked.cluster_file import ClusterDescription
 from lingualinked.cluster_file_writer import write_cluster_file
 from lingualinked.model.cutting.footprint import Footprint
 from lingualinked.module_times import ModuleTimes
-from lingualinked.sharded import saved
-from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.describing import describe
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.loading.describing import describe
+from lingualinked.sharded.profiles import saved
 from lingualinked.worker.measuring.power import RaplCounter
 from profiles import MIB, model_profile
 

@@ -26,7 +26,7 @@ import json, os, resource, sys
 from pathlib import Path
 import lingualinked as ll
 import lingualinked.cluster.messaging.engine
-import lingualinked.sharded.loading
+import lingualinked.sharded.loading.load
 import torch
 
 Device, ShardedModel, ResourceError, path = ll.Device, ll.ShardedModel, ll.ResourceError, ll.sample_model()
@@ -144,7 +144,7 @@ def test_too_few_threads_and_processes(tmp_path: Path, monkeypatch: pytest.Monke
 NO_FOLDER = """
 import json, os, tempfile
 import lingualinked as ll
-from lingualinked.transport import socket_folder
+from lingualinked.transport.sockets import socket_folder
 
 os.mkdir("f" * 120)
 os.environ["XDG_RUNTIME_DIR"] = os.environ["TMPDIR"] = os.path.abspath("f" * 120)

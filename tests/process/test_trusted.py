@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 # Loaded by every process of the run before anything else: notes what mailboxes hand to their owners, after decryption.
 TAP = """
 import json, os
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
 receive_one = ZmqMailbox._receive_one
 

@@ -11,9 +11,9 @@ from transformers import ContinuousBatchingConfig, LlamaForCausalLM
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 import lingualinked as ll
-from lingualinked.sharded.conversions import Conversions
-from lingualinked.sharded.sealing import SealedModel
-from lingualinked.sharded.unsupported import UnsupportedOperations
+from lingualinked.sharded.sealed.conversions import Conversions
+from lingualinked.sharded.sealed.sealing import SealedModel
+from lingualinked.sharded.sealed.unsupported import UnsupportedOperations
 
 pytestmark = pytest.mark.process
 

@@ -15,7 +15,7 @@ import torch
 import lingualinked as ll
 from accelerators import device
 from families import reference, save_tiny, tiny_model
-from lingualinked.sharded import loading
+from lingualinked.sharded.loading import load as loading
 from processes import stopped
 from waiting import num_sessions, wait_until
 

@@ -26,14 +26,14 @@ from lingualinked.planning.estimate import HOP_LATENCY_S
 from lingualinked.planning.one_more import weigh_one_more
 from lingualinked.public_key import fingerprint
 from lingualinked.quantities import bytes_text, seconds_text
-from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.loading.arguments import LoadArguments
 from lingualinked.tables import Rows
-from lingualinked.transport.key_lists import find_server_key
+from lingualinked.transport.keys.key_lists import find_server_key
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
-    from lingualinked.sharded.cluster_checkup import Checkup, DeviceFinding
-    from lingualinked.sharded.describing import Described
+    from lingualinked.sharded.loading.describing import Described
+    from lingualinked.sharded.profiles.cluster_checkup import Checkup, DeviceFinding
     from lingualinked.workload import Objective, Workload
 
 _DTYPE = "bfloat16"  # of rates, without a model
@@ -50,8 +50,8 @@ def run_cluster_doctor(
     progress: bool,
 ) -> bool:
     """Print what is found, write it to a cluster file if one is given, and return whether all is well."""
-    from lingualinked.sharded.cluster_checkup import examine, start_usable  # imports torch
-    from lingualinked.sharded.describing import describe
+    from lingualinked.sharded.loading.describing import describe  # imports torch
+    from lingualinked.sharded.profiles.cluster_checkup import examine, start_usable
 
     # 1) read what is asked
     asked = read_devices(devices)
@@ -215,7 +215,7 @@ def _plan_model(
     """Print whether a model fits, its plan, and what one more device would change; return whether it fits."""
     from lingualinked.cluster.workers.remote_hosts import remote_available_bytes  # imports torch
     from lingualinked.planning.planner import solve  # imports scipy
-    from lingualinked.sharded.saved import check_devices, find_profile
+    from lingualinked.sharded.profiles.saved import check_devices, find_profile
 
     if cluster is None:
         console.print(Text("No plan: the devices can't be used together."))

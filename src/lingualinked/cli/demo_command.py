@@ -17,8 +17,8 @@ from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows
 from lingualinked.display.telemetry_view import telemetry_rows
 from lingualinked.quantities import bytes_text, count_text
-from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.placing import find_or_fit_plan
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.loading.placing import find_or_fit_plan
 
 PROMPT = "Once upon a time there lived"
 
@@ -31,7 +31,7 @@ def run_demo(devices: str, max_new_tokens: int, *, progress: bool) -> None:
     console.print(f"[bold]Sample model[/] {path}\n", soft_wrap=True)
     started = time.perf_counter()
     # 1) limit the memory of each device, so that the model has to be cut
-    from lingualinked.sharded.describing import describe  # imports torch
+    from lingualinked.sharded.loading.describing import describe  # imports torch
 
     if devices.isdecimal():
         memory = _memory_of_each(describe(LoadArguments.of(path)).footprint().profile, len(asked.devices))

@@ -16,8 +16,8 @@ from lingualinked.cluster_file_writer import write_cluster_file
 from lingualinked.device import Device
 from lingualinked.public_key import fingerprint
 from lingualinked.quantities import count_text
-from lingualinked.transport.announcing import Announcement, find_announced
-from lingualinked.transport.key_lists import KnownHost, hosts_path, known_hosts
+from lingualinked.transport.hosts.announcing import Announcement, find_announced
+from lingualinked.transport.keys.key_lists import KnownHost, hosts_path, known_hosts
 
 
 def run_discover(seconds: float, path: Path | None, interface: str | None) -> None:

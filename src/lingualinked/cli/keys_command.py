@@ -28,7 +28,7 @@ PublicKey = Annotated[str, typer.Argument(help="A public key (40 characters, in 
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="Name of the key.")] = "default") -> None:
     """Make a key pair, by which daemons will know you."""
-    from lingualinked.transport.key_files import client_name, key_path, make_key  # imports zmq
+    from lingualinked.transport.keys.key_files import client_name, key_path, make_key  # imports zmq
 
     keys = make_key(name)
     typer.echo(f"Made the key {name!r}: {fingerprint(keys.public)}")
@@ -43,7 +43,7 @@ def authorize(
     name: Annotated[str | None, typer.Option(help="Name of the client in lists and logs.")] = None,
 ) -> None:
     """Let the holder of a key use this machine's daemon, also one that is running."""
-    from lingualinked.transport.key_lists import authorize_client  # imports zmq
+    from lingualinked.transport.keys.key_lists import authorize_client  # imports zmq
 
     public_key, named = _read_public_key(key)
     name = authorize_client(public_key, name or named)
@@ -56,7 +56,7 @@ def trust(
     key: PublicKey,
 ) -> None:
     """Record the public key of another machine's daemon, so that cluster files need not state it."""
-    from lingualinked.transport.key_lists import trust_daemon  # imports zmq
+    from lingualinked.transport.keys.key_lists import trust_daemon  # imports zmq
 
     public_key, _ = _read_public_key(key)
     typer.echo(f"The daemon at {trust_daemon(address, public_key)} is known by {fingerprint(public_key)}")
@@ -65,8 +65,8 @@ def trust(
 @app.command("list")
 def list_keys() -> None:
     """Show your own keys, the authorised clients, and the daemons that you know."""
-    from lingualinked.transport.key_files import own_keys  # imports zmq
-    from lingualinked.transport.key_lists import AuthorizedClients, known_hosts  # imports zmq
+    from lingualinked.transport.keys.key_files import own_keys  # imports zmq
+    from lingualinked.transport.keys.key_lists import AuthorizedClients, known_hosts  # imports zmq
 
     clients, hosts = AuthorizedClients().names, known_hosts().values()
     for title, keys in (
@@ -87,7 +87,7 @@ def revoke(
     ],
 ) -> None:
     """End what a client has on this machine's daemon and let it in no more; or forget a daemon."""
-    from lingualinked.transport.key_lists import forget_daemon, revoke_client  # imports zmq
+    from lingualinked.transport.keys.key_lists import forget_daemon, revoke_client  # imports zmq
 
     if who.startswith("tcp://"):
         typer.echo(f"The daemon at {who} is no longer known by {fingerprint(forget_daemon(who))}")

@@ -18,8 +18,8 @@ from lingualinked.cli.output import check_picture
 from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows
 from lingualinked.quantities import count_text
-from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.saved import check_devices, find_profile, saved_profile
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.profiles.saved import check_devices, find_profile, saved_profile
 
 if TYPE_CHECKING:
     from lingualinked.workload import Objective
@@ -69,7 +69,7 @@ def _find_or_estimate_profile(
     path: str, devices: str, workload: ll.Workload, dtype: str, *, progress: bool
 ) -> ll.Profile:
     from lingualinked.cluster.workers.remote_hosts import remote_available_bytes  # imports torch
-    from lingualinked.sharded.describing import describe  # imports torch
+    from lingualinked.sharded.loading.describing import describe  # imports torch
 
     asked = read_devices(devices)
     described = describe(LoadArguments.of(path, dtype=dtype, load_format=load_format_of(path)))

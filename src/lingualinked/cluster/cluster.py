@@ -29,7 +29,7 @@ from lingualinked.processes.resources import check_addition, check_start
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
-from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, check_frame_limit
+from lingualinked.transport.wire.message_limits import DEFAULT_MAX_FRAME_BYTES, check_frame_limit
 
 if TYPE_CHECKING:
     from lingualinked.cluster.messaging.engine import Engine

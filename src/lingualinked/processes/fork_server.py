@@ -19,7 +19,7 @@ import msgspec
 
 from lingualinked.processes.server_process import ErrorFile, ServerProcess, import_path, worker_environment
 from lingualinked.protocol.boot import GRACE_S, ForkWorker, Preload, WorkerEnded, WorkerForked
-from lingualinked.transport.socket_folder import make_socket_folder
+from lingualinked.transport.sockets.socket_folder import make_socket_folder
 
 _MOST_HANDLES = 64
 # Libraries set these as they go, torch when it is imported and pytest for each test: workers read neither.

@@ -61,7 +61,7 @@ def _check_working_folder() -> None:
     try:
         Path.cwd()
     except FileNotFoundError as error:
-        if "lingualinked.sharded.loading" in sys.modules:  # nor does transformers, which has been imported there
+        if "lingualinked.sharded.loading.load" in sys.modules:  # nor does transformers, which has been imported there
             return
         raise ResourceError(
             "the working folder of this process has been removed, and torch ends a process that imports it there: "

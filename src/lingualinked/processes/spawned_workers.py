@@ -14,7 +14,7 @@ from lingualinked.processes.booting import Booting
 from lingualinked.processes.server_process import ErrorFile, ServerProcess, how_it_ended
 from lingualinked.processes.worker_starter import WorkerProcess
 from lingualinked.protocol.boot import Preload
-from lingualinked.transport.socket_folder import make_socket_folder
+from lingualinked.transport.sockets.socket_folder import make_socket_folder
 
 
 class SpawnedWorkers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 GRACE_S = 2.0
 """Seconds that workers have to end by themselves before they are killed."""

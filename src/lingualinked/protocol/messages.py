@@ -47,7 +47,7 @@ from lingualinked.protocol.weights import (
 from lingualinked.rounding import Invariance, Rounding
 from lingualinked.telemetry.reports import StageSnapshot, WorkerSnapshot
 from lingualinked.telemetry.samples import DeviceSample
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 # --- from the caller, about a worker and its stages
 

@@ -20,11 +20,11 @@ from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
-from lingualinked.sharded.arguments import LoadArguments
 from lingualinked.sharded.instruments.instrumented import Instrumented
-from lingualinked.sharded.memory_check import check_total_memory
-from lingualinked.sharded.placing import fit_plan
-from lingualinked.sharded.rebalancing import enable_rebalancing, extended_profile
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.loading.memory_check import check_total_memory
+from lingualinked.sharded.loading.placing import fit_plan
+from lingualinked.sharded.profiles.rebalancing import enable_rebalancing, extended_profile
 from lingualinked.sharded.weights.editable import Editable
 from lingualinked.workload import Objective, Workload
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.model.cutting.parts import ModelParts
     from lingualinked.profile import Profile
-    from lingualinked.sharded.describing import Described
+    from lingualinked.sharded.loading.describing import Described
     from lingualinked.telemetry.decisions import Decision
     from lingualinked.telemetry.snapshot import Telemetry
 
@@ -198,7 +198,7 @@ class ShardedModel(Instrumented, Editable):
         try:
             if cluster is None:
                 cluster = own = Cluster(described, timeout_s=timeout_s, _class_names=_class_names(folder))
-            from lingualinked.sharded.loading import load  # imports torch
+            from lingualinked.sharded.loading.load import load  # imports torch
 
             return load(dataclasses.replace(arguments, cluster=cluster, owns_cluster=own is not None), ShardedModel)
         except BaseException:
@@ -354,7 +354,7 @@ class ShardedModel(Instrumented, Editable):
             enable_rebalancing(pipeline, self._describe(), None, RebalancePolicy(), is_automatic=False)
 
     def _describe(self) -> Described:
-        from lingualinked.sharded.describing import describe_spec  # imports torch
+        from lingualinked.sharded.loading.describing import describe_spec  # imports torch
 
         return describe_spec(self._pipeline.spec)
 

@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING
 
 from lingualinked.errors import ArgumentError
 from lingualinked.public_key import raw_key
-from lingualinked.transport.codec import (
+from lingualinked.transport.keys.keys import KeyPair, generate_keypair
+from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.wire.codec import (
     Limits,
     MalformedError,
     decode_message,
     encode_message,
 )
-from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.keys import KeyPair, generate_keypair
-from lingualinked.transport.mailbox import Mailbox
-from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES
-from lingualinked.transport.refusals import Refusals
+from lingualinked.transport.wire.delivery import Delivery
+from lingualinked.transport.wire.message_limits import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_MESSAGE_BYTES
+from lingualinked.transport.wire.refusals import Refusals
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lingualinked.transport.tcp_listener import TcpEndpoint
+    from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 _SCHEME = "inprocess://"
 

@@ -13,15 +13,15 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, ProtocolError
-from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.keys import authorise
-from lingualinked.transport.shaping import DelayQueue, ShapedLink
+from lingualinked.transport.hosts.shaping import DelayQueue, ShapedLink
+from lingualinked.transport.keys.keys import authorise
+from lingualinked.transport.wire.delivery import Delivery
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lingualinked.transport.refusals import Refusals
-    from lingualinked.transport.tcp_listener import TcpEndpoint
+    from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
+    from lingualinked.transport.wire.refusals import Refusals
 
 _MAX_DELAY_S = 60.0
 _MAX_DELAYED_BYTES = 1 << 30  # of one sender

@@ -63,10 +63,10 @@ from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.running import BeginRun, EndRun, RunMessage
 from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.protocol.weights import FindFiles, ShareFiles, WeightMessage
-from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.keys import KeyPair
+from lingualinked.transport.keys.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.background import Background
 from lingualinked.worker.hooks.backward_runner import BackwardRunner
 from lingualinked.worker.kv.announced_moves import AnnouncedMoves

@@ -23,7 +23,7 @@ from lingualinked.cli.app import app
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.workers.devices import describe_cluster
 from lingualinked.model.exact import linear_speed
-from lingualinked.sharded.progress import DeviceProgress
+from lingualinked.sharded.loading.progress import DeviceProgress
 
 CLUSTER = '[[devices]]\nname = "here"\nthreads = 1\n[[devices]]\nname = "there"\nlatency = "1ms"\n'
 STARTS = {

@@ -8,8 +8,8 @@ import pytest
 
 import lingualinked as ll
 from lingualinked.cli.demo_command import _memory_of_each
-from lingualinked.sharded.arguments import LoadArguments
-from lingualinked.sharded.describing import describe
+from lingualinked.sharded.loading.arguments import LoadArguments
+from lingualinked.sharded.loading.describing import describe
 from profiles import profile
 
 

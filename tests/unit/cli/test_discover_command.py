@@ -13,9 +13,9 @@ from lingualinked.cli import discover_command
 from lingualinked.cli.app import app
 from lingualinked.cluster_file import read_cluster_file
 from lingualinked.public_key import fingerprint
-from lingualinked.transport.announcing import Announcement
-from lingualinked.transport.key_lists import trust_daemon
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.hosts.announcing import Announcement
+from lingualinked.transport.keys.key_lists import trust_daemon
+from lingualinked.transport.keys.keys import generate_keypair
 
 KEY, OTHER = generate_keypair().public, generate_keypair().public
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from lingualinked.cli.app import app
 from lingualinked.public_key import fingerprint
-from lingualinked.transport.key_files import find_client_keys, find_daemon_keys
-from lingualinked.transport.key_lists import AuthorizedClients, known_hosts
+from lingualinked.transport.keys.key_files import find_client_keys, find_daemon_keys
+from lingualinked.transport.keys.key_lists import AuthorizedClients, known_hosts
 
 
 def run(*arguments: str) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from lingualinked.address import parse_advertised
 from lingualinked.cluster.measuring.reach import Reach, RemoteHost
 from lingualinked.errors import ArgumentError
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 IPC = {"caller": "ipc:///run/0", "here": "ipc:///run/1", "near": "ipc:///run/2"}
 

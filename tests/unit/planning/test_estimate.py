@@ -15,7 +15,7 @@ from families import FAMILIES, tiny_config
 from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.spec import ModelSpec
 from lingualinked.planning.estimate import LayerOperations, _num_attended, roofline_profile
-from lingualinked.sharded.describing import Described, describe_spec
+from lingualinked.sharded.loading.describing import Described, describe_spec
 from profiles import MIB, model_profile
 
 SLOW_MEMORY = ll.DeviceSpecs(flops="1PFLOP/s", memory_bandwidth=10 * MIB)

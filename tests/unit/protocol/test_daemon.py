@@ -13,7 +13,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.protocol import daemon
 from lingualinked.protocol.boot import Boot, Emulation
 from lingualinked.protocol.daemon import decode_from_daemon, decode_to_daemon, encode
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 from lingualinked.versions import Versions, installed_versions
 
 FACTS = daemon.HostFacts(

@@ -15,7 +15,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.protocol import messages
 from lingualinked.protocol.messages import decode, encode
 from lingualinked.protocol.steps import KVEdit, KVEditKind
-from lingualinked.transport.codec import Limits, MalformedError, decode_message
+from lingualinked.transport.wire.codec import Limits, MalformedError, decode_message
 from message_examples import STEP, TYPES, example
 
 

@@ -18,7 +18,7 @@ import lingualinked as ll
 from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.spec import ModelSpec
 from lingualinked.sharded.adapters.adapter_files import open_adapter
-from lingualinked.sharded.arguments import LoadArguments
+from lingualinked.sharded.loading.arguments import LoadArguments
 
 CONFIG = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
 SPEC = ModelSpec(

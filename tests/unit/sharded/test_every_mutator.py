@@ -31,8 +31,8 @@ from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall
 from lingualinked.model.stages.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.protocol.editing import ChangeKind
 from lingualinked.protocol.hooking import HookAnswered
-from lingualinked.sharded.forward import make_sharded
-from lingualinked.sharded.model_code import ModelCode
+from lingualinked.sharded.calling.forward import make_sharded
+from lingualinked.sharded.loading.model_code import ModelCode
 from lingualinked.worker.hooks.paused_steps import PausedSteps
 from lingualinked.worker.steps.step_runner import apply_answer, describe_call
 from message_examples import STEP

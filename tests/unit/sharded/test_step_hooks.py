@@ -17,7 +17,7 @@ from lingualinked.protocol.hooking import HookReached
 from lingualinked.sharded.hooks.hooked_modules import HookedModules
 from lingualinked.sharded.hooks.recording_order import RecordingOrder
 from lingualinked.sharded.hooks.step_hooks import CallerHooks
-from lingualinked.sharded.sealing import sealed_class
+from lingualinked.sharded.sealed.sealing import sealed_class
 
 LAYER = "model.layers.1"
 

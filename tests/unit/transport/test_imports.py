@@ -10,7 +10,7 @@ import pytest
     ("statement", "unwanted"),
     [
         ("import lingualinked.transport", {"torch", "zmq", "msgspec", "transformers"}),
-        ("import lingualinked.transport.keys, lingualinked.transport.mailbox", {"torch", "transformers"}),
+        ("import lingualinked.transport.keys.keys, lingualinked.transport.mailbox", {"torch", "transformers"}),
     ],
 )
 def test_imports_load_no_more_than_they_need(statement: str, unwanted: set[str]) -> None:

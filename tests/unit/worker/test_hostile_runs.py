@@ -16,7 +16,7 @@ from lingualinked.protocol.failures import StepFailed
 from lingualinked.protocol.messages import decode
 from lingualinked.protocol.moving import JoinedRows
 from lingualinked.protocol.running import BeginRun, EndRun
-from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.background import Background
 from lingualinked.worker.stages.hosted_stages import HostedStages
 from lingualinked.worker.steps.pace import Pace

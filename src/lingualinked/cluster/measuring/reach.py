@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from lingualinked.address import Address, Advertised, parse_address
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -43,9 +43,9 @@ from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
 from lingualinked.protocol.running import BeginRun, EndRun
 from lingualinked.protocol.steps import EndSession, Step
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.keys import generate_keypair
 from lingualinked.transport.mailbox import Mailbox
-from lingualinked.transport.zmq_mailbox import ZmqMailbox
+from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
 logger = logging.getLogger("lingualinked.cluster")
 

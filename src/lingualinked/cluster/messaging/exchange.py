@@ -57,10 +57,10 @@ from lingualinked.protocol.roles import ANSWERS, Role
 from lingualinked.protocol.running import TokensChosen
 from lingualinked.protocol.steps import EndSession, Step, StepDone, StepRecorded
 from lingualinked.protocol.weights import FetchPart, FilesFound
-from lingualinked.transport.awaited_connections import AwaitedConnections
-from lingualinked.transport.cut_links import CutLinks
-from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.hosts.cut_links import CutLinks
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.sockets.awaited_connections import AwaitedConnections
+from lingualinked.transport.wire.delivery import Delivery
 
 logger = logging.getLogger("lingualinked.cluster")
 

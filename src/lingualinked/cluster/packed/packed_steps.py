@@ -21,7 +21,7 @@ from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.protocol.packed import PackedStep, PackedText
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StepSample
-from lingualinked.transport.hop_clock import clock_us
+from lingualinked.transport.wire.hop_clock import clock_us
 
 _LEAST_ROWS = 2  # one row alone is computed to other bits than one among others
 _MOST_ROWS = 16

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from lingualinked.checks import check_positive
-from lingualinked.transport.message_limits import DEFAULT_MAX_FRAME_BYTES
+from lingualinked.transport.wire.message_limits import DEFAULT_MAX_FRAME_BYTES
 
 if TYPE_CHECKING:
     from lingualinked.cluster.ray.ray_placement import RayPlacement, Strategy

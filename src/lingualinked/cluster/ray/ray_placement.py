@@ -17,7 +17,7 @@ from lingualinked.cluster.ray.ray_actor import DaemonActor
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, ResourceError, StepTimeoutError
 from lingualinked.quantities import count_text
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.keys import generate_keypair
 from lingualinked.units import parse_bytes
 
 Strategy = Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"]

@@ -47,9 +47,9 @@ from lingualinked.protocol.daemon import (
     decode_from_daemon,
     encode,
 )
-from lingualinked.transport.handshakes import TIMEOUT_MS
-from lingualinked.transport.key_lists import wrong_server_key
-from lingualinked.transport.keys import KeyPair
+from lingualinked.transport.keys.key_lists import wrong_server_key
+from lingualinked.transport.keys.keys import KeyPair
+from lingualinked.transport.sockets.handshakes import TIMEOUT_MS
 from lingualinked.versions import installed_versions
 
 _EVENTS = (

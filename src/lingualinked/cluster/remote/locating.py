@@ -11,7 +11,7 @@ from lingualinked.cluster.remote.connection import Lease
 from lingualinked.cluster.remote.resolving import resolve_host
 from lingualinked.device import Device
 from lingualinked.errors import ArgumentError, DaemonError
-from lingualinked.transport.host_addresses import local_host_towards
+from lingualinked.transport.hosts.host_addresses import local_host_towards
 
 _RESOLVE_S = 2.0
 

@@ -25,10 +25,10 @@ from lingualinked.errors import ClosedError, DaemonError, WorkerDiedError
 from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.boot import GRACE_S, Boot
 from lingualinked.protocol.daemon import ANSWER_S
-from lingualinked.transport.key_files import find_client_keys
-from lingualinked.transport.key_lists import find_server_key
-from lingualinked.transport.keys import KeyPair
-from lingualinked.transport.waker import Waker
+from lingualinked.transport.keys.key_files import find_client_keys
+from lingualinked.transport.keys.key_lists import find_server_key
+from lingualinked.transport.keys.keys import KeyPair
+from lingualinked.transport.sockets.waker import Waker
 
 logger = logging.getLogger("lingualinked.cluster")
 

@@ -14,7 +14,7 @@ import threading
 from lingualinked.address import Address, parse_address
 from lingualinked.device import Device
 from lingualinked.errors import DaemonError
-from lingualinked.transport.host_addresses import look_up
+from lingualinked.transport.hosts.host_addresses import look_up
 
 PROBE_S = 1.0
 """Seconds that it takes at most to find out why an address can't be reached."""

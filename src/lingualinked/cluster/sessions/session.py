@@ -35,7 +35,7 @@ from lingualinked.model.stages.rotary import RopeReach
 from lingualinked.model.tensor_strides import pack_tensor
 from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
-from lingualinked.transport.hop_clock import clock_us
+from lingualinked.transport.wire.hop_clock import clock_us
 
 _PLAIN = StepOptions()
 

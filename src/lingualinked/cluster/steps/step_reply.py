@@ -20,7 +20,7 @@ from lingualinked.protocol.running import BeginRun, TokensChosen
 from lingualinked.protocol.steps import StageTimes, Step, StepDone
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.samples import StageTiming, StepSample
-from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.wire.delivery import Delivery
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from lingualinked.host_id import host_id
 from lingualinked.interrupts import uninterrupted
 from lingualinked.processes.launch import Launcher
 from lingualinked.protocol.boot import Boot
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
     from lingualinked.cluster.measuring.reach import RemoteHost

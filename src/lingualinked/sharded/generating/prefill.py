@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lingualinked.errors import ArgumentError
-from lingualinked.sharded.cache import ShardedCache
+from lingualinked.sharded.calling.cache import ShardedCache
+from lingualinked.sharded.calling.inputs import LearnedPositions, check_inputs
 from lingualinked.sharded.generating.chunk_sizes import ChunkSizes
-from lingualinked.sharded.inputs import LearnedPositions, check_inputs
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -31,7 +31,7 @@ from lingualinked.cluster.sessions.split_session import SplitSession
 from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.model.sampling.processor_data import ProcessorSpec
 from lingualinked.model.sampling.processors import describe_processors
-from lingualinked.sharded.cache import ShardedCache, ShardedDynamicCache
+from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache
 from lingualinked.sharded.generating.asked_run import AskedRun, asking
 from lingualinked.sharded.generating.random_loans import RandomLoan
 

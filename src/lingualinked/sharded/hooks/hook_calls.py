@@ -19,8 +19,8 @@ from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from lingualinked.protocol.hooking import HookReached
-    from lingualinked.sharded.cache import ShardedCache
-    from lingualinked.sharded.gradients import StepGradients
+    from lingualinked.sharded.calling.cache import ShardedCache
+    from lingualinked.sharded.calling.gradients import StepGradients
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -15,7 +15,7 @@ from lingualinked.errors import ProtocolError, UnsupportedOperationError, Worker
 from lingualinked.model.hooks.hook_data import HookPoint, Items
 from lingualinked.model.hooks.hook_points import contains_layers
 from lingualinked.sharded.hooks.hook_calls import HookCall, has_same_bits
-from lingualinked.sharded.sealing import call_hooks_around
+from lingualinked.sharded.sealed.sealing import call_hooks_around
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lingualinked.cluster.steps.step_reply import HookEvent
     from lingualinked.model.hooks.hook_data import Cut, HookValue
     from lingualinked.model.stages.layer_skips import LayerSkips
-    from lingualinked.sharded.cache import ShardedCache
-    from lingualinked.sharded.gradients import StepGradients
+    from lingualinked.sharded.calling.cache import ShardedCache
+    from lingualinked.sharded.calling.gradients import StepGradients
     from lingualinked.sharded.hooks.hooked_modules import HookedModules
     from lingualinked.sharded.hooks.recording_order import RecordingOrder
 

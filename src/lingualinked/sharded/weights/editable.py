@@ -9,7 +9,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lingualinked.sharded.layer_surgery import LayerSurgery
+    from lingualinked.sharded.sealed.layer_surgery import LayerSurgery
     from lingualinked.sharded.weights.weight_edits import WeightEdit, WeightEditor
 
 

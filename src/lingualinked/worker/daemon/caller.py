@@ -14,8 +14,8 @@ from lingualinked.processes.launch import Launcher
 from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.boot import Boot
 from lingualinked.protocol.daemon import StartWorker, WorkerLeased
-from lingualinked.transport.relay import Relay
-from lingualinked.transport.tcp_listener import TcpEndpoint
+from lingualinked.transport.hosts.relay import Relay
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 _MOST_RELAYS = 64
 Report = Callable[["Caller", str], None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lingualinked.public_key import raw_key
-from lingualinked.transport.key_lists import AuthorizedClients, default_client_name
+from lingualinked.transport.keys.key_lists import AuthorizedClients, default_client_name
 
 
 class Clients:

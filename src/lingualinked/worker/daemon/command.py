@@ -21,13 +21,13 @@ from lingualinked.errors import ArgumentError, LingualinkedError
 from lingualinked.processes.accelerators import check_accelerator
 from lingualinked.processor import usable_cores
 from lingualinked.public_key import fingerprint
-from lingualinked.transport.host_addresses import local_host_towards, look_up, own_addresses
+from lingualinked.transport.hosts.host_addresses import local_host_towards, look_up, own_addresses
 from lingualinked.units import parse_bytes
 from lingualinked.worker.daemon.options import DaemonOptions
 from lingualinked.worker.process.inheritance import allow_open_files
 
 if TYPE_CHECKING:
-    from lingualinked.transport.announcing import Announcer
+    from lingualinked.transport.hosts.announcing import Announcer
 
 logger = logging.getLogger("lingualinked.daemon")
 
@@ -134,9 +134,9 @@ def main() -> None:
 
 def run_daemon(options: DaemonOptions) -> int:
     """Run a daemon until it ends; return its exit status."""
-    from lingualinked.transport.key_files import find_daemon_keys  # these import zmq
-    from lingualinked.transport.key_lists import clients_path
-    from lingualinked.transport.keys import generate_keypair  # these too
+    from lingualinked.transport.keys.key_files import find_daemon_keys  # these import zmq
+    from lingualinked.transport.keys.key_lists import clients_path
+    from lingualinked.transport.keys.keys import generate_keypair  # these too
     from lingualinked.worker.daemon.clients import Clients
     from lingualinked.worker.daemon.daemon import Daemon  # and this
 
@@ -168,7 +168,7 @@ def run_daemon(options: DaemonOptions) -> int:
 
 def _start_announcing(options: DaemonOptions, address: Address, public_key: str) -> Announcer:
     """Announce the daemon on the interface that it listens at, or on all."""
-    from lingualinked.transport.announcing import Announcer  # imports zmq
+    from lingualinked.transport.hosts.announcing import Announcer  # imports zmq
     from lingualinked.worker.daemon.host_facts import describe_hardware  # and msgspec
 
     bound = options.bind

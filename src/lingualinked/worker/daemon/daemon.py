@@ -42,9 +42,9 @@ from lingualinked.protocol.daemon import (
     encode,
 )
 from lingualinked.quantities import bytes_text, count_text
-from lingualinked.transport.keys import KeyPair
-from lingualinked.transport.tcp_listener import TcpEndpoint
-from lingualinked.transport.waker import Waker
+from lingualinked.transport.keys.keys import KeyPair
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
+from lingualinked.transport.sockets.waker import Waker
 from lingualinked.versions import Versions, installed_versions
 from lingualinked.worker.daemon.caller import Caller
 from lingualinked.worker.daemon.clients import Clients

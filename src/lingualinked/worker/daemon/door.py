@@ -18,11 +18,11 @@ import zmq
 from lingualinked.address import Address
 from lingualinked.protocol.daemon import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, MAX_FRAME_BYTES
 from lingualinked.public_key import raw_key
-from lingualinked.transport.handshakes import TIMEOUT_MS
-from lingualinked.transport.keys import KeyPair
-from lingualinked.transport.refusals import Refusals
-from lingualinked.transport.tcp_listener import TcpEndpoint, TcpListener
-from lingualinked.transport.zap import DOMAIN, ZapHandler
+from lingualinked.transport.keys.keys import KeyPair
+from lingualinked.transport.sockets.handshakes import TIMEOUT_MS
+from lingualinked.transport.sockets.tcp_listener import TcpEndpoint, TcpListener
+from lingualinked.transport.sockets.zap import DOMAIN, ZapHandler
+from lingualinked.transport.wire.refusals import Refusals
 
 logger = logging.getLogger("lingualinked.daemon")
 

@@ -15,9 +15,9 @@ from lingualinked.protocol.base import Message
 from lingualinked.protocol.messages import CallerMessage, CutLinks, EmulateDevice, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
 from lingualinked.protocol.weights import WeightMessage
-from lingualinked.transport import cut_links
-from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.hosts import cut_links
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.messaging.sender_check import StaleMessageError
 
 # Of one sender; further messages stay in the mailbox, which then stops reading from that sender.

@@ -21,8 +21,8 @@ from lingualinked.protocol.messages import (
     PeerMessage,
     encode,
 )
-from lingualinked.transport.awaited_connections import AwaitedConnections
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.sockets.awaited_connections import AwaitedConnections
 
 
 class Peers:

@@ -60,7 +60,7 @@ def _watch_caller(channel: socket.socket, preload: Preload) -> contextlib.closin
 
 
 def _become_worker(boot_channel: socket.socket, channel: socket.socket) -> None:
-    from lingualinked.transport.keys import generate_keypair  # imports zmq
+    from lingualinked.transport.keys.keys import generate_keypair  # imports zmq
     from lingualinked.worker.server import serve  # imports torch
 
     keys = generate_keypair()

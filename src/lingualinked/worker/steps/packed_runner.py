@@ -22,9 +22,9 @@ from lingualinked.protocol.failures import FailureKind
 from lingualinked.protocol.messages import encode
 from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedFailure, PackedStep
 from lingualinked.protocol.steps import StageTimes
-from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.wire.delivery import Delivery
+from lingualinked.transport.wire.hop_clock import HopClock, clock_us
 from lingualinked.worker.messaging.error_report import ErrorReport, describe_error
 from lingualinked.worker.messaging.peers import Peers
 from lingualinked.worker.process.limits import end_if_device_is_lost

@@ -17,7 +17,7 @@ from lingualinked.model.sampling.processors import build_processors
 from lingualinked.protocol.running import BeginRun, EndRun
 from lingualinked.protocol.steps import Step
 from lingualinked.quantities import count_text
-from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.wire.delivery import Delivery
 
 logger = logging.getLogger("lingualinked.worker")
 

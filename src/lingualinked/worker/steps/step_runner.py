@@ -27,9 +27,9 @@ from lingualinked.protocol.messages import encode
 from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
 from lingualinked.protocol.steps import StageTimes, Step, StepDone, StepRecorded
 from lingualinked.quantities import count_text
-from lingualinked.transport.delivery import Delivery
-from lingualinked.transport.hop_clock import HopClock, clock_us
 from lingualinked.transport.mailbox import Mailbox
+from lingualinked.transport.wire.delivery import Delivery
+from lingualinked.transport.wire.hop_clock import HopClock, clock_us
 from lingualinked.worker.hooks.cut_calls import apply_cut, describe_cut
 from lingualinked.worker.hooks.hook_graph import given_with_gradients, join_graph
 from lingualinked.worker.hooks.paused_steps import PausedSteps

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lingualinked.model.spec import ModelSpec
     from lingualinked.model.weight_files.fetching import HeldFiles
     from lingualinked.model.weights.weight_sources import WeightSource
-    from lingualinked.transport.delivery import Delivery
+    from lingualinked.transport.wire.delivery import Delivery
 
 
 class StageFiles:

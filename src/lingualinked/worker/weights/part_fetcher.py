@@ -27,7 +27,7 @@ from lingualinked.model.weight_files.fetching import DeliverPart, FetchError
 from lingualinked.model.weight_files.shared_parts import MAX_PARTS_IN_FLIGHT
 from lingualinked.protocol.weights import FilePart, WeightSupply, range_of
 from lingualinked.quantities import count_text
-from lingualinked.transport.tensor_bytes import memory_of
+from lingualinked.transport.wire.tensor_bytes import memory_of
 
 _SILENT_S = 5.0
 """Seconds without an answer after which a source is replaced, if others have what it was asked for."""

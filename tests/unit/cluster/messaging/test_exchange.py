@@ -55,7 +55,7 @@ from lingualinked.protocol.steps import EndSession, StageTimes, Step, StepDone, 
 from lingualinked.protocol.weights import FetchPart
 from lingualinked.rounding import Rounding
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.keys import generate_keypair
 from message_examples import TYPES, example
 
 

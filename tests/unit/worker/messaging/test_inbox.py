@@ -13,7 +13,7 @@ from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import CutLinks, EmulateDevice, InspectWorker, UnloadModel, encode
 from lingualinked.protocol.moving import KeepPlan, KVReceived
 from lingualinked.protocol.steps import EndSession
-from lingualinked.transport import cut_links
+from lingualinked.transport.hosts import cut_links
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.worker.messaging.inbox import Inbox
 

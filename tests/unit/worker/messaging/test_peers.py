@@ -10,7 +10,7 @@ from lingualinked.errors import ArgumentError, PeerUnknownError, ProtocolError
 from lingualinked.protocol.measuring import Pong
 from lingualinked.protocol.messages import DismissWorker, IntroduceWorker, decode
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.keys import generate_keypair
 from lingualinked.worker.messaging.peers import Peers
 
 

@@ -17,7 +17,7 @@ from lingualinked.protocol.roles import TO_CALLER, TO_WORKER, Role
 from lingualinked.protocol.steps import EndSession, Step
 from lingualinked.protocol.weights import FetchPart, FilePart
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
-from lingualinked.transport.keys import generate_keypair
+from lingualinked.transport.keys.keys import generate_keypair
 from lingualinked.worker.background import Background
 from lingualinked.worker.kv.announced_moves import AnnouncedMoves
 from lingualinked.worker.kv.kv_mover import KVMover

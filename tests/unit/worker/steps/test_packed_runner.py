@@ -19,7 +19,7 @@ from lingualinked.protocol.failures import FailureKind
 from lingualinked.protocol.messages import decode
 from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedFailure, PackedStep, PackedText
 from lingualinked.protocol.steps import KVEdit, KVEditKind
-from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.background import Background
 from lingualinked.worker.stages.hosted_stage import HostedStage
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey

@@ -10,7 +10,7 @@ import torch
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.running import BeginRun, EndRun
-from lingualinked.transport.delivery import Delivery
+from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.steps.runs import Runs, TokenRun
 from message_examples import STEP, example
 

@@ -1,0 +1,1 @@
+"""A call of the model: what forward takes and returns, its KV handle and its gradients."""

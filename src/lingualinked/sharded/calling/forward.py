@@ -1,0 +1,361 @@
+"""Replaces a transformers class's ``forward`` with a step through the pipeline, and makes the class that has it.
+
+Knows transformers' calls and outputs; a pipeline runs the layers and holds the KV.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lingualinked.cluster.steps.step_in_flight import StepOptions
+from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
+from lingualinked.model.hf_internals.computing import balancing_loss
+from lingualinked.model.hf_internals.recording import recordable_outputs
+from lingualinked.sharded.adapters.model_adapters import Adapters
+from lingualinked.sharded.calling.cache import ShardedCache
+from lingualinked.sharded.calling.given_cache import GivenCache, check_empty, max_cache_len_of
+from lingualinked.sharded.calling.gradients import StepGradients
+from lingualinked.sharded.calling.inputs import (
+    LearnedPositions,
+    StepShape,
+    check_inputs,
+    check_logits_to_keep,
+    check_tensor,
+    refuse_arguments,
+    take_records,
+)
+from lingualinked.sharded.calling.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
+from lingualinked.sharded.generating.asked_run import asked_run, step_as_asked
+from lingualinked.sharded.generating.generation import ShardedGeneration
+from lingualinked.sharded.generating.prefill import PipelinedPrefill, options_of_chunk
+from lingualinked.sharded.hooks.hooked_modules import HookedModules
+from lingualinked.sharded.hooks.step_hooks import CallerHooks
+from lingualinked.sharded.instruments.in_force import OpenBlocks
+from lingualinked.sharded.loading.model_code import ModelCode, check_observers
+from lingualinked.sharded.sealed.conversions import Conversions
+from lingualinked.sharded.sealed.layer_surgery import LayerSurgery
+from lingualinked.sharded.sealed.sealed_config import SealedConfig
+from lingualinked.sharded.sealed.sealing import Seal, SealedModel
+from lingualinked.sharded.sealed.stand_in_class import make_stand_in
+from lingualinked.sharded.sealed.unsupported import UnsupportedOperations
+from lingualinked.sharded.weights.fetched_weights import FetchedWeights
+from lingualinked.sharded.weights.saving import Saving
+from lingualinked.sharded.weights.weight_edits import WeightEditor
+
+if TYPE_CHECKING:
+    from lingualinked.cluster.pipeline import Pipeline
+
+
+class ShardedCausalLM(
+    SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, PipelinedPrefill, ShardedGeneration
+):
+    """The overrides of a sharded model's class; comes before the transformers class in the order of classes."""
+
+    if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
+        loss_function: Any
+        _parts: ModelParts
+        _positions: LearnedPositions | None
+        _code: ModelCode
+        _embedding_shape: tuple[int, int]
+        _hooked_modules: HookedModules
+        _open_blocks: OpenBlocks
+        _seal: Seal
+        _sealed_config: SealedConfig
+        _output_class: type[Any]
+        _own_arguments: tuple[str, ...]
+        _recordable: frozenset[str]
+        router_aux_loss_coef: float
+
+    @property
+    def device(self) -> torch.device:
+        """The device of inputs and logits: the CPU, wherever the stages compute."""
+        return torch.device("cpu")
+
+    @property
+    def hf_device_map(self) -> dict[str, str]:
+        """Accelerator of every layer and of the modules around them, in accelerate's format.
+
+        The first entry is the device of the inputs, since code that looks for it reads the first entry.
+        ``transformers.pipeline(device=...)`` refuses models that have such a map: for that call there is none, and the
+        pipeline asks the model to move instead. Nor is there one for peft, which would dispatch layers to devices of this process.
+        """
+        caller = sys._getframe(1)  # noqa: SLF001 - the frame of the caller
+        if makes_pipeline_for_device(caller) or caller.f_globals.get("__name__", "").startswith("peft."):
+            raise AttributeError("hf_device_map")
+        device = self._pipeline.cluster.device
+        accelerators = [(stage, device(stage.device).accelerator) for stage in self._pipeline.plan.stages]
+        placed = {"": str(self.device)} | dict.fromkeys(self._parts.prologue, accelerators[0][1])
+        for stage, accelerator in accelerators:
+            for index in range(stage.start, stage.end):
+                placed[f"{self._parts.layers}.{index}"] = accelerator
+        return placed | dict.fromkeys(self._parts.epilogue, accelerators[-1][1])
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | StaticCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run one step through all stages, with transformers' arguments and result.
+
+        Parameters
+        ----------
+        input_ids : Tensor or None
+            Token ids, int64 ``[rows, tokens]``.
+        attention_mask : Tensor or None
+            ``[rows, past + tokens]``, 0 where padded; or one mask for all heads, ``[rows, 1, tokens, past + tokens]``.
+        position_ids : Tensor or None
+            int64 ``[1 or rows, tokens]``.
+        past_key_values : ShardedCache, DynamicCache, StaticCache or None
+            What an earlier call of this model returned, to continue from there; or an empty ``DynamicCache`` or
+            ``StaticCache``, which becomes the handle of this text's KV.
+        inputs_embeds : Tensor or None
+            Embeddings instead of ids, ``[rows, tokens, hidden]``.
+        labels : Tensor or None
+            int64 ``[rows, tokens]``; adds ``loss``, which is computed in this process by transformers' loss function.
+        use_cache : bool or None
+            Whether to keep KV for a next call; ``None``: as the config says.
+        return_dict : bool or None
+            Whether to return a ``ModelOutput`` rather than a tuple; ``None``: as the config says.
+        logits_to_keep : int or Tensor
+            0 for the logits of all positions, N for the last N, or indices.
+        **kwargs
+            Further arguments of the loss (``num_items_in_batch``, ``ignore_index``, ``shift_labels``), and
+            ``cache_position`` if it equals the positions of the new tokens; ``output_hidden_states`` (a bool, an index or
+            several), ``output_attentions`` and, where the class has it, ``output_router_logits``, which default to the
+            config's; ``adapter_names``, one for each row ("__base__" for none), in place of the active adapters; others are
+            refused by name unless ``None``.
+
+        Returns
+        -------
+        ModelOutput
+            The output class of the model: ``logits`` ``[rows, kept tokens, vocabulary]``, ``past_key_values`` if the class
+            returns them, ``loss`` if labels are given, and what layers recorded if it was asked for.
+
+        Raises
+        ------
+        ArgumentError
+            If ids are missing, empty, outside the vocabulary, exceed the learned positions or the length of a static KV
+            cache, or do not fit the past; if another tensor has the wrong shape or no data.
+        UnsupportedOperationError
+            If an argument has no sharded counterpart, or the model was changed in a way that would have no effect.
+        ClosedError
+            If the model, its cluster or the session has been closed.
+        WorkerError
+            If a stage failed, or sent something else than was asked for.
+        """
+        # 1) refuse a model that is closed, traced or changed
+        self._pipeline.check_open()
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # would record the answer as a constant
+            raise UnsupportedOperationError("torch.jit.trace() of a sharded model: call the model itself")
+        if self._checked_in_call():
+            check_observers()  # `generate` has checked the rest, but these may change between steps
+        else:
+            self._check_unchanged()
+        # 2) check the arguments
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
+        for name, value in loss_arguments.items():
+            if isinstance(value, Tensor):
+                loss_arguments[name] = check_tensor(name, value)
+        cache_position = kwargs.pop("cache_position", None)
+        skips = self._pipeline.edits.skips
+        num_layers = skips.num_before(self._pipeline.plan.stages[-1].end)
+        rows = kwargs.pop("adapter_names", None)
+        records, selected = take_records(self.config, kwargs, self._recordable, num_layers)
+        if records and skips.bypassed:
+            raise UnsupportedOperationError(
+                f"{', '.join(records)} of a sharded model in which nn.Identity() is in place of a layer: delete the layer instead"
+            )
+        refuse_arguments(kwargs, self._own_arguments)
+        inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
+        past = self._check_past(past_key_values, inputs.shape[0])
+        shape = StepShape(
+            rows=inputs.shape[0],
+            past=0 if past is None else past.get_seq_length(),
+            new=inputs.shape[1],
+            heads=getattr(self.config.get_text_config(), "num_attention_heads", None),
+            window=self._sliding_window,
+            max_cache_len=0 if past is None else max_cache_len_of(past),
+        )
+        mask = shape.check_mask(attention_mask)
+        positions = shape.check_positions(position_ids)
+        shape.check_cache_position(cache_position)
+        keep = check_logits_to_keep(logits_to_keep)
+        targets = None if labels is None else self._check_labels(labels, shape, keep, loss_arguments)
+        if self._positions is not None:
+            self._positions.check(shape.past, shape.new, mask, positions)
+        # 3) run the step in the session of the given KV cache, or in a new one
+        asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
+        keeps_kv = past is not None or asks_for_kv
+        cache = self._open_session_for_step() if past is None else self._as_session(past)
+        cache.check_room(shape.new)
+        adapters = self._use_adapters(rows, shape.rows)
+        self._follow_adapters()
+        gradients = StepGradients.of(inputs, cache, records, has_hooks=bool(self._hooked_modules))
+        given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
+        recording = self._seal.recording if records else None
+        if recording is not None:
+            recording.has_recorded = True
+        hooks = CallerHooks(self._hooked_modules, cache, given, gradients, recording) if self._hooked_modules else None
+        blocks = self._open_blocks
+        instruments = (
+            blocks.in_force(cache, self._pipeline.spec, takes_embeddings=inputs.is_floating_point()) if blocks else None
+        )
+        asked = None if records or hooks or instruments or gradients else asked_run(self)
+        options = StepOptions(
+            keeps_kv=keeps_kv,
+            records=records,
+            hidden_state_indices=selected,
+            hooks=hooks,
+            instruments=instruments,
+            gradients=gradients,
+            adapters=adapters,
+        )
+        try:
+            logits, recorded = step_as_asked(
+                asked,
+                cache.session,
+                (inputs.detach(), mask, positions, keep),
+                options_of_chunk(cache.session, options, shape.new),
+                None if self._positions is None else self._positions.num_positions,
+            )
+        finally:
+            if not keeps_kv:
+                cache.end()
+        if hooks is not None and "hidden_states" in recorded:
+            recorded["hidden_states"] = hooks.restore_states(recorded["hidden_states"], skips)
+        if "attentions" in recorded and "cross_attentions" in self._recordable:
+            recorded["cross_attentions"] = ()  # as the class does without an encoder
+        # 4) compute the loss here, and return the class's own output
+        if gradients is not None and logits is not None:
+            logits = gradients.end(logits)
+        loss = None
+        if targets is not None:
+            vocabulary = self.config.get_text_config().vocab_size
+            loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary, **loss_arguments)
+        if "router_logits" in recorded:
+            balance = balancing_loss(self, recorded["router_logits"], mask)
+            if balance is not None:
+                recorded["aux_loss"] = balance
+                loss = None if loss is None else loss + self.router_aux_loss_coef * balance
+        is_returned = asks_for_kv or (past is not None and self._returns_unrequested_cache)
+        output: Any = self._output_class(
+            loss=loss, logits=logits, past_key_values=cache if is_returned else None, **recorded
+        )
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
+
+    def _follow_adapters(self) -> None:
+        """Find the submodules anew once adapters have wrapped some, which changes their paths."""
+        if self._hooked_modules.num_changes != self._adapters.num_changes:
+            modules, wrapped = self._hooked_modules.modules, self._seal.wrapped.wrapped
+            self._hooked_modules = HookedModules(modules, self._parts, self._adapters, wrapped)
+
+    def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
+        """Check the labels, unless the user has set a loss function, which may take any."""
+        targets = check_tensor("labels", labels)
+        if self.loss_function is ForCausalLMLoss:
+            shifted, ignored = loss.get("shift_labels"), loss.get("ignore_index", IGNORED)
+            counted = targets if shifted is None else check_tensor("shift_labels", shifted)
+            shape.check_labels(counted, keep, self.config.get_text_config().vocab_size, ignored)
+        return targets
+
+    def _check_unchanged(self) -> None:
+        """Refuse to run if something was changed in this process that would not affect the workers."""
+        check_observers()
+        self._code.check(self.config)
+        self._seal.check(self)  # type: ignore[arg-type]  # a PreTrainedModel by its real class
+        self._sealed_config.check(self.config)
+
+    def _check_past(self, given: object, num_rows: int) -> GivenCache | None:
+        """Check and return the KV cache to continue from."""
+        if isinstance(given, ShardedCache):
+            given.check(self._pipeline, num_rows)
+            return given
+        return None if given is None else check_empty(given, self.config)
+
+    @functools.cached_property
+    def _returns_unrequested_cache(self) -> bool:
+        """Whether the class returns a KV cache that it was given even under ``use_cache=False``."""
+        return returns_unrequested_cache(self._pipeline.spec)
+
+
+def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
+    """Return a method of `ShardedCausalLM` with the signature of the real class, which transformers inspects.
+
+    Families differ in their arguments and the order of them.
+    """
+    ours = getattr(ShardedCausalLM, name)
+    signature = inspect.signature(getattr(real, name))
+    names = list(signature.parameters)[1:]
+
+    @functools.wraps(ours)
+    def method(self: ShardedCausalLM, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            signature.bind(self, *args, **kwargs)
+        return ours(self, **dict(zip(names, args, strict=False)), **kwargs)
+
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    return method
+
+
+@functools.cache  # so that two models of a class have equal types
+def sharded_class(real: Any, base: type) -> Any:
+    """Return a subclass of `ShardedCausalLM`, ``base`` and ``real``, with the name of ``real``."""
+    namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
+    namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
+    namespace |= {"_output_class": output_class(real)}
+    return make_stand_in(real, (ShardedCausalLM, base, real), namespace)
+
+
+def make_sharded(
+    meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, code: ModelCode, *, base: type, owns_cluster: bool
+) -> ShardedCausalLM:
+    """Turn a model on the meta device, in place, into one that runs in a pipeline and is also an instance of ``base``.
+
+    Its submodules become read-only. ``owns_cluster`` says whether closing the model closes its cluster.
+    """
+    state = {"_pipeline": pipeline, "_parts": parts, "_code": code, "_owns_cluster": owns_cluster}
+    model: Any = meta.eval()
+    real: Any = type(meta)
+    embeddings = model.get_input_embeddings()
+    state["_recordable"] = recordable_outputs(meta)
+    state["_embedding_shape"] = embeddings.num_embeddings, embeddings.embedding_dim
+    mark_initialized(meta)
+    editor = WeightEditor(pipeline, parts, ties(meta))
+    weights = FetchedWeights(functools.partial(pipeline.weights.read, parts), pipeline.check_open, editor=editor)
+    editor.serve(weights)
+    state["_editor"] = editor
+    seal = Seal(meta, weights)
+    vars(model).update(
+        state, _positions=LearnedPositions.of(meta), _seal=seal, _sealed_config=SealedConfig(meta.config)
+    )
+    vars(model)["_surgery"] = LayerSurgery(model.get_submodule(parts.layers), pipeline.edits)
+    vars(model).update(
+        _hooked_modules=HookedModules(
+            {path: each for path, each in meta.named_modules() if path}, parts, seal.adapters, seal.wrapped.wrapped
+        ),
+        _open_blocks=OpenBlocks(parts),
+        _adapters_lock=threading.Lock(),
+    )
+    model.__class__ = sharded_class(real, base)
+    return cast("ShardedCausalLM", model)

@@ -1,0 +1,1 @@
+"""Loads a model: arguments, description, plan, stages."""

@@ -1,0 +1,171 @@
+"""Describes a model by the arguments of ``from_pretrained``: config, parts and files, without loading weights.
+
+Knows checkpoints and configs; neither messages to workers nor where layers are placed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from lingualinked.device_specs import DeviceSpecs
+from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
+from lingualinked.model.cutting.architectures import check_architecture
+from lingualinked.model.cutting.footprint import Footprint, measure_footprint
+from lingualinked.model.cutting.operations import count_operations
+from lingualinked.model.cutting.parts import ModelParts, build_meta, find_parts
+from lingualinked.model.spec import ModelSpec
+from lingualinked.model.weights.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
+from lingualinked.model.weights.span_loading import check_weights
+from lingualinked.planning.estimate import LayerOperations, roofline_profile
+from lingualinked.profile import ModelProfile, Profile
+from lingualinked.sharded.loading.arguments import LoadArguments, check_attn_implementation, select_config_attributes
+
+if TYPE_CHECKING:
+    from lingualinked.device import Device, Links
+    from lingualinked.workload import Workload
+
+_HUB_DEFAULTS: Mapping[str, Any] = {
+    "cache_dir": None,
+    "force_download": False,
+    "local_files_only": False,
+    "proxies": None,
+    "revision": "main",
+    "subfolder": "",
+    "token": None,
+}
+# Attributes of a config that the stages ignore.
+_ABOUT_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A model without its weights: its specification for workers, the whole model on the meta device, and its parts."""
+
+    spec: ModelSpec
+    meta: PreTrainedModel
+    parts: ModelParts
+
+    def footprint(self) -> Footprint:
+        """Measure weights, KV and intermediate results by a run without data."""
+        return measure_footprint(self.meta, self.parts, self.spec)
+
+    def estimate(
+        self,
+        devices: Sequence[Device],
+        specs: Mapping[str, DeviceSpecs],
+        links: Links | None,
+        workload: Workload | None,
+    ) -> Profile:
+        """Estimate a profile from the stated rates of devices."""
+        model = self.footprint().profile
+        return roofline_profile(model, self.operations(model), devices, specs, links=links, workload=workload)
+
+    def operations(self, model: ModelProfile) -> tuple[LayerOperations, ...]:
+        """Count the operations of one layer of each kind."""
+        return count_operations(self.spec, self.parts, model.kind_of_layer)
+
+
+def describe_spec(spec: ModelSpec) -> Described:
+    """Describe a model from its specification."""
+    meta = build_meta(spec)
+    return Described(spec=spec, meta=meta, parts=find_parts(meta))
+
+
+def describe(arguments: LoadArguments) -> Described:
+    """Read the config and the headers of a checkpoint; raises like `ShardedModel.from_pretrained`."""
+    # 1) sort the arguments
+    extra = dict(arguments.extra)
+    hub = {**_HUB_DEFAULTS, **arguments.hub}
+    hub |= {name: extra.pop(name) for name in ("force_download", "proxies") if name in extra}
+    if Path(arguments.path).is_dir():  # else the hub is asked when the config is read
+        check_fetched(Path(arguments.path) / hub["subfolder"])
+        check_no_adapter(arguments.path, **hub)
+    generation_config = extra.pop("generation_config", None)
+    old_dtype = extra.pop("torch_dtype", None)
+    dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
+    # 2) read the config, and check that its architecture can be cut
+    config = _config(arguments, hub, select_config_attributes(extra))
+    class_name = check_architecture(config)
+    # 3) find the files, and specify the model for the workers
+    dummy = arguments.load_format == "dummy"
+    files = () if dummy else resolve_files(arguments.path, **hub)
+    resolved = resolve_dtype(dtype, config, files)
+    config.dtype = getattr(torch, resolved)
+    config.name_or_path = arguments.path
+    asked = arguments.attn_implementation
+    if asked is None:
+        asked = getattr(config, "_attn_implementation", None)  # which the config's JSON lacks
+    spec = ModelSpec(
+        class_name=class_name,
+        config_json=config.to_json_string(use_diff=False),
+        dtype=resolved,
+        attn_implementation=check_attn_implementation(asked),
+        load_format="dummy" if dummy else "safetensors",
+        files=files,
+        seed=arguments.seed,
+        batch_invariant=arguments.batch_invariant,
+    )
+    # 4) build it on the meta device, and check the weights against it
+    described = describe_spec(spec)
+    experts = getattr(config, "_experts_implementation", None)
+    if experts != getattr(described.meta.config, "_experts_implementation", None):  # a loaded model's config says it
+        select_config_attributes({"experts_implementation": experts})
+    for name in _ABOUT_OUTPUTS:
+        setattr(described.meta.config, name, getattr(config, name))
+    check_weights(spec, described.meta)
+    _set_generation_config(described.meta, generation_config, arguments, hub)
+    return described
+
+
+def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any]) -> PreTrainedConfig:
+    """Read the config, or copy the given one, and set its attributes."""
+    if isinstance(arguments.config, PreTrainedConfig):
+        config, unused = copy.deepcopy(arguments.config), attributes
+    else:
+        source = arguments.path if arguments.config is None else os.fspath(arguments.config)
+        if Path(source).is_absolute() and not Path(source).exists():
+            raise CheckpointError(f"there is no checkpoint at {source!r}: give a folder with config.json, or a hub id")
+        try:
+            config, unused = AutoConfig.from_pretrained(
+                source,
+                return_unused_kwargs=True,
+                trust_remote_code=arguments.trust_remote_code,
+                **hub,
+                **attributes,
+            )
+        except (OSError, ValueError, StrictDataclassError) as error:
+            raise CheckpointError(f"no usable config.json for {source!r}: {error}") from error
+    unused = {name: value for name, value in unused.items() if name not in ("trust_remote_code", *hub)}
+    if unused:
+        raise ArgumentError(f"unknown argument {next(iter(unused))!r} of ShardedModel.from_pretrained")
+    if arguments.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        raise UncuttableModelError(
+            type(config).__name__,
+            "trust_remote_code=True asks for the checkpoint's own code, and custom code is not cut: leave it out",
+        )
+    return config
+
+
+def _set_generation_config(meta: Any, given: object, arguments: LoadArguments, hub: Mapping[str, Any]) -> None:
+    """Set the given generation config, or read it as transformers does, with the model's config as a fallback."""
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ArgumentError(f"generation_config is a {type(given).__name__}: pass a transformers.GenerationConfig")
+    described = arguments.load_format == "dummy" and isinstance(arguments.config, PreTrainedConfig)
+    if given is None and described and not Path(arguments.path).is_dir():
+        return  # everything is in the config, so the hub need not be asked
+    try:
+        meta.adjust_generation_fn(
+            given, True, None, arguments.path, trust_remote_code=arguments.trust_remote_code, **hub
+        )
+    except OSError as error:
+        if arguments.load_format != "dummy":  # a dummy needs no files
+            raise CheckpointError(f"no usable generation config for {arguments.path!r}: {error}") from error

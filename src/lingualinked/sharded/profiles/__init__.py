@@ -1,0 +1,1 @@
+"""Profiles that a model is planned by, measured or kept, and what a cluster can do."""

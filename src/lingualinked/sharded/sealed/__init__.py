@@ -1,0 +1,1 @@
+"""What cannot have an effect here is refused by name."""

@@ -1,0 +1,1 @@
+"""Keys of users, clients and daemons."""
