@@ -17,6 +17,7 @@ from torch import Tensor
 from conversations import load_stages, spec_of
 from families import FAMILIES, VOCABULARY, reference, rope_config, tiny_model
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.exact.bits import have_equal_bits
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
 
@@ -81,6 +82,11 @@ def together(
     return said
 
 
+def find_last_layer(stage: Any) -> torch.nn.Module:
+    layers: Any = stage.span.model.get_submodule(stage.span.parts.layers)
+    return layers[stage.end - 1]  # type: ignore[no-any-return]
+
+
 def compare(folder: Path, dtype: torch.dtype, max_cache_len: int = 0, **arguments: Any) -> None:
     model, stages = reference(folder, **arguments), load_stages(spec_of(folder, **arguments), 2, 4)
     found = [stage.rounding.independent_rows for stage in stages]
@@ -97,6 +103,42 @@ def compare(folder: Path, dtype: torch.dtype, max_cache_len: int = 0, **argument
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OWN_ATTENTION])
 def test_texts_run_together_as_alone(family: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     compare(checkpoint(family, dtype), dtype)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OWN_ATTENTION])
+def test_the_last_layer_of_prompts_is_computed_for_rows_with_logits(family: str, checkpoint: Checkpoint) -> None:
+    """Passes of prompts, parts of prompts and single tokens have the bits that they have if it is computed for all rows."""
+    first, last = load_stages(spec_of(checkpoint(family, torch.bfloat16)), 2, 4)
+    said, computed = [], []
+    for is_whole in (True, False):
+        packed = [PackedStage(first), PackedStage(last)]
+        if is_whole:
+            packed[1]._last_layer = None
+        handle = find_last_layer(last).register_forward_hook(
+            lambda _, args, output, to=computed: to.append((args, output))
+        )
+        generator = torch.Generator().manual_seed(0)
+        caches = [[stage.new_cache() for stage in (first, last)] for _ in range(4)]
+        for sizes in (
+            {0: (40, 1), 1: (7, 1)},
+            {0: (1, 1), 2: (33, 0)},
+            {1: (1, 1), 2: (25, 3), 3: (30, 1)},
+            {3: (20, 0)},
+        ):
+            num_tokens = sum(num_new for num_new, _ in sizes.values())
+            states, layout = torch.randint(3, VOCABULARY, (1, num_tokens), generator=generator), None
+            for number, stage in enumerate(packed):
+                parts = [TextPart(caches[text][number], *counts) for text, counts in sizes.items()]
+                output = stage.run(PassInputs(states=states, parts=parts, layout=layout))
+                states, layout = output.tensors[0].clone(), output.layout
+            said.append(states)
+        handle.remove()
+    expected, found = said[: len(said) // 2], said[len(said) // 2 :]
+    assert all(map(have_equal_bits, found, expected))
+    # without logits, the states are what the layer was given
+    args, output = computed[-1]
+    unchanged = isinstance(output, Tensor) and torch.equal(output, args[0])
+    assert unchanged or not last.rounding.independent_rows or family not in ("llama", "llama-wide", "qwen2", "gemma3")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama-wide", "qwen2"])

@@ -152,7 +152,7 @@ def _find_repeated(stage: Stage) -> Iterator[int]:
     kinds: set[Any] = set()
     types = getattr(stage.span.model.config.get_text_config(), "layer_types", None) or ()
     layers: Any = stage.span.model.get_submodule(stage.span.parts.layers)
-    for index, layer in enumerate(layers.children()):
+    for index, layer in enumerate(layers):  # not its children: stand-ins for other stages' layers are one module
         if not stage.start <= index < stage.end:
             continue
         parts = tuple((name, type(module).__name__) for name, module in layer.named_modules())

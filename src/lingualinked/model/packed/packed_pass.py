@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.hf_internals import building, computing
-from lingualinked.model.packed.packed_attention import PackedAttention
-from lingualinked.model.packed.packed_cache import PackedCache, TextPlace
+from lingualinked.model.packed.last_layer import LastLayer
+from lingualinked.model.packed.packed_attention import Attend, PackedAttention
+from lingualinked.model.packed.packed_cache import PackedCache, PackedStates, TextPlace
 from lingualinked.model.packed.packed_rotation import rotated_by_text
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.process.torch_settings import TorchSettings
@@ -23,7 +24,7 @@ from lingualinked.model.stages.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lingualinked.model.adapters.adapter_data import AdapterUse
     from lingualinked.model.kv.kv_cache import StageCache
@@ -63,6 +64,10 @@ class PackedStage:
             raise UnsupportedOperationError(f"packed steps are not possible: {why_not}; use ordinary steps")
         self._stage = stage
         self._ropes = computing.length_ropes(model)
+        self._last_layer = None
+        if stage.is_last and stage.rounding.independent_rows:  # else fewer rows would have other bits
+            layers: Any = model.get_submodule(stage.span.parts.layers)
+            self._last_layer = LastLayer(layers[stage.end - 1])
 
     def run(self, inputs: PassInputs) -> StageOutput:
         """Run the stage over the new tokens of several texts, and count them in the texts' KV caches.
@@ -94,7 +99,11 @@ class PackedStage:
         attention = PackedAttention(places, cache.hf, num_ghosts, with_one_thread=inputs.is_invariant)
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(building.GLOBAL_STATE)
-            contexts.enter_context(computing.replaced_attention(attention.wrap_attention, attention.wrap_mask))
+            wrap_attention: Callable[[Attend], Attend] = attention.wrap_attention
+            if self._last_layer is not None and not inputs.skips.indices:
+                wrap_attention = _join_wraps(attention, self._last_layer, cache.hf)
+                contexts.enter_context(self._last_layer.computed_for(kept, len(positions)))
+            contexts.enter_context(computing.replaced_attention(wrap_attention, attention.wrap_mask))
             contexts.enter_context(rotated_by_text(self._ropes, places))
             contexts.enter_context(computing.experts_in_pairs())
             cache.begin()
@@ -115,3 +124,7 @@ class PackedStage:
         num_wanted = num_logits if self._stage.is_last else num_tokens
         output.tensors = tuple(tensor[:, :num_wanted] for tensor in output.tensors)
         return output
+
+
+def _join_wraps(attention: PackedAttention, last_layer: LastLayer, states: PackedStates) -> Callable[[Attend], Attend]:
+    return lambda attend: last_layer.wrap_attention(attention.wrap_attention(attend), states)
