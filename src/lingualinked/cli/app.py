@@ -60,7 +60,9 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="T
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16, ...")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per session.")]
-NumSessions = Annotated[int, typer.Option(min=1, help="Sessions in flight.")]
+NumSessions = Annotated[
+    int | None, typer.Option(min=1, help="Sessions in flight; by default not known: see docs/planning.md.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 
 
@@ -160,7 +162,7 @@ def plan(
     prompt_tokens: PromptTokens = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 128,
     batch_size: BatchSize = 1,
-    num_sessions: NumSessions = 1,
+    num_sessions: NumSessions = None,
     objective: Annotated[str, typer.Option(help="throughput, latency or energy.")] = "throughput",
     dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -176,8 +178,9 @@ def plan(
     run_plan(
         path,
         devices,
-        Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions),
+        _workload(prompt_tokens, new_tokens, batch_size, num_sessions),
         objective,  # type: ignore[arg-type]  # solve() refuses others
+        knows_sessions=num_sessions is not None,
         as_json=json,
         plot=plot,
         dtype=dtype,
@@ -248,7 +251,7 @@ def doctor(
     prompt_tokens: PromptTokens = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 128,
     batch_size: BatchSize = 1,
-    num_sessions: NumSessions = 1,
+    num_sessions: NumSessions = None,
     objective: Annotated[str, typer.Option(help="throughput, latency or energy.")] = "throughput",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
@@ -269,14 +272,19 @@ def doctor(
         toml=toml,
         model=model,
         dtype=dtype,
-        workload=Workload(
-            prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions
-        ),
+        workload=_workload(prompt_tokens, new_tokens, batch_size, num_sessions),
+        knows_sessions=num_sessions is not None,
         objective=objective,  # type: ignore[arg-type]  # solve() refuses others
         progress=not quiet,
     )
     if not is_well:
         raise typer.Exit(1)
+
+
+def _workload(prompt_tokens: int, new_tokens: int, batch_size: int, num_sessions: int | None) -> Workload:
+    return Workload(
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, num_sessions=num_sessions or 1
+    )
 
 
 def _refuse_options(context: typer.Context, names: tuple[str, ...], needed: str) -> None:

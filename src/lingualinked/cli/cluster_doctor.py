@@ -6,6 +6,8 @@ Knows the findings of a checkup, plans, and cluster files; prints, and writes a 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,8 @@ from lingualinked.transport.keys.key_lists import find_server_key
 
 if TYPE_CHECKING:
     from lingualinked.cluster.cluster import Cluster
+    from lingualinked.planning.plan import Plan
+    from lingualinked.profile import Profile
     from lingualinked.sharded.loading.describing import Described
     from lingualinked.sharded.profiles.cluster_checkup import Checkup, DeviceFinding
     from lingualinked.workload import Objective, Workload
@@ -46,10 +50,12 @@ def run_cluster_doctor(
     model: str | None,
     dtype: str,
     workload: Workload,
+    knows_sessions: bool,
     objective: Objective,
     progress: bool,
 ) -> bool:
     """Print what is found, write it to a cluster file if one is given, and return whether all is well."""
+    from lingualinked.planning.planner import solve  # imports scipy
     from lingualinked.sharded.loading.describing import describe  # imports torch
     from lingualinked.sharded.profiles.cluster_checkup import examine, start_usable
 
@@ -72,7 +78,10 @@ def run_cluster_doctor(
         if toml is not None:
             _write_toml(toml, asked, checkup, rates_dtype)
         # 3) plan the model
-        fits = described is None or _plan_model(console, described, started.cluster, workload, objective, progress)
+        solved = functools.partial(
+            solve, objective=objective, workload=workload, num_sessions=None if knows_sessions else "any"
+        )
+        fits = described is None or _plan_model(console, described, started.cluster, workload, solved, progress)
     return checkup.is_well and fits
 
 
@@ -209,23 +218,22 @@ def _plan_model(
     described: Described,
     cluster: Cluster | None,
     workload: Workload,
-    objective: Objective,
+    solved: Callable[[Profile], Plan],
     progress: bool,
 ) -> bool:
     """Print whether a model fits, its plan, and what one more device would change; return whether it fits."""
     from lingualinked.cluster.workers.remote_hosts import remote_available_bytes  # imports torch
-    from lingualinked.planning.planner import solve  # imports scipy
     from lingualinked.sharded.profiles.saved import check_devices, find_profile
 
     if cluster is None:
         console.print(Text("No plan: the devices can't be used together."))
         return False
     footprint = described.footprint()
-    workload = footprint.profile.fit_workload(workload)
+    footprint.profile.fit_workload(workload)
     try:
         check_devices(footprint, cluster.devices, cluster.links, workload, remote_available_bytes(cluster))
         profile = find_profile(cluster, footprint, workload, progress=progress)
-        plan = solve(profile, objective=objective, workload=workload)
+        plan = solved(profile)
     except InfeasiblePlanError as error:
         console.print(Text(f"{footprint.profile.name} does not fit: {error}", style="red"))
         return False

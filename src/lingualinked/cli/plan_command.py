@@ -31,6 +31,7 @@ def run_plan(
     workload: ll.Workload,
     objective: Objective,
     *,
+    knows_sessions: bool,
     as_json: bool,
     plot: Path | None,
     dtype: str,
@@ -43,7 +44,8 @@ def run_plan(
     # 1) read, estimate or measure the profile
     profile = _find_or_estimate_profile(path, devices, workload, dtype, progress=progress)
     # 2) solve
-    plan = ll.solve(profile, objective=objective, workload=workload)
+    num_sessions: Literal["any"] | None = None if knows_sessions else "any"
+    plan = ll.solve(profile, objective=objective, workload=workload, num_sessions=num_sessions)
     # 3) draw and print
     if plot is not None:
         try:

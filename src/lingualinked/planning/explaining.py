@@ -52,6 +52,7 @@ def weigh_change(plan: Plan, change: str, changed: Profile) -> WhatIf:
             workload=plan.workload,
             reserve=plan.reserve,
             min_tokens_per_s=plan.solved.min_tokens_per_s if plan.solved else None,
+            num_sessions=plan.solved.num_sessions if plan.solved else None,
         )
     except InfeasiblePlanError:  # what was placed by hand need not respect every limit
         return WhatIf(change=change, gain=1.0, tokens_per_s=_rate(plan, objective))
@@ -151,6 +152,8 @@ def _value(plan: Plan, objective: Objective) -> float:
 
 def _rate(plan: Plan, objective: Objective) -> float:
     predicted = plan.predicted
+    if plan.solved is not None and plan.solved.num_sessions is not None:
+        predicted = plan.predict(dataclasses.replace(predicted.workload, num_sessions=plan.solved.num_sessions))
     return predicted.stream_tokens_per_s if objective == "latency" else predicted.tokens_per_s
 
 

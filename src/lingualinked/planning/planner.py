@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from lingualinked.checks import MOST, is_count, is_number
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
@@ -25,6 +26,8 @@ from lingualinked.profile import Profile
 from lingualinked.workload import Objective, Workload, check_objective
 
 _BASELINES = {"even": even, "by_memory": by_memory, "sum_objective": sum_objective}
+_MOST_DELAY = 1.1  # times as long as need be for one session, of a plan that is to be fast for several as well
+_LEAST_GAIN = 1.25  # times the tokens per second of a full pipeline for which one session may take longer
 _FASTEST = 1e12  # tokens per second that nobody asks for: beyond, the seconds of a step are no numbers any more
 
 
@@ -36,7 +39,7 @@ def solve(
     order: Sequence[str] | None = None,
     min_tokens_per_s: float | None = None,
     reserve: float = DEFAULT_RESERVE,
-    num_sessions: int | None = None,
+    num_sessions: int | Literal["any"] | None = None,
 ) -> Plan:
     r"""Place layers on devices by solving a linear programme over what was measured.
 
@@ -67,15 +70,18 @@ def solve(
     objective : {"throughput", "latency", "energy"}
         What to minimise.
     workload : Workload or None
-        What is planned for; ``None``: the default one.
+        What is planned for; ``None``: the default one, with any number of sessions.
     order : sequence of str or None
         Devices in pipeline order, if it is fixed; it may leave some out. ``None``: any order.
     min_tokens_per_s : float or None
         Floor on a full pipeline's tokens per second, over all rows; for ``"energy"``.
     reserve : float
         Share of every device's memory to leave free, from 0 to below 1.
-    num_sessions : int or None
-        Sessions in flight to be fast for, where they are not those of the workload, whose KV has room in any case.
+    num_sessions : int, "any" or None
+        Sessions in flight to be fast for, where they are not those of the workload, whose KV has room in any case. ``"any"``: not
+        known. Then ``"throughput"`` is that of as many sessions, up to the number of devices, as let one session alone take at
+        most 1.1 times as long as it would in the plan of least latency; which is taken if a full pipeline gains less than 1.25
+        times.
 
     Returns
     -------
@@ -95,9 +101,24 @@ def solve(
     arXiv:2312.00388, whose objective is the sum; it never rewards a pipeline's overlap.
     """
     _check_arguments(profile, objective, min_tokens_per_s, reserve)
+    if workload is None and num_sessions is None:
+        num_sessions = "any"
     workload = profile.model.fit_workload(workload)
+    if num_sessions == "any":
+        solve_for = functools.partial(
+            solve,
+            profile,
+            objective=objective,
+            workload=workload,
+            order=order,
+            min_tokens_per_s=min_tokens_per_s,
+            reserve=reserve,
+        )
+        if objective != "throughput":
+            return solve_for(num_sessions=None)
+        return _solve_for_any(lambda number: solve_for(num_sessions=number), len(profile.devices))
     if num_sessions is not None and not is_count(num_sessions):
-        raise ArgumentError(f"num_sessions={num_sessions!r} must be a positive integer, at most {MOST}")
+        raise ArgumentError(f'num_sessions={num_sessions!r} must be a positive integer, at most {MOST}, or "any"')
     numbers = exact_numbers(profile, profile.names, workload) if workload.num_microbatches is None else []
     if len(numbers) > 1 and objective != "energy":  # for which weights are best read once
         solve_split = functools.partial(
@@ -145,6 +166,21 @@ def solve(
         num_sessions=num_sessions,
     )
     return dataclasses.replace(plan, solved=solved)
+
+
+def _solve_for_any(solve_for: Callable[[int], Plan], num_devices: int) -> Plan:
+    """Return the plan for as many sessions as hardly delay one alone: the more there are, the longer one takes."""
+    quickest = best = solve_for(1)
+    fewest, most = 1, num_devices
+    while fewest < most:
+        number = (fewest + most + 1) // 2
+        plan = solve_for(number)
+        if plan.predicted.latency_s <= _MOST_DELAY * quickest.predicted.latency_s:
+            best, fewest = plan, number
+        else:
+            most = number - 1
+    gain = best.predicted.pipeline_tokens_per_s / quickest.predicted.pipeline_tokens_per_s
+    return best if gain >= _LEAST_GAIN else quickest
 
 
 def _in_flight(plan: Plan, num_sessions: int | None) -> Prediction:

@@ -106,9 +106,10 @@ class ShardedModel(Instrumented, Editable):
         objective : {"throughput", "latency", "energy"}
             What the solver minimises; see `solve`.
         workload : Workload or None
-            The requests to plan for; ``None``: one session of 128 + 128 tokens. One session is in one stage at a time, so a
-            model that fits one device then stays there. ``Workload(num_sessions=8)`` spreads it if eight concurrent answers
-            gain from that.
+            The requests to plan for; ``None``: answers of 128 tokens to prompts of 128, and any number of them at once: the model
+            is spread over devices if that hardly delays an answer alone and several at once gain from it. ``Workload()`` plans for
+            one at a time, which is in one stage at a time, so that a model that fits one device stays there;
+            ``Workload(num_sessions=8)`` for eight.
         max_kv_tokens : int or None
             KV budget of all sessions together, in rows x tokens; ``None``: what memory allows. A static KV cache counts its
             whole length from the first step on.

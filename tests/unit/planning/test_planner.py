@@ -55,6 +55,30 @@ def test_throughput_uses_as_many_devices_as_the_sessions_keep_busy(num_sessions:
         assert throughput.predicted.tokens_per_s >= other.predicted.tokens_per_s
 
 
+@pytest.mark.parametrize(
+    ("slowdowns", "hop_s", "used"),
+    [
+        ((1.0, 1.0), 1e-4, 2),  # hardly any delay, and twice the rate
+        ((1.0, 1.0, 1.0, 1.0), 1e-4, 4),
+        ((1.0, 1.0), 1e-1, 1),  # hops that delay one session
+        ((1.0, 4.0), 1e-4, 1),  # a device that delays one session
+        ((1.0, 1.0, 4.0), 1e-4, 2),
+    ],
+)
+def test_without_a_workload_devices_are_used_that_hardly_delay_one_session(
+    slowdowns: tuple[float, ...], hop_s: float, used: int
+) -> None:
+    made = profile(*devices(*slowdowns), num_layers=12, latency_s=hop_s)
+    plan, quickest = solve(made), solve(made, workload=ll.Workload())
+    assert len(plan.devices) == used
+    assert len(quickest.devices) == 1
+    assert plan.predicted.latency_s <= 1.1 * quickest.predicted.latency_s
+    assert plan.workload == ll.Workload()
+    named = solve(made, workload=ll.Workload(), num_sessions="any")
+    assert (named.spans, named.solved) == (plan.spans, plan.solved)
+    assert solve(made, objective="latency").spans == quickest.spans
+
+
 def test_energy_keeps_to_the_floor() -> None:
     hungry = ll.Device(name="hungry", watts=100.0)
     frugal = ll.Device(name="frugal", slowdown=4.0, watts=5.0)

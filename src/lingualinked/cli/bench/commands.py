@@ -14,6 +14,7 @@ import typer
 
 from lingualinked.cli.output import check_output
 from lingualinked.errors import ArgumentError
+from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
     from lingualinked.cli.bench.measurement import Measurement
@@ -100,7 +101,13 @@ def decode(
         llama_cpp=llama_cpp,
     )
     sizes = rows or [1]
-    _run(context, options, json, lambda models: measure_decode(models, sizes, prompt_tokens, new_tokens, beams))
+    most = max(sizes)
+    workload = (
+        None if most == 1 else Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=beams * most)
+    )
+    _run(
+        context, options, json, lambda models: measure_decode(models, sizes, prompt_tokens, new_tokens, beams), workload
+    )
 
 
 @app.command()
@@ -173,7 +180,8 @@ def throughput(
         slowdown=slowdown,
         llama_cpp=llama_cpp,
     )
-    _run(context, options, json, lambda models: measure_sessions(models, sessions, prompt_tokens, new_tokens))
+    workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_sessions=sessions)
+    _run(context, options, json, lambda models: measure_sessions(models, sessions, prompt_tokens, new_tokens), workload)
 
 
 @app.command()
@@ -208,7 +216,10 @@ def load(
         repeats=repeats,
         slowdown=slowdown,
     )
-    _run(context, options, json, lambda models: measure_load(models, requests, (shortest, longest), new_tokens))
+    workload = Workload(prompt_tokens=longest, new_tokens=new_tokens, num_sessions=requests)
+    _run(
+        context, options, json, lambda models: measure_load(models, requests, (shortest, longest), new_tokens), workload
+    )
 
 
 @app.command()
@@ -263,6 +274,7 @@ def _run(
     options: BenchOptions,
     json: Path | None,
     measure: Callable[[BenchModels], list[Measurement]],
+    workload: Workload | None = None,
 ) -> None:
     """Measure, print the report, and write it if that was asked for."""
     from transformers.utils.logging import disable_progress_bar
@@ -276,7 +288,7 @@ def _run(
         check_output("--json", json)
     disable_progress_bar()
     clock = MachineClock()
-    with BenchModels(options) as models:
+    with BenchModels(options, workload) as models:
         measured = tuple(measure(models))
     report = Report(command=_command_line(context), machine=clock.describe(), measurements=measured)
     new_console().print(report.to_rows())

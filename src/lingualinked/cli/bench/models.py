@@ -69,7 +69,7 @@ class BenchModels:
 
     def __init__(self, options: BenchOptions, workload: ll.Workload | None = None) -> None:
         self.options = options
-        self.workload = workload or ll.Workload()
+        self.workload = workload  # that is measured; None: any
         self._stack = contextlib.ExitStack()
         self._models: dict[str, Any] = {}
         of_shape = options.model in SHAPES

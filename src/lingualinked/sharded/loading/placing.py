@@ -28,9 +28,8 @@ def find_or_fit_plan(described: Described, arguments: LoadArguments) -> Plan:
     cluster, given, weights = arguments.cluster, arguments.plan, described.parts.weights
     assert cluster is not None
     if given is None:
-        footprint = described.footprint()
-        workload = footprint.profile.fit_workload(arguments.workload)
-        return find_plan(cluster, footprint, workload, arguments.objective, progress=arguments.progress)
+        footprint, objective = described.footprint(), arguments.objective
+        return find_plan(cluster, footprint, arguments.workload, objective, progress=arguments.progress)
     if isinstance(given, str):
         return fit_plan(even_plan(weights, cluster.devices), weights, cluster, None, arguments.workload)
     profile = None if given.profile is None else described.footprint().profile

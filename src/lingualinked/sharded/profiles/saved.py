@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import psutil
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lingualinked.environment import Environments
     from lingualinked.model.cutting.footprint import Footprint
 
-_SOLVER = 2  # raise it when the solver decides differently, so that plans on disk are solved again
+_SOLVER = 3  # raise it when the solver decides differently, so that plans on disk are solved again
 
 
 def find_profile(
@@ -90,7 +90,7 @@ def _on_devices(profile: Profile, devices: Sequence[Device]) -> Profile:
 def find_plan(
     cluster: Cluster,
     footprint: Footprint,
-    workload: Workload,
+    given: Workload | None,
     objective: Objective,
     *,
     progress: bool,
@@ -100,7 +100,10 @@ def find_plan(
 
     devices = cluster.devices
     environments = remote_environments(cluster)
-    name = _name("plan", devices, cluster.links, footprint, workload, environments, objective, DEFAULT_RESERVE, _SOLVER)
+    workload = footprint.profile.fit_workload(given)
+    num_sessions: Literal["any"] | None = "any" if given is None else None
+    how = objective, num_sessions, DEFAULT_RESERVE, _SOLVER
+    name = _name("plan", devices, cluster.links, footprint, workload, environments, *how)
     kept = read_cached(name)
     if kept is not None:
         with contextlib.suppress(ArgumentError):
@@ -110,7 +113,7 @@ def find_plan(
     profile = find_profile(cluster, footprint, workload, progress=progress)
     from lingualinked.planning.planner import solve  # imports scipy
 
-    plan = solve(profile, objective=objective, workload=workload)
+    plan = solve(profile, objective=objective, workload=workload, num_sessions=num_sessions)
     is_of_these = cluster.devices == devices and not cluster.is_throttled  # else they have changed meanwhile
     if is_of_these and not profile.doubt:
         write_cached(name, plan.to_json())
