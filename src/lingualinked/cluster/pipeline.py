@@ -24,9 +24,10 @@ from lingualinked.cluster.packed.packed_steps import PackedSteps
 from lingualinked.cluster.plans.controller import Controller
 from lingualinked.cluster.plans.migration import Migrator
 from lingualinked.cluster.plans.route import Route, Routes
+from lingualinked.cluster.sessions.any_session import AnySession
 from lingualinked.cluster.sessions.row_sessions import RowSessions
 from lingualinked.cluster.sessions.session import Session
-from lingualinked.cluster.sessions.split_session import AnySession, SplitSession
+from lingualinked.cluster.sessions.split_session import SplitSession
 from lingualinked.cluster.weights.remote_adapters import RemoteAdapters
 from lingualinked.cluster.weights.remote_weights import RemoteWeights
 from lingualinked.cluster.weights.stage_loading import request_stages

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lingualinked.cluster.runs.run_in_flight import ChosenTokens, RunInFlight
+from lingualinked.cluster.runs.run_in_flight import RunInFlight, TakenTokens
 from lingualinked.cluster.steps.step_in_flight import StepInFlight
 
 Result = TypeVar("Result")
@@ -39,15 +39,15 @@ class JoinedRun:
         """Wait for the tokens of all rows; return False if a run has ended and all of its tokens are taken."""
         return all(self._call_each(lambda run: run.await_tokens()))
 
-    def take_tokens(self) -> ChosenTokens:
+    def take_tokens(self) -> TakenTokens:
         """Take the tokens of all rows; where some could not be chosen, logits of all, of which the chosen ones are the likeliest."""
         taken = self._call_each(lambda run: run.take_tokens())
         tokens = [each.tokens for each in taken if each.tokens is not None]
         if len(tokens) == len(taken):
-            return ChosenTokens(torch.cat(tokens), None)
+            return TakenTokens(torch.cat(tokens), None)
         vocabulary = max(each.logits.shape[-1] for each in taken if each.logits is not None)
         sizes = zip(taken, self._sizes, strict=True)
-        return ChosenTokens(None, torch.cat([_as_logits(each, size, vocabulary) for each, size in sizes]))
+        return TakenTokens(None, torch.cat([_as_logits(each, size, vocabulary) for each, size in sizes]))
 
     def finish(self) -> None:
         """End all runs, and drop what the stages have computed beyond the tokens that were taken."""
@@ -80,10 +80,10 @@ class _SingleStep:
         """Return whether its logits are still to be taken."""
         return not self.is_finished
 
-    def take_tokens(self) -> ChosenTokens:
+    def take_tokens(self) -> TakenTokens:
         """Wait for its logits."""
         self.is_finished = True
-        return ChosenTokens(None, self._step.finish()[0])
+        return TakenTokens(None, self._step.finish()[0])
 
     def end(self) -> None:
         """Do nothing: no step follows."""
@@ -94,7 +94,7 @@ class _SingleStep:
             self.take_tokens()
 
 
-def _as_logits(chosen: ChosenTokens, num_rows: int, vocabulary: int) -> Tensor:
+def _as_logits(chosen: TakenTokens, num_rows: int, vocabulary: int) -> Tensor:
     if chosen.logits is not None:
         return chosen.logits[:, -1:]
     assert chosen.tokens is not None

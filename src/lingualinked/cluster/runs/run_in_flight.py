@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ChosenTokens:
+class TakenTokens:
     """What followed a step of a run: int64 ``[rows]``; or the step's logits ``[rows, kept tokens, vocabulary]`` where none were chosen."""
 
     tokens: Tensor | None
@@ -159,14 +159,14 @@ class RunInFlight(StepInFlight):
         """Whether the stages have chosen what `await_tokens` has found."""
         return not self._received[0][0].tensors
 
-    def take_tokens(self) -> ChosenTokens:
+    def take_tokens(self) -> TakenTokens:
         """Take the tokens that `await_tokens` has found."""
         reply, sample = self._received.popleft()
         self.num_taken += 1
         self._session.take_step(sample, 0 if self.num_taken == 1 else 1)
         if reply.tensors:
-            return ChosenTokens(None, reply.tensors[0])
-        return ChosenTokens(torch.tensor(reply.message.tokens), None)
+            return TakenTokens(None, reply.tensors[0])
+        return TakenTokens(torch.tensor(reply.message.tokens), None)
 
     def end(self) -> None:
         """Let the stages begin no further step; any thread may call it."""

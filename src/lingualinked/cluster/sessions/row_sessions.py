@@ -14,25 +14,23 @@ import torch
 from torch import Tensor
 
 from lingualinked.cluster.packed.packed_flight import PackedFlight, PackedPart
-from lingualinked.cluster.sessions.session import Session
+from lingualinked.cluster.sessions.session_group import SessionGroup
+from lingualinked.cluster.sessions.stepped_session import PLAIN
 from lingualinked.cluster.sessions.text_columns import NewText, TextColumns
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.errors import ArgumentError, LingualinkedError, UnsupportedOperationError
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.kv.kv_age import KVAge
     from lingualinked.cluster.kv.kv_budget import KVBudget
     from lingualinked.cluster.packed.packed_steps import PackedSteps
+    from lingualinked.cluster.sessions.session import Session
     from lingualinked.cluster.steps.recorded import Recorded
-    from lingualinked.telemetry.samples import StepSample
 
 PIECE_TOKENS = 256
 """A text's tokens are computed in pieces that end at multiples of this number, whatever else is in a step."""
 
-_PLAIN = StepOptions()
 
-
-class RowSessions:
+class RowSessions(SessionGroup):
     """A session of rows that are computed apart, with the face of a `Session`.
 
     Padding is left out, by the attention mask; logits of padding are 0. The rows' steps are packed in ``num_microbatches`` that
@@ -51,16 +49,14 @@ class RowSessions:
         self._budget = budget
         self._rows = [open_session()]  # of the first step, which tells how many there are
         self._columns: TextColumns | None = None  # None before the first step
-        self._prepare: list[
-            Callable[[Session], None]
-        ] = []  # what a session of a row has to be told before its first step
+        self._prepare: list[Callable[[Session], None]] = []  # what a session of a further row has to be told
         self._flights: collections.deque[RowsInFlight] = collections.deque()
         self._thread = 0  # which has started them
 
     @property
-    def max_cache_len(self) -> int:
-        """Tokens per row for which there is room from the first step on; 0: it grows."""
-        return self._rows[0].max_cache_len
+    def members(self) -> Sequence[Session]:
+        """The sessions of its rows."""
+        return self._rows
 
     @property
     def num_rows(self) -> int:
@@ -72,39 +68,13 @@ class RowSessions:
         """Columns of each row, padding included."""
         return 0 if self._columns is None else self._columns.num_columns
 
-    @property
-    def kv_age(self) -> KVAge:
-        """Whether its KV was made before the model was changed."""
-        return self._rows[0].kv_age
-
-    @property
-    def last_step(self) -> StepSample | None:
-        """Timings of the last packed step."""
-        return self._rows[-1].last_step
-
-    @property
-    def ended(self) -> bool:
-        """Whether the session has been ended."""
-        return any(row.ended for row in self._rows)
-
-    def step(
-        self,
-        inputs: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        logits_to_keep: int | Tensor,
-        options: StepOptions = _PLAIN,
-    ) -> tuple[Tensor, Recorded]:
-        """Run one step, as `Session.step` does."""
-        return self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options).finish()
-
     def start_step(
         self,
         inputs: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
-        options: StepOptions = _PLAIN,
+        options: StepOptions = PLAIN,
     ) -> RowsInFlight:
         """Send the packed steps of a step, as `Session.start_step` does.
 
@@ -203,21 +173,21 @@ class RowSessions:
 
     def record_past(self, on: bool) -> None:
         """Make sliding layers keep what a later crop may need, or stop keeping it."""
-        self._prepare_rows(lambda row: row.record_past(on))
+        super().record_past(on)
+        self._prepare_later(lambda row: row.record_past(on))
 
     def reserve(self, num_tokens: int) -> None:
         """Reserve room for so many tokens per row in all, and for no more, where the KV grows."""
-        self._prepare_rows(lambda row: row.reserve(num_tokens))
+        super().reserve(num_tokens)
+        self._prepare_later(lambda row: row.reserve(num_tokens))
 
     def end(self) -> None:
         """Free the session's KV in every stage."""
         self._flights.clear()
-        for row in self._rows:
-            row.end()
+        super().end()
 
-    def _prepare_rows(self, prepare: Callable[[Session], None]) -> None:
-        for row in self._rows:
-            prepare(row)
+    def _prepare_later(self, prepare: Callable[[Session], None]) -> None:
+        """Do the same with the sessions of further rows, which the first step opens."""
         if self._columns is None:
             self._prepare.append(prepare)
 
@@ -249,6 +219,11 @@ class RowsInFlight:
     def add(self, flight: PackedFlight, parts: list[PackedPart], rows: list[int]) -> None:
         """Add a packed step with parts of these rows."""
         self._flights.append((flight, parts, rows))
+
+    @property
+    def no_logits(self) -> tuple[Tensor, Recorded]:
+        """As `finish` gives: packed steps are waited for, and have the logits that were asked for."""
+        return self.finish()
 
     def finish(self) -> tuple[Tensor, Recorded]:
         """Wait for all answers; return the logits, ``[rows, kept tokens, vocabulary]``. If one fails, the session ends."""

@@ -22,6 +22,7 @@ from lingualinked.cluster.runs.run_in_flight import RunInFlight
 from lingualinked.cluster.sessions.routed_session import RoutedSession
 from lingualinked.cluster.sessions.session_place import end_session
 from lingualinked.cluster.sessions.session_use import SessionUse
+from lingualinked.cluster.sessions.stepped_session import PLAIN, SteppedSession
 from lingualinked.cluster.steps.recorded import Recorded
 from lingualinked.cluster.steps.remote_graph import RemoteGraph
 from lingualinked.cluster.steps.step_in_flight import MOST_TOKENS_AHEAD, StepInFlight, StepOptions
@@ -37,10 +38,8 @@ from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
 from lingualinked.transport.wire.hop_clock import clock_us
 
-_PLAIN = StepOptions()
 
-
-class Session(RoutedSession):
+class Session(RoutedSession, SteppedSession):
     """One conversation through all stages; used by one thread at a time.
 
     Its KV cache holds ``max_cache_len`` tokens per row from the first step on; 0: it grows. ``watch`` is told a `StepSample` of every step, and ``record_move``, at every change to another route, how many
@@ -94,34 +93,13 @@ class Session(RoutedSession):
         """Whether the session has been ended."""
         return not self._finalizer.alive
 
-    def step(
-        self,
-        inputs: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        logits_to_keep: int | Tensor,
-        options: StepOptions = _PLAIN,
-    ) -> tuple[Tensor, Recorded]:
-        """Run one step through all stages; return its logits, ``[rows, kept tokens, vocabulary]``, and what was recorded.
-
-        Inputs are token ids, int64 ``[rows, tokens]``, or embeddings, ``[rows, tokens, hidden]``; the mask is int64
-        ``[rows, past + tokens]``, and positions are int64 ``[1 or rows, tokens]``. ``logits_to_keep`` is as in
-        transformers: 0 for all positions, N for the last N, or indices.
-
-        If the KV budget would be exceeded, the session goes on as it was; after every other error of a step it has
-        ended. What broke it between two steps is raised by the next one itself, once. A step that wants no logits is not waited for:
-        the next one raises what it would.
-        """
-        flight = self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
-        return flight.finish() if options.wants_logits else flight.no_logits
-
     def start_step(
         self,
         inputs: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
-        options: StepOptions = _PLAIN,
+        options: StepOptions = PLAIN,
     ) -> StepInFlight:
         """Send a step, as `step` does, to be finished later by the same thread.
 

@@ -17,22 +17,19 @@ from torch import Tensor
 from lingualinked.cluster.runs.joined_run import JoinedRun
 from lingualinked.cluster.runs.run_in_flight import RunInFlight
 from lingualinked.cluster.sessions.joined_rows import join_rows
-from lingualinked.cluster.sessions.row_sessions import RowSessions
-from lingualinked.cluster.sessions.session import Session
+from lingualinked.cluster.sessions.session_group import SessionGroup
+from lingualinked.cluster.sessions.stepped_session import PLAIN
 from lingualinked.cluster.steps.step_in_flight import StepInFlight, StepOptions
 from lingualinked.errors import KVCapacityError
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.kv.kv_age import KVAge
     from lingualinked.cluster.kv.kv_budget import KVBudget
+    from lingualinked.cluster.sessions.session import Session
     from lingualinked.cluster.steps.recorded import Recorded
     from lingualinked.model.adapters.adapter_data import AdapterUse
-    from lingualinked.telemetry.samples import StepSample
-
-_PLAIN = StepOptions()
 
 
-class SplitSession:
+class SplitSession(SessionGroup):
     """A session of several microbatches, with the face of a `Session`: ``microbatches``, and ``sizes``, the rows of each, in order.
 
     What needs all rows together, such as hooks and orders of rows across microbatches, makes one session of them, which it
@@ -49,9 +46,9 @@ class SplitSession:
         self._budget = budget
 
     @property
-    def max_cache_len(self) -> int:
-        """Tokens per row for which there is room from the first step on; 0: it grows."""
-        return self.microbatches[0].max_cache_len
+    def members(self) -> Sequence[Session]:
+        """Its microbatches."""
+        return self.microbatches
 
     @property
     def num_microbatches(self) -> int:
@@ -74,37 +71,9 @@ class SplitSession:
         return any(each.kv_has_gradients for each in self.microbatches)
 
     @property
-    def kv_age(self) -> KVAge:
-        """Whether its KV was made before the model was changed."""
-        return self.microbatches[0].kv_age
-
-    @property
-    def last_step(self) -> StepSample | None:
-        """Timings of the last step of the last microbatch."""
-        return self.microbatches[-1].last_step
-
-    @property
     def stepping_thread(self) -> int | None:
         """The thread that runs the hooks of a step now."""
         return self.microbatches[0].stepping_thread
-
-    @property
-    def ended(self) -> bool:
-        """Whether the session has been ended."""
-        return any(each.ended for each in self.microbatches)
-
-    def step(
-        self,
-        inputs: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        logits_to_keep: int | Tensor,
-        options: StepOptions = _PLAIN,
-    ) -> tuple[Tensor, Recorded]:
-        """Run one step, as `Session.step` does."""
-        flight = self.start_step(inputs, attention_mask, position_ids, logits_to_keep, options)
-        assert not isinstance(flight, JoinedRun), "who asks for a run starts the step"
-        return flight.finish() if options.wants_logits else flight.no_logits
 
     def start_step(
         self,
@@ -112,7 +81,7 @@ class SplitSession:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         logits_to_keep: int | Tensor,
-        options: StepOptions = _PLAIN,
+        options: StepOptions = PLAIN,
     ) -> StepInFlight | SplitStep | JoinedRun:
         """Send a step of each microbatch, as `Session.start_step` does."""
         needs_all = options.hooks is not None or options.instruments is not None or options.gradients is not None
@@ -215,21 +184,6 @@ class SplitSession:
             raise
         other.sizes = self.sizes
 
-    def record_past(self, on: bool) -> None:
-        """Make sliding layers keep what a later crop may need, or stop keeping it."""
-        for each in self.microbatches:
-            each.record_past(on)
-
-    def reserve(self, num_tokens: int) -> None:
-        """Reserve room for so many tokens per row in all, and for no more, where the KV grows."""
-        for each in self.microbatches:
-            each.reserve(num_tokens)
-
-    def end(self) -> None:
-        """Free the session's KV in every stage."""
-        for each in self.microbatches:
-            each.end()
-
 
 class SplitStep:
     """A step of each microbatch in flight; see `lingualinked.cluster.steps.step_in_flight.StepInFlight`."""
@@ -270,7 +224,3 @@ def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
 
 def _adapters_of(use: AdapterUse | None, rows: slice) -> AdapterUse | None:
     return use if use is None or use.rows is None else msgspec.structs.replace(use, rows=use.rows[rows])
-
-
-AnySession = Session | SplitSession | RowSessions
-"""A session of one of these kinds."""

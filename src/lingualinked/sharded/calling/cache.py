@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from lingualinked.cluster.sessions.any_session import AnySession
 from lingualinked.cluster.sessions.session import Session
-from lingualinked.cluster.sessions.split_session import AnySession
 from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
 from lingualinked.quantities import count_text
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lingualinked.cluster.runs.joined_run import JoinedRun
 from lingualinked.cluster.runs.run_in_flight import RunInFlight
 from lingualinked.cluster.runs.run_request import RunRequest
-from lingualinked.cluster.sessions.split_session import AnySession
+from lingualinked.cluster.sessions.any_session import AnySession
 from lingualinked.cluster.steps.recorded import Recorded
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 

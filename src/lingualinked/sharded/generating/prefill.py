@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.cluster.sessions.split_session import AnySession
+    from lingualinked.cluster.sessions.any_session import AnySession
     from lingualinked.cluster.steps.step_in_flight import StepOptions
 
 AUTO = "auto"
