@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, cast
 from lingualinked.cluster.cluster import Cluster
 from lingualinked.cluster.kv.kv_budget import KVBudget
 from lingualinked.cluster.measuring.invariance_check import check_invariance
-from lingualinked.cluster.messaging.engine import Engine, end_with_interpreter
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.io_thread import end_with_interpreter
 from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.cluster.packed.packed_steps import PackedSteps
 from lingualinked.cluster.plans.controller import Controller

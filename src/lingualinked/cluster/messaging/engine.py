@@ -1,37 +1,31 @@
-"""The cluster's own I/O thread: sends what other threads hand it, and completes their futures.
+"""Everything that a cluster sends for other threads: requests and steps, whose futures it completes, and commands.
 
-Knows threads and the one exchange that runs on its own; neither processes nor what a step means.
+Knows which answer is due to which message; neither processes nor what a step means.
 """
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import functools
 import itertools
-import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from lingualinked.cluster.measuring.reach import Reach, RemoteHost
-from lingualinked.cluster.messaging.exchange import Exchange, closed
+from lingualinked.cluster.measuring.reach import RemoteHost
+from lingualinked.cluster.messaging.exchange import closed
 from lingualinked.cluster.messaging.failures import renewed
+from lingualinked.cluster.messaging.io_thread import START_S, IOThread
 from lingualinked.cluster.messaging.pending import Pending, settle
-from lingualinked.cluster.remote.locating import resolve_advertised
 from lingualinked.cluster.steps.step_reply import RunStart
 from lingualinked.cluster.weights.file_sharing import SharedLoad
 from lingualinked.device import CALLER, Link
 from lingualinked.environment import Environment
 from lingualinked.errors import ClosedError, StepTimeoutError, UnsupportedOperationError, WorkerDiedError
-from lingualinked.host_id import host_id
 from lingualinked.interrupts import wait_in_pieces
 from lingualinked.model.process.environment_probe import read_environment
-from lingualinked.processes.resources import start_thread
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.gradients import AbandonBackward, FreeGraph, ResumeBackward, RunBackward
@@ -43,14 +37,7 @@ from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.roles import ANSWERS
 from lingualinked.protocol.running import BeginRun, EndRun
 from lingualinked.protocol.steps import EndSession, Step
-from lingualinked.transport.keys.keys import generate_keypair
-from lingualinked.transport.mailbox import Mailbox
-from lingualinked.transport.sockets.zmq_mailbox import ZmqMailbox
 
-logger = logging.getLogger("lingualinked.cluster")
-
-_START_S = 60.0
-_STOP_S = 2.0
 _Command = EndSession | MoveSession | KeepPlan | HookAnswered | AbandonBackward | FreeGraph | EndRun
 _OF_A_MODEL = (
     LoadStage
@@ -67,18 +54,12 @@ _OF_A_MODEL = (
 )
 
 
-def end_with_interpreter() -> None:
-    """Stop a daemon thread where it is if the interpreter is ending: it closes clusters, and nobody hears of an error."""
-    if threading.current_thread().daemon and not threading.main_thread().is_alive():
-        threading.Event().wait()
-
-
 @functools.cache
 def _own_environment() -> Environment:
     return read_environment()
 
 
-class Engine:
+class Engine(IOThread):
     """Everything that one cluster sends and receives, on one thread."""
 
     def __init__(
@@ -89,43 +70,10 @@ class Engine:
         shared_memory: bool,
         advertise: str | None,
     ) -> None:
-        self._socket_folder = socket_folder
-        self._reach = Reach(host_id(), resolve_advertised(advertise))
-        self._shared_memory = shared_memory
-        self._max_frame_bytes = max_frame_bytes
         self.trusted: frozenset[str] = frozenset()  # devices; the cluster says which
         self.fetching: frozenset[str] = frozenset()  # devices that can't read this process's files, likewise
-        self._owner_pid = os.getpid()
-        # Reentrant: a finalizer posts, and the garbage collector may run one in the middle of a post.
-        self._lock = threading.RLock()
-        self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._requests = itertools.count()
-        self._stopping = False
-        self._mailbox: Mailbox
-        self._exchange: Exchange
-        ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-        arguments = (tuple(devices), ready)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="lingualinked-io", daemon=True)
-        start_thread(self._thread)
-        try:
-            ready.result(_START_S)
-        except BaseException:
-            self._stopping = True
-            ready.add_done_callback(lambda done: None if done.exception() else self._mailbox.wake())
-            raise
-
-    def check_open(self) -> None:
-        """Raise `ClosedError` if the cluster is closed, or what `check_owner` raises."""
-        self.check_owner()
-        if self._stopping:
-            raise closed()
-
-    def check_owner(self) -> None:
-        """Raise `UnsupportedOperationError` in a forked child of the process that made the cluster."""
-        if os.getpid() != self._owner_pid:
-            raise UnsupportedOperationError(
-                "a cluster can't be used in a forked child of the process that made it: make one there, or use threads"
-            )
+        super().__init__(devices, socket_folder, max_frame_bytes, shared_memory, advertise)
 
     def expect_worker(self, device: str) -> None:
         """Prepare for the worker of a device that is added."""
@@ -159,8 +107,8 @@ class Engine:
         hub = self._exchange.introductions.relay(device, CALLER)
         if hub is not None and device in hosts:
             opened = self._exchange.introductions.open_relay(hub, self._reach.address(CALLER, hub))
-            if not concurrent.futures.wait([opened], _START_S).done:
-                raise StepTimeoutError(f"the daemon of device {hub!r} did not open a relay within {_START_S:g} s")
+            if not concurrent.futures.wait([opened], START_S).done:
+                raise StepTimeoutError(f"the daemon of device {hub!r} did not open a relay within {START_S:g} s")
             self._reach.add_relay(device, CALLER, opened.result())
         return self._reach.address(CALLER, device), self._mailbox.public_key
 
@@ -335,64 +283,3 @@ class Engine:
         """Mark a worker as dead and fail every pending answer that depends on it."""
         with contextlib.suppress(ClosedError):
             self._post(lambda: self._exchange.mark_dead(device, how))
-
-    def stop(self) -> None:
-        """End the I/O thread; whatever is pending fails with `ClosedError`."""
-        with self._lock:
-            self._stopping = True
-        self._mailbox.wake()
-        if self._thread is not threading.current_thread():
-            self._thread.join(_STOP_S)
-
-    def _run(self, devices: tuple[str, ...], ready: concurrent.futures.Future[None]) -> None:
-        try:
-            self._mailbox = ZmqMailbox(
-                CALLER,
-                generate_keypair(),
-                ipc=self._socket_folder is not None,  # a folder that children of this process remove after a kill -9
-                socket_folder=self._socket_folder,
-                shared_memory=self._shared_memory,
-                max_frame_bytes=self._max_frame_bytes,
-            )
-        except BaseException as error:  # noqa: BLE001 - whoever makes the engine raises it
-            ready.set_exception(error)
-            return
-        exchange = self._exchange = Exchange(self._mailbox, devices, self._post, self._reach)
-        ready.set_result(None)
-        try:
-            while not self._stopping:
-                self._run_commands()
-                exchange.handle_next(0 if self._commands else None)
-        except BaseException:
-            logger.exception("the I/O thread failed")
-            raise
-        finally:
-            with self._lock:  # nothing is posted after this
-                self._stopping = True
-            self._run_commands()  # sends to closed ears; what they ask is then pending
-            exchange.close()
-
-    def _run_commands(self) -> None:
-        while self._commands:
-            try:
-                self._commands.popleft()()
-            except Exception:  # what waits for an answer has been failed; the others go on
-                logger.exception("a message could not be sent")
-
-    def _call(self, command: Callable[[], None]) -> None:
-        """Run a command on the I/O thread and wait until it is done."""
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._post(lambda: settle(done, command))
-        if not concurrent.futures.wait([done], _START_S).done:
-            raise StepTimeoutError(
-                f"the cluster's I/O thread did not answer within {_START_S:g} s: is the machine overloaded?"
-            )
-        done.result()
-
-    def _post(self, command: Callable[[], None]) -> None:
-        self.check_owner()
-        with self._lock:
-            if self._stopping:
-                raise closed()
-            self._commands.append(command)
-        self._mailbox.wake()

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lingualinked.cluster.kv.kv_age import KVAge
 from lingualinked.cluster.kv.kv_budget import KVBudget
-from lingualinked.cluster.messaging.engine import Engine, end_with_interpreter
+from lingualinked.cluster.messaging.engine import Engine
+from lingualinked.cluster.messaging.io_thread import end_with_interpreter
 from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.cluster.plans.route import Routes
 from lingualinked.cluster.runs.run_in_flight import RunInFlight
