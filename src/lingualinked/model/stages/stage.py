@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lingualinked.errors import ArgumentError
-from lingualinked.model.adapters.stage_adapters import StageAdapters, find_base
+from lingualinked.model.adapters.stage_adapters import StageAdapters
 from lingualinked.model.cutting.cut import SpanLeft, flatten_output, unflatten_output
 from lingualinked.model.cutting.joining import join_spans, missing_spans
 from lingualinked.model.cutting.parts import cache_slots
@@ -24,15 +23,17 @@ from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.float_linear import speed_up_linears
-from lingualinked.model.exact.packed_linear import PackedLinear, pack_linears
+from lingualinked.model.exact.packed_linear import pack_linears
 from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
 from lingualinked.model.hf_internals import building, computing, recording
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
 from lingualinked.model.kv.kv_cache import StageCache
+from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.torch_settings import TorchSettings, frozen, read_torch_settings, torch_settings
 from lingualinked.model.stages.layer_order import LayerList, SpanOrder
+from lingualinked.model.stages.recorded_values import values_of_span
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
 from lingualinked.model.stages.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
 from lingualinked.model.weights.span_loading import LoadedSpan, load_span
@@ -132,32 +133,6 @@ class Stage:
             return Rounding(self.device.type, 0)
         rounding = probe_rounding(self._config.dtype, torch.get_num_threads(), find_groups(self._model))
         return rounding if keeps_rows_apart(self._model, self._config.dtype) else Rounding(rounding.fingerprint, 0)
-
-    def find_weight(self, name: str) -> Tensor | None:
-        """Return a parameter of the whole model (of tied ones, the source), or None if the stage does not hold it."""
-        for known in (name, *(target for target, source in self.span.tied.items() if source == name)):
-            path, _, attribute = known.rpartition(".")
-            try:
-                module: nn.Module = find_base(path, self._model.get_submodule(path))[1]
-            except AttributeError:
-                continue
-            if isinstance(module, PackedLinear) and attribute == "weight":
-                return module.weight()
-            held = module._parameters.get(attribute)  # noqa: SLF001 - other attributes of this name are not weights
-            if held is not None:
-                return held.detach()
-        return None
-
-    def find_tensor(self, name: str) -> Tensor | None:
-        """Return a parameter, buffer or other tensor of a module by its name in the whole model, or None."""
-        held = self.find_weight(name)
-        if held is None:
-            path, _, attribute = name.rpartition(".")
-            try:
-                held = getattr(find_base(path, self._model.get_submodule(path))[1], attribute, None)
-            except AttributeError:
-                return None
-        return held.detach() if isinstance(held, Tensor) else None
 
     def cache_slots(self, start: int, end: int) -> frozenset[int]:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
@@ -288,7 +263,12 @@ class Stage:
                 outputs: tuple[Tensor, ...] = (result.logits,) if inputs.wants_logits else ()
             else:
                 outputs, layout = flatten_output(self._boundary.outgoing)
-            recorded = {name: self._recorded(name, result.get(name) or (), inputs, order) for name in inputs.records}
+            recorded = {
+                name: values_of_span(
+                    name, result.get(name) or (), (self.start, self.end, self.num_layers), inputs, order
+                )
+                for name in inputs.records
+            }
         finally:
             self._layers.order = None
             stops.close()
@@ -363,38 +343,5 @@ class Stage:
             vars(self._boundary).update(boundary)
             self._layers.order = order
 
-    def _recorded(
-        self, name: str, values: tuple[Tensor | None, ...], inputs: StageInputs, order: SpanOrder | None
-    ) -> tuple[Tensor | None, ...]:
-        """Return what a forward pass recorded in this span: stand-ins count in some classes, in others they do not.
-
-        Hidden states are the inputs of the layers, and behind the last layer the output of the model.
-        """
-        has_one_more = name == "hidden_states"
-        start, end, num_layers = map(inputs.skips.num_before, (self.start, self.end, self.num_layers))
-        selected = inputs.hidden_state_indices
-        if order is not None and order.has_substitute and len(values) == 1 + num_layers + has_one_more:
-            values = values[1:]
-        if len(values) == num_layers + has_one_more:
-            values = values[start : end + (has_one_more and self.is_last)]
-        elif has_one_more and not self.is_last:
-            values = values[:-1]
-        if has_one_more and selected is not None:
-            values = tuple(value if start + index in selected else None for index, value in enumerate(values))
-        return tuple(None if value is None else value.cpu() for value in values)
-
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
-
-
-def accelerator_device(accelerator: str) -> torch.device:
-    """Return torch's device for the name of an accelerator, or raise ArgumentError if torch can't compute on it."""
-    try:
-        device = torch.device(accelerator)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(
-            f"torch can't compute on accelerator {accelerator!r} ({error}): use 'cpu', 'cuda:N' or 'mps', if this "
-            "machine and this build of torch have it"
-        ) from error
-    return device

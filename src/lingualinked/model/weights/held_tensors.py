@@ -1,4 +1,4 @@
-"""Writes the tensors that a cut model holds, by their names in the whole model.
+"""Finds and writes the tensors that a cut model holds, by their names in the whole model.
 
 Knows modules, ties and how weights are packed; neither stages nor why something is written.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lingualinked.model.adapters.stage_adapters import find_base
 from lingualinked.model.exact.packed_linear import PackedLinear
@@ -24,6 +24,34 @@ def canonical_name(span: LoadedSpan, name: str) -> str:
 def holds_tensor(span: LoadedSpan, name: str) -> bool:
     """Return whether a cut model holds a tensor, under one of its names."""
     return next(_places(span, name), None) is not None
+
+
+def find_parameter(span: LoadedSpan, name: str) -> Tensor | None:
+    """Return a parameter of the whole model (of tied ones, the source), or None if a cut model does not hold it."""
+    for known in (name, *(target for target, source in span.tied.items() if source == name)):
+        path, _, attribute = known.rpartition(".")
+        try:
+            module: nn.Module = find_base(path, span.model.get_submodule(path))[1]
+        except AttributeError:
+            continue
+        if isinstance(module, PackedLinear) and attribute == "weight":
+            return module.weight()
+        held = module._parameters.get(attribute)  # noqa: SLF001 - other attributes of this name are not weights
+        if held is not None:
+            return held.detach()
+    return None
+
+
+def find_tensor(span: LoadedSpan, name: str) -> Tensor | None:
+    """Return a parameter, buffer or other tensor of a module by its name in the whole model, or None."""
+    held = find_parameter(span, name)
+    if held is None:
+        path, _, attribute = name.rpartition(".")
+        try:
+            held = getattr(find_base(path, span.model.get_submodule(path))[1], attribute, None)
+        except AttributeError:
+            return None
+    return held.detach() if isinstance(held, Tensor) else None
 
 
 def write_tensor(span: LoadedSpan, name: str, value: Tensor) -> None:

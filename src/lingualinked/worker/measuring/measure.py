@@ -18,8 +18,9 @@ from torch import Tensor
 from lingualinked.device import CALLER
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.cutting.architectures import read_config
+from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.memory import release_memory
-from lingualinked.model.stages.stage import Stage, accelerator_device
+from lingualinked.model.stages.stage import Stage
 from lingualinked.model.weights.span_loading import load_span
 from lingualinked.module_times import ModuleTimes, StepTime
 from lingualinked.protocol.measuring import MeasuredShape, MeasureModel, ModelMeasured

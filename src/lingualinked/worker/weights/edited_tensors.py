@@ -13,7 +13,13 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.stages.stage import Stage
-from lingualinked.model.weights.held_tensors import canonical_name, holds_tensor, sum_of_products, write_tensor
+from lingualinked.model.weights.held_tensors import (
+    canonical_name,
+    find_tensor,
+    holds_tensor,
+    sum_of_products,
+    write_tensor,
+)
 from lingualinked.protocol.editing import ChangeKind, EditTensor, TensorChange
 from lingualinked.quantities import count_text
 
@@ -53,7 +59,7 @@ class EditedTensors:
         holding = [stage for stage in stages if holds_tensor(stage.span, request.name)]
         if not holding:
             raise ProtocolError(f"no stage of model {request.model} holds {request.name!r} here")
-        current = holding[0].find_tensor(request.name)
+        current = find_tensor(holding[0].span, request.name)
         assert current is not None
         key = request.model, canonical_name(holding[0].span, request.name)
         edited = self._edited.get(key)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
+from lingualinked.model.weights.held_tensors import find_parameter
 from lingualinked.protocol.moving import FetchWeight, WeightChunk
 from lingualinked.quantities import count_text
 from lingualinked.worker.kv.announced_moves import AnnouncedMoves
@@ -80,7 +81,7 @@ class Lender:
             # As it was loaded: the caller sends edits to the stage that it is for.
             weight = self._stages.edited.original(request.model, stage, request.parameter)
             if weight is None:
-                weight = stage.find_weight(request.parameter)
+                weight = find_parameter(stage.span, request.parameter)
             if weight is None:
                 raise ProtocolError(f"stage {request.stage} does not hold {request.parameter!r}")
             loan.parameter, loan.flat = request.parameter, weight.reshape(-1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
+from lingualinked.model.weights.held_tensors import find_tensor
 from lingualinked.protocol.messages import encode
 from lingualinked.protocol.reading import ReadTensor, TensorRead
 from lingualinked.quantities import count_text
@@ -46,7 +47,7 @@ class TensorReader:
             return ()
         name, flat = (request.model, request.name), self._flat
         if flat is None or self._name != name:
-            tensor = stage.find_tensor(request.name)
+            tensor = find_tensor(stage.span, request.name)
             if tensor is None:
                 raise ProtocolError(f"stage {request.stage} does not hold {request.name!r}")
             flat = tensor.reshape(-1)
