@@ -18,6 +18,7 @@ from lingualinked.errors import ArgumentError, ClosedError, PeerUnknownError, Pr
 from lingualinked.transport.wire.codec import WIRE_VERSION, Limits, encode_message
 
 VALID = [bytes(frame) for frame in encode_message(b"valid", [torch.arange(3)], Limits())]
+APART = [bytes(frame) for frame in encode_message(b"valid", [torch.arange(3)], Limits(max_frame_bytes=64))]
 
 
 def take(mailbox: Any) -> Any:
@@ -448,13 +449,16 @@ def test_a_peer_with_another_key_gets_nothing(network: Network) -> None:
     ("kind", "frames"),
     [
         ("version", [b""]),
-        ("version", [bytes([WIRE_VERSION + 1]) + VALID[0][1:], VALID[1]]),
-        ("envelope", [VALID[0][:-1], VALID[1]]),
+        ("version", [bytes([WIRE_VERSION + 1]) + APART[0][1:], APART[1]]),
+        ("envelope", [APART[0][:-1], APART[1]]),
         ("envelope", [b"\x01\x80"]),
-        ("tensor bytes", [VALID[0]]),
-        ("tensor bytes", [VALID[0], VALID[1][:-1]]),
-        ("tensor bytes", [*VALID, b""]),
-        ("tensor bytes", [VALID[0], b"", VALID[1]]),
+        ("tensor bytes", [APART[0]]),
+        ("tensor bytes", [APART[0], APART[1][:-1]]),
+        ("tensor bytes", [*APART, b""]),
+        ("tensor bytes", [APART[0], b"", APART[1]]),
+        ("envelope", [VALID[0][:-1]]),
+        ("tensor bytes", [VALID[0], APART[1]]),
+        ("tensor bytes", [VALID[0], b""]),
     ],
 )
 def test_malformed_messages_are_dropped_counted_and_logged_once(

@@ -173,10 +173,13 @@ class Worker:
                 self._send_to_caller(LogRecord(level=level, logger=name, text=text))
 
     def _handle(self, message: CallerMessage | PeerMessage, delivery: Delivery) -> None:
+        if type(message) is Step:  # most are, and each check takes time
+            self._receive_step(message, delivery)
+            return
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
             return
-        if isinstance(message, Step | PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage):
+        if isinstance(message, PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage):
             self._handle_step(message, delivery)
             return
         if isinstance(message, WeightMessage):
@@ -225,11 +228,9 @@ class Worker:
                 self._acknowledge(message.request, lambda: change_adapters(self._stages, message, delivery.tensors))
 
     def _handle_step(
-        self, message: Step | PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage, delivery: Delivery
+        self, message: PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage, delivery: Delivery
     ) -> None:
         match message:
-            case Step():
-                self._receive_step(message, delivery)
             case PackedStep():
                 self._steps.packed.receive_step(message, delivery)
             case HookAnswered():

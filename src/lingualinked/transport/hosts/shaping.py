@@ -45,6 +45,9 @@ class DelayQueue:
         self._order = itertools.count()
         self._num_bytes: dict[str, int] = {}  # by sender
 
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
     def add(self, due_us: int, delivery: Delivery) -> None:
         """Hold a delivery until it is due."""
         self._num_bytes[delivery.sender] = self.num_bytes(delivery.sender) + delivery.num_bytes

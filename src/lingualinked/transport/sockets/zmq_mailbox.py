@@ -26,6 +26,7 @@ from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 from lingualinked.transport.wire.codec import (
     Limits,
     MalformedError,
+    count_shared_bytes,
     decode_message,
     encode_message,
 )
@@ -106,10 +107,8 @@ class ZmqMailbox(Mailbox):
             raise
         self._inbox = self._sockets.inbox
         self._waker = self._sockets.waker
-        self._poll_items: list[tuple[zmq.Socket[bytes] | int, int]] = [
-            (self._inbox, zmq.POLLIN),
-            (self._waker.fileno(), zmq.POLLIN),
-        ]
+        self._inbox_item: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._inbox, zmq.POLLIN)]
+        self._poll_items = [*self._inbox_item, (self._waker.fileno(), zmq.POLLIN)]
 
     def listen(self, endpoint: TcpEndpoint) -> str:  # noqa: D102
         self._check_open()
@@ -135,14 +134,17 @@ class ZmqMailbox(Mailbox):
             self._connect(name, *self._peers[name])
             raise
         self.encode_s = time.perf_counter() - began_s
-        num_bytes = len(frames[0]) + sum(tensor.nbytes for tensor in tensors)
-        self.sent_shared_bytes += num_bytes - sum(map(len, frames))
-        return num_bytes
+        num_shared_bytes = count_shared_bytes(frames, tensors)
+        self.sent_shared_bytes += num_shared_bytes
+        return sum(map(len, frames)) + num_shared_bytes
 
     def receive(self, timeout_s: float | None) -> Delivery | None:  # noqa: D102
         self._check_open()
         if self._has_awaited_connection():  # of which `is_connected` has learnt when it was asked for another one
             return None
+        if timeout_s == 0 and not self._sockets.connecting and not self._delayed:  # most often, nothing has come
+            has_come = not self._waker.clear() and zmq.zmq_poll(self._inbox_item, 0)
+            return self._receive_one() if has_come else None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             # 1) wait for a message, a wake-up, the next delayed message or the deadline
@@ -256,14 +258,14 @@ class ZmqMailbox(Mailbox):
         except Exception as error:  # noqa: BLE001 - no memory for its tensors, say: only this message is lost
             self._refusals.add(sender, "unreadable", f"{type(error).__name__}: {error}")
             return None
-        num_all_bytes = len(frames[0]) + sum(tensor.nbytes for tensor in message.tensors)
-        self.received_shared_bytes += num_all_bytes - num_bytes
+        num_bytes += message.shared_bytes
+        self.received_shared_bytes += message.shared_bytes
         if message.offer is not None and key not in self._elsewhere:
             self._rings.open_reader(key, message.offer)
         decode_s = time.perf_counter() - began_s
         return self._hold_until_due(
             Delivery(
-                sender, message.payload, message.tensors, num_all_bytes, decode_s, same_host=key not in self._elsewhere
+                sender, message.payload, message.tensors, num_bytes, decode_s, same_host=key not in self._elsewhere
             ),
             message.due_us,
         )

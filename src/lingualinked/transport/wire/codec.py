@@ -1,11 +1,13 @@
-"""The wire format of a message: frame 0 holds the payload and describes the tensors, whose bytes are in the frames after it.
+"""The wire format of a message: frame 0 holds the payload, describes the tensors, and holds their bytes if they are few.
 
-Or in memory that sender and receiver share. Knows no sockets and not what a payload means.
+Otherwise these are in the frames after it, or in memory that sender and receiver share. Knows no sockets and not what a payload
+means.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
@@ -25,7 +27,7 @@ from lingualinked.transport.wire.message_limits import (
     MAX_NUM_TENSORS,
     MIN_SHARED_BYTES,
 )
-from lingualinked.transport.wire.tensor_bytes import bytes_of, memory_of
+from lingualinked.transport.wire.tensor_bytes import bytes_of, copy_bytes, memory_of
 
 if TYPE_CHECKING:
     from lingualinked.transport.hosts.shaping import ShapedLink
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 WIRE_VERSION = 1
 """First byte of every message. The rest of frame 0 is the msgpack array ``[payload, [[dtype code, *shape], ...]]``; on an
 emulated link a third element gives the time at which the message is due, in microseconds of the machine's monotonic clock.
-A fourth one says where the tensors are in shared memory, if no frames follow; a fifth one offers such memory."""
+A fourth one says where the tensors are in shared memory, if no frames follow; a fifth one offers such memory. A sixth one
+holds the bytes of all tensors, one after the other, if they are fewer than `MIN_SHARED_BYTES`: a frame of their own would take
+both sides longer than these bytes."""
 
 Frame: TypeAlias = bytes | memoryview
 
@@ -58,6 +62,7 @@ _DTYPES = (
     torch.uint64,
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_ITEM_SIZES = tuple(dtype.itemsize for dtype in _DTYPES)
 
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
 _Descriptor = Annotated[list[_Natural], msgspec.Meta(min_length=1, max_length=1 + MAX_NUM_DIMS)]
@@ -69,10 +74,12 @@ class _Envelope(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     due_us: _Natural = 0
     place: Place | None = None
     offer: RingOffer | None = None
+    data: bytes = b""
 
 
 _RING_HEAD_BYTES = 96  # at most; of a place, an offer and a due time in frame 0
 
+_VERSION_BYTE = bytes([WIRE_VERSION])
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Envelope)
 
@@ -108,13 +115,14 @@ class DecodedMessage(NamedTuple):
     """A message as its receiver decodes it; the tensors are aligned, contiguous copies on the CPU.
 
     `due_us` is when it would have arrived on the link that the sender emulates (monotonic microseconds); 0: it is due now.
-    `offer` is of a ring that the sender would like to use for later messages.
+    `offer` is of a ring that the sender would like to use for later messages. `shared_bytes` of the tensors came in such a ring.
     """
 
     payload: bytes
     tensors: tuple[Tensor, ...]
     due_us: int = 0
     offer: RingOffer | None = None
+    shared_bytes: int = 0
 
 
 def encode_message(
@@ -129,13 +137,17 @@ def encode_message(
     The frames may share memory with the tensors: copy the frames before anything changes the tensors. If the ring to
     the receiver has taken the tensors, there is one frame only.
     """
-    # 1) describe the tensors in frame 0, and refuse what exceeds the limits
+    # 1) describe the tensors in frame 0, which holds those that are small, and refuse what exceeds the limits
     descriptors = [_describe(tensor) for tensor in tensors]
-    head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors)))
-    num_bytes = _check_limits(len(head), tensors, limits)
+    num_tensor_bytes = sum(tensor.nbytes for tensor in tensors)
+    data = _join_bytes(tensors) if num_tensor_bytes < MIN_SHARED_BYTES else b""
+    head = _encode_head(payload, descriptors, data=data)
+    if data and len(head) + _RING_HEAD_BYTES > limits.max_frame_bytes:
+        data, head = b"", _encode_head(payload, descriptors)
+    num_bytes = _check_limits(len(head) - len(data), tensors, limits)
     # 2) put the bytes of large tensors into shared memory, or offer it
     place = offer = None
-    is_large = num_bytes - len(head) >= MIN_SHARED_BYTES and len(head) + _RING_HEAD_BYTES <= limits.max_frame_bytes
+    is_large = num_tensor_bytes >= MIN_SHARED_BYTES and len(head) + _RING_HEAD_BYTES <= limits.max_frame_bytes
     if ring is not None and is_large:
         place = ring.write(tensors)
         offer = None if place is not None else ring.pop_offer()
@@ -143,17 +155,21 @@ def encode_message(
         ring.return_memory()
     # 3) on an emulated link, add the time at which the message is due
     due_us = 0 if link is None else link.schedule_message(num_bytes)
-    if place is not None or offer is not None:
-        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, due_us, place, offer)))
-    elif link is not None:
-        head = b"%c%b" % (WIRE_VERSION, _encoder.encode((payload, descriptors, due_us)))
+    if due_us or place is not None or offer is not None:
+        head = _encode_head(payload, descriptors, due_us, place, offer, data)
     # 4) add the bytes of the tensors, in frames of limited size
     frames: list[Frame] = [head]
-    for tensor in tensors if place is None else ():
+    for tensor in () if data or place is not None else tensors:
         if tensor.numel():
-            data, size = bytes_of(tensor), limits.max_frame_bytes
-            frames.extend(data[start : start + size] for start in range(0, len(data), size))
+            memory, size = bytes_of(tensor), limits.max_frame_bytes
+            frames.extend(memory[start : start + size] for start in range(0, len(memory), size))
     return frames
+
+
+def count_shared_bytes(frames: Sequence[Frame], tensors: Sequence[Tensor]) -> int:
+    """Return how many bytes of the tensors that were encoded as these frames are in shared memory."""
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
+    return num_bytes if len(frames) == 1 and num_bytes >= MIN_SHARED_BYTES else 0
 
 
 def decode_message(
@@ -176,23 +192,43 @@ def decode_message(
         envelope = _decoder.decode(memoryview(head)[1:])
     except Exception as error:  # noqa: BLE001 - msgspec also raises errors that are not its own
         raise MalformedError("envelope", str(error)) from None
-    descriptors = envelope.descriptors
+    descriptors, data = envelope.descriptors, envelope.data
     sizes = [_num_bytes_described(descriptor, limits) for descriptor in descriptors]
     expected_bytes = sum(sizes) if envelope.place is None else 0
-    if expected_bytes != num_tensor_bytes:
+    if expected_bytes != num_tensor_bytes + len(data) or (data and num_tensor_bytes):
         raise MalformedError(
             "tensor bytes",
-            f"the descriptors announce {count_text(expected_bytes, 'byte')} of tensors, and {num_tensor_bytes:,} arrived",
+            f"the descriptors announce {count_text(expected_bytes, 'byte')} of tensors, and {len(data):,} arrived in frame 0, and "
+            f"{num_tensor_bytes:,} in others",
         )
-    # 3) copy shared memory, or else the frames, into new tensors
+    # 3) copy shared memory, frame 0, or else the frames after it, into new tensors
     rest = iter(frames[1:])
     if envelope.place is not None:
         tensors = _read_place(envelope.place, rings or {}, descriptors, sizes, limits.max_message_bytes - len(head))
+    elif data:
+        tensors = _split_bytes(data, descriptors, sizes)
     else:
         tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
     if next(rest, None) is not None:
         raise MalformedError("tensor bytes", "an empty frame follows the last tensor")
-    return DecodedMessage(envelope.payload, tensors, envelope.due_us, envelope.offer)
+    num_shared_bytes = sum(sizes) if envelope.place is not None else 0
+    return DecodedMessage(envelope.payload, tensors, envelope.due_us, envelope.offer, num_shared_bytes)
+
+
+def _encode_head(
+    payload: bytes,
+    descriptors: list[list[int]],
+    due_us: int = 0,
+    place: Place | None = None,
+    offer: RingOffer | None = None,
+    data: bytes = b"",
+) -> bytes:
+    """Encode frame 0, without the elements behind the last one that says something."""
+    if data:
+        return _VERSION_BYTE + _encoder.encode((payload, descriptors, due_us, place, offer, data))
+    if place is not None or offer is not None:
+        return _VERSION_BYTE + _encoder.encode((payload, descriptors, due_us, place, offer))
+    return _VERSION_BYTE + _encoder.encode((payload, descriptors, due_us) if due_us else (payload, descriptors))
 
 
 def _describe(tensor: Tensor) -> list[int]:
@@ -246,6 +282,8 @@ def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits
 
 def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:
     """Return the total bytes of the frames after frame 0."""
+    if len(frames) == 1 and len(frames[0]) <= limits.max_frame_bytes:  # most are
+        return 0
     sizes = [len(frame) for frame in frames]
     if not 1 <= len(sizes) <= MAX_NUM_FRAMES:
         raise MalformedError(
@@ -274,7 +312,7 @@ def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
     code, *shape = descriptor
     if code >= len(_DTYPES):
         raise MalformedError("dtype", f"code {code} is not a valid dtype code (0 to {len(_DTYPES) - 1})")
-    num_bytes = _num_bytes_at_least(shape, _DTYPES[code].itemsize)
+    num_bytes = _num_bytes_at_least(shape, _ITEM_SIZES[code])
     if num_bytes > limits.max_message_bytes:
         raise MalformedError(
             "size", f"a tensor of shape {shape} exceeds max_message_bytes ({bytes_text(limits.max_message_bytes)})"
@@ -302,6 +340,23 @@ def _read_place(
     finally:
         ring.release(place.receipt)
     return tuple(map(_with_valid_bools, tensors))
+
+
+def _join_bytes(tensors: Sequence[Tensor]) -> bytes:
+    """Return the bytes of tensors, one after the other."""
+    parts = [copy_bytes(tensor) for tensor in tensors]
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _split_bytes(data: bytes, descriptors: list[list[int]], sizes: list[int]) -> tuple[Tensor, ...]:
+    """Copy bytes, of which there are as many as the sizes say, into the memory of tensors."""
+    tensors, end = [], 0
+    for descriptor, size in zip(descriptors, sizes, strict=True):
+        tensor, start, end = _empty(descriptor), end, end + size
+        if size:
+            ctypes.memmove(tensor.data_ptr(), data if size == len(data) else data[start:end], size)
+        tensors.append(_with_valid_bools(tensor))
+    return tuple(tensors)
 
 
 def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Tensor:

@@ -22,6 +22,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memory_of(tensor)
 
 
+def copy_bytes(tensor: Tensor) -> bytes:
+    """Return a copy of the bytes of a tensor; for few of them, this is quicker than a view."""
+    if not tensor.numel():
+        return b""
+    if not is_plain(tensor):
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
 def memory_of(tensor: Tensor) -> memoryview:
     """Return a contiguous CPU tensor of at least one element as bytes; the view keeps the tensor alive."""
     # By address: going through NumPy and a byte view takes several times as long, and each hop does this three times.
