@@ -226,7 +226,7 @@ def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tu
     """Return the message for the caller with what a stage recorded, and its tensors."""
     items = [output.recorded[name] for name in step.records]
     captured = tuple(tensor for _, tensor in output.captured)
-    # Each tensor of a message is a frame of its own, which costs more than copying a small one.
+    # Each tensor of a message is described and copied on its own, which costs more than copying a small one.
     is_alike = len({(tensor.shape, tensor.dtype) for tensor in captured}) == 1 < len(captured)
     is_stacked = is_alike and sum(tensor.nbytes for tensor in captured) <= _MOST_STACKED_BYTES
     message = StepRecorded(
