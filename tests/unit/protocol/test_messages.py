@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol import messages
-from lingualinked.protocol.messages import decode, encode
+from lingualinked.protocol.messages import CallerMessage, PeerMessage, WorkerMessage, decode, encode
+from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
 from lingualinked.protocol.steps import KVEdit, KVEditKind
 from lingualinked.transport.wire.codec import Limits, MalformedError, decode_message
 from message_examples import STEP, TYPES, example
@@ -117,3 +118,9 @@ def test_a_decode_steps_header_is_small() -> None:
     assert len(encode(STEP)) <= 104
     beams = KVEdit(kind=KVEditKind.REORDER, values=tuple(range(8)))
     assert len(encode(msgspec.structs.replace(STEP, edits=(beams,)))) <= 120
+
+
+def test_whoever_has_a_role_for_a_message_knows_its_type() -> None:
+    """What is checked by role needs no check of its type."""
+    assert TO_WORKER.keys() == {*get_args(CallerMessage), *get_args(PeerMessage)}
+    assert TO_CALLER.keys() <= set(get_args(WorkerMessage))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from typing import cast
 
 import msgspec
 from torch import Tensor
@@ -152,8 +153,7 @@ class Exchange:
             if not self._passes_cuts(message) and self._cut_links.hold(delivery):
                 return
             self._check_role(message, delivery.sender)
-            assert isinstance(message, WorkerMessage)
-            self._handle(message, delivery)
+            self._handle(cast("WorkerMessage", message), delivery)  # anything else has no role
         except ProtocolError as error:
             self._refuse(delivery.sender, kind, str(error))
         except Exception as error:  # a progress bar that can't be drawn, a log handler that raises

@@ -9,6 +9,7 @@ import logging
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import cast, get_args
 
 from lingualinked.errors import ProtocolError
 from lingualinked.protocol.base import Message
@@ -23,6 +24,9 @@ from lingualinked.worker.messaging.sender_check import StaleMessageError
 # Of one sender; further messages stay in the mailbox, which then stops reading from that sender.
 _MAX_WAITING = 1000
 _MAX_WAITING_BYTES = 64 << 20
+# As sets of types: to compare each message with unions of this many types takes as long as to send it.
+_PASS_CUTS = frozenset({CutLinks, EmulateDevice})
+_FIRST = frozenset({LoadStage, *get_args(MovingMessage), *get_args(WeightMessage)})
 
 Waiting = tuple[CallerMessage | PeerMessage, Delivery]
 
@@ -69,15 +73,14 @@ class Inbox:
         try:
             message = decode(delivery.payload)
             kind = type(message).__name__
-            if not isinstance(message, CutLinks | EmulateDevice) and self._cut_links.hold(delivery):
+            if type(message) not in _PASS_CUTS and self._cut_links.hold(delivery):
                 return True
-            self._check_sender(message, delivery.sender)
+            self._check_sender(message, delivery.sender)  # which also refuses what is not a message to a worker
         except ProtocolError as error:
             self.refuse(delivery, error, kind)
             return False  # otherwise a flood of them would hold up waiting messages
-        assert isinstance(message, CallerMessage | PeerMessage)
-        queue = self._moves if isinstance(message, LoadStage | MovingMessage | WeightMessage) else self._others
-        queue.add((message, delivery))
+        queue = self._moves if type(message) in _FIRST else self._others
+        queue.add((cast("CallerMessage | PeerMessage", message), delivery))
         return self._count(delivery, 1)
 
     def _count(self, delivery: Delivery, sign: int) -> bool:
