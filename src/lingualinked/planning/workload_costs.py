@@ -177,7 +177,7 @@ def stage_s(
 def kv_capacity(workload: Workload, window: int | None) -> int:
     """Return the tokens per row that a layer's KV has room for at the end of an answer.
 
-    ``generate`` says how many tokens may come, and room is made for them and for no more (`model/kv/kv_layers.py`). A sliding
+    ``generate`` says how many tokens may come, and room is made for them and for no more (`model/kv/growing_tensor.py`). A sliding
     window's layer holds a window, and new tokens until what has left the window makes way.
     """
     if window is None:

@@ -22,13 +22,8 @@ from lingualinked.model.kv.fixed_layers import (
     OwnedFixedLayer,
     TokenCount,
 )
-from lingualinked.model.kv.kv_layers import (
-    CountingLayer,
-    CountingSlidingLayer,
-    GrowingLayer,
-    GrowingSlidingLayer,
-    Growth,
-)
+from lingualinked.model.kv.growing_tensor import Growth
+from lingualinked.model.kv.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:

@@ -13,14 +13,9 @@ from hypothesis import given
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lingualinked.model.kv import kv_layers
-from lingualinked.model.kv.kv_layers import (
-    CountingLayer,
-    CountingSlidingLayer,
-    GrowingLayer,
-    GrowingSlidingLayer,
-    Growth,
-)
+from lingualinked.model.kv import growing_tensor
+from lingualinked.model.kv.growing_tensor import Growth
+from lingualinked.model.kv.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
 from lingualinked.planning import workload_costs
 from lingualinked.planning.workload_costs import kv_capacity
 from lingualinked.workload import Workload
@@ -138,7 +133,7 @@ def test_what_is_planned_is_what_is_held(prompt: int, num_new: int, window: int 
 
 
 def test_plans_count_in_the_same_granules() -> None:
-    assert workload_costs._KV_GRANULE_TOKENS == kv_layers._GRANULE_TOKENS
+    assert workload_costs._KV_GRANULE_TOKENS == growing_tensor._GRANULE_TOKENS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
