@@ -5,7 +5,6 @@ Knows devices and processes; models are placed on it by `lingualinked.cluster.pi
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -16,17 +15,17 @@ from collections.abc import Mapping, MutableSet, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from lingualinked.cluster.closing import close_all, shut_down
-from lingualinked.cluster.messaging.pending import result_of, results_of
 from lingualinked.cluster.ray.on_ray import OnRay
 from lingualinked.cluster.workers.cluster_workers import ClusterWorkers
 from lingualinked.cluster.workers.devices import check_added_device, check_relays, check_throttled, describe_cluster
 from lingualinked.cluster.workers.emulation import delayed_from, emulated_link, emulation_of
+from lingualinked.cluster.workers.emulation_changes import announce_device, change_behaviour
 from lingualinked.cluster_file import Devices
 from lingualinked.device import CALLER, Device, Links, check_links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError, WorkerDiedError
 from lingualinked.interrupts import interruptible, uninterrupted
 from lingualinked.processes.resources import check_addition, check_start
-from lingualinked.protocol.boot import Boot, Emulation
+from lingualinked.protocol.boot import Boot
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import WorkerSnapshot
 from lingualinked.transport.wire.message_limits import DEFAULT_MAX_FRAME_BYTES, check_frame_limit
@@ -269,7 +268,8 @@ class Cluster(OnRay):
                 self._engine.expect_worker(device.name)
                 self._engine.shape_link(device.name, emulated_link(None, device, known))
                 self._engine.expect_delays(delayed_from(CALLER, behaving, known))
-                self._announce(behaving, known)
+                others = [other.name for other in self.devices]
+                announce_device(self._engine, others, behaving, known, self.timeout_s)
                 self._workers.add(self._boot(device, behaving, known))
                 self._engine.wait_for_worker(device.name, self.timeout_s)
                 self._engine.trusted |= {device.name} if device.trusted else set()
@@ -280,23 +280,6 @@ class Cluster(OnRay):
                 uninterrupted(self._workers.remove)(device.name)
                 uninterrupted(self._engine.drop_worker)(device.name)
                 raise
-
-    def _announce(self, behaving: Mapping[str, Device], links: Links) -> None:
-        """Tell every living worker about the link to a new one."""
-        told = []
-        for other in (device.name for device in self.devices):
-            with contextlib.suppress(WorkerDiedError):
-                self._engine.wait_for_worker(other, self.timeout_s)
-            told.append(self._emulate(other, emulation_of(other, behaving, links), "the announcement of a new device"))
-        while told:
-            with contextlib.suppress(WorkerDiedError):
-                result_of(told.pop(0))
-
-    def _emulate(self, name: str, emulation: Emulation, what: str) -> concurrent.futures.Future[object]:
-        from lingualinked.protocol.messages import EmulateDevice  # imports torch
-
-        message = EmulateDevice(request=self._engine.next_request(), emulation=emulation)
-        return self._engine.request(name, message, what, self.timeout_s)
 
     @property
     def is_throttled(self) -> bool:
@@ -346,16 +329,7 @@ class Cluster(OnRay):
             )
             self._behaving = behaving = {**before, name: changed}
             self.wait()
-            self._engine.expect_delays(delayed_from(CALLER, behaving, self.links))
-            # 1) all know from whom messages may come delayed; 2) they come so
-            for now, later in ((before, behaving), (behaving, None)):
-                results_of(
-                    [
-                        self._emulate(each, emulation_of(each, now, self.links, later), "a change of pace")
-                        for each in behaving
-                    ]
-                )
-            self._engine.shape_link(name, emulated_link(None, changed, self.links))
+            change_behaviour(self._engine, name, before, behaving, self.links, self.timeout_s)
 
     def workers(self) -> tuple[WorkerSnapshot, ...]:
         """Ask every worker how it is."""
