@@ -263,7 +263,7 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
 def of_runs(aim: Aim) -> Iterator[Kind]:
     """What begins, ends and goes on with runs, of the session and of those that run meanwhile, to any stage."""
     begin: Any = aim.at(example(BeginRun))  # type: ignore[arg-type]
-    begin = msgspec.structs.replace(begin, unfinished=(True,), part=None, samples=False)
+    begin = msgspec.structs.replace(begin, unfinished=(True,), rows=None, samples=False)
     end, ids = EndRun(model=aim.model, session=aim.session, number=aim.number), torch.tensor([[5]])
     sessions = range(aim.session + 1, aim.session + 200)
     yield "BeginRun: of the session", [frames(begin)]

@@ -6,7 +6,7 @@ Knows what the last stage is told of a run and what it says of each step; not ho
 from __future__ import annotations
 
 from lingualinked.model.context import MaskMode, PositionMode
-from lingualinked.model.sampling.processor_data import BatchPart, ProcessorSpec
+from lingualinked.model.sampling.processor_data import BatchRows, ProcessorSpec
 from lingualinked.protocol.base import Message, Natural
 from lingualinked.protocol.steps import StageTimes
 
@@ -18,7 +18,7 @@ class BeginRun(Message, frozen=True, tag=71):
     ``num_steps`` steps have run, all rows have met one of ``eos_token_ids``, or the caller ends the run (`EndRun`). Later steps encode their
     mask and positions as ``mask``, ``positions`` and ``position_rows`` say. Rows that are not ``unfinished`` get ``pad_token_id``.
     Its tensors are, in order: the ids so far, int64 ``[rows, tokens]``, if there are ``processors``; and the state of the random
-    number generator, uint8, if tokens are sampled. The rows may be a ``part`` of a batch that is sampled as one.
+    number generator, uint8, if tokens are sampled. ``rows`` says which they are of a batch that is sampled as one.
     """
 
     model: int
@@ -29,7 +29,7 @@ class BeginRun(Message, frozen=True, tag=71):
     first_name: str
     processors: tuple[ProcessorSpec, ...]
     samples: bool
-    part: BatchPart | None
+    rows: BatchRows | None
     unfinished: tuple[bool, ...]
     eos_token_ids: tuple[int, ...]
     pad_token_id: int

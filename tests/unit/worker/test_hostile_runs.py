@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
-from lingualinked.model.sampling.processor_data import BatchPart, ProcessorSpec, TensorData
+from lingualinked.model.sampling.processor_data import BatchRows, ProcessorSpec, TensorData
 from lingualinked.protocol.failures import StepFailed
 from lingualinked.protocol.messages import decode
 from lingualinked.protocol.moving import JoinedRows
@@ -39,7 +39,7 @@ def begin(**fields: Any) -> BeginRun:
         "num_steps": 3,
         "processors": (),
         "samples": False,
-        "part": None,
+        "rows": None,
         "unfinished": (True, True),
         "eos_token_ids": (),
         "pad_token_id": 0,
@@ -94,7 +94,7 @@ class Worker:
         (
             begin(
                 processors=(ProcessorSpec("EncoderRepetitionPenaltyLogitsProcessor", (1.5, TensorData("int64", (0,), ()))),),
-                part=BatchPart(0, 2, 4),
+                rows=BatchRows(0, 2, 4),
             ),
             (IDS,),
         ),
@@ -124,10 +124,10 @@ def test_who_asks_for_a_run_that_can_not_begin_is_told_why(message: BeginRun, te
         (ProcessorSpec("MinLengthLogitsProcessor", (10**18, TensorData("int64", (1,), (3,)))),),
     ],
 )
-@pytest.mark.parametrize("part", [None, BatchPart(0, 2, 2), BatchPart(7, 3, 10**15), BatchPart(-1, 9, -4)])
-def test_absurd_numbers_choose_tokens_or_none(processors: tuple[ProcessorSpec, ...], part: BatchPart | None) -> None:
+@pytest.mark.parametrize("rows", [None, BatchRows(0, 2, 2), BatchRows(7, 3, 10**15), BatchRows(-1, 9, -4)])
+def test_absurd_numbers_choose_tokens_or_none(processors: tuple[ProcessorSpec, ...], rows: BatchRows | None) -> None:
     runs = Runs()
-    runs.begin(begin(processors=processors, part=part, samples=True, num_steps=10**18), (IDS, STATE))
+    runs.begin(begin(processors=processors, rows=rows, samples=True, num_steps=10**18), (IDS, STATE))
     tokens = runs._runs[STEP.session].choose(LOGITS)
     assert tokens is None or (tokens.shape == (2,) and 0 <= int(tokens.min()) <= int(tokens.max()) < 4)
 

@@ -128,7 +128,7 @@ class RunInFlight(StepInFlight):
             first_name=devices[0],
             processors=request.processors,
             samples=request.random_state is not None,
-            part=request.part,
+            rows=request.rows,
             unfinished=request.unfinished,
             eos_token_ids=request.eos_token_ids,
             pad_token_id=request.pad_token_id,

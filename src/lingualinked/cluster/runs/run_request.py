@@ -10,7 +10,7 @@ import dataclasses
 from torch import Tensor
 
 from lingualinked.model.context import ContextCode, StepContext
-from lingualinked.model.sampling.processor_data import BatchPart, ProcessorSpec
+from lingualinked.model.sampling.processor_data import BatchRows, ProcessorSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +29,16 @@ class RunRequest:
     pad_token_id: int
     upcoming: tuple[tuple[Tensor | None, Tensor | None], ...]
     can_undo: bool  # whether what is computed beyond the tokens that count can be dropped
-    part: BatchPart | None = None
+    rows: BatchRows | None = None
 
     def of_rows(self, first: int, stop: int) -> RunRequest:
-        """Return what some rows of the batch are to do, as a part of it."""
+        """Return what some rows of the batch are to do."""
         return dataclasses.replace(
             self,
             input_ids=self.input_ids[first:stop],
             unfinished=self.unfinished[first:stop],
             upcoming=tuple((_rows(mask, first, stop), _rows(ids, first, stop)) for mask, ids in self.upcoming),
-            part=BatchPart(first, stop, len(self.unfinished)),
+            rows=BatchRows(first, stop, len(self.unfinished)),
         )
 
     def later_code(self, context: StepContext) -> ContextCode | None:

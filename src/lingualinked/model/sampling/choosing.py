@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from transformers import LogitsProcessorList
 
-from lingualinked.model.sampling.processor_data import BatchPart
+from lingualinked.model.sampling.processor_data import BatchRows
 
 
 @dataclasses.dataclass(slots=True)
@@ -24,7 +24,7 @@ class Draws:
     """
 
     generator: Generator
-    part: BatchPart | None = None
+    rows: BatchRows | None = None
 
 
 def choose_tokens(
@@ -38,10 +38,10 @@ def choose_tokens(
     if draws is None:
         return torch.argmax(scores, dim=-1)
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
-    if draws.part is None:
+    if draws.rows is None:
         return torch.multinomial(probabilities, num_samples=1, generator=draws.generator).squeeze(1)
     # As torch.multinomial does with all rows: exponentially distributed numbers, by which it divides.
-    first, stop, num_rows = draws.part
+    first, stop, num_rows = draws.rows
     drawn = torch.empty(num_rows, probabilities.shape[1]).exponential_(1, generator=draws.generator)
     return torch.argmax(probabilities / drawn[first:stop], dim=-1)
 

@@ -18,7 +18,7 @@ class TensorData(NamedTuple):
     values: tuple[Number, ...]
 
 
-class BatchPart(NamedTuple):
+class BatchRows(NamedTuple):
     """The rows ``[first, stop)`` of a batch of ``num_rows``, whose tokens are chosen apart from the others."""
 
     first: int

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.sampling.processor_data import BatchPart, Number, ProcessorSpec, TensorData
+from lingualinked.model.sampling.processor_data import BatchRows, Number, ProcessorSpec, TensorData
 
 # The attributes of each class whose scores depend on nothing but these, the ids and the scores before.
 _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
@@ -78,13 +78,13 @@ def describe_processors(processors: Iterable[LogitsProcessor]) -> tuple[Processo
     return tuple(specs)
 
 
-def build_processors(specs: Iterable[ProcessorSpec], part: BatchPart | None = None) -> LogitsProcessorList:
-    """Make the processors that `describe_processors` was given; for a part of their batch, if one is given.
+def build_processors(specs: Iterable[ProcessorSpec], rows: BatchRows | None = None) -> LogitsProcessorList:
+    """Make the processors that `describe_processors` was given; for some ``rows`` of their batch, if they are given.
 
     Raises ProtocolError if something else was described.
     """
     try:
-        return LogitsProcessorList([_build(spec, part) for spec in specs])
+        return LogitsProcessorList([_build(spec, rows) for spec in specs])
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ProtocolError(f"logits processors arrived that can't be made: {error!r}") from error
 
@@ -109,7 +109,7 @@ def _describe_tensor(value: Tensor) -> TensorData:
     return TensorData(str(value.dtype).removeprefix("torch."), tuple(value.shape), tuple(value.flatten().tolist()))
 
 
-def _build(spec: ProcessorSpec, part: BatchPart | None) -> LogitsProcessor:
+def _build(spec: ProcessorSpec, rows: BatchRows | None) -> LogitsProcessor:
     names = _ATTRIBUTES[spec.kind]
     processor: LogitsProcessor = object.__new__(getattr(logits_process, spec.kind))
     if names == ("sequence_bias",):
@@ -118,15 +118,15 @@ def _build(spec: ProcessorSpec, part: BatchPart | None) -> LogitsProcessor:
         sequences = [tuple(next(left) for _ in range(length)) for length in lengths]  # type: ignore[arg-type]
         state: dict[str, Any] = {"sequence_bias": dict(zip(sequences, biases, strict=True)), **_DERIVED}
     else:
-        state = {name: _built(name, value, part) for name, value in zip(names, spec.values, strict=True)}
+        state = {name: _built(name, value, rows) for name, value in zip(names, spec.values, strict=True)}
     vars(processor).update(state)
     return processor
 
 
-def _built(name: str, value: Number | TensorData | None, part: BatchPart | None) -> Number | Tensor | None:
+def _built(name: str, value: Number | TensorData | None, rows: BatchRows | None) -> Number | Tensor | None:
     if not isinstance(value, TensorData):
         return value
     tensor = torch.tensor(value.values, dtype=_DTYPE_NAMES[value.dtype]).reshape(value.shape)
-    if part is None or name not in _BY_ROW:
+    if rows is None or name not in _BY_ROW:
         return tensor
-    return tensor.repeat_interleave(part.num_rows // len(tensor), dim=0)[part.first : part.stop]
+    return tensor.repeat_interleave(rows.num_rows // len(tensor), dim=0)[rows.first : rows.stop]

@@ -45,8 +45,8 @@ class TokenRun:
             raise ProtocolError(
                 f"a run of {count_text(rows, 'row')} begins with ids {list(self._ids.shape)} of {self._ids.dtype}"
             )
-        self._processors = build_processors(begin.processors, begin.part)
-        self._draws = Draws(_read_generator(left.pop()), begin.part) if begin.samples else None
+        self._processors = build_processors(begin.processors, begin.rows)
+        self._draws = Draws(_read_generator(left.pop()), begin.rows) if begin.samples else None
         self._unfinished = torch.tensor(begin.unfinished, dtype=torch.long)
         self._eos = torch.tensor(begin.eos_token_ids, dtype=torch.long)
 
@@ -70,7 +70,7 @@ class TokenRun:
         if len(self._eos):
             tokens = tokens * self._unfinished + self._begin.pad_token_id * (1 - self._unfinished)
             self._unfinished = self._unfinished & ~torch.isin(tokens, self._eos)
-            if not self._unfinished.any() and self._begin.part is None:  # other rows of the batch go on
+            if not self._unfinished.any() and self._begin.rows is None:  # other rows of the batch go on
                 self.num_left = 0
         if self._begin.processors:
             self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)

@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from lingualinked.model.sampling.choosing import Draws, choose_tokens, skip_draws
-from lingualinked.model.sampling.processor_data import BatchPart
+from lingualinked.model.sampling.processor_data import BatchRows
 
 IDS = torch.zeros(6, 1, dtype=torch.long)
 
@@ -33,11 +33,11 @@ def test_sampled_tokens_are_those_of_torch(rows: int) -> None:
 
 def test_parts_of_a_batch_get_the_tokens_of_the_whole() -> None:
     whole, none = Draws(torch.Generator().manual_seed(9)), LogitsProcessorList()
-    parts = [Draws(torch.Generator().manual_seed(9), BatchPart(*each, 6)) for each in ((0, 1), (1, 4), (4, 6))]
+    parts = [Draws(torch.Generator().manual_seed(9), BatchRows(*each, 6)) for each in ((0, 1), (1, 4), (4, 6))]
     for _ in range(3):
         expected = choose_tokens(logits(), IDS, none, whole)
         chosen = [
-            choose_tokens(logits()[part.part.first : part.part.stop], IDS, none, part)  # type: ignore[union-attr]
+            choose_tokens(logits()[part.rows.first : part.rows.stop], IDS, none, part)  # type: ignore[union-attr]
             for part in parts
         ]
         assert torch.equal(torch.cat(chosen), expected)

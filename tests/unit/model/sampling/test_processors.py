@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.sampling.processor_data import BatchPart, ProcessorSpec
+from lingualinked.model.sampling.processor_data import BatchRows, ProcessorSpec
 from lingualinked.model.sampling.processors import _ATTRIBUTES, build_processors, describe_processors
 
 EOS = torch.tensor([2, 5])
@@ -82,14 +82,14 @@ def test_one_that_has_been_used_is_described_alike(name: str) -> None:
 @pytest.mark.parametrize("name", _ATTRIBUTES)
 def test_a_part_of_the_batch_has_its_own_rows(name: str) -> None:
     specs = describe_processors([make(name)])
-    part = build_processors(specs or (), BatchPart(1, 3, 3))
+    part = build_processors(specs or (), BatchRows(1, 3, 3))
     assert torch.equal(scores_of(part, rows=slice(1, 3)), scores_of([make(name)])[1:])
 
 
 def test_rows_of_one_prompt_share_its_ids() -> None:
     """As with ``num_return_sequences=2``: the processor knows prompts, and there are two rows of each."""
     specs = describe_processors([make("EncoderRepetitionPenaltyLogitsProcessor")])
-    (processor,) = build_processors(specs or (), BatchPart(1, 4, 6))
+    (processor,) = build_processors(specs or (), BatchRows(1, 4, 6))
     assert torch.equal(processor.encoder_input_ids, IDS[[0, 1, 1]])
 
 
