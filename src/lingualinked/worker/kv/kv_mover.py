@@ -106,10 +106,10 @@ class KVMover:
             for index, place in enumerate(chunk.slices)
         ]
         if not self._stages.has_ended(chunk.model, chunk.session):
-            hosted.write_kv(chunk.session, pieces, chunk.max_cache_len)
+            hosted.arriving.write_kv(chunk.session, pieces, chunk.max_cache_len)
             if chunk.state is not None:
                 context = StepContext(tensors[-1] if has_mask else None, chunk.state.num_tokens)
-                hosted.record_state(chunk.session, context, chunk.state)
+                hosted.arriving.record_state(chunk.session, context, chunk.state)
         # 3) after the last chunk, tell the caller
         if not chunk.is_last:
             return None

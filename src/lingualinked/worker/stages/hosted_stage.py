@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-import msgspec
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
@@ -24,18 +23,16 @@ from lingualinked.model.stages.autograd_graph import AutogradGraph
 from lingualinked.model.stages.layer_skips import NO_SKIPS
 from lingualinked.model.stages.stage import Stage
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput
-from lingualinked.protocol.moving import JoinedRows, SessionState
+from lingualinked.protocol.moving import JoinedRows
 from lingualinked.protocol.steps import Step
 from lingualinked.quantities import count_text
 from lingualinked.telemetry.reports import StageSnapshot
 from lingualinked.worker.hooks.kept_graphs import KeptGraphs, new_graph
-from lingualinked.worker.kv.kv_copy import Piece, write_pieces
 from lingualinked.worker.process.limits import spare_bytes
+from lingualinked.worker.stages.arriving_sessions import ArrivingSessions, check_room
 from lingualinked.worker.stages.hosted_session import HostedSession, edit_kv, join_rows, reorder_rows
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.step_tensors import split_tensors
-
-_MAX_INCOMING = 1 << 16
 
 Pause = Callable[[ModuleCall, AutogradGraph | None], tuple[HookPoint, ...] | None]
 """Waits until the hooks of a module have run; returns the hooked modules from now on, if they have changed."""
@@ -55,7 +52,9 @@ class HostedStage:
         self.sent_bytes = 0
         self.sessions: dict[int, HostedSession] = {}
         self.graphs = KeptGraphs(str(stage.device))
-        self._incoming: dict[int, HostedSession] = {}
+        # Made without this object, which would else be freed by the collector alone, with the stage's weights.
+        self._new_cache = functools.partial(_make_cache, stage)
+        self.arriving = ArrivingSessions(self._new_cache, max_kv_tokens)
         self._num_steps = 0
         self._compute_s = 0.0
 
@@ -162,7 +161,7 @@ class HostedStage:
         What a later session can use is kept, unless this one has moved, and its stage is about to be freed.
         """
         ended = self.sessions.pop(session, None)
-        self._incoming.pop(session, None)
+        self.arriving.sessions.pop(session, None)
         if ended is not None and ended.cache is not None and not moved:
             self.stage.graphs.keep(ended.cache, self._room())
 
@@ -174,54 +173,13 @@ class HostedStage:
         """Return the tokens, in all rows, that sessions hold or are about to."""
         return sum(each.num_rows * each.num_tokens for each in self.sessions.values())
 
-    def write_kv(self, session: int, pieces: Sequence[Piece], max_cache_len: int = 0) -> None:
-        """Write KV of a session that still runs elsewhere, in a KV cache of `max_cache_len` tokens per row; 0: one that grows.
-
-        Raises ProtocolError if the pieces don't fit those before, or belong to layers that the stage does not hold.
-        """
-        if session not in self._incoming:
-            if len(self._incoming) >= _MAX_INCOMING:
-                raise ProtocolError(f"more than {_MAX_INCOMING} sessions move here at once")
-            self._incoming[session] = HostedSession(self._new_cache(max_cache_len), StepContext())
-        incoming = self._incoming[session]
-        cache = incoming.cache
-        assert cache is not None
-        if cache.max_cache_len != max_cache_len:
-            raise ProtocolError(
-                f"KV arrived for a KV cache of max_cache_len={max_cache_len}, and before for one of {cache.max_cache_len}"
-            )
-        fitting = []
-        for piece in pieces:
-            place, num_rows = piece.place, len(piece.keys)
-            if place.slot not in cache.owned:
-                raise ProtocolError(f"KV arrived for layer slot {place.slot}, which this stage does not hold")
-            self._check_incoming(incoming, num_rows, max_cache_len or place.position + piece.keys.shape[2])
-            if self._max_kv_tokens is not None:
-                room = self._max_kv_tokens // max(1, num_rows) + 1
-                place = msgspec.structs.replace(place, capacity=min(place.capacity, room))
-            fitting.append(dataclasses.replace(piece, place=place))
-        write_pieces(fitting, cache)
-
-    def record_state(self, session: int, context: StepContext, state: SessionState) -> None:
-        """Record the state, apart from KV, of a session that moves here."""
-        incoming = self._incoming[session]
-        incoming.context, incoming.number = context, state.number
-        assert incoming.cache is not None
-        incoming.cache.record_past(state.records_past)
-        incoming.cache.reserve(state.reserved_tokens)
-        incoming.cache.arriving_lags = state.lags
-
-    def is_receiving(self, session: int) -> bool:
-        """Return whether KV has arrived of a session that still runs elsewhere."""
-        return session in self._incoming
-
     def adopt_session(self, session: int, others: Iterable[HostedSession]) -> None:
         """Run a session here from now on, with the KV that has arrived and that of `others`, its states in other stages here.
 
         Raises ProtocolError if some of its KV is missing.
         """
         others = list(others)
-        arrived = self._incoming.pop(session, None)
+        arrived = self.arriving.sessions.pop(session, None)
         known = others[0] if others else arrived
         assert known is not None
         assert known.cache is not None
@@ -239,7 +197,7 @@ class HostedStage:
 
     def drop_moves(self) -> None:
         """Drop all copies of KV in progress, to here and from here."""
-        self._incoming.clear()
+        self.arriving.sessions.clear()
         for session in self.sessions.values():
             session.copies.clear()
 
@@ -263,11 +221,8 @@ class HostedStage:
             sent_bytes=self.sent_bytes,
         )
 
-    def _new_cache(self, max_cache_len: int) -> StageCache:
-        return self.stage.new_cache(functools.partial(spare_bytes, str(self.stage.device)), max_cache_len)
-
     def _kv_bytes(self) -> int:
-        held = (*self.sessions.values(), *self._incoming.values())
+        held = (*self.sessions.values(), *self.arriving.sessions.values())
         return sum(session.cache.nbytes for session in held if session.cache is not None)
 
     def _open_cache(self, num_rows: int, max_cache_len: int) -> StageCache:
@@ -315,24 +270,8 @@ class HostedStage:
         idle = self.stage.graphs.idle
         if idle and sum(each.size for each in idle) > self._max_kv_tokens - num_held:
             idle.clear()
-        self._check_room(num_held)
+        check_room(num_held, self._max_kv_tokens)
         return num_held
-
-    def _check_incoming(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
-        """Check the budget of the sessions that move here, and record the size of this one's KV."""
-        self._check_room(num_rows * num_tokens)
-        num_tokens = max(num_tokens, session.num_tokens)
-        others = sum(each.num_rows * each.num_tokens for each in self._incoming.values() if each is not session)
-        # Twice the budget: KV that came in advance may be of sessions that have since ended, or been cropped, elsewhere.
-        self._check_room((others + num_rows * num_tokens) // 2)
-        session.num_rows, session.num_tokens = num_rows, num_tokens
-
-    def _check_room(self, num_tokens: int) -> None:
-        """Raise ProtocolError if KV, in all rows, exceeds the caller's budget."""
-        if self._max_kv_tokens is not None and num_tokens > self._max_kv_tokens:
-            raise ProtocolError(
-                f"KV of {count_text(num_tokens, 'token')} in all rows exceeds max_kv_tokens={self._max_kv_tokens}"
-            )
 
     def _compute(
         self,
@@ -388,3 +327,7 @@ class HostedStage:
             ),
             session.cache,
         )
+
+
+def _make_cache(stage: Stage, max_cache_len: int) -> StageCache:
+    return stage.new_cache(functools.partial(spare_bytes, str(stage.device)), max_cache_len)

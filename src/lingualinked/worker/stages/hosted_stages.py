@@ -198,7 +198,7 @@ class HostedStages:
         )
         if is_elsewhere and number == 0:
             raise ProtocolError(f"the first step arrived of session {session}, which runs under another plan version")
-        return not is_elsewhere and not hosted.is_receiving(session)
+        return not is_elsewhere and session not in hosted.arriving
 
     def move_session(self, model: int, session: int, plan_version: int) -> None:
         """Run a session under a plan version from now on; does nothing if it already does.
@@ -217,7 +217,7 @@ class HostedStages:
             if (
                 key.plan_version == plan_version
                 and session not in hosted.sessions
-                and (leaving or hosted.is_receiving(session))
+                and (leaving or session in hosted.arriving)
             ):
                 hosted.adopt_session(session, leaving)
         # 4) free it in the others

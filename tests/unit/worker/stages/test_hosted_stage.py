@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -188,9 +189,17 @@ def piece(rows: tuple[int, ...] | None, num_rows: int, tokens: int, *, position:
     return Piece(place=place, keys=states, values=states)
 
 
+def test_a_stage_out_of_service_is_freed_at_once_and_not_by_the_collector() -> None:
+    hosted = hosted_stage()
+    hosted.arriving.write_kv(1, [piece(None, 2, 3)])
+    freed: list[weakref.ref[Any]] = [weakref.ref(hosted), weakref.ref(hosted.stage)]
+    del hosted
+    assert [each() for each in freed] == [None, None]
+
+
 def test_an_order_of_more_rows_than_are_held_is_refused() -> None:
     hosted = hosted_stage()
-    hosted.write_kv(1, [piece(None, 2, 3)])
+    hosted.arriving.write_kv(1, [piece(None, 2, 3)])
     for wrong in (
         piece((0,) * 100_000, 1, 0, position=3),
         piece((0,) * 100_000, 100_000, 0, position=3),
@@ -199,27 +208,27 @@ def test_an_order_of_more_rows_than_are_held_is_refused() -> None:
         piece((-1, 0), 2, 1, position=3),
     ):
         with pytest.raises(ProtocolError, match="order of"):
-            hosted.write_kv(1, [wrong])
-    hosted.write_kv(1, [piece((1, 0), 2, 1, position=3)])
+            hosted.arriving.write_kv(1, [wrong])
+    hosted.arriving.write_kv(1, [piece((1, 0), 2, 1, position=3)])
 
 
 def test_keys_and_values_are_of_the_same_tokens() -> None:
     good = piece(None, 2, 3)
     with pytest.raises(ProtocolError, match="different tokens"):
-        hosted_stage().write_kv(1, [Piece(good.place, good.keys, good.values[:1])])
+        hosted_stage().arriving.write_kv(1, [Piece(good.place, good.keys, good.values[:1])])
 
 
 def test_kv_from_elsewhere_counts_too() -> None:
     hosted = hosted_stage(max_kv_tokens=10)
     with pytest.raises(ProtocolError, match="max_kv_tokens=10"):
-        hosted.write_kv(1, [piece(None, 4, 3)])
-    hosted.write_kv(1, [piece(None, 2, 5, capacity=10**9)])  # room is made for what it may hold
-    hosted.write_kv(2, [piece(None, 1, 10)])
+        hosted.arriving.write_kv(1, [piece(None, 4, 3)])
+    hosted.arriving.write_kv(1, [piece(None, 2, 5, capacity=10**9)])  # room is made for what it may hold
+    hosted.arriving.write_kv(2, [piece(None, 1, 10)])
     with pytest.raises(ProtocolError, match="max_kv_tokens=10"):  # more than fits beside the others
-        hosted.write_kv(3, [piece(None, 1, 2)])
+        hosted.arriving.write_kv(3, [piece(None, 1, 2)])
     hosted.end_session(2)
-    hosted.write_kv(3, [piece(None, 1, 10)])
-    arriving = hosted._incoming[1].cache
+    hosted.arriving.write_kv(3, [piece(None, 1, 10)])
+    arriving = hosted.arriving.sessions[1].cache
     assert arriving is not None
     assert arriving.owned[0].capacity <= 64
 
@@ -227,12 +236,12 @@ def test_kv_from_elsewhere_counts_too() -> None:
 def test_kv_from_elsewhere_knows_its_length() -> None:
     hosted = hosted_stage(max_kv_tokens=40)
     with pytest.raises(ProtocolError, match="42 tokens in all rows exceeds max_kv_tokens=40"):
-        hosted.write_kv(1, [piece(None, 2, 3)], 21)
+        hosted.arriving.write_kv(1, [piece(None, 2, 3)], 21)
     hosted.end_session(1)
-    hosted.write_kv(1, [piece(None, 2, 3)], 20)
+    hosted.arriving.write_kv(1, [piece(None, 2, 3)], 20)
     with pytest.raises(ProtocolError, match="max_cache_len=0, and before for one of 20"):
-        hosted.write_kv(1, [piece(None, 2, 3, position=3)])
-    arriving = hosted._incoming[1].cache
+        hosted.arriving.write_kv(1, [piece(None, 2, 3, position=3)])
+    arriving = hosted.arriving.sessions[1].cache
     assert arriving is not None
     assert (arriving.max_cache_len, arriving.owned[0].capacity, arriving.owned[0].stop) == (20, 20, 3)
 
@@ -244,15 +253,15 @@ def test_where_rows_become_more_all_is_sent_anew() -> None:
         layer.update(states, states)
     cache.advance(3)
     copy, receiver = KVCopy(cache, [0, 1]), hosted_stage()
-    receiver.write_kv(1, copy.next_pieces(1 << 20)[0])
+    receiver.arriving.write_kv(1, copy.next_pieces(1 << 20)[0])
     rows = torch.tensor([1, 0, 1])
     cache.reorder(rows)
     copy.record_reorder(rows)
     pieces, is_last = copy.next_pieces(1 << 20)
     assert is_last
     assert [each.place.rows for each in pieces] == [None, None]
-    receiver.write_kv(1, pieces)
-    arrived = receiver._incoming[1].cache
+    receiver.arriving.write_kv(1, pieces)
+    arrived = receiver.arriving.sessions[1].cache
     assert arrived is not None
     for slot, layer in cache.owned.items():
         assert torch.equal(arrived.owned[slot].read_tokens(0, 3)[0], layer.read_tokens(0, 3)[0])
