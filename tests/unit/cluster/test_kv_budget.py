@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import random
 
 import pytest
 
@@ -132,3 +134,36 @@ def test_what_is_only_kept_is_given_up_before_a_session_is_refused() -> None:
     assert keeper.num_told == 2  # for it held nothing
     budget.release(5)
     assert budget.make_room(3)
+
+
+def test_what_others_hold_is_what_the_sessions_add_up_to() -> None:
+    """After any calls, in any order; of what a session holds and has reserved, the larger number counts."""
+    rng = random.Random(0)
+    budget = KVBudget(200)
+    held: dict[int, int] = {}
+    reserved: dict[int, int] = {}
+    for _ in range(2000):
+        session, num_tokens = rng.randrange(8), rng.randrange(60)
+        kind = rng.randrange(5)
+        if kind == 0 and budget.reserve(session, num_tokens):
+            reserved[session] = num_tokens
+        elif kind == 1:
+            budget.release(session)
+            held.pop(session, None)
+            reserved.pop(session, None)
+        elif kind == 2:
+            budget.release(8)  # what is joined is a new session
+            held.pop(8, None)
+            budget.join([session, (session + 1) % 8], 8)
+            held[8] = sum(held.pop(each, 0) for each in (session, (session + 1) % 8))
+        elif kind == 3:
+            wanted = {each: rng.randrange(40) for each in rng.sample(range(8), 3)}
+            with contextlib.suppress(ll.KVCapacityError):
+                budget.hold_all(wanted)
+                held.update(wanted)
+        else:
+            with contextlib.suppress(ll.KVCapacityError):
+                budget.hold(session, num_tokens)
+                held[session] = num_tokens
+        counted = sum(max(held.get(each, 0), reserved.get(each, 0)) for each in range(10))
+        assert budget.free_share == pytest.approx(1 - counted / 200)

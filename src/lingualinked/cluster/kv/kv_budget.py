@@ -33,6 +33,7 @@ class KVBudget:
         self.max_tokens = max_tokens
         self._held: dict[int, int] = {}
         self._reserved: dict[int, int] = {}
+        self._num_counted = 0  # row-tokens that all sessions hold or have reserved, of each the larger number
         self._users: weakref.WeakSet[BudgetUser] = weakref.WeakSet()
         self._lock = threading.RLock()  # a finalizer releases, and may run in the middle of a hold
 
@@ -53,7 +54,8 @@ class KVBudget:
         if self.max_tokens is None:
             return
         if num_tokens <= self._reserved.get(session, 0):
-            self._held[session] = num_tokens
+            with self._lock:
+                self._set(session, self._held, num_tokens)
         elif not self._change(session, self._held, num_tokens):
             raise KVCapacityError(
                 f"KV budget out of memory. {count_text(num_tokens, 'token')} of KV for this session and {self._others(session):,} of "
@@ -90,15 +92,16 @@ class KVBudget:
                 self.hold(session, num_tokens)
         except KVCapacityError:
             with self._lock:
-                self._held.update(before)
+                for session, num_tokens in before.items():
+                    self._set(session, self._held, num_tokens)
             raise
 
     def join(self, sessions: Iterable[int], joined: int) -> None:
         """Let a session hold in place of others what they hold."""
         with self._lock:
-            held = [self._held.pop(session) for session in sessions if session in self._held]
+            held = [self._remove(session, self._held) for session in sessions if session in self._held]
             if held:
-                self._held[joined] = sum(held)
+                self._set(joined, self._held, sum(held))
 
     def hold_as_much(self, session: int, other: int) -> None:
         """Let a session hold as much as another does."""
@@ -107,7 +110,7 @@ class KVBudget:
     def release(self, session: int) -> None:
         """Give back what a session holds."""
         with self._lock:
-            held = self._held.pop(session, 0), self._reserved.pop(session, 0)
+            held = self._remove(session, self._held), self._remove(session, self._reserved)
         if any(held):
             self._tell_of_room()
 
@@ -119,9 +122,9 @@ class KVBudget:
         """Change what a session holds or has reserved if there is room, or once others have given up what they keep."""
         while True:
             with self._lock:
-                counted = max(self._held.get(session, 0), self._reserved.get(session, 0))
-                if num_tokens <= counted or not self._others(session) + num_tokens > (self.max_tokens or 0):
-                    numbers[session] = num_tokens
+                counted, others = self._counted(session), self._others(session)
+                if num_tokens <= counted or not others + num_tokens > (self.max_tokens or 0):
+                    self._set(session, numbers, num_tokens)
                     return True
             # Without the lock: whoever gives up has one of its own.
             if not any(user.give_up_one() for user in [*self._users]):
@@ -130,7 +133,22 @@ class KVBudget:
     def _others(self, session: int) -> int:
         """Row-tokens that all other sessions hold or have reserved; a finalizer may release some at any moment."""
         with self._lock:
-            held = {**self._reserved}
-            for other, num_tokens in self._held.items():
-                held[other] = max(num_tokens, held.get(other, 0))
-            return sum(num_tokens for other, num_tokens in held.items() if other != session)
+            return self._num_counted - self._counted(session)
+
+    def _counted(self, session: int) -> int:
+        return max(self._held.get(session, 0), self._reserved.get(session, 0))
+
+    def _set(self, session: int, numbers: dict[int, int], num_tokens: int) -> None:
+        """Set a number of one session, with the lock."""
+        before = self._counted(session)
+        numbers[session] = num_tokens
+        added = self._counted(session) - before  # before the sum is read, which a finalizer may change in between
+        self._num_counted += added
+
+    def _remove(self, session: int, numbers: dict[int, int]) -> int:
+        """Remove a number of one session, with the lock; return it, or 0."""
+        before = self._counted(session)
+        num_tokens = numbers.pop(session, 0)
+        removed = before - self._counted(session)
+        self._num_counted -= removed
+        return num_tokens
