@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -215,8 +216,48 @@ def test_a_manager_may_be_kept(place: Callable[..., Any], tiny_llama: str, unsha
     assert tokens(model.generate_batch(prompts)) == tokens(first) == [alone(unsharded, each) for each in prompts]
     model.generate_batch(prompts, persistent_manager=True)
     assert model.init_continuous_batching() is kept
+    # other settings have their effect, and leave the kept one as it is
+    longer = GenerationConfig(max_new_tokens=14, do_sample=False, eos_token_id=2, pad_token_id=0)
+    expected = [alone(unsharded, each, 14) for each in prompts]
+    assert tokens(model.generate_batch(prompts, longer)) == expected
+    assert model.init_continuous_batching(GREEDY, ContinuousBatchingConfig()) is kept
+    assert model.init_continuous_batching(GREEDY, SMALL) is not kept
+    assert tokens(model.generate_batch(prompts, longer, persistent_manager=True)) == expected
+    assert model.init_continuous_batching(longer) is model.init_continuous_batching() is not kept
     model.destroy_cached_continuous_batching_manager()
     assert model.init_continuous_batching() is not kept
+
+
+def test_a_step_that_fails_as_a_whole_fails_its_requests_alone(
+    place: Callable[..., Any], tiny_llama: str, unsharded: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in a worker, and one that the caller can't send; others go on with the KV that they have."""
+    model, prompts = place(tiny_llama, SPANS), make_prompts(16)
+    steps, sent = model._pipeline.packed_steps, []
+    start, make_step = steps.start, steps._make_step
+
+    def start_some(parts: Any, adapters: Any = None) -> Any:
+        sent.append({part.session for part in parts})
+        if len(sent) == 14:
+            raise ll.StepTimeoutError("the sessions of a packed step have no common route")
+        return start(parts, adapters)
+
+    def make_some(*args: Any) -> Any:
+        step = make_step(*args)
+        return msgspec.structs.replace(step, torch_settings=(("unknown", True),)) if len(sent) == 5 else step
+
+    monkeypatch.setattr(steps, "start", start_some)
+    monkeypatch.setattr(steps, "_make_step", make_some)
+    limits = ContinuousBatchingConfig(max_requests_per_batch=3)
+    outputs = [*model.generate_batch(prompts, GREEDY, limits).values()]
+    errors = [output.error for output in outputs if output.error]
+    assert sent[4].isdisjoint(sent[13])
+    assert sum("no common route" in error for error in errors) == len(sent[13])
+    assert sum("WorkerError" in error for error in errors) == len(sent[4])
+    assert len(errors) == len(sent[4]) + len(sent[13]) < len(prompts)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.error or output.generated_tokens == alone(unsharded, prompt)
+    wait_until(lambda: num_sessions(model) == [0, 0])
 
 
 def test_common_beginnings_are_copied(place: Callable[..., Any], tiny_llama: str, unsharded: PreTrainedModel) -> None:

@@ -57,7 +57,8 @@ class BatchedGeneration:
         Returns
         -------
         ContinuousBatchingManager
-            Transformers' manager, for this model: the one that was kept by ``stop(keep_for_next_session=True)``, if there is one.
+            Transformers' manager, for this model: the one that was kept by ``stop(keep_for_next_session=True)``, if there is one, and
+            it was made with the configs given here; a config of ``None`` fits any.
 
         Raises
         ------
@@ -71,7 +72,9 @@ class BatchedGeneration:
         """
         check_classes(generation_config, continuous_batching_config)
         kept = vars(self).get("_cached_continuous_batching_manager")
-        if isinstance(kept, ShardedBatchingManager):
+        if isinstance(kept, ShardedBatchingManager) and kept.was_made_with(
+            generation_config, continuous_batching_config
+        ):
             return kept
         generation = self.generation_config if generation_config is None else generation_config
         if generation.eos_token_id is None:
@@ -105,7 +108,7 @@ class BatchedGeneration:
         timeout : float or None
             For how many seconds at most; ``None``: until all requests have ended.
         persistent_manager : bool
-            Whether to keep the manager for the next call.
+            Whether to keep the manager for later calls with the same configs, or without any.
         warmup : bool
             Without effect: there is nothing to warm up.
 

@@ -5,6 +5,7 @@ Knows transformers' manager and the thread that the loop runs in; scheduling and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import threading
@@ -50,6 +51,7 @@ class ShardedBatchingManager(ContinuousBatchingManager):
         continuous_batching_config: ContinuousBatchingConfig,
         workload_hints: WorkloadHints | None = None,
     ) -> None:
+        self._made_with = _describe(generation_config), dataclasses.asdict(continuous_batching_config)
         check_config(continuous_batching_config)
         check_generation(generation_config)
         check_model(model)
@@ -69,6 +71,13 @@ class ShardedBatchingManager(ContinuousBatchingManager):
             seed = continuous_batching_config.seed
             seed = int(torch.randint(0, 2**32 - 1, (1,))) if seed is None else seed
         self._chooser = Chooser(self.logit_processor, seed, logprobs=continuous_batching_config.return_logprobs)
+
+    def was_made_with(self, generation: GenerationConfig | None, config: ContinuousBatchingConfig | None) -> bool:
+        """Return whether configs say what those said that it was made with; ``None`` says nothing."""
+        own_generation, own_config = self._made_with
+        return (generation is None or _describe(generation) == own_generation) and (
+            config is None or dataclasses.asdict(config) == own_config
+        )
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Do nothing: the stages run packed steps with the attention that the model was loaded with."""
@@ -238,6 +247,11 @@ class ShardedBatchingManager(ContinuousBatchingManager):
 
 
 _STOPPED = "the manager was stopped before this request had ended"
+
+
+def _describe(generation: GenerationConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = generation.to_dict()
+    return {**settings, "eos_token_id": -1 if generation.eos_token_id is None else generation.eos_token_id}
 
 
 def _serve(manager: weakref.ref[ShardedBatchingManager], batch: RunningBatch, wake: Wake) -> None:

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from lingualinked.cluster.packed.packed_flight import PackedPart
-from lingualinked.errors import ArgumentError, DeviceMemoryError, KVCapacityError, LingualinkedError
+from lingualinked.cluster.packed.packed_reply import PartReply
+from lingualinked.errors import (
+    ArgumentError,
+    ClosedError,
+    DeviceMemoryError,
+    KVCapacityError,
+    LingualinkedError,
+    WorkerDiedError,
+)
 from lingualinked.quantities import count_text
 from lingualinked.sharded.batching.events import Admitted, Copy, Failed, Instruction, Outcome, Part, Request, Run
 from lingualinked.sharded.batching.kv_copier import KVCopier
@@ -24,7 +32,6 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
     from lingualinked.cluster.packed.packed_flight import PackedFlight
-    from lingualinked.cluster.packed.packed_reply import PartReply
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.model.adapters.adapter_data import AdapterUse
     from lingualinked.sharded.batching.choosing import Choice, Chooser
@@ -70,7 +77,7 @@ class RunningBatch:
         self._scheduler = Scheduler(settings.limits, self._rooms)
         self._copier = KVCopier()
         self._served: dict[str, _Served] = {}
-        self._flights: dict[int, tuple[tuple[Part, ...], PackedFlight]] = {}
+        self._flights: dict[int, tuple[tuple[Part, ...], PackedFlight | None]] = {}  # None: it could not start
         self._ended: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     @property
@@ -172,20 +179,35 @@ class RunningBatch:
             )
             for part in parts
         ]
-        flight = self._pipeline.packed_steps.start(packed, self._adapters())
+        flight: PackedFlight | None = None
+        replies: Sequence[PartReply] = ()
+        try:
+            flight = self._pipeline.packed_steps.start(packed, self._adapters())
+        except LingualinkedError as error:
+            replies = _fail_parts(parts, error)
         self._flights[number] = parts, flight
         ended, wake = self._ended, self._wake
 
         def tell(_: object) -> None:
-            ended.put(lambda: self._end_step(number))
+            ended.put(lambda: self._end_step(number, replies))
             wake.set()
 
-        flight.future.add_done_callback(tell)
+        if flight is None:
+            tell(None)
+        else:
+            flight.future.add_done_callback(tell)
 
-    def _end_step(self, number: int) -> None:
-        """Record the tokens of a step, and deliver the outputs of requests that end or stream with them."""
+    def _end_step(self, number: int, replies: Sequence[PartReply]) -> None:
+        """Record the tokens of a step, and deliver the outputs of requests that end or stream with them.
+
+        Without `replies`, they are those of the flight. If it has failed as a whole, its requests fail, and others go on.
+        """
         parts, flight = self._flights.pop(number)
-        replies = flight.result()
+        if flight is not None:
+            try:
+                replies = flight.result()
+            except LingualinkedError as error:
+                replies = _fail_parts(parts, error)
         outcomes = {part.key: self._read(part, reply) for part, reply in zip(parts, replies, strict=True)}
         self._scheduler.end_step(number, outcomes)
         for part in parts:
@@ -250,3 +272,10 @@ def _child(state: RequestState, index: int) -> RequestState:
         initial_tokens=state.initial_tokens,
         **{**state.get_request_config(), "num_children": 0},
     )
+
+
+def _fail_parts(parts: tuple[Part, ...], error: LingualinkedError) -> tuple[PartReply, ...]:
+    """Return a failure of each part of a step that has failed as a whole; raise an error that leaves no request its KV."""
+    if isinstance(error, ClosedError | WorkerDiedError):
+        raise error
+    return (PartReply(error=error),) * len(parts)
