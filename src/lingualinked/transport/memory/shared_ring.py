@@ -81,6 +81,7 @@ class RingWriter:
 
     def __init__(self, peer: str, capacity: int = RING_BYTES, kept_bytes: int = KEPT_RING_BYTES) -> None:
         self._peer = peer  # for the log
+        self.num_written_bytes = 0  # of all tensors so far
         self._end = _FIRST_OFFSET + capacity
         self._kept_end = min(_FIRST_OFFSET + kept_bytes, self._end)
         self._file: int | None = None
@@ -110,6 +111,7 @@ class RingWriter:
         # What sends the message orders these writes before it: locks of libzmq and of the kernel.
         receipt = self._next_receipt()
         self._unread.append(_Unread(receipt, start, start + num_bytes))
+        self.num_written_bytes += sum(tensor.nbytes for tensor in tensors)
         return Place(self._token, start, receipt)
 
     def return_memory(self) -> None:

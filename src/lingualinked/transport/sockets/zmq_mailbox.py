@@ -26,7 +26,7 @@ from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 from lingualinked.transport.wire.codec import (
     Limits,
     MalformedError,
-    count_shared_bytes,
+    SpareTensor,
     decode_message,
     encode_message,
 )
@@ -105,6 +105,7 @@ class ZmqMailbox(Mailbox):
         except BaseException:
             self.close()
             raise
+        self._spare = SpareTensor()
         self._inbox = self._sockets.inbox
         self._waker = self._sockets.waker
         self._inbox_item: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._inbox, zmq.POLLIN)]
@@ -119,7 +120,9 @@ class ZmqMailbox(Mailbox):
     def send(self, name: str, payload: bytes, tensors: Sequence[Tensor] = ()) -> int:  # noqa: D102
         self._check_peer(name)
         began_s = time.perf_counter()
-        frames = encode_message(payload, tensors, self._limits, self._links.get(name), self._rings.writers.get(name))
+        ring = self._rings.writers.get(name)
+        num_before = 0 if ring is None else ring.num_written_bytes
+        frames = encode_message(payload, tensors, self._limits, self._links.get(name), ring)
         outbox = self._sockets.outboxes[name]
         try:
             # Copied, so that the caller may change the tensors. Measured: not copying gains nothing under CURVE.
@@ -134,7 +137,7 @@ class ZmqMailbox(Mailbox):
             self._connect(name, *self._peers[name])
             raise
         self.encode_s = time.perf_counter() - began_s
-        num_shared_bytes = count_shared_bytes(frames, tensors)
+        num_shared_bytes = 0 if ring is None else ring.num_written_bytes - num_before
         self.sent_shared_bytes += num_shared_bytes
         return sum(map(len, frames)) + num_shared_bytes
 
@@ -155,6 +158,7 @@ class ZmqMailbox(Mailbox):
             items = self._poll_items
             if self._sockets.connecting:
                 items = [*items, *((each.events, zmq.POLLIN) for each in self._sockets.connecting.values())]
+            self._spare.prepare()
             ready = zmq.zmq_poll(items, max(int(due_ms), 0) if due_ms < wait_ms else math.ceil(wait_ms))
             # 2) a wake-up comes first, then a delayed message that is due, then a new one
             if self._waker.clear() or self._has_awaited_connection():
@@ -251,7 +255,9 @@ class ZmqMailbox(Mailbox):
                 raise MalformedError(
                     "size", f"a message of {count_text(num_bytes, 'byte')} in {count_text(num_frames, 'frame')}"
                 )
-            message = decode_message([frame.buffer for frame in frames], self._limits, self._rings.readers.get(key))
+            message = decode_message(
+                [frame.buffer for frame in frames], self._limits, self._rings.readers.get(key), self._spare
+            )
         except MalformedError as error:
             self._refusals.add(sender, error.kind, error.detail)
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
@@ -125,6 +126,25 @@ class DecodedMessage(NamedTuple):
     shared_bytes: int = 0
 
 
+class SpareTensor:
+    """Memory for one more small tensor like the last one, made while nothing has come: that takes as long as the rest of decoding."""
+
+    def __init__(self) -> None:
+        self._last: list[int] = []  # its descriptor
+        self._tensor: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Make the next one, if it was used."""
+        if self._tensor is None and self._last:
+            self._tensor = _empty(self._last)
+
+    def pop(self, descriptor: list[int]) -> Tensor:
+        """Return memory for a tensor, which nothing else uses."""
+        tensor = self._tensor if descriptor == self._last else None
+        self._last, self._tensor = descriptor, None
+        return _empty(descriptor) if tensor is None else tensor
+
+
 def encode_message(
     payload: bytes,
     tensors: Sequence[Tensor],
@@ -139,12 +159,13 @@ def encode_message(
     """
     # 1) describe the tensors in frame 0, which holds those that are small, and refuse what exceeds the limits
     descriptors = [_describe(tensor) for tensor in tensors]
-    num_tensor_bytes = sum(tensor.nbytes for tensor in tensors)
-    data = _join_bytes(tensors) if num_tensor_bytes < MIN_SHARED_BYTES else b""
+    sizes = [_ITEM_SIZES[descriptor[0]] * math.prod(descriptor[1:]) for descriptor in descriptors]
+    num_tensor_bytes = sum(sizes)
+    data = b"".join(map(copy_bytes, tensors, sizes)) if num_tensor_bytes < MIN_SHARED_BYTES else b""
     head = _encode_head(payload, descriptors, data=data)
     if data and len(head) + _RING_HEAD_BYTES > limits.max_frame_bytes:
         data, head = b"", _encode_head(payload, descriptors)
-    num_bytes = _check_limits(len(head) - len(data), tensors, limits)
+    num_bytes = _check_limits(len(head) - len(data), descriptors, sizes, limits)
     # 2) put the bytes of large tensors into shared memory, or offer it
     place = offer = None
     is_large = num_tensor_bytes >= MIN_SHARED_BYTES and len(head) + _RING_HEAD_BYTES <= limits.max_frame_bytes
@@ -166,20 +187,17 @@ def encode_message(
     return frames
 
 
-def count_shared_bytes(frames: Sequence[Frame], tensors: Sequence[Tensor]) -> int:
-    """Return how many bytes of the tensors that were encoded as these frames are in shared memory."""
-    num_bytes = sum(tensor.nbytes for tensor in tensors)
-    return num_bytes if len(frames) == 1 and num_bytes >= MIN_SHARED_BYTES else 0
-
-
 def decode_message(
-    frames: Sequence[Frame], limits: Limits, rings: Mapping[bytes, RingReader] | None = None
+    frames: Sequence[Frame],
+    limits: Limits,
+    rings: Mapping[bytes, RingReader] | None = None,
+    spare: SpareTensor | None = None,
 ) -> DecodedMessage:
     """Decode the frames of one message, or raise MalformedError if they are not a valid one, or exceed the limits.
 
     The frames are not trusted: memory is allocated only after the descriptors have been found to match the bytes
     received. Memoryviews must be of unsigned bytes. The sender may have split tensors at another `max_frame_bytes`.
-    `rings` are those that this sender's tensors may be in, by token.
+    `rings` are those that this sender's tensors may be in, by token. A small tensor may get the memory that `spare` has.
     """
     # 1) check sizes and version before anything is decoded
     num_tensor_bytes = _check_sizes(frames, limits)
@@ -206,7 +224,7 @@ def decode_message(
     if envelope.place is not None:
         tensors = _read_place(envelope.place, rings or {}, descriptors, sizes, limits.max_message_bytes - len(head))
     elif data:
-        tensors = _split_bytes(data, descriptors, sizes)
+        tensors = _split_bytes(data, descriptors, sizes, spare or SpareTensor())
     else:
         tensors = tuple(_join(rest, descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True))
     if next(rest, None) is not None:
@@ -247,11 +265,11 @@ def _describe(tensor: Tensor) -> list[int]:
     return [code, *tensor.shape]
 
 
-def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits) -> int:
+def _check_limits(num_head_bytes: int, descriptors: list[list[int]], sizes: list[int], limits: Limits) -> int:
     """Refuse to send what a receiver would drop; otherwise return the bytes of all frames."""
-    if len(tensors) > MAX_NUM_TENSORS:
+    if len(sizes) > MAX_NUM_TENSORS:
         raise ProtocolError(
-            f"a message of {count_text(len(tensors), 'tensor')} exceeds the limit of {MAX_NUM_TENSORS}: send several"
+            f"a message of {count_text(len(sizes), 'tensor')} exceeds the limit of {MAX_NUM_TENSORS}: send several"
         )
     if num_head_bytes > limits.max_frame_bytes:
         raise ProtocolError(
@@ -259,14 +277,11 @@ def _check_limits(num_head_bytes: int, tensors: Sequence[Tensor], limits: Limits
             f"({bytes_text(limits.max_frame_bytes)}): send less at once, data as a tensor, or raise the limit on all sides"
         )
     num_bytes, num_frames = num_head_bytes, 1
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
+    for (code, *shape), size in zip(descriptors, sizes, strict=True):
         num_bytes += size
         num_frames += -(-size // limits.max_frame_bytes)
-        if not size and _num_bytes_at_least(tensor.shape, tensor.element_size()) > limits.max_message_bytes:
-            raise ProtocolError(
-                f"an empty tensor of shape {tuple(tensor.shape)} can't be sent: its dimensions are too large"
-            )
+        if not size and _num_bytes_at_least(shape, _ITEM_SIZES[code]) > limits.max_message_bytes:
+            raise ProtocolError(f"an empty tensor of shape {tuple(shape)} can't be sent: its dimensions are too large")
     if num_bytes > limits.max_message_bytes:
         raise ProtocolError(
             f"a message of {bytes_text(num_bytes, round_up=True)} exceeds max_message_bytes "
@@ -342,17 +357,11 @@ def _read_place(
     return tuple(map(_with_valid_bools, tensors))
 
 
-def _join_bytes(tensors: Sequence[Tensor]) -> bytes:
-    """Return the bytes of tensors, one after the other."""
-    parts = [copy_bytes(tensor) for tensor in tensors]
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _split_bytes(data: bytes, descriptors: list[list[int]], sizes: list[int]) -> tuple[Tensor, ...]:
+def _split_bytes(data: bytes, descriptors: list[list[int]], sizes: list[int], spare: SpareTensor) -> tuple[Tensor, ...]:
     """Copy bytes, of which there are as many as the sizes say, into the memory of tensors."""
     tensors, end = [], 0
     for descriptor, size in zip(descriptors, sizes, strict=True):
-        tensor, start, end = _empty(descriptor), end, end + size
+        tensor, start, end = spare.pop(descriptor), end, end + size
         if size:
             ctypes.memmove(tensor.data_ptr(), data if size == len(data) else data[start:end], size)
         tensors.append(_with_valid_bools(tensor))

@@ -22,13 +22,13 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memory_of(tensor)
 
 
-def copy_bytes(tensor: Tensor) -> bytes:
-    """Return a copy of the bytes of a tensor; for few of them, this is quicker than a view."""
-    if not tensor.numel():
+def copy_bytes(tensor: Tensor, num_bytes: int) -> bytes:
+    """Return a copy of the bytes of a tensor, which are so many; for few of them, this is quicker than a view."""
+    if not num_bytes:
         return b""
     if not is_plain(tensor):
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    return ctypes.string_at(tensor.data_ptr(), num_bytes)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -219,6 +219,19 @@ def test_received_tensors_are_aligned_whatever_the_frames_are() -> None:
     assert received.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_memory_that_was_made_in_advance_is_used_once() -> None:
+    spare, received = codec.SpareTensor(), []
+    for number, shape in enumerate([(2, 3), (2, 3), (2, 3), (3, 2), (3, 2)]):
+        sent = torch.full(shape, number)
+        spare.prepare()
+        received += decode_message(encode_message(b"", [sent, sent + 1], ROOMY), ROOMY, None, spare).tensors
+        received += decode_message(encode_message(b"", [sent + 2], ROOMY), ROOMY, None, spare).tensors
+    numbers = [number + each for number in range(5) for each in range(3)]
+    assert [tensor.unique().tolist() for tensor in received] == [[number] for number in numbers]
+    assert [tensor.shape for tensor in received] == [torch.Size((2, 3))] * 9 + [torch.Size((3, 2))] * 6
+    assert len({tensor.data_ptr() for tensor in received}) == len(received)
+
+
 def test_bools_come_in_as_zero_or_one() -> None:
     ways = [envelope([0, 3]), b"\x02\x00\xff"], [inline(b"\x02\x00\xff", [0, 3])]
     for frames in ways:
