@@ -285,14 +285,14 @@ class Pipeline:
 
             self._controller.set_balancer(Balancer(None, RebalancePolicy(), self._objective, is_automatic=False))
             holdings = Holdings.of_devices(weights, self.cluster.devices)
-        return self._controller.tell(
+        return self._controller.handle_wish(
             lambda now: RebalanceAsked(time_s=now, plan=plan, dry_run=dry_run, holdings=holdings)
         )
 
     def release(self, device: str) -> Decision:
         """Move all layers off a device, and place none there again."""
         self._check_between_steps()
-        return self._controller.tell(lambda now: DeviceReleased(time_s=now, device=device))
+        return self._controller.handle_wish(lambda now: DeviceReleased(time_s=now, device=device))
 
     def admit(self, device: str, measure: Callable[[], Profile]) -> Decision:
         """Use a device of the cluster from now on, if that pays; ``measure`` returns a profile that has it too."""
@@ -300,7 +300,7 @@ class Pipeline:
         self._engine.wait_for_worker(device, self.timeout_s)
         with self._admitting:
             profile = measure()
-            return self._controller.tell(lambda now: DeviceJoined(time_s=now, device=device, profile=profile))
+            return self._controller.handle_wish(lambda now: DeviceJoined(time_s=now, device=device, profile=profile))
 
     def _check_between_steps(self) -> None:
         """Check that it is open, and that this thread is not in a hook of one of its steps, for which layers would wait."""

@@ -34,7 +34,7 @@ class Session:
     def finish_silent_steps(self, most_tokens: int = 0, until: object = None) -> None:
         pass
 
-    def take_step(self, sample: object, num_new: int) -> None:
+    def record_step(self, sample: object, num_new: int) -> None:
         pass
 
 

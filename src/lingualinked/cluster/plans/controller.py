@@ -107,7 +107,7 @@ class Controller:
         if self._thread is not None and self._num_steps % _WAKE_EVERY == 0:
             self._wakes.put(None)
 
-    def tell(self, make_event: Callable[[float], Event]) -> Decision:
+    def handle_wish(self, make_event: Callable[[float], Event]) -> Decision:
         """Tell the balancer what the user wants, and execute what it decides; return what was decided and done.
 
         ``make_event`` gets the time in seconds, which is read when no migration runs.

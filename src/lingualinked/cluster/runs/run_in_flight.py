@@ -60,7 +60,7 @@ class RunSession(Protocol):
     def count_steps(self, num_steps: int) -> None:
         """Count the steps that the stages have begun by themselves in a run, which has ended; on the I/O thread."""
 
-    def take_step(self, sample: StepSample, num_new: int) -> None:
+    def record_step(self, sample: StepSample, num_new: int) -> None:
         """Count the tokens of a step of a run, and report its timings."""
 
     def finish_run(self, num_untaken: int, *, can_undo: bool) -> None:
@@ -163,7 +163,7 @@ class RunInFlight(StepInFlight):
         """Take the tokens that `await_tokens` has found."""
         reply, sample = self._received.popleft()
         self.num_taken += 1
-        self._session.take_step(sample, 0 if self.num_taken == 1 else 1)
+        self._session.record_step(sample, 0 if self.num_taken == 1 else 1)
         if reply.tensors:
             return TakenTokens(None, reply.tensors[0])
         return TakenTokens(torch.tensor(reply.message.tokens), None)

@@ -344,7 +344,7 @@ class Session(RoutedSession, SteppedSession):
         if not self._flights:
             self._land()
 
-    def take_step(self, sample: StepSample, num_new: int) -> None:
+    def record_step(self, sample: StepSample, num_new: int) -> None:
         """Count the tokens of a step of a run, and report its timings."""
         self.num_tokens += num_new
         self.last_step = sample

@@ -95,7 +95,7 @@ class StepGradients:
                 "torch.no_grad()"
             )
 
-    def give(
+    def attach_tensors(
         self, stage: int, tensors: list[Tensor], requires_grad: Sequence[bool], held: Sequence[int | None]
     ) -> list[Tensor]:
         """Return the tensors that hooks are given at a tap, as part of the user's graph.
@@ -123,7 +123,7 @@ class StepGradients:
             for tensor, takes, number in zip(tensors, is_new, held, strict=True)
         ]
 
-    def take(self, stage: int, returned: Sequence[Tensor]) -> None:
+    def resume_with(self, stage: int, returned: Sequence[Tensor]) -> None:
         """Go on with the tensors with gradients that hooks have returned at a tap."""
         if returned:
             self.check_flow()

@@ -64,7 +64,7 @@ class HookCall:
         self.known += [tensor.clone() for tensor in given]
         self.first = len(self.values.tensors)
         if gradients is not None:
-            given = gradients.give(self.stage, given, message.requires_grad, message.held)
+            given = gradients.attach_tensors(self.stage, given, message.requires_grad, message.held)
             self.held = {self.first + place for place, number in enumerate(message.held) if number is not None}
         self.attached = [tensor for tensor in given if tensor.requires_grad]
         self.values.tensors += given
@@ -126,7 +126,7 @@ class HookCall:
             for index, tensor in enumerate(self.values.tensors)
             if tensor.requires_grad and ((index >= self.first and index not in self.held) or index in changed)
         )
-        gradients.take(self.stage, [self.values.tensors[index] for index in indices])
+        gradients.resume_with(self.stage, [self.values.tensors[index] for index in indices])
         return indices
 
 
