@@ -15,30 +15,7 @@ from transformers import LogitsProcessor
 from lingualinked.errors import ProtocolError
 from lingualinked.model.packed.token_choice import TokenChoice
 from lingualinked.model.sampling.processor_data import ProcessorSpec
-from lingualinked.model.sampling.processors import build_processors, describe_processors
-
-# Those whose scores depend on the scores before alone, or on the number of ids beside.
-_OF_SCORES = frozenset(
-    {
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "ExponentialDecayLengthPenalty",
-        "ForcedBOSTokenLogitsProcessor",
-        "ForcedEOSTokenLogitsProcessor",
-        "InfNanRemoveLogitsProcessor",
-        "LogitNormalization",
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "MinPLogitsWarper",
-        "SuppressTokensAtBeginLogitsProcessor",
-        "SuppressTokensLogitsProcessor",
-        "TemperatureLogitsWarper",
-        "TopHLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TypicalLogitsWarper",
-    }
-)
+from lingualinked.model.sampling.processors import SCORE_PROCESSORS, build_processors, describe_processors
 
 
 class ChosenTokens(NamedTuple):
@@ -55,13 +32,13 @@ class ChosenTokens(NamedTuple):
 def describe_choice(processors: Iterable[LogitsProcessor]) -> tuple[ProcessorSpec, ...] | None:
     """Describe logits processors for a `TokenChoice`; None if one can't be, or reads the ids of the text, which stages don't know."""
     specs = describe_processors(processors)
-    return None if specs is None or any(spec.kind not in _OF_SCORES for spec in specs) else specs
+    return None if specs is None or any(spec.kind not in SCORE_PROCESSORS for spec in specs) else specs
 
 
 def check_choice(choice: TokenChoice) -> None:
     """Raise ProtocolError if a choice has processors that `describe_choice` does not describe."""
     for spec in choice.processors:
-        if spec.kind not in _OF_SCORES:
+        if spec.kind not in SCORE_PROCESSORS:
             raise ProtocolError(f"{spec.kind!r} is not a logits processor that chooses tokens in a packed step")
 
 

@@ -42,6 +42,18 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "TypicalLogitsWarper": ("filter_value", "mass", "min_tokens_to_keep"),
 }
 
+_ID_PROCESSORS = frozenset(
+    {
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+    }
+)
+SCORE_PROCESSORS = _ATTRIBUTES.keys() - _ID_PROCESSORS
+"""The classes whose scores depend on the scores before alone, or on the number of ids beside, and not on which they are."""
+
 _MOST_INT = 2**63 - 1  # that a message can hold
 
 # Attributes that a processor derives from the others when it is called first.
