@@ -30,17 +30,21 @@ class HopClock:
         self._shortest: defaultdict[str, list[int]] = defaultdict(list)  # in this window and in the last one
         self._count: defaultdict[str, int] = defaultdict(int)
 
-    def split_delay(self, sender: str, sent_us: int, due_s: float, *, same_host: bool = True) -> tuple[int | None, int]:
+    def split_delay(
+        self, sender: str, sent_us: int, due_s: float, decode_s: float = 0.0, *, same_host: bool = True
+    ) -> tuple[int | None, int]:
         """Return the microseconds that a message travelled, if known, and those that it has waited here until now.
 
         `sent_us` is the sender's `clock_us` when it sent the message. `due_s` is when the message was due on an emulated
-        link (monotonic seconds), which gives both exactly; 0 on other links.
+        link (monotonic seconds), which gives both exactly; 0 on other links, where decoding the message, which took
+        `decode_s`, is neither.
         """
         now_us = clock_us()
         delay_us = (now_us - sent_us + _WRAP_US // 2) % _WRAP_US - _WRAP_US // 2
         if due_s:
             wait_us = max(0, round((time.monotonic() - due_s) * 1e6))
             return max(0, delay_us - wait_us), wait_us
+        delay_us -= round(decode_s * 1e6)
         if self._count[sender] % _WINDOW == 0:
             self._shortest[sender] = [delay_us, *self._shortest[sender][:1]]
         self._count[sender] += 1

@@ -107,7 +107,7 @@ class PackedRunner:
     def _run(self, step: PackedStep, delivery: Delivery) -> None:
         # 1) how long the step travelled and waited
         hop_us, wait_us = self._hops.split_delay(
-            delivery.sender, step.sent_us, delivery.due_s, same_host=delivery.same_host
+            delivery.sender, step.sent_us, delivery.due_s, delivery.decode_s, same_host=delivery.same_host
         )
         # 2) run the texts that can run
         hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))

@@ -118,7 +118,7 @@ class StepRunner:
     def _run_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
         # 1) how long the step travelled and waited
         hop_us, wait_us = self._hops.split_delay(
-            delivery.sender, step.sent_us, delivery.due_s, same_host=delivery.same_host
+            delivery.sender, step.sent_us, delivery.due_s, delivery.decode_s, same_host=delivery.same_host
         )
         # 2) run it, unless its run is still to begin
         hosted = self._stages.get_stage(StageKey(step.model, step.plan_version, step.stage))

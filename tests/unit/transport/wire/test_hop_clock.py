@@ -60,6 +60,11 @@ def test_an_emulated_link_says_when_a_message_was_due(now: list[int]) -> None:
     assert HopClock().split_delay("a", 1_000_000, 1.005) == (5_000, 4_000)
 
 
+def test_decoding_is_neither(now: list[int]) -> None:
+    now[0] = 10_000
+    assert HopClock().split_delay("a", 9_000, 0.0, decode_s=4e-4) == (600, 0)
+
+
 def test_between_hosts_only_the_waiting_is_known(now: list[int]) -> None:
     hops = HopClock()
     for sent_us, delay_us, expected in ((1000, 300, 0), (5000, 900, 600), (9000, 250, 0), (20_000, 1250, 1000)):
