@@ -6,6 +6,7 @@ Knows messages, stages and where results go; not who may send what.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -16,9 +17,7 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.packed.choosing import ChosenTokens, choose_tokens
 from lingualinked.model.packed.token_choice import TokenChoice
-from lingualinked.model.process.memory import release_memory
 from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
-from lingualinked.protocol.failures import FailureKind
 from lingualinked.protocol.messages import encode
 from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedFailure, PackedStep
 from lingualinked.protocol.steps import StageTimes
@@ -27,9 +26,9 @@ from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.transport.wire.hop_clock import HopClock, clock_us
 from lingualinked.worker.messaging.error_report import ErrorReport, describe_error
 from lingualinked.worker.messaging.peers import Peers
-from lingualinked.worker.process.limits import end_if_device_is_lost
 from lingualinked.worker.stages.hosted_stage import HostedStage
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.steps.failed_steps import run_or_report
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.packed_texts import PackedTexts, check_packed
 
@@ -88,17 +87,8 @@ class PackedRunner:
         return due
 
     def _serve(self, step: PackedStep, delivery: Delivery) -> None:
-        try:
-            self._run(step, delivery)
-        except Exception as error:  # noqa: BLE001 - the caller re-raises it
-            failure = describe_error(error)
-        else:
-            return
-        self._report_failure(step, failure)
-        end_if_device_is_lost(self._accelerator)
-        if failure["kind"] is FailureKind.MEMORY:
-            self._stages.drop_idle_caches()
-            release_memory(self._accelerator)
+        run = functools.partial(self._run, step, delivery)
+        run_or_report(run, functools.partial(self._report_failure, step), self._stages, self._accelerator)
 
     def _report_failure(self, step: PackedStep, failure: ErrorReport) -> None:
         failed = PackedFailed(model=step.model, number=step.number, **failure)

@@ -17,11 +17,10 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
 from lingualinked.model.hooks.hook_data import HookPoint, HookValue
 from lingualinked.model.hooks.hook_points import ModuleCall
-from lingualinked.model.process.memory import release_memory
 from lingualinked.model.stages.autograd_graph import AutogradGraph
 from lingualinked.model.stages.stage_data import StageOutput
 from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
-from lingualinked.protocol.failures import FailureKind, StepFailed
+from lingualinked.protocol.failures import StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import encode
 from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
@@ -35,8 +34,8 @@ from lingualinked.worker.hooks.hook_graph import given_with_gradients, join_grap
 from lingualinked.worker.hooks.paused_steps import PausedSteps
 from lingualinked.worker.messaging.error_report import ErrorReport, describe_error
 from lingualinked.worker.messaging.peers import Peers
-from lingualinked.worker.process.limits import end_if_device_is_lost
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.steps.failed_steps import run_or_report
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.packed_runner import PackedRunner
 from lingualinked.worker.steps.runs import Runs, TokenRun
@@ -99,17 +98,8 @@ class StepRunner:
         self._runs.drop(model, session)
 
     def _serve_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
-        try:
-            self._run_step(step, delivery, wait)
-        except Exception as error:  # noqa: BLE001 - the caller re-raises it
-            failure = describe_error(error)
-        else:
-            return
-        self._report_failure(step, failure)
-        end_if_device_is_lost(self._accelerator)
-        if failure["kind"] is FailureKind.MEMORY:
-            self._stages.drop_idle_caches()
-            release_memory(self._accelerator)  # of the step; the error referred to it until here
+        run = functools.partial(self._run_step, step, delivery, wait)
+        run_or_report(run, functools.partial(self._report_failure, step), self._stages, self._accelerator)
 
     def _report_failure(self, step: Step | BeginRun, failure: ErrorReport) -> None:
         failed = StepFailed(model=step.model, session=step.session, number=step.number, **failure)
