@@ -13,6 +13,8 @@ from lingualinked.errors import ArgumentError
 
 Objective = Literal["throughput", "latency", "energy"]
 
+_MOST_CHUNKS = 1024  # of a prompt
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -33,6 +35,9 @@ class Workload:
     num_microbatches : int or None
         Microbatches that a session's rows run as, which follow each other through the stages; ``None``: as many as are fastest,
         of the numbers that change no bit where rows run so (`DeviceProfile.rounding`).
+    prefill_chunk_size : int, "auto" or None
+        Tokens of a prompt's chunks, per row, which follow each other through the stages, as ``generate(prefill_chunk_size=)`` runs
+        them; ``"auto"``: as many as are fastest; ``None``: the prompt is whole.
     trusted_layers : (int, int)
         Numbers of layers at the beginning and at the end of the model that stay on devices marked ``trusted``. Once any
         device is marked, the first and the last layer do so in any case.
@@ -48,6 +53,7 @@ class Workload:
     batch_size: int = 1
     num_sessions: int = 1
     num_microbatches: int | None = None
+    prefill_chunk_size: int | Literal["auto"] | None = None
     trusted_layers: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
@@ -63,6 +69,24 @@ class Workload:
             raise ArgumentError(
                 f"num_microbatches={self.num_microbatches!r} of a workload must be an integer from 1 to batch_size={self.batch_size}"
             )
+
+        if self.prefill_chunk_size not in (None, "auto") and not is_count(self.prefill_chunk_size):
+            raise ArgumentError(
+                f'prefill_chunk_size={self.prefill_chunk_size!r} of a workload must be a positive integer, "auto" or None'
+            )
+
+        if isinstance(size := self.prefill_chunk_size, int) and self.prompt_tokens > _MOST_CHUNKS * size:
+            raise ArgumentError(
+                f"prefill_chunk_size={size} of a workload cuts {self.prompt_tokens} prompt tokens into more than {_MOST_CHUNKS:,} "
+                "chunks: give a larger one"
+            )
+
+    @property
+    def chunks(self) -> tuple[tuple[int, int], ...]:
+        """The chunks of a prompt: for each its tokens, and those before it; one where the size is not a number."""
+        size = self.prefill_chunk_size if isinstance(self.prefill_chunk_size, int) else self.prompt_tokens
+        starts = range(0, self.prompt_tokens, size)
+        return tuple((min(size, self.prompt_tokens - start), start) for start in starts)
 
     @property
     def step_rows(self) -> int:

@@ -24,6 +24,20 @@ def test_what_is_no_number_is_refused_by_name(field: str, value: Any) -> None:
         ll.Workload(**{field: value})
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "most", 2**60])
+def test_a_chunk_of_prompts_has_a_size(value: Any) -> None:
+    with pytest.raises(ll.ArgumentError, match=f"prefill_chunk_size={value!r} of a workload"):
+        ll.Workload(prefill_chunk_size=value)
+    with pytest.raises(ll.ArgumentError, match="more than 1,024 chunks"):
+        ll.Workload(prompt_tokens=2**40, prefill_chunk_size=8)
+    assert ll.Workload(prompt_tokens=10, prefill_chunk_size=4).chunks == ((4, 0), (4, 4), (2, 8))
+    assert (
+        ll.Workload(prompt_tokens=10).chunks
+        == ll.Workload(prompt_tokens=10, prefill_chunk_size=99).chunks
+        == ((10, 0),)
+    )
+
+
 @pytest.mark.parametrize("value", [1, (1,), (1, 2, 3), (1, -1), (1, 10**30), (True, 1), (1.0, 1), "12", None])
 def test_trusted_layers_are_two_counts(value: Any) -> None:
     with pytest.raises(ll.ArgumentError, match="trusted_layers="):

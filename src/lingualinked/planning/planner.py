@@ -132,6 +132,23 @@ def solve(
         )
         plans = [solve_split(workload=dataclasses.replace(workload, num_microbatches=number)) for number in numbers]
         return min(plans, key=lambda plan: step_s_of(_in_flight(plan, num_sessions), objective))
+    if workload.prefill_chunk_size is not None and objective != "energy":  # which chunks leave as it is
+        return _solve_in_chunks(profile, objective, workload, order, min_tokens_per_s, reserve, num_sessions)
+    return _solve_whole(profile, objective, workload, order, min_tokens_per_s, reserve, num_sessions)
+
+
+def _solve_whole(
+    profile: Profile,
+    objective: Objective,
+    workload: Workload,
+    order: Sequence[str] | None,
+    min_tokens_per_s: float | None,
+    reserve: float,
+    num_sessions: int | None,
+) -> Plan:
+    """Place layers for one number of microbatches, as if no chunk of a prompt began before the one before has ended."""
+    if workload.prefill_chunk_size == "auto":
+        workload = dataclasses.replace(workload, prefill_chunk_size=None)
     split = workload.num_microbatches or 1
     problem = WorkloadCosts(profile, workload, reserve).problem()
     if num_sessions is not None:
@@ -166,6 +183,55 @@ def solve(
         num_sessions=num_sessions,
     )
     return dataclasses.replace(plan, solved=solved)
+
+
+def _solve_in_chunks(
+    profile: Profile,
+    objective: Objective,
+    workload: Workload,
+    order: Sequence[str] | None,
+    min_tokens_per_s: float | None,
+    reserve: float,
+    num_sessions: int | None,
+) -> Plan:
+    r"""Return the best plan for prompts in chunks that is found, and a bound on all.
+
+    Chunks let one session keep several stages busy, as more sessions would: the plans of least interval for more and more sessions,
+    from least latency to least bottleneck, are held against each other with their chunks.
+
+    A chunk's way may leave the others in any stage :math:`s`: the prompt takes at least what the first chunk takes before
+    :math:`s`, all of them in :math:`s`, and the last one behind it. On the mean over at most :math:`n` stages that is a sum
+    of costs, in each stage :math:`m + (w - m) / n`, where all chunks take :math:`w`, and the quicker one of the first and
+    the last :math:`m`. So the least latency for these costs is a bound, and the least bottleneck another.
+    """
+    # 1) plans from the least latency to the least bottleneck
+    sessions = workload.num_sessions if num_sessions is None else num_sessions
+    num_devices = len(profile.devices)
+    numbers = [sessions * 2**power for power in range((2 * num_devices).bit_length())]
+    arguments = order, min_tokens_per_s, reserve
+    plans = [_solve_whole(profile, "throughput", workload, *arguments, number) for number in numbers]
+    plans.append(_solve_whole(profile, "latency", workload, *arguments, None))
+    plans = [dataclasses.replace(plan, workload=workload) for plan in plans]
+    best = min(plans, key=lambda plan: step_s_of(_in_flight(plan, num_sessions), objective))
+    predicted = _in_flight(best, num_sessions)
+    # 2) the bound, for the chunks that were chosen
+    chosen = dataclasses.replace(workload, prefill_chunk_size=predicted.workload.prefill_chunk_size)
+    num_stages = min(num_devices + any(each.device.trusted for each in profile.devices), profile.model.num_layers)
+    split, indices = workload.num_microbatches or 1, _indices(order, profile)
+    relaxed = WorkloadCosts(profile, chosen, reserve, num_overlapping=num_stages).problem()
+    bound = solve_problem(relaxed, "latency", order=indices).lower_bound
+    if objective == "throughput":
+        full = dataclasses.replace(WorkloadCosts(profile, chosen, reserve).problem(), num_sessions=math.inf)
+        bound = max(bound / sessions, split * solve_problem(full, order=indices).lower_bound)
+    assert best.solved is not None
+    solved = dataclasses.replace(
+        best.solved,
+        objective=objective,
+        value=step_s_of(predicted, objective),
+        lower_bound=bound,
+        num_sessions=num_sessions,
+    )
+    return dataclasses.replace(best, solved=solved)
 
 
 def _solve_for_any(solve_for: Callable[[int], Plan], num_devices: int) -> Plan:

@@ -16,14 +16,19 @@ from lingualinked.device import CALLER
 from lingualinked.planning.microbatches import exact_numbers
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.planning.prediction import DevicePrediction, HopPrediction, Prediction, StagePrediction
-from lingualinked.planning.prefill_prediction import StageCost, cost_of
+from lingualinked.planning.prefill_prediction import StageCost, cost_of, predict_prefill
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.workload import Workload
 
 
 def predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workload, reserve: float) -> Prediction:
-    """Predict what stages do, in pipeline order; in the best number of microbatches, if the workload has none."""
+    """Predict what stages do, in pipeline order; in the best number of microbatches and in the best chunks, if they are not given."""
+    if workload.prefill_chunk_size == "auto":
+        rows = dataclasses.replace(workload, prefill_chunk_size=None).step_rows
+        best = predict_prefill(*prefill_costs(stages, profile, rows), workload.prompt_tokens, None)
+        whole = best.prefill_chunk_size >= workload.prompt_tokens
+        workload = dataclasses.replace(workload, prefill_chunk_size=None if whole else best.prefill_chunk_size)
 
     def predict_split(number: int) -> Prediction:
         return _predict(stages, profile, dataclasses.replace(workload, num_microbatches=number), reserve)
@@ -44,7 +49,7 @@ def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workloa
                 device=stage.device,
                 start=stage.start,
                 end=stage.end,
-                prefill_s=costs.prefill_s(device, stage.start, stage.end),
+                chunks_s=costs.prefill_s(device, stage.start, stage.end),
                 decode_s=costs.decode_s(device, stage.start, stage.end),
                 weight_bytes=model.span_bytes(stage.start, stage.end),
                 kv_bytes=costs.kv_bytes(stage.start, stage.end),
@@ -57,7 +62,7 @@ def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workloa
             source=source,
             target=target,
             latency_s=profile.link(source, target).latency_s,
-            prefill_transfer_s=costs.transfer_s(source, target, costs.workload.prompt_tokens),
+            chunk_transfers_s=costs.prefill_transfer_s(source, target),
             decode_transfer_s=costs.transfer_s(source, target, 1),
         )
         for source, target in itertools.pairwise([CALLER, *names, CALLER])

@@ -6,10 +6,12 @@ Plain results, and what follows from them; knows neither plans nor what parts co
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from typing import Any
 
+from lingualinked.planning.prefill_prediction import Halt, pass_chunks
 from lingualinked.quantities import count_text, seconds_text
 from lingualinked.shown import Printed
 from lingualinked.workload import Objective, Workload
@@ -27,8 +29,10 @@ class StagePrediction:
         Name of its device.
     start, end : int
         Its half-open layer range.
-    prefill_s, decode_s : float
-        Seconds of compute of a microbatch's prefill, and of its decode step at the workload's mean context.
+    chunks_s : tuple of float
+        Seconds of compute of each chunk of a microbatch's prefill; of the whole, if that is not cut.
+    decode_s : float
+        Seconds of compute of its decode step at the workload's mean context.
     weight_bytes, kv_bytes, working_bytes : int
         What it holds: weights, KV of all sessions in flight, intermediate results.
     """
@@ -36,11 +40,16 @@ class StagePrediction:
     device: str
     start: int
     end: int
-    prefill_s: float
+    chunks_s: tuple[float, ...]
     decode_s: float
     weight_bytes: int
     kv_bytes: int
     working_bytes: int
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds of compute of all chunks of a microbatch's prefill."""
+        return sum(self.chunks_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +62,22 @@ class HopPrediction:
         Names of devices, or of the caller.
     latency_s : float
         Seconds on the way, whatever the size.
-    prefill_transfer_s, decode_transfer_s : float
-        Seconds in which the link is busy with a prefill's message, and with a decode step's.
+    chunk_transfers_s : tuple of float
+        Seconds in which the link is busy with the message of each chunk of a prefill.
+    decode_transfer_s : float
+        The same of a decode step's.
     """
 
     source: str
     target: str
     latency_s: float
-    prefill_transfer_s: float
+    chunk_transfers_s: tuple[float, ...]
     decode_transfer_s: float
+
+    @property
+    def prefill_transfer_s(self) -> float:
+        """Seconds in which the link is busy with all messages of a prefill."""
+        return sum(self.chunk_transfers_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +160,12 @@ class Prediction(Printed):
 
     @property
     def _prefill_s(self) -> float:
-        """Seconds of a microbatch's prefill, from the caller through all stages and back."""
-        compute = sum(stage.prefill_s for stage in self.stages)
-        return compute + sum(hop.latency_s + hop.prefill_transfer_s for hop in self.hops)
+        """Seconds of a microbatch's prefill, from the caller through all stages and back; its chunks follow each other."""
+        halts: list[Halt] = []
+        for hop, stage in itertools.zip_longest(self.hops, self.stages):
+            halts.append((hop.chunk_transfers_s, hop.latency_s))
+            halts += [] if stage is None else [(stage.chunks_s, 0.0)]
+        return pass_chunks(halts)
 
     @property
     def _num_microbatches(self) -> int:
@@ -252,7 +271,9 @@ class Prediction(Printed):
         hops = sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
         sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
         split = "" if self._num_microbatches == 1 else f" in {self._num_microbatches} microbatches"
-        asked = f"{sessions} of {rows}{split}, {workload.prompt_tokens:,} prompt + {workload.new_tokens:,} new tokens"
+        size = workload.prefill_chunk_size
+        chunks = "" if size is None else f" (in chunks of {size})"
+        asked = f"{sessions} of {rows}{split}, {workload.prompt_tokens:,} prompt{chunks} + {workload.new_tokens:,} new tokens"
         first, step, between = map(seconds_text, (self.first_token_s, self.step_s, hops))
         now, full = self.tokens_per_s, self.pipeline_tokens_per_s
         notes = [

@@ -16,6 +16,9 @@ from lingualinked.shown import Printed
 StepCost = Callable[[int, int], float]
 """Seconds of a step of so many new tokens per row behind so many others."""
 
+Halt = tuple[Sequence[float], float]
+"""Seconds for which each chunk of a prompt keeps a device or a link busy, and those on its way to the next."""
+
 _NUMBERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 _GRANULE = 32  # tokens: matrix products and attention take them in blocks of this size, or of a multiple
 _LEAST_GAIN = 1.02  # times as fast as the whole prompt at once
@@ -88,16 +91,26 @@ def predict_first_token_s(stages: Iterable[StageCost], after_s: float, prompt_to
     Each stage and each link takes one chunk after the other, as soon as the one before is done and the chunk is there.
     ``after_s`` is what follows the last layer, of the last chunk alone.
     """
-    # When each chunk is there, one stage after the other; at first, all of them are at the caller.
     chunks = list(_chunks(prompt_tokens, chunk_size))
-    ready_s = [0.0] * len(chunks)
+    halts: list[Halt] = []
     for stage in stages:
-        link_s = stage_s = 0.0  # when either is free
-        for index, (context, tokens) in enumerate(chunks):
-            link_s = max(link_s, ready_s[index]) + stage.transfer_s(tokens)
-            stage_s = max(stage_s, link_s + stage.latency_s) + stage.compute_s(tokens, context)
-            ready_s[index] = stage_s
-    return ready_s[-1] + after_s
+        halts.append(([stage.transfer_s(tokens) for _, tokens in chunks], stage.latency_s))
+        halts.append(([stage.compute_s(tokens, context) for context, tokens in chunks], 0.0))
+    return pass_chunks(halts) + after_s
+
+
+def pass_chunks(halts: Iterable[Halt]) -> float:
+    """Return when the last chunk of a prompt has left the last halt.
+
+    All chunks are there at first. Each halt takes one after the other, as soon as it is free and the chunk is there.
+    """
+    ready_s: list[float] = []
+    for seconds, delay_s in halts:
+        ready_s, free_s = ready_s or [0.0] * len(seconds), 0.0
+        for index, busy_s in enumerate(seconds):
+            free_s = max(free_s, ready_s[index]) + busy_s
+            ready_s[index] = free_s + delay_s
+    return ready_s[-1]
 
 
 def predict_prefill(

@@ -6,6 +6,7 @@ Knows profiles and workloads; nothing is decided here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,8 +28,9 @@ _KV_GRANULE_TOKENS = 64
 class WorkloadCosts:
     """What a profile says a workload costs, with a share of every device's memory left free."""
 
-    def __init__(self, profile: Profile, workload: Workload, reserve: float) -> None:
+    def __init__(self, profile: Profile, workload: Workload, reserve: float, *, num_overlapping: int = 1) -> None:
         self.profile = profile
+        self.num_overlapping = num_overlapping  # stages that chunks of a prompt are taken to be in at the same time
         self.workload = profile.model.fit_workload(workload)
         self.reserve = reserve
 
@@ -36,9 +38,15 @@ class WorkloadCosts:
         """Seconds of a decode step at the workload's mean context in the stage of layers ``[start, end)``."""
         return self._stage_s(device, start, end, 1, self.workload.mean_context)
 
-    def prefill_s(self, device: DeviceProfile, start: int, end: int) -> float:
-        """Seconds of the prefill of a microbatch in the stage of layers ``[start, end)``."""
-        return self._stage_s(device, start, end, self.workload.prompt_tokens, 0)
+    def prefill_s(self, device: DeviceProfile, start: int, end: int) -> tuple[float, ...]:
+        """Seconds of each chunk of a microbatch's prefill in the stage of layers ``[start, end)``; only the last has logits."""
+        seconds = [self._stage_s(device, start, end, *chunk) for chunk in self.workload.chunks]
+        if end == self.profile.model.num_layers:
+            *others, _ = self.workload.chunks
+            rows = self.workload.step_rows
+            after = [device.epilogue.seconds(rows, *chunk) for chunk in others]
+            seconds = [max(0.0, each - more) for each, more in zip(seconds, [*after, 0.0], strict=True)]
+        return tuple(seconds)
 
     def mean(self, prefill: float, decode: float) -> float:
         """Mean over the steps of a request: one prefill, which gives the first token, and a decode step per further one."""
@@ -52,6 +60,11 @@ class WorkloadCosts:
         if target == CALLER:
             return HEADER_BYTES + rows * model.logits_bytes  # of the last position alone
         return HEADER_BYTES + rows * tokens * model.hidden_bytes
+
+    def prefill_transfer_s(self, source: str, target: str) -> tuple[float, ...]:
+        """Seconds in which each chunk of a prefill keeps a link busy; to the caller, only the last is sent."""
+        sent = [self.transfer_s(source, target, tokens) for tokens, _ in self.workload.chunks]
+        return tuple([0.0] * (len(sent) - 1) + sent[-1:]) if target == CALLER else tuple(sent)
 
     def transfer_s(self, source: str, target: str, tokens: int) -> float:
         """Seconds in which a step keeps a link busy."""
@@ -93,6 +106,8 @@ class WorkloadCosts:
         def per_device(part: str) -> Floats:
             return np.array([self._mean_s(getattr(each, part)) for each in devices])
 
+        chunks = self.workload.chunks
+
         def hops(busy: bool) -> Floats:
             between = self._mean_busy_s if busy else self._mean_hop_s
             return np.array([[0.0 if a == b else between(a, b) for b in names] for a in names])
@@ -104,7 +119,7 @@ class WorkloadCosts:
             layer_s=kinds[:, list(model.kind_of_layer)],
             stage_s=per_device("stage"),
             first_s=per_device("prologue"),
-            last_s=per_device("epilogue"),
+            last_s=np.array([self._mean_s(each.epilogue, chunks[-1:]) for each in devices]),
             hop_s=hops(False),
             busy_s=hops(True),
             enter_s=np.array([self._mean_hop_s(CALLER, name) for name in names]),
@@ -131,16 +146,25 @@ class WorkloadCosts:
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:
         return stage_s(self.profile.model, device, start, end, self.workload.step_rows, tokens, context)
 
-    def _mean_s(self, times: ModuleTimes) -> float:
-        rows, prompt = self.workload.step_rows, self.workload.prompt_tokens
-        return self.mean(times.seconds(rows, prompt, 0), times.seconds(rows, 1, self.workload.mean_context))
+    def _mean_s(self, times: ModuleTimes, chunks: Sequence[tuple[int, int]] | None = None) -> float:
+        rows, chunks = self.workload.step_rows, self.workload.chunks if chunks is None else chunks
+        prefill = self._overlapped([times.seconds(rows, *chunk) for chunk in chunks])
+        return self.mean(prefill, times.seconds(rows, 1, self.workload.mean_context))
 
     def _mean_hop_s(self, source: str, target: str) -> float:
-        return self.mean(self.hop_s(source, target, self.workload.prompt_tokens), self.hop_s(source, target, 1))
+        transfers_s = self.prefill_transfer_s(source, target)
+        prefill = sum(transfers_s)
+        if self.num_overlapping > 1:
+            prefill = transfers_s[-1] if target == CALLER else min(transfers_s[0], transfers_s[-1])
+        return self.profile.link(source, target).latency_s + self.mean(prefill, self.transfer_s(source, target, 1))
 
     def _mean_busy_s(self, source: str, target: str) -> float:
-        prompt = self.workload.prompt_tokens
-        return self.mean(self.transfer_s(source, target, prompt), self.transfer_s(source, target, 1))
+        return self.mean(sum(self.prefill_transfer_s(source, target)), self.transfer_s(source, target, 1))
+
+    def _overlapped(self, chunks_s: Sequence[float]) -> float:
+        """Return the least that a part adds to a prompt's way, on the mean over the stages that all chunks may be followed in."""
+        shortest = min(chunks_s[0], chunks_s[-1])
+        return shortest + (sum(chunks_s) - shortest) / self.num_overlapping
 
 
 def _check_magnitude(problem: Problem) -> None:

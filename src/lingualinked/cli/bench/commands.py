@@ -173,14 +173,14 @@ def prefill(
     """Tokens of a prompt per second, whole or in chunks that follow each other."""
     from lingualinked.cli.bench.prefill import measure_prefill, read_chunk_size
 
-    size = read_chunk_size(chunk_size)
+    sizes, size = tokens or [1024], read_chunk_size(chunk_size)
 
     def measure(models: BenchModels) -> list[Measurement]:
         if size is None:
             _refuse_sides(models.options.against, ("one-step",))
-        return measure_prefill(models, tokens or [1024], size)
+        return measure_prefill(models, sizes, size)
 
-    return Task(measure)
+    return Task(measure, Workload(prompt_tokens=max(sizes), new_tokens=1, prefill_chunk_size=size))
 
 
 @_command(without=("one-step", "lingualinked"))

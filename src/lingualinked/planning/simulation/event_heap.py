@@ -55,9 +55,9 @@ class EventHeap:
         self._num_tokens = num_tokens
         self._num_kept = num_kept
         self._factors = itertools.repeat(np.ones(len(times.visits))) if factors is None else factors
-        self._mean_s: dict[StepKind, Floats] = {
-            "prefill": np.array([visit.prefill_s for visit in times.visits], dtype=np.float64),
-            "decode": np.array([visit.decode_s for visit in times.visits], dtype=np.float64),
+        self._mean_s: dict[StepKind, Floats] = {  # a row for each step that is issued
+            "prefill": np.array([visit.prefill_steps_s for visit in times.visits], dtype=np.float64).T,
+            "decode": np.array([[visit.decode_s for visit in times.visits]], dtype=np.float64),
         }
         self._delays_s = [float(visit.delay_s) for visit in times.visits]
         self._servers = [int(visit.server) for visit in times.visits]
@@ -65,7 +65,8 @@ class EventHeap:
         self._busy_s = [0.0] * len(times.servers)
         self._kept: list[tuple[float, int, int, int, StepKind, float]] = []  # a heap: what starts last is its first
         self._tokens_s: list[list[float]] = [[] for _ in range(num_requests)]
-        self._step_s: list[list[float]] = [[] for _ in range(num_requests)]  # of a request's step, at each visit
+        self._step_s: dict[int, list[float]] = {}  # of a step, by its rank, at each visit
+        self._num_awaited = [0] * num_requests  # chunks of a request, or its step
         self._session_of = [0] * num_requests
         self._idle_sessions = collections.deque(range(num_sessions))
         self._num_issued = self._num_served = 0
@@ -87,7 +88,7 @@ class EventHeap:
             elif visit < len(self._servers):
                 self._serve(now_s, rank, visit, request)
             else:
-                self._finish_step(now_s, request)
+                self._finish_step(now_s, rank, request)
         return Course(
             started_s=np.array(self._started_s),
             tokens_s=np.array(self._tokens_s),
@@ -105,13 +106,16 @@ class EventHeap:
             self._issue_step(now_s, request)
 
     def _issue_step(self, now_s: float, request: int) -> None:
-        self._step_s[request] = (self._mean_s[self._kind(request)] * next(self._factors)).tolist()
-        heapq.heappush(self._heap, (now_s, self._num_issued, 0, request))
-        self._num_issued += 1
+        steps_s = self._mean_s[self._kind(request)]
+        self._num_awaited[request] = len(steps_s)
+        for step_s in steps_s:
+            self._step_s[self._num_issued] = (step_s * next(self._factors)).tolist()
+            heapq.heappush(self._heap, (now_s, self._num_issued, 0, request))
+            self._num_issued += 1
 
     def _serve(self, now_s: float, rank: int, visit: int, request: int) -> None:
         """Serve a step that reaches a server, once that is free, and send it on to the next one."""
-        server, busy_s = self._servers[visit], self._step_s[request][visit]
+        server, busy_s = self._servers[visit], self._step_s[rank][visit]
         start_s = max(now_s, self._free_s[server])
         self._free_s[server] = end_s = start_s + busy_s
         self._busy_s[server] += busy_s
@@ -120,8 +124,12 @@ class EventHeap:
         keep = heapq.heappush if len(self._kept) < self._num_kept else heapq.heappushpop
         keep(self._kept, (-start_s, -self._num_served, visit, request, self._kind(request), end_s))
 
-    def _finish_step(self, now_s: float, request: int) -> None:
-        """Note that a token is there; the request goes on, or leaves its session to another."""
+    def _finish_step(self, now_s: float, rank: int, request: int) -> None:
+        """Note that a token is there, unless the step is an earlier chunk; the request goes on, or leaves its session to another."""
+        del self._step_s[rank]
+        self._num_awaited[request] -= 1
+        if self._num_awaited[request]:
+            return
         self._tokens_s[request].append(now_s)
         if len(self._tokens_s[request]) < self._num_tokens:
             self._issue_step(now_s, request)

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from lingualinked.checks import is_real
 from lingualinked.errors import ArgumentError
+from lingualinked.planning.prefill_prediction import pass_chunks
 
 StepKind: TypeAlias = Literal["prefill", "decode"]
 
@@ -25,6 +26,7 @@ class Visit:
     server: int  # index of the server that is busy meanwhile
     prefill_s: float
     decode_s: float
+    chunks_s: tuple[float, ...] = ()  # of each chunk of a prefill that is cut; prefill_s is their sum
     delay_s: float = 0.0  # travelling, which keeps nobody busy: the latency of a link
 
     def __post_init__(self) -> None:
@@ -32,6 +34,15 @@ class Visit:
             value = getattr(self, name)
             if not is_real(value) or not 0 <= float(value) < math.inf:
                 raise ArgumentError(f"{name}={value!r} of a visit must be a finite number of seconds, at least 0")
+        if self.chunks_s and not (min(self.chunks_s) >= 0 and math.isclose(sum(self.chunks_s), self.prefill_s)):
+            raise ArgumentError(
+                f"chunks_s={self.chunks_s!r} of a visit must be seconds that add up to {self.prefill_s=}"
+            )
+
+    @property
+    def prefill_steps_s(self) -> tuple[float, ...]:
+        """Seconds of each step of a prefill: of its chunks, or of the whole."""
+        return self.chunks_s or (self.prefill_s,)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +76,8 @@ class PipelineTimes:
         return busy_s
 
     def step_s(self, kind: StepKind) -> float:
-        """Return the seconds of a step that waits nowhere, from the caller back to the caller."""
-        busy = (visit.prefill_s if kind == "prefill" else visit.decode_s for visit in self.visits)
+        """Return the seconds of a step, or of all chunks of a prefill, with nothing else in flight, from the caller back to it."""
+        if kind == "prefill":
+            return pass_chunks((visit.prefill_steps_s, visit.delay_s) for visit in self.visits)
+        busy = (visit.decode_s for visit in self.visits)
         return math.fsum(busy) + math.fsum(visit.delay_s for visit in self.visits)

@@ -37,7 +37,7 @@ def simulate(
 ) -> Simulation:
     """Run a workload through a plan's pipeline in simulation: devices compute, links carry, steps wait for each other.
 
-    A request is one prefill step, which gives its first token, and ``new_tokens - 1`` decode steps, each issued when
+    A request is one prefill step, or the steps of its chunks, issued together, of which the last one gives its first token; and ``new_tokens - 1`` decode steps, each issued when
     the one before is back at the caller. At most ``num_sessions`` requests are in flight; the next one starts at the
     instant at which one is finished. Devices and links are the servers: each serves one step at a time, first in, first
     out; steps that reach it at the same instant are served in the order in which they were issued. Decode steps all take
@@ -107,13 +107,16 @@ def pipeline_times(predicted: Prediction) -> PipelineTimes:
             Visit(
                 server=link,
                 prefill_s=hop.prefill_transfer_s,
+                chunks_s=hop.chunk_transfers_s,
                 decode_s=hop.decode_transfer_s,
                 delay_s=hop.latency_s,
             )
         )
         if stage is not None:
             device = servers.setdefault(stage.device, len(servers))
-            visits.append(Visit(server=device, prefill_s=stage.prefill_s, decode_s=stage.decode_s))
+            visits.append(
+                Visit(server=device, prefill_s=stage.prefill_s, chunks_s=stage.chunks_s, decode_s=stage.decode_s)
+            )
     return PipelineTimes(servers=tuple(servers), visits=tuple(visits))
 
 
