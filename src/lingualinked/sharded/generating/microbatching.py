@@ -6,12 +6,14 @@ Knows a call's rows and how workers round; neither sessions nor steps.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from lingualinked.checks import is_count
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.microbatches import MOST_PER_DEVICE, knows_rows, lockstep_s, split_rows
 from lingualinked.quantities import count_text
+from lingualinked.sharded.generating.steps_by_rows import StepsByRows
 from lingualinked.workload import Workload
 
 if TYPE_CHECKING:
@@ -53,8 +55,9 @@ class Batch:
     def split_best(self, pipeline: Pipeline, *, in_lockstep: bool, most: int | None = None) -> tuple[int, ...]:
         """Return the rows of the microbatches that are predicted to be fastest, of those that change no bit; at most so many.
 
-        Where no profile says what rows cost, as many microbatches as devices keep all of them busy, unless other calls do; in
-        lockstep, that may take longer than one.
+        What rows cost is known from the profile, or else from the decode steps so far. Where these had one number of rows, a
+        rule decides: as many microbatches as devices keep all of them busy, unless other calls do; in lockstep, that may take
+        longer than one.
         """
         plan = pipeline.plan
         num_devices = len(plan.devices)
@@ -64,11 +67,16 @@ class Batch:
         most = min(self.num_rows // self.num_together, MOST_PER_DEVICE * num_devices, most or self.num_rows)
         num_sessions = 1 + pipeline.num_sessions_in_use
         exact = [number for number in range(1, most + 1) if number == 1 or self._is_exact(number, least_rows)]
-        if plan.profile is None or not knows_rows(plan.profile):
+        if plan.profile is not None and knows_rows(plan.profile):
+            number = min(exact, key=lambda each: self._predicted_s(plan, each, num_sessions, in_lockstep=in_lockstep))
+            return split_rows(self.num_rows, number, self.num_together)
+        seen = StepsByRows.of(pipeline.latest_steps(), plan.spans)
+        if seen is not None:
+            split = functools.partial(split_rows, self.num_rows, num_together=self.num_together)
+            number = min(exact, key=lambda each: seen.token_s(split(each), num_sessions, in_lockstep=in_lockstep))
+        else:
             fitting = 1 if in_lockstep else max(1, num_devices // num_sessions)
             number = max(each for each in exact if each <= fitting)
-        else:
-            number = min(exact, key=lambda each: self._predicted_s(plan, each, num_sessions, in_lockstep=in_lockstep))
         return split_rows(self.num_rows, number, self.num_together)
 
     def _predicted_s(self, plan: Plan, number: int, num_sessions: int, *, in_lockstep: bool) -> float:
@@ -89,5 +97,5 @@ class Batch:
         sizes = split_rows(self.num_rows, number, self.num_together)
         if min(sizes) < least_rows:
             return False
-        parts = () if self.mask is None or bool(self.mask.all()) else self.mask.split(sizes)
-        return not any(bool(part.all()) for part in parts)
+        masks = () if self.mask is None or bool(self.mask.all()) else self.mask.split(sizes)
+        return not any(bool(mask.all()) for mask in masks)
