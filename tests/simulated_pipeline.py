@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ class SimulatedPipeline:
         fails: Callable[[int], bool] = lambda number: False,
         is_automatic: bool = True,
     ) -> None:
-        self.profile = profile
+        self.replace_profile(profile)
         self.plan = plan
         self.balancer = Balancer(
             profile,
@@ -58,6 +59,11 @@ class SimulatedPipeline:
         self._migration_s = migration_s
         self._fails = fails
         self._ends: tuple[float, ll.Plan] | None = None
+
+    def replace_profile(self, profile: Profile) -> None:
+        """Go on with devices as fast as this says."""
+        self.profile = profile
+        self._stage_s = functools.cache(functools.partial(_stage_s, profile))
 
     def run(self, num_steps: int, speeds: Speeds = steady, *, tokens: int = 1) -> None:
         """Run decode steps, or prefill steps of so many tokens."""
@@ -126,8 +132,7 @@ class SimulatedPipeline:
         context = 100 if tokens == 1 else 0
         stages = []
         for stage in self.plan.stages:
-            device = self.profile.device(stage.device)
-            seconds = stage_s(self.profile.model, device, stage.start, stage.end, 1, tokens, context)
+            seconds = self._stage_s(stage.device, stage.start, stage.end, tokens, context)
             seconds *= IN_PIPELINE * speeds(stage.device, self.num_steps) * self._noise(self._rng)
             stages.append(
                 StageTiming(
@@ -153,6 +158,10 @@ class SimulatedPipeline:
             total_s=max(self.num_sessions * busiest_s, sum(stage.total_s for stage in stages)),  # wait included
             stages=tuple(stages),
         )
+
+
+def _stage_s(profile: Profile, device: str, start: int, end: int, tokens: int, context: int) -> float:
+    return stage_s(profile.model, profile.device(device), start, end, 1, tokens, context)
 
 
 def with_memory(profile: Profile, **memory: int) -> Profile:
