@@ -12,14 +12,15 @@ from jupyter_client.manager import KernelManager
 
 
 class Kernel:
-    """A Jupyter kernel, and what its cells print."""
+    """A Jupyter kernel, and what its cells print; ``timeout_s`` bounds the wait for each of its messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 60.0) -> None:
+        self._timeout_s = timeout_s
         self.manager = KernelManager(kernel_name="python3")
         self.manager.start_kernel()
         self.client = self.manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.client.wait_for_ready(timeout=self._timeout_s)
 
     def run(self, code: str) -> str:
         printed, reply = self.start(code), None
@@ -33,7 +34,7 @@ class Kernel:
         return []
 
     def _next(self, printed: list[str]) -> dict[str, Any] | None:
-        message = self.client.get_iopub_msg(timeout=60)
+        message = self.client.get_iopub_msg(timeout=self._timeout_s)
         if message["parent_header"].get("msg_id") == self.message_id:
             if message["msg_type"] == "stream":
                 printed.append(message["content"]["text"])
@@ -43,7 +44,7 @@ class Kernel:
 
     def _reply(self) -> dict[str, Any]:
         while True:  # a kernel that was slow to start answers several times that it is ready
-            reply = self.client.get_shell_msg(timeout=60)
+            reply = self.client.get_shell_msg(timeout=self._timeout_s)
             if reply["parent_header"].get("msg_id") == self.message_id:
                 content: dict[str, Any] = reply["content"]
                 return content

@@ -28,6 +28,8 @@ pytestmark = [
 
 NUM_INTERRUPTS = int(os.environ.get("LINGUALINKED_NUM_INTERRUPTS", "6"))
 SHARE = max(NUM_INTERRUPTS // 3, 1)
+IS_MANY = NUM_INTERRUPTS >= 100
+PATIENCE_S = 900.0 if IS_MANY else 90.0  # many come beside busy processes, and may run at the lowest priority
 LONGEST_S = {
     "load": 3.0,
     "generate": 0.5,
@@ -134,7 +136,7 @@ with ll.ShardedModel.from_pretrained(path, devices=devices, plan=plans[0], progr
 def load() -> Iterator[None]:
     """Other work on the machine, while many interrupts are sent."""
     busy = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(busy) for _ in range(2 if NUM_INTERRUPTS >= 100 else 0)]
+    processes = [subprocess.Popen(busy) for _ in range(2 if IS_MANY else 0)]
     yield
     for process in processes:
         process.kill()
@@ -162,29 +164,30 @@ def show_progress(index: int) -> None:
         sys.stdout.flush()
 
 
-@pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
+@pytest.mark.timeout(0 if IS_MANY else 300)
 def test_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random, verbs: list[str]) -> None:
     monkeypatch.setenv("VERBS", " ".join(verbs[:SHARE]))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     with Script(BEGIN + SCRIPT, tmp_path) as script:
         for index in range(SHARE):
-            assert script.hear() == ["begin", verbs[index]]
+            assert script.hear(PATIENCE_S) == ["begin", verbs[index]]
             time.sleep(moments.uniform(0, LONGEST_S[verbs[index]]))
             script.process.send_signal(signal.SIGINT)
-            outcome = script.hear()
+            outcome = script.hear(PATIENCE_S)
             assert outcome[:3] == ["interrupted", True, 0], (index, verbs[index], outcome)
             show_progress(index)
-        assert script.hear() == ["tokens", 6]
-        assert script.end() == 0
+        assert script.hear(PATIENCE_S) == ["tokens", 6]
+        assert script.end(PATIENCE_S) == 0
     sys.stdout.write(f"{SHARE} interrupts of a script, none lost" + "\n")
 
 
-@pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
+@pytest.mark.timeout(0 if IS_MANY else 300)
 def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: random.Random) -> None:
     """A process of its own each time, so that imports are interrupted, too."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # one that does not end says where it is
     program = str(Path(sys.executable).with_name("lingualinked"))
     command = [program, "generate", str(ll.sample_model()), "Once", "--max-new-tokens", "200"]
     began_s = time.monotonic()
@@ -194,7 +197,12 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         time.sleep(moments.uniform(0.1 * longest_s, 0.9 * longest_s))
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        try:
+            output, _ = process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            output, _ = process.communicate()
+            raise AssertionError(f"an interrupt is lost, {num_interrupted} were not:\n{output}") from None
         if process.returncode == 0 and num_late < SHARE:
             num_late += 1  # it may have ended before; an interrupt that is lost shows in these being many
             continue
@@ -212,7 +220,7 @@ before = held()
 """
 
 
-@pytest.mark.timeout(0 if NUM_INTERRUPTS >= 100 else 300)
+@pytest.mark.timeout(0 if IS_MANY else 300)
 def test_in_a_notebook(
     jupyter_event_loop: None,
     tmp_path: Path,
@@ -222,7 +230,7 @@ def test_in_a_notebook(
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    kernel = Kernel()
+    kernel = Kernel(PATIENCE_S)
     try:
         kernel.run(f"{BEGIN}\nVERBS = {verbs[:SHARE]}\n{NOTEBOOK}")
         for index in range(SHARE):
