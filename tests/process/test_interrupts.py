@@ -143,6 +143,14 @@ def load() -> Iterator[None]:
         process.wait()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interrupts_arrive() -> Iterator[None]:
+    """A shell's background jobs ignore interrupts, and so does what they start; with a handler here, that is undone."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def verbs(moments: random.Random) -> list[str]:
     """What each interrupt comes in: everything as often, in a random order, of which a few interrupts see a part."""
