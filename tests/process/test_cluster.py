@@ -175,6 +175,22 @@ def test_no_layer_fits_a_device(nothing_left_behind: None) -> None:
 
 
 @linux_only
+def test_what_probes_keep_is_not_taken_from_little_memory(
+    own_fork_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine's first run nothing is on disk, and in bfloat16 torch keeps up to 200 MB of what has been tried."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    import resource  # which Windows does not have
+
+    devices = [ll.Device(name="a", threads=1, memory="6MiB")]
+    with ll.ShardedModel.from_pretrained(ll.sample_model(), devices=devices, progress=False) as model:
+        assert model.profile.device("a").rounding.fingerprint
+        assert len(list(tmp_path.rglob("probes-*.json"))) == 1
+        limit, _ = resource.prlimit(model.cluster.pids["a"], resource.RLIMIT_DATA)
+        assert limit != resource.RLIM_INFINITY  # it is in force again
+
+
+@linux_only
 def test_the_kernel_refuses_what_the_plan_did_not_know_of(limited: ll.Cluster) -> None:
     config = wide(4, hidden_size=4096)
     described = describe(LoadArguments(path="dummy", config=config, load_format="dummy"))

@@ -19,6 +19,7 @@ import transformers
 
 from lingualinked.disk_cache import read_cached, write_cached
 from lingualinked.kernels import native
+from lingualinked.model.process.memory import limit_lifted
 from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.processor import describe_processor
 
@@ -31,19 +32,22 @@ Probe = TypeVar("Probe", bound=Callable[..., Any])
 def keep_result(kind: type) -> Callable[[Probe], Probe]:
     """Decorate a probe so that it runs only if no process before has found the result for the same arguments.
 
-    None, the result of a probe that failed, is not kept: it may have lacked memory.
+    Where it runs, it needs and keeps memory that no later process does (kernels made for each shape that is tried: up to 200 MB
+    in bfloat16); a device's memory is that of its share of the model, so the limit does not count it. None, the result of a probe that failed, is not kept: it may have lacked memory.
     """
 
     def decorate(probe: Probe) -> Probe:
         @functools.wraps(probe)
         def kept(*arguments: object) -> Any:
             if not _can_keep():
-                return probe(*arguments)
+                with limit_lifted():
+                    return probe(*arguments)
             key = " ".join([probe.__name__, *map(str, arguments)])
             try:
                 return msgspec.convert(_results()[key], kind)
             except (KeyError, msgspec.ValidationError):
-                result = probe(*arguments)
+                with limit_lifted():
+                    result = probe(*arguments)
             if result is None:
                 return None
             _results.cache_clear()  # other processes may have written meanwhile

@@ -1,14 +1,17 @@
-"""Returns freed memory to the operating system, which allocators would keep, and asks it for larger pages.
+"""Returns freed memory to the operating system, which allocators would keep, asks it for larger pages, and limits what is held.
 
-Knows allocators only.
+Knows allocators and the kernel's limit; not what memory is for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -16,6 +19,7 @@ _M_ARENA_MAX = -8  # of malloc.h
 _MADV_COLLAPSE = 25  # of Linux 6.1's mman.h; an older kernel refuses it
 _HUGE_PAGE_BYTES = 2 << 20
 _MAX_GAP_BYTES = 64 << 10  # between ranges that share a page
+_lifting = threading.RLock()  # by one thread at a time, or one would set the limit while another still needs none
 
 
 def release_memory(accelerator: str = "cpu") -> None:
@@ -38,6 +42,47 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Make Linux's kernel refuse this process private memory beyond a limit."""
+    import resource
+
+    # The soft limit alone: a hard one could not be lifted for a while.
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+@contextlib.contextmanager
+def limit_lifted() -> Iterator[None]:
+    """Lift this process's limit for what is no part of a model; afterwards it is higher by what has been kept of that.
+
+    Does nothing without a limit.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    with _lifting:
+        limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if limit == hard:  # there is none, or it is lifted already
+            yield
+            return
+        before = private_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        try:
+            yield
+        finally:
+            limit_memory(limit + max(0, private_bytes() - before))
+
+
+def private_bytes() -> int:
+    """Return the private writable memory of this process, as ``RLIMIT_DATA`` counts it."""
+    with Path("/proc/self/status").open() as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmData")
 
 
 def use_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:

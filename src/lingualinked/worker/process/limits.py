@@ -8,12 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from pathlib import Path
 
 import psutil
 import torch
 
-from lingualinked.model.process.memory import use_one_heap
+from lingualinked.model.process.memory import limit_memory, private_bytes, use_one_heap
 from lingualinked.processor import processor_name
 from lingualinked.quantities import count_text
 
@@ -37,10 +36,7 @@ def apply_limits(threads: int, cpus: tuple[int, ...] | None, memory_bytes: int |
     if accelerator.startswith("cuda"):
         _limit_gpu(accelerator, memory_bytes + _CUDA_OVERHEAD_BYTES)
     elif sys.platform == "linux":
-        import resource
-
-        limit = _data_bytes() + memory_bytes + _OVERHEAD_BYTES + threads * _THREAD_BYTES
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit_memory(private_bytes() + memory_bytes + _OVERHEAD_BYTES + threads * _THREAD_BYTES)
 
 
 def resident_bytes() -> int:
@@ -84,7 +80,7 @@ def spare_bytes(accelerator: str) -> int:
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    return free if limit == resource.RLIM_INFINITY else min(free, max(0, limit - _data_bytes()))
+    return free if limit == resource.RLIM_INFINITY else min(free, max(0, limit - private_bytes()))
 
 
 def describe_hardware(accelerator: str) -> str:
@@ -92,15 +88,6 @@ def describe_hardware(accelerator: str) -> str:
     if accelerator.startswith("cuda"):
         return torch.cuda.get_device_name(accelerator)
     return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}, {count_text(torch.get_num_threads(), 'thread')}"
-
-
-def _data_bytes() -> int:
-    """Return the private writable memory of this process, as ``RLIMIT_DATA`` counts it."""
-    with Path("/proc/self/status").open() as status:
-        for line in status:
-            if line.startswith("VmData:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmData")
 
 
 def end_if_device_is_lost(accelerator: str) -> None:
