@@ -26,14 +26,17 @@ import lingualinked as ll
 from accelerators import device, on_accelerator
 from families import VOCABULARY
 from lingualinked import disk_cache
+from lingualinked.cluster.measuring import profiling
 from lingualinked.processes.fork_server import fork_servers
 from lingualinked.sharded.generating import random_loans
 
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements are trusted, whatever else this machine computes while tests run."""
-    monkeypatch.setattr("lingualinked.cluster.measuring.profiling.find_doubt", lambda *_: "")
+    """Measurements are trusted, whatever else this machine computes while tests run, so few repeats will do."""
+    monkeypatch.setattr(profiling, "find_doubt", lambda *_: "")
+    monkeypatch.setattr(profiling, "_NUM_PREFILLS", 2)
+    monkeypatch.setattr(profiling, "_NUM_DECODES", 2)
 
 
 @pytest.fixture(autouse=True)

@@ -40,10 +40,29 @@ SLOW = ll.Link(latency="40ms")
 WORKLOAD = ll.Workload(prompt_tokens=8, new_tokens=8)
 
 
+def pair_of_devices() -> list[ll.Device]:
+    return [ll.Device(name="here", threads=1), ll.Device(name="there", threads=1, slowdown=4.0, latency="2ms")]
+
+
+@pytest.fixture(scope="module")
+def pair(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
+    """For tests that leave it as it is."""
+    with ll.Cluster(pair_of_devices()) as cluster:
+        cluster.workers()  # an answer of each: connections stand both ways
+        yield cluster
+
+
 @pytest.fixture
-def pair() -> Iterator[ll.Cluster]:
-    devices = [ll.Device(name="here", threads=1), ll.Device(name="there", threads=1, slowdown=4.0, latency="2ms")]
-    with ll.Cluster(devices) as cluster:
+def own_pair() -> Iterator[ll.Cluster]:
+    with ll.Cluster(pair_of_devices()) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def two_alike(nothing_outlives_the_session: None) -> Iterator[ll.Cluster]:
+    """Two equal devices: of a model, that is enough to see that each of several is measured."""
+    with ll.Cluster([ll.Device(name=name, threads=1) for name in "ab"]) as cluster:
+        cluster.workers()
         yield cluster
 
 
@@ -84,20 +103,20 @@ def footprint_of(path: str) -> Footprint:
     return describe(LoadArguments(path=path)).footprint()
 
 
-def test_a_profile_is_extended_by_a_device_that_is_added(pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
-    profile = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
-    pair.add(ll.Device(name="late", threads=1, slowdown=2.0, latency="3ms"), links={("late", "here"): SLOW})
-    pair.add(ll.Device(name="later", threads=1))
+def test_a_profile_is_extended_by_a_device_that_is_added(own_pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
+    profile = ll.profile_model(tiny_llama, own_pair, workload=WORKLOAD)
+    own_pair.add(ll.Device(name="late", threads=1, slowdown=2.0, latency="3ms"), links={("late", "here"): SLOW})
+    own_pair.add(ll.Device(name="later", threads=1))
     asked: list[tuple[str, str]] = []
-    request = pair._engine.request
+    request = own_pair._engine.request
 
     def note(device: str, message: Any, what: str, *rest: Any, **more: Any) -> Any:
         asked.append((device, what))
         return request(device, message, what, *rest, **more)
 
     footprint = footprint_of(tiny_llama)
-    pair._engine.request = note  # type: ignore[method-assign]
-    extended = profiling.extend_profile(pair, footprint, profile, "late", WORKLOAD)
+    own_pair._engine.request = note  # type: ignore[method-assign]
+    extended = profiling.extend_profile(own_pair, footprint, profile, "late", WORKLOAD)
     assert asked == [
         ("late", "measuring a model's parts"),
         ("late", "measuring the link to 'caller'"),
@@ -106,14 +125,14 @@ def test_a_profile_is_extended_by_a_device_that_is_added(pair: ll.Cluster, tiny_
     ]
     assert extended.names == ("here", "there", "late")
     assert extended.without("late") == profile  # what was there is kept
-    assert extended.device("late").device == pair.device("late")
+    assert extended.device("late").device == own_pair.device("late")
     assert [step.seconds > 0 for step in extended.device("late").layers[0].steps] == [True] * 3
     assert extended.link("late", "here").latency_s >= 0.04
     assert 0.003 <= extended.link("here", "late").latency_s < 0.04
     assert extended.link("late", "there").latency_s >= 0.005
     assert extended.link("caller", "late").latency_s >= 0.003
-    plan = ll.solve(profiling.extend_profile(pair, footprint, extended, "later", WORKLOAD), workload=WORKLOAD)
-    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=pair, plan=plan, progress=False) as model:
+    plan = ll.solve(profiling.extend_profile(own_pair, footprint, extended, "later", WORKLOAD), workload=WORKLOAD)
+    with ll.ShardedModel.from_pretrained(tiny_llama, cluster=own_pair, plan=plan, progress=False) as model:
         assert model(torch.tensor([[5, 9]])).logits.shape == (1, 2, 128)
 
 
@@ -127,10 +146,10 @@ def test_devices_and_links_that_are_alike_are_taken_together(tiny_llama: str, ca
     assert extended.link("d", "a").latency_s == profile.link("a", "b").latency_s
 
 
-def test_what_can_not_be_extended(pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
-    profile = ll.profile_model(tiny_llama, pair, workload=WORKLOAD)
+def test_what_can_not_be_extended(own_pair: ll.Cluster, tiny_llama: str, cache: Path) -> None:
+    profile = ll.profile_model(tiny_llama, own_pair, workload=WORKLOAD)
     footprint = footprint_of(tiny_llama)
-    extend = functools.partial(profiling.extend_profile, pair, footprint)
+    extend = functools.partial(profiling.extend_profile, own_pair, footprint)
     with pytest.raises(ll.ArgumentError, match="'there' is in the profile already"):
         extend(profile, "there", WORKLOAD)
     with pytest.raises(ll.ArgumentError, match="no device 'moon'"):
@@ -138,7 +157,7 @@ def test_what_can_not_be_extended(pair: ll.Cluster, tiny_llama: str, cache: Path
     other = dataclasses.replace(profile, model=dataclasses.replace(profile.model, fingerprint="other"))
     with pytest.raises(ll.ArgumentError, match="the profile is of another model"):
         extend(other.without("there"), "there", WORKLOAD)
-    os.kill(pair.pids["here"], signal.SIGKILL)
+    os.kill(own_pair.pids["here"], signal.SIGKILL)
     with pytest.raises(ll.WorkerDiedError, match="'here'"):
         extend(profile.without("there"), "there", WORKLOAD)
 
@@ -240,15 +259,13 @@ def test_a_doubtful_profile_is_not_kept_and_the_first_requests_correct_it(
         assert model.rebalance(dry_run=True).dry_run  # decided by what steps have shown
 
 
-def test_a_model_of_few_positions_and_words_is_measured(
-    cache: Path, shared_cluster: ll.Cluster, tmp_path: Path
-) -> None:
+def test_a_model_of_few_positions_and_words_is_measured(cache: Path, two_alike: ll.Cluster, tmp_path: Path) -> None:
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=4, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     for workload in (ll.Workload(prompt_tokens=1, new_tokens=3), ll.Workload(prompt_tokens=3, new_tokens=1)):
-        assert ll.profile_model(tmp_path, shared_cluster, workload=workload).model.max_positions == 4
+        assert ll.profile_model(tmp_path, two_alike, workload=workload).model.max_positions == 4
     with pytest.raises(ll.ArgumentError, match="exceed the 4 positions"):
-        ll.profile_model(tmp_path, shared_cluster, workload=ll.Workload(prompt_tokens=3, new_tokens=2))
+        ll.profile_model(tmp_path, two_alike, workload=ll.Workload(prompt_tokens=3, new_tokens=2))
 
 
 def test_a_damaged_file_is_measured_anew(cache: Path, pair: ll.Cluster, tiny_llama: str) -> None:
@@ -281,10 +298,10 @@ def test_a_user_without_a_home_is_no_error(pair: ll.Cluster, tiny_llama: str, mo
 
 @pytest.mark.parametrize("family", ["gemma2", "bloom", "mixtral", "gpt2", "opt", "qwen2"])
 def test_every_kind_of_layer_is_measured(
-    family: str, cache: Path, shared_cluster: ll.Cluster, tmp_path_factory: pytest.TempPathFactory
+    family: str, cache: Path, two_alike: ll.Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = save_tiny(family, torch.bfloat16, tmp_path_factory.mktemp(family))
-    profile = ll.profile_model(path, shared_cluster, workload=ll.Workload(prompt_tokens=4, new_tokens=4, batch_size=2))
+    profile = ll.profile_model(path, two_alike, workload=ll.Workload(prompt_tokens=4, new_tokens=4, batch_size=2))
     for device in profile.devices:
         assert len(device.layers) == len(profile.model.kinds)
         assert all(step.seconds > 0 for times in device.layers for step in times.steps)
@@ -381,12 +398,12 @@ def test_models_of_few_positions_and_of_experts_are_planned_by_default(
     family: str,
     dtype: torch.dtype,
     cache: Path,
-    shared_cluster: ll.Cluster,
+    two_alike: ll.Cluster,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     path = save_tiny(family, dtype, tmp_path_factory.mktemp(family))
     ids = torch.tensor([[5, 9, 11]])
-    with ll.ShardedModel.from_pretrained(path, cluster=shared_cluster, progress=False) as model:
+    with ll.ShardedModel.from_pretrained(path, cluster=two_alike, progress=False) as model:
         tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
         limit = model.profile.model.max_positions
         assert limit is None or model.plan.workload.num_tokens <= limit
@@ -396,9 +413,9 @@ def test_models_of_few_positions_and_of_experts_are_planned_by_default(
             ll.Workload(prompt_tokens=limit - 1, new_tokens=1),
             ll.Workload(prompt_tokens=1, new_tokens=limit - 1),
         ):
-            ll.profile_model(path, shared_cluster, workload=exact)
+            ll.profile_model(path, two_alike, workload=exact)
         with pytest.raises(ll.ArgumentError, match=f"exceed the {limit} positions"):
-            ll.profile_model(path, shared_cluster, workload=ll.Workload(prompt_tokens=limit, new_tokens=1))
+            ll.profile_model(path, two_alike, workload=ll.Workload(prompt_tokens=limit, new_tokens=1))
 
 
 def test_profiles_may_be_made_by_several_threads_at_once(cache: Path, pair: ll.Cluster, tiny_llama: str) -> None:
