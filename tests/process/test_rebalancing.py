@@ -201,10 +201,10 @@ def test_a_released_device_holds_nothing_while_sessions_go_on(
 
 
 def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: PreTrainedModel, stated: None) -> None:
-    devices = [ll.Device(name=name, threads=1, slowdown=4.0) for name in "ab"]
+    devices = [ll.Device(name=name, threads=1) for name in "ab"]
     with ll.Cluster(devices) as cluster, load(checkpoint, cluster) as model:
         past, expected = model(IDS).past_key_values, whole(IDS).past_key_values
-        decision = model.admit(ll.Device(name="new", threads=1, slowdown=4.0))
+        decision = model.admit(ll.Device(name="new", threads=1))
         assert decision.migration.succeeded
         assert num_layers(model, "new") > 0
         logits = model(IDS[:, :2], past_key_values=past).logits
@@ -213,7 +213,7 @@ def test_a_device_is_brought_in_while_a_session_goes_on(checkpoint: str, whole: 
         model.release("new")
         assert num_layers(model, "new") == 0
         assert model.admit("new").action == "move"
-        slow = model.admit(ll.Device(name="slow", threads=1, slowdown=60.0))
+        slow = model.admit(ll.Device(name="slow", threads=1, slowdown=15.0))
         assert slow.action == "stay"
         assert "slow" not in model.plan.devices
         assert answers_alike(model, whole)
@@ -230,7 +230,7 @@ def test_a_device_that_is_gone_is_no_obstacle(
     checkpoint: str, whole: PreTrainedModel, stated: None, cache: Path
 ) -> None:
     plan = ll.Plan.from_spans([("a", 0, 2), ("b", 2, 12)])
-    devices = [ll.Device(name=name, threads=1, slowdown=2.0) for name in "abc"]
+    devices = [ll.Device(name=name, threads=1) for name in "abc"]
     with ll.Cluster(devices) as cluster, load(checkpoint, cluster, plan=plan) as model:
         os.kill(cluster.pids["c"], signal.SIGKILL)
         wait_until(lambda: "c" in cluster._engine.ended_devices())
@@ -244,13 +244,13 @@ def test_a_device_that_is_gone_is_no_obstacle(
 
 
 def test_devices_may_be_admitted_at_once(checkpoint: str, whole: PreTrainedModel, stated: None) -> None:
-    devices = [ll.Device(name=name, threads=1, slowdown=2.0) for name in "ab"]
+    devices = [ll.Device(name=name, threads=1) for name in "ab"]
     with (
         ll.Cluster(devices) as cluster,
         load(checkpoint, cluster) as model,
         ThreadPoolExecutor(2) as pool,
     ):
-        new = [ll.Device(name=name, threads=1, slowdown=2.0) for name in ("new", "newer")]
+        new = [ll.Device(name=name, threads=1) for name in ("new", "newer")]
         assert all(decision.moves for decision in pool.map(model.admit, new))
         assert set(model.plan.devices) == {"a", "b", "new", "newer"}
         for device in new:
