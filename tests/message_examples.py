@@ -85,6 +85,8 @@ VALUES = {
     "checksum": 2**64 - 1,
     "logits_to_keep": 1,
     "least_rows": 2,
+    "num_stages": 3,
+    "steps": (STEP, STEP),
     "num_steps": 64,
     "run_steps": 63,
     "position_rows": 8,

@@ -33,6 +33,11 @@ def is_available() -> bool:
     return native.is_available("norm", _NEEDED_FLAGS)
 
 
+def most_rows(size: int) -> int:
+    """Return how many rows of this size the kernel normalises."""
+    return _MAX_ELEMENTS // size
+
+
 def accepts(dtype: torch.dtype, num_rows: int, size: int) -> bool:
     """Say whether the kernel normalises so many rows of this size."""
     return dtype in native.DTYPES and size >= _MIN_SIZE and 0 < num_rows * size <= _MAX_ELEMENTS

@@ -11,7 +11,7 @@ from lingualinked.environment import Environment
 from lingualinked.errors import ProtocolError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
-from lingualinked.protocol.base import Message
+from lingualinked.protocol.base import Message, Positive
 from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
@@ -34,7 +34,7 @@ from lingualinked.protocol.moving import (
 from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedStep
 from lingualinked.protocol.reading import ReadTensor, TensorRead
 from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
-from lingualinked.protocol.steps import EndSession, Step, StepDone, StepRecorded
+from lingualinked.protocol.steps import EndSession, Step, StepDone, StepGroup, StepRecorded
 from lingualinked.protocol.weights import (
     FetchPart,
     FilePart,
@@ -65,7 +65,7 @@ class WeightHolder(Message, frozen=True):
 
 
 class LoadStage(Message, frozen=True, tag=1):
-    """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan, between two parties.
+    """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan of ``num_stages``, between two parties.
 
     The stage accepts steps only from ``previous_name`` and sends its outputs to ``next_name``. All sessions together may
     hold ``max_kv_tokens`` rows x tokens of KV. The stage shares layers that stages of other versions hold on this worker.
@@ -84,6 +84,7 @@ class LoadStage(Message, frozen=True, tag=1):
     previous_name: str
     next_name: str
     max_kv_tokens: int | None
+    num_stages: Positive
     holders: tuple[WeightHolder, ...]
     supplies: tuple[WeightSupply, ...]
 
@@ -225,6 +226,7 @@ class LogRecord(Message, frozen=True, tag=24):
 
 PeerMessage = (
     Step
+    | StepGroup
     | PackedStep
     | EndSession
     | Ping

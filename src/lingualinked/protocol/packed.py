@@ -13,11 +13,9 @@ from lingualinked.model.adapters.adapter_data import AdapterUse
 from lingualinked.model.hooks.hook_data import Strides
 from lingualinked.model.packed.token_choice import TokenChoice
 from lingualinked.model.stages.layer_skips import LayerSkips
-from lingualinked.protocol.base import Message, Natural
+from lingualinked.protocol.base import Message, Natural, Positive
 from lingualinked.protocol.failures import FailureKind
 from lingualinked.protocol.steps import KVEdit, StageTimes
-
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class PackedText(Message, frozen=True):

@@ -71,6 +71,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     measuring.Ping: Role.WORKER,
     measuring.Pong: Role.PROBED,
     steps.Step: Role.PREVIOUS,
+    steps.StepGroup: Role.PREVIOUS,
     packed.PackedStep: Role.PREVIOUS,
     steps.EndSession: Role.PREVIOUS,
     hooking.HookAnswered: Role.CALLER,

@@ -115,6 +115,16 @@ class Step(Message, frozen=True, tag=4):
             raise ProtocolError(f"records={self.records!r} must be some of {sorted(RECORDS)}")
 
 
+class StepGroup(Message, frozen=True, tag=38):
+    """Steps of several sessions, of one row and one token each, that go the same way at the same time.
+
+    Its tensor holds their inputs in order: token ids, int64 ``[steps, 1]``, or hidden states, ``[steps, 1, hidden]``. Each step is
+    received as if it had come by itself.
+    """
+
+    steps: tuple[Step, ...]
+
+
 class EndSession(Message, frozen=True, tag=5):
     """Free a session's KV on stage ``stage`` and forward this message; it is sent after the session's last step."""
 

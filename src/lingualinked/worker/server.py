@@ -381,7 +381,7 @@ class Worker:
 
     def _receive_step(self, step: Step, delivery: Delivery) -> None:
         if self._stages.is_due(StageKey(step.model, step.plan_version, step.stage), step.session, step.number):
-            self._steps.serve_step(step, delivery)
+            self._steps.serve_steps((step, delivery), self._inbox.take_others)
         else:
             self._early.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))
 

@@ -154,7 +154,7 @@ def test_idle_caches_leave_as_much_memory_as_they_take(stages: HostedStages, mon
 def test_what_is_to_be_loaded_gets_the_memory_of_idle_caches(stages: HostedStages) -> None:
     load = LoadStage(
         request=1, model=3, plan_version=1, stage=0, spec=dummy_spec("llama", "bfloat16"), start=0, end=1,
-        previous_name="a", next_name="b", max_kv_tokens=None, holders=(), supplies=(),
+        previous_name="a", next_name="b", max_kv_tokens=None, num_stages=1, holders=(), supplies=(),
     )  # fmt: skip
     stages._background.submit = lambda _work: None  # type: ignore[method-assign]
     stages.load_stage(load, *[lambda *_: None] * 4)

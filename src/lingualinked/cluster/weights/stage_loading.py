@@ -55,6 +55,7 @@ def request_stages(
             previous_name=ends[index],
             next_name=ends[index + 2],
             max_kv_tokens=max_kv_tokens,
+            num_stages=len(route.plan.stages),
             holders=() if held is None else tuple(_holders(engine, model, held, stage.device)),
             supplies=supplies.of_load.get(load.number, ()),
         )

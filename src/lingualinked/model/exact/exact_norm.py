@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lingualinked.kernels import norm
 from lingualinked.model.exact.norm_probe import NormShape, find_kind
+from lingualinked.model.exact.rows_alone import count_rows
 
 _EPSILON_NAMES = ("variance_epsilon", "eps")
 _OWNERS = "transformers.models."  # the names of whose classes tell them apart in what probes keep
@@ -67,7 +68,9 @@ def _faster_class(module_class: Any, epsilon_name: str) -> type[nn.Module]:
         if len(args) == 1 and not kwargs and module_class.forward is own_forward:
             states, weight, epsilon = args[0], self._parameters.get("weight"), vars(self).get(epsilon_name)
             if weight is not None and type(epsilon) is float and not self.training and _is_plain(states, weight):
-                kind = find_kind(_shape(module_class, epsilon_name, weight, states.numel() // weight.numel()))
+                kind = find_kind(
+                    _shape(module_class, epsilon_name, weight, count_rows(states.numel() // weight.numel()))
+                )
                 result = None if kind is None else norm.normalise(states, weight, kind, epsilon)
                 if result is not None:
                     return result

@@ -20,6 +20,7 @@ from torch.nn import functional
 from lingualinked.kernels import few_rows
 from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.exact.product_probe import Kernel, Shape, find_exact_kernel
+from lingualinked.model.exact.rows_alone import count_rows
 from lingualinked.model.process.memory import trim_heap, use_huge_pages
 
 _TRIM_BYTES = 8 << 20
@@ -52,7 +53,7 @@ class PackedLinear(nn.Module):
         # kernel for several rows of each batch.
         shape = states.shape
         if shape[-1] == self.in_features and (states.is_contiguous() or (not self.has_bias and shape[-2] == 1)):
-            kernel = _exact_kernel(*_shape(self, states.numel() // self.in_features))
+            kernel = _exact_kernel(*_shape(self, count_rows(states.numel() // self.in_features)))
             if kernel is not None:
                 return kernel(self, states)
         return functional.linear(states, self.weight(), self.bias)
@@ -67,6 +68,12 @@ class PackedLinear(nn.Module):
         """Return the unpacked weight, ``[out features, in features]``."""
         weight: Tensor = self.packed.to_dense()
         return weight
+
+    @property
+    def keeps_rows_apart(self) -> bool:
+        """Whether one row's kernel gives each of several rows the bits that it has alone: few_rows.c does (`rows_alone`)."""
+        kernel = _exact_kernel(*_shape(self, 1))
+        return kernel is not None and kernel is not _multiply_packed
 
     def kernel_name(self, num_rows: int) -> str:
         """Say what computes the product of this many rows."""

@@ -105,7 +105,7 @@ def _why_layers_vary(stage: Stage) -> str:
     texts = []
     with one_thread():
         for num_tokens in _PROMPTS:
-            steps = [_draw(stage, each, generator) for each in (num_tokens, *_LATER)]
+            steps = [draw_inputs(stage, each, generator) for each in (num_tokens, *_LATER)]
             cache = stage.new_cache()
             texts.append(_Text(steps, [runs.run([cache], [step])[0] for step in steps]))
     # 2) all together; then each beginning after the one before
@@ -135,7 +135,7 @@ class _Runs:
         self._layout: tuple[bool, ...] | None = None
         if not stage.is_first:
             self._layout = layer_layout(stage.span.model.config.model_type)
-        self._skips = LayerSkips(bypassed=tuple(_find_repeated(stage)))
+        self._skips = LayerSkips(bypassed=tuple(find_repeated(stage)))
 
     def run(self, caches: Sequence[StageCache], states: Sequence[Tensor]) -> list[Tensor]:
         """Run one pass; return each text's output."""
@@ -147,7 +147,7 @@ class _Runs:
         return [each.clone() for each in self._packed.run(inputs).tensors[0].split(sizes, dim=1)]
 
 
-def _find_repeated(stage: Stage) -> Iterator[int]:
+def find_repeated(stage: Stage) -> Iterator[int]:
     """Yield the layers that are made as one before them."""
     kinds: set[Any] = set()
     types = getattr(stage.span.model.config.get_text_config(), "layer_types", None) or ()
@@ -163,7 +163,7 @@ def _find_repeated(stage: Stage) -> Iterator[int]:
         kinds.add(kind)
 
 
-def _draw(stage: Stage, num_tokens: int, generator: torch.Generator) -> Tensor:
+def draw_inputs(stage: Stage, num_tokens: int, generator: torch.Generator) -> Tensor:
     """Draw a step's inputs of one text."""
     config = stage.span.model.config
     if stage.is_first:

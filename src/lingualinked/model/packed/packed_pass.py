@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.exact.rows_alone import rows_alone
 from lingualinked.model.hf_internals import building, computing
 from lingualinked.model.packed.last_layer import LastLayer
 from lingualinked.model.packed.packed_attention import Attend, PackedAttention
@@ -51,6 +52,7 @@ class PassInputs:
     skips: LayerSkips = NO_SKIPS
     adapters: AdapterUse | None = None
     least_rows: int = 2  # no layer sees fewer tokens
+    is_alone: bool = False  # each token has the bits that it has alone
     is_invariant: bool = False  # one thread computes attention: with several, where their buffers lie counts
 
 
@@ -106,6 +108,8 @@ class PackedStage:
             contexts.enter_context(computing.replaced_attention(wrap_attention, attention.wrap_mask))
             contexts.enter_context(rotated_by_text(self._ropes, places))
             contexts.enter_context(computing.experts_in_pairs())
+            if inputs.is_alone:
+                contexts.enter_context(rows_alone())
             cache.begin()
             output = self._stage.step(
                 StageInputs(

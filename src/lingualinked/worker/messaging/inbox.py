@@ -15,10 +15,12 @@ from lingualinked.errors import ProtocolError
 from lingualinked.protocol.base import Message
 from lingualinked.protocol.messages import CallerMessage, CutLinks, EmulateDevice, LoadStage, PeerMessage, decode
 from lingualinked.protocol.moving import MovingMessage
+from lingualinked.protocol.steps import StepGroup
 from lingualinked.protocol.weights import WeightMessage
 from lingualinked.transport.hosts import cut_links
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.wire.delivery import Delivery
+from lingualinked.worker.messaging.joined_steps import split_group
 from lingualinked.worker.messaging.sender_check import StaleMessageError
 
 # Of one sender; further messages stay in the mailbox, which then stops reading from that sender.
@@ -55,6 +57,13 @@ class Inbox:
             self._count(waiting[1], -1)
         return waiting
 
+    def take_others(self, accepts: Callable[[Message, Delivery], bool], most: int) -> list[Waiting]:
+        """Return at most so many messages that wait and are accepted, each sender's up to the first one that is not."""
+        taken = self._others.take_heads(accepts, most) if not self._moves else []
+        for _, delivery in taken:
+            self._count(delivery, -1)
+        return taken
+
     def cut_links(self, senders: Iterable[str]) -> None:
         """Handle nothing from these senders, and what has come from all others while their links were cut."""
         for delivery in self._cut_links.cut(senders):
@@ -76,12 +85,28 @@ class Inbox:
             if type(message) not in _PASS_CUTS and self._cut_links.hold(delivery):
                 return True
             self._check_sender(message, delivery.sender)  # which also refuses what is not a message to a worker
+            if isinstance(message, StepGroup):
+                return self._accept_group(message, delivery)
         except ProtocolError as error:
             self.refuse(delivery, error, kind)
             return False  # otherwise a flood of them would hold up waiting messages
         queue = self._moves if type(message) in _FIRST else self._others
         queue.add((cast("CallerMessage | PeerMessage", message), delivery))
         return self._count(delivery, 1)
+
+    def _accept_group(self, group: StepGroup, delivery: Delivery) -> bool:
+        """Queue the steps of a group that its sender may send; return whether to read the next message at once."""
+        reads_on = True
+        for step, own in split_group(group, delivery):
+            try:
+                self._check_sender(step, own.sender)
+            except ProtocolError as error:
+                self.refuse(own, error, type(step).__name__)
+                reads_on = False
+            else:
+                self._others.add((step, own))
+                reads_on &= self._count(own, 1)
+        return reads_on
 
     def _count(self, delivery: Delivery, sign: int) -> bool:
         num, num_bytes = self._load.get(delivery.sender, (0, 0))
@@ -113,3 +138,13 @@ class _FairQueue:
         if queue:
             self._waiting[sender] = queue
         return waiting
+
+    def take_heads(self, accepts: Callable[[Message, Delivery], bool], most: int) -> list[Waiting]:
+        """Remove at most so many messages that are accepted, from the heads of all queues, and return them."""
+        taken: list[Waiting] = []
+        for sender, queue in list(self._waiting.items()):
+            while queue and len(taken) < most and accepts(*queue[0]):
+                taken.append(queue.popleft())
+            if not queue:
+                del self._waiting[sender]
+        return taken

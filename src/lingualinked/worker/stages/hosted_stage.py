@@ -17,6 +17,7 @@ from lingualinked.model.context import ContextCode, MaskMode, PositionMode, Step
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import ModuleCall
 from lingualinked.model.kv.kv_cache import StageCache
+from lingualinked.model.packed.alone import most_alone
 from lingualinked.model.packed.packed_pass import PackedStage
 from lingualinked.model.process.memory import release_memory
 from lingualinked.model.stages.autograd_graph import AutogradGraph
@@ -44,8 +45,11 @@ class HostedStage:
     All sessions together may hold `max_kv_tokens` rows x tokens of KV; ``None``: no limit.
     """
 
-    def __init__(self, stage: Stage, previous_name: str, next_name: str, max_kv_tokens: int | None) -> None:
+    def __init__(
+        self, stage: Stage, previous_name: str, next_name: str, max_kv_tokens: int | None, num_stages: int = 1
+    ) -> None:
         self.previous_name = previous_name
+        self.num_stages = num_stages
         self.next_name = next_name
         self._max_kv_tokens = max_kv_tokens
         self.stage = stage
@@ -97,6 +101,11 @@ class HostedStage:
     def packed(self) -> PackedStage:
         """The stage, for packed steps; raises UnsupportedOperationError if its model's class can't run them."""
         return PackedStage(self.stage)
+
+    @functools.cached_property
+    def most_together(self) -> int:
+        """How many sessions' tokens one pass can compute with the bits that each has alone."""
+        return most_alone(self.stage)
 
     def record_step(self, elapsed_s: float) -> None:
         """Record a step, and its seconds of compute, for the snapshot."""

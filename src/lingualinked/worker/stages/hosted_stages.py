@@ -21,7 +21,7 @@ from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.messages import LoadStage, StageReport
 from lingualinked.protocol.moving import ForkSession, JoinSessions, WeightChunk
 from lingualinked.protocol.packed import PackedStep
-from lingualinked.protocol.steps import EndSession, Step
+from lingualinked.protocol.steps import EndSession, Step, StepGroup
 from lingualinked.worker.background import Background
 from lingualinked.worker.process.limits import spare_bytes
 from lingualinked.worker.stages.hosted_stage import HostedStage
@@ -124,7 +124,9 @@ class HostedStages:
                 self._background.call_on_loop(functools.partial(on_error, error))
             else:
                 # 3) on the loop again: put the stage in service, if it is still wanted
-                hosted = HostedStage(stage, request.previous_name, request.next_name, request.max_kv_tokens)
+                hosted = HostedStage(
+                    stage, request.previous_name, request.next_name, request.max_kv_tokens, request.num_stages
+                )
                 self._background.call_on_loop(functools.partial(self._put_in_service, key, hosted, on_loaded))
             finally:
                 self._borrowed.pop(request.request, None)
@@ -133,11 +135,13 @@ class HostedStages:
 
         self._background.submit(load_in_background)
 
-    def step_senders(self, message: Step | PackedStep | EndSession) -> tuple[str, ...]:
+    def step_senders(self, message: Step | StepGroup | PackedStep | EndSession) -> tuple[str, ...]:
         """Return who may send a step to a stage, or end its session, besides the caller: the party before it, or who runs it.
 
         Nobody may send the step of a run that is not in progress: it may have been on its way when the run ended.
         """
+        if isinstance(message, StepGroup):  # who may send one of its steps, which are checked one by one
+            return tuple({name for step in message.steps for name in self.step_senders(step)})
         hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
         if hosted is None:
             return ()
@@ -156,6 +160,10 @@ class HostedStages:
         borrowed = self._borrowed.get(chunk.request)
         if borrowed is not None:
             borrowed[1].deliver_chunk(chunk, tensors)
+
+    def find_stage(self, key: StageKey) -> HostedStage | None:
+        """Return a stage if it is hosted here."""
+        return self._stages.get(key)
 
     def get_stage(self, key: StageKey) -> HostedStage:
         """Return a stage, or raise ProtocolError if it is not hosted here."""

@@ -23,7 +23,7 @@ from lingualinked.model.tensor_strides import pack_tensor, unpack_tensor
 from lingualinked.protocol.failures import StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import encode
-from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
+from lingualinked.protocol.running import BeginRun, EndRun
 from lingualinked.protocol.steps import StageTimes, Step, StepDone, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.transport.mailbox import Mailbox
@@ -36,10 +36,12 @@ from lingualinked.worker.messaging.error_report import ErrorReport, describe_err
 from lingualinked.worker.messaging.peers import Peers
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.steps.failed_steps import run_or_report
+from lingualinked.worker.steps.group_runner import GroupRunner, TakeOthers
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.packed_runner import PackedRunner
-from lingualinked.worker.steps.runs import Runs, TokenRun
+from lingualinked.worker.steps.runs import Runs
 from lingualinked.worker.steps.step_tensors import split_tensors
+from lingualinked.worker.steps.token_sender import ChosenStep, TokenSender
 
 _MOST_STACKED_BYTES = 1 << 20
 
@@ -57,7 +59,17 @@ class StepRunner:
         self.packed = PackedRunner(mailbox, peers, stages, pace, accelerator)
         self._runs = Runs()
         self._hops = HopClock()
+        self._tokens = TokenSender(mailbox, peers, self._runs)
+        self._groups = GroupRunner(mailbox, peers, stages, pace, self._runs, self._hops, self._handle_failure)
         self._last_encode_us = 0
+
+    def serve_steps(self, first: tuple[Step, Delivery], take_others: TakeOthers) -> None:
+        """Run a step, together with those that wait and can run in one pass with it; send their results on."""
+        group = self._groups.gather(first, take_others)
+        if len(group) == 1:
+            self.serve_step(*first)
+        else:
+            self._groups.serve(group)
 
     def serve_step(self, step: Step, delivery: Delivery) -> None:
         """Run a step and send its results on, or tell the caller why it failed."""
@@ -100,6 +112,12 @@ class StepRunner:
     def _serve_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
         run = functools.partial(self._run_step, step, delivery, wait)
         run_or_report(run, functools.partial(self._report_failure, step), self._stages, self._accelerator)
+
+    def _handle_failure(self, step: Step, error: Exception) -> None:
+        def fail() -> None:
+            raise error
+
+        run_or_report(fail, functools.partial(self._report_failure, step), self._stages, self._accelerator)
 
     def _report_failure(self, step: Step | BeginRun, failure: ErrorReport) -> None:
         failed = StepFailed(model=step.model, session=step.session, number=step.number, **failure)
@@ -154,7 +172,8 @@ class StepRunner:
         timings = (*step.timings, times)
         # 4) send tokens or logits to the caller, or hidden states to the next stage
         if run is not None:
-            hosted.sent_bytes += self._send_tokens(step, run, tokens, output.tensors, timings)
+            chosen = ChosenStep(step, run, tokens, output.tensors[0], timings)
+            hosted.sent_bytes += self._tokens.send([chosen], clock_us() + self._last_encode_us)
         elif hosted.stage.is_last:
             done = StepDone(
                 model=step.model,
@@ -184,32 +203,6 @@ class StepRunner:
         if step.records or step.captures:
             recorded, records = describe_recorded(step, output)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
-
-    def _send_tokens(
-        self,
-        step: Step,
-        run: TokenRun,
-        tokens: Tensor | None,
-        logits: tuple[Tensor, ...],
-        timings: tuple[StageTimes, ...],
-    ) -> int:
-        """Send what a run has chosen behind a step as the next step to the first stage, and to the caller; return the bytes."""
-        num_bytes = 0
-        goes_on = tokens is not None and run.num_left > 0
-        if tokens is not None and goes_on:
-            onward = run.next_step(step, self._mailbox.name, clock_us() + self._last_encode_us)
-            num_bytes += self._peers.send(run.first_name, onward, (tokens[:, None],))
-        else:
-            self._runs.drop(step.model, step.session)
-        chosen = TokensChosen(
-            model=step.model,
-            session=step.session,
-            number=step.number,
-            timings=timings,
-            tokens=() if tokens is None else tuple(tokens.tolist()),
-            goes_on=goes_on,
-        )
-        return num_bytes + self._mailbox.send(CALLER, encode(chosen), () if tokens is not None else logits)
 
 
 def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 
@@ -12,12 +13,24 @@ from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.measuring import Ping, Pong
 from lingualinked.protocol.messages import CutLinks, EmulateDevice, InspectWorker, UnloadModel, encode
 from lingualinked.protocol.moving import KeepPlan, KVReceived
-from lingualinked.protocol.steps import EndSession
+from lingualinked.protocol.steps import EndSession, Step, StepGroup
 from lingualinked.transport.hosts import cut_links
 from lingualinked.transport.inprocess import InProcessHub, InProcessMailbox
 from lingualinked.worker.messaging.inbox import Inbox
+from unit.worker.stages.test_hosted_stage import STEP
 
-Message = InspectWorker | CutLinks | EmulateDevice | UnloadModel | KeepPlan | EndSession | KVReceived | Pong | Ping
+Message = (
+    InspectWorker
+    | CutLinks
+    | EmulateDevice
+    | UnloadModel
+    | KeepPlan
+    | EndSession
+    | StepGroup
+    | KVReceived
+    | Pong
+    | Ping
+)
 
 
 def check(message: object, sender: str) -> None:
@@ -159,3 +172,36 @@ def test_a_cut_link_holds_so_many_bytes(line: Line, monkeypatch: pytest.MonkeyPa
     line.inbox.cut_links([])
     assert [line.next() for _ in range(2)] == [("a", end(1)), ("a", end(3))]
     assert line.mailbox.num_refused == 1
+
+
+def test_the_steps_of_a_group_wait_as_if_each_had_come_by_itself(line: Line) -> None:
+    steps = tuple(msgspec.structs.replace(STEP, session=session) for session in (1, 2, 3))
+    line.say("a", StepGroup(steps=steps), torch.tensor([[7], [8], [9]]))
+    line.say("a", end(4))
+    found = [line.inbox.next_message() for _ in range(4)]
+    assert [waiting[0] for waiting in found if waiting is not None] == [*steps, end(4)]
+    assert [waiting[1].tensors[0].tolist() for waiting in found[:3] if waiting is not None] == [[[7]], [[8]], [[9]]]
+
+
+def test_a_step_of_a_group_that_its_sender_may_not_send_costs_the_others_nothing(line: Line) -> None:
+    def check_step(message: object, _: str) -> None:
+        if isinstance(message, Step) and message.session == 2:
+            raise ProtocolError("not yours")
+
+    line.inbox._check_sender = check_step
+    steps = tuple(msgspec.structs.replace(STEP, session=session) for session in (1, 2, 3))
+    line.say("a", StepGroup(steps=steps), torch.tensor([[7], [8], [9]]))
+    assert [line.next()[1], line.next()[1]] == [steps[0], steps[2]]
+    assert line.mailbox.num_refused == 1
+
+
+def test_others_are_taken_up_to_the_first_that_is_not_accepted(line: Line) -> None:
+    for sender, session in (("a", 0), ("a", 1), ("a", -1), ("a", 2), ("b", 3), ("b", 4)):
+        line.say(sender, end(session))
+    assert line.next() == ("a", end(0))
+    taken = line.inbox.take_others(lambda message, _: message.session > 0, 2)  # type: ignore[union-attr]
+    assert len(taken) == 2
+    assert sorted(message.session for message, _ in taken) in ([1, 3], [3, 4])  # type: ignore[union-attr]
+    rest = line.inbox.take_others(lambda message, _: message.session > 0, 9)  # type: ignore[union-attr]
+    assert len(rest) == 1
+    assert [line.next()[1], line.next()[1]] == [end(-1), end(2)]

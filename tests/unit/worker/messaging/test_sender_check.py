@@ -25,7 +25,7 @@ from lingualinked.worker.measuring.probe import LinkProbes
 from lingualinked.worker.messaging.peers import Peers
 from lingualinked.worker.messaging.sender_check import SenderCheck, StaleMessageError
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
-from message_examples import TYPES, example
+from message_examples import STEP, TYPES, example
 
 MODEL, OLD, NEW, STAGE, REQUEST = 7, 1, 2, 1, 7
 
@@ -91,7 +91,8 @@ def is_taken(roles: SenderCheck, message: Message, sender: str) -> bool:
 def aimed(kind: type[Message], **fields: Any) -> Any:
     """A message about something that the worker has."""
     message = example(kind)  # type: ignore[arg-type]
-    known = {"model": MODEL, "plan_version": OLD, "stage": STAGE, "request": REQUEST, "load": REQUEST} | fields
+    known: dict[str, Any] = {"model": MODEL, "plan_version": OLD, "stage": STAGE, "request": REQUEST, "load": REQUEST}
+    known |= {"steps": (msgspec.structs.replace(STEP, model=MODEL, plan_version=OLD, stage=STAGE),)} | fields
     return msgspec.structs.replace(
         message, **{name: known[name] for name in known.keys() & set(kind.__struct_fields__)}
     )
