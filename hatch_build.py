@@ -17,7 +17,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 FOLDER = "src/lingualinked/kernels"
 PROCESSOR = "x86_64_v4+avx512bf16"  # a kernel's caller looks for what it needs of it
 OPTIONS = {
-    **{name: ["-mcpu=x86_64_v3", "-ffp-contract=off"] for name in ("float_rows", "half_rows", "norm", "rotary")},
+    **{
+        name: ["-mcpu=x86_64_v3", "-ffp-contract=off"]
+        for name in ("float_rows", "gated", "half_rows", "norm", "rotary")
+    },
     "bfloat_rows": ["-mcpu=x86_64_v4", "-ffp-contract=off"],
 }
 FLAGS = [

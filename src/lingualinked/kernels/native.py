@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,11 +40,27 @@ def is_available(name: str, flags: frozenset[str]) -> bool:
 
 def call(name: str, function: str, arguments: struct.Struct, *values: float) -> int:
     """Call a kernel's function with its structure, which ends with the threads that share its work; return what it returns."""
+    return int(function_of(name, function)(arguments.pack(*values, *team())))
+
+
+def call_alone(name: str, function: str, arguments: struct.Struct, *values: float) -> int:
+    """Call a kernel's function with its structure, whose work one thread does; return what it returns."""
+    return int(function_of(name, function)(arguments.pack(*values)))
+
+
+def team() -> tuple[int, ...]:
+    """Return the threads that share a kernel's work, as the end of its structure: as many as torch uses now."""
+    num_threads = torch.get_num_threads()
+    return (num_threads, *((num_threads > 1 and openmp()) or (0, 0, 0)))
+
+
+@functools.cache
+def function_of(name: str, function: str) -> Callable[[bytes], int]:
+    """Return a kernel's function of its structure."""
     library = load_library(name)
     assert library is not None
-    num_threads = torch.get_num_threads()
-    team = (num_threads > 1 and openmp()) or (0, 0, 0)
-    return int(getattr(library, function)(arguments.pack(*values, num_threads, *team)))
+    found: Callable[[bytes], int] = getattr(library, function)
+    return found
 
 
 @functools.cache

@@ -20,11 +20,9 @@ from lingualinked.model.cutting.cut import SpanLeft, flatten_output, unflatten_o
 from lingualinked.model.cutting.joining import join_spans, missing_spans
 from lingualinked.model.cutting.parts import cache_slots
 from lingualinked.model.exact import exact_attention
-from lingualinked.model.exact.exact_norm import speed_up_norms
 from lingualinked.model.exact.exact_rotary import faster_rotation
-from lingualinked.model.exact.float_linear import speed_up_linears
-from lingualinked.model.exact.packed_linear import pack_linears
 from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
+from lingualinked.model.exact.speeding_up import speed_up
 from lingualinked.model.hf_internals import building, computing, recording
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
@@ -66,9 +64,7 @@ class Stage:
         self._base_bytes = span.parts.span_bytes(start, end)
         self.adapters = StageAdapters(self._model, device)
         if device.type == "cpu":
-            pack_linears(self._model, self.adapters.layers)
-            speed_up_linears(self._model, self.adapters.layers)
-            speed_up_norms(self._model)
+            speed_up(self._model, self.adapters.layers)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
         self._layers = LayerList(layers)
