@@ -19,7 +19,7 @@ PROCESSOR = "x86_64_v4+avx512bf16"  # a kernel's caller looks for what it needs 
 OPTIONS = {
     **{
         name: ["-mcpu=x86_64_v3", "-ffp-contract=off"]
-        for name in ("float_rows", "gated", "half_rows", "norm", "rotary")
+        for name in ("float_rows", "gated", "half_rows", "norm", "rotary", "sequence")
     },
     "bfloat_rows": ["-mcpu=x86_64_v4", "-ffp-contract=off"],
 }

@@ -179,6 +179,59 @@ def attend_texts(
     )
 
 
+def pack_texts(
+    states: Sequence[int],
+    texts: int,
+    num_texts: int,
+    heads: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    scale: float,
+) -> bytes:
+    """Return the structure of `attend_texts`, for as many places as texts, by addresses.
+
+    `states` are queries, new keys, new values and results, all contiguous ``[places, heads, dim]``; `heads` are those of
+    queries and of keys.
+    """
+    num_heads, num_key_heads = heads
+    return _ARGUMENTS.pack(
+        *states,
+        *(0, 0),
+        *(0, dim, num_heads * dim),
+        *(0, dim, num_key_heads * dim),
+        *(0, dim, num_key_heads * dim),
+        *(0, 0, 0),
+        1,
+        num_heads,
+        num_heads // num_key_heads,
+        1,
+        0,
+        dim,
+        1,
+        _DTYPES.index(dtype),
+        _NO_MASK,
+        scale,
+        *_mathematics(),
+        texts,
+        num_texts,
+        *native.team(),
+    )
+
+
+def describe_rows(
+    keys: Location, key_row: int, values: Location, value_row: int, num_rows: int, num_tokens: int
+) -> bytes:
+    """Describe rows as texts of one new token, given where the first one lies, and the bytes between rows."""
+    (key, *key_strides), (value, *value_strides) = keys, values
+    return b"".join(
+        _TEXT.pack(key + row * key_row, *key_strides, value + row * value_row, *value_strides, num_tokens, row, 1)
+        for row in range(num_rows)
+    )
+
+
+TEXT_BYTES = _TEXT.size
+
+
 def _lies_in_rows(states: Tensor) -> bool:
     """Say whether dimensions lie side by side, and heads and tokens do not overlap: torch multiplies others otherwise."""
     _, num_heads, num_tokens, dim = states.shape

@@ -67,5 +67,14 @@ def multiply(states: Tensor, weight: int, bias: Tensor | None, out_features: int
     return result
 
 
+def pack(
+    rows: int, weight: int, bias: int, result: int, num_rows: int, in_features: int, out_features: int, chunk: int
+) -> bytes:
+    """Return the structure of `multiply`, for contiguous rows of an even number of inputs, by their addresses."""
+    stored = _filled(in_features, _STORED_INPUTS) // 2
+    sizes = num_rows, in_features // 2, stored, out_features, chunk // 2
+    return _ARGUMENTS.pack(rows, weight, bias, result, *sizes, *native.team())
+
+
 def _filled(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple

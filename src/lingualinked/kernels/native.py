@@ -55,6 +55,12 @@ def team() -> tuple[int, ...]:
 
 
 @functools.cache
+def function_address(name: str, function: str) -> int:
+    """Return the address of a kernel's function."""
+    return ctypes.cast(function_of(name, function), ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+@functools.cache
 def function_of(name: str, function: str) -> Callable[[bytes], int]:
     """Return a kernel's function of its structure."""
     library = load_library(name)

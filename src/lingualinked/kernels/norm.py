@@ -64,3 +64,10 @@ def normalise(states: Tensor, weight: Tensor, kind: Kind, epsilon: float) -> Ten
         epsilon,
     )
     return result if is_finite else None
+
+
+def pack(
+    states: int, weight: int, result: int, num_rows: int, size: int, dtype: torch.dtype, kind: Kind, epsilon: float
+) -> bytes:
+    """Return the structure of `normalise`, by addresses."""
+    return _ARGUMENTS.pack(states, weight, result, num_rows, size, native.DTYPES[dtype], kind, epsilon, *native.team())

@@ -77,3 +77,23 @@ def rotate(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tup
         native.DTYPES[queries.dtype],
     )
     return results if is_finite else None
+
+
+def pack(
+    heads: Sequence[tuple[int, int, int]],
+    cosines: int,
+    sines: int,
+    num_angles: int,
+    num_rows: int,
+    dim: int,
+    dtype: torch.dtype,
+) -> bytes:
+    """Return the structure of `rotate`, given addresses of states and results, and numbers of heads: of queries, then of keys.
+
+    All lie in contiguous ``[rows, heads, dim]``.
+    """
+    both = [(*each, each[2] * dim, dim) for each in heads]
+    angle_stride = dim if num_angles > 1 else 0
+    return _ARGUMENTS.pack(
+        *both[0], *both[1], cosines, sines, angle_stride, num_rows, dim, native.DTYPES[dtype], *native.team()
+    )

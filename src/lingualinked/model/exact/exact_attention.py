@@ -46,7 +46,7 @@ def attend(
 
     States are ``[rows, heads, tokens, dim]``; the result is ``[rows, tokens, heads, dim]``.
     """
-    if not any(map(kwargs.get, _ARGUMENTS)) and uses_kernel(module, query, key, value, attention_mask):
+    if not has_unknown(kwargs) and uses_kernel(module, query, key, value, attention_mask):
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         together = _together(query.shape[1] // key.shape[1], query.shape[2], attention_mask is not None)
         return attention.attend(query, key, value, scale, attention_mask, together), None
@@ -61,7 +61,7 @@ def uses_kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
         and not torch.is_grad_enabled()
         and group == getattr(module, "num_key_value_groups", 1)
         and attention.accepts(query, key, value, attention_mask, _together(group, num_new, is_masked))
-        and _computes_fused()
+        and computes_fused()
         and is_exact(query.dtype, query.shape[3], *_alike(group, num_new), is_masked, torch.get_num_threads())
     )
 
@@ -84,7 +84,7 @@ def uses_kernel_for_texts(
 ) -> bool:
     """Return whether `attend_texts` may compute this, given the new states and the named arguments of `attend`."""
     one_query, one_key, one_value = (each.narrow(2, 0, 1) for each in (query, key, value))
-    return not any(map(arguments.get, _ARGUMENTS)) and uses_kernel(module, one_query, one_key, one_value, None)
+    return not has_unknown(arguments) and uses_kernel(module, one_query, one_key, one_value, None)
 
 
 def _together(group: int, num_new: int, is_masked: bool) -> int:
@@ -97,7 +97,12 @@ def _alike(group: int, num_new: int) -> tuple[int, int]:
     return (group, num_new) if num_new <= _NUM_FEW else (min(group, 2), attention.like_blocks(num_new))
 
 
-def _computes_fused() -> bool:
+def has_unknown(arguments: Mapping[str, Any]) -> bool:
+    """Return whether one of the named arguments of `attend` makes torch compute what the kernel does not."""
+    return any(map(arguments.get, _ARGUMENTS))
+
+
+def computes_fused() -> bool:
     """Return whether the settings of torch let it choose the function whose order the kernel has."""
     return (
         torch._C._get_flash_sdp_enabled()  # noqa: SLF001 - what the public function calls, without its overhead

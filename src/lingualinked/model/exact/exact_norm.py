@@ -25,6 +25,8 @@ _ATTRIBUTES = frozenset(vars(nn.Module()))  # of any module
 class FasterNorm(nn.Module):
     """Base of the classes of norms whose few rows the kernel computes."""
 
+    epsilon_name: str
+
 
 def speed_up_norms(model: nn.Module) -> None:
     """Make norms of a CPU model compute few rows by the kernel, in place, where that is exact.
@@ -36,6 +38,14 @@ def speed_up_norms(model: nn.Module) -> None:
         module_class: Any = type(module)
         if name and find_kind(_shape(module_class, name, module.get_parameter("weight"), 1)) is not None:
             module.__class__ = _faster_class(module_class, name)
+
+
+def kernel_of(module: FasterNorm, num_rows: int) -> tuple[Tensor, norm.Kind, float] | None:
+    """Return weight, kind and epsilon of a norm whose so many rows the kernel computes; None if it does not."""
+    module_class, name = type(module).__mro__[2], type(module).epsilon_name
+    weight, epsilon = module.get_parameter("weight"), vars(module).get(name)
+    kind = find_kind(_shape(module_class, name, weight, num_rows))
+    return None if kind is None or type(epsilon) is not float or not weight.is_contiguous() else (weight, kind, epsilon)
 
 
 def describe_norms(dtypes: Iterable[torch.dtype]) -> str:
@@ -77,7 +87,9 @@ def _faster_class(module_class: Any, epsilon_name: str) -> type[nn.Module]:
         return module_class.forward(self, *args, **kwargs)
 
     names = {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(module_class.__name__, (FasterNorm, module_class), {**names, "forward": forward})
+    return type(
+        module_class.__name__, (FasterNorm, module_class), {**names, "forward": forward, "epsilon_name": epsilon_name}
+    )
 
 
 def _shape(module_class: type[nn.Module], epsilon_name: str, weight: Tensor, num_rows: int) -> NormShape:

@@ -33,7 +33,14 @@ def faster_rotation(own: Rotation) -> Rotation:
                     return result
         return own(*args, **kwargs)
 
+    rotate.__wrapped__ = own  # type: ignore[attr-defined]
     return rotate
+
+
+def uses_kernel(function: Any, dtype: torch.dtype, *shapes: Sequence[int]) -> bool:
+    """Return whether a function of `faster_rotation` rotates queries, keys and angles of these shapes by the kernel."""
+    own = getattr(function, "__wrapped__", None)
+    return own is not None and _is_exact(own, dtype, *map(torch.Size, shapes), torch.get_num_threads())
 
 
 def _is_plain(queries: Any, keys: Any, cosines: Any, sines: Any) -> bool:

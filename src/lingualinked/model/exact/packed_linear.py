@@ -143,6 +143,13 @@ def _multiply_few(layer: PackedLinear, states: Tensor, *, chunk: int) -> Tensor:
     return few_rows.multiply(states, layer.address, bias, layer.out_features, chunk)
 
 
+def few_rows_chunk(layer: PackedLinear, num_rows: int) -> int | None:
+    """Return how many inputs `few_rows` adds up at once where it multiplies so many rows; None if it does not."""
+    kernel = _exact_kernel(*_shape(layer, num_rows))
+    is_few = isinstance(kernel, functools.partial) and kernel.func is _multiply_few and layer.in_features % 2 == 0
+    return kernel.keywords["chunk"] if is_few else None  # type: ignore[union-attr]
+
+
 def _kernels(num_rows: int) -> dict[str, Kernel]:
     """Return the products of so many rows with a packed weight, the quickest first."""
     few = few_rows.CHUNKS if few_rows.is_available() and num_rows <= few_rows.MAX_ROWS else ()

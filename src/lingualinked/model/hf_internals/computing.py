@@ -43,6 +43,16 @@ def computed_attention(attend: Callable[..., Any]) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
+def calls_attention(attend: Callable[..., Any]) -> bool:
+    """Return whether a model that computes attention as "sdpa" calls this function now, and nothing wraps it."""
+    return ALL_ATTENTION_FUNCTIONS["sdpa"] is attend and "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
+
+
+def rotation_of(module: torch.nn.Module) -> Any:
+    """Return the rotary function that a module's code calls now; None if it has none."""
+    return getattr(sys.modules.get(type(module).__module__), _ROTATION, None)
+
+
 def rotary_modules(model: torch.nn.Module) -> list[Any]:
     """Find the Python modules of a model's code that have a function of their own for rotary embeddings."""
     names = {type(module).__module__ for module in model.modules()}

@@ -76,6 +76,11 @@ class GrowingTensor:
         return self._buffer.data_ptr() + self._start * token * self._buffer.element_size(), head, token
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes from a row to the next one; valid until the next change."""
+        return self._buffer.stride(0) * self._buffer.element_size()
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self._buffer.nbytes

@@ -151,6 +151,12 @@ class GrowingLayer(_Growing, CacheLayer):
         values.extend(1, self.growth, self.growth.reserved_tokens)
         return keys.location, values.location
 
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes from a row to the next one, of keys and of values; valid until the next change."""
+        keys, values = self._grown
+        return keys.row_bytes, values.row_bytes
+
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
         return len(self._grown[0]) if self._grown else 0

@@ -63,10 +63,10 @@ class Stage:
         self.num_bytes_read = span.num_bytes_read  # from files, including headers
         self._base_bytes = span.parts.span_bytes(start, end)
         self.adapters = StageAdapters(self._model, device)
-        if device.type == "cpu":
-            speed_up(self._model, self.adapters.layers)
         layers = self._model.get_submodule(span.parts.layers)
         assert isinstance(layers, nn.ModuleList)
+        if device.type == "cpu":
+            speed_up(self._model, layers, self.adapters.layers)
         self._layers = LayerList(layers)
         self._model.set_submodule(span.parts.layers, self._layers)
         self._slots = self.cache_slots(start, end)
