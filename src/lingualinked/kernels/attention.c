@@ -10,7 +10,11 @@
 #include "team.h"
 
 enum { NO_MASK, CHOICES, ADDENDS };  // true for tokens that count; what is added to scores, in the dtype
-enum { ROWS = 8 };                   // queries that are computed together
+enum {
+    ROWS = 32,           // queries that are computed together
+    LARGEST_POWER = 56,  // products of two such numbers, added up over all dimensions and scaled, are finite
+    LARGEST_SCALE = 64,
+};
 
 struct strides { long batch, head, token; };  // in elements
 
@@ -138,13 +142,54 @@ INLINE long first_dims(const struct attention *a, long tokens, long product) {
     return -(thread + 1) * a->together * ((tokens < BLOCK ? tokens : BLOCK) + 2) & 3;
 }
 
+// Say whether all dimensions of some tokens are so small that no score, and no product with a zero, is NaN or infinite.
+INLINE int are_moderate(const int dtype, const uint16_t *states, long stride, long count, long dim) {
+    __m512i highest = _mm512_setzero_si512();
+    for (long token = 0; token < count; token++)
+        for (long at = 0; at < dim; at += 32) {
+            const __m512i values = _mm512_maskz_loadu_epi16(dims_of(dim, at / 32), states + token * stride + at);
+            highest = _mm512_max_epu16(highest, _mm512_and_si512(values, _mm512_set1_epi16(0x7fff)));
+        }
+    const short least = dtype == FLOAT16 ? 0x7c00 : (127 + LARGEST_POWER) << 7;
+    return !_mm512_cmpge_epu16_mask(highest, _mm512_set1_epi16(least));
+}
+
+// Return how many tokens there are up to the last one that a mask does not hide from all of some queries: the others have no
+// weight, and change nothing, if their keys and values are moderate. These are whole tiles, or all.
+static long tokens_needed(const struct attention *a, const int dtype, const struct text *text, long batch, long key_head,
+                          const long *head, const long *token, int rows) {
+    const long tokens = text->tokens;
+    if (a->mask_kind != CHOICES || !(a->scale <= LARGEST_SCALE && a->scale >= -LARGEST_SCALE)) return tokens;
+    long last = tokens;  // the first of a tile
+    for (int seen = 0; !seen && last > 0;) {
+        last = (last - 1) / TILE * TILE;
+        const __mmask16 some = tokens - last >= TILE ? 0xffff : (__mmask16)((1u << (tokens - last)) - 1);
+        for (int row = 0; row < rows && !seen; row++) {
+            const uint8_t *mask = (const uint8_t *)a->mask + place(&a->of_mask, batch, head[row], token[row]) + last;
+            const __m128i chosen = _mm_maskz_loadu_epi8(some, mask);
+            seen = _mm_test_epi8_mask(chosen, chosen) != 0;
+        }
+        if (seen) last += TILE;
+    }
+    const long whole = tokens / TILE * TILE;
+    if (last > whole || last == tokens) return tokens;
+    const uint16_t *keys = text->keys + key_head * text->key_head + last * text->key_token;
+    const uint16_t *values = text->values + key_head * text->value_head + last * text->value_token;
+    int moderate = are_moderate(dtype, keys, text->key_token, tokens - last, a->dim) &&
+                   are_moderate(dtype, values, text->value_token, tokens - last, a->dim);
+    for (int row = 0; row < rows && moderate; row++)
+        moderate = are_moderate(dtype, a->query + place(&a->of_query, batch, head[row], text->place + token[row]), 0, 1, a->dim);
+    return moderate ? last : tokens;
+}
+
 // Compute attention of some queries that share keys and values, beginning with one of them; fetch what comes next.
 INLINE void attend(const struct attention *a, const int dtype, const int order, long number, long key_head, long first_row,
                    int rows, const uint16_t *next_keys) {
     const struct text text = text_of(a, number);
     const long batch = a->texts ? 0 : number;
     const long dim = a->dim, blocks = (dim + 31) / 32;
-    queries query[ROWS];
+    const long query_stride = 32 * blocks + 16;  // so that queries do not lie in the same places of the processor's memory
+    float query[ROWS * (MAX_DIM + 16)];
     scores score[ROWS];  // then weights
     totals total[ROWS];
     dims apart[ROWS];
@@ -156,8 +201,8 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         const uint16_t *from = a->query + place(&a->of_query, batch, head[row], text.place + token[row]);
         for (long block = 0; block < blocks; block++) {
             const __m512i all = _mm512_maskz_loadu_epi16(dims_of(dim, block), from + 32 * block);
-            _mm512_storeu_ps(query[row] + 32 * block, widen(dtype, _mm512_castsi512_si256(all)));
-            _mm512_storeu_ps(query[row] + 32 * block + 16, widen(dtype, _mm512_extracti64x4_epi64(all, 1)));
+            _mm512_storeu_ps(query + row * query_stride + 32 * block, widen(dtype, _mm512_castsi512_si256(all)));
+            _mm512_storeu_ps(query + row * query_stride + 32 * block + 16, widen(dtype, _mm512_extracti64x4_epi64(all, 1)));
             total[row][block][0] = total[row][block][1] = _mm512_setzero_ps();
         }
         const long first = first_dims(a, text.tokens, ((batch * a->heads + head[row]) * a->queries + token[row]) / a->together);
@@ -166,25 +211,27 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         highest[row] = -__builtin_inff();
         sum[row] = 0;
     }
-    for (long first = 0; first < text.tokens; first += BLOCK) {
+    const long all_needed = order == MANY ? tokens_needed(a, dtype, &text, batch, key_head, head, token, rows) : text.tokens;
+    for (long first = 0; first < all_needed; first += BLOCK) {
         const long count = text.tokens - first < BLOCK ? text.tokens - first : BLOCK;
+        const long needed = all_needed - first < count ? all_needed - first : count;
         const uint16_t *keys = text.keys + key_head * text.key_head + first * text.key_token;
         const uint16_t *values = text.values + key_head * text.value_head + first * text.value_token;
         const uint16_t *following = text.tokens - first > BLOCK ? keys + BLOCK * text.key_token : next_keys;
         const struct ahead next_values = {values, text.value_token}, next = {following, text.key_token};
         // 1) scores of the block
-        score_block(dtype, order, rows, keys, text.key_token, count, dim, query, score, next_values);
+        score_block(dtype, order, rows, keys, text.key_token, count, needed, dim, query, query_stride, score, next_values);
         // 2) weights; what was added up for lower scores shrinks
         for (int row = 0; row < rows; row++) {
             const long at = place(&a->of_mask, batch, head[row], token[row]) + first;
             const uint8_t *mask = (const uint8_t *)a->mask + (a->mask_kind == ADDENDS ? 2 * at : at);
-            const float top = scale_scores(dtype, score[row], count, (float)a->scale, mask, a->mask_kind), before = highest[row];
+            const float top = scale_scores(dtype, score[row], needed, (float)a->scale, mask, a->mask_kind), before = highest[row];
             const float new_highest = before > top ? before : top;
             if (new_highest == -__builtin_inff()) {
-                for (long i = 0; i < count; i++) score[row][i] = 0;
+                for (long i = 0; i < needed; i++) score[row][i] = 0;
                 continue;
             }
-            const float added = weigh_scores(a, dtype, score[row], count, new_highest);
+            const float added = weigh_scores(a, dtype, score[row], needed, new_highest);
             const float shrink = a->exponential32(before - new_highest);
             sum[row] = __builtin_fmaf(shrink, sum[row], added);
             highest[row] = new_highest;
@@ -192,10 +239,11 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
                 total[row][i / 2][i % 2] = _mm512_mul_ps(total[row][i / 2][i % 2], _mm512_set1_ps(shrink));
         }
         // 3) weighted values
-        FOR_ROWS(rows, add_rows(dtype, order, NUMBER, values, text.value_token, dim, score + row, count, apart + row,
+        FOR_ROWS(rows, add_rows(dtype, order, NUMBER, values, text.value_token, dim, score + row, count, needed, apart + row,
                                 total + row, next))
     }
     // 4) divide by the sum of weights
+    const __m512 left_out = _mm512_set1_ps(all_needed < text.tokens ? 0.0f : -0.0f);
     for (int row = 0; row < rows; row++) {
         if (sum[row] == 0) sum[row] = 1;
         const float top = highest[row] == -__builtin_inff() ? 0 : highest[row];
@@ -203,8 +251,11 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         uint16_t *result = a->result + ((batch * a->queries + text.place + token[row]) * a->heads + head[row]) * dim;
         for (long block = 0; block < blocks; block++) {
             __m256i half[2];
-            for (int i = 0; i < 2; i++)
+            for (int i = 0; i < 2; i++) {
+                if (order == MANY)  // of a -0, what follows without any weight makes 0
+                    total[row][block][i] = _mm512_add_ps(total[row][block][i], left_out);
                 half[i] = narrow(dtype, _mm512_mul_ps(total[row][block][i], _mm512_set1_ps(1 / sum[row])));
+            }
             const __m512i first = _mm512_cvtepu16_epi32(half[0]), second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half[1]), 16);
             const __m512i both = dtype == FLOAT16 ? _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1)
                                                   : _mm512_or_si512(first, second);

@@ -32,9 +32,10 @@ enum {
     MANY_TOKENS = 12,  // from which on dimensions are added one by one
     CHUNK = 192,       // terms that are added up before they are added to others; fewer than two chunks are halved
     MAX_DIM = 256,
+    MANY_ROWS = 8,     // queries that are multiplied with a tile one dimension at a time, so that no sum waits for another
 };
 
-typedef float queries[MAX_DIM], scores[BLOCK];  // scores, or weights
+typedef float scores[BLOCK];  // scores, or weights
 typedef __m512 totals[MAX_DIM / 32][2];  // of 32 dimensions each: the two halves in float16, even and odd ones in bfloat16
 typedef __mmask16 dims[2];               // some of the first 32 dimensions
 
@@ -81,6 +82,14 @@ INLINE long chunk_of(long terms) { return terms <= CHUNK ? terms : terms < 2 * C
         else { enum { NUMBER = 1 }; call; row += 1; }                                                                    \
     }
 
+#define FOR_MANY_ROWS(rows, call)                                                                                        \
+    for (int row = 0; row < rows;) {                                                                                     \
+        if (rows - row >= MANY_ROWS) { enum { NUMBER = MANY_ROWS }; call; row += MANY_ROWS; }                            \
+        else if (rows - row >= 4) { enum { NUMBER = 4 }; call; row += 4; }                                               \
+        else if (rows - row >= 2) { enum { NUMBER = 2 }; call; row += 2; }                                               \
+        else { enum { NUMBER = 1 }; call; row += 1; }                                                                    \
+    }
+
 // Turn up to 16 keys into pairs of dimensions, [dim / 2][keys].
 INLINE void transpose_keys(const uint16_t *keys, long stride, long count, long dim, __m512i *pairs) {
     for (long at = 0; at < dim; at += 32, pairs += 16) {
@@ -110,13 +119,13 @@ INLINE void transpose_keys(const uint16_t *keys, long stride, long count, long d
 }
 
 // Compute scores of a tile, as so many sums over dimensions.
-INLINE void score_rows(const int dtype, const int rows, const int lanes, const __m512i *pairs, long dim, const queries *query,
-                       scores *score, long at, __mmask16 mask) {
+INLINE void score_rows(const int dtype, const int rows, const int lanes, const __m512i *pairs, long dim, const float *query,
+                       long query_stride, scores *score, long at, __mmask16 mask) {
     const long chunk = lanes == 1 ? chunk_of(dim) : dim;
     const int step = lanes == 1 ? 2 : lanes;
-    __m512 total[4];
+    __m512 total[MANY_ROWS];
     for (long first = 0; first < dim; first += chunk) {
-        __m512 sum[4][2 * LANES];
+        __m512 sum[MANY_ROWS][2 * LANES];
         for (int row = 0; row < rows; row++)
             for (int lane = 0; lane < lanes; lane++) sum[row][lane] = _mm512_setzero_ps();
         for (long i = first; i < first + chunk; i += step)
@@ -124,7 +133,7 @@ INLINE void score_rows(const int dtype, const int rows, const int lanes, const _
                 const __m512 key = widen_half(dtype, pairs[(i + lane) / 2], lane % 2);
                 for (int row = 0; row < rows; row++) {
                     __m512 *to = &sum[row][lane % lanes];
-                    *to = add_product(lanes == 1, key, _mm512_set1_ps(query[row][i + lane]), *to);
+                    *to = add_product(lanes == 1, key, _mm512_set1_ps(query[row * query_stride + i + lane]), *to);
                 }
             }
         for (int row = 0; row < rows; row++) {
@@ -149,24 +158,26 @@ INLINE void fetch(struct ahead ahead, long token, long dim) {
     _mm_prefetch((const char *)(ahead.first + token * ahead.stride + dim), _MM_HINT_T1);
 }
 
-// Compute scores of a block of tokens.
-INLINE void score_block(const int dtype, const int order, int rows, const uint16_t *keys, long stride, long count, long dim,
-                        const queries *query, scores *score, struct ahead ahead) {
+// Compute scores of a block of tokens, of those up to the last one that is needed.
+INLINE void score_block(const int dtype, const int order, int rows, const uint16_t *keys, long stride, long count, long needed,
+                        long dim, const float *query, long query_stride, scores *score, struct ahead ahead) {
     const int one_by_one = order == MANY && count >= MANY_TOKENS;
     const long rest = order == ALONE || one_by_one || (dtype == BFLOAT16 && count == 1) ? 0 : count % LANES;
     __m512i pairs[MAX_DIM / 2];
-    for (long at = 0; at < count; at += TILE) {
+    for (long at = 0; at < needed; at += TILE) {
         const long size = count - at < TILE ? count - at : TILE;
         const __mmask16 mask = (__mmask16)((1u << size) - 1), last = (__mmask16)(mask & ~((1u << (size - rest)) - 1));
         for (long token = at; token < at + size; token++)
             for (long first = 0; first < dim; first += 32) fetch(ahead, token, first);
         transpose_keys(keys + at * stride, stride, size, dim, pairs);
         if (one_by_one)
-            FOR_ROWS(rows, score_rows(dtype, NUMBER, 1, pairs, dim, query + row, score + row, at, mask))
+            FOR_MANY_ROWS(rows, score_rows(dtype, NUMBER, 1, pairs, dim, query + row * query_stride, query_stride,
+                                           score + row, at, mask))
         else
-            FOR_ROWS(rows, score_rows(dtype, NUMBER, LANES, pairs, dim, query + row, score + row, at, mask))
+            FOR_ROWS(rows, score_rows(dtype, NUMBER, LANES, pairs, dim, query + row * query_stride, query_stride,
+                                      score + row, at, mask))
         for (int row = 0; rest && at + size == count && row < rows; row++)
-            score_rows(dtype, 1, 2 * LANES, pairs, dim, query + row, score + row, at, last);
+            score_rows(dtype, 1, 2 * LANES, pairs, dim, query + row * query_stride, query_stride, score + row, at, last);
     }
 }
 
@@ -209,11 +220,11 @@ INLINE void add_four(const int dtype, const int rows, const int blocks, const ui
 
 // Add weighted values of some tokens to the totals in one or two blocks of 32 dimensions.
 INLINE void add_values(const int dtype, const int order, const int rows, const int blocks, const uint16_t *value, long stride,
-                       __mmask32 mask, const scores *weight, long count, const dims *apart, long block, totals *total,
-                       struct ahead ahead) {
+                       __mmask32 mask, const scores *weight, long count, long needed, const dims *apart, long block,
+                       totals *total, struct ahead ahead) {
     const long chunk = order == MANY ? chunk_of(count) : count;
-    for (long first = 0; first < count; first += chunk) {
-        const long end = count - first < chunk ? count : first + chunk;
+    for (long first = 0; first < needed; first += chunk) {
+        const long end = needed - first < chunk ? needed : first + chunk;
         long token = first;
         __m512 sum[4][2][2];
         for (int row = 0; row < rows; row++)
@@ -250,10 +261,12 @@ INLINE void add_values(const int dtype, const int order, const int rows, const i
 
 // Add weighted values of some tokens to the totals of some queries.
 INLINE void add_rows(const int dtype, const int order, const int rows, const uint16_t *value, long stride, long dim,
-                     const scores *weight, long count, const dims *apart, totals *total, struct ahead ahead) {
+                     const scores *weight, long count, long needed, const dims *apart, totals *total, struct ahead ahead) {
     long block = 0;
     for (; block + 2 <= dim / 32; block += 2)
-        add_values(dtype, order, rows, 2, value + 32 * block, stride, 0xffffffff, weight, count, apart, block, total, ahead);
+        add_values(dtype, order, rows, 2, value + 32 * block, stride, 0xffffffff, weight, count, needed, apart, block, total,
+                   ahead);
     for (; 32 * block < dim; block++)
-        add_values(dtype, order, rows, 1, value + 32 * block, stride, dims_of(dim, block), weight, count, apart, block, total, ahead);
+        add_values(dtype, order, rows, 1, value + 32 * block, stride, dims_of(dim, block), weight, count, needed, apart, block,
+                   total, ahead);
 }

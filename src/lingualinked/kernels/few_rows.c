@@ -17,7 +17,7 @@
 enum {
     OUTPUTS = 64,   // of a block; their weights lie side by side
     LINES = 4,      // of a pair's weights, each of a cache line
-    MAX_ROWS = 64,
+    MAX_ROWS = 64,  // whose totals are kept; others follow with the same block
     GROUP = 6,      // rows whose sums fit into registers: 6 x 4 of 32, beside 4 with weights and one with inputs
 };
 
@@ -108,19 +108,31 @@ INLINE void store_block(const struct product *p, long block, float (*total)[OUTP
         }
 }
 
-static void multiply_blocks(const void *product, long from, long to) {
-    const struct product *p = product;
+// Compute one block's outputs of up to MAX_ROWS rows.
+static void multiply_block(const struct product *p, long block) {
     float total[MAX_ROWS][OUTPUTS];
-    for (long block = from; block < to; block++) {
-        const char *weight = p->weight + 4 * OUTPUTS * block * p->pairs_stored;
-        for (long row = 0; row < p->rows; row++)  // -0 and a chunk's -0 are -0, which +0 would lose
-            for (int part = 0; part < LINES; part++) _mm512_storeu_ps(total[row] + 16 * part, _mm512_set1_ps(-0.0f));
-        for (long pair = 0; pair < p->pairs; pair += p->chunk) {
-            const long pairs = p->pairs - pair < p->chunk ? p->pairs - pair : p->chunk;
-            add_rows(p, p->inputs + 4 * pair, weight + 4 * OUTPUTS * pair, pairs, total);
-        }
-        store_block(p, block, total);
+    const char *weight = p->weight + 4 * OUTPUTS * block * p->pairs_stored;
+    for (long row = 0; row < p->rows; row++)  // -0 and a chunk's -0 are -0, which +0 would lose
+        for (int part = 0; part < LINES; part++) _mm512_storeu_ps(total[row] + 16 * part, _mm512_set1_ps(-0.0f));
+    for (long pair = 0; pair < p->pairs; pair += p->chunk) {
+        const long pairs = p->pairs - pair < p->chunk ? p->pairs - pair : p->chunk;
+        add_rows(p, p->inputs + 4 * pair, weight + 4 * OUTPUTS * pair, pairs, total);
     }
+    store_block(p, block, total);
+}
+
+static void multiply_blocks(const void *product, long from, long to) {
+    const struct product *all = product;
+    const long parts = (all->rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (long block = from; block < to; block++)
+        for (long part = 0; part < parts; part++) {  // of a block whose weights stay in the processor's own memory
+            const long first = part * all->rows / parts;
+            struct product p = *all;
+            p.rows = (part + 1) * all->rows / parts - first;
+            p.inputs += 4 * p.pairs * first;
+            p.result += p.outputs * first;
+            multiply_block(&p, block);
+        }
 }
 
 // Compute the product, with as many threads as it says.

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lingualinked.kernels import native
 
-MAX_ROWS = 64
+MAX_ROWS = 192
 BLOCK_OUTPUTS = 64
 CHUNKS = (512, 1024)
 """Inputs whose products oneDNN adds up before it adds them to the others: for one row, and for several."""

@@ -16,7 +16,7 @@ from lingualinked.kernels import native
 
 _NEEDED_FLAGS = frozenset({"avx", "avx2", "f16c"})
 _MIN_SIZE = 8
-_MAX_ELEMENTS = 1 << 16
+_MAX_ELEMENTS = 1 << 19
 _ARGUMENTS = struct.Struct("@3P4ld" + native.TEAM)  # `struct norm` of norm.c, whose team it does not need
 
 
