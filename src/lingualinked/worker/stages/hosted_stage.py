@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -34,6 +35,8 @@ from lingualinked.worker.stages.arriving_sessions import ArrivingSessions, check
 from lingualinked.worker.stages.hosted_session import HostedSession, edit_kv, join_rows, reorder_rows
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.step_tensors import split_tensors
+
+logger = logging.getLogger("lingualinked.worker")
 
 Pause = Callable[[ModuleCall, AutogradGraph | None], tuple[HookPoint, ...] | None]
 """Waits until the hooks of a module have run; returns the hooked modules from now on, if they have changed."""
@@ -104,8 +107,12 @@ class HostedStage:
 
     @functools.cached_property
     def most_together(self) -> int:
-        """How many sessions' tokens one pass can compute with the bits that each has alone."""
-        return most_alone(self.stage)
+        """How many sessions' tokens one pass can compute with the bits that each has alone; 1 if that can't be found out here."""
+        try:
+            return most_alone(self.stage)
+        except Exception as error:  # noqa: BLE001 - memory may be short; steps run one by one then, as they can
+            logger.debug("steps of several sessions are never run together: %s", error)
+            return 1
 
     def record_step(self, elapsed_s: float) -> None:
         """Record a step, and its seconds of compute, for the snapshot."""

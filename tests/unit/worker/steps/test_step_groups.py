@@ -21,6 +21,7 @@ from lingualinked.protocol.steps import KVEdit, KVEditKind, Step, StepGroup
 from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.background import Background
 from lingualinked.worker.messaging.joined_steps import split_group
+from lingualinked.worker.stages import hosted_stage
 from lingualinked.worker.stages.hosted_stage import HostedStage
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.steps.pace import Pace
@@ -216,6 +217,22 @@ def test_all_fail_by_themselves_if_the_pass_does(stages: list[Stage], monkeypatc
     failed = [message.session for _, message, _ in worker.sent if isinstance(message, StepFailed)]
     assert failed == list(PROMPTS)
     assert not worker.hosted.sessions
+
+
+def test_steps_run_alone_where_it_cant_be_found_out_how_many_may_run_together(
+    stages: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, expected = worker_with_prompts(stages[0]), worker_with_prompts(stages[0])
+
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(hosted_stage, "most_alone", fail)
+    del worker.hosted.most_together  # which is known by now
+    steps = decode_steps(stages[0], 1)
+    assert worker.run(*steps) == 1  # the others still wait: none is lost
+    expected.run(steps[0])
+    assert results(worker) == results(expected) != {}
 
 
 @pytest.mark.parametrize("tensors", [(), (torch.ones(1, 1),), (torch.ones(2),), 2 * (torch.ones(2, 1),)])
