@@ -5,7 +5,7 @@ Knows messages, stages and where results go; not who may send what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from lingualinked.worker.messaging.joined_steps import join_steps
 from lingualinked.worker.messaging.peers import Peers
 from lingualinked.worker.stages.hosted_stage import HostedStage
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
-from lingualinked.worker.steps.pace import Pace
+from lingualinked.worker.steps.pace import Pace, TimerStart
 from lingualinked.worker.steps.runs import Runs
 from lingualinked.worker.steps.step_groups import GroupedSteps, may_join
 from lingualinked.worker.steps.token_sender import ChosenStep, TokenSender
@@ -98,17 +98,27 @@ class GroupRunner:
         if not ready:
             return
         try:
-            output = grouped.run()
+            self._run(hosted, grouped, ready, delays, started)
         except Exception as error:  # noqa: BLE001 - the caller re-raises it
             for step, _ in ready:
                 self._report(step, error)
-            return
-        # 3) choose their tokens, if this is where
+
+    def _run(
+        self,
+        hosted: HostedStage,
+        grouped: GroupedSteps,
+        ready: Sequence[Waiting],
+        delays: Mapping[int, tuple[int | None, int]],
+        started: TimerStart,
+    ) -> None:
+        """Run steps, and send their results on."""
+        output = grouped.run()
+        # 1) choose their tokens, if this is where
         results = output.tensors[0].split(1, dim=1)
         runs = [self._runs.find(step) for step, _ in ready] if hosted.stage.is_last else []
         tokens = [None if run is None else run.choose(own) for run, own in zip(runs, results, strict=False)]
         elapsed_s = self._pace.finish_timer(started)
-        # 4) add this stage's times to each header: a step took as long as all of them together
+        # 2) add this stage's times to each header: a step took as long as all of them together
         codec_us = round(self._mailbox.encode_s / len(ready) * 1e6)
         timings = []
         for step, delivery in ready:
@@ -122,7 +132,7 @@ class GroupRunner:
                 codec_us=round(delivery.decode_s * 1e6) + codec_us,
             )
             timings.append((*step.timings, times))
-        # 5) send tokens to the caller and the first stage, or hidden states to the next one
+        # 3) send tokens to the caller and the first stage, or hidden states to the next one
         steps = [step for step, _ in ready]
         if hosted.stage.is_last:
             chosen = [

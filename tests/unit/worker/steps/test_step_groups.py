@@ -219,6 +219,20 @@ def test_all_fail_by_themselves_if_the_pass_does(stages: list[Stage], monkeypatc
     assert not worker.hosted.sessions
 
 
+def test_all_fail_by_themselves_if_their_results_cant_be_sent(
+    stages: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_with_prompts(stages[0])
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "no room in shared memory")
+
+    monkeypatch.setattr(Peers, "send", fail)
+    worker.run(*decode_steps(stages[0], 1))
+    failed = [message.session for _, message, _ in worker.sent if isinstance(message, StepFailed)]
+    assert failed == list(PROMPTS)
+
+
 def test_steps_run_alone_where_it_cant_be_found_out_how_many_may_run_together(
     stages: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
