@@ -57,15 +57,20 @@ class GroupRunner:
         """Return a step with those that can run together with it, of those that wait."""
         key = _key(first[0])
         hosted = self._stages.find_stage(key)
-        if hosted is None or not self._may_join(hosted, *first):
+        if hosted is None:
             return [first]
         sessions = {first[0].session}
 
         def accepts(message: Message, delivery: Delivery) -> bool:
             if not isinstance(message, Step) or _key(message) != key or message.session in sessions:
                 return False
+            # Asked only now: how many may run together takes half a second to find out, and one session alone never needs it.
+            if len(sessions) == 1 and not self._may_join(hosted, *first):
+                return False
+            if not self._may_join(hosted, message, delivery) or len(sessions) == hosted.most_together:
+                return False
             sessions.add(message.session)
-            return self._may_join(hosted, message, delivery)
+            return True
 
         return [first, *take_others(accepts, _share(hosted) - 1)]
 
@@ -168,6 +173,6 @@ def _key(step: Step) -> StageKey:
 
 
 def _share(hosted: HostedStage) -> int:
-    """Return how many steps to run together, so that the other stages have as many to run meanwhile."""
+    """Return how many steps to run together at most, so that the other stages have as many to run meanwhile."""
     num_running = sum(session.run_steps > 0 for session in hosted.sessions.values())
-    return min(hosted.most_together, max(1, -(-num_running // hosted.num_stages)))
+    return max(1, -(-num_running // hosted.num_stages))

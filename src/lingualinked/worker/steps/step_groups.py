@@ -27,11 +27,11 @@ def may_join(hosted: HostedStage, step: Step, tensors: tuple[Tensor, ...]) -> bo
         bool(step.runner)
         and session is not None
         and session.number == step.number > 0
-        and hosted.most_together > 1
         and not hosted.stage.adapters
         and _is_plain(step)
         and _are_plain(hosted, tensors)
         and _has_one_text(session, step)
+        and hosted.most_together > 1  # last: it takes half a second to find out
     )
 
 

@@ -249,6 +249,22 @@ def test_steps_run_alone_where_it_cant_be_found_out_how_many_may_run_together(
     assert results(worker) == results(expected) != {}
 
 
+def test_it_is_not_found_out_while_no_step_waits(stages: list[Stage]) -> None:
+    worker = worker_with_prompts(stages[0])
+    del worker.hosted.most_together
+    first, second, *_ = decode_steps(stages[0], 1)
+    assert worker.run(first) == 1
+    assert "most_together" not in vars(worker.hosted)
+    assert worker.run(second, *decode_steps(stages[0], 2)[:1]) == 2
+    assert "most_together" in vars(worker.hosted)
+
+
+def test_no_more_run_together_than_may(stages: list[Stage]) -> None:
+    worker = worker_with_prompts(stages[0])
+    vars(worker.hosted)["most_together"] = NUM_SESSIONS - 1
+    assert worker.run(*decode_steps(stages[0], 1)) == NUM_SESSIONS - 1
+
+
 @pytest.mark.parametrize("tensors", [(), (torch.ones(1, 1),), (torch.ones(2),), 2 * (torch.ones(2, 1),)])
 def test_a_group_with_other_tensors_is_refused(tensors: tuple[Tensor, ...]) -> None:
     group = StepGroup(steps=(step(1, 1), step(2, 1)))
