@@ -9,7 +9,8 @@
 #include "attention_products.h"
 #include "team.h"
 
-enum { NO_MASK, CHOICES, ADDENDS };  // true for tokens that count; what is added to scores, in the dtype
+// True for tokens that count; what is added to scores, in the dtype; queries and tokens are the same, and see none that follow.
+enum { NO_MASK, CHOICES, ADDENDS, CAUSAL };
 enum {
     ROWS = 32,           // queries that are computed together
     LARGEST_POWER = 56,  // products of two such numbers, added up over all dimensions and scaled, are finite
@@ -68,8 +69,8 @@ INLINE __m512 maximum(__m512 a, __m512 b) {  // NaN if one is
     value = combine(value, _mm512_permute_ps(value, 0x4e));                    \
     value = combine(value, _mm512_permute_ps(value, 0xb1));
 
-// Scale scores in place, add what a mask says, and return the highest one.
-INLINE float scale_scores(const int dtype, float *score, long count, float scale, const void *mask, long mask_kind) {
+// Scale scores in place, add what a mask says, and return the highest one; of causal ones so many are seen.
+INLINE float scale_scores(const int dtype, float *score, long count, float scale, const void *mask, long mask_kind, long seen) {
     const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
     __m512 highest = lowest;
     float top = -__builtin_inff();
@@ -84,10 +85,13 @@ INLINE float scale_scores(const int dtype, float *score, long count, float scale
             const __m256i added = _mm256_maskz_loadu_epi16(some, (const uint16_t *)mask + at);
             scaled = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale), widen(dtype, added));
         } else {
+            const long left = seen - at;
+            if (mask_kind == CAUSAL && left < 16)
+                scaled = _mm512_mask_mov_ps(lowest, left < 1 ? 0 : (__mmask16)((1u << left) - 1), scaled);
             scaled = _mm512_mul_ps(scaled, _mm512_set1_ps(scale));
         }
         _mm512_mask_storeu_ps(score + at, some, scaled);
-        if (mask_kind != NO_MASK || some == 0xffff)
+        if (mask_kind == CHOICES || mask_kind == ADDENDS || some == 0xffff)
             highest = _mm512_mask_mov_ps(highest, some, maximum(highest, scaled));
         else
             for (long i = at; i < count; i++) top = top < score[i] ? score[i] : top;
@@ -157,11 +161,19 @@ INLINE int are_moderate(const int dtype, const uint16_t *states, long stride, lo
 // Return how many tokens there are up to the last one that a mask does not hide from all of some queries: the others have no
 // weight, and change nothing, if their keys and values are moderate. These are whole tiles, or all.
 static long tokens_needed(const struct attention *a, const int dtype, const struct text *text, long batch, long key_head,
-                          const long *head, const long *token, int rows) {
-    const long tokens = text->tokens;
-    if (a->mask_kind != CHOICES || !(a->scale <= LARGEST_SCALE && a->scale >= -LARGEST_SCALE)) return tokens;
+                          const long *head, const long *token, int rows, long *reach) {
+    long tokens = text->tokens;
+    if (a->mask_kind == CAUSAL) {  // torch goes as far as the block that the last of its queries ends in
+        const long end = (token[0] / a->together + 1) * a->together, last_block = (end + BLOCK - 1) / BLOCK * BLOCK;
+        if (last_block < tokens) tokens = last_block;
+    } else if (a->mask_kind != CHOICES) {
+        return tokens;
+    }
+    *reach = tokens;
+    if ( !(a->scale <= LARGEST_SCALE && a->scale >= -LARGEST_SCALE)) return tokens;
     long last = tokens;  // the first of a tile
-    for (int seen = 0; !seen && last > 0;) {
+    if (a->mask_kind == CAUSAL && token[rows - 1] / TILE * TILE + TILE < last) last = token[rows - 1] / TILE * TILE + TILE;
+    for (int seen = a->mask_kind == CAUSAL; !seen && last > 0;) {
         last = (last - 1) / TILE * TILE;
         const __mmask16 some = tokens - last >= TILE ? 0xffff : (__mmask16)((1u << (tokens - last)) - 1);
         for (int row = 0; row < rows && !seen; row++) {
@@ -211,7 +223,8 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         highest[row] = -__builtin_inff();
         sum[row] = 0;
     }
-    const long all_needed = order == MANY ? tokens_needed(a, dtype, &text, batch, key_head, head, token, rows) : text.tokens;
+    long reach = text.tokens;  // of torch's products
+    const long all_needed = order == MANY ? tokens_needed(a, dtype, &text, batch, key_head, head, token, rows, &reach) : reach;
     for (long first = 0; first < all_needed; first += BLOCK) {
         const long count = text.tokens - first < BLOCK ? text.tokens - first : BLOCK;
         const long needed = all_needed - first < count ? all_needed - first : count;
@@ -225,7 +238,7 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
         for (int row = 0; row < rows; row++) {
             const long at = place(&a->of_mask, batch, head[row], token[row]) + first;
             const uint8_t *mask = (const uint8_t *)a->mask + (a->mask_kind == ADDENDS ? 2 * at : at);
-            const float top = scale_scores(dtype, score[row], needed, (float)a->scale, mask, a->mask_kind), before = highest[row];
+            const float top = scale_scores(dtype, score[row], needed, (float)a->scale, mask, a->mask_kind, token[row] + 1 - first), before = highest[row];
             const float new_highest = before > top ? before : top;
             if (new_highest == -__builtin_inff()) {
                 for (long i = 0; i < needed; i++) score[row][i] = 0;
@@ -243,7 +256,7 @@ INLINE void attend(const struct attention *a, const int dtype, const int order, 
                                 total + row, next))
     }
     // 4) divide by the sum of weights
-    const __m512 left_out = _mm512_set1_ps(all_needed < text.tokens ? 0.0f : -0.0f);
+    const __m512 left_out = _mm512_set1_ps(all_needed < reach ? 0.0f : -0.0f);
     for (int row = 0; row < rows; row++) {
         if (sum[row] == 0) sum[row] = 1;
         const float top = highest[row] == -__builtin_inff() ? 0 : highest[row];
@@ -283,6 +296,7 @@ static long groups_of(const struct attention *a) { return (a->texts ? a->num_tex
 
 // Return into how many parts the queries of a group are divided, so that no thread is idle.
 static long parts_of(const struct attention *a) {
+    if (a->mask_kind == CAUSAL) return 1;
     const long groups = groups_of(a), threads = a->team.threads;
     return groups % threads && groups < 4 * threads ? threads : 1;
 }
@@ -308,10 +322,12 @@ static void attend_share(const void *attention, long from, long to) {
     for (long at = from; at < to; at++) {
         const long number = at / parts, end = (at % parts + 1) * rows / parts;
         if (a->texts && a->texts[number / key_heads].appends) append(a, &a->texts[number / key_heads], number % key_heads);
-        for (long row = at % parts * rows / parts; row < end; row += ROWS) {
+        int count;
+        for (long row = at % parts * rows / parts; row < end; row += count) {
             const long next = end - row > ROWS || at + 1 == to ? number : (at + 1) / parts;
             const struct text text = text_of(a, next / key_heads);
-            const int count = (int)(end - row < ROWS ? end - row : ROWS);
+            const long left = a->mask_kind == CAUSAL ? a->queries - row % a->queries : end - row;  // causal ones are of one head
+            count = (int)(left < ROWS ? left : ROWS);
             variants[a->dtype][order](a, number / key_heads, number % key_heads, row, count,
                                       text.keys + next % key_heads * text.key_head);
         }

@@ -21,7 +21,7 @@ from lingualinked.kernels import native
 _MAX_TOKENS = 767  # new ones
 _NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"})
 _DTYPES = (torch.bfloat16, torch.float16)  # as attention_products.h numbers them
-_NO_MASK, _CHOICES, _ADDENDS = range(3)
+_NO_MASK, _CHOICES, _ADDENDS, _CAUSAL = range(4)
 _MAX_DIM = 256
 _DIM_MULTIPLE = 8
 _MIN_DIM = 16  # of several queries; MKL adds up fewer than 12 dimensions otherwise
@@ -81,15 +81,17 @@ def attend(
     mask: Tensor | None = None,
     together: int = 1,
     logsums: Tensor | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
     """Return attention, ``[rows, tokens, heads, dim]``, of ``[rows, heads, tokens, dim]`` over ``[rows, key heads, .., dim]``.
 
     `mask` ``[rows or 1, heads or 1, tokens, ..]`` is true for keys that count, or is added to scores; `logsums`, float32
-    ``[rows, heads, tokens]``, receives the logarithms of the sums of exponentials.
+    ``[rows, heads, tokens]``, receives the logarithms of the sums of exponentials. Causal attention has no mask, as many
+    queries as keys, more than three, and a positive scale: each query sees its own key and those before.
     """
     num_rows, num_heads, num_new, dim = query.shape
     result = query.new_empty(num_rows, num_new, num_heads, dim)
-    mask_kind = _NO_MASK
+    mask_kind = _CAUSAL if is_causal else _NO_MASK
     mask_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         mask_kind = _CHOICES if mask.dtype is torch.bool else _ADDENDS

@@ -46,10 +46,12 @@ def attend(
 
     States are ``[rows, heads, tokens, dim]``; the result is ``[rows, tokens, heads, dim]``.
     """
-    if not has_unknown(kwargs) and uses_kernel(module, query, key, value, attention_mask):
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    is_causal = attention_mask is None and query.shape[2] > 1
+    is_usual = not has_unknown(kwargs) and (not is_causal or (scale > 0 and kwargs.get("is_causal") is None))
+    if is_usual and uses_kernel(module, query, key, value, attention_mask):
         together = _together(query.shape[1] // key.shape[1], query.shape[2], attention_mask is not None)
-        return attention.attend(query, key, value, scale, attention_mask, together), None
+        return attention.attend(query, key, value, scale, attention_mask, together, None, is_causal), None
     return torch_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -57,13 +59,18 @@ def uses_kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
     """Return whether the kernel computes this, since it does as torch."""
     group, num_new, is_masked = query.shape[1] // key.shape[1], query.shape[2], attention_mask is not None
     return bool(
-        (num_new == 1 or is_masked)  # otherwise torch takes it for a prompt
+        (num_new == 1 or is_masked or _is_prompt(module, num_new, key.shape[2]))
         and not torch.is_grad_enabled()
         and group == getattr(module, "num_key_value_groups", 1)
         and attention.accepts(query, key, value, attention_mask, _together(group, num_new, is_masked))
         and computes_fused()
         and is_exact(query.dtype, query.shape[3], *_alike(group, num_new), is_masked, torch.get_num_threads())
     )
+
+
+def _is_prompt(module: nn.Module, num_new: int, num_tokens: int) -> bool:
+    """Return whether this is causal attention over the new tokens alone."""
+    return _NUM_FEW < num_new == num_tokens and getattr(module, "is_causal", True) is True
 
 
 def attend_texts(
@@ -118,10 +125,15 @@ def is_exact(dtype: torch.dtype, dim: int, group: int, num_new: int, is_masked: 
     if not attention.is_available() or not _are_sums_exact(dtype, is_masked, num_threads):
         return False
     num_rows = max(2, _NUM_QUERIES // (group * num_new))
+    tokens = _TOKENS_OF_PRODUCTS if num_new <= _NUM_FEW else _TOKENS_OF_BLOCKS
+    if num_new > 1 and not is_masked:  # over more tokens, the order is as under a mask
+        if not is_exact(dtype, dim, group, num_new, True, num_threads):
+            return False
+        tokens = (num_new,)
     return _is_exact_in(
         (cancelling_scores, cancelling_values, tiny_values),
         Shape(dtype, num_rows, group, num_new, dim),
-        _TOKENS_OF_PRODUCTS if num_new <= _NUM_FEW else _TOKENS_OF_BLOCKS,
+        tokens,
         is_masked,
     )
 
@@ -284,7 +296,8 @@ def _is_equal(states: Attention) -> bool:
     group = num_heads // keys.shape[1]
     together = _together(group, num_new, mask is not None)
     logsums = torch.empty(query.shape[:3])
-    ours = attention.attend(query, keys, values, scale, mask, together, logsums)
+    is_causal = mask is None and num_new > 1
+    ours = attention.attend(query, keys, values, scale, mask, together, logsums, is_causal)
     layer: Any = SimpleNamespace(num_key_value_groups=group)
     theirs, _ = torch_attention(layer, query, keys, values, mask, scaling=scale)
     if not torch.equal(ours.view(torch.int16), theirs.view(torch.int16)):
@@ -297,5 +310,5 @@ def _is_equal(states: Attention) -> bool:
         mask = torch.where(mask, 0.0, -math.inf).to(query.dtype) if mask.dtype is torch.bool else mask
         mask = mask.reshape(*shape, -1)
     function = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - what it calls
-    their_sums = function(query.reshape(*shape, dim), keys, values, attn_mask=mask, scale=scale)[1]
+    their_sums = function(query.reshape(*shape, dim), keys, values, 0.0, is_causal, attn_mask=mask, scale=scale)[1]
     return torch.equal(logsums, their_sums.reshape(logsums.shape))

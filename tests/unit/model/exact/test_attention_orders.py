@@ -132,7 +132,9 @@ def inject(changes: dict[str, object], case: Case, monkeypatch: pytest.MonkeyPat
         mask: Tensor | None = None,
         together: int = 1,
         logsums: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
+        assert not is_causal
         num_rows, num_heads, num_new, dim = query.shape
         shape = (num_rows, num_heads * num_new // together, together)
         keys, values = (each.repeat_interleave(shape[1] // each.shape[1], dim=1) for each in (keys, values))

@@ -95,6 +95,45 @@ def test_any_shape_has_torchs_bits(
         check(states, group, random_mask(mask, states))
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    group=st.sampled_from([1, 2, 4]),
+    dim=st.sampled_from([16, 64, 80, 128]),
+    tokens=st.one_of(st.integers(2, 130), st.sampled_from([191, 192, 196, 255, 511, 512, 516, 640, 767])),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    num_threads=st.sampled_from([1, 2]),
+    value=st.sampled_from([None, math.nan, math.inf, -math.inf, -0.0, 1e-40, 3e38]),
+    which=st.integers(0, 2),
+    place=st.sampled_from([-1, -10, 0]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_whole_prompts_have_torchs_bits(
+    group: int,
+    dim: int,
+    tokens: int,
+    dtype: torch.dtype,
+    num_threads: int,
+    value: float | None,
+    which: int,
+    place: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    states = random_states(4, group, tokens, dim, new=tokens, dtype=dtype)
+    if value is not None:
+        states[which][:, :, max(place, -tokens), 3] = value
+    with threads(num_threads):
+        check(states, group)
+
+
+@needs_kernel
+def test_a_whole_prompt_has_the_kernel() -> None:
+    prompt = random_states(4, 2, 40, 64, new=40)
+    assert exact_attention.uses_kernel(layer(2), *prompt, None)
+    assert not exact_attention.uses_kernel(layer(2), *random_states(4, 2, 41, 64, new=40), None)
+    assert not exact_attention.uses_kernel(layer(2), *random_states(4, 2, 9, 64, new=9), None)
+
+
 @pytest.mark.parametrize("make", [exact_attention.cancelling_scores, exact_attention.cancelling_values])
 @pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "new"), [(1, 1), (18, 1), (700, 3), (700, 40), (551, 200)])
@@ -131,6 +170,14 @@ def test_what_the_kernel_does_not_compute_is_torchs(monkeypatch: pytest.MonkeyPa
     check(random_states(4, 2, 800, 64, new=768), 2, torch.rand(1, 1, 768, 800) < 0.5)
     check(random_states(4, 2, 9, 8, new=2), 2, torch.rand(2, 1, 2, 9) < 0.5)
     check(states, 2, torch.rand(2, 9, 1, 1).expand(-1, -1, 1, 1).transpose(1, 3).float())
+    prompt = random_states(4, 2, 40, 64, new=40)
+    check(prompt, 2, scaling=-0.5)
+    looks_ahead = layer(2)
+    looks_ahead.is_causal = False  # type: ignore[assignment]
+    assert torch.equal(*(function(looks_ahead, *prompt, None)[0] for function in (attend, torch_attention)))
+    assert torch.equal(
+        *(function(layer(2), *prompt, None, is_causal=False)[0] for function in (attend, torch_attention))
+    )
     query, keys, values = states
     check((query, keys.transpose(2, 3).contiguous().transpose(2, 3), values), 2)
     with sdpa_kernel(SDPBackend.MATH):
