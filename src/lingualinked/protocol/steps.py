@@ -6,6 +6,9 @@ Knows what a step consists of; its tensors travel beside the messages.
 from __future__ import annotations
 
 import enum
+from typing import Annotated
+
+import msgspec
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.adapters.adapter_data import AdapterUse
@@ -115,6 +118,10 @@ class Step(Message, frozen=True, tag=4):
             raise ProtocolError(f"records={self.records!r} must be some of {sorted(RECORDS)}")
 
 
+MOST_TOGETHER = 256
+"""Steps of one message; no stage runs as many in one pass."""
+
+
 class StepGroup(Message, frozen=True, tag=38):
     """Steps of several sessions, of one row and one token each, that go the same way at the same time.
 
@@ -122,7 +129,7 @@ class StepGroup(Message, frozen=True, tag=38):
     received as if it had come by itself.
     """
 
-    steps: tuple[Step, ...]
+    steps: Annotated[tuple[Step, ...], msgspec.Meta(min_length=1, max_length=MOST_TOGETHER)]
 
 
 class EndSession(Message, frozen=True, tag=5):

@@ -1,7 +1,6 @@
 """The wire format of a message: frame 0 holds the payload, describes the tensors, and holds their bytes if they are few.
 
-Otherwise these are in the frames after it, or in memory that sender and receiver share. Knows no sockets and not what a payload
-means.
+Otherwise these are in the frames after it, or in shared memory. Knows no sockets, and not what a payload means.
 """
 
 from __future__ import annotations
@@ -136,12 +135,14 @@ class SpareTensor:
     def prepare(self) -> None:
         """Make the next one, if it was used."""
         if self._tensor is None and self._last:
-            self._tensor = _empty(self._last)
+            with contextlib.suppress(RuntimeError, MemoryError):  # the message that needs it meets the lack by itself
+                self._tensor = _empty(self._last)
 
-    def pop(self, descriptor: list[int]) -> Tensor:
-        """Return memory for a tensor, which nothing else uses."""
+    def pop(self, descriptor: list[int], num_bytes: int) -> Tensor:
+        """Return memory for a tensor of so many bytes, which nothing else uses."""
         tensor = self._tensor if descriptor == self._last else None
-        self._last, self._tensor = descriptor, None
+        is_small = num_bytes < MIN_SHARED_BYTES  # a sender may disregard that
+        self._last, self._tensor = descriptor if is_small else [], None
         return _empty(descriptor) if tensor is None else tensor
 
 
@@ -316,10 +317,7 @@ def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:
 
 def _num_bytes_at_least(shape: Sequence[int], itemsize: int) -> int:
     """Return the bytes of a shape with zeros counted as 1, which bounds each dimension of an empty tensor too."""
-    num_bytes = itemsize
-    for dim in shape:
-        num_bytes *= max(dim, 1)
-    return num_bytes
+    return itemsize * math.prod(max(dim, 1) for dim in shape)
 
 
 def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
@@ -361,7 +359,7 @@ def _split_bytes(data: bytes, descriptors: list[list[int]], sizes: list[int], sp
     """Copy bytes, of which there are as many as the sizes say, into the memory of tensors."""
     tensors, end = [], 0
     for descriptor, size in zip(descriptors, sizes, strict=True):
-        tensor, start, end = spare.pop(descriptor), end, end + size
+        tensor, start, end = spare.pop(descriptor, size), end, end + size
         if size:
             ctypes.memmove(tensor.data_ptr(), data if size == len(data) else data[start:end], size)
         tensors.append(_with_valid_bools(tensor))

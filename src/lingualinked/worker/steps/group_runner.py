@@ -64,6 +64,8 @@ class GroupRunner:
         def accepts(message: Message, delivery: Delivery) -> bool:
             if not isinstance(message, Step) or _key(message) != key or message.session in sessions:
                 return False
+            if message.layout != first[0].layout:  # one of them does not fit the stage, and must fail alone
+                return False
             # Asked only now: how many may run together takes half a second to find out, and one session alone never needs it.
             if len(sessions) == 1 and not self._may_join(hosted, *first):
                 return False

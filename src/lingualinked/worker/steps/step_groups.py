@@ -57,8 +57,9 @@ def _are_plain(hosted: HostedStage, tensors: tuple[Tensor, ...]) -> bool:
     if len(tensors) != 1:
         return False
     config = hosted.stage.span.model.config
-    if hosted.stage.is_first:
-        return tensors[0].dtype is torch.long and tensors[0].shape == (1, 1)
+    if hosted.stage.is_first:  # an id that the vocabulary lacks would fail them all
+        is_one_id = tensors[0].dtype is torch.long and tensors[0].shape == (1, 1)
+        return is_one_id and 0 <= int(tensors[0]) < config.get_text_config().vocab_size
     return tensors[0].dtype is config.dtype and tensors[0].shape == (1, 1, config.get_text_config().hidden_size)
 
 

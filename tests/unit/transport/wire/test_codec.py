@@ -232,6 +232,31 @@ def test_memory_that_was_made_in_advance_is_used_once() -> None:
     assert len({tensor.data_ptr() for tensor in received}) == len(received)
 
 
+def test_memory_is_not_made_in_advance_for_more_bytes_than_should_be_in_frame_0() -> None:
+    spare = codec.SpareTensor()
+    decode_message([inline(bytes(1 << 19), [1, 1 << 19])], ROOMY, None, spare)
+    spare.prepare()
+    assert spare._tensor is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError()])
+def test_a_lack_of_memory_made_in_advance_refuses_no_more_than_a_message(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spare, frames = codec.SpareTensor(), encode_message(b"", [torch.ones(3)], ROOMY)
+    decode_message(frames, ROOMY, None, spare)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", fail)
+        spare.prepare()
+        with pytest.raises(type(error)):
+            decode_message(frames, ROOMY, None, spare)
+    assert decode_message(frames, ROOMY, None, spare).tensors[0].tolist() == [1, 1, 1]
+
+
 def test_bools_come_in_as_zero_or_one() -> None:
     ways = [envelope([0, 3]), b"\x02\x00\xff"], [inline(b"\x02\x00\xff", [0, 3])]
     for frames in ways:

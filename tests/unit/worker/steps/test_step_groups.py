@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
+from lingualinked.kernels import few_rows
 from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.stages.stage import Stage
 from lingualinked.protocol.failures import StepFailed
-from lingualinked.protocol.messages import decode
+from lingualinked.protocol.messages import decode, encode
 from lingualinked.protocol.running import BeginRun, TokensChosen
-from lingualinked.protocol.steps import KVEdit, KVEditKind, Step, StepGroup
+from lingualinked.protocol.steps import MOST_TOGETHER, KVEdit, KVEditKind, Step, StepGroup
 from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.background import Background
 from lingualinked.worker.messaging.joined_steps import split_group
@@ -179,6 +181,7 @@ def test_a_stage_runs_at_most_its_share_together(stages: list[Stage]) -> None:
         {"records": ("hidden_states",)},
         {"edits": (KVEdit(kind=KVEditKind.CROP, values=(1,)),)},
         {"position_rows": 2},
+        {"layout": (True, True)},
     ],
     ids=str,
 )
@@ -189,7 +192,14 @@ def test_a_step_that_does_something_else_runs_alone(stages: list[Stage], changes
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.ones(1, 2, dtype=torch.long), torch.ones(2, 1, dtype=torch.long), torch.ones(1, 1)]
+    "tensor",
+    [
+        *(torch.ones(shape, dtype=torch.long) for shape in ((1, 2), (2, 1), (1,), (1, 0), (1, 1, 1))),
+        torch.ones(1, 1),
+        torch.tensor([[-1]]),  # no token
+        torch.tensor([[2**62]]),
+    ],
+    ids=str,
 )
 def test_so_does_one_with_other_inputs(stages: list[Stage], tensor: Tensor) -> None:
     first, (other, _), *_ = decode_steps(stages[0], 1)
@@ -263,6 +273,42 @@ def test_no_more_run_together_than_may(stages: list[Stage]) -> None:
     worker = worker_with_prompts(stages[0])
     vars(worker.hosted)["most_together"] = NUM_SESSIONS - 1
     assert worker.run(*decode_steps(stages[0], 1)) == NUM_SESSIONS - 1
+
+
+@pytest.mark.equality
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+def test_what_is_no_number_in_one_does_not_change_others(stages: list[Stage], index: int, value: float) -> None:
+    stage = stages[index]
+    together, alone = worker_with_prompts(stage), worker_with_prompts(stage)
+    for worker in (together, alone):
+        cache = worker.hosted.sessions[2].cache
+        assert cache is not None
+        for layer in cache.owned.values():
+            for grown in layer._grown:
+                with torch.inference_mode():
+                    grown._buffer.fill_(value)
+    for number in range(1, 4):
+        steps = decode_steps(stage, number)
+        if not stage.is_first:
+            steps[1][1][:] = value
+        assert together.run(*steps) == NUM_SESSIONS
+        for each in steps:
+            alone.run(each)
+    found, expected = (
+        {key: each for key, each in results(worker).items() if key[0] != 2} for worker in (together, alone)
+    )
+    assert found == expected
+    assert len(expected) == 3 * (NUM_SESSIONS - 1)
+
+
+def test_a_group_of_more_steps_than_run_together_is_no_message() -> None:
+    steps = tuple(step(number, 1) for number in range(MOST_TOGETHER + 1))
+    assert few_rows.MAX_ROWS <= MOST_TOGETHER
+    assert decode(encode(StepGroup(steps=steps[1:])))
+    for wrong in (steps, ()):
+        with pytest.raises(ProtocolError):
+            decode(encode(StepGroup(steps=wrong)))
 
 
 @pytest.mark.parametrize("tensors", [(), (torch.ones(1, 1),), (torch.ones(2),), 2 * (torch.ones(2, 1),)])
