@@ -38,7 +38,7 @@ class Device:
         Limit on what the worker holds for its stages (weights, KV cache, working memory) beyond an idle worker, in
         bytes or with a unit (``"2GiB"``); ``None``: no limit, or what a daemon has left. It is checked before weights are read
         and enforced: on Linux by the kernel (``RLIMIT_DATA``), on a CUDA GPU by torch's allocator, where what the driver
-        needs for each process (about half a GiB) comes on top. On a processor, so do up to 200 MB once for each: what probes of its
+        needs for each process (about half a GiB) comes on top. On a processor, so do up to 256 MiB once for each: what probes of its
         rounding keep in a worker until their results are on disk.
     slowdown : float
         Makes the worker emulate a device that computes this many times slower: it rests after every step, in proportion

@@ -44,7 +44,7 @@ from lingualinked.protocol.moving import (
 from lingualinked.protocol.packed import PackedDone, PackedStep, PackedText
 from lingualinked.protocol.roles import TO_CALLER, TO_WORKER
 from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
-from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, StageTimes, Step, StepDone
+from lingualinked.protocol.steps import EndSession, KVEdit, KVEditKind, StageTimes, Step, StepDone, StepGroup
 from lingualinked.transport.wire.codec import Limits, encode_message
 from lingualinked.transport.wire.message_limits import RING_BYTES
 from message_examples import TYPES, example
@@ -102,6 +102,13 @@ def no_messages() -> Iterator[Kind]:
         "a tensor of 2^80 bytes": [b"\x01" + msgspec.msgpack.encode((b"", [[8, 2**40, 2**40]])), b"1234"],
         "empty tensors of 2^80 bytes": [b"\x01" + msgspec.msgpack.encode((b"", [[8, 0, 2**40, 2**40]]))],
         "ten thousand empty frames": [head, *[b""] * 10_000],
+        "too few bytes in frame 0": in_frame_0(b"123", [8, 1]),
+        "too many bytes in frame 0": in_frame_0(b"12345", [8, 1]),
+        "bytes of no tensor in frame 0": in_frame_0(b"1234"),
+        "bytes in frame 0, and in another one": [*in_frame_0(b"1234", [8, 1], [8, 1]), b"1234"],
+        "bytes in frame 0, and an empty one": [*in_frame_0(b"1234", [8, 1]), b""],
+        "a tensor of 2^80 bytes in frame 0": in_frame_0(b"1234", [8, 2**40, 2**40]),
+        "a million bytes in frame 0": in_frame_0(bytes(10**6), [1, 10**6]),
         "in memory that is not shared": in_memory((b"x" * 16, 4_096, 1), [8, 1000]),
         "in memory, and in a frame too": [*in_memory((b"x" * 16, 4_096, 1), [8, 1000]), bytes(4_000)],
         "memory of no process": offering((b"x" * 16, 2**40, 3, 1)),
@@ -110,6 +117,10 @@ def no_messages() -> Iterator[Kind]:
     for name, envelope in envelopes.items():
         yield f"frames: {name}", [envelope]
     yield from hostile_memory()
+
+
+def in_frame_0(data: bytes, *descriptors: list[int]) -> list[bytes]:
+    return [b"\x01" + msgspec.msgpack.encode((b"", descriptors, 0, None, None, data))]
 
 
 def in_memory(place: object, *descriptors: list[int]) -> list[bytes]:
@@ -214,6 +225,7 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
         "PackedStep: 10,000 sessions",
         [frames(msgspec.structs.replace(packed, texts=crowd), torch.zeros(1, 10_000, 1))],
     )
+    yield from of_groups(aim)
     yield from of_runs(aim)
     rows = tuple(JoinedRows(session=each, number=aim.number, edits=()) for each in (aim.session, 10**9))
     for model in (aim.model, aim.model + 1):
@@ -258,6 +270,19 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
     yield "Ping: 500 times", [frames(Ping(number=each)) for each in range(500)]
     yield "due in an hour", [[b"\x01" + msgspec.msgpack.encode((encode(Pong(number=1)), [], 2**52))]]
     yield "due at the end of time", [[b"\x01" + msgspec.msgpack.encode((encode(Pong(number=1)), [], 2**64 - 1))]]
+
+
+def of_groups(aim: Aim) -> Iterator[Kind]:
+    """Steps of several sessions, that of this one among them."""
+    own, other = aim.step(runner="outsider", run_steps=5), aim.step(session=10**6, number=0)
+    pair, states = StepGroup(steps=(own, other)), torch.zeros(2, 1, 32)
+    yield "StepGroup: with the next one, forged", [frames(pair, states)]
+    yield "StepGroup: the same one many times", [frames(StepGroup(steps=(own,) * 200), torch.zeros(200, 1, 32))] * 20
+    yield "StepGroup: too many", [frames(StepGroup(steps=(own,) * 5_000), torch.zeros(5_000, 1))]
+    yield "StepGroup: of nothing", [frames(StepGroup(steps=()), torch.zeros(0, 1))]
+    yield "StepGroup: without tensors", [frames(pair)]
+    yield "StepGroup: wrong tensors", [frames(pair, torch.zeros(2, 0, 7, dtype=torch.bool), states)]
+    yield "StepGroup: to several stages", [frames(StepGroup(steps=(aim.step(stage=0), aim.step(stage=2), own)), states)]
 
 
 def of_runs(aim: Aim) -> Iterator[Kind]:

@@ -19,7 +19,17 @@ _M_ARENA_MAX = -8  # of malloc.h
 _MADV_COLLAPSE = 25  # of Linux 6.1's mman.h; an older kernel refuses it
 _HUGE_PAGE_BYTES = 2 << 20
 _MAX_GAP_BYTES = 64 << 10  # between ranges that share a page
+_MOST_ON_TOP_BYTES = 256 << 20  # by which what is no part of a model raises the limit, in all
 _lifting = threading.RLock()  # by one thread at a time, or one would set the limit while another still needs none
+
+
+class _OnTop:
+    """What is left of the bytes by which the limit may rise."""
+
+    num_left = _MOST_ON_TOP_BYTES
+
+
+_on_top = _OnTop()
 
 
 def release_memory(accelerator: str = "cpu") -> None:
@@ -54,9 +64,9 @@ def limit_memory(num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def limit_lifted() -> Iterator[None]:
-    """Lift this process's limit for what is no part of a model; afterwards it is higher by what has been kept of that.
+    """Lift this process's limit for what is no part of a model; afterwards it is higher by what has been kept of that, up to a bound.
 
-    Does nothing without a limit.
+    The bound, since other threads allocate meanwhile, and what was kept may be freed later. Does nothing without a limit.
     """
     if sys.platform != "linux":
         yield
@@ -73,7 +83,9 @@ def limit_lifted() -> Iterator[None]:
         try:
             yield
         finally:
-            limit_memory(limit + max(0, private_bytes() - before))
+            kept = min(max(0, private_bytes() - before), _on_top.num_left)
+            _on_top.num_left -= kept
+            limit_memory(limit + kept)
 
 
 def private_bytes() -> int:
