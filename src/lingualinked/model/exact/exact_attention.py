@@ -125,7 +125,7 @@ def is_exact(dtype: torch.dtype, dim: int, group: int, num_new: int, is_masked: 
     if not attention.is_available() or not _are_sums_exact(dtype, is_masked, num_threads):
         return False
     num_rows = max(2, _NUM_QUERIES // (group * num_new))
-    tokens = _TOKENS_OF_PRODUCTS if num_new <= _NUM_FEW else _TOKENS_OF_BLOCKS
+    tokens: tuple[int, ...] = _TOKENS_OF_PRODUCTS if num_new <= _NUM_FEW else _TOKENS_OF_BLOCKS
     if num_new > 1 and not is_masked:  # over more tokens, the order is as under a mask
         if not is_exact(dtype, dim, group, num_new, True, num_threads):
             return False
