@@ -16,16 +16,17 @@ from lingualinked.worker.stages.hosted_stages import HostedStages
 
 def run_or_report(
     run: Callable[[], None], report: Callable[[ErrorReport], None], stages: HostedStages, accelerator: str
-) -> None:
-    """Run a step; report why it failed if it did, and free memory if that was short."""
+) -> bool:
+    """Run a step, and return whether it has run; report why it failed if it did, and free memory if that was short."""
     try:
         run()
     except Exception as error:  # noqa: BLE001 - the caller re-raises it
         failure = describe_error(error)
     else:
-        return
+        return True
     report(failure)
     end_if_device_is_lost(accelerator)
     if failure["kind"] is FailureKind.MEMORY:
         stages.drop_idle_caches()
         release_memory(accelerator)  # of the step; the error referred to it until here
+    return False

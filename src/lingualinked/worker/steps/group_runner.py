@@ -5,7 +5,8 @@ Knows messages, stages and where results go; not who may send what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -30,9 +31,12 @@ Waiting = tuple[Step, Delivery]
 TakeOthers = Callable[[Callable[[Message, Delivery], bool], int], list[Any]]
 """Returns messages that wait and are accepted, at most so many."""
 
+RunOrReport = Callable[[Callable[[], None], Iterable[Step]], bool]
+"""Runs something for some steps and returns whether it has run; tells the caller of each why it failed otherwise."""
+
 
 class GroupRunner:
-    """Runs one group after another; ``report`` tells the caller why a step failed."""
+    """Runs one group after another."""
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class GroupRunner:
         pace: Pace,
         runs: Runs,
         hops: HopClock,
-        report: Callable[[Step, Exception], None],
+        run_or_report: RunOrReport,
     ) -> None:
         self._mailbox = mailbox
         self._peers = peers
@@ -50,7 +54,7 @@ class GroupRunner:
         self._pace = pace
         self._runs = runs
         self._hops = hops
-        self._report = report
+        self._run_or_report = run_or_report
         self._tokens = TokenSender(mailbox, peers, runs)
 
     def gather(self, first: Waiting, take_others: TakeOthers) -> list[Waiting]:
@@ -87,28 +91,22 @@ class GroupRunner:
         # 1) how long each step travelled and waited
         delays = {
             step.session: self._hops.split_delay(
-                delivery.sender, step.sent_us, delivery.due_s, same_host=delivery.same_host
+                delivery.sender, step.sent_us, delivery.due_s, delivery.decode_s, same_host=delivery.same_host
             )
             for step, delivery in group
         }
-        # 2) run those that can run
+        # 2) find those that can run
         started = self._pace.start_timer()
         grouped = GroupedSteps(hosted)
-        ready = []
-        for step, delivery in group:
-            try:
-                grouped.prepare(step, delivery.tensors)
-            except Exception as error:  # noqa: BLE001 - the caller re-raises it
-                self._report(step, error)
-            else:
-                ready.append((step, delivery))
-        if not ready:
-            return
-        try:
-            self._run(hosted, grouped, ready, delays, started)
-        except Exception as error:  # noqa: BLE001 - the caller re-raises it
-            for step, _ in ready:
-                self._report(step, error)
+        ready = [
+            (step, delivery)
+            for step, delivery in group
+            if self._run_or_report(functools.partial(grouped.prepare, step, delivery.tensors), (step,))
+        ]
+        # 3) run them
+        if ready:
+            run = functools.partial(self._run, hosted, grouped, ready, delays, started)
+            self._run_or_report(run, [step for step, _ in ready])
 
     def _run(
         self,
@@ -118,7 +116,7 @@ class GroupRunner:
         delays: Mapping[int, tuple[int | None, int]],
         started: TimerStart,
     ) -> None:
-        """Run steps, and send their results on."""
+        """Run those that `grouped` has prepared, and send their results on."""
         output = grouped.run()
         # 1) choose their tokens, if this is where
         results = output.tensors[0].split(1, dim=1)

@@ -6,7 +6,7 @@ Knows messages, stages and where results go; not who may send what.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -60,7 +60,7 @@ class StepRunner:
         self._runs = Runs()
         self._hops = HopClock()
         self._tokens = TokenSender(mailbox, peers, self._runs)
-        self._groups = GroupRunner(mailbox, peers, stages, pace, self._runs, self._hops, self._handle_failure)
+        self._groups = GroupRunner(mailbox, peers, stages, pace, self._runs, self._hops, self._run_or_report)
         self._last_encode_us = 0
 
     def serve_steps(self, first: tuple[Step, Delivery], take_others: TakeOthers) -> None:
@@ -110,14 +110,14 @@ class StepRunner:
         self._runs.drop(model, session)
 
     def _serve_step(self, step: Step, delivery: Delivery, wait: Callable[[], Any] | None) -> None:
-        run = functools.partial(self._run_step, step, delivery, wait)
-        run_or_report(run, functools.partial(self._report_failure, step), self._stages, self._accelerator)
+        self._run_or_report(functools.partial(self._run_step, step, delivery, wait), (step,))
 
-    def _handle_failure(self, step: Step, error: Exception) -> None:
-        def fail() -> None:
-            raise error
+    def _run_or_report(self, run: Callable[[], None], steps: Iterable[Step]) -> bool:
+        def report(failure: ErrorReport) -> None:
+            for step in steps:
+                self._report_failure(step, failure)
 
-        run_or_report(fail, functools.partial(self._report_failure, step), self._stages, self._accelerator)
+        return run_or_report(run, report, self._stages, self._accelerator)
 
     def _report_failure(self, step: Step | BeginRun, failure: ErrorReport) -> None:
         failed = StepFailed(model=step.model, session=step.session, number=step.number, **failure)

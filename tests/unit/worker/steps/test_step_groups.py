@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +23,13 @@ from lingualinked.protocol.messages import decode, encode
 from lingualinked.protocol.running import BeginRun, TokensChosen
 from lingualinked.protocol.steps import MOST_TOGETHER, KVEdit, KVEditKind, Step, StepGroup
 from lingualinked.transport.wire.delivery import Delivery
+from lingualinked.transport.wire.hop_clock import clock_us
 from lingualinked.worker.background import Background
 from lingualinked.worker.messaging.joined_steps import split_group
 from lingualinked.worker.stages import hosted_stage
 from lingualinked.worker.stages.hosted_stage import HostedStage
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.steps import failed_steps
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.step_runner import StepRunner
 from model_of_vectors import NUM_LAYERS, load_stage
@@ -57,10 +61,11 @@ class Worker:
         self.sent.append((to, decode(payload), tensors))
         return 0
 
-    def run(self, *steps: tuple[Step, Tensor]) -> int:
+    def run(self, *steps: tuple[Step, Tensor], decode_s: float = 0.0) -> int:
         """Run the first step, with what joins it; return how many have run in one pass."""
         first, *others = [
-            (step, Delivery(sender="before", payload=b"", tensors=(tensor,), num_bytes=9)) for step, tensor in steps
+            (step, Delivery(sender="before", payload=b"", tensors=(tensor,), num_bytes=9, decode_s=decode_s))
+            for step, tensor in steps
         ]
         num_taken = 1
 
@@ -229,18 +234,51 @@ def test_all_fail_by_themselves_if_the_pass_does(stages: list[Stage], monkeypatc
     assert not worker.hosted.sessions
 
 
-def test_all_fail_by_themselves_if_their_results_cant_be_sent(
-    stages: list[Stage], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("index", [0, 1])
+def test_all_fail_by_themselves_if_their_results_can_not_be_sent(
+    stages: list[Stage], index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = worker_with_prompts(stages[0])
+    worker = worker_with_prompts(stages[index])
 
-    def fail(*_: object) -> None:
-        raise OSError(28, "no room in shared memory")
+    def fail(*_: object) -> int:
+        raise ProtocolError("too large")
 
     monkeypatch.setattr(Peers, "send", fail)
-    worker.run(*decode_steps(stages[0], 1))
-    failed = [message.session for _, message, _ in worker.sent if isinstance(message, StepFailed)]
-    assert failed == list(PROMPTS)
+    assert worker.run(*decode_steps(stages[index], 1)) == NUM_SESSIONS
+    failed = [(to, message.session) for to, message, _ in worker.sent if isinstance(message, StepFailed)]
+    assert failed == [(CALLER, session) for session in PROMPTS]
+
+
+def test_errors_of_a_pass_are_gone_when_memory_is_freed(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_with_prompts(stages[0])
+    errors: list[weakref.ref[Exception]] = []
+    alive: list[bool] = []
+
+    def fail(_: object) -> None:
+        raise NoMemory
+
+    class NoMemory(MemoryError):
+        def __init__(self) -> None:
+            errors.append(weakref.ref(self))
+
+    monkeypatch.setattr(worker.hosted.packed, "run", fail)
+    monkeypatch.setattr(failed_steps, "release_memory", lambda _: alive.append(errors[0]() is not None))
+    gc.disable()
+    try:
+        worker.run(*decode_steps(stages[0], 1))
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+def test_decoding_is_not_counted_as_travel(stages: list[Stage]) -> None:
+    decode_s = 1000.0
+    worker = worker_with_prompts(stages[0])
+    sent_us = (clock_us() - round(decode_s * 1e6)) % 2**32
+    steps = [(msgspec.structs.replace(each, sent_us=sent_us), states) for each, states in decode_steps(stages[0], 1)]
+    assert worker.run(*steps, decode_s=decode_s) == NUM_SESSIONS
+    [group] = [message for _, message, _ in worker.sent if isinstance(message, StepGroup)]
+    assert max(each.timings[-1].hop_us for each in group.steps) < decode_s * 1e6 / 2
 
 
 def test_steps_run_alone_where_it_cant_be_found_out_how_many_may_run_together(
