@@ -6,6 +6,7 @@ Knows the order of a layer's parts and the kernels' structures; not whether a la
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,18 +77,25 @@ def _kind(module: nn.Module) -> str:
 class LayerProgram:
     """The kernels of a layer, for a number of rows; texts are described in the memory that begins with their descriptions."""
 
-    def __init__(self, linears: list[PackedLinear], calls: list[Call], memory: Tensor) -> None:
+    def __init__(self, linears: list[PackedLinear], norms: list[FasterNorm], calls: list[Call], memory: Tensor) -> None:
         self._sequence, self._memory = KernelSequence(calls), memory
         self._texts = memory.data_ptr()
-        self._linears, self._addresses = linears, [each.address for each in linears]
+        self._linears = linears
+        named = [(each, "weight") for each in norms] + [(each, "bias") for each in linears if each.has_bias]
+        self._parameters = [(vars(each)["_parameters"], name) for each, name in named]
+        self._addresses = self._find_addresses()
         place, names = self._sequence.place, [each.function for each in calls]
         self._inputs = place(0, 0), place(names.index("add"), 0)
         self._angles = place(names.index("rotary"), 10)
         self._result = place(len(calls) - 1, 2)
 
     def is_current(self) -> bool:
-        """Say whether weights lie where they lay."""
-        return [each.address for each in self._linears] == self._addresses
+        """Say whether weights and biases lie where they lay."""
+        return self._find_addresses() == self._addresses
+
+    def _find_addresses(self) -> list[int]:
+        own = [parameters[name].data_ptr() for parameters, name in self._parameters]
+        return [*own, *(each.address for each in self._linears)]
 
     def run(self, states: Tensor, cosines: Tensor, sines: Tensor, texts: bytes) -> Tensor | None:
         """Compute the layer, and write new keys and values to texts; return None if a result is not finite."""
@@ -101,11 +109,13 @@ class LayerProgram:
         return result if self._sequence.run() else None
 
 
-def build_program(parts: LayerParts, attended: Attention, num_angles: int, num_rows: int) -> LayerProgram | None:
-    """Return the kernels of a layer, which has called attention so; None unless each has the bits of what it stands for."""
+def build_program(parts: LayerParts, attended: Attention, angles: Sequence[int], num_rows: int) -> LayerProgram | None:
+    """Return the kernels of a layer, which has called attention so; None unless each has the bits of what it stands for.
+
+    ``angles`` are the sizes of cosines and of sines.
+    """
     _, num_heads, _, dim = attended.query.shape
     num_key_heads = attended.keys.shape[1]
-    angles = (num_angles, 1, dim)
     shapes = (num_rows, num_heads, 1, dim), (num_rows, num_key_heads, 1, dim), angles
     linears = parts.all_linears()
     if linears is None:
@@ -154,7 +164,7 @@ def build_program(parts: LayerParts, attended: Attention, num_angles: int, num_r
                 _normalise(parts.key_norm, at["key"], at["keys"], num_rows * num_key_heads),
             ]
         ),
-        Call("rotary", "rotary", rotary.pack(heads, 0, 0, num_angles, num_rows, dim, _DTYPE), returns=True),
+        Call("rotary", "rotary", rotary.pack(heads, 0, 0, angles[0], num_rows, dim, _DTYPE), returns=True),
         Call("attention", "attention", attention.pack_texts(
             states, at["texts"], num_rows, (num_heads, num_key_heads), dim, _DTYPE, dim**-0.5 if scale is None else scale
         ), returns=False),
@@ -170,7 +180,8 @@ def build_program(parts: LayerParts, attended: Attention, num_angles: int, num_r
         Call("gated", "add", gated.SUM.pack(at["sum"], at["last"], 0, count, number), returns=True),
     ]  # fmt: skip
     known = [each for each in calls if each is not None]
-    return LayerProgram(linears, known, memory) if len(known) == len(calls) else None
+    norms = [each for each in parts if isinstance(each, FasterNorm)]
+    return LayerProgram(linears, norms, known, memory) if len(known) == len(calls) else None
 
 
 def _multiply(layer: PackedLinear, rows: int, result: int, num_rows: int) -> Call | None:

@@ -24,6 +24,7 @@ from lingualinked.model.exact.layer_trace import trace_layer
 from lingualinked.model.exact.packed_linear import PackedLinear
 from lingualinked.model.hf_internals.computing import calls_attention
 from lingualinked.model.kv.kv_layers import GrowingLayer
+from lingualinked.model.process.torch_settings import flushes_denormals
 
 _NUM_TRIALS = 2  # steps in which a layer's own results are compared with the kernels'
 _MAX_PROGRAMS = 4  # of a layer: each has memory for its results
@@ -80,8 +81,10 @@ def _is_step(states: Any, arguments: dict[str, Any]) -> bool:
         and type(angles) is tuple
         and len(angles) == 2
         and all(type(each) is Tensor and each.dtype is torch.bfloat16 and each.is_contiguous() for each in angles)
+        and angles[0].shape == angles[1].shape
         and torch.is_inference_mode_enabled()
         and exact_attention.computes_fused()
+        and not flushes_denormals()
         and calls_attention(exact_attention.attend)
     )
 
@@ -107,7 +110,7 @@ class LayerStep:
         others = tuple((name, value) for name, value in arguments.items() if name not in _CHANGING)
         if not all(value is None or type(value) in _SIMPLE for _, value in others):
             return own()
-        key = len(states), len(angles[0]), torch.get_num_threads(), others
+        key = len(states), angles[0].shape, torch.get_num_threads(), others
         trial = self._programs.get(key)
         if trial is None:  # in the first step, probes compute as well
             if len(self._programs) == _MAX_PROGRAMS:
@@ -134,7 +137,7 @@ class LayerStep:
         parts = LayerParts.of(trace)
         trial.is_refused = True
         if parts is not None and len(trace.attention) == 1 and type(trace.result) is Tensor:
-            trial.program = build_program(parts, trace.attention[0], len(angles[0]), len(states))
+            trial.program = build_program(parts, trace.attention[0], angles[0].shape, len(states))
             slot = getattr(trace.attention[0].module, "layer_idx", None)
             if trial.program is not None and isinstance(slot, int):
                 trial.slot, trial.num_left, trial.is_refused = slot, _NUM_TRIALS, False

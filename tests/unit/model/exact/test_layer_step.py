@@ -114,6 +114,17 @@ def test_other_weights_are_used(runs: list[int], monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(before[-1], found[-1])
 
 
+def test_so_are_other_tensors_in_place_of_weights(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = stages_of("llama")
+    talk(stages, 2)
+    norm: nn.Module = stages[0]._layers[0].input_layernorm
+    norm.weight = nn.Parameter(-2 * norm.get_parameter("weight").detach(), requires_grad=False)
+    found = talk(stages, 2)
+    assert runs
+    own_layers(monkeypatch)
+    assert_equal(found, talk(stages, 2))
+
+
 def test_a_program_with_other_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerProgram, "run", lambda _self, states, *_: states.clone())
     stages = stages_of("llama")
