@@ -255,9 +255,9 @@ def test_errors_of_a_pass_are_gone_when_memory_is_freed(stages: list[Stage], mon
     alive: list[bool] = []
 
     def fail(_: object) -> None:
-        raise NoMemory
+        raise NoMemoryError
 
-    class NoMemory(MemoryError):
+    class NoMemoryError(MemoryError):
         def __init__(self) -> None:
             errors.append(weakref.ref(self))
 
