@@ -77,27 +77,6 @@ def test_the_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernel
-def test_functions_that_flush_what_is_not_normal_are_torchs_own() -> None:
-    module = made("silu", torch.bfloat16)
-    twin = faster(module)
-    products: list[Tensor] = []
-    for each in (module, twin):
-        each.get_submodule("down_proj").register_forward_pre_hook(lambda _, args: products.append(args[0]))
-    states = (60 * torch.randn(40, 64)).bfloat16()
-    twin(states)  # fills the table
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor does not flush them")
-    try:
-        module(states)
-        twin(states)
-    finally:
-        torch.set_flush_denormal(False)
-    before, expected, found = products
-    assert_equal(found, expected)
-    assert not torch.equal(before, expected)
-
-
-@needs_kernel
 def test_hooks_of_parts_see_what_the_module_calls() -> None:
     module, seen = made("silu", torch.bfloat16), []
     twin = faster(module)
