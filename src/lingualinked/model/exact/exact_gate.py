@@ -20,6 +20,7 @@ from lingualinked.model.exact.bits import DIGITS, have_equal_bits, tiny
 from lingualinked.model.exact.kept_probes import keep_result
 from lingualinked.model.exact.packed_linear import PackedLinear
 from lingualinked.model.exact.row_probe import has_free_elements
+from lingualinked.model.process.torch_settings import flushes_denormals
 
 _OWNERS = ("torch.nn.modules.activation", "transformers.activations")
 _INPUTS, _GATES = 8, 24  # of the module that is tried
@@ -170,6 +171,7 @@ def _multiply(states: Any, gate: nn.Module, other: nn.Module, last: nn.Module, a
         or not states.is_cpu
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
+        or flushes_denormals()  # tables were not filled so
         or are_hooked((gate, other, activation))
     ):
         return None

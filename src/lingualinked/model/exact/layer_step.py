@@ -24,6 +24,7 @@ from lingualinked.model.exact.layer_trace import trace_layer
 from lingualinked.model.exact.packed_linear import PackedLinear
 from lingualinked.model.hf_internals.computing import calls_attention
 from lingualinked.model.kv.kv_layers import GrowingLayer
+from lingualinked.model.process.torch_settings import flushes_denormals
 
 _NUM_TRIALS = 2  # steps in which a layer's own results are compared with the kernels'
 _MAX_PROGRAMS = 4  # of a layer: each has memory for its results
@@ -83,6 +84,7 @@ def _is_step(states: Any, arguments: dict[str, Any]) -> bool:
         and angles[0].shape == angles[1].shape
         and torch.is_inference_mode_enabled()
         and exact_attention.computes_fused()
+        and not flushes_denormals()
         and calls_attention(exact_attention.attend)
     )
 

@@ -51,7 +51,8 @@ def _matmul_precision() -> str:
         return "highest"
 
 
-def _flushes_denormals() -> bool:
+def flushes_denormals() -> bool:
+    """Return whether this thread takes numbers below the smallest normal one for zero."""
     smallest_normal = sys.float_info.min
     return bool(operator.truediv(smallest_normal, 2) == 0.0)  # computed at run time, in the mode of this thread
 
@@ -76,7 +77,7 @@ _SETTINGS: dict[str, _Setting] = {
         "float32", lambda: _dtype_name(torch.get_default_dtype()), lambda name: torch.set_default_dtype(_dtype(name))
     ),
     "deterministic": _Setting(0, torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    "flush_denormal": _Setting(False, _flushes_denormals, torch.set_flush_denormal),
+    "flush_denormal": _Setting(False, flushes_denormals, torch.set_flush_denormal),
     "sdp.flash": _sdp("flash"),
     "sdp.mem_efficient": _sdp("mem_efficient"),
     "sdp.math": _sdp("math"),

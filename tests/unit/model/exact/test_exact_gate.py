@@ -135,3 +135,24 @@ def test_nothing_is_kept_that_needs_gradients() -> None:
         module = faster(made("silu", torch.bfloat16))
         module(states).sum().backward()
         assert module.gate_proj.weight.grad is not None  # type: ignore[union-attr]
+
+
+@needs_kernel
+@pytest.mark.parametrize("flushes_first", [False, True])
+def test_denormals_may_be_flushed_at_any_time(flushes_first: bool) -> None:
+    module = made("silu", torch.bfloat16)
+    for linear in (module.gate_proj, module.up_proj, module.down_proj):
+        linear.bias.data.fill_(1e-39)  # type: ignore[union-attr]
+        linear.weight.data.zero_()
+    module.up_proj.bias.data.fill_(1e3)  # type: ignore[union-attr]
+    module.down_proj.weight.data.fill_(1e6)
+    exact_gate._tables.clear()
+    twin, states = faster(module), torch.ones(2, 64, dtype=torch.bfloat16)
+    try:
+        for flushes in (flushes_first, not flushes_first):
+            if not torch.set_flush_denormal(flushes):
+                pytest.skip("this processor can't flush denormals")
+            assert_equal(twin(states), module(states))
+    finally:
+        torch.set_flush_denormal(False)
+        exact_gate._tables.clear()
