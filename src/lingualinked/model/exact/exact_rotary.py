@@ -108,10 +108,18 @@ def all_inputs(
                     values = torch.randn(shape, generator=generator)
                 drawn.append((values * (scale if len(shape) == 4 else angle_scale)).to(dtype))
             queries, keys, cosines, sines = drawn
+            # Several tokens lie one after the other, with their heads, as projections give them.
+            queries, keys = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (queries, keys))
             yield queries, keys, cosines, sines
 
 
 def _are_equal(results: tuple[Tensor, ...] | None, expected: tuple[Tensor, ...]) -> bool:
     return results is not None and all(
-        have_equal_bits(ours, theirs) for ours, theirs in zip(results, expected, strict=True)
+        have_equal_bits(ours, theirs) and (ours.shape[2] == 1 or _strides(ours) == _strides(theirs))
+        for ours, theirs in zip(results, expected, strict=True)
     )
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Return the strides by which elements are found: torch's attention may choose its order by them."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
