@@ -189,7 +189,9 @@ def test_who_gets_another_key_gets_another_ring(pair: tuple[Any, Any], network: 
 def test_no_memory_for_a_message_loses_only_that(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair
     with monkeypatch.context() as patch:
-        patch.setattr("lingualinked.transport.wire.codec._empty", lambda _, **__: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(
+            "lingualinked.transport.wire.codec.allocate_tensor", lambda _, **__: (_ for _ in ()).throw(MemoryError())
+        )
         a.send("b", b"", [torch.ones(3)])
         while b.num_refused == 0:
             assert b.receive(0.005) is None

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from lingualinked.cluster.measuring.reach import RemoteHost
 from lingualinked.cluster.messaging.exchange import closed
 from lingualinked.cluster.messaging.failures import renewed
 from lingualinked.cluster.messaging.io_thread import START_S, IOThread
 from lingualinked.cluster.messaging.pending import Pending, settle
+from lingualinked.cluster.messaging.reach import RemoteHost
 from lingualinked.cluster.steps.step_reply import RunStart
 from lingualinked.cluster.weights.file_sharing import SharedLoad
 from lingualinked.device import CALLER, Link

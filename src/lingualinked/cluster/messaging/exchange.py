@@ -16,12 +16,12 @@ from typing import cast
 import msgspec
 from torch import Tensor
 
-from lingualinked.cluster.measuring.reach import Reach
 from lingualinked.cluster.messaging.awaited_answers import answer_key, check_answer, find_role, pending_key
 from lingualinked.cluster.messaging.failures import error_of
 from lingualinked.cluster.messaging.introductions import Introduction
 from lingualinked.cluster.messaging.known_workers import KnownWorkers
 from lingualinked.cluster.messaging.pending import Key, Pending, PendingAnswers
+from lingualinked.cluster.messaging.reach import Reach
 from lingualinked.cluster.packed.packed_reply import PackedAnswer
 from lingualinked.cluster.steps.recorded import RecordedPart
 from lingualinked.cluster.steps.step_reply import HookEvent, RunReply, RunStart, StepReply

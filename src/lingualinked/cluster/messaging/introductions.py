@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from lingualinked.cluster.measuring.reach import Reach
+from lingualinked.cluster.messaging.reach import Reach
 from lingualinked.cluster.workers.remote_text import readable
 from lingualinked.device import CALLER
 from lingualinked.errors import UnreachableError, WorkerDiedError

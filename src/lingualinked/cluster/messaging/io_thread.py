@@ -12,9 +12,9 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 
-from lingualinked.cluster.measuring.reach import Reach
 from lingualinked.cluster.messaging.exchange import Exchange, closed
 from lingualinked.cluster.messaging.pending import settle
+from lingualinked.cluster.messaging.reach import Reach
 from lingualinked.cluster.remote.locating import resolve_advertised
 from lingualinked.device import CALLER
 from lingualinked.errors import StepTimeoutError, UnsupportedOperationError

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
-from lingualinked.cluster.measuring.reach import Reach, RemoteHost
 from lingualinked.cluster.messaging.introductions import Introduction, Introductions
+from lingualinked.cluster.messaging.reach import Reach, RemoteHost
 from lingualinked.cluster.workers.remote_text import readable_environment
 from lingualinked.device import CALLER
 from lingualinked.environment import Environment

@@ -6,7 +6,7 @@ Knows a device, what its daemon says, and this host's routes; no cluster.
 from __future__ import annotations
 
 from lingualinked.address import Advertised, parse_advertised
-from lingualinked.cluster.measuring.reach import RemoteHost
+from lingualinked.cluster.messaging.reach import RemoteHost
 from lingualinked.cluster.remote.connection import Lease
 from lingualinked.cluster.remote.resolving import resolve_host
 from lingualinked.device import Device

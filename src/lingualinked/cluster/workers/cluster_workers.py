@@ -20,7 +20,7 @@ from lingualinked.protocol.boot import Boot
 from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
 if TYPE_CHECKING:
-    from lingualinked.cluster.measuring.reach import RemoteHost
+    from lingualinked.cluster.messaging.reach import RemoteHost
     from lingualinked.cluster.ray.ray_placement import RayPlacement
     from lingualinked.cluster.remote.connection import Lease
     from lingualinked.cluster.remote.remote_workers import RemoteWorkers

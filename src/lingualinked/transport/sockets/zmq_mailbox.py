@@ -26,7 +26,6 @@ from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 from lingualinked.transport.wire.codec import (
     Limits,
     MalformedError,
-    SpareTensor,
     decode_message,
     encode_message,
 )
@@ -37,6 +36,7 @@ from lingualinked.transport.wire.message_limits import (
     MAX_NUM_FRAMES,
 )
 from lingualinked.transport.wire.refusals import Refusals
+from lingualinked.transport.wire.tensor_descriptors import SpareTensor
 
 if TYPE_CHECKING:
     from torch import Tensor

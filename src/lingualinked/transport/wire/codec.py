@@ -5,7 +5,6 @@ Otherwise these are in the frames after it, or in shared memory. Knows no socket
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +21,21 @@ from lingualinked.transport.memory.shared_ring import Place, RingOffer, RingRead
 from lingualinked.transport.wire.message_limits import (
     DEFAULT_MAX_FRAME_BYTES,
     DEFAULT_MAX_MESSAGE_BYTES,
-    MAX_NUM_DIMS,
     MAX_NUM_FRAMES,
     MAX_NUM_TENSORS,
     MIN_SHARED_BYTES,
 )
 from lingualinked.transport.wire.tensor_bytes import bytes_of, copy_bytes, memory_of
+from lingualinked.transport.wire.tensor_descriptors import (
+    DTYPES,
+    ITEM_SIZES,
+    Descriptor,
+    Natural,
+    SpareTensor,
+    allocate_tensor,
+    describe_tensor,
+    num_bytes_at_least,
+)
 
 if TYPE_CHECKING:
     from lingualinked.transport.hosts.shaping import ShapedLink
@@ -41,37 +49,11 @@ both sides longer than these bytes."""
 
 Frame: TypeAlias = bytes | memoryview
 
-# The code of a dtype is its position, so only append. Bytes are in the machine's order: every machine that runs torch is
-# little-endian.
-_DTYPES = (
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_ITEM_SIZES = tuple(dtype.itemsize for dtype in _DTYPES)
-
-_Natural = Annotated[int, msgspec.Meta(ge=0)]
-_Descriptor = Annotated[list[_Natural], msgspec.Meta(min_length=1, max_length=1 + MAX_NUM_DIMS)]
-
 
 class _Envelope(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     payload: bytes
-    descriptors: Annotated[list[_Descriptor], msgspec.Meta(max_length=MAX_NUM_TENSORS)]
-    due_us: _Natural = 0
+    descriptors: Annotated[list[Descriptor], msgspec.Meta(max_length=MAX_NUM_TENSORS)]
+    due_us: Natural = 0
     place: Place | None = None
     offer: RingOffer | None = None
     data: bytes = b""
@@ -125,27 +107,6 @@ class DecodedMessage(NamedTuple):
     shared_bytes: int = 0
 
 
-class SpareTensor:
-    """Memory for one more small tensor like the last one, made while nothing has come: that takes as long as the rest of decoding."""
-
-    def __init__(self) -> None:
-        self._last: list[int] = []  # its descriptor
-        self._tensor: Tensor | None = None
-
-    def prepare(self) -> None:
-        """Make the next one, if it was used."""
-        if self._tensor is None and self._last:
-            with contextlib.suppress(RuntimeError, MemoryError):  # the message that needs it meets the lack by itself
-                self._tensor = _empty(self._last)
-
-    def pop(self, descriptor: list[int], num_bytes: int) -> Tensor:
-        """Return memory for a tensor of so many bytes, which nothing else uses."""
-        tensor = self._tensor if descriptor == self._last else None
-        is_small = num_bytes < MIN_SHARED_BYTES  # a sender may disregard that
-        self._last, self._tensor = descriptor if is_small else [], None
-        return _empty(descriptor) if tensor is None else tensor
-
-
 def encode_message(
     payload: bytes,
     tensors: Sequence[Tensor],
@@ -159,8 +120,8 @@ def encode_message(
     the receiver has taken the tensors, there is one frame only.
     """
     # 1) describe the tensors in frame 0, which holds those that are small, and refuse what exceeds the limits
-    descriptors = [_describe(tensor) for tensor in tensors]
-    sizes = [_ITEM_SIZES[descriptor[0]] * math.prod(descriptor[1:]) for descriptor in descriptors]
+    descriptors = [describe_tensor(tensor) for tensor in tensors]
+    sizes = [ITEM_SIZES[descriptor[0]] * math.prod(descriptor[1:]) for descriptor in descriptors]
     num_tensor_bytes = sum(sizes)
     data = b"".join(map(copy_bytes, tensors, sizes)) if num_tensor_bytes < MIN_SHARED_BYTES else b""
     head = _encode_head(payload, descriptors, data=data)
@@ -250,22 +211,6 @@ def _encode_head(
     return _VERSION_BYTE + _encoder.encode((payload, descriptors, due_us) if due_us else (payload, descriptors))
 
 
-def _describe(tensor: Tensor) -> list[int]:
-    """Return the dtype code and the shape of a tensor, or refuse to send it."""
-    code = _CODES.get(tensor.dtype)
-    if code is None:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise ProtocolError(f"a tensor of dtype {tensor.dtype} can't be sent: convert it to one of {known}")
-    if tensor.layout != torch.strided or tensor.is_meta:
-        kind = "without data (on the meta device)" if tensor.is_meta else f"of layout {tensor.layout}"
-        raise ProtocolError(f"a tensor {kind} can't be sent: pass a dense one that holds data")
-    if tensor.dim() > MAX_NUM_DIMS:
-        raise ProtocolError(
-            f"a tensor of {count_text(tensor.dim(), 'dimension')} can't be sent: the limit is {MAX_NUM_DIMS}"
-        )
-    return [code, *tensor.shape]
-
-
 def _check_limits(num_head_bytes: int, descriptors: list[list[int]], sizes: list[int], limits: Limits) -> int:
     """Refuse to send what a receiver would drop; otherwise return the bytes of all frames."""
     if len(sizes) > MAX_NUM_TENSORS:
@@ -281,7 +226,7 @@ def _check_limits(num_head_bytes: int, descriptors: list[list[int]], sizes: list
     for (code, *shape), size in zip(descriptors, sizes, strict=True):
         num_bytes += size
         num_frames += -(-size // limits.max_frame_bytes)
-        if not size and _num_bytes_at_least(shape, _ITEM_SIZES[code]) > limits.max_message_bytes:
+        if not size and num_bytes_at_least(shape, ITEM_SIZES[code]) > limits.max_message_bytes:
             raise ProtocolError(f"an empty tensor of shape {tuple(shape)} can't be sent: its dimensions are too large")
     if num_bytes > limits.max_message_bytes:
         raise ProtocolError(
@@ -315,17 +260,12 @@ def _check_sizes(frames: Sequence[Frame], limits: Limits) -> int:
     return total - sizes[0]
 
 
-def _num_bytes_at_least(shape: Sequence[int], itemsize: int) -> int:
-    """Return the bytes of a shape with zeros counted as 1, which bounds each dimension of an empty tensor too."""
-    return itemsize * math.prod(max(dim, 1) for dim in shape)
-
-
 def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
     """Return the bytes of the tensor that a descriptor announces."""
     code, *shape = descriptor
-    if code >= len(_DTYPES):
-        raise MalformedError("dtype", f"code {code} is not a valid dtype code (0 to {len(_DTYPES) - 1})")
-    num_bytes = _num_bytes_at_least(shape, _ITEM_SIZES[code])
+    if code >= len(DTYPES):
+        raise MalformedError("dtype", f"code {code} is not a valid dtype code (0 to {len(DTYPES) - 1})")
+    num_bytes = num_bytes_at_least(shape, ITEM_SIZES[code])
     if num_bytes > limits.max_message_bytes:
         raise MalformedError(
             "size", f"a tensor of shape {shape} exceeds max_message_bytes ({bytes_text(limits.max_message_bytes)})"
@@ -334,7 +274,7 @@ def _num_bytes_described(descriptor: list[int], limits: Limits) -> int:
 
 
 def _read_place(
-    place: Place, rings: Mapping[bytes, RingReader], descriptors: list[_Descriptor], sizes: list[int], max_bytes: int
+    place: Place, rings: Mapping[bytes, RingReader], descriptors: list[Descriptor], sizes: list[int], max_bytes: int
 ) -> tuple[Tensor, ...]:
     """Copy the tensors at a place in shared memory into memory of their own."""
     ring = rings.get(place.token)
@@ -344,7 +284,7 @@ def _read_place(
         if sum(sizes) > max_bytes:
             raise MalformedError("size", f"{count_text(sum(sizes), 'byte')} of tensors, and the limit is {max_bytes}")
         ring.check_place(place, sizes)
-        tensors = [_empty(descriptor, is_pinned=ring.is_pinned) for descriptor in descriptors]
+        tensors = [allocate_tensor(descriptor, is_pinned=ring.is_pinned) for descriptor in descriptors]
         ring.read(place, tensors)
     except MalformedError:
         raise
@@ -368,7 +308,7 @@ def _split_bytes(data: bytes, descriptors: list[list[int]], sizes: list[int], sp
 
 def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Tensor:
     """Copy the frames of one tensor into its memory."""
-    tensor = _empty(descriptor)
+    tensor = allocate_tensor(descriptor)
     if not num_bytes:
         return tensor
     memory = memory_of(tensor)
@@ -383,14 +323,6 @@ def _join(frames: Iterator[Frame], descriptor: list[int], num_bytes: int) -> Ten
             )
         memory[start:end] = frame
     return _with_valid_bools(tensor)
-
-
-def _empty(descriptor: list[int], *, is_pinned: bool = False) -> Tensor:
-    code, *shape = descriptor
-    if is_pinned:
-        with contextlib.suppress(RuntimeError):  # none is left, or the device has failed, which a step must be told of
-            return torch.empty(shape, dtype=_DTYPES[code], pin_memory=True)
-    return torch.empty(shape, dtype=_DTYPES[code])
 
 
 def _with_valid_bools(tensor: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 import torch
 
-from lingualinked.cluster.measuring.reach import Reach
 from lingualinked.cluster.messaging.exchange import Exchange
 from lingualinked.cluster.messaging.pending import Pending
+from lingualinked.cluster.messaging.reach import Reach
 from lingualinked.cluster.steps.step_reply import StepReply
 from lingualinked.errors import (
     ArgumentError,

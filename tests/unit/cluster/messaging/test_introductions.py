@@ -7,8 +7,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from lingualinked.cluster.measuring.reach import Reach, RemoteHost
 from lingualinked.cluster.messaging.introductions import Introduction, Introductions
+from lingualinked.cluster.messaging.reach import Reach, RemoteHost
 from lingualinked.errors import UnreachableError, WorkerDiedError
 from lingualinked.protocol.messages import (
     Acknowledged,

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.transport.memory.shared_ring import RingReader, RingWriter
-from lingualinked.transport.wire import codec
+from lingualinked.transport.wire import codec, tensor_descriptors
 from lingualinked.transport.wire.codec import Limits, MalformedError, decode_message, encode_message
 
 LIMITS = Limits(max_frame_bytes=64, max_message_bytes=4_096)
@@ -24,7 +24,7 @@ ROOMY = Limits()
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
     """Draw a tensor of any dtype and up to four dimensions that is perhaps not contiguous."""
-    dtype = draw(st.sampled_from(codec._DTYPES))
+    dtype = draw(st.sampled_from(tensor_descriptors.DTYPES))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     num_bytes = dtype.itemsize
     for dim in shape:
@@ -160,7 +160,7 @@ def test_the_wire_format_is_this_one() -> None:
         "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 float8_e4m3fn float8_e5m2 "
         "uint16 uint32 uint64"
     )
-    assert [str(dtype).removeprefix("torch.") for dtype in codec._DTYPES] == names.split()
+    assert [str(dtype).removeprefix("torch.") for dtype in tensor_descriptors.DTYPES] == names.split()
 
 
 def test_the_header_of_a_decode_step_is_small() -> None:
@@ -220,7 +220,7 @@ def test_received_tensors_are_aligned_whatever_the_frames_are() -> None:
 
 
 def test_memory_that_was_made_in_advance_is_used_once() -> None:
-    spare, received = codec.SpareTensor(), []
+    spare, received = tensor_descriptors.SpareTensor(), []
     for number, shape in enumerate([(2, 3), (2, 3), (2, 3), (3, 2), (3, 2)]):
         sent = torch.full(shape, number)
         spare.prepare()
@@ -233,7 +233,7 @@ def test_memory_that_was_made_in_advance_is_used_once() -> None:
 
 
 def test_memory_is_not_made_in_advance_for_more_bytes_than_should_be_in_frame_0() -> None:
-    spare = codec.SpareTensor()
+    spare = tensor_descriptors.SpareTensor()
     decode_message([inline(bytes(1 << 19), [1, 1 << 19])], ROOMY, None, spare)
     spare.prepare()
     assert spare._tensor is None
@@ -243,7 +243,7 @@ def test_memory_is_not_made_in_advance_for_more_bytes_than_should_be_in_frame_0(
 def test_a_lack_of_memory_made_in_advance_refuses_no_more_than_a_message(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spare, frames = codec.SpareTensor(), encode_message(b"", [torch.ones(3)], ROOMY)
+    spare, frames = tensor_descriptors.SpareTensor(), encode_message(b"", [torch.ones(3)], ROOMY)
     decode_message(frames, ROOMY, None, spare)
 
     def fail(*_: object, **__: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lingualinked.address import parse_advertised
-from lingualinked.cluster.measuring.reach import Reach, RemoteHost
+from lingualinked.cluster.messaging.reach import Reach, RemoteHost
 from lingualinked.errors import ArgumentError
 from lingualinked.transport.sockets.tcp_listener import TcpEndpoint
 
