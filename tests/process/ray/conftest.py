@@ -6,6 +6,7 @@ Knows processes and what programs print; nothing of models.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -27,13 +28,17 @@ PATIENCE_S = 90.0  # on a machine that does other things too
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 PRELUDE = """
 import json
+import os
+import sys
+
+os.set_inheritable(int(sys.argv[1]), False)
 
 def say(value):
-    print("said", json.dumps(value), flush=True)
+    os.write(int(sys.argv[1]), json.dumps(value).encode() + b"\\n")
 """
 
 
-def read_line(stream: IO[bytes] | None) -> str:
+def read_line(stream: IO[bytes] | io.RawIOBase | None) -> str:
     """Read a line from a program that may take its time."""
     assert stream is not None
     assert select.select([stream], [], [], PATIENCE_S)[0], "the program is silent"
@@ -41,21 +46,23 @@ def read_line(stream: IO[bytes] | None) -> str:
 
 
 class Program:
-    """A program in a process of its own; what it says is a line each."""
+    """A program in a process of its own; what it says is a line each, in a pipe of its own: Ray writes to the usual output."""
 
     def __init__(self, code: str, environment: dict[str, str]) -> None:
+        reader, writer = os.pipe()
+        self._said = os.fdopen(reader, "rb", buffering=0)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(writer)],
+            pass_fds=(writer,),
             env={**os.environ, **ENVIRONMENT, **environment},
         )
+        os.close(writer)
 
     def hear(self) -> Any:
-        """Return what it says next; Ray writes to the same output."""
-        while line := read_line(self.process.stdout):
-            if line.startswith("said "):
-                return json.loads(line.removeprefix("said "))
-        raise AssertionError("the program has ended without a word")
+        """Return what it says next."""
+        line = read_line(self._said)
+        assert line, "the program has ended without a word"
+        return json.loads(line)
 
     def wait(self) -> int:
         """Wait for its end; return its exit status."""
@@ -67,8 +74,7 @@ class Program:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._said.close()
 
 
 class Nodes:
