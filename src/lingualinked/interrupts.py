@@ -35,22 +35,25 @@ def interruptible(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if _guard is not None or not _can_guard():
             return function(*args, **kwargs)
         guard = _Guard()
+        results: list[_R] = []
         try:
             try:
                 guard.enter()
-                result = function(*args, **kwargs)
+                results.append(function(*args, **kwargs))
             finally:
                 guard.leave()
         except KeyboardInterrupt:
             guard.leave()  # again: the interrupt may have come just before the first call
+            results.clear()  # the traceback would keep what was made, such as a model with its workers
             raise
         except BaseException as error:
             if guard.was_interrupted:
                 raise KeyboardInterrupt from error
             raise
         if guard.was_interrupted:
+            results.clear()
             raise KeyboardInterrupt
-        return result
+        return results.pop()
 
     return call
 

@@ -122,6 +122,38 @@ def test_it_ends_a_call_that_waits(place: Callable[[], None]) -> None:
         interruptible(wait)()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("is_left", [False, True], ids=["before its end", "as it is left"])
+def test_what_an_interrupted_call_has_made_is_freed_at_once(monkeypatch: pytest.MonkeyPatch, is_left: bool) -> None:
+    class Made:
+        pass
+
+    references = []
+    leave = interrupts._Guard.leave
+
+    def leave_interrupted(guard: Any) -> None:
+        monkeypatch.undo()
+        leave(guard)
+        raise KeyboardInterrupt
+
+    @interruptible
+    def make() -> Made:
+        made = Made()
+        references.append(weakref.ref(made))
+        if is_left:
+            monkeypatch.setattr(interrupts._Guard, "leave", leave_interrupted)
+        else:
+            swallowed_by_callback()
+        return made
+
+    try:
+        make()
+    except KeyboardInterrupt:  # whose traceback has the frames of the call
+        assert references[0]() is None
+    else:
+        raise AssertionError("the interrupt is lost")
+
+
 def test_an_import_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As transformers imports its modules: any error becomes one that says that the module is missing."""
     (tmp_path / "interrupted_import.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
