@@ -18,6 +18,7 @@ import pytest
 
 import lingualinked as ll
 from jupyter_kernels import Kernel
+from lingualinked.cluster.workers.observer import Observer
 from processes import Script
 
 pytestmark = [
@@ -164,6 +165,20 @@ def moments() -> random.Random:
     seed = int(os.environ.get("LINGUALINKED_SEED", random.randrange(10**6)))
     sys.stdout.write(f"LINGUALINKED_SEED={seed}" + "\n")
     return random.Random(seed)
+
+
+def test_while_a_model_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for last reports: of a model that is let go then, nothing would ever free the workers."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = ll.ShardedModel.from_pretrained(ll.sample_model(), devices=2, plan="even", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Observer, "inspect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.close()
+    assert model.cluster.closed
 
 
 def show_progress(index: int) -> None:

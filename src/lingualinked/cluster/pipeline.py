@@ -339,10 +339,12 @@ class Pipeline:
 
     def unload(self) -> None:
         """Free the model's stages and sessions on every worker; later messages for it are refused there."""
-        if not self.closed:
-            with contextlib.suppress(LingualinkedError):  # for its telemetry, which stays readable
-                self._observer.inspect(min(self.timeout_s, _LAST_REPORT_S))
-        self._finalizer()
+        try:
+            if not self.closed:
+                with contextlib.suppress(LingualinkedError):  # for its telemetry, which stays readable
+                    self._observer.inspect(min(self.timeout_s, _LAST_REPORT_S))
+        finally:
+            self._finalizer()
         self._controller.join()
 
 

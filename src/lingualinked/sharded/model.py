@@ -361,9 +361,11 @@ class ShardedModel(Instrumented, Editable):
 
     def close(self) -> None:
         """Free the model's stages, and close its private cluster if it has one. Calls in progress raise `ClosedError`."""
-        self._pipeline.unload()
-        if self._owns_cluster:
-            self._pipeline.cluster.close()
+        try:
+            self._pipeline.unload()
+        finally:  # an interrupt ends the wait for the last reports, and leaves nothing open
+            if self._owns_cluster:
+                self._pipeline.cluster.close()
 
     def __enter__(self) -> Self:
         return self
