@@ -141,11 +141,14 @@ def test_nothing_is_kept_that_needs_gradients() -> None:
 @pytest.mark.parametrize("flushes_first", [False, True])
 def test_denormals_may_be_flushed_at_any_time(flushes_first: bool) -> None:
     module = made("silu", torch.bfloat16)
-    for linear in (module.gate_proj, module.up_proj, module.down_proj):
-        linear.bias.data.fill_(1e-39)  # type: ignore[union-attr]
-        linear.weight.data.zero_()
-    module.up_proj.bias.data.fill_(1e3)  # type: ignore[union-attr]
-    module.down_proj.weight.data.fill_(1e6)
+    for parameter in module.parameters():
+        parameter.data.zero_()
+    module.gate_proj.bias.data.fill_(
+        2.0**-125
+    )  # half of which is the smallest normal number: silu's own way there flushes
+    module.gate_proj.bias.data.view(torch.int16)[:] -= 1
+    module.up_proj.bias.data.fill_(1)
+    module.down_proj.weight.data[:, :64] = 2.0**100 * torch.eye(64)
     exact_gate._tables.clear()
     twin, states = faster(module), torch.ones(2, 64, dtype=torch.bfloat16)
     try:
