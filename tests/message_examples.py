@@ -62,7 +62,9 @@ VALUES = {
     "timings": (TIMES,),
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
     "parts": (JoinedRows(session=1, number=3, edits=()),),
-    "state": SessionState(number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False, lags={}),
+    "state": SessionState(
+        number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False, has_positions=False, lags={}
+    ),
     "layout": None,
     "rounding": Rounding("0123456789abcdef", 2),
     "environment": Environment(

@@ -248,7 +248,15 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
             num_bytes=1,
             max_cache_len=0,
             is_last=True,
-            state=SessionState(number=1, num_tokens=1, records_past=False, reserved_tokens=0, has_mask=False, lags={}),
+            state=SessionState(
+                number=1,
+                num_tokens=1,
+                records_past=False,
+                reserved_tokens=0,
+                has_mask=False,
+                has_positions=False,
+                lags={},
+            ),
         )
         yield name, [frames(chunk, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))]
     fetch = FetchWeight(

@@ -25,12 +25,17 @@ class MaskMode(enum.IntEnum):
 
 
 class PositionMode(enum.IntEnum):
-    """How a step's position ids are sent: there are none, as consecutive, as counted in the mask, or in full."""
+    """How a step's position ids are sent: there are none, as consecutive, as counted in the mask, in full, or as the next ones.
+
+    The next ones follow those of the step before, which were sent in full or were themselves the next ones, one by one in
+    every row and dimension.
+    """
 
     NONE = 0
     RANGE = 1
     FROM_MASK = 2
     FULL = 3
+    NEXT = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +49,18 @@ class ContextCode:
 
 
 class StepContext:
-    """The attention mask and the number of tokens of one session; the caller and every stage keep the same state."""
+    """What one session has seen of masks, positions and tokens; the caller and every stage keep the same state."""
 
-    def __init__(self, mask: Tensor | None = None, num_tokens: int = 0) -> None:
+    def __init__(self, mask: Tensor | None = None, num_tokens: int = 0, last_positions: Tensor | None = None) -> None:
         self.mask = mask  # of the whole text, if there is one that can be extended
         self.num_tokens = num_tokens  # seen so far
+        self.last_positions = last_positions  # [..., rows or 1, 1], of the last token, if they were sent in full
 
     def encode(self, mask: Tensor | None, positions: Tensor | None, num_new: int) -> ContextCode:
         """Encode a step's mask and positions, and record them as seen; `decode` at the other end returns equal tensors.
 
-        The mask is usually int64 ``[rows, past + num_new]``, the positions are int64 ``[1 or rows, num_new]``.
+        The mask is usually int64 ``[rows, past + num_new]``, the positions are int64 ``[1 or rows, num_new]``, or
+        ``[dimensions, 1 or rows, num_new]`` where pictures have positions in time, height and width.
         """
         tensors: list[Tensor] = []
         mask_mode = MaskMode.NONE
@@ -66,14 +73,17 @@ class StepContext:
                 tensors.append(mask)
         position_mode, position_rows = PositionMode.NONE, 0
         if positions is not None:
-            position_rows = positions.shape[0]
+            position_rows = positions.shape[-2]
             if _is_equal(positions, self._consecutive(position_rows, num_new)):
                 position_mode = PositionMode.RANGE
             elif mask is not None and _is_equal(positions, _counted(mask, num_new)):
                 position_mode = PositionMode.FROM_MASK
+            elif _is_equal(positions, self._next_positions(num_new)):
+                position_mode = PositionMode.NEXT
             else:
                 position_mode = PositionMode.FULL
                 tensors.append(positions)
+        self._record_positions(position_mode, positions)
         self._record_seen(mask, num_new)
         return ContextCode(mask=mask_mode, positions=position_mode, position_rows=position_rows, tensors=tuple(tensors))
 
@@ -96,13 +106,23 @@ class StepContext:
             if mask is None:
                 raise ValueError("a step counts positions in a mask, and has no mask")
             positions = _counted(mask, num_new)
+        elif code.positions is PositionMode.NEXT:
+            positions = self._next_positions(num_new)
+            if positions is None or positions.shape[-2] != code.position_rows:
+                raise ValueError("a step's positions follow others that this session does not have")
         elif code.positions is PositionMode.FULL:
             positions = tensors.pop(0)
+            if positions.ndim < 2:
+                raise ValueError("the positions of a step have no rows")
+        self._record_positions(code.positions, positions)
         self._record_seen(mask, num_new)
         return mask, positions
 
-    def extend(self, num_tokens: int) -> None:
-        """Record tokens as seen whose masks extend the last one by ones."""
+    def extend(self, num_tokens: int, positions: PositionMode) -> None:
+        """Record tokens as seen, one in each step, whose masks extend the last one by ones."""
+        if not num_tokens:
+            return
+        self._record_positions(positions, self._next_positions(num_tokens))
         self._record_seen(self._extended(num_tokens), num_tokens)
 
     def copy(self, num_tokens: int) -> StepContext:
@@ -110,12 +130,14 @@ class StepContext:
         if not 0 <= num_tokens <= self.num_tokens:
             raise ArgumentError(f"can't copy {num_tokens} of {count_text(self.num_tokens, 'token')}")
         mask = None if self.mask is None else self.mask[..., : self.mask.shape[-1] - (self.num_tokens - num_tokens)]
-        return StepContext(mask, num_tokens)
+        return StepContext(mask, num_tokens, self.last_positions if num_tokens == self.num_tokens else None)
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask, as beam search does with the KV cache."""
+        """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask and positions, as beam search does with the KV cache."""
         if self.mask is not None:
             self.mask = self.mask.index_select(0, rows)
+        if self.last_positions is not None and self.last_positions.shape[-2] > 1:
+            self.last_positions = self.last_positions.index_select(-2, rows)
 
     def join_rows(self, others: Sequence[StepContext]) -> StepContext:
         """Return the state of a session of these rows and those of others, which have seen as many tokens."""
@@ -126,8 +148,9 @@ class StepContext:
     def crop(self, num_tokens: int) -> None:
         """Remove the last ``num_tokens`` tokens."""
         self.num_tokens -= num_tokens
-        if self.mask is not None and num_tokens:
-            self.mask = self.mask[..., :-num_tokens]
+        if num_tokens:
+            self.last_positions = None
+            self.mask = None if self.mask is None else self.mask[..., :-num_tokens]
 
     def _extended(self, num_new: int) -> Tensor | None:
         if self.mask is None:
@@ -137,6 +160,23 @@ class StepContext:
     def _consecutive(self, num_rows: int, num_new: int) -> Tensor:
         positions = torch.arange(self.num_tokens, self.num_tokens + num_new, dtype=torch.long)
         return positions.unsqueeze(0).expand(num_rows, -1).contiguous()
+
+    def _next_positions(self, num_new: int) -> Tensor | None:
+        if self.last_positions is None:
+            return None
+        return self.last_positions + torch.arange(1, num_new + 1, dtype=self.last_positions.dtype)
+
+    def _record_positions(self, mode: PositionMode, positions: Tensor | None) -> None:
+        """Keep the last positions if the next ones may follow them: floating-point ones are not counted up."""
+        is_kept = mode in (PositionMode.FULL, PositionMode.NEXT) and positions is not None
+        self.last_positions = None
+        if (
+            is_kept
+            and positions is not None
+            and not positions.is_floating_point()
+            and positions.dtype is not torch.bool
+        ):
+            self.last_positions = positions[..., -1:].clone()
 
     def _record_seen(self, mask: Tensor | None, num_new: int) -> None:
         self.num_tokens += num_new

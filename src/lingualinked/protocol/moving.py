@@ -74,7 +74,7 @@ class KVSlice(Message, frozen=True):
 
 
 class SessionState(Message, frozen=True):
-    """A stage's state of a session apart from KV; a mask, if any, is sent with the message after the KV.
+    """A stage's state of a session apart from KV; a mask and the last positions, if any, are sent after the KV.
 
     ``lags`` say by how many tokens layers are behind that were skipped, by the slots of their KV.
     """
@@ -84,6 +84,7 @@ class SessionState(Message, frozen=True):
     records_past: bool
     reserved_tokens: int
     has_mask: bool
+    has_positions: bool
     lags: dict[Natural, Natural]
 
 

@@ -14,12 +14,14 @@ from lingualinked.cluster.runs.run_in_flight import RunInFlight
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.cluster.steps.step_reply import RunReply
 from lingualinked.errors import WorkerError
+from lingualinked.model.context import ContextCode, MaskMode, PositionMode
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.running import TokensChosen
 from message_examples import STEP, TIMES
 
 VOCABULARY = 64
 CHOSEN = TokensChosen(model=3, session=9, number=100_000, timings=(TIMES, TIMES), tokens=(5, 63), goes_on=True)
+LATER = ContextCode(mask=MaskMode.EXTEND, positions=PositionMode.FROM_MASK, position_rows=2, tensors=())
 LOGITS = torch.zeros(2, 1, VOCABULARY)
 
 
@@ -28,7 +30,7 @@ class Session:
 
     num_steps: int | None = None
 
-    def count_steps(self, num_steps: int) -> None:
+    def count_steps(self, num_steps: int, positions: PositionMode) -> None:
         self.num_steps = num_steps
 
     def finish_silent_steps(self, most_tokens: int = 0, until: object = None) -> None:
@@ -44,7 +46,7 @@ def start(vocabulary: int | None = VOCABULARY, run_steps: int = 2) -> RunInFligh
     nothing: Any = None
     session: Any = Session()
     inputs = torch.zeros(2, 5, dtype=torch.long)
-    return RunInFlight(step, route, inputs, 1, 0, StepOptions(), {}, nothing, session, nothing, vocabulary)
+    return RunInFlight(step, route, inputs, 1, 0, StepOptions(), {}, nothing, session, LATER, vocabulary)
 
 
 def receive(run: RunInFlight, *tensors: Tensor, **fields: Any) -> bool:

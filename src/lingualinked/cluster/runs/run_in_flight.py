@@ -22,7 +22,7 @@ from lingualinked.cluster.steps.step_in_flight import StepInFlight
 from lingualinked.cluster.steps.step_reply import RunReply, RunStart, sample_of
 from lingualinked.errors import ProtocolError, WorkerError
 from lingualinked.interrupts import wait_in_pieces
-from lingualinked.model.context import ContextCode
+from lingualinked.model.context import ContextCode, PositionMode
 from lingualinked.protocol.messages import check
 from lingualinked.protocol.running import BeginRun, EndRun
 from lingualinked.quantities import count_text
@@ -57,7 +57,7 @@ class RunSession(Protocol):
     def finish_silent_steps(self, most_tokens: int = 0, until: StepInFlight | None = None) -> None:
         """Finish the chunks of a prompt before the run."""
 
-    def count_steps(self, num_steps: int) -> None:
+    def count_steps(self, num_steps: int, positions: PositionMode) -> None:
         """Count the steps that the stages have begun by themselves in a run, which has ended; on the I/O thread."""
 
     def record_step(self, sample: StepSample, num_new: int) -> None:
@@ -231,7 +231,7 @@ class RunInFlight(StepInFlight):
         if goes_on:
             self.num_begun += 1
         else:
-            self._session.count_steps(self.num_begun - 1)
+            self._session.count_steps(self.num_begun - 1, self._later.positions)
         with self._changed:
             self._received.append((reply, sample))
             self._changed.notify_all()

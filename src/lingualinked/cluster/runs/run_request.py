@@ -37,17 +37,26 @@ class RunRequest:
             self,
             input_ids=self.input_ids[first:stop],
             unfinished=self.unfinished[first:stop],
-            upcoming=tuple((_rows(mask, first, stop), _rows(ids, first, stop)) for mask, ids in self.upcoming),
+            upcoming=tuple(
+                (rows_of(mask, slice(first, stop)), rows_of_positions(positions, slice(first, stop)))
+                for mask, positions in self.upcoming
+            ),
             rows=BatchRows(first, stop, len(self.unfinished)),
         )
 
     def later_code(self, context: StepContext) -> ContextCode | None:
         """Return how all steps after the first one encode mask and positions; None if they would have to be sent."""
-        context = StepContext(context.mask, context.num_tokens)
+        context = context.copy(context.num_tokens)
         codes = [context.encode(mask, positions, 1) for mask, positions in self.upcoming]
         is_alike = not any(code.tensors for code in codes) and codes.count(codes[0]) == len(codes)
         return codes[0] if is_alike else None
 
 
-def _rows(tensor: Tensor | None, first: int, stop: int) -> Tensor | None:
-    return tensor if tensor is None or len(tensor) == 1 else tensor[first:stop]
+def rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """Return some rows of a tensor, whose only row is that of all."""
+    return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
+
+
+def rows_of_positions(positions: Tensor | None, rows: slice) -> Tensor | None:
+    """Return some rows of positions, ``[..., rows, tokens]``, whose only row is that of all."""
+    return positions if positions is None or positions.shape[-2] == 1 else positions[..., rows, :]

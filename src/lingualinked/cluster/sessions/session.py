@@ -29,7 +29,7 @@ from lingualinked.cluster.steps.remote_graph import RemoteGraph
 from lingualinked.cluster.steps.step_in_flight import MOST_TOKENS_AHEAD, StepInFlight, StepOptions
 from lingualinked.cluster.weights.tensor_edits import TensorEdits
 from lingualinked.errors import ArgumentError, ClosedError
-from lingualinked.model.context import StepContext
+from lingualinked.model.context import PositionMode, StepContext
 from lingualinked.model.hooks.instrument_data import Instruments
 from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.model.spec import ModelSpec
@@ -332,13 +332,13 @@ class Session(RoutedSession, SteppedSession):
         if self._run is not None and self._flying_thread == threading.get_ident():
             self._run.finish()
 
-    def count_steps(self, num_steps: int) -> None:
+    def count_steps(self, num_steps: int, positions: PositionMode) -> None:
         """Count the steps that the stages have begun by themselves in a run, which has ended; on the I/O thread.
 
         So the session rests, and can move, even if nobody takes the tokens of the run.
         """
         self._next_step += num_steps
-        self._context.extend(num_steps)
+        self._context.extend(num_steps, positions)
         self._holds_kv = True
         self._flights.pop()  # chunks of a prompt before the run may still be to be finished
         if not self._flights:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lingualinked.cluster.runs.joined_run import JoinedRun
 from lingualinked.cluster.runs.run_in_flight import RunInFlight
+from lingualinked.cluster.runs.run_request import rows_of, rows_of_positions
 from lingualinked.cluster.sessions.joined_rows import join_rows
 from lingualinked.cluster.sessions.session_group import SessionGroup
 from lingualinked.cluster.sessions.stepped_session import PLAIN
@@ -99,7 +100,7 @@ class SplitSession(SessionGroup):
         flights: list[StepInFlight] = []
         try:
             for microbatch, rows in zip(self.microbatches, self._slices(), strict=True):
-                mask, positions = (_rows_of(each, rows) for each in (attention_mask, position_ids))
+                mask, positions = rows_of(attention_mask, rows), rows_of_positions(position_ids, rows)
                 own_run = run and run.of_rows(rows.start, rows.stop)
                 own = dataclasses.replace(options, adapters=_adapters_of(options.adapters, rows), run=own_run)
                 flights.append(microbatch.start_step(inputs[rows], mask, positions, logits_to_keep, own))
@@ -215,11 +216,6 @@ def _join(items: Sequence[Tensor | None]) -> Tensor | None:
     """Join what the same layer recorded of all microbatches; its first dimension are rows, or rows x tokens."""
     known = [item for item in items if item is not None]
     return torch.cat(known) if known else None
-
-
-def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    """Return some rows of a tensor, whose only row is that of all."""
-    return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
 
 
 def _adapters_of(use: AdapterUse | None, rows: slice) -> AdapterUse | None:

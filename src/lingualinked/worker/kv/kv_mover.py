@@ -88,7 +88,8 @@ class KVMover:
         # 1) check the chunk's tensors, and that its layers move from the sender to here
         num_kv = 2 * len(chunk.slices)
         has_mask = chunk.state is not None and chunk.state.has_mask
-        if len(tensors) != num_kv + has_mask or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
+        has_positions = chunk.state is not None and chunk.state.has_positions
+        if len(tensors) != num_kv + has_mask + has_positions or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
             raise ProtocolError(
                 f"{count_text(len(tensors), 'tensor')} arrived with KV of {count_text(len(chunk.slices), 'layer')}"
             )
@@ -108,7 +109,8 @@ class KVMover:
         if not self._stages.has_ended(chunk.model, chunk.session):
             hosted.arriving.write_kv(chunk.session, pieces, chunk.max_cache_len)
             if chunk.state is not None:
-                context = StepContext(tensors[-1] if has_mask else None, chunk.state.num_tokens)
+                mask = tensors[num_kv] if has_mask else None
+                context = StepContext(mask, chunk.state.num_tokens, tensors[-1] if has_positions else None)
                 hosted.arriving.record_state(chunk.session, context, chunk.state)
         # 3) after the last chunk, tell the caller
         if not chunk.is_last:
@@ -134,17 +136,19 @@ class KVMover:
         request, session = transfer.request, transfer.session
         assert session.cache is not None
         pieces, is_last = transfer.copy.next_pieces(_CHUNK_BYTES)
-        state, mask = None, None
+        state, context = None, []
         if is_last:
             del self._transfers[number]
             if request.is_final:
-                mask = session.context.mask
+                mask, positions = session.context.mask, session.context.last_positions
+                context = [each for each in (mask, positions) if each is not None]
                 state = SessionState(
                     number=session.number,
                     num_tokens=session.context.num_tokens,
                     records_past=session.cache.records_past,
                     reserved_tokens=session.cache.reserved_tokens,
                     has_mask=mask is not None,
+                    has_positions=positions is not None,
                     lags=session.cache.lags,
                 )
         chunk = KVChunk(
@@ -160,4 +164,4 @@ class KVMover:
             state=state,
         )
         tensors = [tensor for piece in pieces for tensor in (piece.keys, piece.values)]
-        self._peers.send(request.target_name, chunk, [*tensors, *([] if mask is None else [mask])])
+        self._peers.send(request.target_name, chunk, [*tensors, *context])

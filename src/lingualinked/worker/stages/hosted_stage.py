@@ -205,7 +205,7 @@ class HostedStage:
         state.cache.adopt_layers(other.cache for other in others if other.cache is not None)
         state.number = known.number
         state.num_rows, state.num_tokens = known.num_rows, max_cache_len or known.context.num_tokens
-        state.context = StepContext(known.context.mask, known.context.num_tokens)
+        state.context = known.context.copy(known.context.num_tokens)
         state.cache.reserve(known.cache.reserved_tokens)
         lags = known.cache.lags if others else known.cache.arriving_lags
         state.cache.complete_adoption(known.context.num_tokens, records_past=known.cache.records_past, lags=lags)

@@ -42,7 +42,7 @@ def _is_plain(step: Step) -> bool:
         and step.logits_to_keep == 1
         and step.wants_logits
         and step.mask is not MaskMode.FULL
-        and step.positions is not PositionMode.FULL
+        and step.positions not in (PositionMode.FULL, PositionMode.NEXT)
         and step.position_rows in (0, 1)
         and not step.rope_reach
         and all(
@@ -119,7 +119,7 @@ class GroupedSteps:
             raise
         for step, (session, _) in zip(self.steps, self._sessions, strict=True):
             if step.mask is MaskMode.EXTEND:
-                session.context.extend(1)
+                session.context.extend(1, step.positions)
             else:
                 session.context.decode(_NO_MASK, 1)
         return output
