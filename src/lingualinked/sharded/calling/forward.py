@@ -17,33 +17,19 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lingualinked.cluster.steps.step_in_flight import StepOptions
-from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.cutting.parts import ModelParts
 from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.sharded.adapters.model_adapters import Adapters
-from lingualinked.sharded.calling.cache import ShardedCache
-from lingualinked.sharded.calling.given_cache import GivenCache, check_empty, max_cache_len_of
-from lingualinked.sharded.calling.gradients import StepGradients
-from lingualinked.sharded.calling.inputs import (
-    LearnedPositions,
-    StepShape,
-    check_inputs,
-    check_logits_to_keep,
-    check_tensor,
-    refuse_arguments,
-    take_records,
-)
+from lingualinked.sharded.calling.inputs import LearnedPositions, StepShape, check_logits_to_keep, check_tensor
 from lingualinked.sharded.calling.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
-from lingualinked.sharded.generating.asked_run import asked_run, step_as_asked
+from lingualinked.sharded.calling.stepping import ShardedSteps
 from lingualinked.sharded.generating.generation import ShardedGeneration
-from lingualinked.sharded.generating.prefill import PipelinedPrefill, options_of_chunk
+from lingualinked.sharded.generating.prefill import PipelinedPrefill
 from lingualinked.sharded.hooks.hooked_modules import HookedModules
-from lingualinked.sharded.hooks.step_hooks import CallerHooks
 from lingualinked.sharded.instruments.in_force import OpenBlocks
-from lingualinked.sharded.loading.model_code import ModelCode, check_observers
+from lingualinked.sharded.loading.model_code import ModelCode
 from lingualinked.sharded.sealed.conversions import Conversions
 from lingualinked.sharded.sealed.layer_surgery import LayerSurgery
 from lingualinked.sharded.sealed.sealed_config import SealedConfig
@@ -59,23 +45,13 @@ if TYPE_CHECKING:
 
 
 class ShardedCausalLM(
-    SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, PipelinedPrefill, ShardedGeneration
+    SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, PipelinedPrefill, ShardedGeneration, ShardedSteps
 ):
     """The overrides of a sharded model's class; comes before the transformers class in the order of classes."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         loss_function: Any
-        _parts: ModelParts
-        _positions: LearnedPositions | None
-        _code: ModelCode
-        _embedding_shape: tuple[int, int]
-        _hooked_modules: HookedModules
-        _open_blocks: OpenBlocks
-        _seal: Seal
-        _sealed_config: SealedConfig
         _output_class: type[Any]
-        _own_arguments: tuple[str, ...]
-        _recordable: frozenset[str]
         router_aux_loss_coef: float
 
     @property
@@ -164,111 +140,36 @@ class ShardedCausalLM(
             If a stage failed, or sent something else than was asked for.
         """
         # 1) refuse a model that is closed, traced or changed
-        self._pipeline.check_open()
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # would record the answer as a constant
-            raise UnsupportedOperationError("torch.jit.trace() of a sharded model: call the model itself")
-        if self._checked_in_call():
-            check_observers()  # `generate` has checked the rest, but these may change between steps
-        else:
-            self._check_unchanged()
+        self._check_callable()
         # 2) check the arguments
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         for name, value in loss_arguments.items():
             if isinstance(value, Tensor):
                 loss_arguments[name] = check_tensor(name, value)
-        cache_position = kwargs.pop("cache_position", None)
-        skips = self._pipeline.edits.skips
-        num_layers = skips.num_before(self._pipeline.plan.stages[-1].end)
-        rows = kwargs.pop("adapter_names", None)
-        records, selected = take_records(self.config, kwargs, self._recordable, num_layers)
-        if records and skips.bypassed:
-            raise UnsupportedOperationError(
-                f"{', '.join(records)} of a sharded model in which nn.Identity() is in place of a layer: delete the layer instead"
-            )
-        refuse_arguments(kwargs, self._own_arguments)
-        inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
-        past = self._check_past(past_key_values, inputs.shape[0])
-        shape = StepShape(
-            rows=inputs.shape[0],
-            past=0 if past is None else past.get_seq_length(),
-            new=inputs.shape[1],
-            heads=getattr(self.config.get_text_config(), "num_attention_heads", None),
-            window=self._sliding_window,
-            max_cache_len=0 if past is None else max_cache_len_of(past),
-        )
-        mask = shape.check_mask(attention_mask)
-        positions = shape.check_positions(position_ids)
-        shape.check_cache_position(cache_position)
+        step = self._check_step(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
         keep = check_logits_to_keep(logits_to_keep)
-        targets = None if labels is None else self._check_labels(labels, shape, keep, loss_arguments)
-        if self._positions is not None:
-            self._positions.check(shape.past, shape.new, mask, positions)
+        targets = None if labels is None else self._check_labels(labels, step.shape, keep, loss_arguments)
         # 3) run the step in the session of the given KV cache, or in a new one
         asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
-        keeps_kv = past is not None or asks_for_kv
-        cache = self._open_session_for_step() if past is None else self._as_session(past)
-        cache.check_room(shape.new)
-        adapters = self._use_adapters(rows, shape.rows)
-        self._follow_adapters()
-        gradients = StepGradients.of(inputs, cache, records, has_hooks=bool(self._hooked_modules))
-        given = {"use_cache": use_cache, "past_key_values": None if past is None else cache}
-        recording = self._seal.recording if records else None
-        if recording is not None:
-            recording.has_recorded = True
-        hooks = CallerHooks(self._hooked_modules, cache, given, gradients, recording) if self._hooked_modules else None
-        blocks = self._open_blocks
-        instruments = (
-            blocks.in_force(cache, self._pipeline.spec, takes_embeddings=inputs.is_floating_point()) if blocks else None
-        )
-        asked = None if records or hooks or instruments or gradients else asked_run(self)
-        options = StepOptions(
-            keeps_kv=keeps_kv,
-            records=records,
-            hidden_state_indices=selected,
-            hooks=hooks,
-            instruments=instruments,
-            gradients=gradients,
-            adapters=adapters,
-        )
-        try:
-            logits, recorded = step_as_asked(
-                asked,
-                cache.session,
-                (inputs.detach(), mask, positions, keep),
-                options_of_chunk(cache.session, options, shape.new),
-                None if self._positions is None else self._positions.num_positions,
-            )
-        finally:
-            if not keeps_kv:
-                cache.end()
-        if hooks is not None and "hidden_states" in recorded:
-            recorded["hidden_states"] = hooks.restore_states(recorded["hidden_states"], skips)
-        if "attentions" in recorded and "cross_attentions" in self._recordable:
-            recorded["cross_attentions"] = ()  # as the class does without an encoder
+        keeps_kv = step.past is not None or asks_for_kv
+        result = self._run_step(step, keep=keep, use_cache=use_cache, keeps_kv=keeps_kv)
+        logits, recorded = result.output, result.recorded
         # 4) compute the loss here, and return the class's own output
-        if gradients is not None and logits is not None:
-            logits = gradients.end(logits)
         loss = None
         if targets is not None:
             vocabulary = self.config.get_text_config().vocab_size
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=vocabulary, **loss_arguments)
         if "router_logits" in recorded:
-            balance = balancing_loss(self, recorded["router_logits"], mask)
+            balance = balancing_loss(self, recorded["router_logits"], step.mask)
             if balance is not None:
                 recorded["aux_loss"] = balance
                 loss = None if loss is None else loss + self.router_aux_loss_coef * balance
-        is_returned = asks_for_kv or (past is not None and self._returns_unrequested_cache)
+        is_returned = asks_for_kv or (step.past is not None and self._returns_unrequested_cache)
         output: Any = self._output_class(
-            loss=loss, logits=logits, past_key_values=cache if is_returned else None, **recorded
+            loss=loss, logits=logits, past_key_values=result.cache if is_returned else None, **recorded
         )
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
-
-    def _follow_adapters(self) -> None:
-        """Find the submodules anew once adapters have wrapped some, which changes their paths."""
-        if self._hooked_modules.num_changes != self._adapters.num_changes:
-            modules, wrapped = self._hooked_modules.modules, self._seal.wrapped.wrapped
-            self._hooked_modules = HookedModules(modules, self._parts, self._adapters, wrapped)
 
     def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
         """Check the labels, unless the user has set a loss function, which may take any."""
@@ -278,20 +179,6 @@ class ShardedCausalLM(
             counted = targets if shifted is None else check_tensor("shift_labels", shifted)
             shape.check_labels(counted, keep, self.config.get_text_config().vocab_size, ignored)
         return targets
-
-    def _check_unchanged(self) -> None:
-        """Refuse to run if something was changed in this process that would not affect the workers."""
-        check_observers()
-        self._code.check(self.config)
-        self._seal.check(self)  # type: ignore[arg-type]  # a PreTrainedModel by its real class
-        self._sealed_config.check(self.config)
-
-    def _check_past(self, given: object, num_rows: int) -> GivenCache | None:
-        """Check and return the KV cache to continue from."""
-        if isinstance(given, ShardedCache):
-            given.check(self._pipeline, num_rows)
-            return given
-        return None if given is None else check_empty(given, self.config)
 
     @functools.cached_property
     def _returns_unrequested_cache(self) -> bool:

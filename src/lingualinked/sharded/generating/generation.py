@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
@@ -22,7 +21,7 @@ from lingualinked.interrupts import interruptible
 from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.batching.batched_generation import BatchedGeneration
 from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
-from lingualinked.sharded.calling.given_cache import GivenCache, adopt, check_empty
+from lingualinked.sharded.calling.given_cache import GivenCache, check_empty
 from lingualinked.sharded.calling.inputs import check_prompt
 from lingualinked.sharded.generating.microbatching import Batch, check_num_microbatches
 from lingualinked.sharded.generating.prefill import check_chunk_size
@@ -65,6 +64,11 @@ class ShardedGeneration(BatchedGeneration):
         _pipeline: Pipeline
 
         def _check_unchanged(self) -> None: ...
+
+        def _as_session(self, past: GivenCache, sizes: Sequence[int] = ()) -> ShardedCache: ...
+
+        @property
+        def _sliding_window(self) -> int | None: ...
 
     @interruptible
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -257,22 +261,12 @@ class ShardedGeneration(BatchedGeneration):
         call = _call.get()
         return call is not None and call.model is self
 
-    def _as_session(self, past: GivenCache, sizes: Sequence[int] = ()) -> ShardedCache:
-        """Return the handle of a session; turn an empty KV cache into that of a new one, in microbatches of such sizes."""
-        return adopt(past, self._pipeline, self._sliding_window, sizes)
-
     def _open_session(self, sizes: Sequence[int] = ()) -> ShardedCache:
         return ShardedDynamicCache(self._pipeline, self._sliding_window, sizes)
 
     def _open_session_for_step(self) -> ShardedCache:
         """Open a session for a step that is given none; it is split as the batch of the call that it belongs to."""
         return self._open_session(self._lockstep_sizes())
-
-    @functools.cached_property
-    def _sliding_window(self) -> int | None:
-        """Tokens that the narrowest sliding layer sees; ``None`` if there is no sliding layer."""
-        layers: list[Any] = DynamicCache(config=self.config).layers
-        return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
 
 
 def _refuse_setting(name: str, value: object, reason: str) -> NoReturn:
