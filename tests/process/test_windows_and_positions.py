@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from transformers import Phi3Config, PreTrainedModel
+from transformers import Phi3Config, PreTrainedModel, StoppingCriteria
 
 import accelerators
 import lingualinked as ll
@@ -155,7 +157,7 @@ def test_text_beyond_learned_positions_is_refused(learned: Pair) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_rope_that_earlier_texts_have_stretched(family: str, load_pair: Callable[..., Pair]) -> None:
-    pair = sharded, _ = load_pair(family, config=rope_config(family, "dynamic"))  # 64 positions are its own
+    pair = sharded, unsharded = load_pair(family, config=rope_config(family, "dynamic"))  # 64 positions are its own
     text = torch.arange(120)[None] % 90 + 3
 
     def check(*lengths: int) -> None:
@@ -164,8 +166,10 @@ def test_a_rope_that_earlier_texts_have_stretched(family: str, load_pair: Callab
                 assert torch.equal(*(model(text[:, :length]).logits for model in pair)), length
 
     check(9, 100)
+    beside = copy.deepcopy(unsharded)  # on which that text goes on alone, as its session does
     with torch.no_grad():
-        kept = [model(text[:, :80]).past_key_values for model in pair]
+        kept = [model(text[:, :80]).past_key_values for model in (sharded, beside)]
+        unsharded(text[:, :80])
     for spans in (
         [("d", 0, 2), ("c", 2, 4)],
         [("a", 0, 2), ("d", 2, 4)],
@@ -174,13 +178,75 @@ def test_a_rope_that_earlier_texts_have_stretched(family: str, load_pair: Callab
         sharded.rebalance(ll.Plan.from_spans(spans))
         check(70)
         with torch.no_grad():
-            going_on = [model(text[:, :3], past_key_values=past).logits for model, past in zip(pair, kept, strict=True)]
+            going_on = [
+                model(text[:, :3], past_key_values=past).logits
+                for model, past in zip((sharded, beside), kept, strict=True)
+            ]
+            unsharded(text[:, :80])
         assert torch.equal(*going_on)
         check(80, 9)
         sharded.rebalance(ll.Plan.from_spans([("c", 0, 4)]))
         check(70, 110, 66)
     assert torch.equal(*(generate(model, max_new_tokens=70) for model in pair))  # from 10 tokens to 80
     check(70)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_texts_beside_each_other_do_not_stretch_each_others_rope(family: str, load_pair: Callable[..., Pair]) -> None:
+    sharded, unsharded = load_pair(family, config=rope_config(family, "dynamic"))
+    texts = [torch.arange(first, first + 130)[None] % 90 + 3 for first in (0, 40, 7)]
+    lengths = [66, 100, 9]  # of the first step; what the model knows is 64
+
+    def alone(text: torch.Tensor, length: int) -> list[torch.Tensor]:
+        return list(say(copy.deepcopy(unsharded), text, length))
+
+    def say(model: Any, text: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
+        past = None
+        for start, end in [(0, length), (length, length + 1), (length + 1, length + 9), (length + 9, length + 10)]:
+            with torch.no_grad():
+                output = model(text[:, start:end], past_key_values=past)
+            past = output.past_key_values
+            yield output.logits
+
+    expected = [alone(text, length) for text, length in zip(texts, lengths, strict=True)]
+    # 1) in one thread; the first step of a text is the unsharded model's after those of the texts before
+    found = list(zip(*(say(sharded, text, length) for text, length in zip(texts, lengths, strict=True)), strict=True))
+    for mine, wanted in zip(zip(*found, strict=True), expected, strict=True):
+        assert all(map(torch.equal, mine, wanted))
+    # 2) in threads of their own
+    with ThreadPoolExecutor(1) as other:  # which stretches it far
+        other.submit(lambda: sharded(texts[0][:, :120])).result()
+    begun = threading.Barrier(3)
+
+    def run(text: torch.Tensor, length: int) -> list[torch.Tensor]:
+        begun.wait(60)
+        return list(say(sharded, text, length))
+
+    with ThreadPoolExecutor(3) as threads:
+        answers = list(threads.map(run, texts, lengths))
+    for mine, wanted in zip(answers, expected, strict=True):
+        assert all(map(torch.equal, mine, wanted))
+
+
+def test_a_rope_that_moves_in_the_midst_of_a_text(load_pair: Callable[..., Pair]) -> None:
+    pair = sharded, _ = load_pair("llama", config=rope_config("llama", "dynamic"))
+    with torch.no_grad():
+        for model in pair:
+            model(torch.arange(120)[None] % 90 + 3)  # which stretches it for what follows
+    prompt = torch.arange(70)[None] % 90 + 3
+    plans = iter([[("a", 0, 2), ("d", 2, 4)], [("d", 0, 4)]])
+
+    class Move(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
+            if input_ids.shape[1] in (75, 80):
+                sharded.rebalance(ll.Plan.from_spans(next(plans)))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    asked: dict[str, Any] = {"input_ids": prompt, "output_logits": True, "return_dict_in_generate": True}
+    moved = generate(sharded, **asked, stopping_criteria=[Move()])
+    stayed = generate(pair[1], **asked)
+    assert next(plans, None) is None
+    assert all(map(torch.equal, moved["logits"], stayed["logits"]))
 
 
 def test_a_rope_that_changes_with_the_length(load_pair: Callable[..., Pair]) -> None:

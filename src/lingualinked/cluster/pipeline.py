@@ -41,7 +41,7 @@ from lingualinked.interrupts import uninterrupted
 from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stages.rotary import RopeReach
+from lingualinked.model.stages.rotary import RopeHistory
 from lingualinked.planning.passage.holdings import Holdings
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.plan_checks import check_memory
@@ -86,7 +86,7 @@ class Pipeline:
         self._objective = objective  # of moves
         self._model = next(_models)
         self.kv_budget = KVBudget(max_kv_tokens)
-        self._reach = RopeReach(spec)
+        self._ropes = RopeHistory(spec)
         self._max_kv_tokens = max_kv_tokens
         self._vocabulary = _vocabulary(spec)
         self._routes = Routes(Route(1, plan))
@@ -138,7 +138,7 @@ class Pipeline:
     @property
     def independent_rows(self) -> int:
         """Rows from which on a batch's rows do not depend on each other (`ShardedModel.independent_rows`)."""
-        has_shared = self.adapters.numbers or self._reach.depends_on_length
+        has_shared = self.adapters.numbers or self._ropes.reach.depends_on_length
         return 0 if has_shared else self._routes.current.independent_rows
 
     @property
@@ -197,7 +197,7 @@ class Pipeline:
             next(_sessions),
             self._routes,
             self.kv_budget,
-            self._reach,
+            self._ropes,
             self.edits,
             functools.partial(_record_step, self._controller, microbatch),
             self._migrator.record_move,

@@ -33,7 +33,7 @@ from lingualinked.model.context import PositionMode, StepContext
 from lingualinked.model.hooks.instrument_data import Instruments
 from lingualinked.model.process.torch_settings import read_torch_settings
 from lingualinked.model.spec import ModelSpec
-from lingualinked.model.stages.rotary import RopeReach
+from lingualinked.model.stages.rotary import RopeHistory, RopeReach
 from lingualinked.model.tensor_strides import pack_tensor
 from lingualinked.protocol.steps import KVEdit, KVEditKind, Step
 from lingualinked.telemetry.samples import StepSample
@@ -54,7 +54,7 @@ class Session(RoutedSession, SteppedSession):
         number: int,
         routes: Routes,
         budget: KVBudget,
-        reach: RopeReach,
+        ropes: RopeHistory,
         edits: TensorEdits,
         watch: Callable[[StepSample], None],
         record_move: Callable[[float, int], None],
@@ -71,7 +71,8 @@ class Session(RoutedSession, SteppedSession):
         self.last_step: StepSample | None = None
         self.stepping_thread: int | None = None  # which runs the hooks of a step now
         self._budget = budget
-        self._reach = reach
+        self._ropes = ropes
+        self._reach: RopeReach | None = None  # before its first step
         self._changes = edits
         self.kv_age = KVAge(edits)
         self._watch = watch
@@ -159,6 +160,7 @@ class Session(RoutedSession, SteppedSession):
                     results_of(self._requests.fork(self._place.route, self._next_step, other._number, num_tokens))
                     other._instruments = self._instruments
                 other.num_rows, other.num_tokens = self.num_rows, kept
+                other._reach = None if self._reach is None else self._reach.copy()
                 other.kv_has_gradients = self.kv_has_gradients
                 other._context = context
                 other.kv_age.copy_from(self.kv_age)
@@ -211,6 +213,8 @@ class Session(RoutedSession, SteppedSession):
         instruments, gradients, run = options.instruments, options.gradients, options.run
         num_rows, num_new = inputs.shape[:2]
         due = {} if instruments is None else instruments.due_captures(num_rows, num_new, self.num_tokens)
+        if self._reach is None:
+            self._reach = self._ropes.reach.copy()
         num_steps = 1 if run is None or self._reach.advances else run.num_steps
         if options.keeps_kv:
             num_steps = self._hold_kv(num_rows, num_new + options.num_tokens_ahead, num_steps)
@@ -221,6 +225,7 @@ class Session(RoutedSession, SteppedSession):
         sent = () if instruments is None or not have_changed else instruments.tensors
         num_positions = self.num_tokens + num_new if position_ids is None else int(position_ids.max()) + 1
         route = self._place.route
+        self._ropes.reach.advance(num_positions)
         packed, strides = pack_tensor(inputs)
         step = Step(
             model=self._model,
