@@ -15,7 +15,7 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.spec import CheckpointFile, ModelSpec
 from lingualinked.protocol import messages
 from lingualinked.protocol.boot import Emulation
-from lingualinked.protocol.moving import JoinedRows, KVSlice, SessionState
+from lingualinked.protocol.moving import JoinedRows, KVSlice, SessionState, StateSlice
 from lingualinked.protocol.steps import StageTimes, Step
 from lingualinked.rounding import Rounding
 from lingualinked.telemetry.reports import WorkerSnapshot
@@ -61,6 +61,9 @@ VALUES = {
     "adapter": Adapter("default", 3, (AdaptedModule("lm_head", 8, 2.0, False, False, ("lora_A.default.weight",)),)),
     "timings": (TIMES,),
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),
+    "states": (
+        StateSlice(slot=2, version=3, tensors=(("keys", "values"),), plain={"num_seen": 9, "dtype": "torch.float32"}),
+    ),
     "parts": (JoinedRows(session=1, number=3, edits=()),),
     "state": SessionState(
         number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False, has_positions=False, lags={}

@@ -245,6 +245,7 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
             stage=1,
             session=aim.session,
             slices=(place,),
+            states=(),
             num_bytes=1,
             max_cache_len=0,
             is_last=True,

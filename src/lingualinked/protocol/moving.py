@@ -73,6 +73,19 @@ class KVSlice(Message, frozen=True):
     rows: tuple[int, ...] | None  # to keep, in this order, of what was sent before, before this is added; None: all
 
 
+class StateSlice(Message, frozen=True):
+    """All that one layer keeps, if that is not full or sliding attention's KV; its tensors are sent with the message.
+
+    ``tensors`` names for each of them, in order, the places that hold it, by paths with dots, and ``plain`` the other values
+    by theirs. A ``version`` other than that sent before replaces it.
+    """
+
+    slot: int  # of the layer in the KV cache
+    version: Natural
+    tensors: tuple[tuple[str, ...], ...]
+    plain: dict[str, bool | int | float | str | None]
+
+
 class SessionState(Message, frozen=True):
     """A stage's state of a session apart from KV; a mask and the last positions, if any, are sent after the KV.
 
@@ -91,7 +104,8 @@ class SessionState(Message, frozen=True):
 class KVChunk(Message, frozen=True, tag=13):
     """A part of a session's KV, from worker to worker; the next part is sent after `KVReceived`.
 
-    ``num_bytes`` counts the keys and values of the whole copy so far; ``max_cache_len`` is that of the session (`Step`).
+    Keys and values of each slice are sent with it, then the tensors of each state, then a mask, if there is one.
+    ``num_bytes`` counts the tensors of the whole copy so far; ``max_cache_len`` is that of the session (`Step`).
     """
 
     request: int
@@ -100,6 +114,7 @@ class KVChunk(Message, frozen=True, tag=13):
     stage: int
     session: int
     slices: tuple[KVSlice, ...]
+    states: tuple[StateSlice, ...]
     num_bytes: int
     max_cache_len: Natural
     is_last: bool

@@ -15,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from families import tiny_config, tiny_model
 from lingualinked.errors import CheckpointError
-from lingualinked.model.hf_internals import building, computing, loading
-from lingualinked.model.kv.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+from lingualinked.model.hf_internals import building, cache_layers, computing, loading
+from lingualinked.model.kv.counting_layers import Counting
+from lingualinked.model.kv.kv_layers import GrowingLayer, GrowingSlidingLayer
 
 
 def meta(family: str) -> transformers.PreTrainedModel:
@@ -75,7 +76,8 @@ def test_dot_natural_key_sorts_layers_by_number() -> None:
 
 
 def test_layer_type_registers_no_layer_of_ours() -> None:
-    for layer in (GrowingLayer, GrowingSlidingLayer, CountingLayer, CountingSlidingLayer):
+    made = [cache_layers.subclass_of(Counting, kind) for kind in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values()]
+    for layer in (GrowingLayer, GrowingSlidingLayer, *made):
         assert layer._layer_type is None
     kinds = {type(layer) for layer in DynamicCache(config=tiny_config("gemma2")).layers}
     assert kinds == {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}

@@ -149,7 +149,8 @@ def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
 
 def cache_slots(layers: Iterable[nn.Module]) -> frozenset[int]:
     """Return the slots of a KV cache of transformers that layers write to."""
-    indices = (getattr(module, "layer_idx", None) for layer in layers for module in layer.modules())
+    names = "layer_idx", "layer_id", "layer_number"
+    indices = (getattr(module, name, None) for layer in layers for module in layer.modules() for name in names)
     return frozenset(index for index in indices if isinstance(index, int))
 
 

@@ -1,4 +1,4 @@
-"""The KV cache of one session on one stage: growing or fixed layers for the stage's own layers, counting ones for the others.
+"""The KV cache of one session on one stage: layers of the stage's own, and counting ones in place of the others.
 
 Knows the kinds of layers; no sessions' owners, budgets or other stages.
 """
@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
-from lingualinked.errors import ArgumentError, ProtocolError, UncuttableModelError
+from lingualinked.errors import ArgumentError, ProtocolError
+from lingualinked.model.kv.counting_layers import counting_layer
 from lingualinked.model.kv.fixed_layers import (
     CountingFixedLayer,
     CountingFixedSlidingLayer,
@@ -23,7 +30,8 @@ from lingualinked.model.kv.fixed_layers import (
     TokenCount,
 )
 from lingualinked.model.kv.growing_tensor import Growth
-from lingualinked.model.kv.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+from lingualinked.model.kv.kv_layers import GrowingLayer, GrowingSlidingLayer
+from lingualinked.model.kv.whole_layers import WholeLayer, whole_layer
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -33,7 +41,9 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
 
-OwnedLayer = GrowingLayer | GrowingSlidingLayer | OwnedFixedLayer
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+OwnedLayer = GrowingLayer | GrowingSlidingLayer | WholeLayer | OwnedFixedLayer
 
 
 class StageCache:
@@ -57,19 +67,24 @@ class StageCache:
         )
         self._is_bounded = not all(self.hf.is_sliding)  # sliding windows alone go on for ever
         self._growth = Growth(2 * len(owned), spare_bytes)
-        self.count = TokenCount(device or torch.device("cpu"))  # of a static cache
+        self.device = device or torch.device("cpu")
+        self.count = TokenCount(self.device)  # of a static cache
         self.num_tokens = 0
         self.arriving_lags: Mapping[int, int] = {}  # `lags` of KV that arrives from elsewhere
         self.owned: dict[int, OwnedLayer] = {}
-        self._elsewhere: list[Any] = []
+        self._elsewhere: dict[int, Any] = {}
+        self.is_plain = all(type(kind) in _PLAIN for kind in self.hf.layers)  # full and sliding attention alone
+        self._first = min(owned, default=0)
+        self._counted: set[int] = set()  # the layers that have counted the step in progress
         for slot, kind in enumerate(self.hf.layers):
+            if isinstance(kind, DummyLayer):  # keeps nothing, and is asked for nothing
+                continue
             if slot in owned:
-                self.hf.layers[slot] = self.owned[slot] = self._make_layer(slot, kind, config.model_type)
+                self.hf.layers[slot] = self.owned[slot] = self._make_layer(kind)
             else:
-                self.hf.layers[slot] = self._make_counting_layer(slot, kind, config.model_type)
-                self._elsewhere.append(self.hf.layers[slot])
+                self.hf.layers[slot] = self._elsewhere[slot] = self._make_counting_layer(kind)
 
-    def _make_layer(self, slot: int, kind: Any, model_type: str) -> OwnedLayer:
+    def _make_layer(self, kind: Any) -> Any:
         if type(kind) is DynamicLayer:
             return GrowingLayer(self._growth)
         if type(kind) is DynamicSlidingWindowLayer:
@@ -78,18 +93,22 @@ class StageCache:
             return FixedLayer(self.max_cache_len, self.count)
         if type(kind) is StaticSlidingWindowLayer:
             return FixedSlidingLayer(self.max_cache_len, kind.max_cache_len, self.count)
-        raise _unknown(slot, kind, model_type)
+        self._check_grows(kind)
+        return whole_layer(kind)
 
-    def _make_counting_layer(self, slot: int, kind: Any, model_type: str) -> Any:
-        if type(kind) is DynamicLayer:
-            return CountingLayer()
-        if type(kind) is DynamicSlidingWindowLayer:
-            return CountingSlidingLayer(kind.sliding_window)
+    def _make_counting_layer(self, kind: Any) -> Any:
         if type(kind) is StaticLayer:
             return CountingFixedLayer(self.max_cache_len, self.count)
         if type(kind) is StaticSlidingWindowLayer:
             return CountingFixedSlidingLayer(self.max_cache_len, kind.max_cache_len, self.count)
-        raise _unknown(slot, kind, model_type)
+        self._check_grows(kind)
+        return counting_layer(kind)
+
+    def _check_grows(self, kind: Any) -> None:
+        if self.is_static:
+            raise ArgumentError(
+                f"a static KV cache of a model whose layers keep a {kind} is not possible here: leave cache_implementation out"
+            )
 
     @property
     def is_static(self) -> bool:
@@ -160,19 +179,19 @@ class StageCache:
         Raises ArgumentError if these can't be removed (`crop`).
         """
         if num_dropped:
-            self._check_crop()
+            self._check_crop(num_dropped)
         growth, count = copy.copy(self._growth), self.count.copy()
-        owned: dict[int, OwnedLayer] = {
-            slot: layer.copy(count) if isinstance(layer, OwnedFixedLayer) else layer.copy(growth, num_dropped)
-            for slot, layer in self.owned.items()
-        }
-        layers = [owned.get(slot) or copy.copy(layer) for slot, layer in enumerate(self.hf.layers)]
-        elsewhere: list[Any] = [layer for slot, layer in enumerate(layers) if slot not in owned]
+        owned = {slot: _copy_layer(layer, growth, count, num_dropped) for slot, layer in self.owned.items()}
+        elsewhere = {slot: copy.copy(layer) for slot, layer in self._elsewhere.items()}
         copied = copy.copy(self)
         vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
+        layers: list[Any] = [
+            owned.get(slot) or elsewhere.get(slot) or layer for slot, layer in enumerate(self.hf.layers)
+        ]
         copied.hf.layers = layers
-        for layer in elsewhere:
-            vars(layer).update(count=count)
+        for layer in elsewhere.values():
+            if self.is_static:
+                layer.count = count
             if num_dropped:
                 layer.drop_last(num_dropped)
         copied.num_tokens -= num_dropped
@@ -186,42 +205,55 @@ class StageCache:
                 f"{num_tokens:,} more were to be added: make it with a larger max_cache_len"
             )
 
+    def enter_span(self, num_tokens: int, skipped: Collection[int] = ()) -> None:
+        """Count the tokens of a step in the layers before the stage's own, which may ask for those lengths; called by `Stage`."""
+        if not self.is_static:
+            self._count_elsewhere([slot for slot in self._elsewhere if slot < self._first], num_tokens, skipped)
+
     def advance(self, num_tokens: int, skipped: Collection[int] = ()) -> None:
         """Count the tokens of a finished step, in which the layers with some slots were skipped; called by `Stage.step`."""
         self.num_tokens += num_tokens
         if self.is_static:
             self.count.on_host = self.num_tokens
-            for layer in (*self.owned.values(), *self._elsewhere):
+            for layer in (*self.owned.values(), *self._elsewhere.values()):
                 layer.record_seen()
             return
-        for slot in range(len(self.hf.layers)):
-            if slot not in self.owned and slot not in skipped:
-                self._layer(slot).advance(num_tokens)
+        self._count_elsewhere(self._elsewhere, num_tokens, skipped)
+        self._counted.clear()
+        for slot, layer in self.owned.items():
+            if isinstance(layer, WholeLayer) and slot not in skipped:
+                layer.record_step(num_tokens)
+
+    def _count_elsewhere(self, slots: Iterable[int], num_tokens: int, skipped: Collection[int]) -> None:
+        for slot in slots:
+            if slot not in self._counted and slot not in skipped:
+                self._elsewhere[slot].advance(num_tokens)
+                self._counted.add(slot)
 
     @property
     def lags(self) -> dict[int, int]:
         """By how many tokens layers of a growing cache are behind, since they were skipped, by slot; own layers and others."""
         if self.is_static:
             return {}
-        held = {slot: self._length(slot) for slot in range(len(self.hf.layers))}
+        held = {slot: layer.stop for slot, layer in self.owned.items()}
+        held |= {slot: layer.cumulative_length for slot, layer in self._elsewhere.items()}
         return {slot: self.num_tokens - length for slot, length in held.items() if length < self.num_tokens}
 
-    def _length(self, slot: int) -> int:
-        layer = self._layer(slot)
-        return layer.stop if slot in self.owned else layer.cumulative_length  # type: ignore[no-any-return]
-
-    def _layer(self, slot: int) -> Any:
-        return self.hf.layers[slot]
+    def states(self, slots: Iterable[int]) -> list[tuple[int, WholeLayer]]:
+        """Return what layers with these slots keep beside full and sliding attention's KV, which moves as a whole."""
+        layers = ((slot, self.owned.get(slot)) for slot in sorted(slots))
+        return [(slot, layer) for slot, layer in layers if isinstance(layer, WholeLayer)]
 
     def adopt_layers(self, others: Iterable[StageCache]) -> None:
         """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
         for other in others:
             other.captured.clear()
             for slot in self.owned.keys() & other.owned.keys():
-                layer = self.owned[slot] = self.hf.layers[slot] = other.owned[slot]
+                layer: Any = other.owned[slot]
+                self.owned[slot] = self.hf.layers[slot] = layer
                 if isinstance(layer, OwnedFixedLayer):
                     layer.count = self.count
-                else:
+                elif not isinstance(layer, WholeLayer):
                     layer.growth = self._growth
 
     def complete_adoption(self, num_tokens: int, *, records_past: bool, lags: Mapping[int, int]) -> None:
@@ -232,15 +264,16 @@ class StageCache:
                     f"KV of layer slot {slot} ends at token {layer.stop}, and the session has {num_tokens}"
                 )
         self.count.on_device.fill_(num_tokens)
-        self.advance(num_tokens - self.num_tokens)
-        for slot in lags.keys() - self.owned.keys():
-            self._layer(slot).drop_last(lags[slot])
+        num_new = num_tokens - self.num_tokens
+        self.advance(num_new, self.owned)  # which have seen them
+        for slot in lags.keys() & self._elsewhere.keys():
+            self._elsewhere[slot].drop_last(lags[slot])
         self.record_past(records_past)
 
     @property
     def records_past(self) -> bool:
-        """Whether sliding layers keep the tokens that leave their window."""
-        return any(layer.record_past for layer in self._sliding_layers())
+        """Whether layers keep the past that they need no more, such as the tokens that leave a sliding window."""
+        return any(layer.record_past for layer in self._forgetting_layers())
 
     @property
     def reserved_tokens(self) -> int:
@@ -269,44 +302,51 @@ class StageCache:
             layer.append_rows([cast("Any", other.owned.pop(slot)) for other in others])
 
     def crop(self, num_tokens: int) -> None:
-        """Remove tokens at the end; 0 only drops what was recorded beyond a sliding window.
+        """Remove tokens at the end; 0 only drops what was recorded of the past.
 
-        Raises ArgumentError if a sliding window is full and has not recorded the tokens that it needs again.
+        Raises ArgumentError if a layer needs a past again that it has not recorded, or has a recurrent state.
         """
         if num_tokens < 0:
             raise ArgumentError(
                 f"can't crop a KV cache by {num_tokens}: pass the number of tokens to remove, at least 0"
             )
-        self._check_crop()
-        for each in (*self.owned.values(), *self._elsewhere):
+        self._check_crop(num_tokens)
+        for each in (*self.owned.values(), *self._elsewhere.values()):
             each.drop_last(num_tokens)
         self.num_tokens = max(0, self.num_tokens - num_tokens)
 
-    def _check_crop(self) -> None:
+    def _check_crop(self, num_tokens: int) -> None:
         if self.is_static:
             raise ArgumentError("can't crop a static KV cache, as in transformers: use one that grows")
-        for layer in self._sliding_layers():
-            if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
-                raise ArgumentError(
-                    f"can't crop a KV cache of {count_text(self.num_tokens, 'token')}: the sliding window "
-                    f"({count_text(layer.sliding_window, 'token')}) "
-                    "is full and its past was not recorded; activate past recording before the prefill"
-                )
+        for layer in self._forgetting_layers():
+            if layer.record_past or not self.num_tokens:
+                continue
+            window = getattr(layer, "sliding_window", None)
+            if window is None:
+                cause = f"a layer ({layer!r}) forgets the past, which was not recorded"
+            elif layer.get_seq_length() >= window:
+                cause = f"the sliding window ({count_text(window, 'token')}) is full and its past was not recorded"
+            else:
+                continue
+            raise ArgumentError(
+                f"can't crop a KV cache of {count_text(self.num_tokens, 'token')}: {cause}; activate past recording before "
+                "the prefill"
+            )
+        for layer in self.owned.values():
+            if isinstance(layer, WholeLayer):
+                layer.check_crop(num_tokens)
 
     def record_past(self, on: bool = True) -> None:
-        """Keep tokens that leave a sliding window until the next crop, which may need them again."""
-        for layer in self._sliding_layers():
+        """Keep what layers forget, such as tokens that leave a sliding window, until the next crop, which may need it again."""
+        for layer in self._forgetting_layers():
             layer.record_past = on
 
-    def _sliding_layers(self) -> list[GrowingSlidingLayer | CountingSlidingLayer]:
-        return [
-            layer
-            for layer in (*self.owned.values(), *self._elsewhere)
-            if isinstance(layer, (GrowingSlidingLayer, CountingSlidingLayer))
-        ]
+    def _forgetting_layers(self) -> list[Any]:
+        layers: list[Any] = [*self.owned.values(), *self._elsewhere.values()]
+        return [layer for layer in layers if hasattr(layer, "record_past")]
 
 
-def _unknown(slot: int, kind: Any, model_type: str) -> UncuttableModelError:
-    return UncuttableModelError(
-        model_type, f"layer {slot} keeps a state ({kind}) that is neither full nor sliding attention's"
-    )
+def _copy_layer(layer: OwnedLayer, growth: Growth, count: TokenCount, num_dropped: int) -> OwnedLayer:
+    if isinstance(layer, OwnedFixedLayer):
+        return layer.copy(count)
+    return layer.copy(num_dropped) if isinstance(layer, WholeLayer) else layer.copy(growth, num_dropped)

@@ -1,4 +1,4 @@
-"""KV layers: growing ones that a stage owns, and counting ones in place of layers held elsewhere.
+"""KV layers of full and sliding attention that a stage owns, which grow.
 
 Each replaces a layer of transformers' DynamicCache, except for `crop`: call `drop_last`. Knows no stages and no sessions.
 """
@@ -215,34 +215,3 @@ class GrowingSlidingLayer(_Growing, SlidingCacheLayer):
             if is_full and (self.sliding_window > 1 or num_tokens):
                 each.keep_last(self.sliding_window - 1)
         self.cumulative_length = max(0, self.cumulative_length - num_tokens)
-
-
-class _Counting:
-    """Base of the layers in place of those held elsewhere, which return lengths and mask sizes."""
-
-    cumulative_length = 0
-    is_initialized = False
-
-    def advance(self, num_tokens: int) -> None:
-        """Count tokens that the real layer has seen."""
-        self.cumulative_length += num_tokens
-        self.is_initialized = True
-
-    def drop_last(self, num_tokens: int) -> None:
-        """Count fewer tokens."""
-        self.cumulative_length = max(0, self.cumulative_length - num_tokens)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Do nothing: there are no rows."""
-
-
-class CountingLayer(_Counting, CacheLayer):
-    """Replaces full attention held elsewhere."""
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens counted."""
-        return self.cumulative_length
-
-
-class CountingSlidingLayer(_Counting, SlidingCacheLayer):
-    """Replaces sliding window attention held elsewhere."""

@@ -251,6 +251,10 @@ class Stage:
                 if count is not None:
                     count.begin_step(states.shape[1])
                 hooks += self._put_in_order(order)
+                if cache is not None and not cache.is_plain:
+                    own = self._layers[self.start : self.end] if order is None else order.own
+                    count_new = in_this_thread(lambda *_: cache.enter_span(states.shape[1], inputs.skips.indices))
+                    hooks += [layer.register_forward_pre_hook(count_new) for layer in own[:1]]
                 with contextlib.suppress(SpanLeft):
                     result = self._model(**arguments)
                 if count is not None:

@@ -1,19 +1,22 @@
 """Copies the KV of one session's layers to another worker, in pieces, while the session continues.
 
-Knows KV layers and the message that places tokens; no sockets.
+Knows KV layers and the messages that place tokens and states; no sockets.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.kv.kv_cache import OwnedLayer, StageCache
-from lingualinked.protocol.moving import KVSlice
+from lingualinked.model.kv.kv_cache import StageCache
+from lingualinked.model.kv.layer_state import State
+from lingualinked.model.kv.whole_layers import WholeLayer
+from lingualinked.protocol.moving import KVSlice, StateSlice
 from lingualinked.quantities import count_text
 
 
@@ -34,6 +37,19 @@ class Piece:
         return self.keys.nbytes + self.values.nbytes
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StatePiece:
+    """All that one layer keeps, if that is not full or sliding attention's KV; `place` says which tensor is where."""
+
+    place: StateSlice
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(each.nbytes for each in self.tensors)
+
+
 @dataclasses.dataclass(slots=True)
 class _Sent:
     """What has been sent of a layer: the position after the last token, the rows, and how they were reordered since."""
@@ -47,12 +63,18 @@ class KVCopy:
     """The copy of one session's KV, in the layers with these cache slots, to another worker.
 
     What has been sent stays valid while the session continues: new tokens are sent later, tokens after a crop are sent
-    again, and of reordered rows only the order is sent.
+    again, and of reordered rows only the order is sent. A state that each step changes is sent at the end, while the session
+    waits.
     """
 
     def __init__(self, cache: StageCache, slots: Iterable[int]) -> None:
-        self._layers: Mapping[int, OwnedLayer] = {slot: cache.owned[slot] for slot in sorted(slots)}
+        self._states = cache.states(slots)
+        whole = {slot for slot, _ in self._states}
+        self._layers: dict[int, Any] = {
+            slot: cache.owned[slot] for slot in sorted(slots) if slot in cache.owned and slot not in whole
+        }
         self._sent = {slot: _Sent() for slot in self._layers}
+        self._versions: dict[int, int] = {}  # of the states sent
         self.num_bytes = 0
 
     def record_reorder(self, rows: Tensor) -> None:
@@ -67,12 +89,18 @@ class KVCopy:
         for slot, layer in self._layers.items():
             self._sent[slot].stop = min(self._sent[slot].stop, layer.stop)
 
-    def next_pieces(self, max_bytes: int) -> tuple[list[Piece], bool]:
-        """Return the next pieces to send, of about `max_bytes`, and whether they are the last ones.
+    def next_pieces(self, max_bytes: int, *, with_states: bool = True) -> tuple[list[Piece | StatePiece], bool]:
+        """Return the next pieces to send, of about `max_bytes`, and whether they are the last ones; states only if asked for.
 
         The last call returns a piece of every layer, even an empty one, since it also says which tokens the layer dropped.
         """
-        pieces: list[Piece] = []
+        pieces: list[Piece | StatePiece] = []
+        for slot, state in self._states if with_states else ():
+            if self._versions.get(slot) != state.version:
+                if max_bytes <= 0:
+                    return pieces, False
+                pieces.append(self._state_piece(slot, state))
+                max_bytes -= pieces[-1].nbytes
         for slot, layer in self._layers.items():
             if max_bytes <= 0:
                 return pieces, False
@@ -83,7 +111,20 @@ class KVCopy:
                     return pieces, False
         return pieces, True
 
-    def _next_piece(self, slot: int, layer: OwnedLayer, max_bytes: int) -> Piece:
+    def _state_piece(self, slot: int, layer: WholeLayer) -> StatePiece:
+        state = layer.read_state()
+        places: dict[int, list[str]] = {}
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                places.setdefault(id(value), []).append(name)
+        plain = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+        slice_ = StateSlice(slot=slot, version=layer.version, tensors=tuple(map(tuple, places.values())), plain=plain)
+        piece = StatePiece(slice_, tuple(cast("Tensor", state[first]) for first, *_ in places.values()))
+        self._versions[slot] = layer.version
+        self.num_bytes += piece.nbytes
+        return piece
+
+    def _next_piece(self, slot: int, layer: Any, max_bytes: int) -> Piece:
         sent, first = self._sent[slot], layer.first
         position = max(sent.stop, first)
         num_left = layer.stop - position
@@ -102,14 +143,19 @@ class KVCopy:
 
 
 @torch.inference_mode()
-def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
+def write_pieces(pieces: Iterable[Piece | StatePiece], cache: StageCache) -> None:
     """Add pieces to the receiver's KV cache, in the order in which they were sent.
 
     Raises ProtocolError if tokens before a piece are missing, or a piece does not fit its layer.
     """
     for piece in pieces:
+        if isinstance(piece, StatePiece):
+            _write_state(piece, cache)
+            continue
         place = piece.place
-        layer = cache.owned[place.slot]
+        layer: Any = cache.owned[place.slot]
+        if isinstance(layer, WholeLayer):
+            raise ProtocolError(f"KV was sent for layer slot {place.slot}, whose state moves as a whole")
         if place.first > place.position:
             raise ProtocolError(
                 f"KV from token {place.position} on was sent for a layer that begins at token {place.first}"
@@ -127,3 +173,16 @@ def write_pieces(pieces: Iterable[Piece], cache: StageCache) -> None:
                 raise ProtocolError(f"an order of KV names rows that are not among {layer.num_rows}")
             layer.reorder_cache(torch.tensor(place.rows, dtype=torch.long))
         layer.write_tokens(place.first, place.position, piece.keys, piece.values, place.capacity)
+
+
+def _write_state(piece: StatePiece, cache: StageCache) -> None:
+    place = piece.place
+    states = dict(cache.states([place.slot]))
+    if place.slot not in states:
+        raise ProtocolError(f"a state was sent for layer slot {place.slot}, which keeps none that moves as a whole")
+    if len(place.tensors) != len(piece.tensors):
+        raise ProtocolError(
+            f"a state of {count_text(len(place.tensors), 'tensor')} came with {count_text(len(piece.tensors), 'tensor')}"
+        )
+    named: State = {name: tensor for names, tensor in zip(place.tensors, piece.tensors, strict=True) for name in names}
+    states[place.slot].write_state(named | place.plain, cache.device)

@@ -15,7 +15,7 @@ from lingualinked.model.context import StepContext
 from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVReceived, SessionState
 from lingualinked.quantities import count_text
 from lingualinked.worker.kv.announced_moves import AnnouncedMoves
-from lingualinked.worker.kv.kv_copy import KVCopy, Piece
+from lingualinked.worker.kv.kv_copy import KVCopy, Piece, StatePiece
 from lingualinked.worker.messaging.peers import Peers
 from lingualinked.worker.stages.hosted_session import HostedSession
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
@@ -86,12 +86,14 @@ class KVMover:
         Raises ProtocolError if the chunk does not fit those before it, or its stage is not hosted.
         """
         # 1) check the chunk's tensors, and that its layers move from the sender to here
-        num_kv = 2 * len(chunk.slices)
+        num_kv, num_more = 2 * len(chunk.slices), sum(len(each.tensors) for each in chunk.states)
         has_mask = chunk.state is not None and chunk.state.has_mask
         has_positions = chunk.state is not None and chunk.state.has_positions
-        if len(tensors) != num_kv + has_mask + has_positions or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
+        num_sent = num_kv + num_more + has_mask + has_positions
+        if len(tensors) != num_sent or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
             raise ProtocolError(
-                f"{count_text(len(tensors), 'tensor')} arrived with KV of {count_text(len(chunk.slices), 'layer')}"
+                f"{count_text(len(tensors), 'tensor')} arrived with KV of {count_text(len(chunk.slices), 'layer')} and states of "
+                f"{len(chunk.states)}"
             )
         hosted = self._stages.get_stage(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
@@ -99,17 +101,19 @@ class KVMover:
             hosted.stage.cache_slots(start, end) for name, start, end in self._sending_spans(chunk) if name == sender
         ]
         slots = frozenset().union(*moving)
-        if any(place.slot not in slots for place in chunk.slices):
+        if not slots.issuperset([each.slot for each in chunk.slices] + [each.slot for each in chunk.states]):
             raise ProtocolError(f"{sender!r} sent KV of layers that do not move from there to here")
         # 2) write its KV, and the session's state if the chunk has it; a session that has ended needs neither
-        pieces = [
+        pieces: list[Piece | StatePiece] = [
             Piece(place=place, keys=tensors[2 * index].to(device), values=tensors[2 * index + 1].to(device))
             for index, place in enumerate(chunk.slices)
         ]
+        remaining = iter(tensors[num_kv:])
+        pieces += [StatePiece(place, tuple(next(remaining) for _ in place.tensors)) for place in chunk.states]
         if not self._stages.has_ended(chunk.model, chunk.session):
             hosted.arriving.write_kv(chunk.session, pieces, chunk.max_cache_len)
             if chunk.state is not None:
-                mask = tensors[num_kv] if has_mask else None
+                mask = tensors[num_kv + num_more] if has_mask else None
                 context = StepContext(mask, chunk.state.num_tokens, tensors[-1] if has_positions else None)
                 hosted.arriving.record_state(chunk.session, context, chunk.state)
         # 3) after the last chunk, tell the caller
@@ -135,7 +139,9 @@ class KVMover:
         transfer = self._transfers[number]
         request, session = transfer.request, transfer.session
         assert session.cache is not None
-        pieces, is_last = transfer.copy.next_pieces(_CHUNK_BYTES)
+        pieces, is_last = transfer.copy.next_pieces(_CHUNK_BYTES, with_states=request.is_final)
+        kv = [each for each in pieces if isinstance(each, Piece)]
+        states = [each for each in pieces if isinstance(each, StatePiece)]
         state, context = None, []
         if is_last:
             del self._transfers[number]
@@ -157,11 +163,13 @@ class KVMover:
             plan_version=request.target_version,
             stage=request.target_stage,
             session=request.session,
-            slices=tuple(piece.place for piece in pieces),
+            slices=tuple(piece.place for piece in kv),
+            states=tuple(piece.place for piece in states),
             num_bytes=transfer.copy.num_bytes,
             max_cache_len=session.cache.max_cache_len,
             is_last=is_last,
             state=state,
         )
-        tensors = [tensor for piece in pieces for tensor in (piece.keys, piece.values)]
+        tensors = [tensor for piece in kv for tensor in (piece.keys, piece.values)]
+        tensors += [tensor for piece in states for tensor in piece.tensors]
         self._peers.send(request.target_name, chunk, [*tensors, *context])

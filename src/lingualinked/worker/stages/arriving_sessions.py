@@ -15,7 +15,7 @@ from lingualinked.model.context import StepContext
 from lingualinked.model.kv.kv_cache import StageCache
 from lingualinked.protocol.moving import SessionState
 from lingualinked.quantities import count_text
-from lingualinked.worker.kv.kv_copy import Piece, write_pieces
+from lingualinked.worker.kv.kv_copy import Piece, StatePiece, write_pieces
 from lingualinked.worker.stages.hosted_session import HostedSession
 
 _MAX_SESSIONS = 1 << 16
@@ -32,7 +32,7 @@ class ArrivingSessions:
     def __contains__(self, session: int) -> bool:
         return session in self.sessions
 
-    def write_kv(self, session: int, pieces: Sequence[Piece], max_cache_len: int = 0) -> None:
+    def write_kv(self, session: int, pieces: Sequence[Piece | StatePiece], max_cache_len: int = 0) -> None:
         """Write KV of a session that still runs elsewhere, in a KV cache of `max_cache_len` tokens per row; 0: one that grows.
 
         Raises ProtocolError if the pieces don't fit those before, or belong to layers that the stage does not hold.
@@ -48,8 +48,12 @@ class ArrivingSessions:
             raise ProtocolError(
                 f"KV arrived for a KV cache of max_cache_len={max_cache_len}, and before for one of {cache.max_cache_len}"
             )
-        fitting = []
+        fitting: list[Piece] = []
+        states: list[StatePiece] = []
         for piece in pieces:
+            if isinstance(piece, StatePiece):
+                states.append(piece)
+                continue
             place, num_rows = piece.place, len(piece.keys)
             if place.slot not in cache.owned:
                 raise ProtocolError(f"KV arrived for layer slot {place.slot}, which this stage does not hold")
@@ -59,6 +63,10 @@ class ArrivingSessions:
                 place = msgspec.structs.replace(place, capacity=min(place.capacity, room))
             fitting.append(dataclasses.replace(piece, place=place))
         write_pieces(fitting, cache)
+        for piece in states:
+            write_pieces([piece], cache)
+            layer = cache.owned[piece.place.slot]
+            self._check_size(incoming, layer.num_rows, layer.stop)
 
     def record_state(self, session: int, context: StepContext, state: SessionState) -> None:
         """Record the state, apart from KV, of a session that moves here."""

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from transformers import JambaConfig
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from families import tiny_config
-from lingualinked.errors import ArgumentError, UncuttableModelError
+from lingualinked.errors import ArgumentError
 from lingualinked.model.kv.kv_cache import StageCache
 
 
@@ -64,9 +65,61 @@ def test_crop_refuses_a_full_window_without_its_past_and_changes_nothing() -> No
     filled("gemma2", 5).crop(1)
 
 
-def test_recurrent_states_are_refused() -> None:
-    with pytest.raises(UncuttableModelError, match="neither full nor sliding"):
-        StageCache(JambaConfig(num_hidden_layers=4), {0})
+def jamba(owned: set[int], num_tokens: int, *, records: bool = False, is_recurrent: bool = True) -> StageCache:
+    """Make a stage's KV cache of a model with state-space layers at 0, 2 and 3 and full attention at 1."""
+    config = JambaConfig(num_hidden_layers=4, attn_layer_period=4, attn_layer_offset=1)
+    cache = StageCache(config, owned)
+    cache.record_past(records)
+    for slot in owned:
+        if slot == 1:
+            cache.hf.update(states(num_tokens), states(num_tokens), slot)
+            continue
+        cache.hf.update_conv_state(torch.ones(1, 6, num_tokens), slot, conv_kernel_size=4)
+        if is_recurrent:
+            cache.hf.update_recurrent_state(torch.ones(1, 6, 2), slot)
+    cache.enter_span(num_tokens)
+    assert cache.hf.get_seq_length() == (num_tokens if min(owned) > 0 else 0) or 1 in owned
+    cache.advance(num_tokens)
+    return cache
+
+
+def test_recurrent_states_are_counted_where_they_are_not() -> None:
+    cache = jamba({2, 3}, 5)
+    assert isinstance(cache.hf.layers[0], LinearAttentionLayer)
+    assert isinstance(cache.hf.layers[1], DynamicLayer)
+    assert cache.hf.has_previous_state(0)
+    assert cache.hf.get_seq_length() == 5
+    assert cache.hf.get_mask_sizes(3, 1) == (8, 0)
+    assert cache.nbytes == 2 * (6 * 4 + 6 * 2) * 4  # layers x (convolution + recurrent state) x float32
+    assert cache.num_rows == 1
+    assert cache.lags == {}
+    for update in (cache.hf.update_conv_state, cache.hf.update_recurrent_state):
+        with pytest.raises(AssertionError, match="held elsewhere"):
+            update(torch.ones(1, 6, 4), 0)
+
+
+def test_layers_before_the_span_count_when_it_is_entered() -> None:
+    cache = jamba({3}, 5)
+    cache.enter_span(2)
+    assert cache.hf.get_seq_length() == 7
+    cache.advance(2)
+    assert cache.hf.get_seq_length() == 7
+
+
+def test_crop_refuses_recurrent_states() -> None:
+    with pytest.raises(ArgumentError, match="past, which was not recorded"):
+        jamba({2, 3}, 5).crop(1)
+    with pytest.raises(ArgumentError, match="does not go back"):
+        jamba({2, 3}, 5, records=True).crop(1)
+    cache = jamba({2, 3}, 5, records=True, is_recurrent=False)
+    cache.crop(1)
+    assert [layer.stop for layer in cache.owned.values()] == [4, 4]
+    jamba({2, 3}, 5, records=True).crop(0)
+
+
+def test_a_static_cache_refuses_recurrent_states() -> None:
+    with pytest.raises(ArgumentError, match="leave cache_implementation out"):
+        StageCache(JambaConfig(num_hidden_layers=4), {0}, max_cache_len=8)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])

@@ -14,8 +14,9 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lingualinked.model.kv import growing_tensor
+from lingualinked.model.kv.counting_layers import counting_layer
 from lingualinked.model.kv.growing_tensor import Growth
-from lingualinked.model.kv.kv_layers import CountingLayer, CountingSlidingLayer, GrowingLayer, GrowingSlidingLayer
+from lingualinked.model.kv.kv_layers import GrowingLayer, GrowingSlidingLayer
 from lingualinked.planning import workload_costs
 from lingualinked.planning.workload_costs import kv_capacity
 from lingualinked.workload import Workload
@@ -64,20 +65,25 @@ def check(ours: Any, theirs: Any, counting: Any, edits: list[tuple[str, Any]], *
         assert ours.is_initialized == theirs.is_initialized
 
 
+def sliding_layers(window: int, growth: Growth) -> tuple[Any, Any, Any]:
+    counting = counting_layer(DynamicSlidingWindowLayer(window))
+    return GrowingSlidingLayer(window, growth), DynamicSlidingWindowLayer(window), counting
+
+
 @given(edits, growths)
 def test_full_attention(edits: list[tuple[str, Any]], growth: Growth) -> None:
-    check(GrowingLayer(growth), DynamicLayer(), CountingLayer(), edits, crops=True)
+    check(GrowingLayer(growth), DynamicLayer(), counting_layer(DynamicLayer()), edits, crops=True)
 
 
 @given(edits, st.sampled_from(WINDOWS), growths)
 def test_sliding_attention(edits: list[tuple[str, Any]], window: int, growth: Growth) -> None:
-    layers = GrowingSlidingLayer(window, growth), DynamicSlidingWindowLayer(window), CountingSlidingLayer(window)
+    layers = sliding_layers(window, growth)
     check(*layers, edits, crops=False)
 
 
 @given(edits, st.sampled_from(WINDOWS), growths)
 def test_sliding_attention_that_records_the_past(edits: list[tuple[str, Any]], window: int, growth: Growth) -> None:
-    layers = GrowingSlidingLayer(window, growth), DynamicSlidingWindowLayer(window), CountingSlidingLayer(window)
+    layers = sliding_layers(window, growth)
     for layer in layers:
         layer.activate_past_recording()
     check(*layers, edits, crops=True)
