@@ -45,6 +45,8 @@ class ModelProfile:
         Index into `kinds`, for each layer.
     layer_weight_bytes, layer_kv_bytes : tuple of int
         Weight bytes of each layer, and bytes of its KV per token of one row.
+    layer_state_bytes : tuple of int
+        Bytes that each layer keeps of one row however long its text is, such as a recurrent state; empty: none keeps any.
     layer_windows : tuple of int or None
         Tokens that each layer's KV holds at most; ``None``: all.
     prologue_bytes, epilogue_bytes, tied_bytes : int
@@ -72,10 +74,13 @@ class ModelProfile:
     logits_bytes: int
     working_bytes: int
     max_positions: int | None = None
+    layer_state_bytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         num_layers = len(self.kind_of_layer)
-        for name in ("layer_weight_bytes", "layer_kv_bytes", "layer_windows"):
+        if not self.layer_state_bytes:
+            object.__setattr__(self, "layer_state_bytes", (0,) * num_layers)
+        for name in ("layer_weight_bytes", "layer_kv_bytes", "layer_state_bytes", "layer_windows"):
             if len(getattr(self, name)) != num_layers or not num_layers:
                 raise ArgumentError(
                     f"{name} of a model profile has {count_text(len(getattr(self, name)), 'value')} for {count_text(num_layers, 'layer')}: give one per layer"
@@ -83,7 +88,8 @@ class ModelProfile:
         if not all(0 <= kind < len(self.kinds) for kind in self.kind_of_layer):
             raise ArgumentError(f"kind_of_layer must hold indices into {count_text(len(self.kinds), 'kind')} of layers")
         once = ("prologue_bytes", "epilogue_bytes", "tied_bytes", "hidden_bytes", "logits_bytes", "working_bytes")
-        for size in (*self.layer_weight_bytes, *self.layer_kv_bytes, *(getattr(self, name) for name in once)):
+        by_layer = (*self.layer_weight_bytes, *self.layer_kv_bytes, *self.layer_state_bytes)
+        for size in (*by_layer, *(getattr(self, name) for name in once)):
             if not 0 <= size <= MOST:
                 raise ArgumentError(f"a size of a model profile is {size}: sizes must be from 0 to {MOST} bytes")
         if self.tied_bytes > min(self.prologue_bytes, self.epilogue_bytes):

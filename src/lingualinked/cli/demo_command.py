@@ -85,6 +85,7 @@ def _memory_of_each(model: ll.ModelProfile, num_devices: int) -> int:
     workload = model.fit_workload(None)
     num_layers = math.ceil(model.num_layers / num_devices)
     layer_bytes = max(model.layer_weight_bytes) + max(model.layer_kv_bytes) * workload.num_tokens
+    layer_bytes += max(model.layer_state_bytes)
     ends_bytes = model.prologue_bytes + model.epilogue_bytes
     if num_devices > 1:
         ends_bytes = max(model.prologue_bytes, model.epilogue_bytes)

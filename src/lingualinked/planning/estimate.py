@@ -148,7 +148,8 @@ def _layer_needs(
     # Tokens choose their experts independently of each other: so many of them are chosen by one at least.
     weights = dense + experts * (1 - (1 - share) ** (rows * tokens))
     kept = context if window is None else min(context, window)
-    return flops, weights + rows * model.layer_kv_bytes[layer] * (kept + tokens)
+    state = 2 * model.layer_state_bytes[layer]  # read and written
+    return flops, weights + rows * (model.layer_kv_bytes[layer] * (kept + tokens) + state)
 
 
 def _num_attended(tokens: int, context: int, window: int | None) -> int:

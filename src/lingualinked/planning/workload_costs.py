@@ -75,10 +75,10 @@ class WorkloadCosts:
         return self.profile.link(source, target).latency_s + self.transfer_s(source, target, tokens)
 
     def layer_kv_bytes(self, layer: int) -> int:
-        """Bytes of a layer's KV of all sessions in flight, as buffers will have grown by the end."""
+        """Bytes of a layer's KV and state of all sessions in flight, as buffers will have grown by the end."""
         model = self.profile.model
         capacity = kv_capacity(self.workload, model.layer_windows[layer])
-        return model.layer_kv_bytes[layer] * capacity * self.workload.num_rows
+        return (model.layer_kv_bytes[layer] * capacity + model.layer_state_bytes[layer]) * self.workload.num_rows
 
     def kv_bytes(self, start: int, end: int) -> int:
         """Bytes of the KV of layers ``[start, end)``."""

@@ -138,6 +138,17 @@ def test_memory_holds_weights_kv_and_working_memory_under_the_reserve() -> None:
     assert stage.kv_bytes == stage_layers(plan, 0) * 1024 * kv_capacity(WORKLOAD, None)
 
 
+def test_a_state_takes_memory_however_long_the_text_is() -> None:
+    made = profile(*devices(1.0, 1.0), num_layers=8)
+    kept = dataclasses.replace(made.model, layer_kv_bytes=(0,) * 8, layer_state_bytes=(0, 5000) * 4)
+    made = dataclasses.replace(made, model=kept)
+    for num_tokens in (16, 1600):
+        workload = ll.Workload(prompt_tokens=num_tokens, new_tokens=16, batch_size=3, num_sessions=2)
+        assert sum(stage.kv_bytes for stage in solve(made, workload=workload).predicted.stages) == 4 * 5000 * 6
+    with pytest.raises(ll.ArgumentError, match="layer_state_bytes of a model profile has 1 value for 8 layers"):
+        dataclasses.replace(kept, layer_state_bytes=(1,))
+
+
 def stage_layers(plan: ll.Plan, index: int) -> int:
     return plan.stages[index].num_layers
 

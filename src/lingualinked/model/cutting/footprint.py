@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from lingualinked.errors import UncuttableModelError
 from lingualinked.model.cutting.cut import flatten_output
 from lingualinked.model.cutting.parts import ModelParts, NoData, build_meta, cache_slots, learned_positions
+from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
+from lingualinked.model.kv.layer_state import walk
 from lingualinked.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -25,7 +34,9 @@ if TYPE_CHECKING:
     from lingualinked.model.cutting.cut import RawOutput
     from lingualinked.model.spec import ModelSpec
 
-_NUM_TOKENS = 2  # of the forward pass
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+
+_NUM_TOKENS = 2  # of the forward pass; what a layer keeps of one token more is seen in a second one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,24 +54,33 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     layers = meta_model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     itemsize: int = getattr(torch, spec.dtype).itemsize
+    model = meta_model
     try:
-        cache, output, logits = _run_without_data(meta_model, parts)
+        cache, output, logits = _run_without_data(model, parts)
     except UncuttableModelError:
         if spec.dtype == "bfloat16":
             raise
         # Some kernels do not support float32 on the meta device; shapes are the same in bfloat16.
-        cache, output, logits = _run_without_data(build_meta(replace(spec, dtype="bfloat16")), parts)
-    kv_bytes, windows, kinds = [], [], []
+        model = build_meta(replace(spec, dtype="bfloat16"))
+        cache, output, logits = _run_without_data(model, parts)
+    is_plain = isinstance(cache, DynamicCache) and all(type(each) in _PLAIN for each in cache.layers)
+    longer = None if is_plain or cache is None else _run_without_data(model, parts, _NUM_TOKENS + 1)[0]
+    kv_bytes, state_bytes, windows, kinds = [], [], [], []
     for layer in layers:
-        kept = [cache.layers[slot] for slot in sorted(cache_slots([layer])) if slot < len(cache.layers)]
-        kv_bytes.append(
-            sum(itemsize * (each.keys.numel() + each.values.numel()) // each.keys.shape[2] for each in kept)
-        )
+        kept = _kept_of(cache, layer)
+        short = _num_bytes(kept, model, itemsize, len(layers))
+        grown = short // _NUM_TOKENS
+        if longer is not None:
+            grown = max(0, _num_bytes(_kept_of(longer, layer), model, itemsize, len(layers)) - short)
+        kv_bytes.append(grown)
+        state_bytes.append(max(0, short - _NUM_TOKENS * grown))
         # A window of one token keeps the whole text, in transformers as here.
-        widths = [each.sliding_window for each in kept if each.is_sliding and each.sliding_window > 1]
+        widths = [
+            each.sliding_window for each in kept if type(each) is DynamicSlidingWindowLayer and each.sliding_window > 1
+        ]
         windows.append(min(widths, default=None))
         shapes = [f"{name} {list(each.shape)} {each.dtype}" for name, each in layer.named_parameters()]
-        kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], tuple(shapes)))
+        kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], state_bytes[-1], tuple(shapes)))
     distinct = list(dict.fromkeys(kinds))
     widest = max(max(parameter.shape) for layer in layers for parameter in layer.parameters())
     (hidden,), layout = flatten_output(output)
@@ -73,6 +93,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         kind_of_layer=tuple(distinct.index(kind) for kind in kinds),
         layer_weight_bytes=parts.weights.layers,
         layer_kv_bytes=tuple(kv_bytes),
+        layer_state_bytes=tuple(state_bytes),
         layer_windows=tuple(windows),
         prologue_bytes=parts.weights.prologue,
         epilogue_bytes=parts.weights.epilogue,
@@ -86,6 +107,28 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     return Footprint(spec=spec, profile=profile, layout=layout, hidden_size=hidden.shape[-1])
 
 
+def _kept_of(cache: Any, layer: nn.Module) -> list[Any]:
+    """Return what a cache holds for a layer; of an object of the model's own, all."""
+    if isinstance(cache, DynamicCache):
+        return [cache.layers[slot] for slot in sorted(cache_slots([layer])) if slot < len(cache.layers)]
+    return [] if cache is None else [cache]
+
+
+def _num_bytes(kept: list[Any], model: PreTrainedModel, itemsize: int, num_layers: int) -> int:
+    """Return the bytes of all tensors that a layer keeps, where `itemsize` is that of the model's own dtype.
+
+    Of an object of the model's own, each layer has as much as the others.
+    """
+    tensors = [each for _, each in walk([each if isinstance(each, list | tuple) else vars(each) for each in kept])]
+    held = {id(each): each for each in tensors if isinstance(each, Tensor) and each.ndim > 1}.values()
+    total = sum(each.numel() * (itemsize if each.dtype is model.dtype else each.element_size()) for each in held)
+    return (
+        total
+        if all(isinstance(each, CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer) for each in kept)
+        else total // num_layers
+    )
+
+
 def _fingerprint(spec: ModelSpec) -> str:
     """Return a digest of everything that a model's shapes and times depend on, which excludes the place of its files."""
     config = json.loads(spec.config_json)
@@ -95,20 +138,24 @@ def _fingerprint(spec: ModelSpec) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _run_without_data(model: PreTrainedModel, parts: ModelParts) -> tuple[Any, RawOutput, Tensor]:
+def _run_without_data(
+    model: PreTrainedModel, parts: ModelParts, num_tokens: int = _NUM_TOKENS
+) -> tuple[Any, RawOutput, Tensor]:
     """Run the whole model on the meta device; return its KV cache, the last layer's raw output, and the logits."""
     outputs: list[Any] = []
     last = model.get_submodule(f"{parts.layers}.{parts.num_layers - 1}")
     hook = last.register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
-    cache = DynamicCache(config=model.config)
+    name = cache_argument(type(model))
+    cache = DynamicCache(config=model.config) if keeps_cache(type(model)) else None
+    arguments: dict[str, Any] = {} if name is None else {name: cache, "use_cache": True}
     try:
         with torch.no_grad(), NoData():
-            ids = torch.zeros((1, _NUM_TOKENS), dtype=torch.int64, device="meta")
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            ids = torch.zeros((1, num_tokens), dtype=torch.int64, device="meta")
+            result = model(input_ids=ids, **arguments)
     except Exception as error:
         raise UncuttableModelError(
             type(model).__name__, f"a forward pass without weights failed ({type(error).__name__}: {error})"
         ) from error
     finally:
         hook.remove()
-    return cache, outputs[-1], logits
+    return result.get(name) if cache is None and name else cache, outputs[-1], result.logits

@@ -151,7 +151,7 @@ def cache_slots(layers: Iterable[nn.Module]) -> frozenset[int]:
     """Return the slots of a KV cache of transformers that layers write to."""
     names = "layer_idx", "layer_id", "layer_number"
     indices = (getattr(module, name, None) for layer in layers for module in layer.modules() for name in names)
-    return frozenset(index for index in indices if isinstance(index, int))
+    return frozenset(index for index in indices if isinstance(index, int) and index >= 0)
 
 
 def learned_positions(meta_model: PreTrainedModel) -> int | None:

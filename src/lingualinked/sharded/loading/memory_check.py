@@ -22,6 +22,7 @@ from lingualinked.workload import Workload
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _LAYER = re.compile(r"\.(\d+)\.|^(\d+)\.")
 _MAX_HEADER_BYTES = 100_000_000
+_RECURRENT = ("mamba", "ssm", "attn_layer", "linear_attn", "block_type", "conv_kernel")  # of names in a config
 
 
 def check_total_memory(
@@ -99,9 +100,18 @@ def _needed_bytes(headers: Iterator[dict[str, Any]], num_layers: int, item_bytes
 
 
 def _kv_bytes(config: dict[str, Any], num_layers: int, item_bytes: int, workload: Workload) -> int:
-    """Return the KV bytes at the end of a workload's answers; 0 if the config does not give the number of KV heads."""
+    """Return the KV bytes at the end of a workload's answers; 0 if the config does not give the number of KV heads.
+
+    Recurrent states are not counted, nor layers that may keep one in place of KV.
+    """
     if "num_key_value_heads" not in config:
         return 0
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        num_layers = sum(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    elif any(word in name for name in config for word in _RECURRENT):
+        return 0
+    num_layers = max(0, num_layers - (config.get("num_kv_shared_layers") or 0))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     tokens = min(workload.num_tokens, config.get("sliding_window") or workload.num_tokens)
     return int(2 * num_layers * config["num_key_value_heads"] * head_dim * item_bytes * tokens * workload.num_rows)

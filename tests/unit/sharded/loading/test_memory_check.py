@@ -141,3 +141,21 @@ def test_every_file_that_an_index_names_counts(tmp_path: Path) -> None:
     with pytest.raises(ll.InfeasiblePlanError) as caught:
         check_total_memory(tmp_path, None, devices(NEEDED - 1), None, 0.0)
     assert caught.value.missing_bytes == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "num_counted"),
+    [
+        ({}, 2),
+        ({"layer_types": ["linear_attention", "full_attention"]}, 1),
+        ({"layer_types": ["full_attention", "full_attention"], "num_kv_shared_layers": 1}, 1),
+        ({"mamba_d_state": 16}, 0),
+    ],
+)
+def test_only_layers_that_surely_keep_kv_are_counted(config: dict[str, Any], num_counted: int, tmp_path: Path) -> None:
+    write(tmp_path, TENSORS, **config)
+    workload = ll.Workload(prompt_tokens=1000, new_tokens=24)
+    needed = NEEDED + num_counted * 2 * 2 * 16 * 2 * 1024  # keys and values x heads x dim x bfloat16 x tokens
+    check_total_memory(tmp_path, None, devices(needed), workload, 0.0)
+    with pytest.raises(ll.InfeasiblePlanError):
+        check_total_memory(tmp_path, None, devices(needed - 1), workload, 0.0)

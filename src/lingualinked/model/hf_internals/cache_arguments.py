@@ -1,0 +1,22 @@
+"""Under which name a class of transformers takes and returns what it keeps of a text, and of which kind that is.
+
+Knows signatures and what ``generate`` says of classes; no KV.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+
+def cache_argument(cls: Any) -> str | None:
+    """Return the argument of a class's ``forward`` that takes what it keeps of a text; None if it keeps nothing."""
+    known = inspect.signature(cls.forward).parameters
+    return next((name for name in ALL_CACHE_NAMES if name in known), None)
+
+
+def keeps_cache(cls: Any) -> bool:
+    """Return whether a class keeps transformers' ``Cache``, and no object of its own."""
+    return cache_argument(cls) is not None and bool(cls._supports_default_dynamic_cache())
