@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lingualinked.planning.placement.problem import Placement, Problem, Span
+from lingualinked.planning.placement.relays import RelayCosts, Relays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,36 @@ def draw_problem(
     )
 
 
+def with_transmission(problem: Problem, seed: int, *, num_relays: int, num_cuts: int, alike: bool = False) -> Problem:
+    """Add relays and forbidden cuts; where links are alike, a relay takes as long over every one."""
+    rng = np.random.default_rng(seed)
+    num_devices, num_layers = problem.num_devices, problem.num_layers
+    costs = []
+    for index in range(num_relays):
+        made_at = int(rng.integers(0, num_layers)) if index % 3 == 2 else 0
+        used_at = np.flatnonzero(rng.random(num_layers + 1) < 0.4)
+        used_at = used_at[used_at > made_at] if (used_at > made_at).any() else np.array([num_layers])
+        send_s = np.full((num_devices, num_devices), rng.uniform(0, 8))
+        send_s = send_s if alike else rng.uniform(0, 8, (num_devices, num_devices))
+        costs.append(
+            RelayCosts(
+                name=f"relay {index}",
+                made_at=made_at,
+                used_at=tuple(used_at.tolist()),
+                send_s=send_s,
+                held_bytes=float(rng.integers(1, 25)) if index % 3 == 0 and made_at == 0 else 0.0,
+                is_ids=index == 1 and made_at == 0,
+            )
+        )
+    relays = Relays(
+        costs=tuple(costs),
+        ids_s=np.full((num_devices, num_devices), 0.1),
+        makers={each.made_at: np.ones(num_devices, dtype=bool) for each in costs},
+    )
+    cuts = rng.choice(np.arange(1, num_layers), min(num_cuts, num_layers - 1), replace=False)
+    return dataclasses.replace(problem, relays=relays if costs else None, forbidden_cuts=tuple(sorted(cuts.tolist())))
+
+
 def sequences(problem: Problem, order: tuple[int, ...] | None = None) -> Iterator[tuple[int, ...]]:
     """Give the devices of every pipeline: any subset in any order, or in a given one; closed to a ring or not."""
     devices = range(problem.num_devices) if order is None else order
@@ -108,10 +139,10 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
         hops = sum(problem.hop_s[a, b] for a, b in links) + problem.enter_s[first] + problem.leave_s[last]
         if not (problem.may_be_first[first] and problem.may_be_last[last] and hops < math.inf):
             continue
-        busy_link = max(
-            [problem.enter_busy_s[first], problem.leave_busy_s[last], *(problem.busy_s[a, b] for a, b in links)]
-        )
-        for cuts in itertools.combinations(range(1, num_layers), len(chosen) - 1):
+        busy_ends = problem.enter_busy_s[first], problem.leave_busy_s[last]
+        busy_links = {(a, b): float(problem.busy_s[a, b]) for a, b in links}
+        allowed = [layer for layer in range(1, num_layers) if layer not in problem.forbidden_cuts]
+        for cuts in itertools.combinations(allowed, len(chosen) - 1):
             bounds = list(itertools.pairwise([0, *cuts, num_layers]))
             if any(
                 (start < problem.num_front and not problem.may_be_first[device])
@@ -130,7 +161,14 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
             held[last] += problem.last_bytes - (problem.tied_bytes if first == last else 0)
             if any(held[device] > problem.capacity_bytes[device] for device in seconds):
                 continue
-            busiest, latency = max(busy_link, *seconds.values()), sum(seconds.values()) + hops
+            relayed = [] if problem.relays is None else _relayed(problem, problem.relays, chosen, bounds, held)
+            if relayed is None:
+                continue
+            carried = dict(busy_links)
+            for link, sent_s in relayed:
+                carried[link] = carried.get(link, 0.0) + sent_s
+            busiest = max(*busy_ends, *carried.values(), *seconds.values())
+            latency = sum(seconds.values()) + hops + sum(sent_s for _, sent_s in relayed)
             judged.append(
                 Judged(
                     tuple(Span(device, *bound) for device, bound in zip(chosen, bounds, strict=True)),
@@ -141,6 +179,37 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
                 )
             )
     return judged
+
+
+def _relayed(
+    problem: Problem,
+    relays: Relays,
+    chosen: tuple[int, ...],
+    bounds: list[tuple[int, int]],
+    taken: dict[int, float],
+) -> list[tuple[tuple[int, int], float]] | None:
+    """List the links that carry relays and for how long; None if ids would leave those who may see them."""
+    lying = {layer: device for device, (start, end) in zip(chosen, bounds, strict=True) for layer in range(start, end)}
+    lying[problem.num_layers] = chosen[-1]
+    sent = []
+    for device, (start, end) in zip(chosen[1:], bounds[1:], strict=True):
+        stage = {*range(start, end), *([problem.num_layers] if end == problem.num_layers else [])}
+        wanted = [each for each in relays.costs if each.made_at < start and stage.intersection(each.used_at)]
+        if any(each.is_ids for each in wanted) and not problem.may_be_first[device]:
+            return None
+        free = problem.capacity_bytes[device] - taken[device]
+        holds = False
+        for relay in sorted(wanted, key=lambda each: each.held_bytes):
+            maker = lying[relay.made_at]
+            if maker == device:
+                continue
+            if 0 < relay.held_bytes <= free and problem.may_be_first[device]:
+                free, holds = free - relay.held_bytes, True
+            else:
+                sent.append(((maker, device), float(relay.send_s[maker, device])))
+        if holds and not any(each.is_ids for each in wanted):
+            sent.append(((chosen[0], device), float(relays.ids_s[chosen[0], device])))
+    return sent
 
 
 def best_along(problem: Problem, order: tuple[int, ...], objective: str) -> float:

@@ -22,6 +22,7 @@ from lingualinked.module_times import ModuleTimes
 from lingualinked.quantities import count_text
 from lingualinked.rounding import Rounding
 from lingualinked.shown import Shown
+from lingualinked.transmission import Transmission
 from lingualinked.weight_bytes import WeightBytes
 from lingualinked.whole_file import write_whole_file
 from lingualinked.workload import Workload
@@ -57,6 +58,10 @@ class ModelProfile:
         Bytes of intermediate results per row and token of a step.
     max_positions : int or None
         Maximal tokens of a text if positions are learned; ``None`` if they are computed.
+    everywhere_bytes : int
+        Weights that every stage holds.
+    transmission : Transmission
+        What crosses boundaries between stages beside hidden states, and where no stage may begin.
     """
 
     name: str
@@ -75,6 +80,8 @@ class ModelProfile:
     working_bytes: int
     max_positions: int | None = None
     layer_state_bytes: tuple[int, ...] = ()
+    everywhere_bytes: int = 0
+    transmission: Transmission = dataclasses.field(default_factory=Transmission)
 
     def __post_init__(self) -> None:
         num_layers = len(self.kind_of_layer)
@@ -87,7 +94,8 @@ class ModelProfile:
                 )
         if not all(0 <= kind < len(self.kinds) for kind in self.kind_of_layer):
             raise ArgumentError(f"kind_of_layer must hold indices into {count_text(len(self.kinds), 'kind')} of layers")
-        once = ("prologue_bytes", "epilogue_bytes", "tied_bytes", "hidden_bytes", "logits_bytes", "working_bytes")
+        weights = ("prologue_bytes", "epilogue_bytes", "tied_bytes", "everywhere_bytes")
+        once = (*weights, "hidden_bytes", "logits_bytes", "working_bytes")
         by_layer = (*self.layer_weight_bytes, *self.layer_kv_bytes, *self.layer_state_bytes)
         for size in (*by_layer, *(getattr(self, name) for name in once)):
             if not 0 <= size <= MOST:
@@ -96,6 +104,7 @@ class ModelProfile:
             raise ArgumentError(f"tied_bytes={self.tied_bytes} of a model profile exceed its prologue or its epilogue")
         if not all(window is None or is_count(window) for window in self.layer_windows):
             raise ArgumentError(f"layer_windows={self.layer_windows} of a model profile must be of at least one token")
+        self.transmission.check_layers(num_layers)
 
     def fit_workload(self, workload: Workload | None) -> Workload:
         """Check that the model can run a workload, and return it; for ``None``, return the default one, shortened if necessary.
@@ -133,6 +142,7 @@ class ModelProfile:
             prologue=self.prologue_bytes,
             epilogue=self.epilogue_bytes,
             tied=self.tied_bytes,
+            everywhere=self.everywhere_bytes,
         )
 
     def span_bytes(self, start: int, end: int) -> int:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 
 from lingualinked.checks import MOST
-from lingualinked.errors import ArgumentError
+from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.quantities import count_text
 
 INPUT_IDS = "input_ids"
@@ -107,6 +108,29 @@ class Transmission:
             raise ArgumentError(
                 f"forbidden_cuts={self.forbidden_cuts} must be layers from 1 on, each once and in order"
             )
+
+    @property
+    def part_bytes(self) -> dict[str, int]:
+        """Weight bytes of each part that stages may hold instead of getting its output, by its path."""
+        return {relay.name: relay.part_bytes for relay in self.relays if relay.part_bytes}
+
+    def bytes_of(self, parts: Iterable[str]) -> int:
+        """Return the weight bytes of parts that a stage holds instead of getting their outputs."""
+        return sum(map(self.part_bytes.__getitem__, parts))
+
+    def check_stage(self, start: int, held: Iterable[str]) -> None:
+        """Raise InfeasiblePlanError if no stage may begin at a layer, or a part is none that stages may hold."""
+        if start in self.forbidden_cuts:
+            raise InfeasiblePlanError(
+                f"the plan begins a stage at layer {start}, which must lie in the same stage as layer {start - 1}: the model "
+                f"forbids cuts at layers {', '.join(map(str, self.forbidden_cuts))}; move the boundary"
+            )
+        for part in held:
+            if part not in self.part_bytes:
+                raise InfeasiblePlanError(
+                    f"the plan has the stage from layer {start} on hold {part!r}, which is no part of this model that stages may "
+                    f"hold: those are {sorted(self.part_bytes)}; solve for this model"
+                )
 
     def check_layers(self, num_layers: int) -> None:
         """Raise ArgumentError if it is not of a model with that many layers."""

@@ -16,10 +16,12 @@ class WeightBytes:
     prologue: int  # that only the first stage needs
     epilogue: int  # that only the last stage needs; a tied embedding counts in both
     tied: int = 0  # counted in both, which a stage with both ends holds once
+    everywhere: int = 0  # that every stage holds
 
     def of_span(self, start: int, end: int) -> int:
         """Return the bytes of the stage that holds layers ``[start, end)``."""
-        return sum(self.layers[start:end]) + self.of_ends(has_first=start == 0, has_last=end == len(self.layers))
+        ends = self.of_ends(has_first=start == 0, has_last=end == len(self.layers))
+        return sum(self.layers[start:end]) + ends + self.everywhere
 
     def of_ends(self, *, has_first: bool, has_last: bool) -> int:
         """Return the bytes of prologue and epilogue in a stage; tied weights count once."""

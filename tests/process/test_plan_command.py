@@ -61,6 +61,13 @@ def test_a_table_from_stated_figures(tiny_llama: str, cluster_file: Path, no_wor
     assert "Predicted:" in result.output
 
 
+def test_a_map_of_what_each_stage_consumes(tiny_llama: str, cluster_file: Path, no_workers: None) -> None:
+    result = plan(tiny_llama, "--devices", cluster_file, *SHAPE, "--map")
+    assert result.exit_code == 0, result.output
+    assert "Transmission map" in result.output
+    assert "input_ids" in result.output
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_a_plan_fits_the_terminal(
     width: int, tiny_llama: str, cluster_file: Path, no_workers: None, monkeypatch: pytest.MonkeyPatch

@@ -170,6 +170,12 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Explain what limits the plan, and what would help.")
     ] = False,
+    show_map: Annotated[
+        bool,
+        typer.Option(
+            "--map", help="Show which tensors each stage consumes, from which stage, and their bytes per token."
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Show which device should hold which layers, and the predicted speed; loads nothing."""
@@ -185,6 +191,7 @@ def plan(
         plot=plot,
         dtype=dtype,
         explain=explain,
+        show_map=show_map,
         progress=not quiet,
     )
 

@@ -17,6 +17,7 @@ from lingualinked.cli.devices_option import read_devices
 from lingualinked.cli.output import check_picture
 from lingualinked.console import new_console
 from lingualinked.display.plan_view import plan_rows
+from lingualinked.display.transmission_view import transmission_rows
 from lingualinked.quantities import count_text
 from lingualinked.sharded.loading.arguments import LoadArguments
 from lingualinked.sharded.profiles.saved import check_devices, find_profile, saved_profile
@@ -36,6 +37,7 @@ def run_plan(
     plot: Path | None,
     dtype: str,
     explain: bool,
+    show_map: bool,
     progress: bool,
 ) -> None:
     """Print the plan, made from a saved profile, from stated specs, or from a measurement now."""
@@ -57,6 +59,9 @@ def run_plan(
         return
     console = new_console()
     console.print(plan_rows(plan))
+    if show_map:
+        console.print()
+        console.print(transmission_rows(plan.transmission_map))
     if explain:
         console.print(Text(f"\n{plan.explain()}"))
 

@@ -11,9 +11,11 @@ from lingualinked.display.plan_view import comparison_rows, plan_figure, plan_ro
 from lingualinked.display.profile_view import profile_rows
 from lingualinked.display.simulation_view import latency_rows, server_rows, simulation_figure
 from lingualinked.display.telemetry_view import telemetry_figure, telemetry_rows
+from lingualinked.display.transmission_view import transmission_rows
 from lingualinked.planning.comparison import Comparison
 from lingualinked.planning.plan import Plan
 from lingualinked.planning.simulation.result import Simulation
+from lingualinked.planning.transmission_map import TransmissionMap
 from lingualinked.profile import Profile
 from lingualinked.registry import figure_of, frame_of, tables_of
 from lingualinked.tables import Rows
@@ -34,6 +36,7 @@ tables_of.register(Plan, lambda plan: [plan_rows(plan)])
 tables_of.register(Profile, lambda profile: [profile_rows(profile)])
 tables_of.register(Simulation, lambda simulation: [latency_rows(simulation), server_rows(simulation)])
 tables_of.register(Telemetry, lambda telemetry: [telemetry_rows(telemetry)])
+tables_of.register(TransmissionMap, lambda mapped: [transmission_rows(mapped)])
 
 figure_of.register(Plan, plan_figure)
 figure_of.register(Simulation, simulation_figure)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.plan import Plan, complete_plan
+from lingualinked.planning.plan_checks import check_num_stages
 from lingualinked.quantities import bytes_text, count_text
 from lingualinked.weight_bytes import WeightBytes
 
 
-def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
-    """Split a model over all devices, in their order, as evenly by bytes as its layers allow.
+def even_plan(weights: WeightBytes, devices: Sequence[Device], forbidden_cuts: Collection[int] = ()) -> Plan:
+    """Split a model over all devices, in their order, as evenly by bytes as its layers allow; none begins at a forbidden cut.
 
     Minimises the largest stage over all contiguous splits in which every device holds at least one layer and no
     device exceeds its memory limit, by dynamic programming over (devices used, layers placed).
@@ -28,12 +29,13 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
             f"{count_text(num_devices, 'stage')} for {count_text(num_layers, 'layer')}: a stage holds at least one layer, "
             f"so use at most {count_text(num_layers, 'device')}"
         )
+    check_num_stages(num_devices, num_layers, forbidden_cuts)
     limits = _limits(devices)
     before = [0, *itertools.accumulate(weights.layers)]
 
     def stage_bytes(start: int, end: int) -> int:
         ends = weights.of_ends(has_first=start == 0, has_last=end == num_layers)
-        return before[end] - before[start] + ends
+        return before[end] - before[start] + ends + weights.everywhere
 
     def size_within_limit(device: int, size: int) -> float:
         return size if size <= limits[device] else math.inf
@@ -50,7 +52,7 @@ def even_plan(weights: WeightBytes, devices: Sequence[Device]) -> Plan:
             last_end = num_layers - (num_devices - used)
             ends = [num_layers] if used == num_devices else range(used, last_end + 1)
             for end in ends:
-                for start in range(used - 1, end):
+                for start in (each for each in range(used - 1, end) if each not in forbidden_cuts):
                     largest = max(best[used - 1][start], cost(used - 1, stage_bytes(start, end)))
                     if largest < best[used][end]:
                         best[used][end], cut[used][end] = largest, start

@@ -21,10 +21,12 @@ from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.planning.prediction import Prediction
 from lingualinked.planning.prefill_prediction import PrefillPrediction, predict_prefill
 from lingualinked.planning.solved import Solved
+from lingualinked.planning.transmission_map import TransmissionMap, map_transmission
 from lingualinked.profile import Profile
 from lingualinked.quantities import count_text
 from lingualinked.registry import explanation_of, figure_of
 from lingualinked.shown import Shown
+from lingualinked.transmission import Transmission
 from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Workload
 
@@ -123,10 +125,15 @@ class Plan(Shown):
         plan = cls(stages=stages, workload=workload)
         if profile is None:
             return plan
-        check_plan(plan, profile.model.num_layers, profile.names)
-        plan = dataclasses.replace(plan, profile=profile, workload=profile.model.fit_workload(workload))
+        model = profile.model
+        check_plan(plan, model.num_layers, profile.names, model.transmission)
+        plan = dataclasses.replace(plan, profile=profile, workload=model.fit_workload(workload))
         return complete_plan(
-            plan, profile.model.weights, [each.device for each in profile.devices], profile.environments
+            plan,
+            model.weights,
+            [each.device for each in profile.devices],
+            profile.environments,
+            transmission=model.transmission,
         )
 
     @property
@@ -143,6 +150,11 @@ class Plan(Shown):
     def devices(self) -> tuple[str, ...]:
         """Names of the devices in use, each once, in pipeline order."""
         return tuple(dict.fromkeys(stage.device for stage in self.stages))
+
+    @property
+    def held(self) -> dict[int, tuple[str, ...]]:
+        """The parts that stages hold to compute themselves what other stages would send, by the index of the stage."""
+        return {index: stage.held for index, stage in enumerate(self.stages) if stage.held}
 
     @property
     def exact(self) -> bool:
@@ -283,6 +295,18 @@ class Plan(Shown):
         explanation: Explanation = explanation_of(self)  # by changed problems, solved again
         return explanation
 
+    @property
+    def transmission_map(self) -> TransmissionMap:
+        """Which tensors each stage consumes, from which stage they come, and how many bytes they are.
+
+        Raises
+        ------
+        ArgumentError
+            If the plan has no profile.
+        """
+        model = self.measured.model
+        return map_transmission(self.stages, model.transmission, model.hidden_bytes)
+
     def plot(self) -> Any:
         """Draw layers on devices, with memory and time (needs matplotlib: ``pip install lingualinked[plot]``).
 
@@ -317,25 +341,51 @@ def _predict(plan: Plan, profile: Profile, workload: Workload) -> Prediction:
     return predict(plan.stages, profile, workload, plan.reserve)
 
 
+def hold_parts(plan: Plan, held: Iterable[tuple[str, ...]]) -> Plan:
+    """Return a plan that has a profile with what each of its stages holds to compute itself what others would send."""
+    model = plan.measured.model
+    stages = [
+        dataclasses.replace(
+            stage,
+            held=parts,
+            weight_bytes=model.span_bytes(stage.start, stage.end) + model.transmission.bytes_of(parts),
+        )
+        for stage, parts in zip(plan.stages, held, strict=True)
+    ]
+    return dataclasses.replace(plan, stages=tuple(stages))
+
+
 def complete_plan(
-    plan: Plan, weights: WeightBytes, devices: Iterable[Device], environments: Environments | None = None
+    plan: Plan,
+    weights: WeightBytes,
+    devices: Iterable[Device],
+    environments: Environments | None = None,
+    *,
+    transmission: Transmission | None = None,
 ) -> Plan:
     """Fill in the bytes of a plan's stages, and whether its devices give the unsharded model's bits, by what is known."""
     by_name = {device.name: device for device in devices}
+
+    def num_bytes(stage: PlannedStage) -> int:
+        held = 0 if transmission is None else transmission.bytes_of(stage.held)
+        return weights.of_span(stage.start, stage.end) + held
+
     return dataclasses.replace(
         plan,
-        stages=tuple(
-            dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
-        ),
+        stages=tuple(dataclasses.replace(stage, weight_bytes=num_bytes(stage)) for stage in plan.stages),
         inexact_because=inexact_because([by_name[name] for name in plan.devices], environments),
     )
 
 
-def check_plan(plan: Plan, num_layers: int, device_names: Iterable[str]) -> None:
-    """Refuse a plan with another number of layers, or with a device that is not in the cluster."""
+def check_plan(
+    plan: Plan, num_layers: int, device_names: Iterable[str], transmission: Transmission | None = None
+) -> None:
+    """Refuse a plan with another number of layers, with a device that is not in the cluster, or with a cut that the model forbids."""
     if plan.num_layers != num_layers:
         raise InfeasiblePlanError(f"the plan places {count_text(plan.num_layers, 'layer')}, the model has {num_layers}")
     known = set(device_names)
     for stage in plan.stages:
         if stage.device not in known:
             raise InfeasiblePlanError(f"the plan uses device {stage.device!r}, the cluster has {sorted(known)}")
+        if transmission is not None:
+            transmission.check_stage(stage.start, stage.held)

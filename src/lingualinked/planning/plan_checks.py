@@ -5,12 +5,14 @@ Knows plans and devices; not how either was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lingualinked.device import Device
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.plan import Plan
-from lingualinked.quantities import bytes_text
+from lingualinked.planning.planned_stage import PlannedStage
+from lingualinked.quantities import bytes_text, count_text
+from lingualinked.transmission import Transmission
 
 
 def check_memory(plan: Plan, devices: Iterable[Device]) -> None:
@@ -32,9 +34,20 @@ def refuse_overfull(device: str, num_bytes: int, limit: float, held: str) -> Non
         )
 
 
-def check_trust(plan: Plan, devices: Iterable[Device]) -> None:
+def check_num_stages(num_stages: int, num_layers: int, forbidden_cuts: Collection[int]) -> None:
+    """Refuse more stages than forbidden cuts leave places to begin at."""
+    most = num_layers - len(forbidden_cuts)
+    if num_stages > most:
+        raise InfeasiblePlanError(
+            f"{count_text(num_stages, 'stage')} for a model whose layers {', '.join(map(str, sorted(forbidden_cuts)))} must each lie with the layer "
+            f"before: it can be cut into at most {count_text(most, 'stage')}; use fewer devices"
+        )
+
+
+def check_trust(plan: Plan, devices: Iterable[Device], transmission: Transmission | None = None) -> None:
     """Refuse a plan that puts the ends of the model on devices that are not trusted, once any device of the cluster is.
 
+    So are other layers that need token ids, and parts that do: a transmission map names them.
     Also refuses ``trusted_layers`` of its workload where no device is trusted.
     """
     trusted_layers = plan.trusted_layers
@@ -51,3 +64,19 @@ def check_trust(plan: Plan, devices: Iterable[Device]) -> None:
                 f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: the "
                 f"first and the last stage see token ids and logits{asked}; put them on trusted devices"
             )
+        if (
+            transmission is not None
+            and stage.device not in trusted
+            and _needs_ids(stage, plan.num_layers, transmission)
+        ):
+            held = f" to hold {', '.join(stage.held)}" if stage.held else ""
+            raise InfeasiblePlanError(
+                f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: that stage needs "
+                f"token ids{held}; put it on a trusted device"
+            )
+
+
+def _needs_ids(stage: PlannedStage, num_layers: int, transmission: Transmission) -> bool:
+    return bool(stage.held) or any(
+        relay.is_ids and relay.is_sent_to(stage.start, stage.end, num_layers) for relay in transmission.relays
+    )

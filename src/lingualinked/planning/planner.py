@@ -15,9 +15,9 @@ from lingualinked.checks import MOST, is_count, is_number
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.planning.microbatches import exact_numbers
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
-from lingualinked.planning.placement.problem import Placement, Problem
+from lingualinked.planning.placement.problem import Placement, Problem, relays_of
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
+from lingualinked.planning.plan import DEFAULT_RESERVE, Plan, hold_parts
 from lingualinked.planning.prediction import Prediction, step_s_of
 from lingualinked.planning.remedy import add_remedy, model_fits
 from lingualinked.planning.solved import Solved
@@ -295,7 +295,12 @@ def baseline(
 
 def _plan(problem: Problem, placement: Placement, profile: Profile, workload: Workload, reserve: float) -> Plan:
     spans = [(problem.names[span.device], span.start, span.end) for span in placement]
-    return dataclasses.replace(Plan.from_spans(spans, profile=profile, workload=workload), reserve=reserve)
+    plan = dataclasses.replace(Plan.from_spans(spans, profile=profile, workload=workload), reserve=reserve)
+    if problem.relays is None:
+        return plan
+    names = [each.name for each in problem.relays.costs]
+    held = [tuple(names[index] for index in stage.held) for stage in relays_of(problem, placement)]
+    return hold_parts(plan, held)
 
 
 def _check_arguments(profile: object, objective: object, min_tokens_per_s: object, reserve: object) -> None:

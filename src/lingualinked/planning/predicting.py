@@ -10,13 +10,20 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lingualinked.device import CALLER
 from lingualinked.planning.microbatches import exact_numbers
 from lingualinked.planning.planned_stage import PlannedStage
-from lingualinked.planning.prediction import DevicePrediction, HopPrediction, Prediction, StagePrediction
+from lingualinked.planning.prediction import (
+    DevicePrediction,
+    HopPrediction,
+    Prediction,
+    RelayPrediction,
+    StagePrediction,
+)
 from lingualinked.planning.prefill_prediction import StageCost, cost_of, predict_prefill
+from lingualinked.planning.transmission_map import consumed_by
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
 from lingualinked.workload import Workload
@@ -51,7 +58,7 @@ def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workloa
                 end=stage.end,
                 chunks_s=costs.prefill_s(device, stage.start, stage.end),
                 decode_s=costs.decode_s(device, stage.start, stage.end),
-                weight_bytes=model.span_bytes(stage.start, stage.end),
+                weight_bytes=model.span_bytes(stage.start, stage.end) + model.transmission.bytes_of(stage.held),
                 kv_bytes=costs.kv_bytes(stage.start, stage.end),
                 working_bytes=costs.working_bytes(),
             )
@@ -84,7 +91,34 @@ def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workloa
                 watts=device.watts,
             )
         )
-    return Prediction(workload=costs.workload, stages=tuple(predicted), hops=hops, devices=tuple(devices))
+    return Prediction(
+        workload=costs.workload,
+        stages=tuple(predicted),
+        hops=hops,
+        devices=tuple(devices),
+        relays=tuple(_relays(stages, costs)),
+    )
+
+
+def _relays(stages: Sequence[PlannedStage], costs: WorkloadCosts) -> Iterator[RelayPrediction]:
+    """Predict what each stage gets from stages on other devices, other than hidden states."""
+    for index, consumed in enumerate(consumed_by(stages, costs.profile.model.transmission)):
+        for source in dict.fromkeys(each.source for each in consumed if each.source is not None):
+            parts = [each for each in consumed if each.source == source]
+            names = stages[source].device, stages[index].device
+            if names[0] != names[1]:
+                token_bytes = sum(each.token_bytes for each in parts)
+                yield RelayPrediction(
+                    stage=index,
+                    source=names[0],
+                    target=names[1],
+                    names=tuple(each.name for each in parts),
+                    token_bytes=token_bytes,
+                    chunk_transfers_s=tuple(
+                        costs.relay_transfer_s(*names, token_bytes, tokens) for tokens, _ in costs.workload.chunks
+                    ),
+                    decode_transfer_s=costs.relay_transfer_s(*names, token_bytes, 1),
+                )
 
 
 def prefill_costs(stages: Sequence[PlannedStage], profile: Profile, rows: int) -> tuple[list[StageCost], float]:

@@ -81,6 +81,40 @@ class HopPrediction:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RelayPrediction:
+    """What a stage gets beside hidden states from one other stage, which the step waits for.
+
+    Parameters
+    ----------
+    stage : int
+        Index of the stage that uses it.
+    source, target : str
+        Names of the devices.
+    names : tuple of str
+        Names of the relays, as in the transmission map.
+    token_bytes : int
+        Bytes per row and token, of all of them.
+    chunk_transfers_s : tuple of float
+        Seconds in which the link carries what belongs to each chunk of a prefill.
+    decode_transfer_s : float
+        The same of a decode step.
+    """
+
+    stage: int
+    source: str
+    target: str
+    names: tuple[str, ...]
+    token_bytes: int
+    chunk_transfers_s: tuple[float, ...]
+    decode_transfer_s: float
+
+    @property
+    def prefill_transfer_s(self) -> float:
+        """Seconds in which the link is busy with it in a prefill."""
+        return sum(self.chunk_transfers_s)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePrediction:
     """One device.
 
@@ -126,18 +160,22 @@ class Prediction(Printed):
         From the caller through the stages and back.
     devices : tuple of DevicePrediction
         Devices in use, each once.
+    relays : tuple of RelayPrediction
+        What skips stages, by the stage that uses it.
     """
 
     workload: Workload
     stages: tuple[StagePrediction, ...]
     hops: tuple[HopPrediction, ...]
     devices: tuple[DevicePrediction, ...]
+    relays: tuple[RelayPrediction, ...] = ()
 
     @property
     def step_s(self) -> float:
         """Seconds of a decode step of one microbatch, from the caller through all stages and back."""
         compute = sum(stage.decode_s for stage in self.stages)
-        return compute + sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
+        relayed = sum(relay.decode_transfer_s for relay in self.relays)
+        return compute + relayed + sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
 
     @property
     def first_token_s(self) -> float:
@@ -155,17 +193,24 @@ class Prediction(Printed):
         devices: defaultdict[str, float] = defaultdict(float)
         for stage in self.stages:
             devices[stage.device] += stage.decode_s if is_decode else stage.prefill_s
-        hops = [hop.decode_transfer_s if is_decode else hop.prefill_transfer_s for hop in self.hops]
-        return max(*devices.values(), *hops)
+        links: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for each in self._sendings:
+            links[each.source, each.target] += each.decode_transfer_s if is_decode else each.prefill_transfer_s
+        return max(*devices.values(), *links.values())
 
     @property
     def _prefill_s(self) -> float:
         """Seconds of a microbatch's prefill, from the caller through all stages and back; its chunks follow each other."""
         halts: list[Halt] = []
-        for hop, stage in itertools.zip_longest(self.hops, self.stages):
+        for index, (hop, stage) in enumerate(itertools.zip_longest(self.hops, self.stages)):
             halts.append((hop.chunk_transfers_s, hop.latency_s))
+            halts += [(relay.chunk_transfers_s, 0.0) for relay in self.relays if relay.stage == index]
             halts += [] if stage is None else [(stage.chunks_s, 0.0)]
         return pass_chunks(halts)
+
+    @property
+    def _sendings(self) -> list[HopPrediction | RelayPrediction]:
+        return [*self.hops, *self.relays]
 
     @property
     def _num_microbatches(self) -> int:
@@ -269,6 +314,7 @@ class Prediction(Printed):
         """What is predicted, in sentences."""
         workload = self.workload
         hops = sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
+        hops += sum(relay.decode_transfer_s for relay in self.relays)
         sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
         split = "" if self._num_microbatches == 1 else f" in {self._num_microbatches} microbatches"
         size = workload.prefill_chunk_size
@@ -295,11 +341,12 @@ class Prediction(Printed):
     def _seconds(self, *, with_latency: bool = False) -> list[tuple[float, str]]:
         """List the seconds of a mean step on each device and each link; latency keeps no link busy."""
         seconds = [(device.busy_s, f"device {device.device!r}") for device in self.devices]
-        for hop in self.hops:
-            busy_s = self._num_microbatches * self.mean(hop.prefill_transfer_s, hop.decode_transfer_s)
-            name = f"link {hop.source!r} -> {hop.target!r}"
-            seconds.append((hop.latency_s + busy_s if with_latency else busy_s, name))
-        return seconds
+        links: defaultdict[str, float] = defaultdict(float)
+        for each in self._sendings:
+            busy_s = self._num_microbatches * self.mean(each.prefill_transfer_s, each.decode_transfer_s)
+            latency_s = each.latency_s if with_latency and isinstance(each, HopPrediction) else 0.0
+            links[f"link {each.source!r} -> {each.target!r}"] += latency_s + busy_s
+        return seconds + [(busy_s, name) for name, busy_s in links.items()]
 
 
 def value_of(predicted: Prediction, objective: Objective) -> float:

@@ -13,14 +13,16 @@ import numpy as np
 from lingualinked.device import CALLER
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes
-from lingualinked.planning.placement.problem import Floats, Problem
+from lingualinked.planning.placement.problem import Flags, Floats, Problem
+from lingualinked.planning.placement.relays import RelayCosts, Relays
+from lingualinked.planning.transmission_map import ID_BYTES
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
+from lingualinked.transmission import Relay
 from lingualinked.workload import Workload
 
 HEADER_BYTES = 160
 """Bytes of a step's message besides its tensors, about."""
 
-_ID_BYTES = 8
 _OVERFLOWING = 1e100  # seconds or watts, beyond which their products and sums may exceed every float
 _KV_GRANULE_TOKENS = 64
 
@@ -56,7 +58,7 @@ class WorkloadCosts:
         """Bytes that a step of so many new tokens sends from one party to another."""
         model, rows = self.profile.model, self.workload.step_rows
         if source == CALLER:
-            return HEADER_BYTES + rows * tokens * _ID_BYTES
+            return HEADER_BYTES + rows * tokens * ID_BYTES
         if target == CALLER:
             return HEADER_BYTES + rows * model.logits_bytes  # of the last position alone
         return HEADER_BYTES + rows * tokens * model.hidden_bytes
@@ -114,6 +116,7 @@ class WorkloadCosts:
 
         kinds = np.array([[self._mean_s(times) for times in each.layers] for each in devices])
         layer_bytes = [weight + self.layer_kv_bytes(i) for i, weight in enumerate(model.layer_weight_bytes)]
+        stage_bytes = float(self.working_bytes() + model.everywhere_bytes)
         problem = Problem(
             names=names,
             layer_s=kinds[:, list(model.kind_of_layer)],
@@ -127,7 +130,7 @@ class WorkloadCosts:
             leave_s=np.array([self._mean_hop_s(name, CALLER) for name in names]),
             leave_busy_s=np.array([self._mean_busy_s(name, CALLER) for name in names]),
             layer_bytes=np.array(layer_bytes, dtype=float),
-            stage_bytes=np.full(len(names), float(self.working_bytes())),
+            stage_bytes=np.full(len(names), stage_bytes),
             first_bytes=float(model.prologue_bytes),
             last_bytes=float(model.epilogue_bytes),
             tied_bytes=float(model.tied_bytes),
@@ -139,9 +142,51 @@ class WorkloadCosts:
             num_sessions=self.workload.steps_in_flight,
             num_front=min(max(1, front), model.num_layers),
             num_back=min(max(1, back), model.num_layers),
+            forbidden_cuts=model.transmission.forbidden_cuts,
+            relays=self._relays(trusted),
         )
         _check_magnitude(problem)
         return problem
+
+    def relay_transfer_s(self, source: str, target: str, token_bytes: int, tokens: int) -> float:
+        """Seconds in which a tensor of so many bytes per row and token, in a step, keeps a link busy."""
+        return self.profile.link(source, target).transfer_s(self.workload.step_rows * tokens * token_bytes)
+
+    def is_held(self, relay: Relay) -> bool:
+        """Whether stages had better hold the part that makes a relay: if that takes fewer bytes than to send its output in the workload."""
+        tokens = self.workload.num_rows * self.workload.num_tokens
+        return 0 < relay.part_bytes < (relay.token_bytes - ID_BYTES) * tokens
+
+    def _relays(self, trusted: Flags) -> Relays | None:
+        """Return what tensors that skip stages cost; ``None`` if there are none."""
+        relays = self.profile.model.transmission.relays
+        if not relays:
+            return None
+        costs = tuple(
+            RelayCosts(
+                name=relay.name,
+                made_at=relay.made_at,
+                used_at=relay.used_at,
+                send_s=self._relay_s(relay.token_bytes),
+                held_bytes=float(relay.part_bytes) if self.is_held(relay) else 0.0,
+                is_ids=relay.is_ids,
+            )
+            for relay in relays
+        )
+        anywhere = np.ones(len(trusted), dtype=bool)
+        makers = {relay.made_at: trusted if relay.made_at == 0 else anywhere for relay in relays}
+        return Relays(costs=costs, ids_s=self._relay_s(ID_BYTES), makers=makers)
+
+    def _relay_s(self, token_bytes: int) -> Floats:
+        """Return the seconds of a mean step in which each link carries a tensor, float64 ``[D, D]``."""
+
+        def seconds(source: str, target: str) -> float:
+            sent = [self.relay_transfer_s(source, target, token_bytes, tokens) for tokens, _ in self.workload.chunks]
+            prefill = min(sent[0], sent[-1]) if self.num_overlapping > 1 else sum(sent)
+            return self.mean(prefill, self.relay_transfer_s(source, target, token_bytes, 1))
+
+        names = self.profile.names
+        return np.array([[0.0 if a == b else seconds(a, b) for b in names] for a in names])
 
     def _stage_s(self, device: DeviceProfile, start: int, end: int, tokens: int, context: float) -> float:
         return stage_s(self.profile.model, device, start, end, self.workload.step_rows, tokens, context)

@@ -78,6 +78,24 @@ def test_no_split_that_fits_has_a_smaller_largest_stage(weights: WeightBytes, li
     assert max(planned) == min(largest)
 
 
+@given(weights=weights(), limits=st.lists(st.none() | st.integers(1, 250), min_size=1, max_size=4), data=st.data())
+def test_no_allowed_split_has_a_smaller_largest_stage(
+    weights: WeightBytes, limits: list[int | None], data: st.DataObject
+) -> None:
+    num_layers = len(weights.layers)
+    cuts = data.draw(st.sets(st.integers(1, max(1, num_layers - 1)), max_size=3)) if num_layers > 1 else set()
+    splits = [each for each in all_splits(num_layers, len(limits)) if not {start for start, _ in each} & cuts]
+    sizes = [[stage_bytes(weights, *span) for span in split] for split in splits]
+    largest = [max(each) for each in sizes if all(map(fits, each, limits))]
+    if not largest:
+        with pytest.raises(ll.InfeasiblePlanError, match="short" if splits else "stages? for"):
+            even_plan(weights, devices_of(limits), sorted(cuts))
+        return
+    plan = even_plan(weights, devices_of(limits), sorted(cuts))
+    assert max(stage.weight_bytes for stage in plan.stages) == min(largest)
+    assert not {stage.start for stage in plan.stages} & cuts
+
+
 @given(weights=weights())
 def test_bytes_of_a_span(weights: WeightBytes) -> None:
     for start, end in itertools.combinations(range(len(weights.layers) + 1), 2):

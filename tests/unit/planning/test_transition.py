@@ -14,6 +14,7 @@ import lingualinked as ll
 from lingualinked.planning.passage.holdings import Holdings, Spans
 from lingualinked.planning.passage.transition import transition
 from lingualinked.planning.passage.waves import merged
+from lingualinked.transmission import Transmission
 from lingualinked.weight_bytes import WeightBytes
 from profiles import MIB, profile
 
@@ -26,6 +27,7 @@ def holdings(
     kv: Sequence[int] = (),
     working: int = 0,
     trusted: str = "",
+    cuts: tuple[int, ...] = (),
 ) -> Holdings:
     return Holdings(
         weights=WeightBytes(layers=tuple(layers), prologue=ends[0], epilogue=ends[1], tied=ends[2]),
@@ -33,6 +35,7 @@ def holdings(
         capacity_bytes=tuple(capacity.values()),
         layer_kv=tuple(kv),
         working=working,
+        transmission=Transmission(forbidden_cuts=cuts),
     )
 
 
@@ -84,6 +87,7 @@ def passed(before: Spans, after: Spans, room: Holdings, kept: tuple[int, int] = 
         for name, capacity in zip(names, room.capacity_bytes, strict=True):
             assert held(room, name, earlier, later) <= max(capacity, held(room, name, before))
     for each in path[1:]:
+        assert not {start for _, start, _ in each} & set(room.transmission.forbidden_cuts)
         assert each[-1][2] == len(room.weights.layers)
         assert keeps_trust(each, room, kept)
         for old, new, now in zip(*map(devices_of, (before, after, each)), strict=True):
@@ -137,13 +141,19 @@ def rooms(draw: st.DrawFn, names: str, num_layers: int, *, trust: bool = False) 
 
 @st.composite
 def moves(
-    draw: st.DrawFn, names: str, num_layers: int, kept: tuple[int, int] = (0, 0), **options: bool
+    draw: st.DrawFn,
+    names: str,
+    num_layers: int,
+    kept: tuple[int, int] = (0, 0),
+    cuts: tuple[int, ...] = (),
+    **options: bool,
 ) -> tuple[Holdings, list[Spans], Spans, Spans]:
     room = draw(rooms(names, num_layers, trust=options.pop("trust", False)))
+    room = dataclasses.replace(room, transmission=Transmission(forbidden_cuts=cuts))
     plans = [
         plan
         for plan in all_plans(names, num_layers, **options)
-        if excess(room, plan) <= 0 and keeps_trust(plan, room, kept)
+        if excess(room, plan) <= 0 and not {start for _, start, _ in plan} & set(cuts) and keeps_trust(plan, room, kept)
     ]
     assume(len(plans) > 1)
     before, after = draw(st.sampled_from(plans)), draw(st.sampled_from(plans))
@@ -156,6 +166,16 @@ def test_along_one_order_there_is_always_a_way(move: tuple[Holdings, list[Spans]
     room, plans, before, after = move
     path = passed(before, after, room)
     assert (len(path) == 1) == (excess(room, before, after) <= 0)
+    best = distance(before, after, plans, room)
+    assert best is not None
+    assert len(path) <= max(best, 1) + 1
+
+
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
+@given(moves("abcd", 7, orders=False, rings=False, cuts=(2, 3, 5)))
+def test_layers_that_must_stay_together_move_together(move: tuple[Holdings, list[Spans], Spans, Spans]) -> None:
+    room, plans, before, after = move
+    path = passed(before, after, room)
     best = distance(before, after, plans, room)
     assert best is not None
     assert len(path) <= max(best, 1) + 1

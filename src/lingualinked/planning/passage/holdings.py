@@ -14,6 +14,7 @@ from typing import TypeAlias
 from lingualinked.device import Device
 from lingualinked.planning.workload_costs import WorkloadCosts
 from lingualinked.profile import Profile
+from lingualinked.transmission import Transmission
 from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Workload
 
@@ -30,6 +31,7 @@ class Holdings:
     capacity_bytes: tuple[float, ...]  # of each device; infinite if it is not known
     layer_kv: tuple[int, ...] = ()  # bytes of each layer's KV of all sessions; empty if not known
     working: int = 0  # bytes of a stage's intermediate results
+    transmission: Transmission = dataclasses.field(default_factory=Transmission)
 
     @classmethod
     def of_profile(cls, profile: Profile, workload: Workload) -> Holdings:
@@ -41,28 +43,35 @@ class Holdings:
             capacity_bytes=tuple(costs.capacity_bytes(each) for each in profile.devices),
             layer_kv=tuple(map(costs.layer_kv_bytes, range(model.num_layers))),
             working=costs.working_bytes(),
+            transmission=model.transmission,
         )
 
     @classmethod
-    def of_devices(cls, weights: WeightBytes, devices: Sequence[Device]) -> Holdings:
+    def of_devices(
+        cls, weights: WeightBytes, devices: Sequence[Device], transmission: Transmission | None = None
+    ) -> Holdings:
         """Make holdings from the devices' own limits and the weights alone, where nothing was measured."""
         limits = (device.memory_bytes for device in devices)
         return cls(
             weights=weights,
             devices=tuple(devices),
             capacity_bytes=tuple(math.inf if limit is None else limit for limit in limits),
+            transmission=transmission or Transmission(),
         )
 
 
 class Ledger:
     """Bytes that devices hold under plans, and their limits while layers move from the plan `origin` to another.
 
-    A device that exceeds its memory before anything has moved may hold so much, and no more.
+    A device that exceeds its memory before anything has moved may hold so much, and no more. A stage may begin or end at any of
+    the `bounds`.
     """
 
     def __init__(self, holdings: Holdings, origin: Spans) -> None:
         self._weights, self._working = holdings.weights, holdings.working
         self._num_layers = len(holdings.weights.layers)
+        forbidden = holdings.transmission.forbidden_cuts
+        self.bounds = [layer for layer in range(self._num_layers + 1) if layer not in forbidden]
         kv = holdings.layer_kv or (0,) * self._num_layers
         layers = zip(holdings.weights.layers, kv, strict=True)
         self._before = [0, *accumulate(weight + each for weight, each in layers)]  # bytes of the layers before each
@@ -81,7 +90,7 @@ class Ledger:
                 reached = end
         num_bytes += self._weights.of_ends(has_first=spans[0][0] == 0, has_last=reached == self._num_layers)
         num_stages = max(sum(name == device for name, _, _ in plan) for plan in plans)
-        return num_bytes + self._working * num_stages
+        return num_bytes + (self._working + self._weights.everywhere) * num_stages
 
     def fit(self, *plans: Spans) -> bool:
         """Whether all devices can hold their parts of these plans at once."""

@@ -30,7 +30,7 @@ def transition(before: Plan, after: Plan, holdings: Holdings) -> tuple[Plan, ...
     """
     names = [device.name for device in holdings.devices]
     for plan in (before, after):
-        check_plan(plan, len(holdings.weights.layers), names)
+        check_plan(plan, len(holdings.weights.layers), names, holdings.transmission)
     origin, target = before.spans, after.spans
     ledger = Ledger(holdings, origin)
     for device in after.devices:

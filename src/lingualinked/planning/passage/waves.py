@@ -15,7 +15,7 @@ Places = tuple[int, ...]
 
 
 class Track:
-    """An order of slots that two plans share, and where each layer lies on it.
+    """An order of slots that two plans share, and where each block of layers lies on it that must stay together.
 
     A device has one slot, or two where the plans hold it in different places; both at once only as the first and the last.
     """
@@ -24,20 +24,21 @@ class Track:
         self.ledger = ledger
         first, second = slots_of(origin), slots_of(target)
         self.slots, first_slots, second_slots = merged(first, second)
-        self.begin = _places(origin, first_slots)
-        self.goal = _places(target, second_slots)
+        self._bounds = ledger.bounds
+        self.begin = _places(origin, first_slots, self._bounds)
+        self.goal = _places(target, second_slots, self._bounds)
         self._slots_of: dict[str, list[int]] = {}
         for index, device in enumerate(self.slots):
             self._slots_of.setdefault(device, []).append(index)
         self._twins = [slots for slots in self._slots_of.values() if len(slots) > 1]
 
     def spans(self, places: Sequence[int]) -> Spans:
-        """Return the plan in which the layers lie there."""
+        """Return the plan in which the blocks lie there."""
         spans: list[tuple[str, int, int]] = []
         for slot, run in itertools.groupby(range(len(places)), key=places.__getitem__):
-            layers, device = list(run), self.slots[slot]
-            start = spans.pop()[1] if spans and spans[-1][0] == device else layers[0]
-            spans.append((device, start, layers[-1] + 1))
+            blocks, device = list(run), self.slots[slot]
+            start = spans.pop()[1] if spans and spans[-1][0] == device else self._bounds[blocks[0]]
+            spans.append((device, start, self._bounds[blocks[-1] + 1]))
         return tuple(spans)
 
     def may_enter(self, held: Spans, places: Sequence[int], slot: int) -> bool:
@@ -54,7 +55,7 @@ class Track:
     def _span(self, places: Sequence[int], slot: int) -> tuple[str, int, int] | None:
         start = bisect.bisect_left(places, slot)
         end = bisect.bisect_right(places, slot, start)
-        return (self.slots[slot], start, end) if end > start else None
+        return (self.slots[slot], self._bounds[start], self._bounds[end]) if end > start else None
 
 
 def waves(origin: Spans, target: Spans, ledger: Ledger) -> list[Spans] | None:
@@ -105,24 +106,25 @@ def slots_of(plan: Spans) -> tuple[str, ...]:
     return tuple(device for device, _, _ in plan)
 
 
-def _places(plan: Spans, slots: Sequence[int]) -> Places:
-    return tuple(slot for slot, (_, start, end) in zip(slots, plan, strict=True) for _ in range(start, end))
+def _places(plan: Spans, slots: Sequence[int], bounds: Sequence[int]) -> Places:
+    places = [slot for slot, (_, start, end) in zip(slots, plan, strict=True) for _ in range(start, end)]
+    return tuple(places[first] for first in bounds[:-1])
 
 
 def _wave(track: Track, held: Spans, places: Places) -> Places:
-    """Move every layer whose new device has room for it beside all that it holds."""
+    """Move every block whose new device has room for it beside all that it holds."""
     moved, goal = list(places), track.goal
     last = len(places) - 1
-    onwards = (layer for layer in range(last, -1, -1) if goal[layer] > places[layer])
-    back = (layer for layer in range(last + 1) if goal[layer] < places[layer])
-    for layer in (*onwards, *back):
+    onwards = (block for block in range(last, -1, -1) if goal[block] > places[block])
+    back = (block for block in range(last + 1) if goal[block] < places[block])
+    for block in (*onwards, *back):
         is_free = (
-            layer == last or moved[layer + 1] >= goal[layer]
-            if goal[layer] > places[layer]
-            else layer == 0 or moved[layer - 1] <= goal[layer]
+            block == last or moved[block + 1] >= goal[block]
+            if goal[block] > places[block]
+            else block == 0 or moved[block - 1] <= goal[block]
         )
         if is_free:
-            moved[layer] = goal[layer]
-            if not track.may_enter(held, moved, goal[layer]):
-                moved[layer] = places[layer]
+            moved[block] = goal[block]
+            if not track.may_enter(held, moved, goal[block]):
+                moved[block] = places[block]
     return tuple(moved)

@@ -6,12 +6,14 @@ Knows one problem, and its devices in the order given; what the planner would do
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
 from lingualinked.errors import InfeasiblePlanError
 from lingualinked.planning.placement.problem import Floats, Placement, Problem, Span, device_bytes
 from lingualinked.planning.placement.solver import solve_problem
+from lingualinked.planning.plan_checks import check_num_stages
 from lingualinked.quantities import bytes_text, count_text
 
 
@@ -101,10 +103,21 @@ def _in_shares(problem: Problem, shares: Floats) -> Placement:
     beyond_one *= spare / beyond_one.sum() if beyond_one.sum() > 0 else 0
     counts = np.floor(beyond_one + 1e-9).astype(int)
     counts[np.argsort(counts - beyond_one, kind="stable")[: spare - counts.sum()]] += 1
-    bounds = [0, *np.cumsum(counts + 1).tolist()]
+    bounds = _at_allowed_cuts([0, *np.cumsum(counts + 1).tolist()], problem.forbidden_cuts)
     placement = tuple(Span(device, bounds[device], bounds[device + 1]) for device in range(num_devices))
     _check(problem, placement)
     return placement
+
+
+def _at_allowed_cuts(bounds: list[int], forbidden_cuts: Collection[int]) -> list[int]:
+    """Move each boundary on to the nearest layer at which a span may begin, and that leaves room for those behind it."""
+    allowed = [layer for layer in range(bounds[-1]) if layer not in forbidden_cuts]
+    check_num_stages(len(bounds) - 1, bounds[-1], forbidden_cuts)
+    moved = [0]
+    for index, bound in enumerate(bounds[1:-1], 1):
+        first, last = allowed.index(moved[-1]) + 1, len(allowed) - (len(bounds) - 2 - index)
+        moved.append(min(allowed[first:last], key=lambda layer: abs(layer - bound)))
+    return [*moved, bounds[-1]]
 
 
 def _check(problem: Problem, placement: Placement) -> None:

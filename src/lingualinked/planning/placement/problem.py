@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import defaultdict
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lingualinked.planning.placement.relays import Relays, StageRelays, sendings
 
 Floats: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -59,6 +62,10 @@ class Problem:
         Sessions in flight at the same time; ``inf``: as many as fill the pipeline.
     num_front, num_back : int
         Layers at the beginning that only devices may hold that may be first, and at the end those that may be last.
+    forbidden_cuts : tuple of int
+        Layers that must lie in the same span as the layer before them.
+    relays : Relays or None
+        Tensors that skip stages.
     """
 
     names: tuple[str, ...]
@@ -85,6 +92,8 @@ class Problem:
     num_sessions: float = math.inf
     num_front: int = 1
     num_back: int = 1
+    forbidden_cuts: tuple[int, ...] = ()
+    relays: Relays | None = None
 
     @property
     def num_devices(self) -> int:
@@ -134,19 +143,21 @@ def bottleneck_s(problem: Problem, placement: Placement) -> float:
     busy = np.zeros(problem.num_devices)
     for span in placement:
         busy[span.device] += span_s(problem, span)
-    links = [
-        problem.enter_busy_s[placement[0].device],
-        problem.leave_busy_s[placement[-1].device],
-        *(problem.busy_s[a.device, b.device] for a, b in itertools.pairwise(placement)),
-    ]
-    return float(max(busy.max(), *links))
+    links: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for a, b in itertools.pairwise(placement):
+        links[a.device, b.device] += problem.busy_s[a.device, b.device]
+    for maker, user, seconds in relayed_s(problem, placement):
+        links[maker, user] += seconds
+    ends = problem.enter_busy_s[placement[0].device], problem.leave_busy_s[placement[-1].device]
+    return float(max(busy.max(), *ends, *links.values()))
 
 
 def latency_s(problem: Problem, placement: Placement) -> float:
     """Give the seconds of a mean step from the caller through all stages and back."""
     hops = sum(problem.hop_s[a.device, b.device] for a, b in itertools.pairwise(placement))
     ends = problem.enter_s[placement[0].device] + problem.leave_s[placement[-1].device]
-    return float(sum(span_s(problem, span) for span in placement) + hops + ends)
+    relayed = sum(seconds for _, _, seconds in relayed_s(problem, placement))
+    return float(sum(span_s(problem, span) for span in placement) + hops + ends + relayed)
 
 
 def interval_s(problem: Problem, placement: Placement) -> float:
@@ -169,11 +180,43 @@ def span_s(problem: Problem, span: Span) -> float:
     return float(seconds)
 
 
+def relays_of(problem: Problem, placement: Placement) -> list[StageRelays]:
+    """Return what each stage gets beside hidden states; the second half of a ring has all that its first half makes or holds."""
+    found = []
+    for index, span in enumerate(placement):
+        assert problem.relays is not None
+        closes = index > 0 and span.device == placement[0].device
+        room = problem.capacity_bytes[span.device] - _span_bytes(problem, span)
+        may_hold = bool(problem.may_be_first[span.device]) and not closes
+        found.append(problem.relays.of_stage(span.start, span.end, problem.num_layers, float(room), may_hold))
+    return found
+
+
+def relayed_s(problem: Problem, placement: Placement) -> list[tuple[int, int, float]]:
+    """List what skips stages: from which device to which, and for how many seconds of a mean step."""
+    if problem.relays is None:
+        return []
+    spans = [(span.device, span.start, span.end) for span in placement]
+    sent = sendings(problem.relays, spans, relays_of(problem, placement))
+    return [(maker, user, seconds) for _, maker, user, seconds in sent]
+
+
 def device_bytes(problem: Problem, placement: Placement, device: int) -> float:
     """Give the bytes that a device holds."""
     spans = [span for span in placement if span.device == device]
-    has_first = any(span.start == 0 for span in spans)
-    has_last = any(span.end == problem.num_layers for span in spans)
-    num_bytes = sum(problem.layer_bytes[span.start : span.end].sum() + problem.stage_bytes[device] for span in spans)
+    num_bytes = sum(_span_bytes(problem, span) for span in spans)
+    if len(spans) > 1:  # a span with both ends counts what is tied once
+        num_bytes -= problem.tied_bytes
+    if problem.relays is not None:
+        for span, stage in zip(placement, relays_of(problem, placement), strict=True):
+            if span.device == device:
+                num_bytes += sum(problem.relays.costs[index].held_bytes for index in stage.held)
+    return float(num_bytes)
+
+
+def _span_bytes(problem: Problem, span: Span) -> float:
+    """Return the bytes of a stage without the parts that it holds for others."""
+    has_first, has_last = span.start == 0, span.end == problem.num_layers
+    num_bytes = problem.layer_bytes[span.start : span.end].sum() + problem.stage_bytes[span.device]
     num_bytes += problem.first_bytes * has_first + problem.last_bytes * has_last
     return float(num_bytes - problem.tied_bytes * (has_first and has_last))

@@ -15,12 +15,14 @@ import numpy as np
 
 from lingualinked.errors import ArgumentError
 from lingualinked.planning.placement.infeasible import explain_infeasible
+from lingualinked.planning.placement.makers import branch_over_makers
 from lingualinked.planning.placement.network import shortest_along
 from lingualinked.planning.placement.problem import (
     Floats,
     Placement,
     Problem,
     Solution,
+    bottleneck_s,
     energy_j,
     interval_s,
     latency_s,
@@ -127,10 +129,16 @@ def solve_problem(
     devices = _checked(problem, objective, order, max_bottleneck_s)
     solver = _Solver(problem, order, math.inf if max_bottleneck_s is None else max_bottleneck_s)
     value_of = {"throughput": interval_s, "latency": latency_s, "energy": energy_j}[objective]
-    if objective == "throughput":
-        placement, bound = solver.least_interval()
+    if problem.relays is None:
+        placement, bound = solver.least(objective)
     else:
-        placement, bound = solver.least_sum(problem.watts if objective == "energy" else None)
+        placement, bound = branch_over_makers(
+            problem,
+            lambda part: _Solver(part, order, solver.limit).least(objective),
+            lambda found: value_of(problem, found) if _within(problem, found, solver.limit) else math.inf,
+            gap=0.0 if solver.is_small else LARGE_GAP,
+        )
+        placement = placement if _within(problem, placement, solver.limit) else ()
     if not placement:
         raise explain_infeasible(problem, devices, solver.limit, solver.closest)
     if order is None:
@@ -160,6 +168,11 @@ def _checked(
     return devices
 
 
+def _within(problem: Problem, placement: Placement, limit: float) -> bool:
+    """Return whether a placement keeps to a limit on the bottleneck; true of none."""
+    return math.isinf(limit) or not placement or bottleneck_s(problem, placement) <= limit * (1 + TOLERANCE)
+
+
 class _Solver:
     def __init__(self, problem: Problem, order: Sequence[int] | None, limit: float) -> None:
         self.problem, self.order, self.limit = problem, order, limit
@@ -171,6 +184,12 @@ class _Solver:
         if math.isfinite(limit):
             self.busy = self.busy.at_most(limit)
         self.orders = [tuple(order)] if order is not None else list(_orders(problem))
+
+    def least(self, objective: Objective) -> tuple[Placement, float]:
+        """Return the placement of least value, and a proven lower bound on that."""
+        if objective == "throughput":
+            return self.least_interval()
+        return self.least_sum(self.problem.watts if objective == "energy" else None)
 
     def least_sum(self, watts: Floats | None) -> tuple[Placement, float]:
         """Return the placement of least latency or energy, and a proven lower bound on that."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 
 from lingualinked.planning.placement.problem import Floats, Placement, Problem
+from lingualinked.planning.placement.relays import RelayTables, tabulate
 
 TOLERANCE = 1e-12
 """Relative. The same sum formed in another order differs by a few times 1e-16 per term; 1e-12 forgives thousands."""
@@ -33,11 +35,14 @@ class SpanTables:
     ring_excess_bytes : dict of int to ndarray
         For each device that may hold both ends: float64 ``[L+1, L+1]``, the same for ``[0, a)`` and ``[b, L)``
         together, at ``[a, b]``; ``inf`` where one of the two or what lies between them is empty.
+    relays : RelayTables or None
+        What relays cost at least, where there are any.
     """
 
     seconds: Floats
     excess_bytes: Floats
     ring_excess_bytes: dict[int, Floats]
+    relays: RelayTables | None = None
 
     @classmethod
     def of(cls, problem: Problem) -> SpanTables:
@@ -54,20 +59,33 @@ class SpanTables:
         num_bytes[:, 0, :] += problem.first_bytes
         num_bytes[:, :, -1] += problem.last_bytes
         num_bytes[:, 0, -1] -= problem.tied_bytes
+        relays = None
+        if problem.relays is not None:
+            room = problem.capacity_bytes[:, None, None] - num_bytes
+            relays = tabulate(problem.relays, room, problem.may_be_first)
         excess = _excess(num_bytes, problem.capacity_bytes[:, None, None])
         excess[~problem.may_be_first, : problem.num_front, :] = np.inf
         excess[~problem.may_be_last, :, num_layers - problem.num_back + 1 :] = np.inf
+        cuts = list(problem.forbidden_cuts)
+        excess[:, cuts, :] = excess[:, :, cuts] = np.inf
+        if relays is not None:
+            excess[relays.is_forbidden] = np.inf
         excess[:, is_empty] = np.inf
 
         both_ends = window_bytes[0][:, None] + window_bytes[:, -1][None, :]
         both_ends += problem.first_bytes + problem.last_bytes - problem.tied_bytes
         is_no_ring = is_empty.copy()
         is_no_ring[0, :] = is_no_ring[:, -1] = True
+        is_no_ring[cuts, :] = is_no_ring[:, cuts] = True
         rings = {}
         for device in np.flatnonzero(problem.may_close & problem.may_be_first & problem.may_be_last).tolist():
             rings[device] = _excess(both_ends + 2 * problem.stage_bytes[device], problem.capacity_bytes[device])
             rings[device][is_no_ring] = np.inf
-        return cls(seconds, excess, rings)
+            if problem.relays is not None:
+                for made_at, makers in problem.relays.makers.items():
+                    if not makers[device]:  # neither half may hold what it makes
+                        rings[device][made_at + 1 :, :] = rings[device][:, : made_at + 1] = np.inf
+        return cls(seconds, excess, rings, relays)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,7 +108,9 @@ class Costs:
     close : dict of int to ndarray
         For each device that some ring could start and end on: float64 ``[L+1, L+1]``, of closing that ring with
         ``[b, L)`` and leaving it, at ``[a, b]``. If b is possible beside a, so is every later b, and b beside every
-        earlier a.
+        earlier a; forbidden cuts left aside.
+    may_go_on : bool
+        Whether who may hold layers may also hold the later ones of them alone, at no more cost.
     """
 
     span: Floats
@@ -99,6 +119,7 @@ class Costs:
     leave: Floats
     front: Floats
     close: dict[int, Floats]
+    may_go_on: bool = True
 
     def at_most(self, cap: float) -> Costs:
         """Return the same costs without the parts that cost more than a cap."""
@@ -109,7 +130,8 @@ class Costs:
 
         close = {device: within(table) for device, table in self.close.items()}
         names = ("span", "hop", "enter", "leave", "front")
-        return Costs(close=close, **{name: within(getattr(self, name)) for name in names})
+        parts: dict[str, Any] = {name: within(getattr(self, name)) for name in names}
+        return dataclasses.replace(self, close=close, **parts)
 
     def with_every_hop(self) -> Costs:
         """Return the same costs as if there were a link between any two devices."""
@@ -125,6 +147,7 @@ class Costs:
         furthest = np.where(np.isfinite(self.span[:, :, :-1]), ends[:-1], -1).max(axis=2, keepdims=True)
         leads_everywhere = np.asarray((np.isfinite(self.hop) | np.eye(len(self.hop), dtype=bool)).all(axis=1))
         goes_on = leads_everywhere[:, None, None] & (ends != furthest) & (ends != ends[-1])
+        goes_on &= self.may_go_on
         return Costs(
             span=_allowed(np.where(goes_on, np.inf, self.span), 1.0),
             hop=_allowed(self.hop, 0.0),
@@ -132,6 +155,7 @@ class Costs:
             leave=_allowed(self.leave, 0.0),
             front=_allowed(self.front, 1.0),
             close={device: _allowed(table, 1.0) for device, table in self.close.items()},
+            may_go_on=self.may_go_on,
         )
 
     def costliest(self, placement: Placement) -> float:
@@ -148,17 +172,22 @@ class Costs:
 def bottleneck_costs(problem: Problem, tables: SpanTables) -> Costs:
     """Cost parts by the seconds in which they are busy; the largest counts."""
     enter, leave = _allowed(problem.enter_s, problem.enter_busy_s), _allowed(problem.leave_s, problem.leave_busy_s)
-    close = {}
+    seconds, close = tables.seconds, {}
+    if tables.relays is not None:
+        seconds = np.maximum(seconds, tables.relays.busiest_s)
     for device, excess in tables.ring_excess_bytes.items():
         ring_s = tables.seconds[device, 0, :, None] + tables.seconds[device, None, :, -1]
+        if tables.relays is not None:
+            ring_s = np.maximum(ring_s, tables.relays.closing_busiest_s[device][None, :])
         close[device] = np.where(excess == 0, np.maximum(ring_s, leave[device]), np.inf)
     return Costs(
-        span=np.where(tables.excess_bytes == 0, tables.seconds, np.inf),
+        span=np.where(tables.excess_bytes == 0, seconds, np.inf),
         hop=_between(_allowed(problem.hop_s, problem.busy_s)),
         enter=enter,
         leave=leave,
         front=np.maximum(enter[:, None], tables.seconds[:, 0, :]),
         close=close,
+        may_go_on=problem.relays is None or not any(problem.relays.makers),
     )
 
 
@@ -179,17 +208,20 @@ def sum_costs(problem: Problem, busy: Costs, tables: SpanTables, *, watts: Float
     weight = np.ones(problem.num_devices) if watts is None else watts
     links = (problem.hop_s, problem.enter_s, problem.leave_s)
     hop, enter, leave = links if watts is None else map(np.zeros_like, links)
-    seconds = np.where(np.isfinite(tables.seconds), tables.seconds, 0.0)
+    seconds = np.where(np.isfinite(tables.seconds), tables.seconds, 0.0) * weight[:, None, None]
+    closing = seconds[:, :, -1]
+    if tables.relays is not None and watts is None:
+        seconds, closing = seconds + tables.relays.seconds, closing + tables.relays.closing_s
     return Costs(
-        span=_allowed(busy.span, weight[:, None, None] * seconds),
+        span=_allowed(busy.span, seconds),
         hop=_allowed(busy.hop, hop),
         enter=_allowed(busy.enter, enter),
         leave=_allowed(busy.leave, leave),
-        front=_allowed(busy.front, enter[:, None] + weight[:, None] * seconds[:, 0, :]),
+        front=_allowed(busy.front, enter[:, None] + seconds[:, 0, :]),
         close={
-            device: _allowed(table, (weight[device] * seconds[device, :, -1] + leave[device])[None, :])
-            for device, table in busy.close.items()
+            device: _allowed(table, (closing[device] + leave[device])[None, :]) for device, table in busy.close.items()
         },
+        may_go_on=busy.may_go_on,
     )
 
 
@@ -203,6 +235,7 @@ def excess_costs(problem: Problem, tables: SpanTables) -> Costs:
         leave=nothing,
         front=np.zeros(tables.seconds.shape[:2]),
         close=tables.ring_excess_bytes,
+        may_go_on=problem.relays is None or not any(problem.relays.makers),
     )
 
 

@@ -17,7 +17,7 @@ from lingualinked.checks import as_integer, is_real
 from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.plan import Plan
-from lingualinked.planning.prediction import Prediction
+from lingualinked.planning.prediction import HopPrediction, Prediction, RelayPrediction
 from lingualinked.planning.simulation.event_heap import Course, EventHeap
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
 from lingualinked.planning.simulation.result import Percentiles, Simulation
@@ -101,17 +101,19 @@ def pipeline_times(predicted: Prediction) -> PipelineTimes:
     """Return the line of servers that a plan is predicted to be: links and devices by turns."""
     servers: dict[str, int] = {}
     visits = []
-    for hop, stage in itertools.zip_longest(predicted.hops, predicted.stages):
-        link = servers.setdefault(f"{hop.source} -> {hop.target}", len(servers))
-        visits.append(
+    for index, (hop, stage) in enumerate(itertools.zip_longest(predicted.hops, predicted.stages)):
+        sent: list[tuple[HopPrediction | RelayPrediction, float]] = [(hop, hop.latency_s)]
+        sent += [(relay, 0.0) for relay in predicted.relays if relay.stage == index]
+        visits += [
             Visit(
-                server=link,
-                prefill_s=hop.prefill_transfer_s,
-                chunks_s=hop.chunk_transfers_s,
-                decode_s=hop.decode_transfer_s,
-                delay_s=hop.latency_s,
+                server=servers.setdefault(f"{each.source} -> {each.target}", len(servers)),
+                prefill_s=each.prefill_transfer_s,
+                chunks_s=each.chunk_transfers_s,
+                decode_s=each.decode_transfer_s,
+                delay_s=latency_s,
             )
-        )
+            for each, latency_s in sent
+        ]
         if stage is not None:
             device = servers.setdefault(stage.device, len(servers))
             visits.append(

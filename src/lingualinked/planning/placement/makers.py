@@ -1,0 +1,105 @@
+"""Branch and bound over the devices that make what skips stages: a relay's cost depends on both of its ends.
+
+Knows problems and relays; how a problem with some makers is solved is told by the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from lingualinked.planning.placement.problem import Placement, Problem, relays_of
+from lingualinked.planning.placement.relays import maker_of
+from lingualinked.planning.placement.tables import PROVEN
+
+MAX_NODES = 200
+"""Problems that are solved for one. Links that are alike need one, as a rule; a few that differ, one for each maker in question."""
+
+
+def branch_over_makers(
+    problem: Problem,
+    solve: Callable[[Problem], tuple[Placement, float]],
+    value_of: Callable[[Placement], float],
+    *,
+    gap: float = 0.0,
+) -> tuple[Placement, float]:
+    r"""Find the placement of least value, where relays cost what the link from their maker's device costs.
+
+    The linear programme prices a span by its device and layers, and does not know where the layer lies that makes what the span
+    uses: it takes the nearest device of those that may (`relays.tabulate`), so its optimum is a bound. Where the placement that it
+    finds has a farther maker, the problem is split in two: in one, that device makes it, whose cost is then exact; in the
+    other, any other device does. The part with the least bound is split next, until none is below the best value by more than the gap.
+
+    Parameters
+    ----------
+    problem : Problem
+        With relays.
+    solve : callable
+        From a problem to its placement, or none, and a bound.
+    value_of : callable
+        From a placement to its true value; ``inf`` if it exceeds a limit.
+    gap : float
+        Share of the value that may remain between it and its proven bound.
+
+    Returns
+    -------
+    tuple of tuple of Span and float
+        The placement, none if there is none; and a proven lower bound on the value.
+    """
+    count = itertools.count()
+    best: Placement = ()
+    value, open_bound = math.inf, math.inf
+    placement, bound = solve(problem)
+    heap = [(bound, next(count), problem, placement)]
+    solved = 1
+    while heap and heap[0][0] < value * (1 - max(gap, PROVEN)):
+        bound, _, problem, placement = heapq.heappop(heap)
+        if not placement:
+            continue
+        if value_of(placement) < value or not best:
+            best, value = placement, value_of(placement)
+        made_at = _farthest(problem, placement)
+        if made_at is None or solved >= MAX_NODES:
+            open_bound = min(open_bound, bound)
+            continue
+        assert problem.relays is not None
+        maker = maker_of([(span.device, span.start, span.end) for span in placement], made_at)
+        is_maker = np.arange(problem.num_devices) == maker
+        for devices in (is_maker, ~is_maker):
+            part = dataclasses.replace(problem, relays=problem.relays.only(made_at, devices))
+            assert part.relays is not None
+            if part.relays.makers[made_at].any():
+                placement, bound_of_part = solve(part)
+                solved += 1
+                if placement:
+                    heapq.heappush(heap, (max(bound, bound_of_part), next(count), part, placement))
+    least = min([open_bound, *(each[0] for each in heap)])
+    return best, min(value, least)
+
+
+def _farthest(problem: Problem, placement: Placement) -> int | None:
+    """Return the layer whose maker costs most beyond the nearest that may be; ``None`` if all are the nearest."""
+    relays = problem.relays
+    assert relays is not None
+    spans = [(span.device, span.start, span.end) for span in placement]
+    stages = relays_of(problem, placement)
+    most, found = 0.0, None
+    for made_at, makers in relays.makers.items():
+        if makers.sum() == 1:
+            continue
+        maker = maker_of(spans, made_at)
+        for (user, start, _), stage in zip(spans, stages, strict=True):
+            if start <= made_at:
+                continue
+            closes = user == placement[0].device
+            others = [each for each in np.flatnonzero(makers).tolist() if each != user]
+            nearest = min((stage.seconds_from(each, user, made_at, relays) for each in others), default=0.0)
+            beyond = stage.seconds_from(maker, user, made_at, relays) - (0.0 if closes else nearest)
+            if beyond > most:
+                most, found = beyond, made_at
+    return found
