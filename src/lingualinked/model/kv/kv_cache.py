@@ -30,6 +30,7 @@ from lingualinked.model.kv.fixed_layers import (
     TokenCount,
 )
 from lingualinked.model.kv.growing_tensor import Growth
+from lingualinked.model.kv.kept_values import KeptValues
 from lingualinked.model.kv.kv_layers import GrowingLayer, GrowingSlidingLayer
 from lingualinked.model.kv.whole_layers import WholeLayer, whole_layer
 from lingualinked.quantities import count_text
@@ -70,6 +71,7 @@ class StageCache:
         self.device = device or torch.device("cpu")
         self.count = TokenCount(self.device)  # of a static cache
         self.num_tokens = 0
+        self.modules = KeptValues()  # what the stage's modules keep
         self.arriving_lags: Mapping[int, int] = {}  # `lags` of KV that arrives from elsewhere
         self.owned: dict[int, OwnedLayer] = {}
         self._elsewhere: dict[int, Any] = {}
@@ -163,14 +165,15 @@ class StageCache:
             layer.clear()
         for kind in [kind for kind, graph in self.captured.items() if graph is None]:
             del self.captured[kind]  # for which memory was short
+        self.modules.clear()
         self.num_tokens = 0
         self.count.on_device.zero_()
         self.advance(0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values of the stage's own layers."""
-        return sum(layer.nbytes for layer in self.owned.values())
+        """Bytes allocated for keys and values of the stage's own layers, and for what its modules keep."""
+        return sum(layer.nbytes for layer in self.owned.values()) + self.modules.nbytes
 
     @torch.inference_mode()
     def copy(self, num_dropped: int = 0) -> StageCache:
@@ -184,6 +187,7 @@ class StageCache:
         owned = {slot: _copy_layer(layer, growth, count, num_dropped) for slot, layer in self.owned.items()}
         elsewhere = {slot: copy.copy(layer) for slot, layer in self._elsewhere.items()}
         copied = copy.copy(self)
+        copied.modules = self.modules.copy()
         vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
         layers: list[Any] = [
             owned.get(slot) or elsewhere.get(slot) or layer for slot, layer in enumerate(self.hf.layers)
@@ -248,6 +252,7 @@ class StageCache:
         """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
         for other in others:
             other.captured.clear()
+            self.modules.adopt(other.modules)
             for slot in self.owned.keys() & other.owned.keys():
                 layer: Any = other.owned[slot]
                 self.owned[slot] = self.hf.layers[slot] = layer
@@ -298,6 +303,8 @@ class StageCache:
                     f"KV of {count_text(other.num_tokens, 'token')} can't be joined with KV of {self.num_tokens}: both "
                     "must have come through the same steps"
                 )
+        if any(each.modules for each in (self, *others)):
+            raise ProtocolError("rows of sessions can't be joined: the model's modules keep something of each")
         for slot, layer in self.owned.items():
             layer.append_rows([cast("Any", other.owned.pop(slot)) for other in others])
 

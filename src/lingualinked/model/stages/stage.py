@@ -27,10 +27,12 @@ from lingualinked.model.hf_internals import building, computing, recording
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
+from lingualinked.model.kv.kept_values import KeptValues
 from lingualinked.model.kv.kv_cache import StageCache
 from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.torch_settings import TorchSettings, frozen, read_torch_settings, torch_settings
 from lingualinked.model.stages.layer_order import LayerList, SpanOrder
+from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.model.stages.recorded_values import values_of_span
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
 from lingualinked.model.stages.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
@@ -71,6 +73,7 @@ class Stage:
         self._model.set_submodule(span.parts.layers, self._layers)
         self._slots = self.cache_slots(start, end)
         self._ropes = computing.dynamic_ropes(self._model)
+        self.module_state = ModuleState(self._model, self._config.model_type)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
         num_heads = getattr(self._config.get_text_config(), "num_attention_heads", 0) if is_sdpa else 0
         self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None, num_heads)
@@ -139,7 +142,9 @@ class Stage:
 
         A static cache has room for `max_cache_len` tokens per row; 0: it grows.
         """
-        return StageCache(self._config, self._slots, spare_bytes, max_cache_len, self.device)
+        cache = StageCache(self._config, self._slots, spare_bytes, max_cache_len, self.device)
+        cache.modules.holds = self.module_state.holds
+        return cache
 
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         """Run the model's forward pass over the span, and count its tokens in the KV cache, if there is one.
@@ -157,7 +162,8 @@ class Stage:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
         graph = decode = None
-        if cache is not None and not self._ropes and not self.adapters and self.graphs.serve(cache):
+        keeps_state = bool(self._ropes or self.module_state)
+        if cache is not None and not keeps_state and not self.adapters and self.graphs.serve(cache):
             decode = decode_inputs(inputs, cache)
         if decode is not None and cache is not None:
             constants = inputs.layout, inputs.logits_to_keep
@@ -239,14 +245,14 @@ class Stage:
         stops = contextlib.ExitStack()
         try:
             with contextlib.ExitStack() as shared:
-                shared.enter_context(self._own_globals(inputs, inputs.torch_settings))
+                shared.enter_context(self._own_globals(inputs, cache, inputs.torch_settings))
                 if inputs.instruments is not None:
                     num_rows, num_new = states.shape[:2]
                     instrumented = stops.enter_context(
                         InstrumentedPass(inputs.instruments, num_rows, num_new, inputs.past, captures=inputs.captures)
                     )
                 if inputs.hooks:
-                    pause = functools.partial(self._pause, inputs, shared)
+                    pause = functools.partial(self._pause, inputs, cache, shared)
                     stops.enter_context(HookedPass(self._model, self.span.parts.layers, inputs.hooks, pause))
                 if count is not None:
                     count.begin_step(states.shape[1])
@@ -310,10 +316,11 @@ class Stage:
         return [order.own[0].register_forward_pre_hook(feed, with_kwargs=True, prepend=True)]
 
     @contextlib.contextmanager
-    def _own_globals(self, inputs: StageInputs, settings: TorchSettings) -> Iterator[None]:
+    def _own_globals(self, inputs: StageInputs, cache: StageCache | None, settings: TorchSettings) -> Iterator[None]:
         """Make what all steps of this process share be that of one step."""
         if inputs.records and self._recorders is None:
             self._recorders = recording.Recorders(self._model)
+        kept = KeptValues() if cache is None else cache.modules
         with (
             contextlib.nullcontext() if self._recorders is None or not inputs.records else self._recorders.attached(),
             building.GLOBAL_STATE,
@@ -322,13 +329,14 @@ class Stage:
             computing.computed_rotation(self._rotary_modules, faster_rotation),
             self.adapters.used(inputs.adapters),
             contextlib.nullcontext() if inputs.graph is None else frozen(self._model),
+            self.module_state.lent_to(kept, is_first=cache is None or not cache.num_tokens),
         ):
             for rope in self._ropes if inputs.rope_reach else ():
                 rope.stretch(inputs.rope_reach, self.device)
             yield
 
     def _pause(
-        self, inputs: StageInputs, shared: contextlib.ExitStack, call: ModuleCall
+        self, inputs: StageInputs, cache: StageCache | None, shared: contextlib.ExitStack, call: ModuleCall
     ) -> tuple[HookPoint, ...] | None:
         """Wait for the hooks of a module; other steps may run meanwhile, on this stage too."""
         assert inputs.pause is not None
@@ -339,7 +347,7 @@ class Stage:
         try:
             return inputs.pause(call)
         finally:
-            shared.enter_context(self._own_globals(inputs, settings))
+            shared.enter_context(self._own_globals(inputs, cache, settings))
             vars(self._boundary).update(boundary)
             self._layers.order = order
 

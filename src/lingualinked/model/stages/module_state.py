@@ -1,0 +1,177 @@
+"""What forward passes change in a stage's modules, apart from the KV cache: each session has its own.
+
+Modules of some models keep values from one pass to the next, in attributes or buffers. They are found by comparing the modules
+before and after a session's first steps. From then on, a step puts the session's values in place, and takes them out again.
+Knows modules; no sessions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from lingualinked.errors import UncuttableModelError
+from lingualinked.model.hf_internals import computing
+from lingualinked.model.kv.kept_values import KeptValues, copied_value
+
+_OF_TORCH = frozenset(vars(nn.Module())) | {"forward"}  # attributes of every module; hooks replace the last one
+_ABSENT = object()
+_MAX_COPY_BYTES = 1 << 19  # of a tensor that a pass may turn out to change in place
+_NUM_LATER_STEPS = 2  # that are watched, besides the first one of every session
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """An attribute or a buffer that passes change; `in_place` also its content."""
+
+    module: nn.Module
+    name: str
+    is_buffer: bool
+    in_place: bool
+
+    @property
+    def _held(self) -> dict[str, Any]:
+        return self.module._buffers if self.is_buffer else vars(self.module)  # noqa: SLF001 - ``setattr`` refuses some values
+
+    def get(self) -> Any:
+        return self._held.get(self.name, _ABSENT)
+
+    def put(self, value: Any) -> None:
+        if value is _ABSENT:
+            self._held.pop(self.name, None)
+        else:
+            self._held[self.name] = value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Seen:
+    """A value before a pass, with what a change in place of it changes, and a copy; `_ABSENT` if it is too large for one."""
+
+    value: Any
+    mark: Any
+    copy: Any
+
+    @classmethod
+    def of(cls, value: Any) -> _Seen:
+        is_large = isinstance(value, Tensor) and value.nbytes > _MAX_COPY_BYTES
+        return cls(value, _mark(value), _ABSENT if is_large else copied_value(value))
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether its content is another one now."""
+        return bool(_mark(self.value) != self.mark)
+
+    def is_replaced(self, value: Any) -> bool:
+        """Whether another value is in its place."""
+        is_plain = isinstance(value, bool | int | float | str) and type(value) is type(self.value)
+        return value is not self.value and not (is_plain and value == self.value)
+
+
+class ModuleState:
+    """What the passes of a stage's sessions change in its modules; rotary embeddings have a way of their own (`rotary.py`)."""
+
+    def __init__(self, model: nn.Module, model_type: str) -> None:
+        rotary = set(computing.length_ropes(model))
+        own = f"{__package__.partition('.')[0]}."
+        self._modules = {
+            path: module
+            for path, module in model.named_modules()
+            if module not in rotary and not type(module).__module__.startswith(own)
+        }
+        self._model_type = model_type
+        self._places: dict[str, _Place] = {}
+        self._num_later = 0  # steps that have been watched
+
+    def __bool__(self) -> bool:
+        """Whether passes have been seen to change anything."""
+        return bool(self._places)
+
+    def holds(self, name: str) -> bool:
+        """Return whether the path of an attribute is that of a module here, not of one in another stage."""
+        return name.rpartition(".")[0] in self._modules
+
+    @contextlib.contextmanager
+    def lent_to(self, kept: KeptValues, *, is_first: bool) -> Iterator[None]:
+        """Let modules hold what they keep of a session, within the context, whose first step it may be. Needs `GLOBAL_STATE`.
+
+        Raises UncuttableModelError if the step changes a large tensor that all sessions share.
+        """
+        # 1) put the session's values in the places of the modules' own
+        watches = is_first or self._num_later < _NUM_LATER_STEPS
+        self._num_later += watches and not is_first
+        before = self._see_all() if watches else {}
+        own = {name: place.get() for name, place in self._places.items()}
+        for name, place in self._places.items():
+            place.put(
+                kept.values[name] if name in kept.values else copied_value(own[name]) if place.in_place else own[name]
+            )
+        spoiled = ""
+        try:
+            yield
+        finally:
+            # 2) find other places where the step has changed something
+            for name, place, seen in self._changes(before):
+                self._places[name] = place
+                own[name] = seen.copy if place.in_place else seen.value
+                if place.in_place and seen.copy is _ABSENT:
+                    own[name], spoiled = seen.value, name
+            # 3) take the session's values out, and put the modules' own back
+            values = {name: place.get() for name, place in self._places.items()}
+            kept.values = {name: value for name, value in values.items() if value is not own[name]}
+            kept.version += 1
+            for name, place in self._places.items():
+                place.put(own[name])
+        if spoiled:
+            raise UncuttableModelError(
+                self._model_type,
+                f"a forward pass changes {spoiled} in place, which is too large for a copy of each session",
+            )
+
+    def _see_all(self) -> dict[str, dict[str, _Seen]]:
+        return {
+            path: {name: _Seen.of(value) for name, value in _values_of(module).items()}
+            for path, module in self._modules.items()
+        }
+
+    def _changes(self, before: dict[str, dict[str, _Seen]]) -> Iterator[tuple[str, _Place, _Seen]]:
+        """Yield what has changed in modules since they were seen, as paths and places."""
+        missing = _Seen.of(_ABSENT)
+        for path, seen_values in before.items():
+            module = self._modules[path]
+            values = _values_of(module)
+            for name in seen_values.keys() | values.keys():
+                seen, value = seen_values.get(name, missing), values.get(name, _ABSENT)
+                if seen.has_changed or seen.is_replaced(value):
+                    place = _Place(module, name, name in module._buffers, seen.has_changed)  # noqa: SLF001 - no public way
+                    yield f"{path}.{name}", place, seen
+
+
+def _values_of(module: nn.Module) -> dict[str, Any]:
+    """Return the values of a module's attributes and buffers."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    return own | module._buffers  # noqa: SLF001 - these are only the module's own
+
+
+def _mark(value: Any) -> Any:
+    """Return something that differs once a value has been changed in place."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version  # noqa: SLF001 - no public name
+    if isinstance(value, dict | list | set):
+        return [(_Same(each), _mark(each)) for each in (value.values() if isinstance(value, dict) else value)]
+    return None
+
+
+class _Same:
+    """Equal to another one of the same object."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._value is self._value
+
+    __hash__ = None  # type: ignore[assignment]
