@@ -73,6 +73,10 @@ class KVSlice(Message, frozen=True):
     rows: tuple[int, ...] | None  # to keep, in this order, of what was sent before, before this is added; None: all
 
 
+MODULES = -1
+"""The slot of what modules keep of a session, whose places are the paths of attributes."""
+
+
 class StateSlice(Message, frozen=True):
     """All that one layer keeps, if that is not full or sliding attention's KV; its tensors are sent with the message.
 
@@ -80,7 +84,7 @@ class StateSlice(Message, frozen=True):
     by theirs. A ``version`` other than that sent before replaces it.
     """
 
-    slot: int  # of the layer in the KV cache
+    slot: int  # of the layer in the KV cache, or `MODULES`
     version: Natural
     tensors: tuple[tuple[str, ...], ...]
     plain: dict[str, bool | int | float | str | None]

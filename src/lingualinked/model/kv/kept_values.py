@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.quantities import count_text
-
-Plain = bool | int | float | str | None
-"""A value beside tensors."""
+from lingualinked.model.kv.layer_state import Plain, State
 
 
 class KeptValues:
@@ -51,23 +48,21 @@ class KeptValues:
         self.values |= {name: value for name, value in other.values.items() if self.holds(name)}
         self.version += 1
 
-    def read_state(self) -> dict[str, Tensor | Plain]:
-        """Return the values to send them; raise ProtocolError if some can't be sent."""
-        for name, value in self.values.items():
+    def read_state(self, belongs: Callable[[str], bool]) -> State:
+        """Return the values of some places to send them; raise ProtocolError if some can't be sent."""
+        state = {name: value for name, value in self.values.items() if belongs(name)}
+        for name, value in state.items():
             if value is not None and not isinstance(value, Tensor | bool | int | float | str):
                 raise ProtocolError(f"a {type(value).__name__} that modules keep at {name} can't be sent")
-        return self.values
+        return state
 
     def write_state(self, state: Mapping[str, Tensor | Plain], device: torch.device) -> None:
         """Keep copies of values that have been sent, on a device; raise ProtocolError unless they belong here."""
-        strange = [name for name in state if not self.holds(name)]
-        if strange:
-            raise ProtocolError(
-                f"the state of {count_text(len(strange), 'module')} that are not here arrived: {strange[0]!r:.200}"
-            )
-        self.values |= {
-            name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in state.items()
-        }
+        for name in state:
+            if not self.holds(name):
+                raise ProtocolError(f"a value arrived for {name!r:.200}, and this stage has no such module")
+        copies = {id(each): each.to(device, copy=True) for each in state.values() if isinstance(each, Tensor)}
+        self.values |= {name: copies.get(id(value), value) for name, value in state.items()}
         self.version += 1
 
 

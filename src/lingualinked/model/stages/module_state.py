@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import UncuttableModelError
@@ -20,31 +21,27 @@ from lingualinked.model.kv.kept_values import KeptValues, copied_value
 
 _OF_TORCH = frozenset(vars(nn.Module())) | {"forward"}  # attributes of every module; hooks replace the last one
 _ABSENT = object()
+_BUFFERS = "._buffers"  # behind a module's path, in the path of one
 _MAX_COPY_BYTES = 1 << 19  # of a tensor that a pass may turn out to change in place
 _NUM_LATER_STEPS = 2  # that are watched, besides the first one of every session
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Place:
-    """An attribute or a buffer that passes change; `in_place` also its content."""
+    """An attribute, or a buffer, that passes change, in the dictionary that holds it; `in_place`: also its content."""
 
-    module: nn.Module
+    held: dict[str, Any]
     name: str
-    is_buffer: bool
-    in_place: bool
-
-    @property
-    def _held(self) -> dict[str, Any]:
-        return self.module._buffers if self.is_buffer else vars(self.module)  # noqa: SLF001 - ``setattr`` refuses some values
+    in_place: bool = False
 
     def get(self) -> Any:
-        return self._held.get(self.name, _ABSENT)
+        return self.held.get(self.name, _ABSENT)
 
     def put(self, value: Any) -> None:
         if value is _ABSENT:
-            self._held.pop(self.name, None)
+            self.held.pop(self.name, None)
         else:
-            self._held[self.name] = value
+            self.held[self.name] = value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +89,18 @@ class ModuleState:
 
     def holds(self, name: str) -> bool:
         """Return whether the path of an attribute is that of a module here, not of one in another stage."""
-        return name.rpartition(".")[0] in self._modules
+        return self._owner_of(name)[0] in self._modules
+
+    def _owner_of(self, name: str) -> tuple[str, bool]:
+        """Return the path of the module that has an attribute, and whether it is a buffer."""
+        owner = name.rpartition(".")[0]
+        return owner.removesuffix(_BUFFERS), owner.endswith(_BUFFERS)
+
+    def _place_of(self, name: str) -> _Place:
+        """Return the place of an attribute."""
+        path, is_buffer = self._owner_of(name)
+        held = vars(self._modules[path])
+        return _Place(held["_buffers"] if is_buffer else held, name.rpartition(".")[2])
 
     @contextlib.contextmanager
     def lent_to(self, kept: KeptValues, *, is_first: bool) -> Iterator[None]:
@@ -103,7 +111,10 @@ class ModuleState:
         # 1) put the session's values in the places of the modules' own
         watches = is_first or self._num_later < _NUM_LATER_STEPS
         self._num_later += watches and not is_first
-        before = self._see_all() if watches else {}
+        with torch.inference_mode(False):  # else no later change in place of the copies would be seen
+            before = self._see_all() if watches else {}
+        for name in kept.values.keys() - self._places.keys():  # seen in another stage
+            self._places[name] = self._place_of(name)
         own = {name: place.get() for name, place in self._places.items()}
         for name, place in self._places.items():
             place.put(
@@ -146,14 +157,15 @@ class ModuleState:
             for name in seen_values.keys() | values.keys():
                 seen, value = seen_values.get(name, missing), values.get(name, _ABSENT)
                 if seen.has_changed or seen.is_replaced(value):
-                    place = _Place(module, name, name in module._buffers, seen.has_changed)  # noqa: SLF001 - no public way
-                    yield f"{path}.{name}", place, seen
+                    whole = f"{path}{_BUFFERS if name in vars(module)['_buffers'] else ''}.{name}"
+                    yield whole, dataclasses.replace(self._place_of(whole), in_place=seen.has_changed), seen
 
 
 def _values_of(module: nn.Module) -> dict[str, Any]:
     """Return the values of a module's attributes and buffers."""
     own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-    return own | module._buffers  # noqa: SLF001 - these are only the module's own
+    buffers: dict[str, Any] = vars(module)["_buffers"]
+    return own | buffers
 
 
 def _mark(value: Any) -> Any:

@@ -137,6 +137,11 @@ class Stage:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
         return cache_slots(self._layers[start:end])
 
+    def is_kept_in(self, start: int, end: int) -> Callable[[str], bool]:
+        """Return a function that tells whether an attribute's path is one of layers ``[start, end)``, or outside of all layers."""
+        layer_of = self.span.parts.layer_of
+        return lambda name: (layer := layer_of(name)) is None or start <= layer < end
+
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
         """Make the KV cache of a new session; `spare_bytes` returns the bytes that can still be allocated.
 

@@ -6,7 +6,7 @@ Knows KV layers and the messages that place tokens and states; no sockets.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from lingualinked.errors import ProtocolError
 from lingualinked.model.kv.kv_cache import StageCache
 from lingualinked.model.kv.layer_state import State
 from lingualinked.model.kv.whole_layers import WholeLayer
-from lingualinked.protocol.moving import KVSlice, StateSlice
+from lingualinked.protocol.moving import MODULES, KVSlice, StateSlice
 from lingualinked.quantities import count_text
 
 
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StatePiece:
-    """All that one layer keeps, if that is not full or sliding attention's KV; `place` says which tensor is where."""
+    """All that one layer keeps, if that is not full or sliding attention's KV, or that modules keep; `place` says which tensor is where."""
 
     place: StateSlice
     tensors: tuple[Tensor, ...]
@@ -60,14 +60,19 @@ class _Sent:
 
 
 class KVCopy:
-    """The copy of one session's KV, in the layers with these cache slots, to another worker.
+    """The copy of one session's KV, in the layers with these cache slots, to another worker, and of what modules keep.
+
+    `is_kept` tells whether the value of a module's attribute belongs there, by its path.
 
     What has been sent stays valid while the session continues: new tokens are sent later, tokens after a crop are sent
     again, and of reordered rows only the order is sent. A state that each step changes is sent at the end, while the session
     waits.
     """
 
-    def __init__(self, cache: StageCache, slots: Iterable[int]) -> None:
+    def __init__(
+        self, cache: StageCache, slots: Iterable[int], is_kept: Callable[[str], bool] = lambda _name: True
+    ) -> None:
+        self._modules, self._is_kept = cache.modules, is_kept
         self._states = cache.states(slots)
         whole = {slot for slot, _ in self._states}
         self._layers: dict[int, Any] = {
@@ -99,8 +104,13 @@ class KVCopy:
             if self._versions.get(slot) != state.version:
                 if max_bytes <= 0:
                     return pieces, False
-                pieces.append(self._state_piece(slot, state))
+                pieces.append(self._piece_of(slot, state.version, state.read_state()))
                 max_bytes -= pieces[-1].nbytes
+        if with_states and self._modules and self._versions.get(MODULES) != self._modules.version:
+            if max_bytes <= 0:
+                return pieces, False
+            pieces.append(self._piece_of(MODULES, self._modules.version, self._modules.read_state(self._is_kept)))
+            max_bytes -= pieces[-1].nbytes
         for slot, layer in self._layers.items():
             if max_bytes <= 0:
                 return pieces, False
@@ -111,16 +121,15 @@ class KVCopy:
                     return pieces, False
         return pieces, True
 
-    def _state_piece(self, slot: int, layer: WholeLayer) -> StatePiece:
-        state = layer.read_state()
+    def _piece_of(self, slot: int, version: int, state: State) -> StatePiece:
         places: dict[int, list[str]] = {}
         for name, value in state.items():
             if isinstance(value, Tensor):
                 places.setdefault(id(value), []).append(name)
         plain = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-        slice_ = StateSlice(slot=slot, version=layer.version, tensors=tuple(map(tuple, places.values())), plain=plain)
+        slice_ = StateSlice(slot=slot, version=version, tensors=tuple(map(tuple, places.values())), plain=plain)
         piece = StatePiece(slice_, tuple(cast("Tensor", state[first]) for first, *_ in places.values()))
-        self._versions[slot] = layer.version
+        self._versions[slot] = version
         self.num_bytes += piece.nbytes
         return piece
 
@@ -177,7 +186,7 @@ def write_pieces(pieces: Iterable[Piece | StatePiece], cache: StageCache) -> Non
 
 def _write_state(piece: StatePiece, cache: StageCache) -> None:
     place = piece.place
-    states = dict(cache.states([place.slot]))
+    states: dict[int, Any] = {MODULES: cache.modules, **dict(cache.states([place.slot]))}
     if place.slot not in states:
         raise ProtocolError(f"a state was sent for layer slot {place.slot}, which keeps none that moves as a whole")
     if len(place.tensors) != len(piece.tensors):

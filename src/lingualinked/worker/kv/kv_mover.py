@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import StepContext
-from lingualinked.protocol.moving import CopyKV, KVChunk, KVCopied, KVReceived, SessionState
+from lingualinked.protocol.moving import MODULES, CopyKV, KVChunk, KVCopied, KVReceived, SessionState
 from lingualinked.quantities import count_text
 from lingualinked.worker.kv.announced_moves import AnnouncedMoves
 from lingualinked.worker.kv.kv_copy import KVCopy, Piece, StatePiece
@@ -60,7 +60,8 @@ class KVMover:
             )
         key = (request.target_version, request.target_stage)
         if key not in session.copies:
-            session.copies[key] = KVCopy(session.cache, hosted.stage.cache_slots(request.start, request.end))
+            slots = hosted.stage.cache_slots(request.start, request.end)
+            session.copies[key] = KVCopy(session.cache, slots, hosted.stage.is_kept_in(request.start, request.end))
         self._transfers[request.request] = _Transfer(request, session, session.copies[key])
         self._send_next_chunk(request.request)
         return None
@@ -97,11 +98,11 @@ class KVMover:
             )
         hosted = self._stages.get_stage(StageKey(chunk.model, chunk.plan_version, chunk.stage))
         device = hosted.stage.device
-        moving = [
-            hosted.stage.cache_slots(start, end) for name, start, end in self._sending_spans(chunk) if name == sender
-        ]
-        slots = frozenset().union(*moving)
-        if not slots.issuperset([each.slot for each in chunk.slices] + [each.slot for each in chunk.states]):
+        spans = [(start, end) for name, start, end in self._sending_spans(chunk) if name == sender]
+        slots = frozenset({MODULES}).union(*(hosted.stage.cache_slots(*span) for span in spans))
+        fits = slots.issuperset([each.slot for each in chunk.slices] + [each.slot for each in chunk.states])
+        is_kept = [hosted.stage.is_kept_in(*span) for span in spans]
+        if not fits or not all(any(here(name) for here in is_kept) for name in _kept_names(chunk)):
             raise ProtocolError(f"{sender!r} sent KV of layers that do not move from there to here")
         # 2) write its KV, and the session's state if the chunk has it; a session that has ended needs neither
         pieces: list[Piece | StatePiece] = [
@@ -173,3 +174,9 @@ class KVMover:
         tensors = [tensor for piece in kv for tensor in (piece.keys, piece.values)]
         tensors += [tensor for piece in states for tensor in piece.tensors]
         self._peers.send(request.target_name, chunk, [*tensors, *context])
+
+
+def _kept_names(chunk: KVChunk) -> list[str]:
+    """Return the paths of what modules keep that a chunk has."""
+    pieces = [each for each in chunk.states if each.slot == MODULES]
+    return [name for each in pieces for names in (each.plain, *each.tensors) for name in names]

@@ -13,7 +13,7 @@ import msgspec
 from lingualinked.errors import ProtocolError
 from lingualinked.model.context import StepContext
 from lingualinked.model.kv.kv_cache import StageCache
-from lingualinked.protocol.moving import SessionState
+from lingualinked.protocol.moving import MODULES, SessionState
 from lingualinked.quantities import count_text
 from lingualinked.worker.kv.kv_copy import Piece, StatePiece, write_pieces
 from lingualinked.worker.stages.hosted_session import HostedSession
@@ -65,8 +65,9 @@ class ArrivingSessions:
         write_pieces(fitting, cache)
         for piece in states:
             write_pieces([piece], cache)
-            layer = cache.owned[piece.place.slot]
-            self._check_size(incoming, layer.num_rows, layer.stop)
+            if piece.place.slot != MODULES:
+                layer = cache.owned[piece.place.slot]
+                self._check_size(incoming, layer.num_rows, layer.stop)
 
     def record_state(self, session: int, context: StepContext, state: SessionState) -> None:
         """Record the state, apart from KV, of a session that moves here."""
