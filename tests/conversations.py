@@ -16,6 +16,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 import accelerators
 from families import VOCABULARY, tiny_config
 from lingualinked.model.cutting.architectures import check_architecture
+from lingualinked.model.hf_internals.cache_arguments import cache_argument
 from lingualinked.model.process.torch_settings import TorchSettings
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stages.stage import Stage
@@ -85,7 +86,7 @@ class Whole:
         return self.model(
             **{which: tokens},
             attention_mask=mask,
-            past_key_values=self.cache,
+            **{cache_argument(type(self.model)) or "past_key_values": self.cache},
             use_cache=self.cache is not None,
             logits_to_keep=keep,
             **({} if positions is None else {"position_ids": positions}),

@@ -24,6 +24,7 @@ from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
 from lingualinked.model.exact.speeding_up import speed_up
 from lingualinked.model.hf_internals import building, computing, recording
+from lingualinked.model.hf_internals.cache_arguments import cache_argument
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
@@ -72,6 +73,7 @@ class Stage:
         self._layers = LayerList(layers)
         self._model.set_submodule(span.parts.layers, self._layers)
         self._slots = self.cache_slots(start, end)
+        self._cache_name = cache_argument(type(self._model))
         self._ropes = computing.dynamic_ropes(self._model)
         self.module_state = ModuleState(self._model, self._config.model_type)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
@@ -222,8 +224,7 @@ class Stage:
         states = tensors[0]
         arguments: dict[str, Any] = {
             "attention_mask": self._to_device(inputs.attention_mask),
-            "past_key_values": None if cache is None else cache.hf,
-            "use_cache": cache is not None,
+            **self._cache_arguments(cache),
         }
         if inputs.position_ids is not None:
             arguments["position_ids"] = self._to_device(inputs.position_ids)
@@ -288,6 +289,12 @@ class Stage:
             self._boundary.clear()
         captured = [] if instrumented is None else [(number, value.cpu()) for number, value in instrumented.captured]
         return StageOutput(tensors=outputs, layout=layout, recorded=recorded, captured=captured)
+
+    def _cache_arguments(self, cache: StageCache | None) -> dict[str, Any]:
+        """Return how the model's forward is told what it has kept of a text, and to keep more."""
+        if self._cache_name is None:
+            return {}
+        return {self._cache_name: None if cache is None else cache.hf, "use_cache": cache is not None}
 
     def _prepare_layers(self, inputs: StageInputs) -> tuple[SpanOrder | None, list[RemovableHandle]]:
         """Return which layers to run, if some are skipped, and the hooks at both ends of the span."""

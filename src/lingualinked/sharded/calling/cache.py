@@ -5,6 +5,7 @@ Knows transformers' cache interface and one session; holds no keys and no values
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import weakref
@@ -12,16 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lingualinked.cluster.sessions.any_session import AnySession
 from lingualinked.cluster.sessions.session import Session
 from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
+from lingualinked.model.cutting.architectures import read_config
+from lingualinked.model.hf_internals.cache_arguments import keeps_cache
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.model.spec import ModelSpec
 
 _ANEW = "start again with past_key_values=None"
 
@@ -94,6 +100,10 @@ class ShardedCache(Cache):
         """Return the number of tokens whose KV is held."""
         self._check_between_steps("get_seq_length()")
         return self.session.num_tokens
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
+        """Return whether a step has been run."""
+        return self.is_initialized
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows ``beam_idx`` (int64 ``[rows]``), for beam search."""
@@ -186,6 +196,15 @@ class ShardedCache(Cache):
         )
 
 
+@functools.cache
+def keeps_states(spec: ModelSpec) -> bool:
+    """Return whether layers of a model keep a state of the whole text, and not only KV of its tokens."""
+    if not keeps_cache(getattr(transformers, spec.class_name)):
+        return True
+    layers = DynamicCache(config=read_config(spec)).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
 class ShardedDynamicCache(ShardedCache, DynamicCache):
     """The handle of a KV cache that grows with the text."""
 
@@ -231,6 +250,10 @@ class ShardedDynamicCache(ShardedCache, DynamicCache):
                 f"({count_text(self._sliding_window, 'token')}) is full; "
                 "call activate_past_recording() before the first step"
             )
+        if held and not self._records_past and not self.is_croppable:
+            raise ArgumentError(
+                f"crop({-num_removed}) of {count_text(held, 'token')}: layers keep a state that does not go back; run the text again"
+            )
         if self.is_initialized:
             self.session.crop(num_removed)
 
@@ -257,13 +280,13 @@ class ShardedDynamicCache(ShardedCache, DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` works: yes."""
-        return True
+        """Whether `crop` puts everything back as it was: unless layers keep a state that does not go back."""
+        return not keeps_states(self._open_pipeline().spec)
 
     @property
     def can_crop(self) -> bool:
-        """Whether `crop` works at any length: unless layers forget what leaves their window."""
-        return self._sliding_window is None or self._records_past
+        """Whether `crop` works at any length: unless layers forget what leaves their window, or keep a state."""
+        return self.is_croppable and (self._sliding_window is None or self._records_past)
 
 
 class ShardedStaticCache(ShardedCache, StaticCache):

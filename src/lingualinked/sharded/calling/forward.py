@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.model.cutting.parts import ModelParts
 from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
+from lingualinked.model.hf_internals.cache_arguments import cache_argument
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.sharded.adapters.model_adapters import Adapters
@@ -151,7 +152,7 @@ class ShardedCausalLM(
         targets = None if labels is None else self._check_labels(labels, step.shape, keep, loss_arguments)
         # 3) run the step in the session of the given KV cache, or in a new one
         asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
-        keeps_kv = step.past is not None or asks_for_kv
+        keeps_kv = step.past is not None or (asks_for_kv and self._cache_name is not None)
         result = self._run_step(step, keep=keep, use_cache=use_cache, keeps_kv=keeps_kv)
         logits, recorded = result.output, result.recorded
         # 4) compute the loss here, and return the class's own output
@@ -164,10 +165,10 @@ class ShardedCausalLM(
             if balance is not None:
                 recorded["aux_loss"] = balance
                 loss = None if loss is None else loss + self.router_aux_loss_coef * balance
-        is_returned = asks_for_kv or (step.past is not None and self._returns_unrequested_cache)
-        output: Any = self._output_class(
-            loss=loss, logits=logits, past_key_values=result.cache if is_returned else None, **recorded
-        )
+        if self._cache_name is not None:
+            is_returned = asks_for_kv or (step.past is not None and self._returns_unrequested_cache)
+            recorded[self._cache_name] = result.cache if is_returned else None
+        output: Any = self._output_class(loss=loss, logits=logits, **recorded)
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
 
@@ -194,12 +195,16 @@ def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
     ours = getattr(ShardedCausalLM, name)
     signature = inspect.signature(getattr(real, name))
     names = list(signature.parameters)[1:]
+    cache_name = cache_argument(real) if name == "forward" else None
 
     @functools.wraps(ours)
     def method(self: ShardedCausalLM, *args: Any, **kwargs: Any) -> Any:
         if args:
             signature.bind(self, *args, **kwargs)
-        return ours(self, **dict(zip(names, args, strict=False)), **kwargs)
+        arguments = dict(zip(names, args, strict=False), **kwargs)
+        if cache_name in arguments:
+            arguments["past_key_values"] = arguments.pop(cache_name)
+        return ours(self, **arguments)
 
     method.__signature__ = signature  # type: ignore[attr-defined]
     return method
@@ -210,7 +215,7 @@ def sharded_class(real: Any, base: type) -> Any:
     """Return a subclass of `ShardedCausalLM`, ``base`` and ``real``, with the name of ``real``."""
     namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
     namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
-    namespace |= {"_output_class": output_class(real)}
+    namespace |= {"_output_class": output_class(real), "_cache_name": cache_argument(real)}
     return make_stand_in(real, (ShardedCausalLM, base, real), namespace)
 
 

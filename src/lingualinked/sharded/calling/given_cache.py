@@ -6,9 +6,10 @@ Knows transformers' kinds of caches and layers; opens no session itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache, layer_lengths
@@ -34,7 +35,7 @@ def check_empty(given: object, config: PreTrainedConfig) -> DynamicCache | Stati
         raise UnsupportedOperationError(
             f"past_key_values is an offloading {kind}: the KV stays in the workers; leave it out"
         )
-    if any(getattr(layer, "is_initialized", False) for layer in given.layers):
+    if any(_holds_something(layer) for layer in given.layers):
         raise UnsupportedOperationError(
             f"past_key_values is a {kind} that already holds KV, or room for it, which can't be sent to the workers: "
             "pass an empty one and run the text again"
@@ -84,6 +85,12 @@ def _check_static(given: StaticCache, config: PreTrainedConfig) -> None:
             "past_key_values is a StaticCache whose layers differ from the model's, so it would keep other KV: "
             "make it with StaticCache(config=model.config, max_cache_len=...)"
         )
+
+
+def _holds_something(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return any(layer.has_previous_state.values())
+    return not isinstance(layer, DummyLayer) and bool(getattr(layer, "is_initialized", False))
 
 
 def _kinds(cache: DynamicCache) -> list[tuple[type, int | None]]:

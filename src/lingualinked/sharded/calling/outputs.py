@@ -11,11 +11,13 @@ import typing
 from typing import Any
 
 import torch
+import transformers
 from transformers import DynamicCache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lingualinked.model.cutting.parts import NoData, build_meta
+from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
 from lingualinked.model.spec import ModelSpec
 
 _LOSS_PARAMETERS = inspect.signature(ForCausalLMLoss).parameters
@@ -34,9 +36,13 @@ def output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
 
 def returns_unrequested_cache(spec: ModelSpec) -> bool:
     """Return whether a model returns a KV cache that it was given even under ``use_cache=False``, by a pass without data."""
+    cls = getattr(transformers, spec.class_name)
+    name = cache_argument(cls)
+    if name is None or not keeps_cache(cls):
+        return False
     # Some kernels can't run float32 on the meta device.
     meta: Any = build_meta(dataclasses.replace(spec, dtype="bfloat16"))
     ids = torch.zeros((1, 2), dtype=torch.int64, device="meta")
     with torch.no_grad(), NoData():
-        output = meta(input_ids=ids, past_key_values=DynamicCache(config=meta.config), use_cache=False)
-    return output.past_key_values is not None
+        output = meta(input_ids=ids, use_cache=False, **{name: DynamicCache(config=meta.config)})
+    return output.get(name) is not None

@@ -79,6 +79,7 @@ class ShardedSteps:
         _seal: Seal
         _sealed_config: SealedConfig
         _own_arguments: tuple[str, ...]
+        _cache_name: str | None
         _recordable: frozenset[str]
 
         def _use_adapters(self, rows: Any, num_rows: int) -> Any: ...
@@ -150,7 +151,7 @@ class ShardedSteps:
         self._follow_adapters()
         inputs, records = step.inputs, step.records
         gradients = StepGradients.of(inputs, cache, records, has_hooks=bool(self._hooked_modules))
-        given = {"use_cache": use_cache, "past_key_values": None if step.past is None else cache}
+        given = {"use_cache": use_cache, self._cache_name or "": None if step.past is None else cache}
         recording = self._seal.recording if records else None
         if recording is not None:
             recording.has_recorded = True
@@ -225,4 +226,4 @@ class ShardedSteps:
     def _sliding_window(self) -> int | None:
         """Tokens that the narrowest sliding layer sees; ``None`` if there is no sliding layer."""
         layers: list[Any] = DynamicCache(config=self.config).layers
-        return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
+        return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
+from lingualinked.model.hf_internals.cache_arguments import keeps_cache
 from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.batching.batched_generation import BatchedGeneration
 from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
@@ -61,6 +62,7 @@ class ShardedGeneration(BatchedGeneration):
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         config: Any
+        _cache_name: str | None
         _pipeline: Pipeline
 
         def _check_unchanged(self) -> None: ...
@@ -155,7 +157,7 @@ class ShardedGeneration(BatchedGeneration):
         loop = None if synced_gpus else TokenLoop.of(self, given)
         if loop is not None:
             return loop.run()
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(self._cache_name or "")
         if isinstance(cache, ShardedCache):
             cache.split_before_step(self._lockstep_sizes())
         options = {"synced_gpus": synced_gpus, "streamer": streamer}
@@ -178,7 +180,8 @@ class ShardedGeneration(BatchedGeneration):
         max_cache_length: int,
     ) -> None:
         """Open a session where transformers would make a cache, and reserve room for the maximal number of tokens."""
-        given = model_kwargs.get("past_key_values")
+        name = self._cache_name or ""
+        given = model_kwargs.get(name)
         is_static = generation_config.cache_implementation not in (None, "dynamic")
         if generation_mode == GenerationMode.ASSISTED_GENERATION and (is_static or isinstance(given, StaticCache)):
             raise UnsupportedOperationError(
@@ -190,12 +193,15 @@ class ShardedGeneration(BatchedGeneration):
         sizes = self._choose_sizes(generation_config, model_kwargs, batch_size)
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             sizes = self._lockstep_sizes()
-        if given is not None or generation_config.use_cache is False or is_static:
+        if not name:  # each step runs the whole text
+            return
+        makes_own = not keeps_cache(type(self))  # the first step opens the session
+        if given is not None or generation_config.use_cache is False or is_static or makes_own:
             own = super()._prepare_cache_for_generation  # type: ignore[misc]
             own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         else:
-            model_kwargs["past_key_values"] = self._open_session(sizes)
-        past = model_kwargs.get("past_key_values")
+            model_kwargs[name] = self._open_session(sizes)
+        past = model_kwargs.get(name)
         if past is None:
             return
         cache = self._as_session(past, sizes)
@@ -224,7 +230,7 @@ class ShardedGeneration(BatchedGeneration):
     def _choose_sizes(self, config: GenerationConfig, model_kwargs: dict[str, Any], batch_size: int) -> tuple[int, ...]:
         """Return the rows of the microbatches that a call's batch runs as, and keep them for steps without KV."""
         call = _call.get()
-        past = model_kwargs.get("past_key_values")
+        past = model_kwargs.get(self._cache_name or "")
         if call is None or call.model is not self:
             return ()
         if isinstance(past, ShardedCache) and past.is_initialized:
@@ -292,5 +298,5 @@ def _generating(call: _Call, rows: Sequence[str] | None) -> Iterator[None]:
 def _may_hold(result: object, cache: ShardedCache) -> bool:
     """Return whether the result of a call may hold a session."""
     if isinstance(result, ModelOutput):
-        return cache is result.get("past_key_values")
+        return any(cache is each for each in result.values())
     return not isinstance(result, Tensor)  # a user's own decoding loop may return anything
