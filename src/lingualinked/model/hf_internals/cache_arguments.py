@@ -17,6 +17,11 @@ def cache_argument(cls: Any) -> str | None:
     return next((name for name in ALL_CACHE_NAMES if name in known), None)
 
 
+def masks_past(cls: Any) -> bool:
+    """Return whether a class's mask is of the tokens before a step too; state-space models alone get none behind the prompt."""
+    return cache_argument(cls) in ("past_key_values", None)
+
+
 def keeps_cache(cls: Any) -> bool:
     """Return whether a class keeps transformers' ``Cache``, and no object of its own."""
     return cache_argument(cls) is not None and bool(cls._supports_default_dynamic_cache())

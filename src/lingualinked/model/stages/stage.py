@@ -24,7 +24,7 @@ from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
 from lingualinked.model.exact.speeding_up import speed_up
 from lingualinked.model.hf_internals import building, computing, recording
-from lingualinked.model.hf_internals.cache_arguments import cache_argument
+from lingualinked.model.hf_internals.cache_arguments import cache_argument, masks_past
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
@@ -74,6 +74,7 @@ class Stage:
         self._model.set_submodule(span.parts.layers, self._layers)
         self._slots = self.cache_slots(start, end)
         self._cache_name = cache_argument(type(self._model))
+        self.masks_past = masks_past(type(self._model))
         self._ropes = computing.dynamic_ropes(self._model)
         self.module_state = ModuleState(self._model, self._config.model_type)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"

@@ -240,7 +240,7 @@ class _TrialSession:
             number=self._number,
             keeps_kv=True,
             layout=None if stage.is_first else self._request.layout,
-            mask=MaskMode.FULL if is_prompt else MaskMode.EXTEND,
+            mask=MaskMode.FULL if is_prompt else MaskMode.EXTEND if stage.masks_past else MaskMode.NONE,
             positions=PositionMode.NONE,
             position_rows=0,
             logits_to_keep=1,
