@@ -127,10 +127,12 @@ class Cut:
         """Return the logits of new tokens, or an empty tensor; only a stage's output reaches the next one."""
         tensors: tuple[Tensor, ...] = (tokens,)
         layout = None
+        made: dict[str, Tensor] = {}
         for stage, cache in zip(self.stages, self.caches, strict=True):
             inputs = StageInputs(
                 tensors=tensors,
                 layout=layout,
+                relayed={name: made[name] for name in stage.used_relays if name in made},
                 attention_mask=mask,
                 position_ids=positions,
                 logits_to_keep=keep,
@@ -139,6 +141,7 @@ class Cut:
             )
             output = stage.step(inputs, cache)
             tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout
+            made |= {name: tensor.clone().cpu() for name, tensor in output.relayed.items()}
         if not wants_logits:
             assert not tensors
             return torch.empty(0)

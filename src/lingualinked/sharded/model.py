@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.profile import Profile
     from lingualinked.sharded.loading.describing import Described
     from lingualinked.telemetry.decisions import Decision

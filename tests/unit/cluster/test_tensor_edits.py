@@ -12,7 +12,7 @@ from torch import Tensor
 from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.cluster.weights.tensor_edits import Change, TensorEdits
 from lingualinked.errors import WorkerError
-from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.planning.plan import Plan
 from lingualinked.protocol.editing import ChangeKind, EditTensor
 from lingualinked.weight_bytes import WeightBytes

@@ -25,7 +25,8 @@ import lingualinked as ll
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.cluster.steps.step_reply import HookEvent, StepReply
 from lingualinked.cluster.weights.tensor_edits import Changes
-from lingualinked.model.cutting.parts import ModelParts, find_parts
+from lingualinked.model.cutting.model_parts import ModelParts
+from lingualinked.model.cutting.parts import find_parts
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall
 from lingualinked.model.stages.layer_skips import NO_SKIPS, LayerSkips

@@ -17,7 +17,7 @@ from lingualinked.cluster.messaging.engine import Engine
 from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.model.adapters.adapter_data import AdaptedModule, Adapter
-from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
 
 _MESSAGE_TENSORS = 512

@@ -18,7 +18,7 @@ from lingualinked.cluster.messaging.pending import result_of
 from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.errors import WorkerDiedError, WorkerError
 from lingualinked.interrupts import interruptible
-from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.protocol.reading import ReadTensor
 
 _NUM_AHEAD = 4

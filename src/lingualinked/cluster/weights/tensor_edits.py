@@ -19,7 +19,7 @@ from lingualinked.cluster.messaging.pending import results_of
 from lingualinked.cluster.plans.route import Route, Routes
 from lingualinked.cluster.steps.step_gate import StepGate
 from lingualinked.cluster.weights.remote_weights import stages_of
-from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.protocol.editing import ChangeKind, EditTensor, TensorChange
 

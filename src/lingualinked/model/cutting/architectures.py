@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,41 +16,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lingualinked.errors import CheckpointError, UncuttableModelError
+from lingualinked.model.hf_internals import building
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from lingualinked.model.spec import ModelSpec
-
-# To add an architecture, add its configurations to tests/families.py, whose tests show that it is bit-equal.
-SUPPORTED_ARCHITECTURES = {
-    "bloom": "BloomForCausalLM",
-    "cohere": "CohereForCausalLM",
-    "falcon": "FalconForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_neox": "GPTNeoXForCausalLM",
-    "gptj": "GPTJForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "mpt": "MptForCausalLM",
-    "olmo": "OlmoForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "opt": "OPTForCausalLM",
-    "phi": "PhiForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "stablelm": "StableLmForCausalLM",
-    "starcoder2": "Starcoder2ForCausalLM",
-}
 
 
 def check_architecture(config: PreTrainedConfig) -> str:
@@ -60,7 +32,7 @@ def check_architecture(config: PreTrainedConfig) -> str:
         raise UncuttableModelError(
             name, "it is an encoder-decoder model, and only decoder-only causal language models have one stack to cut"
         )
-    if model_type not in SUPPORTED_ARCHITECTURES:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UncuttableModelError(name, _refusal_reason(config))
     if getattr(config, "add_cross_attention", False):
         raise UncuttableModelError(
@@ -74,7 +46,13 @@ def check_architecture(config: PreTrainedConfig) -> str:
             f"the checkpoint of {name} is quantised (quantization_config: {as_dict.get('quant_method', 'unknown')}), "
             "which is not supported yet: load the unquantised checkpoint of the same model"
         )
-    return SUPPORTED_ARCHITECTURES[model_type]
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+def check_class(class_name: str) -> None:
+    """Raise UncuttableModelError unless a spec may name this class, which is then looked up in transformers."""
+    if class_name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UncuttableModelError(class_name, "transformers has no such causal language model")
 
 
 def _refusal_reason(config: PreTrainedConfig) -> str:
@@ -90,18 +68,20 @@ def _refusal_reason(config: PreTrainedConfig) -> str:
             f"{model_type!r} is an encoder-only architecture, which predicts masked tokens and can't generate text: "
             "use a decoder-only causal language model"
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"{model_type!r} has no causal language model in transformers: use a decoder-only causal language model"
-    return (
-        f"{model_type!r} is not among the architectures that are tested to be exact when cut "
-        f"({', '.join(sorted(SUPPORTED_ARCHITECTURES))})"
-    )
+    return f"{model_type!r} has no causal language model in transformers: use a decoder-only causal language model"
 
 
 def read_config(spec: ModelSpec) -> PreTrainedConfig:
-    """Rebuild the configuration of a spec, with options that only concern the caller's output turned off."""
+    """Rebuild the configuration of a spec, with options that only concern the caller's output turned off.
+
+    Of a model with a configuration for each of its parts, that of the text if the class of the spec takes that.
+    """
     fields = json.loads(spec.config_json)
-    config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    kind = CONFIG_MAPPING[fields["model_type"]]
+    config: PreTrainedConfig = kind.from_dict(building.decode_floats(kind, fields))
+    wanted = getattr(transformers, spec.class_name).config_class
+    if wanted is not None and not isinstance(config, wanted):
+        config = config.get_text_config(decoder=True)
     config.output_hidden_states = False
     config.output_attentions = False
     config.return_dict = True

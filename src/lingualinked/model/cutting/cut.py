@@ -5,6 +5,7 @@ Knows modules; no weights, checkpoints, caches or devices.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,11 @@ from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts, PartOutput
 
 RawOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
@@ -27,11 +30,14 @@ class SpanLeft(Exception):  # noqa: N818 - it ends a forward pass and is not an 
 
 
 class Boundary:
-    """The raw layer outputs that enter and leave a span during one forward pass."""
+    """What enters and leaves a span during one forward pass, beside the arguments of the model."""
 
     def __init__(self) -> None:
         self.incoming: RawOutput | None = None  # of the last layer before the span, on the previous stage
         self.outgoing: RawOutput | None = None  # of the last layer of the span
+        self.relayed: Mapping[str, torch.Tensor] = {}  # what other stages have made, by the name of the relay
+        self.shape = (1, 1)  # rows and new tokens of the step
+        self.device = torch.device("cpu")
         self.is_passed = False  # whether the forward pass goes on behind the span, to return what it has recorded
         self.is_end = False  # whether it ends with the last layer of the span, though the epilogue is here
 
@@ -42,25 +48,54 @@ class Boundary:
             raise SpanLeft
 
     def clear(self) -> None:
-        """Drop both tensors, so that they can be freed between steps."""
+        """Drop all tensors, so that they can be freed between steps."""
         self.incoming = self.outgoing = None
+        self.relayed = {}
         self.is_passed = self.is_end = False
 
 
 class StandIn(nn.Module):
-    """Replaces a module that another stage holds."""
+    """Replaces a module that another stage holds; has the plain attributes of that module, and its parameters without data."""
+
+    def __init__(self, original: nn.Module | None = None) -> None:
+        super().__init__()
+        self._original = None if original is None else describe_module(original)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = vars(self).get("_original")
+            if original is None or name.startswith("_"):
+                raise
+            return getattr(original, name)
+
+
+def describe_module(module: nn.Module) -> Any:
+    """Return an object with the attributes of a module and of those inside: no weights, no code."""
+    if isinstance(module, StandIn):
+        return vars(module)["_original"]
+    known = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    tensors = {**module._parameters, **module._buffers}  # noqa: SLF001 - these are only the module's own
+    known |= {name: None if each is None else torch.empty_like(each, device="meta") for name, each in tensors.items()}
+    known |= {name: None if child is None else describe_module(child) for name, child in module._modules.items()}  # noqa: SLF001
+    return SimpleNamespace(**known)
 
 
 class ReplayLayer(StandIn):
-    """Replaces a layer before the span: returns the complete output of the previous stage's last layer."""
+    """Replaces a layer before the span: returns the complete output of the previous stage's last layer, or its own relayed one."""
 
-    def __init__(self, boundary: Boundary) -> None:
-        super().__init__()
+    def __init__(self, boundary: Boundary, original: nn.Module | None = None, index: int = -1) -> None:
+        super().__init__(original)
         self.boundary = boundary
+        self._relay = f"layer {index}"
 
     def forward(self, *_args: Any, **_kwargs: Any) -> RawOutput | None:
         """Ignore the input, which is a dummy, and return the incoming output."""
-        return self.boundary.incoming
+        relayed, incoming = self.boundary.relayed.get(self._relay), self.boundary.incoming
+        if relayed is None:
+            return incoming
+        return (relayed, *incoming[1:]) if isinstance(incoming, tuple) else relayed
 
 
 class ExitLayer(StandIn):
@@ -69,8 +104,8 @@ class ExitLayer(StandIn):
     Anything that the model does between two layers has been done by then.
     """
 
-    def __init__(self, boundary: Boundary) -> None:
-        super().__init__()
+    def __init__(self, boundary: Boundary, original: nn.Module | None = None) -> None:
+        super().__init__(original)
         self.boundary = boundary
 
     def forward(self, *_args: Any, **_kwargs: Any) -> RawOutput | None:
@@ -80,24 +115,46 @@ class ExitLayer(StandIn):
         return self.boundary.outgoing
 
 
-class PassThrough(StandIn):
-    """Replaces a norm, a projection or the head: returns its first argument."""
+class AbsentModule(StandIn):
+    """Base of what replaces a part of the model beside its layers: its weights seem to lie where the stage computes."""
 
-    def forward(self, first: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        """Return `first`."""
-        return first
+    def __init__(self, boundary: Boundary, original: nn.Module) -> None:
+        super().__init__(original)
+        self.boundary = boundary
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            return torch.zeros((), dtype=value.dtype, device=self.boundary.device).expand(value.shape)
+        return value
 
 
-class ZeroEmbedding(StandIn):
-    """Replaces an embedding on a later stage, where its result is discarded: returns zeros of a shape that broadcasts."""
+class PassThrough(AbsentModule):
+    """Replaces a norm, a projection or the head: returns its first argument of floating-point numbers."""
 
-    def __init__(self, dim: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dim, self.dtype = dim, dtype
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first tensor of floating-point numbers, or whatever comes first."""
+        given = (*args, *kwargs.values())
+        floating = (each for each in given if isinstance(each, torch.Tensor) and each.is_floating_point())
+        return next(floating, given[0])
 
-    def forward(self, first: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        """Return zeros [1, 1, dim]."""
-        return torch.zeros((1, 1, self.dim), dtype=self.dtype, device=first.device)
+
+class AbsentPart(AbsentModule):
+    """Replaces a part before the layers on a later stage: returns what the first stage has made of it, or zeros.
+
+    What the model makes of zeros is discarded, but may be written to.
+    """
+
+    def __init__(self, boundary: Boundary, original: nn.Module, output: PartOutput) -> None:
+        super().__init__(boundary, original)
+        self._output, self._dtype = output, getattr(torch, output.dtype)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        """Return what the first stage has made, or zeros of the shape that the part would return."""
+        relayed = self.boundary.relayed.get(self._output.path)
+        if relayed is not None:
+            return relayed
+        return torch.zeros(self._output.sizes(*self.boundary.shape), dtype=self._dtype, device=self.boundary.device)
 
 
 def cut_class(
@@ -127,37 +184,41 @@ def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, bound
     """Replace the modules that a stage of layers ``[start, end)`` does not hold by stand-ins, in place."""
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
-    replay, leave = ReplayLayer(boundary), ExitLayer(boundary)
     for index in range(parts.num_layers):
-        if not start <= index < end:
-            layers[index] = replay if index < start else leave
+        if index < start:
+            layers[index] = ReplayLayer(boundary, layers[index], index)
+        elif index >= end:
+            layers[index] = ExitLayer(boundary, layers[index])
+    outputs = {each.path: each for each in parts.outputs}
     elsewhere = (parts.prologue if start > 0 else ()) + (parts.epilogue if end < parts.num_layers else ())
     for path in elsewhere:
         module = model.get_submodule(path)
-        stand_in: nn.Module
-        if isinstance(module, nn.Embedding):
-            stand_in = ZeroEmbedding(module.embedding_dim, module.weight.dtype)
-        elif isinstance(module, StandIn):
-            continue
+        if path in outputs:
+            model.set_submodule(path, AbsentPart(boundary, module, outputs[path]))
         else:
-            stand_in = PassThrough()
-        model.set_submodule(path, stand_in)
+            model.set_submodule(path, PassThrough(boundary, module))
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = {target: source for target, source in building.ties(model).items() if {target, source} <= held}
     building.set_ties(model, tied)
 
 
-def flatten_output(output: RawOutput | None) -> tuple[tuple[torch.Tensor, ...], tuple[bool, ...] | None]:
+def flatten_output(
+    output: RawOutput | None, used: tuple[bool, ...] | None = None
+) -> tuple[tuple[torch.Tensor, ...], tuple[bool, ...] | None]:
     """Return the tensors of a layer's raw output that cross the boundary, and the layout of the output.
 
-    Only the hidden states of a tuple do: in every supported architecture the other items are attention weights, which the
-    next layer does not use, and whose size grows with the square of the text.
+    Of a tuple these are the items that the next layer uses; without `used`, the hidden states alone. Others, such as attention
+    weights, may grow with the square of the text.
     """
     assert output is not None
     if isinstance(output, torch.Tensor):
         return (output,), None
-    assert isinstance(output[0], torch.Tensor)
-    return (output[0],), (True,) + (False,) * (len(output) - 1)
+    layout = tuple(
+        isinstance(item, torch.Tensor) and (index == 0 if used is None else used[index])
+        for index, item in enumerate(output)
+    )
+    assert layout[0]
+    return tuple(item for item, crosses in zip(output, layout, strict=True) if crosses and item is not None), layout
 
 
 def unflatten_output(tensors: tuple[torch.Tensor, ...], layout: tuple[bool, ...] | None) -> RawOutput:

@@ -23,9 +23,11 @@ from transformers.cache_utils import (
 
 from lingualinked.errors import UncuttableModelError
 from lingualinked.model.cutting.cut import flatten_output
-from lingualinked.model.cutting.parts import ModelParts, NoData, build_meta, cache_slots, learned_positions
 from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
 from lingualinked.model.kv.layer_state import walk
+from lingualinked.model.cutting.model_parts import ModelParts
+from lingualinked.model.cutting.parts import build_meta, cache_slots, learned_positions
+from lingualinked.model.cutting.trace import NoData
 from lingualinked.profile import ModelProfile
 
 if TYPE_CHECKING:

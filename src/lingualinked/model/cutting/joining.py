@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
 
 
 def join_spans(spans: Sequence[LoadedSpan], start: int, end: int) -> LoadedSpan:
@@ -55,7 +55,8 @@ def _find_module(path: str, spans: Iterable[LoadedSpan]) -> nn.Module:
 def _copy_tree(model: PreTrainedModel, parts: ModelParts) -> PreTrainedModel:
     """Copy a model's tree of modules; share its configurations, and the modules that a cut may replace."""
     layers = (f"{parts.layers}.{index}" for index in range(parts.num_layers))
-    shared: list[object] = [model.get_submodule(path) for path in (*layers, *parts.prologue, *parts.epilogue)]
+    paths = (*layers, *parts.prologue, *parts.epilogue, *parts.transmission.held)
+    shared: list[object] = [model.get_submodule(path) for path in paths]
     shared += [model.config, model.generation_config]
     return copy.deepcopy(model, {id(each): each for each in shared})
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingualinked.model.cutting.parts import NoData, build_meta
+from lingualinked.model.cutting.parts import build_meta
+from lingualinked.model.cutting.trace import NoData
 from lingualinked.planning.estimate import LayerOperations
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.model.spec import ModelSpec
 
 _NUM_TOKENS = 2  # of the first pass; the second has twice as many

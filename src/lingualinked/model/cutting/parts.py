@@ -5,92 +5,42 @@ Works on the meta device, without weights; knows no stages, devices or checkpoin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
-from lingualinked.model.cutting.architectures import SUPPORTED_ARCHITECTURES, read_config
+from lingualinked.model.cutting.architectures import check_class, read_config
+from lingualinked.model.cutting.model_parts import ModelParts, PartOutput
+from lingualinked.model.cutting.trace import NUM_TOKENS, Flow, trace
 from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
+from lingualinked.transmission import INPUT_IDS, Relay, Transmission
 from lingualinked.weight_bytes import WeightBytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
     from lingualinked.model.spec import ModelSpec
 
 
 _found: dict[tuple[str, str, str], ModelParts] = {}
 
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers")
+"""What configurations call the number of layers; in some, the first is not the length of the list."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelParts:
-    """Where a model's parts are, as dotted paths of modules, and the bytes of their weights."""
-
-    layers: str  # the decoder's module list: "model.layers"
-    num_layers: int
-    prologue: tuple[str, ...]  # modules with weights that run before the first layer: ("model.embed_tokens",)
-    epilogue: tuple[str, ...]  # likewise after the last layer: ("model.norm", "lm_head")
-    weights: WeightBytes
-
-    def span_bytes(self, start: int, end: int) -> int:
-        """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""
-        check_span(start, end, self.num_layers)
-        return self.weights.of_span(start, end)
-
-    def needs(self, name: str, start: int, end: int) -> bool:
-        """Return whether a stage of layers ``[start, end)`` may need a parameter, of its layers or of the ends of the model."""
-        layer = self.layer_of(name)
-        return start <= layer < end if layer is not None else start == 0 or end == self.num_layers
-
-    def is_in_every_stage(self, path: str) -> bool:
-        """Return whether every stage runs a module for itself, such as what computes positions."""
-        is_in_one = any(f"{path}.".startswith(f"{each}.") for each in (self.layers, *self.prologue, *self.epilogue))
-        return not (is_in_one or f"{self.layers}.".startswith(f"{path}."))
-
-    def layer_beside(self, path: str, *, at_end: bool) -> int:
-        """Return a layer whose stage runs a module; of one that runs all layers, its beginning or its end."""
-        layer = self.layer_of(f"{path}.weight")
-        runs_last = any(f"{path}.".startswith(f"{each}.") for each in self.epilogue)
-        if layer is None and (runs_last or (at_end and f"{self.layers}.".startswith(f"{path}."))):
-            return self.num_layers - 1
-        return layer or 0
-
-    def holds(self, path: str, start: int, end: int) -> bool:
-        """Return whether a stage of layers ``[start, end)`` holds the module of a path: of a layer, or of an end of the model."""
-        layer = self.layer_of(f"{path}.weight")
-        if layer is not None:
-            return start <= layer < end
-        ends = (self.prologue if start == 0 else ()) + (self.epilogue if end == self.num_layers else ())
-        return any(f"{path}.".startswith(f"{each}.") for each in ends)
-
-    def layer_of(self, name: str) -> int | None:
-        """Return the layer of a parameter of the whole model, or None if it belongs to no layer."""
-        path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
-        return int(path) if name.startswith(f"{self.layers}.") and rest and path.isdecimal() else None
-
-
-def check_span(start: int, end: int, num_layers: int) -> None:
-    """Raise ArgumentError unless ``[start, end)`` is a span of a model of `num_layers` layers."""
-    if not 0 <= start < end <= num_layers:
-        raise ArgumentError(
-            f"[{start}, {end}) is not a span of a model of {count_text(num_layers, 'layer')}: 0 <= start < end <= {num_layers} must hold"
-        )
+_MOST_SPARE_POSITIONS = 8  # rows of a table of positions that are none: OPT has two
 
 
 def build_meta(spec: ModelSpec) -> PreTrainedModel:
     """Build the full model on the meta device, in evaluation mode, with all modules and shapes, but without memory."""
-    if spec.class_name not in SUPPORTED_ARCHITECTURES.values():
-        raise UncuttableModelError(
-            spec.class_name, "it is not among the architectures that are tested to be exact when cut"
-        )
+    check_class(spec.class_name)
     cls: type[PreTrainedModel] = getattr(transformers, spec.class_name)
     try:
         return building.build_on_meta(cls, read_config(spec), getattr(torch, spec.dtype), spec.attn_implementation)
@@ -104,39 +54,124 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
 
 
 def find_parts(meta_model: PreTrainedModel) -> ModelParts:
-    """Find the layers of a causal LM on the meta device and what runs before and after them.
+    """Find the layers of a model on the meta device, what runs before and after them, and what reaches which layer.
 
-    One forward pass, stopped at the first layer, shows which modules run before the layers.
+    Parts are whole modules: the children of those on the way to the layers.
     """
-    name = type(meta_model).__name__
+    # 1) find the layers, and the modules beside the way to them
     path, layers = _find_layers(meta_model)
-    outside = [
-        (module_path, module)
-        for module_path, module in meta_model.named_modules()
-        if not f"{module_path}.".startswith(f"{path}.") and _holds_parameters(module)
-    ]
-    for module_path, module in outside:
-        if isinstance(module, PreTrainedModel):
-            owned = ", ".join(name for name, _ in module.named_parameters(recurse=False))
-            raise UncuttableModelError(name, f"{module_path or 'the model'} itself holds parameters ({owned})")
-    called = _called_before_layers(meta_model, layers, [module for _, module in outside])
-    prologue = {module_path: module for module_path, module in outside if module in called}
-    epilogue = {module_path: module for module_path, module in outside if module not in called}
-    in_prologue, in_epilogue = _own_parameters(prologue), _own_parameters(epilogue)
+    beside = dict(_modules_beside(meta_model, path))
+    # 2) run the model once without data
+    flow = _trace(meta_model, path, beside)
+    # 3) sort the parts: those that run both before and after layers, or between them, are in every stage
+    held = {part for part in beside if part in flow.between or (part in flow.before and part in flow.after)}
+    held |= {str(part) for kind, part in flow.used_at if kind == "weight" and part not in flow.after}
+    held = _with_inputs(held, flow)
+    epilogue = {part: beside[part] for part in beside if part in flow.after - held}
+    prologue = {part: beside[part] for part in beside if part not in held and part not in epilogue}
+    # 4) count their bytes
+    in_prologue, in_epilogue = _own_tensors(prologue), _own_tensors(epilogue)
     tied = building.ties(meta_model)
     in_both = {target for target, source in tied.items() if target in in_epilogue and source in in_prologue}
+    ends = {id(each) for each in (*in_prologue.values(), *in_epilogue.values())}
+    inside = {id(each) for each in _all_tensors(layers).values()}
+    everywhere = [each for each in _all_tensors(meta_model).values() if id(each) not in ends | inside]
     return ModelParts(
         layers=path,
         num_layers=len(layers),
         prologue=tuple(prologue),
         epilogue=tuple(epilogue),
         weights=WeightBytes(
-            layers=tuple(_num_bytes(layer.parameters()) for layer in layers),
+            layers=tuple(_num_bytes(_all_tensors(layer).values()) for layer in layers),
             prologue=_num_bytes(in_prologue.values()),
             epilogue=_num_bytes(in_epilogue.values()),
             tied=_num_bytes(in_epilogue[target] for target in in_both),
+            everywhere=_num_bytes(everywhere),
         ),
+        outputs=tuple(_describe(part, flow.outputs[part]) for part in prologue if part in flow.outputs),
+        transmission=_transmission_of(flow, prologue, tuple(part for part in beside if part in held)),
     )
+
+
+def _trace(model: PreTrainedModel, path: str, beside: Mapping[str, nn.Module]) -> Flow:
+    """Trace a model; in bfloat16 if its own dtype has no kernel on the meta device for what it computes."""
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    try:
+        return trace(model, layers, beside)
+    except Exception as error:
+        if model.dtype != torch.bfloat16:
+            twin: Any = copy.deepcopy(model)
+            twin.to(torch.bfloat16)
+            with contextlib.suppress(UncuttableModelError):
+                return _trace(twin, path, {part: twin.get_submodule(part) for part in beside})
+        raise UncuttableModelError(
+            type(model).__name__, f"a forward pass without weights failed ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _with_inputs(held: set[str], flow: Flow) -> set[str]:
+    """Add the parts whose outputs held parts are called with before the layers."""
+    while True:
+        more = {
+            str(name) for part in held for kind, name in flow.inputs_of.get(part, ()) if kind == "part"
+        } & flow.before
+        if more <= held:
+            return held
+        held = held | more
+
+
+def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[str, ...]) -> Transmission:
+    """Return what of a pass crosses the boundaries between stages."""
+    used = {mark: set(layers) for mark, layers in flow.used_at.items()}
+    everywhere = set(range(1, len(flow.items) + 1))
+    for part in held:  # every stage calls it, with what it is called with in the first one
+        for mark in flow.inputs_of.get(part, ()):
+            used.setdefault(mark, set()).update(everywhere)
+    relays, forbidden = [], set[int]()
+    for (kind, source), layers in sorted(used.items(), key=str):
+        if kind == "ids":
+            relays.append(Relay(name=INPUT_IDS, made_at=0, used_at=tuple(sorted(layers)), token_bytes=8))
+        elif kind == "part" and source in prologue:
+            output = flow.outputs.get(str(source))
+            if output is None:  # several tensors, which must not leave their stage
+                forbidden |= set(range(1, max(layers)))
+                continue
+            weights = _num_bytes(_all_tensors(prologue[str(source)]).values())
+            relays.append(
+                Relay(
+                    name=str(source),
+                    made_at=0,
+                    used_at=tuple(sorted(layers)),
+                    token_bytes=-(-output.nbytes // NUM_TOKENS),
+                    part_bytes=weights,
+                )
+            )
+        elif kind == "layer":
+            output = flow.outputs[f"layer {source}"]
+            relays.append(
+                Relay(
+                    name=f"layer {source}",
+                    made_at=int(source),
+                    used_at=tuple(sorted(layers)),
+                    token_bytes=-(-output.nbytes // NUM_TOKENS),
+                )
+            )
+        elif kind == "inside":
+            forbidden |= set(range(int(source) + 1, min(max(layers) + 1, len(flow.items))))
+    return Transmission(
+        relays=tuple(relays), items=tuple(flow.items), forbidden_cuts=tuple(sorted(forbidden)), held=held
+    )
+
+
+def _describe(path: str, output: torch.Tensor) -> PartOutput:
+    """Describe an output of the traced pass, whose sizes of one row and its tokens are those of any step."""
+    sizes: tuple[int | str, ...] = tuple(output.shape)
+    if sizes[:2] == (1, NUM_TOKENS):
+        sizes = ("rows", "tokens", *sizes[2:])
+    elif sizes[:1] == (NUM_TOKENS,):
+        sizes = ("tokens", *sizes[1:])
+    return PartOutput(path=path, shape=sizes, dtype=str(output.dtype).removeprefix("torch."))
 
 
 def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
@@ -157,81 +192,67 @@ def cache_slots(layers: Iterable[nn.Module]) -> frozenset[int]:
 def learned_positions(meta_model: PreTrainedModel) -> int | None:
     """Return how many positions a model has learned embeddings for; None if positions are computed (rotary, ALiBi)."""
     words = meta_model.get_input_embeddings()
-    if any(isinstance(module, nn.Embedding) and module is not words for module in meta_model.modules()):
-        return int(meta_model.config.get_text_config(decoder=True).max_position_embeddings)
+    num_positions = getattr(meta_model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if num_positions is None:
+        return None
+    tables = [module for module in meta_model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    if any(0 <= table.num_embeddings - num_positions <= _MOST_SPARE_POSITIONS for table in tables):
+        return int(num_positions)
     return None
 
 
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the largest module list with as many modules as the decoder has layers."""
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    candidates = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not candidates:
-        raise UncuttableModelError(
-            type(model).__name__, f"no module list holds its {count_text(num_layers, 'decoder layer')}"
-        )
-    return max(candidates, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
+    """Find the largest module list with as many modules as the decoder has layers, in a model of the text configuration."""
+    config = model.config.get_text_config(decoder=True)
+    owners = (type(config), type(model.config))
+    depths = [depth for name in _DEPTHS if isinstance(depth := getattr(config, name, None), int)]
+    for depth in depths:
+        candidates = [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth and _config_class(model, path) in owners
+        ]
+        if candidates:
+            return max(candidates, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
+    raise UncuttableModelError(
+        type(model).__name__, f"no module list holds its {count_text(depths[0] if depths else 0, 'decoder layer')}"
+    )
 
 
-class _LayersReached(Exception):  # noqa: N818 - it ends a forward pass and is not an error
-    """The forward pass has reached the first layer."""
+def _config_class(model: PreTrainedModel, path: str) -> type:
+    """Return the class of the configuration of the innermost model around a module."""
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if isinstance(module, PreTrainedModel):
+            return type(module.config)
+    return type(model.config)
 
 
-class _ProbeLayer(nn.Module):
-    """Replaces the first layer during the probe."""
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        raise _LayersReached
-
-
-class NoData(TorchFunctionMode):
-    """Makes tests of a tensor's values (``bool``, ``in``) return False, so that a forward pass runs on the meta device."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.Tensor.__bool__, torch.Tensor.__contains__):
-            return False
-        return func(*args, **(kwargs or {}))
+def _modules_beside(model: PreTrainedModel, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with parameters that are children of those on the way to the layers, containers opened."""
+    names = path.split(".")
+    way = [".".join(names[:length]) for length in range(len(names) + 1)]
+    opened = set(way[:-1])
+    for name, module in model.named_modules():
+        if name in way or name.rpartition(".")[0] not in opened:
+            continue
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            opened.add(name)
+        elif next(module.parameters(), None) is not None:
+            yield name, module
 
 
-def _called_before_layers(model: PreTrainedModel, layers: nn.ModuleList, watched: list[nn.Module]) -> set[nn.Module]:
-    """Run the model up to its first layer; return the watched modules that were called."""
-    called: set[nn.Module] = set()
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in watched]
-    first, layers[0] = layers[0], _ProbeLayer()
-    try:
-        with torch.no_grad(), NoData():
-            model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device="meta"), use_cache=False)
-    except _LayersReached:
-        return called
-    except Exception as error:
-        raise UncuttableModelError(
-            type(model).__name__, f"a forward pass without weights failed before the first layer ({error!r})"
-        ) from error
-    finally:
-        layers[0] = first
-        for hook in hooks:
-            hook.remove()
-    raise UncuttableModelError(type(model).__name__, "a forward pass does not reach the first layer")
+def _all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters of a module and its persistent buffers, by name; tied ones under each of their names."""
+    state = module.state_dict(keep_vars=True)
+    return state | dict(module.named_parameters(remove_duplicate=False))
 
 
-def _holds_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+def _own_tensors(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Return the parameters and persistent buffers of modules, by full name."""
+    return {f"{path}.{name}": each for path, module in modules.items() for name, each in _all_tensors(module).items()}
 
 
-def _own_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the parameters that modules hold directly, by full name; tied ones under each of their names."""
-    return {
-        f"{path}.{name}": parameter
-        for path, module in modules.items()
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-    }
-
-
-def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum({id(each): each.numel() * each.element_size() for each in parameters}.values())
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum({id(each): each.nbytes for each in tensors if isinstance(each, torch.Tensor)}.values())

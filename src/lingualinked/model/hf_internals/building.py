@@ -54,6 +54,12 @@ def build_on_meta(
     return model
 
 
+def decode_floats(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration's JSON with numbers in place of what stands for infinity there."""
+    decoded: dict[str, Any] = config_class._decode_special_floats(fields)
+    return decoded
+
+
 def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
     """Return a ``get_init_context`` for a class derived from `cls` that holds `GLOBAL_STATE` during construction."""
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
 
 Index = tuple[Any, ...] | None
 """What rows and positions are as an index of a tensor; None: all of them."""

@@ -21,7 +21,6 @@ from lingualinked.model.hf_internals import computing
 from lingualinked.model.packed.invariance import draw_inputs, find_repeated
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
-from lingualinked.model.stages.layer_order import layer_layout
 from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.model.stages.stage_data import StageInputs
 
@@ -80,7 +79,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _layers_agree(stage: Stage) -> bool:
     """Run a layer of each kind over texts in steps of their own, and together; return whether their bits are equal."""
     generator = torch.Generator().manual_seed(0)
-    layout = None if stage.is_first else layer_layout(stage.span.model.config.model_type)
+    layout = stage.layout_before
     skips = LayerSkips(bypassed=tuple(find_repeated(stage)))
     packed = PackedStage(stage)
     # 1) prompts

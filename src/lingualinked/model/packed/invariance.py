@@ -24,7 +24,6 @@ from lingualinked.model.exact.row_probe import (
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.process.torch_settings import one_thread
-from lingualinked.model.stages.layer_order import layer_layout
 from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.quantities import count_text
 from lingualinked.rounding import Invariance
@@ -132,9 +131,7 @@ class _Runs:
 
     def __init__(self, stage: Stage) -> None:
         self._packed = PackedStage(stage)
-        self._layout: tuple[bool, ...] | None = None
-        if not stage.is_first:
-            self._layout = layer_layout(stage.span.model.config.model_type)
+        self._layout = stage.layout_before
         self._skips = LayerSkips(bypassed=tuple(find_repeated(stage)))
 
     def run(self, caches: Sequence[StageCache], states: Sequence[Tensor]) -> list[Tensor]:

@@ -13,25 +13,20 @@ from torch import Tensor, nn
 from lingualinked.model.cutting.cut import Boundary, RawOutput, ReplayLayer, StandIn
 from lingualinked.model.stages.layer_skips import LayerSkips
 
-_TUPLES = frozenset({"bloom", "falcon", "gptj", "mpt"})
-"""The families whose layers return tuples; tests/unit/model/stages/test_layer_order.py compares them with all."""
-
-
-def layer_layout(model_type: str) -> tuple[bool, ...] | None:
-    """Return the layout in which a stage expects the output of the layer before it (`cut.unflatten_output`)."""
-    return (True, False) if model_type in _TUPLES else None
-
 
 class Bypass(StandIn):
-    """Stands for a layer that is skipped: returns the hidden states that it is called with, as a layer does."""
+    """Stands for a layer that is skipped: returns the hidden states that it is called with, as a layer does.
 
-    def __init__(self, model_type: str) -> None:
+    `items` are those of the output tuple of a model's layers; None: they return one tensor.
+    """
+
+    def __init__(self, items: tuple[bool, ...] | None) -> None:
         super().__init__()
-        self._returns_tuple = model_type in _TUPLES
+        self._others = None if items is None else (None,) * (len(items) - 1)
 
     def forward(self, states: Tensor, *_args: Any, **_kwargs: Any) -> RawOutput:
         """Return the hidden states."""
-        return (states, None) if self._returns_tuple else states
+        return states if self._others is None else (states, *self._others)
 
 
 class LayerList(nn.ModuleList):
@@ -56,7 +51,13 @@ class SpanOrder:
     """The layers to run in one forward pass over layers ``[start, end)``, with the stand-ins for those of other stages."""
 
     def __init__(
-        self, layers: LayerList, start: int, end: int, skips: LayerSkips, boundary: Boundary, family: str
+        self,
+        layers: LayerList,
+        start: int,
+        end: int,
+        skips: LayerSkips,
+        boundary: Boundary,
+        items: Sequence[tuple[bool, ...] | None],
     ) -> None:
         self.own: list[nn.Module] = []  # of the span
         self.order: list[nn.Module] = []
@@ -64,7 +65,7 @@ class SpanOrder:
             if index in skips.removed:
                 continue
             is_own = start <= index < end
-            self.order.append(Bypass(family) if is_own and index in skips.bypassed else layer)
+            self.order.append(Bypass(items[index]) if is_own and index in skips.bypassed else layer)
             if is_own:
                 self.own.append(self.order[-1])
         # What comes from the stage before is given to the first own layer, if no layer is there to replay it.
@@ -72,7 +73,7 @@ class SpanOrder:
         self.feeds_first = start > 0 and is_alone and bool(self.own)
         self.has_substitute = is_alone and not self.own  # a module that is not in the list: it passes on what comes in
         if self.has_substitute:
-            self.order.insert(0, ReplayLayer(boundary) if start > 0 else Bypass(family))
+            self.order.insert(0, ReplayLayer(boundary) if start > 0 else Bypass(items[0]))
             self.own = self.order[:1]
 
     def feed_first(self, boundary: Boundary) -> Callable[..., Any]:

@@ -35,6 +35,7 @@ from lingualinked.model.process.torch_settings import TorchSettings, frozen, rea
 from lingualinked.model.stages.layer_order import LayerList, SpanOrder
 from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.model.stages.recorded_values import values_of_span
+from lingualinked.model.stages.relays import StageRelays
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
 from lingualinked.model.stages.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
 from lingualinked.model.weights.span_loading import LoadedSpan, load_span
@@ -72,6 +73,10 @@ class Stage:
             speed_up(self._model, layers, self.adapters.layers)
         self._layers = LayerList(layers)
         self._model.set_submodule(span.parts.layers, self._layers)
+        self._relays = StageRelays(self._model, self._layers, span.parts, start, end)
+        self.used_relays = span.parts.relayed_to(start, end)
+        self._items = span.parts.transmission.items
+        self.layout_before = self._items[start - 1] if start else None  # of its inputs
         self._slots = self.cache_slots(start, end)
         self._cache_name = cache_argument(type(self._model))
         self.masks_past = masks_past(type(self._model))
@@ -229,12 +234,10 @@ class Stage:
         }
         if inputs.position_ids is not None:
             arguments["position_ids"] = self._to_device(inputs.position_ids)
-        if self.is_first and not states.is_floating_point():
-            arguments["input_ids"] = states
-        elif self.is_first:
-            arguments["inputs_embeds"] = states
-        else:  # only their shape and dtype count, since the prologue's result is discarded; autocast may change the states' dtype
-            arguments["inputs_embeds"] = states.detach().to(self._config.dtype)
+        self._boundary.shape, self._boundary.device = (states.shape[0], states.shape[1]), self.device
+        self._boundary.relayed = relayed = {name: each.to(self.device) for name, each in inputs.relayed.items()}
+        arguments |= self._relays.text_arguments(states, relayed)
+        if not self.is_first:
             self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:
             self._boundary.is_end = not inputs.wants_logits and not inputs.records
@@ -247,6 +250,8 @@ class Stage:
         # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
         order, hooks = self._prepare_layers(inputs)
+        made = self._relays.begin(states)
+        hooks += self._relays.register_hooks(made)
         count = cache.count if cache is not None and cache.is_static else None
         instrumented = None
         stops = contextlib.ExitStack()
@@ -275,7 +280,7 @@ class Stage:
             if self.is_last:
                 outputs: tuple[Tensor, ...] = (result.logits,) if inputs.wants_logits else ()
             else:
-                outputs, layout = flatten_output(self._boundary.outgoing)
+                outputs, layout = flatten_output(self._boundary.outgoing, self._items[self.end - 1])
             recorded = {
                 name: values_of_span(
                     name, result.get(name) or (), (self.start, self.end, self.num_layers), inputs, order
@@ -289,7 +294,7 @@ class Stage:
                 hook.remove()
             self._boundary.clear()
         captured = [] if instrumented is None else [(number, value.cpu()) for number, value in instrumented.captured]
-        return StageOutput(tensors=outputs, layout=layout, recorded=recorded, captured=captured)
+        return StageOutput(tensors=outputs, layout=layout, relayed=made, recorded=recorded, captured=captured)
 
     def _cache_arguments(self, cache: StageCache | None) -> dict[str, Any]:
         """Return how the model's forward is told what it has kept of a text, and to keep more."""
@@ -302,7 +307,7 @@ class Stage:
         order = None
         own: Sequence[nn.Module] = self._layers[self.start : self.end]
         if inputs.skips.indices:
-            order = SpanOrder(self._layers, self.start, self.end, inputs.skips, self._boundary, self._config.model_type)
+            order = SpanOrder(self._layers, self.start, self.end, inputs.skips, self._boundary, self._items)
             own = order.own
         if not own:  # what comes in is what goes out
             incoming = self._boundary.outgoing = self._boundary.incoming

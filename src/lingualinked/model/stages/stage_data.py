@@ -35,6 +35,7 @@ class StageInputs:
     layout: tuple[bool, ...] | None  # None for a single tensor, else which items of a tuple are tensors, not None
     attention_mask: Tensor | None  # [rows, past + tokens] int64
     position_ids: Tensor | None  # [rows or 1, tokens] int64
+    relayed: Mapping[str, Tensor] = field(default_factory=dict)  # what other stages have made, by the name of the relay
     logits_to_keep: int | Tensor = 0  # for the last stage: the number of last positions, 0 for all, or indices
     wants_logits: bool = True  # else the last stage ends with its last layer, and has no output
     rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
@@ -57,6 +58,9 @@ class StageOutput:
 
     tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
     layout: tuple[bool, ...] | None
+    relayed: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # what later stages use of this one, by the name of the relay
     recorded: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of its layers, in order
     captured: Sequence[tuple[int, Tensor]] = ()  # by the numbers of the instruments
     requires_grad: tuple[bool, ...] | None = None  # which of the tensors have gradients; None if none will be asked for
@@ -71,6 +75,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or inputs.tensors[0].shape[1] != 1
         or not inputs.tensors[0].is_contiguous()
         or inputs.records
+        or inputs.relayed
         or inputs.hooks
         or inputs.instruments is not None
         or inputs.graph is not None

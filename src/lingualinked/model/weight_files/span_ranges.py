@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from lingualinked.model.cutting.parts import build_meta, check_span, parts_of
+from lingualinked.model.cutting.model_parts import check_span
+from lingualinked.model.cutting.parts import build_meta, parts_of
 from lingualinked.model.weight_files.byte_ranges import ByteRange, merge_ranges
 from lingualinked.model.weights.safetensors_file import SafetensorsFile
 from lingualinked.model.weights.span_loading import choose_tensors

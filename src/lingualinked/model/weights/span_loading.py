@@ -14,7 +14,8 @@ import torch
 from lingualinked.errors import CheckpointError
 from lingualinked.model.cutting.architectures import read_config
 from lingualinked.model.cutting.cut import Boundary, cut_class, prune
-from lingualinked.model.cutting.parts import ModelParts, build_meta, check_span, parts_of
+from lingualinked.model.cutting.model_parts import ModelParts, check_span
+from lingualinked.model.cutting.parts import build_meta, parts_of
 from lingualinked.model.hf_internals import building, loading
 from lingualinked.model.weight_files.fetching import FetchError
 from lingualinked.model.weights.dummy import BlankWeights, DummyWeights

@@ -24,7 +24,7 @@ from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.model.adapters.adapter_data import AdapterUse
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
 
 row_adapters: contextvars.ContextVar[tuple[object, Sequence[str] | None]] = contextvars.ContextVar(
     "row_adapters", default=(None, None)

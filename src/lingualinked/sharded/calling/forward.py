@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
 from lingualinked.model.hf_internals.cache_arguments import cache_argument
 from lingualinked.model.hf_internals.computing import balancing_loss

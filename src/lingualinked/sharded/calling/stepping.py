@@ -36,7 +36,7 @@ from lingualinked.sharded.loading.model_code import ModelCode, check_observers
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.cluster.steps.recorded import Recorded
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.sharded.sealed.sealed_config import SealedConfig
     from lingualinked.sharded.sealed.sealing import Seal
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.sharded.adapters.adapter_layers import AdapterLayers
     from lingualinked.sharded.hooks.recording_order import RecordingOrder
 

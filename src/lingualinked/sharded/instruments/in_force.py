@@ -22,7 +22,7 @@ from lingualinked.sharded.instruments.module_calls import find_calls
 from lingualinked.sharded.instruments.step_shapes import check_change_in_step, count_chosen, due_shape
 
 if TYPE_CHECKING:
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.model.spec import ModelSpec
     from lingualinked.sharded.instruments.captured import Captured
     from lingualinked.sharded.instruments.module_calls import ModuleCall, ModuleCalls

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.interventions import Intervention
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.sharded.instruments.captured import Captured
     from lingualinked.sharded.instruments.in_force import InstrumentBlock, OpenBlocks
     from lingualinked.sharded.instruments.retained import RetainingBlock

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 
 from lingualinked.errors import ArgumentError
-from lingualinked.model.cutting.parts import NoData, build_meta
+from lingualinked.model.cutting.parts import build_meta
+from lingualinked.model.cutting.trace import NoData
 from lingualinked.model.hooks.hook_cuts import first_tensor
 from lingualinked.model.hooks.instrument_data import Side
 from lingualinked.model.spec import ModelSpec

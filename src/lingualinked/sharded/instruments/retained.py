@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.model.hooks.instrument_data import Side
     from lingualinked.sharded.instruments.captured import Captured
 

@@ -20,8 +20,9 @@ from lingualinked.device_specs import DeviceSpecs
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.cutting.footprint import Footprint, measure_footprint
+from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.operations import count_operations
-from lingualinked.model.cutting.parts import ModelParts, build_meta, find_parts
+from lingualinked.model.cutting.parts import build_meta, find_parts
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weights.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
 from lingualinked.model.weights.span_loading import check_weights

@@ -32,7 +32,7 @@ from lingualinked.whole_file import write_whole_file
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
 
 _SHARD = re.compile(r"(.*?)-\d{5}-of-\d{5}")
 

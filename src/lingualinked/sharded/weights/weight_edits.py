@@ -24,7 +24,7 @@ from lingualinked.sharded.weights.remote_tensor import RemoteTensor
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
-    from lingualinked.model.cutting.parts import ModelParts
+    from lingualinked.model.cutting.model_parts import ModelParts
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -2,7 +2,7 @@ import torch
 from transformers import PreTrainedModel
 
 from families import tiny_config, tiny_model
-from lingualinked.model.cutting.cut import Boundary, ExitLayer, PassThrough, ReplayLayer, ZeroEmbedding, cut_class
+from lingualinked.model.cutting.cut import AbsentPart, Boundary, ExitLayer, PassThrough, ReplayLayer, cut_class
 from lingualinked.model.cutting.parts import find_parts
 from lingualinked.model.hf_internals import building
 
@@ -32,9 +32,9 @@ def test_stand_ins_have_the_places_of_what_is_held_elsewhere() -> None:
         "OPTDecoderLayer",
         "ExitLayer",
     ]
-    assert isinstance(model.embed_tokens, ZeroEmbedding)
-    assert isinstance(model.embed_positions, ZeroEmbedding)
-    assert isinstance(model.project_in, PassThrough)
+    assert isinstance(model.embed_tokens, AbsentPart)
+    assert isinstance(model.embed_positions, AbsentPart)
+    assert isinstance(model.project_in, AbsentPart)
     assert isinstance(model.project_out, PassThrough)
 
 
@@ -43,7 +43,7 @@ def test_layers_keep_their_indices() -> None:
 
 
 def test_a_whole_span_has_no_stand_ins() -> None:
-    stand_ins = (ReplayLayer, ExitLayer, PassThrough, ZeroEmbedding)
+    stand_ins = (ReplayLayer, ExitLayer, PassThrough, AbsentPart)
     assert not any(isinstance(module, stand_ins) for module in cut("llama-tied", 0, 4).modules())
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from families import FAMILIES, tiny_config
 from lingualinked.errors import ArgumentError, UncuttableModelError
@@ -94,17 +95,18 @@ def test_a_model_without_a_list_of_its_layers_is_refused() -> None:
         find_parts(model)
 
 
-def test_parameters_of_the_model_itself_are_refused() -> None:
+def test_parameters_of_the_model_itself_are_in_every_stage() -> None:
     model = meta_model("llama")
     model.model.bias = nn.Parameter(torch.empty(3, device="meta"))
-    with pytest.raises(UncuttableModelError, match=r"model itself holds parameters \(bias\)"):
-        find_parts(model)
+    parts = find_parts(model)
+    assert parts.weights.everywhere == 3 * 4
+    assert parts.span_bytes(1, 2) == parts.weights.layers[1] + 3 * 4
 
 
 def test_a_forward_pass_that_fails_is_refused_with_its_error() -> None:
     model = building.build_on_meta(LlamaForCausalLM, tiny_config("llama"), torch.float32, None)
     model.model.rotary_emb = None
-    with pytest.raises(UncuttableModelError, match=r"failed before the first layer .*NoneType"):
+    with pytest.raises(UncuttableModelError, match=r"forward pass without weights failed .*NoneType"):
         find_parts(model)
 
 
@@ -121,11 +123,11 @@ def test_a_class_that_can_not_be_cut_is_never_looked_up() -> None:
 
 
 class Unreached(LlamaForCausalLM):
-    def forward(self, input_ids: torch.Tensor, **_kwargs: object) -> torch.Tensor:
-        return self.model.embed_tokens(input_ids)
+    def forward(self, input_ids: torch.Tensor, **_kwargs: object) -> ModelOutput:
+        return ModelOutput(logits=self.model.embed_tokens(input_ids))
 
 
 def test_a_forward_pass_that_does_not_come_to_the_layers_is_refused() -> None:
     model = building.build_on_meta(Unreached, tiny_config("llama"), torch.float32, None)
-    with pytest.raises(UncuttableModelError, match="does not reach the first layer"):
+    with pytest.raises(UncuttableModelError, match="it runs 0 layers, and its list has 4 layers"):
         find_parts(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.model.cutting.cut import StandIn
-from lingualinked.model.cutting.parts import ModelParts
+from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.hooks.instrument_data import Capture, Change, Choice, Instruments
 from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
 from lingualinked.weight_bytes import WeightBytes

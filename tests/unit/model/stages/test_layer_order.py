@@ -19,11 +19,12 @@ from lingualinked.model.stages.layer_skips import LayerSkips
 def test_a_bypass_returns_what_layers_return(family: str) -> None:
     model: Any = tiny_model(family, torch.float32)
     outputs: list[Any] = []
-    layers = model.get_submodule(find_parts(copy.deepcopy(model).to("meta")).layers)
+    parts = find_parts(copy.deepcopy(model).to("meta"))
+    layers = model.get_submodule(parts.layers)
     layers[0].register_forward_hook(lambda _, __, output: outputs.append(output))
     model(torch.zeros((1, 2), dtype=torch.long), use_cache=False)
     states = torch.ones(1, 2, 3)
-    passed = Bypass(model.config.model_type)(states)
+    passed = Bypass(parts.transmission.items[0])(states)
     assert isinstance(passed, tuple) == isinstance(outputs[0], tuple)
     assert (passed[0] if isinstance(passed, tuple) else passed) is states
 

@@ -1,0 +1,90 @@
+"""Where the parts of a model are, what they weigh, and what crosses the boundaries between its layers.
+
+Plain data; knows neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lingualinked.errors import ArgumentError
+from lingualinked.quantities import count_text
+from lingualinked.transmission import Transmission
+from lingualinked.weight_bytes import WeightBytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PartOutput:
+    """The shape of what a part before the layers returns, where it is one tensor."""
+
+    path: str
+    shape: tuple[int | str, ...]  # "rows" and "tokens" are those of a step
+    dtype: str  # "bfloat16"
+
+    def sizes(self, num_rows: int, num_new: int) -> tuple[int, ...]:
+        """Return the shape in a step."""
+        known = {"rows": num_rows, "tokens": num_new}
+        return tuple(known[size] if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelParts:
+    """Where a model's parts are, as dotted paths of modules, and the bytes of their weights."""
+
+    layers: str  # the decoder's module list: "model.layers"
+    num_layers: int
+    prologue: tuple[str, ...]  # modules with weights that run before the first layer, or never: ("model.embed_tokens",)
+    epilogue: tuple[str, ...]  # modules with weights that run after the last layer: ("model.norm", "lm_head")
+    weights: WeightBytes
+    outputs: tuple[PartOutput, ...] = ()  # of the prologue
+    transmission: Transmission = dataclasses.field(default_factory=Transmission)
+
+    def span_bytes(self, start: int, end: int) -> int:
+        """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""
+        check_span(start, end, self.num_layers)
+        return self.weights.of_span(start, end)
+
+    def relayed_to(self, start: int, end: int) -> tuple[str, ...]:
+        """Return the names of the relays that a stage of layers ``[start, end)`` receives."""
+        return tuple(relay.name for relay in self.transmission.relays if relay.is_sent_to(start, end, self.num_layers))
+
+    def needs(self, name: str, start: int, end: int) -> bool:
+        """Return whether a stage of layers ``[start, end)`` may need a parameter, of its layers or of the ends of the model."""
+        layer = self.layer_of(name)
+        if layer is not None:
+            return start <= layer < end
+        return start == 0 or end == self.num_layers or self.is_in_every_stage(name)
+
+    def is_in_every_stage(self, path: str) -> bool:
+        """Return whether every stage runs a module for itself, such as what computes positions."""
+        is_in_one = any(f"{path}.".startswith(f"{each}.") for each in (self.layers, *self.prologue, *self.epilogue))
+        return not (is_in_one or f"{self.layers}.".startswith(f"{path}."))
+
+    def layer_beside(self, path: str, *, at_end: bool) -> int:
+        """Return a layer whose stage runs a module; of one that runs all layers, its beginning or its end."""
+        layer = self.layer_of(f"{path}.weight")
+        runs_last = any(f"{path}.".startswith(f"{each}.") for each in self.epilogue)
+        if layer is None and (runs_last or (at_end and f"{self.layers}.".startswith(f"{path}."))):
+            return self.num_layers - 1
+        return layer or 0
+
+    def holds(self, path: str, start: int, end: int) -> bool:
+        """Return whether a stage of layers ``[start, end)`` holds the module of a path: of a layer, or of an end of the model."""
+        layer = self.layer_of(f"{path}.weight")
+        if layer is not None:
+            return start <= layer < end
+        ends = (self.prologue if start == 0 else ()) + (self.epilogue if end == self.num_layers else ())
+        return any(f"{path}.".startswith(f"{each}.") for each in (*ends, *self.transmission.held))
+
+    def layer_of(self, name: str) -> int | None:
+        """Return the layer of a parameter of the whole model, or None if it belongs to no layer."""
+        path, _, rest = name.removeprefix(f"{self.layers}.").partition(".")
+        return int(path) if name.startswith(f"{self.layers}.") and rest and path.isdecimal() else None
+
+
+def check_span(start: int, end: int, num_layers: int) -> None:
+    """Raise ArgumentError unless ``[start, end)`` is a span of a model of `num_layers` layers."""
+    if not 0 <= start < end <= num_layers:
+        raise ArgumentError(
+            f"[{start}, {end}) is not a span of a model of {count_text(num_layers, 'layer')}: 0 <= start < end <= {num_layers} must hold"
+        )
