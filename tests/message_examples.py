@@ -58,6 +58,8 @@ VALUES = {
     "spec": SPEC,
     "emulation": Emulation(slowdown=2.0, links=(), delayed_from=()),
     "edits": (),
+    "relay_targets": (messages.RelayTarget(stage=2, name="b", relays=("input_ids", "model.embed_tokens")),),
+    "relay_sources": ((0, "a"),),
     "adapter": Adapter("default", 3, (AdaptedModule("lm_head", 8, 2.0, False, False, ("lora_A.default.weight",)),)),
     "timings": (TIMES,),
     "slices": (KVSlice(slot=1, first=0, position=5, capacity=64, rows=(1, 0)),),

@@ -6,6 +6,7 @@ they find none, logits differ by rounding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from conversations import load_stages, spec_of
 from families import FAMILIES, VOCABULARY, reference, rope_config, tiny_model
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.cutting.parts import find_parts
 from lingualinked.model.exact.bits import have_equal_bits
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
@@ -174,7 +176,8 @@ def test_each_text_has_the_rotary_embeddings_of_its_own_length(rope_type: str, t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_classes_with_attention_of_their_own_are_found(family: str, checkpoint: Checkpoint) -> None:
-    why_not = why_not_packed(tiny_model(family, torch.float32))
+    model = tiny_model(family, torch.float32)
+    why_not = why_not_packed(model, find_parts(copy.deepcopy(model).to("meta")))
     assert bool(why_not) is (family in OWN_ATTENTION)
     if why_not:
         (stage,) = load_stages(spec_of(checkpoint(family)), 1, 4)

@@ -38,7 +38,7 @@ from lingualinked.control.events import DeviceJoined, DeviceReleased, RebalanceA
 from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError, LingualinkedError, UnsupportedOperationError
 from lingualinked.interrupts import uninterrupted
-from lingualinked.model.cutting.parts import build_meta
+from lingualinked.model.cutting.parts import build_meta, parts_of
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stages.rotary import RopeHistory
@@ -359,7 +359,8 @@ def _vocabulary(spec: ModelSpec) -> int | None:
 
 
 def _why_not_packed(spec: ModelSpec) -> str:
-    return why_not_packed(build_meta(spec))
+    meta = build_meta(spec)
+    return why_not_packed(meta, parts_of(spec, meta))
 
 
 @uninterrupted

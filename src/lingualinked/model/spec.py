@@ -6,6 +6,8 @@ Knows neither torch nor transformers; no spans and no devices.
 from dataclasses import dataclass
 from typing import Literal
 
+from lingualinked.model.cutting.model_parts import ModelParts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFile:
@@ -47,3 +49,4 @@ class ModelSpec:
     contents: tuple[FileContent, ...] = ()  # of `files`, in their order; empty unless a worker is on another host
     config_digest: str = ""  # BLAKE2b of the config.json beside the files; empty without one, or without `contents`
     batch_invariant: bool = False  # whether no row's bits may depend on other rows, or the model is refused
+    parts: ModelParts | None = None  # once they are found, so that workers need not find them

@@ -22,8 +22,7 @@ class MeasuredShape(Message, frozen=True):
 class MeasureModel(Message, frozen=True, tag=7):
     """Time the parts of a model by running spans of one or two layers with arbitrary weights.
 
-    ``layout`` and ``hidden_size`` describe the tensors that cross a boundary. Steps of a shape are repeated
-    ``num_prefills`` or ``num_decodes`` times after a first one that includes one-time costs: more often while their times
+    Steps of a shape are repeated ``num_prefills`` or ``num_decodes`` times after a first one that includes one-time costs: more often while their times
     spread, less often if they are long. No text grows beyond ``max_positions``.
     """
 
@@ -32,8 +31,6 @@ class MeasureModel(Message, frozen=True, tag=7):
     spans: tuple[tuple[int, int], ...]
     kind_of_layer: tuple[int, ...]
     shapes: tuple[MeasuredShape, ...]
-    layout: tuple[bool, ...] | None
-    hidden_size: int
     num_prefills: int
     num_decodes: int
     max_positions: int | None

@@ -11,7 +11,7 @@ from lingualinked.environment import Environment
 from lingualinked.errors import ProtocolError
 from lingualinked.model.spec import ModelSpec
 from lingualinked.protocol.adapting import AddAdapter, RemoveAdapter
-from lingualinked.protocol.base import Message, Positive
+from lingualinked.protocol.base import Message, Natural, Positive
 from lingualinked.protocol.boot import Emulation
 from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.failures import KVRefused, RequestFailed, StepFailed
@@ -34,7 +34,7 @@ from lingualinked.protocol.moving import (
 from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedStep
 from lingualinked.protocol.reading import ReadTensor, TensorRead
 from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
-from lingualinked.protocol.steps import EndSession, Step, StepDone, StepGroup, StepRecorded
+from lingualinked.protocol.steps import EndSession, Relayed, Step, StepDone, StepGroup, StepRecorded
 from lingualinked.protocol.weights import (
     FetchPart,
     FilePart,
@@ -64,6 +64,14 @@ class WeightHolder(Message, frozen=True):
     lends: bool
 
 
+class RelayTarget(msgspec.Struct, frozen=True):
+    """A later stage of a plan, the worker that runs it, and the relays that a stage makes for it."""
+
+    stage: Positive
+    name: str
+    relays: tuple[str, ...]
+
+
 class LoadStage(Message, frozen=True, tag=1):
     """Load layers ``[start, end)`` of a model as stage ``stage`` of a plan of ``num_stages``, between two parties.
 
@@ -71,7 +79,8 @@ class LoadStage(Message, frozen=True, tag=1):
     hold ``max_kv_tokens`` rows x tokens of KV. The stage shares layers that stages of other versions hold on this worker.
     If the checkpoint's files can't be read here, or have changed, the other weights are fetched from their ``holders``;
     without holders, loading fails. A worker that does not read the caller's files has copies of its own, or fetches what it
-    lacks from the ``supplies``.
+    lacks from the ``supplies``. The stage sends what it makes for later ones to its ``relay_targets``, and runs a step once each
+    of the ``relay_sources``, stages and their workers, has sent it what they make (`Relayed`).
     """
 
     request: int
@@ -87,6 +96,8 @@ class LoadStage(Message, frozen=True, tag=1):
     num_stages: Positive
     holders: tuple[WeightHolder, ...]
     supplies: tuple[WeightSupply, ...]
+    relay_targets: tuple[RelayTarget, ...] = ()
+    relay_sources: tuple[tuple[Natural, str], ...] = ()
 
 
 class UnloadModel(Message, frozen=True, tag=2):
@@ -229,6 +240,7 @@ PeerMessage = (
     | StepGroup
     | PackedStep
     | EndSession
+    | Relayed
     | Ping
     | Pong
     | KVChunk

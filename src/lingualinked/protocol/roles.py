@@ -32,6 +32,7 @@ class Role(enum.Enum):
     CALLER = "the caller"
     WORKER = "a worker that the caller has introduced, or the caller"
     PREVIOUS = "the party before this stage in the plan, before the first one in a run the last one, or the caller"
+    EARLIER = "the worker of an earlier stage that makes something for this one"
     KV_SOURCE = "a worker from which KV moves here, as announced by the caller"
     KV_TARGET = "the worker that the KV was sent to"
     BORROWER = "a worker that needs these weights, as announced by the caller"
@@ -74,6 +75,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     steps.StepGroup: Role.PREVIOUS,
     packed.PackedStep: Role.PREVIOUS,
     steps.EndSession: Role.PREVIOUS,
+    steps.Relayed: Role.EARLIER,
     hooking.HookAnswered: Role.CALLER,
     running.BeginRun: Role.CALLER,
     running.EndRun: Role.CALLER,

@@ -132,6 +132,22 @@ class StepGroup(Message, frozen=True, tag=38):
     steps: Annotated[tuple[Step, ...], msgspec.Meta(min_length=1, max_length=MOST_TOGETHER)]
 
 
+class Relayed(Message, frozen=True, tag=87):
+    """What stage ``source`` has made in a step for the later stage ``stage``, sent straight there.
+
+    Its tensors are the relays ``names``, in order (`lingualinked.transmission`). The later stage runs the step once each of
+    its sources has sent this message, even if some had nothing to send.
+    """
+
+    model: int
+    plan_version: int
+    stage: int
+    source: Natural
+    session: int
+    number: int
+    names: tuple[str, ...]
+
+
 class EndSession(Message, frozen=True, tag=5):
     """Free a session's KV on stage ``stage`` and forward this message; it is sent after the session's last step."""
 

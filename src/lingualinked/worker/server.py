@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import msgspec
+from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
@@ -61,7 +62,7 @@ from lingualinked.protocol.moving import (
 from lingualinked.protocol.packed import PackedStep
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.running import BeginRun, EndRun, RunMessage
-from lingualinked.protocol.steps import EndSession, Step
+from lingualinked.protocol.steps import EndSession, Relayed, Step
 from lingualinked.protocol.weights import FindFiles, ShareFiles, WeightMessage
 from lingualinked.transport.keys.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
@@ -83,6 +84,7 @@ from lingualinked.worker.process.limits import apply_limits, resident_bytes
 from lingualinked.worker.process.logs import ForwardingHandler, forward_logs
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.stages.load_report import describe_loaded, describe_worker
+from lingualinked.worker.steps.early_steps import EarlySteps
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.step_runner import StepRunner
 from lingualinked.worker.weights.adapters import change_adapters
@@ -141,8 +143,7 @@ class Worker:
         self._lender = Lender(self._stages, self._moves)
         self._reader = TensorReader(self._stages, mailbox)
         self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
-        # Steps that wait until their session has moved, by model, plan version and session.
-        self._early: dict[tuple[int, int, int], list[tuple[Step, Delivery]]] = {}
+        self._early = EarlySteps()
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
@@ -179,7 +180,7 @@ class Worker:
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
             return
-        if isinstance(message, PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage):
+        if isinstance(message, PackedStep | HookAnswered | EndSession | Relayed | RunMessage | BackwardMessage):
             self._handle_step(message, delivery)
             return
         if isinstance(message, WeightMessage):
@@ -228,7 +229,9 @@ class Worker:
                 self._acknowledge(message.request, lambda: change_adapters(self._stages, message, delivery.tensors))
 
     def _handle_step(
-        self, message: PackedStep | HookAnswered | EndSession | RunMessage | BackwardMessage, delivery: Delivery
+        self,
+        message: PackedStep | HookAnswered | EndSession | Relayed | RunMessage | BackwardMessage,
+        delivery: Delivery,
     ) -> None:
         match message:
             case PackedStep():
@@ -237,6 +240,8 @@ class Worker:
                 self._steps.resume_step(message, delivery.tensors)
             case EndSession():
                 self._end_session(message)
+            case Relayed():
+                self._receive_relayed(message, delivery.tensors)
             case BeginRun() | EndRun():
                 self._steps.handle_run(message, delivery.tensors)
             case RunBackward():
@@ -315,20 +320,18 @@ class Worker:
         """End all transfers of a model that moves, and refuse the steps that wait for its sessions to move."""
         for part in (self._moves, self._mover, self._lender, self._borrower, self._reader, self._steps.packed):
             part.drop_model(model)
-        for key in [key for key in self._early if key[0] == model]:
-            for step, delivery in self._early.pop(key):
-                error = StaleMessageError(
-                    f"a step arrived of session {step.session}, which has not moved to the step's plan version"
-                )
-                self._inbox.refuse(delivery, error, "Step")
+        for step, delivery in self._early.remove_model(model):
+            error = StaleMessageError(
+                f"a step arrived of session {step.session}, which has not moved to the step's plan version"
+            )
+            self._inbox.refuse(delivery, error, "Step")
 
     def _move_session(self, message: MoveSession) -> None:
         try:
             self._stages.move_session(message.model, message.session, message.plan_version)
         except ProtocolError as error:  # it ended while it moved; otherwise its next step fails
             logger.debug("session %d was not moved: %s", message.session, error)
-        for step, delivery in self._early.pop((message.model, message.plan_version, message.session), ()):
-            self._steps.serve_step(step, delivery)
+        self._receive_early(message.model, message.plan_version, message.session)
         self._steps.packed.run_due()
 
     def _receive_kv(self, message: KVChunk, delivery: Delivery) -> None:
@@ -383,12 +386,22 @@ class Worker:
         if self._stages.is_due(StageKey(step.model, step.plan_version, step.stage), step.session, step.number):
             self._steps.serve_steps((step, delivery), self._inbox.take_others)
         else:
-            self._early.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))
+            self._early.add(step, delivery)
+
+    def _receive_relayed(self, message: Relayed, tensors: tuple[Tensor, ...]) -> None:
+        key = StageKey(message.model, message.plan_version, message.stage)
+        self._stages.get_stage(key).relayed.receive(message, tensors)
+        self._receive_early(message.model, message.plan_version, message.session)
+
+    def _receive_early(self, model: int, plan_version: int, session: int) -> None:
+        """Run the steps of a session that have waited, as far as they can run now."""
+        for step, delivery in self._early.remove(model, plan_version, session):
+            self._receive_step(step, delivery)
 
     def _end_session(self, message: EndSession) -> None:
         self._steps.abandon_steps(message.model, message.session)
         self._stages.end_session(message.model, message.session, message.plan_version)
-        self._early.pop((message.model, message.plan_version, message.session), None)
+        self._early.remove(message.model, message.plan_version, message.session)
         try:
             hosted = self._stages.get_stage(StageKey(message.model, message.plan_version, message.stage))
         except ProtocolError:

@@ -192,8 +192,6 @@ def measure_models(
                 shapes=step_shapes(workload, model.max_positions),
                 num_prefills=_NUM_PREFILLS,
                 num_decodes=_NUM_DECODES,
-                layout=footprint.layout,
-                hidden_size=footprint.hidden_size,
                 max_positions=model.max_positions,
             ),
             "measuring a model's parts",

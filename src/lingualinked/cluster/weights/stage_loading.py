@@ -14,7 +14,7 @@ from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.weights.file_supplies import FileLoad, arrange_supplies
 from lingualinked.device import CALLER
 from lingualinked.model.spec import ModelSpec
-from lingualinked.protocol.messages import LoadStage, WeightHolder
+from lingualinked.protocol.messages import LoadStage, RelayTarget, WeightHolder
 
 
 def request_stages(
@@ -58,6 +58,12 @@ def request_stages(
             num_stages=len(route.plan.stages),
             holders=() if held is None else tuple(_holders(engine, model, held, stage.device)),
             supplies=supplies.of_load.get(load.number, ()),
+            relay_targets=_relay_targets(spec, route, index),
+            relay_sources=tuple(
+                (source, route.stage_devices[source])
+                for source in range(index)
+                if any(target.stage == index for target in _relay_targets(spec, route, source))
+            ),
         )
         progress = None if on_progress is None else functools.partial(on_progress, stage.device)
         what = f"loading layers [{stage.start}, {stage.end})"
@@ -67,6 +73,22 @@ def request_stages(
         if message.supplies:
             futures[-1].add_done_callback(functools.partial(_end_sharing, engine, load.number, tuple(supplies.shared)))
     return futures
+
+
+def _relay_targets(spec: ModelSpec, route: Route, index: int) -> tuple[RelayTarget, ...]:
+    """Return the later stages that use what a stage makes."""
+    stages = route.plan.stages
+    made = range(stages[index].start, stages[index].end)
+    found = []
+    for later in range(index + 1, len(stages)):
+        start, end = stages[later].start, stages[later].end
+        relays = () if spec.parts is None else spec.parts.transmission.relays
+        names = tuple(
+            each.name for each in relays if each.made_at in made and each.is_sent_to(start, end, stages[-1].end)
+        )
+        if names:
+            found.append(RelayTarget(stage=later, name=stages[later].device, relays=names))
+    return tuple(found)
 
 
 def _end_sharing(

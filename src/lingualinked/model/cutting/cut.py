@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from lingualinked.model.cutting.model_parts import ModelParts, PartOutput
+    from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
 
 RawOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
@@ -145,7 +145,7 @@ class AbsentPart(AbsentModule):
     What the model makes of zeros is discarded, but may be written to.
     """
 
-    def __init__(self, boundary: Boundary, original: nn.Module, output: PartOutput) -> None:
+    def __init__(self, boundary: Boundary, original: nn.Module, output: OutputShape) -> None:
         super().__init__(boundary, original)
         self._output, self._dtype = output, getattr(torch, output.dtype)
 

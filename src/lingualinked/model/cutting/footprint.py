@@ -23,11 +23,11 @@ from transformers.cache_utils import (
 
 from lingualinked.errors import UncuttableModelError
 from lingualinked.model.cutting.cut import flatten_output
-from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
-from lingualinked.model.kv.layer_state import walk
 from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.parts import build_meta, cache_slots, learned_positions
 from lingualinked.model.cutting.trace import NoData
+from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
+from lingualinked.model.kv.layer_state import walk
 from lingualinked.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -43,12 +43,10 @@ _NUM_TOKENS = 2  # of the forward pass; what a layer keeps of one token more is 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """The sizes of a model, and of what crosses a boundary between two of its layers."""
+    """The sizes of a model."""
 
     spec: ModelSpec
     profile: ModelProfile
-    layout: tuple[bool, ...] | None  # as in `StageInputs`
-    hidden_size: int  # last dimension of the hidden states
 
 
 def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: ModelSpec) -> Footprint:
@@ -85,7 +83,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         kinds.append((type(layer).__name__, windows[-1], kv_bytes[-1], state_bytes[-1], tuple(shapes)))
     distinct = list(dict.fromkeys(kinds))
     widest = max(max(parameter.shape) for layer in layers for parameter in layer.parameters())
-    (hidden,), layout = flatten_output(output)
+    (hidden,), _ = flatten_output(output)
     hidden_bytes = hidden.numel() * itemsize // _NUM_TOKENS
     profile = ModelProfile(
         name=str(meta_model.config.name_or_path or spec.class_name),
@@ -106,7 +104,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         working_bytes=12 * hidden_bytes + 3 * widest * itemsize,
         max_positions=learned_positions(meta_model),
     )
-    return Footprint(spec=spec, profile=profile, layout=layout, hidden_size=hidden.shape[-1])
+    return Footprint(spec=spec, profile=profile)
 
 
 def _kept_of(cache: Any, layer: nn.Module) -> list[Any]:

@@ -14,10 +14,10 @@ from lingualinked.weight_bytes import WeightBytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PartOutput:
-    """The shape of what a part before the layers returns, where it is one tensor."""
+class OutputShape:
+    """The shape of a tensor that a part before the layers returns, or a layer."""
 
-    path: str
+    path: str  # of the part, or "layer 3"
     shape: tuple[int | str, ...]  # "rows" and "tokens" are those of a step
     dtype: str  # "bfloat16"
 
@@ -36,7 +36,8 @@ class ModelParts:
     prologue: tuple[str, ...]  # modules with weights that run before the first layer, or never: ("model.embed_tokens",)
     epilogue: tuple[str, ...]  # modules with weights that run after the last layer: ("model.norm", "lm_head")
     weights: WeightBytes
-    outputs: tuple[PartOutput, ...] = ()  # of the prologue
+    outputs: tuple[OutputShape, ...] = ()  # of the prologue, where a part returns one tensor
+    layer_outputs: tuple[tuple[OutputShape, ...], ...] = ()  # of each layer: what the next one uses of it
     transmission: Transmission = dataclasses.field(default_factory=Transmission)
 
     def span_bytes(self, start: int, end: int) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model.cutting.architectures import check_class, read_config
-from lingualinked.model.cutting.model_parts import ModelParts, PartOutput
+from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
 from lingualinked.model.cutting.trace import NUM_TOKENS, Flow, trace
 from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
@@ -62,7 +62,7 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
     path, layers = _find_layers(meta_model)
     beside = dict(_modules_beside(meta_model, path))
     # 2) run the model once without data
-    flow = _trace(meta_model, path, beside)
+    flow, own = _trace(meta_model, path, beside), meta_model.dtype
     # 3) sort the parts: those that run both before and after layers, or between them, are in every stage
     held = {part for part in beside if part in flow.between or (part in flow.before and part in flow.after)}
     held |= {str(part) for kind, part in flow.used_at if kind == "weight" and part not in flow.after}
@@ -88,7 +88,15 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
             tied=_num_bytes(in_epilogue[target] for target in in_both),
             everywhere=_num_bytes(everywhere),
         ),
-        outputs=tuple(_describe(part, flow.outputs[part]) for part in prologue if part in flow.outputs),
+        outputs=tuple(_describe(part, flow.outputs[part], flow, own) for part in prologue if part in flow.outputs),
+        layer_outputs=tuple(
+            tuple(
+                _describe(f"layer {index}", item, flow, own)
+                for item, is_used in zip(flow.layers[index], used or (True,), strict=True)
+                if is_used and isinstance(item, torch.Tensor)
+            )
+            for index, used in enumerate(flow.items)
+        ),
         transmission=_transmission_of(flow, prologue, tuple(part for part in beside if part in held)),
     )
 
@@ -148,7 +156,7 @@ def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[
                 )
             )
         elif kind == "layer":
-            output = flow.outputs[f"layer {source}"]
+            output = flow.layers[int(source)][0]
             relays.append(
                 Relay(
                     name=f"layer {source}",
@@ -164,18 +172,21 @@ def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[
     )
 
 
-def _describe(path: str, output: torch.Tensor) -> PartOutput:
+def _describe(path: str, output: torch.Tensor, flow: Flow, own: torch.dtype) -> OutputShape:
     """Describe an output of the traced pass, whose sizes of one row and its tokens are those of any step."""
+    dtype = own if output.dtype == flow.dtype else output.dtype
     sizes: tuple[int | str, ...] = tuple(output.shape)
     if sizes[:2] == (1, NUM_TOKENS):
         sizes = ("rows", "tokens", *sizes[2:])
     elif sizes[:1] == (NUM_TOKENS,):
         sizes = ("tokens", *sizes[1:])
-    return PartOutput(path=path, shape=sizes, dtype=str(output.dtype).removeprefix("torch."))
+    return OutputShape(path=path, shape=sizes, dtype=str(dtype).removeprefix("torch."))
 
 
 def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
-    """Return the parts of a model that was built from `spec`; they are found once, since the weights do not count."""
+    """Return the parts of a model that was built from `spec`, which may say them; else they are found once."""
+    if spec.parts is not None:
+        return spec.parts
     key = (spec.class_name, spec.config_json, spec.dtype)
     if key not in _found:
         _found[key] = find_parts(meta_model)

@@ -35,10 +35,12 @@ class LayersNotRunError(Exception):
 class Flow:
     """What a forward pass has shown; layers are counted from 0, and what follows the last one is layer `num_layers`."""
 
+    dtype: torch.dtype  # of the model in this pass
     before: set[str] = field(default_factory=set)  # parts that run before the first layer
     between: set[str] = field(default_factory=set)
     after: set[str] = field(default_factory=set)
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of parts that return one tensor, and of "layer 3"
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of parts that return one tensor
+    layers: list[tuple[Any, ...]] = field(default_factory=list)  # their outputs: tuples, or one tensor alone
     items: list[tuple[bool, ...] | None] = field(default_factory=list)  # of layers' outputs, which the next layer uses
     used_at: dict[Mark, set[int]] = field(
         default_factory=dict
@@ -102,7 +104,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def trace(model: PreTrainedModel, layers: nn.ModuleList, parts: Mapping[str, nn.Module]) -> Flow:
     """Run a model on the meta device once; return what its parts and layers use of each other."""
-    tracer = _Tracer(len(layers))
+    tracer = _Tracer(len(layers), model.dtype)
     with contextlib.ExitStack() as stack:
         for path, module in parts.items():
             for handle in tracer.watch_part(path, module):
@@ -120,9 +122,9 @@ def trace(model: PreTrainedModel, layers: nn.ModuleList, parts: Mapping[str, nn.
 class _Tracer:
     """Records what parts and layers are called with, by hooks that mark what they return."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, dtype: torch.dtype) -> None:
         self.marking = _Marking()
-        self._flow = Flow()
+        self._flow = Flow(dtype)
         self._num_layers = num_layers
         self._num_done = 0
 
@@ -189,7 +191,7 @@ class _Tracer:
     def _leave_layer(self, index: int, given: tuple[Any, ...], output: Any) -> None:
         self._num_done = max(self._num_done, index + 1)
         items = output if isinstance(output, tuple) else (output,)
-        self._flow.outputs[f"layer {index}"] = items[0]
+        self._flow.layers.append(items)
         self._flow.items.append((True,) + (False,) * (len(items) - 1) if items is output else None)
         for value in given:  # what a layer leaves in a container for later ones
             if isinstance(value, (MutableMapping, MutableSequence)) and not isinstance(value, Cache):

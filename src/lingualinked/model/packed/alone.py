@@ -44,7 +44,7 @@ def _has_known_parts(stage: Stage) -> bool:
     """Return whether all that a stage runs computes each row by itself, by kernels that have been found to have torch's bits of one row."""
     model = stage.span.model
     config, dtype = model.config, cast("torch.dtype", model.config.dtype)
-    if stage.device.type != "cpu" or dtype is not torch.bfloat16 or why_not_packed(model):
+    if stage.device.type != "cpu" or dtype is not torch.bfloat16 or why_not_packed(model, stage.span.parts):
         return False
     if computing.attention_implementation(model) != "sdpa" or computing.length_ropes(model):
         return False

@@ -24,6 +24,7 @@ from lingualinked.model.exact.row_probe import (
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.process.torch_settings import one_thread
+from lingualinked.model.stages.drawing import draw_states
 from lingualinked.model.stages.layer_skips import LayerSkips
 from lingualinked.quantities import count_text
 from lingualinked.rounding import Invariance
@@ -50,7 +51,7 @@ def probe_invariance(stage: Stage) -> Invariance:
     if stage.device.type != "cpu":
         because = f"how accelerator {stage.device.type!r} rounds is not probed: use CPU devices, or {_REMEDY}"
         return Invariance(fingerprint=stage.device.type, because=because)
-    because = why_not_packed(stage.span.model) or _why_products_vary(stage) or _why_layers_vary(stage)
+    because = why_not_packed(stage.span.model, stage.span.parts) or _why_products_vary(stage) or _why_layers_vary(stage)
     with one_thread():
         rounding = probe_rounding(stage.span.model.config.dtype, 1, find_groups(stage.span.model))
     return Invariance(fingerprint=rounding.fingerprint, because=because)
@@ -165,5 +166,5 @@ def draw_inputs(stage: Stage, num_tokens: int, generator: torch.Generator) -> Te
     config = stage.span.model.config
     if stage.is_first:
         return torch.randint(config.get_text_config().vocab_size, (1, num_tokens), generator=generator)
-    size = config.get_text_config().hidden_size
-    return torch.randn((1, num_tokens, size), generator=generator).to(config.dtype)
+    (states,) = draw_states(stage.span.parts, stage.start, 1, num_tokens, generator)
+    return states

@@ -61,7 +61,7 @@ class PackedStage:
 
     def __init__(self, stage: Stage) -> None:
         model = stage.span.model
-        why_not = why_not_packed(model)
+        why_not = why_not_packed(model, stage.span.parts)
         if why_not:
             raise UnsupportedOperationError(f"packed steps are not possible: {why_not}; use ordinary steps")
         self._stage = stage

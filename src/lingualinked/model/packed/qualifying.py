@@ -8,20 +8,30 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
 from lingualinked.model.hf_internals import computing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lingualinked.model.cutting.model_parts import ModelParts
+
 _IMPLEMENTATIONS = ("sdpa", "eager")
 
 
-def why_not_packed(model: PreTrainedModel) -> str:
+def why_not_packed(model: PreTrainedModel, parts: ModelParts) -> str:
     """Return why a model, which may lie on the meta device, can't run several texts in one pass; "" if it can.
 
     What a class does beyond that in its attention shows in the first pass, which is then refused.
     """
     name = type(model).__name__
+    if parts.transmission.relays or any(used and sum(used) > 1 for used in parts.transmission.items):
+        return f"layers of {name} use more than the hidden states of the layer before"
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return f"layers of {name} keep other states than keys and values of tokens"
     if not computing.uses_interface(model):
         return f"the attention of {name} does not go through transformers' AttentionInterface"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:

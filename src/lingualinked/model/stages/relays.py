@@ -31,6 +31,7 @@ class StageRelays:
             for each in parts.transmission.relays
             if start <= each.made_at < end < parts.num_layers and each.used_at[-1] >= end
         ]
+        self.cross = bool(made or parts.relayed_to(start, end))  # whether it makes some, or uses some
         self._is_first = start == 0
         self._needs_ids = INPUT_IDS in parts.relayed_to(start, end)
         self._gives_ids = any(each.is_ids for each in made)

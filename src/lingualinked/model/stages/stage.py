@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.adapters.stage_adapters import StageAdapters
 from lingualinked.model.cutting.cut import SpanLeft, flatten_output, unflatten_output
 from lingualinked.model.cutting.joining import join_spans, missing_spans
@@ -226,6 +227,11 @@ class Stage:
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         if inputs.graph is not None:
+            if self._relays.cross or len(tensors) > 1:
+                raise UnsupportedOperationError(
+                    f"gradients are not supported for {type(self._model).__name__}, whose layers use more than the hidden "
+                    "states of the layer before: call the model under torch.no_grad()"
+                )
             tensors = inputs.graph.begin(tensors)
         states = tensors[0]
         arguments: dict[str, Any] = {

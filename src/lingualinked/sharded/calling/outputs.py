@@ -16,9 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
 from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.cutting.trace import NoData
+from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
 from lingualinked.model.spec import ModelSpec
 
 _LOSS_PARAMETERS = inspect.signature(ForCausalLMLoss).parameters

@@ -78,7 +78,8 @@ class Described:
 def describe_spec(spec: ModelSpec) -> Described:
     """Describe a model from its specification."""
     meta = build_meta(spec)
-    return Described(spec=spec, meta=meta, parts=find_parts(meta))
+    parts = find_parts(meta)
+    return Described(spec=dataclasses.replace(spec, parts=parts), meta=meta, parts=parts)
 
 
 def describe(arguments: LoadArguments) -> Described:
@@ -117,6 +118,7 @@ def describe(arguments: LoadArguments) -> Described:
     )
     # 4) build it on the meta device, and check the weights against it
     described = describe_spec(spec)
+    spec = described.spec
     experts = getattr(config, "_experts_implementation", None)
     if experts != getattr(described.meta.config, "_experts_implementation", None):  # a loaded model's config says it
         select_config_attributes({"experts_implementation": experts})

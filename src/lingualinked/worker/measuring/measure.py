@@ -20,6 +20,7 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.cutting.architectures import read_config
 from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.memory import release_memory
+from lingualinked.model.stages.drawing import draw_relayed, draw_states
 from lingualinked.model.stages.stage import Stage
 from lingualinked.model.weights.span_loading import load_span
 from lingualinked.module_times import ModuleTimes, StepTime
@@ -217,7 +218,6 @@ class _TrialSession:
         self._rows = rows
         self._number = 0
         self._pace = Pace(1, 1.0)  # no slowdown: the emulated clock is read instead
-        self._dtype: torch.dtype = getattr(torch, request.spec.dtype)
         config = read_config(request.spec).get_text_config(decoder=True)
         self._num_ids = min(_NUM_IDS, config.vocab_size)
         self._next: tuple[Step, tuple[Tensor, ...]] | None = None
@@ -227,11 +227,14 @@ class _TrialSession:
         """Make the next step, with token ids, or with hidden states as from a previous stage."""
         generator = torch.Generator().manual_seed(self.num_tokens)
         stage, is_prompt = self.hosted.stage, self._number == 0
+        parts, start, end = stage.span.parts, stage.start, stage.end
+        states: tuple[Tensor, ...]
         if stage.is_first:
-            states = torch.randint(0, self._num_ids, (self._rows, num_new), generator=generator)
+            states = (torch.randint(0, self._num_ids, (self._rows, num_new), generator=generator),)
         else:
-            shape = (self._rows, num_new, self._request.hidden_size)
-            states = torch.randn(shape, generator=generator).to(self._dtype)
+            states = draw_states(parts, start, self._rows, num_new, generator)
+        relayed = draw_relayed(parts, start, end, self._rows, num_new, generator)
+        self.hosted.relayed.put(0, self._number, relayed)
         step = Step(
             model=0,
             plan_version=0,
@@ -239,7 +242,7 @@ class _TrialSession:
             session=0,
             number=self._number,
             keeps_kv=True,
-            layout=None if stage.is_first else self._request.layout,
+            layout=stage.layout_before,
             mask=MaskMode.FULL if is_prompt else MaskMode.EXTEND if stage.masks_past else MaskMode.NONE,
             positions=PositionMode.NONE,
             position_rows=0,
@@ -250,7 +253,7 @@ class _TrialSession:
             timings=(),
         )
         mask = (torch.ones((self._rows, num_new), dtype=torch.long),) if is_prompt else ()
-        self._next = step, (states, *mask)
+        self._next = step, (*states, *mask)
         self._number += 1
         self.num_tokens += num_new
 

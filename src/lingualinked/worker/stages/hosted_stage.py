@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from lingualinked.model.stages.autograd_graph import AutogradGraph
 from lingualinked.model.stages.layer_skips import NO_SKIPS
 from lingualinked.model.stages.stage import Stage
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput
+from lingualinked.protocol.messages import RelayTarget
 from lingualinked.protocol.moving import JoinedRows
 from lingualinked.protocol.steps import Step
 from lingualinked.quantities import count_text
@@ -34,7 +36,10 @@ from lingualinked.worker.process.limits import spare_bytes
 from lingualinked.worker.stages.arriving_sessions import ArrivingSessions, check_room
 from lingualinked.worker.stages.hosted_session import HostedSession, edit_kv, join_rows, reorder_rows
 from lingualinked.worker.steps.pace import Pace
+from lingualinked.worker.steps.received_relays import ReceivedRelays
 from lingualinked.worker.steps.step_tensors import split_tensors
+
+NO_SOURCES: Mapping[int, str] = MappingProxyType({})
 
 logger = logging.getLogger("lingualinked.worker")
 
@@ -49,7 +54,15 @@ class HostedStage:
     """
 
     def __init__(
-        self, stage: Stage, previous_name: str, next_name: str, max_kv_tokens: int | None, num_stages: int = 1
+        self,
+        stage: Stage,
+        previous_name: str,
+        next_name: str,
+        max_kv_tokens: int | None,
+        num_stages: int = 1,
+        *,
+        relay_targets: Sequence[RelayTarget] = (),
+        relay_sources: Mapping[int, str] = NO_SOURCES,
     ) -> None:
         self.previous_name = previous_name
         self.num_stages = num_stages
@@ -57,6 +70,8 @@ class HostedStage:
         self._max_kv_tokens = max_kv_tokens
         self.stage = stage
         self.sent_bytes = 0
+        self.relay_targets = relay_targets
+        self.relayed = ReceivedRelays(relay_sources)
         self.sessions: dict[int, HostedSession] = {}
         self.graphs = KeptGraphs(str(stage.device))
         # Made without this object, which would else be freed by the collector alone, with the stage's weights.
@@ -177,6 +192,7 @@ class HostedStage:
         What a later session can use is kept, unless this one has moved, and its stage is about to be freed.
         """
         ended = self.sessions.pop(session, None)
+        self.relayed.end_session(session)
         self.arriving.sessions.pop(session, None)
         if ended is not None and ended.cache is not None and not moved:
             self.stage.graphs.keep(ended.cache, self._room())
@@ -324,6 +340,7 @@ class HostedStage:
             StageInputs(
                 tensors=inputs,
                 layout=step.layout,
+                relayed=self.relayed.remove(step.session, step.number),
                 attention_mask=mask,
                 position_ids=positions,
                 logits_to_keep=keep,

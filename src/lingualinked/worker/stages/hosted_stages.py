@@ -21,7 +21,7 @@ from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.messages import LoadStage, StageReport
 from lingualinked.protocol.moving import ForkSession, JoinSessions, WeightChunk
 from lingualinked.protocol.packed import PackedStep
-from lingualinked.protocol.steps import EndSession, Step, StepGroup
+from lingualinked.protocol.steps import EndSession, Relayed, Step, StepGroup
 from lingualinked.worker.background import Background
 from lingualinked.worker.process.limits import spare_bytes
 from lingualinked.worker.stages.hosted_stage import HostedStage
@@ -125,7 +125,13 @@ class HostedStages:
             else:
                 # 3) on the loop again: put the stage in service, if it is still wanted
                 hosted = HostedStage(
-                    stage, request.previous_name, request.next_name, request.max_kv_tokens, request.num_stages
+                    stage,
+                    request.previous_name,
+                    request.next_name,
+                    request.max_kv_tokens,
+                    request.num_stages,
+                    relay_targets=request.relay_targets,
+                    relay_sources=dict(request.relay_sources),
                 )
                 self._background.call_on_loop(functools.partial(self._put_in_service, key, hosted, on_loaded))
             finally:
@@ -149,6 +155,12 @@ class HostedStages:
             runner = hosted.runner_of(message)
             return (runner,) if runner else ()
         return (hosted.previous_name,)
+
+    def relay_senders(self, message: Relayed) -> tuple[str, ...]:
+        """Return who may send a stage what the stage `message.source` makes for it."""
+        hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
+        sender = None if hosted is None else hosted.relayed.sender(message)
+        return () if sender is None else (sender,)
 
     def lenders(self, request: int) -> tuple[str, ...]:
         """Return the worker that a part of a weight was last requested from, for a stage that is being loaded."""
@@ -187,7 +199,9 @@ class HostedStages:
         return (0, 0) if hosted is None else (hosted.stage.start, hosted.stage.end)
 
     def is_due(self, key: StageKey, session: int, number: int) -> bool:
-        """Return whether a session's step can run, or fail, now; if not, it must wait until the session has moved to this version.
+        """Return whether a session's step can run, or fail, now; if not, it must wait.
+
+        Until the session has moved to this version, or until what other stages make for the step has come.
 
         Raises ProtocolError if the step has run already, or is the first one of a session that runs under another version.
         """
@@ -198,7 +212,7 @@ class HostedStages:
         if state is not None:
             if number < state.number:
                 raise ProtocolError(f"step {number} of session {session} arrived, and {state.number} is due")
-            return True
+            return hosted.relayed.are_complete(session, number)
         is_elsewhere = any(
             session in other.sessions
             for at, other in self._stages.items()
@@ -206,7 +220,8 @@ class HostedStages:
         )
         if is_elsewhere and number == 0:
             raise ProtocolError(f"the first step arrived of session {session}, which runs under another plan version")
-        return not is_elsewhere and session not in hosted.arriving
+        is_here = not is_elsewhere and session not in hosted.arriving
+        return is_here and hosted.relayed.are_complete(session, number)
 
     def move_session(self, model: int, session: int, plan_version: int) -> None:
         """Run a session under a plan version from now on; does nothing if it already does.

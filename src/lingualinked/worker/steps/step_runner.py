@@ -6,7 +6,7 @@ Knows messages, stages and where results go; not who may send what.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -24,7 +24,7 @@ from lingualinked.protocol.failures import StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import encode
 from lingualinked.protocol.running import BeginRun, EndRun
-from lingualinked.protocol.steps import StageTimes, Step, StepDone, StepRecorded
+from lingualinked.protocol.steps import Relayed, StageTimes, Step, StepDone, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.wire.delivery import Delivery
@@ -34,6 +34,7 @@ from lingualinked.worker.hooks.hook_graph import given_with_gradients, join_grap
 from lingualinked.worker.hooks.paused_steps import PausedSteps
 from lingualinked.worker.messaging.error_report import ErrorReport, describe_error
 from lingualinked.worker.messaging.peers import Peers
+from lingualinked.worker.stages.hosted_stage import HostedStage
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
 from lingualinked.worker.steps.failed_steps import run_or_report
 from lingualinked.worker.steps.group_runner import GroupRunner, TakeOthers
@@ -185,7 +186,8 @@ class StepRunner:
             )
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
         else:
-            states, strides = pack_tensor(output.tensors[0])  # all that crosses a boundary
+            self._send_relayed(step, hosted, output.relayed)
+            states, strides = pack_tensor(output.tensors[0])
             onward = msgspec.structs.replace(
                 step,
                 stage=step.stage + 1,
@@ -198,11 +200,26 @@ class StepRunner:
                 ends_at_tap=() if output.requires_grad is None else (*step.ends_at_tap, output.ends_at_tap),
             )
             _, shared = split_tensors(step, delivery.tensors)
-            hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (states, *shared))
+            hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (states, *output.tensors[1:], *shared))
         # 5) send the caller what was recorded and captured, while the next stage computes
         if step.records or step.captures:
             recorded, records = describe_recorded(step, output)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
+
+    def _send_relayed(self, step: Step, hosted: HostedStage, made: Mapping[str, Tensor]) -> None:
+        """Send each later stage what this one has made for it."""
+        for target in hosted.relay_targets:
+            names = tuple(name for name in target.relays if name in made)
+            message = Relayed(
+                model=step.model,
+                plan_version=step.plan_version,
+                stage=target.stage,
+                source=step.stage,
+                session=step.session,
+                number=step.number,
+                names=names,
+            )
+            hosted.sent_bytes += self._peers.send(target.name, message, [made[name].cpu() for name in names])
 
 
 def describe_recorded(step: Step, output: StageOutput) -> tuple[StepRecorded, tuple[Tensor, ...]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lingualinked.errors import CheckpointError
-from lingualinked.model.cutting.parts import find_parts
+from lingualinked.model.cutting.parts import parts_of
 from lingualinked.model.weights.weight_sources import untied_parameters
 from lingualinked.protocol.messages import LoadStage, WeightHolder
 from lingualinked.protocol.moving import WeightChunk
@@ -40,7 +40,7 @@ class BorrowedWeights:
         check_cancelled: Callable[[], None],
     ) -> None:
         self._like = untied_parameters(meta_model)
-        self._parts = find_parts(meta_model)
+        self._parts = parts_of(request.spec, meta_model)
         self._holders = request.holders
         self._request_part = request_part
         self._check_cancelled = check_cancelled

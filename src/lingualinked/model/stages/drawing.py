@@ -1,0 +1,44 @@
+"""Draws what arrives at a stage in a step, as if other stages had sent it.
+
+Knows shapes and dtypes; neither weights nor where other stages are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lingualinked.transmission import INPUT_IDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
+
+
+def draw_states(
+    parts: ModelParts, start: int, num_rows: int, num_new: int, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Draw the output of the layer before `start`, of what crosses the boundary."""
+    return tuple(_draw(each, num_rows, num_new, generator) for each in parts.layer_outputs[start - 1])
+
+
+def draw_relayed(
+    parts: ModelParts, start: int, end: int, num_rows: int, num_new: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw what earlier stages make for the one of layers ``[start, end)``; token ids are zeros."""
+    shapes = {each.path: each for each in (*(items[0] for items in parts.layer_outputs), *parts.outputs)}
+    return {
+        name: torch.zeros((num_rows, num_new), dtype=torch.int64)
+        if name == INPUT_IDS
+        else _draw(shapes[name], num_rows, num_new, generator)
+        for name in parts.relayed_to(start, end)
+    }
+
+
+def _draw(output: OutputShape, num_rows: int, num_new: int, generator: torch.Generator) -> Tensor:
+    sizes, dtype = output.sizes(num_rows, num_new), getattr(torch, output.dtype)
+    if not dtype.is_floating_point:  # indices, of which 0 is always one
+        return torch.zeros(sizes, dtype=dtype)
+    return torch.randn(sizes, generator=generator).to(dtype)
