@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import msgspec
-from torch import Tensor
 
 from lingualinked.device import CALLER
 from lingualinked.errors import ProtocolError
@@ -143,7 +142,6 @@ class Worker:
         self._lender = Lender(self._stages, self._moves)
         self._reader = TensorReader(self._stages, mailbox)
         self._borrower = Borrower(boot.name, self._stages, self._lender, self._peers)
-        self._early = EarlySteps()
         self._idle_resident_bytes = resident_bytes()
         self._vitals = Vitals(boot.accelerator, boot.memory_bytes)
         self._probes = LinkProbes(self._peers)
@@ -152,6 +150,7 @@ class Worker:
         self._inbox = Inbox(mailbox, check.check_sender)
         self._pace = Pace(boot.threads, 1.0)
         self._steps = StepRunner(mailbox, self._peers, self._stages, self._pace, boot.accelerator)
+        self._early = EarlySteps(self._stages, lambda *first: self._steps.serve_steps(first, self._inbox.take_others))
         self._backward = BackwardRunner(mailbox, self._stages, boot.accelerator)
         self._emulate(boot.emulation)
 
@@ -175,7 +174,7 @@ class Worker:
 
     def _handle(self, message: CallerMessage | PeerMessage, delivery: Delivery) -> None:
         if type(message) is Step:  # most are, and each check takes time
-            self._receive_step(message, delivery)
+            self._early.receive(message, delivery)
             return
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
@@ -241,7 +240,7 @@ class Worker:
             case EndSession():
                 self._end_session(message)
             case Relayed():
-                self._receive_relayed(message, delivery.tensors)
+                self._early.receive_relayed(message, delivery.tensors)
             case BeginRun() | EndRun():
                 self._steps.handle_run(message, delivery.tensors)
             case RunBackward():
@@ -331,7 +330,7 @@ class Worker:
             self._stages.move_session(message.model, message.session, message.plan_version)
         except ProtocolError as error:  # it ended while it moved; otherwise its next step fails
             logger.debug("session %d was not moved: %s", message.session, error)
-        self._receive_early(message.model, message.plan_version, message.session)
+        self._early.serve_due(message.model, message.plan_version, message.session)
         self._steps.packed.run_due()
 
     def _receive_kv(self, message: KVChunk, delivery: Delivery) -> None:
@@ -382,26 +381,10 @@ class Worker:
         self._stages.drop_idle_caches()
         return Measurer(message, self._boot.accelerator, self._pace, progress).run()
 
-    def _receive_step(self, step: Step, delivery: Delivery) -> None:
-        if self._stages.is_due(StageKey(step.model, step.plan_version, step.stage), step.session, step.number):
-            self._steps.serve_steps((step, delivery), self._inbox.take_others)
-        else:
-            self._early.add(step, delivery)
-
-    def _receive_relayed(self, message: Relayed, tensors: tuple[Tensor, ...]) -> None:
-        key = StageKey(message.model, message.plan_version, message.stage)
-        self._stages.get_stage(key).relayed.receive(message, tensors)
-        self._receive_early(message.model, message.plan_version, message.session)
-
-    def _receive_early(self, model: int, plan_version: int, session: int) -> None:
-        """Run the steps of a session that have waited, as far as they can run now."""
-        for step, delivery in self._early.remove(model, plan_version, session):
-            self._receive_step(step, delivery)
-
     def _end_session(self, message: EndSession) -> None:
         self._steps.abandon_steps(message.model, message.session)
         self._stages.end_session(message.model, message.session, message.plan_version)
-        self._early.remove(message.model, message.plan_version, message.session)
+        self._early.drop_session(message.model, message.plan_version, message.session)
         try:
             hosted = self._stages.get_stage(StageKey(message.model, message.plan_version, message.stage))
         except ProtocolError:

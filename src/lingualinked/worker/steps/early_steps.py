@@ -1,33 +1,50 @@
 """Steps that have come before they can run: their session has still to move here, or other tensors of theirs to arrive.
 
-Knows messages; neither stages nor sessions.
+Knows messages and stages; neither sockets nor how steps run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from lingualinked.protocol.steps import Step
+from torch import Tensor
+
+from lingualinked.protocol.steps import Relayed, Step
 from lingualinked.transport.wire.delivery import Delivery
-
-Waiting = tuple[Step, Delivery]
+from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
 
 
 class EarlySteps:
-    """Steps that wait, by model, plan version and session, each session's in order."""
+    """Passes steps to `serve` as soon as they can run; until then they wait, each session's in order."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[tuple[int, int, int], list[Waiting]] = {}
+    def __init__(self, stages: HostedStages, serve: Callable[[Step, Delivery], None]) -> None:
+        self._stages = stages
+        self._serve = serve
+        self._waiting: dict[tuple[int, int, int], list[tuple[Step, Delivery]]] = {}  # by model, plan version, session
 
-    def add(self, step: Step, delivery: Delivery) -> None:
-        """Let a step wait."""
-        self._waiting.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))
+    def receive(self, step: Step, delivery: Delivery) -> None:
+        """Serve a step, or let it wait; raise ProtocolError if it has run already."""
+        if self._stages.is_due(StageKey(step.model, step.plan_version, step.stage), step.session, step.number):
+            self._serve(step, delivery)
+        else:
+            self._waiting.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))
 
-    def remove(self, model: int, plan_version: int, session: int) -> list[Waiting]:
-        """Return the steps of a session that wait, which do so no longer."""
-        return self._waiting.pop((model, plan_version, session), [])
+    def receive_relayed(self, message: Relayed, tensors: tuple[Tensor, ...]) -> None:
+        """Keep what an earlier stage has made for a step, and serve the step if it waits for nothing else."""
+        key = StageKey(message.model, message.plan_version, message.stage)
+        self._stages.get_stage(key).relayed.receive(message, tensors)
+        self.serve_due(message.model, message.plan_version, message.session)
 
-    def remove_model(self, model: int) -> Iterator[Waiting]:
+    def serve_due(self, model: int, plan_version: int, session: int) -> None:
+        """Serve the steps of a session that wait, as far as they can run now."""
+        for step, delivery in self._waiting.pop((model, plan_version, session), ()):
+            self.receive(step, delivery)
+
+    def drop_session(self, model: int, plan_version: int, session: int) -> None:
+        """Forget the steps of a session."""
+        self._waiting.pop((model, plan_version, session), None)
+
+    def remove_model(self, model: int) -> Iterator[tuple[Step, Delivery]]:
         """Yield the steps of a model that wait, which do so no longer."""
         for key in [key for key in self._waiting if key[0] == model]:
             yield from self._waiting.pop(key)
