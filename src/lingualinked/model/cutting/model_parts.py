@@ -6,6 +6,7 @@ Plain data; knows neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import count_text
@@ -20,6 +21,16 @@ class OutputShape:
     path: str  # of the part, or "layer 3"
     shape: tuple[int | str, ...]  # "rows" and "tokens" are those of a step
     dtype: str  # "bfloat16"
+
+    def step_shape(self, sizes: Sequence[int]) -> tuple[int, int]:
+        """Return the numbers of rows and tokens of a step in which the tensor has these sizes; raise ArgumentError for others."""
+        places = [self.shape.index(name) if name in self.shape else None for name in ("rows", "tokens")]
+        if len(sizes) != len(self.shape) or None in places:
+            raise ArgumentError(
+                f"a tensor of shape {list(sizes)} does not come from {self.path}: {list(self.shape)} was due"
+            )
+        num_rows, num_new = (sizes[place] for place in places if place is not None)
+        return num_rows, num_new
 
     def sizes(self, num_rows: int, num_new: int) -> tuple[int, ...]:
         """Return the shape in a step."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model.cutting.architectures import check_class, read_config
 from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
-from lingualinked.model.cutting.trace import NUM_TOKENS, Flow, trace
+from lingualinked.model.cutting.trace import NUM_ROWS, NUM_TOKENS, Flow, trace
 from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
 from lingualinked.transmission import INPUT_IDS, Relay, Transmission
@@ -151,7 +151,7 @@ def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[
                     name=str(source),
                     made_at=0,
                     used_at=tuple(sorted(layers)),
-                    token_bytes=-(-output.nbytes // NUM_TOKENS),
+                    token_bytes=-(-output.nbytes // (NUM_ROWS * NUM_TOKENS)),
                     part_bytes=weights,
                 )
             )
@@ -162,7 +162,7 @@ def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[
                     name=f"layer {source}",
                     made_at=int(source),
                     used_at=tuple(sorted(layers)),
-                    token_bytes=-(-output.nbytes // NUM_TOKENS),
+                    token_bytes=-(-output.nbytes // (NUM_ROWS * NUM_TOKENS)),
                 )
             )
         elif kind == "inside":
@@ -173,13 +173,10 @@ def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[
 
 
 def _describe(path: str, output: torch.Tensor, flow: Flow, own: torch.dtype) -> OutputShape:
-    """Describe an output of the traced pass, whose sizes of one row and its tokens are those of any step."""
+    """Describe an output of the traced pass, whose numbers of rows and of tokens are those of any step."""
     dtype = own if output.dtype == flow.dtype else output.dtype
-    sizes: tuple[int | str, ...] = tuple(output.shape)
-    if sizes[:2] == (1, NUM_TOKENS):
-        sizes = ("rows", "tokens", *sizes[2:])
-    elif sizes[:1] == (NUM_TOKENS,):
-        sizes = ("tokens", *sizes[1:])
+    known: dict[int, int | str] = {NUM_ROWS: "rows", NUM_TOKENS: "tokens"}
+    sizes = tuple(known.get(size, size) for size in output.shape)
     return OutputShape(path=path, shape=sizes, dtype=str(dtype).removeprefix("torch."))
 
 

@@ -6,12 +6,13 @@ Knows modules and tensors; no spans, no weights and no plans.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-NUM_TOKENS = 2  # of the pass; the only row has so many
+NUM_ROWS, NUM_TOKENS = 7, 11
+"""Of the pass: sizes that dimensions of models hardly have, so that rows and tokens are told from them in every shape."""
 
 Mark = tuple[str, str | int]
 """Where a value comes from: ("ids", ""), ("part", path), ("weight", path of a part), ("layer", index), ("item", "layer.number of it") or ("inside", index)."""
@@ -49,14 +51,40 @@ class Flow:
 
 
 class NoData(TorchFunctionMode):
-    """Makes tests of a tensor's values (``bool``, ``in``) return False, so that a forward pass runs on the meta device."""
+    """Answers what asks for a tensor's values, so that a forward pass runs on the meta device: nothing is true, or found."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in (Tensor.__bool__, Tensor.__contains__):
             return False
-        return func(*args, **(kwargs or {}))
+        if func in _ASKS and isinstance(args[0], Tensor) and args[0].is_meta:
+            return _ASKS[func](*args, **kwargs)
+        if func in _SPLITS and len(args) > 1 and isinstance(args[1], list):
+            args = (args[0], _completed(args[1], args[0].shape[kwargs.get("dim", 0)]), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _no_indices(tensor: Tensor, *, as_tuple: bool = False) -> Any:
+    found = tensor.new_empty((0, max(1, tensor.ndim)), dtype=torch.int64)
+    return found.unbind(1) if as_tuple else found
+
+
+def _no_values(tensor: Tensor) -> Any:
+    return [_no_values(each) for each in tensor.unbind()] if tensor.ndim else 0
+
+
+def _completed(sizes: list[int], whole: int) -> list[int]:
+    """Return sizes that were values, and are not known, such that they make up a whole."""
+    return [whole - sum(sizes[1:]), *sizes[1:]] if sum(sizes) != whole else sizes
+
+
+_ASKS: Mapping[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.nonzero, Tensor.nonzero), _no_indices),
+    **dict.fromkeys((Tensor.item, Tensor.tolist), _no_values),
+}
+_SPLITS = frozenset({torch.split, Tensor.split})
 
 
 class _Marking(NoData):
@@ -90,6 +118,17 @@ class _Marking(NoData):
         return result
 
 
+@contextlib.contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """Keep distributions of torch from checking the values of their parameters, of which there are none."""
+    is_checked = Distribution._validate_args  # noqa: SLF001 - torch has a function to set it, none to read it
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(is_checked)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested containers; KV caches are none."""
     if isinstance(value, Tensor):
@@ -102,6 +141,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
+def _in_containers(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors in containers that a layer can leave something in for later ones."""
+    for value in values:
+        if isinstance(value, (MutableMapping, MutableSequence)) and not isinstance(value, Cache):
+            yield from tensors_in(value)
+
+
 def trace(model: PreTrainedModel, layers: nn.ModuleList, parts: Mapping[str, nn.Module]) -> Flow:
     """Run a model on the meta device once; return what its parts and layers use of each other."""
     tracer = _Tracer(len(layers), model.dtype)
@@ -112,9 +158,9 @@ def trace(model: PreTrainedModel, layers: nn.ModuleList, parts: Mapping[str, nn.
         for index, layer in enumerate(layers):
             for handle in tracer.watch_layer(index, layer):
                 stack.callback(handle.remove)
-        ids = torch.zeros((1, NUM_TOKENS), dtype=torch.int64, device="meta")
+        ids = torch.zeros((NUM_ROWS, NUM_TOKENS), dtype=torch.int64, device="meta")
         tracer.marking.mark(ids, {("ids", "")})
-        with torch.no_grad(), tracer.marking:
+        with torch.no_grad(), torch.device("meta"), unchecked_distributions(), tracer.marking:
             output = model(input_ids=ids, use_cache=False)
     return tracer.end(output.to_tuple()[0])
 
@@ -132,7 +178,7 @@ class _Tracer:
         """Return what the pass with this output has shown; raise LayersNotRunError if it has not run all layers."""
         if len(self._flow.items) != self._num_layers:
             raise LayersNotRunError(
-                f"it runs {len(self._flow.items)} layers, and its list has {count_text(self._num_layers, 'layer')}"
+                f"it runs {count_text(len(self._flow.items), 'layer')}, and its list has {self._num_layers}"
             )
         self._note_uses(self._num_layers, self.marking.marks_of(output))
         return self._flow
@@ -155,15 +201,18 @@ class _Tracer:
 
     def watch_layer(self, index: int, layer: nn.Module) -> Iterator[RemovableHandle]:
         """Register the hooks of a layer."""
+        filled: dict[int, Tensor] = {}
 
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self.marking.depth += 1
+            filled.update({id(each): each for each in _in_containers((*args, *kwargs.values()))})
             if index:
                 self._enter_layer(index, self.marking.marks_of((args, kwargs)))
 
         def leave(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.marking.depth -= 1
-            self._leave_layer(index, (*args, *kwargs.values()), output)
+            given = (*args, *kwargs.values())
+            self._leave_layer(index, [each for each in _in_containers(given) if id(each) not in filled], output)
 
         yield layer.register_forward_pre_hook(enter, with_kwargs=True)
         yield layer.register_forward_hook(leave, with_kwargs=True)
@@ -188,16 +237,13 @@ class _Tracer:
             number = range(len(before))
             self._flow.items[index - 1] = tuple(item == 0 or ("item", f"{index - 1}.{item}") in used for item in number)
 
-    def _leave_layer(self, index: int, given: tuple[Any, ...], output: Any) -> None:
+    def _leave_layer(self, index: int, left: Sequence[Tensor], output: Any) -> None:
         self._num_done = max(self._num_done, index + 1)
         items = output if isinstance(output, tuple) else (output,)
         self._flow.layers.append(items)
         self._flow.items.append((True,) + (False,) * (len(items) - 1) if items is output else None)
-        for value in given:  # what a layer leaves in a container for later ones
-            if isinstance(value, (MutableMapping, MutableSequence)) and not isinstance(value, Cache):
-                for each in tensors_in(value):
-                    if not self.marking.marks_of(each):
-                        self.marking.mark(each, {("inside", index)})
+        for each in left:
+            self.marking.mark(each, {("inside", index)})
         for number, item in enumerate(items):
             for each in tensors_in(item):
                 self.marking.mark(each, {("layer", index), ("item", f"{index}.{number}")})

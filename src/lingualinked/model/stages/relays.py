@@ -42,14 +42,15 @@ class StageRelays:
             if not each.is_ids
         }
 
-    def text_arguments(self, states: Tensor, relayed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def text_arguments(
+        self, states: Tensor, shape: tuple[int, int], relayed: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Return what a model is called with as its text: what the first stage is given, or what replaces it on others.
 
         What the prologue makes of zeros there is discarded.
         """
         if self._is_first:
             return {"inputs_embeds" if states.is_floating_point() else "input_ids": states}
-        shape = states.shape[:2]
         if INPUT_IDS in relayed:
             return {"input_ids": relayed[INPUT_IDS]}
         if self._needs_ids:  # the caller has given embeddings, as what asks for ids can tell

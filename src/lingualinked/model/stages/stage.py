@@ -160,6 +160,12 @@ class Stage:
         cache.modules.holds = self.module_state.holds
         return cache
 
+    def step_shape(self, states: Tensor) -> tuple[int, int]:
+        """Return the numbers of rows and new tokens of a step with this input; raise ArgumentError if it can't be one."""
+        if self.is_first:
+            return states.shape[0], states.shape[1]
+        return self.span.parts.layer_outputs[self.start - 1][0].step_shape(states.shape)
+
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         """Run the model's forward pass over the span, and count its tokens in the KV cache, if there is one.
 
@@ -171,7 +177,7 @@ class Stage:
 
     def _step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         # 1) a static cache has to have room: beyond it, an accelerator would write to other memory
-        num_new = inputs.tensors[0].shape[1]
+        _, num_new = self.step_shape(inputs.tensors[0])
         if cache is not None:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
@@ -240,15 +246,16 @@ class Stage:
         }
         if inputs.position_ids is not None:
             arguments["position_ids"] = self._to_device(inputs.position_ids)
-        self._boundary.shape, self._boundary.device = (states.shape[0], states.shape[1]), self.device
+        num_rows, num_new = self._boundary.shape = self.step_shape(states)
+        self._boundary.device = self.device
         self._boundary.relayed = relayed = {name: each.to(self.device) for name, each in inputs.relayed.items()}
-        arguments |= self._relays.text_arguments(states, relayed)
+        arguments |= self._relays.text_arguments(states, self._boundary.shape, relayed)
         if not self.is_first:
             self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:
             self._boundary.is_end = not inputs.wants_logits and not inputs.records
             if self.device.type != "cpu":
-                check_indices(inputs.logits_to_keep, states.shape[1])
+                check_indices(inputs.logits_to_keep, num_new)
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
         if inputs.records:
             self._boundary.is_passed = True
@@ -265,7 +272,6 @@ class Stage:
             with contextlib.ExitStack() as shared:
                 shared.enter_context(self._own_globals(inputs, cache, inputs.torch_settings))
                 if inputs.instruments is not None:
-                    num_rows, num_new = states.shape[:2]
                     instrumented = stops.enter_context(
                         InstrumentedPass(inputs.instruments, num_rows, num_new, inputs.past, captures=inputs.captures)
                     )
@@ -273,11 +279,11 @@ class Stage:
                     pause = functools.partial(self._pause, inputs, cache, shared)
                     stops.enter_context(HookedPass(self._model, self.span.parts.layers, inputs.hooks, pause))
                 if count is not None:
-                    count.begin_step(states.shape[1])
+                    count.begin_step(num_new)
                 hooks += self._put_in_order(order)
                 if cache is not None and not cache.is_plain:
                     own = self._layers[self.start : self.end] if order is None else order.own
-                    count_new = in_this_thread(lambda *_: cache.enter_span(states.shape[1], inputs.skips.indices))
+                    count_new = in_this_thread(lambda *_: cache.enter_span(num_new, inputs.skips.indices))
                     hooks += [layer.register_forward_pre_hook(count_new) for layer in own[:1]]
                 with contextlib.suppress(SpanLeft):
                     result = self._model(**arguments)

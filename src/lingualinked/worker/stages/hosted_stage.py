@@ -315,7 +315,7 @@ class HostedStage:
     ) -> StageOutput:
         # 1) check the step
         inputs, shared = split_tensors(step, tensors)
-        num_rows, num_new = inputs[0].shape[:2]
+        num_rows, num_new = self.stage.step_shape(inputs[0])
         if step.position_rows not in (0, 1, num_rows):
             raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} arrived in a step of {num_rows}")
         if step.edits and session.cache is None:
