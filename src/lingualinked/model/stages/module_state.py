@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,31 @@ class _Seen:
         """Whether another value is in its place."""
         is_plain = isinstance(value, bool | int | float | str) and type(value) is type(self.value)
         return value is not self.value and not (is_plain and value == self.value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _View:
+    """What a module held before a pass; `changing` is what can change in place."""
+
+    values: dict[str, Any]
+    changing: dict[str, _Seen]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _View:
+        values = _values_of(module)
+        return cls(
+            values,
+            {name: _Seen.of(each) for name, each in values.items() if isinstance(each, Tensor | dict | list | set)},
+        )
+
+    def is_same(self, values: dict[str, Any]) -> bool:
+        """Return whether the same objects, unchanged, are in the same order there now."""
+        are_same = len(values) == len(self.values) and all(map(operator.is_, values.values(), self.values.values()))
+        return are_same and not any(each.has_changed for each in self.changing.values())
+
+    def see(self, name: str) -> _Seen:
+        """Return what a value was before the pass."""
+        return self.changing.get(name) or _Seen.of(self.values.get(name, _ABSENT))
 
 
 class ModuleState:
@@ -142,20 +168,18 @@ class ModuleState:
                 f"a forward pass changes {spoiled} in place, which is too large for a copy of each session",
             )
 
-    def _see_all(self) -> dict[str, dict[str, _Seen]]:
-        return {
-            path: {name: _Seen.of(value) for name, value in _values_of(module).items()}
-            for path, module in self._modules.items()
-        }
+    def _see_all(self) -> dict[str, _View]:
+        return {path: _View.of(module) for path, module in self._modules.items()}
 
-    def _changes(self, before: dict[str, dict[str, _Seen]]) -> Iterator[tuple[str, _Place, _Seen]]:
+    def _changes(self, before: dict[str, _View]) -> Iterator[tuple[str, _Place, _Seen]]:
         """Yield what has changed in modules since they were seen, as paths and places."""
-        missing = _Seen.of(_ABSENT)
-        for path, seen_values in before.items():
+        for path, view in before.items():
             module = self._modules[path]
             values = _values_of(module)
-            for name in seen_values.keys() | values.keys():
-                seen, value = seen_values.get(name, missing), values.get(name, _ABSENT)
+            if view.is_same(values):
+                continue
+            for name in view.values.keys() | values.keys():
+                seen, value = view.see(name), values.get(name, _ABSENT)
                 if seen.has_changed or seen.is_replaced(value):
                     whole = f"{path}{_BUFFERS if name in vars(module)['_buffers'] else ''}.{name}"
                     yield whole, dataclasses.replace(self._place_of(whole), in_place=seen.has_changed), seen
