@@ -5,7 +5,7 @@ Knows values by the paths of attributes; no modules and no layers of KV.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,17 @@ class KeptValues:
         self.values |= {name: value for name, value in other.values.items() if self.holds(name)}
         self.version += 1
 
+    def append_rows(self, others: Sequence[KeptValues], num_rows: Sequence[int]) -> None:
+        """Append the rows of other sessions to what has one entry for each; `num_rows` are those of this session and the others.
+
+        Raises ProtocolError if something else differs between them.
+        """
+        parts = [each.values for each in (self, *others)]
+        if any(each.keys() != self.values.keys() for each in parts):
+            raise ProtocolError("rows of sessions can't be joined: modules keep other values of each")
+        self.values = {name: _joined(name, [each[name] for each in parts], num_rows) for name in self.values}
+        self.version += 1
+
     def read_state(self, belongs: Callable[[str], bool]) -> State:
         """Return the values of some places to send them; raise ProtocolError if some can't be sent."""
         state = {name: value for name, value in self.values.items() if belongs(name)}
@@ -64,6 +75,19 @@ class KeptValues:
         copies = {id(each): each.to(device, copy=True) for each in state.values() if isinstance(each, Tensor)}
         self.values |= {name: copies.get(id(value), value) for name, value in state.items()}
         self.version += 1
+
+
+def _joined(name: str, values: Sequence[Any], num_rows: Sequence[int]) -> Any:
+    """Return one value of several sessions' ones, row after row if each has one entry for each row."""
+    first, *others = values
+    if all(
+        isinstance(each, Tensor) and each.shape[:1] == (rows,) and each.shape[1:] == first.shape[1:]
+        for each, rows in zip(values, num_rows, strict=True)
+    ):
+        return torch.cat(list(values))
+    if not all(torch.equal(each, first) if isinstance(first, Tensor) else each == first for each in others):
+        raise ProtocolError(f"rows of sessions can't be joined: what modules keep at {name} differs")
+    return first
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -303,8 +303,6 @@ class StageCache:
                     f"KV of {count_text(other.num_tokens, 'token')} can't be joined with KV of {self.num_tokens}: both "
                     "must have come through the same steps"
                 )
-        if any(each.modules for each in (self, *others)):
-            raise ProtocolError("rows of sessions can't be joined: the model's modules keep something of each")
         for slot, layer in self.owned.items():
             layer.append_rows([cast("Any", other.owned.pop(slot)) for other in others])
 

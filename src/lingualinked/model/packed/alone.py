@@ -46,7 +46,7 @@ def _has_known_parts(stage: Stage) -> bool:
     config, dtype = model.config, cast("torch.dtype", model.config.dtype)
     if stage.device.type != "cpu" or dtype is not torch.bfloat16 or why_not_packed(model, stage.span.parts):
         return False
-    if computing.attention_implementation(model) != "sdpa" or computing.length_ropes(model):
+    if computing.attention_implementation(model) != "sdpa" or computing.length_ropes(model) or stage.module_state:
         return False
     # 1) products, norms, and embeddings, which copy rows
     for module in model.modules():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Cache
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.kv.kept_values import KeptValues
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -38,12 +39,14 @@ class PackedCache:
     """What `Stage.step` takes as the KV cache of a pass over several texts; `hf` is what the model gets."""
 
     is_static = False
+    is_plain = True
     captured: dict[Any, Any]
 
     def __init__(self, places: Sequence[TextPlace]) -> None:
         self.places = places
         self.hf = PackedStates(places)
-        self.num_tokens = 0
+        self.num_tokens = min(place.cache.num_tokens for place in places)  # 0 if a text begins
+        self.modules = KeptValues()
 
     def check_room(self, _num_tokens: int) -> None:
         """Check nothing: each text's room was checked before."""
@@ -51,6 +54,11 @@ class PackedCache:
     def advance(self, _num_tokens: int, skipped: Collection[int] = ()) -> None:
         """Count the tokens of a finished pass, in each text's cache."""
         self.hf.check_attended("")
+        if self.modules:
+            raise UnsupportedOperationError(
+                f"packed steps are not possible: the model's modules keep something of each text ({min(self.modules.values)}); use "
+                "ordinary steps"
+            )
         for place in self.places:
             if place.cache.is_static:
                 place.cache.count.end_step()

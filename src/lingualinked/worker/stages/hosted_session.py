@@ -43,6 +43,7 @@ def join_rows(parts: Sequence[HostedSession]) -> HostedSession:
     if len(caches) != len(parts) or any(part.context.num_tokens != first.context.num_tokens for part in others):
         raise ProtocolError("sessions that are to be joined have seen other tokens, or keep no KV")
     caches[0].append_rows(caches[1:])
+    caches[0].modules.append_rows([each.modules for each in caches[1:]], [part.num_rows for part in parts])
     return dataclasses.replace(
         first,
         context=first.context.join_rows([other.context for other in others]),

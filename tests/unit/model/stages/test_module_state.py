@@ -210,3 +210,25 @@ def test_modules_that_keep_nothing_cost_nothing_later() -> None:
     state._see_all = lambda: looked_at.append(1) or {}  # type: ignore[func-returns-value,method-assign,assignment]
     session.step(5.0)
     assert not looked_at
+
+
+def test_rows_of_sessions_are_joined() -> None:
+    model, alone = nn.Sequential(Rebinding(), Counting()), nn.Sequential(Rebinding(), Counting())
+    state = ModuleState(model, "toy")
+    parts = [Session(state, model) for _ in range(2)]
+    rows = torch.arange(9.0).reshape(3, 3)
+    with torch.inference_mode():
+        for first, last, part in ((0, 1, parts[0]), (1, 3, parts[1])):
+            for is_first in (True, False):
+                with state.lent_to(part.kept, is_first=is_first):
+                    model(rows[first:last])
+        for _ in range(2):
+            alone(rows)
+        parts[0].kept.append_rows([parts[1].kept], [1, 2])
+        with state.lent_to(parts[0].kept, is_first=False):
+            assert torch.equal(model(rows), alone(rows))
+        with state.lent_to(parts[1].kept, is_first=False):
+            model(rows[1:])
+            model(rows[1:])
+    with pytest.raises(ProtocolError, match=r"can't be joined: what modules keep at 1\.num_passes differs"):
+        parts[0].kept.append_rows([parts[1].kept], [3, 2])
