@@ -95,7 +95,7 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
                 for item, is_used in zip(flow.layers[index], used or (True,), strict=True)
                 if is_used and isinstance(item, torch.Tensor)
             )
-            for index, used in enumerate(flow.items)
+            for index, used in sorted(flow.items.items())
         ),
         transmission=_transmission_of(flow, prologue, tuple(part for part in beside if part in held)),
     )
@@ -168,7 +168,10 @@ def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[
         elif kind == "inside":
             forbidden |= set(range(int(source) + 1, min(max(layers) + 1, len(flow.items))))
     return Transmission(
-        relays=tuple(relays), items=tuple(flow.items), forbidden_cuts=tuple(sorted(forbidden)), held=held
+        relays=tuple(relays),
+        items=tuple(used for _, used in sorted(flow.items.items())),
+        forbidden_cuts=tuple(sorted(forbidden)),
+        held=held,
     )
 
 

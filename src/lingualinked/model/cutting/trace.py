@@ -30,7 +30,7 @@ Mark = tuple[str, str | int]
 
 
 class LayersNotRunError(Exception):
-    """A pass has not run every layer once, in order."""
+    """A pass has not run any layer."""
 
 
 @dataclass(slots=True)
@@ -42,8 +42,12 @@ class Flow:
     between: set[str] = field(default_factory=set)
     after: set[str] = field(default_factory=set)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of parts that return one tensor
-    layers: list[tuple[Any, ...]] = field(default_factory=list)  # their outputs: tuples, or one tensor alone
-    items: list[tuple[bool, ...] | None] = field(default_factory=list)  # of layers' outputs, which the next layer uses
+    layers: dict[int, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # outputs of those that run: tuples, or one tensor alone
+    items: dict[int, tuple[bool, ...] | None] = field(
+        default_factory=dict
+    )  # of these outputs, which the next layer uses
     used_at: dict[Mark, set[int]] = field(
         default_factory=dict
     )  # layers that use a value beside the last layer's output
@@ -175,13 +179,16 @@ class _Tracer:
         self._num_done = 0
 
     def end(self, output: Any) -> Flow:
-        """Return what the pass with this output has shown; raise LayersNotRunError if it has not run all layers."""
-        if len(self._flow.items) != self._num_layers:
-            raise LayersNotRunError(
-                f"it runs {count_text(len(self._flow.items), 'layer')}, and its list has {self._num_layers}"
-            )
+        """Return what the pass with this output has shown; raise LayersNotRunError if no layer has run."""
+        flow = self._flow
+        if not flow.layers:
+            raise LayersNotRunError(f"it runs none of its {count_text(self._num_layers, 'layer')}")
         self._note_uses(self._num_layers, self.marking.marks_of(output))
-        return self._flow
+        for index in range(self._num_layers):  # a layer that has not run passes on what it would be called with
+            if index not in flow.layers:
+                like = max((each for each in flow.layers if each < index), default=min(flow.layers))
+                flow.layers[index], flow.items[index] = flow.layers[like], flow.items[like]
+        return flow
 
     def watch_part(self, path: str, module: nn.Module) -> Iterator[RemovableHandle]:
         """Register the hooks of a part, and mark its weights."""
@@ -232,16 +239,18 @@ class _Tracer:
 
     def _enter_layer(self, index: int, used: frozenset[Mark]) -> None:
         self._note_uses(index, used)
-        before = self._flow.items[index - 1]
+        last = self._num_done - 1
+        before = self._flow.items.get(last)
         if before is not None:
             number = range(len(before))
-            self._flow.items[index - 1] = tuple(item == 0 or ("item", f"{index - 1}.{item}") in used for item in number)
+            self._flow.items[last] = tuple(item == 0 or ("item", f"{last}.{item}") in used for item in number)
 
     def _leave_layer(self, index: int, left: Sequence[Tensor], output: Any) -> None:
         self._num_done = max(self._num_done, index + 1)
-        items = output if isinstance(output, tuple) else (output,)
-        self._flow.layers.append(items)
-        self._flow.items.append((True,) + (False,) * (len(items) - 1) if items is output else None)
+        is_one = isinstance(output, Tensor)
+        items = (output,) if is_one else tuple(output)
+        self._flow.layers[index] = items
+        self._flow.items[index] = None if is_one else (True,) + (False,) * (len(items) - 1)
         for each in left:
             self.marking.mark(each, {("inside", index)})
         for number, item in enumerate(items):
@@ -252,5 +261,5 @@ class _Tracer:
         """Record what a layer uses beside the output of the layer before it."""
         for mark in used:
             kind, source = mark
-            if kind != "item" and not (kind == "layer" and source == index - 1):
+            if kind != "item" and not (kind == "layer" and source == self._num_done - 1):
                 self._flow.used_at.setdefault(mark, set()).add(index)

@@ -50,6 +50,8 @@ def build_on_meta(
     arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with GLOBAL_STATE, torch.device("meta"), _LeaveUnfilled():
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
+        if not all(parameter.is_meta for parameter in model.parameters()):  # made by old constructors of torch
+            model.to(device="meta")
     model.eval()
     return model
 

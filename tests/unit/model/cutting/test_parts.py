@@ -129,5 +129,5 @@ class Unreached(LlamaForCausalLM):
 
 def test_a_forward_pass_that_does_not_come_to_the_layers_is_refused() -> None:
     model = building.build_on_meta(Unreached, tiny_config("llama"), torch.float32, None)
-    with pytest.raises(UncuttableModelError, match="it runs 0 layers, and its list has 4"):
+    with pytest.raises(UncuttableModelError, match="it runs none of its 4 layers"):
         find_parts(model)
