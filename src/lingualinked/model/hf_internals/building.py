@@ -51,7 +51,8 @@ def build_on_meta(
     with GLOBAL_STATE, torch.device("meta"), _LeaveUnfilled():
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
         if not all(parameter.is_meta for parameter in model.parameters()):  # made by old constructors of torch
-            model.to(device="meta")
+            to_meta: Any = model.to
+            to_meta("meta")
     model.eval()
     return model
 
