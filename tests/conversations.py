@@ -16,6 +16,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 import accelerators
 from families import VOCABULARY, tiny_config
 from lingualinked.model.cutting.architectures import check_architecture
+from lingualinked.model.cutting.tasks import class_of_task
 from lingualinked.model.hf_internals.cache_arguments import cache_argument
 from lingualinked.model.process.torch_settings import TorchSettings
 from lingualinked.model.spec import ModelSpec
@@ -31,7 +32,7 @@ def spec_of(
     config = AutoConfig.from_pretrained(folder, **config_attributes)
     files = resolve_files(folder)
     return ModelSpec(
-        class_name=check_architecture(config),
+        class_name=class_of_task(config, None, check_architecture(config)),
         config_json=config.to_json_string(use_diff=False),
         dtype=resolve_dtype(dtype, config, files),
         attn_implementation=attn_implementation,

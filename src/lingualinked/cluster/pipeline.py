@@ -39,6 +39,7 @@ from lingualinked.control.policy import RebalancePolicy
 from lingualinked.errors import ClosedError, LingualinkedError, UnsupportedOperationError
 from lingualinked.interrupts import uninterrupted
 from lingualinked.model.cutting.parts import build_meta, parts_of
+from lingualinked.model.cutting.tasks import GENERATION, task_of_class
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stages.rotary import RopeHistory
@@ -353,6 +354,9 @@ def _record_step(controller: Controller, microbatch: int | None, sample: StepSam
 
 
 def _vocabulary(spec: ModelSpec) -> int | None:
+    """Return how many logits each token has; None if that is not known, or the model does not generate."""
+    if task_of_class(spec.class_name) != GENERATION:
+        return None
     config = json.loads(spec.config_json)
     size = {**config, **config.get("text_config", {})}.get("vocab_size")
     return size if isinstance(size, int) else None

@@ -84,6 +84,7 @@ class ShardedModel(Instrumented, Editable):
         local_files_only: bool = False,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        task: str | None = None,
         **kwargs: Any,
     ) -> ShardedModel:
         """Cut a checkpoint into layer ranges and load each in a worker process.
@@ -132,6 +133,11 @@ class ShardedModel(Instrumented, Editable):
             Dtype of the weights; ``"auto"`` or ``None``: the config's, else the checkpoint's.
         config, revision, subfolder, token, cache_dir, local_files_only, attn_implementation, trust_remote_code
             As in ``AutoModelForCausalLM.from_pretrained``.
+        task : str or None
+            What the model is for, by the names of ``transformers.pipeline``: ``"text-generation"``, ``"text-classification"`` (or
+            ``"sentiment-analysis"``), ``"token-classification"``, ``"question-answering"``, or ``"feature-extraction"`` for the
+            last hidden states, as of ``AutoModel``. ``None``: as the checkpoint says (``architectures`` in its config). The head's
+            weights must be in the checkpoint.
         **kwargs
             Further attributes of the model's config, as there. Arguments of transformers that a sharded model does not
             support are refused by name.
@@ -179,6 +185,7 @@ class ShardedModel(Instrumented, Editable):
             local_files_only=local_files_only,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            task=task,
             **kwargs,
         )
         if cluster is not None and devices != "auto":

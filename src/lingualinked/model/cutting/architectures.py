@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lingualinked.errors import CheckpointError, UncuttableModelError
+from lingualinked.model.cutting.tasks import is_known_class
 from lingualinked.model.hf_internals import building
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def check_architecture(config: PreTrainedConfig) -> str:
 
 def check_class(class_name: str) -> None:
     """Raise UncuttableModelError unless a spec may name this class, which is then looked up in transformers."""
-    if class_name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise UncuttableModelError(class_name, "transformers has no such causal language model")
+    if not is_known_class(class_name):
+        raise UncuttableModelError(class_name, "transformers has no such class of a causal language model")
 
 
 def _refusal_reason(config: PreTrainedConfig) -> str:

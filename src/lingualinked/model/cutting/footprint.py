@@ -23,10 +23,11 @@ from transformers.cache_utils import (
 
 from lingualinked.errors import UncuttableModelError
 from lingualinked.model.cutting.cut import flatten_output
+from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
 from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.parts import build_meta, cache_slots, learned_positions
 from lingualinked.model.cutting.trace import NoData
-from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
+from lingualinked.model.hf_internals.cache_arguments import keeps_cache
 from lingualinked.model.kv.layer_state import walk
 from lingualinked.profile import ModelProfile
 
@@ -145,17 +146,19 @@ def _run_without_data(
     outputs: list[Any] = []
     last = model.get_submodule(f"{parts.layers}.{parts.num_layers - 1}")
     hook = last.register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
-    name = cache_argument(type(model))
-    cache = DynamicCache(config=model.config) if keeps_cache(type(model)) else None
+    name = cache_argument_of(model)
+    keeps = keeps_cache(type(model)) if model.can_generate() else name == "past_key_values"
+    cache = DynamicCache(config=model.config) if keeps else None
     arguments: dict[str, Any] = {} if name is None else {name: cache, "use_cache": True}
     try:
         with torch.no_grad(), NoData():
             ids = torch.zeros((1, num_tokens), dtype=torch.int64, device="meta")
-            result = model(input_ids=ids, **arguments)
+            result, output = HeadPass(model, parts.head).run(is_last=True, input_ids=ids, **arguments)
     except Exception as error:
         raise UncuttableModelError(
             type(model).__name__, f"a forward pass without weights failed ({type(error).__name__}: {error})"
         ) from error
     finally:
         hook.remove()
-    return result.get(name) if cache is None and name else cache, outputs[-1], result.logits
+    assert output is not None
+    return result.get(name) if cache is None and name else cache, outputs[-1], output

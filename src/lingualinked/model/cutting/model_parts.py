@@ -50,6 +50,9 @@ class ModelParts:
     outputs: tuple[OutputShape, ...] = ()  # of the prologue, where a part returns one tensor
     layer_outputs: tuple[tuple[OutputShape, ...], ...] = ()  # of each layer: what the next one uses of it
     transmission: Transmission = dataclasses.field(default_factory=Transmission)
+    head: str | None = (
+        None  # the module that ends a class for a task; None for causal LMs, and for models without a head
+    )
 
     def span_bytes(self, start: int, end: int) -> int:
         """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""

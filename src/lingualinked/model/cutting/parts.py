@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model.cutting.architectures import check_class, read_config
+from lingualinked.model.cutting.heads import find_head
 from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
 from lingualinked.model.cutting.trace import NUM_ROWS, NUM_TOKENS, Flow, trace
 from lingualinked.model.hf_internals import building
@@ -77,6 +78,7 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
     inside = {id(each) for each in _all_tensors(layers).values()}
     everywhere = [each for each in _all_tensors(meta_model).values() if id(each) not in ends | inside]
     return ModelParts(
+        head=find_head(meta_model),
         layers=path,
         num_layers=len(layers),
         prologue=tuple(prologue),

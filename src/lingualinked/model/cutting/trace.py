@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
+from lingualinked.model.cutting.heads import HeadPass, find_head
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -165,8 +166,8 @@ def trace(model: PreTrainedModel, layers: nn.ModuleList, parts: Mapping[str, nn.
         ids = torch.zeros((NUM_ROWS, NUM_TOKENS), dtype=torch.int64, device="meta")
         tracer.marking.mark(ids, {("ids", "")})
         with torch.no_grad(), torch.device("meta"), unchecked_distributions(), tracer.marking:
-            output = model(input_ids=ids, use_cache=False)
-    return tracer.end(output.to_tuple()[0])
+            _, output = HeadPass(model, find_head(model)).run(is_last=True, input_ids=ids, use_cache=False)
+    return tracer.end(output)
 
 
 class _Tracer:

@@ -10,14 +10,15 @@ import dataclasses
 import functools
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.adapters.stage_adapters import StageAdapters
-from lingualinked.model.cutting.cut import SpanLeft, flatten_output, unflatten_output
+from lingualinked.model.cutting.cut import flatten_output, unflatten_output
+from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
 from lingualinked.model.cutting.joining import join_spans, missing_spans
 from lingualinked.model.cutting.parts import cache_slots
 from lingualinked.model.exact import exact_attention
@@ -25,7 +26,7 @@ from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
 from lingualinked.model.exact.speeding_up import speed_up
 from lingualinked.model.hf_internals import building, computing, recording
-from lingualinked.model.hf_internals.cache_arguments import cache_argument, masks_past
+from lingualinked.model.hf_internals.cache_arguments import masks_past
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
@@ -65,6 +66,7 @@ class Stage:
         model: nn.Module = span.model
         self.span, self._model, self._config = span, model.to(device), span.model.config
         self._boundary, self.device = span.boundary, device
+        self._head_pass = HeadPass(span.model, span.parts.head)
         self.num_bytes_read = span.num_bytes_read  # from files, including headers
         self._base_bytes = span.parts.span_bytes(start, end)
         self.adapters = StageAdapters(self._model, device)
@@ -79,7 +81,7 @@ class Stage:
         self._items = span.parts.transmission.items
         self.layout_before = self._items[start - 1] if start else None  # of its inputs
         self._slots = self.cache_slots(start, end)
-        self._cache_name = cache_argument(type(self._model))
+        self._cache_name = cache_argument_of(span.model)
         self.masks_past = masks_past(type(self._model))
         self._ropes = computing.dynamic_ropes(self._model)
         self.module_state = ModuleState(self._model, self._config.model_type)
@@ -285,12 +287,11 @@ class Stage:
                     own = self._layers[self.start : self.end] if order is None else order.own
                     count_new = in_this_thread(lambda *_: cache.enter_span(num_new, inputs.skips.indices))
                     hooks += [layer.register_forward_pre_hook(count_new) for layer in own[:1]]
-                with contextlib.suppress(SpanLeft):
-                    result = self._model(**arguments)
+                result, output = self._head_pass.run(is_last=self.is_last, **arguments)
                 if count is not None:
                     count.end_step()
             if self.is_last:
-                outputs: tuple[Tensor, ...] = (result.logits,) if inputs.wants_logits else ()
+                outputs: tuple[Tensor, ...] = (cast("Tensor", output),) if inputs.wants_logits else ()
             else:
                 outputs, layout = flatten_output(self._boundary.outgoing, self._items[self.end - 1])
             recorded = {

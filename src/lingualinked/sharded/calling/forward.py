@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lingualinked.model.cutting.model_parts import ModelParts
-from lingualinked.model.hf_internals.building import makes_pipeline_for_device, mark_initialized, ties
+from lingualinked.model.cutting.tasks import GENERATION, task_of_class
+from lingualinked.model.hf_internals.building import mark_initialized, ties
 from lingualinked.model.hf_internals.cache_arguments import cache_argument
 from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
@@ -26,6 +25,7 @@ from lingualinked.sharded.adapters.model_adapters import Adapters
 from lingualinked.sharded.calling.inputs import LearnedPositions, StepShape, check_logits_to_keep, check_tensor
 from lingualinked.sharded.calling.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
 from lingualinked.sharded.calling.stepping import ShardedSteps
+from lingualinked.sharded.calling.task_models import ShardedTaskModel
 from lingualinked.sharded.generating.generation import ShardedGeneration
 from lingualinked.sharded.generating.prefill import PipelinedPrefill
 from lingualinked.sharded.hooks.hooked_modules import HookedModules
@@ -54,30 +54,6 @@ class ShardedCausalLM(
         loss_function: Any
         _output_class: type[Any]
         router_aux_loss_coef: float
-
-    @property
-    def device(self) -> torch.device:
-        """The device of inputs and logits: the CPU, wherever the stages compute."""
-        return torch.device("cpu")
-
-    @property
-    def hf_device_map(self) -> dict[str, str]:
-        """Accelerator of every layer and of the modules around them, in accelerate's format.
-
-        The first entry is the device of the inputs, since code that looks for it reads the first entry.
-        ``transformers.pipeline(device=...)`` refuses models that have such a map: for that call there is none, and the
-        pipeline asks the model to move instead. Nor is there one for peft, which would dispatch layers to devices of this process.
-        """
-        caller = sys._getframe(1)  # noqa: SLF001 - the frame of the caller
-        if makes_pipeline_for_device(caller) or caller.f_globals.get("__name__", "").startswith("peft."):
-            raise AttributeError("hf_device_map")
-        device = self._pipeline.cluster.device
-        accelerators = [(stage, device(stage.device).accelerator) for stage in self._pipeline.plan.stages]
-        placed = {"": str(self.device)} | dict.fromkeys(self._parts.prologue, accelerators[0][1])
-        for stage, accelerator in accelerators:
-            for index in range(stage.start, stage.end):
-                placed[f"{self._parts.layers}.{index}"] = accelerator
-        return placed | dict.fromkeys(self._parts.epilogue, accelerators[-1][1])
 
     def forward(
         self,
@@ -187,18 +163,18 @@ class ShardedCausalLM(
         return returns_unrequested_cache(self._pipeline.spec)
 
 
-def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
-    """Return a method of `ShardedCausalLM` with the signature of the real class, which transformers inspects.
+def _with_signature_of(real: type[PreTrainedModel], own: type[Any], name: str) -> Any:
+    """Return a method of our class with the signature of the real class, which transformers inspects.
 
     Families differ in their arguments and the order of them.
     """
-    ours = getattr(ShardedCausalLM, name)
+    ours = getattr(own, name)
     signature = inspect.signature(getattr(real, name))
     names = list(signature.parameters)[1:]
     cache_name = cache_argument(real) if name == "forward" else None
 
     @functools.wraps(ours)
-    def method(self: ShardedCausalLM, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
             signature.bind(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False), **kwargs)
@@ -212,16 +188,19 @@ def _with_signature_of(real: type[PreTrainedModel], name: str) -> Any:
 
 @functools.cache  # so that two models of a class have equal types
 def sharded_class(real: Any, base: type) -> Any:
-    """Return a subclass of `ShardedCausalLM`, ``base`` and ``real``, with the name of ``real``."""
-    namespace = {name: _with_signature_of(real, name) for name in ("forward", "prepare_inputs_for_generation")}
+    """Return a subclass of `ShardedCausalLM` or `ShardedTaskModel`, ``base`` and ``real``, with the name of ``real``."""
+    generates = task_of_class(real.__name__) == GENERATION
+    own = ShardedCausalLM if generates else ShardedTaskModel
+    names = ("forward", "prepare_inputs_for_generation") if generates else ("forward",)
+    namespace = {name: _with_signature_of(real, own, name) for name in names}
     namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
-    namespace |= {"_output_class": output_class(real), "_cache_name": cache_argument(real)}
-    return make_stand_in(real, (ShardedCausalLM, base, real), namespace)
+    namespace |= {"_output_class": output_class(real), "_cache_name": cache_argument(real), "_real_class": real}
+    return make_stand_in(real, (own, base, real), namespace)
 
 
 def make_sharded(
     meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, code: ModelCode, *, base: type, owns_cluster: bool
-) -> ShardedCausalLM:
+) -> ShardedCausalLM | ShardedTaskModel:
     """Turn a model on the meta device, in place, into one that runs in a pipeline and is also an instance of ``base``.
 
     Its submodules become read-only. ``owns_cluster`` says whether closing the model closes its cluster.
@@ -250,4 +229,4 @@ def make_sharded(
         _adapters_lock=threading.Lock(),
     )
     model.__class__ = sharded_class(real, base)
-    return cast("ShardedCausalLM", model)
+    return cast("ShardedCausalLM | ShardedTaskModel", model)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import sys
 import typing
 from typing import Any
 
@@ -31,7 +33,10 @@ IGNORED: int = _LOSS_PARAMETERS["ignore_index"].default
 def output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
     """Return the output class in the annotation of a class's ``forward``."""
     annotation = inspect.signature(real.forward).return_annotation
-    kinds = (annotation, *typing.get_args(annotation))
+    kinds: tuple[Any, ...] = (annotation, *typing.get_args(annotation))
+    if isinstance(annotation, str):  # of a module with postponed annotations
+        names = vars(sys.modules[inspect.unwrap(real.forward).__module__])
+        kinds = tuple(names.get(name) for name in re.findall(r"\w+", annotation))
     return next(each for each in kinds if inspect.isclass(each) and issubclass(each, ModelOutput))
 
 

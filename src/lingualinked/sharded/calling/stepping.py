@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.hf_internals.building import makes_pipeline_for_device
 from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache
 from lingualinked.sharded.calling.given_cache import GivenCache, adopt, check_empty, max_cache_len_of
 from lingualinked.sharded.calling.gradients import StepGradients
@@ -86,6 +88,30 @@ class ShardedSteps:
 
         @property
         def _adapters(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of inputs and logits: the CPU, wherever the stages compute."""
+        return torch.device("cpu")
+
+    @property
+    def hf_device_map(self) -> dict[str, str]:
+        """Accelerator of every layer and of the modules around them, in accelerate's format.
+
+        The first entry is the device of the inputs, since code that looks for it reads the first entry.
+        ``transformers.pipeline(device=...)`` refuses models that have such a map: for that call there is none, and the
+        pipeline asks the model to move instead. Nor is there one for peft, which would dispatch layers to devices of this process.
+        """
+        caller = sys._getframe(1)  # noqa: SLF001 - the frame of the caller
+        if makes_pipeline_for_device(caller) or caller.f_globals.get("__name__", "").startswith("peft."):
+            raise AttributeError("hf_device_map")
+        device = self._pipeline.cluster.device
+        accelerators = [(stage, device(stage.device).accelerator) for stage in self._pipeline.plan.stages]
+        placed = {"": str(self.device)} | dict.fromkeys(self._parts.prologue, accelerators[0][1])
+        for stage, accelerator in accelerators:
+            for index in range(stage.start, stage.end):
+                placed[f"{self._parts.layers}.{index}"] = accelerator
+        return placed | dict.fromkeys(self._parts.epilogue, accelerators[-1][1])
 
     def _check_callable(self) -> None:
         """Refuse a model that is closed, traced or changed."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from lingualinked.errors import ArgumentError
+from lingualinked.model.cutting.heads import HeadPass, find_head
 from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.cutting.trace import NoData
 from lingualinked.model.hooks.hook_cuts import first_tensor
@@ -124,12 +125,11 @@ def _run_pass(
             watch(path, module)
     ids = torch.zeros((num_rows, num_tokens), dtype=torch.int64, device="meta")
     with torch.no_grad(), NoData():
+        inputs = {"input_ids": ids}
         if takes_embeddings:
-            embeddings = meta.get_input_embeddings()(ids)
+            inputs = {"inputs_embeds": meta.get_input_embeddings()(ids)}
             seen.clear()
-            meta(inputs_embeds=embeddings, use_cache=False, logits_to_keep=num_kept)
-        else:
-            meta(input_ids=ids, use_cache=False, logits_to_keep=num_kept)
+        HeadPass(meta, find_head(meta)).run(is_last=True, **inputs, use_cache=False, logits_to_keep=num_kept)
     return seen
 
 

@@ -108,6 +108,7 @@ class LoadArguments:
     config: PreTrainedConfig | str | os.PathLike[str] | None = None
     hub: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     attn_implementation: str | None = None
+    task: str | None = None
     trust_remote_code: bool = False
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -23,6 +23,7 @@ from lingualinked.model.cutting.footprint import Footprint, measure_footprint
 from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.operations import count_operations
 from lingualinked.model.cutting.parts import build_meta, find_parts
+from lingualinked.model.cutting.tasks import class_of_task
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weights.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
 from lingualinked.model.weights.span_loading import check_weights
@@ -96,7 +97,7 @@ def describe(arguments: LoadArguments) -> Described:
     dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
     # 2) read the config, and check that its architecture can be cut
     config = _config(arguments, hub, select_config_attributes(extra))
-    class_name = check_architecture(config)
+    class_name = class_of_task(config, arguments.task, check_architecture(config))
     # 3) find the files, and specify the model for the workers
     dummy = arguments.load_format == "dummy"
     files = () if dummy else resolve_files(arguments.path, **hub)
@@ -125,7 +126,10 @@ def describe(arguments: LoadArguments) -> Described:
     for name in _ABOUT_OUTPUTS:
         setattr(described.meta.config, name, getattr(config, name))
     check_weights(spec, described.meta)
-    _set_generation_config(described.meta, generation_config, arguments, hub)
+    if described.meta.can_generate():
+        _set_generation_config(described.meta, generation_config, arguments, hub)
+    elif generation_config is not None:
+        raise ArgumentError(f"generation_config for {class_name}, which does not generate: leave it out")
     return described
 
 

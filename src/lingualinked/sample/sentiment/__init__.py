@@ -1,0 +1,1 @@
+"""The sentiment head of the bundled checkpoint."""
