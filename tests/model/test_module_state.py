@@ -17,12 +17,10 @@ from transformers import PreTrainedModel, RecurrentGemmaConfig, RecurrentGemmaFo
 
 import accelerators
 from conversations import Cut, Whole, assert_equal, beams, greedy, load_stage
-from lingualinked.model.cutting import architectures
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weights.checkpoint import resolve_files
 from moves import Moving
 
-getattr(architectures, "SUPPORTED_ARCHITECTURES", {})["recurrent_gemma"] = "RecurrentGemmaForCausalLM"
 CONFIG = RecurrentGemmaConfig(
     vocab_size=97,
     hidden_size=32,

@@ -71,7 +71,7 @@ def random_plan(rng: random.Random) -> ll.Plan:
     return ll.Plan.from_spans([(device, ends[i], ends[i + 1]) for i, device in enumerate(devices)])
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", KINDS)
 def test_sessions_do_not_touch_each_other(kind: str, shared_cluster: ll.Cluster, tmp_path: Path) -> None:
     folder, rng = save_stateful(kind, tmp_path), random.Random(kind)
     whole = reference(folder)

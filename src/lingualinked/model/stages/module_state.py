@@ -71,10 +71,11 @@ class _Seen:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _View:
-    """What a module held before a pass; `changing` is what can change in place."""
+    """What a module held before a pass; `changing` is what can change in place, `weights` is of its parameters."""
 
     values: dict[str, Any]
     changing: dict[str, _Seen]
+    weights: list[Any]
 
     @classmethod
     def of(cls, module: nn.Module) -> _View:
@@ -82,6 +83,7 @@ class _View:
         return cls(
             values,
             {name: _Seen.of(each) for name, each in values.items() if isinstance(each, Tensor | dict | list | set)},
+            _weights_of(module),
         )
 
     def is_same(self, values: dict[str, Any]) -> bool:
@@ -151,7 +153,10 @@ class ModuleState:
             yield
         finally:
             # 2) find other places where the step has changed something
+            changes_weights = any(view.weights != _weights_of(self._modules[path]) for path, view in before.items())
             for name, place, seen in self._changes(before):
+                if changes_weights and isinstance(place.get(), bool | int | float | str):
+                    continue  # it says that the weights have been changed, once for all sessions
                 self._places[name] = place
                 own[name] = seen.copy if place.in_place else seen.value
                 if place.in_place and seen.copy is _ABSENT:
@@ -190,6 +195,11 @@ def _values_of(module: nn.Module) -> dict[str, Any]:
     own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
     buffers: dict[str, Any] = vars(module)["_buffers"]
     return own | buffers
+
+
+def _weights_of(module: nn.Module) -> list[Any]:
+    """Return what a change in place of a module's own parameters changes."""
+    return [_mark(each) for each in vars(module)["_parameters"].values()]
 
 
 def _mark(value: Any) -> Any:

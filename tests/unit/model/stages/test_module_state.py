@@ -232,3 +232,26 @@ def test_rows_of_sessions_are_joined() -> None:
             model(rows[1:])
     with pytest.raises(ProtocolError, match=r"can't be joined: what modules keep at 1\.num_passes differs"):
         parts[0].kept.append_rows([parts[1].kept], [3, 2])
+
+
+def test_what_changes_with_weights_is_for_all_sessions() -> None:
+    class Once(Rebinding):
+        is_scaled = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((3,), 8.0), requires_grad=False)
+
+        def forward(self, states: Tensor) -> Tensor:
+            if not self.is_scaled:
+                self.weight.div_(2)
+                self.is_scaled = True
+            return super().forward(states * self.weight)
+
+    model, alone = nn.Sequential(Once()), nn.Sequential(Once())
+    state = ModuleState(model, "toy")
+    for _ in range(2):
+        session = Session(state, model)
+        alone[0].total = None
+        for value in (1.0, 2.0):
+            assert torch.equal(session.step(value), alone(tensor(value)))
