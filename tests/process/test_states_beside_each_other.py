@@ -47,11 +47,13 @@ def sample(model: Any) -> Tensor:
 
 def step_by_step(model: Any) -> Tensor:
     """Prefill in two parts, and decode."""
-    past, logits = None, []
+    name, past, logits = "", None, []
     with torch.no_grad():
         for start, end in [(0, 5), (5, 12), *((at, at + 1) for at in range(12, 24))]:
-            output = model(TEXT[:, start:end], past_key_values=past)
-            past = output.past_key_values
+            given = {} if past is None else {name: past}
+            output = model(TEXT[:, start:end], **given)
+            name = next(each for each in ("past_key_values", "cache_params") if each in output)
+            past = output[name]
             logits.append(output.logits)
     return torch.cat([each.flatten() for each in logits])
 
@@ -76,6 +78,8 @@ def test_sessions_do_not_touch_each_other(kind: str, shared_cluster: ll.Cluster,
     folder, rng = save_stateful(kind, tmp_path), random.Random(kind)
     whole = reference(folder)
     calls = CALLS | (CROPPING if kind in CROPPABLE else {})
+    if kind == "in modules":  # whose class returns no cache to go on with
+        del calls["steps"]
     expected = {name: call(copy.deepcopy(whole)) for name, call in calls.items()}
     sampled = sample(copy.deepcopy(whole))
     plan = random_plan(rng)

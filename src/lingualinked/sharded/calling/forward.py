@@ -141,7 +141,7 @@ class ShardedCausalLM(
             if balance is not None:
                 recorded["aux_loss"] = balance
                 loss = None if loss is None else loss + self.router_aux_loss_coef * balance
-        if self._cache_name is not None:
+        if self._cache_name is not None and self._cache_name in self._output_class.__dataclass_fields__:
             is_returned = asks_for_kv or (step.past is not None and self._returns_unrequested_cache)
             recorded[self._cache_name] = result.cache if is_returned else None
         output: Any = self._output_class(loss=loss, logits=logits, **recorded)
