@@ -180,7 +180,9 @@ def _run_once(layer: nn.Module, known: dict[Any, Any]) -> Iterator[None]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values())
-        if any(isinstance(value, (MutableMapping, MutableSequence)) for value in values):  # it may leave something there
+        if any(
+            isinstance(value, (MutableMapping, MutableSequence)) for value in values
+        ):  # it may leave something there
             return run(*args, **kwargs)
         if kind not in known:
             known[kind] = run(*args, **kwargs)

@@ -35,6 +35,8 @@ def values_of_span(
         values = values[start : end + (has_one_more and is_last)]
     elif has_one_more and not is_last:
         values = values[:-1]
+    if has_one_more and order is not None and order.feeds_first and values:
+        values = (inputs.tensors[0], *values[1:])  # no layer is there to replay it: a class may have recorded the dummy
     if has_one_more and selected is not None:
         values = tuple(value if start + index in selected else None for index, value in enumerate(values))
     return tuple(None if value is None else value.cpu() for value in values)
