@@ -93,6 +93,7 @@ VALUES = {
     "logits_to_keep": 1,
     "least_rows": 2,
     "num_stages": 3,
+    "source": 0,
     "steps": (STEP, STEP),
     "num_steps": 64,
     "run_steps": 63,
