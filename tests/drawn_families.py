@@ -1,5 +1,7 @@
 """Draws by a text, such as a commit, which architectures the tests go through that go through all of them.
 
+Of the tests that go through all model types of transformers, a fifth of these is drawn.
+
 The usual ones are always among them: each stands for a kind of attention, positions, ends or layers.
 """
 
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from architectures import draw_types
 from families import FAMILIES
 
 USUAL = frozenset({"bloom", "falcon-7b", "gemma2", "gpt2", "llama", "llama-dynamic", "mixtral", "opt-350m"})
@@ -26,13 +29,15 @@ def drawn(text: str) -> frozenset[str]:
 
 def not_drawn(items: Iterable[pytest.Item], text: str) -> set[pytest.Item]:
     """Return the tests of architectures that are not drawn, where a test goes through all of them."""
+    items = list(items)
     by_test: dict[str, dict[pytest.Item, str]] = collections.defaultdict(dict)
     for item in items:
         family = family_of(item)
         if family is not None:
             by_test[item.nodeid.partition("[")[0]][item] = family
-    chosen = drawn(text)
-    return {
+    chosen, chosen_types = drawn(text), draw_types(text)
+    of_types = {item: item.callspec.params.get("every_type") for item in items if hasattr(item, "callspec")}
+    return {item for item, each in of_types.items() if each is not None and each not in chosen_types} | {
         item
         for families in by_test.values()
         if len(set(families.values())) >= _ALL

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from lingualinked.model.spec import ModelSpec
 
 
+_REFUSED = {
+    "diffusion_gemma": "it generates blocks of tokens by diffusion, and not one token after the other: use a causal language model",
+    "reformer": "each of its layers needs two streams of hidden states and their hashes, which its cache keeps together: "
+    "use another architecture",
+}
+"""Model types whose forward passes can't end at a layer, with the reason."""
+
+
 def check_architecture(config: PreTrainedConfig) -> str:
     """Return the transformers class that runs a configuration as a causal LM, after checking that it can be cut."""
     model_type = config.model_type
@@ -33,6 +41,8 @@ def check_architecture(config: PreTrainedConfig) -> str:
         raise UncuttableModelError(
             name, "it is an encoder-decoder model, and only decoder-only causal language models have one stack to cut"
         )
+    if model_type in _REFUSED:
+        raise UncuttableModelError(name, _REFUSED[model_type])
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UncuttableModelError(name, _refusal_reason(config))
     if getattr(config, "add_cross_attention", False):

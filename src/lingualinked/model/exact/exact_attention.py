@@ -106,7 +106,8 @@ def _alike(group: int, num_new: int) -> tuple[int, int]:
 
 def has_unknown(arguments: Mapping[str, Any]) -> bool:
     """Return whether one of the named arguments of `attend` makes torch compute what the kernel does not."""
-    return any(map(arguments.get, _ARGUMENTS))
+    values = map(arguments.get, _ARGUMENTS)
+    return any(value is not None and (isinstance(value, Tensor) or bool(value)) for value in values)
 
 
 def computes_fused() -> bool:

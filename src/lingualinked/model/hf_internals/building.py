@@ -63,6 +63,18 @@ def decode_floats(config_class: type[PreTrainedConfig], fields: dict[str, Any]) 
     return decoded
 
 
+def build_untrained(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, seed: int
+) -> PreTrainedModel:
+    """Build a model on the CPU with the weights that its class begins to train with; torch's own generator is left alone."""
+    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with GLOBAL_STATE, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype, **arguments)
+    model.eval()
+    return model
+
+
 def exclusive_init_context(cls: type[PreTrainedModel]) -> Any:
     """Return a ``get_init_context`` for a class derived from `cls` that holds `GLOBAL_STATE` during construction."""
 

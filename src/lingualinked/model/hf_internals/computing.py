@@ -27,6 +27,14 @@ torch_attention = sdpa_attention_forward
 _ROTATION = "apply_rotary_pos_emb"
 
 
+def number_of_heads(config: Any) -> int:
+    """Return the number of attention heads of a text configuration; 0 if it has none, or layers have different numbers."""
+    try:
+        return int(getattr(config, "num_attention_heads", 0) or 0)
+    except RuntimeError:  # what transformers raises where layers have their own numbers
+        return 0
+
+
 @contextlib.contextmanager
 def computed_attention(attend: Callable[..., Any]) -> Iterator[None]:
     """Make models that compute attention as "sdpa" call `attend` in place of `torch_attention`, within the context.

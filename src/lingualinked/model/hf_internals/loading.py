@@ -92,7 +92,7 @@ def load_model(
     """
     arguments: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     loader: Any = cls
-    with _quiet_sequential_loading() as reports:
+    with quiet_loading() as reports:
         try:
             model, info = loader.from_pretrained(
                 None,
@@ -122,7 +122,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _quiet_sequential_loading() -> Iterator[list[str]]:
+def quiet_loading() -> Iterator[list[str]]:
     """Make loading sequential, in the calling thread, without a progress bar; yield the loader's reports.
 
     Reading ahead in a thread pool would hold tensors twice while they are fused, and call back from other threads.

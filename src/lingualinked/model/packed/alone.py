@@ -65,7 +65,7 @@ def _has_known_parts(stage: Stage) -> bool:
     if not all(has_free_elements(each, dtype, size, num_threads) for each in find_functions(model)):
         return False
     # 3) attention
-    num_heads = getattr(text, "num_attention_heads", 0)
+    num_heads = computing.number_of_heads(text)
     head_size = getattr(text, "head_dim", None) or (text.hidden_size // num_heads if num_heads else 0)
     return bool(head_size) and all(
         exact_attention.is_exact(dtype, head_size, group, 1, False, num_threads) for group in find_groups(model) or (1,)

@@ -21,6 +21,7 @@ from lingualinked.model.exact.row_probe import (
     has_free_elements,
     has_free_products,
 )
+from lingualinked.model.hf_internals.computing import number_of_heads
 from lingualinked.model.packed.packed_pass import PackedStage, PassInputs, TextPart
 from lingualinked.model.packed.qualifying import why_not_packed
 from lingualinked.model.process.torch_settings import one_thread
@@ -73,7 +74,7 @@ def _why_products_vary(stage: Stage) -> str:
                 f"thread, {where}"
             )
     # 2) attention
-    num_heads = getattr(text, "num_attention_heads", 0)
+    num_heads = number_of_heads(text)
     head_size = getattr(text, "head_dim", None) or (text.hidden_size // num_heads if num_heads else 0)
     num_key_heads = getattr(text, "num_key_value_heads", None) or num_heads
     if num_heads and not has_free_attention(dtype, num_heads, num_key_heads, head_size):

@@ -86,7 +86,7 @@ class Stage:
         self._ropes = computing.dynamic_ropes(self._model)
         self.module_state = ModuleState(self._model, self._config.model_type)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
-        num_heads = getattr(self._config.get_text_config(), "num_attention_heads", 0) if is_sdpa else 0
+        num_heads = computing.number_of_heads(self._config.get_text_config()) if is_sdpa else 0
         self.graphs = StepGraphs(device, CudaRecorder(device) if device.type == "cuda" else None, num_heads)
         self._recorders: recording.Recorders | None = None  # once a step has recorded
         self._rotary_modules = computing.rotary_modules(self._model) if device.type == "cpu" else []

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from lingualinked.cluster.steps.step_in_flight import StepOptions
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.hf_internals.building import makes_pipeline_for_device
+from lingualinked.model.hf_internals.computing import number_of_heads
 from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache
 from lingualinked.sharded.calling.given_cache import GivenCache, adopt, check_empty, max_cache_len_of
 from lingualinked.sharded.calling.gradients import StepGradients
@@ -149,7 +150,7 @@ class ShardedSteps:
             rows=inputs.shape[0],
             past=0 if past is None else past.get_seq_length(),
             new=inputs.shape[1],
-            heads=getattr(self.config.get_text_config(), "num_attention_heads", None),
+            heads=number_of_heads(self.config.get_text_config()) or None,
             window=self._sliding_window,
             max_cache_len=0 if past is None else max_cache_len_of(past),
         )

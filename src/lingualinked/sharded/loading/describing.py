@@ -24,6 +24,7 @@ from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.operations import count_operations
 from lingualinked.model.cutting.parts import build_meta, find_parts
 from lingualinked.model.cutting.tasks import class_of_task
+from lingualinked.model.proving.evidence import check_exact
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weights.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
 from lingualinked.model.weights.span_loading import check_weights
@@ -95,28 +96,31 @@ def describe(arguments: LoadArguments) -> Described:
     generation_config = extra.pop("generation_config", None)
     old_dtype = extra.pop("torch_dtype", None)
     dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
-    # 2) read the config, and check that its architecture can be cut
+    # 2) read the config, and check that its architecture can be cut, before any weights are read
     config = _config(arguments, hub, select_config_attributes(extra))
-    class_name = class_of_task(config, arguments.task, check_architecture(config))
-    # 3) find the files, and specify the model for the workers
+    causal_lm = check_architecture(config)
+    class_name = class_of_task(config, arguments.task, causal_lm)
+    asked = arguments.attn_implementation
+    if asked is None:
+        asked = getattr(config, "_attn_implementation", None)  # which the config's JSON lacks
     dummy = arguments.load_format == "dummy"
+    spec = ModelSpec(
+        class_name=class_name,
+        config_json=config.to_json_string(use_diff=False),
+        dtype=resolve_dtype(dtype, config, ()),
+        attn_implementation=check_attn_implementation(asked),
+        load_format="dummy" if dummy else "safetensors",
+        files=(),
+        seed=arguments.seed,
+        batch_invariant=arguments.batch_invariant,
+    )
+    check_exact(config, dataclasses.replace(spec, class_name=causal_lm))
+    # 3) find the files, and specify the model for the workers
     files = () if dummy else resolve_files(arguments.path, **hub)
     resolved = resolve_dtype(dtype, config, files)
     config.dtype = getattr(torch, resolved)
     config.name_or_path = arguments.path
-    asked = arguments.attn_implementation
-    if asked is None:
-        asked = getattr(config, "_attn_implementation", None)  # which the config's JSON lacks
-    spec = ModelSpec(
-        class_name=class_name,
-        config_json=config.to_json_string(use_diff=False),
-        dtype=resolved,
-        attn_implementation=check_attn_implementation(asked),
-        load_format="dummy" if dummy else "safetensors",
-        files=files,
-        seed=arguments.seed,
-        batch_invariant=arguments.batch_invariant,
-    )
+    spec = dataclasses.replace(spec, config_json=config.to_json_string(use_diff=False), dtype=resolved, files=files)
     # 4) build it on the meta device, and check the weights against it
     described = describe_spec(spec)
     spec = described.spec

@@ -1,0 +1,1 @@
+"""Proves that an architecture can be cut, by trying a small copy of it."""
