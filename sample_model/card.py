@@ -94,6 +94,8 @@ had at most {row_tokens} tokens. Where generation is made to go on after the end
 tells the next one; texts of up to {long_row_tokens:,} tokens were trained, {positions:,} positions are there. It is
 for trying out inference, not for use.
 
+A [sentiment head](sentiment/README.md) on these very weights ships beside them.
+
 Licence: Apache-2.0.
 """
 

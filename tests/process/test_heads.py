@@ -19,7 +19,9 @@ from transformers import (
 
 import lingualinked as ll
 from accelerators import embed
+from conversations import spec_of
 from heads import TABLES, assert_same, labels_for, padded, reference_head, tiny_head
+from lingualinked.model.cutting.parts import build_meta, find_parts
 
 pytestmark = [pytest.mark.process, pytest.mark.equality]
 
@@ -128,6 +130,12 @@ def test_a_batch_without_a_padding_token_is_refused_as_the_class_does(
         for each in (sharded, model):
             with pytest.raises(ValueError, match="no padding token"):
                 run(each, **arguments)
+
+
+@pytest.mark.parametrize("task", TABLES)
+def test_ids_stay_on_the_first_device(task: str, tmp_path: Path) -> None:
+    spec = spec_of(tiny_head("llama", task, tmp_path))
+    assert find_parts(build_meta(spec)).transmission.relays == ()
 
 
 def test_rows_do_not_touch_each_other(tmp_path: Path, shared_cluster: ll.Cluster) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 import lingualinked as ll
 from families import reference
+from lingualinked import sample
 from sample_model.grammar import SCORED_TASKS
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -56,3 +57,39 @@ def test_answers_in_three_workers(shared_cluster: ll.Cluster) -> None:
         # On another CPU than the card's, the last bits may turn one answer.
         assert 100 * (num_right[task] + 1) / num_lines >= promised[task], task
         assert num_right[task] / num_lines >= 0.95
+
+
+def test_reviews_in_two_workers(shared_cluster: ll.Cluster) -> None:
+    lines = [json.loads(line) for line in (Path(ll.sample_model()) / "heldout.jsonl").read_text("utf-8").splitlines()]
+    reviews = {
+        line["prompt"].removeprefix("Review: ").removesuffix("\nSentiment:"): line["answer"].upper()
+        for line in lines
+        if line["task"] == "sentiment"
+    }
+    folder = ll.sample_model("sentiment")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plan = ll.Plan.from_spans([("a", 0, 5), ("b", 5, 8)])
+    with ll.ShardedModel.from_pretrained(folder, cluster=shared_cluster, plan=plan, progress=False) as sharded:
+        found = pipeline("sentiment-analysis", model=sharded, tokenizer=tokenizer)([*reviews], batch_size=BATCH_SIZE)
+    card = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    (promised,) = re.findall(r"\*\*([\d.]+) ?%\*\*", card)
+    num_right = sum(each["label"] == label for each, label in zip(found, reviews.values(), strict=True))
+    assert 100 * (num_right + 3) / len(reviews) >= float(promised)  # of a fifth of the card's reviews
+
+
+def test_a_head_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ll.ArgumentError, match="the only head is 'sentiment'"):
+        ll.sample_model("topic")  # type: ignore[arg-type]
+
+
+def test_the_head_is_there_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ll.sample_model("sentiment")
+    sample._folder_with_head.cache_clear()
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    elsewhere = ll.sample_model("sentiment")
+    sample._folder_with_head.cache_clear()
+    assert elsewhere != whole
+    files = [{path.name: path.read_bytes() for path in Path(folder).iterdir()} for folder in (whole, elsewhere)]
+    assert files[0] == files[1]
+    sample._kept_folders.pop().cleanup()  # as when the process ends
