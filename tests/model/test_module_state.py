@@ -17,6 +17,9 @@ from transformers import PreTrainedModel, RecurrentGemmaConfig, RecurrentGemmaFo
 
 import accelerators
 from conversations import Cut, Whole, assert_equal, beams, greedy, load_stage
+from lingualinked.model.cutting.footprint import measure_footprint
+from lingualinked.model.cutting.parts import build_meta, find_parts
+from lingualinked.model.kv.kept_values import tensors_in
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.weights.checkpoint import resolve_files
 from moves import Moving
@@ -119,3 +122,15 @@ def test_a_copy_goes_on_by_itself(model: tuple[PreTrainedModel, ModelSpec]) -> N
     assert [cache.nbytes - kept for cache, kept in zip(copied.caches, bytes_kept, strict=True) if cache is not None][
         1:
     ] == [0]
+
+
+def test_planning_counts_what_modules_keep(model: tuple[PreTrainedModel, ModelSpec]) -> None:
+    whole, spec = model
+    meta_model = build_meta(spec)
+    profile = measure_footprint(meta_model, find_parts(meta_model), spec).profile
+    size = whole.dtype.itemsize
+    recurrent = 32 * 4 + 32 * 3 * size  # in float32, and inputs of the convolution
+    assert profile.layer_state_bytes == (recurrent, recurrent, 0, recurrent)
+    conversation = Cut([load_stage(spec, 0, 4)])
+    conversation.step(torch.ones(3, 1, dtype=torch.long), None, None)
+    assert sum(each.nbytes for each in tensors_in(conversation.caches[0].modules.values)) == 3 * 3 * recurrent

@@ -28,7 +28,9 @@ from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.parts import build_meta, cache_slots, learned_positions
 from lingualinked.model.cutting.trace import NoData
 from lingualinked.model.hf_internals.cache_arguments import keeps_cache
+from lingualinked.model.kv.kept_values import KeptValues, tensors_in
 from lingualinked.model.kv.layer_state import walk
+from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -57,24 +59,25 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     itemsize: int = getattr(torch, spec.dtype).itemsize
     model = meta_model
     try:
-        cache, output, logits = _run_without_data(model, parts)
+        cache, modules, output, logits = _run_without_data(model, parts)
     except UncuttableModelError:
         if spec.dtype == "bfloat16":
             raise
         # Some kernels do not support float32 on the meta device; shapes are the same in bfloat16.
         model = build_meta(replace(spec, dtype="bfloat16"))
-        cache, output, logits = _run_without_data(model, parts)
+        cache, modules, output, logits = _run_without_data(model, parts)
     is_plain = isinstance(cache, DynamicCache) and all(type(each) in _PLAIN for each in cache.layers)
     longer = None if is_plain or cache is None else _run_without_data(model, parts, _NUM_TOKENS + 1)[0]
     kv_bytes, state_bytes, windows, kinds = [], [], [], []
-    for layer in layers:
+    for index, layer in enumerate(layers):
         kept = _kept_of(cache, layer)
         short = _num_bytes(kept, model, itemsize, len(layers))
         grown = short // _NUM_TOKENS
         if longer is not None:
             grown = max(0, _num_bytes(_kept_of(longer, layer), model, itemsize, len(layers)) - short)
         kv_bytes.append(grown)
-        state_bytes.append(max(0, short - _NUM_TOKENS * grown))
+        in_modules = [value for name, value in modules.values.items() if parts.layer_of(name) == index]
+        state_bytes.append(max(0, short - _NUM_TOKENS * grown) + sum(each.nbytes for each in tensors_in(in_modules)))
         # A window of one token keeps the whole text, in transformers as here.
         widths = [
             each.sliding_window for each in kept if type(each) is DynamicSlidingWindowLayer and each.sliding_window > 1
@@ -141,8 +144,9 @@ def _fingerprint(spec: ModelSpec) -> str:
 
 def _run_without_data(
     model: PreTrainedModel, parts: ModelParts, num_tokens: int = _NUM_TOKENS
-) -> tuple[Any, RawOutput, Tensor]:
-    """Run the whole model on the meta device; return its KV cache, the last layer's raw output, and the logits."""
+) -> tuple[Any, KeptValues, RawOutput, Tensor]:
+    """Run the whole model on the meta device; return its KV cache, what modules keep, the last layer's raw output, and the logits."""
+    modules = KeptValues()
     outputs: list[Any] = []
     last = model.get_submodule(f"{parts.layers}.{parts.num_layers - 1}")
     hook = last.register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
@@ -151,7 +155,7 @@ def _run_without_data(
     cache = DynamicCache(config=model.config) if keeps else None
     arguments: dict[str, Any] = {} if name is None else {name: cache, "use_cache": True}
     try:
-        with torch.no_grad(), NoData():
+        with torch.no_grad(), NoData(), ModuleState(model, model.config.model_type).lent_to(modules, is_first=True):
             ids = torch.zeros((1, num_tokens), dtype=torch.int64, device="meta")
             result, output = HeadPass(model, parts.head).run(is_last=True, input_ids=ids, **arguments)
     except Exception as error:
@@ -161,4 +165,4 @@ def _run_without_data(
     finally:
         hook.remove()
     assert output is not None
-    return result.get(name) if cache is None and name else cache, outputs[-1], output
+    return result.get(name) if cache is None and name else cache, modules, outputs[-1], output
