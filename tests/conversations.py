@@ -15,6 +15,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 
 import accelerators
 from families import VOCABULARY, tiny_config
+from lingualinked.cluster.steps.step_extras import StepExtras
 from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.cutting.tasks import class_of_task
 from lingualinked.model.hf_internals.cache_arguments import cache_argument
@@ -66,6 +67,9 @@ def load_stage(spec: ModelSpec, start: int, end: int, shared: Sequence[Stage] = 
     return Stage.load(spec, start, end, accelerator=accelerators.chosen, shared=shared)
 
 
+NO_EXTRAS = StepExtras()
+
+
 class Whole:
     """A conversation with the unsharded model; its KV cache is static if it has a length."""
 
@@ -81,7 +85,14 @@ class Whole:
             self.cache.activate_past_recording()
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor = 0) -> Tensor:
+    def step(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        keep: int | Tensor = 0,
+        **others: Tensor,
+    ) -> Tensor:
         """Return the logits of new tokens."""
         which = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         return self.model(
@@ -91,6 +102,7 @@ class Whole:
             use_cache=self.cache is not None,
             logits_to_keep=keep,
             **({} if positions is None else {"position_ids": positions}),
+            **others,
         ).logits
 
     def reorder(self, rows: Tensor) -> None:
@@ -124,6 +136,7 @@ class Cut:
         keep: int | Tensor = 0,
         *,
         wants_logits: bool = True,
+        extras: StepExtras = NO_EXTRAS,
     ) -> Tensor:
         """Return the logits of new tokens, or an empty tensor; only a stage's output reaches the next one."""
         tensors: tuple[Tensor, ...] = (tokens,)
@@ -139,6 +152,8 @@ class Cut:
                 logits_to_keep=keep,
                 wants_logits=wants_logits,
                 torch_settings=self.torch_settings,
+                extras={**extras.for_all, **(extras.for_first if stage.is_first else {})},
+                picture_copies=extras.picture_copies,
             )
             output = stage.step(inputs, cache)
             tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout

@@ -53,12 +53,30 @@ RECORDS = frozenset({"hidden_states", "attentions", "router_logits"})
 """What layers may record in a step, by the names of transformers' outputs."""
 
 
+class ExtraTensors(Message, frozen=True):
+    """Further arguments of the model's forward that come with a step, by name, in the order of their tensors.
+
+    The last ``num_for_first`` are for the first stage alone, which does not send them on. Pictures among them are encoded by the
+    forward, or before it, for ``picture_copies`` rows in sequence that have the same ones, if that is not 0.
+    """
+
+    names: tuple[str, ...]
+    num_for_first: Natural
+    picture_copies: Natural = 0
+
+    def __post_init__(self) -> None:
+        if self.num_for_first > len(self.names):
+            raise ProtocolError(f"{self.num_for_first} of {len(self.names)} further tensors are for the first stage")
+        if len(set(self.names)) < len(self.names):
+            raise ProtocolError(f"further tensors {self.names!r} of a step must have different names")
+
+
 class Step(Message, frozen=True, tag=4):
     """Run one step of a session on stage ``stage``.
 
     Its tensors are, in order: the stage's inputs (token ids or embeddings on the first stage, the raw output of the
     previous stage's last layer on others), the mask if `MaskMode.FULL`, the positions if `PositionMode.FULL`, the
-    indices of the logits to keep if ``logits_to_keep`` is ``None``, and those of ``instruments``. Unless it ``wants_logits``, the
+    indices of the logits to keep if ``logits_to_keep`` is ``None``, those of ``instruments``, and ``extras``. Unless it ``wants_logits``, the
     last stage computes none, and sends none to the caller.
 
     ``rope_reach`` is how far the model's rotary embeddings are stretched before the step; 0 if they are never stretched.
@@ -109,6 +127,7 @@ class Step(Message, frozen=True, tag=4):
     wants_logits: bool = True
     runner: str = ""
     run_steps: Natural = 0
+    extras: ExtraTensors | None = None
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

@@ -70,6 +70,7 @@ class ShardedModel(Instrumented, Editable):
         workload: Workload | None = None,
         max_kv_tokens: int | None = None,
         batch_invariant: bool = False,
+        towers: bool = True,
         rebalance: Literal["auto"] | RebalancePolicy | None = None,
         seed: int | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
@@ -117,6 +118,8 @@ class ShardedModel(Instrumented, Editable):
         batch_invariant : bool
             Whether a text's tokens and logits have the same bits alone and in any batch, in any number of stages and
             threads. Padding is left out, and what mixes rows is refused. Workers that can't promise it refuse the model.
+        towers : bool
+            Whether the first stage holds what encodes pictures, if the model has it; without, it takes texts alone.
         rebalance : "auto", RebalancePolicy or None
             Whether layers move automatically, while sessions go on, when a device becomes slower or faster or its memory
             runs out: with the default policy, with the given one, or not at all (`rebalance` moves them by hand). Tokens do
@@ -171,6 +174,7 @@ class ShardedModel(Instrumented, Editable):
             workload=workload,
             max_kv_tokens=max_kv_tokens,
             batch_invariant=batch_invariant,
+            towers=towers,
             rebalance=rebalance,
             seed=0 if seed is None else seed,
             load_format=load_format,

@@ -296,6 +296,7 @@ def _check_options(inputs: Tensor, options: StepOptions) -> None:
     refused = {
         "inputs_embeds": inputs.is_floating_point(),
         **{f"output_{name}": True for name in options.records},
+        **dict.fromkeys(() if options.extras is None else options.extras.describe().names, True),
         "a hook on a module": options.hooks is not None,
         "a capture or an intervention": options.instruments is not None,
         "a gradient": options.gradients is not None,

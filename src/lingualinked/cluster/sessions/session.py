@@ -222,6 +222,7 @@ class Session(RoutedSession, SteppedSession):
         later = None if run is None or self._reach.advances else run.later_code(self._context)
         keep = (logits_to_keep,) if isinstance(logits_to_keep, Tensor) else ()
         have_changed = instruments is not self._instruments
+        extras = () if options.extras is None else options.extras.tensors
         sent = () if instruments is None or not have_changed else instruments.tensors
         num_positions = self.num_tokens + num_new if position_ids is None else int(position_ids.max()) + 1
         route = self._place.route
@@ -257,6 +258,7 @@ class Session(RoutedSession, SteppedSession):
             wants_logits=options.wants_logits,
             runner="" if later is None else route.stage_devices[-1],
             run_steps=0 if later is None else num_steps - 1,
+            extras=None if options.extras is None else options.extras.describe(),
         )
         self._edits.clear()
         self._instruments = instruments
@@ -274,7 +276,7 @@ class Session(RoutedSession, SteppedSession):
         try:
             if gradients is not None and gradients.may_flow:
                 gradients.graph = RemoteGraph(self._engine, step, route, self._timeout_s)
-            flight.send(self._engine, (packed, *code.tensors, *keep, *sent), self._timeout_s, self.end)
+            flight.send(self._engine, (packed, *code.tensors, *keep, *sent, *extras), self._timeout_s, self.end)
         except BaseException as error:
             self.break_off(error, flight)
             raise

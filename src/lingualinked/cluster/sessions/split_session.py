@@ -86,6 +86,7 @@ class SplitSession(SessionGroup):
     ) -> StepInFlight | SplitStep | JoinedRun:
         """Send a step of each microbatch, as `Session.start_step` does."""
         needs_all = options.hooks is not None or options.instruments is not None or options.gradients is not None
+        needs_all |= options.extras is not None and bool(options.extras.for_first)  # pictures are not of rows
         if needs_all or len(inputs) != sum(self.sizes):
             self.join()
         if len(self.microbatches) == 1:
@@ -102,7 +103,12 @@ class SplitSession(SessionGroup):
             for microbatch, rows in zip(self.microbatches, self._slices(), strict=True):
                 mask, positions = rows_of(attention_mask, rows), rows_of_positions(position_ids, rows)
                 own_run = run and run.of_rows(rows.start, rows.stop)
-                own = dataclasses.replace(options, adapters=_adapters_of(options.adapters, rows), run=own_run)
+                own = dataclasses.replace(
+                    options,
+                    adapters=_adapters_of(options.adapters, rows),
+                    run=own_run,
+                    extras=options.extras and options.extras.of_rows(rows, len(inputs)),
+                )
                 flights.append(microbatch.start_step(inputs[rows], mask, positions, logits_to_keep, own))
         except BaseException as error:
             if flights or not isinstance(error, KVCapacityError):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lingualinked.cluster.steps.captured import ExpectedValue, StepInstruments
     from lingualinked.cluster.steps.hooked_step import StepHooks
     from lingualinked.cluster.steps.remote_graph import GraphUser
+    from lingualinked.cluster.steps.step_extras import StepExtras
     from lingualinked.model.adapters.adapter_data import AdapterUse
     from lingualinked.model.spec import ModelSpec
     from lingualinked.protocol.steps import Step
@@ -46,7 +47,8 @@ class StepOptions:
     ``hidden_state_indices`` which hidden states, if not all. For ``gradients``, the stages keep the step's autograd graph.
     Without ``wants_logits``, as in a chunk of a prompt before the last one, the logits are of no tokens. ``num_tokens_ahead`` are the
     tokens per row that later steps bring and for which there must be room before this one runs. With ``run``, the stages go on with
-    the tokens that they choose, if that is possible: the step is then a `RunInFlight`.
+    the tokens that they choose, if that is possible: the step is then a `RunInFlight`. ``extras`` are further arguments of the
+    model's forward.
     """
 
     keeps_kv: bool = True
@@ -59,6 +61,7 @@ class StepOptions:
     gradients: GraphUser | None = None
     adapters: AdapterUse | None = None
     run: RunRequest | None = None
+    extras: StepExtras | None = None
 
     def of_chunk(self, num_ahead: int, *, is_observed: bool) -> StepOptions:
         """Return those of a chunk behind which others come; it computes logits only if anybody sees what it returns."""

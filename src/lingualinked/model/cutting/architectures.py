@@ -12,6 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -34,7 +35,10 @@ _REFUSED = {
 
 
 def check_architecture(config: PreTrainedConfig) -> str:
-    """Return the transformers class that runs a configuration as a causal LM, after checking that it can be cut."""
+    """Return the transformers class that runs a configuration as a causal LM, after checking that it can be cut.
+
+    If there is none, that is the one that sees pictures too.
+    """
     model_type = config.model_type
     name = (config.architectures or [model_type or type(config).__name__])[0]
     if config.is_encoder_decoder:
@@ -43,7 +47,9 @@ def check_architecture(config: PreTrainedConfig) -> str:
         )
     if model_type in _REFUSED:
         raise UncuttableModelError(name, _REFUSED[model_type])
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    class_name: str | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, seeing)
+    if class_name is None or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UncuttableModelError(name, _refusal_reason(config))
     if getattr(config, "add_cross_attention", False):
         raise UncuttableModelError(
@@ -57,7 +63,7 @@ def check_architecture(config: PreTrainedConfig) -> str:
             f"the checkpoint of {name} is quantised (quantization_config: {as_dict.get('quant_method', 'unknown')}), "
             "which is not supported yet: load the unquantised checkpoint of the same model"
         )
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return class_name
 
 
 def check_class(class_name: str) -> None:

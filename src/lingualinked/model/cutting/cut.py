@@ -190,7 +190,9 @@ def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, bound
         elif index >= end:
             layers[index] = ExitLayer(boundary, layers[index])
     outputs = {each.path: each for each in parts.outputs}
-    elsewhere = (parts.prologue if start > 0 else ()) + (parts.epilogue if end < parts.num_layers else ())
+    elsewhere = (
+        parts.dropped + (parts.prologue if start > 0 else ()) + (parts.epilogue if end < parts.num_layers else ())
+    )
     for path in elsewhere:
         module = model.get_submodule(path)
         if path in outputs:

@@ -53,6 +53,7 @@ class ModelParts:
     head: str | None = (
         None  # the module that ends a class for a task; None for causal LMs, and for models without a head
     )
+    dropped: tuple[str, ...] = ()  # modules with weights that no stage holds: ("model.vision_tower",)
 
     def span_bytes(self, start: int, end: int) -> int:
         """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""
@@ -72,7 +73,8 @@ class ModelParts:
 
     def is_in_every_stage(self, path: str) -> bool:
         """Return whether every stage runs a module for itself, such as what computes positions."""
-        is_in_one = any(f"{path}.".startswith(f"{each}.") for each in (self.layers, *self.prologue, *self.epilogue))
+        parts = (self.layers, *self.prologue, *self.epilogue, *self.dropped)
+        is_in_one = any(f"{path}.".startswith(f"{each}.") for each in parts)
         return not (is_in_one or f"{self.layers}.".startswith(f"{path}."))
 
     def layer_beside(self, path: str, *, at_end: bool) -> int:

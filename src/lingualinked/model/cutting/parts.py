@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
 from lingualinked.model.cutting.architectures import check_class, read_config
+from lingualinked.model.cutting.extras import picture_cuts
 from lingualinked.model.cutting.heads import find_head
 from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
 from lingualinked.model.cutting.trace import NUM_ROWS, NUM_TOKENS, Flow, trace
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lingualinked.model.spec import ModelSpec
 
 
-_found: dict[tuple[str, str, str], ModelParts] = {}
+_found: dict[tuple[str, str, str, bool], ModelParts] = {}
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers")
 """What configurations call the number of layers; in some, the first is not the length of the list."""
@@ -54,7 +55,7 @@ def build_meta(spec: ModelSpec) -> PreTrainedModel:
         raise CheckpointError(f"{spec.class_name} can't be built from its config: {cause}") from error
 
 
-def find_parts(meta_model: PreTrainedModel) -> ModelParts:
+def find_parts(meta_model: PreTrainedModel, *, holds_towers: bool = True) -> ModelParts:
     """Find the layers of a model on the meta device, what runs before and after them, and what reaches which layer.
 
     Parts are whole modules: the children of those on the way to the layers.
@@ -68,13 +69,16 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
     held = {part for part in beside if part in flow.between or (part in flow.before and part in flow.after)}
     held |= {str(part) for kind, part in flow.used_at if kind == "weight" and part not in flow.after}
     held = _with_inputs(held, flow)
+    never = {part: beside[part] for part in beside if part not in flow.before | flow.between | flow.after}
+    dropped = {} if holds_towers else never
     epilogue = {part: beside[part] for part in beside if part in flow.after - held}
-    prologue = {part: beside[part] for part in beside if part not in held and part not in epilogue}
+    prologue = {part: beside[part] for part in beside if part not in {*held, *epilogue, *dropped}}
     # 4) count their bytes
     in_prologue, in_epilogue = _own_tensors(prologue), _own_tensors(epilogue)
     tied = building.ties(meta_model)
     in_both = {target for target, source in tied.items() if target in in_epilogue and source in in_prologue}
-    ends = {id(each) for each in (*in_prologue.values(), *in_epilogue.values())}
+    elsewhere = (*in_prologue.values(), *in_epilogue.values(), *_own_tensors(dropped).values())
+    ends = {id(each) for each in elsewhere}
     inside = {id(each) for each in _all_tensors(layers).values()}
     everywhere = [each for each in _all_tensors(meta_model).values() if id(each) not in ends | inside]
     return ModelParts(
@@ -99,7 +103,13 @@ def find_parts(meta_model: PreTrainedModel) -> ModelParts:
             )
             for index, used in sorted(flow.items.items())
         ),
-        transmission=_transmission_of(flow, prologue, tuple(part for part in beside if part in held)),
+        transmission=_transmission_of(
+            flow,
+            prologue,
+            tuple(part for part in beside if part in held),
+            picture_cuts(meta_model.config, len(layers)) if never and holds_towers else frozenset(),
+        ),
+        dropped=tuple(dropped),
     )
 
 
@@ -131,14 +141,16 @@ def _with_inputs(held: set[str], flow: Flow) -> set[str]:
         held = held | more
 
 
-def _transmission_of(flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[str, ...]) -> Transmission:
+def _transmission_of(
+    flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[str, ...], forbidden_cuts: frozenset[int]
+) -> Transmission:
     """Return what of a pass crosses the boundaries between stages."""
     used = {mark: set(layers) for mark, layers in flow.used_at.items()}
     everywhere = set(range(1, len(flow.items) + 1))
     for part in held:  # every stage calls it, with what it is called with in the first one
         for mark in flow.inputs_of.get(part, ()):
             used.setdefault(mark, set()).update(everywhere)
-    relays, forbidden = [], set[int]()
+    relays, forbidden = [], set(forbidden_cuts)
     for (kind, source), layers in sorted(used.items(), key=str):
         if kind == "ids":
             relays.append(Relay(name=INPUT_IDS, made_at=0, used_at=tuple(sorted(layers)), token_bytes=8))
@@ -189,9 +201,9 @@ def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
     """Return the parts of a model that was built from `spec`, which may say them; else they are found once."""
     if spec.parts is not None:
         return spec.parts
-    key = (spec.class_name, spec.config_json, spec.dtype)
+    key = (spec.class_name, spec.config_json, spec.dtype, spec.towers)
     if key not in _found:
-        _found[key] = find_parts(meta_model)
+        _found[key] = find_parts(meta_model, holds_towers=spec.towers)
     return _found[key]
 
 

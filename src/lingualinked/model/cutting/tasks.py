@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 GENERATION = "text-generation"
 EMBEDDINGS = "feature-extraction"
+SEEING = "image-text-to-text"
 _CLASSES: Mapping[str, Mapping[str, Any]] = {
     GENERATION: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    SEEING: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     EMBEDDINGS: modeling_auto.MODEL_MAPPING_NAMES,
     "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -56,16 +58,18 @@ def class_of_task(config: PreTrainedConfig, task: str | None, causal: str) -> st
 
 
 def task_of_class(class_name: str) -> str:
-    """Return the task that a class is for; of a class that is for several, the one that asks for most."""
+    """Return the task that a class is for; of a class that is for several, the one that asks for most.
+
+    What sees pictures generates text, as a causal LM does.
+    """
     return _task_of_class().get(class_name, GENERATION)
 
 
 @functools.cache
 def is_known_class(class_name: str) -> bool:
-    """Whether transformers lists a class for one of the tasks, for a type of model that has a causal LM and is no encoder."""
-    types = (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
-    )
+    """Whether transformers lists a class for one of the tasks, for a type of model that generates text and is no encoder."""
+    generating = _CLASSES[GENERATION].keys() | _CLASSES[SEEING].keys()
+    types = generating - modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     return any(class_name in _names(classes.get(each)) for classes in _CLASSES.values() for each in types)
 
 
@@ -74,7 +78,7 @@ def _task_of_class() -> dict[str, str]:
     tasks: dict[str, str] = {}
     for task, classes in _CLASSES.items():
         for names in classes.values():
-            tasks |= {name: task for name in _names(names) if name not in tasks}
+            tasks |= {name: GENERATION if task == SEEING else task for name in _names(names) if name not in tasks}
     return tasks
 
 

@@ -9,12 +9,17 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lingualinked.model.cutting.cut import RawOutput
+
+
+INSTALLED = "_output_capturing_hooks_installed"
+"""The attribute by which transformers knows that a module has its hooks."""
 
 
 def recordable_outputs(model: torch.nn.Module) -> frozenset[str]:
@@ -30,14 +35,20 @@ def selected_hidden_states(asked: Any, num_hidden_states: int) -> tuple[int, ...
 
 
 class Recorders:
-    """The hooks by which transformers records a model's outputs: on its modules only while it records, as each costs time."""
+    """The hooks by which transformers records a model's outputs: on its modules only while it records, as each costs time.
+
+    What encodes pictures has its own, which transformers installs when it needs them.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
+        towers = _towers(model)
         for module in model.modules():
-            vars(module).pop("_output_capturing_hooks_installed", None)  # modules that several cut models share
+            vars(module).pop(INSTALLED, None)  # modules that several cut models share
+        _remove_hooks(towers)
         for module in model.modules():
             if output_capturing._CAN_RECORD_REGISTRY.get(module):  # type: ignore[arg-type]
                 output_capturing.maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
+        _remove_hooks(towers)
         self._hooks = [
             (module._forward_hooks, number, hook)
             for module in model.modules()
@@ -70,7 +81,7 @@ def recorded_modules(model: torch.nn.Module) -> frozenset[str]:
     """Return the paths of modules of which transformers records what they return."""
     hooked = {id(hooks) for hooks, _, _ in Recorders(model)._hooks}
     for module in model.modules():
-        vars(module).pop("_output_capturing_hooks_installed", None)
+        vars(module).pop(INSTALLED, None)
     return frozenset(path for path, module in model.named_modules() if id(module._forward_hooks) in hooked)
 
 
@@ -87,3 +98,19 @@ def record_too(name: str) -> None:
     collected = output_capturing._active_collector.get()
     if collected is not None:
         collected.setdefault(name, [])
+
+
+def _towers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules inside models that are part of a model and are not on the way from its words to its layers."""
+    words: Any = model.get_input_embeddings()  # type: ignore[operator]
+    models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    return [module for each in models if words not in set(each.modules()) for module in each.modules()]
+
+
+def _remove_hooks(modules: list[torch.nn.Module]) -> None:
+    """Remove the hooks of modules by which transformers records, so that it installs them when it needs them."""
+    for module in modules:
+        vars(module).pop(INSTALLED, None)
+        hooks = module._forward_hooks
+        for number in [key for key, hook in hooks.items() if hook.__module__ == output_capturing.__name__]:
+            del hooks[number]

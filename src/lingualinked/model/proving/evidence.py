@@ -33,10 +33,11 @@ PROVEN_FILE = Path(__file__).with_name("proven.json")
 
 
 class Proven(msgspec.Struct, frozen=True):
-    """The model types that the tests have shown to be exact with one version of transformers."""
+    """The model types that the tests have shown to be exact with one version of transformers, as causal LMs, or with pictures."""
 
     transformers: str
     model_types: tuple[str, ...]
+    seeing: tuple[str, ...] = ()
 
 
 def check_exact(config: PreTrainedConfig, spec: ModelSpec) -> None:
@@ -75,11 +76,13 @@ def check_exact(config: PreTrainedConfig, spec: ModelSpec) -> None:
 def is_proven(model_type: str, class_name: str) -> bool:
     """Return whether the tests have shown a model type to be exact, with the installed transformers."""
     proven = _proven()
-    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return (
-        proven.transformers == transformers.__version__
-        and model_type in proven.model_types
-        and known.get(model_type) == class_name
+    tables = transformers.models.auto.modeling_auto
+    shown = (
+        (proven.model_types, tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (proven.seeing, tables.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    )
+    return proven.transformers == transformers.__version__ and any(
+        model_type in model_types and known.get(model_type) == class_name for model_types, known in shown
     )
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lingualinked.errors import UncuttableModelError
-from lingualinked.model.hf_internals import computing
+from lingualinked.model.hf_internals import computing, recording
 from lingualinked.model.kv.kept_values import KeptValues, copied_value
 
-_OF_TORCH = frozenset(vars(nn.Module())) | {"forward"}  # attributes of every module; hooks replace the last one
+_OF_TORCH = frozenset(vars(nn.Module())) | {"forward", recording.INSTALLED}  # hooks replace the last two
 _ABSENT = object()
 _BUFFERS = "._buffers"  # behind a module's path, in the path of one
 _MAX_COPY_BYTES = 1 << 19  # of a tensor that a pass may turn out to change in place

@@ -36,6 +36,7 @@ from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.torch_settings import TorchSettings, frozen, read_torch_settings, torch_settings
 from lingualinked.model.stages.layer_order import LayerList, SpanOrder
 from lingualinked.model.stages.module_state import ModuleState
+from lingualinked.model.stages.pictures import StagePictures
 from lingualinked.model.stages.recorded_values import values_of_span
 from lingualinked.model.stages.relays import StageRelays
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
@@ -80,6 +81,7 @@ class Stage:
         self.used_relays = span.parts.relayed_to(start, end)
         self._items = span.parts.transmission.items
         self.layout_before = self._items[start - 1] if start else None  # of its inputs
+        self._pictures = StagePictures(self._model, span.parts.layers, end)
         self._slots = self.cache_slots(start, end)
         self._cache_name = cache_argument_of(span.model)
         self.masks_past = masks_past(type(self._model))
@@ -287,7 +289,9 @@ class Stage:
                     own = self._layers[self.start : self.end] if order is None else order.own
                     count_new = in_this_thread(lambda *_: cache.enter_span(num_new, inputs.skips.indices))
                     hooks += [layer.register_forward_pre_hook(count_new) for layer in own[:1]]
-                result, output = self._head_pass.run(is_last=self.is_last, **arguments)
+                arguments |= self._pictures.arguments(inputs, states)
+                with self._pictures.checked(inputs):
+                    result, output = self._head_pass.run(is_last=self.is_last, **arguments)
                 if count is not None:
                     count.end_step()
             if self.is_last:

@@ -36,6 +36,10 @@ class StageInputs:
     attention_mask: Tensor | None  # [rows, past + tokens] int64
     position_ids: Tensor | None  # [rows or 1, tokens] int64
     relayed: Mapping[str, Tensor] = field(default_factory=dict)  # what other stages have made, by the name of the relay
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # further arguments of the model's forward, by name
+    picture_copies: int = (
+        0  # 0: pictures among them are encoded by the forward; else before it, for so many copies of a row
+    )
     logits_to_keep: int | Tensor = 0  # for the last stage: the number of last positions, 0 for all, or indices
     wants_logits: bool = True  # else the last stage ends with its last layer, and has no output
     rope_reach: int = 0  # how far rotary embeddings are stretched before the step; 0 leaves them as they are
@@ -76,6 +80,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or not inputs.tensors[0].is_contiguous()
         or inputs.records
         or inputs.relayed
+        or inputs.extras
         or inputs.hooks
         or inputs.instruments is not None
         or inputs.graph is not None

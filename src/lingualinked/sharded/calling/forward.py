@@ -24,6 +24,7 @@ from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.sharded.adapters.model_adapters import Adapters
 from lingualinked.sharded.calling.inputs import LearnedPositions, StepShape, check_logits_to_keep, check_tensor
 from lingualinked.sharded.calling.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
+from lingualinked.sharded.calling.pictures import FurtherArguments, PictureGeneration
 from lingualinked.sharded.calling.stepping import ShardedSteps
 from lingualinked.sharded.calling.task_models import ShardedTaskModel
 from lingualinked.sharded.generating.generation import ShardedGeneration
@@ -46,7 +47,15 @@ if TYPE_CHECKING:
 
 
 class ShardedCausalLM(
-    SealedModel, Adapters, Conversions, Saving, UnsupportedOperations, PipelinedPrefill, ShardedGeneration, ShardedSteps
+    SealedModel,
+    Adapters,
+    Conversions,
+    Saving,
+    UnsupportedOperations,
+    PipelinedPrefill,
+    PictureGeneration,
+    ShardedGeneration,
+    ShardedSteps,
 ):
     """The overrides of a sharded model's class; comes before the transformers class in the order of classes."""
 
@@ -95,7 +104,7 @@ class ShardedCausalLM(
             Further arguments of the loss (``num_items_in_batch``, ``ignore_index``, ``shift_labels``), and
             ``cache_position`` if it equals the positions of the new tokens; ``output_hidden_states`` (a bool, an index or
             several), ``output_attentions`` and, where the class has it, ``output_router_logits``, which default to the
-            config's; ``adapter_names``, one for each row ("__base__" for none), in place of the active adapters; others are
+            config's; what a model that sees pictures takes with them (``pixel_values``); ``adapter_names``, one for each row ("__base__" for none), in place of the active adapters; others are
             refused by name unless ``None``.
 
         Returns
@@ -210,6 +219,7 @@ def make_sharded(
     real: Any = type(meta)
     embeddings = model.get_input_embeddings()
     state["_recordable"] = recordable_outputs(meta)
+    state["_further"] = FurtherArguments.of(meta, pipeline.spec)
     state["_embedding_shape"] = embeddings.num_embeddings, embeddings.embedding_dim
     mark_initialized(meta)
     editor = WeightEditor(pipeline, parts, ties(meta))

@@ -167,11 +167,15 @@ class StepShape:
         return window if self.max_cache_len and seen <= window else min(self.past, window - 1) + self.new
 
     def check_positions(self, value: object) -> Tensor | None:
-        """Check position ids, whose two dimensions may each be 1, and return them on the CPU."""
+        """Check position ids, whose last two dimensions may each be 1, and return them on the CPU.
+
+        Those of pictures have one more in front, for time, height and width.
+        """
         if value is None:
             return None
         positions = check_tensor("position_ids", value)
-        if positions.ndim != 2 or positions.shape[0] not in (1, self.rows) or positions.shape[1] not in (1, self.new):
+        sizes = positions.shape[-2:]
+        if positions.ndim not in (2, 3) or sizes[0] not in (1, self.rows) or sizes[1] not in (1, self.new):
             raise ArgumentError(
                 f"position_ids of shape {tuple(positions.shape)} must be {(self.rows, self.new)}; any dimension may be 1"
             )

@@ -39,7 +39,9 @@ from lingualinked.sharded.loading.model_code import ModelCode, check_observers
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
     from lingualinked.cluster.steps.recorded import Recorded
+    from lingualinked.cluster.steps.step_extras import StepExtras
     from lingualinked.model.cutting.model_parts import ModelParts
+    from lingualinked.sharded.calling.pictures import FurtherArguments
     from lingualinked.sharded.sealed.sealed_config import SealedConfig
     from lingualinked.sharded.sealed.sealing import Seal
 
@@ -56,6 +58,7 @@ class CheckedStep:
     records: tuple[str, ...]  # which outputs of layers are asked for
     selected: tuple[int, ...] | None  # of hidden states; None: all
     rows: Any  # adapter_names
+    extras: StepExtras | None  # further arguments of the forward
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,7 @@ class ShardedSteps:
         _positions: LearnedPositions | None
         _code: ModelCode
         _embedding_shape: tuple[int, int]
+        _further: FurtherArguments
         _hooked_modules: HookedModules
         _open_blocks: OpenBlocks
         _seal: Seal
@@ -143,6 +147,7 @@ class ShardedSteps:
             raise UnsupportedOperationError(
                 f"{', '.join(records)} of a sharded model in which nn.Identity() is in place of a layer: delete the layer instead"
             )
+        extras = self._further.take(arguments, has_positions=position_ids is not None)
         refuse_arguments(arguments, self._own_arguments)
         inputs = check_inputs(input_ids, inputs_embeds, *self._embedding_shape)
         past = self._check_past(past_key_values, inputs.shape[0])
@@ -166,6 +171,7 @@ class ShardedSteps:
             records=records,
             selected=selected,
             rows=rows,
+            extras=extras,
         )
 
     def _run_step(self, step: CheckedStep, *, keep: int | Tensor, use_cache: bool | None, keeps_kv: bool) -> StepResult:
@@ -196,6 +202,7 @@ class ShardedSteps:
             instruments=instruments,
             gradients=gradients,
             adapters=adapters,
+            extras=step.extras,
         )
         try:
             output, found = step_as_asked(

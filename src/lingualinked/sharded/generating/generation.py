@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.model.hf_internals.cache_arguments import keeps_cache
+from lingualinked.model.hf_internals.encoding import ENCODED, holds_pictures
 from lingualinked.sharded.adapters.model_adapters import row_adapters
 from lingualinked.sharded.batching.batched_generation import BatchedGeneration
 from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache
@@ -232,6 +233,12 @@ class ShardedGeneration(BatchedGeneration):
         call = _call.get()
         past = model_kwargs.get(self._cache_name or "")
         if call is None or call.model is not self:
+            return ()
+        if model_kwargs.get(ENCODED) is not None or holds_pictures(model_kwargs):  # which do not belong to single rows
+            if call.num_microbatches not in (None, 1):
+                raise UnsupportedOperationError(
+                    f"num_microbatches={call.num_microbatches} of prompts with pictures is not supported by a sharded model: leave it out"
+                )
             return ()
         if isinstance(past, ShardedCache) and past.is_initialized:
             if call.num_microbatches not in (None, past.num_microbatches):

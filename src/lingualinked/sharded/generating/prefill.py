@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lingualinked.errors import ArgumentError
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.model.hf_internals.encoding import ENCODED
 from lingualinked.sharded.calling.cache import ShardedCache
 from lingualinked.sharded.calling.inputs import LearnedPositions, check_inputs
 from lingualinked.sharded.generating.chunk_sizes import ChunkSizes
@@ -74,6 +75,12 @@ class PipelinedPrefill:
         run = functools.partial(prefill, input_ids, generation_config, model_kwargs, is_first_iteration)
         size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
         takes_embeddings = is_first_iteration and model_kwargs.get("inputs_embeds") is not None
+        if size is not None and model_kwargs.get(ENCODED) is not None:
+            if size != AUTO:
+                raise UnsupportedOperationError(
+                    f"prefill_chunk_size={size} of a prompt with pictures is not supported by a sharded model: leave it out"
+                )
+            generation_config.prefill_chunk_size = size = None
         if size is None or cache is None or takes_embeddings:
             generation_config.prefill_chunk_size = None if size == AUTO else size
             try:

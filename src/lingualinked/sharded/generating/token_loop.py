@@ -171,7 +171,8 @@ class TokenLoop:
             ids = torch.cat([ids, ids.new_zeros(self._num_rows, 1)], dim=-1)
             kwargs = self._updated(kwargs)
             inputs = self._model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
-            if any(value is not None for name, value in inputs.items() if name not in _OF_A_STEP):
+            others = {name for name, value in inputs.items() if value is not None and name not in _OF_A_STEP}
+            if others and not self._model._further.are_unused(others):  # noqa: SLF001 - within the room
                 return None
             found.append((inputs.get("attention_mask"), inputs.get("position_ids")))
         return tuple(found)

@@ -99,6 +99,7 @@ class LoadArguments:
     workload: Workload | None = None
     max_kv_tokens: int | None = None
     batch_invariant: bool = False
+    towers: bool = True
     rebalance: Literal["auto"] | RebalancePolicy | None = None
     seed: int = 0
     load_format: str = "auto"
@@ -125,6 +126,8 @@ class LoadArguments:
             raise ArgumentError(f"max_kv_tokens={self.max_kv_tokens!r} must be a positive integer")
         if not isinstance(self.batch_invariant, bool):
             raise ArgumentError(f"batch_invariant={self.batch_invariant!r} must be True or False")
+        if not isinstance(self.towers, bool):
+            raise ArgumentError(f"towers={self.towers!r} must be True or False")
         if self.timeout_s is not None:
             check_positive(self.timeout_s, "timeout_s")
         if not isinstance(self.rebalance, RebalancePolicy | None) and self.rebalance != "auto":

@@ -22,7 +22,7 @@ from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.cutting.footprint import Footprint, measure_footprint
 from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.operations import count_operations
-from lingualinked.model.cutting.parts import build_meta, find_parts
+from lingualinked.model.cutting.parts import build_meta, parts_of
 from lingualinked.model.cutting.tasks import class_of_task
 from lingualinked.model.proving.evidence import check_exact
 from lingualinked.model.spec import ModelSpec
@@ -80,7 +80,7 @@ class Described:
 def describe_spec(spec: ModelSpec) -> Described:
     """Describe a model from its specification."""
     meta = build_meta(spec)
-    parts = find_parts(meta)
+    parts = parts_of(spec, meta)
     return Described(spec=dataclasses.replace(spec, parts=parts), meta=meta, parts=parts)
 
 
@@ -112,6 +112,7 @@ def describe(arguments: LoadArguments) -> Described:
         load_format="dummy" if dummy else "safetensors",
         files=(),
         seed=arguments.seed,
+        towers=arguments.towers,
         batch_invariant=arguments.batch_invariant,
     )
     check_exact(config, dataclasses.replace(spec, class_name=causal_lm))

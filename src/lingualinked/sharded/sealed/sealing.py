@@ -37,6 +37,7 @@ _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinsta
 _SHADOWED = ("_buffers", "_modules", "_parameters")  # an attribute of the same name shadows their entries
 _OF_THE_SEAL = (
     "_adapters",
+    "_computed",
     "_free",
     "_path",
     "_recording",
@@ -123,6 +124,7 @@ class SealedModule:
     """Mixin for the class of every submodule; comes before the real class."""
 
     if TYPE_CHECKING:
+        _computed: set[str]
         _path: str
         _sealed: frozenset[str]
 
@@ -139,7 +141,11 @@ class SealedModule:
         return _call_with(None, module, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Accept the current value, another ``forward``, and new attributes of the user's own, which no forward pass reads."""
+        """Accept the current value, another ``forward``, and new attributes of the user's own, which no forward pass reads.
+
+        And what transformers' generation keeps in a module between calls, such as how far pictures shift positions: the stages
+        compute that for themselves.
+        """
         held = getattr(self, name, _ABSENT)
         if held is value or (isinstance(value, _SCALARS) and type(held) is type(value) and held == value):
             return
@@ -148,6 +154,8 @@ class SealedModule:
                 vars(self).pop(name, None)  # its own again
             else:
                 object.__setattr__(self, name, value)
+            return
+        if self._keeps_computed(name, held, value, sys._getframe(1).f_globals["__name__"]):  # noqa: SLF001 - of who sets it
             return
         surgery = vars(held).get("_surgery", _no_surgery)() if isinstance(held, nn.ModuleList) else None
         if surgery is not None and isinstance(value, nn.ModuleList):
@@ -160,6 +168,16 @@ class SealedModule:
             wraps = isinstance(value, nn.Module) and isinstance(held, nn.Module) and held in value.modules()
             self._refuse(f"setting {name} of", _WRAPPED if wraps else _CHANGE)
         object.__setattr__(self, name, value)
+
+    def _keeps_computed(self, name: str, held: Any, value: Any, setter: str) -> bool:
+        """Keep a tensor that the model's own code sets where there was none; return whether it is one."""
+        computed: set[str] = vars(self)["_computed"]
+        is_own = name in vars(self) and (held is None or name in computed) and setter.startswith("transformers.models.")
+        if is_own and type(value) is Tensor:
+            computed.add(name)
+            object.__setattr__(self, name, value)
+            return True
+        return False
 
     def register_forward_hook(self, hook: Callable[..., Any], *, prepend: bool = False, **options: bool) -> Any:
         """Register a hook as torch does, and note whether it runs before what records outputs."""
@@ -337,6 +355,7 @@ class Seal:
                 state["_sealed"] = frozenset(name for name, value in state.items() if _is_setting(name, value))
                 self._registries = {key: state[key] for key in _REGISTRIES}
             else:
+                state["_computed"] = set()
                 state["_path"], state["_sealed"] = path, frozenset(state)
                 object.__setattr__(module, "__class__", sealed_class(cast("Any", type(module))))
                 self._states.append((module, dict(state)))
@@ -353,7 +372,8 @@ class Seal:
 def _check(module: nn.Module, sealed: Mapping[str, Any]) -> None:
     """Refuse every difference from the sealed state except a user's own attributes."""
     state, is_submodule = vars(module), isinstance(module, SealedModule)
-    changed = [name for name, value in sealed.items() if state.get(name, _ABSENT) is not value]
+    computed = state.get("_computed", ())
+    changed = [name for name, value in sealed.items() if state.get(name, _ABSENT) is not value and name not in computed]
     if is_submodule:
         changed += [name for name in state.keys() - sealed.keys() - {"forward"} if hasattr(type(module), name)]
     changed += [name for registry in _SHADOWED for name in sealed[registry].keys() & state.keys()]

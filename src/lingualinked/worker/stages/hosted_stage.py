@@ -37,7 +37,7 @@ from lingualinked.worker.stages.arriving_sessions import ArrivingSessions, check
 from lingualinked.worker.stages.hosted_session import HostedSession, edit_kv, join_rows, reorder_rows
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.received_relays import ReceivedRelays
-from lingualinked.worker.steps.step_tensors import split_tensors
+from lingualinked.worker.steps.step_tensors import extras_of, split_tensors
 
 NO_SOURCES: Mapping[int, str] = MappingProxyType({})
 
@@ -331,7 +331,7 @@ class HostedStage:
         context, others = shared[:num_context], shared[num_context:]
         keep: int | Tensor = others[0] if step.logits_to_keep is None else step.logits_to_keep
         if step.instruments is not None:
-            own = others[step.logits_to_keep is None :]
+            own = others[step.logits_to_keep is None :][: step.instruments.num_tensors]
             session.instruments = self.stage.place_instruments(step.instruments, own)
         code = ContextCode(mask=step.mask, positions=step.positions, position_rows=step.position_rows, tensors=context)
         past = session.context.num_tokens
@@ -355,6 +355,8 @@ class HostedStage:
                 instruments=session.instruments,
                 captures=step.captures,
                 past=past,
+                extras=extras_of(step, shared),
+                picture_copies=0 if step.extras is None else step.extras.picture_copies,
                 graph=graph,
                 adapters=step.adapters,
             ),

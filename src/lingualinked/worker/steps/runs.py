@@ -92,6 +92,7 @@ class TokenRun:
             timings=(),
             instruments=None,
             strides=None,
+            extras=None,
             runner=runner,
             run_steps=self.num_left - 1,
         )

@@ -46,7 +46,8 @@ def _is_plain(step: Step) -> bool:
         and step.position_rows in (0, 1)
         and not step.rope_reach
         and all(
-            each is None for each in (step.requires_grad, step.instruments, step.adapters, step.skips, step.strides)
+            each is None
+            for each in (step.requires_grad, step.instruments, step.adapters, step.skips, step.strides, step.extras)
         )
         and not (step.edits or step.torch_settings or step.records or step.hooks or step.captures)
     )

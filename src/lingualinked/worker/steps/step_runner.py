@@ -41,7 +41,7 @@ from lingualinked.worker.steps.group_runner import GroupRunner, TakeOthers
 from lingualinked.worker.steps.pace import Pace
 from lingualinked.worker.steps.packed_runner import PackedRunner
 from lingualinked.worker.steps.runs import Runs
-from lingualinked.worker.steps.step_tensors import split_tensors
+from lingualinked.worker.steps.step_tensors import pass_on, split_tensors
 from lingualinked.worker.steps.token_sender import ChosenStep, TokenSender
 
 _MOST_STACKED_BYTES = 1 << 20
@@ -188,8 +188,9 @@ class StepRunner:
         else:
             self._send_relayed(step, hosted, output.relayed)
             states, strides = pack_tensor(output.tensors[0])
+            onward, shared = pass_on(step, split_tensors(step, delivery.tensors)[1])
             onward = msgspec.structs.replace(
-                step,
+                onward,
                 stage=step.stage + 1,
                 layout=output.layout,
                 strides=strides,
@@ -199,7 +200,6 @@ class StepRunner:
                 requires_grad=output.requires_grad,
                 ends_at_tap=() if output.requires_grad is None else (*step.ends_at_tap, output.ends_at_tap),
             )
-            _, shared = split_tensors(step, delivery.tensors)
             hosted.sent_bytes += self._peers.send(hosted.next_name, onward, (states, *output.tensors[1:], *shared))
         # 5) send the caller what was recorded and captured, while the next stage computes
         if step.records or step.captures:
