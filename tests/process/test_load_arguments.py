@@ -253,10 +253,12 @@ def test_what_can_not_be_used(place: Place, llama: Path, match: str) -> None:
         place(llama, SPANS, **arguments)
 
 
-def test_custom_code_is_not_run_and_not_passed_over(place: Place, llama: Path, tmp_path: Path) -> None:
+def test_custom_code_that_is_not_there_is_refused_and_without_trust_passed_over(
+    place: Place, llama: Path, tmp_path: Path
+) -> None:
     text = json.loads((llama / "config.json").read_text())
     text["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnModel"}
     (tmp_path / "config.json").write_text(json.dumps(text))
-    with pytest.raises(ll.UncuttableModelError, match="custom code is not cut"):
+    with pytest.raises(ll.CheckpointError, match=r"the code modeling_own\.py of the checkpoint"):
         place(tmp_path, SPANS, load_format="dummy", trust_remote_code=True)
     assert place(tmp_path, SPANS, load_format="dummy").dtype == torch.float32  # as AutoModelForCausalLM without trust

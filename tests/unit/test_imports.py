@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lingualinked"
 FACE = "lingualinked"
-BY_NAME = {FACE, "lingualinked.transport"}
-"""They resolve their public names on first use; elsewhere no import of the package's own hides in a string."""
+BY_NAME = {FACE, "lingualinked.model.custom_code", "lingualinked.transport"}
+"""They resolve their public names on first use, or import a checkpoint's code; elsewhere no import of the package's own hides in a string."""
 
 
 def module_of(path: Path) -> str:

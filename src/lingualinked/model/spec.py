@@ -36,6 +36,24 @@ class FileContent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodeFile:
+    """A file of Python code beside a checkpoint."""
+
+    module: str  # its name without folder and suffix: "modeling_own"
+    digest: str  # SHA-256, in hexadecimal digits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomCode:
+    """The code of a checkpoint whose architecture is not part of transformers: what runs is what these digests say."""
+
+    folder: str  # absolute and local
+    model: str  # "modeling_own.OwnForCausalLM"
+    config: str  # "configuration_own.OwnConfig"; empty: a configuration of transformers
+    files: tuple[CodeFile, ...]  # all that the classes import from the folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A model and where its weights come from, the same for every stage."""
 
@@ -51,3 +69,4 @@ class ModelSpec:
     towers: bool = True  # whether the first stage holds what encodes pictures, if the model has it
     batch_invariant: bool = False  # whether no row's bits may depend on other rows, or the model is refused
     parts: ModelParts | None = None  # once they are found, so that workers need not find them
+    code: CustomCode | None = None  # of the class, where it is not one of transformers

@@ -58,6 +58,7 @@ class WeightFolders(msgspec.Struct, frozen=True, kw_only=True):
     cache: str  # for what it fetches
     cache_bytes: int  # the most that the cache may take; 0: nothing is kept
     verifies: bool = False  # compares all bytes of what it loads with the caller's
+    allows_code: bool = False  # beside checkpoints there, to be run where the caller asks for it
     owner: str = (
         ""  # of what it fetches, which no worker of another owner is given: the public key of the caller's client
     )

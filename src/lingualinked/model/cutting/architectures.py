@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING
 
 import transformers
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -17,13 +17,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lingualinked.errors import CheckpointError, UncuttableModelError
+from lingualinked.model.custom_code import import_class
 from lingualinked.model.cutting.tasks import is_known_class
 from lingualinked.model.hf_internals import building
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from lingualinked.model.spec import ModelSpec
+    from lingualinked.model.spec import CustomCode, ModelSpec
 
 
 _REFUSED = {
@@ -34,8 +35,8 @@ _REFUSED = {
 """Model types whose forward passes can't end at a layer, with the reason."""
 
 
-def check_architecture(config: PreTrainedConfig) -> str:
-    """Return the transformers class that runs a configuration as a causal LM, after checking that it can be cut.
+def check_architecture(config: PreTrainedConfig, code: CustomCode | None = None) -> str:
+    """Return the class that runs a configuration as a causal LM, of transformers or of `code`, after checking that it can be cut.
 
     If there is none, that is the one that sees pictures too.
     """
@@ -45,11 +46,15 @@ def check_architecture(config: PreTrainedConfig) -> str:
         raise UncuttableModelError(
             name, "it is an encoder-decoder model, and only decoder-only causal language models have one stack to cut"
         )
-    if model_type in _REFUSED:
+    if code is None and model_type in _REFUSED:
         raise UncuttableModelError(name, _REFUSED[model_type])
     seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     class_name: str | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, seeing)
-    if class_name is None or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if code is not None:
+        class_name = code.model.partition(".")[2]
+    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        class_name = None
+    if class_name is None:
         raise UncuttableModelError(name, _refusal_reason(config))
     if getattr(config, "add_cross_attention", False):
         raise UncuttableModelError(
@@ -66,19 +71,13 @@ def check_architecture(config: PreTrainedConfig) -> str:
     return class_name
 
 
-def check_class(class_name: str) -> None:
-    """Raise UncuttableModelError unless a spec may name this class, which is then looked up in transformers."""
-    if not is_known_class(class_name):
-        raise UncuttableModelError(class_name, "transformers has no such class of a causal language model")
-
-
 def _refusal_reason(config: PreTrainedConfig) -> str:
     """Return why a model type outside the list is refused."""
     model_type = config.model_type
     if model_type not in CONFIG_MAPPING:
         return (
-            f"its code is not part of transformers (model_type {model_type!r}), and custom code can't be cut: "
-            "use a checkpoint of an architecture that is part of transformers"
+            f"its code is not part of transformers (model_type {model_type!r}): where the checkpoint has it, and you trust it, pass "
+            "trust_remote_code=True"
         )
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return (
@@ -88,15 +87,29 @@ def _refusal_reason(config: PreTrainedConfig) -> str:
     return f"{model_type!r} has no causal language model in transformers: use a decoder-only causal language model"
 
 
+def find_class(spec: ModelSpec) -> type[PreTrainedModel]:
+    """Return the class of a spec: of transformers, or of the checkpoint's own code; raise UncuttableModelError for others."""
+    if spec.code is None:
+        if not is_known_class(spec.class_name):
+            raise UncuttableModelError(spec.class_name, "transformers has no such class of a causal language model")
+        found: type[PreTrainedModel] = getattr(transformers, spec.class_name)
+        return found
+    found = import_class(spec.code, spec.code.model)
+    if not issubclass(found, PreTrainedModel):
+        raise UncuttableModelError(spec.class_name, "its class is no transformers.PreTrainedModel")
+    return found
+
+
 def read_config(spec: ModelSpec) -> PreTrainedConfig:
     """Rebuild the configuration of a spec, with options that only concern the caller's output turned off.
 
     Of a model with a configuration for each of its parts, that of the text if the class of the spec takes that.
     """
     fields = json.loads(spec.config_json)
-    kind = CONFIG_MAPPING[fields["model_type"]]
+    own = spec.code is not None and spec.code.config
+    kind = import_class(spec.code, own) if spec.code is not None and own else CONFIG_MAPPING[fields["model_type"]]
     config: PreTrainedConfig = kind.from_dict(building.decode_floats(kind, fields))
-    wanted = getattr(transformers, spec.class_name).config_class
+    wanted = find_class(spec).config_class
     if wanted is not None and not isinstance(config, wanted):
         config = config.get_text_config(decoder=True)
     config.output_hidden_states = False

@@ -10,13 +10,12 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
 from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
-from lingualinked.model.cutting.architectures import check_class, read_config
+from lingualinked.model.cutting.architectures import find_class, read_config
 from lingualinked.model.cutting.extras import picture_cuts
 from lingualinked.model.cutting.heads import find_head
 from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
@@ -29,10 +28,10 @@ from lingualinked.weight_bytes import WeightBytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from lingualinked.model.spec import ModelSpec
+    from lingualinked.model.spec import CustomCode, ModelSpec
 
 
-_found: dict[tuple[str, str, str, bool], ModelParts] = {}
+_found: dict[tuple[str, str, str, bool, CustomCode | None], ModelParts] = {}
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers")
 """What configurations call the number of layers; in some, the first is not the length of the list."""
@@ -42,8 +41,7 @@ _MOST_SPARE_POSITIONS = 8  # rows of a table of positions that are none: OPT has
 
 def build_meta(spec: ModelSpec) -> PreTrainedModel:
     """Build the full model on the meta device, in evaluation mode, with all modules and shapes, but without memory."""
-    check_class(spec.class_name)
-    cls: type[PreTrainedModel] = getattr(transformers, spec.class_name)
+    cls = find_class(spec)
     try:
         return building.build_on_meta(cls, read_config(spec), getattr(torch, spec.dtype), spec.attn_implementation)
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
@@ -201,7 +199,7 @@ def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
     """Return the parts of a model that was built from `spec`, which may say them; else they are found once."""
     if spec.parts is not None:
         return spec.parts
-    key = (spec.class_name, spec.config_json, spec.dtype, spec.towers)
+    key = (spec.class_name, spec.config_json, spec.dtype, spec.towers, spec.code)
     if key not in _found:
         _found[key] = find_parts(meta_model, holds_towers=spec.towers)
     return _found[key]

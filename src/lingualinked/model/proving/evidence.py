@@ -55,7 +55,7 @@ def check_exact(config: PreTrainedConfig, spec: ModelSpec) -> None:
     UncuttableModelError
         If a small copy of it, cut, differs from the same uncut.
     """
-    if is_proven(config.model_type, spec.class_name):
+    if spec.code is None and is_proven(config.model_type, spec.class_name):
         return
     name = _file_name(config, spec)
     trial = _read_trial(name)
@@ -108,6 +108,7 @@ def _file_name(config: PreTrainedConfig, spec: ModelSpec) -> str:
         small.to_json_string(use_diff=False),
         spec.dtype,
         spec.attn_implementation,
+        spec.code and spec.code.files,
         transformers.__version__,
         torch.version.git_version,
         platform.machine(),

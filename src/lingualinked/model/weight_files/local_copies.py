@@ -34,13 +34,16 @@ _SKIPPED = {"blobs", "refs", ".locks", ".git", ".cache"}
 _describe = functools.lru_cache(maxsize=4096)(describe_file)  # a file that changes is another key
 
 
+def copy_folders(models: Path | None) -> list[Path]:
+    """Return the folders in which copies of checkpoints, and of code beside them, may lie: of models, and Hugging Face's cache."""
+    return [*([] if models is None else [models]), Path(HF_HUB_CACHE)]
+
+
 class LocalCopies:
     """The files of checkpoints in a folder of models, and in Hugging Face's cache."""
 
     def __init__(self, models: Path | None = None, *, hub: bool = True) -> None:
-        self._roots = [] if models is None else [models]
-        if hub:
-            self._roots.append(Path(HF_HUB_CACHE))
+        self._roots = copy_folders(models)[: None if hub else -1]
 
     def find(self, spec: ModelSpec) -> tuple[list[CheckpointFile | None], list[str]]:
         """Find a copy of each file of a model, and say of those that are called alike how they differ.

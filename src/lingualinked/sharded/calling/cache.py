@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -21,7 +20,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from lingualinked.cluster.sessions.any_session import AnySession
 from lingualinked.cluster.sessions.session import Session
 from lingualinked.errors import ArgumentError, ClosedError, UnsupportedOperationError
-from lingualinked.model.cutting.architectures import read_config
+from lingualinked.model.cutting.architectures import find_class, read_config
 from lingualinked.model.hf_internals.cache_arguments import keeps_cache
 from lingualinked.quantities import count_text
 
@@ -199,7 +198,7 @@ class ShardedCache(Cache):
 @functools.cache
 def keeps_states(spec: ModelSpec) -> bool:
     """Return whether layers of a model keep a state of the whole text, and not only KV of its tokens."""
-    if not keeps_cache(getattr(transformers, spec.class_name)):
+    if not keeps_cache(find_class(spec)):
         return True
     layers = DynamicCache(config=read_config(spec)).layers
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)

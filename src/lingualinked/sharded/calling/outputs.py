@@ -13,11 +13,12 @@ import typing
 from typing import Any
 
 import torch
-import transformers
 from transformers import DynamicCache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from lingualinked.model.cutting.architectures import find_class
 from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.cutting.trace import NoData
 from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
@@ -31,18 +32,19 @@ IGNORED: int = _LOSS_PARAMETERS["ignore_index"].default
 
 
 def output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
-    """Return the output class in the annotation of a class's ``forward``."""
+    """Return the output class in the annotation of a class's ``forward``; the usual one where custom code has none."""
     annotation = inspect.signature(real.forward).return_annotation
     kinds: tuple[Any, ...] = (annotation, *typing.get_args(annotation))
     if isinstance(annotation, str):  # of a module with postponed annotations
         names = vars(sys.modules[inspect.unwrap(real.forward).__module__])
         kinds = tuple(names.get(name) for name in re.findall(r"\w+", annotation))
-    return next(each for each in kinds if inspect.isclass(each) and issubclass(each, ModelOutput))
+    named = (each for each in kinds if inspect.isclass(each) and issubclass(each, ModelOutput))
+    return next(named, CausalLMOutputWithPast)
 
 
 def returns_unrequested_cache(spec: ModelSpec) -> bool:
     """Return whether a model returns a KV cache that it was given even under ``use_cache=False``, by a pass without data."""
-    cls = getattr(transformers, spec.class_name)
+    cls = find_class(spec)
     name = cache_argument(cls)
     if name is None or not keeps_cache(cls):
         return False

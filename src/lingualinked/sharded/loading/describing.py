@@ -17,7 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lingualinked.device_specs import DeviceSpecs
-from lingualinked.errors import ArgumentError, CheckpointError, UncuttableModelError
+from lingualinked.errors import ArgumentError, CheckpointError
+from lingualinked.model.custom_code import import_class
 from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.cutting.footprint import Footprint, measure_footprint
 from lingualinked.model.cutting.model_parts import ModelParts
@@ -25,12 +26,13 @@ from lingualinked.model.cutting.operations import count_operations
 from lingualinked.model.cutting.parts import build_meta, parts_of
 from lingualinked.model.cutting.tasks import class_of_task
 from lingualinked.model.proving.evidence import check_exact
-from lingualinked.model.spec import ModelSpec
+from lingualinked.model.spec import CustomCode, ModelSpec
 from lingualinked.model.weights.checkpoint import check_fetched, check_no_adapter, resolve_dtype, resolve_files
 from lingualinked.model.weights.span_loading import check_weights
 from lingualinked.planning.estimate import LayerOperations, roofline_profile
 from lingualinked.profile import ModelProfile, Profile
 from lingualinked.sharded.loading.arguments import LoadArguments, check_attn_implementation, select_config_attributes
+from lingualinked.sharded.loading.own_code import find_custom_code
 
 if TYPE_CHECKING:
     from lingualinked.device import Device, Links
@@ -97,9 +99,10 @@ def describe(arguments: LoadArguments) -> Described:
     old_dtype = extra.pop("torch_dtype", None)
     dtype = arguments.dtype if arguments.dtype not in (None, "auto") else old_dtype
     # 2) read the config, and check that its architecture can be cut, before any weights are read
-    config = _config(arguments, hub, select_config_attributes(extra))
-    causal_lm = check_architecture(config)
-    class_name = class_of_task(config, arguments.task, causal_lm)
+    code = find_custom_code(arguments, hub)
+    config = _config(arguments, hub, select_config_attributes(extra), code)
+    causal_lm = check_architecture(config, code)
+    class_name = causal_lm if code is not None else class_of_task(config, arguments.task, causal_lm)
     asked = arguments.attn_implementation
     if asked is None:
         asked = getattr(config, "_attn_implementation", None)  # which the config's JSON lacks
@@ -114,6 +117,7 @@ def describe(arguments: LoadArguments) -> Described:
         seed=arguments.seed,
         towers=arguments.towers,
         batch_invariant=arguments.batch_invariant,
+        code=code,
     )
     check_exact(config, dataclasses.replace(spec, class_name=causal_lm))
     # 3) find the files, and specify the model for the workers
@@ -138,7 +142,9 @@ def describe(arguments: LoadArguments) -> Described:
     return described
 
 
-def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any]) -> PreTrainedConfig:
+def _config(
+    arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[str, Any], code: CustomCode | None
+) -> PreTrainedConfig:
     """Read the config, or copy the given one, and set its attributes."""
     if isinstance(arguments.config, PreTrainedConfig):
         config, unused = copy.deepcopy(arguments.config), attributes
@@ -147,23 +153,17 @@ def _config(arguments: LoadArguments, hub: Mapping[str, Any], attributes: dict[s
         if Path(source).is_absolute() and not Path(source).exists():
             raise CheckpointError(f"there is no checkpoint at {source!r}: give a folder with config.json, or a hub id")
         try:
-            config, unused = AutoConfig.from_pretrained(
-                source,
-                return_unused_kwargs=True,
-                trust_remote_code=arguments.trust_remote_code,
-                **hub,
-                **attributes,
-            )
+            own: Any = AutoConfig
+            if code is not None and code.config:
+                own = import_class(code, code.config)
+            else:
+                attributes["trust_remote_code"] = arguments.trust_remote_code
+            config, unused = own.from_pretrained(source, return_unused_kwargs=True, **hub, **attributes)
         except (OSError, ValueError, StrictDataclassError) as error:
             raise CheckpointError(f"no usable config.json for {source!r}: {error}") from error
     unused = {name: value for name, value in unused.items() if name not in ("trust_remote_code", *hub)}
     if unused:
         raise ArgumentError(f"unknown argument {next(iter(unused))!r} of ShardedModel.from_pretrained")
-    if arguments.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        raise UncuttableModelError(
-            type(config).__name__,
-            "trust_remote_code=True asks for the checkpoint's own code, and custom code is not cut: leave it out",
-        )
     return config
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, masking_utils, model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lingualinked.errors import UnsupportedOperationError
+from lingualinked.model.custom_code import PACKAGE, is_verified
 
 _REMEDY = (
     "workers run the code of transformers as it is installed; restore it, or change an installed copy of the package"
@@ -43,7 +44,7 @@ class ModelCode:
 
     def __init__(self, model: PreTrainedModel) -> None:
         classes = {cls for module in model.modules() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
-        modelling = {cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models.")}
+        modelling = {cls.__module__ for cls in classes if cls.__module__.startswith(("transformers.models.", PACKAGE))}
         modules = [functional, masking_utils, modeling_rope_utils, *(sys.modules[name] for name in sorted(modelling))]
         self._namespaces: list[tuple[Any, dict[str, Any]]] = []
         for namespace in (*(classes - {nn.Module, PreTrainedModel}), *modules):
@@ -108,6 +109,8 @@ def _check_origin(namespace: Any, name: str, value: object) -> None:
 def _check_file(name: str, value: object) -> None:
     for function in _functions(value):
         file = function.__code__.co_filename
+        if is_verified(file):
+            continue
         if not file.startswith(_folders()) and function.__module__.partition(".")[0] not in sys.stdlib_module_names:
             raise UnsupportedOperationError(f"{name} has been replaced by a function of {file}: {_REMEDY}")
 

@@ -58,6 +58,13 @@ def serve(
         bool,
         typer.Option("--verify", help="Compare all weights that workers load here with the caller's, byte by byte."),
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run the code that lies beside checkpoints in --models and in the hub's cache, where a caller asks for it.",
+        ),
+    ] = False,
     ports: Annotated[
         str | None, typer.Option(help="Ports at which workers may listen (5601-5699); by default any free ones.")
     ] = None,
@@ -109,6 +116,7 @@ def serve(
         cache=str(default_cache_folder()) if max_cache_bytes else "",
         cache_bytes=max_cache_bytes,
         verifies=verify,
+        allows_code=trust_remote_code,
         ports=None if ports is None else parse_ports(ports, "--ports"),
         advertise=advertise,
         allows_relays=relay,

@@ -259,6 +259,7 @@ class Daemon:
                     cache_bytes=options.cache_bytes,
                     owner=caller.public_key,
                     verifies=options.verifies,
+                    allows_code=options.allows_code,
                 ),
             )
         )

@@ -23,6 +23,7 @@ class DaemonOptions:
     cache: str  # folder of weights that were fetched
     cache_bytes: int  # of it on disk; 0: nothing is kept
     verifies: bool  # checkpoints by all their bytes
+    allows_code: bool  # beside checkpoints in `models` or the hub's cache, to be run where a caller asks for it
     ports: tuple[int, int] | None  # first and last one at which workers may listen
     advertise: str | None
     allows_relays: bool

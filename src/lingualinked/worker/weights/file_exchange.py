@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingualinked.errors import CheckpointError, LingualinkedError
+from lingualinked.model.custom_code import restrict_to
 from lingualinked.model.weight_files.byte_ranges import ByteRange
 from lingualinked.model.weight_files.fetching import FetchError
+from lingualinked.model.weight_files.local_copies import copy_folders
 from lingualinked.model.weight_files.part_server import PartServer, ServedPart
 from lingualinked.model.weight_files.storage import WeightStorage
 from lingualinked.model.weight_files.weight_cache import WeightCache
@@ -85,6 +87,7 @@ class FileExchange:
         if folders is None:
             return cls(None, peers, background)
         models = None if folders.models is None else Path(folders.models)
+        restrict_to(copy_folders(models) if folders.allows_code else ())
         cache = WeightCache(Path(folders.cache), folders.cache_bytes, folders.owner) if folders.cache_bytes else None
         return cls(WeightStorage(models=models, cache=cache), peers, background, verifies=folders.verifies)
 

@@ -54,7 +54,7 @@ class CustomConfig(PreTrainedConfig):
         (T5Config(architectures=["T5ForConditionalGeneration"]), "T5ForConditionalGeneration .* encoder-decoder"),
         (BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM .* encoder-only"),
         (ViTConfig(), "no causal language model"),
-        (CustomConfig(), "custom code"),
+        (CustomConfig(), "trust_remote_code=True"),
         (GPT2Config(add_cross_attention=True), "cross-attention"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else None,
