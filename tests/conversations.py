@@ -123,6 +123,7 @@ class Cut:
         self.stages = stages
         self.max_cache_len = max_cache_len
         self.torch_settings: TorchSettings = {}  # of the caller
+        self.source: dict[str, Tensor] = {}  # further arguments of all stages and steps
         self.caches = [stage.new_cache(max_cache_len=max_cache_len) if keeps_kv else None for stage in stages]
         if records_past:
             for cache in self.caches:
@@ -153,7 +154,7 @@ class Cut:
                 logits_to_keep=keep,
                 wants_logits=wants_logits,
                 torch_settings=self.torch_settings,
-                extras={**extras.for_all, **(extras.for_first if stage.is_first else {})},
+                extras={**self.source, **extras.for_all, **(extras.for_first if stage.is_first else {})},
                 picture_copies=extras.picture_copies,
             )
             output = stage.step(inputs, cache)

@@ -68,7 +68,14 @@ VALUES = {
     ),
     "parts": (JoinedRows(session=1, number=3, edits=()),),
     "state": SessionState(
-        number=3, num_tokens=9, records_past=True, reserved_tokens=9, has_mask=False, has_positions=False, lags={}
+        number=3,
+        num_tokens=9,
+        records_past=True,
+        reserved_tokens=9,
+        has_mask=False,
+        has_positions=False,
+        has_source_mask=False,
+        lags={},
     ),
     "layout": None,
     "rounding": Rounding("0123456789abcdef", 2),

@@ -256,6 +256,7 @@ def to_a_worker(aim: Aim) -> Iterator[Kind]:
                 reserved_tokens=0,
                 has_mask=False,
                 has_positions=False,
+                has_source_mask=False,
                 lags={},
             ),
         )

@@ -358,7 +358,9 @@ def _vocabulary(spec: ModelSpec) -> int | None:
     if task_of_class(spec.class_name) != GENERATION:
         return None
     config = json.loads(spec.config_json)
-    size = {**config, **config.get("text_config", {})}.get("vocab_size")
+    if spec.stack == "encoder":  # whose output are hidden states
+        return int(config["d_model"])
+    size = config.get("decoder_vocab_size") or {**config, **config.get("text_config", {})}.get("vocab_size")
     return size if isinstance(size, int) else None
 
 

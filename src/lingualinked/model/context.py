@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import count_text
+
+SOURCE = "encoder_hidden_states"
+"""The further argument of a decoder of which stages keep the KV: what the encoder has made of the source, [rows, tokens, hidden]."""
+
+SOURCE_MASK = "encoder_attention_mask"
+"""The further argument of a decoder that stages keep for later steps."""
 
 
 class MaskMode(enum.IntEnum):
@@ -51,10 +57,19 @@ class ContextCode:
 class StepContext:
     """What one session has seen of masks, positions and tokens; the caller and every stage keep the same state."""
 
-    def __init__(self, mask: Tensor | None = None, num_tokens: int = 0, last_positions: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        num_tokens: int = 0,
+        last_positions: Tensor | None = None,
+        source_mask: Tensor | None = None,
+    ) -> None:
         self.mask = mask  # of the whole text, if there is one that can be extended
         self.num_tokens = num_tokens  # seen so far
         self.last_positions = last_positions  # [..., rows or 1, 1], of the last token, if they were sent in full
+        self.source_mask = (
+            source_mask  # [rows, source tokens], of what an encoder has read, if there is one; stages keep it
+        )
 
     def encode(self, mask: Tensor | None, positions: Tensor | None, num_new: int) -> ContextCode:
         """Encode a step's mask and positions, and record them as seen; `decode` at the other end returns equal tensors.
@@ -130,20 +145,29 @@ class StepContext:
         if not 0 <= num_tokens <= self.num_tokens:
             raise ArgumentError(f"can't copy {num_tokens} of {count_text(self.num_tokens, 'token')}")
         mask = None if self.mask is None else self.mask[..., : self.mask.shape[-1] - (self.num_tokens - num_tokens)]
-        return StepContext(mask, num_tokens, self.last_positions if num_tokens == self.num_tokens else None)
+        positions = self.last_positions if num_tokens == self.num_tokens else None
+        return StepContext(mask, num_tokens, positions, self.source_mask)
+
+    def keep_source(self, extras: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the further arguments of a step, with the mask of the source that came with an earlier one."""
+        if SOURCE_MASK in extras:
+            self.source_mask = extras[SOURCE_MASK]
+        return extras if self.source_mask is None else {**extras, SOURCE_MASK: self.source_mask}
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows ``rows`` (int64 ``[new rows]``) of the mask and positions, as beam search does with the KV cache."""
         if self.mask is not None:
             self.mask = self.mask.index_select(0, rows)
+        if self.source_mask is not None:
+            self.source_mask = self.source_mask.index_select(0, rows)
         if self.last_positions is not None and self.last_positions.shape[-2] > 1:
             self.last_positions = self.last_positions.index_select(-2, rows)
 
     def join_rows(self, others: Sequence[StepContext]) -> StepContext:
         """Return the state of a session of these rows and those of others, which have seen as many tokens."""
-        masks = [each.mask for each in (self, *others)]
-        known = [mask for mask in masks if mask is not None]
-        return StepContext(torch.cat(known) if len(known) == len(masks) else None, self.num_tokens)
+        masks = _joined([each.mask for each in (self, *others)])
+        source_masks = _joined([each.source_mask for each in (self, *others)])
+        return StepContext(masks, self.num_tokens, source_mask=source_masks)
 
     def crop(self, num_tokens: int) -> None:
         """Remove the last ``num_tokens`` tokens."""
@@ -183,6 +207,11 @@ class StepContext:
         # Only a padding mask of the whole text can be extended by ones.
         fits = mask is not None and mask.ndim == 2 and mask.shape[-1] == self.num_tokens
         self.mask = mask if fits else None
+
+
+def _joined(masks: Sequence[Tensor | None]) -> Tensor | None:
+    known = [mask for mask in masks if mask is not None]
+    return torch.cat(known) if len(known) == len(masks) else None
 
 
 def _counted(mask: Tensor, num_new: int) -> Tensor | None:

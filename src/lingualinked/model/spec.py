@@ -67,6 +67,7 @@ class ModelSpec:
     contents: tuple[FileContent, ...] = ()  # of `files`, in their order; empty unless a worker is on another host
     config_digest: str = ""  # BLAKE2b of the config.json beside the files; empty without one, or without `contents`
     towers: bool = True  # whether the first stage holds what encodes pictures, if the model has it
+    stack: Literal["", "encoder", "decoder"] = ""  # which of an encoder-decoder model's stacks; "" for other models
     batch_invariant: bool = False  # whether no row's bits may depend on other rows, or the model is refused
     parts: ModelParts | None = None  # once they are found, so that workers need not find them
     code: CustomCode | None = None  # of the class, where it is not one of transformers

@@ -91,7 +91,7 @@ class StateSlice(Message, frozen=True):
 
 
 class SessionState(Message, frozen=True):
-    """A stage's state of a session apart from KV; a mask and the last positions, if any, are sent after the KV.
+    """A stage's state of a session apart from KV; a mask, the last positions and the source's mask, if any, are sent after the KV.
 
     ``lags`` say by how many tokens layers are behind that were skipped, by the slots of their KV.
     """
@@ -102,6 +102,7 @@ class SessionState(Message, frozen=True):
     reserved_tokens: int
     has_mask: bool
     has_positions: bool
+    has_source_mask: bool
     lags: dict[Natural, Natural]
 
 

@@ -65,7 +65,7 @@ class ShardedModel(Instrumented, Editable):
         *,
         devices: Devices = "auto",
         cluster: Cluster | None = None,
-        plan: Plan | Literal["even"] | None = None,
+        plan: Plan | tuple[Plan, Plan] | Literal["even"] | None = None,
         objective: Objective = "throughput",
         workload: Workload | None = None,
         max_kv_tokens: int | None = None,
@@ -104,7 +104,8 @@ class ShardedModel(Instrumented, Editable):
         plan : Plan, "even" or None
             Which device holds which layers. ``None``: measure the model and the links, and solve for the best plan; both
             are kept on disk, so that only the first start takes about a second longer. ``"even"``: split the bytes of the
-            layers as evenly as possible over all devices, without measuring.
+            layers as evenly as possible over all devices, without measuring. An encoder-decoder model has two plans, of its encoder
+            and of its decoder, each over all devices.
         objective : {"throughput", "latency", "energy"}
             What the solver minimises; see `solve`.
         workload : Workload or None

@@ -67,6 +67,7 @@ class Session(RoutedSession, SteppedSession):
         self.max_cache_len = max_cache_len
         self.num_rows = 0
         self.num_tokens = 0
+        self._num_source = 0  # tokens that an encoder has read, whose KV is held too
         self.kv_has_gradients = False  # whether tokens of its KV were computed in steps with gradients
         self.last_step: StepSample | None = None
         self.stepping_thread: int | None = None  # which runs the hooks of a step now
@@ -156,10 +157,12 @@ class Session(RoutedSession, SteppedSession):
                     if num_tokens is None:
                         self._budget.hold_as_much(other._number, self._number)  # with what edits are still to drop
                     else:
-                        self._budget.hold(other._number, self.num_rows * (self.max_cache_len or kept))
+                        self._budget.hold(
+                            other._number, self.num_rows * (self.max_cache_len or kept + self._num_source)
+                        )
                     results_of(self._requests.fork(self._place.route, self._next_step, other._number, num_tokens))
                     other._instruments = self._instruments
-                other.num_rows, other.num_tokens = self.num_rows, kept
+                other.num_rows, other.num_tokens, other._num_source = self.num_rows, kept, self._num_source
                 other._reach = None if self._reach is None else self._reach.copy()
                 other.kv_has_gradients = self.kv_has_gradients
                 other._context = context
@@ -216,6 +219,8 @@ class Session(RoutedSession, SteppedSession):
         if self._reach is None:
             self._reach = self._ropes.reach.copy()
         num_steps = 1 if run is None or self._reach.advances else run.num_steps
+        if options.extras is not None:
+            self._num_source = max(self._num_source, options.extras.num_source)
         if options.keeps_kv:
             num_steps = self._hold_kv(num_rows, num_new + options.num_tokens_ahead, num_steps)
         code = self._context.encode(attention_mask, position_ids, num_new)
@@ -325,7 +330,7 @@ class Session(RoutedSession, SteppedSession):
         if self.max_cache_len:
             self._budget.hold(self._number, num_rows * self.max_cache_len)
             return num_steps
-        least = num_rows * (self.num_tokens + num_new)
+        least = num_rows * (self.num_tokens + self._num_source + num_new)
         return (
             1 + (self._budget.hold_up_to(self._number, least, least + num_rows * (num_steps - 1)) - least) // num_rows
         )

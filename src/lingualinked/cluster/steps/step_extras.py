@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lingualinked.model.context import SOURCE
 from lingualinked.protocol.steps import ExtraTensors
 
 
@@ -34,6 +35,11 @@ class StepExtras:
     def tensors(self) -> tuple[Tensor, ...]:
         """Their tensors, in order."""
         return (*self.for_all.values(), *self.for_first.values())
+
+    @property
+    def num_source(self) -> int:
+        """Tokens of the source per row whose KV the stages keep for later steps; 0: there is none."""
+        return self.for_all[SOURCE].shape[1] if SOURCE in self.for_all else 0
 
     def of_rows(self, rows: slice, num_rows: int) -> StepExtras:
         """Return those of some rows of a batch, if none are for the first stage alone: they need not have rows."""

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from lingualinked.errors import CheckpointError, UncuttableModelError
@@ -34,23 +35,30 @@ _REFUSED = {
 }
 """Model types whose forward passes can't end at a layer, with the reason."""
 
+# To add one, add its configuration to tests/encoder_decoders.py, whose tests show that it is bit-equal.
+_ENCODER_DECODERS = ("bart", "m2m_100", "marian", "mbart", "pegasus", "t5", "umt5")
+
 
 def check_architecture(config: PreTrainedConfig, code: CustomCode | None = None) -> str:
     """Return the class that runs a configuration as a causal LM, of transformers or of `code`, after checking that it can be cut.
 
-    If there is none, that is the one that sees pictures too.
+    If there is none, that is the one that sees pictures too; of an encoder-decoder model, the one with both stacks.
     """
     model_type = config.model_type
     name = (config.architectures or [model_type or type(config).__name__])[0]
-    if config.is_encoder_decoder:
-        raise UncuttableModelError(
-            name, "it is an encoder-decoder model, and only decoder-only causal language models have one stack to cut"
-        )
     if code is None and model_type in _REFUSED:
         raise UncuttableModelError(name, _REFUSED[model_type])
     seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     class_name: str | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, seeing)
-    if code is not None:
+    if config.is_encoder_decoder:
+        if code is not None or model_type not in _ENCODER_DECODERS:
+            raise UncuttableModelError(
+                name,
+                f"{model_type!r} is none of the encoder-decoder architectures that are tested to be exact when cut "
+                f"({', '.join(_ENCODER_DECODERS)})",
+            )
+        class_name = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES[model_type]
+    elif code is not None:
         class_name = code.model.partition(".")[2]
     elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         class_name = None
@@ -90,7 +98,8 @@ def _refusal_reason(config: PreTrainedConfig) -> str:
 def find_class(spec: ModelSpec) -> type[PreTrainedModel]:
     """Return the class of a spec: of transformers, or of the checkpoint's own code; raise UncuttableModelError for others."""
     if spec.code is None:
-        if not is_known_class(spec.class_name):
+        has_stacks = spec.class_name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+        if not (has_stacks or is_known_class(spec.class_name)):
             raise UncuttableModelError(spec.class_name, "transformers has no such class of a causal language model")
         found: type[PreTrainedModel] = getattr(transformers, spec.class_name)
         return found

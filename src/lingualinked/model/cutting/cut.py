@@ -133,7 +133,9 @@ class AbsentModule(StandIn):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if isinstance(value, torch.Tensor) and value.is_meta:
-            return torch.zeros((), dtype=value.dtype, device=self.boundary.device).expand(value.shape)
+            seen = torch.zeros((), dtype=value.dtype, device=self.boundary.device).expand(value.shape)
+            vars(seen)["_is_hf_initialized"] = True  # some classes initialise what is inside others
+            return seen
         return value
 
 

@@ -139,7 +139,7 @@ def _fingerprint(spec: ModelSpec) -> str:
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     code = [] if spec.code is None else [file.digest for file in spec.code.files]
-    facts = [spec.class_name, spec.dtype, spec.attn_implementation, config, *code]
+    facts = [spec.class_name, spec.dtype, spec.attn_implementation, spec.stack, config, *code]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -19,6 +19,7 @@ from lingualinked.model.cutting.architectures import find_class, read_config
 from lingualinked.model.cutting.extras import picture_cuts
 from lingualinked.model.cutting.heads import find_head
 from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
+from lingualinked.model.cutting.stacks import find_stack_layers, stack_class
 from lingualinked.model.cutting.trace import NUM_ROWS, NUM_TOKENS, Flow, trace
 from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lingualinked.model.spec import CustomCode, ModelSpec
 
 
-_found: dict[tuple[str, str, str, bool, CustomCode | None], ModelParts] = {}
+_found: dict[tuple[str, str, str, str, bool, CustomCode | None], ModelParts] = {}
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers")
 """What configurations call the number of layers; in some, the first is not the length of the list."""
@@ -41,7 +42,9 @@ _MOST_SPARE_POSITIONS = 8  # rows of a table of positions that are none: OPT has
 
 def build_meta(spec: ModelSpec) -> PreTrainedModel:
     """Build the full model on the meta device, in evaluation mode, with all modules and shapes, but without memory."""
-    cls = find_class(spec)
+    cls: Any = find_class(spec)
+    if spec.stack:
+        cls = stack_class(cls, spec.stack)
     try:
         return building.build_on_meta(cls, read_config(spec), getattr(torch, spec.dtype), spec.attn_implementation)
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
@@ -199,7 +202,7 @@ def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
     """Return the parts of a model that was built from `spec`, which may say them; else they are found once."""
     if spec.parts is not None:
         return spec.parts
-    key = (spec.class_name, spec.config_json, spec.dtype, spec.towers, spec.code)
+    key = (spec.class_name, spec.stack, spec.config_json, spec.dtype, spec.towers, spec.code)
     if key not in _found:
         _found[key] = find_parts(meta_model, holds_towers=spec.towers)
     return _found[key]
@@ -226,6 +229,9 @@ def learned_positions(meta_model: PreTrainedModel) -> int | None:
 
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Find the largest module list with as many modules as the decoder has layers, in a model of the text configuration."""
+    of_stack = find_stack_layers(model)
+    if of_stack is not None:
+        return of_stack
     config = model.config.get_text_config(decoder=True)
     owners = (type(config), type(model.config))
     depths = [depth for name in _DEPTHS if isinstance(depth := getattr(config, name, None), int)]

@@ -39,6 +39,12 @@ def class_of_task(config: PreTrainedConfig, task: str | None, causal: str) -> st
     ``causal`` is the class that runs it as a causal LM, which is the default.
     """
     model_type = config.model_type
+    if config.is_encoder_decoder:
+        if task not in (None, GENERATION):
+            raise UncuttableModelError(
+                model_type, f"task={task!r} of an encoder-decoder model is not supported: leave it out"
+            )
+        return causal
     if task is None:
         own = (config.architectures or [causal])[0]
         known = {name for classes in _CLASSES.values() for name in _names(classes.get(model_type))}

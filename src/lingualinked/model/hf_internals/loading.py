@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,13 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, MappedKey
             first, *others = converter_of[pattern].target_patterns
             mapped[key] = MappedKey((name, *(name.replace(first, other) for other in others)), True)
     return mapped
+
+
+def computed_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Return the parameters that a checkpoint may lack, since the model's class computes them, such as sinusoidal positions."""
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return frozenset(name for name in names if any(pattern.search(name) for pattern in patterns))
 
 
 def load_model(

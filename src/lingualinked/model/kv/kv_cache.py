@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 
 from lingualinked.errors import ArgumentError, ProtocolError
 from lingualinked.model.kv.counting_layers import counting_layer
+from lingualinked.model.kv.cross_layer import CrossLayer
 from lingualinked.model.kv.fixed_layers import (
     CountingFixedLayer,
     CountingFixedSlidingLayer,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
-OwnedLayer = GrowingLayer | GrowingSlidingLayer | WholeLayer | OwnedFixedLayer
+OwnedLayer = GrowingLayer | GrowingSlidingLayer | WholeLayer | OwnedFixedLayer | CrossLayer
 
 
 class StageCache:
@@ -85,6 +86,17 @@ class StageCache:
                 self.hf.layers[slot] = self.owned[slot] = self._make_layer(kind)
             else:
                 self.hf.layers[slot] = self._elsewhere[slot] = self._make_counting_layer(kind)
+        if config.is_encoder_decoder:
+            self._add_cross_layers(owned)
+
+    def _add_cross_layers(self, owned: Collection[int]) -> None:
+        """Add a layer of cross-attention for each of the text's, behind them; nothing asks for those held elsewhere."""
+        num_layers = len(self.hf.layers)
+        for slot in range(num_layers, 2 * num_layers):
+            layer = CrossLayer()
+            self.hf.layers.append(layer)
+            if slot in owned:
+                self.owned[slot] = layer
 
     def _make_layer(self, kind: Any) -> Any:
         if type(kind) is DynamicLayer:
@@ -126,6 +138,11 @@ class StageCache:
     def num_rows(self) -> int:
         """Number of rows held; 0 before the first step."""
         return max((layer.num_rows for layer in self.owned.values()), default=0)
+
+    @property
+    def num_source(self) -> int:
+        """Number of source tokens whose KV is held for cross-attention."""
+        return max((layer.stop for layer in self.owned.values() if isinstance(layer, CrossLayer)), default=0)
 
     @property
     def size(self) -> int:
@@ -239,7 +256,7 @@ class StageCache:
         """By how many tokens layers of a growing cache are behind, since they were skipped, by slot; own layers and others."""
         if self.is_static:
             return {}
-        held = {slot: layer.stop for slot, layer in self.owned.items()}
+        held = {slot: layer.stop for slot, layer in self.owned.items() if not isinstance(layer, CrossLayer)}
         held |= {slot: layer.cumulative_length for slot, layer in self._elsewhere.items()}
         return {slot: self.num_tokens - length for slot, length in held.items() if length < self.num_tokens}
 
@@ -258,13 +275,13 @@ class StageCache:
                 self.owned[slot] = self.hf.layers[slot] = layer
                 if isinstance(layer, OwnedFixedLayer):
                     layer.count = self.count
-                elif not isinstance(layer, WholeLayer):
+                elif not isinstance(layer, WholeLayer | CrossLayer):
                     layer.growth = self._growth
 
     def complete_adoption(self, num_tokens: int, *, records_past: bool, lags: Mapping[int, int]) -> None:
         """Set the number of tokens that the session, and so each layer, adopted or written, has seen, except for `lags`."""
         for slot, layer in self.owned.items():
-            if layer.stop != num_tokens - lags.get(slot, 0):
+            if not isinstance(layer, CrossLayer) and layer.stop != num_tokens - lags.get(slot, 0):
                 raise ProtocolError(
                     f"KV of layer slot {slot} ends at token {layer.stop}, and the session has {num_tokens}"
                 )

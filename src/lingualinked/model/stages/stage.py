@@ -21,6 +21,7 @@ from lingualinked.model.cutting.cut import flatten_output, unflatten_output
 from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
 from lingualinked.model.cutting.joining import join_spans, missing_spans
 from lingualinked.model.cutting.parts import cache_slots
+from lingualinked.model.cutting.stacks import kv_config, kv_slots
 from lingualinked.model.exact import exact_attention
 from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
@@ -148,7 +149,7 @@ class Stage:
 
     def cache_slots(self, start: int, end: int) -> frozenset[int]:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
-        return cache_slots(self._layers[start:end])
+        return kv_slots(self._model, cache_slots(self._layers[start:end]), self.num_layers)
 
     def is_kept_in(self, start: int, end: int) -> Callable[[str], bool]:
         """Return a function that tells whether an attribute's path is one of layers ``[start, end)``, or outside of all layers."""
@@ -156,11 +157,8 @@ class Stage:
         return lambda name: (layer := layer_of(name)) is None or start <= layer < end
 
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
-        """Make the KV cache of a new session; `spare_bytes` returns the bytes that can still be allocated.
-
-        A static cache has room for `max_cache_len` tokens per row; 0: it grows.
-        """
-        cache = StageCache(self._config, self._slots, spare_bytes, max_cache_len, self.device)
+        """Make the KV cache of a new session, of `max_cache_len` tokens (0: it grows) and at most `spare_bytes()` more bytes."""
+        cache = StageCache(kv_config(self._model), self._slots, spare_bytes, max_cache_len, self.device)
         cache.modules.holds = self.module_state.holds
         return cache
 

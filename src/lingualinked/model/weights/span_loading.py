@@ -152,7 +152,8 @@ def _map_weights(meta_model: PreTrainedModel, shapes: Mapping[str, tuple[int, ..
     for target, source in building.ties(meta_model).items():
         if target in made or source in made:
             made |= {target, source}
-    missing = [parameter for parameter in parameters if parameter not in made]
+    computed = loading.computed_parameters(meta_model)
+    missing = [parameter for parameter in parameters if parameter not in made and parameter not in computed]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {count_text(len(missing), 'tensor')} that {name} needs ({_list_names(missing)}): "

@@ -45,6 +45,7 @@ class ShardedCache(Cache):
         # Not Cache.__init__, which would make layers.
         self.session: AnySession = pipeline.open_batch(sizes, max_cache_len)
         self._pipeline = weakref.ref(pipeline)  # so that a handle does not keep the model loaded
+        self.source_mask: Tensor | None = None  # of what an encoder has read, as the stages know it
         self._num_layers = pipeline.plan.stages[-1].end
 
     @classmethod

@@ -196,10 +196,13 @@ def _with_signature_of(real: type[PreTrainedModel], own: type[Any], name: str) -
 
 
 @functools.cache  # so that two models of a class have equal types
-def sharded_class(real: Any, base: type) -> Any:
-    """Return a subclass of `ShardedCausalLM` or `ShardedTaskModel`, ``base`` and ``real``, with the name of ``real``."""
+def sharded_class(real: Any, base: type, own: Any = None) -> Any:
+    """Return a subclass of ``own``, ``base`` and ``real``, with the name of ``real``.
+
+    Ours is `ShardedCausalLM` or `ShardedTaskModel` if it is not given.
+    """
     generates = task_of_class(real.__name__) == GENERATION
-    own = ShardedCausalLM if generates else ShardedTaskModel
+    own = own or (ShardedCausalLM if generates else ShardedTaskModel)
     names = ("forward", "prepare_inputs_for_generation") if generates else ("forward",)
     namespace = {name: _with_signature_of(real, own, name) for name in names}
     namespace |= {"_own_arguments": tuple(inspect.signature(real.forward).parameters)}
@@ -208,15 +211,23 @@ def sharded_class(real: Any, base: type) -> Any:
 
 
 def make_sharded(
-    meta: PreTrainedModel, pipeline: Pipeline, parts: ModelParts, code: ModelCode, *, base: type, owns_cluster: bool
+    meta: PreTrainedModel,
+    pipeline: Pipeline,
+    parts: ModelParts,
+    code: ModelCode,
+    *,
+    base: type,
+    owns_cluster: bool,
+    real: Any = None,
+    own: Any = None,
 ) -> ShardedCausalLM | ShardedTaskModel:
     """Turn a model on the meta device, in place, into one that runs in a pipeline and is also an instance of ``base``.
 
-    Its submodules become read-only. ``owns_cluster`` says whether closing the model closes its cluster.
+    Its class is made of ``own`` and ``real`` if they are given (`sharded_class`). Its submodules become read-only.
+    ``owns_cluster`` says whether closing the model closes its cluster.
     """
     state = {"_pipeline": pipeline, "_parts": parts, "_code": code, "_owns_cluster": owns_cluster}
     model: Any = meta.eval()
-    real: Any = type(meta)
     embeddings = model.get_input_embeddings()
     state["_recordable"] = recordable_outputs(meta)
     state["_further"] = FurtherArguments.of(meta, pipeline.spec)
@@ -238,5 +249,6 @@ def make_sharded(
         _open_blocks=OpenBlocks(parts),
         _adapters_lock=threading.Lock(),
     )
-    model.__class__ = sharded_class(real, base)
+    stood_for: Any = real or type(meta)
+    model.__class__ = sharded_class(stood_for, base, own)
     return cast("ShardedCausalLM | ShardedTaskModel", model)

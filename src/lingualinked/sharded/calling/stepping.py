@@ -105,10 +105,12 @@ class ShardedSteps:
 
         The first entry is the device of the inputs, since code that looks for it reads the first entry.
         ``transformers.pipeline(device=...)`` refuses models that have such a map: for that call there is none, and the
-        pipeline asks the model to move instead. Nor is there one for peft, which would dispatch layers to devices of this process.
+        pipeline asks the model to move instead. Nor is there one for peft, which would dispatch layers to devices of this process, or
+        for ``generate`` where it calls an encoder, to which it would add hooks of accelerate.
         """
         caller = sys._getframe(1)  # noqa: SLF001 - the frame of the caller
-        if makes_pipeline_for_device(caller) or caller.f_globals.get("__name__", "").startswith("peft."):
+        encodes = caller.f_code.co_name == "_prepare_text_encoder_decoder_kwargs_for_generation"
+        if encodes or makes_pipeline_for_device(caller) or caller.f_globals.get("__name__", "").startswith("peft."):
             raise AttributeError("hf_device_map")
         device = self._pipeline.cluster.device
         accelerators = [(stage, device(stage.device).accelerator) for stage in self._pipeline.plan.stages]

@@ -40,6 +40,14 @@ _STREAMERS = (TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer, typ
 _KNOWN_TO_STAGES = (MaxLengthCriteria, EosTokenCriteria)
 _OWN_CRITERIA = (*_KNOWN_TO_STAGES, MaxTimeCriteria, StopStringCriteria)
 _OF_A_STEP = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_OF_A_DECODERS_STEP = {
+    "attention_mask",
+    "decoder_attention_mask",
+    "decoder_input_ids",
+    "encoder_outputs",
+    "past_key_values",
+    "use_cache",
+}
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -61,6 +69,7 @@ class TokenLoop:
         self._model, self._given, self._specs, self._cache = model, given, specs, cache
         self._ids, self._kwargs = given.input_ids, given.model_kwargs
         self._num_rows = len(self._ids)
+        self._has_source = bool(model.config.is_encoder_decoder)
         self._unfinished = torch.ones(self._num_rows, dtype=torch.long)
         eos = [each.eos_token_id.flatten() for each in given.criteria if type(each) is EosTokenCriteria]
         self._eos = torch.cat(eos) if eos else torch.empty(0, dtype=torch.long)
@@ -85,6 +94,8 @@ class TokenLoop:
             return None
         if not isinstance(cache.session, Session | SplitSession):
             return None
+        if config.return_dict_in_generate and model.config.is_encoder_decoder:
+            return None  # it returns another class, with what the encoder has recorded
         records = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if config.return_dict_in_generate and any(getattr(config, name) for name in records):
             return None
@@ -134,6 +145,8 @@ class TokenLoop:
 
     def _prompt_length(self) -> int:
         """Return how many tokens the KV will hold behind the prompt."""
+        if self._has_source:  # whose mask is not that of the text
+            return self._ids.shape[1]
         embeddings = self._kwargs.get("inputs_embeds")
         mask = self._kwargs.get("attention_mask")
         length = int(self._given.config._mask_length or 0) if mask is None else mask.shape[1]  # noqa: SLF001 - transformers sets it
@@ -171,10 +184,12 @@ class TokenLoop:
             ids = torch.cat([ids, ids.new_zeros(self._num_rows, 1)], dim=-1)
             kwargs = self._updated(kwargs)
             inputs = self._model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
-            others = {name for name, value in inputs.items() if value is not None and name not in _OF_A_STEP}
+            known = _OF_A_DECODERS_STEP if self._has_source else _OF_A_STEP
+            others = {name for name, value in inputs.items() if value is not None and name not in known}
             if others and not self._model._further.are_unused(others):  # noqa: SLF001 - within the room
                 return None
-            found.append((inputs.get("attention_mask"), inputs.get("position_ids")))
+            mask = inputs.get("decoder_attention_mask" if self._has_source else "attention_mask")
+            found.append((mask, inputs.get("position_ids")))
         return tuple(found)
 
     def _updated(self, kwargs: dict[str, Any]) -> dict[str, Any]:

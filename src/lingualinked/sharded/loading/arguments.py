@@ -94,7 +94,7 @@ class LoadArguments:
     adapter_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cluster: Cluster | None = None
     owns_cluster: bool = False
-    plan: Plan | Literal["even"] | None = None
+    plan: Plan | tuple[Plan, Plan] | Literal["even"] | None = None  # two: of an encoder and of a decoder
     objective: Objective = "throughput"
     workload: Workload | None = None
     max_kv_tokens: int | None = None
@@ -117,8 +117,9 @@ class LoadArguments:
         _check_interpreter()
         if self.load_format not in ("auto", "dummy"):
             raise ArgumentError(f"load_format={self.load_format!r} must be 'auto' or 'dummy'")
-        if not isinstance(self.plan, Plan | None) and self.plan != "even":
-            raise ArgumentError(f"plan={self.plan!r} must be a lingualinked.Plan, 'even' or None")
+        is_pair = isinstance(self.plan, tuple) and [*map(type, self.plan)] == [Plan, Plan]
+        if not is_pair and not isinstance(self.plan, Plan | None) and self.plan != "even":
+            raise ArgumentError(f"plan={self.plan!r} must be a lingualinked.Plan, two of them, 'even' or None")
         check_objective(self.objective)
         if not isinstance(self.workload, Workload | None):
             raise ArgumentError(f"workload is a {type(self.workload).__name__}: pass a lingualinked.Workload")

@@ -63,6 +63,12 @@ class Described:
         """Measure weights, KV and intermediate results by a run without data."""
         return measure_footprint(self.meta, self.parts, self.spec)
 
+    def encoder(self) -> Described:
+        """Describe the encoder of an encoder-decoder model whose decoder this is, and check its weights."""
+        described = describe_spec(dataclasses.replace(self.spec, stack="encoder", parts=None))
+        check_weights(described.spec, described.meta)
+        return described
+
     def estimate(
         self,
         devices: Sequence[Device],
@@ -118,8 +124,10 @@ def describe(arguments: LoadArguments) -> Described:
         towers=arguments.towers,
         batch_invariant=arguments.batch_invariant,
         code=code,
+        stack="decoder" if config.is_encoder_decoder else "",
     )
-    check_exact(config, dataclasses.replace(spec, class_name=causal_lm))
+    if not spec.stack:  # the types of those are all tested
+        check_exact(config, dataclasses.replace(spec, class_name=causal_lm))
     # 3) find the files, and specify the model for the workers
     files = () if dummy else resolve_files(arguments.path, **hub)
     resolved = resolve_dtype(dtype, config, files)

@@ -5,14 +5,19 @@ Knows the order of these steps; the pipeline talks to the workers.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeVar, cast
 
 from lingualinked.cluster.pipeline import Pipeline
 from lingualinked.control.policy import RebalancePolicy
+from lingualinked.errors import ArgumentError, UnsupportedOperationError
+from lingualinked.model.cutting.parts import build_meta
+from lingualinked.planning.plan import Plan
 from lingualinked.sharded.adapters.adapter_files import check_name, open_adapter
+from lingualinked.sharded.calling.encoder_decoder import Stacked, make_encoder_decoder
 from lingualinked.sharded.calling.forward import make_sharded
 from lingualinked.sharded.loading.arguments import LoadArguments
-from lingualinked.sharded.loading.describing import describe
+from lingualinked.sharded.loading.describing import Described, describe
 from lingualinked.sharded.loading.model_code import ModelCode
 from lingualinked.sharded.loading.placing import find_or_fit_plan
 from lingualinked.sharded.loading.progress import DeviceProgress
@@ -27,16 +32,64 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
     assert cluster is not None
     # 1) read config and headers
     described = describe(arguments)
-    code = ModelCode(described.meta)
+    spec = described.spec
+    code = ModelCode(build_meta(dataclasses.replace(spec, stack="")) if spec.stack else described.meta)
     of_adapter: dict[str, Any] = {}
     if arguments.adapter is not None:
         of_adapter = {name: value for name, value in arguments.hub.items() if name != "token"} | {
             **arguments.adapter_kwargs
         }
         open_adapter(described.spec, check_name(arguments.adapter_name), arguments.adapter, **of_adapter)
-    # 2) find the plan: given, kept on disk, or measured and solved
+    if described.spec.stack:
+        return cast("_Base", _load_stacks(described, code, arguments, base))
+    # 2) place it, and load the stages
+    pipeline = _load_pipeline(described, arguments)
+    # 3) turn the model on the meta device into the object that users get
+    model = make_sharded(
+        described.meta, pipeline, described.parts, code, base=base, owns_cluster=arguments.owns_cluster
+    )
+    # 4) load the adapter, if the folder holds one
+    if arguments.adapter is not None:
+        try:
+            model.load_adapter(arguments.adapter, arguments.adapter_name, **of_adapter)
+        except BaseException:
+            pipeline.unload()
+            raise
+    return cast("_Base", model)
+
+
+def _load_stacks(decoder: Described, code: ModelCode, arguments: LoadArguments, base: type[_Base]) -> Any:
+    """Load both stacks of an encoder-decoder model, each into a pipeline of its own, on the same workers."""
+    if arguments.batch_invariant:
+        raise UnsupportedOperationError(
+            "batch_invariant=True of an encoder-decoder model is not supported: leave it out"
+        )
+    encoder = decoder.encoder()
+    plans = arguments.plan if isinstance(arguments.plan, tuple) else (arguments.plan, arguments.plan)
+    if isinstance(arguments.plan, Plan):
+        raise ArgumentError("plan= of an encoder-decoder model: give two, (encoder's, decoder's), or 'even'")
+    pipelines: list[Pipeline] = []
+    try:
+        for described, plan in zip((encoder, decoder), plans, strict=True):
+            pipelines.append(_load_pipeline(described, dataclasses.replace(arguments, plan=plan)))
+    except BaseException:
+        for pipeline in pipelines:
+            pipeline.unload()
+        raise
+    stacks = [
+        Stacked(described.meta, pipeline, described.parts, code)
+        for described, pipeline in zip((encoder, decoder), pipelines, strict=True)
+    ]
+    return make_encoder_decoder(*stacks, base=base, owns_cluster=arguments.owns_cluster)
+
+
+def _load_pipeline(described: Described, arguments: LoadArguments) -> Pipeline:
+    """Find the plan of a model, load its stages, and watch them if layers are to move by themselves."""
+    cluster = arguments.cluster
+    assert cluster is not None
+    # 1) find the plan: given, kept on disk, or measured and solved
     plan = find_or_fit_plan(described, arguments)
-    # 3) load the stages
+    # 2) load the stages
     timeout_s = cluster.timeout_s if arguments.timeout_s is None else arguments.timeout_s
     pipeline = Pipeline(
         cluster,
@@ -49,22 +102,11 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
     try:
         with DeviceProgress.of_loading(plan, shown=arguments.progress) as bars:
             pipeline.load(bars.update)
-        # 4) watch the pipeline, if layers are to move by themselves
+        # 3) watch the pipeline
         policy = RebalancePolicy() if isinstance(arguments.rebalance, str) else arguments.rebalance
         if policy is not None:
             enable_rebalancing(pipeline, described, arguments.workload, policy, is_automatic=True)
     except BaseException:
         pipeline.unload()
         raise
-    # 5) turn the model on the meta device into the object that users get
-    model = make_sharded(
-        described.meta, pipeline, described.parts, code, base=base, owns_cluster=arguments.owns_cluster
-    )
-    # 6) load the adapter, if the folder holds one
-    if arguments.adapter is not None:
-        try:
-            model.load_adapter(arguments.adapter, arguments.adapter_name, **of_adapter)
-        except BaseException:
-            pipeline.unload()
-            raise
-    return cast("_Base", model)
+    return pipeline

@@ -27,6 +27,7 @@ def find_or_fit_plan(described: Described, arguments: LoadArguments) -> Plan:
     """Return the given plan, fitted to this model and cluster; or the even one; or find the solver's plan."""
     cluster, given, weights = arguments.cluster, arguments.plan, described.parts.weights
     assert cluster is not None
+    assert not isinstance(given, tuple)  # each stack has its own
     if given is None:
         footprint, objective = described.footprint(), arguments.objective
         return find_plan(cluster, footprint, arguments.workload, objective, progress=arguments.progress)

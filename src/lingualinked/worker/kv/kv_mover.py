@@ -88,9 +88,9 @@ class KVMover:
         """
         # 1) check the chunk's tensors, and that its layers move from the sender to here
         num_kv, num_more = 2 * len(chunk.slices), sum(len(each.tensors) for each in chunk.states)
-        has_mask = chunk.state is not None and chunk.state.has_mask
-        has_positions = chunk.state is not None and chunk.state.has_positions
-        num_sent = num_kv + num_more + has_mask + has_positions
+        state = chunk.state
+        known = [False] * 3 if state is None else [state.has_mask, state.has_positions, state.has_source_mask]
+        num_sent = num_kv + num_more + sum(known)
         if len(tensors) != num_sent or any(tensor.ndim != 4 for tensor in tensors[:num_kv]):
             raise ProtocolError(
                 f"{count_text(len(tensors), 'tensor')} arrived with KV of {count_text(len(chunk.slices), 'layer')} and states of "
@@ -113,10 +113,10 @@ class KVMover:
         pieces += [StatePiece(place, tuple(next(remaining) for _ in place.tensors)) for place in chunk.states]
         if not self._stages.has_ended(chunk.model, chunk.session):
             hosted.arriving.write_kv(chunk.session, pieces, chunk.max_cache_len)
-            if chunk.state is not None:
-                mask = tensors[num_kv + num_more] if has_mask else None
-                context = StepContext(mask, chunk.state.num_tokens, tensors[-1] if has_positions else None)
-                hosted.arriving.record_state(chunk.session, context, chunk.state)
+            if state is not None:
+                mask, positions, source_mask = (next(remaining) if is_sent else None for is_sent in known)
+                context = StepContext(mask, state.num_tokens, positions, source_mask)
+                hosted.arriving.record_state(chunk.session, context, state)
         # 3) after the last chunk, tell the caller
         if not chunk.is_last:
             return None
@@ -148,7 +148,8 @@ class KVMover:
             del self._transfers[number]
             if request.is_final:
                 mask, positions = session.context.mask, session.context.last_positions
-                context = [each for each in (mask, positions) if each is not None]
+                source_mask = session.context.source_mask
+                context = [each for each in (mask, positions, source_mask) if each is not None]
                 state = SessionState(
                     number=session.number,
                     num_tokens=session.context.num_tokens,
@@ -156,6 +157,7 @@ class KVMover:
                     reserved_tokens=session.cache.reserved_tokens,
                     has_mask=mask is not None,
                     has_positions=positions is not None,
+                    has_source_mask=source_mask is not None,
                     lags=session.cache.lags,
                 )
         chunk = KVChunk(

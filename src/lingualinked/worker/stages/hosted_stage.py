@@ -15,7 +15,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.model.context import ContextCode, MaskMode, PositionMode, StepContext
+from lingualinked.model.context import SOURCE, ContextCode, MaskMode, PositionMode, StepContext
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import ModuleCall
 from lingualinked.model.kv.kv_cache import StageCache
@@ -320,10 +320,12 @@ class HostedStage:
             raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} arrived in a step of {num_rows}")
         if step.edits and session.cache is None:
             raise ProtocolError("a step edits the KV of a session that keeps no KV")
+        extras = extras_of(step, shared)
         # 2) edit the KV; rows are reordered after the budget is checked, since an order may repeat them
         if session.cache is not None:
             edit_kv(step.edits, session, session.cache)
-            num_tokens = session.cache.max_cache_len or session.context.num_tokens + num_new
+            source = extras[SOURCE].shape[1] if SOURCE in extras else session.cache.num_source
+            num_tokens = session.cache.max_cache_len or session.context.num_tokens + num_new + source
             self.check_budget(session, num_rows, num_tokens)
             reorder_rows(step.edits, session, session.cache, num_rows)
         # 3) decode mask and positions, and run the stage
@@ -356,7 +358,7 @@ class HostedStage:
                 instruments=session.instruments,
                 captures=step.captures,
                 past=past,
-                extras=extras_of(step, shared),
+                extras=session.context.keep_source(extras),
                 picture_copies=0 if step.extras is None else step.extras.picture_copies,
                 graph=graph,
                 adapters=step.adapters,
