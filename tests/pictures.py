@@ -136,9 +136,26 @@ PICTURE_FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+_MLLAMA = {  # some layers attend to pictures alone
+    "vision_config": {
+        **_VISION,
+        "num_global_layers": 1,
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [1],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    },
+    "text_config": {
+        **{name: value for name, value in _TEXT.items() if name != "head_dim"},
+        "cross_attention_layers": [1, 3],
+    },
+    "image_token_index": IMAGE,
+}
+
+
 def picture_config(family: str) -> PreTrainedConfig:
     """Configure the tiny model of a family."""
-    return CONFIG_MAPPING[family](**PICTURE_FAMILIES[family])
+    return CONFIG_MAPPING[family](**(_MLLAMA if family == "mllama" else PICTURE_FAMILIES[family]))
 
 
 def picture_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -108,6 +108,15 @@ def test_the_first_stage_holds_the_towers(folder: Path) -> None:
     assert parts.span_bytes(3, NUM_LAYERS) == without.span_bytes(3, NUM_LAYERS)
 
 
+@pytest.mark.parametrize("cuts", [(1,), (2, 4), (1, 2, 3, 4)])
+def test_layers_that_attend_to_pictures_are_passed_over_without_any(cuts: tuple[int, ...], tmp_path: Path) -> None:
+    folder = save_pictures("mllama", tmp_path)
+    inputs = pictured("mllama", (0, 0))
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    whole, stages = Whole(picture_reference(folder)), load(spec_of(folder), cuts)
+    assert_equal(converse(Cut(stages).step, inputs, positions), converse(whole.step, inputs, positions))
+
+
 def test_features_between_layers_stay_on_the_first_stage(tmp_path: Path) -> None:
     spec = spec_of(save_pictures("qwen3_vl", tmp_path))
     parts = parts_of(spec, build_meta(spec))

@@ -20,10 +20,12 @@ pytestmark = [pytest.mark.process, pytest.mark.equality, pytest.mark.slow]
 
 PLAN = [("a", 0, 3), ("b", 3, 4), ("c", 4, NUM_LAYERS)]
 OTHER_PLAN = [("b", 0, 4), ("d", 4, NUM_LAYERS)]
+PROJECTIONS = ("multi_modal_projector", "connector", "visual")
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 0, "num_return_sequences": 2},
     "beam search": {"num_beams": 3},
+    "a static KV cache": {"cache_implementation": "static"},
 }
 
 
@@ -121,6 +123,24 @@ def test_the_pipeline_takes_it(case: Case) -> None:
         pipe = pipeline("image-text-to-text", model=model, processor=llava_processor())
         said.append(pipe(images=pictures, text=texts, max_new_tokens=5, batch_size=2))
     assert said[0] == said[1]
+
+
+def test_losses_and_hooks_on_what_projects_pictures(case: Case) -> None:
+    inputs = pictured(case.family, (1, 2))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    said = []
+    for model in (case.whole, case.sharded):
+        children = dict(model.model.named_children())
+        projection = next(children[name] for name in PROJECTIONS if name in children)
+
+        def scale(_module: object, _args: object, output: Any) -> Any:
+            return output * 1.5 if isinstance(output, torch.Tensor) else None
+
+        handle = projection.register_forward_hook(scale)
+        with torch.no_grad():
+            said.append(model(**inputs, labels=labels).loss)
+        handle.remove()
+    assert torch.equal(*said)
 
 
 def test_layers_move_behind_the_prompt(case: Case) -> None:

@@ -35,6 +35,7 @@ class Boundary:
     def __init__(self) -> None:
         self.incoming: RawOutput | None = None  # of the last layer before the span, on the previous stage
         self.outgoing: RawOutput | None = None  # of the last layer of the span
+        self.leaving: torch.Tensor | None = None  # what the first layer after the span was called with
         self.relayed: Mapping[str, torch.Tensor] = {}  # what other stages have made, by the name of the relay
         self.shape = (1, 1)  # rows and new tokens of the step
         self.device = torch.device("cpu")
@@ -49,7 +50,7 @@ class Boundary:
 
     def clear(self) -> None:
         """Drop all tensors, so that they can be freed between steps."""
-        self.incoming = self.outgoing = None
+        self.incoming = self.outgoing = self.leaving = None
         self.relayed = {}
         self.is_passed = self.is_end = False
 
@@ -116,8 +117,11 @@ class ExitLayer(StandIn):
         super().__init__(original)
         self.boundary = boundary
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> RawOutput | None:
+    def forward(self, *args: Any, **kwargs: Any) -> RawOutput | None:
         """Raise SpanLeft, or return the output of the span."""
+        given = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+        if self.boundary.leaving is None:
+            self.boundary.leaving = next((each for each in given if each.is_floating_point()), None)
         if not self.boundary.is_passed:
             raise SpanLeft
         return self.boundary.outgoing
@@ -217,6 +221,16 @@ def prune(model: PreTrainedModel, parts: ModelParts, start: int, end: int, bound
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = {target: source for target, source in building.ties(model).items() if {target, source} <= held}
     building.set_ties(model, tied)
+
+
+def output_of(boundary: Boundary, items: tuple[bool, ...] | None) -> RawOutput | None:
+    """Return what leaves a span: if the model has passed over its last layer, what the first one after the span was called with.
+
+    `items` say which items of that layer's output are used; None: it is a tensor.
+    """
+    if boundary.outgoing is not None or boundary.leaving is None:
+        return boundary.outgoing
+    return boundary.leaving if items is None else (boundary.leaving, *[None] * (len(items) - 1))
 
 
 def flatten_output(

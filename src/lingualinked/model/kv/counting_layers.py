@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
 from lingualinked.model.hf_internals.cache_layers import subclass_of
 
 
@@ -15,12 +18,16 @@ class Counting:
 
     cumulative_length: int
     is_initialized: bool
+    keys: Tensor | None
+    values: Tensor | None
     has_previous_state: dict[int, bool]
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that the real layer has seen."""
         self.cumulative_length += num_tokens
         self.is_initialized = True
+        if vars(self).get("keys", self) is None:  # some models ask whether there are any
+            self.keys = self.values = torch.empty(0)
         if hasattr(self, "has_previous_state"):
             self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
 

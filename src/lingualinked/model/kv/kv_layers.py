@@ -18,7 +18,7 @@ from lingualinked.model.kv.growing_tensor import GrowingTensor, Growth
 
 
 class _Growing:
-    """Base of the growing layers, with keys and values in growing tensors (transformers' `keys` and `values` stay None)."""
+    """Base of the growing layers, with keys and values in growing tensors."""
 
     _keeps_all = False  # tokens, so that those at the end can be left out of a copy
     _grown: tuple[GrowingTensor, ...] = ()
@@ -29,6 +29,13 @@ class _Growing:
         def get_seq_length(self) -> int: ...
 
         def drop_last(self, num_tokens: int) -> None: ...
+
+    def _held(self, index: int) -> Tensor | None:
+        return self._grown[index].view if self._grown else None
+
+    # Some models ask whether there are any. What transformers' constructors set is not kept.
+    keys = property(lambda self: self._held(0), lambda _self, _value: None)
+    values = property(lambda self: self._held(1), lambda _self, _value: None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set shapes, dtype and device from the first states."""

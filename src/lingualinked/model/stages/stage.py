@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.adapters.stage_adapters import StageAdapters
-from lingualinked.model.cutting.cut import flatten_output, unflatten_output
+from lingualinked.model.cutting.cut import flatten_output, output_of, unflatten_output
 from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
 from lingualinked.model.cutting.joining import join_spans, missing_spans
 from lingualinked.model.cutting.parts import cache_slots
@@ -298,7 +298,8 @@ class Stage:
             if self.is_last:
                 outputs: tuple[Tensor, ...] = (cast("Tensor", output),) if inputs.wants_logits else ()
             else:
-                outputs, layout = flatten_output(self._boundary.outgoing, self._items[self.end - 1])
+                items = self._items[self.end - 1]
+                outputs, layout = flatten_output(output_of(self._boundary, items), items)
             recorded = {
                 name: values_of_span(
                     name, result.get(name) or (), (self.start, self.end, self.num_layers), inputs, order

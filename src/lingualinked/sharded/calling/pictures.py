@@ -65,7 +65,8 @@ class FurtherArguments:
     @classmethod
     def of(cls, meta: PreTrainedModel, spec: ModelSpec) -> FurtherArguments:
         """Return those of a model on the meta device."""
-        sees_more = any(each != "text" for each in meta.input_modalities)
+        kinds = meta.input_modalities
+        sees_more = any(each != "text" for each in ((kinds,) if isinstance(kinds, str) else kinds))
         return cls(spec, frozenset(inspect.signature(meta.forward).parameters) if sees_more else frozenset())
 
     def take(self, arguments: dict[str, Any], *, has_positions: bool) -> StepExtras | None:

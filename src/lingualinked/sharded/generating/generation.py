@@ -32,6 +32,7 @@ from lingualinked.sharded.generating.token_loop import LoopArguments, TokenLoop
 
 if TYPE_CHECKING:
     from lingualinked.cluster.pipeline import Pipeline
+    from lingualinked.sharded.calling.pictures import FurtherArguments
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,6 +65,7 @@ class ShardedGeneration(BatchedGeneration):
     if TYPE_CHECKING:  # transformers evaluates the annotations of its subclasses
         config: Any
         _cache_name: str | None
+        _further: FurtherArguments
         _pipeline: Pipeline
 
         def _check_unchanged(self) -> None: ...
@@ -114,7 +116,8 @@ class ShardedGeneration(BatchedGeneration):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(**arguments)  # type: ignore[misc]
         past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         make_mask = getattr(self, "create_masks_for_generate", None)  # Bloom's is as wide as a static KV cache
-        if isinstance(past, ShardedStaticCache) and mask is not None and make_mask is not None:
+        sees_pictures = bool(self._further.names)  # stages make masks that depend on them
+        if isinstance(past, ShardedStaticCache) and mask is not None and make_mask is not None and not sees_pictures:
             arguments = {"attention_mask": mask, "past_key_values": past}
             inputs["attention_mask"] = make_mask(config=self.config, inputs_embeds=None, **arguments)
         return inputs
