@@ -101,17 +101,14 @@ def with_transmission(problem: Problem, seed: int, *, num_relays: int, num_cuts:
         send_s = send_s if alike else rng.uniform(0, 8, (num_devices, num_devices))
         costs.append(
             RelayCosts(
-                name=f"relay {index}",
                 made_at=made_at,
                 used_at=tuple(used_at.tolist()),
                 send_s=send_s,
-                held_bytes=float(rng.integers(1, 25)) if index % 3 == 0 and made_at == 0 else 0.0,
                 is_ids=index == 1 and made_at == 0,
             )
         )
     relays = Relays(
         costs=tuple(costs),
-        ids_s=np.full((num_devices, num_devices), 0.1),
         makers={each.made_at: np.ones(num_devices, dtype=bool) for each in costs},
     )
     cuts = rng.choice(np.arange(1, num_layers), min(num_cuts, num_layers - 1), replace=False)
@@ -161,7 +158,7 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
             held[last] += problem.last_bytes - (problem.tied_bytes if first == last else 0)
             if any(held[device] > problem.capacity_bytes[device] for device in seconds):
                 continue
-            relayed = [] if problem.relays is None else _relayed(problem, problem.relays, chosen, bounds, held)
+            relayed = [] if problem.relays is None else _relayed(problem, problem.relays, chosen, bounds)
             if relayed is None:
                 continue
             carried = dict(busy_links)
@@ -182,33 +179,18 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
 
 
 def _relayed(
-    problem: Problem,
-    relays: Relays,
-    chosen: tuple[int, ...],
-    bounds: list[tuple[int, int]],
-    taken: dict[int, float],
+    problem: Problem, relays: Relays, chosen: tuple[int, ...], bounds: list[tuple[int, int]]
 ) -> list[tuple[tuple[int, int], float]] | None:
     """List the links that carry relays and for how long; None if ids would leave those who may see them."""
     lying = {layer: device for device, (start, end) in zip(chosen, bounds, strict=True) for layer in range(start, end)}
-    lying[problem.num_layers] = chosen[-1]
     sent = []
     for device, (start, end) in zip(chosen[1:], bounds[1:], strict=True):
         stage = {*range(start, end), *([problem.num_layers] if end == problem.num_layers else [])}
         wanted = [each for each in relays.costs if each.made_at < start and stage.intersection(each.used_at)]
         if any(each.is_ids for each in wanted) and not problem.may_be_first[device]:
             return None
-        free = problem.capacity_bytes[device] - taken[device]
-        holds = False
-        for relay in sorted(wanted, key=lambda each: each.held_bytes):
-            maker = lying[relay.made_at]
-            if maker == device:
-                continue
-            if 0 < relay.held_bytes <= free and problem.may_be_first[device]:
-                free, holds = free - relay.held_bytes, True
-            else:
-                sent.append(((maker, device), float(relay.send_s[maker, device])))
-        if holds and not any(each.is_ids for each in wanted):
-            sent.append(((chosen[0], device), float(relays.ids_s[chosen[0], device])))
+        makers = [(each, lying[each.made_at]) for each in wanted]
+        sent += [((maker, device), float(each.send_s[maker, device])) for each, maker in makers if maker != device]
     return sent
 
 

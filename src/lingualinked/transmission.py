@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from lingualinked.checks import MOST
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
@@ -15,6 +15,9 @@ from lingualinked.quantities import count_text
 
 INPUT_IDS = "input_ids"
 """Name of the relay of token ids."""
+
+ID_BYTES = 8
+"""Bytes of a token id."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +35,8 @@ class Relay:
     token_bytes : int
         Bytes per row and token when it is sent.
     part_bytes : int
-        Weight bytes of the part, if stages that use its output may hold the part instead, which then needs token ids there;
-        0 if they may not.
+        Weight bytes of the part that makes it, if every stage may hold the part instead, which then needs token ids there; 0 if
+        they may not.
 
     Raises
     ------
@@ -109,28 +112,36 @@ class Transmission:
                 f"forbidden_cuts={self.forbidden_cuts} must be layers from 1 on, each once and in order"
             )
 
-    @property
-    def part_bytes(self) -> dict[str, int]:
-        """Weight bytes of each part that stages may hold instead of getting its output, by its path."""
-        return {relay.name: relay.part_bytes for relay in self.relays if relay.part_bytes}
+    def holding(self, parts: Collection[str], num_layers: int) -> Transmission:
+        """Return the map where every stage holds some parts whose outputs were relayed, and gets token ids for that; and no others.
 
-    def bytes_of(self, parts: Iterable[str]) -> int:
-        """Return the weight bytes of parts that a stage holds instead of getting their outputs."""
-        return sum(map(self.part_bytes.__getitem__, parts))
-
-    def check_stage(self, start: int, held: Iterable[str]) -> None:
-        """Raise InfeasiblePlanError if no stage may begin at a layer, or a part is none that stages may hold."""
-        if start in self.forbidden_cuts:
+        Raises InfeasiblePlanError if stages may not hold one of them.
+        """
+        unknown = [part for part in parts if not any(relay.name == part and relay.part_bytes for relay in self.relays)]
+        if unknown:
             raise InfeasiblePlanError(
-                f"the plan begins a stage at layer {start}, which must lie in the same stage as layer {start - 1}: the model "
+                f"the plan has every stage hold {', '.join(map(repr, unknown))}, which is no part of this model that stages may hold: "
+                "solve for this model"
+            )
+        relays = tuple(dataclasses.replace(relay, part_bytes=0) for relay in self.relays if relay.name not in parts)
+        if not parts:
+            return dataclasses.replace(self, relays=relays)
+        relays = tuple(relay for relay in relays if not relay.is_ids)
+        everywhere = tuple(range(1, num_layers + 1))
+        ids = Relay(name=INPUT_IDS, made_at=0, used_at=everywhere, token_bytes=ID_BYTES)
+        return dataclasses.replace(self, relays=(ids, *relays), held=(*self.held, *parts))
+
+    def bytes_of(self, parts: Collection[str]) -> int:
+        """Return the weight bytes of parts whose outputs are relayed."""
+        return sum(relay.part_bytes for relay in self.relays if relay.name in parts)
+
+    def check_cut(self, layer: int) -> None:
+        """Raise InfeasiblePlanError if no stage may begin at a layer."""
+        if layer in self.forbidden_cuts:
+            raise InfeasiblePlanError(
+                f"the plan begins a stage at layer {layer}, which must lie in the same stage as layer {layer - 1}: the model "
                 f"forbids cuts at layers {', '.join(map(str, self.forbidden_cuts))}; move the boundary"
             )
-        for part in held:
-            if part not in self.part_bytes:
-                raise InfeasiblePlanError(
-                    f"the plan has the stage from layer {start} on hold {part!r}, which is no part of this model that stages may "
-                    f"hold: those are {sorted(self.part_bytes)}; solve for this model"
-                )
 
     def check_layers(self, num_layers: int) -> None:
         """Raise ArgumentError if it is not of a model with that many layers."""

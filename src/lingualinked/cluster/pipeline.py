@@ -50,11 +50,11 @@ from lingualinked.profile import Profile
 from lingualinked.telemetry.decisions import Decision
 from lingualinked.telemetry.recorder import Recorder
 from lingualinked.telemetry.snapshot import Telemetry
-from lingualinked.weight_bytes import WeightBytes
 from lingualinked.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from lingualinked.control.correction import Correction
+    from lingualinked.model.cutting.model_parts import ModelParts
     from lingualinked.protocol.messages import StageLoaded
     from lingualinked.telemetry.samples import StepSample
 
@@ -272,7 +272,7 @@ class Pipeline:
         if is_automatic:
             self._controller.start(policy.sample_interval_s)
 
-    def rebalance(self, plan: Plan | None, weights: WeightBytes, *, dry_run: bool = False) -> Decision:
+    def rebalance(self, plan: Plan | None, parts: ModelParts, *, dry_run: bool = False) -> Decision:
         """Move to another plan while sessions go on; if that raises, the old plan goes on.
 
         Without a plan, it moves to the best one, if it is worth it, which needs a profile (`enable_rebalancing`).
@@ -285,7 +285,7 @@ class Pipeline:
             from lingualinked.control.balancer import Balancer  # stands on the solver, which a start may do without
 
             self._controller.set_balancer(Balancer(None, RebalancePolicy(), self._objective, is_automatic=False))
-            holdings = Holdings.of_devices(weights, self.cluster.devices)
+            holdings = Holdings.of_devices(parts.weights, self.cluster.devices, parts.transmission)
         return self._controller.handle_wish(
             lambda now: RebalanceAsked(time_s=now, plan=plan, dry_run=dry_run, holdings=holdings)
         )

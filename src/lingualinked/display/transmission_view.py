@@ -12,7 +12,7 @@ from lingualinked.tables import Rows
 
 def transmission_rows(mapped: TransmissionMap) -> Rows:
     """Make a table of what each stage of a plan consumes."""
-    notes = [f"stage {index} holds {', '.join(stage.held)}" for index, stage in enumerate(mapped.stages) if stage.held]
+    notes = [f"every stage holds {', '.join(mapped.held)}"] if mapped.held else []
     if mapped.forbidden_cuts:
         notes.append(f"no stage may begin at layers {', '.join(map(str, mapped.forbidden_cuts))}")
     return Rows(

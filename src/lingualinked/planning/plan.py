@@ -133,7 +133,6 @@ class Plan(Shown):
             model.weights,
             [each.device for each in profile.devices],
             profile.environments,
-            transmission=model.transmission,
         )
 
     @property
@@ -152,9 +151,13 @@ class Plan(Shown):
         return tuple(dict.fromkeys(stage.device for stage in self.stages))
 
     @property
-    def held(self) -> dict[int, tuple[str, ...]]:
-        """The parts that stages hold to compute themselves what other stages would send, by the index of the stage."""
-        return {index: stage.held for index, stage in enumerate(self.stages) if stage.held}
+    def held(self) -> tuple[str, ...]:
+        """Paths of the parts that every stage holds: what they compute is not sent; empty without a profile."""
+        return () if self.profile is None else self.profile.model.transmission.held
+
+    def held_instead(self, transmission: Transmission) -> tuple[str, ...]:
+        """Return those of the parts that every stage holds whose outputs a model's own map relays."""
+        return tuple(part for part in self.held if part not in transmission.held)
 
     @property
     def exact(self) -> bool:
@@ -341,38 +344,19 @@ def _predict(plan: Plan, profile: Profile, workload: Workload) -> Prediction:
     return predict(plan.stages, profile, workload, plan.reserve)
 
 
-def hold_parts(plan: Plan, held: Iterable[tuple[str, ...]]) -> Plan:
-    """Return a plan that has a profile with what each of its stages holds to compute itself what others would send."""
-    model = plan.measured.model
-    stages = [
-        dataclasses.replace(
-            stage,
-            held=parts,
-            weight_bytes=model.span_bytes(stage.start, stage.end) + model.transmission.bytes_of(parts),
-        )
-        for stage, parts in zip(plan.stages, held, strict=True)
-    ]
-    return dataclasses.replace(plan, stages=tuple(stages))
-
-
 def complete_plan(
     plan: Plan,
     weights: WeightBytes,
     devices: Iterable[Device],
     environments: Environments | None = None,
-    *,
-    transmission: Transmission | None = None,
 ) -> Plan:
     """Fill in the bytes of a plan's stages, and whether its devices give the unsharded model's bits, by what is known."""
     by_name = {device.name: device for device in devices}
-
-    def num_bytes(stage: PlannedStage) -> int:
-        held = 0 if transmission is None else transmission.bytes_of(stage.held)
-        return weights.of_span(stage.start, stage.end) + held
-
     return dataclasses.replace(
         plan,
-        stages=tuple(dataclasses.replace(stage, weight_bytes=num_bytes(stage)) for stage in plan.stages),
+        stages=tuple(
+            dataclasses.replace(stage, weight_bytes=weights.of_span(stage.start, stage.end)) for stage in plan.stages
+        ),
         inexact_because=inexact_because([by_name[name] for name in plan.devices], environments),
     )
 
@@ -388,4 +372,4 @@ def check_plan(
         if stage.device not in known:
             raise InfeasiblePlanError(f"the plan uses device {stage.device!r}, the cluster has {sorted(known)}")
         if transmission is not None:
-            transmission.check_stage(stage.start, stage.held)
+            transmission.check_cut(stage.start)

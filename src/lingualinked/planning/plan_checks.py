@@ -47,7 +47,7 @@ def check_num_stages(num_stages: int, num_layers: int, forbidden_cuts: Collectio
 def check_trust(plan: Plan, devices: Iterable[Device], transmission: Transmission | None = None) -> None:
     """Refuse a plan that puts the ends of the model on devices that are not trusted, once any device of the cluster is.
 
-    So are other layers that need token ids, and parts that do: a transmission map names them.
+    So are other layers that need token ids: a transmission map names them.
     Also refuses ``trusted_layers`` of its workload where no device is trusted.
     """
     trusted_layers = plan.trusted_layers
@@ -69,14 +69,11 @@ def check_trust(plan: Plan, devices: Iterable[Device], transmission: Transmissio
             and stage.device not in trusted
             and _needs_ids(stage, plan.num_layers, transmission)
         ):
-            held = f" to hold {', '.join(stage.held)}" if stage.held else ""
             raise InfeasiblePlanError(
                 f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: that stage needs "
-                f"token ids{held}; put it on a trusted device"
+                f"token ids; put it on a trusted device"
             )
 
 
 def _needs_ids(stage: PlannedStage, num_layers: int, transmission: Transmission) -> bool:
-    return bool(stage.held) or any(
-        relay.is_ids and relay.is_sent_to(stage.start, stage.end, num_layers) for relay in transmission.relays
-    )
+    return any(relay.is_ids and relay.is_sent_to(stage.start, stage.end, num_layers) for relay in transmission.relays)

@@ -20,15 +20,12 @@ class PlannedStage:
         The half-open layer range ``[start, end)``.
     weight_bytes : int
         Bytes of the weights that the stage holds, embeddings and head included; 0 if not known.
-    held : tuple of str
-        Paths of the parts that it holds to compute itself what other stages would send; it then gets token ids.
     """
 
     device: str
     start: int
     end: int
     weight_bytes: int = 0
-    held: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:

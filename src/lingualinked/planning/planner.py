@@ -5,6 +5,7 @@ Knows profiles, workloads and the solver of placement problems; no process and n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,11 +14,12 @@ from typing import Literal
 
 from lingualinked.checks import MOST, is_count, is_number
 from lingualinked.errors import ArgumentError, InfeasiblePlanError
+from lingualinked.planning.holding import parts_to_hold, with_parts_held
 from lingualinked.planning.microbatches import exact_numbers
 from lingualinked.planning.placement.baselines import by_memory, even, sum_objective
-from lingualinked.planning.placement.problem import Placement, Problem, relays_of
+from lingualinked.planning.placement.problem import Placement, Problem
 from lingualinked.planning.placement.solver import solve_problem
-from lingualinked.planning.plan import DEFAULT_RESERVE, Plan, hold_parts
+from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
 from lingualinked.planning.prediction import Prediction, step_s_of
 from lingualinked.planning.remedy import add_remedy, model_fits
 from lingualinked.planning.solved import Solved
@@ -104,16 +106,26 @@ def solve(
     if workload is None and num_sessions is None:
         num_sessions = "any"
     workload = profile.model.fit_workload(workload)
+    if parts := parts_to_hold(profile, workload):
+        holding = with_parts_held(profile, parts)
+        with contextlib.suppress(InfeasiblePlanError):  # else their outputs are sent
+            return _solve(holding, objective, workload, order, min_tokens_per_s, reserve, num_sessions)
+    profile = with_parts_held(profile, ())
+    return _solve(profile, objective, workload, order, min_tokens_per_s, reserve, num_sessions)
+
+
+def _solve(
+    profile: Profile,
+    objective: Objective,
+    workload: Workload,
+    order: Sequence[str] | None,
+    min_tokens_per_s: float | None,
+    reserve: float,
+    num_sessions: int | Literal["any"] | None,
+) -> Plan:
+    """Place layers where it is decided what every stage holds."""
     if num_sessions == "any":
-        solve_for = functools.partial(
-            solve,
-            profile,
-            objective=objective,
-            workload=workload,
-            order=order,
-            min_tokens_per_s=min_tokens_per_s,
-            reserve=reserve,
-        )
+        solve_for = functools.partial(_solve, profile, objective, workload, order, min_tokens_per_s, reserve)
         if objective != "throughput":
             return solve_for(num_sessions=None)
         return _solve_for_any(lambda number: solve_for(num_sessions=number), len(profile.devices))
@@ -121,16 +133,9 @@ def solve(
         raise ArgumentError(f'num_sessions={num_sessions!r} must be a positive integer, at most {MOST}, or "any"')
     numbers = exact_numbers(profile, profile.names, workload) if workload.num_microbatches is None else []
     if len(numbers) > 1 and objective != "energy":  # for which weights are best read once
-        solve_split = functools.partial(
-            solve,
-            profile,
-            objective=objective,
-            order=order,
-            min_tokens_per_s=min_tokens_per_s,
-            reserve=reserve,
-            num_sessions=num_sessions,
-        )
-        plans = [solve_split(workload=dataclasses.replace(workload, num_microbatches=number)) for number in numbers]
+        splits = [dataclasses.replace(workload, num_microbatches=number) for number in numbers]
+        others = order, min_tokens_per_s, reserve, num_sessions
+        plans = [_solve(profile, objective, split, *others) for split in splits]
         return min(plans, key=lambda plan: step_s_of(_in_flight(plan, num_sessions), objective))
     if workload.prefill_chunk_size is not None and objective != "energy":  # which chunks leave as it is
         return _solve_in_chunks(profile, objective, workload, order, min_tokens_per_s, reserve, num_sessions)
@@ -295,12 +300,7 @@ def baseline(
 
 def _plan(problem: Problem, placement: Placement, profile: Profile, workload: Workload, reserve: float) -> Plan:
     spans = [(problem.names[span.device], span.start, span.end) for span in placement]
-    plan = dataclasses.replace(Plan.from_spans(spans, profile=profile, workload=workload), reserve=reserve)
-    if problem.relays is None:
-        return plan
-    names = [each.name for each in problem.relays.costs]
-    held = [tuple(names[index] for index in stage.held) for stage in relays_of(problem, placement)]
-    return hold_parts(plan, held)
+    return dataclasses.replace(Plan.from_spans(spans, profile=profile, workload=workload), reserve=reserve)
 
 
 def _check_arguments(profile: object, objective: object, min_tokens_per_s: object, reserve: object) -> None:

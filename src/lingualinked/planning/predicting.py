@@ -58,7 +58,7 @@ def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workloa
                 end=stage.end,
                 chunks_s=costs.prefill_s(device, stage.start, stage.end),
                 decode_s=costs.decode_s(device, stage.start, stage.end),
-                weight_bytes=model.span_bytes(stage.start, stage.end) + model.transmission.bytes_of(stage.held),
+                weight_bytes=model.span_bytes(stage.start, stage.end),
                 kv_bytes=costs.kv_bytes(stage.start, stage.end),
                 working_bytes=costs.working_bytes(),
             )

@@ -10,10 +10,7 @@ from collections.abc import Sequence
 
 from lingualinked.planning.planned_stage import PlannedStage
 from lingualinked.shown import Shown
-from lingualinked.transmission import INPUT_IDS, Transmission
-
-ID_BYTES = 8
-"""Bytes of a token id."""
+from lingualinked.transmission import ID_BYTES, INPUT_IDS, Transmission
 
 HIDDEN_STATES = "hidden states"
 
@@ -49,15 +46,12 @@ class MappedStage:
         Its half-open layer range.
     consumed : tuple of Consumed
         What is sent to it in every step.
-    held : tuple of str
-        Paths of the parts that it holds beside its layers and the ends of the model.
     """
 
     device: str
     start: int
     end: int
     consumed: tuple[Consumed, ...]
-    held: tuple[str, ...]
 
     @property
     def token_bytes(self) -> int:
@@ -75,10 +69,13 @@ class TransmissionMap(Shown):
         In pipeline order.
     forbidden_cuts : tuple of int
         Layers that must lie in the same stage as the layer before them.
+    held : tuple of str
+        Paths of the parts that every stage holds.
     """
 
     stages: tuple[MappedStage, ...]
     forbidden_cuts: tuple[int, ...] = ()
+    held: tuple[str, ...] = ()
 
 
 def map_transmission(stages: Sequence[PlannedStage], transmission: Transmission, hidden_bytes: int) -> TransmissionMap:
@@ -93,10 +90,9 @@ def map_transmission(stages: Sequence[PlannedStage], transmission: Transmission,
                 start=stage.start,
                 end=stage.end,
                 consumed=(first,) if index == 0 else (hidden, *relayed),
-                held=(*transmission.held, *stage.held),
             )
         )
-    return TransmissionMap(stages=tuple(mapped), forbidden_cuts=transmission.forbidden_cuts)
+    return TransmissionMap(stages=tuple(mapped), forbidden_cuts=transmission.forbidden_cuts, held=transmission.held)
 
 
 def consumed_by(stages: Sequence[PlannedStage], transmission: Transmission) -> list[tuple[Consumed, ...]]:
@@ -107,10 +103,8 @@ def consumed_by(stages: Sequence[PlannedStage], transmission: Transmission) -> l
         consumed = [
             Consumed(name=relay.name, source=_index_of(stages, relay.made_at), token_bytes=relay.token_bytes)
             for relay in transmission.relays
-            if relay.is_sent_to(stage.start, stage.end, num_layers) and relay.name not in stage.held
+            if relay.is_sent_to(stage.start, stage.end, num_layers)
         ]
-        if stage.held and all(each.name != INPUT_IDS for each in consumed):
-            consumed.append(Consumed(name=INPUT_IDS, source=0, token_bytes=ID_BYTES))
         found.append(tuple(consumed))
     return found
 

@@ -15,9 +15,8 @@ from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes
 from lingualinked.planning.placement.problem import Flags, Floats, Problem
 from lingualinked.planning.placement.relays import RelayCosts, Relays
-from lingualinked.planning.transmission_map import ID_BYTES
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
-from lingualinked.transmission import Relay
+from lingualinked.transmission import ID_BYTES
 from lingualinked.workload import Workload
 
 HEADER_BYTES = 160
@@ -152,11 +151,6 @@ class WorkloadCosts:
         """Seconds in which a tensor of so many bytes per row and token, in a step, keeps a link busy."""
         return self.profile.link(source, target).transfer_s(self.workload.step_rows * tokens * token_bytes)
 
-    def is_held(self, relay: Relay) -> bool:
-        """Whether stages had better hold the part that makes a relay: if that takes fewer bytes than to send its output in the workload."""
-        tokens = self.workload.num_rows * self.workload.num_tokens
-        return 0 < relay.part_bytes < (relay.token_bytes - ID_BYTES) * tokens
-
     def _relays(self, trusted: Flags) -> Relays | None:
         """Return what tensors that skip stages cost; ``None`` if there are none."""
         relays = self.profile.model.transmission.relays
@@ -164,18 +158,16 @@ class WorkloadCosts:
             return None
         costs = tuple(
             RelayCosts(
-                name=relay.name,
                 made_at=relay.made_at,
                 used_at=relay.used_at,
                 send_s=self._relay_s(relay.token_bytes),
-                held_bytes=float(relay.part_bytes) if self.is_held(relay) else 0.0,
                 is_ids=relay.is_ids,
             )
             for relay in relays
         )
         anywhere = np.ones(len(trusted), dtype=bool)
         makers = {relay.made_at: trusted if relay.made_at == 0 else anywhere for relay in relays}
-        return Relays(costs=costs, ids_s=self._relay_s(ID_BYTES), makers=makers)
+        return Relays(costs=costs, makers=makers)
 
     def _relay_s(self, token_bytes: int) -> Floats:
         """Return the seconds of a mean step in which each link carries a tensor, float64 ``[D, D]``."""

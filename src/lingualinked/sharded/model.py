@@ -6,7 +6,6 @@ Knows arguments and delegates the work; imports torch and transformers only when
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,11 @@ from lingualinked.device import Device, Links
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
 from lingualinked.planning.plan import DEFAULT_RESERVE, Plan
+from lingualinked.planning.transmission_map import TransmissionMap, map_transmission
 from lingualinked.sharded.instruments.instrumented import Instrumented
 from lingualinked.sharded.loading.arguments import LoadArguments
 from lingualinked.sharded.loading.memory_check import check_total_memory
+from lingualinked.sharded.loading.named_classes import named_classes
 from lingualinked.sharded.loading.placing import fit_plan
 from lingualinked.sharded.profiles.rebalancing import enable_rebalancing, extended_profile
 from lingualinked.sharded.weights.editable import Editable
@@ -210,7 +211,7 @@ class ShardedModel(Instrumented, Editable):
         own = None
         try:
             if cluster is None:
-                cluster = own = Cluster(described, timeout_s=timeout_s, _class_names=_class_names(folder))
+                cluster = own = Cluster(described, timeout_s=timeout_s, _class_names=named_classes(folder))
             from lingualinked.sharded.loading.load import load  # imports torch
 
             return load(dataclasses.replace(arguments, cluster=cluster, owns_cluster=own is not None), ShardedModel)
@@ -228,6 +229,13 @@ class ShardedModel(Instrumented, Editable):
     def profile(self) -> Profile | None:
         """The profile that the plan was made from; ``None`` if it was made without one."""
         return self.plan.profile
+
+    @property
+    def transmission_map(self) -> TransmissionMap:
+        """Which tensors each stage consumes, from which stage they come, and how many bytes they are; shows itself as a table."""
+        plan = self.plan
+        hidden_bytes = self._describe().footprint().profile.hidden_bytes
+        return map_transmission(plan.stages, self._parts.transmission, hidden_bytes)
 
     @property
     def independent_rows(self) -> int:
@@ -283,12 +291,12 @@ class ShardedModel(Instrumented, Editable):
         """
         if plan is None:
             self._enable_rebalancing()
-            return self._pipeline.rebalance(None, self._parts.weights, dry_run=dry_run)
+            return self._pipeline.rebalance(None, self._parts, dry_run=dry_run)
         if not isinstance(plan, Plan):
             raise ArgumentError(f"plan={plan!r} must be a lingualinked.Plan or None")
         model = None if self.profile is None else self.profile.model
-        fitting = fit_plan(plan, self._parts.weights, self.cluster, model, self.plan.workload)
-        return self._pipeline.rebalance(fitting, self._parts.weights, dry_run=dry_run)
+        fitting = fit_plan(plan, self._parts, self.cluster, model, self.plan.workload)
+        return self._pipeline.rebalance(fitting, self._parts, dry_run=dry_run)
 
     @interruptible
     def release(self, device: str) -> Decision:
@@ -389,12 +397,3 @@ class ShardedModel(Instrumented, Editable):
         raise UnsupportedOperationError(
             "a sharded model can't be pickled or copied: its layers are in worker processes; load it where it is needed"
         )
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """Return the classes named by a local checkpoint, for workers to import early; empty if it can't be read."""
-    try:
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures")
-    except (OSError, ValueError, AttributeError):
-        return ()
-    return tuple(name for name in architectures or () if isinstance(name, str))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from transformers.cache_utils import (
 from lingualinked.errors import UncuttableModelError
 from lingualinked.model.cutting.cut import flatten_output
 from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
-from lingualinked.model.cutting.model_parts import ModelParts
+from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
 from lingualinked.model.cutting.parts import build_meta, cache_slots, learned_positions
 from lingualinked.model.cutting.trace import NoData
 from lingualinked.model.hf_internals.cache_arguments import keeps_cache
@@ -34,6 +35,8 @@ from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.profile import ModelProfile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
     from lingualinked.model.cutting.cut import RawOutput
@@ -88,7 +91,7 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     distinct = list(dict.fromkeys(kinds))
     widest = max(max(parameter.shape) for layer in layers for parameter in layer.parameters())
     (hidden,), _ = flatten_output(output)
-    hidden_bytes = hidden.numel() * itemsize // _NUM_TOKENS
+    hidden_bytes = max(hidden.numel() * itemsize // _NUM_TOKENS, *map(_token_bytes, parts.layer_outputs))
     profile = ModelProfile(
         name=str(meta_model.config.name_or_path or spec.class_name),
         fingerprint=_fingerprint(spec),
@@ -107,8 +110,19 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
         # An estimate: a few copies of the hidden states, partly in float32, and the three widest results of a gated block.
         working_bytes=12 * hidden_bytes + 3 * widest * itemsize,
         max_positions=learned_positions(meta_model),
+        everywhere_bytes=parts.weights.everywhere,
+        transmission=parts.transmission,
     )
     return Footprint(spec=spec, profile=profile)
+
+
+def _token_bytes(outputs: Iterable[OutputShape]) -> int:
+    """Return the bytes per row and token of what a layer gives the next one."""
+    return sum(
+        math.prod(size for size in each.shape if isinstance(size, int)) * getattr(torch, each.dtype).itemsize
+        for each in outputs
+        if "tokens" in each.shape
+    )
 
 
 def _kept_of(cache: Any, layer: nn.Module) -> list[Any]:

@@ -6,7 +6,7 @@ Plain data; knows neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import count_text
@@ -21,11 +21,6 @@ class OutputShape:
     path: str  # of the part, or "layer 3"
     shape: tuple[int | str, ...]  # "rows" and "tokens" are those of a step
     dtype: str  # "bfloat16"
-
-    @property
-    def is_regular(self) -> bool:
-        """Whether it shows the numbers of rows and tokens of a step."""
-        return {"rows", "tokens"} <= set(self.shape)
 
     def step_shape(self, sizes: Sequence[int]) -> tuple[int, int]:
         """Return the numbers of rows and tokens of a step in which the tensor has these sizes; raise ArgumentError for others."""
@@ -64,6 +59,20 @@ class ModelParts:
         """Return the weight bytes of a stage of layers ``[start, end)``; raise ArgumentError unless the model has them."""
         check_span(start, end, self.num_layers)
         return self.weights.of_span(start, end)
+
+    def holding(self, parts: Collection[str]) -> ModelParts:
+        """Return the parts of the model with every stage holding some, whose outputs are not relayed then, and no others."""
+        num_bytes = self.transmission.bytes_of(parts)
+        weights = self.weights
+        return dataclasses.replace(
+            self,
+            prologue=tuple(each for each in self.prologue if each not in parts),
+            weights=dataclasses.replace(
+                weights, prologue=weights.prologue - num_bytes, everywhere=weights.everywhere + num_bytes
+            ),
+            outputs=tuple(each for each in self.outputs if each.path not in parts),
+            transmission=self.transmission.holding(parts, self.num_layers),
+        )
 
     def relayed_to(self, start: int, end: int) -> tuple[str, ...]:
         """Return the names of the relays that a stage of layers ``[start, end)`` receives."""

@@ -109,6 +109,7 @@ def find_parts(meta_model: PreTrainedModel, *, holds_towers: bool = True) -> Mod
             prologue,
             tuple(part for part in beside if part in held),
             picture_cuts(meta_model.config, len(layers)) if never and holds_towers else frozenset(),
+            _from_ids_alone(meta_model, prologue, flow, tied),
         ),
         dropped=tuple(dropped),
     )
@@ -142,8 +143,29 @@ def _with_inputs(held: set[str], flow: Flow) -> set[str]:
         held = held | more
 
 
+def _from_ids_alone(
+    model: PreTrainedModel, prologue: Iterable[str], flow: Flow, tied: Mapping[str, str]
+) -> frozenset[str]:
+    """Return the parts of the prologue that any stage may hold: they need ids alone, and share no weights.
+
+    Not the embedding of words, in place of which a caller may give embeddings.
+    """
+    words, shared = model.get_input_embeddings(), {*tied, *tied.values()}
+    return frozenset(
+        part
+        for part in prologue
+        if flow.inputs_of.get(part) == {("ids", "")}
+        and not any(each is words for each in model.get_submodule(part).modules())
+        and not any(name.startswith(f"{part}.") for name in shared)
+    )
+
+
 def _transmission_of(
-    flow: Flow, prologue: Mapping[str, nn.Module], held: tuple[str, ...], forbidden_cuts: frozenset[int]
+    flow: Flow,
+    prologue: Mapping[str, nn.Module],
+    held: tuple[str, ...],
+    forbidden_cuts: frozenset[int],
+    holdable: frozenset[str],
 ) -> Transmission:
     """Return what of a pass crosses the boundaries between stages."""
     used = {mark: set(layers) for mark, layers in flow.used_at.items()}
@@ -167,7 +189,7 @@ def _transmission_of(
                     made_at=0,
                     used_at=tuple(sorted(layers)),
                     token_bytes=-(-output.nbytes // (NUM_ROWS * NUM_TOKENS)),
-                    part_bytes=weights,
+                    part_bytes=weights if source in holdable else 0,
                 )
             )
         elif kind == "layer":

@@ -6,6 +6,7 @@ Knows problems and relays; how a problem with some makers is solved is told by t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import itertools
 import math
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lingualinked.planning.placement.problem import Placement, Problem, relays_of
+from lingualinked.planning.placement.problem import Placement, Problem
 from lingualinked.planning.placement.relays import maker_of
 from lingualinked.planning.placement.tables import PROVEN
 
@@ -87,19 +88,18 @@ def _farthest(problem: Problem, placement: Placement) -> int | None:
     relays = problem.relays
     assert relays is not None
     spans = [(span.device, span.start, span.end) for span in placement]
-    stages = relays_of(problem, placement)
     most, found = 0.0, None
     for made_at, makers in relays.makers.items():
         if makers.sum() == 1:
             continue
         maker = maker_of(spans, made_at)
-        for (user, start, _), stage in zip(spans, stages, strict=True):
-            if start <= made_at:
-                continue
-            closes = user == placement[0].device
+        for index, (user, start, end) in enumerate(spans):
+            cost = functools.partial(
+                relays.seconds, made_at, user=user, span=(start, end), num_layers=problem.num_layers
+            )
             others = [each for each in np.flatnonzero(makers).tolist() if each != user]
-            nearest = min((stage.seconds_from(each, user, made_at, relays) for each in others), default=0.0)
-            beyond = stage.seconds_from(maker, user, made_at, relays) - (0.0 if closes else nearest)
+            closes = index > 0 and user == placement[0].device
+            beyond = cost(maker=maker) - (0.0 if closes else min((cost(maker=each) for each in others), default=0.0))
             if beyond > most:
                 most, found = beyond, made_at
     return found

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lingualinked.planning.placement.relays import Relays, StageRelays, sendings
+from lingualinked.planning.placement.relays import Relays, sendings
 
 Floats: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -180,43 +180,17 @@ def span_s(problem: Problem, span: Span) -> float:
     return float(seconds)
 
 
-def relays_of(problem: Problem, placement: Placement) -> list[StageRelays]:
-    """Return what each stage gets beside hidden states; the second half of a ring has all that its first half makes or holds."""
-    found = []
-    for index, span in enumerate(placement):
-        assert problem.relays is not None
-        closes = index > 0 and span.device == placement[0].device
-        room = problem.capacity_bytes[span.device] - _span_bytes(problem, span)
-        may_hold = bool(problem.may_be_first[span.device]) and not closes
-        found.append(problem.relays.of_stage(span.start, span.end, problem.num_layers, float(room), may_hold))
-    return found
-
-
 def relayed_s(problem: Problem, placement: Placement) -> list[tuple[int, int, float]]:
     """List what skips stages: from which device to which, and for how many seconds of a mean step."""
-    if problem.relays is None:
-        return []
     spans = [(span.device, span.start, span.end) for span in placement]
-    sent = sendings(problem.relays, spans, relays_of(problem, placement))
-    return [(maker, user, seconds) for _, maker, user, seconds in sent]
+    return [] if problem.relays is None else list(sendings(problem.relays, spans))
 
 
 def device_bytes(problem: Problem, placement: Placement, device: int) -> float:
     """Give the bytes that a device holds."""
     spans = [span for span in placement if span.device == device]
-    num_bytes = sum(_span_bytes(problem, span) for span in spans)
-    if len(spans) > 1:  # a span with both ends counts what is tied once
-        num_bytes -= problem.tied_bytes
-    if problem.relays is not None:
-        for span, stage in zip(placement, relays_of(problem, placement), strict=True):
-            if span.device == device:
-                num_bytes += sum(problem.relays.costs[index].held_bytes for index in stage.held)
-    return float(num_bytes)
-
-
-def _span_bytes(problem: Problem, span: Span) -> float:
-    """Return the bytes of a stage without the parts that it holds for others."""
-    has_first, has_last = span.start == 0, span.end == problem.num_layers
-    num_bytes = problem.layer_bytes[span.start : span.end].sum() + problem.stage_bytes[span.device]
+    has_first = any(span.start == 0 for span in spans)
+    has_last = any(span.end == problem.num_layers for span in spans)
+    num_bytes = sum(problem.layer_bytes[span.start : span.end].sum() + problem.stage_bytes[device] for span in spans)
     num_bytes += problem.first_bytes * has_first + problem.last_bytes * has_last
     return float(num_bytes - problem.tied_bytes * (has_first and has_last))

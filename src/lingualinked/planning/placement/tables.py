@@ -61,8 +61,7 @@ class SpanTables:
         num_bytes[:, 0, -1] -= problem.tied_bytes
         relays = None
         if problem.relays is not None:
-            room = problem.capacity_bytes[:, None, None] - num_bytes
-            relays = tabulate(problem.relays, room, problem.may_be_first)
+            relays = tabulate(problem.relays, num_layers, problem.may_be_first)
         excess = _excess(num_bytes, problem.capacity_bytes[:, None, None])
         excess[~problem.may_be_first, : problem.num_front, :] = np.inf
         excess[~problem.may_be_last, :, num_layers - problem.num_back + 1 :] = np.inf

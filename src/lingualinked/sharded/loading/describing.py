@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,11 @@ class Described:
     spec: ModelSpec
     meta: PreTrainedModel
     parts: ModelParts
+
+    def holding(self, parts: Collection[str]) -> Described:
+        """Return the same model with every stage holding some parts, and no others that could be sent."""
+        held = self.parts.holding(parts)
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, parts=held), parts=held)
 
     def footprint(self) -> Footprint:
         """Measure weights, KV and intermediate results by a run without data."""

@@ -45,9 +45,8 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
     # 2) place it, and load the stages
     pipeline = _load_pipeline(described, arguments)
     # 3) turn the model on the meta device into the object that users get
-    model = make_sharded(
-        described.meta, pipeline, described.parts, code, base=base, owns_cluster=arguments.owns_cluster
-    )
+    parts = pipeline.spec.parts or described.parts  # with what every stage holds in this plan
+    model = make_sharded(described.meta, pipeline, parts, code, base=base, owns_cluster=arguments.owns_cluster)
     # 4) load the adapter, if the folder holds one
     if arguments.adapter is not None:
         try:
@@ -77,7 +76,7 @@ def _load_stacks(decoder: Described, code: ModelCode, arguments: LoadArguments, 
             pipeline.unload()
         raise
     stacks = [
-        Stacked(described.meta, pipeline, described.parts, code)
+        Stacked(described.meta, pipeline, pipeline.spec.parts or described.parts, code)
         for described, pipeline in zip((encoder, decoder), pipelines, strict=True)
     ]
     return make_encoder_decoder(*stacks, base=base, owns_cluster=arguments.owns_cluster)
@@ -89,6 +88,7 @@ def _load_pipeline(described: Described, arguments: LoadArguments) -> Pipeline:
     assert cluster is not None
     # 1) find the plan: given, kept on disk, or measured and solved
     plan = find_or_fit_plan(described, arguments)
+    described = described.holding(plan.held_instead(described.parts.transmission))
     # 2) load the stages
     timeout_s = cluster.timeout_s if arguments.timeout_s is None else arguments.timeout_s
     pipeline = Pipeline(

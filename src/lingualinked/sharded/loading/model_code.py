@@ -137,11 +137,11 @@ def _name(namespace: Any, name: str) -> str:
 
 @functools.cache
 def _folders() -> tuple[str, ...]:
-    """Return the folders of the packages that define models, and of ``kernels``, which decorates them."""
-    kernels = importlib.util.find_spec("kernels")
+    """Return the folders of the packages that define models, and of those that some of their modules use."""
+    others = [importlib.util.find_spec(name) for name in ("accelerate", "kernels")]
     folders = [
         *torch.__path__,
         *transformers.__path__,
-        *((kernels.submodule_search_locations or ()) if kernels else ()),
+        *(folder for spec in others if spec is not None for folder in spec.submodule_search_locations or ()),
     ]
     return tuple(f"{Path(folder)}/" for folder in folders)
