@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lingualinked.errors import ArgumentError
 from lingualinked.model.cutting.heads import cache_argument_of
@@ -152,7 +153,8 @@ class ShardedTaskModel(SealedModel, Adapters, Conversions, Saving, UnsupportedOp
     @functools.cached_property
     def _base_output(self) -> type[Any]:
         real = self._real_class if self._parts.head is None else _real_class_of(self.base_model)
-        return output_class(real)
+        named = output_class(real)
+        return named if "last_hidden_state" in inspect.signature(named).parameters else BaseModelOutputWithPast
 
 
 class CalledByClass:
@@ -164,6 +166,10 @@ class CalledByClass:
     def __init__(self, model: Any, head: str, answer_base: Callable[..., tuple[Any, Tensor]]) -> None:
         self._model, self._head, self._answer_base = model, head, answer_base
         self._output: Tensor | None = None
+
+    @property
+    def __class__(self) -> Any:  # for super() in the class's code
+        return type(self._model)
 
     def __getattr__(self, name: str) -> Any:
         if name == self._model.base_model_prefix:
