@@ -5,6 +5,7 @@ Knows transformers' tables of classes; nothing of what is compared.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from accelerators import on_accelerator
+from architectures import default_config
 from families import FAMILIES, tiny_config
+from lingualinked.model.proving.small_copies import small_copies
 
 TABLES = {
     "feature-extraction": modeling_auto.MODEL_MAPPING_NAMES,
@@ -86,3 +89,38 @@ def assert_same(ours: Any, theirs: Any, *, ignored: tuple[str, ...] = ()) -> Non
             continue
         pairs = zip(ours[name], value, strict=True) if isinstance(value, tuple) else [(ours[name], value)]
         assert all(torch.equal(mine, other) for mine, other in pairs), name
+
+
+def classes_of(model_type: str) -> list[tuple[str, str]]:
+    """Return the tasks that transformers has a class for, of a model type, and the class."""
+    found = {task: table[model_type] for task, table in TABLES.items() if model_type in table}
+    return [(task, name if isinstance(name, str) else name[0]) for task, name in found.items()]
+
+
+def small_head(model_type: str, task: str, class_name: str, folder: Path) -> PreTrainedModel | None:
+    """Save a small copy of a type's default configuration as a class, and load it as transformers does; None if that can't run it."""
+    cls: Any = getattr(transformers, class_name)
+    for number, config in enumerate(itertools.islice(small_copies(default_config(model_type)), 40)):
+        config.num_labels = 2 if task == "question-answering" else 3
+        config.architectures = [class_name]
+        for each in (config, config.get_text_config()):
+            each.pad_token_id = PAD
+        try:
+            model = cls(config if isinstance(config, cls.config_class) else config.get_text_config()).float()
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.empty(parameter.shape).normal_(std=0.05, generator=generator))
+            model.save_pretrained(folder / str(number))
+            loaded: PreTrainedModel = reference_head(folder / str(number), task)
+            run_uncut(loaded, task)
+        except Exception:  # noqa: BLE001 - whatever it is, the next copy may do without
+            continue
+        return loaded
+    return None
+
+
+def run_uncut(model: Any, task: str) -> Any:
+    """Call a model with texts padded on both sides, and with labels."""
+    with torch.no_grad():
+        return model(**padded("right"), **({} if task == "feature-extraction" else labels_for(task)))

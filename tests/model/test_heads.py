@@ -5,6 +5,7 @@ The caller's part, which is the class's own forward, runs around the stages.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,44 @@ import pytest
 import torch
 from torch import Tensor
 
-from conversations import Cut, load_stages, spec_of
-from heads import HEADS, assert_same, labels_for, padded, reference_head, tiny_head
+from architectures import decoder_only_types
+from conversations import Cut, load_stage, spec_of
+from heads import HEADS, assert_same, classes_of, labels_for, padded, reference_head, run_uncut, small_head, tiny_head
 from lingualinked.model.cutting.footprint import measure_footprint
-from lingualinked.model.cutting.parts import build_meta, find_parts
+from lingualinked.model.cutting.heads import cache_argument_of
+from lingualinked.model.cutting.parts import build_meta, find_parts, parts_of
+from lingualinked.model.hf_internals.cache_arguments import supports_cache
 from lingualinked.model.spec import ModelSpec
-from lingualinked.sharded.calling.outputs import output_class
+from lingualinked.model.weights.checkpoint import resolve_files
+from lingualinked.sharded.calling.outputs import base_output_class
 from lingualinked.sharded.calling.task_models import CalledByClass
 
 pytestmark = [pytest.mark.equality, pytest.mark.slow]
 
 NUM_LAYERS = 4
+NOT_YET: frozenset[str] = frozenset()
 
 
-def call(spec: ModelSpec, num_stages: int, arguments: dict[str, Tensor]) -> Any:
+def call(spec: ModelSpec, num_stages: int, arguments: dict[str, Tensor], num_layers: int = NUM_LAYERS) -> Any:
     """Call a model in stages as its class is called."""
-    stages = load_stages(spec, num_stages, NUM_LAYERS)
     meta: Any = build_meta(spec)
-    head = stages[0].span.parts.head
+    ends = [round(index * num_layers / num_stages) for index in range(num_stages + 1)]
+    ends = [end for end in ends if end not in parts_of(spec, meta).transmission.forbidden_cuts]
+    stages = [load_stage(spec, *span) for span in itertools.pairwise(ends)]
+    head, config = stages[0].span.parts.head, meta.config.get_text_config()
+    keeps_kv = getattr(config, "use_cache", True) and cache_argument_of(meta) is not None and supports_cache(type(meta))
 
-    def answer_base(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> tuple[Any, Tensor]:
-        given = Cut(stages, keeps_kv=meta.config.use_cache).step(input_ids, attention_mask, None)
-        states = given.new_zeros(*given.shape[:2], meta.config.hidden_size)
-        return output_class(type(meta.base_model))(last_hidden_state=states), given
+    def answer_base(
+        input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **_: Any
+    ) -> tuple[Any, Tensor]:
+        assert input_ids is not None
+        given = Cut(stages, keeps_kv=keeps_kv).step(input_ids, attention_mask, None)
+        states = given.new_zeros(*given.shape[:2], config.hidden_size)
+        return base_output_class(type(meta.base_model))(last_hidden_state=states), given
 
     with torch.no_grad():
         if head is None:
-            return output_class(type(meta))(last_hidden_state=answer_base(**arguments)[1])
+            return base_output_class(type(meta))(last_hidden_state=answer_base(**arguments)[1])
         return type(meta).forward(CalledByClass(meta, head, answer_base), **arguments)
 
 
@@ -53,6 +65,34 @@ def test_a_cut_model_with_a_head_is_exact(family: str, task: str, tmp_path: Path
         with torch.no_grad():
             expected = model(**arguments)
         assert_same(call(spec, num_stages, arguments), expected, ignored=("past_key_values",))
+
+
+@pytest.mark.parametrize("every_type", [each for each in decoder_only_types() if classes_of(each)])
+def test_a_small_copy_with_any_head_is_exact(every_type: str, tmp_path: Path) -> None:
+    is_tried = False
+    for task, class_name in classes_of(every_type):
+        model: Any = small_head(every_type, task, class_name, tmp_path / task)
+        if model is None or every_type in NOT_YET:  # transformers itself can't run it
+            continue
+        is_tried = True
+        config = model.config
+        spec = ModelSpec(
+            class_name=class_name,
+            config_json=config.to_json_string(use_diff=False),
+            dtype="float32",
+            attn_implementation=None,
+            load_format="safetensors",
+            files=resolve_files(config.name_or_path),
+        )
+        parts = find_parts(build_meta(spec))
+        arguments = padded("right") | ({} if task == "feature-extraction" else labels_for(task))
+        for num_stages in (2, 3):
+            expected, found = run_uncut(model, task), call(spec, num_stages, arguments, parts.num_layers)
+            for name in ("loss", "logits", "start_logits", "end_logits", "last_hidden_state"):
+                if name in expected:
+                    assert torch.equal(found[name], expected[name]), (class_name, num_stages, name)
+    if not is_tried:
+        pytest.skip("transformers itself runs no small copy with any head")
 
 
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])

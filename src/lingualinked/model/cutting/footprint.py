@@ -28,7 +28,7 @@ from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
 from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
 from lingualinked.model.cutting.parts import build_meta, cache_slots, learned_positions
 from lingualinked.model.cutting.trace import NoData
-from lingualinked.model.hf_internals.cache_arguments import keeps_cache
+from lingualinked.model.hf_internals.cache_arguments import supports_cache
 from lingualinked.model.kv.kept_values import KeptValues, tensors_in
 from lingualinked.model.kv.layer_state import walk
 from lingualinked.model.stages.module_state import ModuleState
@@ -166,8 +166,7 @@ def _run_without_data(
     last = model.get_submodule(f"{parts.layers}.{parts.num_layers - 1}")
     hook = last.register_forward_hook(lambda _layer, _arguments, output: outputs.append(output))
     name = cache_argument_of(model)
-    keeps = keeps_cache(type(model)) if model.can_generate() else name == "past_key_values"
-    cache = DynamicCache(config=model.config) if keeps else None
+    cache = DynamicCache(config=model.config) if name and supports_cache(type(model)) else None
     arguments: dict[str, Any] = {} if name is None else {name: cache, "use_cache": True}
     try:
         with torch.no_grad(), NoData(), ModuleState(model, model.config.model_type).lent_to(modules, is_first=True):

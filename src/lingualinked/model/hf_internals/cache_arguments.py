@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import GenerationMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 
@@ -23,5 +24,10 @@ def masks_past(cls: Any) -> bool:
 
 
 def keeps_cache(cls: Any) -> bool:
-    """Return whether a class keeps transformers' ``Cache``, and no object of its own."""
-    return cache_argument(cls) is not None and bool(cls._supports_default_dynamic_cache())
+    """Return whether a class, which may not generate, keeps transformers' ``Cache``, and no object of its own."""
+    return cache_argument(cls) is not None and supports_cache(cls)
+
+
+def supports_cache(cls: Any) -> bool:
+    """Return whether what a class keeps is transformers' ``Cache``, if it keeps anything."""
+    return bool(GenerationMixin._supports_default_dynamic_cache.__func__(cls))  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from lingualinked.model.cutting.architectures import find_class
@@ -40,6 +40,12 @@ def output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
         kinds = tuple(names.get(name) for name in re.findall(r"\w+", annotation))
     named = (each for each in kinds if inspect.isclass(each) and issubclass(each, ModelOutput))
     return next(named, CausalLMOutputWithPast)
+
+
+def base_output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
+    """Return the output class of a class without a head, some of whose annotations are of a class with one."""
+    named = output_class(real)
+    return named if "last_hidden_state" in inspect.signature(named).parameters else BaseModelOutputWithPast
 
 
 def returns_unrequested_cache(spec: ModelSpec) -> bool:

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lingualinked.errors import ArgumentError
 from lingualinked.model.cutting.heads import cache_argument_of
 from lingualinked.model.hf_internals.cache_arguments import cache_argument
 from lingualinked.sharded.adapters.model_adapters import Adapters
 from lingualinked.sharded.calling.inputs import check_tensor
-from lingualinked.sharded.calling.outputs import LOSS_ARGUMENTS, output_class
+from lingualinked.sharded.calling.outputs import LOSS_ARGUMENTS, base_output_class
 from lingualinked.sharded.calling.stepping import ShardedSteps
 from lingualinked.sharded.sealed.conversions import Conversions
 from lingualinked.sharded.sealed.sealing import SealedModel
@@ -153,8 +152,7 @@ class ShardedTaskModel(SealedModel, Adapters, Conversions, Saving, UnsupportedOp
     @functools.cached_property
     def _base_output(self) -> type[Any]:
         real = self._real_class if self._parts.head is None else _real_class_of(self.base_model)
-        named = output_class(real)
-        return named if "last_hidden_state" in inspect.signature(named).parameters else BaseModelOutputWithPast
+        return base_output_class(real)
 
 
 class CalledByClass:
@@ -167,8 +165,8 @@ class CalledByClass:
         self._model, self._head, self._answer_base = model, head, answer_base
         self._output: Tensor | None = None
 
-    @property
-    def __class__(self) -> Any:  # for super() in the class's code
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # for super() in the code of the class
         return type(self._model)
 
     def __getattr__(self, name: str) -> Any:
