@@ -28,7 +28,7 @@ from lingualinked.sharded.calling.task_models import CalledByClass
 pytestmark = [pytest.mark.equality, pytest.mark.slow]
 
 NUM_LAYERS = 4
-NOT_YET: frozenset[str] = frozenset()
+UNLIKE = frozenset({"cpmant", "llama4", "minimax", "reformer"})  # not cut, or without a class of hidden states alone
 
 
 def call(spec: ModelSpec, num_stages: int, arguments: dict[str, Tensor], num_layers: int = NUM_LAYERS) -> Any:
@@ -38,7 +38,9 @@ def call(spec: ModelSpec, num_stages: int, arguments: dict[str, Tensor], num_lay
     ends = [end for end in ends if end not in parts_of(spec, meta).transmission.forbidden_cuts]
     stages = [load_stage(spec, *span) for span in itertools.pairwise(ends)]
     head, config = stages[0].span.parts.head, meta.config.get_text_config()
-    keeps_kv = getattr(config, "use_cache", True) and cache_argument_of(meta) is not None and supports_cache(type(meta))
+    keeps_kv = (
+        getattr(config, "use_cache", False) and cache_argument_of(meta) is not None and supports_cache(type(meta))
+    )
 
     def answer_base(
         input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **_: Any
@@ -67,12 +69,14 @@ def test_a_cut_model_with_a_head_is_exact(family: str, task: str, tmp_path: Path
         assert_same(call(spec, num_stages, arguments), expected, ignored=("past_key_values",))
 
 
-@pytest.mark.parametrize("every_type", [each for each in decoder_only_types() if classes_of(each)])
+@pytest.mark.parametrize(
+    "every_type", [each for each in decoder_only_types() if classes_of(each) and each not in UNLIKE]
+)
 def test_a_small_copy_with_any_head_is_exact(every_type: str, tmp_path: Path) -> None:
     is_tried = False
     for task, class_name in classes_of(every_type):
         model: Any = small_head(every_type, task, class_name, tmp_path / task)
-        if model is None or every_type in NOT_YET:  # transformers itself can't run it
+        if model is None:  # transformers itself can't run it
             continue
         is_tried = True
         config = model.config

@@ -81,7 +81,10 @@ def is_known_class(class_name: str) -> bool:
 
 @functools.cache
 def _task_of_class() -> dict[str, str]:
-    tasks: dict[str, str] = {}
+    generating = (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    )  # some stand for models without head too
+    tasks: dict[str, str] = {name: GENERATION for names in generating for name in _names(names)}
     for task, classes in _CLASSES.items():
         for names in classes.values():
             tasks |= {name: GENERATION if task == SEEING else task for name in _names(names) if name not in tasks}

@@ -30,4 +30,4 @@ def keeps_cache(cls: Any) -> bool:
 
 def supports_cache(cls: Any) -> bool:
     """Return whether what a class keeps is transformers' ``Cache``, if it keeps anything."""
-    return bool(GenerationMixin._supports_default_dynamic_cache.__func__(cls))  # type: ignore[attr-defined]
+    return bool(GenerationMixin._supports_default_dynamic_cache.__func__(cls))  # type: ignore[attr-defined, misc]

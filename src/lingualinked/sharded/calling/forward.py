@@ -136,7 +136,7 @@ class ShardedCausalLM(
         keep = check_logits_to_keep(logits_to_keep)
         targets = None if labels is None else self._check_labels(labels, step.shape, keep, loss_arguments)
         # 3) run the step in the session of the given KV cache, or in a new one
-        asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
+        asks_for_kv = self._asks_for_kv(use_cache)
         keeps_kv = step.past is not None or (asks_for_kv and self._cache_name is not None)
         result = self._run_step(step, keep=keep, use_cache=use_cache, keeps_kv=keeps_kv)
         logits, recorded = result.output, result.recorded

@@ -246,6 +246,13 @@ class ShardedSteps:
             return given
         return None if given is None else check_empty(given, self.config)
 
+    def _asks_for_kv(self, use_cache: bool | None) -> bool:
+        """Whether a call asks for KV for a next one; without a value, the config says it, or the class has no KV then."""
+        if use_cache is not None:
+            return bool(use_cache)
+        own, of_text = self.config, self.config.get_text_config(decoder=True)
+        return bool(getattr(own, "use_cache", getattr(of_text, "use_cache", False)))
+
     def _checked_in_call(self) -> bool:
         """Whether a call is running that has checked the model for all its steps."""
         return False

@@ -129,8 +129,7 @@ class ShardedTaskModel(SealedModel, Adapters, Conversions, Saving, UnsupportedOp
             others,
         )
         use_cache = given["use_cache"]
-        asks_for_kv = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
-        keeps_kv = step.past is not None or (asks_for_kv and self._takes_kv)
+        keeps_kv = step.past is not None or (self._asks_for_kv(use_cache) and self._takes_kv)
         result = self._run_step(step, keep=0, use_cache=use_cache, keeps_kv=keeps_kv)
         assert result.output is not None
         output = states = result.output

@@ -54,6 +54,7 @@ def test_a_class_is_for_one_task() -> None:
     assert task_of_class("LlamaForCausalLM") == "text-generation"
     assert task_of_class(type(GPT2Config()).__name__) == "text-generation"
     assert task_of_class("GPT2ForQuestionAnswering") == "question-answering"
+    assert task_of_class("Llama4ForConditionalGeneration") == "text-generation"
     assert task_of_class("OPTModel") == "feature-extraction"
     assert is_known_class("OPTModel")
     assert is_known_class("LlamaForCausalLM")
