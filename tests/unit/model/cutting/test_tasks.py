@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from transformers import GPT2Config, GraniteConfig, LlamaConfig
+from transformers import GPT2Config, GraniteConfig, LlamaConfig, LlavaConfig, Qwen3_5Config
 
 import lingualinked as ll
+from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.cutting.tasks import TASKS, class_of_task, is_known_class, task_of_class
 
 CAUSAL = "LlamaForCausalLM"
@@ -60,3 +61,16 @@ def test_a_class_is_for_one_task() -> None:
     assert is_known_class("LlamaForCausalLM")
     assert not is_known_class("BertModel")
     assert not is_known_class("GPT2Config")
+
+
+def test_what_sees_pictures_runs_as_its_own_class_and_generates() -> None:
+    seeing = "LlavaForConditionalGeneration"
+    config = LlavaConfig(architectures=[seeing])
+    assert check_architecture(config) == seeing  # the only one that generates text
+    assert class_of_task(config, None, seeing) == class_of_task(config, "image-text-to-text", seeing) == seeing
+    both = Qwen3_5Config(architectures=["Qwen3_5ForConditionalGeneration"])
+    causal = check_architecture(both)
+    assert causal == class_of_task(both, "text-generation", causal) == "Qwen3_5ForCausalLM"
+    assert class_of_task(both, None, causal) == "Qwen3_5ForConditionalGeneration"
+    assert is_known_class(seeing)
+    assert task_of_class(seeing) == "text-generation"
