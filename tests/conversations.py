@@ -141,12 +141,13 @@ class Cut:
     ) -> Tensor:
         """Return the logits of new tokens, or an empty tensor; only a stage's output reaches the next one."""
         tensors: tuple[Tensor, ...] = (tokens,)
-        layout = None
+        layout = shape = None
         made: dict[str, Tensor] = {}
         for stage, cache in zip(self.stages, self.caches, strict=True):
             inputs = StageInputs(
                 tensors=tensors,
                 layout=layout,
+                shape=shape,
                 relayed={name: made[name] for name in stage.used_relays if name in made},
                 attention_mask=mask,
                 position_ids=positions,
@@ -158,6 +159,7 @@ class Cut:
             )
             output = stage.step(inputs, cache)
             tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout
+            shape = output.shape
             made |= {name: tensor.clone().cpu() for name, tensor in output.relayed.items()}
         if not wants_logits:
             assert not tensors

@@ -91,6 +91,7 @@ class Step(Message, frozen=True, tag=4):
     what the hooks that ran last in it have returned.
     Stages compute with the adapters that ``adapters`` says, of those that they have (`AddAdapter`); None: without any.
     They run no layers that ``skips`` names. ``strides`` are those of the stage's input if it is sent in another order.
+    ``shape`` says rows and tokens where the stage's input does not show them.
     In a run, the worker ``runner`` of the last stage may send the session's next ``run_steps`` steps to the first one (`BeginRun`).
     The session's first step says how many tokens per row its KV cache holds from the start, ``max_cache_len``; 0: it grows.
     Each stage adds one element to ``timings``. ``sent_us`` is the sender's clock modulo 2^32 microseconds; only
@@ -128,6 +129,7 @@ class Step(Message, frozen=True, tag=4):
     runner: str = ""
     run_steps: Natural = 0
     extras: ExtraTensors | None = None
+    shape: tuple[Natural, Natural] | None = None
 
     def __post_init__(self) -> None:
         # What a user may set. Steps are too many to be checked as a whole, as requests are (`check`).

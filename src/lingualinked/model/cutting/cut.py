@@ -76,7 +76,15 @@ def describe_module(module: nn.Module) -> Any:
     """Return an object with the attributes of a module and of those inside: no weights, no code."""
     if isinstance(module, StandIn):
         return vars(module)["_original"]
-    known = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    sources = [
+        vars(cls) for cls in reversed(type(module).__mro__) if issubclass(cls, nn.Module) and cls is not nn.Module
+    ]
+    attributes = [item for source in (*sources, vars(module)) for item in source.items()]
+    known = {
+        name: value
+        for name, value in attributes
+        if not name.startswith("_") and name != "training" and not hasattr(type(value), "__get__")
+    }
     tensors = {**module._parameters, **module._buffers}  # noqa: SLF001 - these are only the module's own
     known |= {name: None if each is None else torch.empty_like(each, device="meta") for name, each in tensors.items()}
     known |= {name: None if child is None else describe_module(child) for name, child in module._modules.items()}  # noqa: SLF001
@@ -155,12 +163,17 @@ class AbsentPart(AbsentModule):
         super().__init__(boundary, original)
         self._output, self._dtype = output, getattr(torch, output.dtype)
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **_kwargs: Any) -> torch.Tensor:
         """Return what the first stage has made, or zeros of the shape that the part would return."""
         relayed = self.boundary.relayed.get(self._output.path)
         if relayed is not None:
             return relayed
-        return torch.zeros(self._output.sizes(*self.boundary.shape), dtype=self._dtype, device=self.boundary.device)
+        sizes = self._output.sizes(*self.boundary.shape)
+        if (
+            not self._output.is_regular and args and isinstance(args[0], torch.Tensor)
+        ):  # such as an embedding of more than the text
+            sizes = (*args[0].shape, *sizes[args[0].ndim :])
+        return torch.zeros(sizes, dtype=self._dtype, device=self.boundary.device)
 
 
 def cut_class(

@@ -22,6 +22,11 @@ class OutputShape:
     shape: tuple[int | str, ...]  # "rows" and "tokens" are those of a step
     dtype: str  # "bfloat16"
 
+    @property
+    def is_regular(self) -> bool:
+        """Whether it shows the numbers of rows and tokens of a step."""
+        return {"rows", "tokens"} <= set(self.shape)
+
     def step_shape(self, sizes: Sequence[int]) -> tuple[int, int]:
         """Return the numbers of rows and tokens of a step in which the tensor has these sizes; raise ArgumentError for others."""
         places = [self.shape.index(name) if name in self.shape else None for name in ("rows", "tokens")]

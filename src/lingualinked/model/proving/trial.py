@@ -78,17 +78,19 @@ class InStages:
         """Return the logits of the new tokens, the last ones of `tokens` [rows, all tokens so far]."""
         past = self._num_seen if self._caches[0] is not None else 0
         tensors: tuple[Tensor, ...] = (tokens[:, past:],)
-        layout, made = None, dict[str, Tensor]()
+        layout = shape = None
+        made: dict[str, Tensor] = {}
         for stage, cache in zip(self.stages, self._caches, strict=True):
             inputs = StageInputs(
                 tensors=tensors,
                 layout=layout,
+                shape=shape,
                 relayed={name: made[name] for name in stage.used_relays if name in made},
                 attention_mask=mask,
                 position_ids=positions_of(mask)[:, past:] if self._has_positions else None,
             )
             output = stage.step(inputs, cache)
-            tensors, layout = tuple(each.clone() for each in output.tensors), output.layout
+            tensors, layout, shape = tuple(each.clone() for each in output.tensors), output.layout, output.shape
             made |= {name: each.clone() for name, each in output.relayed.items()}
         self._num_seen = tokens.shape[1]
         return tensors[0]

@@ -162,10 +162,13 @@ class Stage:
         cache.modules.holds = self.module_state.holds
         return cache
 
-    def step_shape(self, states: Tensor) -> tuple[int, int]:
-        """Return the numbers of rows and new tokens of a step with this input; raise ArgumentError if it can't be one."""
-        if self.is_first:
-            return states.shape[0], states.shape[1]
+    def step_shape(self, states: Tensor, shape: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Return the numbers of rows and new tokens of a step with this input; raise ArgumentError if it can't be one.
+
+        `shape` says it where the input does not show it.
+        """
+        if self.is_first or shape is not None:
+            return shape or (states.shape[0], states.shape[1])
         return self.span.parts.layer_outputs[self.start - 1][0].step_shape(states.shape)
 
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
@@ -179,12 +182,12 @@ class Stage:
 
     def _step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         # 1) a static cache has to have room: beyond it, an accelerator would write to other memory
-        _, num_new = self.step_shape(inputs.tensors[0])
+        _, num_new = self.step_shape(inputs.tensors[0], inputs.shape)
         if cache is not None:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
         graph = decode = None
-        keeps_state = bool(self._ropes or self.module_state)
+        keeps_state = bool(self._ropes or self.module_state or self._relays.cross)
         if cache is not None and not keeps_state and not self.adapters and self.graphs.serve(cache):
             decode = decode_inputs(inputs, cache)
         if decode is not None and cache is not None:
@@ -248,7 +251,7 @@ class Stage:
         }
         if inputs.position_ids is not None:
             arguments["position_ids"] = self._to_device(inputs.position_ids)
-        num_rows, num_new = self._boundary.shape = self.step_shape(states)
+        num_rows, num_new = self._boundary.shape = self.step_shape(states, inputs.shape)
         self._boundary.device = self.device
         self._boundary.relayed = relayed = {name: each.to(self.device) for name, each in inputs.relayed.items()}
         arguments |= self._relays.text_arguments(states, self._boundary.shape, relayed)
@@ -310,7 +313,15 @@ class Stage:
                 hook.remove()
             self._boundary.clear()
         captured = [] if instrumented is None else [(number, value.cpu()) for number, value in instrumented.captured]
-        return StageOutput(tensors=outputs, layout=layout, relayed=made, recorded=recorded, captured=captured)
+        is_shown = self.is_last or self.span.parts.layer_outputs[self.end - 1][0].is_regular
+        return StageOutput(
+            tensors=outputs,
+            layout=layout,
+            shape=None if is_shown else (num_rows, num_new),
+            relayed=made,
+            recorded=recorded,
+            captured=captured,
+        )
 
     def _cache_arguments(self, cache: StageCache | None) -> dict[str, Any]:
         """Return how the model's forward is told what it has kept of a text, and to keep more."""

@@ -35,6 +35,7 @@ class StageInputs:
     layout: tuple[bool, ...] | None  # None for a single tensor, else which items of a tuple are tensors, not None
     attention_mask: Tensor | None  # [rows, past + tokens] int64
     position_ids: Tensor | None  # [rows or 1, tokens] int64
+    shape: tuple[int, int] | None = None  # rows and new tokens, where the tensors do not show them
     relayed: Mapping[str, Tensor] = field(default_factory=dict)  # what other stages have made, by the name of the relay
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # further arguments of the model's forward, by name
     picture_copies: int = (
@@ -62,6 +63,7 @@ class StageOutput:
 
     tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
     layout: tuple[bool, ...] | None
+    shape: tuple[int, int] | None = None  # as in `StageInputs`, for the next stage
     relayed: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # what later stages use of this one, by the name of the relay

@@ -315,7 +315,7 @@ class HostedStage:
     ) -> StageOutput:
         # 1) check the step
         inputs, shared = split_tensors(step, tensors)
-        num_rows, num_new = self.stage.step_shape(inputs[0])
+        num_rows, num_new = self.stage.step_shape(inputs[0], step.shape)
         if step.position_rows not in (0, 1, num_rows):
             raise ProtocolError(f"positions of {count_text(step.position_rows, 'row')} arrived in a step of {num_rows}")
         if step.edits and session.cache is None:
@@ -342,6 +342,7 @@ class HostedStage:
             StageInputs(
                 tensors=inputs,
                 layout=step.layout,
+                shape=step.shape,
                 relayed=self.relayed.remove(step.session, step.number),
                 attention_mask=mask,
                 position_ids=positions,

@@ -193,6 +193,7 @@ class StepRunner:
                 onward,
                 stage=step.stage + 1,
                 layout=output.layout,
+                shape=output.shape,
                 strides=strides,
                 timings=timings,
                 sent_us=clock_us() + encode_us,
