@@ -6,7 +6,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
-    T5Config,
+    ProphetNetConfig,
     ViTConfig,
 )
 
@@ -51,7 +51,7 @@ class CustomConfig(PreTrainedConfig):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (T5Config(architectures=["T5ForConditionalGeneration"]), "T5ForConditionalGeneration .* encoder-decoder"),
+        (ProphetNetConfig(), "prophetnet.* encoder-decoder"),
         (BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM .* encoder-only"),
         (ViTConfig(), "no causal language model"),
         (CustomConfig(), "trust_remote_code=True"),
