@@ -6,9 +6,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from architectures import default_config, spec_of_config
 from families import FAMILIES, tiny_config
 from lingualinked.errors import ArgumentError, UncuttableModelError
-from lingualinked.model.cutting.parts import build_meta, find_parts, learned_positions
+from lingualinked.model.cutting.parts import build_meta, find_parts, learned_positions, parts_of
 from lingualinked.model.hf_internals import building
 from lingualinked.model.spec import ModelSpec
 
@@ -131,3 +132,13 @@ def test_a_forward_pass_that_does_not_come_to_the_layers_is_refused() -> None:
     model = building.build_on_meta(Unreached, tiny_config("llama"), torch.float32, None)
     with pytest.raises(UncuttableModelError, match="it runs none of its 4 layers"):
         find_parts(model)
+
+
+def test_persistent_buffers_are_weights() -> None:
+    config = default_config("minimax")
+    spec = spec_of_config(config, "bfloat16")
+    model = build_meta(spec)
+    layer, parts = model.get_submodule("model.layers.1"), parts_of(spec, model)
+    buffers = sum(buffer.nbytes for buffer in layer.buffers())
+    assert buffers > 2**22
+    assert parts.weights.layers[1] == buffers + sum(parameter.nbytes for parameter in layer.parameters())
