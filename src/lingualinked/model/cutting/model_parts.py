@@ -55,6 +55,7 @@ class ModelParts:
     outputs: tuple[OutputShape, ...] = ()  # of the prologue, where a part returns one tensor
     layer_outputs: tuple[tuple[OutputShape, ...], ...] = ()  # of each layer: what the next one uses of it
     transmission: Transmission = dataclasses.field(default_factory=Transmission)
+    changes_weights: bool = False  # whether the first forward pass changes weights, for all later ones
     head: str | None = (
         None  # the module that ends a class for a task; None for causal LMs, and for models without a head
     )

@@ -104,6 +104,7 @@ def find_parts(meta_model: PreTrainedModel, *, holds_towers: bool = True) -> Mod
             )
             for index, used in sorted(flow.items.items())
         ),
+        changes_weights=flow.changes_weights,
         transmission=_transmission_of(
             flow,
             prologue,

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
 from lingualinked.model.cutting.heads import HeadPass, find_head
+from lingualinked.model.kv.kept_values import KeptValues
+from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Flow:
     """What a forward pass has shown; layers are counted from 0, and what follows the last one is layer `num_layers`."""
 
     dtype: torch.dtype  # of the model in this pass
+    changes_weights: bool = False  # whether it has changed parameters in place
     before: set[str] = field(default_factory=set)  # parts that run before the first layer
     between: set[str] = field(default_factory=set)
     after: set[str] = field(default_factory=set)
@@ -155,8 +158,9 @@ def _in_containers(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def trace(model: PreTrainedModel, layers: nn.ModuleList, parts: Mapping[str, nn.Module]) -> Flow:
     """Run a model on the meta device once; return what its parts and layers use of each other."""
-    tracer = _Tracer(len(layers), model.dtype)
+    tracer, state = _Tracer(len(layers), model.dtype), ModuleState(model, model.config.model_type)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(state.lent_to(KeptValues(), is_first=True))  # a pass without data leaves nothing
         for path, module in parts.items():
             for handle in tracer.watch_part(path, module):
                 stack.callback(handle.remove)
@@ -169,7 +173,7 @@ def trace(model: PreTrainedModel, layers: nn.ModuleList, parts: Mapping[str, nn.
         tracer.marking.mark(ids, {("ids", "")})
         with torch.no_grad(), torch.device("meta"), unchecked_distributions(), tracer.marking:
             _, output = HeadPass(model, find_head(model)).run(is_last=True, input_ids=ids, use_cache=False)
-    return tracer.end(output)
+    return tracer.end(output, changes_weights=state.changes_weights)
 
 
 @contextlib.contextmanager
@@ -210,9 +214,10 @@ class _Tracer:
         self._num_layers = num_layers
         self._num_done = 0
 
-    def end(self, output: Any) -> Flow:
+    def end(self, output: Any, *, changes_weights: bool) -> Flow:
         """Return what the pass with this output has shown; raise LayersNotRunError if no layer has run."""
         flow = self._flow
+        flow.changes_weights = changes_weights
         if not flow.layers:
             raise LayersNotRunError(f"it runs none of its {count_text(self._num_layers, 'layer')}")
         self._note_uses(self._num_layers, self.marking.marks_of(output))

@@ -9,12 +9,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lingualinked.model.stages.stage_data import StageInputs
 from lingualinked.transmission import INPUT_IDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
+
+
+def draw_inputs(parts: ModelParts, start: int, end: int) -> StageInputs:
+    """Draw the inputs of a stage of layers ``[start, end)`` in a step of one token, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    return StageInputs(
+        tensors=draw_states(parts, start, 1, 1, generator) if start else (ids,),
+        layout=parts.transmission.items[start - 1] if start else None,
+        attention_mask=None,
+        position_ids=None,
+        relayed=draw_relayed(parts, start, end, 1, 1, generator),
+    )
 
 
 def draw_states(

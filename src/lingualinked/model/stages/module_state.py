@@ -110,6 +110,7 @@ class ModuleState:
         self._model_type = model_type
         self._places: dict[str, _Place] = {}
         self._num_later = 0  # steps that have been watched
+        self.changes_weights = False  # whether a step has changed parameters in place
 
     def __bool__(self) -> bool:
         """Whether passes have been seen to change anything."""
@@ -153,9 +154,11 @@ class ModuleState:
             yield
         finally:
             # 2) find other places where the step has changed something
-            changes_weights = any(view.weights != _weights_of(self._modules[path]) for path, view in before.items())
+            changed = [path for path, view in before.items() if view.weights != _weights_of(self._modules[path])]
+            self.changes_weights |= bool(changed)
+            changes_data = any(not each.is_meta for path in changed for each in self._modules[path].parameters())
             for name, place, seen in self._changes(before):
-                if changes_weights and isinstance(place.get(), bool | int | float | str):
+                if changes_data and isinstance(place.get(), bool | int | float | str):
                     continue  # it says that the weights have been changed, once for all sessions
                 self._places[name] = place
                 own[name] = seen.copy if place.in_place else seen.value

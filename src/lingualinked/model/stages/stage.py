@@ -35,6 +35,7 @@ from lingualinked.model.kv.kept_values import KeptValues
 from lingualinked.model.kv.kv_cache import StageCache
 from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.torch_settings import TorchSettings, frozen, read_torch_settings, torch_settings
+from lingualinked.model.stages.drawing import draw_inputs
 from lingualinked.model.stages.layer_order import LayerList, SpanOrder
 from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.model.stages.pictures import StagePictures
@@ -119,6 +120,8 @@ class Stage:
         for missing in missing_spans(start, end, [(stage.start, stage.end) for stage in shared]):
             span = load_span(spec, *missing, progress=report, open_files=open_files, fallback=fallback)
             loaded.append(cls(span, *missing, device))
+            if span.parts.changes_weights:  # before others share them
+                loaded[-1].step(draw_inputs(span.parts, *missing), None)
         # 2) join them with the shared ones
         if len(loaded) == 1 and (loaded[0].start, loaded[0].end) == (start, end):
             return loaded[0]

@@ -73,7 +73,7 @@ def load_span(
         with contextlib.closing(_open_source(spec, whole, open_files)) as source:
             return _load_from(source, whole, parts, spec, start, end, progress)
     except (FileChangedError, FetchError) as error:
-        if fallback is None:
+        if fallback is None or parts.changes_weights:  # other stages have changed them
             raise
         cause = str(error)
     # Only now, when the error no longer refers to what was loaded. The model was pruned: build it anew.
