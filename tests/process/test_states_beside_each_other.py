@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import lingualinked as ll
+from custom_checkpoints import write_checkpoint
 from families import reference
 from stateful_families import CROPPABLE, KINDS, save_stateful
 from waiting import num_sessions, wait_until
@@ -76,14 +77,55 @@ def random_plan(rng: random.Random) -> ll.Plan:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sessions_do_not_touch_each_other(kind: str, shared_cluster: ll.Cluster, tmp_path: Path) -> None:
     folder, rng = save_stateful(kind, tmp_path), random.Random(kind)
-    whole = reference(folder)
     calls = CALLS | (CROPPING if kind in CROPPABLE else {})
     if kind == "in modules":  # whose class returns no cache to go on with
         del calls["steps"]
+    arguments: dict[str, Any] = {"cluster": shared_cluster, "plan": random_plan(rng), "progress": False}
+    check_calls(ll.ShardedModel.from_pretrained(folder, **arguments), reference(folder), calls, rng)
+
+
+KEEPING = """
+import torch
+from torch import nn
+
+
+class OwnLayer(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.inner, self.outer = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(2))
+        self.mean, self.num_passes = None, 0
+        self.register_buffer("seen", torch.zeros(config.hidden_size))
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+        if past_key_values is not None:
+            past_key_values.update(hidden_states[:, None], hidden_states[:, None], self.layer_idx)
+        self.num_passes += 1
+        self.seen.add_(hidden_states.sum((0, 1)).tanh())
+        mean = hidden_states.mean(1, keepdim=True)
+        self.mean = mean if self.mean is None or len(mean) != len(self.mean) else (self.mean + mean) / 2
+        mixed = self.inner(hidden_states) + self.mean + self.seen / self.num_passes
+        return (hidden_states + self.outer(mixed.tanh())).tanh()
+"""
+
+
+def test_code_of_a_checkpoint_that_keeps_what_it_has_seen(
+    shared_fork_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("custom_checkpoints.LAYER", KEEPING)
+    whole, rng = write_checkpoint(tmp_path / "keeping"), random.Random(1)
+    with ll.Cluster([ll.Device(name=name, threads=1) for name in "abcd"]) as cluster:
+        model = ll.ShardedModel.from_pretrained(
+            tmp_path / "keeping", cluster=cluster, plan=random_plan(rng), trust_remote_code=True, progress=False
+        )
+        check_calls(model, whole, CALLS, rng)
+
+
+def check_calls(model: Any, whole: Any, calls: dict[str, Callable[[Any], Tensor]], rng: random.Random) -> None:
+    """Make all calls at once, each in a thread, while the model's layers move; compare with a model of its own for each."""
     expected = {name: call(copy.deepcopy(whole)) for name, call in calls.items()}
     sampled = sample(copy.deepcopy(whole))
-    plan = random_plan(rng)
-    model: Any = ll.ShardedModel.from_pretrained(folder, cluster=shared_cluster, plan=plan, progress=False)
     with model, ThreadPoolExecutor(len(calls) + 1) as threads:
         running = {name: threads.submit(call, model) for name, call in calls.items()}
 
