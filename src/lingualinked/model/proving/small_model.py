@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from lingualinked.errors import UncuttableModelError
 from lingualinked.model.cutting.architectures import read_config
 from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.hf_internals import building
-from lingualinked.model.hf_internals.cache_arguments import cache_argument
+from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
 from lingualinked.model.hf_internals.loading import quiet_loading
 from lingualinked.model.proving.small_copies import VOCABULARY, small_copies
 from lingualinked.model.weights.checkpoint import resolve_files
@@ -52,7 +53,8 @@ class Uncut:
         self._model = copy.deepcopy(model)  # of some, the modules keep what they have seen
         self._known = forward_arguments(type(model))
         self._state_name = cache_argument(type(model))
-        self._state: Any = None
+        # Some use one that they are given, and do not return it.
+        self._state: Any = DynamicCache(config=self._model.config) if keeps_cache(type(model)) else None
         self._num_seen = 0
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class Uncut:
             arguments |= {self._state_name: self._state, "use_cache": True}
         output = self._model(**{name: value for name, value in arguments.items() if name in self._known})
         if self._state_name:
-            self._state, self._num_seen = output[self._state_name], tokens.shape[1]
+            self._state, self._num_seen = output.get(self._state_name, self._state), tokens.shape[1]
         logits: Tensor = output.logits
         return logits
 
