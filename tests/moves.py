@@ -88,7 +88,7 @@ class Moving(Cut):
             for (target, start, end), cache in zip(self._next_spans, self._next_caches, strict=True):
                 if source != target and max(first, start) < min(stop, end):
                     slots = self.stages[index].cache_slots(max(first, start), min(stop, end))
-                    is_kept = self.stages[index].is_kept_in(max(first, start), min(stop, end))
+                    is_kept = self.stages[index].span.parts.is_kept_in(max(first, start), min(stop, end))
                     self._copies.append((index, KVCopy(self.caches[index], slots, is_kept), cache))
 
     def _send(self, *, finally_all: bool) -> None:

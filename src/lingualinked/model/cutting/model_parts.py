@@ -6,7 +6,7 @@ Plain data; knows neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lingualinked.errors import ArgumentError
 from lingualinked.quantities import count_text
@@ -90,6 +90,10 @@ class ModelParts:
         if layer is not None:
             return start <= layer < end
         return start == 0 or end == self.num_layers or self.is_in_every_stage(name)
+
+    def is_kept_in(self, start: int, end: int) -> Callable[[str], bool]:
+        """Return a function that tells whether an attribute's path is one of layers ``[start, end)``, or outside of all layers."""
+        return lambda name: (layer := self.layer_of(name)) is None or start <= layer < end
 
     def is_in_every_stage(self, path: str) -> bool:
         """Return whether every stage runs a module for itself, such as what computes positions."""

@@ -154,11 +154,6 @@ class Stage:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
         return kv_slots(self._model, cache_slots(self._layers[start:end]), self.num_layers)
 
-    def is_kept_in(self, start: int, end: int) -> Callable[[str], bool]:
-        """Return a function that tells whether an attribute's path is one of layers ``[start, end)``, or outside of all layers."""
-        layer_of = self.span.parts.layer_of
-        return lambda name: (layer := layer_of(name)) is None or start <= layer < end
-
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
         """Make the KV cache of a new session, of `max_cache_len` tokens (0: it grows) and at most `spare_bytes()` more bytes."""
         cache = StageCache(kv_config(self._model), self._slots, spare_bytes, max_cache_len, self.device)

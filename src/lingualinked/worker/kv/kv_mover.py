@@ -61,7 +61,9 @@ class KVMover:
         key = (request.target_version, request.target_stage)
         if key not in session.copies:
             slots = hosted.stage.cache_slots(request.start, request.end)
-            session.copies[key] = KVCopy(session.cache, slots, hosted.stage.is_kept_in(request.start, request.end))
+            session.copies[key] = KVCopy(
+                session.cache, slots, hosted.stage.span.parts.is_kept_in(request.start, request.end)
+            )
         self._transfers[request.request] = _Transfer(request, session, session.copies[key])
         self._send_next_chunk(request.request)
         return None
@@ -101,7 +103,7 @@ class KVMover:
         spans = [(start, end) for name, start, end in self._sending_spans(chunk) if name == sender]
         slots = frozenset({MODULES}).union(*(hosted.stage.cache_slots(*span) for span in spans))
         fits = slots.issuperset([each.slot for each in chunk.slices] + [each.slot for each in chunk.states])
-        is_kept = [hosted.stage.is_kept_in(*span) for span in spans]
+        is_kept = [hosted.stage.span.parts.is_kept_in(*span) for span in spans]
         if not fits or not all(any(here(name) for here in is_kept) for name in _kept_names(chunk)):
             raise ProtocolError(f"{sender!r} sent KV of layers that do not move from there to here")
         # 2) write its KV, and the session's state if the chunk has it; a session that has ended needs neither
