@@ -44,8 +44,10 @@ _T5 = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", _T5),
     "t5-gated": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": ("mt5", _T5),
     "umt5": ("umt5", _T5),
     "bart": ("bart", _BART),
+    "blenderbot": ("blenderbot", _BART),
     "mbart": ("mbart", _BART),
     "pegasus": ("pegasus", _BART),
     "marian": ("marian", {**_BART, "decoder_vocab_size": VOCABULARY}),

@@ -36,7 +36,7 @@ _REFUSED = {
 """Model types whose forward passes can't end at a layer, with the reason."""
 
 # To add one, add its configuration to tests/encoder_decoders.py, whose tests show that it is bit-equal.
-_ENCODER_DECODERS = ("bart", "m2m_100", "marian", "mbart", "pegasus", "t5", "umt5")
+_ENCODER_DECODERS = ("bart", "blenderbot", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5")
 
 
 def check_architecture(config: PreTrainedConfig, code: CustomCode | None = None) -> str:
