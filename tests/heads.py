@@ -100,7 +100,7 @@ def classes_of(model_type: str) -> list[tuple[str, str]]:
 def small_head(model_type: str, task: str, class_name: str, folder: Path) -> PreTrainedModel | None:
     """Save a small copy of a type's default configuration as a class, and load it as transformers does; None if that can't run it."""
     cls: Any = getattr(transformers, class_name)
-    for number, config in enumerate(itertools.islice(small_copies(default_config(model_type)), 40)):
+    for number, config in enumerate(itertools.islice(small_copies(default_config(model_type)), 6)):
         config.num_labels = 2 if task == "question-answering" else 3
         config.architectures = [class_name]
         for each in (config, config.get_text_config()):

@@ -35,7 +35,7 @@ def call(spec: ModelSpec, num_stages: int, arguments: dict[str, Tensor], num_lay
     """Call a model in stages as its class is called."""
     meta: Any = build_meta(spec)
     ends = [round(index * num_layers / num_stages) for index in range(num_stages + 1)]
-    ends = [end for end in ends if end not in parts_of(spec, meta).transmission.forbidden_cuts]
+    ends = [end for end in dict.fromkeys(ends) if end not in parts_of(spec, meta).transmission.forbidden_cuts]
     stages = [load_stage(spec, *span) for span in itertools.pairwise(ends)]
     head, config = stages[0].span.parts.head, meta.config.get_text_config()
     keeps_kv = (
