@@ -15,7 +15,7 @@ DEV     := $(VENV)/.dev-installed
 LIBRARIES := build/libraries/.installed
 RAY     := build/ray/.installed
 
-.PHONY: help demo bench test test-families test-gpu test-libraries test-network test-ray test-invariance interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
+.PHONY: help demo bench architectures test test-families test-gpu test-libraries test-network test-ray test-invariance interrupts soak-hooks proof check lint types layers docs notebooks coverage format env clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,11 +30,15 @@ bench: $(RUNTIME)  ## Run one benchmark: make bench NAME="hops --repeats 9"; wit
 FAMILIES ?= $(shell git rev-parse HEAD 2>/dev/null || echo none)
 
 # Files are what is shared out: their tests share models and clusters. They wait for workers much of the time.
-test: $(DEV)  ## Run the tests, on up to four cores; of 32 architectures the 8 usual ones and 6 that the commit draws
+test: $(DEV)  ## Run the tests, on up to four cores; of 32 architectures the 8 usual ones and 6 that the commit draws, and a fifth of all model types
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(if $(FAMILIES),--families $(FAMILIES)) $(OPTIONS)
 
 test-families: FAMILIES =
 test-families: test  ## Run the tests, all architectures included
+
+# It writes docs/compatibility.md and the list of types that need no trial.
+architectures: $(DEV)  ## Try every decoder-only model type of the installed transformers; write the table of the docs
+	$(BIN)/python tests/every_architecture.py
 
 # First what only a GPU has, and the stages in this process; the rest file by file.
 test-gpu: $(DEV)  ## Run the tests that compare bits on a CUDA GPU; they are skipped where there is none

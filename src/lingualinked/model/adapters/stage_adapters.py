@@ -119,7 +119,7 @@ class StageAdapters:
             if isinstance(base, PackedLinear):
                 plain = base.plain()
                 if use_dora:  # which needs the weight
-                    plain.weight = nn.Parameter(base.weight(), requires_grad=False)
+                    plain.weight = nn.Parameter(base.unpacked(), requires_grad=False)
                 else:
                     packed[module.path] = base
                 self._model.set_submodule(path, plain)

@@ -170,7 +170,7 @@ class AbsentPart(AbsentModule):
             return relayed
         sizes = self._output.sizes(*self.boundary.shape)
         if (
-            not self._output.is_regular and args and isinstance(args[0], torch.Tensor)
+            "tokens" not in self._output.shape and args and isinstance(args[0], torch.Tensor)
         ):  # such as an embedding of more than the text
             sizes = (*args[0].shape, *sizes[args[0].ndim :])
         return torch.zeros(sizes, dtype=self._dtype, device=self.boundary.device)

@@ -233,9 +233,14 @@ def parts_of(spec: ModelSpec, meta_model: PreTrainedModel) -> ModelParts:
 
 def cache_slots(layers: Iterable[nn.Module]) -> frozenset[int]:
     """Return the slots of a KV cache of transformers that layers write to."""
-    names = "layer_idx", "layer_id", "layer_number"
-    indices = (getattr(module, name, None) for layer in layers for module in layer.modules() for name in names)
-    return frozenset(index for index in indices if isinstance(index, int) and index >= 0)
+    return frozenset(slot for layer in layers for slot in _slots_in(layer))
+
+
+def _slots_in(module: nn.Module) -> set[int]:
+    """Return the slots of the innermost modules that have one: around two attentions, that of a layer is its place."""
+    inside = {slot for child in module.children() for slot in _slots_in(child)}
+    own = (getattr(module, name, None) for name in ("layer_idx", "layer_id", "layer_number"))
+    return inside or {index for index in own if isinstance(index, int) and index >= 0}
 
 
 def learned_positions(meta_model: PreTrainedModel) -> int | None:

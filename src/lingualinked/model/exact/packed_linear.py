@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
             or torch.is_grad_enabled()
             or not torch._C._get_mkldnn_enabled()  # noqa: SLF001
         ):
-            return functional.linear(states, self.weight(), self.bias)
+            return functional.linear(states, self.unpacked(), self.bias)
         # torch multiplies non-contiguous inputs differently: it adds the bias to a rounded product, and uses a batched
         # kernel for several rows of each batch.
         shape = states.shape
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
             kernel = _exact_kernel(*_shape(self, count_rows(states.numel() // self.in_features)))
             if kernel is not None:
                 return kernel(self, states)
-        return functional.linear(states, self.weight(), self.bias)
+        return functional.linear(states, self.unpacked(), self.bias)
 
     def repack(self, weight: Tensor) -> None:
         """Use another weight from now on, bfloat16 ``[out features, in features]``."""
@@ -64,7 +64,12 @@ class PackedLinear(nn.Module):
         self.packed = _pack(weight)
         self.address = few_rows.address(self.packed)
 
+    @property
     def weight(self) -> Tensor:
+        """The weight's shape and dtype, which some models ask for; it has no values, so that nothing computes with it."""
+        return torch.empty(self.out_features, self.in_features, dtype=torch.bfloat16, device="meta")
+
+    def unpacked(self) -> Tensor:
         """Return the unpacked weight, ``[out features, in features]``."""
         weight: Tensor = self.packed.to_dense()
         return weight
@@ -169,7 +174,7 @@ def _kernels_for(layer: PackedLinear, rows: Tensor) -> dict[str, Kernel]:
 
 def _is_packed(layer: PackedLinear) -> bool:
     """Say whether oneDNN has put the weight into another order: without BF16 instructions, it leaves it as it is."""
-    weight = layer.weight()[:2]
+    weight = layer.unpacked()[:2]
     memory = (ctypes.c_uint8 * weight.nbytes).from_address(layer.address)
     return not torch.equal(torch.frombuffer(memory, dtype=weight.dtype).view_as(weight), weight)
 

@@ -22,7 +22,7 @@ from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.hf_internals import building
 from lingualinked.model.hf_internals.cache_arguments import cache_argument, keeps_cache
 from lingualinked.model.hf_internals.loading import quiet_loading
-from lingualinked.model.proving.small_copies import VOCABULARY, small_copies
+from lingualinked.model.proving.small_copies import small_copies
 from lingualinked.model.weights.checkpoint import resolve_files
 from lingualinked.quantities import count_text
 
@@ -44,6 +44,7 @@ class SmallModel:
 
     whole: PreTrainedModel
     spec: ModelSpec
+    vocabulary: int
 
 
 class Uncut:
@@ -85,10 +86,11 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
-def prompt(num_rows: int, num_tokens: int) -> Tensor:
-    """Make token ids [rows, tokens], always the same, none of which a configuration names."""
+def prompt(num_rows: int, num_tokens: int, vocabulary: int) -> Tensor:
+    """Make token ids [rows, tokens], always the same, none of which a configuration is likely to name."""
     generator = torch.Generator().manual_seed(num_rows * 1000 + num_tokens)
-    return torch.randint(10, VOCABULARY - 32, (num_rows, num_tokens), generator=generator)
+    lowest, above = min(10, vocabulary // 4), vocabulary - min(32, vocabulary // 4)
+    return torch.randint(lowest, above, (num_rows, num_tokens), generator=generator)
 
 
 def make_small_model(config: PreTrainedConfig, spec: ModelSpec, folder: Path) -> SmallModel:
@@ -125,14 +127,15 @@ def make_small_model(config: PreTrainedConfig, spec: ModelSpec, folder: Path) ->
                 causes.append(f"it has {count_text(num_parameters, 'parameter')}")
                 break  # others are wider
             assert whole is not None
-            tokens = prompt(2, 9)
+            vocabulary = whole.config.get_text_config(decoder=True).vocab_size
+            tokens = prompt(2, 9, vocabulary)
             logits = Uncut(whole).step(tokens, torch.ones_like(tokens))
         except Exception as error:  # noqa: BLE001 - whatever it is, the next copy may do without
             causes.append(f"{type(error).__name__}: {error}")
             continue
         if logits.isfinite().all():
             files = resolve_files(folder / str(number))
-            return SmallModel(whole=whole, spec=dataclasses.replace(described, files=files))
+            return SmallModel(whole=whole, spec=dataclasses.replace(described, files=files), vocabulary=vocabulary)
         causes.append("its logits are not finite")
     raise UncuttableModelError(
         spec.class_name,

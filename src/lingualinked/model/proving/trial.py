@@ -104,12 +104,18 @@ class InStages:
             for start, end in itertools.pairwise(cut)
         ]
         caches: list[StageCache | None] = []
+        # Some layers may not have been called at all, such as those that attend to a picture that is not there.
+        lags = {slot: lag for each in self._caches if each is not None for slot, lag in each.lags.items()}
         for stage in stages:
             cache = None
             if self._caches[0] is not None:
                 cache = stage.new_cache()
                 cache.adopt_layers([each for each in self._caches if each is not None])
-                cache.complete_adoption(self._num_seen, records_past=False, lags={})
+                cache.complete_adoption(
+                    self._num_seen,
+                    records_past=False,
+                    lags={slot: lag for slot, lag in lags.items() if slot in cache.owned},
+                )
             caches.append(cache)
         self.stages, self._caches = stages, caches
 
@@ -229,11 +235,13 @@ def _conversation(model: SmallModel, mask: Tensor, lengths: Sequence[int]) -> St
 
     It ends where transformers itself fails.
     """
-    uncut, tokens = Uncut(model.whole), prompt(*mask.shape)
+    uncut, tokens = Uncut(model.whole), prompt(len(mask), mask.shape[1], model.vocabulary)
     steps: Steps = [(tokens, mask, uncut.step(tokens, mask))]
     with contextlib.suppress(Exception):
         for length in lengths:
-            new = torch.cat([steps[-1][2][:, -1:].argmax(-1), prompt(len(mask), length)[:, 1:]], dim=1)
+            new = torch.cat(
+                [steps[-1][2][:, -1:].argmax(-1), prompt(len(mask), length, model.vocabulary)[:, 1:]], dim=1
+            )
             tokens, mask = torch.cat([tokens, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
             steps.append((tokens, mask, uncut.step(tokens, mask)))
     return steps

@@ -35,7 +35,7 @@ def find_parameter(span: LoadedSpan, name: str) -> Tensor | None:
         except AttributeError:
             continue
         if isinstance(module, PackedLinear) and attribute == "weight":
-            return module.weight()
+            return module.unpacked()
         held = module._parameters.get(attribute)  # noqa: SLF001 - other attributes of this name are not weights
         if held is not None:
             return held.detach()

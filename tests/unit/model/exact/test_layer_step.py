@@ -104,7 +104,7 @@ def test_other_weights_are_used(runs: list[int], monkeypatch: pytest.MonkeyPatch
     stages = stages_of("llama")
     before = talk(stages, 2)
     layer = stages[0]._layers[0]
-    layer.mlp.down_proj.repack(2 * layer.mlp.down_proj.weight())
+    layer.mlp.down_proj.repack(2 * layer.mlp.down_proj.unpacked())
     with torch.no_grad():
         layer.input_layernorm.weight.mul_(-2)
     found = talk(stages, 2)

@@ -67,11 +67,11 @@ def test_where_the_kernel_rounds_otherwise_the_weight_is_unpacked(bias: bool, mo
 
 
 def backwards(layer: PackedLinear, rows: Tensor) -> Tensor:
-    return nn.functional.linear(rows.flip(1), layer.weight().flip(1), layer.bias)
+    return nn.functional.linear(rows.flip(1), layer.unpacked().flip(1), layer.bias)
 
 
 def add_bias_after_rounding(layer: PackedLinear, rows: Tensor) -> Tensor:
-    product = nn.functional.linear(rows, layer.weight())
+    product = nn.functional.linear(rows, layer.unpacked())
     return product if layer.bias is None else product + layer.bias
 
 

@@ -69,7 +69,7 @@ def inject(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sum in another order, wherever a packed weight is multiplied."""
 
     def wrong(layer: PackedLinear, rows: Tensor, **_: object) -> Tensor:
-        return multiply(rows, layer.weight(), layer.bias, order)
+        return multiply(rows, layer.unpacked(), layer.bias, order)
 
     monkeypatch.setattr(packed_linear, "_multiply_few", wrong)
     monkeypatch.setattr(packed_linear, "_multiply_packed", wrong)
