@@ -124,12 +124,17 @@ def _is_function(module: nn.Module) -> bool:
 
 
 def _computes(module: nn.Module, parts: GatedParts, activation: nn.Module) -> bool:
+    """Say whether a module multiplies gates so in every dtype: some do it in float32 whatever the dtype of their inputs."""
+    return all(_computes_in(dtype, module, parts, activation) for dtype in (torch.float32, torch.bfloat16))
+
+
+def _computes_in(dtype: torch.dtype, module: nn.Module, parts: GatedParts, activation: nn.Module) -> bool:
     generator, width = torch.Generator().manual_seed(0), _INPUTS
     twin = copy.copy(module)
     made: dict[str, Any] = {}
     for name in (parts.gate, parts.other):
-        made[name] = nn.Linear(width, _GATES)
-    made[parts.last] = nn.Linear(_GATES, width)
+        made[name] = nn.Linear(width, _GATES, dtype=dtype)
+    made[parts.last] = nn.Linear(_GATES, width, dtype=dtype)
     for each in made.values():
         for parameter in each.parameters():
             parameter.requires_grad_(False).normal_(generator=generator)
@@ -137,7 +142,7 @@ def _computes(module: nn.Module, parts: GatedParts, activation: nn.Module) -> bo
     with torch.inference_mode():
         try:
             for scale in _SCALES:
-                states = scale * torch.randn((3, 2, width), generator=generator)
+                states = scale * torch.randn((3, 2, width), generator=generator).to(dtype)
                 gates = activation(made[parts.gate](states))
                 expected = made[parts.last](gates * made[parts.other](states))
                 if not have_equal_bits(type(module).forward(twin, states), expected):

@@ -102,6 +102,13 @@ def test_parts_are_found_by_what_a_module_computes() -> None:
             return self.gate_proj(self.act_fn(self.down_proj(x)) * self.up_proj(x))
 
     config = LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2)
+
+    class InFloat32(LlamaMLP):
+        def forward(self, states: Tensor) -> Tensor:
+            gate, up = self.gate_proj(states), self.up_proj(states)
+            return self.down_proj((self.act_fn(gate.float()) * up.float()).to(gate.dtype))
+
+    assert find_parts(InFloat32(config).eval()) is None
     assert find_parts(LlamaMLP(config).eval()) == ("gate_proj", "up_proj", "down_proj", "act_fn")
     assert find_parts(Swapped(config).eval()) == ("down_proj", "up_proj", "gate_proj", "act_fn")
     assert find_parts(Other(config).eval()) is None
