@@ -18,7 +18,7 @@ from families import VOCABULARY, tiny_config
 from lingualinked.cluster.steps.step_extras import StepExtras
 from lingualinked.model.cutting.architectures import check_architecture
 from lingualinked.model.cutting.tasks import class_of_task
-from lingualinked.model.hf_internals.cache_arguments import cache_argument
+from lingualinked.model.hf_internals.cache_arguments import cache_argument, supports_cache
 from lingualinked.model.process.torch_settings import TorchSettings
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stages.stage import Stage
@@ -78,7 +78,8 @@ class Whole:
     ) -> None:
         self.model = model
         self.max_cache_len = max_cache_len
-        self.cache = DynamicCache(config=model.config) if keeps_kv else None
+        self._keeps_own = keeps_kv and not supports_cache(type(model))
+        self.cache = DynamicCache(config=model.config) if keeps_kv and not self._keeps_own else None
         if max_cache_len:
             self.cache = StaticCache(config=model.config, max_cache_len=max_cache_len)
         if records_past:
@@ -95,15 +96,19 @@ class Whole:
     ) -> Tensor:
         """Return the logits of new tokens."""
         which = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
-        return self.model(
+        name = cache_argument(type(self.model)) or "past_key_values"
+        output = self.model(
             **{which: tokens},
             attention_mask=mask,
-            **{cache_argument(type(self.model)) or "past_key_values": self.cache},
-            use_cache=self.cache is not None,
+            **{name: self.cache},
+            use_cache=self.cache is not None or self._keeps_own,
             logits_to_keep=keep,
             **({} if positions is None else {"position_ids": positions}),
             **others,
-        ).logits
+        )
+        if self._keeps_own:
+            self.cache = output.get(name)
+        return output.logits  # type: ignore[no-any-return]
 
     def reorder(self, rows: Tensor) -> None:
         """Reorder the KV cache."""

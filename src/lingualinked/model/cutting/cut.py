@@ -39,14 +39,22 @@ class Boundary:
         self.relayed: Mapping[str, torch.Tensor] = {}  # what other stages have made, by the name of the relay
         self.shape = (1, 1)  # rows and new tokens of the step
         self.device = torch.device("cpu")
+        self.keeps_own = False  # whether the model keeps an object of its own class, that layers get and return
         self.is_passed = False  # whether the forward pass goes on behind the span, to return what it has recorded
         self.is_end = False  # whether it ends with the last layer of the span, though the epilogue is here
 
     def capture_output(self, _layer: nn.Module, _arguments: Any, output: RawOutput) -> None:
         """Keep the output of the last layer, and leave the span if the forward pass ends there; a forward hook."""
-        self.outgoing = output
+        self.outgoing = tuple(output) if isinstance(output, list) else output
         if self.is_end:
             raise SpanLeft
+
+    def filled(self, output: RawOutput | None, given: tuple[Any, ...]) -> Any:
+        """Return a layer's output for a stand-in, with what is kept of the text, as it was given, where a layer returns it."""
+        if not self.keeps_own or not isinstance(output, tuple):
+            return output
+        kept = iter([each for each in given if isinstance(each, list | tuple)])
+        return (output[0], *(next(kept, None) if item is None else item for item in output[1:]))
 
     def clear(self) -> None:
         """Drop all tensors, so that they can be freed between steps."""
@@ -88,6 +96,9 @@ def describe_module(module: nn.Module) -> Any:
     tensors = {**module._parameters, **module._buffers}  # noqa: SLF001 - these are only the module's own
     known |= {name: None if each is None else torch.empty_like(each, device="meta") for name, each in tensors.items()}
     known |= {name: None if child is None else describe_module(child) for name, child in module._modules.items()}  # noqa: SLF001
+    weight = getattr(module, "weight", None)  # that of a packed layer is not a parameter
+    if "weight" not in known and isinstance(weight, torch.Tensor):
+        known["weight"] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     return SimpleNamespace(**known)
 
 
@@ -99,11 +110,11 @@ class ReplayLayer(StandIn):
         self.boundary = boundary
         self._relay = f"layer {index}"
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> RawOutput | None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Ignore the input, which is a dummy, and return the incoming output."""
         relayed, incoming = self.boundary.relayed.get(self._relay), self.boundary.incoming
         if relayed is None:
-            return incoming
+            return self.boundary.filled(incoming, (*args, *kwargs.values()))
         return (relayed, *incoming[1:]) if isinstance(incoming, tuple) else relayed
 
 
@@ -117,14 +128,14 @@ class ExitLayer(StandIn):
         super().__init__(original)
         self.boundary = boundary
 
-    def forward(self, *args: Any, **kwargs: Any) -> RawOutput | None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raise SpanLeft, or return the output of the span."""
         given = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
         if self.boundary.leaving is None:
             self.boundary.leaving = next((each for each in given if each.is_floating_point()), None)
         if not self.boundary.is_passed:
             raise SpanLeft
-        return self.boundary.outgoing
+        return self.boundary.filled(self.boundary.outgoing, (*args, *kwargs.values()))
 
 
 class AbsentModule(StandIn):

@@ -27,7 +27,7 @@ from lingualinked.model.cutting.cut import flatten_output
 from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
 from lingualinked.model.cutting.model_parts import ModelParts, OutputShape
 from lingualinked.model.cutting.parts import build_meta, cache_slots, learned_positions
-from lingualinked.model.cutting.trace import NoData
+from lingualinked.model.cutting.trace import NoData, unchecked_distributions
 from lingualinked.model.hf_internals.cache_arguments import supports_cache
 from lingualinked.model.kv.kept_values import KeptValues, tensors_in
 from lingualinked.model.kv.layer_state import walk
@@ -64,10 +64,8 @@ def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: Mode
     try:
         cache, modules, output, logits = _run_without_data(model, parts)
     except UncuttableModelError:
-        if spec.dtype == "bfloat16":
-            raise
-        # Some kernels do not support float32 on the meta device; shapes are the same in bfloat16.
-        model = build_meta(replace(spec, dtype="bfloat16"))
+        # Some kernels do not support one dtype on the meta device; shapes are the same in another.
+        model = build_meta(replace(spec, dtype="float32" if spec.dtype == "bfloat16" else "bfloat16"))
         cache, modules, output, logits = _run_without_data(model, parts)
     is_plain = isinstance(cache, DynamicCache) and all(type(each) in _PLAIN for each in cache.layers)
     longer = None if is_plain or cache is None else _run_without_data(model, parts, _NUM_TOKENS + 1)[0]
@@ -169,7 +167,13 @@ def _run_without_data(
     cache = DynamicCache(config=model.config) if name and supports_cache(type(model)) else None
     arguments: dict[str, Any] = {} if name is None else {name: cache, "use_cache": True}
     try:
-        with torch.no_grad(), NoData(), ModuleState(model, model.config.model_type).lent_to(modules, is_first=True):
+        with (
+            torch.no_grad(),
+            torch.device("meta"),
+            unchecked_distributions(),
+            NoData(),
+            ModuleState(model, model.config.model_type).lent_to(modules, is_first=True),
+        ):
             ids = torch.zeros((1, num_tokens), dtype=torch.int64, device="meta")
             result, output = HeadPass(model, parts.head).run(is_last=True, input_ids=ids, **arguments)
     except Exception as error:

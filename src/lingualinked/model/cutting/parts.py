@@ -117,17 +117,16 @@ def find_parts(meta_model: PreTrainedModel, *, holds_towers: bool = True) -> Mod
 
 
 def _trace(model: PreTrainedModel, path: str, beside: Mapping[str, nn.Module]) -> Flow:
-    """Trace a model; in bfloat16 if its own dtype has no kernel on the meta device for what it computes."""
+    """Trace a model; in another dtype if its own has no kernel on the meta device for what it computes."""
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     try:
         return trace(model, layers, beside)
     except Exception as error:
-        if model.dtype != torch.bfloat16:
-            twin: Any = copy.deepcopy(model)
-            twin.to(torch.bfloat16)
-            with contextlib.suppress(UncuttableModelError):
-                return _trace(twin, path, {part: twin.get_submodule(part) for part in beside})
+        twin: Any = copy.deepcopy(model)
+        twin.to(torch.float32 if model.dtype == torch.bfloat16 else torch.bfloat16)
+        with contextlib.suppress(Exception):
+            return trace(twin, twin.get_submodule(path), {part: twin.get_submodule(part) for part in beside})
         raise UncuttableModelError(
             type(model).__name__, f"a forward pass without weights failed ({type(error).__name__}: {error})"
         ) from error

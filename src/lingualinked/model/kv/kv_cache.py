@@ -33,6 +33,7 @@ from lingualinked.model.kv.fixed_layers import (
 from lingualinked.model.kv.growing_tensor import Growth
 from lingualinked.model.kv.kept_values import KeptValues
 from lingualinked.model.kv.kv_layers import GrowingLayer, GrowingSlidingLayer
+from lingualinked.model.kv.own_state import OwnLayerState, OwnState
 from lingualinked.model.kv.whole_layers import WholeLayer, whole_layer
 from lingualinked.quantities import count_text
 
@@ -53,6 +54,7 @@ class StageCache:
 
     `hf` is what the model's forward gets as ``past_key_values`` (don't call its ``crop``), `owned` the stage's own layers by
     slot, and `num_tokens` counts padding too. `max_cache_len` is the room for tokens per row of a static cache; 0: it grows.
+    A model that keeps an object of its own class gets that (`own`), and nothing else is held then.
     """
 
     def __init__(
@@ -62,11 +64,15 @@ class StageCache:
         spare_bytes: Callable[[], float] = lambda: math.inf,
         max_cache_len: int = 0,
         device: torch.device | None = None,
+        *,
+        own: OwnState | None = None,
     ) -> None:
         self.max_cache_len = max_cache_len
-        self.hf: Cache = (
-            StaticCache(config=config, max_cache_len=max_cache_len) if max_cache_len else DynamicCache(config=config)
-        )
+        self.own = own
+        self._slots = frozenset(owned)
+        self.hf: Cache = DynamicCache(config=config if own is None else None)
+        if max_cache_len and own is None:
+            self.hf = StaticCache(config=config, max_cache_len=max_cache_len)
         self._is_bounded = not all(self.hf.is_sliding)  # sliding windows alone go on for ever
         self._growth = Growth(2 * len(owned), spare_bytes)
         self.device = device or torch.device("cpu")
@@ -76,7 +82,7 @@ class StageCache:
         self.arriving_lags: Mapping[int, int] = {}  # `lags` of KV that arrives from elsewhere
         self.owned: dict[int, OwnedLayer] = {}
         self._elsewhere: dict[int, Any] = {}
-        self.is_plain = all(type(kind) in _PLAIN for kind in self.hf.layers)  # full and sliding attention alone
+        self.is_plain = own is None and all(type(kind) in _PLAIN for kind in self.hf.layers)
         self._first = min(owned, default=0)
         self._counted: set[int] = set()  # the layers that have counted the step in progress
         for slot, kind in enumerate(self.hf.layers):
@@ -125,6 +131,11 @@ class StageCache:
             )
 
     @property
+    def given(self) -> Any:
+        """What the model's forward gets."""
+        return self.hf if self.own is None else self.own.value
+
+    @property
     def is_static(self) -> bool:
         """Whether its memory is of a fixed size."""
         return self.max_cache_len > 0
@@ -137,7 +148,9 @@ class StageCache:
     @property
     def num_rows(self) -> int:
         """Number of rows held; 0 before the first step."""
-        return max((layer.num_rows for layer in self.owned.values()), default=0)
+        return max(
+            (layer.num_rows for layer in self.owned.values()), default=0 if self.own is None else self.own.num_rows
+        )
 
     @property
     def num_source(self) -> int:
@@ -190,7 +203,8 @@ class StageCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values of the stage's own layers, and for what its modules keep."""
-        return sum(layer.nbytes for layer in self.owned.values()) + self.modules.nbytes
+        kept = [*self.owned.values(), self.modules, *([] if self.own is None else [self.own])]
+        return sum(each.nbytes for each in kept)
 
     @torch.inference_mode()
     def copy(self, num_dropped: int = 0) -> StageCache:
@@ -205,6 +219,7 @@ class StageCache:
         elsewhere = {slot: copy.copy(layer) for slot, layer in self._elsewhere.items()}
         copied = copy.copy(self)
         copied.modules = self.modules.copy()
+        copied.own = None if self.own is None else self.own.copy()
         vars(copied).update(hf=copy.copy(self.hf), owned=owned, _elsewhere=elsewhere, _growth=growth, count=count)
         layers: list[Any] = [
             owned.get(slot) or elsewhere.get(slot) or layer for slot, layer in enumerate(self.hf.layers)
@@ -260,14 +275,19 @@ class StageCache:
         held |= {slot: layer.cumulative_length for slot, layer in self._elsewhere.items()}
         return {slot: self.num_tokens - length for slot, length in held.items() if length < self.num_tokens}
 
-    def states(self, slots: Iterable[int]) -> list[tuple[int, WholeLayer]]:
+    def states(self, slots: Iterable[int]) -> list[tuple[int, WholeLayer | OwnLayerState]]:
         """Return what layers with these slots keep beside full and sliding attention's KV, which moves as a whole."""
+        if self.own is not None:
+            return [(slot, self.own.layer(slot)) for slot in sorted(self._slots.intersection(slots))]
         layers = ((slot, self.owned.get(slot)) for slot in sorted(slots))
         return [(slot, layer) for slot, layer in layers if isinstance(layer, WholeLayer)]
 
     def adopt_layers(self, others: Iterable[StageCache]) -> None:
         """Adopt this stage's layers from caches of the same session in other stages, which become unusable."""
         for other in others:
+            if self.own is not None and other.own is not None and other.own.value is not None:
+                for slot in self._slots & other._slots:  # noqa: SLF001 - of the same class
+                    self.own.layer(slot).write_state(other.own.layer(slot).read_state(), self.device)
             other.captured.clear()
             self.modules.adopt(other.modules)
             for slot in self.owned.keys() & other.owned.keys():
@@ -309,11 +329,15 @@ class StageCache:
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
         """Keep the rows with these indices (int64, on any device; repeats allowed), in this order, as beam search does."""
+        if self.own is not None:
+            self.own.check_order(rows)
         self.hf.reorder_cache(cast("torch.LongTensor", rows))
 
     @torch.inference_mode()
     def append_rows(self, others: Sequence[StageCache]) -> None:
         """Append the rows of other sessions of as many tokens, whose caches become unusable; raise ProtocolError for others."""
+        if self.own is not None:
+            self.own.check_order(torch.zeros(0))
         for other in others:
             if (other.num_tokens, other.max_cache_len, other.lags) != (self.num_tokens, self.max_cache_len, self.lags):
                 raise ProtocolError(
@@ -340,6 +364,8 @@ class StageCache:
     def _check_crop(self, num_tokens: int) -> None:
         if self.is_static:
             raise ArgumentError("can't crop a static KV cache, as in transformers: use one that grows")
+        if self.own is not None:
+            self.own.check_crop()
         for layer in self._forgetting_layers():
             if layer.record_past or not self.num_tokens:
                 continue

@@ -40,11 +40,12 @@ class PackedCache:
 
     is_static = False
     is_plain = True
+    own = None
     captured: dict[Any, Any]
 
     def __init__(self, places: Sequence[TextPlace]) -> None:
         self.places = places
-        self.hf = PackedStates(places)
+        self.hf = self.given = PackedStates(places)
         self.num_tokens = min(place.cache.num_tokens for place in places)  # 0 if a text begins
         self.modules = KeptValues()
 

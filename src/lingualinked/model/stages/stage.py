@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.adapters.stage_adapters import StageAdapters
 from lingualinked.model.cutting.cut import flatten_output, output_of, unflatten_output
-from lingualinked.model.cutting.heads import HeadPass, cache_argument_of
+from lingualinked.model.cutting.heads import HeadPass
 from lingualinked.model.cutting.joining import join_spans, missing_spans
 from lingualinked.model.cutting.parts import cache_slots
 from lingualinked.model.cutting.stacks import kv_config, kv_slots
@@ -27,7 +27,6 @@ from lingualinked.model.exact.exact_rotary import faster_rotation
 from lingualinked.model.exact.rounding_probe import find_groups, keeps_rows_apart, probe_rounding
 from lingualinked.model.exact.speeding_up import speed_up
 from lingualinked.model.hf_internals import building, computing, recording
-from lingualinked.model.hf_internals.cache_arguments import masks_past
 from lingualinked.model.hooks.hook_data import HookPoint
 from lingualinked.model.hooks.hook_points import HookedPass, ModuleCall, in_this_thread
 from lingualinked.model.hooks.instruments import InstrumentedPass, StageInstruments
@@ -36,6 +35,7 @@ from lingualinked.model.kv.kv_cache import StageCache
 from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.torch_settings import TorchSettings, frozen, read_torch_settings, torch_settings
 from lingualinked.model.stages.drawing import draw_inputs
+from lingualinked.model.stages.kept_argument import KeptArgument
 from lingualinked.model.stages.layer_order import LayerList, SpanOrder
 from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.model.stages.pictures import StagePictures
@@ -84,9 +84,8 @@ class Stage:
         self._items = span.parts.transmission.items
         self.layout_before = self._items[start - 1] if start else None  # of its inputs
         self._pictures = StagePictures(self._model, span.parts.layers, end)
+        self.kept = KeptArgument(span.model, self.num_layers, span.boundary)
         self._slots = self.cache_slots(start, end)
-        self._cache_name = cache_argument_of(span.model)
-        self.masks_past = masks_past(type(self._model))
         self._ropes = computing.dynamic_ropes(self._model)
         self.module_state = ModuleState(self._model, self._config.model_type)
         is_sdpa = getattr(self._config, "_attn_implementation", None) == "sdpa"
@@ -152,11 +151,13 @@ class Stage:
 
     def cache_slots(self, start: int, end: int) -> frozenset[int]:
         """Return the KV cache slots of layers ``[start, end)``, which the stage must hold."""
-        return kv_slots(self._model, cache_slots(self._layers[start:end]), self.num_layers)
+        own = cache_slots(self._layers[start:end])
+        return frozenset(range(start, end)) if self.kept.keeps_own else kv_slots(self._model, own, self.num_layers)
 
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
         """Make the KV cache of a new session, of `max_cache_len` tokens (0: it grows) and at most `spare_bytes()` more bytes."""
-        cache = StageCache(kv_config(self._model), self._slots, spare_bytes, max_cache_len, self.device)
+        own, config = self.kept.new_state(), kv_config(self._model)
+        cache = StageCache(config, self._slots, spare_bytes, max_cache_len, self.device, own=own)
         cache.modules.holds = self.module_state.holds
         return cache
 
@@ -245,7 +246,7 @@ class Stage:
         states = tensors[0]
         arguments: dict[str, Any] = {
             "attention_mask": self._to_device(inputs.attention_mask),
-            **self._cache_arguments(cache),
+            **self.kept.arguments(cache),
         }
         if inputs.position_ids is not None:
             arguments["position_ids"] = self._to_device(inputs.position_ids)
@@ -256,16 +257,16 @@ class Stage:
         if not self.is_first:
             self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:
-            self._boundary.is_end = not inputs.wants_logits and not inputs.records
+            self._boundary.is_end = not inputs.wants_logits and not inputs.records and not self._boundary.keeps_own
             if self.device.type != "cpu":
                 check_indices(inputs.logits_to_keep, num_new)
             arguments["logits_to_keep"] = self._to_device(inputs.logits_to_keep)
+        self._boundary.is_passed = bool(inputs.records) or self._boundary.keeps_own
         if inputs.records:
-            self._boundary.is_passed = True
             arguments |= {f"output_{name}": True for name in inputs.records if name not in _ONLY_RECORDED}
         # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
-        order, hooks = self._prepare_layers(inputs)
+        order, hooks = self._prepare_layers(inputs, cache, num_new)
         made = self._relays.begin(states)
         hooks += self._relays.register_hooks(made)
         count = cache.count if cache is not None and cache.is_static else None
@@ -284,13 +285,10 @@ class Stage:
                 if count is not None:
                     count.begin_step(num_new)
                 hooks += self._put_in_order(order)
-                if cache is not None and not cache.is_plain:
-                    own = self._layers[self.start : self.end] if order is None else order.own
-                    count_new = in_this_thread(lambda *_: cache.enter_span(num_new, inputs.skips.indices))
-                    hooks += [layer.register_forward_pre_hook(count_new) for layer in own[:1]]
                 arguments |= self._pictures.arguments(inputs, states)
                 with self._pictures.checked(inputs):
                     result, output = self._head_pass.run(is_last=self.is_last, **arguments)
+                self.kept.keep(cache, result, num_rows)
                 if count is not None:
                     count.end_step()
             if self.is_last:
@@ -321,13 +319,9 @@ class Stage:
             captured=captured,
         )
 
-    def _cache_arguments(self, cache: StageCache | None) -> dict[str, Any]:
-        """Return how the model's forward is told what it has kept of a text, and to keep more."""
-        if self._cache_name is None:
-            return {}
-        return {self._cache_name: None if cache is None else cache.hf, "use_cache": cache is not None}
-
-    def _prepare_layers(self, inputs: StageInputs) -> tuple[SpanOrder | None, list[RemovableHandle]]:
+    def _prepare_layers(
+        self, inputs: StageInputs, cache: StageCache | None, num_new: int
+    ) -> tuple[SpanOrder | None, list[RemovableHandle]]:
         """Return which layers to run, if some are skipped, and the hooks at both ends of the span."""
         order = None
         own: Sequence[nn.Module] = self._layers[self.start : self.end]
@@ -348,6 +342,9 @@ class Stage:
         if self.start and inputs.records:  # as the class does behind the layer, and not what pre-hooks make of it
             record = in_this_thread(lambda _module, _args, output: recording.record_incoming(output))
             hooks.append(self._layers[self.start - 1].register_forward_hook(record))
+        if cache is not None and not cache.is_plain:
+            count_new = in_this_thread(lambda *_: cache.enter_span(num_new, inputs.skips.indices))
+            hooks.append(own[0].register_forward_pre_hook(count_new))
         return order, hooks
 
     def _put_in_order(self, order: SpanOrder | None) -> list[RemovableHandle]:

@@ -114,6 +114,8 @@ class ShardedGeneration(BatchedGeneration):
         only_for_generate = ("assistant_model", "assistant_tokenizer", "streamer", "tokenizer")
         arguments = {name: value for name, value in kwargs.items() if name not in only_for_generate}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(**arguments)  # type: ignore[misc]
+        for name in ("is_first_iteration", "next_sequence_length"):  # a class without KV passes them on
+            inputs.pop(name, None)
         past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         make_mask = getattr(self, "create_masks_for_generate", None)  # Bloom's is as wide as a static KV cache
         sees_pictures = bool(self._further.names)  # stages make masks that depend on them

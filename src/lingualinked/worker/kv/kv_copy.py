@@ -101,7 +101,7 @@ class KVCopy:
         """
         pieces: list[Piece | StatePiece] = []
         for slot, state in self._states if with_states else ():
-            if self._versions.get(slot) != state.version:
+            if state.version and self._versions.get(slot) != state.version:
                 if max_bytes <= 0:
                     return pieces, False
                 pieces.append(self._piece_of(slot, state.version, state.read_state()))

@@ -243,7 +243,7 @@ class _TrialSession:
             number=self._number,
             keeps_kv=True,
             layout=stage.layout_before,
-            mask=MaskMode.FULL if is_prompt else MaskMode.EXTEND if stage.masks_past else MaskMode.NONE,
+            mask=MaskMode.FULL if is_prompt else MaskMode.EXTEND if stage.kept.masks_past else MaskMode.NONE,
             positions=PositionMode.NONE,
             position_rows=0,
             logits_to_keep=1,

@@ -66,8 +66,9 @@ class ArrivingSessions:
         for piece in states:
             write_pieces([piece], cache)
             if piece.place.slot != MODULES:
-                layer = cache.owned[piece.place.slot]
-                self._check_size(incoming, layer.num_rows, layer.stop)
+                layer = cache.owned.get(piece.place.slot)
+                num_tokens = incoming.num_tokens or 1 if layer is None else layer.stop
+                self._check_size(incoming, cache.num_rows, num_tokens)
 
     def record_state(self, session: int, context: StepContext, state: SessionState) -> None:
         """Record the state, apart from KV, of a session that moves here."""
@@ -76,7 +77,7 @@ class ArrivingSessions:
         assert incoming.cache is not None
         incoming.cache.record_past(state.records_past)
         incoming.cache.reserve(state.reserved_tokens)
-        incoming.cache.arriving_lags = state.lags
+        incoming.cache.arriving_lags = {**incoming.cache.arriving_lags, **state.lags}
 
     def _check_size(self, session: HostedSession, num_rows: int, num_tokens: int) -> None:
         """Check the budget of the sessions that move here, and record the size of this one's KV."""

@@ -223,7 +223,10 @@ class HostedStage:
         state.num_rows, state.num_tokens = known.num_rows, max_cache_len or known.context.num_tokens
         state.context = known.context.copy(known.context.num_tokens)
         state.cache.reserve(known.cache.reserved_tokens)
-        lags = known.cache.lags if others else known.cache.arriving_lags
+        # Of a layer that the model itself passes over, only its owner knows.
+        lags = dict(state.cache.arriving_lags)
+        for other in others:
+            lags |= {} if other.cache is None else other.cache.lags
         state.cache.complete_adoption(known.context.num_tokens, records_past=known.cache.records_past, lags=lags)
         self.sessions[session] = state
 

@@ -71,6 +71,7 @@ def _has_one_text(session: HostedSession, step: Step) -> bool:
         cache is not None
         and cache.num_rows == 1
         and session.instruments is None
+        and cache.is_plain
         and all(type(layer) is GrowingLayer for layer in cache.owned.values())
         and context.num_tokens == cache.num_tokens
         and (step.mask is MaskMode.NONE or (context.mask is not None and bool(context.mask.all())))

@@ -63,6 +63,9 @@ def check(ours: Any, theirs: Any, counting: Any, edits: list[tuple[str, Any]], *
             num_since_crop = 0
         assert ours.get_seq_length() == theirs.get_seq_length() == counting.get_seq_length()
         assert ours.is_initialized == theirs.is_initialized
+        if ours.is_initialized:
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
 
 
 def sliding_layers(window: int, growth: Growth) -> tuple[Any, Any, Any]:

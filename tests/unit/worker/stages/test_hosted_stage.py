@@ -40,6 +40,9 @@ class PlainStage:
     def new_cache(self, spare_bytes: Callable[[], float] = lambda: math.inf, max_cache_len: int = 0) -> StageCache:
         return StageCache(CONFIG, {0, 1}, spare_bytes, max_cache_len)
 
+    def step_shape(self, states: torch.Tensor, _shape: tuple[int, int] | None = None) -> tuple[int, int]:
+        return states.shape[0], states.shape[1]
+
     @torch.inference_mode()
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:
         rows, tokens = inputs.tensors[0].shape[:2]
