@@ -165,6 +165,8 @@ def test_what_is_not_supported_is_refused_by_name(both: tuple[PreTrainedModel, A
         cut.generate(TOKENS, max_new_tokens=2, num_microbatches=2)
     with pytest.raises(UnsupportedOperationError, match="output_attentions"):
         call(cut, input_ids=TOKENS, labels=LABELS, output_attentions=True)
+    with pytest.raises(UnsupportedOperationError, match=r"load_adapter\(\)"):
+        cut.load_adapter("an adapter")
     with pytest.raises(ArgumentError, match="attention_mask of shape"):
         cut(input_ids=TOKENS, attention_mask=MASK[:, :-1], labels=LABELS, encoder_outputs=encode(cut))
     with pytest.raises(ArgumentError, match="encoder_outputs of shape"):

@@ -36,7 +36,7 @@ _roots: Sequence[Path] | None = None  # None: code is read from the folder that 
 
 
 def restrict_to(folders: Sequence[Path]) -> None:
-    """Have this process run custom code of copies in these folders alone, or none if there is no folder."""
+    """Let this process run custom code of copies in these folders alone, or none if there is no folder."""
     global _roots  # noqa: PLW0603 - what a process may do holds for all of it
     _roots = tuple(folders)
 
@@ -110,6 +110,8 @@ def import_class(code: CustomCode, reference: str) -> type[Any]:
         raise CheckpointError(
             f"{reference} of {code.folder} can't be imported: {type(error).__name__}: {error}; install what it needs, or correct it"
         ) from error
+    if not isinstance(found, type):
+        raise CheckpointError(f"{reference} of {code.folder} is not a class: correct auto_map in its config.json")
     return found
 
 

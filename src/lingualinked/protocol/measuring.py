@@ -22,8 +22,8 @@ class MeasuredShape(Message, frozen=True):
 class MeasureModel(Message, frozen=True, tag=7):
     """Time the parts of a model by running spans of one or two layers with arbitrary weights.
 
-    Steps of a shape are repeated ``num_prefills`` or ``num_decodes`` times after a first one that includes one-time costs: more often while their times
-    spread, less often if they are long. No text grows beyond ``max_positions``.
+    Steps of a shape are repeated ``num_prefills`` or ``num_decodes`` times after a first one that includes one-time costs: more
+    often while their times spread, less often if they are long. No text grows beyond ``max_positions``.
     """
 
     request: int

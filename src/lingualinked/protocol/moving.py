@@ -109,7 +109,7 @@ class SessionState(Message, frozen=True):
 class KVChunk(Message, frozen=True, tag=13):
     """A part of a session's KV, from worker to worker; the next part is sent after `KVReceived`.
 
-    Keys and values of each slice are sent with it, then the tensors of each state, then a mask, if there is one.
+    Keys and values of each slice are sent with it, then the tensors of each state, then those that its ``state`` says.
     ``num_bytes`` counts the tensors of the whole copy so far; ``max_cache_len`` is that of the session (`Step`).
     """
 

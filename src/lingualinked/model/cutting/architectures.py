@@ -80,7 +80,7 @@ def check_architecture(config: PreTrainedConfig, code: CustomCode | None = None)
 
 
 def _refusal_reason(config: PreTrainedConfig) -> str:
-    """Return why a model type outside the list is refused."""
+    """Return why no class of transformers runs a model type as a causal language model."""
     model_type = config.model_type
     if model_type not in CONFIG_MAPPING:
         return (

@@ -56,7 +56,7 @@ class Footprint:
 
 
 def measure_footprint(meta_model: PreTrainedModel, parts: ModelParts, spec: ModelSpec) -> Footprint:
-    """Measure a model in bytes, from one forward pass on the meta device without data."""
+    """Measure a model in bytes, from one or two forward passes on the meta device without data."""
     layers = meta_model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     itemsize: int = getattr(torch, spec.dtype).itemsize

@@ -71,12 +71,16 @@ def task_of_class(class_name: str) -> str:
     return _task_of_class().get(class_name, GENERATION)
 
 
-@functools.cache
 def is_known_class(class_name: str) -> bool:
     """Whether transformers lists a class for one of the tasks, for a type of model that generates text and is no encoder."""
+    return class_name in _known_classes()
+
+
+@functools.cache
+def _known_classes() -> frozenset[str]:
     generating = _CLASSES[GENERATION].keys() | _CLASSES[SEEING].keys()
     types = generating - modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
-    return any(class_name in _names(classes.get(each)) for classes in _CLASSES.values() for each in types)
+    return frozenset(name for classes in _CLASSES.values() for each in types for name in _names(classes.get(each)))
 
 
 @functools.cache

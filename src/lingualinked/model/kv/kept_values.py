@@ -71,7 +71,7 @@ class KeptValues:
         """Keep copies of values that have been sent, on a device; raise ProtocolError unless they belong here."""
         for name in state:
             if not self.holds(name):
-                raise ProtocolError(f"a value arrived for {name!r:.200}, and this stage has no such module")
+                raise ProtocolError(f"a value arrived for {name!r:.200}, and this stage has no such place")
         copies = {id(each): each.to(device, copy=True) for each in state.values() if isinstance(each, Tensor)}
         self.values |= {name: copies.get(id(value), value) for name, value in state.items()}
         self.version += 1

@@ -71,7 +71,9 @@ class WholeLayer:
         """Append the rows of layers that have seen as many tokens of other rows; raise ProtocolError if they can't be joined."""
         held = [tensors_of(each) for each in (self, *others)]
         dims = self._row_dims()
-        if any(_without_tensors(each) != _without_tensors(self) for each in others):
+        if any(_without_tensors(each) != _without_tensors(self) for each in others) or not all(
+            torch.equal(value, each[path]) for path, value in held[0].items() if path not in dims for each in held[1:]
+        ):
             raise ProtocolError(f"rows of a {self!r} can't be joined: their states are at different places")
         for path, dim in dims.items():
             set_at(self, path, torch.cat([each[path] for each in held], dim=dim))

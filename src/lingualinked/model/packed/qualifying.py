@@ -29,19 +29,16 @@ def why_not_packed(model: PreTrainedModel, parts: ModelParts) -> str:
     name = type(model).__name__
     if parts.transmission.relays or any(used and sum(used) > 1 for used in parts.transmission.items):
         return f"layers of {name} use more than the hidden states of the layer before"
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        return f"layers of {name} keep other states than keys and values of tokens"
-    if not computing.uses_interface(model):
-        return f"the attention of {name} does not go through transformers' AttentionInterface"
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        return f"{name} takes no position_ids: it counts positions over all tokens"
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers} - {
         DynamicLayer,
         DynamicSlidingWindowLayer,
     }
     if kinds:
         return f"layers of {name} keep a {min(kind.__name__ for kind in kinds)}, which is not the KV of single tokens"
+    if not computing.uses_interface(model):
+        return f"the attention of {name} does not go through transformers' AttentionInterface"
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return f"{name} takes no position_ids: it counts positions over all tokens"
     implementation = computing.attention_implementation(model)
     if implementation not in _IMPLEMENTATIONS:
         return f"attn_implementation={implementation!r} is none of {', '.join(map(repr, _IMPLEMENTATIONS))}"

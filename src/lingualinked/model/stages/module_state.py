@@ -117,8 +117,8 @@ class ModuleState:
         return bool(self._places)
 
     def holds(self, name: str) -> bool:
-        """Return whether the path of an attribute is that of a module here, not of one in another stage."""
-        return self._owner_of(name)[0] in self._modules
+        """Return whether the path is that of a model's own attribute, of a module here, not of one in another stage."""
+        return self._owner_of(name)[0] in self._modules and name.rpartition(".")[2] not in _OF_TORCH
 
     def _owner_of(self, name: str) -> tuple[str, bool]:
         """Return the path of the module that has an attribute, and whether it is a buffer."""

@@ -164,10 +164,12 @@ class Stage:
     def step_shape(self, states: Tensor, shape: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return the numbers of rows and new tokens of a step with this input; raise ArgumentError if it can't be one.
 
-        `shape` says it where the input does not show it.
+        `shape` says it where the input of a later stage does not show it.
         """
-        if self.is_first or shape is not None:
-            return shape or (states.shape[0], states.shape[1])
+        if self.is_first:
+            return states.shape[0], states.shape[1]
+        if shape is not None:
+            return shape
         return self.span.parts.layer_outputs[self.start - 1][0].step_shape(states.shape)
 
     def step(self, inputs: StageInputs, cache: StageCache | None) -> StageOutput:

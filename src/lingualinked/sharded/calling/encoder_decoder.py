@@ -23,6 +23,7 @@ from lingualinked.sharded.calling.forward import ShardedCausalLM, make_sharded
 from lingualinked.sharded.calling.inputs import check_tensor
 from lingualinked.sharded.calling.outputs import IGNORED
 from lingualinked.sharded.sealed.stand_in_class import make_stand_in
+from lingualinked.sharded.sealed.unsupported import refusal
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -232,6 +233,8 @@ class ShardedEncoderDecoder(ShardedCausalLM):
     def _choose_sizes(self, *_: Any) -> tuple[int, ...]:
         """Return no sizes of microbatches."""
         return ()
+
+    load_adapter = refusal("load_adapter", "an adapter of an encoder-decoder model is not supported")
 
     def rebalance(self, plan: Plan | None = None, *, dry_run: bool = False) -> Decision:
         """Move the decoder's layers, as `ShardedModel.rebalance`; without a plan those of the encoder, too, if that pays."""

@@ -35,12 +35,12 @@ def load(arguments: LoadArguments, base: type[_Base]) -> _Base:
     spec = described.spec
     code = ModelCode(build_meta(dataclasses.replace(spec, stack="")) if spec.stack else described.meta)
     of_adapter: dict[str, Any] = {}
-    if arguments.adapter is not None:
+    if arguments.adapter is not None and not spec.stack:
         of_adapter = {name: value for name, value in arguments.hub.items() if name != "token"} | {
             **arguments.adapter_kwargs
         }
         open_adapter(described.spec, check_name(arguments.adapter_name), arguments.adapter, **of_adapter)
-    if described.spec.stack:
+    if spec.stack:
         return cast("_Base", _load_stacks(described, code, arguments, base))
     # 2) place it, and load the stages
     pipeline = _load_pipeline(described, arguments)
@@ -62,6 +62,10 @@ def _load_stacks(decoder: Described, code: ModelCode, arguments: LoadArguments, 
     if arguments.batch_invariant:
         raise UnsupportedOperationError(
             "batch_invariant=True of an encoder-decoder model is not supported: leave it out"
+        )
+    if arguments.adapter is not None:
+        raise UnsupportedOperationError(
+            f"{arguments.adapter} holds an adapter of an encoder-decoder model, which is not supported: load {arguments.path!r}"
         )
     encoder = decoder.encoder()
     plans = arguments.plan if isinstance(arguments.plan, tuple) else (arguments.plan, arguments.plan)

@@ -83,6 +83,7 @@ class TokenRun:
             stage=0,
             number=self.number,
             layout=None,
+            shape=None,
             mask=self._begin.mask,
             positions=self._begin.positions,
             position_rows=self._begin.position_rows,

@@ -47,7 +47,15 @@ def _is_plain(step: Step) -> bool:
         and not step.rope_reach
         and all(
             each is None
-            for each in (step.requires_grad, step.instruments, step.adapters, step.skips, step.strides, step.extras)
+            for each in (
+                step.requires_grad,
+                step.instruments,
+                step.adapters,
+                step.skips,
+                step.strides,
+                step.extras,
+                step.shape,
+            )
         )
         and not (step.edits or step.torch_settings or step.records or step.hooks or step.captures)
     )

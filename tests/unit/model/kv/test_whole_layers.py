@@ -125,6 +125,15 @@ def test_rows_that_have_seen_other_tokens_are_refused() -> None:
         one.append_rows([other])
 
 
+def test_states_of_all_rows_that_differ_are_refused() -> None:
+    layers: list[Any] = [whole_layer(LinearAttentionLayer()) for _ in range(2)]
+    for number, layer in enumerate(layers):
+        run(layer, 1, 5, 1)
+        layer.of_all_rows = torch.tensor([float(number)])
+    with pytest.raises(ProtocolError, match="can't be joined"):
+        layers[0].append_rows(layers[1:])
+
+
 @pytest.mark.parametrize("kind", ["indexed", "hybrid"])
 def test_cropped_as_the_class_does(kind: str) -> None:
     ours, theirs = whole_layer(KINDS[kind]()), KINDS[kind]()

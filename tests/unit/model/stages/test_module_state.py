@@ -102,6 +102,14 @@ class Session:
             return self.module(tensor(value))
 
 
+@pytest.mark.parametrize("name", ["0.forward", "0.training", "0._parameters", "0._buffers.forward", "7.state"])
+def test_a_peer_replaces_nothing_of_torch_nor_of_other_stages(name: str) -> None:
+    state = ModuleState(nn.Sequential(nn.Linear(2, 2)), "own")
+    assert state.holds("0.state")
+    with pytest.raises(ProtocolError, match="this stage has no such place"):
+        KeptValues(state.holds).write_state({name: 1}, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_session_has_its_own(kind: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(kind(), nn.Identity(), kind())
@@ -157,7 +165,7 @@ def test_it_goes_on_in_another_stage(kind: Callable[[], nn.Module]) -> None:
         )
     assert set(moved.kept.values) == names
     assert torch.equal(moved.step(4.0), alone(tensor(4.0)))
-    with pytest.raises(ProtocolError, match="'2\\.total', and this stage has no such module"):
+    with pytest.raises(ProtocolError, match="'2\\.total', and this stage has no such place"):
         moved.kept.write_state({"2.total": None}, torch.device("cpu"))
 
 

@@ -41,7 +41,7 @@ def test_the_next_step_goes_to_the_first_stage() -> None:
     run.choose(logits(3, 5))
     onward = run.next_step(step(4), "last", 0)
     assert (onward.stage, onward.number, onward.runner, onward.run_steps) == (0, 5, "last", 1)
-    assert (onward.timings, onward.edits, onward.layout) == ((), (), None)
+    assert (onward.timings, onward.edits, onward.layout, onward.shape) == ((), (), None, None)
 
 
 @pytest.mark.parametrize(
