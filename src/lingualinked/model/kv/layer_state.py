@@ -98,7 +98,7 @@ def write_state(owner: Any, state: Mapping[str, Tensor | Plain], device: torch.d
             copies.setdefault(id(value), value.to(device, copy=True))
             place[key] = copies[id(value)]
         elif isinstance(value, str):
-            place[key] = device if value == _DEVICE else _dtype(value)
+            place[key] = device if value == _DEVICE else dtype_of(value)
         else:
             place[key] = value
 
@@ -123,7 +123,8 @@ def _key(place: Any, part: str) -> str | int:
     return part if isinstance(place, dict) and part in place else int(part)
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype with a name; raise ProtocolError if there is none."""
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise ProtocolError(f"{name!r} is not a dtype")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lingualinked.errors import ArgumentError, ProtocolError
-from lingualinked.model.kv.layer_state import Plain, State, num_bytes, rebuilt, walk
+from lingualinked.model.kv.layer_state import Plain, State, dtype_of, num_bytes, rebuilt, walk
 
 _SLICED, _IN_DICT, _IN_LIST = (
     "layers",
@@ -176,7 +176,7 @@ class OwnLayerState:
             whole[..., self._index] = value
             return
         if isinstance(value, str):
-            value = getattr(torch, value.removeprefix("torch."))
+            value = dtype_of(value)
         if first in (_IN_DICT, _IN_LIST):
             for index in range(self._num_layers):
                 is_own = index == self._index

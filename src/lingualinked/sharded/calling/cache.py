@@ -196,7 +196,7 @@ class ShardedCache(Cache):
         )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def keeps_states(spec: ModelSpec) -> bool:
     """Return whether layers of a model keep a state of the whole text, and not only KV of its tokens."""
     if not keeps_cache(find_class(spec)):
